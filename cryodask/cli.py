@@ -1,0 +1,213 @@
+"""The command line. It asks and shows; the work is done by the layers below, which are imported when a command needs them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cryodask.errors import CryodaskError
+
+app = typer.Typer(
+    name="cryodask",
+    help="Cryo-EM from movies to maps, on Dask.\n\nStart with:  cryodask demo",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+ProjectArgument = Annotated[Path, typer.Argument(metavar="PROJECT", help="Project file (.yaml) or the folder with its results.")]
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where the simulated session and its results go.")] = Path("demo"),
+    movies: Annotated[int, typer.Option(help="Movies to simulate.", min=2)] = 24,
+    seed: Annotated[int, typer.Option(help="Seed of the simulation.")] = 1,
+    workers: Annotated[int | None, typer.Option(help="Worker processes; all cores if not given.", min=1)] = None,
+) -> None:
+    """Simulate a small beta-galactosidase session and process it from movies to map, in a few minutes."""
+    from cryodask.demo import run_demo
+
+    run_demo(folder, movies=movies, seed=seed, workers=workers)
+
+
+@app.command()
+def simulate(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where movies, gain and truth are written.")],
+    movies: Annotated[int, typer.Option(help="Movies.", min=1)] = 24,
+    size: Annotated[int, typer.Option(help="Rows and columns of a frame.", min=128)] = 1024,
+    frames: Annotated[int, typer.Option(help="Frames a movie.", min=1)] = 24,
+    particles: Annotated[int, typer.Option(help="Particles a movie.", min=0)] = 40,
+    seed: Annotated[int, typer.Option(help="Seed; the same seed gives the same movies.")] = 1,
+    mrc: Annotated[bool, typer.Option("--mrc", help="Write MRC movies instead of TIFF.")] = False,
+) -> None:
+    """Make movies of beta-galactosidase with known truth, and a project file for them."""
+    from cryodask.demo import simulate_folder
+
+    path = simulate_folder(folder, movies=movies, size=size, frames=frames, particles=particles, seed=seed, mrc=mrc)
+    typer.echo(f"Movies, gain and truth are in {folder}. Process them with:\n  cryodask run {path}")
+
+
+@app.command()
+def run(
+    project: Annotated[Path, typer.Argument(metavar="PROJECT.yaml", help="Project file.")],
+    until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
+    from_: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Make this stage and all that follow anew.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the project file and show what would run.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Break the lock of another driver (be sure that it is gone).")] = False,
+    retry_quarantined: Annotated[bool, typer.Option("--retry-quarantined", help="Try quarantined micrographs again.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Local worker processes; all cores if not given.", min=1)] = None,
+) -> None:
+    """Carry out a project file; what is done already is kept, so the same command also resumes."""
+    from cryodask.run.recipe import list_movies, make_plan, position
+
+    plan = make_plan(project)
+    for label in (until, from_):
+        if label:
+            position(plan, label)
+    count = f"{len(list_movies(plan))} movies" if plan.file.inputs.movies else "inputs of another program"
+    if dry_run:
+        typer.echo(f"{plan.file.name}: {count} -> {plan.folder}")
+        for step in plan.steps:
+            typer.echo(f"  {step.label:<18} {step.params!r}".rstrip())
+        return
+    from cryodask.cluster.connect import close, connect
+    from cryodask.report import write_report
+    from cryodask.run.execute import run_plan
+    from cryodask.run.progress import Progress
+
+    typer.echo(f"{plan.file.name}: {count} -> {plan.folder}")
+    client = connect(plan.cluster, workers=workers or plan.file.workers)
+    try:
+        typer.echo(f"Dask dashboard: {client.dashboard_link}")
+        done = run_plan(
+            plan,
+            client,
+            until=until,
+            start_again_from=from_,
+            force=force,
+            retry_quarantined=retry_quarantined,
+            progress=Progress(),
+        )
+    except KeyboardInterrupt:
+        typer.echo(f"\nStopped. What is finished is kept; go on with:\n  cryodask run {project}", err=True)
+        raise typer.Exit(130) from None
+    finally:
+        close(client)
+    typer.echo(f"Report: {write_report(done)}")
+
+
+@app.command()
+def info(project: ProjectArgument) -> None:
+    """Show what a project holds, stage by stage, and what was quarantined."""
+    opened = _open(project)
+    typer.echo(repr(opened))
+    for failure in opened.failures():
+        typer.echo(f"quarantined in {failure['stage']}: {failure['name']}\n  {failure['error']}: {failure['message']}")
+
+
+@app.command()
+def verify(project: ProjectArgument) -> None:
+    """Read everything again and compare it with its checksums; ends with 1 if anything is damaged."""
+    problems = _open(project).verify()
+    for problem in problems:
+        typer.echo(problem)
+    damaged = [p for p in problems if "harmless" not in p]
+    typer.echo("Everything committed is intact." if not damaged else f"{len(damaged)} problems. Run the project again: it mends them.")
+    raise typer.Exit(1 if damaged else 0)
+
+
+@app.command()
+def gc(
+    project: ProjectArgument,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be removed.")] = False,
+) -> None:
+    """Remove results that no stage of the project uses any more."""
+    opened = _open(project)
+    for folder in opened.superseded():
+        typer.echo(f"{'would remove' if dry_run else 'removing'} {folder}")
+    if not dry_run:
+        with opened.lock():
+            typer.echo(f"{opened.collect_garbage() / 1e6:.1f} MB freed")
+
+
+@app.command("import")
+def import_(
+    star: Annotated[Path, typer.Argument(metavar="STAR", help="RELION STAR file of micrographs or particles.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Project file to write.")] = Path("project.yaml"),
+) -> None:
+    """Write a project file that starts from what another program made."""
+    from cryodask.interop import project_from_star
+
+    typer.echo(f"Wrote {project_from_star(star, output)}. Look it over, then:  cryodask run {output}")
+
+
+@app.command()
+def export(
+    project: ProjectArgument,
+    relion: Annotated[Path, typer.Option("--relion", metavar="DIR", help="Folder for RELION 3.1 STAR files, stacks and maps.")],
+) -> None:
+    """Write a project for other programs: STAR files, particle stacks, class averages, half-maps, map and mask."""
+    from cryodask.interop import export_relion
+
+    for path in export_relion(_open(project), relion):
+        typer.echo(str(path))
+
+
+@app.command()
+def report(
+    project: ProjectArgument,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The page; report.html in the project if not given.")] = None,
+) -> None:
+    """Write the report: one self-contained HTML page."""
+    from cryodask.report import write_report
+
+    typer.echo(f"Report: {write_report(_open(project), output)}")
+
+
+@app.command()
+def stages(
+    name: Annotated[str | None, typer.Argument(metavar="STAGE", help="Explain this stage and its parameters.")] = None,
+) -> None:
+    """List the stages, or explain one."""
+    from cryodask.stage import load_stages
+
+    known = load_stages()
+    if name is None:
+        for stage in known.values():
+            typer.echo(f"{stage.name:<20} {stage.doc.splitlines()[0]}")
+        return
+    if name not in known:
+        import difflib
+
+        near = difflib.get_close_matches(name, known, n=1)
+        raise CryodaskError(f"There is no stage {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""), "", "cryodask stages  lists them")
+    stage = known[name]
+    typer.echo(f"{stage.name} (version {stage.version}, {stage.shape})\n\n{stage.doc}\n\nneeds  {', '.join(stage.needs)}")
+    typer.echo(f"gives  {', '.join(stage.gives)}\n\nparameters")
+    for field, about in stage.params.model_fields.items():
+        default = "required" if about.is_required() else f"default {about.default!r}"
+        typer.echo(f"  {field:<28} {default:<22} {about.description or ''}")
+
+
+def _open(path: Path) -> Any:
+    from cryodask.run.recipe import project_folder
+    from cryodask.store.project import Project
+
+    return Project(project_folder(path))
+
+
+def main() -> None:
+    """Entry point: errors of ours are three sentences, not a traceback."""
+    try:
+        app(standalone_mode=True)
+    except CryodaskError as error:
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

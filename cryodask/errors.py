@@ -1,0 +1,97 @@
+"""Every error of cryodask: what happened, the usual reason, the way out.
+
+::
+
+    CryodaskError                 stops the run
+    ├── ProjectFileError          stops: the project file or the command line is wrong (found before any work)
+    ├── InputError                stops: an input that all items share is wrong (gain, reference, mask, STAR file)
+    │   ├── GainError
+    │   └── StarError
+    ├── StoreError                stops: the project folder cannot be read or written
+    │   ├── DiskFullError
+    │   └── LockedError
+    ├── ClusterError              stops: workers cannot be started or are gone
+    └── ItemError                 quarantines ONE item and goes on
+        ├── MovieError            a movie that is missing, truncated or of another shape
+        └── MicrographError       a micrograph that a stage cannot use (NaN pixels, box larger than it ...)
+
+OSError and MemoryError raised inside an item are retried, then quarantined.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+
+class CryodaskError(Exception):
+    """Base of all errors: three sentences instead of one.
+
+    Parameters
+    ----------
+    what : str
+        What happened, to what, with the numbers.
+    usual_reason : str
+        Why this usually happens.
+    way_out : str
+        What the user can do about it.
+    """
+
+    on_failure: Literal["stop", "quarantine"] = "stop"
+
+    def __init__(self, what: str, usual_reason: str = "", way_out: str = "") -> None:
+        super().__init__(what, usual_reason, way_out)
+        self.what, self.usual_reason, self.way_out = what, usual_reason, way_out
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.usual_reason:
+            lines.append(f"  Usual reason: {self.usual_reason}")
+        if self.way_out:
+            lines.append(f"  What to do: {self.way_out}")
+        return "\n".join(lines)
+
+
+class ProjectFileError(CryodaskError):
+    """The project file or a command-line option is wrong."""
+
+
+class InputError(CryodaskError):
+    """An input that all items share is missing or does not fit the others."""
+
+
+class GainError(InputError):
+    """The gain reference does not fit the movies."""
+
+
+class StarError(InputError):
+    """A STAR file lacks what is needed or cannot be parsed."""
+
+
+class StoreError(CryodaskError):
+    """The project folder cannot be read or written."""
+
+
+class DiskFullError(StoreError):
+    """No space is left where the project lies."""
+
+
+class LockedError(StoreError):
+    """Another driver works on this project."""
+
+
+class ClusterError(CryodaskError):
+    """Workers cannot be started, or all are gone."""
+
+
+class ItemError(CryodaskError):
+    """One item cannot be processed; the run goes on without it."""
+
+    on_failure = "quarantine"
+
+
+class MovieError(ItemError):
+    """A movie is missing, truncated or of another shape than the rest."""
+
+
+class MicrographError(ItemError):
+    """A micrograph cannot be used by a stage."""

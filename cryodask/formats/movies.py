@@ -1,0 +1,246 @@
+"""Movies and their gain, whatever the container: ``open_movie`` gives frames one by one, in the MRC row frame.
+
+A gain MULTIPLIES the raw counts, and is turned as in RELION: first by quarter turns, clockwise when row 0 is drawn at the
+top, then flipped. `best_gain_orientation` finds the turn that fits the movies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+
+from cryodask.errors import GainError, MovieError
+from cryodask.formats.mrc import open_mrc, write_mrc
+from cryodask.formats.tiff import open_tiff, write_tiff
+
+TIFF_ENDINGS = (".tif", ".tiff")
+MRC_ENDINGS = (".mrc", ".mrcs", ".st")
+MOVIE_ENDINGS = TIFF_ENDINGS + MRC_ENDINGS
+Flip = Literal["none", "up-down", "left-right"]
+FLIPS: tuple[Flip, ...] = ("none", "up-down", "left-right")
+
+
+class MovieFile(Protocol):
+    """Frames of a movie file: what stages call ``Frames``, and where they come from."""
+
+    @property
+    def path(self) -> str:
+        """Path of the file, as given."""
+        ...
+
+    @property
+    def pixel_size_angstrom(self) -> float | None:
+        """Pixel size in the header, None where it says nothing sensible."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(frame, y, x)."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of the counts."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Frame ``index``, `(y, x)`, in the MRC row frame."""
+        ...
+
+
+def open_movie(path: str | Path) -> MovieFile:
+    """Open a movie for reading frame by frame.
+
+    Parameters
+    ----------
+    path : str or Path
+        ``.tif, .tiff`` (any compression that tifffile reads; rows are flipped into the MRC frame), ``.mrc, .mrcs, .st``
+        (modes 0, 1, 2, 6, 12, 101).
+
+    Returns
+    -------
+    MovieFile
+        ``len``, ``shape`` `(frame, y, x)`, ``dtype``, ``[i]`` `(y, x)` decoded on access, ``pixel_size_angstrom`` (None where
+        the header does not tell), ``path``. No open file is kept: it may be pickled.
+
+    Raises
+    ------
+    MovieError
+        Missing, empty, truncated, of another format, or no greyscale movie.
+    """
+    ending = Path(path).suffix.lower()
+    if ending in TIFF_ENDINGS:
+        movie: MovieFile = open_tiff(path, MovieError)
+    elif ending in MRC_ENDINGS:
+        movie = open_mrc(path, MovieError)
+    else:
+        raise MovieError(
+            f"{path} is not of a movie format that is read ({', '.join(MOVIE_ENDINGS)})",
+            "another kind of file is among the movies, or a camera format such as .eer or .dm4",
+            "narrow the pattern of the movies, or convert them to TIFF or MRC",
+        )
+    if min(movie.shape[1:]) < 4 or movie.dtype.kind not in "uif":
+        raise MovieError(
+            f"{path} is no movie: frames of {movie.shape[1]} x {movie.shape[2]} pixels of type {movie.dtype}",
+            "another kind of file is among the movies",
+            "remove it from the folder, or narrow the pattern of the movies",
+        )
+    return movie
+
+
+def write_tiff_movie(path: str | Path, frames: np.ndarray, pixel_size_angstrom: float | None = None) -> None:
+    """Write a movie `(frame, y, x)` in the MRC frame as LZW TIFF (integers as they are)."""
+    write_tiff(path, frames, pixel_size_angstrom)
+
+
+def write_mrc_movie(path: str | Path, frames: np.ndarray, pixel_size_angstrom: float) -> None:
+    """Write a movie `(frame, y, x)` as an MRC stack; counts above 127 make it 16 bits a pixel."""
+    write_mrc(path, frames, pixel_size_angstrom, stack=True)
+
+
+def read_gain(path: str | Path, rotate: int = 0, flip: Flip | int = "none") -> np.ndarray:
+    """Gain reference `(y, x)` float32, in the MRC frame, turned by `orient_gain`.
+
+    ``.mrc`` as it lies, ``.tif, .tiff, .gain`` (EER gains are TIFF files) with rows flipped.
+    """
+    ending = Path(path).suffix.lower()
+    if ending in (*TIFF_ENDINGS, ".gain"):
+        stack: MovieFile = open_tiff(path, GainError)
+    elif ending in MRC_ENDINGS:
+        stack = open_mrc(path, GainError)
+    else:
+        raise GainError(f"{path} is not of a gain format that is read (.mrc, .tif, .gain)", "", "convert it to MRC")
+    if len(stack) != 1:
+        raise GainError(f"{path} has {len(stack)} sections: a gain has one", "a movie was given as gain", "check the path")
+    gain = stack[0].astype(np.float32)
+    if not np.isfinite(gain).all() or gain.min() < 0 or not gain.any():
+        raise GainError(
+            f"{path} has values that are no gain (minimum {gain.min():g}, maximum {gain.max():g})",
+            "a dark reference or a damaged file",
+            "give the reference that multiplies the counts: about 1, and 0 at dead pixels",
+        )
+    return orient_gain(gain, rotate, flip)
+
+
+def orient_gain(gain: np.ndarray, rotate_deg: int = 0, flip: Flip | int = "none") -> np.ndarray:
+    """Turn a gain as RELION does: ``rotate_deg`` (0, 90, 180, 270) clockwise with row 0 at the top, then ``flip``.
+
+    Parameters
+    ----------
+    gain : `(y, x)`
+    flip : "none", "up-down" or "left-right" (RELION's 0, 1, 2)
+
+    Notes
+    -----
+    RELION's ``--gain_rot 1`` is 90 degrees and ``--gain_flip 1`` up-down (both compared with RELION 3.1.3's sums).
+    """
+    if rotate_deg % 90:
+        raise GainError(f"a gain can be turned by 0, 90, 180 or 270 degrees, not {rotate_deg}", "", "choose one of them")
+    name = FLIPS[flip] if isinstance(flip, int) and 0 <= flip < 3 else flip
+    if name not in FLIPS:
+        raise GainError(f"flip {flip!r} is not known", "", f"choose one of {', '.join(FLIPS)}")
+    turned = np.rot90(gain, -(rotate_deg // 90) % 4)
+    if name == "up-down":
+        turned = turned[::-1]
+    elif name == "left-right":
+        turned = turned[:, ::-1]
+    return np.ascontiguousarray(turned)
+
+
+@dataclass(frozen=True)
+class GainOrientation:
+    """One of the eight turns: ``rotate_deg``, ``flip``, and the roughness of the corrected sum (lower is better)."""
+
+    rotate_deg: int
+    flip: Flip
+    score: float
+
+
+EIGHT_TURNS: tuple[tuple[int, Flip], ...] = tuple((r, f) for f in ("none", "up-down") for r in (0, 90, 180, 270))
+
+
+def best_gain_orientation(frames_sum: np.ndarray, gain: np.ndarray) -> list[GainOrientation]:
+    """Rank the eight turns of a gain by how flat they make a sum of frames.
+
+    Parameters
+    ----------
+    frames_sum : `(y, x)`
+        Unaligned, uncorrected sum of frames, of one movie or (better) of several.
+    gain : `(y, x)` float32
+        As given; turns whose shape does not fit are left out.
+
+    Returns
+    -------
+    list of GainOrientation
+        Best first. The score is the variance of the high-passed corrected sum over its squared mean: a fitting gain removes
+        the pattern that is fixed to the detector, a wrong one adds a second pattern.
+    """
+    raw = np.asarray(frames_sum, np.float32)
+    usual = np.median(raw)
+    raw = np.minimum(raw, 3.0 * usual)  # a few hot pixels would drown the pattern
+    ranking = []
+    for rotate, flip in EIGHT_TURNS:
+        turned = orient_gain(gain, rotate, flip)
+        if turned.shape == raw.shape:
+            ranking.append(GainOrientation(rotate, flip, _roughness(raw, turned)))
+    return sorted(ranking, key=lambda turn: turn.score)
+
+
+def _roughness(raw: np.ndarray, gain: np.ndarray) -> float:
+    corrected = raw * gain
+    good = (gain > 0) & (raw > 0)
+    # differences of neighbours: drop drift of the illumination, keep pixel gains; two directions against column patterns
+    squares, pairs = 0.0, 0
+    for axis in (0, 1):
+        ahead, behind = np.delete(good, 0, axis), np.delete(good, -1, axis)
+        both = ahead & behind
+        step = np.diff(corrected, axis=axis)[both].astype(np.float64)
+        squares += float(step @ step)
+        pairs += step.size
+    mean = float(corrected[good].mean(dtype=np.float64)) if good.any() else 0.0
+    return squares / (2.0 * max(pairs, 1)) / max(mean, 1e-12) ** 2
+
+
+def check_gain(frames_sum: np.ndarray, gain: np.ndarray, name: str = "the gain", margin: float = 1.02) -> None:
+    """Raise GainError where the gain cannot belong to the movies as it is turned.
+
+    Parameters
+    ----------
+    frames_sum : `(y, x)`
+        Uncorrected sum of the frames of the first movie or movies.
+    gain : `(y, x)`
+        As it is to be used, turned already.
+    margin : float
+        Another turn must leave less roughness by this factor to be called better.
+
+    Raises
+    ------
+    GainError
+        Wrong shape (naming the turn that fits), or another turn fits clearly better.
+    """
+    ranking = best_gain_orientation(frames_sum, gain)
+    rows, columns = np.shape(frames_sum)
+    if gain.shape != (rows, columns):
+        fits = f'Turned by "rotate {ranking[0].rotate_deg}, flip {ranking[0].flip}" it fits best.' if ranking else ""
+        raise GainError(
+            f"{name} is {gain.shape[0]} x {gain.shape[1]} pixels, the movies are {rows} x {columns}",
+            f"the gain was saved in the camera's orientation. {fits}" if ranking else "it belongs to another camera mode",
+            _turn_advice(ranking[0]) if ranking else "give the gain of this camera mode",
+        )
+    given = next(turn for turn in ranking if turn.rotate_deg == 0 and turn.flip == "none")
+    if given.score > margin * ranking[0].score:
+        better = ranking[0]
+        raise GainError(
+            f"{name} makes the movies rougher than it does when turned (roughness {given.score:.3g} against {better.score:.3g})",
+            "it was saved in another orientation: TIFF movies are flipped in y against MRC gains",
+            _turn_advice(better),
+        )
+
+
+def _turn_advice(turn: GainOrientation) -> str:
+    return f"add to the present setting: rotate the gain by {turn.rotate_deg} degrees, then flip: {turn.flip}"

@@ -1,0 +1,32 @@
+"""A map of any box and voxel size on the grid of another."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor
+
+from cryodask.kernels.projection import cut_map
+
+
+def resample_map(volume: Tensor, voxel_angstrom: float, box: int, target_voxel_angstrom: float, *, cut_angstrom: float) -> Tensor:
+    """The map at ``box`` voxels of ``target_voxel_angstrom``, origins n // 2 on one another, zero where it does not reach.
+
+    Parameters
+    ----------
+    volume : Tensor, `(z, y, x)`, float32, cubic
+    cut_angstrom : float
+        Resolution beyond which the map is cut first, so that cubic interpolation neither aliases nor blurs what is left; coarser than
+        two voxels of either grid is raised to that.
+    """
+    size = volume.shape[-1]
+    if size == box and abs(voxel_angstrom / target_voxel_angstrom - 1.0) < 1e-3:
+        return volume.clone()
+    finest = max(cut_angstrom, 2.2 * voxel_angstrom, 2.2 * target_voxel_angstrom)
+    # an odd box has no lone Nyquist row; either parity is cut in the same way
+    smooth = cut_map(volume, size * voxel_angstrom / finest).numpy()
+    ratio = target_voxel_angstrom / voxel_angstrom
+    offset = size // 2 - ratio * (box // 2)
+    out = ndimage.affine_transform(smooth, np.full(3, ratio), np.full(3, offset), output_shape=(box,) * 3, order=3, mode="constant")
+    return torch.from_numpy(np.ascontiguousarray(out, np.float32))

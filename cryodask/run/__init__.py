@@ -1,0 +1,1 @@
+"""What runs when: project file -> plan -> runners."""

@@ -1,0 +1,150 @@
+"""The fused task of the map runner: one item through consecutive map stages, each committed as soon as it is done."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cryodask.errors import MicrographError
+from cryodask.stage import STAGES, Params, Stage, load_stages
+from cryodask.store.generation import Generation
+from cryodask.store.journal import Record
+from cryodask.store.project import Item
+
+
+@dataclass(frozen=True)
+class Link:
+    """One stage of the chain: where its needs come from and where its results go."""
+
+    label: str
+    stage_name: str
+    params: Params
+    source: dict[str, str]
+    folder: Path
+
+    @property
+    def stage(self) -> Stage:
+        """The registered stage."""
+        if self.stage_name not in STAGES:
+            load_stages()
+        return STAGES[self.stage_name]
+
+
+@dataclass
+class Chain:
+    """A job of the map runner. ``constants`` are what all items share (optics); the gain is mapped from its file."""
+
+    links: tuple[Link, ...]
+    constants: dict[str, Any]
+    gain_path: Path | None = None
+    earlier: dict[str, Path] = field(default_factory=dict)
+    _records: dict[str, dict[int, Record]] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_records": {}}
+
+    # --- in the driver ----------------------------------------------------------------------------------------------------------
+    def unfinished(self, items: list[Item], *, retry_quarantined: bool = False) -> list[Item]:
+        """Items that are not committed in every stage, and not quarantined in one (unless asked to try those again)."""
+        committed = [Generation(link.folder).records() for link in self.links]
+        out = []
+        for item in items:
+            records = [c.get(item.row) for c in committed]
+            fresh = [r for r in records if r is not None and r.get("input") == item.fingerprint]
+            if any(not r["ok"] for r in fresh) and not retry_quarantined:
+                continue
+            if sum(r["ok"] for r in fresh) < len(self.links):
+                out.append(item)
+        return out
+
+    def quarantine(self, item: Item, error: str, message: str, tries: int) -> None:
+        """Record the failure with the first stage that lacks the item."""
+        for link in self.links:
+            generation = Generation(link.folder)
+            record = generation.records().get(item.row)
+            if record is None or not record["ok"] or record.get("input") != item.fingerprint:
+                generation.journal.append(
+                    {"row": item.row, "name": item.name, "ok": False, "error": error, "message": message, "attempt": tries}
+                    | {"time": round(time.time(), 3), "pid": os.getpid(), "input": item.fingerprint}
+                )
+                generation.journal.close()
+                return
+
+    # --- in a worker --------------------------------------------------------------------------------------------------------------
+    def run(self, item: Item, device: str) -> None:
+        """Process and commit one item: the stages that have it already are read, not repeated."""
+        import torch
+
+        torch.set_num_threads(1)
+        values: dict[str, Any] = {**self.constants, **item.inputs}
+        for link in self.links:
+            generation = self._generation(link.label)
+            if self._record(link.label, item) is not None:
+                continue
+            needs = {n: self._value(n, link.source[n], item, values) for n in link.stage.needs}
+            needs |= {n: self._value(n, link.source[n], item, values) if n in link.source else None for n in link.stage.optional}
+            started, started_cpu = time.time(), time.process_time()
+            given = link.stage.process(link.params, device=device, **needs)
+            _refuse_nonsense(link, item, given)
+            seconds = {"seconds": round(time.time() - started, 4), "cpu_seconds": round(time.process_time() - started_cpu, 4)}
+            record = generation.commit(item.row, item.name, given, input=item.fingerprint, **seconds)
+            self._records.setdefault(link.label, {})[item.row] = record
+            values.update({f"{link.label}/{name}": value for name, value in given.items()})
+            if "movie" in record["shards"]:
+                values[f"{link.label}/movie"] = generation.read(record, "movie")  # its codec decodes faster than LZW
+
+    def _generation(self, label: str) -> Generation:
+        folder = next((link.folder for link in self.links if link.label == label), None) or self.earlier[label]
+        return _generation_at(str(folder))
+
+    def _record(self, label: str, item: Item) -> Record | None:
+        known = self._records.setdefault(label, {})
+        if item.row not in known:
+            known.update(self._generation(label).committed())
+        record = known.get(item.row)
+        return record if record is not None and record.get("input") == item.fingerprint else None
+
+    def _value(self, name: str, label: str, item: Item, values: dict[str, Any]) -> Any:
+        if label == "inputs":
+            if name == "gain":
+                return np.load(self.gain_path, mmap_mode="r") if self.gain_path else None
+            if name not in values:
+                raise MicrographError(f"{item.name} has no {name}.", "its row of the STAR file is incomplete", "complete or remove the row")
+            return values[name]
+        if f"{label}/{name}" in values:
+            return values[f"{label}/{name}"]
+        record = self._record(label, item)
+        if record is None:
+            raise MicrographError(
+                f"{item.name} has no {name}: stage {label} did not finish with it.", "it was quarantined there", "see the report"
+            )
+        if name in record["columns"] or name in record["shards"]:
+            return self._generation(label).read(record, name)
+        # a movie that is used where it lies was not stored: its stage opens it again
+        link = next(link for link in self.links if link.label == label)
+        needs = {n: self._value(n, link.source[n], item, values) for n in link.stage.needs}
+        needs |= {n: self._value(n, link.source[n], item, values) for n in link.stage.optional if n in link.source}
+        return link.stage.process(link.params, **needs)[name]
+
+
+_OPEN: dict[str, Generation] = {}
+
+
+def _generation_at(folder: str) -> Generation:
+    # one journal file a process and generation
+    return _OPEN.setdefault(folder, Generation(folder))
+
+
+def _refuse_nonsense(link: Link, item: Item, given: dict[str, Any]) -> None:
+    for name, value in given.items():
+        if isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.ndim >= 2 and not np.isfinite(value).all():
+            raise MicrographError(
+                f"{name} of {item.name} has {int((~np.isfinite(value)).sum())} pixels that are no numbers after stage {link.label}.",
+                "the input holds NaN pixels",
+                "look at the input; the other micrographs go on",
+            )

@@ -1,0 +1,84 @@
+"""Progress of a run: rate and time to go, as moving bars on a terminal, as a line now and then in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichProgress
+
+_LOG_EVERY_SECONDS = 60.0
+
+
+class Progress:
+    """Say what runs. ``begin`` a stage, ``advance`` it, ``end`` it; ``say`` a sentence at any time."""
+
+    def __init__(self, stream: TextIO | None = None, *, quiet: bool = False) -> None:
+        self.console = Console(file=stream or sys.stdout, quiet=quiet, highlight=False, soft_wrap=True)
+        self._moving = self.console.is_terminal and not quiet
+        self._bars: RichProgress | None = None
+        self._bar: TaskID | None = None
+        self._name, self._total, self._done, self._started, self._logged = "", 0, 0, 0.0, 0.0
+
+    def __enter__(self) -> Progress:
+        if self._moving:
+            columns = (
+                SpinnerColumn(),
+                TextColumn("{task.description:<12}"),
+                BarColumn(bar_width=30),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeElapsedColumn(),
+            )
+            self._bars = RichProgress(*columns, console=self.console)
+            self._bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self.console.print(text, markup=False)
+
+    def begin(self, name: str, total: int | None) -> None:
+        """A stage starts; ``total`` None where its length is not known."""
+        self._name, self._total, self._done = name, total or 0, 0
+        self._started = self._logged = time.monotonic()
+        if self._bars is not None:
+            self._bar = self._bars.add_task(name, total=total, rate="")
+
+    def advance(self, text: str = "", steps: int = 1) -> None:
+        """Some of it is done."""
+        self._done += steps
+        note = "  ".join(t for t in (self.rate(), text) if t)
+        if self._bars is not None and self._bar is not None:
+            self._bars.update(self._bar, advance=steps, rate=note)
+        elif time.monotonic() - self._logged > _LOG_EVERY_SECONDS:
+            self._logged = time.monotonic()
+            of = f"/{self._total}" if self._total else ""
+            self.say(f"{self._name}: {self._done}{of}  {note}")
+
+    def end(self, text: str) -> None:
+        """It is done; ``text`` is the result in a sentence."""
+        if self._bars is not None and self._bar is not None:
+            self._bars.remove_task(self._bar)
+            self._bar = None
+        self.say(f"{self._name:<14} {text}  ({time.monotonic() - self._started:.1f} s)")
+
+    def rate(self) -> str:
+        """Rate so far and time to go."""
+        seconds = time.monotonic() - self._started
+        if not self._done or seconds <= 0:
+            return ""
+        rate = self._done / seconds
+        shown = f"{rate:.1f}/s" if rate >= 1 else f"{rate * 60:.1f}/min"
+        if not self._total:
+            return shown
+        left = (self._total - self._done) / rate
+        return f"{shown}, {left / 60:.0f} min to go" if left >= 120 else f"{shown}, {left:.0f} s to go"

@@ -1,0 +1,109 @@
+"""Stages that are one task (whole) or a few independent ones (tournament)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import numpy as np
+from distributed import Client, Future, KilledWorker, as_completed
+
+from cryodask.errors import ClusterError
+from cryodask.run.particles import StoredParticles
+from cryodask.stage import STAGES, load_stages
+from cryodask.store.generation import Generation
+
+_TRIES = 3
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A variable of a finished step, read where it is used: maps do not travel with the graph."""
+
+    folder: Path
+    name: str
+
+    def load(self) -> Any:
+        """The value."""
+        generation = Generation(self.folder)
+        return generation.read(generation.committed()[0], self.name)
+
+
+def loaded(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs with everything stored read."""
+    return {name: value.load() if isinstance(value, Stored) else value for name, value in inputs.items()}
+
+
+def run_whole(client: Client, stage_name: str, params: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """One call of a whole stage on a worker."""
+    blob = cloudpickle.dumps((stage_name, params, inputs))
+    return _results(client, {0: lambda: client.submit(_whole_task, blob, pure=False)}, lambda: None)[0]
+
+
+def _whole_task(blob: bytes) -> dict[str, Any]:
+    _one_thread()
+    stage_name, params, inputs = cloudpickle.loads(blob)
+    if stage_name not in STAGES:
+        load_stages()
+    return STAGES[stage_name].process(params, **loaded(inputs))
+
+
+def run_tournament(client: Client, functions: Any, params: Any, particles: StoredParticles, advance: Callable[[], None]) -> dict[str, Any]:
+    """All chains of a tournament, one task each; the stage chooses among them."""
+    index = functions.select(params, particles.set)
+    blob = cloudpickle.dumps((functions, params, particles, index))
+    seeds = functions.seeds(params)
+    tasks = {i: _submitter(client, blob, seed) for i, seed in enumerate(seeds)}
+    chains = _results(client, tasks, advance)
+    return functions.choose(params, [chains[i] for i in range(len(seeds))])
+
+
+def _submitter(client: Client, blob: bytes, seed: int) -> Callable[[], Future]:
+    return lambda: client.submit(_chain_task, blob, seed, pure=False)
+
+
+def _chain_task(blob: bytes, seed: int) -> dict[str, Any]:
+    _one_thread()
+    functions, params, particles, index = cloudpickle.loads(blob)
+    return functions.chain(params, particles.block(index), seed, "cpu")
+
+
+def play_here(functions: Any, params: Any, particles: Any) -> dict[str, Any]:
+    """A tournament in this process, one chain after the other."""
+    block = particles.block(np.asarray(functions.select(params, particles.set)))
+    return functions.choose(params, [functions.chain(params, block, seed, "cpu") for seed in functions.seeds(params)])
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _results(client: Client, tasks: dict[int, Callable[[], Future]], advance: Callable[[], None]) -> dict[int, Any]:
+    """Results of tasks by number; a task whose worker died is sent again."""
+    running = {number: submit() for number, submit in tasks.items()}
+    tries = dict.fromkeys(tasks, 1)
+    out: dict[int, Any] = {}
+    while running:
+        number_of = {f.key: n for n, f in running.items()}
+        for future in as_completed(list(running.values())):
+            number = number_of[future.key]
+            error = future.exception() if future.status == "error" else None
+            if future.status == "finished":
+                out[number] = future.result()
+                del running[number]
+                advance()
+                continue
+            if error is not None and not isinstance(error, KilledWorker):
+                raise error
+            tries[number] += 1
+            if tries[number] > _TRIES:
+                raise ClusterError(
+                    f"Workers died {_TRIES} times at the same task.", "not enough memory for it", "give the workers more memory"
+                )
+            running[number] = tasks[number]()
+    return out

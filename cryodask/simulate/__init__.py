@@ -1,0 +1,27 @@
+"""Movies with known truth: beta-galactosidase in moving ice, counted by an imperfect detector."""
+
+from cryodask.simulate.scene import Micrograph, Optics, simulate_micrograph
+from cryodask.simulate.session import (
+    DEMO,
+    SessionParams,
+    Truth,
+    load_truth,
+    prepare_session,
+    simulate_movie,
+    simulate_one,
+    simulate_session,
+)
+
+__all__ = [
+    "DEMO",
+    "Micrograph",
+    "Optics",
+    "SessionParams",
+    "Truth",
+    "load_truth",
+    "prepare_session",
+    "simulate_micrograph",
+    "simulate_movie",
+    "simulate_one",
+    "simulate_session",
+]

@@ -1,0 +1,78 @@
+"""Pictures that reports of map-making stages share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from cryodask.stage import Picture
+
+
+def _axes(width: float = 5.0, height: float = 3.2) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def draw_correlation(ds: xr.Dataset) -> Picture:
+    """FSC curves over resolution."""
+    figure, axes = _axes()
+    frequency = 1.0 / ds["shell_resolution_angstrom"].values
+    for name, label in (
+        ("fsc_unmasked", "unmasked"),
+        ("fsc_masked", "masked"),
+        ("fsc_randomised", "masked, random phases"),
+        ("fsc_corrected", "corrected"),
+    ):
+        if name in ds:
+            axes.plot(frequency, ds[name].values, label=label, linewidth=2.0 if name == "fsc_corrected" else 1.0)
+    axes.axhline(0.143, color="grey", linewidth=0.8, linestyle=":")
+    axes.set(xlabel="spatial frequency, 1/Å", ylabel="Fourier shell correlation", ylim=(-0.1, 1.02), xlim=(0.0, float(frequency.max())))
+    axes.legend(fontsize=8)
+    caption = "Correlation of the two half-maps. It is high by construction below the low-pass limit of the start map."
+    if "resolution_angstrom" in ds:
+        caption += f" The corrected curve falls below 0.143 at {float(ds['resolution_angstrom']):.2f} Å."
+    return Picture("Resolution", caption, figure)
+
+
+def draw_iterations(resolutions: np.ndarray) -> Picture:
+    """Supported resolution after each search."""
+    figure, axes = _axes()
+    axes.plot(np.arange(1, len(resolutions) + 1), 1.0 / np.asarray(resolutions), marker="o")
+    axes.set(xlabel="iteration", ylabel="supported frequency, 1/Å", ylim=(0.0, None))
+    caption = "How far the half-maps agreed after each iteration, by the strict rule that limits the next search."
+    return Picture("Iterations", caption, figure)
+
+
+def draw_slices(volume: np.ndarray, pixel_angstrom: float, title: str, caption: str) -> Picture:
+    """Projections and central sections along the three axes."""
+    from matplotlib.figure import Figure
+
+    n = volume.shape[0]
+    figure = Figure(figsize=(7.5, 5.2), layout="constrained")
+    panels = figure.subplots(2, 3)
+    limits = np.percentile(volume, (1.0, 99.9))
+    for axis, name in enumerate("zyx"):
+        for row, (picture, scale) in enumerate(((volume.sum(axis), None), (np.take(volume, n // 2, axis), limits))):
+            panel = panels[row, axis]
+            panel.imshow(picture, cmap="gray", origin="lower", vmin=None if scale is None else scale[0], vmax=None if scale is None else scale[1])
+            panel.set(xticks=[], yticks=[], title=f"{'projection' if row == 0 else 'section'} along {name}")
+    bar = 50.0 / pixel_angstrom
+    panels[1, 0].plot([2, 2 + bar], [2, 2], color="white", linewidth=3)
+    panels[1, 0].text(2, 4, "50 Å", color="white", fontsize=8)
+    return Picture(title, caption, figure)
+
+
+def draw_views(rot_deg: np.ndarray, tilt_deg: np.ndarray) -> Picture:
+    """Distribution of views over the sphere, equal-area bins."""
+    figure, axes = _axes()
+    rot = (np.asarray(rot_deg) + 180.0) % 360.0 - 180.0
+    counts, x, y = np.histogram2d(rot, np.cos(np.deg2rad(np.asarray(tilt_deg))), bins=(36, 18), range=((-180.0, 180.0), (-1.0, 1.0)))
+    image = axes.pcolormesh(x, y, counts.T, cmap="viridis")
+    figure.colorbar(image, ax=axes, label="particles")
+    axes.set(xlabel="rot, degrees", ylabel="cos(tilt)")
+    caption = "Views of the particles in bins of equal area. With a point group only its asymmetric unit is filled."
+    return Picture("Orientations", caption, figure)

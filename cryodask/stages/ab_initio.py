@@ -1,0 +1,141 @@
+"""A first map without any reference, by a tournament of short restarts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from pydantic import Field
+
+from cryodask.errors import InputError
+from cryodask.kernels.ab_initio import Schedule, run_chain, working_box
+from cryodask.kernels.expectation import load_particles
+from cryodask.kernels.fourier import resize_images, resize_map
+from cryodask.kernels.symmetry import symmetry_operators
+from cryodask.stage import Params, ParticleBlock, ParticleSet, Picture, stage
+
+
+class AbInitioParams(Params):
+    """Parameters of ``ab_initio``."""
+
+    symmetry: str = Field("C1", description="point group, imposed from the start: C1, C4, D2, T, O, I ...")
+    restarts: int = Field(8, ge=1, description="independent chains from random orientations; the likeliest map wins")
+    particles: int = Field(2000, ge=50, description="particles used, taken evenly from the set")
+    mask_diameter_angstrom: float | None = Field(
+        None, gt=0, description="diameter of the soft spherical mask, Angstrom; by default 0.75 of the box"
+    )
+    shift_range_angstrom: float | None = Field(
+        None, gt=0, description="largest shift of a particle from its pick, Angstrom; by default 0.1 of the mask's diameter"
+    )
+    resolution_angstrom: float = Field(28.0, gt=5, description="resolution at which the chains end, Angstrom")
+    steps: int = Field(50, ge=10, description="steps of a chain, about 90 to 150 particles each")
+    seed: int = Field(0, description="seed of the first chain")
+
+
+@stage(
+    version=1,
+    shape="tournament",
+    needs=["particle_image"],
+    gives=["initial_map", "map_pixel_size_angstrom", "chain_score"],
+    params=AbInitioParams,
+)
+class ab_initio:
+    """Makes a first map from the particles alone.
+
+    Several short chains of stochastic expectation maximisation start from random orientations; each ends near 28 A. Not every chain
+    finds the fold, but the mean likelihood of the particles tells the good ones without knowing the answer, so the likeliest map wins.
+    The hand of the map is unknown: a map and its mirror image explain projections equally well. Look at the refined map below 8 A
+    (helices turn right) and mirror it if need be.
+    """
+
+    @staticmethod
+    def select(params: AbInitioParams, particles: ParticleSet) -> np.ndarray:
+        symmetry_operators(params.symmetry)
+        if particles.count < 50:
+            raise InputError(
+                f"{particles.count} particles are too few for an initial map",
+                "picking or curation left hardly any",
+                "look at the picks and the classes; some 500 particles are a fair start",
+            )
+        count = min(particles.count, params.particles)
+        return np.unique(np.round(np.linspace(0, particles.count - 1, count)).astype(np.int64))
+
+    @staticmethod
+    def seeds(params: AbInitioParams) -> list[int]:
+        return [params.seed + i for i in range(params.restarts)]
+
+    @staticmethod
+    def chain(params: AbInitioParams, particles: ParticleBlock, seed: int, device: str) -> dict[str, Any]:
+        box = particles.images.shape[-1]
+        length = box * particles.pixel_size_angstrom
+        diameter = params.mask_diameter_angstrom or 0.75 * length
+        small = working_box(length, params.resolution_angstrom, box)
+        images = resize_images(torch.from_numpy(np.ascontiguousarray(particles.images, np.float32)), small).numpy()
+        schedule = Schedule(
+            steps=params.steps,
+            first_resolution_angstrom=max(45.0, params.resolution_angstrom),
+            last_resolution_angstrom=params.resolution_angstrom,
+        )
+        data = load_particles(
+            images,
+            particles.columns,
+            particles.index,
+            pixel_size_angstrom=length / small,
+            radius=small // 2 - 1,
+            mask_radius_angstrom=diameter / 2,
+            device=device,
+        )
+        volume, score, trace = run_chain(
+            data,
+            pixel_size_angstrom=length / small,
+            symmetry=params.symmetry,
+            mask_diameter_angstrom=diameter,
+            shift_range_angstrom=params.shift_range_angstrom or 0.1 * diameter,
+            schedule=schedule,
+            seed=seed,
+            device=device,
+        )
+        return {
+            "map": volume.cpu().numpy(),
+            "score": score,
+            "trace": np.asarray(trace),
+            "box": box,
+            "pixel_size_angstrom": float(particles.pixel_size_angstrom),
+        }
+
+    @staticmethod
+    def choose(params: AbInitioParams, chains: list[dict[str, Any]]) -> dict[str, Any]:
+        scores = np.array([c["score"] for c in chains])
+        best = chains[int(np.argmax(scores))]
+        volume = resize_map(torch.from_numpy(np.array(best["map"], np.float32)), int(best["box"]))
+        return {
+            "initial_map": volume.numpy(),
+            "map_pixel_size_angstrom": best["pixel_size_angstrom"],
+            "chain_score": scores,
+        }
+
+
+@ab_initio.figures
+def draw(ds: xr.Dataset) -> Iterator[Picture]:
+    """The map, with what is not known about it, and the scores of the chains."""
+    from matplotlib.figure import Figure
+
+    from cryodask.stages._map_pictures import draw_slices
+
+    if "initial_map" in ds:
+        yield draw_slices(
+            ds["initial_map"].values,
+            float(ds["map_pixel_size_angstrom"]),
+            "Initial map",
+            "Projections and sections of the likeliest map. Its hand is unknown: the mirror image explains the particles equally well.",
+        )
+    if "chain_score" in ds:
+        figure = Figure(figsize=(5.0, 2.8), layout="constrained")
+        axes = figure.subplots()
+        scores = np.sort(ds["chain_score"].values)[::-1]
+        axes.bar(np.arange(len(scores)), scores)
+        axes.set(xlabel="restart, best first", ylabel="log-likelihood a particle", ylim=(0.9 * float(scores.min()), None))
+        yield Picture("Restarts", "Mean likelihood gain of each restart. Several equal best ones mean that the fold was found.", figure)

@@ -1,0 +1,38 @@
+"""Stage ``import_micrographs``: motion-corrected micrographs of another program."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cryodask.errors import InputError, MicrographError
+from cryodask.formats.mrc import read_mrc
+from cryodask.stage import Params, stage
+
+
+class ImportMicrographsParams(Params):
+    """No parameters."""
+
+
+@stage(version=1, needs=["micrograph_path"], gives=["micrograph_sum", "micrograph_dw"])
+def import_micrographs(params: ImportMicrographsParams, *, micrograph_path: str, device: str = "cpu") -> dict[str, Any]:
+    """Read motion-corrected micrographs (MRC) that a STAR file lists.
+
+    The image serves as sum and as dose-weighted sum alike: which of the two it is, the file does not say.
+    """
+    try:
+        image, _ = read_mrc(micrograph_path)
+    except InputError as error:
+        raise MicrographError(error.what, error.usual_reason, error.way_out) from error
+    image = np.asarray(image, np.float32)
+    image = image[0] if image.ndim == 3 and len(image) == 1 else image
+    if image.ndim != 2:
+        raise MicrographError(f"{micrograph_path} has the shape {image.shape}.", "it is a movie or a stack", "list corrected micrographs")
+    if not np.isfinite(image).all():
+        raise MicrographError(
+            f"{micrograph_path} holds {int((~np.isfinite(image)).sum())} pixels that are no numbers.",
+            "the program that made it failed there",
+            "make it again, or remove it from the STAR file",
+        )
+    return {"micrograph_sum": image, "micrograph_dw": image}

@@ -1,0 +1,149 @@
+"""Stage ``postprocess``: resolution of the half-maps under a mask, and the sharpened map."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from pydantic import Field
+
+from cryodask.errors import InputError
+from cryodask.kernels.fsc import corrected_fsc, resolution_at, shell_resolutions
+from cryodask.kernels.sharpening import fit_b_factor, sharpen
+from cryodask.stage import Params, Picture, Sizes, stage
+from cryodask.stages.mask import check_half_maps
+
+
+class PostprocessParams(Params):
+    """Parameters of stage ``postprocess``."""
+
+    b_factor_angstrom2: float | None = Field(None, description="B-factor to apply, A^2, negative sharpens; fitted if left out")
+    fit_from_angstrom: float = Field(10.0, description="lowest resolution of the B-factor fit, Angstrom", gt=0)
+    fit_to_angstrom: float | None = Field(None, description="highest resolution of the fit, Angstrom; the map's own if left out", gt=0)
+    low_pass_angstrom: float | None = Field(None, description="cut of the sharpened map, Angstrom; its resolution if left out", gt=0)
+    randomise_below_fsc: float = Field(0.8, description="phases are randomised from where the unmasked FSC falls below this", gt=0, lt=1)
+    seed: int = Field(0, description="seed of the random phases", ge=0)
+
+
+def _sizes(params: PostprocessParams, sizes: Sizes) -> Sizes:
+    return {**sizes, "shell": sizes["x"] // 2 + 1}
+
+
+def _memory(params: PostprocessParams, sizes: Sizes) -> float:
+    return 60.0 * sizes["z"] * sizes["y"] * sizes["x"]
+
+
+@stage(
+    version=1,
+    shape="whole",
+    needs=["half_map", "solvent_mask", "map_pixel_size_angstrom"],
+    gives=[
+        "shell_resolution_angstrom",
+        "fsc_unmasked",
+        "fsc_masked",
+        "fsc_randomised",
+        "fsc_corrected",
+        "resolution_angstrom",
+        "b_factor_angstrom2",
+        "sharpened_map",
+    ],
+    sizes=_sizes,
+    memory=_memory,
+)
+def postprocess(
+    params: PostprocessParams,
+    *,
+    half_map: np.ndarray,
+    solvent_mask: np.ndarray,
+    map_pixel_size_angstrom: float,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Measure the resolution of the half-maps under the mask and sharpen their mean.
+
+    The masked FSC is corrected for the mask by phase randomisation (Chen et al. 2013), as relion_postprocess does; the resolution is
+    the first interpolated crossing of 0.143. The mean map is weighted by sqrt(2 FSC / (1 + FSC)), sharpened by the B-factor of a line
+    through its Guinier plot (Rosenthal & Henderson 2003) and cut at the resolution. With fewer than three shells between
+    ``fit_from_angstrom`` and the resolution there is nothing to fit, and the B-factor is 0. No MTF of a detector is divided out.
+    """
+    check_half_maps(half_map)
+    if solvent_mask.shape != half_map.shape[1:]:
+        raise InputError(
+            f"the mask is {solvent_mask.shape}, the half-maps are {half_map.shape[1:]}",
+            "the mask was made for another box",
+            "make it from these half-maps",
+        )
+    if not np.isfinite(solvent_mask).all() or solvent_mask.min() < -1e-3 or solvent_mask.max() > 1 + 1e-3 or not solvent_mask.any():
+        raise InputError("the mask is not between 0 and 1, or is empty", "a map was given in its place", "give a mask")
+    pixel, n = float(map_pixel_size_angstrom), half_map.shape[-1]
+    maps = torch.from_numpy(np.asarray(half_map, np.float32)).to(device)
+    soft = torch.from_numpy(np.asarray(solvent_mask, np.float32)).to(device)
+    curves = corrected_fsc(maps[0], maps[1], soft, seed=params.seed, randomise_below_fsc=params.randomise_below_fsc)
+    resolution = resolution_at(curves.corrected, 0.143, n, pixel)
+    mean = maps.mean(0)
+    b_factor = params.b_factor_angstrom2
+    if b_factor is None:
+        last = params.fit_to_angstrom or resolution
+        fit = fit_b_factor(mean, curves.corrected, pixel_size_angstrom=pixel, from_angstrom=params.fit_from_angstrom, to_angstrom=last)
+        b_factor = fit.b_factor_angstrom2
+    cut = params.low_pass_angstrom or resolution
+    final = sharpen(mean, curves.corrected, pixel_size_angstrom=pixel, b_factor_angstrom2=b_factor, low_pass_angstrom=cut)
+    return {
+        "shell_resolution_angstrom": shell_resolutions(n, pixel).numpy(),
+        "fsc_unmasked": curves.unmasked.cpu().numpy(),
+        "fsc_masked": curves.masked.cpu().numpy(),
+        "fsc_randomised": curves.randomised.cpu().numpy(),
+        "fsc_corrected": curves.corrected.cpu().numpy(),
+        "resolution_angstrom": resolution,
+        "b_factor_angstrom2": float(b_factor),
+        "sharpened_map": final.cpu().numpy(),
+    }
+
+
+_CURVES = {
+    "fsc_unmasked": ("without mask", "#888888"),
+    "fsc_masked": ("masked", "#1f77b4"),
+    "fsc_randomised": ("masked, phases random", "#d62728"),
+    "fsc_corrected": ("corrected", "black"),
+}
+
+
+@postprocess.figures
+def draw(ds: xr.Dataset) -> Iterator[Picture]:
+    """FSC curves; sections and projections of the sharpened map."""
+    from matplotlib.figure import Figure
+
+    frequency = 1.0 / ds["shell_resolution_angstrom"].values
+    resolution = float(ds["resolution_angstrom"])
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, (label, colour) in _CURVES.items():
+        axes.plot(frequency, ds[name].values, label=label, color=colour, lw=1.8 if name == "fsc_corrected" else 1.2)
+    axes.axhline(0.143, color="black", lw=0.6, ls=":")
+    axes.axvline(1.0 / resolution, color="black", lw=0.6, ls=":")
+    axes.set(xlabel="spatial frequency, 1/Å", ylabel="FSC", ylim=(-0.1, 1.03), xlim=(0, frequency[-1]))
+    ticks = [t for t in axes.get_xticks() if 0 < t <= frequency[-1]]
+    axes.set_xticks(ticks, [f"1/{1 / t:.1f}" for t in ticks])
+    axes.legend(frameon=False)
+    caption = (
+        f"Fourier shell correlation of the two half-maps of this run, as they are and under the soft mask of stage mask. Resolution "
+        f"{resolution:.2f} Å: the first crossing of 0.143 by the corrected curve, interpolated between shells "
+        "(Chen et al. 2013: phases randomised beyond where the unmasked curve falls below the limit set)."
+    )
+    yield Picture("Fourier shell correlation", caption, figure)
+    volume = ds["sharpened_map"].values
+    n = volume.shape[0]
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    panels = figure.subplots(2, 3)
+    for column, name in enumerate("zyx"):
+        section = np.take(volume, n // 2, axis=column)
+        projection = volume.sum(axis=column)
+        for axes, image, what in ((panels[0, column], section, "section across"), (panels[1, column], projection, "projection along")):
+            axes.imshow(image, cmap="gray", origin="lower", vmin=np.percentile(image, 1), vmax=np.percentile(image, 99.8))
+            axes.set_title(f"{what} {name}", fontsize=9)
+            axes.set_axis_off()
+    b_factor = float(ds["b_factor_angstrom2"])
+    caption = f"Mean of the half-maps, sharpened with a B-factor of {b_factor:.0f} Å² and cut at its resolution; not masked."
+    yield Picture("Sharpened map", caption, figure)

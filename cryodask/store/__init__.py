@@ -1,0 +1,1 @@
+"""What is kept: Zarr shards, journals of commits, and the project folder that holds them."""

@@ -1,0 +1,142 @@
+"""Commit records: one line an item, written after its data is safe; the only witness of what is done.
+
+A line is ``crc32c(json) json``. Every process appends to a file of its own, so that no two writers ever share one; a line that is torn
+or does not fit its checksum is no commit. Nothing ever asks the file system what is done: it asks the journal.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import socket
+import threading
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+Record = dict[str, Any]
+
+
+def encode_value(value: Any) -> Any:
+    """A column as JSON: numbers and text as they are (repr of a float is exact), arrays as base64 of their bytes."""
+    if isinstance(value, str | bool):
+        return value
+    array = np.asarray(value)
+    if array.ndim == 0 and array.dtype.kind in "iuf":
+        return array.item()
+    raw = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False))
+    return {
+        "dtype": raw.dtype.str,
+        "shape": list(array.shape),
+        "base64": base64.b64encode(raw.tobytes()).decode(),
+    }
+
+
+def decode_value(value: Any) -> Any:
+    """Inverse of :func:`encode_value`."""
+    if isinstance(value, dict):
+        return np.frombuffer(base64.b64decode(value["base64"]), dtype=np.dtype(value["dtype"])).reshape(value["shape"]).copy()
+    return value
+
+
+def content_crc(record: Record) -> int:
+    """Checksum of what a record says about its item (row, columns, shards), not of when and where it was made."""
+    content = {k: record[k] for k in ("row", "ok", "columns", "shards") if k in record}
+    return google_crc32c.value(json.dumps(content, sort_keys=True).encode())
+
+
+def fsync_folder(folder: str | Path) -> None:
+    """Make a rename or a new file in ``folder`` survive a crash of the machine."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@dataclass
+class JournalContents:
+    """What the journals of a folder say: the record that counts for each row, and the lines that count for nothing."""
+
+    records: dict[int, Record] = field(default_factory=dict)
+    torn_lines: list[str] = field(default_factory=list)
+
+
+class Journal:
+    """Append and read the commit records of one folder. Open files never travel with a pickle."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._lock = threading.Lock()
+        self._fd: int | None = None
+        self._pid = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["folder"])  # type: ignore[misc]
+
+    def append(self, record: Record) -> None:
+        """Write one record and wait until it is on the disk."""
+        body = json.dumps(record, sort_keys=True).encode()
+        line = b"%08x %s\n" % (google_crc32c.value(body), body)
+        with self._lock:
+            if self._fd is None or self._pid != os.getpid():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
+                self._fd = os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_EXCL, 0o644)
+                self._pid = os.getpid()
+                fsync_folder(self.folder)
+            written = 0
+            while written < len(line):
+                try:
+                    written += os.write(self._fd, line[written:])
+                except OSError:
+                    # the torn line must not swallow the next record: a new file starts clean
+                    os.close(self._fd)
+                    self._fd = None
+                    raise
+            os.fsync(self._fd)
+
+    def close(self) -> None:
+        """Close this process's file; the next append opens a new one."""
+        with self._lock:
+            if self._fd is not None and self._pid == os.getpid():
+                os.close(self._fd)
+            self._fd = None
+
+    def read(self) -> JournalContents:
+        """The record that counts for each row: a success before a failure, then the latest attempt."""
+        contents = JournalContents()
+        for path in sorted(self.folder.glob("*.jsonl")):
+            for number, line in enumerate(path.read_bytes().split(b"\n")):
+                if not line:
+                    continue
+                record = _parse(line)
+                if record is None:
+                    contents.torn_lines.append(f"{path.name}:{number + 1}")
+                    continue
+                old = contents.records.get(record["row"])
+                if old is None or _rank(record) >= _rank(old):
+                    contents.records[record["row"]] = record
+        return contents
+
+
+def _parse(line: bytes) -> Record | None:
+    try:
+        if int(line[:8], 16) != google_crc32c.value(line[9:]):
+            return None
+        record = json.loads(line[9:])
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and "row" in record else None
+
+
+def _rank(record: Record) -> tuple[bool, int, float]:
+    return bool(record.get("ok")), int(record.get("attempt", 0)), float(record.get("time", 0.0))

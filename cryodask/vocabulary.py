@@ -1,0 +1,201 @@
+"""Every quantity that is ever stored, registered once: name, dimensions, type, unit and a sentence.
+
+Dimension words are the same everywhere: ``micrograph`` (one exposure: its movie and its sum), ``frame, y, x, z, axis`` (y, x),
+``patch, slot`` (a pick within its micrograph), ``particle, class, half, shell`` and so on. Arrays run ``(..., y, x)``; rows and
+columns are in the frame of MRC files (TIFF pages are flipped in y on reading, as RELION does), pixel 0 is the centre of the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+SLOTS = 4096
+"""Most picks a micrograph may have."""
+
+
+@dataclass(frozen=True)
+class Var:
+    """One variable of the vocabulary.
+
+    ``kind``: a ``column`` (at most 8 KiB an item) and a ``table`` (up to 256 KiB) ride in the commit record, ``bulk`` is a shard file.
+    ``chunk``: inner chunk of a bulk variable, 0 = the whole axis. ``dtype`` "input" = that of the first item read.
+    A column with dimension ``slot`` is ragged: it has its own length in every micrograph.
+    """
+
+    name: str
+    dims: tuple[str, ...]
+    dtype: str
+    units: str
+    doc: str
+    kind: Literal["column", "table", "bulk"] = "column"
+    chunk: tuple[int, ...] = ()
+
+    @property
+    def ragged(self) -> bool:
+        """Whether its length differs from micrograph to micrograph."""
+        return "slot" in self.dims
+
+    @property
+    def per_particle(self) -> bool:
+        """Whether it has one value a particle of a particle set."""
+        return self.dims[:1] == ("particle",)
+
+
+VARIABLES: dict[str, Var] = {}
+
+
+def register(variables: Iterable[Var]) -> None:
+    """Add variables to the vocabulary; a second definition of a name must equal the first."""
+    for var in variables:
+        if VARIABLES.setdefault(var.name, var) != var:
+            raise ValueError(f"variable {var.name!r} is already defined otherwise: {VARIABLES[var.name]}")
+
+
+def _scalars(rows: Iterable[tuple[str, str, str]], dtype: str = "f8") -> list[Var]:
+    return [Var(name, (), dtype, units, doc) for name, units, doc in rows]
+
+
+# --- the exposure and its optics: given by ingest or by an import, needed by nearly every stage
+register(
+    [
+        *_scalars(
+            [
+                ("voltage_kv", "kV", "acceleration voltage"),
+                ("spherical_aberration_mm", "mm", "spherical aberration Cs"),
+                ("amplitude_contrast", "1", "share of amplitude contrast Q"),
+                ("pixel_size_angstrom", "angstrom", "pixel size of the micrograph"),
+                ("dose_per_frame", "electron/angstrom^2", "exposure of one movie frame"),
+                ("pre_exposure", "electron/angstrom^2", "exposure before the first frame"),
+                ("mean_count", "electron/pixel", "mean count of a pixel and frame, before the gain"),
+            ]
+        ),
+        Var("movie", ("frame", "y", "x"), "input", "electron", "raw counts", "bulk", (1, 0, 0)),
+        Var("movie_path", (), "U", "", "movie file"),
+        Var("micrograph_path", (), "U", "", "motion-corrected micrograph, MRC file"),
+        Var("coordinates_path", (), "U", "", "STAR file of the micrograph's picks"),
+        Var("particles_path", (), "U", "", "STAR file of particles"),
+        Var("micrograph_name", (), "U", "", "name of the micrograph in that STAR file"),
+        Var("half_map_path", (), "U", "", "half-map, MRC file"),
+        Var("gain", ("y", "x"), "f4", "1", "gain reference: multiplies the counts"),
+    ]
+)
+
+# --- motion
+register(
+    [
+        Var("micrograph_sum", ("y", "x"), "f4", "electron", "aligned sum of all frames", "bulk", (512, 512)),
+        Var("micrograph_dw", ("y", "x"), "f4", "electron", "aligned sum, dose-weighted", "bulk", (512, 512)),
+        Var("frame_shift", ("frame", "axis"), "f4", "angstrom", "displacement of the specimen, mean over frames zero"),
+        Var("patch_position", ("patch", "axis"), "f4", "pixel", "centres of the local-motion grid, rows and columns"),
+        Var(
+            "patch_shift",
+            ("patch", "frame", "axis"),
+            "f4",
+            "angstrom",
+            "displacement of the specimen at the patches, mean zero",
+            "table",
+        ),
+        Var("motion_polynomial", ("coefficient",), "f8", "pixel", "RELION's 2 x 18 coefficients of the local motion, X first"),
+        Var("total_motion", (), "f8", "angstrom", "length of the whole-frame trajectory"),
+        Var("early_motion", (), "f8", "angstrom", "its length in the first 4 electrons per square angstrom"),
+        Var("hot_pixel_count", (), "i8", "1", "defect pixels repaired"),
+    ]
+)
+
+# --- ctf
+register(
+    [
+        *_scalars(
+            [
+                ("defocus_u_angstrom", "angstrom", "defocus along the astigmatism angle, underfocus positive"),
+                ("defocus_v_angstrom", "angstrom", "defocus across the astigmatism angle"),
+                ("defocus_angle_deg", "degree", "direction of defocus u, from +x towards +y"),
+                ("phase_shift_deg", "degree", "phase shift of a phase plate"),
+                ("ctf_resolution_angstrom", "angstrom", "resolution to which the fit agrees with the rings"),
+                ("ctf_figure_of_merit", "1", "correlation of the fitted rings with the spectrum"),
+                ("ctf_alternative_defocus_angstrom", "angstrom", "mean defocus of the best fit elsewhere"),
+                ("ctf_alternative_score", "1", "score of the alternative over that of the fit: near 1 is a warning"),
+            ]
+        ),
+        Var("spectrum_frequency", ("shell",), "f4", "1/angstrom", "frequencies of the averaged spectrum"),
+        Var("spectrum_average", ("shell",), "f4", "1", "equi-phase average of the spectrum, background removed"),
+        Var("spectrum_fit", ("shell",), "f4", "1", "fitted CTF squared at the same frequencies"),
+        Var("spectrum_image", ("ky", "kx"), "f2", "1", "power spectrum, background removed, zero frequency at n//2", "bulk"),
+    ]
+)
+
+# --- picking and extraction
+register(
+    [
+        Var("pick_y", ("slot",), "f4", "pixel", "row of the particle's centre"),
+        Var("pick_x", ("slot",), "f4", "pixel", "column of the particle's centre"),
+        Var("pick_score", ("slot",), "f4", "1", "normalised correlation with the learnt radial template"),
+        Var("pick_accepted", ("slot",), "i1", "1", "1 if the score is above the threshold"),
+        Var("pick_threshold", (), "f8", "1", "score above which peaks are taken"),
+        Var("pick_count", (), "i8", "1", "peaks taken"),
+        Var("pick_profile", ("radius",), "f4", "1", "learnt radial profile, positive = brighter than the surroundings"),
+        Var(
+            "particle_image",
+            ("slot", "y", "x"),
+            "f4",
+            "1",
+            "boxed particle, protein white, background mean 0 and sd 1",
+            "bulk",
+            (16, 0, 0),
+        ),
+        Var("particle_y", ("slot",), "f4", "pixel", "row of the particle's centre in its micrograph"),
+        Var("particle_x", ("slot",), "f4", "pixel", "column of the particle's centre in its micrograph"),
+        Var("particle_defocus_u_angstrom", ("slot",), "f4", "angstrom", "defocus u of the particle, where it has its own"),
+        Var("particle_defocus_v_angstrom", ("slot",), "f4", "angstrom", "defocus v of the particle"),
+        Var("particle_defocus_angle_deg", ("slot",), "f4", "degree", "astigmatism angle of the particle"),
+        Var("particle_phase_shift_deg", ("slot",), "f4", "degree", "phase shift of the particle"),
+        Var("particle_count", (), "i8", "1", "particles extracted"),
+        Var("particle_pixel_size_angstrom", (), "f8", "angstrom", "pixel size of the particle images"),
+    ]
+)
+
+# --- particle sets: one value a particle
+register(
+    [
+        Var("particle_row", ("particle",), "i8", "1", "row of the particle's micrograph"),
+        Var("particle_slot", ("particle",), "i8", "1", "slot of the particle within its micrograph"),
+        Var("half_set", ("particle",), "i1", "1", "half-set of the gold standard, 0 or 1, fixed for ever"),
+        Var("class_number", ("particle",), "i4", "1", "2D class, counted from 0"),
+        Var("class_probability", ("particle",), "f4", "1", "posterior probability of that class"),
+        Var("rot_deg", ("particle",), "f4", "degree", "first Euler angle (ZYZ, RELION's AngleRot)"),
+        Var("tilt_deg", ("particle",), "f4", "degree", "second Euler angle"),
+        Var("psi_deg", ("particle",), "f4", "degree", "third Euler angle, in plane"),
+        Var("origin_y_angstrom", ("particle",), "f4", "angstrom", "shift that moves the particle to the centre, along y"),
+        Var("origin_x_angstrom", ("particle",), "f4", "angstrom", "shift that moves the particle to the centre, along x"),
+        Var("log_likelihood", ("particle",), "f4", "1", "log-likelihood gain over an empty image"),
+        Var("particle_kept", ("particle",), "i1", "1", "1 if curation keeps the particle"),
+        Var("removal_reason", ("particle",), "i1", "1", "why it was removed: 0 kept, else the rule's number"),
+    ]
+)
+
+# --- averages, maps and curves
+register(
+    [
+        Var("class_average", ("class", "y", "x"), "f4", "1", "2D class averages", "bulk", (1, 0, 0)),
+        Var("class_share", ("class",), "f4", "1", "share of the particles in the class"),
+        Var("class_resolution_angstrom", ("class",), "f4", "angstrom", "resolution of the class average"),
+        Var("class_score", ("class",), "f4", "1", "quality of the class, 0 junk to 1 best"),
+        Var("map_pixel_size_angstrom", (), "f8", "angstrom", "voxel size of the maps"),
+        Var("initial_map", ("z", "y", "x"), "f4", "1", "ab initio map; its hand is unknown", "bulk"),
+        Var("chain_score", ("chain",), "f8", "1", "mean log-likelihood a particle of each restart"),
+        Var("half_map", ("half", "z", "y", "x"), "f4", "1", "unmasked, unsharpened half-maps", "bulk", (1, 0, 0, 0)),
+        Var("final_map", ("z", "y", "x"), "f4", "1", "map of all particles, unsharpened", "bulk"),
+        Var("sharpened_map", ("z", "y", "x"), "f4", "1", "sharpened and low-passed map", "bulk"),
+        Var("solvent_mask", ("z", "y", "x"), "f4", "1", "soft mask round the molecule", "bulk"),
+        Var("shell_resolution_angstrom", ("shell",), "f8", "angstrom", "resolution of each Fourier shell"),
+        Var("fsc_unmasked", ("shell",), "f8", "1", "FSC of the half-maps as they are"),
+        Var("fsc_masked", ("shell",), "f8", "1", "FSC of the masked half-maps"),
+        Var("fsc_randomised", ("shell",), "f8", "1", "FSC of the masked half-maps with random phases"),
+        Var("fsc_corrected", ("shell",), "f8", "1", "FSC corrected for the mask (Chen et al. 2013)"),
+        Var("resolution_angstrom", (), "f8", "angstrom", "first interpolated crossing of 0.143 by the corrected FSC"),
+        Var("b_factor_angstrom2", (), "f8", "angstrom^2", "B-factor applied to the map; negative sharpens"),
+        Var("iteration_resolution_angstrom", ("iteration",), "f8", "angstrom", "supported resolution after each iteration"),
+    ]
+)
