@@ -154,7 +154,7 @@ def polar_transforms(images: Tensor, grid: PolarGrid) -> Tensor:
 def polar_to_images(samples: Tensor, grid: PolarGrid) -> Tensor:
     """Images `(n, box, box)` of half-circle samples `(n, ring, half angle)`: adjoint of :func:`polar_transforms` with ring areas.
 
-    The inverse up to interpolation for functions without a mean (ring 0 is absent); for boxes up to 48 pixels.
+    The inverse up to interpolation for functions without a mean (ring 0 is absent). Meant for small boxes: the matrix is dense.
     """
     n, box = samples.shape[0], grid.box
     area = torch.arange(1, grid.rings + 1, device=samples.device).float()[:, None] * (4.0 * math.pi / grid.angle_count)

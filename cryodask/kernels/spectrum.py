@@ -91,3 +91,33 @@ def spectrum_of_amplitudes(amplitude: Tensor, step: float) -> Spectrum:
     half = n // 2
     power = torch.fft.ifftshift(amplitude).float() ** 2
     return Spectrum(power[:, : half + 1].contiguous(), step, 1)
+
+
+def log_power_image(spectrum: Spectrum, size: int, largest_k: float) -> Tensor:
+    """Full plane of the log power `(size, size)` for the eye, zero frequency at size // 2, ``largest_k`` (1/Angstrom) at the edge.
+
+    The mean over directions, smoothed over a tenth of the range, is subtracted, and what lies within 1/60 A of the centre is 0.
+    """
+    half = spectrum.power.shape[1] - 1
+    log_power = torch.log(spectrum.power.clamp(min=1e-30)).float()
+    full = torch.empty(2 * half, 2 * half, device=log_power.device)
+    full[:, half:] = torch.roll(log_power, half, 0)[:, :half]
+    # P(-k) = P(k)
+    full[:, :half] = torch.roll(torch.roll(log_power, half, 0).flip(0), 1, 0)[:, 1:].flip(1)
+    index = torch.arange(2 * half, device=full.device) - half
+    radius = torch.sqrt((index[:, None] ** 2 + index[None] ** 2).float())
+    ring = radius.round().long().clamp(max=half)
+    count = torch.bincount(ring.reshape(-1), minlength=half + 1)
+    mean = torch.bincount(ring.reshape(-1), full.reshape(-1), minlength=half + 1) / count
+    width = max(3, half // 10 * 2 + 1)
+    smooth = torch.nn.functional.avg_pool1d(mean[None, None], width, 1, width // 2, count_include_pad=False)[0, 0]
+    flat = torch.where(radius * spectrum.step < 1 / 60.0, 0.0, full - smooth[ring])
+    shrink = max(1, round(2 * half * min(1.0, largest_k / spectrum.largest_frequency) / size))
+    blur = 2 * shrink + 1
+    if blur < 2 * half:
+        flat = torch.nn.functional.avg_pool2d(flat[None, None], blur, 1, blur // 2, count_include_pad=False)[0, 0]
+    # pixel of the picture -> pixel of the plane, in the units of grid_sample with aligned corners
+    k = (torch.arange(size, device=full.device) - size // 2) / (size // 2) * largest_k / spectrum.step
+    place = (k + half) / (2 * half - 1) * 2.0 - 1.0
+    grid = torch.stack(torch.meshgrid(place, place, indexing="ij")[::-1], -1)
+    return torch.nn.functional.grid_sample(flat[None, None], grid[None], align_corners=True, padding_mode="border")[0, 0]

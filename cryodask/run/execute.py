@@ -23,18 +23,11 @@ from cryodask.run.progress import Progress
 from cryodask.run.recipe import Plan, Step, position
 from cryodask.run.whole import Stored, loaded, run_tournament, run_whole
 from cryodask.store.generation import Generation, consumed_key, disk_errors, generation_key
+from cryodask.store.particles import CTF_COLUMNS, OPTICS, align, missing_value
 from cryodask.store.project import Item, Project, _write_atomically
 from cryodask.vocabulary import VARIABLES
 
-_CTF_AND_OPTICS = (
-    "defocus_u_angstrom",
-    "defocus_v_angstrom",
-    "defocus_angle_deg",
-    "phase_shift_deg",
-    "voltage_kv",
-    "spherical_aberration_mm",
-    "amplitude_contrast",
-)
+_CTF_AND_OPTICS = (*CTF_COLUMNS, *OPTICS)
 
 
 @dataclass
@@ -278,7 +271,7 @@ class Execution:
         if kept_by is not None:
             folder = self._generation(kept_by).path
             row, slot, values = (Stored(folder, n).load() for n in ("particle_row", "particle_slot", "particle_kept"))
-            kept = found.align(row, slot, values, 0)
+            kept = align(row, slot, values, found.row, found.slot, 0)
             found = found.keep(kept > 0)
         if found.set.count == 0:
             raise InputError(
@@ -366,7 +359,7 @@ class Execution:
                 continue
             if VARIABLES[name].per_particle and particles is not None:
                 row, slot, values = (Stored(generation.path, n).load() for n in ("particle_row", "particle_slot", name))
-                inputs[name] = particles.align(row, slot, values, -1 if values.dtype.kind in "iu" else np.nan)
+                inputs[name] = align(row, slot, values, particles.row, particles.slot, missing_value(values.dtype))
             else:
                 inputs[name] = Stored(generation.path, name)
             upstream[name] = [generation.key, consumed_key(generation, [0])]

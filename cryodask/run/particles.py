@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from cryodask.stage import ParticleBlock, ParticleSet
 from cryodask.store.generation import Generation
-from cryodask.store.journal import decode_value
-
-# a particle's CTF comes from the particle where an import gave it, else from its micrograph
-_CTF_COLUMNS = ("defocus_u_angstrom", "defocus_v_angstrom", "defocus_angle_deg", "phase_shift_deg")
-_OPTICS = ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast")
+from cryodask.store.particles import ByRow, gather_columns
 
 
 @dataclass(frozen=True)
@@ -50,50 +45,11 @@ class StoredParticles:
         kept = ParticleSet(int(mask.sum()), self.set.box, self.set.pixel_size_angstrom, columns)
         return StoredParticles(kept, self.images, self.row[mask], self.slot[mask])
 
-    def with_columns(self, columns: dict[str, np.ndarray]) -> StoredParticles:
-        """The same particles with further columns."""
-        more = ParticleSet(self.set.count, self.set.box, self.set.pixel_size_angstrom, {**self.set.columns, **columns})
-        return StoredParticles(more, self.images, self.row, self.slot)
 
-    def align(self, row: np.ndarray, slot: np.ndarray, values: np.ndarray, fill: Any) -> np.ndarray:
-        """Values given for other particles (row, slot), brought into the order of this set; ``fill`` where there is none."""
-        theirs = {(int(r), int(s)): i for i, (r, s) in enumerate(zip(row, slot))}
-        place = np.array([theirs.get((int(r), int(s)), -1) for r, s in zip(self.row, self.slot)], dtype=np.int64)
-        out = np.full((self.set.count, *values.shape[1:]), fill, dtype=values.dtype)
-        out[place >= 0] = values[place[place >= 0]]
-        return out
-
-
-def collect_particles(images: Generation, rows: list[int], per_micrograph: dict[str, dict[int, float]]) -> StoredParticles:
-    """All extracted particles of some micrographs, in order of row and slot.
-
-    Parameters
-    ----------
-    images : Generation
-        Of ``extract`` or ``import_particles``.
-    rows : list of int
-        Micrographs, in order.
-    per_micrograph : dict
-        Optics and CTF by micrograph row, for what the particles do not carry themselves.
-    """
-    records = images.committed()
-    counts = [int(records[r]["columns"]["particle_count"]) for r in rows]
-    total = sum(counts)
-    row = np.repeat(np.array(rows, dtype=np.int64), counts)
-    slot = np.concatenate([np.arange(c) for c in counts] or [np.zeros(0, np.int64)]).astype(np.int64)
-    columns: dict[str, np.ndarray] = {"micrograph": row}
-    for name in (*_CTF_COLUMNS, *_OPTICS):
-        own = f"particle_{name}"
-        if records and rows and own in records[rows[0]]["columns"]:
-            columns[name] = np.concatenate([decode_value(records[r]["columns"][own]) for r in rows]).astype(np.float64)
-        elif rows and name in records[rows[0]]["columns"]:
-            columns[name] = np.repeat([float(records[r]["columns"][name]) for r in rows], counts)
-        elif name in per_micrograph:
-            columns[name] = np.repeat([float(per_micrograph[name][r]) for r in rows], counts)
-        elif name == "phase_shift_deg":
-            columns[name] = np.zeros(total)
-    for name in ("particle_y", "particle_x"):
-        columns[name] = np.concatenate([decode_value(records[r]["columns"][name]) for r in rows] or [np.zeros(0)]).astype(np.float64)
-    columns["half_set"] = (np.arange(total) % 2).astype(np.int8)
-    pixel = float(records[rows[0]]["columns"]["particle_pixel_size_angstrom"]) if rows else 0.0
-    return StoredParticles(ParticleSet(total, int(images.meta["sizes"]["x"]), pixel, columns), images, row, slot)
+def collect_particles(images: Generation, rows: list[int], per_micrograph: ByRow) -> StoredParticles:
+    """All extracted particles of some micrographs, in order of row and slot; arguments as :func:`gather_columns`."""
+    columns = gather_columns(images, rows, per_micrograph)
+    row, slot = columns.pop("particle_row"), columns.pop("particle_slot")
+    columns |= {"micrograph": row, "half_set": (np.arange(len(row)) % 2).astype(np.int8)}
+    pixel = float(images.committed()[rows[0]]["columns"]["particle_pixel_size_angstrom"]) if rows else 0.0
+    return StoredParticles(ParticleSet(len(row), int(images.meta["sizes"]["x"]), pixel, columns), images, row, slot)

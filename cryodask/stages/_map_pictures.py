@@ -76,3 +76,21 @@ def draw_views(rot_deg: np.ndarray, tilt_deg: np.ndarray) -> Picture:
     axes.set(xlabel="rot, degrees", ylabel="cos(tilt)")
     caption = "Views of the particles in bins of equal area. With a point group only its asymmetric unit is filled."
     return Picture("Orientations", caption, figure)
+
+
+def draw_classes(averages: np.ndarray, scores: np.ndarray, shares: np.ndarray, resolutions: np.ndarray) -> Picture:
+    """Montage of class averages, best score first."""
+    from matplotlib.figure import Figure
+
+    order = np.argsort(-np.asarray(scores), kind="stable")
+    across = min(10, len(order))
+    down = -(-len(order) // across)
+    figure = Figure(figsize=(1.1 * across, 1.35 * down), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(down, across, squeeze=False)).reshape(-1)
+    for panel, k in zip(panels, order):
+        panel.imshow(averages[k], cmap="gray", origin="lower")
+        panel.set_title(f"{k}: {scores[k]:.2f}\n{100 * shares[k]:.0f} %, {resolutions[k]:.0f} Å", fontsize=6)
+    for panel in panels:
+        panel.set_axis_off()
+    caption = "Class averages, best first. Above each: its number, its score (0 junk to 1), its share of the particles, its resolution."
+    return Picture("Classes", caption, figure)

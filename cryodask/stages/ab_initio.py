@@ -31,7 +31,7 @@ class AbInitioParams(Params):
         None, gt=0, description="largest shift of a particle from its pick, Angstrom; by default 0.1 of the mask's diameter"
     )
     resolution_angstrom: float = Field(28.0, gt=5, description="resolution at which the chains end, Angstrom")
-    steps: int = Field(50, ge=10, description="steps of a chain, about 90 to 150 particles each")
+    steps: int = Field(60, ge=10, description="steps of a chain, 120 to 250 particles each")
     seed: int = Field(0, description="seed of the first chain")
 
 

@@ -185,6 +185,16 @@ class Project:
             parts.append(dataset)
         return xr.merge(parts, join="inner", compat="override", combine_attrs="drop")
 
+    def particles(self, label: str | None = None) -> xr.Dataset:
+        """Every extracted particle in one Dataset with dimension ``particle``: its image (lazy), CTF, and what each stage found of it.
+
+        ``label`` names the extraction where there are several; the last one by default. NaN (or -1) stands where a stage did not see
+        the particle.
+        """
+        from cryodask.store.particles import particle_dataset
+
+        return particle_dataset(self, label)
+
     def failures(self) -> list[dict[str, Any]]:
         """Quarantined items of the current generations: stage, name, error, message."""
         out = []

@@ -1,0 +1,254 @@
+"""To and from other programs: a project as RELION 3.1 files, and a project file from a STAR file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from cryodask.errors import StarError
+from cryodask.formats import star
+from cryodask.formats.mrc import write_mrc
+from cryodask.store.generation import disk_errors
+from cryodask.store.project import Project
+
+_PARTICLE_COLUMNS = (
+    "defocus_u_angstrom",
+    "defocus_v_angstrom",
+    "defocus_angle_deg",
+    "phase_shift_deg",
+    "voltage_kv",
+    "spherical_aberration_mm",
+    "amplitude_contrast",
+    "particle_y",
+    "particle_x",
+    "rot_deg",
+    "tilt_deg",
+    "psi_deg",
+    "origin_y_angstrom",
+    "origin_x_angstrom",
+    "class_number",
+    "half_set",
+    "log_likelihood",
+)
+
+
+def export_relion(project: Project, folder: str | Path) -> list[Path]:
+    """Write what a project has as RELION 3.1 files; returns the paths written.
+
+    ``micrographs_ctf.star`` with ``micrographs/*.mrc``, ``motion/*.star``, ``coordinates/*.star``, ``particles.star`` + ``.mrcs`` (the
+    particles of the last refinement with their poses, else those of the last curation, else all), ``class_averages.mrcs`` + ``.star``,
+    ``half1.mrc, half2.mrc`` (unmasked, unsharpened), ``map.mrc`` (sharpened where post-processing ran), ``mask.mrc``,
+    ``postprocess.star``. Everything is in the row frame of MRC files.
+    """
+    out = Path(folder)
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        written = [*_micrographs(project, out), *_motion(project, out), *_coordinates(project, out)]
+        return [*written, *_particles(project, out), *_classes(project, out), *_maps(project, out)]
+
+
+def _label(project: Project, variable: str) -> str | None:
+    """The last finished stage that gives a variable."""
+    for label in reversed(project.stages):
+        generation = project.generation(label)
+        if variable in generation.meta["gives"] and generation.committed():
+            return label
+    return None
+
+
+def _optics(project: Project) -> dict[str, np.ndarray]:
+    registry = project.micrographs()
+    return {str(n): registry[n].values for n in registry.data_vars}
+
+
+def _micrographs(project: Project, out: Path) -> list[Path]:
+    image, ctf = _label(project, "micrograph_dw"), _label(project, "defocus_u_angstrom")
+    if image is None:
+        return []
+    pictures = project[image]
+    values = {n: dict(zip(project.micrographs()["micrograph"].values.tolist(), v)) for n, v in _optics(project).items()}
+    fits = project[ctf] if ctf is not None else None
+    names = [n for n in pictures["micrograph"].values if fits is None or n in set(fits["micrograph"].values)]
+    (out / "micrographs").mkdir(exist_ok=True)
+    for name in names:
+        pixel = float(values["pixel_size_angstrom"][name])
+        write_mrc(out / "micrographs" / f"{name}.mrc", pictures["micrograph_dw"].sel(micrograph=name).values, pixel)
+    columns: dict[str, Any] = {"micrograph_name": np.array([f"micrographs/{n}.mrc" for n in names], dtype=object)}
+    for name in ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast", "pixel_size_angstrom"):
+        columns[name] = np.array([float(values[name][n]) for n in names])
+    chosen = fits.sel(micrograph=names) if fits is not None else None
+    for name in ("defocus_u_angstrom", "defocus_v_angstrom", "defocus_angle_deg", "phase_shift_deg", "ctf_resolution_angstrom"):
+        if chosen is not None and name in chosen:
+            columns[name] = chosen[name].values
+        elif name in values:
+            columns[name] = np.array([float(values[name][n]) for n in names])
+    if chosen is not None and "ctf_figure_of_merit" in chosen:
+        columns["ctf_figure_of_merit"] = chosen["ctf_figure_of_merit"].values
+    if "total_motion" in pictures:
+        moved = pictures.sel(micrograph=names)
+        columns |= {"total_motion": moved["total_motion"].values, "early_motion": moved["early_motion"].values}
+    if "defocus_u_angstrom" not in columns:
+        return []
+    path = out / "micrographs_ctf.star"
+    star.write_micrographs_ctf(path, columns)
+    return [path]
+
+
+def _motion(project: Project, out: Path) -> list[Path]:
+    label = _label(project, "frame_shift")
+    if label is None:
+        return []
+    (out / "motion").mkdir(exist_ok=True)
+    motion = project[label]
+    items = {item.name: item for item in project.items()}
+    constants = project.state["constants"]
+    written = []
+    for name in motion["micrograph"].values:
+        one = motion.sel(micrograph=name)
+        path = out / "motion" / f"{name}.star"
+        star.write_motion(
+            path,
+            movie_name=str(items[name].inputs.get("movie_path", name)),
+            width=int(one.sizes["x"]),
+            height=int(one.sizes["y"]),
+            frame_shift=one["frame_shift"].values,
+            pixel_size_angstrom=constants["pixel_size_angstrom"],
+            voltage_kv=constants["voltage_kv"],
+            dose_per_frame=constants["dose_per_frame"],
+            pre_exposure=constants["pre_exposure"],
+            motion_polynomial=one["motion_polynomial"].values,
+        )
+        written.append(path)
+    return written
+
+
+def _coordinates(project: Project, out: Path) -> list[Path]:
+    label = _label(project, "pick_y")
+    if label is None:
+        return []
+    (out / "coordinates").mkdir(exist_ok=True)
+    generation = project.generation(label)
+    written = []
+    for record in generation.committed().values():
+        accepted = generation.read(record, "pick_accepted") > 0
+        path = out / "coordinates" / f"{record['name']}.star"
+        y, x, score = (generation.read(record, n)[accepted] for n in ("pick_y", "pick_x", "pick_score"))
+        star.write_coordinates(path, y, x, score)
+        written.append(path)
+    return written
+
+
+def _particles(project: Project, out: Path) -> list[Path]:
+    if _label(project, "particle_image") is None:
+        return []
+    particles = project.particles()
+    if "rot_deg" in particles:
+        keep = np.isfinite(particles["rot_deg"].values)
+    elif "particle_kept" in particles:
+        keep = particles["particle_kept"].values > 0
+    else:
+        keep = np.ones(particles.sizes["particle"], bool)
+    particles = particles.isel(particle=np.nonzero(keep)[0])
+    columns: dict[str, Any] = {n: particles[n].values for n in _PARTICLE_COLUMNS if n in particles}
+    if "class_number" in columns:
+        columns["class_number"] = np.maximum(columns["class_number"], 0)
+    if "half_set" in columns:
+        columns["half_set"] = np.maximum(columns["half_set"], 0)
+    pixel = float(particles.attrs["particle_pixel_size_angstrom"])
+    count, box = int(particles.sizes["particle"]), int(particles.sizes["x"])
+    registry = project.micrographs()
+    if "pixel_size_angstrom" in registry:
+        by_name = dict(zip(registry["micrograph"].values.tolist(), registry["pixel_size_angstrom"].values))
+        columns["pixel_size_angstrom"] = np.array([float(by_name[n]) for n in particles["micrograph"].values])
+    columns |= {
+        "micrograph_name": np.array([f"micrographs/{n}.mrc" for n in particles["micrograph"].values], dtype=object),
+        "image_index": np.arange(count),
+        "image_stack": "particles.mrcs",
+        "particle_pixel_size_angstrom": pixel,
+        "box": box,
+    }
+    write_mrc(out / "particles.mrcs", particles["particle_image"].values, pixel, stack=True)
+    star.write_particles(out / "particles.star", columns)
+    return [out / "particles.star", out / "particles.mrcs"]
+
+
+def _classes(project: Project, out: Path) -> list[Path]:
+    label = _label(project, "class_average")
+    if label is None:
+        return []
+    classes = project[label].load()
+    pixel = float(project.particles().attrs["particle_pixel_size_angstrom"])
+    write_mrc(out / "class_averages.mrcs", classes["class_average"].values, pixel, stack=True)
+    count = classes.sizes["class"]
+    table: dict[str, Any] = {"rlnReferenceImage": [f"{i + 1:06d}@class_averages.mrcs" for i in range(count)]}
+    table["rlnClassDistribution"] = classes["class_share"].values
+    if "class_resolution_angstrom" in classes:
+        table["rlnEstimatedResolution"] = classes["class_resolution_angstrom"].values
+    if "class_score" in classes:
+        table["rlnClassScore"] = classes["class_score"].values
+    import pandas as pd
+
+    star.write_tables(out / "class_averages.star", {"model_classes": pd.DataFrame(table)})
+    return [out / "class_averages.mrcs", out / "class_averages.star"]
+
+
+def _maps(project: Project, out: Path) -> list[Path]:
+    written = []
+    halves, mask, post = (_label(project, n) for n in ("half_map", "solvent_mask", "sharpened_map"))
+    pixel = 0.0
+    if halves is not None:
+        maps = project[halves].load()
+        pixel = float(maps["map_pixel_size_angstrom"])
+        for i in (0, 1):
+            write_mrc(out / f"half{i + 1}.mrc", maps["half_map"].values[i], pixel)
+            written.append(out / f"half{i + 1}.mrc")
+        whole = maps["final_map"].values if "final_map" in maps else maps["half_map"].values.mean(0)
+        name = "map.mrc" if post is None else "map_unsharpened.mrc"
+        write_mrc(out / name, whole, pixel)
+        written.append(out / name)
+    if mask is not None:
+        write_mrc(out / "mask.mrc", project[mask]["solvent_mask"].values, pixel)
+        written.append(out / "mask.mrc")
+    if post is not None:
+        curves = project[post].load()
+        write_mrc(out / "map.mrc", curves["sharpened_map"].values, pixel)
+        names = ("shell_resolution_angstrom", "fsc_unmasked", "fsc_masked", "fsc_randomised", "fsc_corrected")
+        star.write_postprocess(
+            out / "postprocess.star",
+            **{n: curves[n].values for n in names},
+            resolution_angstrom=float(curves["resolution_angstrom"]),
+            b_factor_angstrom2=float(curves["b_factor_angstrom2"]),
+        )
+        written += [out / "map.mrc", out / "postprocess.star"]
+    return written
+
+
+def project_from_star(path: str | Path, output: str | Path) -> Path:
+    """Write a short project file that starts from a RELION STAR file of micrographs or of particles."""
+    path, output = Path(path), Path(output)
+    tables = star.read_tables(path)
+    content: dict[str, Any] = {"name": path.stem, "inputs": {}}
+    relative = os.path.relpath(path.resolve(), output.resolve().parent)
+    if "particles" in tables:
+        columns = star.read_particles(path)
+        content["inputs"]["particles"] = relative
+        content["pipeline"] = [{"classify2d": {"classes": 20}}, {"curate": {"keep": "auto"}}, {"ab_initio": {"symmetry": "C1"}}]
+        content["pipeline"] += [{"refine3d": {"symmetry": "C1"}}, {"mask": {}}, {"postprocess": {}}]
+        count = f"{len(columns['image_index'])} particles"
+    elif "micrographs" in tables:
+        columns = star.read_micrographs(path)
+        content["inputs"]["micrographs"] = relative
+        first: list[dict[str, Any]] = [] if "defocus_u_angstrom" in columns else [{"ctf": {}}]
+        content["pipeline"] = [*first, {"pick": {"diameter_angstrom": 150}}, {"extract": {"box": 256, "scale_to": 64}}]
+        content["pipeline"] += [{"classify2d": {"classes": 20}}, {"curate": {"keep": "auto"}}]
+        count = f"{len(columns['micrograph_name'])} micrographs"
+    else:
+        raise StarError(f"{path} lists neither micrographs nor particles.", "it is a STAR file of another kind", "give one of these")
+    content["cluster"] = "local"
+    with disk_errors(output.parent):
+        output.write_text(f"# {count} from {path.name}\n" + yaml.safe_dump(content, sort_keys=False))
+    return output

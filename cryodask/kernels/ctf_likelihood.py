@@ -1,0 +1,125 @@
+"""Last refinement of a CTF: the likelihood of the whole spectrum under one smooth background and rings of flexible strength.
+
+Power = N(k) + S(k) sin^2(argument of the CTF), with N a cubic over the whole range and S a linear spline. The spline's knots stand
+closer than the lobes of a particle's form factor at low frequency, where rings are wide, and three rings apart further out, so that S can
+follow the particles but never the rings. Between 30 and 12 A, where identical particles have lobes much like rings, the zeros of
+the CTF then carry the measurement: there the power must come down to the background whatever the particles do. The variance of the
+power is its square (a periodogram), which makes this Whittle's likelihood to second order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cryodask.kernels.ctf_cells import Cells, Lens, sine_square
+
+_BACKGROUND_DEGREE = 3
+_LOBE = 0.007  # 1/Angstrom: half the period of the form factor of a particle of 70 Angstrom radius
+_STIFFNESS = 10.0
+_RINGS_A_KNOT = 3.0
+
+
+def refine_by_likelihood(cells: Cells, lens: Lens, start: Tensor, expected_astigmatism_angstrom: float, rounds: int = 2) -> Tensor:
+    """Maximum of the likelihood near ``start``, both as (z0, u, v) in Angstrom, float64.
+
+    Parameters
+    ----------
+    expected_astigmatism_angstrom : float
+        Standard deviation of a Gaussian prior on the astigmatism: it decides where noise hides it, and hardly counts elsewhere.
+    """
+    power = torch.exp(cells.log_power)
+    k = torch.sqrt(cells.k2)
+    place = 2.0 * (k - k.min()) / (k.max() - k.min()) - 1.0
+    background = torch.stack([place**i for i in range(_BACKGROUND_DEGREE + 1)], 1)
+    wide = _hats(k, _knots(k, lens, float(start[0]), 0.03))
+    variance = torch.ones_like(power)
+    _, strength = _solve(background, wide, _penalty(background.shape[1], wide.shape[1], 0.0), cells, power, variance, lens, start)
+    strength = strength.clamp(min=0.02 * max(float(strength.max()), 1e-6))
+    rings = _hats(k, _knots(k, lens, float(start[0]), _LOBE)) * (wide @ strength)[:, None]
+    penalty = _penalty(background.shape[1], rings.shape[1], _STIFFNESS)
+    found = start.clone()
+    for _ in range(rounds):
+        model, _ = _solve(background, rings, penalty, cells, power, variance, lens, found)
+        variance = model.clamp(min=0.2).square()
+        found = _climb(background, rings, penalty, cells, power, variance, lens, found, expected_astigmatism_angstrom)
+    return found
+
+
+def _knots(k: Tensor, lens: Lens, defocus: float, least: float) -> Tensor:
+    """Knots ``least`` apart where rings are wider than four times that, else three rings apart."""
+    low, high = float(k.min()), float(k.max())
+    knots = [low]
+    while knots[-1] < high:
+        ring = 0.5 / (lens.wavelength_angstrom * abs(defocus) * knots[-1])
+        knots.append(knots[-1] + (least if ring > 4.0 * least else max(least, _RINGS_A_KNOT * ring)))
+    knots[-1] = high * (1.0 + 1e-9)
+    return torch.tensor(knots, dtype=torch.float64)
+
+
+def _hats(k: Tensor, knots: Tensor) -> Tensor:
+    """Linear splines `(cell, knot)`, 1 at their knot and 0 at the others."""
+    left = (torch.bucketize(k, knots, right=True) - 1).clamp(0, len(knots) - 2)
+    share = ((k - knots[left]) / (knots[left + 1] - knots[left]))[:, None]
+    table = torch.zeros(len(k), len(knots), dtype=torch.float64)
+    return table.scatter(1, left[:, None], 1.0 - share).scatter(1, left[:, None] + 1, share)
+
+
+def _penalty(background: int, knots: int, stiffness: float) -> Tensor:
+    """Quadratic form on the coefficients: second differences of the strength, and a trace of ridge for empty knots."""
+    bend = torch.zeros(max(knots - 2, 0), knots, dtype=torch.float64)
+    for row in range(len(bend)):
+        bend[row, row : row + 3] = torch.tensor([1.0, -2.0, 1.0], dtype=torch.float64)
+    full = torch.zeros(background + knots, background + knots, dtype=torch.float64)
+    full[background:, background:] = stiffness * bend.T @ bend + 1e-6 * torch.eye(knots, dtype=torch.float64)
+    return full
+
+
+def _fit(
+    background: Tensor, rings: Tensor, penalty: Tensor, weight: Tensor, power: Tensor, square: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted least squares: design, coefficients, and what they explain."""
+    design = torch.cat([background, rings * square[:, None]], 1)
+    right = design.T @ (weight * power)
+    normal = design.T @ (design * weight[:, None]) + penalty
+    # a trace of the diagonal keeps it regular where the data leave a coefficient free
+    normal = normal + 1e-10 * torch.diag(normal.diagonal())
+    coefficients = torch.linalg.solve(normal, right)
+    return design, coefficients, (right * coefficients).sum()
+
+
+def _solve(
+    background: Tensor, rings: Tensor, penalty: Tensor, cells: Cells, power: Tensor, variance: Tensor, lens: Lens, parameters: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Model `(cell,)` and strengths `(knot,)` at fixed (z0, u, v)."""
+    weight = cells.weight / (cells.noise * variance)
+    design, coefficients, _ = _fit(background, rings, penalty, weight, power, sine_square(cells, lens, parameters))
+    return design @ coefficients, coefficients[background.shape[1] :]
+
+
+def _climb(
+    background: Tensor,
+    rings: Tensor,
+    penalty: Tensor,
+    cells: Cells,
+    power: Tensor,
+    variance: Tensor,
+    lens: Lens,
+    start: Tensor,
+    expected: float,
+) -> Tensor:
+    weight = cells.weight / (cells.noise * variance)
+    with torch.enable_grad():
+        x = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+        search = torch.optim.LBFGS([x], max_iter=20, max_eval=30, tolerance_change=1e-4, line_search_fn="strong_wolfe")
+
+        def loss() -> Tensor:
+            search.zero_grad()
+            at = start + 100.0 * x
+            explained = _fit(background, rings, penalty, weight, power, sine_square(cells, lens, at))[2]
+            value = -0.5 * (explained - (at[1:] ** 2).sum() / expected**2)
+            value.backward()
+            return value
+
+        search.step(loss)
+    return (start + 100.0 * x).detach()

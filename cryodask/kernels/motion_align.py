@@ -1,0 +1,231 @@
+"""How far each frame has moved: correlation to find it, then maximum likelihood to measure it.
+
+A displacement is that of the specimen, in pixels of the movie, (y, x): content that lies at p in the reference is at p + d in the
+frame; multiplying the frame's transform by exp(2 pi i f d) brings it back. Means over frames are zero.
+
+For an unknown common signal in white noise the gradient of the likelihood in a frame's shift is that of its correlation with the
+sum of all frames, weighted by W = [n r / (1 + n r)] / noise, r = signal power over noise power of one frame; its curvature gives
+the variance n / h of every shift. The frame's own share in the sum has no gradient, so nothing must be left out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cryodask.kernels.fourier import real_ifft2
+from cryodask.kernels.motion_frames import MovieTransform, crop_transform
+from cryodask.kernels.motion_model import drift_priors, fit_field
+
+_LOWEST_ANGSTROM = 400.0
+"""Coarser than this there is illumination, not specimen."""
+_SIGNIFICANT_PEAK = 6.0
+
+
+def ramps(shift: Tensor, transform: MovieTransform) -> tuple[Tensor, Tensor]:
+    """Phase factors `(frame, row, 1)` and `(frame, 1, column)` that undo ``shift`` `(frame, 2)`."""
+    one = torch.ones((), device=shift.device)
+    along_y = torch.polar(one, 2.0 * math.pi * shift[:, :1] * transform.fy[:, 0][None])
+    along_x = torch.polar(one, 2.0 * math.pi * shift[:, 1:] * transform.fx[0][None])
+    return along_y[:, :, None], along_x[:, None, :]
+
+
+def aligned_sum(transform: MovieTransform, shift: Tensor) -> Tensor:
+    """Sum of the aligned frames' transforms, `(row, column)`; frame by frame, as all at once would double the memory."""
+    along_y, along_x = ramps(shift, transform)
+    total = torch.zeros_like(transform.values[0])
+    for f in range(len(shift)):
+        total += transform.values[f] * along_y[f] * along_x[f]
+    return total
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Signal and noise of one frame by ring: ``ratio`` r = signal / noise power, ``noise`` power, ring width 1/Angstrom."""
+
+    ratio: Tensor
+    noise: Tensor
+    width: float
+
+    def on(self, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Ratio and noise at frequencies ``k`` (1/Angstrom)."""
+        index = (k / self.width).long().clamp(max=len(self.ratio) - 1)
+        return self.ratio[index], self.noise[index]
+
+
+def measure_spectrum(transform: MovieTransform, total: Tensor, power: Tensor) -> Spectrum:
+    """Signal and noise from the sum of aligned frames and the sum of their powers, both `(row, column)`.
+
+    The ratio is zero below three standard deviations and beyond the first gap.
+    """
+    frames = transform.values.shape[0]
+    limit = float(transform.k[:, 0].max())
+    rings = max(8, min(200, transform.size[0] // 2))
+    width = limit / rings * (1.0 + 1e-6)
+    index = (transform.k / width).long().clamp(max=rings).flatten()
+    count = torch.bincount(index, minlength=rings + 1)[:rings].clamp(min=1)
+
+    def ring_mean(values: Tensor) -> Tensor:
+        return torch.bincount(index, values.flatten().double(), rings + 1)[:rings] / count
+
+    single = ring_mean(power) / frames
+    signal = (ring_mean(total.abs() ** 2) - frames * single) / (frames * (frames - 1))
+    noise = (single - signal).clamp(min=1e-3 * float(single.max()) + 1e-30)
+    ratio = _smooth(signal / noise, 5)
+    ratio = torch.where(ratio > 3.0 / (frames * torch.sqrt(5.0 * count)), ratio, torch.zeros((), dtype=ratio.dtype, device=ratio.device))
+    gap = (_smooth((ratio > 0).double(), 15) < 0.4).nonzero()
+    if len(gap):
+        ratio[int(gap[0]) :] = 0.0
+    return Spectrum(ratio.float(), noise.float(), width)
+
+
+def _smooth(values: Tensor, length: int) -> Tensor:
+    padded = torch.nn.functional.pad(values[None, None], (length // 2, length // 2), mode="replicate")
+    return torch.nn.functional.avg_pool1d(padded, length, 1)[0, 0]
+
+
+@dataclass(frozen=True)
+class GlobalMotion:
+    """Motion of the whole frame: ``shift`` `(frame, 2)` pixels; ``spectrum`` None where there is no signal to align."""
+
+    shift: np.ndarray
+    spectrum: Spectrum | None
+    deviation: tuple[float, float]
+
+
+def align_frames(
+    transform: MovieTransform, mean_count: np.ndarray, exposure: np.ndarray, pixel_size_angstrom: float, rounds: int = 4
+) -> GlobalMotion:
+    """Drift of the whole frame.
+
+    Parameters
+    ----------
+    transform : MovieTransform
+    mean_count : `(frame,)`
+        Of each frame: empty ones must not count as "did not move".
+    exposure : `(frame,)`
+        At mid-frame, e/A^2.
+    """
+    frames = len(mean_count)
+    share = np.clip(mean_count / max(float(np.median(mean_count)), 1e-12), 1e-3, None)
+    device = transform.values.device
+    shift = _coarse(transform, pixel_size_angstrom)
+    power = torch.zeros_like(transform.k)
+    for f in range(frames):
+        power += transform.values[f].abs() ** 2
+    spectrum, deviation = None, (math.inf, math.inf)
+    priors = drift_priors(exposure)
+    for _ in range(rounds):
+        total = aligned_sum(transform, shift)
+        spectrum = measure_spectrum(transform, total, power)
+        gradient, curvature = _likelihood(transform, shift, total, spectrum)
+        if min(curvature) <= 0.0:
+            spectrum = None
+            break
+        deviation = (math.sqrt(frames / curvature[0]), math.sqrt(frames / curvature[1]))
+        step = gradient / np.array(curvature) / np.maximum(share, 0.05)[:, None]
+        measured = (shift.cpu().numpy() + step) * pixel_size_angstrom
+        variance = tuple((d * pixel_size_angstrom) ** 2 for d in deviation)
+        here = np.zeros((1, 2))
+        field = fit_field(measured[None], (variance[0], variance[1]), np.ones(1), 1.0 / share, here, [1.0], priors)
+        smooth = field.at(here)[0] / pixel_size_angstrom
+        moved = float(np.abs(smooth - shift.cpu().numpy()).max())
+        shift = torch.from_numpy(smooth).float().to(device)
+        if moved < 0.02:
+            break
+    return GlobalMotion(shift.double().cpu().numpy(), spectrum, deviation)
+
+
+def _likelihood(transform: MovieTransform, shift: Tensor, total: Tensor, spectrum: Spectrum) -> tuple[np.ndarray, tuple[float, float]]:
+    """Gradient `(frame, 2)` of the log-likelihood in the shifts (1/pixel), and its mean curvature (y, x)."""
+    frames = len(shift)
+    ratio, noise = spectrum.on(transform.k)
+    twice = torch.full_like(transform.k, 2.0)
+    twice[:, 0] = 1.0
+    weight = frames * ratio / (1.0 + frames * ratio) / noise * twice * (transform.k > 1.0 / _LOWEST_ANGSTROM)
+    wy, wx = 2.0 * math.pi * transform.fy, 2.0 * math.pi * transform.fx
+    information = weight * (frames * ratio * noise)
+    curvature = (float((information * wy**2).sum(dtype=torch.float64)), float((information * wx**2).sum(dtype=torch.float64)))
+    reference = torch.conj(total) * weight
+    along_y, along_x = ramps(shift, transform)
+    gradient = np.zeros((frames, 2))
+    for f in range(frames):
+        columns = torch.stack([along_x[f, 0], along_x[f, 0] * wx[0]], 1)
+        rows = (reference * transform.values[f]) @ columns  # (row, 2)
+        rows = rows * along_y[f]
+        gradient[f, 0] = -float((rows[:, 0].imag * wy[:, 0]).sum())
+        gradient[f, 1] = -float(rows[:, 1].imag.sum())
+    return gradient, curvature
+
+
+def _coarse(transform: MovieTransform, pixel_size_angstrom: float) -> Tensor:
+    """Shifts `(frame, 2)` to a pixel or so, by peaks of the correlation of each frame with the sum of the others.
+
+    Where peaks do not stand out from the noise, neighbouring frames are added up first; what is never found is interpolated.
+    """
+    frames = transform.values.shape[0]
+    shift = torch.zeros(frames, 2, device=transform.values.device)
+    for resolution in (25.0, 12.0):
+        small = crop_transform(transform, resolution, pixel_size_angstrom)
+        weight = torch.exp(-2.0 * (0.6 * resolution * small.k) ** 2) * (small.k > 1.0 / _LOWEST_ANGSTROM)
+        group = 1
+        while True:
+            found, sure = _peak_rounds(small, weight, shift, group)
+            if sure.mean() >= 0.7 or frames // (2 * group) < 4:
+                break
+            group *= 2
+        if not sure.any():
+            continue
+        centres = np.minimum(np.arange(len(sure)) * group + 0.5 * (group - 1), frames - 1.0)
+        update = np.stack([np.interp(np.arange(frames), centres[sure], found[sure, a]) for a in (0, 1)], 1)
+        shift = shift + torch.from_numpy(update).float().to(shift.device)
+        shift -= shift.mean(0)
+    return shift
+
+
+def _peak_rounds(transform: MovieTransform, weight: Tensor, shift: Tensor, group: int) -> tuple[np.ndarray, np.ndarray]:
+    """Shifts of groups of frames on top of ``shift``, `(group, 2)` pixels, and whether their peaks are significant."""
+    along_y, along_x = ramps(shift, transform)
+    aligned = transform.values * along_y * along_x
+    if group > 1:
+        count = aligned.shape[0] // group
+        parts = [aligned[g * group : (g + 1) * group if g < count - 1 else None].sum(0) for g in range(count)]
+        aligned = torch.stack(parts)
+    grouped = MovieTransform(aligned, transform.fy, transform.fx, transform.k, transform.extent, transform.size)
+    found = torch.zeros(len(aligned), 2, device=shift.device)
+    sure = np.zeros(len(aligned), bool)
+    for _ in range(6):
+        along_y, along_x = ramps(found, grouped)
+        moved = aligned * along_y * along_x
+        correlation = real_ifft2(torch.conj(moved.sum(0) - moved) * moved * weight, transform.size)
+        update, sure = _peaks(correlation, transform)
+        update[~torch.from_numpy(sure)] = 0.0
+        found = found + update.to(found.device)
+        found -= found.mean(0)
+        if float(update.abs().max()) < 0.25 * transform.extent[0] / transform.size[0]:
+            break
+    return found.double().cpu().numpy(), sure
+
+
+def _peaks(correlation: Tensor, transform: MovieTransform) -> tuple[Tensor, np.ndarray]:
+    """Displacement at the maximum of each correlation `(frame, y, x)` by parabolas, pixels of the movie, and its significance."""
+    count, rows, columns = correlation.shape
+    flat = correlation.reshape(count, -1)
+    height, index = flat.max(1)
+    sure = (height > _SIGNIFICANT_PEAK * flat.std(1)).cpu().numpy()
+    y, x = index // columns, index % columns
+    each = torch.arange(count, device=correlation.device)
+
+    def vertex(before: Tensor, after: Tensor) -> Tensor:
+        return ((after - before) / (2.0 * (2.0 * height - before - after).clamp(min=1e-30))).clamp(-0.5, 0.5)
+
+    py = y + vertex(correlation[each, (y - 1) % rows, x], correlation[each, (y + 1) % rows, x])
+    px = x + vertex(correlation[each, y, (x - 1) % columns], correlation[each, y, (x + 1) % columns])
+    py = (py + rows / 2) % rows - rows / 2
+    px = (px + columns / 2) % columns - columns / 2
+    scale = torch.tensor([transform.extent[0] / rows, transform.extent[1] / columns])
+    return torch.stack([py, px], 1).cpu() * scale, sure

@@ -1,0 +1,175 @@
+"""Local motion: the likelihood of `motion_align` in overlapping patches, and a Gaussian process through all of them.
+
+No peak is picked in a patch: each gives a Newton step of known variance about the present model, and a patch without particles is
+only a noisy one. So there are no outliers to reject, and weak patches cost nothing but their noise.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cryodask.kernels.fourier import real_fft2, real_ifft2, smooth_size
+from cryodask.kernels.motion_align import GlobalMotion, Spectrum, ramps
+from cryodask.kernels.motion_frames import MovieTransform, crop_transform
+from cryodask.kernels.motion_model import FittedField, fit_field, local_priors
+
+OVERLAP_VARIANCE = 2.25
+"""Patches at half their size share noise: treated as independent, their variance must be this much larger."""
+LENGTHS_ANGSTROM = (1500.0, 4000.0, 12000.0)
+_COARSE_ANGSTROM = 12.0
+_LOWEST_ANGSTROM = 300.0
+_INFORMATION_KEPT = 0.98
+_USEFUL_DEVIATION_ANGSTROM = 4.0
+_LEAST_PATCH_ANGSTROM = 250.0
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Transforms `(patch, frame, row, column)` of windowed patches of the globally aligned frames; ``centre`` `(patch, 2)` pixels."""
+
+    values: Tensor
+    fy: Tensor
+    fx: Tensor
+    k: Tensor
+    centre: np.ndarray
+    power_scale: float
+
+
+def choose_patches(
+    most: tuple[int, int], shape: tuple[int, int], motion: GlobalMotion, frames: int, pixel_size_angstrom: float
+) -> tuple[int, int] | None:
+    """How many patches (down, across) the movie carries, at most ``most``; None where local motion cannot be measured.
+
+    Patches shrink until a shift in one frame would have a deviation of 4 Angstrom: beyond that a step of the likelihood is no
+    longer a small one.
+    """
+    if motion.spectrum is None or frames < 3:
+        return None
+    whole = max(motion.deviation) * pixel_size_angstrom
+    side = [int(n * pixel_size_angstrom / _LEAST_PATCH_ANGSTROM) for n in shape]
+    by_noise = int(_USEFUL_DEVIATION_ANGSTROM / max(whole, 1e-9))
+    chosen = min(most[0], by_noise, side[0]), min(most[1], by_noise, side[1])
+    return chosen if min(chosen) >= 2 else None
+
+
+def informative_resolution(spectrum: Spectrum, frames: int) -> float:
+    """Resolution, Angstrom, below which 98 % of the information on shifts lies."""
+    ring = torch.arange(len(spectrum.ratio)) + 0.5
+    strength = frames * spectrum.ratio.cpu()
+    information = torch.cumsum(ring**3 * strength**2 / (1.0 + strength), 0)
+    last = int((information < _INFORMATION_KEPT * information[-1]).sum()) + 1
+    return 0.95 / (last * spectrum.width)
+
+
+def cut_patches(
+    transform: MovieTransform, motion: GlobalMotion, count: tuple[int, int], shape: tuple[int, int], pixel_size_angstrom: float
+) -> Patches:
+    """Cut the globally aligned frames into patches that overlap by half, as many as fit ``count`` side by side.
+
+    The window is a sine, whose squares add up to 1 where patches overlap.
+    """
+    assert motion.spectrum is not None
+    frames = transform.values.shape[0]
+    device = transform.values.device
+    small = crop_transform(transform, informative_resolution(motion.spectrum, frames), pixel_size_angstrom)
+    rows, columns = small.size
+    pixel = small.extent[0] / rows, small.extent[1] / columns  # pixels of the movie a pixel of the small image
+    used = min(rows, math.floor(shape[0] / pixel[0])), min(columns, math.floor(shape[1] / pixel[1]))
+    places = 2 * count[0] - 1, 2 * count[1] - 1
+    size = tuple(min(smooth_size(math.ceil(u / c)), u - u % 2) for u, c in zip(used, count))
+    starts = [np.round(np.linspace(0, u - s, p)).astype(int) for u, s, p in zip(used, size, places)]
+    window = torch.sin(math.pi * (torch.arange(size[0], device=device) + 0.5) / size[0])[:, None] * torch.sin(
+        math.pi * (torch.arange(size[1], device=device) + 0.5) / size[1]
+    )
+    along_y, along_x = ramps(torch.from_numpy(motion.shift).float().to(device), small)
+    values = torch.empty(places[0] * places[1], frames, size[0], size[1] // 2 + 1, dtype=torch.complex64, device=device)
+    for f in range(frames):
+        image = real_ifft2(small.values[f] * along_y[f] * along_x[f], small.size)
+        cut = torch.stack([image[y : y + size[0], x : x + size[1]] for y in starts[0] for x in starts[1]])
+        values[:, f] = real_fft2((cut - cut.mean((1, 2), keepdim=True)) * window)
+    fy = torch.fft.fftfreq(size[0], pixel[0], device=device)[:, None]
+    fx = torch.fft.rfftfreq(size[1], pixel[1], device=device)[None]
+    centre = np.array([(y + 0.5 * size[0], x + 0.5 * size[1]) for y in starts[0] for x in starts[1]])
+    # white noise of power p a coefficient of the whole transform leaves irfft2 with variance p / (rows columns)
+    scale = float((window**2).sum()) / (rows * columns)
+    k = torch.sqrt(fy * fy + fx * fx) / pixel_size_angstrom
+    return Patches(values, fy, fx, k, centre * np.array(pixel) - 0.5, scale)
+
+
+def fit_local_motion(
+    patches: Patches, motion: GlobalMotion, mean_count: np.ndarray, exposure: np.ndarray, pixel_size_angstrom: float, rounds: int = 3
+) -> FittedField:
+    """Local motion relative to the global one, Angstrom, as a field over positions in Angstrom.
+
+    The first round uses frequencies below 1/12 A only, for its range of capture.
+    """
+    assert motion.spectrum is not None
+    count, frames = patches.values.shape[:2]
+    share = np.clip(mean_count / max(float(np.median(mean_count)), 1e-12), 1e-3, None)
+    ratio, noise = motion.spectrum.on(patches.k)
+    noise = noise * patches.power_scale
+    twice = torch.full_like(patches.k, 2.0)
+    twice[:, 0] = 1.0
+    twice[:, -1] = 0.0
+    twice[patches.k.shape[0] // 2] = 0.0
+    strength = frames * ratio
+    weight = strength / (1.0 + strength) / noise * twice * (patches.k > 1.0 / _LOWEST_ANGSTROM)
+    wy, wx = 2.0 * math.pi * patches.fy, 2.0 * math.pi * patches.fx
+    priors = local_priors(exposure)
+    positions = patches.centre * pixel_size_angstrom
+    local = np.zeros((count, frames, 2))
+    field: FittedField | None = None
+    for turn in range(rounds):
+        used = weight * (patches.k < 1.0 / _COARSE_ANGSTROM) if turn == 0 else weight
+        information = used * strength * noise
+        curvature = np.array([float((information * w**2).sum(dtype=torch.float64)) for w in (wy, wx)])
+        if curvature.min() <= 0.0:
+            used, curvature = weight, np.array([float((weight * strength * noise * w**2).sum()) for w in (wy, wx)])
+        gradient, amount = _patch_gradients(patches, local, used, ratio, noise, wy, wx)
+        # a patch with less signal than the average says less; one with none must not say "here nothing moves"
+        steady = np.maximum(amount, 0.1)
+        place_factor = steady / np.maximum(amount, 0.01) ** 2
+        step = gradient / curvature / steady[:, None, None] / np.maximum(share, 0.05)[:, None]
+        variance = OVERLAP_VARIANCE * frames / curvature * pixel_size_angstrom**2
+        measured = (local + step) * pixel_size_angstrom
+        field = fit_field(
+            measured, (float(variance[0]), float(variance[1])), place_factor, 1.0 / share, positions, LENGTHS_ANGSTROM, priors
+        )
+        local = field.at(positions) / pixel_size_angstrom
+    assert field is not None
+    return field
+
+
+def _patch_gradients(
+    patches: Patches, local: np.ndarray, weight: Tensor, ratio: Tensor, noise: Tensor, wy: Tensor, wx: Tensor
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gradients `(patch, frame, 2)` about the displacements ``local``, and each patch's signal power relative to the movie's."""
+    count, frames = patches.values.shape[:2]
+    device = patches.values.device
+    one = torch.ones((), device=device)
+    shift = torch.from_numpy(local).float().to(device)
+    expected = weight * ratio
+    expected_total = float((expected * frames * (frames - 1) * ratio * noise).sum(dtype=torch.float64))
+    gradient = np.empty((count, frames, 2))
+    amount = np.empty(count)
+    columns_x = torch.stack([torch.ones_like(wx[0]), wx[0]], 1)
+    for p in range(count):
+        along_y = torch.polar(one, shift[p, :, :1] * wy[:, 0])
+        along_x = torch.polar(one, shift[p, :, 1:] * wx[0])
+        moved = patches.values[p] * along_y[:, :, None] * along_x[:, None, :]
+        total = moved.sum(0)
+        product = (torch.conj(total) * weight) * moved
+        rows = product.imag @ columns_x  # (frame, row, 2)
+        gradient[p, :, 0] = -(rows[:, :, 0] @ wy[:, 0]).double().cpu().numpy()
+        gradient[p, :, 1] = -rows[:, :, 1].sum(1).double().cpu().numpy()
+        power = torch.view_as_real(moved).square_().sum((0, 3))
+        amount[p] = float((expected * (total.abs() ** 2 - power)).sum(dtype=torch.float64)) / max(expected_total, 1e-30)
+    # the amounts are measured with an error of their own: what a movie of weak patches shows is mostly that
+    spread = float((expected**2 * 2.0 * frames * (frames - 1) * (noise * (1.0 + ratio)) ** 2).sum(dtype=torch.float64))
+    error = math.sqrt(spread) / max(expected_total, 1e-30)
+    return gradient, np.clip(1.0 + (amount - 1.0) / (1.0 + (error / 0.5) ** 2), 0.01, 4.0)

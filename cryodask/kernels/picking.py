@@ -1,0 +1,231 @@
+"""Particle picking without templates: a radial profile is learnt from each micrograph, starting from the diameter alone.
+
+A disk and a ring of the given diameter, bright and dark, are correlated with the band-passed, locally normalised image; the mean of the
+best patches, averaged over directions, is the next template. Of the four families the one with the most positive skew of its score map
+is kept: particles make a heavy positive tail, the gaps between them a negative one, so that the sign of the contrast is found too.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DIAMETER_PX = 16.0
+"""Diameter of a particle in the reduced image in which everything happens."""
+SUPPORT = 0.9
+"""Radius of the template, diameters."""
+SPACING = 0.75
+"""Least distance of two picks, diameters."""
+MARGIN = 0.4
+"""Picks nearer to the border, diameters, are dropped."""
+
+
+class Picks(NamedTuple):
+    """Peaks in falling order of score: places `(peak,)` in pixels of the image given, scores, and what they were found with.
+
+    ``profile`` `(radius,)` runs from 0 to SUPPORT diameters, positive = brighter than the surroundings; ``threshold`` is the automatic
+    one; ``skew`` is the third moment of the score map, ``null_skew`` that of an image of noise with the same power spectrum.
+    """
+
+    y: Tensor
+    x: Tensor
+    score: Tensor
+    threshold: float
+    profile: Tensor
+    skew: float
+    null_skew: float
+
+
+class _Field(NamedTuple):
+    """Reduced, normalised image and what is needed to correlate with it; lengths in its pixels."""
+
+    image: Tensor
+    transform: Tensor
+    diameter: float
+    radius: Tensor
+    support: Tensor
+
+
+def pick_particles(image: Tensor, diameter_px: float, *, rounds: int = 3, profile_points: int = 32, seed: int = 0) -> Picks:
+    """All peaks of the learnt template in a micrograph, with scores, and a threshold for them.
+
+    Parameters
+    ----------
+    image : Tensor, `(y, x)`, float32
+        Either contrast.
+    diameter_px : float
+        Of the particle, pixels; right to about 20 %.
+    rounds : int
+        How often the profile is learnt anew.
+    seed : int
+        For the phases of the noise image that sets the level of chance.
+
+    Returns
+    -------
+    Picks
+        Scores are in standard deviations of the score map. The threshold is Otsu's between the scores of peaks, but not below nine
+        tenths of the peaks that the same procedure finds in noise of the same power spectrum; where the score map is no more
+        skewed than that of the noise, it lies above all of them.
+    """
+    field = _field(image, diameter_px)
+    factor = min(image.shape) / min(field.image.shape)
+    skew, template, scores = max((_learn(field, start, rounds) for start in _starts(field)), key=lambda r: r[0])
+    y, x, score = _peaks(field, scores)
+    noise = _random_phases(field, seed)
+    null_skew, _, null_scores = max((_learn(noise, start, rounds) for start in _starts(noise)), key=lambda r: r[0])
+    null = _peaks(noise, null_scores)[2]
+    threshold = chance = float(torch.quantile(null, 0.9)) if len(null) else 0.0
+    if len(score) >= 8:
+        threshold = max(chance, _otsu(score))
+    if len(null) and skew < null_skew + 0.1:
+        threshold = max(threshold, float(null.max()))
+    places = torch.linspace(0.0, SUPPORT * field.diameter, profile_points)
+    return Picks(y * factor, x * factor, score, threshold, _interpolate(template, places), skew, null_skew)
+
+
+def _field(image: Tensor, diameter_px: float) -> _Field:
+    """Reduce by cropping the transform, band-pass (0.05 to 1 diameter), divide by the local standard deviation."""
+    middle = image.median()
+    spread = 1.4826 * (image - middle).abs().median().clamp(min=1e-12)
+    image = (image - middle).clamp(-8.0 * spread, 8.0 * spread)
+    shrink = min(1.0, DIAMETER_PX / diameter_px)
+    height, width = (max(8, round(n * shrink / 2) * 2) if shrink < 1.0 else n for n in image.shape)
+    reduced = _crop(torch.fft.rfft2(image), height, width)
+    diameter = diameter_px * min(height, width) / min(image.shape)
+    band = _blur(reduced, 0.05 * diameter) - _blur(reduced, diameter)
+    normal = band / torch.sqrt(_blur(band * band, 1.5 * diameter).clamp(min=1e-12 * float(band.var()) + 1e-30))
+    return _with_geometry(normal, diameter)
+
+
+def _with_geometry(normal: Tensor, diameter: float) -> _Field:
+    y, x = (torch.minimum(i, n - i).float() for n in normal.shape for i in [torch.arange(n, device=normal.device)])
+    radius = torch.sqrt(y[:, None] ** 2 + x[None] ** 2)
+    return _Field(normal, torch.fft.rfft2(normal), diameter, radius, (radius <= SUPPORT * diameter).float())
+
+
+def _crop(transform: Tensor, height: int, width: int) -> Tensor:
+    """Image `(height, width)` from the low frequencies of a real FFT."""
+    if transform.shape[0] == height:
+        return torch.fft.irfft2(transform[:, : width // 2 + 1], s=(height, width))
+    half = height // 2
+    low = torch.cat([transform[:half], transform[-half:]])[:, : width // 2 + 1]
+    return torch.fft.irfft2(low, s=(height, width))
+
+
+def _blur(image: Tensor, sigma: float) -> Tensor:
+    ky = torch.fft.fftfreq(image.shape[0], device=image.device)[:, None]
+    kx = torch.fft.rfftfreq(image.shape[1], device=image.device)[None]
+    return torch.fft.irfft2(
+        torch.fft.rfft2(image) * torch.exp(-2.0 * (math.pi * sigma) ** 2 * (ky * ky + kx * kx)), s=image.shape
+    )
+
+
+def _random_phases(field: _Field, seed: int) -> _Field:
+    """Gaussian noise with the power spectrum of the image."""
+    noise = torch.randn(field.image.shape, generator=torch.Generator().manual_seed(seed)).to(field.image.device)
+    phase = torch.fft.rfft2(noise)
+    image = torch.fft.irfft2(field.transform.abs() * phase / phase.abs().clamp(min=1e-12), s=field.image.shape)
+    return _with_geometry(image, field.diameter)
+
+
+# --- learning
+
+
+def _starts(field: _Field) -> list[Tensor]:
+    """Profiles, one value a pixel of radius, of a disk and a ring, bright and dark."""
+    r = torch.arange(math.ceil(SUPPORT * field.diameter) + 3, device=field.image.device).float()
+
+    def inside(radius: float) -> Tensor:
+        return torch.sigmoid((radius - r) / (0.04 * field.diameter))
+
+    disk = inside(0.5 * field.diameter)
+    ring = disk - inside(0.32 * field.diameter)
+    return [disk, -disk, ring, -ring]
+
+
+def _learn(field: _Field, profile: Tensor, rounds: int) -> tuple[float, Tensor, Tensor]:
+    """Skew of the score map, profile and score map after ``rounds`` of picking and averaging."""
+    for _ in range(rounds):
+        y, x, _ = _peaks(field, _scores(field, profile))
+        reach = math.ceil(SUPPORT * field.diameter) + 1
+        height, width = field.image.shape
+        best = max(10, int(0.15 * height * width / field.diameter**2))
+        rows, columns = y[:best].round().long(), x[:best].round().long()
+        whole = (rows >= reach) & (rows < height - reach) & (columns >= reach) & (columns < width - reach)
+        if not whole.any():
+            break
+        profile = _mean_profile(field, rows[whole], columns[whole], len(profile))
+    scores = _scores(field, profile)
+    return float((scores**3).mean()), profile, scores
+
+
+def _mean_profile(field: _Field, rows: Tensor, columns: Tensor, length: int) -> Tensor:
+    reach = math.ceil(SUPPORT * field.diameter) + 1
+    offset = torch.arange(-reach, reach + 1, device=field.image.device)
+    mean = field.image[(rows[:, None] + offset)[:, :, None], (columns[:, None] + offset)[:, None, :]].mean(0)
+    ring = torch.sqrt((offset[:, None] ** 2 + offset[None] ** 2).float()).round().long().clamp(max=length - 1).reshape(-1)
+    return torch.bincount(ring, mean.reshape(-1), minlength=length) / torch.bincount(ring, minlength=length).clamp(min=1)
+
+
+def _scores(field: _Field, profile: Tensor) -> Tensor:
+    """Correlation of every place with the template, in standard deviations of the map."""
+    template = _interpolate(profile, field.radius)
+    template = (template - (template * field.support).sum() / field.support.sum()) * field.support
+    scores = torch.fft.irfft2(field.transform * torch.fft.rfft2(template).conj(), s=field.image.shape)
+    return scores / scores.std().clamp(min=1e-30)
+
+
+def _interpolate(profile: Tensor, radius: Tensor) -> Tensor:
+    r = radius.clamp(max=len(profile) - 1.001)
+    low = r.floor().long()
+    share = r - low
+    return profile[low] * (1.0 - share) + profile[low + 1] * share
+
+
+# --- peaks
+
+
+def _peaks(field: _Field, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, columns (to a fraction of a pixel) and heights of the positive peaks, highest first, no two nearer than SPACING."""
+    reach = max(1, int(0.5 * SPACING * field.diameter))
+    highest = torch.nn.functional.max_pool2d(scores[None, None], 2 * reach + 1, 1, reach)[0, 0]
+    edge = max(1, math.floor(MARGIN * field.diameter))
+    inside = torch.zeros_like(scores, dtype=torch.bool)
+    inside[edge : scores.shape[0] - edge, edge : scores.shape[1] - edge] = True
+    rows, columns = torch.nonzero((scores == highest) & inside & (scores > 0)).unbind(1)
+    height = scores[rows, columns]
+    order = torch.argsort(height, descending=True, stable=True)
+    rows, columns, height = rows[order], columns[order], height[order]
+    y = rows + _vertex(scores[rows - 1, columns], height, scores[rows + 1, columns])
+    x = columns + _vertex(scores[rows, columns - 1], height, scores[rows, columns + 1])
+    keep = _apart(y, x, SPACING * field.diameter)
+    return y[keep], x[keep], height[keep]
+
+
+def _vertex(before: Tensor, middle: Tensor, after: Tensor) -> Tensor:
+    """Place of the top of a parabola through three samples, -0.5 to 0.5."""
+    bend = (before - 2.0 * middle + after).clamp(max=-1e-12)
+    return (0.5 * (before - after) / bend).clamp(-0.5, 0.5)
+
+
+def _apart(y: Tensor, x: Tensor, distance: float) -> Tensor:
+    """Indices that remain when each point, best first, removes what is nearer than ``distance``."""
+    near = (y[:, None] - y[None]) ** 2 + (x[:, None] - x[None]) ** 2 < distance**2
+    alive = torch.ones(len(y), dtype=torch.bool, device=y.device)
+    for i in range(len(y)):
+        if alive[i]:
+            alive[i + 1 :] &= ~near[i, i + 1 :]
+    return torch.nonzero(alive)[:, 0]
+
+
+def _otsu(score: Tensor) -> float:
+    """Score that parts the peaks into two groups of least variance, at least three in each; ``score`` falls."""
+    count = torch.arange(1, len(score) + 1, device=score.device, dtype=torch.float64)
+    total = torch.cumsum(score.double(), 0)
+    rest = len(score) - count
+    between = count * rest * (total / count - (total[-1] - total) / rest.clamp(min=1)) ** 2
+    best = int(between[2:-3].argmax()) + 2
+    return float(0.5 * (score[best] + score[best + 1]))

@@ -1,0 +1,154 @@
+"""Collects what the page shows: figures of the stages, sentences on the resolution, failures and timings."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cryodask.stage import STAGES, Picture, Stage, load_stages
+from cryodask.store.generation import Generation, disk_errors
+from cryodask.store.project import Project
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A figure as the page holds it."""
+
+    title: str
+    caption: str
+    png: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A stage on the page."""
+
+    label: str
+    stage: str
+    sentence: str
+    params: dict[str, Any]
+    done: str
+    seconds: float
+    pictures: list[Shown]
+
+
+def write_report(project: Project, output: str | Path | None = None) -> Path:
+    """Write the page; ``report.html`` in the project's folder by default. Returns its path."""
+    import jinja2
+
+    load_stages()
+    path = Path(output) if output else project.path / "report.html"
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("cryodask.report", "."), autoescape=True, trim_blocks=True)
+    page = environment.get_template("page.html").render(
+        project=project,
+        when=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        version=version("cryodask"),
+        facts=facts(project),
+        resolution=resolution_sentences(project),
+        sections=[_section(project, label) for label in project.stages],
+        failures=project.failures(),
+    )
+    with disk_errors(path):
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        part.write_text(page)
+        os.replace(part, path)
+    return path.resolve()
+
+
+def facts(project: Project) -> list[tuple[str, str]]:
+    """The few numbers at the head of the page."""
+    out = [("micrographs", str(len(project.items()))), ("quarantined", str(len(project.failures())))]
+    found = _latest(project, "pick_count")
+    if found is not None:
+        out.append(("picks", str(int(found["pick_count"].sum()))))
+    found = _latest(project, "particle_kept")
+    if found is not None:
+        out.append(("particles kept", f"{int((found['particle_kept'].values > 0).sum())} of {found.sizes['particle']}"))
+    found = _latest(project, "total_motion")
+    if found is not None:
+        out.append(("median motion", f"{float(np.median(found['total_motion'])):.1f} Å"))
+    found = _latest(project, "defocus_u_angstrom")
+    if found is not None and "micrograph" in found.dims:
+        mean = 0.5 * (found["defocus_u_angstrom"] + found["defocus_v_angstrom"]).values
+        out.append(("defocus", f"{mean.min() / 1e4:.2f} to {mean.max() / 1e4:.2f} µm"))
+    found = _latest(project, "resolution_angstrom")
+    if found is not None:
+        out.append(("resolution", f"{float(found['resolution_angstrom']):.2f} Å"))
+    return out
+
+
+def resolution_sentences(project: Project) -> list[str]:
+    """What the resolution is, of which maps, under which mask; and what is not known."""
+    out: list[str] = []
+    post = next((s for s in reversed(project.stages) if _stage(project, s).name == "postprocess"), None)
+    if post is not None and project.generation(post).committed():
+        meta = project.generation(post).meta
+        maps, mask = meta["upstream"]["half_map"], meta["upstream"]["solvent_mask"]
+        value = float(project[post]["resolution_angstrom"])
+        out.append(
+            f"The resolution is {value:.2f} Å: the first interpolated crossing of 0.143 by the FSC corrected for the mask (phase "
+            f"randomisation). It compares the two unmasked, unsharpened half-maps of step “{maps}”, which were refined apart from "
+            f"each other and never joined, under the soft mask of step “{mask}”."
+        )
+    if any(_stage(project, s).name == "ab_initio" for s in project.stages):
+        out.append("The map began ab initio, so its hand is unknown: the mirror image fits the particles as well. Look for helices.")
+    return out
+
+
+def _stage(project: Project, label: str) -> Stage:
+    return STAGES[project.generation(label).meta["stage"]]
+
+
+def _latest(project: Project, name: str) -> xr.Dataset | None:
+    for label in reversed(project.stages):
+        generation = project.generation(label)
+        if name in generation.meta["gives"] and generation.committed():
+            return project[label]
+    return None
+
+
+def _section(project: Project, label: str) -> Section:
+    generation = project.generation(label)
+    stage = _stage(project, label)
+    records = generation.records().values()
+    done = sum(r["ok"] for r in records)
+    seconds = sum(float(r.get("seconds", 0.0)) for r in records if r["ok"])
+    shown = [Shown(p.title, p.caption, _png(p)) for p in _pictures(project, generation, stage)] if done else []
+    count = f"{done} micrographs" if generation.meta["per_item"] else ("done" if done else "not finished")
+    return Section(label, stage.name, stage.doc.splitlines()[0], generation.meta["params"], count, seconds, shown)
+
+
+def _pictures(project: Project, generation: Generation, stage: Stage) -> Iterator[Picture]:
+    if stage.draw is None:
+        return
+    dataset = project[generation.meta["label"]]
+    # what the stage worked on belongs in its pictures: picks are shown on micrographs
+    for name, source in generation.meta["upstream"].items():
+        if source != "inputs" and source in project and name not in dataset and generation.meta["per_item"]:
+            other = project[source]
+            shared = np.intersect1d(dataset["micrograph"].values, other["micrograph"].values)
+            dataset = dataset.sel(micrograph=shared).assign({name: other[name].sel(micrograph=shared)})
+    registry = project.micrographs()
+    if generation.meta["per_item"]:
+        for name in registry.data_vars:
+            if name not in dataset:
+                dataset = dataset.assign({name: registry[name].sel(micrograph=dataset["micrograph"].values)})
+    yield from stage.draw(dataset)
+
+
+def _png(picture: Picture) -> str:
+    buffer = io.BytesIO()
+    picture.figure.savefig(buffer, format="png", dpi=90, bbox_inches="tight")
+    return base64.b64encode(buffer.getvalue()).decode()

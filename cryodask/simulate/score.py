@@ -1,0 +1,217 @@
+"""How far results are from the truth of a simulated session."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from cryodask.kernels.ctf import ctf
+from cryodask.kernels.fsc import corrected_fsc, fsc, resolution_at
+from cryodask.kernels.orientations import euler_to_matrix
+from cryodask.kernels.projection import (
+    empty_accumulator,
+    fold_accumulator,
+    half_plane,
+    image_transforms,
+    insert_slices,
+    reconstruct,
+    shift_phases,
+    unfold_accumulator,
+)
+from cryodask.kernels.symmetry import symmetry_operators
+
+
+def match_picks(found: np.ndarray, true: np.ndarray, tolerance_px: float) -> tuple[np.ndarray, np.ndarray]:
+    """One-to-one pairs of picks and true positions, most pairs first, then the closest.
+
+    Parameters
+    ----------
+    found, true : array, `(n, 2)` and `(m, 2)`, pixels
+    tolerance_px : float
+        Farther ones never match.
+
+    Returns
+    -------
+    arrays `(pairs,)`
+        Indices into ``found`` and into ``true``.
+    """
+    if not len(found) or not len(true):
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    distance = np.linalg.norm(found[:, None] - true[None], axis=-1)
+    cost = np.where(distance <= tolerance_px, distance, 1e6)
+    i, j = linear_sum_assignment(cost)
+    good = cost[i, j] < 1e6
+    return i[good], j[good]
+
+
+def off_border(positions: np.ndarray, shape: tuple[int, int], border_px: float) -> np.ndarray:
+    """Which positions lie at least ``border_px`` inside the image."""
+    high = np.array(shape) - 1 - border_px
+    return ((positions >= border_px) & (positions <= high)).all(-1)
+
+
+def precision_and_recall(
+    found: list[np.ndarray], true: list[np.ndarray], shape: tuple[int, int], diameter_px: float
+) -> tuple[float, float]:
+    """Over micrographs; one to one within 0.4 diameters; a border of 0.4 diameters counts neither for nor against."""
+    hits = picks = particles = 0
+    for f, t in zip(found, true):
+        i, j = match_picks(f, t, 0.4 * diameter_px)
+        f_inside, t_inside = (off_border(p, shape, 0.4 * diameter_px) for p in (f, t))
+        both = f_inside[i] & t_inside[j]
+        hits += int(both.sum())
+        # a pick whose partner lies across the border line is no error
+        picks += int(f_inside.sum()) - int((f_inside[i] & ~t_inside[j]).sum())
+        particles += int(t_inside.sum()) - int((t_inside[j] & ~f_inside[i]).sum())
+    return hits / max(picks, 1), hits / max(particles, 1)
+
+
+def relion_displacement(
+    frame_shift: np.ndarray, polynomial: np.ndarray, positions: np.ndarray, shape: tuple[int, int], pixel_size_angstrom: float
+) -> np.ndarray:
+    """Displacement of the specimen that RELION's trajectory and polynomial describe.
+
+    Parameters
+    ----------
+    frame_shift : array, `(frame, 2)`, Angstrom
+    polynomial : array, `(36,)`, pixels
+        X first; for each of 1, x, x^2, y, y^2, xy those of t, t^2, t^3.
+    positions : array, `(n, 2)`, pixels
+        Rows and columns.
+
+    Returns
+    -------
+    array, `(n, frame, 2)`, Angstrom
+    """
+    y, x = positions[:, 0] / shape[0] - 0.5, positions[:, 1] / shape[1] - 0.5
+    t = np.arange(len(frame_shift), dtype=float)
+    space = np.stack([np.ones_like(x), x, x * x, y, y * y, x * y])
+    time = np.stack([t, t**2, t**3])
+    local = np.einsum("dst,sp,tf->pfd", np.asarray(polynomial, float).reshape(2, 6, 3), space, time)[..., ::-1]
+    return frame_shift[None] - local * pixel_size_angstrom
+
+
+def rms_motion_error(found: np.ndarray, true: np.ndarray) -> float:
+    """RMS length of the error `(..., frame, 2)`, each position's mean over frames removed."""
+    error = found - true
+    error = error - error.mean(-2, keepdims=True)
+    return float(np.sqrt((error**2).sum(-1).mean()))
+
+
+@dataclass(frozen=True)
+class TruePoses:
+    """Particles of one half-set or both with their true poses.
+
+    ``images`` `(n, y, x)`; angles in degrees and CTF `(n,)`; ``origin_angstrom`` `(n, 2)` (y, x) moves the particle to the centre.
+    """
+
+    images: np.ndarray
+    rot_deg: np.ndarray
+    tilt_deg: np.ndarray
+    psi_deg: np.ndarray
+    origin_angstrom: np.ndarray
+    ctf: dict[str, np.ndarray]
+    half_set: np.ndarray
+
+
+def half_maps_from_poses(particles: TruePoses, pixel_size_angstrom: float, symmetry: str, chunk: int = 100) -> Tensor:
+    """Half-maps `(2, z, y, x)` of particles with known poses, by weighted insertion (white noise)."""
+    box = particles.images.shape[-1]
+    radius = box // 2 - 1
+    plane = half_plane(radius)
+    length = box * pixel_size_angstrom
+    operators = symmetry_operators(symmetry)
+    maps = []
+    for half in (0, 1):
+        accumulator = empty_accumulator(radius)
+        index = np.nonzero(particles.half_set == half)[0]
+        for start in range(0, len(index), chunk):
+            some = index[start : start + chunk]
+            transforms = image_transforms(torch.from_numpy(particles.images[some]), radius)
+            column = {k: torch.from_numpy(v[some]).float()[:, None] for k, v in particles.ctf.items()}
+            contrast = ctf(
+                plane.ky[None] / length,
+                plane.kx[None] / length,
+                defocus_u_angstrom=column["defocus_u_angstrom"],
+                defocus_v_angstrom=column["defocus_v_angstrom"],
+                defocus_angle_rad=torch.deg2rad(column["defocus_angle_deg"]),
+                voltage_kv=column["voltage_kv"],
+                spherical_aberration_mm=column["spherical_aberration_mm"],
+                amplitude_contrast=column["amplitude_contrast"],
+            )
+            origin = torch.from_numpy(particles.origin_angstrom[some] / pixel_size_angstrom).float()
+            centred = transforms * shift_phases(origin, plane.ky, plane.kx, box)
+            angles = (torch.from_numpy(np.radians(a[some])).float() for a in (particles.rot_deg, particles.tilt_deg, particles.psi_deg))
+            insert_slices(accumulator, euler_to_matrix(*angles), plane.ky, plane.kx, centred * contrast, contrast**2)
+        numerator, weight = unfold_accumulator(fold_accumulator(accumulator), operators)
+        maps.append(reconstruct(numerator, weight, radius, box, image_box=box))
+    return torch.stack(maps)
+
+
+def corrected_resolution(half_maps: Tensor, mask: Tensor, pixel_size_angstrom: float) -> float:
+    """Resolution (FSC 0.143, corrected for the mask) of two half-maps, Angstrom."""
+    curves = corrected_fsc(half_maps[0], half_maps[1], mask)
+    return resolution_at(curves.corrected, 0.143, half_maps.shape[-1], pixel_size_angstrom)
+
+
+def flip_hand(volume: Tensor) -> Tensor:
+    """The mirror image through the centre n // 2."""
+    return torch.flip(volume, (0, 1, 2)).roll((1, 1, 1), (0, 1, 2))
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How the truth is brought onto a map whose symmetry axes stand on the coordinate axes: turned, and mirrored or not."""
+
+    turn: np.ndarray
+    flipped: bool
+
+    def __call__(self, volume: Tensor) -> Tensor:
+        """A map `(z, y, x)` in the frame of the truth, brought into that of the other."""
+        return _turn(flip_hand(volume) if self.flipped else volume, self.turn)
+
+
+def align_axes(volume: Tensor, truth: Tensor, mask: Tensor) -> tuple[Alignment, Tensor]:
+    """Best alignment of the truth over both hands and the 24 rotations of the octahedron, and its FSC under the mask.
+
+    For maps with a D2, D4, T or O group, whose axes stand on the coordinate axes; a map of another hand is told from the truth by its
+    sum of correlations.
+    """
+    best: tuple[float, Alignment, Tensor] | None = None
+    for flipped in (False, True):
+        for turn in octahedral_rotations():
+            alignment = Alignment(turn, flipped)
+            curve = fsc(volume * mask, alignment(truth) * mask)
+            if best is None or float(curve[1:].sum()) > best[0]:
+                best = (float(curve[1:].sum()), alignment, curve)
+    assert best is not None
+    return best[1], best[2]
+
+
+def octahedral_rotations() -> list[np.ndarray]:
+    """The 24 signed permutation matrices of determinant 1."""
+    out = []
+    for order in itertools.permutations(range(3)):
+        for signs in itertools.product((1, -1), repeat=3):
+            matrix = np.zeros((3, 3))
+            matrix[range(3), order] = signs
+            if np.linalg.det(matrix) > 0:
+                out.append(matrix)
+    return out
+
+
+def _turn(volume: Tensor, turn: np.ndarray) -> Tensor:
+    """A map turned about its centre n // 2 by a signed permutation of its axes."""
+    axes = [int(np.abs(row).argmax()) for row in turn]
+    flips = [d for d in range(3) if turn[d].sum() < 0]
+    out = volume.permute(*axes)
+    if not flips:
+        return out
+    even = volume.shape[0] % 2 == 0
+    out = torch.flip(out, flips)
+    return out.roll([1] * len(flips), flips) if even else out

@@ -1,0 +1,231 @@
+"""Stage ``ctf``: defocus and astigmatism of a micrograph."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from pydantic import Field, model_validator
+
+from cryodask.errors import MicrographError
+from cryodask.kernels.ctf_cells import lens_of
+from cryodask.kernels.ctf_fit import fit_ctf
+from cryodask.kernels.spectrum import Spectrum, log_power_image, power_spectrum
+from cryodask.stage import Params, Picture, Sizes, stage
+
+SHELLS = 192
+IMAGE = 256
+
+
+class CtfParams(Params):
+    """Parameters of stage ``ctf``."""
+
+    coarsest_angstrom: float = Field(30.0, description="coarse end of the range that is fitted, Angstrom", gt=0)
+    finest_angstrom: float = Field(3.5, description="fine end of the range, Angstrom; never beyond 2.2 pixels", gt=0)
+    least_defocus_angstrom: float = Field(3000.0, description="least mean defocus to look for, Angstrom", gt=0)
+    largest_defocus_angstrom: float = Field(50000.0, description="largest mean defocus to look for, Angstrom", gt=0)
+    largest_astigmatism_angstrom: float = Field(2000.0, description="largest difference of defocus u and v to look for, Angstrom", ge=0)
+    expected_astigmatism_angstrom: float = Field(
+        300.0, description="usual difference of defocus u and v, Angstrom: a mild prior where the rings are faint", gt=0
+    )
+    phase_shift_deg: float = Field(0.0, description="known phase shift of a phase plate, degrees; it is not fitted", ge=0, lt=180)
+    tile_angstrom: float = Field(900.0, description="length of the tiles whose spectra are averaged, Angstrom; longer if needed", gt=0)
+
+    @model_validator(mode="after")
+    def _ranges(self) -> CtfParams:
+        if self.coarsest_angstrom <= 1.5 * self.finest_angstrom:
+            raise ValueError("coarsest_angstrom must be at least 1.5 times finest_angstrom")
+        if self.largest_defocus_angstrom < self.least_defocus_angstrom + 1000.0:
+            raise ValueError("largest_defocus_angstrom must be 1000 Angstrom or more above least_defocus_angstrom")
+        return self
+
+
+def _sizes(params: CtfParams, sizes: Sizes) -> Sizes:
+    return {"shell": SHELLS, "ky": IMAGE, "kx": IMAGE}
+
+
+def _memory(params: CtfParams, sizes: Sizes) -> float:
+    # the micrograph, one row of tiles with their transforms, and the search table
+    return 4.0 * sizes["y"] * sizes["x"] + 2.0e8
+
+
+@stage(
+    version=1,
+    needs=["micrograph_sum", "pixel_size_angstrom", "voltage_kv", "spherical_aberration_mm", "amplitude_contrast"],
+    gives=[
+        "defocus_u_angstrom",
+        "defocus_v_angstrom",
+        "defocus_angle_deg",
+        "phase_shift_deg",
+        "ctf_resolution_angstrom",
+        "ctf_figure_of_merit",
+        "ctf_alternative_defocus_angstrom",
+        "ctf_alternative_score",
+        "spectrum_frequency",
+        "spectrum_average",
+        "spectrum_fit",
+        "spectrum_image",
+    ],
+    sizes=_sizes,
+    memory=_memory,
+)
+def ctf(
+    params: CtfParams,
+    *,
+    micrograph_sum: np.ndarray,
+    pixel_size_angstrom: float,
+    voltage_kv: float,
+    spherical_aberration_mm: float,
+    amplitude_contrast: float,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Fit defocus and astigmatism to the rings of the micrograph's power spectrum.
+
+    The sum without dose weighting is used, whose rings reach furthest. Its spectrum (Welch's method) is compared with every mean
+    defocus of the range and every astigmatism; in each of several bands of frequency the rings must stand out from a local background,
+    and a band in which they come out inverted counts against the fit, which is what keeps it from slipping by one ring. The best is
+    refined by Whittle's likelihood of the whole spectrum, one smooth background and a flexible ring strength, in which the lobes of the
+    particles' own form factor do not pass for rings. Defocus is positive below focus; the angle runs from +x to +y.
+    """
+    image = np.asarray(micrograph_sum, np.float32)
+    check_micrograph(image)
+    pixel = float(pixel_size_angstrom)
+    finest = max(params.finest_angstrom, 2.2 * pixel)
+    if min(image.shape) < 128 or min(image.shape) * pixel < 8.0 * params.coarsest_angstrom or finest * 1.5 > params.coarsest_angstrom:
+        raise MicrographError(
+            f"a micrograph of {image.shape[0]} x {image.shape[1]} pixels of {pixel:g} A is too small or too coarse for a CTF fit",
+            "it was binned, or is a test image",
+            "bin less, or leave the micrograph out",
+        )
+    lens = lens_of(float(voltage_kv), float(spherical_aberration_mm), float(amplitude_contrast), math.radians(params.phase_shift_deg))
+    tensor = torch.from_numpy(image).to(device)
+
+    def fitted(tile: float) -> tuple[Spectrum, Any]:
+        spectrum = power_spectrum(tensor, pixel_size_angstrom=pixel, tile_angstrom=tile, finest_angstrom=finest)
+        spectrum = spectrum._replace(power=spectrum.power.cpu())
+        return spectrum, fit_ctf(
+            spectrum,
+            lens,
+            coarsest_angstrom=params.coarsest_angstrom,
+            finest_angstrom=finest,
+            least_defocus_angstrom=params.least_defocus_angstrom,
+            largest_defocus_angstrom=params.largest_defocus_angstrom,
+            largest_astigmatism_angstrom=params.largest_astigmatism_angstrom,
+            expected_astigmatism_angstrom=params.expected_astigmatism_angstrom,
+            ring_step=1.0 / tile,
+            shells=SHELLS,
+        )
+
+    spectrum, fit = fitted(params.tile_angstrom)
+    # two samples a ring at the fine end
+    needed = 4.0 * lens.wavelength_angstrom * fit.defocus_u_angstrom / finest
+    if needed > 1.2 * params.tile_angstrom:
+        spectrum, fit = fitted(needed)
+    return {
+        "defocus_u_angstrom": fit.defocus_u_angstrom,
+        "defocus_v_angstrom": fit.defocus_v_angstrom,
+        "defocus_angle_deg": math.degrees(fit.defocus_angle_rad),
+        "phase_shift_deg": params.phase_shift_deg,
+        "ctf_resolution_angstrom": fit.resolution_angstrom,
+        "ctf_figure_of_merit": fit.figure_of_merit,
+        "ctf_alternative_defocus_angstrom": fit.alternative_defocus_angstrom,
+        "ctf_alternative_score": fit.alternative_score,
+        "spectrum_frequency": fit.frequency.float().numpy(),
+        "spectrum_average": fit.average.float().numpy(),
+        "spectrum_fit": fit.fitted.float().numpy(),
+        "spectrum_image": log_power_image(spectrum, IMAGE, 1.0 / finest).half().numpy(),
+    }
+
+
+def check_micrograph(image: np.ndarray) -> None:
+    """Refuse a micrograph with NaN or infinite pixels, or without any contrast."""
+    if image.ndim != 2 or not image.size:
+        raise MicrographError(f"a micrograph of shape {image.shape} is not an image", "a movie was given", "run stage motion first")
+    bad = int(image.size - np.isfinite(image).sum())
+    if bad:
+        raise MicrographError(f"{bad} pixels are NaN or infinite", "the gain reference has zeros or infinities", "mend the gain reference")
+    if image.min() == image.max():
+        raise MicrographError(f"every pixel is {image.flat[0]:g}", "the beam was blanked, or the movie is empty", "leave it out")
+
+
+# --- report
+
+
+@ctf.figures
+def draw(ds: xr.Dataset) -> Iterator[Picture]:
+    """Distribution of defocus and resolution; spectra of the best, the median and the worst micrograph."""
+    from matplotlib.figure import Figure
+
+    defocus = 0.5e-4 * (ds["defocus_u_angstrom"].values + ds["defocus_v_angstrom"].values)
+    resolution = ds["ctf_resolution_angstrom"].values
+    astigmatism = ds["defocus_u_angstrom"].values - ds["defocus_v_angstrom"].values
+    count = len(defocus)
+    figure = Figure(figsize=(9, 2.8), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for axes, values, label in zip(panels, (defocus, astigmatism, resolution), ("mean defocus, µm", "astigmatism, Å", "fit to, Å")):
+        axes.hist(values, bins=min(30, max(5, count // 2)), color="#4878a8")
+        axes.set(xlabel=label, ylabel="micrographs")
+    caption = (
+        f"{count} micrographs: median defocus {np.median(defocus):.2f} µm (underfocus positive), median resolution to which rings and fit "
+        f"agree {np.median(resolution):.1f} Å."
+    )
+    doubtful = int((ds["ctf_alternative_score"].values > 0.9).sum())
+    if doubtful:
+        caption += f" In {doubtful} another defocus fits nearly as well: look at them."
+    yield Picture("Defocus", caption, figure)
+    order = np.argsort(resolution)
+    chosen = list(dict.fromkeys([int(order[0]), int(order[count // 2]), int(order[-1])]))
+    figure = Figure(figsize=(9, 2.9 * len(chosen)), layout="constrained")
+    panels = figure.subplots(len(chosen), 2, width_ratios=(1, 2.2), squeeze=False)
+    for (left, right), i in zip(panels, chosen):
+        item = ds.isel(micrograph=i)
+        left.imshow(_data_and_fit(item), cmap="gray", origin="lower", vmin=0, vmax=1)
+        left.set_axis_off()
+        left.set_title(f"{item['micrograph'].item()}", fontsize=8)
+        _draw_curves(right, item)
+    caption = (
+        "Micrographs with the best, median and worst fit. Left: power spectrum with the background removed, right half the fitted CTF "
+        "squared; the edge is the fine end of the fit. Right: spectrum averaged along the fitted ellipses, divided by its strength over "
+        "two rings (black), fitted CTF squared (red), and the resolution to which they agree (dotted)."
+    )
+    yield Picture("Spectra and fits", caption, figure)
+
+
+def _data_and_fit(item: xr.Dataset) -> np.ndarray:
+    """Spectrum with the fit in its right half, both from 0 to 1."""
+    from scipy.ndimage import gaussian_filter
+
+    image = gaussian_filter(item["spectrum_image"].values.astype(np.float32), 1.0)
+    low, high = np.percentile(image, (2, 98))
+    data = np.clip((image - low) / max(high - low, 1e-6), 0, 1)
+    n = image.shape[0]
+    frequency = item["spectrum_frequency"].values
+    width = 0.5 * float(frequency[1] - frequency[0])
+    k = (np.arange(n) - n // 2) / (n // 2) * (float(frequency[-1]) + width)
+    ky, kx = np.meshgrid(k, k, indexing="ij")
+    radius = np.hypot(ky, kx)
+    u, v = float(item["defocus_u_angstrom"]), float(item["defocus_v_angstrom"])
+    theta = np.arctan2(ky, kx) - math.radians(float(item["defocus_angle_deg"]))
+    z = 0.5 * (u + v) + 0.5 * (u - v) * np.cos(2 * theta)
+    # the fit is stored at the mean defocus: look it up at the frequency of equal phase (to first order in the astigmatism)
+    fit = np.interp(radius * np.sqrt(np.maximum(2 * z / (u + v), 0.0)), frequency, item["spectrum_fit"].values, left=0.5, right=0.5)
+    return np.where(np.arange(n)[None] > n // 2, fit, data)
+
+
+def _draw_curves(axes: Any, item: xr.Dataset) -> None:
+    from scipy.ndimage import maximum_filter1d, uniform_filter1d
+
+    k, average, fit = (item[name].values for name in ("spectrum_frequency", "spectrum_average", "spectrum_fit"))
+    smooth = uniform_filter1d(average, 3)
+    envelope = uniform_filter1d(maximum_filter1d(np.abs(smooth), 25), 25)
+    axes.plot(k, smooth / np.maximum(envelope, 1e-9), color="black", lw=1)
+    axes.plot(k, fit, color="#d62728", lw=0.9)
+    resolution = float(item["ctf_resolution_angstrom"])
+    axes.axvline(1.0 / resolution, color="black", lw=0.8, ls=":")
+    mean = 0.5e-4 * (float(item["defocus_u_angstrom"]) + float(item["defocus_v_angstrom"]))
+    axes.set(xlabel="spatial frequency, 1/Å", ylim=(-0.6, 1.25), xlim=(float(k[0]), float(k[-1])))
+    axes.set_title(f"defocus {mean:.2f} µm, fit to {resolution:.1f} Å", fontsize=9)

@@ -1,0 +1,309 @@
+"""Motion correction: frames in, aligned and dose-weighted micrographs and their trajectories out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from cryodask.errors import GainError, MicrographError
+from cryodask.kernels.dose import RANK, filtered_sum, low_rank_weights
+from cryodask.kernels.motion_align import GlobalMotion, align_frames
+from cryodask.kernels.motion_frames import (
+    Repair,
+    bin_gain,
+    bin_mask,
+    find_defects,
+    plan_repair,
+    repair_frame,
+    survey,
+    transform_frames,
+)
+from cryodask.kernels.motion_model import FittedField, relion_polynomial
+from cryodask.kernels.motion_patches import choose_patches, cut_patches, fit_local_motion
+from cryodask.kernels.warp import add_warped, stripe_field
+from cryodask.stage import Frames, Params, Picture, Sizes, stage
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+NODES = 9
+"""The local motion is stored on a regular grid of 9 x 9 nodes, from the first to the last pixel of the micrograph."""
+_STRIPE = 64
+_BATCH = 8
+_MOST_ALIGNED = 64
+"""Movies of more frames are aligned in groups of neighbours, and the trajectory interpolated in between."""
+
+
+class MotionParams(Params):
+    """Parameters of motion correction."""
+
+    patches: tuple[int, int] = Field(
+        (5, 5), description="most patches down and across for local motion; fewer are used where the signal is weak, (1, 1) turns it off"
+    )
+    alignment_resolution_angstrom: float = Field(
+        8.0, gt=2.0, le=40.0, description="finest detail used to measure motion, Angstrom; weights fall off by themselves"
+    )
+    frames_in_memory_mb: int = Field(
+        512, ge=0, description="raw frames of a movie are kept in memory up to this many megabytes, else read twice"
+    )
+
+
+class _Source:
+    """Reads frames as tensors: kept if they fit, repaired once the defects are known."""
+
+    def __init__(self, movie: Frames, device: str, budget_mb: int) -> None:
+        self.movie, self.device = movie, device
+        size = int(np.prod(movie.shape)) * _as_torch(np.empty(0, movie.dtype)).element_size()
+        self.kept: dict[int, Tensor] | None = {} if size <= budget_mb * 2**20 else None
+        self.repair: Repair | None = None
+        self.repaired: set[int] = set()
+
+    def __call__(self, index: int) -> Tensor:
+        if self.kept is not None and index in self.kept:
+            frame = self.kept[index]
+        else:
+            frame = torch.from_numpy(_as_torch_array(np.asarray(self.movie[index]))).to(self.device)
+            if self.kept is not None:
+                self.kept[index] = frame
+        if self.repair is not None and index not in self.repaired:
+            repair_frame(frame, self.repair, index)
+            if self.kept is not None:
+                self.repaired.add(index)
+        return frame
+
+
+def _as_torch_array(frame: np.ndarray) -> np.ndarray:
+    """A writable copy or view of a type that torch computes with: uint8 stays, other integers become int32 or float32."""
+    if frame.dtype == np.uint8:
+        return frame if frame.flags.writeable else frame.copy()
+    return frame.astype(np.int16 if frame.dtype in (np.int8, np.int16) else np.float32)
+
+
+def _as_torch(frame: np.ndarray) -> Tensor:
+    return torch.from_numpy(_as_torch_array(frame))
+
+
+def _memory(params: MotionParams, sizes: Sizes) -> float:
+    pixels = float(sizes.get("y", 4096) * sizes.get("x", 4096))
+    raw = sizes.get("frame", 40) * pixels
+    kept = raw if raw <= params.frames_in_memory_mb * 2**20 else 4.0 * pixels
+    return kept + 4.0 * (RANK + 5) * pixels + 2.5e8
+
+
+@stage(
+    version=1,
+    needs=["movie", "pixel_size_angstrom", "dose_per_frame", "pre_exposure", "voltage_kv"],
+    optional=["gain"],
+    gives=[
+        "micrograph_sum",
+        "micrograph_dw",
+        "frame_shift",
+        "patch_position",
+        "patch_shift",
+        "motion_polynomial",
+        "total_motion",
+        "early_motion",
+        "hot_pixel_count",
+    ],
+    sizes=lambda params, sizes: {**sizes, "patch": NODES**2, "coefficient": 36, "axis": 2},
+    memory=_memory,
+)
+def motion(
+    params: MotionParams,
+    *,
+    movie: Frames,
+    gain: np.ndarray | None = None,
+    pixel_size_angstrom: float,
+    dose_per_frame: float,
+    pre_exposure: float = 0.0,
+    voltage_kv: float = 300.0,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Align the frames of a movie, whole and locally, and sum them, plain and weighted by exposure.
+
+    The gain multiplies the counts; hot, dead and gain-0 pixels take the counts of a good neighbour. Motion is measured by maximum
+    likelihood: correlation peaks find it to a pixel, then each frame is matched to the sum with weights from the measured spectra of
+    signal and noise. The whole-frame track and the local field (overlapping patches) are smoothed by a Gaussian process in exposure
+    and position whose constants are chosen for each movie by marginal likelihood, so weak movies fall back to the whole-frame track
+    by themselves. Frames are then read once at the moved positions by a 6-tap windowed sinc and added to four sums that carry the
+    exposure weights (Grant & Grigorieff 2015) at low rank.
+
+    ``frame_shift`` and ``patch_shift`` are displacements of the specimen in Angstrom (y, x), each with mean zero over the frames;
+    ``patch_shift`` includes the whole-frame motion and is given at ``patch_position``, a 9 x 9 grid over the whole micrograph.
+    ``motion_polynomial`` is the local part in RELION's form and sign. The prior on velocity is of the form of Zivanov, Nakane &
+    Scheres (2019).
+    """
+    frames, height, width = movie.shape
+    shape = (height, width)
+    if gain is not None and gain.shape != shape:
+        raise GainError(
+            f"the gain is {gain.shape[0]} x {gain.shape[1]} pixels, the movie {height} x {width}",
+            "the gain was saved in the camera's orientation, or belongs to another mode",
+            "set the gain's rotation and flip",
+        )
+    source = _Source(movie, device, params.frames_in_memory_mb)
+    factor = None if gain is None else torch.from_numpy(np.ascontiguousarray(gain, np.float32)).to(device)
+    node_shift, track, defects = _measure(params, source, frames, shape, factor, pixel_size_angstrom, dose_per_frame)
+    plain, weighted = _sum_frames(
+        source, frames, shape, factor, node_shift / pixel_size_angstrom, pixel_size_angstrom, dose_per_frame, pre_exposure, voltage_kv
+    )
+    position = _nodes(shape)
+    steps = np.linalg.norm(np.diff(track, axis=0), axis=1)
+    middle = pre_exposure + (np.arange(frames) + 0.5) * dose_per_frame
+    early = np.clip((4.0 - middle[:-1]) / max(dose_per_frame, 1e-9), 0.0, 1.0)
+    return {
+        "micrograph_sum": plain,
+        "micrograph_dw": weighted,
+        "frame_shift": track.astype(np.float32),
+        "patch_position": position.astype(np.float32),
+        "patch_shift": node_shift.astype(np.float32),
+        "motion_polynomial": relion_polynomial(position, node_shift, track, shape, pixel_size_angstrom),
+        "total_motion": float(steps.sum()),
+        "early_motion": float((steps * early).sum()),
+        "hot_pixel_count": int(defects),
+    }
+
+
+def _nodes(shape: tuple[int, int]) -> np.ndarray:
+    y, x = np.linspace(0.0, shape[0] - 1.0, NODES), np.linspace(0.0, shape[1] - 1.0, NODES)
+    return np.stack(np.meshgrid(y, x, indexing="ij"), -1).reshape(-1, 2)
+
+
+def _measure(
+    params: MotionParams, source: _Source, frames: int, shape: tuple[int, int], gain: Tensor | None, pixel: float, dose: float
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Displacement `(node, frame, 2)` and track `(frame, 2)` in Angstrom, and the number of defects."""
+    binning = max(1, min(int(params.alignment_resolution_angstrom / (2.8 * pixel)), min(shape) // 32))
+    group = -(-frames // _MOST_ALIGNED)
+    seen = survey(source, frames, shape, binning, group)
+    if not bool(torch.isfinite(seen.total.sum(dtype=torch.float64))):
+        raise MicrographError("the movie has pixels that are not finite", "it was written by a failed conversion", "write it again")
+    if not bool((seen.total != 0).any()):
+        raise MicrographError("the movie has no counts at all", "the beam was blanked, or the camera failed", "remove it")
+    defects = find_defects(seen.total, gain)
+    source.repair = plan_repair(defects.cpu().numpy())
+    nodes = _nodes(shape)
+    still = np.zeros((len(nodes), frames, 2)), np.zeros((frames, 2)), int(defects.sum())
+    groups = len(seen.binned)
+    if groups < 2 or min(shape) < 64:
+        return still
+    transform = transform_frames(
+        seen.binned,
+        None if gain is None else bin_gain(gain, defects, binning),
+        bin_mask(defects, binning),
+        binning=binning,
+        pixel_size_angstrom=pixel,
+        resolution_angstrom=max(params.alignment_resolution_angstrom, 2.0 * binning * pixel),
+    )
+    counts = seen.mean_count
+    del seen
+    members = [np.arange(g * group, min(frames, (g + 1) * group)) for g in range(groups)]
+    exposure = np.array([(m.mean() + 0.5) * dose for m in members])
+    mean_count = np.array([counts[m].sum() for m in members])
+    whole = align_frames(transform, mean_count, exposure, pixel)
+    field = _local(params, transform, whole, mean_count, exposure, shape, pixel)
+    track = whole.shift * pixel
+    displacement = np.repeat(track[None], len(nodes), 0)
+    if field is not None:
+        displacement = displacement + field.at(nodes * pixel)
+    if group > 1:
+        at, centres = np.arange(frames), np.array([m.mean() for m in members])
+        displacement = _interpolate(at, centres, displacement)
+    displacement -= displacement.mean(1, keepdims=True)
+    return displacement, displacement.mean(0), still[2]
+
+
+def _local(
+    params: MotionParams, transform: Any, whole: GlobalMotion, mean_count: np.ndarray, exposure: np.ndarray, shape: tuple[int, int], pixel: float
+) -> FittedField | None:
+    count = choose_patches(params.patches, shape, whole, len(mean_count), pixel)
+    if count is None:
+        return None
+    return fit_local_motion(cut_patches(transform, whole, count, shape, pixel), whole, mean_count, exposure, pixel)
+
+
+def _interpolate(at: np.ndarray, centres: np.ndarray, displacement: np.ndarray) -> np.ndarray:
+    """From groups to frames, linear, and on beyond the first and last centre: `(node, frame, 2)`."""
+    left = np.clip(np.searchsorted(centres, at, side="right") - 1, 0, len(centres) - 2)
+    share = ((at - centres[left]) / (centres[left + 1] - centres[left]))[None, :, None]
+    return displacement[:, left] * (1.0 - share) + displacement[:, left + 1] * share
+
+
+def _sum_frames(
+    source: _Source,
+    frames: int,
+    shape: tuple[int, int],
+    gain: Tensor | None,
+    node_shift_px: np.ndarray,
+    pixel: float,
+    dose: float,
+    pre_exposure: float,
+    voltage_kv: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Plain and exposure-weighted sums of the frames read at their displacement, `(y, x)` float32."""
+    coefficients, filters, k = low_rank_weights(pixel, frames, dose, pre_exposure, voltage_kv)
+    rank = len(coefficients)
+    every = np.concatenate([coefficients, np.ones((1, frames))]).astype(np.float32)
+    device = source.device
+    sums = torch.zeros(rank + 1, *shape, device=device)
+    for start in range(0, frames, _BATCH):
+        members = range(start, min(frames, start + _BATCH))
+        batch = [source(f) for f in members]
+        nodes = torch.from_numpy(node_shift_px[:, list(members)].astype(np.float32)).to(device)
+        nodes = nodes.permute(1, 2, 0).reshape(len(batch), 2, NODES, NODES)
+        shift_y, shift_x = (stripe_field(nodes[:, axis], shape, _STRIPE) for axis in (0, 1))
+        part = torch.from_numpy(every[:, list(members)].copy()).to(device)
+        add_warped(sums, part, batch, gain, shift_y, shift_x, stripe=_STRIPE)
+    source.kept = None
+    plain = sums[rank].cpu().numpy().copy()
+    weighted = filtered_sum(sums[:rank], filters, k, pixel)
+    return plain, weighted.cpu().numpy()
+
+
+@motion.figures
+def draw(ds: xr.Dataset) -> Iterator[Picture]:
+    """Motion over the session, tracks, and the local field of the first micrograph."""
+    from matplotlib.figure import Figure
+
+    total, early = ds["total_motion"].values, ds["early_motion"].values
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    axes = figure.subplots(1, 2)
+    axes[0].plot(np.arange(1, len(total) + 1), total, "o", ms=3, label="whole exposure")
+    axes[0].plot(np.arange(1, len(early) + 1), early, "o", ms=3, label="first 4 e/Å²")
+    axes[0].set(xlabel="micrograph", ylabel="motion (Å)", ylim=(0, None))
+    axes[0].legend(frameon=False)
+    axes[1].hist(total, bins=min(40, max(5, len(total) // 2)), color="C0")
+    axes[1].set(xlabel="motion (Å)", ylabel="micrographs")
+    yield Picture("Motion over the session", "Length of the whole-frame track of each micrograph.", figure)
+
+    tracks = np.asarray(ds["frame_shift"].values)
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for track in tracks[:: max(1, len(tracks) // 24)]:
+        axes[0].plot(track[:, 1] - track[0, 1], track[:, 0] - track[0, 0], lw=0.8)
+    axes[0].plot(0, 0, "k+")
+    axes[0].set(xlabel="x (Å)", ylabel="y (Å)", aspect="equal", title="whole-frame tracks")
+    steps = np.linalg.norm(np.diff(tracks, axis=1), axis=2)
+    axes[1].plot(np.arange(2, tracks.shape[1] + 1), np.median(steps, 0), "k")
+    axes[1].fill_between(np.arange(2, tracks.shape[1] + 1), *np.percentile(steps, [16, 84], axis=0), alpha=0.3, color="k", lw=0)
+    axes[1].set(xlabel="frame", ylabel="step (Å)", title="motion from frame to frame", ylim=(0, None))
+    yield Picture("Tracks", "Left: displacement of the specimen from the first frame. Right: median step and its 68 % range.", figure)
+
+    field, place = np.asarray(ds["patch_shift"].values), np.asarray(ds["patch_position"].values)
+    local = field - tracks[:, None]
+    strength = np.sqrt((local**2).sum(-1).mean((1, 2)))
+    row = int(np.argsort(strength)[len(strength) // 2])
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    one = figure.subplots()
+    length = 0.5 * (place[row, :, 1].max() / (NODES - 1)) / max(float(np.abs(local[row]).max()), 1e-6)
+    for (y, x), path in zip(place[row], local[row]):
+        one.plot(x + length * (path[:, 1] - path[0, 1]), y + length * (path[:, 0] - path[0, 0]), lw=1.0, color="C0")
+        one.plot(x, y, "k.", ms=3)
+    one.set(xlabel="x (pixel)", ylabel="y (pixel)", aspect="equal")
+    name = str(ds["micrograph"].values[row]) if "micrograph" in ds.coords else f"micrograph {row + 1}"
+    yield Picture("Local motion", f"{name}: local part of the tracks (dots: first frame), longest {np.abs(local[row]).max():.2f} Å.", figure)
