@@ -85,7 +85,7 @@ def filtered_sum(sums: Tensor, filters: np.ndarray, k: np.ndarray, pixel_size_an
         if (rows, columns) != (height, width):
             image = torch.nn.functional.pad(image[None], (0, columns - width, 0, rows - height), mode="replicate")[0]
         spectrum = real_fft2(image)
-        spectrum *= table[r][index]
+        spectrum *= torch.index_select(table[r], 0, index.view(-1)).view(index.shape)
         total = spectrum if total is None else total.add_(spectrum)
     assert total is not None
     return real_ifft2(total, (rows, columns))[:height, :width].contiguous()

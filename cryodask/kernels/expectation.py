@@ -37,7 +37,7 @@ class Particles:
 
     ``index`` `(n,)` numpy int64, place in the set; ``polar_images`` `(n, ring, half angle)` complex64 of masked images;
     ``polar_ctf`` the CTF there; ``transforms`` `(n, pixel)` complex64 of whole images on ``half_plane(radius)``; ``plane_ctf`` the CTF
-    there; ``shell_power`` `(n, radius + 1)`, sums of |X|^2 over the shells.
+    there; ``shell_power`` `(n, radius + 1)`, sums of |X|^2 over the shells; ``half`` their half-set.
     """
 
     index: np.ndarray
@@ -48,6 +48,7 @@ class Particles:
     transforms: Tensor
     plane_ctf: Tensor
     shell_power: Tensor
+    half: int = 0
 
     @property
     def box(self) -> int:
@@ -94,6 +95,7 @@ def load_particles(
     radius: int,
     mask_radius_angstrom: float,
     edge_angstrom: float = 15.0,
+    half: int = 0,
     device: str = "cpu",
 ) -> Particles:
     """Transform particle images `(n, y, x)` for the search.
@@ -118,7 +120,7 @@ def load_particles(
             transform, ctf_values(some, plane.ky, plane.kx, length), power,
         ))  # fmt: skip
     polar_images, polar_ctf, transforms, plane_ctf, power = (torch.cat(p) for p in zip(*parts))
-    return Particles(np.asarray(index), grid, polar_images, polar_ctf, radius, transforms, plane_ctf, power)
+    return Particles(np.asarray(index), grid, polar_images, polar_ctf, radius, transforms, plane_ctf, power, half)
 
 
 def shift_grid(step_px: float, radius_px: float, device: str = "cpu") -> Tensor:

@@ -30,9 +30,13 @@ _LEAST_PATCH_ANGSTROM = 250.0
 
 @dataclass(frozen=True)
 class Patches:
-    """Transforms `(patch, frame, row, column)` of windowed patches of the globally aligned frames; ``centre`` `(patch, 2)` pixels."""
+    """Transforms `(patch, frame, row, column)` of windowed patches of the globally aligned frames; ``centre`` `(patch, 2)` pixels.
+
+    ``power`` `(patch, row, column)` is the sum of the frames' powers.
+    """
 
     values: Tensor
+    power: Tensor
     fy: Tensor
     fx: Tensor
     k: Tensor
@@ -88,17 +92,23 @@ def cut_patches(
     )
     along_y, along_x = ramps(torch.from_numpy(motion.shift).float().to(device), small)
     values = torch.empty(places[0] * places[1], frames, size[0], size[1] // 2 + 1, dtype=torch.complex64, device=device)
+    power = torch.zeros(values.shape[0], *values.shape[2:], device=device)
     for f in range(frames):
         image = real_ifft2(small.values[f] * along_y[f] * along_x[f], small.size)
         cut = torch.stack([image[y : y + size[0], x : x + size[1]] for y in starts[0] for x in starts[1]])
-        values[:, f] = real_fft2((cut - cut.mean((1, 2), keepdim=True)) * window)
+        cut -= cut.mean((1, 2), keepdim=True)
+        cut *= window
+        spectrum = real_fft2(cut)
+        values[:, f] = spectrum
+        power += spectrum.real**2
+        power += spectrum.imag**2
     fy = torch.fft.fftfreq(size[0], pixel[0], device=device)[:, None]
     fx = torch.fft.rfftfreq(size[1], pixel[1], device=device)[None]
     centre = np.array([(y + 0.5 * size[0], x + 0.5 * size[1]) for y in starts[0] for x in starts[1]])
     # white noise of power p a coefficient of the whole transform leaves irfft2 with variance p / (rows columns)
     scale = float((window**2).sum()) / (rows * columns)
     k = torch.sqrt(fy * fy + fx * fx) / pixel_size_angstrom
-    return Patches(values, fy, fx, k, centre * np.array(pixel) - 0.5, scale)
+    return Patches(values, power, fy, fx, k, centre * np.array(pixel) - 0.5, scale)
 
 
 def fit_local_motion(
@@ -111,26 +121,19 @@ def fit_local_motion(
     assert motion.spectrum is not None
     count, frames = patches.values.shape[:2]
     share = np.clip(mean_count / max(float(np.median(mean_count)), 1e-12), 1e-3, None)
-    ratio, noise = motion.spectrum.on(patches.k)
-    noise = noise * patches.power_scale
-    twice = torch.full_like(patches.k, 2.0)
-    twice[:, 0] = 1.0
-    twice[:, -1] = 0.0
-    twice[patches.k.shape[0] // 2] = 0.0
-    strength = frames * ratio
-    weight = strength / (1.0 + strength) / noise * twice * (patches.k > 1.0 / _LOWEST_ANGSTROM)
-    wy, wx = 2.0 * math.pi * patches.fy, 2.0 * math.pi * patches.fx
     priors = local_priors(exposure)
     positions = patches.centre * pixel_size_angstrom
     local = np.zeros((count, frames, 2))
     field: FittedField | None = None
     for turn in range(rounds):
-        used = weight * (patches.k < 1.0 / _COARSE_ANGSTROM) if turn == 0 else weight
-        information = used * strength * noise
-        curvature = np.array([float((information * w**2).sum(dtype=torch.float64)) for w in (wy, wx)])
+        used = _coarse_part(patches) if turn == 0 else patches
+        weight, ratio, noise = _patch_weights(used, motion.spectrum, frames)
+        information = weight * frames * ratio * noise
+        slopes = [(2.0 * math.pi * f) ** 2 for f in (used.fy, used.fx)]
+        curvature = np.array([float((information * slope).sum()) for slope in slopes])
         if curvature.min() <= 0.0:
-            used, curvature = weight, np.array([float((weight * strength * noise * w**2).sum()) for w in (wy, wx)])
-        gradient, amount = _patch_gradients(patches, local, used, ratio, noise, wy, wx)
+            continue
+        gradient, amount = _patch_gradients(used, local, weight, ratio, noise)
         # a patch with less signal than the average says less; one with none must not say "here nothing moves"
         steady = np.maximum(amount, 0.1)
         place_factor = steady / np.maximum(amount, 0.01) ** 2
@@ -145,12 +148,33 @@ def fit_local_motion(
     return field
 
 
+def _patch_weights(patches: Patches, spectrum: Spectrum, frames: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight, signal-to-noise ratio and noise power of every coefficient of a patch."""
+    ratio, noise = spectrum.on(patches.k)
+    noise = noise * patches.power_scale
+    twice = torch.full_like(patches.k, 2.0)
+    twice[:, 0] = 1.0
+    strength = frames * ratio
+    return strength / (1.0 + strength) / noise * twice * (patches.k > 1.0 / _LOWEST_ANGSTROM), ratio, noise
+
+
+def _coarse_part(patches: Patches) -> Patches:
+    """The patches' frequencies below 1/12 A, a quarter of the numbers or less."""
+    rows = (patches.k[:, 0] < 1.0 / _COARSE_ANGSTROM).nonzero()[:, 0]
+    columns = int((patches.k[0] < 1.0 / _COARSE_ANGSTROM).sum())
+    values, power = patches.values[:, :, rows, :columns], patches.power[:, rows, :columns]
+    return Patches(
+        values, power, patches.fy[rows], patches.fx[:, :columns], patches.k[rows][:, :columns], patches.centre, patches.power_scale
+    )
+
+
 def _patch_gradients(
-    patches: Patches, local: np.ndarray, weight: Tensor, ratio: Tensor, noise: Tensor, wy: Tensor, wx: Tensor
+    patches: Patches, local: np.ndarray, weight: Tensor, ratio: Tensor, noise: Tensor
 ) -> tuple[np.ndarray, np.ndarray]:
     """Gradients `(patch, frame, 2)` about the displacements ``local``, and each patch's signal power relative to the movie's."""
     count, frames = patches.values.shape[:2]
     device = patches.values.device
+    wy, wx = 2.0 * math.pi * patches.fy, 2.0 * math.pi * patches.fx
     one = torch.ones((), device=device)
     shift = torch.from_numpy(local).float().to(device)
     expected = weight * ratio
@@ -162,13 +186,14 @@ def _patch_gradients(
         along_y = torch.polar(one, shift[p, :, :1] * wy[:, 0])
         along_x = torch.polar(one, shift[p, :, 1:] * wx[0])
         moved = patches.values[p] * along_y[:, :, None] * along_x[:, None, :]
-        total = moved.sum(0)
-        product = (torch.conj(total) * weight) * moved
-        rows = product.imag @ columns_x  # (frame, row, 2)
+        total = moved[0].clone()
+        for f in range(1, frames):
+            total += moved[f]
+        reference = torch.conj(total) * weight
+        rows = (moved.mul_(reference)).imag @ columns_x  # (frame, row, 2)
         gradient[p, :, 0] = -(rows[:, :, 0] @ wy[:, 0]).double().cpu().numpy()
         gradient[p, :, 1] = -rows[:, :, 1].sum(1).double().cpu().numpy()
-        power = torch.view_as_real(moved).square_().sum((0, 3))
-        amount[p] = float((expected * (total.abs() ** 2 - power)).sum(dtype=torch.float64)) / max(expected_total, 1e-30)
+        amount[p] = float((expected * (total.abs() ** 2 - patches.power[p])).sum()) / max(expected_total, 1e-30)
     # the amounts are measured with an error of their own: what a movie of weak patches shows is mostly that
     spread = float((expected**2 * 2.0 * frames * (frames - 1) * (noise * (1.0 + ratio)) ** 2).sum(dtype=torch.float64))
     error = math.sqrt(spread) / max(expected_total, 1e-30)

@@ -21,6 +21,9 @@ SPACING = 0.75
 """Least distance of two picks, diameters."""
 MARGIN = 0.4
 """Picks nearer to the border, diameters, are dropped."""
+_CLEAR_SKEW = 0.5
+_LEAST_GROUP = 3
+_LEAST_SPREAD = 0.15
 
 
 class Picks(NamedTuple):
@@ -66,9 +69,9 @@ def pick_particles(image: Tensor, diameter_px: float, *, rounds: int = 3, profil
     Returns
     -------
     Picks
-        Scores are in standard deviations of the score map. The threshold is Otsu's between the scores of peaks, but not below nine
-        tenths of the peaks that the same procedure finds in noise of the same power spectrum; where the score map is no more
-        skewed than that of the noise, it lies above all of them.
+        Scores are in standard deviations of the score map. The threshold parts the scores of the peaks into two groups with least
+        error (Kittler & Illingworth 1986). Chance has a say too: the same procedure runs on noise of the same power spectrum, and
+        unless the score map is clearly more skewed than that of the noise, the threshold lies above all peaks of the noise.
     """
     field = _field(image, diameter_px)
     factor = min(image.shape) / min(field.image.shape)
@@ -77,11 +80,7 @@ def pick_particles(image: Tensor, diameter_px: float, *, rounds: int = 3, profil
     noise = _random_phases(field, seed)
     null_skew, _, null_scores = max((_learn(noise, start, rounds) for start in _starts(noise)), key=lambda r: r[0])
     null = _peaks(noise, null_scores)[2]
-    threshold = chance = float(torch.quantile(null, 0.9)) if len(null) else 0.0
-    if len(score) >= 8:
-        threshold = max(chance, _otsu(score))
-    if len(null) and skew < null_skew + 0.1:
-        threshold = max(threshold, float(null.max()))
+    threshold = _threshold(score, null, clear=skew > null_skew + _CLEAR_SKEW)
     places = torch.linspace(0.0, SUPPORT * field.diameter, profile_points)
     return Picks(y * factor, x * factor, score, threshold, _interpolate(template, places), skew, null_skew)
 
@@ -118,9 +117,7 @@ def _crop(transform: Tensor, height: int, width: int) -> Tensor:
 def _blur(image: Tensor, sigma: float) -> Tensor:
     ky = torch.fft.fftfreq(image.shape[0], device=image.device)[:, None]
     kx = torch.fft.rfftfreq(image.shape[1], device=image.device)[None]
-    return torch.fft.irfft2(
-        torch.fft.rfft2(image) * torch.exp(-2.0 * (math.pi * sigma) ** 2 * (ky * ky + kx * kx)), s=image.shape
-    )
+    return torch.fft.irfft2(torch.fft.rfft2(image) * torch.exp(-2.0 * (math.pi * sigma) ** 2 * (ky * ky + kx * kx)), s=image.shape)
 
 
 def _random_phases(field: _Field, seed: int) -> _Field:
@@ -221,11 +218,28 @@ def _apart(y: Tensor, x: Tensor, distance: float) -> Tensor:
     return torch.nonzero(alive)[:, 0]
 
 
-def _otsu(score: Tensor) -> float:
-    """Score that parts the peaks into two groups of least variance, at least three in each; ``score`` falls."""
-    count = torch.arange(1, len(score) + 1, device=score.device, dtype=torch.float64)
-    total = torch.cumsum(score.double(), 0)
-    rest = len(score) - count
-    between = count * rest * (total / count - (total[-1] - total) / rest.clamp(min=1)) ** 2
-    best = int(between[2:-3].argmax()) + 2
-    return float(0.5 * (score[best] + score[best + 1]))
+def _threshold(score: Tensor, null: Tensor, clear: bool) -> float:
+    """Threshold for falling ``score``; ``null`` are the peaks of noise, ``clear`` whether there is more than noise at all."""
+    chance = float(null.max()) if len(null) else 0.0
+    if len(score) < 2 * _LEAST_GROUP:
+        return chance
+    parted = _least_error(score)
+    # a field of particles alone would be parted in its middle: what chance never reaches is taken in any case
+    return min(parted, chance) if clear else max(parted, chance)
+
+
+def _least_error(score: Tensor) -> float:
+    """Value that parts ``score`` into two normal distributions with least error (Kittler & Illingworth 1986)."""
+    s, n = score.double().flip(0), len(score)
+    count = torch.arange(1, n, dtype=torch.float64, device=s.device)
+    first, second = torch.cumsum(s, 0), torch.cumsum(s * s, 0)
+
+    def spread(number: Tensor, total: Tensor, squares: Tensor) -> Tensor:
+        return torch.sqrt((squares / number - (total / number) ** 2).clamp(min=_LEAST_SPREAD**2))
+
+    low = spread(count, first[:-1], second[:-1])
+    high = spread(n - count, first[-1] - first[:-1], second[-1] - second[:-1])
+    p = count / n
+    error = p * torch.log(low / p) + (1.0 - p) * torch.log(high / (1.0 - p))
+    best = int(error[_LEAST_GROUP - 1 : n - _LEAST_GROUP].argmin()) + _LEAST_GROUP
+    return float(0.5 * (s[best - 1] + s[best]))

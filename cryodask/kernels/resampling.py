@@ -21,8 +21,8 @@ def resample_map(volume: Tensor, voxel_angstrom: float, box: int, target_voxel_a
         two voxels of either grid is raised to that.
     """
     size = volume.shape[-1]
-    if size == box and abs(voxel_angstrom / target_voxel_angstrom - 1.0) < 1e-3:
-        return volume.clone()
+    if abs(voxel_angstrom / target_voxel_angstrom - 1.0) < 1e-3:
+        return _crop_or_pad(volume, box)
     finest = max(cut_angstrom, 2.2 * voxel_angstrom, 2.2 * target_voxel_angstrom)
     # an odd box has no lone Nyquist row; either parity is cut in the same way
     smooth = cut_map(volume, size * voxel_angstrom / finest).numpy()
@@ -30,3 +30,13 @@ def resample_map(volume: Tensor, voxel_angstrom: float, box: int, target_voxel_a
     offset = size // 2 - ratio * (box // 2)
     out = ndimage.affine_transform(smooth, np.full(3, ratio), np.full(3, offset), output_shape=(box,) * 3, order=3, mode="constant")
     return torch.from_numpy(np.ascontiguousarray(out, np.float32))
+
+
+def _crop_or_pad(volume: Tensor, box: int) -> Tensor:
+    """The same voxels in another box, origins n // 2 on one another."""
+    size = volume.shape[-1]
+    out = torch.zeros((box,) * 3, dtype=volume.dtype)
+    shared = min(size, box)
+    here, there = (slice(n // 2 - shared // 2, n // 2 - shared // 2 + shared) for n in (size, box))
+    out[there, there, there] = volume[here, here, here]
+    return out

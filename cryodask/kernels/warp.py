@@ -20,7 +20,7 @@ _STEPS = 2048
 
 @lru_cache(maxsize=8)
 def kernel_table(taps: int, device: str = "cpu") -> Tensor:
-    """Weights `(2049, taps)` for reading between pixels, row i for a fraction i / 2048; each row sums to 1.
+    """Weights `(taps, 2049)` for reading between pixels, column i for a fraction i / 2048; each column sums to 1.
 
     Tap t lies at integer ``t - taps / 2 + 1`` from the pixel on the left. ``taps`` is 4, 6 or 8.
     """
@@ -30,7 +30,7 @@ def kernel_table(taps: int, device: str = "cpu") -> Tensor:
     beta = torch.tensor(_BETA[taps], dtype=torch.float64)
     window = torch.i0(beta * torch.sqrt((1.0 - (distance / half) ** 2).clamp(min=0.0))) / torch.i0(beta)
     weights = torch.where(distance.abs() <= half, torch.sinc(distance) * window, 0.0)
-    return (weights / weights.sum(1, keepdim=True)).float().to(device)
+    return (weights / weights.sum(1, keepdim=True)).T.float().contiguous().to(device)
 
 
 def upsample_field(nodes: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -96,15 +96,15 @@ def _taps(shift: Tensor, taps: int) -> tuple[int, Tensor]:
     """First integer offset and weights `(t, x)`, so that the value at x + shift is sum_t weights[t] * input[x + first + t]."""
     whole = torch.floor(shift)
     low, high = int(whole.min()), int(whole.max())
-    index = torch.round((shift - whole) * _STEPS).long()
-    weights = kernel_table(taps, str(shift.device))[index].T
+    index = torch.round((shift - whole) * _STEPS).int()
+    weights = torch.index_select(kernel_table(taps, str(shift.device)), 1, index)
     first = low - taps // 2 + 1
     if low == high:
-        return first, weights.contiguous()
+        return first, weights
     # where the shift passes an integer the kernel slides by a pixel: one more tap serves the whole row
     spread = torch.zeros(taps + high - low, len(shift), device=shift.device)
     place = (whole.long() - low) + torch.arange(taps, device=shift.device)[:, None]
-    return first, spread.scatter_(0, place, weights.contiguous())
+    return first, spread.scatter_(0, place, weights)
 
 
 def warp_rows(image: Tensor, gain: Tensor | None, first: int, last: int, shift_y: Tensor, shift_x: Tensor, taps: int = TAPS) -> Tensor:
@@ -133,22 +133,19 @@ def warp_rows(image: Tensor, gain: Tensor | None, first: int, last: int, shift_y
     if inside_b - inside_a < b - a:
         index = torch.arange(a, b, device=image.device).clamp(0, height - 1) - inside_a
         rows = rows[index]
-    out = rows[:count] * weight_y[0]
+    left, right = max(0, -at_x), max(0, at_x + weight_x.shape[0] - 1)
+    padded = torch.empty(count, left + width + right, device=image.device)
+    out = padded[:, left : left + width]
+    torch.mul(rows[:count], weight_y[0], out=out)
     for t in range(1, weight_y.shape[0]):
         out.addcmul_(rows[t : t + count], weight_y[t])
-    left, right = max(0, -at_x), max(0, at_x + weight_x.shape[0] - 1)
-    if left or right:
-        out = torch.nn.functional.pad(out[None], (left, right), mode="replicate")[0] if max(left, right) < width else _pad(out, left, right)
+    padded[:, :left] = out[:, :1]
+    padded[:, left + width :] = out[:, -1:]
     begin = left + at_x
-    moved = out[:, begin : begin + width] * weight_x[0]
+    moved = padded[:, begin : begin + width] * weight_x[0]
     for t in range(1, weight_x.shape[0]):
-        moved.addcmul_(out[:, begin + t : begin + t + width], weight_x[t])
+        moved.addcmul_(padded[:, begin + t : begin + t + width], weight_x[t])
     return moved
-
-
-def _pad(rows: Tensor, left: int, right: int) -> Tensor:
-    index = torch.arange(-left, rows.shape[1] + right, device=rows.device).clamp(0, rows.shape[1] - 1)
-    return rows[:, index]
 
 
 def warp_image(image: Tensor, shift_y: Tensor, shift_x: Tensor, *, stripe: int = 64, taps: int = TAPS) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from dataclasses import dataclass, field
@@ -112,7 +113,7 @@ class Chain:
     def _value(self, name: str, label: str, item: Item, values: dict[str, Any]) -> Any:
         if label == "inputs":
             if name == "gain":
-                return np.load(self.gain_path, mmap_mode="r") if self.gain_path else None
+                return _array_at(str(self.gain_path)) if self.gain_path else None
             if name not in values:
                 raise MicrographError(f"{item.name} has no {name}.", "its row of the STAR file is incomplete", "complete or remove the row")
             return values[name]
@@ -138,6 +139,11 @@ _OPEN: dict[str, Generation] = {}
 def _generation_at(folder: str) -> Generation:
     # one journal file a process and generation
     return _OPEN.setdefault(folder, Generation(folder))
+
+
+@functools.lru_cache(maxsize=2)
+def _array_at(path: str) -> np.ndarray:
+    return np.load(path)
 
 
 def _refuse_nonsense(link: Link, item: Item, given: dict[str, Any]) -> None:

@@ -58,18 +58,22 @@ class _Source:
 
     def __init__(self, movie: Frames, device: str, budget_mb: int) -> None:
         self.movie, self.device = movie, device
-        size = int(np.prod(movie.shape)) * _as_torch(np.empty(0, movie.dtype)).element_size()
-        self.kept: dict[int, Tensor] | None = {} if size <= budget_mb * 2**20 else None
+        self.kind = _working_type(np.dtype(movie.dtype))
+        # one block for all frames: kept one by one, they leave holes in the heap of their own size
+        fits = int(np.prod(movie.shape)) * self.kind.itemsize <= budget_mb * 2**20
+        self.kept = torch.empty(movie.shape, dtype=_TORCH[self.kind.name], device=device) if fits else None
+        self.known: set[int] = set()
         self.repair: Repair | None = None
         self.repaired: set[int] = set()
 
     def __call__(self, index: int) -> Tensor:
-        if self.kept is not None and index in self.kept:
-            frame = self.kept[index]
+        if self.kept is None:
+            frame = torch.from_numpy(np.array(self.movie[index], self.kind)).to(self.device)
         else:
-            frame = torch.from_numpy(_as_torch_array(np.asarray(self.movie[index]))).to(self.device)
-            if self.kept is not None:
-                self.kept[index] = frame
+            frame = self.kept[index]
+            if index not in self.known:
+                frame.copy_(torch.from_numpy(np.require(self.movie[index], self.kind, ["C", "W"])))
+                self.known.add(index)
         if self.repair is not None and index not in self.repaired:
             repair_frame(frame, self.repair, index)
             if self.kept is not None:
@@ -77,15 +81,14 @@ class _Source:
         return frame
 
 
-def _as_torch_array(frame: np.ndarray) -> np.ndarray:
-    """A writable copy or view of a type that torch computes with: uint8 stays, other integers become int32 or float32."""
-    if frame.dtype == np.uint8:
-        return frame if frame.flags.writeable else frame.copy()
-    return frame.astype(np.int16 if frame.dtype in (np.int8, np.int16) else np.float32)
+_TORCH = {"uint8": torch.uint8, "int16": torch.int16, "float32": torch.float32}
 
 
-def _as_torch(frame: np.ndarray) -> Tensor:
-    return torch.from_numpy(_as_torch_array(frame))
+def _working_type(stored: np.dtype) -> np.dtype:
+    """The type that torch computes with: uint8 and int16 as they are, int8 as int16, all others float32 (exact below 2^24)."""
+    if stored == np.uint8:
+        return np.dtype(np.uint8)
+    return np.dtype(np.int16 if stored in (np.dtype(np.int8), np.dtype(np.int16)) else np.float32)
 
 
 def _memory(params: MotionParams, sizes: Sizes) -> float:

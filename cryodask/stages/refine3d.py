@@ -42,6 +42,7 @@ INSERT_BEYOND_ANGSTROM = 28.0
 """Slices are inserted so many cycles a box beyond the scored rings: box length / 28 A, at least 8."""
 PARTICLE_SHARE = 0.9
 """A particle is taken to fill this share of its mask when angular steps are translated into resolution."""
+POSE_COLUMNS = ("rot_deg", "tilt_deg", "psi_deg", "origin_y_angstrom", "origin_x_angstrom", "log_likelihood")
 MAP_MARGIN = 8
 """Shells by which the box of a travelling map exceeds its content: masks widen spectra, and a tighter box would alias."""
 
@@ -165,7 +166,7 @@ def _start_map(params: Refine3DParams, particles: ParticleSet, inputs: dict[str,
     optional=["initial_map", "map_pixel_size_angstrom"],
     gives=[
         "half_map", "final_map", "map_pixel_size_angstrom", "rot_deg", "tilt_deg", "psi_deg", "origin_y_angstrom", "origin_x_angstrom",
-        "log_likelihood", "resolution_angstrom", "fsc_unmasked", "fsc_masked", "fsc_randomised", "fsc_corrected",
+        "log_likelihood", "half_set", "resolution_angstrom", "fsc_unmasked", "fsc_masked", "fsc_randomised", "fsc_corrected",
         "shell_resolution_angstrom", "iteration_resolution_angstrom",
     ],
     params=Refine3DParams,
@@ -230,6 +231,7 @@ class refine3d:
             pixel_size_angstrom=block.pixel_size_angstrom,
             radius=_kept_radius(state),
             mask_radius_angstrom=state["mask_diameter_angstrom"] / 2,
+            half=block.half,
             device=device,
         )
 
@@ -260,10 +262,8 @@ class refine3d:
         params: Refine3DParams, state: State, shared: Shared | None, block: expectation.Particles, previous: Columns, device: str
     ) -> tuple[Sums, Columns]:
         count = len(block.index)
-        columns = {
-            name: np.zeros(count, np.float32)
-            for name in ("rot_deg", "tilt_deg", "psi_deg", "origin_y_angstrom", "origin_x_angstrom", "log_likelihood")
-        }
+        columns = {name: np.zeros(count, np.float32) for name in POSE_COLUMNS}
+        columns["half_set"] = np.full(count, block.half, np.int8)
         if shared is None:
             return {"power": block.shell_power.sum(0, dtype=torch.float64).cpu().numpy(), "count": count}, columns
         pixel = state["length_angstrom"] / state["box"]
@@ -301,7 +301,7 @@ class refine3d:
         angles = [torch.rad2deg(a) for a in matrix_to_euler(torch.cat(rotations))]
         origin = torch.cat(origins)
         values = (*angles, origin[:, 0], origin[:, 1], torch.cat(likelihood))
-        columns = {name: value.float().cpu().numpy() for name, value in zip(columns, values)}
+        columns |= {name: value.float().cpu().numpy() for name, value in zip(POSE_COLUMNS, values)}
         sums = {
             "accumulator": pj.fold_accumulator(accumulator).cpu().numpy(),
             "power": residual.cpu().numpy(),

@@ -23,7 +23,8 @@ def generation_dataset(generation: Generation) -> xr.Dataset:
         return _result_dataset(generation, records.get(0), attrs)
     rows = sorted(records)
     variables: dict[str, Any] = {}
-    bulk = [v for v in generation.gives if v.kind == "bulk"]
+    # a movie that is used where it lies has no shard
+    bulk = [v for v in generation.gives if v.kind == "bulk" and all(v.name in records[r]["shards"] for r in rows)]
     lengths = _ragged_lengths(generation, records, rows)
     for var in generation.gives:
         if var.kind != "bulk":

@@ -183,6 +183,8 @@ class Generation:
             for var in self.gives:
                 value = values[var.name]
                 if var.kind == "bulk":
+                    if not getattr(value, "stored", True):
+                        continue  # a movie that is used where it lies
                     layout = self.layout(var)
                     value = self._checked(var, layout, value, name)
                     shards[var.name] = write_shard(self.shard_path(var.name, row, len(layout.shape)), layout, value)

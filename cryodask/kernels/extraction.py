@@ -1,0 +1,84 @@
+"""Boxes cut from a micrograph, reduced and normalised as RELION does it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cryodask.kernels.fourier import resize_images
+
+
+def cut_boxes(image: Tensor, rows: Tensor, columns: Tensor, box: int) -> Tensor:
+    """Boxes `(particle, box, box)` of an image `(y, x)` whose pixel ``rows, columns`` (int64) lands at index box // 2.
+
+    What lies beyond the border is the image mirrored at it, which keeps the noise what it is.
+    """
+    offset = torch.arange(box, device=image.device) - box // 2
+    y = _mirrored(rows[:, None] + offset, image.shape[0])
+    x = _mirrored(columns[:, None] + offset, image.shape[1])
+    return image[y[:, :, None], x[:, None, :]]
+
+
+def _mirrored(index: Tensor, length: int) -> Tensor:
+    """Reflect indices at the first and the last pixel, as often as needed."""
+    period = max(1, 2 * (length - 1))
+    folded = index.remainder(period)
+    return torch.minimum(folded, period - folded)
+
+
+def normalise_background(images: Tensor, radius_px: float, *, ramp: bool = True) -> Tensor:
+    """Give what lies outside ``radius_px`` of the centre (index n // 2) mean 0 and standard deviation 1.
+
+    Parameters
+    ----------
+    images : Tensor, `(particle, y, x)`, float32
+    ramp : bool
+        Take away the plane through the background first.
+
+    Returns
+    -------
+    Tensor, the same shape
+        An image whose background is constant is only freed of its mean.
+    """
+    n = images.shape[-1]
+    x = torch.arange(n, device=images.device, dtype=torch.float32) - n // 2
+    outside = (x[:, None] ** 2 + x[None] ** 2 > radius_px**2).reshape(-1)
+    flat = images.reshape(len(images), -1)
+    if ramp:
+        plane = torch.stack([torch.ones(n * n, device=images.device), x.repeat_interleave(n) / n, x.repeat(n) / n], 1)
+        # one design for all images: its pseudo-inverse is small
+        background = plane[outside].double()
+        solve = torch.linalg.solve(background.T @ background, background.T)
+        coefficients = flat[:, outside].double() @ solve.T
+        flat = flat - (coefficients @ plane.double().T).float()
+    ring = flat[:, outside].double()
+    mean, spread = ring.mean(1, keepdim=True), ring.std(1, keepdim=True, correction=0)
+    spread = torch.where(spread > 0, spread, 1.0)
+    return ((flat - mean) / spread).float().reshape(images.shape)
+
+
+def extract_particles(
+    image: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    *,
+    box: int,
+    size: int,
+    background_radius_px: float,
+    invert: bool,
+    ramp: bool,
+    batch: int = 64,
+) -> Tensor:
+    """Cut boxes, invert, reduce to ``size`` pixels in Fourier space (origin stays at n // 2) and normalise, `(particle, size, size)`.
+
+    ``background_radius_px`` is in pixels of the reduced image; ``box`` and ``size`` are even.
+    """
+    out = torch.empty(len(rows), size, size, dtype=torch.float32, device=image.device)
+    for start in range(0, len(rows), batch):
+        part = slice(start, start + batch)
+        boxes = cut_boxes(image, rows[part], columns[part], box)
+        # the mean goes first: float32 transforms of large counts would lose digits
+        boxes = boxes - boxes.mean(dim=(1, 2), keepdim=True)
+        boxes = resize_images(-boxes if invert else boxes, size)
+        out[part] = normalise_background(boxes, background_radius_px, ramp=ramp)
+    return out

@@ -1,0 +1,142 @@
+"""Which particles go on: a mask with reasons, which removes nothing for good."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+import xarray as xr
+from pydantic import Field
+
+from cryodask.errors import InputError
+from cryodask.stage import Params, Picture, stage
+
+REASONS = {
+    0: "kept",
+    1: "its class is not wanted",
+    2: "its class is uncertain",
+    3: "the CTF of its micrograph is poor",
+    4: "its likelihood is far below that of the others",
+    5: "it was never classified",
+}
+"""Meaning of the numbers in ``removal_reason``."""
+
+AUTO_SHARE_OF_BEST = 0.6
+"""``auto`` keeps classes whose score is at least this share of the typical good class (weighted by particles)."""
+AUTO_LEAST_KEPT = 0.25
+"""``auto`` never leaves fewer than this share of the particles: then the scores say nothing."""
+
+
+class CurateParams(Params):
+    """Parameters of ``curate``."""
+
+    keep: Literal["auto", "all"] | list[int] = Field(
+        "auto", description="classes to keep: a list of class numbers, 'all', or 'auto' to judge them by their scores"
+    )
+    least_class_score: float | None = Field(None, ge=0, le=1, description="classes below this score are removed as well")
+    least_class_probability: float = Field(0.0, ge=0, le=1, description="particles less certain of their class are removed")
+    worst_ctf_resolution_angstrom: float | None = Field(
+        None, gt=0, description="particles of micrographs whose CTF fit reaches only a worse resolution are removed, Angstrom"
+    )
+    likelihood_deviations: float | None = Field(
+        None, gt=0, description="particles whose log-likelihood lies so many robust standard deviations below the median are removed"
+    )
+
+
+@stage(
+    version=1,
+    shape="whole",
+    needs=["class_number", "class_score", "class_probability"],
+    optional=["ctf_resolution_angstrom", "log_likelihood"],
+    gives=["particle_kept", "removal_reason"],
+)
+def curate(
+    params: CurateParams,
+    *,
+    class_number: np.ndarray,
+    class_score: np.ndarray,
+    class_probability: np.ndarray,
+    ctf_resolution_angstrom: np.ndarray | None = None,
+    log_likelihood: np.ndarray | None = None,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Decides which particles later stages use, by class and by simple limits.
+
+    Nothing is deleted: the result is a mask with a reason for every particle that is left out, and another choice is another run of
+    this stage. ``auto`` judges classes by their score against the typical class, so that it leaves everything where all classes are
+    good.
+    """
+    number = np.asarray(class_number)
+    score = np.asarray(class_score, float)
+    if number.max(initial=-1) >= len(score):
+        raise InputError(
+            f"class {int(number.max())} has no score: there are {len(score)} classes",
+            "class numbers and scores come from different classifications",
+            "run classify2d again",
+        )
+    share = np.bincount(number[number >= 0], minlength=len(score)).astype(float)
+    if params.keep == "all":
+        wanted = np.ones(len(score), bool)
+    elif params.keep == "auto":
+        wanted = good_classes(score, share)
+    else:
+        unknown = [k for k in params.keep if not 0 <= k < len(score)]
+        if unknown:
+            raise InputError(
+                f"there are no classes {unknown}: numbers run from 0 to {len(score) - 1}",
+                "the classification was run again with another number of classes",
+                "look at the classes in the report and set curate.keep anew",
+            )
+        wanted = np.isin(np.arange(len(score)), params.keep)
+    if params.least_class_score is not None:
+        wanted &= score >= params.least_class_score
+    reason = np.zeros(len(number), np.int8)
+    if params.likelihood_deviations is not None and log_likelihood is not None:
+        values = np.asarray(log_likelihood, float)
+        middle = np.nanmedian(values)
+        spread = 1.4826 * np.nanmedian(np.abs(values - middle))
+        reason[values < middle - params.likelihood_deviations * spread] = 4
+    if params.worst_ctf_resolution_angstrom is not None and ctf_resolution_angstrom is not None:
+        # a fit that failed has no resolution and counts as poor
+        reason[~(np.asarray(ctf_resolution_angstrom, float) <= params.worst_ctf_resolution_angstrom)] = 3
+    reason[np.asarray(class_probability, float) < params.least_class_probability] = 2
+    known = number >= 0
+    reason[known & ~wanted[np.where(known, number, 0)]] = 1
+    reason[~known] = 5
+    return {"particle_kept": (reason == 0).astype(np.int8), "removal_reason": reason}
+
+
+def good_classes(score: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """Mask `(class,)` of the classes that ``auto`` keeps.
+
+    A junk class agrees with itself far less than the typical good class, which is taken as the upper quartile of the particles'
+    scores: up to three quarters of the particles may be junk.
+    """
+    used = share > 0
+    order = np.argsort(score)
+    cumulated = np.cumsum(share[order])
+    typical = score[order][np.searchsorted(cumulated, 0.75 * cumulated[-1])]
+    good = used & (score >= AUTO_SHARE_OF_BEST * typical)
+    if share[good].sum() < AUTO_LEAST_KEPT * share.sum():
+        return used
+    return good
+
+
+@curate.figures
+def draw(ds: xr.Dataset) -> Iterator[Picture]:
+    """How many particles were left out, and why."""
+    from matplotlib.figure import Figure
+
+    if "removal_reason" not in ds:
+        return
+    reasons = ds["removal_reason"].values
+    counts = {text: int((reasons == number).sum()) for number, text in REASONS.items() if (reasons == number).any()}
+    figure = Figure(figsize=(6.0, 0.5 + 0.4 * len(counts)), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh(list(counts), list(counts.values()), color="steelblue")
+    axes.bar_label(bars)
+    axes.invert_yaxis()
+    axes.set(xlabel="particles")
+    kept = 100.0 * float((reasons == 0).mean())
+    yield Picture("Curation", f"{kept:.1f} % of {len(reasons)} particles are kept. The others stay in the project and can be taken back.", figure)

@@ -1,0 +1,113 @@
+"""Stage ``pick``: particles in a micrograph, from their diameter alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import xarray as xr
+from pydantic import Field
+
+from cryodask.errors import MicrographError
+from cryodask.kernels.picking import SUPPORT, pick_particles
+from cryodask.stage import Params, Picture, Sizes, stage
+from cryodask.stages.ctf import check_micrograph
+from cryodask.vocabulary import SLOTS
+
+PROFILE_POINTS = 32
+
+
+class PickParams(Params):
+    """Parameters of stage ``pick``."""
+
+    diameter_angstrom: float = Field(description="diameter of the particle, Angstrom; right to about 20 %", gt=0)
+    threshold: float | Literal["auto"] = Field("auto", description="score above which peaks are accepted, or auto")
+    rounds: int = Field(3, description="how often the radial template is learnt anew", ge=1, le=10)
+
+
+def _sizes(params: PickParams, sizes: Sizes) -> Sizes:
+    return {"radius": PROFILE_POINTS}
+
+
+def _memory(params: PickParams, sizes: Sizes) -> float:
+    # the micrograph, a sorted copy for its median, and its transform
+    return 24.0 * sizes["y"] * sizes["x"] + 5.0e7
+
+
+@stage(
+    version=1,
+    needs=["micrograph_dw", "pixel_size_angstrom"],
+    gives=["pick_y", "pick_x", "pick_score", "pick_accepted", "pick_threshold", "pick_count", "pick_profile"],
+    sizes=_sizes,
+    memory=_memory,
+)
+def pick(params: PickParams, *, micrograph_dw: np.ndarray, pixel_size_angstrom: float, device: str = "cpu") -> dict[str, Any]:
+    """Pick particles without templates: a radial profile is learnt from each micrograph, starting from the diameter.
+
+    The micrograph, reduced until the particle is 16 pixels wide, band-passed and locally normalised, is correlated with a disk and a
+    ring of the diameter in either contrast; the mean of the best patches, averaged over directions, becomes the next template, and the
+    family whose score map is most skewed is kept. All peaks are stored with their scores; ``pick_accepted`` marks those above the
+    threshold, which can be moved later without picking again. The dose-weighted sum is used because particles are cut from it, and
+    because it shows them best; the resolution used, an eighth of the diameter, is the same in both sums.
+    """
+    image = np.asarray(micrograph_dw, np.float32)
+    check_micrograph(image)
+    diameter = params.diameter_angstrom / float(pixel_size_angstrom)
+    if diameter < 4.0 or 2.0 * diameter > min(image.shape):
+        raise MicrographError(
+            f"a diameter of {params.diameter_angstrom:g} A is {diameter:.1f} pixels in a micrograph of {image.shape[0]} x {image.shape[1]}",
+            "the diameter was given in pixels or nanometres, or the pixel size is wrong",
+            "give pick.diameter_angstrom in Angstrom and check the pixel size",
+        )
+    picks = pick_particles(torch.from_numpy(image).to(device), diameter, rounds=params.rounds, profile_points=PROFILE_POINTS)
+    y, x, score = (t[:SLOTS].cpu().numpy().astype(np.float32) for t in (picks.y, picks.x, picks.score))
+    threshold = picks.threshold if params.threshold == "auto" else float(params.threshold)
+    accepted = (score > threshold).astype(np.int8)
+    return {
+        "pick_y": y,
+        "pick_x": x,
+        "pick_score": score,
+        "pick_accepted": accepted,
+        "pick_threshold": threshold,
+        "pick_count": int(accepted.sum()),
+        "pick_profile": picks.profile.cpu().numpy().astype(np.float32),
+    }
+
+
+@pick.figures
+def draw(ds: xr.Dataset) -> Iterator[Picture]:
+    """Scores of all peaks, picks a micrograph, learnt profiles, and the places in one micrograph."""
+    from matplotlib.figure import Figure
+
+    counts = ds["pick_count"].values
+    scores, accepted = _flat(ds["pick_score"]), _flat(ds["pick_accepted"])
+    good = np.isfinite(scores)
+    figure = Figure(figsize=(9, 2.9), layout="constrained")
+    panels = figure.subplots(1, 3)
+    edges = np.linspace(0.0, float(scores[good].max()) if good.any() else 1.0, 50)
+    for chosen, colour, label in ((accepted == 1, "#2ca02c", "accepted"), (accepted == 0, "#bbbbbb", "left")):
+        panels[0].hist(scores[good & chosen], bins=edges, color=colour, label=label)
+    panels[0].legend(frameon=False, fontsize=8)
+    panels[0].set(xlabel="score, s.d. of the score map", ylabel="peaks")
+    panels[1].hist(counts, bins=min(30, max(5, len(counts) // 2)), color="#4878a8")
+    panels[1].set(xlabel="particles a micrograph", ylabel="micrographs")
+    profiles = ds["pick_profile"].values
+    radius = np.linspace(0.0, SUPPORT, profiles.shape[1])
+    panels[2].plot(radius, profiles[:: max(1, len(profiles) // 50)].T, color="#4878a8", alpha=0.3, lw=0.8)
+    panels[2].plot(radius, np.median(profiles, 0), color="black", lw=1.5)
+    panels[2].axhline(0.0, color="black", lw=0.5)
+    panels[2].set(xlabel="radius, diameters", ylabel="learnt profile")
+    caption = (
+        f"{int(counts.sum())} particles in {len(counts)} micrographs (median {int(np.median(counts))}), of {int(good.sum())} peaks. "
+        "The threshold is each micrograph's own. Profiles that differ from the median (black) point to ice, carbon or a wrong diameter."
+    )
+    yield Picture("Picks", caption, figure)
+
+
+def _flat(column: xr.DataArray) -> np.ndarray:
+    """Values of a ragged column as one array of floats, whether padded, nested or flat already."""
+    values = column.values
+    parts = [np.asarray(v, np.float64).reshape(-1) for v in values] if values.dtype == object else [values.astype(np.float64).reshape(-1)]
+    return np.concatenate(parts) if parts else np.zeros(0)

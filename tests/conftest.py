@@ -1,0 +1,50 @@
+"""Fixtures shared by the tests."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ[_name] = "1"
+
+
+def pytest_configure() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if shutil.which("relion_project") is None:
+        warnings.warn("RELION is not on the PATH: the tests marked relion are SKIPPED", stacklevel=1)
+        for item in items:
+            if "relion" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs RELION on the PATH"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data beside the repository."""
+    path = Path(__file__).resolve().parents[2] / "shared"
+    if not (path / "data").is_dir():
+        warnings.warn(f"{path}/data is absent: tests on real data are SKIPPED", stacklevel=1)
+        pytest.skip("real test data are not beside the repository")
+    return path
+
+
+@pytest.fixture(scope="session")
+def client() -> Iterator[Any]:
+    """A real local cluster of two workers, shared by the tests that do not harm it."""
+    from cryodask.cluster.connect import close, connect
+
+    made = connect("local", workers=2)
+    yield made
+    close(made)

@@ -1,0 +1,222 @@
+"""The store: shards that plain zarr reads, commits that are whole or not there, keys, locks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cryodask.errors import DiskFullError, LockedError, MicrographError, StoreError
+from cryodask.store.generation import Generation, disk_errors, generation_key
+from cryodask.store.journal import Journal, content_crc, decode_value, encode_value
+from cryodask.store.project import Project
+from cryodask.store.shards import Layout, ShardReader, file_crc, write_shard
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    chunk=st.lists(st.integers(0, 5), min_size=3, max_size=3),
+    dtype=st.sampled_from(["u1", "i2", "f4", "f2"]),
+    seed=st.integers(0, 99),
+)
+def test_plain_zarr_reads_every_shard_that_we_write(tmp_path_factory, shape, chunk, dtype, seed):
+    folder = tmp_path_factory.mktemp("shard")
+    layout = Layout.of(tuple(shape), tuple(chunk[: len(shape)]), dtype)
+    data = np.random.default_rng(seed).integers(0, 50, shape).astype(dtype)
+    array = zarr.create_array(
+        folder / "a",
+        shape=(3, *layout.shape),
+        shards=(1, *layout.padded),
+        chunks=(1, *layout.chunk),
+        dtype=dtype,
+        compressors=layout.zarr_codecs() or None,
+        filters=None,
+    )
+    path = folder / "a" / "c" / "1" / "/".join("0" * len(shape))
+    assert write_shard(path, layout, data) == file_crc(path)
+    np.testing.assert_array_equal(array[1], data)
+    np.testing.assert_array_equal(ShardReader(path, layout).read(), data)
+
+
+def test_movie_is_streamed_frame_by_frame_into_a_shard(tmp_path):
+    frames = np.random.default_rng(0).poisson(1.0, (5, 33, 47)).astype(np.uint8)
+    layout = Layout.of(frames.shape, (1, 0, 0), "u1")
+
+    class Stream:
+        shape, dtype = frames.shape, frames.dtype
+
+        def __len__(self):
+            return len(frames)
+
+        def __getitem__(self, i):
+            return frames[i]
+
+    write_shard(tmp_path / "movie", layout, Stream())
+    reader = ShardReader(tmp_path / "movie", layout)
+    np.testing.assert_array_equal(np.stack(list(reader)), frames)
+    assert not list(tmp_path.glob("*.part"))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.one_of(st.floats(allow_nan=False), st.integers(-(2**60), 2**60), st.lists(st.floats(width=32), max_size=5)))
+def test_columns_come_back_bit_by_bit(value):
+    array = np.asarray(value)
+    back = np.asarray(decode_value(json.loads(json.dumps(encode_value(array)))))
+    np.testing.assert_array_equal(back, array)
+    assert back.dtype == array.dtype or back.ndim == 0
+
+
+def test_torn_and_flipped_journal_lines_are_no_commits(tmp_path):
+    journal = Journal(tmp_path)
+    for row in range(4):
+        journal.append({"row": row, "ok": True})
+    journal.close()
+    file = next(tmp_path.glob("*.jsonl"))
+    lines = file.read_bytes().split(b"\n")
+    lines[1] = lines[1].replace(b"true", b"trve")
+    file.write_bytes(b"\n".join(lines)[:-9])
+    contents = journal.read()
+    assert sorted(contents.records) == [0, 2]
+    assert len(contents.torn_lines) == 2
+
+
+def test_success_beats_failure_and_the_latest_attempt_wins(tmp_path):
+    first, second = Journal(tmp_path), Journal(tmp_path)
+    first.append({"row": 0, "ok": True, "attempt": 1, "time": 5.0, "columns": {"a": 1}})
+    second.append({"row": 0, "ok": False, "attempt": 3, "time": 9.0})
+    second.append({"row": 0, "ok": True, "attempt": 2, "time": 6.0, "columns": {"a": 2}})
+    assert first.read().records[0]["columns"] == {"a": 2}
+
+
+def test_a_pickled_journal_never_carries_an_open_file(tmp_path):
+    import pickle
+
+    journal = Journal(tmp_path)
+    journal.append({"row": 0, "ok": True})
+    assert pickle.loads(pickle.dumps(journal))._fd is None
+
+
+def _generation(path: Path, sizes=(6, 8)) -> Generation:
+    return Generation.create(
+        path,
+        meta={"label": "motion", "stage": "motion", "version": 1, "params": {}, "upstream": {}},
+        gives=("micrograph_sum", "total_motion"),
+        per_item=True,
+        sizes={"y": sizes[0], "x": sizes[1]},
+        dtypes={},
+    )
+
+
+def test_committed_items_are_read_back_and_uncommitted_ones_do_not_exist(tmp_path):
+    generation = _generation(tmp_path / "k")
+    image = np.arange(48, dtype=np.float32).reshape(6, 8)
+    generation.commit(2, "b", {"micrograph_sum": image, "total_motion": 1.5})
+    write_shard(generation.shard_path("micrograph_sum", 0, 2), generation.layout(generation.gives[0]), image)
+    dataset = generation.dataset()
+    assert dataset["micrograph"].values.tolist() == ["b"]
+    np.testing.assert_array_equal(dataset["micrograph_sum"].values[0], image)
+    assert float(dataset["total_motion"][0]) == 1.5
+    assert dataset["total_motion"].attrs["units"] == "angstrom"
+
+
+def test_damaged_and_missing_shards_are_found(tmp_path):
+    generation = _generation(tmp_path / "k")
+    image = np.ones((6, 8), np.float32)
+    for row in range(3):
+        generation.commit(row, f"m{row}", {"micrograph_sum": image, "total_motion": 0.0})
+    assert generation.damaged() == []
+    first = generation.shard_path("micrograph_sum", 0, 2)
+    raw = bytearray(first.read_bytes())
+    raw[5] ^= 1
+    first.write_bytes(raw)
+    generation.shard_path("micrograph_sum", 1, 2).unlink()
+    assert ["damaged" in p or "missing" in p for p in generation.damaged()] == [True, True]
+
+
+def test_an_item_of_another_shape_is_refused_with_both_shapes(tmp_path):
+    generation = _generation(tmp_path / "k")
+    with pytest.raises(MicrographError, match=r"\(5, 8\), not \(6, 8\)"):
+        generation.commit(0, "m", {"micrograph_sum": np.zeros((5, 8), np.float32), "total_motion": 0.0})
+
+
+def test_content_of_a_record_does_not_depend_on_when_and_where(tmp_path):
+    a, b = _generation(tmp_path / "a"), _generation(tmp_path / "b")
+    values = {"micrograph_sum": np.ones((6, 8), np.float32), "total_motion": 0.25}
+    one, two = a.commit(0, "m", values, seconds=1.0), b.commit(0, "m", values, seconds=2.0)
+    assert content_crc(one) == content_crc(two)
+    assert content_crc(one) != content_crc(a.commit(0, "m", {**values, "total_motion": 0.5}))
+
+
+def test_key_changes_with_every_part_and_with_nothing_else():
+    base = {"stage": "motion", "version": 1, "params": {"patches": (5, 5)}, "upstream": {"movie": "abc"}}
+    keys = {generation_key(base), generation_key({**base, "version": 2}), generation_key({**base, "params": {"patches": (3, 3)}})}
+    keys.add(generation_key({**base, "upstream": {"movie": "abd"}}))
+    assert len(keys) == 4
+    assert generation_key(dict(reversed(base.items()))) == generation_key(base)
+
+
+def test_full_disk_and_missing_permission_become_errors_that_say_what_to_do(tmp_path):
+    with pytest.raises(DiskFullError, match="resumes"), disk_errors(tmp_path):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(StoreError, match="another folder"), disk_errors(tmp_path):
+        raise OSError(13, "Permission denied")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_really_full_device_stops_the_journal(tmp_path):
+    journal = Journal(tmp_path)
+    journal.append({"row": 0, "ok": True})
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, journal._fd)
+    with pytest.raises(DiskFullError), disk_errors(tmp_path):
+        journal.append({"row": 1, "ok": True})
+    assert sorted(journal.read().records) == [0]
+    journal.append({"row": 1, "ok": True})
+    assert sorted(journal.read().records) == [0, 1]
+
+
+def test_registry_keeps_rows_for_ever_and_survives_a_torn_line(tmp_path):
+    project = Project.create(tmp_path / "p", "p")
+    assert [i.row for i in project.add_items([("a", {"size": 1}), ("b", {"size": 2})])] == [0, 1]
+    with open(tmp_path / "p" / "items.jsonl", "ab") as file:
+        file.write(b'{"row": 2, "na')
+    again = project.add_items([("b", {"size": 3}), ("c", {"size": 4})])
+    assert [(i.row, i.name) for i in again] == [(1, "b"), (2, "c")]
+    assert [(i.row, i.inputs["size"]) for i in project.items()] == [(0, 1), (1, 3), (2, 4)]
+
+
+def test_a_second_driver_is_refused_and_a_dead_one_is_replaced(tmp_path):
+    project = Project.create(tmp_path / "p", "p")
+    with project.lock(), pytest.raises(LockedError, match="is working on"), project.lock():
+        pass
+    code = f"import os; from cryodask.store.project import Project; Project({str(tmp_path / 'p')!r}).lock().__enter__(); os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    assert (tmp_path / "p" / "driver.lock").exists()
+    with project.lock():
+        pass
+    assert not (tmp_path / "p" / "driver.lock").exists()
+
+
+def test_a_folder_that_is_no_project_is_named(tmp_path):
+    with pytest.raises(StoreError, match=r"no project\.json"):
+        Project(tmp_path)
+
+
+def test_crc_of_a_shard_covers_its_index(tmp_path):
+    layout = Layout.of((4, 4), (2, 2), "f4")
+    crc = write_shard(tmp_path / "s", layout, np.eye(4, dtype=np.float32))
+    raw = (tmp_path / "s").read_bytes()
+    assert crc == google_crc32c.value(raw)
+    (tmp_path / "s").write_bytes(raw[:-10] + bytes([raw[-10] ^ 1]) + raw[-9:])
+    with pytest.raises(OSError, match="checksum"):
+        ShardReader(tmp_path / "s", layout).read()
