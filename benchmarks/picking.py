@@ -62,12 +62,12 @@ def main() -> None:
             f1, precision, recall = score(found, truth, image.shape, 72.0)
             (right if diameter == 72 else wrong).append(f1)
             seconds.append(cost)
-            print(f"{path.name[:18]}  diameter {diameter} px: F1 {f1:.3f}  precision {precision:.3f}  recall {recall:.3f}  {cost:.2f} s")
+            print(f"{path.name[:24]}  diameter {diameter} px: F1 {f1:.3f}  precision {precision:.3f}  recall {recall:.3f}  {cost:.2f} s")
             if diameter == 72:
                 axes.imshow(image, cmap="gray", vmin=-60, vmax=60)
                 axes.plot(truth[:, 1], truth[:, 0], "o", mfc="none", mec="#ffd700", ms=9, label="by hand")
                 axes.plot(found[:, 1], found[:, 0], "+", color="#ff3030", ms=6, label="found")
-                axes.set_title(f"{path.name[:18]}: F1 {f1:.3f}", fontsize=9)
+                axes.set_title(f"{path.name[:24]}: F1 {f1:.3f}", fontsize=9)
                 axes.set_axis_off()
     panels[0].legend(fontsize=7)
     rng = np.random.default_rng(0)
@@ -79,7 +79,9 @@ def main() -> None:
         truth = np.stack([micrograph.particles.y, micrograph.particles.x], 1)
         found, cost = run(micrograph.image, 180.0, 1.77)
         figures.append(score(found, truth, micrograph.image.shape, 180 / 1.77))
-        print(f"simulated {seed:2d}, {defocus:5.0f} A: F1 {figures[-1][0]:.3f}  precision {figures[-1][1]:.3f}  recall {figures[-1][2]:.3f}")
+        print(
+            f"simulated {seed:2d}, {defocus:5.0f} A: F1 {figures[-1][0]:.3f}  precision {figures[-1][1]:.3f}  recall {figures[-1][2]:.3f}"
+        )
     if figures:
         worst = np.min(figures, 0)
         print(f"simulated: mean F1 {np.mean(figures, 0)[0]:.3f}, least precision {worst[1]:.3f}, least recall {worst[2]:.3f}")

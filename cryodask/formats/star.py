@@ -91,18 +91,14 @@ def read_tables(path: str | Path) -> Tables:
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise StarError(
-            f"{path} cannot be read: {error}", "the path is wrong or it is not a STAR file", "check the path"
-        ) from error
+        raise StarError(f"{path} cannot be read: {error}", "the path is wrong or it is not a STAR file", "check the path") from error
     _check_rows(path, lines)
     # starfile reads through linecache, which would hand out an older content of the same path
     linecache.checkcache(str(path))
     try:
         return dict(starfile.read(path, always_dict=True, parse_as_string=_TEXT))
     except (ValueError, TypeError, KeyError, IndexError) as error:
-        raise StarError(
-            f"{path} cannot be parsed: {error}", "it is not a STAR file of RELION, or was edited by hand", ""
-        ) from error
+        raise StarError(f"{path} cannot be parsed: {error}", "it is not a STAR file of RELION, or was edited by hand", "") from error
 
 
 def write_tables(path: str | Path, tables: Mapping[str, pd.DataFrame | Mapping[str, Any]]) -> None:
@@ -199,9 +195,7 @@ def read_particles(path: str | Path) -> Columns:
     if "image_name" not in columns:
         raise _missing(path, "rlnImageName")
     parts = [name.partition("@") for name in columns.pop("image_name")]
-    bad = [
-        number + sign + stack for number, sign, stack in parts if not (number.isdigit() and sign and stack and int(number) > 0)
-    ]
+    bad = [number + sign + stack for number, sign, stack in parts if not (number.isdigit() and sign and stack and int(number) > 0)]
     if bad:
         raise StarError(
             f"{path}: image name {bad[0]!r} is not NUMBER@STACK",
@@ -451,9 +445,7 @@ def write_motion(
         table = {"rlnMotionModelCoeffsIdx": np.arange(len(coefficients)), "rlnMotionModelCoeff": coefficients}
         tables["local_motion_model"] = pd.DataFrame(table)
     if hot_pixel is not None and len(hot_pixel):
-        tables["hot_pixels"] = pd.DataFrame(
-            {"rlnCoordinateX": hot_pixel[:, 1], "rlnCoordinateY": hot_pixel[:, 0]}, dtype=np.float64
-        )
+        tables["hot_pixels"] = pd.DataFrame({"rlnCoordinateX": hot_pixel[:, 1], "rlnCoordinateY": hot_pixel[:, 0]}, dtype=np.float64)
     write_tables(path, tables)
 
 

@@ -131,7 +131,7 @@ def classify_chunk(
 
 
 def residual_power(data: Particles, rows: Tensor, found: dict[str, Tensor], shifts_px: Tensor, samples: Tensor) -> Tensor:
-    """Sums over particles of the mean |X - C A|^2 of each ring at the best pose, `(ring + 1,)` float64 (0 for ring 0)."""
+    """Mean |X - C A|^2 of each ring at the best pose, `(n, ring + 1)` float64 (0 for ring 0)."""
     grid = data.grid
     limit = min(polar.mode_limit(grid.rings), grid.angle_count // 2 - 1)
     modes = polar.angular_modes(samples[found["class"][:, 0]], limit)
@@ -139,8 +139,8 @@ def residual_power(data: Particles, rows: Tensor, found: dict[str, Tensor], shif
     model = modes_to_half_circle(modes * turn[..., None], grid.angle_count)
     phase = shift_phases(-shifts_px, grid.ky.reshape(-1), grid.kx.reshape(-1), grid.box).reshape(model.shape)
     difference = data.polar_images[rows] - model * phase * data.polar_ctf[rows]
-    out = torch.zeros(grid.rings + 1, dtype=torch.float64, device=rows.device)
-    out[1:] = difference.abs().square().mean(-1).double().sum(0)
+    out = torch.zeros(len(rows), grid.rings + 1, dtype=torch.float64, device=rows.device)
+    out[:, 1:] = difference.abs().square().mean(-1).double()
     return out
 
 

@@ -87,10 +87,19 @@ def polar_cells(spectrum: Spectrum, least_k: float, largest_k: float, ring_step:
 
 
 def _polynomial(x: Tensor, y: Tensor, weight: Tensor, degree: int) -> Tensor:
+    """Weighted least-squares polynomial through y(x), at x; by Gram-Schmidt, whose sums have the same bits in every run."""
     t = 2 * (x - x.min()) / (x.max() - x.min()) - 1
-    powers = torch.stack([t**i for i in range(degree + 1)], 1)
-    root = torch.sqrt(weight)[:, None]
-    return powers @ torch.linalg.lstsq(powers * root, y[:, None] * root).solution[:, 0]
+    columns: list[Tensor] = []
+    fit = torch.zeros_like(y)
+    for power in range(degree + 1):
+        column = t**power
+        for _ in range(2):
+            for earlier in columns:
+                column = column - earlier * (weight * earlier * column).sum()
+        column = column / torch.sqrt((weight * column**2).sum())
+        columns.append(column)
+        fit = fit + column * (weight * column * y).sum()
+    return fit
 
 
 def sine_square(cells: Cells, lens: Lens, parameters: Tensor) -> Tensor:

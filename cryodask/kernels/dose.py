@@ -79,13 +79,15 @@ def filtered_sum(sums: Tensor, filters: np.ndarray, k: np.ndarray, pixel_size_an
     kx = torch.fft.rfftfreq(columns, pixel_size_angstrom, device=device)[None]
     table = torch.from_numpy(np.ascontiguousarray(filters, np.float32)).to(device)
     index = (torch.sqrt(ky * ky + kx * kx) * float((len(k) - 1) / k[-1])).round_().to(torch.int32).clamp_(max=len(k) - 1)
+    place = index.view(-1)
+    padded = torch.empty(rows, columns, device=device)
     total: Tensor | None = None
     for r in range(rank):
-        image = sums[r]
-        if (rows, columns) != (height, width):
-            image = torch.nn.functional.pad(image[None], (0, columns - width, 0, rows - height), mode="replicate")[0]
-        spectrum = real_fft2(image)
-        spectrum *= torch.index_select(table[r], 0, index.view(-1)).view(index.shape)
+        padded[:height, :width] = sums[r]
+        padded[:height, width:] = sums[r, :, -1:]
+        padded[height:] = padded[height - 1]
+        spectrum = real_fft2(padded)
+        spectrum *= torch.index_select(table[r], 0, place).view(index.shape)
         total = spectrum if total is None else total.add_(spectrum)
     assert total is not None
     return real_ifft2(total, (rows, columns))[:height, :width].contiguous()

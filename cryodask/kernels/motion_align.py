@@ -135,7 +135,7 @@ def align_frames(
         smooth = field.at(here)[0] / pixel_size_angstrom
         moved = float(np.abs(smooth - shift.cpu().numpy()).max())
         shift = torch.from_numpy(smooth).float().to(device)
-        if moved < 0.02:
+        if moved < 0.05:
             break
     return GlobalMotion(shift.double().cpu().numpy(), spectrum, deviation)
 

@@ -23,7 +23,7 @@ OVERLAP_VARIANCE = 2.25
 LENGTHS_ANGSTROM = (1500.0, 4000.0, 12000.0)
 _COARSE_ANGSTROM = 12.0
 _LOWEST_ANGSTROM = 300.0
-_INFORMATION_KEPT = 0.98
+_INFORMATION_KEPT = 0.95
 _USEFUL_DEVIATION_ANGSTROM = 4.0
 _LEAST_PATCH_ANGSTROM = 250.0
 
@@ -62,7 +62,7 @@ def choose_patches(
 
 
 def informative_resolution(spectrum: Spectrum, frames: int) -> float:
-    """Resolution, Angstrom, below which 98 % of the information on shifts lies."""
+    """Resolution, Angstrom, below which 95 % of the information on shifts lies."""
     ring = torch.arange(len(spectrum.ratio)) + 0.5
     strength = frames * spectrum.ratio.cpu()
     information = torch.cumsum(ring**3 * strength**2 / (1.0 + strength), 0)
@@ -126,14 +126,15 @@ def fit_local_motion(
     local = np.zeros((count, frames, 2))
     field: FittedField | None = None
     for turn in range(rounds):
-        used = _coarse_part(patches) if turn == 0 else patches
-        weight, ratio, noise = _patch_weights(used, motion.spectrum, frames)
+        weight, ratio, noise = _patch_weights(patches, motion.spectrum, frames)
+        if turn == 0:
+            weight = weight * (patches.k < 1.0 / _COARSE_ANGSTROM)
         information = weight * frames * ratio * noise
-        slopes = [(2.0 * math.pi * f) ** 2 for f in (used.fy, used.fx)]
+        slopes = [(2.0 * math.pi * f) ** 2 for f in (patches.fy, patches.fx)]
         curvature = np.array([float((information * slope).sum()) for slope in slopes])
         if curvature.min() <= 0.0:
             continue
-        gradient, amount = _patch_gradients(used, local, weight, ratio, noise)
+        gradient, amount = _patch_gradients(patches, local, weight, ratio, noise)
         # a patch with less signal than the average says less; one with none must not say "here nothing moves"
         steady = np.maximum(amount, 0.1)
         place_factor = steady / np.maximum(amount, 0.01) ** 2
@@ -158,42 +159,40 @@ def _patch_weights(patches: Patches, spectrum: Spectrum, frames: int) -> tuple[T
     return strength / (1.0 + strength) / noise * twice * (patches.k > 1.0 / _LOWEST_ANGSTROM), ratio, noise
 
 
-def _coarse_part(patches: Patches) -> Patches:
-    """The patches' frequencies below 1/12 A, a quarter of the numbers or less."""
-    rows = (patches.k[:, 0] < 1.0 / _COARSE_ANGSTROM).nonzero()[:, 0]
-    columns = int((patches.k[0] < 1.0 / _COARSE_ANGSTROM).sum())
-    values, power = patches.values[:, :, rows, :columns], patches.power[:, rows, :columns]
-    return Patches(
-        values, power, patches.fy[rows], patches.fx[:, :columns], patches.k[rows][:, :columns], patches.centre, patches.power_scale
-    )
-
-
 def _patch_gradients(
     patches: Patches, local: np.ndarray, weight: Tensor, ratio: Tensor, noise: Tensor
 ) -> tuple[np.ndarray, np.ndarray]:
     """Gradients `(patch, frame, 2)` about the displacements ``local``, and each patch's signal power relative to the movie's."""
     count, frames = patches.values.shape[:2]
     device = patches.values.device
-    wy, wx = 2.0 * math.pi * patches.fy, 2.0 * math.pi * patches.fx
+    # only rows and columns that carry weight: in the coarse round a quarter of the numbers or less
+    rows = (weight.sum(1) > 0).nonzero()[:, 0]
+    columns = int((weight.sum(0) > 0).nonzero()[-1]) + 1
+    weight, ratio, noise = (t[rows, :columns].contiguous() for t in (weight, ratio, noise))
+    wy, wx = 2.0 * math.pi * patches.fy[rows], 2.0 * math.pi * patches.fx[:, :columns]
+    all_rows = len(rows) == patches.values.shape[2]
     one = torch.ones((), device=device)
     shift = torch.from_numpy(local).float().to(device)
     expected = weight * ratio
     expected_total = float((expected * frames * (frames - 1) * ratio * noise).sum(dtype=torch.float64))
     gradient = np.empty((count, frames, 2))
     amount = np.empty(count)
-    columns_x = torch.stack([torch.ones_like(wx[0]), wx[0]], 1)
+    slopes = torch.stack([torch.ones_like(wx[0]), wx[0]], 1)
     for p in range(count):
         along_y = torch.polar(one, shift[p, :, :1] * wy[:, 0])
         along_x = torch.polar(one, shift[p, :, 1:] * wx[0])
-        moved = patches.values[p] * along_y[:, :, None] * along_x[:, None, :]
+        values = patches.values[p, :, :, :columns] if all_rows else patches.values[p][:, rows, :columns]
+        moved = values * along_y[:, :, None]
+        moved *= along_x[:, None, :]
         total = moved[0].clone()
         for f in range(1, frames):
             total += moved[f]
-        reference = torch.conj(total) * weight
-        rows = (moved.mul_(reference)).imag @ columns_x  # (frame, row, 2)
-        gradient[p, :, 0] = -(rows[:, :, 0] @ wy[:, 0]).double().cpu().numpy()
-        gradient[p, :, 1] = -rows[:, :, 1].sum(1).double().cpu().numpy()
-        amount[p] = float((expected * (total.abs() ** 2 - patches.power[p])).sum()) / max(expected_total, 1e-30)
+        moved *= torch.conj(total) * weight
+        projected = moved.imag @ slopes  # (frame, row, 2)
+        gradient[p, :, 0] = -(projected[:, :, 0] @ wy[:, 0]).double().cpu().numpy()
+        gradient[p, :, 1] = -projected[:, :, 1].sum(1).double().cpu().numpy()
+        power = patches.power[p][rows, :columns]
+        amount[p] = float((expected * (total.abs() ** 2 - power)).sum()) / max(expected_total, 1e-30)
     # the amounts are measured with an error of their own: what a movie of weak patches shows is mostly that
     spread = float((expected**2 * 2.0 * frames * (frames - 1) * (noise * (1.0 + ratio)) ** 2).sum(dtype=torch.float64))
     error = math.sqrt(spread) / max(expected_total, 1e-30)

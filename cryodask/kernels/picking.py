@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cryodask.kernels.spectrum import fast_even_size
+
 DIAMETER_PX = 16.0
 """Diameter of a particle in the reduced image in which everything happens."""
 SUPPORT = 0.9
@@ -43,13 +45,19 @@ class Picks(NamedTuple):
 
 
 class _Field(NamedTuple):
-    """Reduced, normalised image and what is needed to correlate with it; lengths in its pixels."""
+    """Reduced, normalised image with a mirrored border, and what is needed to correlate with it; lengths in its pixels.
+
+    ``inner`` is the part that is not border, ``origin, scale`` (rows, columns) lead back to pixels of the image given.
+    """
 
     image: Tensor
     transform: Tensor
     diameter: float
     radius: Tensor
     support: Tensor
+    inner: tuple[slice, slice]
+    origin: tuple[float, float]
+    scale: tuple[float, float]
 
 
 def pick_particles(image: Tensor, diameter_px: float, *, rounds: int = 3, profile_points: int = 32, seed: int = 0) -> Picks:
@@ -74,7 +82,6 @@ def pick_particles(image: Tensor, diameter_px: float, *, rounds: int = 3, profil
         unless the score map is clearly more skewed than that of the noise, the threshold lies above all peaks of the noise.
     """
     field = _field(image, diameter_px)
-    factor = min(image.shape) / min(field.image.shape)
     skew, template, scores = max((_learn(field, start, rounds) for start in _starts(field)), key=lambda r: r[0])
     y, x, score = _peaks(field, scores)
     noise = _random_phases(field, seed)
@@ -82,27 +89,49 @@ def pick_particles(image: Tensor, diameter_px: float, *, rounds: int = 3, profil
     null = _peaks(noise, null_scores)[2]
     threshold = _threshold(score, null, clear=skew > null_skew + _CLEAR_SKEW)
     places = torch.linspace(0.0, SUPPORT * field.diameter, profile_points)
-    return Picks(y * factor, x * factor, score, threshold, _interpolate(template, places), skew, null_skew)
+    return Picks(
+        y * field.scale[0] + field.origin[0],
+        x * field.scale[1] + field.origin[1],
+        score,
+        threshold,
+        _interpolate(template, places),
+        skew,
+        null_skew,
+    )
 
 
 def _field(image: Tensor, diameter_px: float) -> _Field:
-    """Reduce by cropping the transform, band-pass (0.05 to 1 diameter), divide by the local standard deviation."""
+    """Reduce until a particle is DIAMETER_PX wide, band-pass (0.05 to 1 diameter), divide by the local standard deviation.
+
+    A border of 1.5 diameters is mirrored, so that a gradient over the image makes no step where the Fourier transform closes upon
+    itself.
+    """
     middle = image.median()
     spread = 1.4826 * (image - middle).abs().median().clamp(min=1e-12)
     image = (image - middle).clamp(-8.0 * spread, 8.0 * spread)
-    shrink = min(1.0, DIAMETER_PX / diameter_px)
-    height, width = (max(8, round(n * shrink / 2) * 2) if shrink < 1.0 else n for n in image.shape)
-    reduced = _crop(torch.fft.rfft2(image), height, width)
-    diameter = diameter_px * min(height, width) / min(image.shape)
+    pool = max(1, int(diameter_px / (2.0 * DIAMETER_PX)))
+    pooled = torch.nn.functional.avg_pool2d(image[None, None], pool) if pool > 1 else image[None, None]
+    border = min(int(1.5 * diameter_px / pool), min(pooled.shape[-2:]) - 1)
+    padded = torch.nn.functional.pad(pooled, (border,) * 4, mode="reflect")[0, 0]
+    shrink = min(1.0, DIAMETER_PX * pool / diameter_px)
+    height, width = (fast_even_size(n * shrink) if shrink < 1.0 else n for n in padded.shape)
+    reduced = _crop(torch.fft.rfft2(padded), height, width)
+    steps = padded.shape[0] / height, padded.shape[1] / width
+    diameter = diameter_px / pool / (0.5 * (steps[0] + steps[1]))
     band = _blur(reduced, 0.05 * diameter) - _blur(reduced, diameter)
     normal = band / torch.sqrt(_blur(band * band, 1.5 * diameter).clamp(min=1e-12 * float(band.var()) + 1e-30))
-    return _with_geometry(normal, diameter)
+    inner = [slice(math.ceil(border / s), math.floor((border + n - 1) / s) + 1) for s, n in zip(steps, pooled.shape[-2:])]
+    origin = 0.5 * (pool - 1) - border * pool
+    return _with_geometry(normal, diameter, (inner[0], inner[1]), (origin, origin), (steps[0] * pool, steps[1] * pool))
 
 
-def _with_geometry(normal: Tensor, diameter: float) -> _Field:
+def _with_geometry(
+    normal: Tensor, diameter: float, inner: tuple[slice, slice], origin: tuple[float, float], scale: tuple[float, float]
+) -> _Field:
     y, x = (torch.minimum(i, n - i).float() for n in normal.shape for i in [torch.arange(n, device=normal.device)])
     radius = torch.sqrt(y[:, None] ** 2 + x[None] ** 2)
-    return _Field(normal, torch.fft.rfft2(normal), diameter, radius, (radius <= SUPPORT * diameter).float())
+    support = (radius <= SUPPORT * diameter).float()
+    return _Field(normal, torch.fft.rfft2(normal), diameter, radius, support, inner, origin, scale)
 
 
 def _crop(transform: Tensor, height: int, width: int) -> Tensor:
@@ -125,7 +154,7 @@ def _random_phases(field: _Field, seed: int) -> _Field:
     noise = torch.randn(field.image.shape, generator=torch.Generator().manual_seed(seed)).to(field.image.device)
     phase = torch.fft.rfft2(noise)
     image = torch.fft.irfft2(field.transform.abs() * phase / phase.abs().clamp(min=1e-12), s=field.image.shape)
-    return _with_geometry(image, field.diameter)
+    return _with_geometry(image, field.diameter, field.inner, field.origin, field.scale)
 
 
 # --- learning
@@ -149,14 +178,14 @@ def _learn(field: _Field, profile: Tensor, rounds: int) -> tuple[float, Tensor, 
         y, x, _ = _peaks(field, _scores(field, profile))
         reach = math.ceil(SUPPORT * field.diameter) + 1
         height, width = field.image.shape
-        best = max(10, int(0.15 * height * width / field.diameter**2))
+        best = max(10, int(0.15 * field.image[field.inner].numel() / field.diameter**2))
         rows, columns = y[:best].round().long(), x[:best].round().long()
         whole = (rows >= reach) & (rows < height - reach) & (columns >= reach) & (columns < width - reach)
         if not whole.any():
             break
         profile = _mean_profile(field, rows[whole], columns[whole], len(profile))
     scores = _scores(field, profile)
-    return float((scores**3).mean()), profile, scores
+    return float((scores[field.inner] ** 3).mean()), profile, scores
 
 
 def _mean_profile(field: _Field, rows: Tensor, columns: Tensor, length: int) -> Tensor:
@@ -172,7 +201,7 @@ def _scores(field: _Field, profile: Tensor) -> Tensor:
     template = _interpolate(profile, field.radius)
     template = (template - (template * field.support).sum() / field.support.sum()) * field.support
     scores = torch.fft.irfft2(field.transform * torch.fft.rfft2(template).conj(), s=field.image.shape)
-    return scores / scores.std().clamp(min=1e-30)
+    return scores / scores[field.inner].std().clamp(min=1e-30)
 
 
 def _interpolate(profile: Tensor, radius: Tensor) -> Tensor:
@@ -191,7 +220,8 @@ def _peaks(field: _Field, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     highest = torch.nn.functional.max_pool2d(scores[None, None], 2 * reach + 1, 1, reach)[0, 0]
     edge = max(1, math.floor(MARGIN * field.diameter))
     inside = torch.zeros_like(scores, dtype=torch.bool)
-    inside[edge : scores.shape[0] - edge, edge : scores.shape[1] - edge] = True
+    rows_in, columns_in = field.inner
+    inside[rows_in.start + edge : rows_in.stop - edge, columns_in.start + edge : columns_in.stop - edge] = True
     rows, columns = torch.nonzero((scores == highest) & inside & (scores > 0)).unbind(1)
     height = scores[rows, columns]
     order = torch.argsort(height, descending=True, stable=True)

@@ -138,6 +138,8 @@ def _pictures(project: Project, generation: Generation, stage: Stage) -> Iterato
     for name, source in generation.meta["upstream"].items():
         if source != "inputs" and source in project and name not in dataset and generation.meta["per_item"]:
             other = project[source]
+            if any(dataset.sizes.get(d, n) != n for d, n in other[name].sizes.items() if d != "micrograph"):
+                continue  # an image of another size than the stage's own
             shared = np.intersect1d(dataset["micrograph"].values, other["micrograph"].values)
             dataset = dataset.sel(micrograph=shared).assign({name: other[name].sel(micrograph=shared)})
     registry = project.micrographs()

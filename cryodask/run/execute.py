@@ -25,7 +25,7 @@ from cryodask.run.whole import Stored, loaded, run_tournament, run_whole
 from cryodask.store.generation import Generation, consumed_key, disk_errors, generation_key
 from cryodask.store.particles import CTF_COLUMNS, OPTICS, align, missing_value
 from cryodask.store.project import Item, Project, _write_atomically
-from cryodask.vocabulary import VARIABLES
+from cryodask.vocabulary import SLOTS, VARIABLES
 
 _CTF_AND_OPTICS = (*CTF_COLUMNS, *OPTICS)
 
@@ -166,7 +166,7 @@ class Execution:
                 sizes, step_dtypes = sources.probe(step, self._item_values())
                 self._check_gain(step, sizes)
             else:
-                sizes, step_dtypes = {**needed, **step.stage.sizes(step.params, needed)}, {}
+                sizes, step_dtypes = {"slot": SLOTS, **needed, **step.stage.sizes(step.params, needed)}, {}
             sizes_of[step.label], dtypes = sizes, {**dtypes, **step_dtypes}
             meta = {"label": step.label, "stage": step.stage.name, "version": step.stage.version, "params": step.params.model_dump()}
             bulk = [v for v in step.stage.gives_variables() if v.kind == "bulk"]

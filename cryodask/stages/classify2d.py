@@ -24,6 +24,8 @@ WARMING_ITERATIONS = 10
 RESEED_ITERATIONS = 12
 EMPTY_SHARE = 0.1
 """A class with less than this share of the mean class is empty: it takes over half of the largest one."""
+SCORE_PARTICLES = 60
+"""Size of class to which the agreement of the halves is carried over for the score."""
 
 
 class Classify2DParams(Params):
@@ -73,7 +75,7 @@ class classify2d:
     product of matrices and one short Fourier transform score all rotations at once. The start is random; resolution and sharpness of
     the posterior grow with the iterations; classes that run empty take over half of the largest. Every class gets a score from 0
     (junk) to 1 (sharp average): the correlation of the averages of its even and odd particles over Fourier rings, times how compact
-    the average is.
+    the average is, less where the average explains its particles badly.
     """
 
     halves = 1
@@ -145,13 +147,13 @@ class classify2d:
             offsets = expectation.shift_grid(step / pixel, state["shift_range_angstrom"] / pixel, device)
         each = len(offsets) * classes * expectation.psi_count(rings)
         lots = torch.arange(count, device=device).split(max(1, min(32, c2.SCORES_TOGETHER // each)))
-        residual = torch.zeros(grid.rings + 1, dtype=torch.float64, device=device)
+        residual = torch.zeros(classes, grid.rings + 1, dtype=torch.float64, device=device)
         poses: list[tuple[torch.Tensor, ...]] = []
         found_columns: list[tuple[torch.Tensor, ...]] = []
         for rows in lots:
             found = c2.classify_chunk(block, rows, centres[rows], offsets, shared, rings, noise, log_prior, warmth)
             shifts = centres[rows][:, None] + offsets[found["shift"]]
-            residual += c2.residual_power(block, rows, found, shifts[:, 0], samples)
+            residual.index_add_(0, found["class"][:, 0], c2.residual_power(block, rows, found, shifts[:, 0], samples))
             i, k = torch.nonzero(found["weight"] > 0, as_tuple=True)
             poses.append((rows[i], found["class"][i, k], shifts[i, k], found["angle"][i, k], found["weight"][i, k]))
             best = found["class"][:, 0]
@@ -176,7 +178,7 @@ class classify2d:
     def maximise(params: Classify2DParams, state: State, sums: list[Sums], device: str) -> tuple[State, Metrics]:
         new = {**state, "iteration": state["iteration"] + 1}
         total, count, classes, iteration = sums[0], state["count"], state["classes"], state["iteration"]
-        power = total["power"] / count
+        power = total["power"].sum(0) / count
         power[0] = power[1]
         # the first averages explain nothing yet: the mean power, signal included, keeps the posterior soft
         new["noise_power"] = power if iteration == 0 else state["noise_power"] if iteration == 1 else 0.5 * (state["noise_power"] + power)
@@ -198,10 +200,9 @@ class classify2d:
             correlation = c2.ring_correlation(num, den, grid, mask)
             new["class_average"] = resize_images(images, state["box"]).cpu().numpy()
             new["class_resolution_angstrom"] = c2.class_resolution(correlation, state["length_angstrom"])
-            new["class_score"] = class_scores(
-                correlation.cpu().numpy(), c2.compactness(images, pixel, state["mask_diameter_angstrom"]).cpu().numpy(), share
-            )
+            new["compactness"] = c2.compactness(images, pixel, state["mask_diameter_angstrom"]).cpu().numpy()
             new["ring_correlation"] = correlation.cpu().numpy()
+            new["class_residual"] = total["power"]
         return new, metrics
 
     @staticmethod
@@ -216,15 +217,55 @@ class classify2d:
             "class_average": state["class_average"].astype(np.float32),
             "class_share": number / number.sum(),
             "class_resolution_angstrom": state["class_resolution_angstrom"],
-            "class_score": state["class_score"],
+            "class_score": class_scores(
+                state["ring_correlation"],
+                state["compactness"],
+                columns["class_number"],
+                columns["log_likelihood"].astype(np.float64),
+                state["class_residual"],
+            ),
         }
 
 
-def class_scores(correlation: np.ndarray, compact: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """Quality `(class,)` from 0 to 1: mean ring correlation, weighted by ring, times compactness; empty classes have 0."""
-    ring = np.arange(1, correlation.shape[1] + 1)
-    agreement = (np.clip(correlation, 0.0, 1.0) * ring).sum(1) / ring.sum()
-    return np.where(share >= 2.0, np.sqrt(agreement) * compact, 0.0)
+def class_scores(
+    correlation: np.ndarray, compact: np.ndarray, number: np.ndarray, log_likelihood: np.ndarray, residual: np.ndarray
+) -> np.ndarray:
+    """Quality `(class,)` from 0 to 1: agreement x compactness x gain x fit.
+
+    Agreement is the ring correlation of the halves, weighted by ring and carried over to a class of ``SCORE_PARTICLES``, so that small
+    classes are not called bad. Gain falls where particles gain much less likelihood from their average than the typical particle (empty
+    images); fit falls where the average leaves more power at low resolution than is usual (images that do not belong together).
+
+    Parameters
+    ----------
+    correlation : `(class, ring)`
+    compact : `(class,)`
+    number, log_likelihood : `(particle,)`
+        Class and likelihood gain of the particles.
+    residual : `(class, ring + 1)`
+        Sums over the particles of a class of the residual power of each ring.
+    """
+    classes, rings = correlation.shape
+    count = np.bincount(number, minlength=classes)
+    ring = np.arange(1, rings + 1)
+    curve = np.clip(correlation, 0.0, 0.98)
+    ssnr = curve / (1.0 - curve) * SCORE_PARTICLES / np.maximum(count, 1)[:, None]
+    agreement = np.sqrt((ssnr / (1.0 + ssnr) * ring).sum(1) / ring.sum())
+    mean_gain = np.bincount(number, weights=log_likelihood, minlength=classes) / np.maximum(count, 1)
+    typical = max(float(np.median(log_likelihood)), 1.0)
+    lack = -np.log(np.maximum(mean_gain / typical, 1e-2))
+    low = slice(2, max(4, rings // 2 + 1))
+    left = residual[:, low] / np.maximum(count, 1)[:, None]
+    usual = np.array([_weighted_median(column, count) for column in left.T])
+    misfit = (left / np.maximum(usual, 1e-30)).mean(1) - 1.0
+    ordinary = np.exp(-((np.maximum(lack - 0.6, 0.0) / 0.3) ** 2)) * np.exp(-((np.maximum(misfit - 0.15, 0.0) / 0.25) ** 2))
+    return np.where(count >= 2, agreement * compact * ordinary, 0.0)
+
+
+def _weighted_median(values: np.ndarray, weights: np.ndarray) -> float:
+    order = np.argsort(values)
+    cumulated = np.cumsum(weights[order])
+    return float(values[order][np.searchsorted(cumulated, 0.5 * cumulated[-1])])
 
 
 def _random_sums(params: Classify2DParams, state: State, block: expectation.Particles, device: str) -> tuple[Sums, Columns]:
@@ -237,8 +278,8 @@ def _random_sums(params: Classify2DParams, state: State, block: expectation.Part
     numerator, weight = c2.class_sums(
         block, rows, which, zero, (draws[:, 1] * 2.0 * math.pi).float(), torch.ones(count, device=device), classes
     )
-    power = torch.zeros(block.grid.rings + 1, dtype=torch.float64, device=device)
-    power[1:] = block.polar_images.abs().square().mean(-1).double().sum(0)
+    power = torch.zeros(classes, block.grid.rings + 1, dtype=torch.float64, device=device)
+    power[:, 1:].index_add_(0, which, block.polar_images.abs().square().mean(-1).double())
     columns: Columns = {"class_number": which.cpu().numpy().astype(np.int32)}
     for name in ("class_probability", "psi_deg", "origin_y_angstrom", "origin_x_angstrom", "log_likelihood"):
         columns[name] = np.zeros(count, np.float32)

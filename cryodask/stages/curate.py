@@ -22,7 +22,7 @@ REASONS = {
 }
 """Meaning of the numbers in ``removal_reason``."""
 
-AUTO_SHARE_OF_BEST = 0.6
+AUTO_SHARE_OF_TYPICAL = 0.65
 """``auto`` keeps classes whose score is at least this share of the typical good class (weighted by particles)."""
 AUTO_LEAST_KEPT = 0.25
 """``auto`` never leaves fewer than this share of the particles: then the scores say nothing."""
@@ -117,7 +117,7 @@ def good_classes(score: np.ndarray, share: np.ndarray) -> np.ndarray:
     order = np.argsort(score)
     cumulated = np.cumsum(share[order])
     typical = score[order][np.searchsorted(cumulated, 0.75 * cumulated[-1])]
-    good = used & (score >= AUTO_SHARE_OF_BEST * typical)
+    good = used & (score >= AUTO_SHARE_OF_TYPICAL * typical)
     if share[good].sum() < AUTO_LEAST_KEPT * share.sum():
         return used
     return good

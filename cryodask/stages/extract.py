@@ -142,7 +142,8 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
     pixel = float(ds["particle_pixel_size_angstrom"].values[0])
     size = ds.sizes["x"]
     caption = (
-        f"{total} particles of {size} x {size} pixels of {pixel:.3f} Å from {len(counts)} micrographs (median {int(np.median(counts))} each); "
+        f"{total} particles of {size} x {size} pixels of {pixel:.3f} Å from {len(counts)} micrographs "
+        f"(median {int(np.median(counts))} each); "
         "the first ones of some micrographs, a line each, protein white."
     )
     yield Picture("Particles", caption, figure)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cryodask.errors import GainError, MicrographError
 from cryodask.kernels.dose import RANK, filtered_sum, low_rank_weights
-from cryodask.kernels.motion_align import GlobalMotion, align_frames
+from cryodask.kernels.motion_align import align_frames
 from cryodask.kernels.motion_frames import (
     Repair,
     bin_gain,
@@ -209,7 +209,13 @@ def _measure(
     exposure = np.array([(m.mean() + 0.5) * dose for m in members])
     mean_count = np.array([counts[m].sum() for m in members])
     whole = align_frames(transform, mean_count, exposure, pixel)
-    field = _local(params, transform, whole, mean_count, exposure, shape, pixel)
+    count = choose_patches(params.patches, shape, whole, groups, pixel)
+    field: FittedField | None = None
+    if count is not None:
+        patches = cut_patches(transform, whole, count, shape, pixel)
+        del transform
+        field = fit_local_motion(patches, whole, mean_count, exposure, pixel)
+        del patches
     track = whole.shift * pixel
     displacement = np.repeat(track[None], len(nodes), 0)
     if field is not None:
@@ -219,15 +225,6 @@ def _measure(
         displacement = _interpolate(at, centres, displacement)
     displacement -= displacement.mean(1, keepdims=True)
     return displacement, displacement.mean(0), still[2]
-
-
-def _local(
-    params: MotionParams, transform: Any, whole: GlobalMotion, mean_count: np.ndarray, exposure: np.ndarray, shape: tuple[int, int], pixel: float
-) -> FittedField | None:
-    count = choose_patches(params.patches, shape, whole, len(mean_count), pixel)
-    if count is None:
-        return None
-    return fit_local_motion(cut_patches(transform, whole, count, shape, pixel), whole, mean_count, exposure, pixel)
 
 
 def _interpolate(at: np.ndarray, centres: np.ndarray, displacement: np.ndarray) -> np.ndarray:
@@ -262,6 +259,8 @@ def _sum_frames(
         shift_y, shift_x = (stripe_field(nodes[:, axis], shape, _STRIPE) for axis in (0, 1))
         part = torch.from_numpy(every[:, list(members)].copy()).to(device)
         add_warped(sums, part, batch, gain, shift_y, shift_x, stripe=_STRIPE)
+    # the raw frames make room for the transforms
+    batch.clear()
     source.kept = None
     plain = sums[rank].cpu().numpy().copy()
     weighted = filtered_sum(sums[:rank], filters, k, pixel)

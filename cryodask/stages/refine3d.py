@@ -351,8 +351,13 @@ class refine3d:
         new["full_searches"] = state["full_searches"] + (not state["sampling"])
         new["resolutions"] = np.append(state["resolutions"], length / max(support.last, 1))
         _update_shifts(new, sum(s["shift_square"] for s in sums) / total)
-        new["sampling"] = rings <= min(_coarse_rings(state), limit)
         new["stalled"] = 0 if rings > scored else state["stalled"] + 1
+        # drawing ends when finer rings need finer views, or when strong particles outgrow the coarse grid before that; noise, which
+        # never supports more than the start map, is drawn from to the end
+        outgrown = new["stalled"] > 0 and rings > state["start_rings"] + 1
+        new["sampling"] = state["sampling"] and rings <= _coarse_rings(state) and not outgrown
+        if state["sampling"] and not new["sampling"]:
+            new["stalled"] = 0
         at_limit = scored >= limit - 1
         new["done"] = bool(
             new["searches"] >= params.iterations or new["stalled"] >= (3 if state["sampling"] else 2) or (at_limit and new["stalled"] >= 1)

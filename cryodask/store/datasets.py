@@ -34,9 +34,11 @@ def generation_dataset(generation: Generation) -> xr.Dataset:
     if bulk:
         stored = _open_zarr(generation, None)
         chunks = {d: c for v in bulk for d, c in zip(v.dims, _dask_chunks(v))}
-        stored = stored[[v.name for v in bulk]].chunk({"micrograph": 1, **chunks}).isel(micrograph=rows)
+        # rows are chosen before the chunks are made: the arrays have room for a million micrographs
+        stored = stored[[v.name for v in bulk]].isel(micrograph=rows)
         if "slot" in stored.dims:
             stored = stored.isel(slot=slice(0, max(lengths, default=0)))
+        stored = stored.chunk({"micrograph": 1, **chunks})
         dataset = dataset.merge(stored)
     names = [records[r]["name"] for r in rows]
     coords = {

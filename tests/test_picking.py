@@ -1,0 +1,148 @@
+"""Picking: real apoferritin with hand-made picks, simulated truth, empty and broken micrographs."""
+
+import mrcfile
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+
+from cryodask.errors import MicrographError
+from cryodask.kernels.picking import _least_error, pick_particles
+from cryodask.simulate import Optics, simulate_micrograph
+from cryodask.stages.pick import PickParams, pick
+
+
+def hits(found, truth, tolerance):
+    distance = np.hypot(*(found[:, None] - truth[None]).transpose(2, 0, 1))
+    rows, columns = linear_sum_assignment(np.where(distance <= tolerance, distance - 1e4, 0.0))
+    return int((distance[rows, columns] <= tolerance).sum())
+
+
+def figures(found, truth, shape, diameter):
+    """F1, precision and recall, one to one within 0.4 diameter, 0.4 diameter at the border left out."""
+    limit = np.array(shape) - 0.4 * diameter
+    found, truth = (p[((p > 0.4 * diameter) & (p < limit)).all(1)] for p in (found, truth))
+    n = hits(found, truth, 0.4 * diameter)
+    precision, recall = n / len(found), n / len(truth)
+    return 2 * precision * recall / (precision + recall), precision, recall
+
+
+def accepted(image, diameter_angstrom, pixel, **params):
+    out = pick.process(PickParams(diameter_angstrom=diameter_angstrom, **params), micrograph_dw=image, pixel_size_angstrom=pixel)
+    return np.stack([out["pick_y"], out["pick_x"]], 1)[out["pick_accepted"] > 0], out
+
+
+def simulated(seed, particles=40, defocus=None, **kwargs):
+    z = defocus or np.random.default_rng(seed).uniform(8000, 20000)
+    optics = Optics(pixel_size_angstrom=1.77, defocus_u_angstrom=z, defocus_v_angstrom=z)
+    micrograph = simulate_micrograph(shape=(1024, 1024), optics=optics, particles=particles, seed=seed, **kwargs)
+    return micrograph.image, np.stack([micrograph.particles.y, micrograph.particles.x], 1)
+
+
+@pytest.mark.parametrize(("name", "reached"), [("030502", 0.948), ("031302", 0.983), ("043227", 0.951)])
+def test_apoferritin_agrees_with_picks_by_hand(shared, name, reached):
+    path = shared / f"data/micrographs/apoferritin_10146_{name}.mrc.bz2"
+    image = mrcfile.read(path).astype(np.float32)
+    truth = np.loadtxt(str(path).replace(".mrc.bz2", "_picks.txt"))[:, ::-1]
+    found, _ = accepted(image, 108.0, 1.5)  # 72 pixels
+    assert figures(found, truth, image.shape, 72)[0] > reached - 0.02
+    for wrong in (60, 84):
+        found, _ = accepted(image, 1.5 * wrong, 1.5)
+        assert figures(found, truth, image.shape, 72)[0] > 0.9
+
+
+@pytest.mark.parametrize("defocus", [8000, 14000, 20000])
+def test_simulated_particles_are_found_and_little_else(defocus):
+    """All 40 of 40 and nothing else in 16 of 16 micrographs of benchmarks/picking.py."""
+    image, truth = simulated(defocus, defocus=defocus, signal_amplitude=0.5**0.5)
+    found, out = accepted(image, 180.0, 1.77)
+    _, precision, recall = figures(found, truth, image.shape, 180 / 1.77)
+    assert precision > 0.95
+    assert recall > 0.95
+    assert out["pick_count"] == len(found)
+    assert len(out["pick_score"]) > len(found)
+    assert (np.diff(out["pick_score"]) <= 0).all()
+    assert out["pick_profile"][0] < 0  # protein is dark
+    distance = np.hypot(*(found[:, None] - truth[None]).transpose(2, 0, 1)).min(1)
+    assert np.sqrt(np.mean(distance**2)) < 6  # pixels of 1.77 A
+
+
+def test_inverted_contrast_gives_the_same_picks_and_the_opposite_profile():
+    image, _ = simulated(1)
+    dark, first = accepted(image, 180.0, 1.77)
+    bright, second = accepted(image.max() - image, 180.0, 1.77)
+    assert hits(dark, bright, 3.0) >= 0.95 * len(dark)
+    assert second["pick_profile"][0] > 0 > first["pick_profile"][0]
+
+
+@pytest.mark.parametrize("particles", [1, 3, 12])
+def test_few_particles_are_enough(particles):
+    image, truth = simulated(100 + particles, particles, defocus=15000)
+    found, _ = accepted(image, 180.0, 1.77)
+    assert hits(found, truth, 40) == particles
+    assert len(found) <= particles + 2
+
+
+def test_ice_alone_gives_next_to_nothing():
+    total = 0
+    for seed in range(5):
+        image, _ = simulated(seed, 0)
+        total += len(accepted(image, 180.0, 1.77)[0])
+    noise = np.random.default_rng(0).standard_normal((1024, 1024)).astype(np.float32)
+    total += len(accepted(noise, 180.0, 1.77)[0])
+    assert total <= 12  # of about 60 peaks in each
+
+
+def test_a_hot_pixel_and_a_gradient_do_no_harm():
+    image, truth = simulated(7)
+    image = image * np.linspace(0.8, 1.2, 1024, dtype=np.float32)
+    image[300, 400] = 1e6
+    found, _ = accepted(image, 180.0, 1.77)
+    assert figures(found, truth, image.shape, 180 / 1.77)[0] > 0.95
+
+
+def test_the_threshold_can_be_given():
+    image, _ = simulated(2)
+    _, out = accepted(image, 180.0, 1.77, threshold=-1.0)
+    assert out["pick_accepted"].all()
+    assert out["pick_threshold"] == -1.0
+    none, _ = accepted(image, 180.0, 1.77, threshold=1e9)
+    assert len(none) == 0
+
+
+def test_same_micrograph_same_bits():
+    image, _ = simulated(4)
+    _, first = accepted(image, 180.0, 1.77)
+    _, second = accepted(image, 180.0, 1.77)
+    for name in first:
+        assert np.array_equal(first[name], second[name])
+
+
+def test_micrographs_need_not_be_square_or_large():
+    image = np.random.default_rng(0).standard_normal((300, 701)).astype(np.float32)
+    for diameter in (20.0, 140.0):
+        picks = pick_particles(torch.from_numpy(image), diameter)
+        assert (picks.y < 300).all()
+        assert (picks.x < 701).all()
+
+
+def test_broken_micrographs_and_diameters_are_refused():
+    good = np.random.default_rng(0).standard_normal((256, 256)).astype(np.float32)
+    nan = good.copy()
+    nan[0, 0] = np.nan
+    for image, diameter, message in (
+        (nan, 100.0, "NaN"),
+        (0 * good, 100.0, "every pixel"),
+        (good, 600.0, "a diameter of 600"),
+        (good, 300.0, "a diameter of 300"),
+        (good, 3.0, "a diameter of 3"),
+    ):
+        with pytest.raises(MicrographError, match=message):
+            accepted(image, diameter, 1.5)
+
+
+def test_two_heaps_of_scores_are_parted_between_them():
+    rng = np.random.default_rng(0)
+    for low, high in ((50, 50), (300, 20), (10, 150)):
+        score = np.sort(np.concatenate([rng.normal(1, 0.3, low), rng.normal(4, 0.6, high)]))[::-1].copy()
+        assert 1.4 < _least_error(torch.from_numpy(score)) < 3.2

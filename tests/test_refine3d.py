@@ -1,0 +1,176 @@
+"""Refinement: finds poses it should find, finds nothing in noise, and does not depend on how particles are divided."""
+
+import mrcfile
+import numpy as np
+import pytest
+import torch
+
+from _particles import blob_map, simulate
+from cryodask.errors import InputError
+from cryodask.kernels.fourier import soft_sphere
+from cryodask.kernels.fsc import fsc
+from cryodask.kernels.maximisation import measure_support, next_rings
+from cryodask.kernels.orientations import angular_error_deg, euler_to_matrix
+from cryodask.kernels.projection import cut_map
+from cryodask.kernels.symmetry import symmetry_operators
+from cryodask.run.blocks import ParticlesInMemory, iterate_here
+from cryodask.stage import ParticleBlock, ParticleSet
+from cryodask.stages.refine3d import Refine3DParams, refine3d
+
+BOX, PIXEL = 48, 4.0
+functions = refine3d.functions
+
+
+def write_map(path, volume, pixel=PIXEL):
+    with mrcfile.new(path, overwrite=True) as f:
+        f.set_data(np.asarray(volume, np.float32))
+        f.voxel_size = pixel
+    return str(path)
+
+
+def refine(tmp_path, images, particles, volume, **params):
+    defaults = {"reference": write_map(tmp_path / "start.mrc", volume * 23.0), "mask_diameter_angstrom": 140.0, "symmetry": "D2", "shift_range_angstrom": 12.0}
+    history = []
+    result = iterate_here(
+        functions,
+        Refine3DParams(**{**defaults, **params}),
+        ParticlesInMemory(particles, images),
+        on_iteration=lambda state, metrics, columns: history.append(metrics),
+    )
+    return result, history
+
+
+def test_refinement_finds_the_poses_the_scale_and_the_spread_of_shifts(tmp_path):
+    volume = blob_map(BOX, "D2", blobs=20, width_px=1.2)
+    images, particles, rotations, origins = simulate(volume, 320, pixel=PIXEL, snr=0.2, shift_px=1.0)
+    result, history = refine(tmp_path, images, particles, volume, iterations=7)
+    found = euler_to_matrix(*(torch.deg2rad(torch.from_numpy(result[k]).double()) for k in ("rot_deg", "tilt_deg", "psi_deg")))
+    errors = angular_error_deg(found, rotations, symmetry_operators("D2")).numpy()
+    assert np.median(errors) < 3.5
+    assert np.mean(errors < 8) > 0.95
+    shifts = np.hypot(result["origin_y_angstrom"] - origins[:, 0].numpy() * PIXEL, result["origin_x_angstrom"] - origins[:, 1].numpy() * PIXEL)
+    assert np.median(shifts) < 2.0
+    assert 3.0 < history[-1]["shift_sigma_angstrom"] < 5.0  # drawn with 4 A
+    mask = soft_sphere(BOX, PIXEL, 65.0, 10.0)
+    assert float(fsc(torch.from_numpy(result["final_map"]) * mask, volume * mask)[2:16].min()) > 0.9
+    assert result["resolution_angstrom"] < 12.0
+    assert result["half_map"].shape == (2, BOX, BOX, BOX)
+    assert np.array_equal(result["half_set"], particles.columns["half_set"])
+
+
+def test_strong_particles_are_not_kept_on_the_coarse_grid(tmp_path):
+    # blobs of 6 A have no signal in the rings that would ask for finer views; drawn poses alone stay 4 degrees off
+    volume = blob_map(BOX, "D2", blobs=8)
+    images, particles, _, _ = simulate(volume, 160, pixel=PIXEL, snr=0.3)
+    _, history = refine(tmp_path, images, particles, volume, iterations=6)
+    assert not history[-1]["sampling"]
+
+
+def test_noise_is_not_refined_to_anything_better_than_its_start(tmp_path):
+    images = np.random.default_rng(0).standard_normal((200, BOX, BOX), dtype=np.float32)
+    _, particles, _, _ = simulate(torch.zeros(BOX, BOX, BOX) + 1e-6, 200, pixel=PIXEL, snr=0.0)
+    result, _ = refine(tmp_path, images, particles, blob_map(BOX, "D2", blobs=8), iterations=3)
+    # start at 40 A; shell 5 of 192 A is 38.4 A
+    assert min(result["iteration_resolution_angstrom"]) > 35.0
+
+
+def test_scores_do_not_depend_on_how_particles_are_divided(tmp_path):
+    volume = blob_map(BOX, "D2", blobs=8)
+    images, particles, _, _ = simulate(volume, 96, pixel=PIXEL, snr=0.2)
+    params = Refine3DParams(reference=write_map(tmp_path / "start.mrc", volume), mask_diameter_angstrom=140.0, symmetry="D2")
+    state = functions.start(params, particles, {})
+    state |= {"phase": "search", "noise_power": np.full(BOX // 2, 1.0)}
+    shared = functions.prepare(params, state, 0, "cpu")
+
+    def expect(index):
+        columns = {k: v[index] for k, v in particles.columns.items()}
+        block = functions.load(params, state, ParticleBlock(index, images[index], columns, PIXEL, 0), "cpu")
+        return functions.expect(params, state, shared, block, {}, "cpu")
+
+    whole_sums, whole = expect(np.arange(96))
+    parts = [expect(some) for some in (np.arange(37), np.arange(37, 96))]
+    for name in ("rot_deg", "tilt_deg", "psi_deg", "origin_y_angstrom"):
+        assert np.allclose(whole[name], np.concatenate([p[1][name] for p in parts]), atol=1e-3)
+    joined = parts[0][0]["accumulator"] + parts[1][0]["accumulator"]
+    assert np.allclose(joined, whole_sums["accumulator"], atol=1e-4 * np.abs(joined).max())
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_one_does_not(tmp_path):
+    volume = blob_map(BOX, "D2", blobs=8)
+    images, particles, _, _ = simulate(volume, 64, pixel=PIXEL, snr=0.2)
+    runs = [refine(tmp_path, images, particles, volume, iterations=1, seed=s)[0]["final_map"] for s in (1, 1, 2)]
+    assert np.array_equal(runs[0], runs[1])
+    assert not np.array_equal(runs[0], runs[2])
+
+
+def test_a_start_map_of_another_pixel_size_is_resampled(tmp_path):
+    volume = blob_map(64, "D2", blobs=8, reach=0.25, width_px=2.0)
+    _, particles, _, _ = simulate(torch.ones(BOX, BOX, BOX), 20, pixel=PIXEL, snr=0.0)
+    same = functions.start(Refine3DParams(reference=write_map(tmp_path / "a.mrc", volume, 3.0), lowpass_angstrom=30.0), particles, {})
+    from cryodask.kernels.resampling import resample_map
+
+    direct = resample_map(volume, 3.0, BOX, PIXEL, cut_angstrom=15.0)
+    other = functions.start(Refine3DParams(reference=write_map(tmp_path / "b.mrc", direct), lowpass_angstrom=30.0), particles, {})
+    a, b = (torch.from_numpy(s["maps"][0]) for s in (same, other))
+    assert float((a * b).sum() / (a.norm() * b.norm())) > 0.999
+
+
+def test_the_start_map_holds_nothing_beyond_the_low_pass(tmp_path):
+    _, particles, _, _ = simulate(torch.ones(BOX, BOX, BOX), 20, pixel=PIXEL, snr=0.0)
+    state = functions.start(Refine3DParams(reference=write_map(tmp_path / "a.mrc", blob_map(BOX))), particles, {})
+    start = torch.from_numpy(state["maps"][0])
+    assert state["rings"] == 4  # 192 A / 40 A
+    assert float((start - cut_map(start, 4)).abs().max()) < 1e-4 * float(start.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reference": None}, "no map to start from"),
+        ({"symmetry": "Q7"}, "point group"),
+        ({"lowpass_angstrom": 150.0}, "low-pass is too strong"),
+    ],
+)
+def test_bad_parameters_are_refused_before_any_work(tmp_path, change, message):
+    _, particles, _, _ = simulate(torch.ones(BOX, BOX, BOX), 20, pixel=PIXEL, snr=0.0)
+    params = Refine3DParams(**{"reference": write_map(tmp_path / "a.mrc", blob_map(BOX)), **change})
+    with pytest.raises(InputError, match=message):
+        functions.start(params, particles, {})
+
+
+def test_bad_maps_are_refused(tmp_path):
+    particles = ParticleSet(10, BOX, PIXEL, {})
+    for data, pixel, message in (
+        (np.ones((BOX, BOX, BOX // 2)), PIXEL, "not a cube"),
+        (np.zeros((BOX, BOX, BOX)), PIXEL, "empty or holds NaN"),
+        (np.random.default_rng(0).random((BOX + 2,) * 3), 0.0, "no voxel size"),
+    ):
+        path = write_map(tmp_path / "bad.mrc", data, pixel)
+        with pytest.raises(InputError, match=message):
+            functions.start(Refine3DParams(reference=path), particles, {})
+
+
+def test_odd_boxes_are_refused(tmp_path):
+    with pytest.raises(InputError, match="47 pixels"):
+        functions.start(Refine3DParams(reference=write_map(tmp_path / "a.mrc", blob_map(BOX))), ParticleSet(10, 47, PIXEL, {}), {})
+
+
+def test_independent_noise_has_no_support_beyond_the_common_shells():
+    mask = soft_sphere(BOX, PIXEL, 65.0, 10.0)
+    for seed in range(5):
+        g = torch.Generator().manual_seed(seed)
+        common = 30.0 * cut_map(torch.randn(BOX, BOX, BOX, generator=g), 4)
+        halves = [cut_map(torch.randn(BOX, BOX, BOX, generator=g), 12.5) + common for _ in range(2)]
+        support = measure_support(*halves, mask, inserted=12, common=4, operators=4, generator=g)
+        assert support.last <= 5
+        assert next_rings(support, inserted=12, limit=23, start=4, scored=4, beyond=8) == 4
+
+
+def test_next_rings_keep_a_guard_shell_until_the_end():
+    g = torch.Generator().manual_seed(0)
+    signal = 100.0 * torch.randn(BOX, BOX, BOX, generator=g)
+    for inserted, limit, want in ((12, 23, 11), (23, 23, 22)):
+        halves = [cut_map(signal + torch.randn(BOX, BOX, BOX, generator=g), inserted + 0.5) for _ in range(2)]
+        support = measure_support(*halves, torch.ones(BOX, BOX, BOX), inserted=inserted, common=4, operators=1, generator=g)
+        assert support.last == inserted
+        assert next_rings(support, inserted=inserted, limit=limit, start=4, scored=inserted - 1, beyond=8) == want
