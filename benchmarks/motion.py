@@ -1,8 +1,9 @@
 """Motion correction against RELION 3.1.3 on one large movie of known motion.
 
-``python benchmarks/motion.py [--seed 2] [--fresh]``: a 3838 x 3710 x 32 movie by peers/make_movie.py (not of our own simulator), RELION's own
-motion correction (5 x 5 patches, one thread) and ours, both from the TIFF file, decoding and sums included. The movie and RELION's
-result stay in benchmarks/out/motion_seed<N>; --fresh makes both anew, which a quoted CPU ratio needs (same load for both).
+``python benchmarks/motion.py [--seed 2] [--fresh]``: a 3838 x 3710 x 32 movie by peers/make_movie.py (not of our own simulator),
+RELION's own motion correction (5 x 5 patches, one thread) and ours, both from the TIFF file, decoding and sums included.
+The movie and RELION's result stay in benchmarks/out/motion_seed<N>; --fresh makes both anew, which a quoted CPU ratio needs
+(same load for both).
 """
 
 from __future__ import annotations

@@ -46,10 +46,11 @@ def connect(where: str = "local", **options: Any) -> Client:
 def run_project(path: str | os.PathLike[str], client: Client | None = None, **options: Any) -> Project:
     """Carry out a project file; see :func:`cryodask.run.execute.run_plan` for the options."""
     from cryodask.cluster.connect import close
-    from cryodask.run.execute import run_plan
+    from cryodask.run.execute import check_inputs, run_plan
     from cryodask.run.recipe import make_plan
 
     plan = make_plan(os.fspath(path))
+    check_inputs(plan)
     own = client is None
     client = client or connect(plan.cluster, workers=plan.file.workers)
     try:

@@ -76,9 +76,10 @@ def run(
         return
     from cryodask.cluster.connect import close, connect
     from cryodask.report import write_report
-    from cryodask.run.execute import run_plan
+    from cryodask.run.execute import check_inputs, run_plan
     from cryodask.run.progress import Progress
 
+    check_inputs(plan)
     typer.echo(f"{plan.file.name}: {count} -> {plan.folder}")
     client = connect(plan.cluster, workers=workers or plan.file.workers)
     try:

@@ -62,7 +62,7 @@ def _label(project: Project, variable: str) -> str | None:
 
 def _optics(project: Project) -> dict[str, np.ndarray]:
     registry = project.micrographs()
-    return {str(n): registry[n].values for n in registry.data_vars}
+    return {str(n): registry[n].values for n in registry.data_vars if "micrograph" in registry[n].dims}
 
 
 def _micrographs(project: Project, out: Path) -> list[Path]:
@@ -133,7 +133,7 @@ def _coordinates(project: Project, out: Path) -> list[Path]:
     (out / "coordinates").mkdir(exist_ok=True)
     generation = project.generation(label)
     written = []
-    for record in generation.committed().values():
+    for _, record in sorted(generation.committed().items()):
         accepted = generation.read(record, "pick_accepted") > 0
         path = out / "coordinates" / f"{record['name']}.star"
         y, x, score = (generation.read(record, n)[accepted] for n in ("pick_y", "pick_x", "pick_score"))

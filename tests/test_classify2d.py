@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-
 from _particles import blob_map, ctf_columns, simulate
+
 from cryodask.errors import InputError
 from cryodask.kernels import polar
 from cryodask.kernels.classify2d import modes_to_half_circle
@@ -40,7 +40,9 @@ def classified():
     order = np.random.default_rng(0).permutation(600)
     particles = ParticleSet(600, BOX, PIXEL, ctf_columns(600))
     params = Classify2DParams(classes=16, mask_diameter_angstrom=160.0, iterations=14)
-    columns = {k: np.concatenate([ctf_columns(240, 0)[k], ctf_columns(240, 1)[k], ctf_columns(120, 2)[k]])[order] for k in particles.columns}
+    columns = {
+        k: np.concatenate([ctf_columns(240, 0)[k], ctf_columns(240, 1)[k], ctf_columns(120, 2)[k]])[order] for k in particles.columns
+    }
     particles = ParticleSet(600, BOX, PIXEL, columns)
     return labels[order], iterate_here(classify2d.functions, params, ParticlesInMemory(particles, images[order]))
 
@@ -96,9 +98,13 @@ def test_curation_names_its_reasons_and_can_be_undone():
     assert out["particle_kept"].tolist() == [1, 0, 0, 0, 1, 0]
     everything = curate.process(CurateParams(keep="all"), **common)
     assert everything["particle_kept"].tolist() == [1, 1, 1, 1, 1, 0]
-    poor = curate.process(CurateParams(keep="all", worst_ctf_resolution_angstrom=6.0), **common, ctf_resolution_angstrom=np.array([4, 9, 4, np.nan, 5, 5]))
+    poor = curate.process(
+        CurateParams(keep="all", worst_ctf_resolution_angstrom=6.0), **common, ctf_resolution_angstrom=np.array([4, 9, 4, np.nan, 5, 5])
+    )
     assert poor["removal_reason"].tolist() == [0, 3, 0, 3, 0, 5]
-    unlikely = curate.process(CurateParams(keep="all", likelihood_deviations=5.0), **common, log_likelihood=np.array([10.0, 11, 12, 9, -80, 10]))
+    unlikely = curate.process(
+        CurateParams(keep="all", likelihood_deviations=5.0), **common, log_likelihood=np.array([10.0, 11, 12, 9, -80, 10])
+    )
     assert unlikely["removal_reason"].tolist() == [0, 0, 0, 0, 4, 5]
 
 

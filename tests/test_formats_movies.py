@@ -34,13 +34,21 @@ def counts(shape: tuple[int, ...] = (5, 40, 53), seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).poisson(1.2, shape).astype(np.uint8)
 
 
+def read_all(path: Path) -> list[np.ndarray]:
+    movie = open_movie(path)
+    return [movie[i] for i in range(len(movie))]
+
+
 def test_tiff_page_rows_are_flipped_into_the_mrc_frame(tmp_path: Path) -> None:
     frames = counts()
     write_tiff_movie(tmp_path / "m.tif", frames, 0.885)
     assert np.array_equal(tifffile.imread(tmp_path / "m.tif"), frames[:, ::-1])
     movie = open_movie(tmp_path / "m.tif")
-    assert movie.shape == frames.shape and movie.dtype == np.uint8 and len(movie) == 5
-    assert all(np.array_equal(movie[i], frames[i]) for i in range(5)) and np.array_equal(movie[-1], frames[-1])
+    assert movie.shape == frames.shape
+    assert movie.dtype == np.uint8
+    assert len(movie) == 5
+    assert all(np.array_equal(movie[i], frames[i]) for i in range(5))
+    assert np.array_equal(movie[-1], frames[-1])
     assert movie.pixel_size_angstrom == pytest.approx(0.885, rel=1e-4)
 
 
@@ -49,7 +57,9 @@ def test_tiff_types_come_back(tmp_path: Path, kind: str) -> None:
     frames = counts().astype(kind)
     write_tiff_movie(tmp_path / "m.tiff", frames)
     movie = open_movie(tmp_path / "m.tiff")
-    assert movie.dtype == np.dtype(kind) and np.array_equal(movie[3], frames[3]) and movie.pixel_size_angstrom is None
+    assert movie.dtype == np.dtype(kind)
+    assert np.array_equal(movie[3], frames[3])
+    assert movie.pixel_size_angstrom is None
 
 
 @settings(max_examples=20, deadline=None)
@@ -64,7 +74,9 @@ def test_mrc_round_trip_is_exact_and_valid(tmp_path_factory: pytest.TempPathFact
     path = tmp_path_factory.mktemp("mrc") / "m.mrc"
     write_mrc(path, data, 1.25, stack=True)
     back, pixel = read_mrc(path)
-    assert np.array_equal(back.reshape(data.shape), data) and back.dtype == data.dtype and pixel == pytest.approx(1.25)
+    assert np.array_equal(back.reshape(data.shape), data)
+    assert back.dtype == data.dtype
+    assert pixel == pytest.approx(1.25)
     with mrcfile.open(path) as other:
         assert np.array_equal(np.asarray(other.data).reshape(data.shape), data)
 
@@ -75,7 +87,8 @@ def test_maps_are_volumes_and_stacks_are_stacks_for_other_programs(tmp_path: Pat
         write_mrc(tmp_path / "m.mrc", data, 2.0, stack=stack)
         assert mrcfile.validate(tmp_path / "m.mrc")
         with mrcfile.open(tmp_path / "m.mrc") as other:
-            assert other.is_volume() != stack and other.is_image_stack() == stack
+            assert other.is_volume() != stack
+            assert other.is_image_stack() == stack
             assert float(other.voxel_size.x) == 2.0
 
 
@@ -87,17 +100,20 @@ def test_four_bit_movie_of_odd_width_is_unpacked_low_bits_first(tmp_path: Path) 
     even = np.pad(frames, ((0, 0), (0, 0), (0, 1)))
     (tmp_path / "m.mrc").write_bytes(bytes(header) + (even[:, :, 0::2] | even[:, :, 1::2] << 4).tobytes())
     movie = open_movie(tmp_path / "m.mrc")
-    assert movie.dtype == np.uint8 and all(np.array_equal(movie[i], frames[i]) for i in range(3))
+    assert movie.dtype == np.uint8
+    assert all(np.array_equal(movie[i], frames[i]) for i in range(3))
 
 
 def test_real_camera_movies_are_read(shared: Path, tmp_path: Path) -> None:
     # Direct Electron movies, mode 6; their voxel size of -10 is no pixel size
     movie = open_movie(shared / "data/movies/de_movie_32x4x8_u2.mrc")
-    assert movie.shape == (32, 4, 8) and movie.pixel_size_angstrom is None
+    assert movie.shape == (32, 4, 8)
+    assert movie.pixel_size_angstrom is None
     (tmp_path / "m.mrc").write_bytes(gzip.decompress((shared / "data/movies/de_movie_348x16x16_u2.mrc.gz").read_bytes()))
     movie = open_movie(tmp_path / "m.mrc")
     values = np.stack([movie[i] for i in range(len(movie))])
-    assert movie.shape == (348, 16, 16) and (values.min(), values.max()) == (681, 1596)  # data/README.md
+    assert movie.shape == (348, 16, 16)
+    assert (values.min(), values.max()) == (681, 1596)
     (tmp_path / "f.mrc").write_bytes(gzip.decompress((shared / "data/movies/fei2_header_HAADFscan.mrc.gz").read_bytes()))
     image, _ = read_mrc(tmp_path / "f.mrc")  # behind an extended header of 909,312 bytes
     assert (image.min(), image.max()) == (3923, 9399)
@@ -108,7 +124,8 @@ def test_open_movie_survives_pickling_and_meets_the_protocol(tmp_path: Path, nam
     frames = counts()
     (write_tiff_movie if name.endswith("tif") else write_mrc_movie)(tmp_path / name, frames, 1.0)
     movie = pickle.loads(pickle.dumps(open_movie(tmp_path / name)))
-    assert isinstance(movie, Frames) and np.array_equal(movie[2], frames[2])
+    assert isinstance(movie, Frames)
+    assert np.array_equal(movie[2], frames[2])
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.2, 0.5, 0.9, 0.999])
@@ -118,9 +135,7 @@ def test_a_movie_cut_short_anywhere_is_an_error_and_never_a_shorter_movie(tmp_pa
     whole = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(MovieError, match=r"truncated|empty|less than|not a TIFF|cannot be read|decoded"):
-        movie = open_movie(tmp_path / name)
-        for i in range(len(movie)):
-            movie[i]
+        read_all(tmp_path / name)
 
 
 def test_what_is_no_movie_says_why(tmp_path: Path) -> None:
@@ -133,7 +148,7 @@ def test_what_is_no_movie_says_why(tmp_path: Path) -> None:
     with pytest.raises(MovieError, match="not a TIFF"):
         open_movie(tmp_path / "text.tif")
     (tmp_path / "noise.mrc").write_bytes(np.random.default_rng(0).bytes(4000))
-    with pytest.raises(MovieError, match="no sense|mode"):
+    with pytest.raises(MovieError, match=r"no sense|mode"):
         open_movie(tmp_path / "noise.mrc")
     (tmp_path / "movie.eer").write_bytes(b"II*\0")
     with pytest.raises(MovieError, match="not of a movie format"):
@@ -146,7 +161,8 @@ def test_gain_of_a_tiff_is_flipped_and_of_mrc_is_not(tmp_path: Path) -> None:
     gain = np.random.default_rng(0).uniform(0.8, 1.2, (12, 10)).astype(np.float32)
     write_mrc(tmp_path / "g.mrc", gain, 1.0)
     tifffile.imwrite(tmp_path / "g.gain", gain[::-1])
-    assert np.array_equal(read_gain(tmp_path / "g.mrc"), gain) and np.array_equal(read_gain(tmp_path / "g.gain"), gain)
+    assert np.array_equal(read_gain(tmp_path / "g.mrc"), gain)
+    assert np.array_equal(read_gain(tmp_path / "g.gain"), gain)
     write_mrc(tmp_path / "bad.mrc", gain - 1.0, 1.0)
     with pytest.raises(GainError, match="no gain"):
         read_gain(tmp_path / "bad.mrc")

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-
 from _particles import blob_map
+
 from cryodask.kernels import polar
 from cryodask.kernels import projection as pj
 from cryodask.kernels.fourier import soft_sphere
@@ -63,7 +63,8 @@ def test_the_best_rotation_is_the_one_the_image_was_turned_by(box):
     flat = lambda k: k.reshape(-1)  # noqa: E731
     limit = polar.mode_limit(14)
     modes = [
-        polar.angular_modes(pj.slices(fourier, r, flat(grid.ky), flat(grid.kx)).reshape(3, 14, -1), limit) for r in (in_plane_rotations(psi) @ a, a)
+        polar.angular_modes(pj.slices(fourier, r, flat(grid.ky), flat(grid.kx)).reshape(3, 14, -1), limit)
+        for r in (in_plane_rotations(psi) @ a, a)
     ]
     weight = polar.ring_weights(torch.ones(14))
     count = polar.fast_even(2 * limit + 2)
@@ -81,7 +82,9 @@ def test_scores_equal_the_sum_over_the_half_plane():
     grid = polar.polar_grid(box, 28)
     limit = polar.mode_limit(28)
     modes = [polar.angular_modes(polar.polar_transforms(x, grid), limit) for x in (image, reference)]
-    score = polar.rotation_scores((modes[0] * polar.ring_weights(torch.ones(28)))[:, :, None], modes[1].conj().permute(1, 2, 0).contiguous(), 180)
+    score = polar.rotation_scores(
+        (modes[0] * polar.ring_weights(torch.ones(28)))[:, :, None], modes[1].conj().permute(1, 2, 0).contiguous(), 180
+    )
     a, b = (pj.image_transforms(x, 28) for x in (image, reference))
     want = 2 * float((a * b.conj()).real.sum())
     assert abs(float(score[0, 0, 0, 0]) / want - 1) < 0.06

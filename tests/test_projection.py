@@ -2,8 +2,8 @@
 
 import numpy as np
 import torch
-
 from _particles import blob_map
+
 from cryodask.kernels import projection as pj
 from cryodask.kernels.fourier import radius, resize_map, soft_sphere
 from cryodask.kernels.fsc import fsc
@@ -87,7 +87,10 @@ def test_the_point_group_fills_in_what_views_of_one_side_leave_out():
     pj.insert_slices(accumulator, rotations, plane.ky, plane.kx, values, torch.ones(values.shape))
     folded = pj.fold_accumulator(accumulator)
     mask = soft_sphere(BOX, 1.0, 11.0, 3.0)
-    curves = [fsc(pj.reconstruct(*pj.unfold_accumulator(folded, g), 11, BOX, image_box=BOX) * mask, volume * mask)[8:11].mean() for g in (operators[:1], operators)]
+    curves = [
+        fsc(pj.reconstruct(*pj.unfold_accumulator(folded, g), 11, BOX, image_box=BOX) * mask, volume * mask)[8:11].mean()
+        for g in (operators[:1], operators)
+    ]
     assert curves[1] > curves[0]
     assert curves[1] > 0.98
 

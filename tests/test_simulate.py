@@ -81,7 +81,8 @@ def test_one_seed_and_index_give_the_same_movie_whatever_came_before() -> None:
     first, truth = simulate_movie(SMALL, 1)
     simulate_movie(SMALL, 0)
     again, truth_again = simulate_movie(SMALL, 1)
-    assert np.array_equal(first, again) and all(np.array_equal(truth[k], truth_again[k]) for k in truth)
+    assert np.array_equal(first, again)
+    assert all(np.array_equal(truth[k], truth_again[k]) for k in truth)
     assert not np.array_equal(first, simulate_movie(SMALL.model_copy(update={"seed": 2}), 1)[0])
 
 
@@ -91,28 +92,36 @@ def test_a_session_folder_holds_movies_gain_and_truth(tmp_path: Path) -> None:
     path = simulate_one(tmp_path, SMALL.model_copy(update={"format": "mrc"}), 0)
     assert Path(path).name == "movie_0001.mrc"
     truth = load_truth(tmp_path)
-    assert truth.names == ("movie_0001", "movie_0002") and truth.params == SMALL
-    assert truth.columns["patch_shift"].shape == (2, 81, 6, 2) and truth.columns["particle_y"].shape[0] == 2
+    assert truth.names == ("movie_0001", "movie_0002")
+    assert truth.params == SMALL
+    assert truth.columns["patch_shift"].shape == (2, 81, 6, 2)
+    assert truth.columns["particle_y"].shape[0] == 2
     assert np.abs(truth.columns["patch_shift"].mean(2)).max() < 1e-4
     movie, gain = open_movie(tmp_path / "movies" / "movie_0002.tif"), read_gain(tmp_path / "gain.mrc")
-    assert movie.shape == (6, 256, 320) and movie.pixel_size_angstrom == pytest.approx(1.77, rel=1e-4)
+    assert movie.shape == (6, 256, 320)
+    assert movie.pixel_size_angstrom == pytest.approx(1.77, rel=1e-4)
     frames = np.stack([movie[i] for i in range(6)]).astype(float)
-    assert not frames[:, gain == 0].any() and (gain == 0).sum() == 5
+    assert not frames[:, gain == 0].any()
+    assert (gain == 0).sum() == 5
     expected = SMALL.dose_per_frame * 1.77**2
     corrected = (frames.mean(0) * gain)[gain > 0]
     assert np.median(corrected) == pytest.approx(expected, rel=0.03)
     hot = corrected > expected + 12 * np.sqrt(expected / 6)
     assert hot.sum() == 5
     box, voxel = read_mrc(tmp_path / "truth" / "map_32_7.08A.mrc")
-    assert box.shape == (32, 32, 32) and voxel == pytest.approx(7.08)
+    assert box.shape == (32, 32, 32)
+    assert voxel == pytest.approx(7.08)
 
 
 def test_particles_stand_dark_at_their_true_places() -> None:
-    micrograph = simulate_micrograph(shape=(768, 640), particles=8, optics=Optics(pixel_size_angstrom=1.5, defocus_u_angstrom=2e4, defocus_v_angstrom=2e4), seed=3)
+    micrograph = simulate_micrograph(
+        shape=(768, 640), particles=8, optics=Optics(pixel_size_angstrom=1.5, defocus_u_angstrom=2e4, defocus_v_angstrom=2e4), seed=3
+    )
     smooth = scipy.ndimage.gaussian_filter(micrograph.image, 25.0 / 1.5)
     at = np.round(np.stack([micrograph.particles.y, micrograph.particles.x], 1)).astype(int)
     here = smooth[at[:, 0], at[:, 1]]
-    assert len(at) == 8 and (here < np.percentile(smooth, 10)).mean() >= 0.75
+    assert len(at) == 8
+    assert (here < np.percentile(smooth, 10)).mean() >= 0.75
     assert micrograph.image.mean() == pytest.approx(40.0 * 1.5**2, rel=0.005)
 
 

@@ -41,7 +41,7 @@ class Schedule:
     90 to 150, 6 of 8 with 0.5 to 0.7 and 120 to 250.
     """
 
-    steps: int = 60
+    steps: int = 50
     first_batch: int = 120
     last_batch: int = 250
     first_resolution_angstrom: float = 45.0

@@ -168,6 +168,8 @@ def class_resolution(correlation: Tensor, length_angstrom: float, threshold: flo
 
 def compactness(images: Tensor, pixel_size_angstrom: float, diameter_angstrom: float) -> Tensor:
     """Share `(class,)` of an average's variance within 0.7 of the mask's radius: low for off-centre, cut or empty classes."""
-    core = soft_sphere(images.shape[-1], pixel_size_angstrom, 0.35 * diameter_angstrom, 0.1 * diameter_angstrom, dims=2, device=images.device)
+    core = soft_sphere(
+        images.shape[-1], pixel_size_angstrom, 0.35 * diameter_angstrom, 0.1 * diameter_angstrom, dims=2, device=images.device
+    )
     power = (images - images.mean((-2, -1), keepdim=True)).square()
     return (power * core).sum((-2, -1)) / power.sum((-2, -1)).clamp(min=1e-20)

@@ -31,10 +31,14 @@ class Banded(NamedTuple):
     residual: Tensor
 
 
-def banded(cells: Cells, lens: Lens, defocus: float) -> Banded:
+def band_count(cells: Cells, lens: Lens, defocus: float) -> int:
     """Bands of about two rings at this defocus, 3 to 16."""
     rings = lens.wavelength_angstrom * defocus * float(cells.k2.max() - cells.k2.min())
-    count = int(min(16, max(3, rings / 2)))
+    return int(min(16, max(3, rings / 2)))
+
+
+def banded(cells: Cells, count: int) -> Banded:
+    """Divide the cells into ``count`` bands."""
     band, place = bands_of(cells.k2, count)
     columns: list[Tensor] = []
     for power in range(3):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cryodask.kernels.ctf_bands import Banded, banded, bands_of, ring_strengths
+from cryodask.kernels.ctf_bands import Banded, band_count, banded, bands_of, ring_strengths
 from cryodask.kernels.ctf_cells import SEARCH_SECTORS, Cells, Lens, polar_cells, sine_square
 from cryodask.kernels.ctf_likelihood import refine_by_likelihood
 from cryodask.kernels.ctf_quality import agreement, equiphase_curves
@@ -68,16 +68,17 @@ def fit_ctf(
     Returns
     -------
     CtfFit
-        ``alternative_score`` is the score of the best maximum at least 300 A away, over that of the winner: a value near 1 is a warning.
+        ``alternative_score`` is the score of the best maximum at least 300 A away, over that of the winner: near 1 is a warning.
     """
     finest_k = min(1.0 / finest_angstrom, spectrum.largest_frequency)
     cells = polar_cells(spectrum, 1.0 / coarsest_angstrom, finest_k, ring_step)
     candidates = _search(
         cells, lens, least_defocus_angstrom, largest_defocus_angstrom, largest_astigmatism_angstrom, expected_astigmatism_angstrom
     )
-    refined = sorted((_refine(cells, lens, c, expected_astigmatism_angstrom) for c in candidates), key=lambda r: -r[0])
-    score, best = refined[0]
-    others = [(s, p) for s, p in refined[1:] if abs(float(p[0] - best[0])) >= 300.0]
+    refined = [_refine(cells, lens, c, expected_astigmatism_angstrom) for c in candidates]
+    ranked = _rank(cells, lens, refined, least_defocus_angstrom, largest_defocus_angstrom, expected_astigmatism_angstrom)
+    score, best = ranked[0]
+    others = [(s, p) for s, p in ranked[1:] if abs(float(p[0] - best[0])) >= 300.0]
     alternative = (float(others[0][1][0]), max(0.0, others[0][0] / score)) if others and score > 0 else (float(best[0]), 0.0)
     last = refine_by_likelihood(cells, lens, best, expected_astigmatism_angstrom)
     half_ring = 0.5 / (lens.wavelength_angstrom * float(cells.k2.max()))
@@ -155,9 +156,29 @@ def _score(data: Banded, lens: Lens, parameters: Tensor, expected: float) -> Ten
     return (explained * torch.sign(strength)).sum() - data.cells.noise * (parameters[1:] ** 2).sum() / expected**2
 
 
-def _refine(cells: Cells, lens: Lens, start: Tensor, expected: float) -> tuple[float, Tensor]:
-    """Score and parameters (z0, u, v) of the local maximum at ``start``, by L-BFGS."""
-    data = banded(cells, lens, float(start[0]))
+def _rank(
+    cells: Cells, lens: Lens, refined: list[Tensor], least: float, largest: float, expected: float
+) -> list[tuple[float, Tensor]]:
+    """Candidates with their scores, best first.
+
+    Wide bands, which suit a low defocus, leave more of the background to be explained by rings: scores are comparable only with the
+    same bands. Every candidate is scored with the bands of each, as a share of the best in those bands, and the shares are averaged.
+    """
+    slack = 300.0
+    inside = [p for p in refined if least - slack <= float(p[0]) <= largest + slack] or refined
+    shares = torch.zeros(len(inside), dtype=torch.float64)
+    counts = {band_count(cells, lens, float(p[0])) for p in inside}
+    for count in sorted(counts):
+        data = banded(cells, count)
+        scores = torch.stack([_score(data, lens, p, expected) for p in inside])
+        shares += scores / scores.max().abs().clamp(min=1e-30) / len(counts)
+    order = torch.argsort(shares, descending=True, stable=True).tolist()
+    return [(float(shares[i]), inside[i]) for i in order]
+
+
+def _refine(cells: Cells, lens: Lens, start: Tensor, expected: float) -> Tensor:
+    """Parameters (z0, u, v) of the local maximum at ``start``, by L-BFGS."""
+    data = banded(cells, band_count(cells, lens, float(start[0])))
     unit = torch.tensor([100.0, 100.0, 100.0], dtype=torch.float64)
     with torch.enable_grad():
         x = torch.zeros(3, dtype=torch.float64, requires_grad=True)
@@ -171,5 +192,4 @@ def _refine(cells: Cells, lens: Lens, start: Tensor, expected: float) -> tuple[f
             return value
 
         search.step(loss)
-    found = (start + x * unit).detach()
-    return float(_score(data, lens, found, expected)), found
+    return (start + x * unit).detach()

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from cryodask.kernels.ctf_bands import banded, free_of_background, ring_strengths
+from cryodask.kernels.ctf_bands import band_count, banded, free_of_background, ring_strengths
 from cryodask.kernels.ctf_cells import Cells, Lens, defocus_of, sine_square
 
 
@@ -17,7 +17,7 @@ def agreement(cells: Cells, lens: Lens, parameters: Tensor, bins: int = 12, thre
     The spectrum is averaged along the fitted ellipses, ``bins`` to a ring, and correlated with the fit in a window of 1.5 rings; the
     resolution is where two successive windows first fall below ``threshold``.
     """
-    data = banded(cells, lens, float(parameters[0]))
+    data = banded(cells, band_count(cells, lens, float(parameters[0])))
     defocus = defocus_of(cells, parameters)
     phase = (lens.quadratic * defocus * cells.k2 + lens.quartic * cells.k2**2 + lens.offset) / math.pi
     fitted = free_of_background(data, torch.sin(math.pi * phase) ** 2)
@@ -47,7 +47,7 @@ def equiphase_curves(cells: Cells, lens: Lens, parameters: Tensor, shells: int) 
     A cell counts at the frequency at which the CTF without astigmatism has its phase. ``average`` is the log power free of the
     background of its band, ``fitted`` is sin^2 of the CTF's argument at the mean defocus.
     """
-    data = banded(cells, lens, float(parameters[0]))
+    data = banded(cells, band_count(cells, lens, float(parameters[0])))
     _, strength = ring_strengths(data, sine_square(cells, lens, parameters))
     rings = free_of_background(data, sine_square(cells, lens, parameters))
     # the background of the fit, not of the bare data: rings are put back where the parabola had taken part of them

@@ -61,7 +61,8 @@ def survey(read: Callable[[int], Tensor], frames: int, shape: tuple[int, int], b
         for j in range(binning):
             target += rows[:, j : w * binning : binning]
         means[f] = (float(target.float().mean()) - before) / binning**2
-    assert total is not None and binned is not None
+    assert total is not None
+    assert binned is not None
     return Survey(total, binned, means)
 
 

@@ -38,7 +38,7 @@ def drift_priors(exposure: np.ndarray) -> list[np.ndarray]:
 
 def local_priors(exposure: np.ndarray) -> list[np.ndarray]:
     """Covariances for local motion; the weakest stands for none."""
-    out = []
+    out: list[np.ndarray] = []
     for tau, burst in product((3.0, 8.0, 25.0), (0.0, 2.0, 6.0)):
         smooth = velocity_covariance(exposure, tau, burst)
         out.extend(speed**2 * smooth for speed in (0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4))
@@ -94,7 +94,7 @@ def fit_field(
     The noise factorises, and so does the prior: in the eigenvectors of both, whitened, every candidate costs a division a number.
     The unknown constants are projected out (restricted likelihood).
     """
-    places, frames, _ = observed.shape
+    places = len(observed)
     place_root, frame_root = 1.0 / np.sqrt(place_factor), 1.0 / np.sqrt(frame_factor)
     no_constant = np.linalg.svd(frame_root[None], full_matrices=True)[2][1:].T  # (frame, frame - 1)
     whiten_time = frame_root[:, None] * no_constant

@@ -24,6 +24,8 @@ LENGTHS_ANGSTROM = (1500.0, 4000.0, 12000.0)
 _COARSE_ANGSTROM = 12.0
 _LOWEST_ANGSTROM = 300.0
 _INFORMATION_KEPT = 0.95
+_FINEST_ANGSTROM = 10.0
+"""Patches overlap fourfold, so their cost counts: finer detail improves strong movies by a tenth and doubles it."""
 _USEFUL_DEVIATION_ANGSTROM = 4.0
 _LEAST_PATCH_ANGSTROM = 250.0
 
@@ -62,12 +64,12 @@ def choose_patches(
 
 
 def informative_resolution(spectrum: Spectrum, frames: int) -> float:
-    """Resolution, Angstrom, below which 95 % of the information on shifts lies."""
+    """Resolution, Angstrom, below which 95 % of the information on shifts lies, but no finer than 10 Angstrom."""
     ring = torch.arange(len(spectrum.ratio)) + 0.5
     strength = frames * spectrum.ratio.cpu()
     information = torch.cumsum(ring**3 * strength**2 / (1.0 + strength), 0)
     last = int((information < _INFORMATION_KEPT * information[-1]).sum()) + 1
-    return 0.95 / (last * spectrum.width)
+    return max(_FINEST_ANGSTROM, 0.95 / (last * spectrum.width))
 
 
 def cut_patches(
@@ -159,9 +161,7 @@ def _patch_weights(patches: Patches, spectrum: Spectrum, frames: int) -> tuple[T
     return strength / (1.0 + strength) / noise * twice * (patches.k > 1.0 / _LOWEST_ANGSTROM), ratio, noise
 
 
-def _patch_gradients(
-    patches: Patches, local: np.ndarray, weight: Tensor, ratio: Tensor, noise: Tensor
-) -> tuple[np.ndarray, np.ndarray]:
+def _patch_gradients(patches: Patches, local: np.ndarray, weight: Tensor, ratio: Tensor, noise: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Gradients `(patch, frame, 2)` about the displacements ``local``, and each patch's signal power relative to the movie's."""
     count, frames = patches.values.shape[:2]
     device = patches.values.device

@@ -108,10 +108,10 @@ def _gather(box: int, rings: int, angle_count: int, device: str) -> tuple[Tensor
 
     def matrix(values: np.ndarray) -> Tensor:
         m = sparse.csr_matrix((values.reshape(-1).astype(np.float32), (row, place.reshape(-1))), shape=shape)
-        parts = (torch.from_numpy(a.astype(np.int64)) for a in (m.indptr, m.indices))
+        rows, within = (torch.from_numpy(a.astype(np.int64)) for a in (m.indptr, m.indices))
         with warnings.catch_warnings():  # torch says at the first use that CSR tensors are in beta
             warnings.simplefilter("ignore", UserWarning)
-            return torch.sparse_csr_tensor(*parts, torch.from_numpy(m.data), size=shape, check_invariants=False).to(device)
+            return torch.sparse_csr_tensor(rows, within, torch.from_numpy(m.data), size=shape, check_invariants=False).to(device)
 
     x = math.pi * width * (np.arange(box) - box // 2) / wide
     root = np.sqrt(beta**2 - x**2 + 0j)
@@ -187,7 +187,7 @@ def angular_modes(half: Tensor, limit: int) -> Tensor:
 
 @lru_cache(maxsize=32)
 def _odd_turn(count: int, device: str) -> Tensor:
-    """i exp(-i theta) over the half circle."""
+    """I exp(-i theta) over the half circle."""
     theta = torch.arange(count, device=device) * (math.pi / count)
     return 1j * torch.polar(torch.ones_like(theta), -theta)
 

@@ -198,9 +198,7 @@ def grid_shells(side: int, device: torch.device | str = "cpu") -> Tensor:
     return torch.round(torch.sqrt(k[:, None, None] ** 2 + k[None, :, None] ** 2 + k[None, None, :] ** 2)).long()
 
 
-def reconstruct(
-    numerator: Tensor, weight: Tensor, radius: int, map_box: int, *, image_box: int, ssnr: Tensor | None = None
-) -> Tensor:
+def reconstruct(numerator: Tensor, weight: Tensor, radius: int, map_box: int, *, image_box: int, ssnr: Tensor | None = None) -> Tensor:
     """Map from symmetrised accumulators: numerator / (weight + prior), back to real space, gridding corrected.
 
     Parameters

@@ -162,8 +162,15 @@ def warp_image(image: Tensor, shift_y: Tensor, shift_x: Tensor, *, stripe: int =
 
 
 def add_warped(
-    sums: Tensor, coefficients: Tensor, frames: Sequence[Tensor], gain: Tensor | None, shift_y: Tensor, shift_x: Tensor, *,
-    stripe: int = 32, taps: int = TAPS,
+    sums: Tensor,
+    coefficients: Tensor,
+    frames: Sequence[Tensor],
+    gain: Tensor | None,
+    shift_y: Tensor,
+    shift_x: Tensor,
+    *,
+    stripe: int = 32,
+    taps: int = TAPS,
 ) -> None:
     """Add warped frames to several weighted sums at once, in place.
 

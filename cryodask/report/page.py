@@ -145,7 +145,7 @@ def _pictures(project: Project, generation: Generation, stage: Stage) -> Iterato
     registry = project.micrographs()
     if generation.meta["per_item"]:
         for name in registry.data_vars:
-            if name not in dataset:
+            if name not in dataset and "micrograph" in registry[name].dims:
                 dataset = dataset.assign({name: registry[name].sel(micrograph=dataset["micrograph"].values)})
     yield from stage.draw(dataset)
 

@@ -53,6 +53,7 @@ class Execution:
         self.project.state["constants"] = microscope.model_dump() if microscope else {}
         self.items = self.project.add_items(sources.list_items(self.plan))
         self.gain = self._store_gain()
+        self.project.state["gain"] = str(self.gain.relative_to(self.project.path)) if self.gain else None
         self._forget_steps_not_in_plan()
         for shape, group in groupby(steps[:end], key=lambda s: s.stage.shape == "map"):
             if shape:
@@ -399,6 +400,18 @@ def _summary(result: dict[str, Any]) -> str:
     if "class_share" in result:
         return f"{len(result['class_share'])} classes"
     return "done"
+
+
+def check_inputs(plan: Plan) -> None:
+    """Meet what can go wrong with folder, inputs and gain before any worker is started.
+
+    Raises
+    ------
+    CryodaskError
+    """
+    Project.create(plan.folder, plan.file.name)
+    sources.list_items(plan)
+    sources.load_gain(plan)
 
 
 def run_plan(

@@ -46,9 +46,7 @@ def beta_galactosidase() -> Molecule:
     with np.load(Path(__file__).parent / "data" / "betagal_protomer.npz") as stored:
         xyz = stored["position_centiangstrom"].astype(float) / 100.0
         element = stored["element"].astype(str)
-    return Molecule(
-        {e: np.concatenate([xyz[element == e] * signs for signs in _TWO_FOLDS]) for e in sorted(set(element.tolist()))}
-    )
+    return Molecule({e: np.concatenate([xyz[element == e] * signs for signs in _TWO_FOLDS]) for e in sorted(set(element.tolist()))})
 
 
 def interaction_constant(voltage_kv: float) -> float:
@@ -94,7 +92,7 @@ def _splat(points: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 def _transform(
     molecule: Molecule, points: dict[str, np.ndarray], shape: tuple[int, ...], pixel_size_angstrom: float, b_factor_angstrom2: float
 ) -> np.ndarray:
-    """rfftn of the potential / `POTENTIAL_OF_SCATTERING`, in A per pixel^d; ``points`` in pixels of the periodic grid.
+    """Rfftn of the potential / `POTENTIAL_OF_SCATTERING`, in A per pixel^d; ``points`` in pixels of the periodic grid.
 
     Splatting blurs by the transform of a triangle, which is divided out: exact but for aliasing. Pixels above 1.2 A would alias:
     a finer grid is used and the transform cropped.

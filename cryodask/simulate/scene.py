@@ -47,9 +47,7 @@ class Particles:
         return len(self.y)
 
 
-def place_particles(
-    rng: np.random.Generator, count: int, shape: tuple[int, int], distance_px: float, margin_px: float
-) -> Particles:
+def place_particles(rng: np.random.Generator, count: int, shape: tuple[int, int], distance_px: float, margin_px: float) -> Particles:
     """At most ``count`` random places at least ``distance_px`` apart and ``margin_px`` from the border, views uniform."""
     places = np.empty((0, 2))
     for _ in range(40):
@@ -89,9 +87,7 @@ def contrast_transform(
     angles = [torch.from_numpy(np.radians(a)) for a in (particles.rot_deg, particles.tilt_deg, particles.psi_deg)]
     rotations = euler_to_matrix(*angles).numpy()
     pixel = optics.pixel_size_angstrom
-    wave = phase_transform(
-        beta_galactosidase(), rotations, np.stack([particles.y, particles.x], 1), shape, pixel, optics.voltage_kv
-    )
+    wave = phase_transform(beta_galactosidase(), rotations, np.stack([particles.y, particles.x], 1), shape, pixel, optics.voltage_kv)
     wave *= np.float32(signal_amplitude)
     ky = torch.from_numpy(np.fft.fftfreq(shape[0], pixel).astype(np.float32))[:, None]
     kx = torch.from_numpy(np.fft.rfftfreq(shape[1], pixel).astype(np.float32))[None]

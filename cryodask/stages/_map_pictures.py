@@ -58,7 +58,9 @@ def draw_slices(volume: np.ndarray, pixel_angstrom: float, title: str, caption: 
     for axis, name in enumerate("zyx"):
         for row, (picture, scale) in enumerate(((volume.sum(axis), None), (np.take(volume, n // 2, axis), limits))):
             panel = panels[row, axis]
-            panel.imshow(picture, cmap="gray", origin="lower", vmin=None if scale is None else scale[0], vmax=None if scale is None else scale[1])
+            panel.imshow(
+                picture, cmap="gray", origin="lower", vmin=None if scale is None else scale[0], vmax=None if scale is None else scale[1]
+            )
             panel.set(xticks=[], yticks=[], title=f"{'projection' if row == 0 else 'section'} along {name}")
     bar = 50.0 / pixel_angstrom
     panels[1, 0].plot([2, 2 + bar], [2, 2], color="white", linewidth=3)

@@ -31,7 +31,7 @@ class AbInitioParams(Params):
         None, gt=0, description="largest shift of a particle from its pick, Angstrom; by default 0.1 of the mask's diameter"
     )
     resolution_angstrom: float = Field(28.0, gt=5, description="resolution at which the chains end, Angstrom")
-    steps: int = Field(60, ge=10, description="steps of a chain, 120 to 250 particles each")
+    steps: int = Field(50, ge=10, description="steps of a chain, 120 to 250 particles each")
     seed: int = Field(0, description="seed of the first chain")
 
 
@@ -53,6 +53,7 @@ class ab_initio:
 
     @staticmethod
     def select(params: AbInitioParams, particles: ParticleSet) -> np.ndarray:
+        """Particles used: evenly from the set."""
         symmetry_operators(params.symmetry)
         if particles.count < 50:
             raise InputError(
@@ -65,10 +66,12 @@ class ab_initio:
 
     @staticmethod
     def seeds(params: AbInitioParams) -> list[int]:
+        """One seed a restart."""
         return [params.seed + i for i in range(params.restarts)]
 
     @staticmethod
     def chain(params: AbInitioParams, particles: ParticleBlock, seed: int, device: str) -> dict[str, Any]:
+        """One restart."""
         box = particles.images.shape[-1]
         length = box * particles.pixel_size_angstrom
         diameter = params.mask_diameter_angstrom or 0.75 * length
@@ -108,6 +111,7 @@ class ab_initio:
 
     @staticmethod
     def choose(params: AbInitioParams, chains: list[dict[str, Any]]) -> dict[str, Any]:
+        """The likeliest map, at the box of the particles."""
         scores = np.array([c["score"] for c in chains])
         best = chains[int(np.argmax(scores))]
         volume = resize_map(torch.from_numpy(np.array(best["map"], np.float32)), int(best["box"]))
@@ -118,7 +122,7 @@ class ab_initio:
         }
 
 
-@ab_initio.figures
+@ab_initio.figures  # type: ignore[attr-defined]  # mypy does not see what class decorators return
 def draw(ds: xr.Dataset) -> Iterator[Picture]:
     """The map, with what is not known about it, and the scores of the chains."""
     from matplotlib.figure import Figure

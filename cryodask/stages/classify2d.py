@@ -82,6 +82,7 @@ class classify2d:
 
     @staticmethod
     def start(params: Classify2DParams, particles: ParticleSet, inputs: dict[str, Any]) -> State:
+        """State before the first iteration; refuses bad parameters and maps."""
         length = particles.box * float(particles.pixel_size_angstrom)
         if particles.count < 20:
             raise InputError(
@@ -104,6 +105,7 @@ class classify2d:
 
     @staticmethod
     def load(params: Classify2DParams, state: State, block: ParticleBlock, device: str) -> expectation.Particles:
+        """Transforms of a block's images."""
         images = torch.from_numpy(np.ascontiguousarray(block.images, np.float32))
         small = resize_images(images, state["working_box"])
         return expectation.load_particles(
@@ -119,6 +121,7 @@ class classify2d:
 
     @staticmethod
     def prepare(params: Classify2DParams, state: State, half: int, device: str) -> torch.Tensor | None:
+        """References of this iteration, made once a worker."""
         if state["iteration"] == 0:
             return None
         return c2.class_table(torch.from_numpy(state["samples"]).to(device), _rings(state))
@@ -127,6 +130,7 @@ class classify2d:
     def expect(
         params: Classify2DParams, state: State, shared: torch.Tensor | None, block: expectation.Particles, previous: Columns, device: str
     ) -> tuple[Sums, Columns]:
+        """Sums and columns of one block."""
         count, classes = len(block.index), state["classes"]
         grid = block.grid
         if shared is None:
@@ -158,7 +162,9 @@ class classify2d:
             poses.append((rows[i], found["class"][i, k], shifts[i, k], found["angle"][i, k], found["weight"][i, k]))
             best = found["class"][:, 0]
             probability = found["class_probability"].gather(1, best[:, None])[:, 0]
-            found_columns.append((best, probability, -torch.rad2deg(found["angle"][:, 0]), *(shifts[:, 0] * pixel).T, found["log_likelihood"]))
+            found_columns.append(
+                (best, probability, -torch.rad2deg(found["angle"][:, 0]), *(shifts[:, 0] * pixel).T, found["log_likelihood"])
+            )
         rows, which, shifts, angles, weights = (torch.cat(p) for p in zip(*poses))
         numerator, weight = c2.class_sums(block, rows, which, shifts, angles, weights, classes)
         names = ("class_number", "class_probability", "psi_deg", "origin_y_angstrom", "origin_x_angstrom", "log_likelihood")
@@ -176,6 +182,7 @@ class classify2d:
 
     @staticmethod
     def maximise(params: Classify2DParams, state: State, sums: list[Sums], device: str) -> tuple[State, Metrics]:
+        """The next state from the sums of all blocks."""
         new = {**state, "iteration": state["iteration"] + 1}
         total, count, classes, iteration = sums[0], state["count"], state["classes"], state["iteration"]
         power = total["power"].sum(0) / count
@@ -207,10 +214,12 @@ class classify2d:
 
     @staticmethod
     def finished(params: Classify2DParams, state: State) -> bool:
+        """Whether the last iteration is done."""
         return bool(state["done"])
 
     @staticmethod
     def result(params: Classify2DParams, state: State, columns: Columns) -> dict[str, Any]:
+        """What the stage gives."""
         number = np.bincount(columns["class_number"], minlength=state["classes"])
         return {
             **columns,
@@ -305,7 +314,7 @@ def _fill_empty(numerator: np.ndarray, weight: np.ndarray, share: np.ndarray, le
     return len(empty)
 
 
-@classify2d.figures
+@classify2d.figures  # type: ignore[attr-defined]  # mypy does not see what class decorators return
 def draw(ds: xr.Dataset) -> Iterator[Picture]:
     """The class averages, best first."""
     from cryodask.stages._map_pictures import draw_classes

@@ -139,4 +139,6 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
     axes.invert_yaxis()
     axes.set(xlabel="particles")
     kept = 100.0 * float((reasons == 0).mean())
-    yield Picture("Curation", f"{kept:.1f} % of {len(reasons)} particles are kept. The others stay in the project and can be taken back.", figure)
+    yield Picture(
+        "Curation", f"{kept:.1f} % of {len(reasons)} particles are kept. The others stay in the project and can be taken back.", figure
+    )

@@ -43,13 +43,14 @@ class MotionParams(Params):
     """Parameters of motion correction."""
 
     patches: tuple[int, int] = Field(
-        (5, 5), description="most patches down and across for local motion; fewer are used where the signal is weak, (1, 1) turns it off"
+        default=(5, 5),
+        description="most patches down and across for local motion; fewer are used where the signal is weak, (1, 1) turns it off",
     )
     alignment_resolution_angstrom: float = Field(
-        8.0, gt=2.0, le=40.0, description="finest detail used to measure motion, Angstrom; weights fall off by themselves"
+        default=8.0, gt=2.0, le=40.0, description="finest detail used to measure motion, Angstrom; weights fall off by themselves"
     )
     frames_in_memory_mb: int = Field(
-        512, ge=0, description="raw frames of a movie are kept in memory up to this many megabytes, else read twice"
+        default=512, ge=0, description="raw frames of a movie are kept in memory up to this many megabytes, else read twice"
     )
 
 
@@ -308,4 +309,6 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
         one.plot(x, y, "k.", ms=3)
     one.set(xlabel="x (pixel)", ylabel="y (pixel)", aspect="equal")
     name = str(ds["micrograph"].values[row]) if "micrograph" in ds.coords else f"micrograph {row + 1}"
-    yield Picture("Local motion", f"{name}: local part of the tracks (dots: first frame), longest {np.abs(local[row]).max():.2f} Å.", figure)
+    yield Picture(
+        "Local motion", f"{name}: local part of the tracks (dots: first frame), at most {np.abs(local[row]).max():.2f} Å.", figure
+    )

@@ -2,49 +2,45 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
 from pydantic import Field
-from torch import Tensor
 
 from cryodask.errors import InputError
+from cryodask.formats.mrc import read_mrc
 from cryodask.kernels import expectation, polar
 from cryodask.kernels import projection as pj
 from cryodask.kernels.fourier import resize_map, soft_sphere
-from cryodask.kernels.maximisation import crossing, measure_support, next_rings
-from cryodask.kernels.orientations import (
-    asymmetric_unit,
-    healpix_step_rad,
-    matrix_to_euler,
-    random_rotations,
-    small_rotation,
-)
+from cryodask.kernels.maximisation import measure_support, next_rings
+from cryodask.kernels.orientations import asymmetric_unit, matrix_to_euler, random_rotations, small_rotation
 from cryodask.kernels.randomness import uniforms
 from cryodask.kernels.resampling import resample_map
 from cryodask.kernels.symmetry import symmetry_operators
 from cryodask.stage import Columns, InputFile, Metrics, Params, ParticleBlock, ParticleSet, Picture, State, Sums, stage
-
-COARSE_ORDER = 3
-FINEST_ORDER = 5
-GRID_JITTER_RAD = 0.04
-SCALE_ROUNDS = 4
-SCALE_PARTICLES = 240
-DRAWS = 6
-KEPT_POSES = 4
-POSE_THRESHOLD = 0.03
-INSERT_BEYOND_ANGSTROM = 28.0
-"""Slices are inserted so many cycles a box beyond the scored rings: box length / 28 A, at least 8."""
-PARTICLE_SHARE = 0.9
-"""A particle is taken to fill this share of its mask when angular steps are translated into resolution."""
-POSE_COLUMNS = ("rot_deg", "tilt_deg", "psi_deg", "origin_y_angstrom", "origin_x_angstrom", "log_likelihood")
-MAP_MARGIN = 8
-"""Shells by which the box of a travelling map exceeds its content: masks widen spectra, and a tighter box would alias."""
+from cryodask.stages._refinement import (
+    COARSE_ORDER,
+    DRAWS,
+    GRID_JITTER_RAD,
+    KEPT_POSES,
+    POSE_COLUMNS,
+    POSE_THRESHOLD,
+    Shared,
+    coarse_rings,
+    final_maps,
+    inserted_rings,
+    kept_radius,
+    map_box,
+    rings_beyond,
+    scale_sums,
+    search_levels,
+    update_shifts,
+    updated_noise_power,
+    updated_scale,
+)
 
 
 class Refine3DParams(Params):
@@ -63,76 +59,17 @@ class Refine3DParams(Params):
     seed: int = Field(0, description="seed of all random numbers")
 
 
-@dataclass(frozen=True)
-class Shared:
-    """What the blocks of a half share in an iteration."""
-
-    volume: pj.FourierVolume
-    banks: list[expectation.Bank]
-    pixels: Tensor
-    noise_power: Tensor
-
-
-def _map_box(rings: int, box: int) -> int:
-    """Even box of a map that holds frequencies up to ``rings``."""
-    return min(box, 2 * (rings + MAP_MARGIN))
-
-
-def _beyond(state: State) -> int:
-    """Shells inserted beyond the scored rings."""
-    return max(8, round(state["length_angstrom"] / INSERT_BEYOND_ANGSTROM))
-
-
-def _inserted(state: State) -> int:
-    """Highest shell inserted in this iteration."""
-    return min(state["box"] // 2 - 1, state["rings"] + _beyond(state))
-
-
-def _kept_radius(state: State) -> int:
-    """Highest frequency of the loaded blocks: grows in steps of 16, so that they are seldom made again."""
-    return min(state["box"] // 2 - 1, 16 * math.ceil(_inserted(state) / 16))
-
-
-def _levels(state: State, rings: int) -> list[expectation.Level]:
-    """Levels of the search up to ``rings``: angular steps, ring limits and shifts fit one another.
-
-    The arc between neighbouring views at the particle's rim is one resolution element; shifts step by a third of one.
-    """
-    length, diameter = state["length_angstrom"], state["mask_diameter_angstrom"]
-    pixel = length / state["box"]
-
-    def ring_of(order: int) -> int:
-        return max(4, round(length / (healpix_step_rad(order) * PARTICLE_SHARE * diameter)))
-
-    coarse = min(rings, ring_of(COARSE_ORDER))
-    step = min(length / coarse / 3.2, 0.05 * diameter)
-    out = [expectation.Level(COARSE_ORDER, coarse, step / pixel, state["reach_angstrom"] / pixel, 6)]
-    if state["sampling"]:
-        return out
-    order = COARSE_ORDER
-    while True:
-        order += 1
-        step /= 2.0
-        last = order >= FINEST_ORDER and ring_of(order) >= rings
-        reach = 2.4 * step if last else 1.5 * step
-        out.append(expectation.Level(order, rings if last else min(rings, ring_of(order)), step / pixel, reach / pixel, 0 if last else 4))
-        if last:
-            return out
-
-
 def _start_map(params: Refine3DParams, particles: ParticleSet, inputs: dict[str, Any]) -> tuple[np.ndarray, float]:
     """The start map as given and its voxel size."""
     if params.reference is not None:
-        import mrcfile
-
-        with mrcfile.open(params.reference, permissive=True) as f:
-            if f.data is None or f.data.ndim != 3:
-                raise InputError(
-                    f"{params.reference} is not a map of three dimensions",
-                    "an image stack or a damaged file was given as reference",
-                    "give an MRC map (mode 2, cubic, voxel size in the header)",
-                )
-            data, voxel = np.array(f.data, np.float32), float(f.voxel_size.x)
+        data, voxel = read_mrc(params.reference)
+        data = np.array(data, np.float32)
+        if data.ndim != 3:
+            raise InputError(
+                f"{params.reference} is not a map of three dimensions",
+                "an image was given as reference",
+                "give an MRC map (cubic, voxel size in the header)",
+            )
         name = params.reference
     elif inputs.get("initial_map") is not None:
         data, voxel, name = np.array(inputs["initial_map"], np.float32), float(inputs["map_pixel_size_angstrom"]), "the initial map"
@@ -144,11 +81,13 @@ def _start_map(params: Refine3DParams, particles: ParticleSet, inputs: dict[str,
         )
     if len(set(data.shape)) != 1:
         raise InputError(
-            f"{name} is {' x '.join(map(str, data.shape))} voxels, not a cube", "a cropped or masked map", "pad it to a cube, molecule in the middle"
+            f"{name} is {' x '.join(map(str, data.shape))} voxels, not a cube",
+            "a cropped or masked map",
+            "pad it to a cube, molecule in the middle",
         )
     if not np.isfinite(data).all() or data.std() == 0:
         raise InputError(f"{name} is empty or holds NaN", "a damaged file, or a run that failed", "look at the map and give another")
-    if voxel <= 0:
+    if not voxel or voxel <= 0:
         if data.shape[0] != particles.box:
             raise InputError(
                 f"{name} gives no voxel size, and its box is {data.shape[0]}, not {particles.box}",
@@ -186,6 +125,7 @@ class refine3d:
 
     @staticmethod
     def start(params: Refine3DParams, particles: ParticleSet, inputs: dict[str, Any]) -> State:
+        """State before the first iteration; refuses bad parameters and maps."""
         symmetry_operators(params.symmetry)
         box, pixel = particles.box, float(particles.pixel_size_angstrom)
         if box % 2 or box < 16:
@@ -207,7 +147,7 @@ class refine3d:
         outside = reference[sphere == 0]
         reference = (reference - (outside.mean() if outside.numel() else 0.0)) * sphere
         # strictly nothing beyond the limit: a soft edge would show up as common signal of the two halves
-        reference = resize_map(pj.cut_map(reference, rings), _map_box(rings, box))
+        reference = resize_map(pj.cut_map(reference, rings), map_box(rings, box))
         shift_range = params.shift_range_angstrom or 0.17 * diameter
         return {
             "iteration": 0, "phase": "power", "round": 0, "searches": 0, "full_searches": 0, "stalled": 0, "done": False,
@@ -220,16 +160,17 @@ class refine3d:
     @staticmethod
     def cache_key(params: Refine3DParams, state: State) -> int:
         """Highest frequency that is kept: grows in few steps."""
-        return _kept_radius(state)
+        return kept_radius(state)
 
     @staticmethod
     def load(params: Refine3DParams, state: State, block: ParticleBlock, device: str) -> expectation.Particles:
+        """Transforms of a block's images."""
         return expectation.load_particles(
             block.images,
             block.columns,
             block.index,
             pixel_size_angstrom=block.pixel_size_angstrom,
-            radius=_kept_radius(state),
+            radius=kept_radius(state),
             mask_radius_angstrom=state["mask_diameter_angstrom"] / 2,
             half=block.half,
             device=device,
@@ -237,10 +178,11 @@ class refine3d:
 
     @staticmethod
     def prepare(params: Refine3DParams, state: State, half: int, device: str) -> Shared | None:
+        """References of this iteration, made once a worker."""
         if state["phase"] == "power":
             return None
         rings = state["rings"]
-        radius = _kept_radius(state)
+        radius = kept_radius(state)
         grid = polar.polar_grid(state["box"], radius, None, device)
         volume = pj.fourier_volume(torch.from_numpy(state["maps"][half]).to(device), rings + 1, state["box"])
         generator = torch.Generator().manual_seed(((params.seed * 1009 + state["searches"]) * 2 + half) & 0x7FFFFFFF)
@@ -248,7 +190,7 @@ class refine3d:
         first = state["searches"] == 0
         turn = random_rotations(1, generator)[0] if first else small_rotation(GRID_JITTER_RAD, generator)
         pixels = asymmetric_unit(COARSE_ORDER, symmetry_operators(params.symmetry))
-        levels = _levels(state, rings)
+        levels = search_levels(state, rings)
         banks, some = [], pixels
         for level in levels:
             if level.order > COARSE_ORDER:
@@ -261,6 +203,7 @@ class refine3d:
     def expect(
         params: Refine3DParams, state: State, shared: Shared | None, block: expectation.Particles, previous: Columns, device: str
     ) -> tuple[Sums, Columns]:
+        """Sums and columns of one block."""
         count = len(block.index)
         columns = {name: np.zeros(count, np.float32) for name in POSE_COLUMNS}
         columns["half_set"] = np.full(count, block.half, np.int8)
@@ -269,8 +212,8 @@ class refine3d:
         pixel = state["length_angstrom"] / state["box"]
         sigma = state["shift_sigma_angstrom"] / pixel
         if state["phase"] == "scale":
-            return _scale_sums(state, shared, block, sigma), columns
-        inserted = _inserted(state)
+            return scale_sums(state, shared, block, sigma), columns
+        inserted = inserted_rings(state)
         plane = pj.half_plane(inserted, device)
         accumulator = pj.empty_accumulator(inserted, device)
         residual = torch.zeros(block.radius + 1, dtype=torch.float64, device=device)
@@ -284,9 +227,7 @@ class refine3d:
         offsets = expectation.shift_grid(bank.level.step_px, bank.level.reach_px, device)
         for rows in expectation.chunks(count, bank, len(offsets), device):
             if state["sampling"]:
-                found = expectation.sample_poses(
-                    block, rows, centres[rows], offsets, bank, table, shared.noise_power, sigma, draws[rows]
-                )
+                found = expectation.sample_poses(block, rows, centres[rows], offsets, bank, table, shared.noise_power, sigma, draws[rows])
             else:
                 found = expectation.search_poses(
                     block, rows, centres[rows], shared.banks, table, shared.pixels, shared.volume, shared.noise_power, sigma,
@@ -313,55 +254,54 @@ class refine3d:
 
     @staticmethod
     def maximise(params: Refine3DParams, state: State, sums: list[Sums], device: str) -> tuple[State, Metrics]:
+        """The next state from the sums of all blocks."""
         new = {**state, "iteration": state["iteration"] + 1}
         total = sum(s["count"] for s in sums)
         if state["phase"] == "scale":
-            return _next_scale(new, sums)
-        new["noise_power"] = _noise_power(state, sum(s["power"] for s in sums) / total)
+            return updated_scale(new, sums)
+        new["noise_power"] = updated_noise_power(state, sum(s["power"] for s in sums) / total)
         if state["phase"] == "power":
             return {**new, "phase": "scale"}, {"phase": "noise power"}
         box, length = state["box"], state["length_angstrom"]
-        pixel = length / box
-        limit, inserted, scored = box // 2 - 1, _inserted(state), state["rings"]
+        limit, inserted, scored = box // 2 - 1, inserted_rings(state), state["rings"]
         operators = symmetry_operators(params.symmetry)
         grids = [pj.unfold_accumulator(torch.from_numpy(s["accumulator"]).to(device), operators) for s in sums]
-        small = _map_box(inserted, box)
+        small = map_box(inserted, box)
         voxel = length / small
         plain = [pj.reconstruct(*g, inserted, small, image_box=box) for g in grids]
         radius = state["mask_diameter_angstrom"] / 2
         support = measure_support(
-            *plain,
+            plain[0],
+            plain[1],
             soft_sphere(small, voxel, 0.95 * radius, 10.0, device=device),
             inserted=inserted,
             common=state["start_rings"],
             operators=len(operators),
             generator=torch.Generator().manual_seed(params.seed + 7919 * state["searches"]),
         )
-        rings = next_rings(
-            support, inserted=inserted, limit=limit, start=state["start_rings"], scored=scored, beyond=_beyond(state)
-        )
+        rings = next_rings(support, inserted=inserted, limit=limit, start=state["start_rings"], scored=scored, beyond=rings_beyond(state))
         trusted = support.corrected.clamp(1e-4, 0.999)
         trusted[rings + 1 :] = 1e-4
         sphere = soft_sphere(small, voxel, radius, 12.0, device=device)
         maps = [pj.reconstruct(*g, inserted, small, image_box=box, ssnr=trusted / (1.0 - trusted)) * sphere for g in grids]
         # cut AFTER the mask: its smear beyond the supported shells would be aligned to, and would come back as resolution
-        new["maps"] = torch.stack([resize_map(pj.cut_map(m, rings), _map_box(rings, box)) for m in maps]).float().cpu().numpy()
+        new["maps"] = torch.stack([resize_map(pj.cut_map(m, rings), map_box(rings, box)) for m in maps]).float().cpu().numpy()
         new["rings"] = rings
         new["searches"] = state["searches"] + 1
         new["full_searches"] = state["full_searches"] + (not state["sampling"])
         new["resolutions"] = np.append(state["resolutions"], length / max(support.last, 1))
-        _update_shifts(new, sum(s["shift_square"] for s in sums) / total)
+        update_shifts(new, sum(s["shift_square"] for s in sums) / total)
         new["stalled"] = 0 if rings > scored else state["stalled"] + 1
         # drawing ends when finer rings need finer views, or when strong particles outgrow the coarse grid before that; noise, which
         # never supports more than the start map, is drawn from to the end
         outgrown = new["stalled"] > 0 and rings > state["start_rings"] + 1
-        new["sampling"] = state["sampling"] and rings <= _coarse_rings(state) and not outgrown
+        new["sampling"] = state["sampling"] and rings <= coarse_rings(state) and not outgrown
         if state["sampling"] and not new["sampling"]:
             new["stalled"] = 0
         at_limit = scored >= limit - 1
-        new["done"] = bool(
-            new["searches"] >= params.iterations or new["stalled"] >= (3 if state["sampling"] else 2) or (at_limit and new["stalled"] >= 1)
-        )
+        # a search that gains nothing is repeated once, unless enough full ones went before it
+        patience = 3 if state["sampling"] else 2 if new["full_searches"] < 4 and not at_limit else 1
+        new["done"] = new["searches"] >= params.iterations or new["stalled"] >= patience
         metrics = {
             "resolution_angstrom": length / max(support.last, 1),
             "scored_angstrom": length / scored,
@@ -370,15 +310,17 @@ class refine3d:
             "sampling": state["sampling"],
         }
         if new["done"]:
-            new.update(_final_maps(state, grids, support, inserted, pixel))
+            new.update(final_maps(state, grids, support, inserted))
         return new, metrics
 
     @staticmethod
     def finished(params: Refine3DParams, state: State) -> bool:
+        """Whether the last iteration is done."""
         return bool(state["done"])
 
     @staticmethod
     def result(params: Refine3DParams, state: State, columns: Columns) -> dict[str, Any]:
+        """What the stage gives."""
         curves = {name: state[name] for name in ("fsc_unmasked", "fsc_masked", "fsc_randomised", "fsc_corrected")}
         shells = np.arange(len(curves["fsc_corrected"]))
         return {
@@ -393,93 +335,7 @@ class refine3d:
         }
 
 
-def _coarse_rings(state: State) -> int:
-    """Rings up to which poses are drawn from the coarse level alone."""
-    return _levels({**state, "sampling": True}, state["box"])[0].rings
-
-
-def _noise_power(state: State, mean_power: np.ndarray) -> np.ndarray:
-    """Noise power `(box / 2,)` a shell from the mean of sums over its pixels; shells not measured now keep their value."""
-    out = np.array(state["noise_power"])
-    radius = len(mean_power) - 1
-    pixels = np.bincount(np.minimum(pj.half_plane(radius).shell.numpy(), radius), minlength=radius + 1)
-    known = slice(1, min(radius + 1, len(out)))
-    out[known] = np.maximum(mean_power[known] / pixels[known], 1e-12)
-    out[known.stop :] = out[known.stop - 1] if (out[known.stop :] == 1.0).all() else out[known.stop :]
-    out[0] = out[1]
-    return out
-
-
-def _scale_sums(state: State, shared: Shared, block: expectation.Particles, sigma_px: float) -> Sums:
-    """Expected cross and norm terms of some particles: what the grey scale of the start map is estimated from."""
-    device = str(shared.noise_power.device)
-    every = max(1, state["count"] // SCALE_PARTICLES)
-    # half-sets often go by parity: pairs are taken, so that both halves have their share
-    chosen = torch.from_numpy(np.nonzero(block.index // 2 % every == 0)[0]).to(device)
-    bank, table = shared.banks[0], expectation.whole_table(shared.banks[0])
-    rings = bank.level.rings
-    plain, squared = table[:, :rings].contiguous(), table[:, rings:].contiguous()
-    offsets = expectation.shift_grid(bank.level.step_px, bank.level.reach_px, device)
-    scale, sums = state["scale"], {"cross": 0.0, "norm": 0.0, "count": len(block.index)}
-    for lot in expectation.chunks(len(chosen), bank, len(offsets), device) if len(chosen) else ():
-        rows = chosen[lot]
-        centres = torch.zeros(len(rows), 2, device=device)
-        cross_modes, norm_modes = expectation.image_modes(block, rows, centres, offsets, rings, shared.noise_power)
-        cross = polar.rotation_scores(cross_modes, plain, expectation.psi_count(rings))
-        norm = polar.rotation_scores(norm_modes, squared, expectation.psi_count(rings))
-        # round 0 knows no scale: its best value is profiled out of every score
-        gain = cross.clamp(min=0.0) ** 2 / (4.0 * norm.clamp(min=1e-9)) if state["round"] == 0 else scale * cross - scale**2 * norm
-        gain = gain + expectation.shift_log_prior(centres, offsets, sigma_px)[:, :, None, None]
-        weight = torch.softmax(gain.reshape(len(rows), -1), 1).reshape(gain.shape)
-        sums["cross"] += float((weight * cross).sum())
-        sums["norm"] += float((weight * norm).sum())
-    return sums
-
-
-def _next_scale(new: State, sums: list[Sums]) -> tuple[State, Metrics]:
-    cross, norm = (sum(s[name] for s in sums) for name in ("cross", "norm"))
-    old = new["scale"] or 1.0
-    new["scale"] = max(cross / (2.0 * max(norm, 1e-30)), 1e-3 * old) if cross > 0 else 1e-3 * old
-    new["round"] += 1
-    if new["round"] == SCALE_ROUNDS:
-        new["maps"] = (new["maps"] * new["scale"]).astype(np.float32)
-        new["phase"] = "search"
-    return new, {"phase": "grey scale", "scale": new["scale"]}
-
-
-def _update_shifts(new: State, mean_square: float) -> None:
-    """Spread of the shifts (an axis), and how far and about what the next search looks.
-
-    Drawn shifts must not become centres (they walk away), so searches stay centred on the picks unless these are bad: then they
-    follow the best shifts of the last full search.
-    """
-    sigma = max(math.sqrt(mean_square / 2.0), 2.0)
-    new["shift_sigma_angstrom"] = min(sigma, new["shift_range_angstrom"])
-    wide = 3.0 * sigma > 0.1 * new["mask_diameter_angstrom"]
-    new["recentre"] = wide and new["full_searches"] >= 2
-    new["reach_angstrom"] = 0.06 * new["mask_diameter_angstrom"] if new["recentre"] else min(3.0 * sigma, new["shift_range_angstrom"])
-
-
-def _final_maps(state: State, grids: list[tuple[Tensor, Tensor]], support: Any, inserted: int, pixel: float) -> State:
-    """Half-maps, the joint map and the curves of the last iteration, at the particles' own box."""
-    box, length = state["box"], state["length_angstrom"]
-    trusted = support.corrected.clamp(1e-4, 0.999)
-    trusted[support.last + 1 :] = 1e-4
-    halves = [pj.reconstruct(*g, inserted, box, image_box=box) for g in grids]
-    joint = (grids[0][0] + grids[1][0], grids[0][1] + grids[1][1])
-    final = pj.reconstruct(*joint, inserted, box, image_box=box, ssnr=2.0 * trusted / (1.0 - trusted))
-    return {
-        "half_map": torch.stack(halves).float().cpu().numpy(),
-        "final_map": final.float().cpu().numpy(),
-        "resolution_angstrom": crossing(support.corrected, length, support.last),
-        "fsc_unmasked": support.unmasked.cpu().numpy(),
-        "fsc_masked": support.masked.cpu().numpy(),
-        "fsc_randomised": support.randomised.cpu().numpy(),
-        "fsc_corrected": support.corrected.cpu().numpy(),
-    }
-
-
-@refine3d.figures
+@refine3d.figures  # type: ignore[attr-defined]  # mypy does not see what class decorators return
 def draw(ds: xr.Dataset) -> Iterator[Picture]:
     """Correlation of the halves, the way there, the map and the views."""
     from cryodask.stages._map_pictures import draw_correlation, draw_iterations, draw_slices, draw_views
@@ -489,6 +345,11 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
     if "iteration_resolution_angstrom" in ds:
         yield draw_iterations(ds["iteration_resolution_angstrom"].values)
     if "final_map" in ds:
-        yield draw_slices(ds["final_map"].values, float(ds["map_pixel_size_angstrom"]), "Refined map", "Sections and projections of the refined map, not sharpened.")
+        yield draw_slices(
+            ds["final_map"].values,
+            float(ds["map_pixel_size_angstrom"]),
+            "Refined map",
+            "Sections and projections of the refined map, not sharpened.",
+        )
     if "rot_deg" in ds:
         yield draw_views(ds["rot_deg"].values, ds["tilt_deg"].values)

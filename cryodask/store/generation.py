@@ -51,10 +51,10 @@ def disk_errors(path: Path) -> Iterator[None]:
                 "the disk or your quota is full; everything committed so far is safe",
                 "free some space (cryodask gc removes superseded results) and run the same command again: it resumes",
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             raise StoreError(
                 f"{path} cannot be written: {error.strerror}.",
-                "the folder belongs to somebody else, or the file system is mounted read-only",
+                "the folder belongs to somebody else, a file of that name is in the way, or the file system is mounted read-only",
                 "choose another folder for the project, or ask for write permission",
             ) from error
         raise

@@ -147,7 +147,7 @@ class Project:
         return dataset.assign_attrs(quarantined=len(failed))
 
     def micrographs(self) -> xr.Dataset:
-        """The registry and the optics as a Dataset by micrograph."""
+        """The registry, the optics and the gain as a Dataset by micrograph."""
         import xarray as xr
 
         items = self.items()
@@ -161,6 +161,8 @@ class Project:
                 data[name] = ("micrograph", stack_columns(var, values), describe(var))
         for name, value in constants.items():
             data[name] = ("micrograph", np.full(len(items), value), describe(VARIABLES[name]))
+        if self.state.get("gain"):
+            data["gain"] = (VARIABLES["gain"].dims, np.load(self.path / self.state["gain"]), describe(VARIABLES["gain"]))
         coords = {"micrograph": np.array([i.name for i in items], dtype=object), "row": ("micrograph", [i.row for i in items])}
         return xr.Dataset(data, coords)
 

@@ -1,0 +1,86 @@
+"""The command line as a user meets it."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from cryodask.cli import app, main
+from cryodask.store.project import Project
+
+COMMAND = [sys.executable, "-m", "cryodask.cli"]
+
+
+def run(*words: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False, **options)
+
+
+def test_help_lists_every_command_and_starts_at_once():
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    shown = run("--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    for command in ("demo", "simulate", "run", "info", "verify", "gc", "import", "export", "report", "stages"):
+        assert command in shown.stdout
+    loaded = subprocess.run([sys.executable, "-X", "importtime", "-c", "import cryodask.cli"], capture_output=True, text=True, check=True).stderr
+    assert "torch" not in loaded
+    assert "distributed" not in loaded
+    assert after.ru_utime >= before.ru_utime
+
+
+def test_errors_are_sentences_not_tracebacks(tmp_path):
+    shown = run("info", str(tmp_path))
+    assert shown.returncode == 2
+    assert "is not a cryodask project" in shown.stderr
+    assert "What to do" in shown.stderr
+    assert "Traceback" not in shown.stderr
+
+
+def test_unknown_stage_is_answered_with_the_nearest():
+    shown = run("stages", "moton")
+    assert shown.returncode == 2
+    assert "Did you mean 'motion'" in shown.stderr
+
+
+def test_stages_are_listed_and_explained():
+    result = CliRunner().invoke(app, ["stages", "ctf"])
+    assert result.exit_code == 0
+    assert "defocus_u_angstrom" in result.stdout
+
+
+def test_dry_run_shows_the_plan_and_makes_nothing(tmp_path):
+    (tmp_path / "movies").mkdir()
+    (tmp_path / "movies" / "a.tif").write_bytes(b"x")
+    (tmp_path / "p.yaml").write_text(
+        "name: p\ninputs: {movies: 'movies/*.tif'}\n"
+        "microscope: {voltage_kv: 300, spherical_aberration_mm: 2.7, pixel_size_angstrom: 1}\npipeline: [motion, ctf]\n"
+    )
+    result = CliRunner().invoke(app, ["run", str(tmp_path / "p.yaml"), "--dry-run"])
+    assert result.exit_code == 0
+    assert "1 movies" in result.stdout
+    assert "motion" in result.stdout
+    assert not (tmp_path / "p").exists()
+
+
+def test_verify_says_whether_all_is_intact(tmp_path):
+    Project.create(tmp_path / "p", "p")
+    result = CliRunner().invoke(app, ["verify", str(tmp_path / "p")])
+    assert result.exit_code == 0
+    assert "intact" in result.stdout
+
+
+def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "m.tif").write_bytes(b"x")
+    (tmp_path / "p.yaml").write_text(
+        "name: p\nfolder: file/p\ninputs: {movies: 'm.tif'}\n"
+        "microscope: {voltage_kv: 300, spherical_aberration_mm: 2.7, pixel_size_angstrom: 1}\npipeline: [motion]\n"
+    )
+    monkeypatch.setattr(sys, "argv", ["cryodask", "run", str(tmp_path / "p.yaml")])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert "file/p" in capsys.readouterr().err
