@@ -51,7 +51,7 @@ def fit_ctf(
 ) -> CtfFit:
     """Fit defocus and astigmatism to a power spectrum.
 
-    Every mean defocus of the range is searched with every astigmatism up to the largest; the three best distinct maxima are refined,
+    Every mean defocus of the range is searched with every astigmatism up to the largest; the five best distinct maxima are refined,
     and the best of them wins. It is refined once more by the likelihood of the whole spectrum.
 
     Parameters
@@ -94,7 +94,7 @@ def fit_ctf(
 # --- the search
 
 
-def _search(cells: Cells, lens: Lens, least: float, largest: float, astigmatism: float, expected: float, count: int = 3) -> list[Tensor]:
+def _search(cells: Cells, lens: Lens, least: float, largest: float, astigmatism: float, expected: float, count: int = 5) -> list[Tensor]:
     """The best distinct maxima over mean defocus and astigmatism, as tensors (z0, u, v): see :func:`sine_square`."""
     step = 25.0 if largest <= 20000.0 else 50.0
     grid = torch.arange(least, largest + step, step, dtype=torch.float64)
@@ -156,24 +156,15 @@ def _score(data: Banded, lens: Lens, parameters: Tensor, expected: float) -> Ten
     return (explained * torch.sign(strength)).sum() - data.cells.noise * (parameters[1:] ** 2).sum() / expected**2
 
 
-def _rank(
-    cells: Cells, lens: Lens, refined: list[Tensor], least: float, largest: float, expected: float
-) -> list[tuple[float, Tensor]]:
+def _rank(cells: Cells, lens: Lens, refined: list[Tensor], least: float, largest: float, expected: float) -> list[tuple[float, Tensor]]:
     """Candidates with their scores, best first.
 
-    Wide bands, which suit a low defocus, leave more of the background to be explained by rings: scores are comparable only with the
-    same bands. Every candidate is scored with the bands of each, as a share of the best in those bands, and the shares are averaged.
+    Those that the refinement has carried out of the range are dropped: at a very low defocus the few bands are so wide that rings explain
+    what the background's parabola leaves.
     """
-    slack = 300.0
-    inside = [p for p in refined if least - slack <= float(p[0]) <= largest + slack] or refined
-    shares = torch.zeros(len(inside), dtype=torch.float64)
-    counts = {band_count(cells, lens, float(p[0])) for p in inside}
-    for count in sorted(counts):
-        data = banded(cells, count)
-        scores = torch.stack([_score(data, lens, p, expected) for p in inside])
-        shares += scores / scores.max().abs().clamp(min=1e-30) / len(counts)
-    order = torch.argsort(shares, descending=True, stable=True).tolist()
-    return [(float(shares[i]), inside[i]) for i in order]
+    inside = [p for p in refined if least - 100.0 <= float(p[0]) <= largest + 100.0] or refined
+    scored = [(float(_score(banded(cells, band_count(cells, lens, float(p[0]))), lens, p, expected)), p) for p in inside]
+    return sorted(scored, key=lambda s: -s[0])
 
 
 def _refine(cells: Cells, lens: Lens, start: Tensor, expected: float) -> Tensor:

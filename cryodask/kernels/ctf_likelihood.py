@@ -9,8 +9,6 @@ power is its square (a periodogram), which makes this Whittle's likelihood to se
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -45,28 +43,6 @@ def refine_by_likelihood(cells: Cells, lens: Lens, start: Tensor, expected_astig
         variance = model.clamp(min=0.2).square()
         found = _climb(background, rings, penalty, cells, power, variance, lens, found, expected_astigmatism_angstrom)
     return found
-
-
-def log_likelihood(cells: Cells, lens: Lens, parameters: Tensor, expected_astigmatism_angstrom: float, spacing: float = 0.03) -> float:
-    """Log-likelihood of (z0, u, v), up to what all have in common, with the same smooth background and strength for any defocus.
-
-    Knots stand ``spacing`` (1/Angstrom) apart whatever the defocus, so that no candidate has more freedom than another; a strength
-    below zero, which is how rings of the wrong defocus would come to fit, is set to zero.
-    """
-    power, weight = torch.exp(cells.log_power), cells.weight / cells.noise
-    k = torch.sqrt(cells.k2)
-    background, count = _background(k), max(3, math.ceil(float(k.max() - k.min()) / spacing) + 1)
-    rings = _hats(k, torch.linspace(float(k.min()), float(k.max()) * (1.0 + 1e-9), count, dtype=torch.float64))
-    penalty = _penalty(background.shape[1], count, 0.0)
-    square = sine_square(cells, lens, parameters)
-    design, coefficients, _ = _fit(background, rings, penalty, weight, power, square)
-    coefficients[background.shape[1] :].clamp_(min=0.0)
-    # the background takes up again what the clamped strengths have left
-    rest = power - rings @ coefficients[background.shape[1] :] * square
-    normal = background.T @ (background * weight[:, None])
-    smooth = background @ torch.linalg.solve(normal, background.T @ (weight * rest))
-    misfit = float((weight * (rest - smooth) ** 2).sum())
-    return -0.5 * (misfit + float((parameters[1:] ** 2).sum()) / expected_astigmatism_angstrom**2)
 
 
 def _background(k: Tensor) -> Tensor:
