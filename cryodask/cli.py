@@ -62,6 +62,16 @@ def run(
     workers: Annotated[int | None, typer.Option(help="Local worker processes; all cores if not given.", min=1)] = None,
 ) -> None:
     """Carry out a project file; what is done already is kept, so the same command also resumes."""
+    try:
+        _run(project, until, from_, dry_run=dry_run, force=force, retry_quarantined=retry_quarantined, workers=workers)
+    except KeyboardInterrupt:
+        typer.echo(f"\nStopped. What is finished is kept; go on with:\n  cryodask run {project}", err=True)
+        raise typer.Exit(130) from None
+
+
+def _run(
+    project: Path, until: str | None, from_: str | None, *, dry_run: bool, force: bool, retry_quarantined: bool, workers: int | None
+) -> None:
     from cryodask.run.recipe import list_movies, make_plan, position
 
     plan = make_plan(project)
@@ -79,7 +89,7 @@ def run(
     from cryodask.run.execute import check_inputs, run_plan
     from cryodask.run.progress import Progress
 
-    check_inputs(plan)
+    check_inputs(plan, force=force)
     typer.echo(f"{plan.file.name}: {count} -> {plan.folder}")
     client = connect(plan.cluster, workers=workers or plan.file.workers)
     try:
@@ -93,9 +103,6 @@ def run(
             retry_quarantined=retry_quarantined,
             progress=Progress(),
         )
-    except KeyboardInterrupt:
-        typer.echo(f"\nStopped. What is finished is kept; go on with:\n  cryodask run {project}", err=True)
-        raise typer.Exit(130) from None
     finally:
         close(client)
     typer.echo(f"Report: {write_report(done)}")
@@ -111,14 +118,27 @@ def info(project: ProjectArgument) -> None:
 
 
 @app.command()
-def verify(project: ProjectArgument) -> None:
+def verify(
+    project: ProjectArgument,
+    repair: Annotated[bool, typer.Option("--repair", help="Take back the commits of what is damaged; the next run makes it anew.")] = False,
+) -> None:
     """Read everything again and compare it with its checksums; ends with 1 if anything is damaged."""
-    problems = _open(project).verify()
+    opened = _open(project)
+    problems = opened.verify()
     for problem in problems:
         typer.echo(problem)
     damaged = [p for p in problems if "harmless" not in p]
-    typer.echo("Everything committed is intact." if not damaged else f"{len(damaged)} problems. Run the project again: it mends them.")
-    raise typer.Exit(1 if damaged else 0)
+    if not damaged:
+        typer.echo("Everything committed is intact.")
+        return
+    if repair:
+        with opened.lock():
+            for item in _open(project).repair():
+                typer.echo(f"taken back: {item}")
+        typer.echo("Nothing was deleted. Run the project again: it makes these anew.")
+    else:
+        typer.echo(f"{len(damaged)} problems. Mend them with:  cryodask verify --repair {project}  and run the project again.")
+    raise typer.Exit(1)
 
 
 @app.command()
@@ -128,11 +148,15 @@ def gc(
 ) -> None:
     """Remove results that no stage of the project uses any more."""
     opened = _open(project)
-    for folder in opened.superseded():
-        typer.echo(f"{'would remove' if dry_run else 'removing'} {folder}")
-    if not dry_run:
-        with opened.lock():
-            typer.echo(f"{opened.collect_garbage() / 1e6:.1f} MB freed")
+    if dry_run:
+        for folder in opened.superseded():
+            typer.echo(f"would remove {folder}")
+        return
+    with opened.lock():
+        opened = _open(project)  # as the driver before left it
+        for folder in opened.superseded():
+            typer.echo(f"removing {folder}")
+        typer.echo(f"{opened.collect_garbage() / 1e6:.1f} MB freed")
 
 
 @app.command("import")
@@ -185,7 +209,11 @@ def stages(
         import difflib
 
         near = difflib.get_close_matches(name, known, n=1)
-        raise CryodaskError(f"There is no stage {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""), "", "cryodask stages  lists them")
+        raise CryodaskError(
+            f"There is no stage {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""),
+            "a typing error",
+            "cryodask stages  lists them",
+        )
     stage = known[name]
     typer.echo(f"{stage.name} (version {stage.version}, {stage.shape})\n\n{stage.doc}\n\nneeds  {', '.join(stage.needs)}")
     typer.echo(f"gives  {', '.join(stage.gives)}\n\nparameters")
@@ -207,6 +235,12 @@ def main() -> None:
         app(standalone_mode=True)
     except CryodaskError as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        what = f"{error.filename} cannot be read or written" if error.filename else "A file cannot be read or written"
+        reason = "it is missing, full, or belongs to somebody else"
+        told = CryodaskError(f"{what}: {error.strerror or error}.", reason, "check the path, its permissions and the free space")
+        typer.echo(f"{type(error).__name__}: {told}", err=True)
         sys.exit(2)
 
 

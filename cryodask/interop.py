@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from cryodask.errors import StarError
+from cryodask.errors import ProjectFileError, StarError
 from cryodask.formats import star
 from cryodask.formats.mrc import write_mrc
 from cryodask.store.generation import disk_errors
@@ -216,10 +216,13 @@ def _maps(project: Project, out: Path) -> list[Path]:
     if post is not None:
         curves = project[post].load()
         write_mrc(out / "map.mrc", curves["sharpened_map"].values, pixel)
-        names = ("shell_resolution_angstrom", "fsc_unmasked", "fsc_masked", "fsc_randomised", "fsc_corrected")
         star.write_postprocess(
             out / "postprocess.star",
-            **{n: curves[n].values for n in names},
+            shell_resolution_angstrom=curves["shell_resolution_angstrom"].values,
+            fsc_unmasked=curves["fsc_unmasked"].values,
+            fsc_masked=curves["fsc_masked"].values,
+            fsc_randomised=curves["fsc_randomised"].values,
+            fsc_corrected=curves["fsc_corrected"].values,
             resolution_angstrom=float(curves["resolution_angstrom"]),
             b_factor_angstrom2=float(curves["b_factor_angstrom2"]),
         )
@@ -230,6 +233,12 @@ def _maps(project: Project, out: Path) -> list[Path]:
 def project_from_star(path: str | Path, output: str | Path) -> Path:
     """Write a short project file that starts from a RELION STAR file of micrographs or of particles."""
     path, output = Path(path), Path(output)
+    if output.exists():
+        raise ProjectFileError(
+            f"{output} exists, and is not overwritten.",
+            "it was written by an earlier import",
+            "choose another name with --output, or remove it",
+        )
     tables = star.read_tables(path)
     content: dict[str, Any] = {"name": path.stem, "inputs": {}}
     relative = os.path.relpath(path.resolve(), output.resolve().parent)

@@ -14,6 +14,7 @@ A stage is a frozen parameter model, the variables it needs and gives, and pure 
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import inspect
 import typing
@@ -185,7 +186,7 @@ class Picture:
     figure: Any
 
 
-@dataclass
+@dataclass(repr=False)
 class Stage:
     """A registered stage; calling it on a Dataset is its lazy face (map stages)."""
 
@@ -210,6 +211,9 @@ class Stage:
     def gives_variables(self) -> list[Var]:
         """Vocabulary entries of what the stage gives."""
         return [VARIABLES[name] for name in self.gives]
+
+    def __repr__(self) -> str:
+        return f"<stage {self.name}: {', '.join(self.needs)} -> {', '.join(self.gives)}>"
 
     def figures(self, draw: Callable[[xr.Dataset], Iterator[Picture]]) -> Callable[[xr.Dataset], Iterator[Picture]]:
         """Decorator: the stage's section of the report, from the Dataset that the store gives back."""
@@ -346,10 +350,21 @@ def stage(
     return register
 
 
+def find_stage(name: str) -> Stage:
+    """One stage by name; of cryodask's own only its module is imported."""
+    import cryodask.stages
+
+    if name not in STAGES and name in cryodask.stages.NAMES:
+        importlib.import_module(f"cryodask.stages.{name}")
+    return STAGES[name] if name in STAGES else load_stages()[name]
+
+
 def load_stages() -> dict[str, Stage]:
     """All stages: the ones of cryodask and those of installed packages (entry points of the group ``cryodask.stages``)."""
-    import cryodask.stages  # noqa: F401  (imports every module of the package, which registers its stage)
+    import cryodask.stages
 
+    for name in cryodask.stages.NAMES:
+        importlib.import_module(f"cryodask.stages.{name}")
     for entry in importlib.metadata.entry_points(group="cryodask.stages"):
         entry.load()
     return STAGES

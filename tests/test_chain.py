@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import mrcfile
 import numpy as np
@@ -183,6 +184,18 @@ def test_no_readable_input_at_all_stops_with_the_reason(client, tmp_path):
     (tmp_path / "tiny.yaml").write_text(PROJECT.replace(", gain: gain.mrc", ""))
     with pytest.raises((InputError, ItemError)):
         run_plan(make_plan(tmp_path / "tiny.yaml"), client, until="motion")
+
+
+def test_the_example_of_the_readme_runs(session, tmp_path):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    example = re.search(r"```python\n(.*?)```", readme, re.S).group(1)
+    for source in ("movies", "gain.mrc"):
+        os.symlink(session / source, tmp_path / source)
+    (tmp_path / "betagal.yaml").write_text(PROJECT.replace("name: tiny", "name: betagal"))
+    (tmp_path / "example.py").write_text(example)
+    shown = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert shown.returncode == 0, shown.stderr[-2000:]
+    assert shown.stdout.strip().endswith("True")
 
 
 def test_killed_at_ten_random_moments_and_resumed_gives_the_same_bits(session, done, tmp_path):

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +72,13 @@ def connect(where: str = "local", *, workers: int | None = None, lane: str = "ba
         )
     if path.suffix == ".json":
         return _existing(name, scheduler_file=str(path))
-    settings = yaml.safe_load(path.read_text()) or {}
-    kind = settings.pop("kind", "local")
+    try:
+        settings = yaml.safe_load(path.read_text()) or {}
+        kind = settings.pop("kind", "local")
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError) as error:
+        raise ProjectFileError(
+            f"{path} is no cluster file: {error}", "wrong indentation or another kind of file", "write  kind: local  and what belongs to it"
+        ) from None
     known = {"local": {"workers", "memory", "scratch"}, "address": {"address"}}
     if kind not in known or set(settings) - known[kind]:
         raise ProjectFileError(
@@ -77,15 +87,41 @@ def connect(where: str = "local", *, workers: int | None = None, lane: str = "ba
             "kind: local with workers, memory, scratch; or kind: address with address",
         )
     if kind == "address":
+        if "address" not in settings:
+            raise ProjectFileError(f"{path} gives no address.", "the line is missing", "add  address: tcp://host:port")
         return _existing(name, address=settings["address"])
     return _local(name, {**settings, **({"workers": workers} if workers else {})})
 
 
 def _local(name: str, settings: dict[str, Any]) -> Client:
+    with _interrupts_held_back() as interrupted:
+        client = _started(name, settings)
+    if interrupted:
+        close(client)
+        raise KeyboardInterrupt
+    return client
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[list[int]]:
+    """Within, Ctrl-C is only noted, and processes started here never see it: a terminal sends it to all of them, the driver decides."""
+    noted: list[int] = []
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number)) if in_main_thread else None
+    resource_tracker.ensure_running()  # its start would lift the mask
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited by threads and processes
+    try:
+        yield noted
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if in_main_thread:
+            signal.signal(signal.SIGINT, handler)
+
+
+def _started(name: str, settings: dict[str, Any]) -> Client:
     count = settings.get("workers") or os.cpu_count() or 1
-    with dask.config.set(
-        {**_SETTINGS, "distributed.nanny.pre-spawn-environ": {**_ONE_THREAD, **_ALLOCATOR, "PYTHONDONTWRITEBYTECODE": ""}}
-    ):
+    environment = {**_ONE_THREAD, **_ALLOCATOR, "PYTHONDONTWRITEBYTECODE": ""}
+    with dask.config.set({**_SETTINGS, "distributed.nanny.pre-spawn-environ": environment}):
         cluster = LocalCluster(
             n_workers=count,
             threads_per_worker=1,

@@ -32,9 +32,9 @@ class Banded(NamedTuple):
 
 
 def band_count(cells: Cells, lens: Lens, defocus: float) -> int:
-    """Bands of about two rings at this defocus, 6 to 16."""
+    """Bands of about two rings at this defocus, 3 to 16."""
     rings = lens.wavelength_angstrom * defocus * float(cells.k2.max() - cells.k2.min())
-    return int(min(16, max(6, rings / 2)))
+    return int(min(16, max(3, rings / 2)))
 
 
 def banded(cells: Cells, count: int) -> Banded:

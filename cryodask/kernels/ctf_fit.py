@@ -3,7 +3,8 @@
 For the search the logarithm of the power is modelled band by band, bands of equal width in k^2: a parabola for the background plus a
 strength, which may change linearly within the band, times sin^2 of the CTF's argument. The score of a defocus is the sum of squares that
 the rings explain, counted negative in bands where their strength comes out negative. All bands count alike, low and high: a fit that has
-slipped by one ring agrees in a few bands and is wrong in the others, and loses. The winner is refined by kernels/ctf_likelihood.py.
+slipped by one ring agrees in a few bands and is wrong in the others, and loses. Among the best maxima the likelihood of the whole
+spectrum decides (kernels/ctf_likelihood.py), because scores in different bands cannot be compared; it also refines the winner.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from cryodask.kernels.ctf_bands import Banded, band_count, banded, bands_of, ring_strengths
 from cryodask.kernels.ctf_cells import SEARCH_SECTORS, Cells, Lens, polar_cells, sine_square
-from cryodask.kernels.ctf_likelihood import refine_by_likelihood
+from cryodask.kernels.ctf_likelihood import log_likelihood, refine_by_likelihood
 from cryodask.kernels.ctf_quality import agreement, equiphase_curves
 from cryodask.kernels.spectrum import Spectrum
 
@@ -52,7 +53,7 @@ def fit_ctf(
     """Fit defocus and astigmatism to a power spectrum.
 
     Every mean defocus of the range is searched with every astigmatism up to the largest; the five best distinct maxima are refined,
-    and the best of them wins. It is refined once more by the likelihood of the whole spectrum.
+    the likeliest of them wins, and is refined once more by its likelihood.
 
     Parameters
     ----------
@@ -76,10 +77,16 @@ def fit_ctf(
         cells, lens, least_defocus_angstrom, largest_defocus_angstrom, largest_astigmatism_angstrom, expected_astigmatism_angstrom
     )
     refined = [_refine(cells, lens, c, expected_astigmatism_angstrom) for c in candidates]
-    ranked = _rank(cells, lens, refined, least_defocus_angstrom, largest_defocus_angstrom, expected_astigmatism_angstrom)
-    score, best = ranked[0]
-    others = [(s, p) for s, p in ranked[1:] if abs(float(p[0] - best[0])) >= 300.0]
-    alternative = (float(others[0][1][0]), max(0.0, others[0][0] / score)) if others and score > 0 else (float(best[0]), 0.0)
+    # what the refinement has carried out of the range is dropped
+    slack = 100.0
+    inside = [p for p in refined if least_defocus_angstrom - slack <= float(p[0]) <= largest_defocus_angstrom + slack] or refined
+    inside.sort(key=lambda p: -log_likelihood(cells, lens, p, expected_astigmatism_angstrom))
+    best = inside[0]
+    other = next((p for p in inside[1:] if abs(float(p[0] - best[0])) >= 300.0), None)
+    alternative = (float(best[0]), 0.0)
+    if other is not None:
+        first, second = (_own_score(cells, lens, p, expected_astigmatism_angstrom) for p in (best, other))
+        alternative = (float(other[0]), max(0.0, second / first) if first > 0 else 1.0)
     last = refine_by_likelihood(cells, lens, best, expected_astigmatism_angstrom)
     half_ring = 0.5 / (lens.wavelength_angstrom * float(cells.k2.max()))
     if abs(float(last[0] - best[0])) < max(half_ring, 300.0):
@@ -156,15 +163,9 @@ def _score(data: Banded, lens: Lens, parameters: Tensor, expected: float) -> Ten
     return (explained * torch.sign(strength)).sum() - data.cells.noise * (parameters[1:] ** 2).sum() / expected**2
 
 
-def _rank(cells: Cells, lens: Lens, refined: list[Tensor], least: float, largest: float, expected: float) -> list[tuple[float, Tensor]]:
-    """Candidates with their scores, best first.
-
-    Those that the refinement has carried out of the range are dropped: at a very low defocus the few bands are so wide that rings explain
-    what the background's parabola leaves.
-    """
-    inside = [p for p in refined if least - 100.0 <= float(p[0]) <= largest + 100.0] or refined
-    scored = [(float(_score(banded(cells, band_count(cells, lens, float(p[0]))), lens, p, expected)), p) for p in inside]
-    return sorted(scored, key=lambda s: -s[0])
+def _own_score(cells: Cells, lens: Lens, parameters: Tensor, expected: float) -> float:
+    """Score in the bands that suit this defocus."""
+    return float(_score(banded(cells, band_count(cells, lens, float(parameters[0]))), lens, parameters, expected))
 
 
 def _refine(cells: Cells, lens: Lens, start: Tensor, expected: float) -> Tensor:

@@ -9,6 +9,8 @@ power is its square (a periodogram), which makes this Whittle's likelihood to se
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,28 @@ def refine_by_likelihood(cells: Cells, lens: Lens, start: Tensor, expected_astig
         variance = model.clamp(min=0.2).square()
         found = _climb(background, rings, penalty, cells, power, variance, lens, found, expected_astigmatism_angstrom)
     return found
+
+
+def log_likelihood(cells: Cells, lens: Lens, parameters: Tensor, expected_astigmatism_angstrom: float, spacing: float = 0.12) -> float:
+    """Log-likelihood of (z0, u, v), up to what all have in common, with the same few knots for any defocus.
+
+    Knots of the strength stand ``spacing`` (1/Angstrom) apart whatever the defocus, so that no candidate has more freedom than another;
+    a strength below zero, which is how rings of a wrong defocus would come to fit, is set to zero.
+    """
+    power, weight = torch.exp(cells.log_power), cells.weight / cells.noise
+    k = torch.sqrt(cells.k2)
+    low, high = float(k.min()), float(k.max()) * (1.0 + 1e-9)
+    background, count = _background(k), max(3, math.ceil((high - low) / spacing) + 1)
+    rings = _hats(k, torch.linspace(low, high, count, dtype=torch.float64))
+    square = sine_square(cells, lens, parameters)
+    penalty = _penalty(background.shape[1], count, 0.0)
+    strength = _fit(background, rings, penalty, weight, power, square)[1][background.shape[1] :].clamp(min=0.0)
+    # the background takes up what the clamped strengths have left
+    rest = power - rings @ strength * square
+    normal = background.T @ (background * weight[:, None])
+    smooth = background @ torch.linalg.solve(normal, background.T @ (weight * rest))
+    prior = float((parameters[1:] ** 2).sum()) / expected_astigmatism_angstrom**2
+    return -0.5 * (float((weight * (rest - smooth) ** 2).sum()) + prior)
 
 
 def _background(k: Tensor) -> Tensor:

@@ -6,10 +6,14 @@ Shell s of a box of n voxels of p Angstrom lies at n p / s Angstrom.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+_END_OF_STRONG_SHELLS = 0.4
+"""Unmasked FSC at which shells cease to be strong."""
 
 
 class FscCurves(NamedTuple):
@@ -73,12 +77,12 @@ def randomise_phases(transform: Tensor, radius: Tensor, first: float, generator:
 
 
 def corrected_fsc(
-    first: Tensor, second: Tensor, mask: Tensor, *, seed: int = 0, randomise_below_fsc: float = 0.8, repeats: int = 3
+    first: Tensor, second: Tensor, mask: Tensor, *, seed: int = 0, randomise_below_fsc: float = 0.8, repeats: int = 3, margin: int = 2
 ) -> FscCurves:
     """FSC of masked half-maps, freed from what the mask itself contributes.
 
     The phases of both maps are randomised, independently, from the first shell on where the unmasked FSC is below
-    ``randomise_below_fsc``; what FSC_n is left after masking comes from the mask. Two shells further out and beyond,
+    ``randomise_below_fsc``; what FSC_n is left after masking comes from the mask. From ``margin`` shells further out on,
     FSC_true = (FSC_masked - FSC_n) / (1 - FSC_n); nearer the centre it is the masked FSC.
 
     Parameters
@@ -108,7 +112,7 @@ def corrected_fsc(
         draws.append(fsc(*noisy))
     randomised = torch.stack(draws).mean(0)
     freed = (masked - randomised) / (1.0 - randomised).clamp(min=1e-6)
-    corrected = torch.where(torch.arange(len(masked), device=masked.device) < start + 2, masked, freed)
+    corrected = torch.where(torch.arange(len(masked), device=masked.device) < start + margin, masked, freed)
     return FscCurves(unmasked, masked, randomised, corrected, start)
 
 
@@ -129,3 +133,56 @@ def resolution_at(curve: Tensor, threshold: float, n: int, pixel_size_angstrom: 
         return n * pixel_size_angstrom / (len(values) - 1)
     last = values[below - 1]
     return n * pixel_size_angstrom / (below - 1 + (last - threshold) / (last - values[below]))
+
+
+def noise_redundancy(unmasked: Tensor) -> float:
+    """How many times fewer independent coefficients a shell has than points, from the roughness of an unmasked FSC curve; at least 1.
+
+    The correlation F of a shell of r points' radius scatters by (1 - F^2) / sqrt(4 pi r^2 / redundancy). Point groups multiply the
+    redundancy by their order, empty space about the particle by what it leaves of the box: neither is known of maps from elsewhere.
+    """
+    r = torch.arange(1, len(unmasked) - 1, dtype=torch.float64)
+    f = unmasked.double().cpu()
+    bend = (f[1:-1] - 0.5 * (f[:-2] + f[2:])) / math.sqrt(1.5)
+    scatter = bend * torch.sqrt(4.0 * math.pi * r**2) / (1.0 - f[1:-1] ** 2).clamp(min=1e-6)
+    # where the curve is close to 1 its bends are those of the signal
+    rough = scatter[(f[1:-1].abs() < 0.8) & (r > 2)].abs()
+    return max(1.0, float((1.4826 * rough.median()) ** 2)) if len(rough) >= 5 else 1.0
+
+
+def last_significant_shell(unmasked: Tensor, *, deviations: float = 3.0, window: float = 0.85) -> int:
+    """Last shell up to which an unmasked FSC stands out of noise without a gap, at least 1.
+
+    A shell r stands out when the mean of the curve from ``window`` r to r, weighted by the size of the shells, exceeds ``deviations``
+    standard deviations of that of noise. One shell alone would be too weak a test for a small symmetric molecule in a large box,
+    whose unmasked FSC is a hundredth where the masked one is 0.143.
+    """
+    f = unmasked.double().cpu()
+    points = 4.0 * math.pi * torch.arange(len(f), dtype=torch.float64) ** 2
+    redundancy = noise_redundancy(f)
+    last = 1
+    for r in range(1, len(f)):
+        some = slice(max(1, math.ceil(window * r)), r + 1)
+        size = points[some].sum()
+        # the innermost shells of a high point group hold hardly one coefficient: no more than 0.9 is asked of them
+        least = min(0.9, deviations * math.sqrt(redundancy / float(size)))
+        if float((points[some] * f[some]).sum() / size) < least and r > 2:
+            break
+        last = r
+    return last
+
+
+def supported_resolution(
+    first: Tensor, second: Tensor, mask: Tensor, curves: FscCurves, threshold: float, pixel_size_angstrom: float, *, seed: int = 0
+) -> float:
+    """Resolution, Angstrom, of half-maps `(z, y, x)` under a mask: where the corrected FSC first falls below ``threshold``.
+
+    Two things are not believed that the corrected curve alone would let pass. Nothing counts beyond :func:`last_significant_shell` of
+    the unmasked curve: a mask made from the maps themselves finds the places where their noise agrees, and random phases do not take
+    that away. And the crossing must last when phases are randomised from the end of the strong shells on, without a margin: where
+    signal ends abruptly, the mask carries the last strong shell into the next ones, which an earlier start cannot show.
+    """
+    n = first.shape[-1]
+    late = corrected_fsc(first, second, mask, seed=seed, randomise_below_fsc=_END_OF_STRONG_SHELLS, margin=0)
+    crossings = (resolution_at(c.corrected, threshold, n, pixel_size_angstrom) for c in (curves, late))
+    return max(*crossings, n * pixel_size_angstrom / last_significant_shell(curves.unmasked))

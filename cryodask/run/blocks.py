@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import time
+import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +24,7 @@ import cloudpickle
 import numpy as np
 from distributed import Client, Future, KilledWorker, wait
 
-from cryodask.errors import ClusterError
+from cryodask.errors import ClusterError, InputError
 from cryodask.run.particles import StoredParticles
 from cryodask.stage import Columns, Metrics, ParticleBlock, ParticleSet, State, Sums
 from cryodask.store.generation import disk_errors
@@ -247,17 +250,19 @@ def iterate_on_workers(
     ClusterError
         When the workers die again and again.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     leaves = cut_leaves(particles.set, functions.halves)
+    if len({leaf.half for leaf in leaves}) < functions.halves:
+        raise InputError(
+            f"Stage {name} has {particles.set.count} particles: not one for each of its {functions.halves} half-sets.",
+            "almost nothing was picked (wrong diameter or threshold), or curation removed it",
+            "look at the picks in the report, change pick or curate, and run again",
+        )
     job_path = folder / f"job-{os.urandom(4).hex()}.pickle"
     with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
         job_path.write_bytes(cloudpickle.dumps(BlockJob(name, functions, params, particles)))
-    done = sorted(folder.glob("iteration-*.npz"))
-    columns: Columns
-    if done:
-        path = done[-1]
-        state, columns = read_checkpoint(path)
-    else:
+    path, state, columns = _last_checkpoint(folder)
+    if path is None:
         state, columns = functions.start(params, particles.set, inputs), {}
         path = _checkpoint(folder, state, columns)
     home: dict[int, str] = {}
@@ -360,6 +365,16 @@ def _checkpoint(folder: Path, state: State, columns: Columns) -> Path:
         os.rename(part, path)
         fsync_folder(folder)
     return path
+
+
+def _last_checkpoint(folder: Path) -> tuple[Path | None, State, Columns]:
+    """The last checkpoint that can be read; a damaged one is set aside."""
+    for path in sorted(folder.glob("iteration-*.npz"), reverse=True):
+        try:
+            return path, *read_checkpoint(path)
+        except (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, ValueError, KeyError, EOFError):
+            os.rename(path, path.with_suffix(".damaged"))
+    return None, {}, {}
 
 
 def read_checkpoint(path: Path) -> tuple[State, Columns]:

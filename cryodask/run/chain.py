@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cryodask.errors import MicrographError
-from cryodask.stage import STAGES, Params, Stage, load_stages
+from cryodask.stage import Params, Stage, find_stage
 from cryodask.store.generation import Generation
 from cryodask.store.journal import Record
 from cryodask.store.project import Item
@@ -31,9 +30,7 @@ class Link:
     @property
     def stage(self) -> Stage:
         """The registered stage."""
-        if self.stage_name not in STAGES:
-            load_stages()
-        return STAGES[self.stage_name]
+        return find_stage(self.stage_name)
 
 
 @dataclass
@@ -69,10 +66,7 @@ class Chain:
             generation = Generation(link.folder)
             record = generation.records().get(item.row)
             if record is None or not record["ok"] or record.get("input") != item.fingerprint:
-                generation.journal.append(
-                    {"row": item.row, "name": item.name, "ok": False, "error": error, "message": message, "attempt": tries}
-                    | {"time": round(time.time(), 3), "pid": os.getpid(), "input": item.fingerprint}
-                )
+                generation.commit_failure(item.row, item.name, error, message, tries, input=item.fingerprint)
                 generation.journal.close()
                 return
 

@@ -133,7 +133,7 @@ class Execution:
         if not done:
             failures = self.project.failures()
             raise InputError(
-                f"Not one of {len(self.items)} micrographs could be processed. The first failure: {failures[0]['message'] if failures else ''}",
+                f"Not one of {len(self.items)} micrographs could be processed. The first failure: {_first_sentence(failures)}",
                 "an option does not fit the data (pixel size, diameter, box), or the files are of another kind",
                 "mend it and run again",
             )
@@ -239,7 +239,7 @@ class Execution:
     def _particle_label(self, step: Step) -> str:
         label = self._latest(step, "particle_image")
         if label is None:
-            raise ProjectFileError(f"Stage {step.label} needs particles, which no earlier step gives.", "", "add extract before it")
+            raise ProjectFileError(f"Stage {step.label} needs particles, which no step before it gives.", "extract was left out", "add it")
         return label
 
     def _particles(self, step: Step, *, curated: bool) -> StoredParticles:
@@ -402,16 +402,28 @@ def _summary(result: dict[str, Any]) -> str:
     return "done"
 
 
-def check_inputs(plan: Plan) -> None:
-    """Meet what can go wrong with folder, inputs and gain before any worker is started.
+def _first_sentence(failures: list[dict[str, Any]]) -> str:
+    return str(failures[0]["message"]).splitlines()[0] if failures else "none is recorded"
+
+
+def check_inputs(plan: Plan, *, force: bool = False) -> None:
+    """Meet what can go wrong with folder, lock, inputs, gain and reference before any worker is started.
 
     Raises
     ------
     CryodaskError
     """
-    Project.create(plan.folder, plan.file.name)
-    sources.list_items(plan)
+    if plan.folder == plan.path.resolve().parent:
+        raise ProjectFileError(
+            f"The results of {plan.path} would go into the folder where it lies, among your own files.",
+            f"its name or folder is {plan.file.folder or plan.file.name!r}",
+            "give a folder of its own:  folder: results",
+        )
+    items = sources.list_items(plan)
     sources.load_gain(plan)
+    sources.check_files(plan)
+    sources.check_readable(plan, items)
+    Project.create(plan.folder, plan.file.name).lock(force=force).check()
 
 
 def run_plan(
@@ -434,9 +446,10 @@ def run_plan(
     for label in (until, start_again_from):
         if label:
             position(plan, label)
-    project = Project.create(plan.folder, plan.file.name)
-    with project.lock(force=force):
-        _write_atomically(project.path / "project.yaml", plan.path.read_text())
+    with Project.create(plan.folder, plan.file.name).lock(force=force):
+        project = Project(plan.folder)  # as the driver before left it
+        with disk_errors(project.path):
+            _write_atomically(project.path / "project.yaml", plan.path.read_text())
         with progress or Progress(quiet=True) as shown:
             Execution(plan, project, client, shown, retry_quarantined).run(until, start_again_from)
     return project

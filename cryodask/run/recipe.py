@@ -142,14 +142,18 @@ def read_project_file(path: str | Path) -> ProjectFile:
         content = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise ProjectFileError(f"There is no project file {path}.", "a typing error in its name", "give the path of a .yaml file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise ProjectFileError(
+            f"{path} cannot be read: {error.strerror}.", "it is a folder, or belongs to somebody else", "give the path of a .yaml file"
+        ) from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ProjectFileError(f"{path} cannot be read: {error}", "wrong indentation or a missing quote", "mend it and try again") from None
     if not isinstance(content, dict):
         raise ProjectFileError(f"{path} is no project file: it holds no keys.", "it is empty, or another kind of file", "see README")
     try:
         return ProjectFile.model_validate(content)
     except ValidationError as error:
-        raise ProjectFileError(f"{path}: " + _problems(error, ProjectFile), "", "see the table of keys in README") from None
+        raise ProjectFileError(f"{path}: " + _problems(error, ProjectFile), "a typing error", "see the table of keys in README") from None
 
 
 def make_plan(path: str | Path) -> Plan:
@@ -255,7 +259,9 @@ def _entry_name(entry: Any) -> tuple[str, str, dict[str, Any]]:
             raise ProjectFileError(f"A step of the pipeline has {len(entry)} names: {entry}.", "a missing dash", "one dash a stage")
         entry, values = next(iter(entry.items()))
     if not isinstance(entry, str) or not isinstance(values or {}, dict):
-        raise ProjectFileError(f"This is no step of a pipeline: {entry!r}: {values!r}.", "", "write  - stage: {parameter: value}")
+        raise ProjectFileError(
+            f"This is no step of a pipeline: {entry!r}: {values!r}.", "a missing colon or indentation", "write  - stage: {parameter: value}"
+        )
     name, _, label = (part.strip() for part in entry.partition(" as "))
     return name, label or name, values or {}
 
@@ -274,7 +280,7 @@ def _make_params(path: Path, stage: Stage, label: str, values: dict[str, Any]) -
         return stage.params.model_validate(values)
     except ValidationError as error:
         raise ProjectFileError(
-            f"{path}: stage {label}: " + _problems(error, stage.params), "", f"cryodask stages {stage.name}  explains them"
+            f"{path}: stage {label}: " + _problems(error, stage.params), "a typing error", f"cryodask stages {stage.name}  explains them"
         ) from None
 
 

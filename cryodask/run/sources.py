@@ -16,6 +16,7 @@ from cryodask.run.recipe import Plan, Step, list_movies
 from cryodask.vocabulary import SLOTS, VARIABLES
 
 _PROBED = 5
+_CHECKED = 50
 _GAIN_MOVIES, _GAIN_FRAMES = 3, 24
 
 ItemInputs = tuple[str, dict[str, Any]]
@@ -25,16 +26,33 @@ def list_items(plan: Plan) -> list[ItemInputs]:
     """Name and inputs of every item, in order."""
     inputs = plan.file.inputs
     if inputs.movies:
-        return [_file_item("movie_path", path) for path in list_movies(plan)]
+        return _distinct([_file_item("movie_path", path) for path in list_movies(plan)], "movie_path")
     if inputs.micrographs:
-        return _micrograph_items(plan)
+        return _distinct(_micrograph_items(plan), "micrograph_path")
     if inputs.particles:
-        return _particle_items(plan)
+        return _distinct(_particle_items(plan), "micrograph_name")
     return []
 
 
+def _distinct(items: list[ItemInputs], source: str) -> list[ItemInputs]:
+    """The same items; raises if two would share a name, for one of them would be lost."""
+    seen: dict[str, str] = {}
+    for name, facts in items:
+        if name in seen:
+            raise InputError(
+                f"Two inputs would both be called {name}: {seen[name]} and {facts[source]}.",
+                "files of one name lie in several folders, or differ in their ending only",
+                "rename one of them, or make a project of each folder",
+            )
+        seen[name] = str(facts[source])
+    return items
+
+
 def _file_item(variable: str, path: Path) -> ItemInputs:
-    stat = path.stat()
+    try:
+        stat = path.stat()
+    except FileNotFoundError:  # gone since it was listed: its stage says so, and the others go on
+        return path.stem, {variable: str(path)}
     return path.stem, {variable: str(path), "size": stat.st_size, "mtime": round(stat.st_mtime, 3)}
 
 
@@ -57,22 +75,33 @@ def _micrograph_items(plan: Plan) -> list[ItemInputs]:
     star = Path(plan.resolve(plan.file.inputs.micrographs or ""))
     names = [str(n) for n in columns["micrograph_name"]]
     keep = [n for n, v in columns.items() if n in VARIABLES and not VARIABLES[n].dims and VARIABLES[n].dtype != "U"]
+    picks = _picks(plan, [Path(name).stem for name in names])
     items = []
     for i, name in enumerate(names):
         path = find_beside(name, star)
         label, facts = _file_item("micrograph_path", path) if path else (Path(name).stem, {"micrograph_path": name})
         facts |= {n: float(columns[n][i]) for n in keep if np.isfinite(columns[n][i])}
-        picks = _picks_of(plan, label)
-        items.append((label, {**facts, **picks}))
+        items.append((label, {**facts, **picks.get(label, {})}))
     return items
 
 
-def _picks_of(plan: Plan, name: str) -> dict[str, Any]:
+def _picks(plan: Plan, names: list[str]) -> dict[str, dict[str, Any]]:
+    """STAR file of picks of each micrograph: ``NAME.star`` or ``NAME_anything.star``, never that of a longer name."""
     if not plan.file.inputs.coordinates:
         return {}
     folder = Path(plan.resolve(plan.file.inputs.coordinates))
-    found = sorted(folder.glob(f"{name}*.star"))
-    return {"coordinates_path": str(found[0]), "coordinates_mtime": round(found[0].stat().st_mtime, 3)} if found else {}
+    files = sorted(folder.glob("*.star"), reverse=True)
+    if not files:
+        raise InputError(f"There is no STAR file in {folder}.", "a typing error in inputs.coordinates", "give the folder with the picks")
+    known = set(names)
+    out: dict[str, dict[str, Any]] = {}
+    for path in files:
+        stem = path.stem
+        ends = (n for n in range(len(stem), 0, -1) if stem[:n] in known and not stem[n : n + 1].isalnum())
+        end = next(ends, None)
+        if end is not None:
+            out[stem[:end]] = {"coordinates_path": str(path), "coordinates_mtime": round(path.stat().st_mtime, 3)}
+    return out
 
 
 def _particle_items(plan: Plan) -> list[ItemInputs]:
@@ -125,13 +154,59 @@ def load_gain(plan: Plan) -> np.ndarray | None:
     return gain
 
 
+def check_files(plan: Plan) -> None:
+    """Refuse half-maps and other maps of the project file that cannot be what they are given for, before anything runs."""
+    from cryodask.formats.mrc import open_mrc, read_mrc
+
+    for step in plan.steps:
+        for name, path in step.input_files().items():
+            if Path(path).suffix.lower() not in (".mrc", ".map"):
+                continue
+            data = np.asarray(read_mrc(path)[0])
+            if not np.isfinite(data).all() or data.min() == data.max():
+                raise InputError(
+                    f"{path}, given as {step.label}.{name}, holds {int((~np.isfinite(data)).sum())} voxels that are no numbers"
+                    f" and values from {np.nanmin(data):g} to {np.nanmax(data):g}.",
+                    "the program that wrote it failed, or the file is damaged",
+                    "look at the map, and give another",
+                )
+    halves = [open_mrc(plan.resolve(path)) for path in plan.file.inputs.half_maps or ()]
+    if len({(half.shape, half.pixel_size_angstrom) for half in halves}) > 1:
+        text = " and ".join(f"{h.path}: {' x '.join(map(str, h.shape))} voxels of {h.pixel_size_angstrom} A" for h in halves)
+        raise InputError(f"The half-maps differ ({text}).", "they come from different runs", "give the two half-maps of one refinement")
+
+
+def check_readable(plan: Plan, items: list[ItemInputs]) -> None:
+    """Raise the reason if none of the first items can be read (a wrong folder, another format): before workers are started."""
+    step = plan.steps[0]
+    if step.stage.shape != "map" or any(label != "inputs" for label in step.source.values()):
+        return
+    constants = plan.file.microscope.model_dump() if plan.file.microscope else {}
+    failure: CryodaskError | None = None
+    for _, facts in items[:_CHECKED]:
+        try:
+            _processed(step, {**constants, **facts})
+        except CryodaskError as error:
+            failure = failure or error
+            continue
+        return
+    if failure is not None and len(items) <= _CHECKED:
+        raise InputError(
+            f"None of the {len(items)} inputs can be read. The first: {failure.what}", failure.usual_reason, failure.way_out
+        ) from failure
+
+
+def _processed(step: Step, values: dict[str, Any]) -> dict[str, Any]:
+    return step.stage.process(step.params, **{n: values.get(n) for n in (*step.stage.needs, *step.stage.optional)})
+
+
 def sum_first_movies(step: Step, values_of: Iterable[dict[str, Any]], shape: tuple[int, int]) -> np.ndarray:
     """Sum of some frames of the first good movies, float64: enough to see the gain's pattern."""
     total = np.zeros(shape)
     used = 0
     for values in values_of:
         try:
-            movie = step.stage.process(step.params, **{n: values.get(n) for n in (*step.stage.needs, *step.stage.optional)})["movie"]
+            movie = _processed(step, values)["movie"]
         except CryodaskError:
             continue
         if tuple(movie.shape[1:]) != shape:
@@ -158,7 +233,7 @@ def probe(step: Step, values_of: Iterable[dict[str, Any]]) -> tuple[dict[str, in
         if len(seen) >= _PROBED:
             break
         try:
-            given = step.stage.process(step.params, **{n: values.get(n) for n in (*step.stage.needs, *step.stage.optional)})
+            given = _processed(step, values)
         except CryodaskError as error:
             failure = error
             continue

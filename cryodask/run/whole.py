@@ -13,7 +13,7 @@ from distributed import Client, Future, KilledWorker, as_completed
 
 from cryodask.errors import ClusterError
 from cryodask.run.particles import StoredParticles
-from cryodask.stage import STAGES, load_stages
+from cryodask.stage import find_stage
 from cryodask.store.generation import Generation
 
 _TRIES = 3
@@ -46,9 +46,7 @@ def run_whole(client: Client, stage_name: str, params: Any, inputs: dict[str, An
 def _whole_task(blob: bytes) -> dict[str, Any]:
     _one_thread()
     stage_name, params, inputs = cloudpickle.loads(blob)
-    if stage_name not in STAGES:
-        load_stages()
-    return STAGES[stage_name].process(params, **loaded(inputs))
+    return find_stage(stage_name).process(params, **loaded(inputs))
 
 
 def run_tournament(client: Client, functions: Any, params: Any, particles: StoredParticles, advance: Callable[[], None]) -> dict[str, Any]:

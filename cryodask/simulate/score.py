@@ -52,7 +52,7 @@ def match_picks(found: np.ndarray, true: np.ndarray, tolerance_px: float) -> tup
 def off_border(positions: np.ndarray, shape: tuple[int, int], border_px: float) -> np.ndarray:
     """Which positions lie at least ``border_px`` inside the image."""
     high = np.array(shape) - 1 - border_px
-    return ((positions >= border_px) & (positions <= high)).all(-1)
+    return np.all((positions >= border_px) & (positions <= high), axis=-1)
 
 
 def precision_and_recall(

@@ -1,11 +1,33 @@
-"""The stages, one file each. ``cryodask.stages.motion(dataset, patches=(5, 5))`` is the lazy face of stage ``motion``."""
+"""The stages, one file each. ``cryodask.stages.motion(dataset, patches=(5, 5))`` is the lazy face of stage ``motion``.
+
+A stage has the name of its module, and the attribute of that name is the stage, not the module. Modules are imported when they are
+asked for: a worker that corrects motion does not load the refinement.
+"""
 
 import importlib
 import pkgutil
+import sys
+from types import ModuleType
+from typing import Any
 
 from cryodask.stage import STAGES
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
-# the stage takes the name of its module, so that cryodask.stages.motion is the stage
-globals().update(STAGES)
+NAMES = [m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")]
+
+
+class _Stages(ModuleType):
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Python binds a submodule to its package once it is loaded: bind the stage that it has registered instead
+        super().__setattr__(name, STAGES.get(name, value) if isinstance(value, ModuleType) else value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in NAMES:
+            raise AttributeError(f"there is no stage {name!r}; there are {', '.join(NAMES)}")
+        importlib.import_module(f"{self.__name__}.{name}")
+        return self.__dict__[name]
+
+    def __dir__(self) -> list[str]:
+        return sorted({*self.__dict__, *NAMES})
+
+
+sys.modules[__name__].__class__ = _Stages

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xarray as xr
 
 from cryodask.stage import Picture
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 def _axes(width: float = 5.0, height: float = 3.2) -> tuple[Any, Any]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import xarray as xr
 from pydantic import Field
 
 from cryodask.errors import InputError
@@ -16,6 +15,9 @@ from cryodask.kernels.expectation import load_particles
 from cryodask.kernels.fourier import resize_images, resize_map
 from cryodask.kernels.symmetry import symmetry_operators
 from cryodask.stage import Params, ParticleBlock, ParticleSet, Picture, stage
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 class AbInitioParams(Params):

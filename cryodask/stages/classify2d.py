@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import xarray as xr
 from pydantic import Field
 
 from cryodask.errors import InputError
@@ -17,6 +16,9 @@ from cryodask.kernels import expectation, polar
 from cryodask.kernels.fourier import resize_images, soft_sphere
 from cryodask.kernels.randomness import uniforms
 from cryodask.stage import Columns, Metrics, Params, ParticleBlock, ParticleSet, Picture, State, Sums, stage
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 FIRST_RESOLUTION_ANGSTROM = 32.0
 FIRST_INVERSE_TEMPERATURE = 0.3

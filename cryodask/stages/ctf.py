@@ -25,7 +25,7 @@ class CtfParams(Params):
     """Parameters of stage ``ctf``."""
 
     coarsest_angstrom: float = Field(30.0, description="coarse end of the range that is fitted, Angstrom", gt=0)
-    finest_angstrom: float = Field(3.5, description="fine end of the range, Angstrom; never beyond 2.2 pixels", gt=0)
+    finest_angstrom: float = Field(3.5, description="fine end of the range, Angstrom; never beyond 2.7 pixels", gt=0)
     least_defocus_angstrom: float = Field(3000.0, description="least mean defocus to look for, Angstrom", gt=0)
     largest_defocus_angstrom: float = Field(50000.0, description="largest mean defocus to look for, Angstrom", gt=0)
     largest_astigmatism_angstrom: float = Field(2000.0, description="largest difference of defocus u and v to look for, Angstrom", ge=0)
@@ -94,7 +94,9 @@ def ctf(
     image = np.asarray(micrograph_sum, np.float32)
     check_micrograph(image)
     pixel = float(pixel_size_angstrom)
-    finest = max(params.finest_angstrom, 2.2 * pixel)
+    # beyond three quarters of Nyquist the interpolation of motion correction colours the noise, differently along x, y and the diagonal:
+    # read as astigmatism, it doubled the error on simulated movies (RMS 108 A with 2.2 pixels, 57 A with 2.7)
+    finest = max(params.finest_angstrom, 2.7 * pixel)
     if min(image.shape) < 128 or min(image.shape) * pixel < 8.0 * params.coarsest_angstrom or finest * 1.5 > params.coarsest_angstrom:
         raise MicrographError(
             f"a micrograph of {image.shape[0]} x {image.shape[1]} pixels of {pixel:g} A is too small or too coarse for a CTF fit",

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import xarray as xr
 from pydantic import Field
 
 from cryodask.errors import InputError
 from cryodask.stage import Params, Picture, stage
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 REASONS = {
     0: "kept",

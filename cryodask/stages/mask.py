@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import xarray as xr
 from pydantic import Field
 
 from cryodask.errors import InputError
 from cryodask.kernels.masking import density_threshold, low_pass, soft_mask
 from cryodask.stage import Params, Picture, Sizes, stage
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 class MaskParams(Params):

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import xarray as xr
 from pydantic import Field
 
 from cryodask.errors import InputError
-from cryodask.kernels.fsc import corrected_fsc, resolution_at, shell_resolutions
+from cryodask.kernels.fsc import corrected_fsc, shell_resolutions, supported_resolution
 from cryodask.kernels.sharpening import fit_b_factor, sharpen
 from cryodask.stage import Params, Picture, Sizes, stage
 from cryodask.stages.mask import check_half_maps
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 class PostprocessParams(Params):
@@ -64,9 +66,12 @@ def postprocess(
     """Measure the resolution of the half-maps under the mask and sharpen their mean.
 
     The masked FSC is corrected for the mask by phase randomisation (Chen et al. 2013), as relion_postprocess does; the resolution is
-    the first interpolated crossing of 0.143. The mean map is weighted by sqrt(2 FSC / (1 + FSC)), sharpened by the B-factor of a line
-    through its Guinier plot (Rosenthal & Henderson 2003) and cut at the resolution. With fewer than three shells between
-    ``fit_from_angstrom`` and the resolution there is nothing to fit, and the B-factor is 0. No MTF of a detector is divided out.
+    the first interpolated crossing of 0.143, within the shells up to which the FSC without a mask stands out of noise by three standard
+    deviations (a mask made from noise finds the places where it agrees), and if it lasts when phases are randomised only from the end
+    of the strong shells on (a mask smears signal that ends abruptly). The mean map is weighted by sqrt(2 FSC / (1 + FSC)),
+    sharpened by the B-factor of a line through its Guinier plot (Rosenthal & Henderson 2003) and cut at the resolution. With fewer
+    than three shells between ``fit_from_angstrom`` and the resolution there is nothing to fit, and the B-factor is 0. No MTF of a
+    detector is divided out.
     """
     check_half_maps(half_map)
     if solvent_mask.shape != half_map.shape[1:]:
@@ -81,7 +86,7 @@ def postprocess(
     maps = torch.from_numpy(np.asarray(half_map, np.float32)).to(device)
     soft = torch.from_numpy(np.asarray(solvent_mask, np.float32)).to(device)
     curves = corrected_fsc(maps[0], maps[1], soft, seed=params.seed, randomise_below_fsc=params.randomise_below_fsc)
-    resolution = resolution_at(curves.corrected, 0.143, n, pixel)
+    resolution = supported_resolution(maps[0], maps[1], soft, curves, 0.143, pixel, seed=params.seed)
     mean = maps.mean(0)
     b_factor = params.b_factor_angstrom2
     if b_factor is None:
@@ -129,7 +134,8 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
     axes.legend(frameon=False)
     caption = (
         f"Fourier shell correlation of the two half-maps of this run, as they are and under the soft mask of stage mask. Resolution "
-        f"{resolution:.2f} Å: the first crossing of 0.143 by the corrected curve, interpolated between shells "
+        f"{resolution:.2f} Å: the first crossing of 0.143 by the corrected curve, interpolated between shells, "
+        "within the range where the curve without a mask is above noise "
         "(Chen et al. 2013: phases randomised beyond where the unmasked curve falls below the limit set)."
     )
     yield Picture("Fourier shell correlation", caption, figure)

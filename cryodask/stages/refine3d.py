@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import xarray as xr
 from pydantic import Field
 
 from cryodask.errors import InputError
@@ -41,6 +40,9 @@ from cryodask.stages._refinement import (
     updated_noise_power,
     updated_scale,
 )
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 class Refine3DParams(Params):

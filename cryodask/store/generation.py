@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cryodask.errors import DiskFullError, MicrographError, StoreError
-from cryodask.store.journal import Journal, Record, content_crc, decode_value, encode_value
+from cryodask.store.journal import Journal, JournalContents, Record, content_crc, decode_value, encode_value
 from cryodask.store.shards import Layout, ShardReader, file_crc, write_shard
 from cryodask.vocabulary import VARIABLES, Var
 
@@ -45,15 +45,15 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise DiskFullError(
-                f"No space is left for {path}.",
-                "the disk or your quota is full; everything committed so far is safe",
+                f"No space is left for {path} ({error.strerror}).",
+                "the disk, your quota or a limit on the size of files is used up; everything committed so far is safe",
                 "free some space (cryodask gc removes superseded results) and run the same command again: it resumes",
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
             raise StoreError(
-                f"{path} cannot be written: {error.strerror}.",
+                f"{error.filename or path} cannot be written: {error.strerror}.",
                 "the folder belongs to somebody else, a file of that name is in the way, or the file system is mounted read-only",
                 "choose another folder for the project, or ask for write permission",
             ) from error
@@ -126,6 +126,8 @@ class Generation:
                         attributes={"units": var.units, "long_name": var.doc},
                     )
             (part / "journal").mkdir()
+            if path.exists():  # what an interrupted removal left; gc takes it later
+                os.rename(path, path.with_name(f"{path.name}.{time.time_ns()}.part"))
             os.rename(part, path)
         return made
 
@@ -145,7 +147,14 @@ class Generation:
     def meta(self) -> dict[str, Any]:
         """What made it: label, stage, version, params, upstream keys, sizes."""
         if self._meta is None:
-            self._meta = json.loads((self.path / "zarr.json").read_text())["attributes"]["cryodask"]
+            try:
+                self._meta = json.loads((self.path / "zarr.json").read_text())["attributes"]["cryodask"]
+            except (FileNotFoundError, ValueError, KeyError) as error:
+                raise StoreError(
+                    f"{self.path} is no result of a stage: its zarr.json is missing or damaged ({type(error).__name__}).",
+                    "the folder was removed or changed by hand",
+                    "remove this folder and run the project again: it is made anew",
+                ) from error
         return self._meta
 
     @property
@@ -209,13 +218,19 @@ class Generation:
         fits = shape == layout.shape or (var.dims[0] == "slot" and shape[1:] == layout.shape[1:] and shape[0] <= layout.shape[0])
         if not fits:
             raise MicrographError(
-                f"{var.name} of {name} has shape {shape}, not {layout.shape} as the first item of this project.",
+                f"{var.name} of {name} has shape {shape}, not {layout.shape} as most of this project.",
                 "movies of different cameras, binnings or frame numbers in one folder, or more than 4096 picks",
+                "process them as projects of their own",
+            )
+        if not np.can_cast(value.dtype, layout.dtype, "safe" if np.dtype(layout.dtype).kind in "iu" else "same_kind"):
+            raise MicrographError(
+                f"{var.name} of {name} has the type {value.dtype}, not {layout.dtype}, as most of this project.",
+                "movies of different cameras or conversions in one folder; stored as that type, values would change",
                 "process them as projects of their own",
             )
         return np.asarray(value, dtype=layout.dtype) if isinstance(value, np.ndarray) else value
 
-    def commit_failure(self, row: int, name: str, error: str, message: str, tries: int) -> None:
+    def commit_failure(self, row: int, name: str, error: str, message: str, tries: int, **info: Any) -> None:
         """Quarantine an item: a record like any other, so that it can be listed and undone."""
         with disk_errors(self.path):
             self.journal.append(
@@ -227,6 +242,7 @@ class Generation:
                     "message": message,
                     "attempt": tries,
                     **_where(),
+                    **info,
                 }
             )
 
@@ -318,18 +334,35 @@ class Generation:
         return generation_dataset(self)
 
     def damaged(self) -> list[str]:
-        """Committed shards whose bytes do not fit their record, and torn journal lines; one sentence each."""
+        """Committed shards whose bytes do not fit their record, and journal lines that cannot be read; one sentence each."""
         contents = self.journal.read()
-        problems = [f"{self.path.name}: journal line {line} is torn (no commit)" for line in contents.torn_lines]
+        torn = [f"journal line {line} was never finished, harmless: it counts for nothing" for line in contents.torn_lines]
+        lost = [f"{self.path}: journal line {line} is damaged, its commit is lost" for line in contents.damaged_lines]
+        return [*torn, *lost, *(problem for _, problem in self._damaged_shards(contents))]
+
+    def _damaged_shards(self, contents: JournalContents) -> Iterator[tuple[Record, str]]:
         for record in contents.records.values():
             for name, crc in record.get("shards", {}).items():
-                ndim = len(VARIABLES[name].dims)
-                path = self.shard_path(name, record["row"], ndim)
+                path = self.shard_path(name, record["row"], len(VARIABLES[name].dims))
                 if not path.exists():
-                    problems.append(f"{path}: missing, though {record['name']} is committed")
+                    yield record, f"{path}: missing, though {record['name']} is committed"
                 elif file_crc(path) != crc:
-                    problems.append(f"{path}: damaged, its bytes do not fit the record of {record['name']}")
-        return problems
+                    yield record, f"{path}: damaged, its bytes do not fit the record of {record['name']}"
+
+    def repair(self) -> list[str]:
+        """Take the commits of damaged items back, so that the next run makes them again; returns the names of these items.
+
+        The shards stay until they are written anew, the journal lines for ever (driver only, under the project's lock).
+        """
+        contents = self.journal.read()
+        damaged = {record["row"]: (record["name"], problem) for record, problem in self._damaged_shards(contents)}
+        with disk_errors(self.path):
+            for row, (name, problem) in damaged.items():
+                self.journal.undo(row, name, contents.lines[row], problem)
+            self.journal.close()
+            self.journal.drop_damaged_lines()
+        self._records = None
+        return [name for name, _ in damaged.values()]
 
 
 def consumed_key(generation: Generation, rows: list[int]) -> str:

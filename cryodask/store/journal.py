@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import threading
+import time
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,10 +62,16 @@ def fsync_folder(folder: str | Path) -> None:
 
 @dataclass
 class JournalContents:
-    """What the journals of a folder say: the record that counts for each row, and the lines that count for nothing."""
+    """What the journals of a folder say: the record that counts for each row, and the lines that count for nothing.
+
+    ``torn_lines`` lack their end (the process died while it wrote), ``damaged_lines`` were whole once. ``lines`` holds the checksums of
+    all lines of a row, by which :meth:`Journal.undo` calls them.
+    """
 
     records: dict[int, Record] = field(default_factory=dict)
     torn_lines: list[str] = field(default_factory=list)
+    damaged_lines: list[str] = field(default_factory=list)
+    lines: dict[int, list[str]] = field(default_factory=dict)
 
 
 class Journal:
@@ -111,20 +118,56 @@ class Journal:
                 os.close(self._fd)
             self._fd = None
 
-    def read(self) -> JournalContents:
-        """The record that counts for each row: a success before a failure, then the latest attempt."""
-        contents = JournalContents()
+    def undo(self, row: int, name: str, lines: list[str], reason: str) -> None:
+        """Make some lines of a row count for nothing (checksums as in ``JournalContents.lines``); nothing is deleted."""
+        self.append({"row": row, "name": name, "undoes": lines, "reason": reason, "time": round(time.time(), 3), "pid": os.getpid()})
+
+    def drop_damaged_lines(self) -> None:
+        """Move lines that were whole once into ``damaged-lines.txt`` beside the journals; only while nobody writes."""
         for path in sorted(self.folder.glob("*.jsonl")):
-            for number, line in enumerate(path.read_bytes().split(b"\n")):
+            *whole, rest = path.read_bytes().split(b"\n")
+            bad = [line for line in whole if line and _parse(line) is None]
+            if not bad:
+                continue
+            with open(self.folder / "damaged-lines.txt", "ab") as file:
+                file.write(b"".join(line + b"\n" for line in bad))
+                file.flush()
+                os.fsync(file.fileno())
+            part = path.with_suffix(f".{os.getpid()}.part")
+            part.write_bytes(b"\n".join([*(line for line in whole if line not in bad), rest]))
+            os.rename(part, path)
+            fsync_folder(self.folder)
+
+    def read(self) -> JournalContents:
+        """The record that counts for each row: that of the latest input; for one input a success before a failure, then the latest."""
+        contents = JournalContents()
+        found: list[tuple[str, Record]] = []
+        undone: set[tuple[int, str]] = set()
+        for path in sorted(self.folder.glob("*.jsonl")):
+            lines = path.read_bytes().split(b"\n")
+            for number, line in enumerate(lines, 1):
                 if not line:
                     continue
                 record = _parse(line)
                 if record is None:
-                    contents.torn_lines.append(f"{path.name}:{number + 1}")
-                    continue
-                old = contents.records.get(record["row"])
-                if old is None or _rank(record) >= _rank(old):
-                    contents.records[record["row"]] = record
+                    (contents.torn_lines if number == len(lines) else contents.damaged_lines).append(f"{path.name}:{number}")
+                elif "undoes" in record:
+                    undone.update((record["row"], line_crc) for line_crc in record["undoes"])
+                else:
+                    found.append((line[:8].decode(), record))
+        best: dict[tuple[int, Any], Record] = {}
+        latest: dict[tuple[int, Any], float] = {}
+        for line_crc, record in found:
+            row = record["row"]
+            if (row, line_crc) in undone:
+                continue
+            contents.lines.setdefault(row, []).append(line_crc)
+            key = (row, record.get("input"))
+            if key not in best or _rank(record) >= _rank(best[key]):
+                best[key] = record
+            latest[key] = max(latest.get(key, 0.0), float(record.get("time", 0.0)))
+        for key in sorted(best, key=lambda k: latest[k]):
+            contents.records[key[0]] = best[key]
         return contents
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from cryodask.errors import LockedError
+from cryodask.store.generation import disk_errors
 
 _BEAT_SECONDS = 5.0
 _DEAD_AFTER_SECONDS = 60.0
@@ -26,21 +27,27 @@ class ProjectLock:
 
     def __enter__(self) -> ProjectLock:
         for _ in range(3):
-            try:
-                fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-            except FileExistsError:
-                self._judge_holder()
-                continue
-            os.write(fd, self._identity().encode())
-            os.close(fd)
+            with disk_errors(self.path):
+                try:
+                    fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+                except FileExistsError:
+                    self._remove_stale()
+                    continue
+                try:
+                    os.write(fd, self._identity().encode())
+                except OSError:
+                    self.path.unlink()  # a lock that does not say whose it is would keep everybody out
+                    raise
+                finally:
+                    os.close(fd)
             threading.Thread(target=self._beat, daemon=True, name="cryodask-lock").start()
             return self
         raise LockedError(f"{self.path} keeps coming back.", "several drivers start at the same moment", "start only one")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop.set()
-        with contextlib.suppress(FileNotFoundError):
-            if json.loads(self.path.read_text() or "{}").get("pid") == os.getpid():
+        with contextlib.suppress(OSError):
+            if self.path.read_text() == self._identity():
                 self.path.unlink()
 
     @staticmethod
@@ -52,25 +59,42 @@ class ProjectLock:
             with contextlib.suppress(OSError):
                 os.utime(self.path)
 
-    def _judge_holder(self) -> None:
-        """Remove the lock if its holder is dead (or --force); raise if it may be alive."""
+    def check(self) -> str:
+        """Raise if the holder may be alive (and not --force); returns what the lock says, nothing where there is none.
+
+        Raises
+        ------
+        LockedError
+        """
         try:
-            holder = json.loads(self.path.read_text() or "{}")
+            text = self.path.read_text()
             age = time.time() - self.path.stat().st_mtime
         except FileNotFoundError:
-            return
+            return ""
+        try:
+            holder = json.loads(text or "{}")
         except ValueError:
-            holder, age = {}, time.time() - self.path.stat().st_mtime
+            holder = {}
         here = holder.get("host") == socket.gethostname()
         dead = (here and _start_time(int(holder.get("pid", 0))) != holder.get("start")) or (not here and age > _DEAD_AFTER_SECONDS)
         if not dead and not self.force:
             raise LockedError(
-                f"Process {holder.get('pid')} on {holder.get('host')} is working on {self.path.parent} (last sign of life {age:.0f} s ago).",
+                f"Process {holder.get('pid')} on {holder.get('host')} is working on {self.path.parent} (seen {age:.0f} s ago).",
                 "another cryodask run, or a notebook, drives this project",
                 "wait for it or stop it; if you are sure that it is gone, add --force",
             )
+        return text
+
+    def _remove_stale(self) -> None:
+        """Remove the lock of a dead holder; raise if it may be alive."""
+        text = self.check()
+        aside = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
         with contextlib.suppress(FileNotFoundError):
-            self.path.unlink()
+            os.rename(self.path, aside)
+            if aside.read_text() != text:  # another driver was faster, and this lock is its own
+                with contextlib.suppress(FileExistsError):
+                    os.link(aside, self.path)
+            aside.unlink()
 
 
 def _start_time(pid: int) -> str | None:

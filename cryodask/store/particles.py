@@ -74,7 +74,8 @@ def particle_dataset(project: Project, label: str | None = None) -> xr.Dataset:
     images = project.generation(label or extractions[-1])
     per_micrograph = _by_micrograph(project)
     needed = {n for n in (*CTF_COLUMNS, *OPTICS) if n in per_micrograph and f"particle_{n}" not in images.meta["gives"]}
-    rows = [r for r in sorted(images.committed()) if all(r in per_micrograph[n] for n in needed)]
+    names = {item.row: item.name for item in project.items()}
+    rows = [r for r in sorted(images.committed()) if r in names and all(r in per_micrograph[n] for n in needed)]
     columns = gather_columns(images, rows, per_micrograph)
     data: dict[str, Any] = {}
     for name, values in columns.items():
@@ -99,7 +100,6 @@ def particle_dataset(project: Project, label: str | None = None) -> xr.Dataset:
         counts = np.bincount(row, minlength=max(rows) + 1)
         pictures = da.concatenate([stacks[place[r], : counts[r]] for r in rows])
         dataset["particle_image"] = (("particle", "y", "x"), pictures, describe(VARIABLES["particle_image"]))
-    names = {item.row: item.name for item in project.items()}
     dataset["micrograph"] = ("particle", np.array([names[int(r)] for r in row], dtype=object))
     if rows:
         dataset.attrs["particle_pixel_size_angstrom"] = float(images.committed()[rows[0]]["columns"]["particle_pixel_size_angstrom"])

@@ -15,6 +15,7 @@ import html
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,7 +60,21 @@ class Project:
                 "the folder is another one, or the first run has not started yet",
                 "give the folder that `cryodask run` printed as the project",
             )
-        self.state: dict[str, Any] = json.loads(file.read_text())
+        self.state: dict[str, Any] = self._read_state()
+
+    def _read_state(self) -> dict[str, Any]:
+        file = self.path / "project.json"
+        try:
+            state = json.loads(file.read_text())
+            if not {"name", "constants", "generations", "order"} <= set(state):
+                raise ValueError("keys are missing")
+        except ValueError as error:
+            raise StoreError(
+                f"{file} is damaged: {error}.",
+                "it was edited by hand, or the disk lost bytes",
+                "remove this one file and run the project again: results are found by their keys and kept",
+            ) from error
+        return state
 
     # --- written by the driver --------------------------------------------------------------------------------------------
     @classmethod
@@ -74,8 +89,7 @@ class Project:
 
     def lock(self, *, force: bool = False) -> ProjectLock:
         """The driver's lock."""
-        with disk_errors(self.path):
-            return ProjectLock(self.path, force=force)
+        return ProjectLock(self.path, force=force)
 
     def save(self) -> None:
         """Write project.json (tmp + rename)."""
@@ -85,11 +99,13 @@ class Project:
     def add_items(self, new: Iterable[tuple[str, dict[str, Any]]]) -> list[Item]:
         """Register micrographs by name; a known name keeps its row and takes the new inputs. Returns the items named, in order."""
         known = {item.name: item for item in self.items()}
+        free = max((item.row for item in known.values()), default=-1) + 1  # never a row twice, even if a line of the registry is lost
         out: list[Item] = []
         lines: list[str] = []
         for name, inputs in new:
             old = known.get(name)
-            item = Item(len(known) if old is None else old.row, name, inputs)
+            item = Item(free if old is None else old.row, name, inputs)
+            free += old is None
             if old is None or old.inputs != inputs:
                 lines.append(json.dumps({"row": item.row, "name": name, "inputs": inputs}, sort_keys=True) + "\n")
                 known[name] = item
@@ -135,7 +151,11 @@ class Project:
         key = self.state["generations"].get(label)
         if key is None:
             known = ", ".join(self.stages) or "none yet"
-            raise StoreError(f"Project {self.name} has no results of a stage {label!r} (it has: {known}).", "", "run it first")
+            raise StoreError(
+                f"Project {self.name} has no results of a stage {label!r} (it has: {known}).",
+                "a typing error, or the run has not come so far",
+                "run the project first",
+            )
         return Generation(self.path / "stages" / label / key)
 
     def __contains__(self, label: str) -> bool:
@@ -216,6 +236,10 @@ class Project:
         problems += [f"left over from a killed process, harmless: {p}" for p in sorted(self.path.glob("stages/**/*.part"))]
         return problems
 
+    def repair(self) -> list[str]:
+        """Take the commits of damaged items back (driver only); the next run makes them again. Returns ``stage: item`` of each."""
+        return [f"{label}: {name}" for label in self.stages for name in self.generation(label).repair()]
+
     def superseded(self) -> list[Path]:
         """Folders of generations that no stage of the project uses any more."""
         keep = set(self.state["generations"].items())
@@ -227,7 +251,10 @@ class Project:
         freed = 0
         for folder in self.superseded():
             freed += sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-            shutil.rmtree(folder)
+            with disk_errors(folder):
+                if folder.suffix != ".part":  # half a generation must never stand under its key
+                    folder = folder.rename(folder.with_name(f"{folder.name}.{time.time_ns()}.part"))
+                shutil.rmtree(folder)
         return freed
 
     # --- faces --------------------------------------------------------------------------------------------------------------

@@ -11,12 +11,13 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import google_crc32c
 import numpy as np
 from numcodecs import Blosc
 
+from cryodask.errors import StoreError
 from cryodask.store.journal import fsync_folder
 
 _NO_CHUNK = np.iinfo(np.uint64).max
@@ -178,15 +179,18 @@ class ShardReader:
         index = self._read_index()
         out = np.zeros((layout.chunk[0], *layout.padded[1:]), self.dtype)
         codec = layout.codec()
-        with open(self.path, "rb") as file:
+        with self._opened() as file:
             for rest in np.ndindex(*layout.grid[1:]):
                 offset, size = (int(v) for v in index[(k, *rest)])
                 if offset == int(_NO_CHUNK):
                     continue
                 file.seek(offset)
                 data = file.read(size)
-                raw = codec.decode(data) if codec else data
-                chunk = np.frombuffer(raw, np.dtype(layout.dtype).newbyteorder("<")).reshape(layout.chunk)
+                try:
+                    raw = codec.decode(data) if codec else data
+                    chunk = np.frombuffer(raw, np.dtype(layout.dtype).newbyteorder("<")).reshape(layout.chunk)
+                except (ValueError, RuntimeError) as error:  # numcodecs raises RuntimeError for a blosc buffer that makes no sense
+                    raise self._damage(f"chunk {(k, *rest)} cannot be decoded") from error
                 window = tuple(slice(i * c, (i + 1) * c) for i, c in zip(rest, layout.chunk[1:]))
                 out[(slice(None), *window)] = chunk
         return out[(slice(None), *(slice(0, n) for n in layout.shape[1:]))]
@@ -194,14 +198,27 @@ class ShardReader:
     def _read_index(self) -> np.ndarray:
         if self._index is None:
             size = 16 * int(np.prod(self.layout.grid))
-            with open(self.path, "rb") as file:
-                file.seek(-(size + 4), os.SEEK_END)
+            with self._opened() as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - size - 4))
                 raw = file.read(size)
                 crc = int.from_bytes(file.read(4), "little")
-            if google_crc32c.value(raw) != crc:
-                raise OSError(f"{self.path} is damaged: the index of its chunks does not fit its checksum")
+            if len(raw) != size or google_crc32c.value(raw) != crc:
+                raise self._damage("the index of its chunks does not fit its checksum")
             self._index = np.frombuffer(raw, "<u8").reshape(*self.layout.grid, 2)
         return self._index
+
+    def _opened(self) -> BinaryIO:
+        try:
+            return open(self.path, "rb")
+        except FileNotFoundError as error:
+            raise self._damage("the file is missing") from error
+
+    def _damage(self, why: str) -> StoreError:
+        return StoreError(
+            f"{self.path} is damaged: {why}.",
+            "the disk lost bytes, or another program touched the project's folder",
+            "cryodask verify --repair PROJECT  takes the commit of what is damaged back; then run again",
+        )
 
 
 def file_crc(path: str | Path, block: int = 1 << 22) -> int:
