@@ -171,7 +171,7 @@ def score(project: Project, truth: Any) -> dict[str, Any]:
     voxel = float(refined["map_pixel_size_angstrom"])
     box = int(refined.sizes["x"])
     true_map, _ = read_mrc(Path(truth.folder) / "truth" / f"map_{box}_{voxel:g}A.mrc")
-    alignment, curve = measure.align_axes(torch.from_numpy(refined["final_map"].values), torch.from_numpy(true_map.copy()), mask)
+    alignment, curve = measure.align_axes(torch.from_numpy(refined["half_map"].values.mean(0)), torch.from_numpy(true_map.copy()), mask)
     oracle = measure.half_maps_from_poses(_true_poses(project, truth, positions, row_of), voxel, _SYMMETRY)
     oracle = torch.stack([alignment(half) for half in oracle])
     return {

@@ -206,7 +206,7 @@ def _maps(project: Project, out: Path) -> list[Path]:
         for i in (0, 1):
             write_mrc(out / f"half{i + 1}.mrc", maps["half_map"].values[i], pixel)
             written.append(out / f"half{i + 1}.mrc")
-        whole = maps["final_map"].values if "final_map" in maps else maps["half_map"].values.mean(0)
+        whole = maps["half_map"].values.mean(0)
         name = "map.mrc" if post is None else "map_unsharpened.mrc"
         write_mrc(out / name, whole, pixel)
         written.append(out / name)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -17,12 +15,11 @@ import numpy as np
 import psutil
 import pytest
 
-
 from cryodask import cli
+from cryodask.errors import CryodaskError, InputError, StoreError
 from cryodask.formats import star
 from cryodask.formats.movies import write_mrc_movie, write_tiff_movie
 from cryodask.formats.mrc import write_mrc
-from cryodask.errors import CryodaskError, InputError, StoreError
 from cryodask.run.execute import run_plan
 from cryodask.run.recipe import make_plan
 from cryodask.store.journal import content_crc
@@ -79,7 +76,6 @@ def project(tmp_path, movies):
     make.folder = tmp_path
     make()
     return make
-
 
 
 @pytest.fixture
@@ -369,7 +365,7 @@ def test_a_full_disk_stops_with_the_reason_and_the_run_resumes_when_there_is_spa
         mount("-o", "remount,size=64m", str(folder))
         assert contents(run_plan(project(), client)) == undisturbed
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_a_limit_on_the_size_of_files_is_told_like_a_full_disk(tmp_path):
@@ -389,7 +385,7 @@ def test_a_limit_on_the_size_of_files_is_told_like_a_full_disk(tmp_path):
     assert not list((tmp_path / "g").rglob("*.part"))
 
 
-def test_without_permission_to_write_reading_works_and_writing_is_refused(project, client, refused, capsys, monkeypatch):
+def test_without_permission_to_write_reading_works_and_writing_is_refused(project, client, refused):
     file, folder = project.folder / "p.yaml", project.folder / "p"
     run_plan(project(), client, until="motion")
     mount("--bind", str(folder), str(folder))
@@ -400,7 +396,7 @@ def test_without_permission_to_write_reading_works_and_writing_is_refused(projec
         assert Project(folder).verify() == []
         assert len(Project(folder)["motion"]["micrograph"]) == 3
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def started(folder: Path) -> subprocess.Popen:
@@ -438,13 +434,12 @@ def test_a_second_driver_is_refused_and_ctrl_c_ends_the_first_cleanly(project, c
     assert "Traceback" not in said
     assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     assert not (project.folder / "p" / "driver.lock").exists()
-    done = 0 < Project(project.folder / "p")["extract"].sizes["micrograph"] < 39
-    assert done
+    assert 0 < Project(project.folder / "p")["extract"].sizes["micrograph"] < 39
     assert run_plan(project(), client)["extract"].sizes["micrograph"] == 39
 
 
 def test_a_worker_that_is_killed_costs_nothing(project):
-    many(project, 20)
+    many(project, 10)
     process = started(project.folder)
     workers = [p for p in psutil.Process(process.pid).children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
     workers[-1].kill()
@@ -452,7 +447,7 @@ def test_a_worker_that_is_killed_costs_nothing(project):
     assert process.returncode == 0, said
     done = Project(project.folder / "p")
     assert done.failures() == []
-    assert done["extract"].sizes["micrograph"] == 19
+    assert done["extract"].sizes["micrograph"] == 9
     assert [p for p in done.verify() if "harmless" not in p] == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,7 @@ class Chain:
     constants: dict[str, Any]
     gain_path: Path | None = None
     earlier: dict[str, Path] = field(default_factory=dict)
+    run_id: str = field(default_factory=lambda: os.urandom(4).hex())  # a worker that outlives a run must not take its records for the next
     _records: dict[str, dict[int, Record]] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -423,7 +423,8 @@ def check_inputs(plan: Plan, *, force: bool = False) -> None:
     sources.load_gain(plan)
     sources.check_files(plan)
     sources.check_readable(plan, items)
-    Project.create(plan.folder, plan.file.name).lock(force=force).check()
+    with Project.create(plan.folder, plan.file.name).lock(force=force):
+        pass  # refused now where another driver works or nothing may be written
 
 
 def run_plan(

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
@@ -52,13 +52,17 @@ class ItemDied(ItemFailure):
     """The child process of an isolated item died: that item is guilty beyond doubt."""
 
 
-_JOBS: dict[bytes, Job] = {}
+_JOBS: OrderedDict[bytes, Job] = OrderedDict()
+_JOBS_KEPT = 4
 
 
 def _job(blob: bytes) -> Job:
     key = hashlib.blake2b(blob, digest_size=8).digest()
     if key not in _JOBS:
         _JOBS[key] = pickle.loads(blob)
+    _JOBS.move_to_end(key)
+    while len(_JOBS) > _JOBS_KEPT:
+        _JOBS.popitem(last=False)
     return _JOBS[key]
 
 

@@ -165,8 +165,8 @@ def check_files(plan: Plan) -> None:
             data = np.asarray(read_mrc(path)[0])
             if not np.isfinite(data).all() or data.min() == data.max():
                 raise InputError(
-                    f"{path}, given as {step.label}.{name}, holds {int((~np.isfinite(data)).sum())} voxels that are no numbers"
-                    f" and values from {np.nanmin(data):g} to {np.nanmax(data):g}.",
+                    f"{path}, given as {step.label}.{name}, is no map: {int((~np.isfinite(data)).sum())} of {data.size} voxels are no"
+                    " numbers, or all are the same.",
                     "the program that wrote it failed, or the file is damaged",
                     "look at the map, and give another",
                 )

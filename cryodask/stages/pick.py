@@ -104,6 +104,32 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
         "The threshold is each micrograph's own. Profiles that differ from the median (black) point to ice, carbon or a wrong diameter."
     )
     yield Picture("Picks", caption, figure)
+    if "micrograph_dw" in ds:
+        yield _draw_places(ds)
+
+
+def _draw_places(ds: xr.Dataset) -> Picture:
+    """Picks on the micrographs with the most, the median and the fewest of them."""
+    from matplotlib.figure import Figure
+
+    order = np.argsort(ds["pick_count"].values, kind="stable")
+    chosen = list(dict.fromkeys([int(order[-1]), int(order[len(order) // 2]), int(order[0])]))
+    figure = Figure(figsize=(4.4 * len(chosen), 4.6), layout="constrained")
+    for ax, i in zip(figure.subplots(1, len(chosen), squeeze=False)[0], chosen):
+        one = ds.isel(micrograph=i)
+        image = one["micrograph_dw"].values
+        step = max(1, max(image.shape) // 400)
+        rows, columns = (n // step * step for n in image.shape)
+        small = image[:rows, :columns].reshape(rows // step, step, columns // step, step).mean((1, 3))
+        low, high = np.percentile(small, [1, 99])
+        ax.imshow(small, cmap="gray", vmin=low, vmax=high, origin="lower", extent=(0, columns, 0, rows))
+        accepted = one["pick_accepted"].values > 0
+        ax.scatter(one["pick_x"].values[accepted], one["pick_y"].values[accepted], s=90, facecolors="none", edgecolors="#2ca02c", lw=1)
+        ax.set_title(f"{one['micrograph'].item()}: {int(one['pick_count'])}", fontsize=9)
+        ax.set_axis_off()
+    return Picture(
+        "Picks on micrographs", "Micrographs with the most, the median and the fewest picks above the threshold (circles).", figure
+    )
 
 
 def _flat(column: xr.DataArray) -> np.ndarray:

@@ -82,6 +82,7 @@ class Journal:
         self._lock = threading.Lock()
         self._fd: int | None = None
         self._pid = 0
+        self._file = self.folder
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder}
@@ -94,10 +95,11 @@ class Journal:
         body = json.dumps(record, sort_keys=True).encode()
         line = b"%08x %s\n" % (google_crc32c.value(body), body)
         with self._lock:
-            if self._fd is None or self._pid != os.getpid():
+            if self._fd is None or self._pid != os.getpid() or not self._in_place(self._fd):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
-                self._fd = os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_EXCL, 0o644)
+                self._file = self.folder / name
+                self._fd = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_EXCL, 0o644)
                 self._pid = os.getpid()
                 fsync_folder(self.folder)
             written = 0
@@ -110,6 +112,18 @@ class Journal:
                     self._fd = None
                     raise
             os.fsync(self._fd)
+
+    def _in_place(self, fd: int) -> bool:
+        """Whether the open file is still the one under its name: a worker may outlive a generation that was removed and made anew."""
+        try:
+            there, here = os.stat(self._file), os.fstat(fd)
+        except FileNotFoundError:
+            there = None
+        if there is not None and (there.st_ino, there.st_dev) == (here.st_ino, here.st_dev):
+            return True
+        os.close(fd)
+        self._fd = None
+        return False
 
     def close(self) -> None:
         """Close this process's file; the next append opens a new one."""

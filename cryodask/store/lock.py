@@ -59,7 +59,7 @@ class ProjectLock:
             with contextlib.suppress(OSError):
                 os.utime(self.path)
 
-    def check(self) -> str:
+    def _judge(self) -> str:
         """Raise if the holder may be alive (and not --force); returns what the lock says, nothing where there is none.
 
         Raises
@@ -87,7 +87,7 @@ class ProjectLock:
 
     def _remove_stale(self) -> None:
         """Remove the lock of a dead holder; raise if it may be alive."""
-        text = self.check()
+        text = self._judge()
         aside = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
         with contextlib.suppress(FileNotFoundError):
             os.rename(self.path, aside)
