@@ -152,6 +152,8 @@ def _particles(project: Project, out: Path) -> list[Path]:
         keep = particles["particle_kept"].values > 0
     else:
         keep = np.ones(particles.sizes["particle"], bool)
+    if not keep.any():
+        return []
     particles = particles.isel(particle=np.nonzero(keep)[0])
     columns: dict[str, Any] = {n: particles[n].values for n in _PARTICLE_COLUMNS if n in particles}
     if "class_number" in columns:

@@ -47,8 +47,8 @@ def refine(tmp_path, images, particles, volume, **params):
 
 def test_refinement_finds_the_poses_the_scale_and_the_spread_of_shifts(tmp_path):
     volume = blob_map(BOX, "D2", blobs=20, width_px=1.2)
-    images, particles, rotations, origins = simulate(volume, 320, pixel=PIXEL, snr=0.2, shift_px=1.0)
-    result, history = refine(tmp_path, images, particles, volume, iterations=7)
+    images, particles, rotations, origins = simulate(volume, 240, pixel=PIXEL, snr=0.2, shift_px=1.0)
+    result, history = refine(tmp_path, images, particles, volume, iterations=6)
     found = euler_to_matrix(*(torch.deg2rad(torch.from_numpy(result[k]).double()) for k in ("rot_deg", "tilt_deg", "psi_deg")))
     errors = angular_error_deg(found, rotations, symmetry_operators("D2")).numpy()
     assert np.median(errors) < 3.5
@@ -68,7 +68,7 @@ def test_refinement_finds_the_poses_the_scale_and_the_spread_of_shifts(tmp_path)
 def test_strong_particles_are_not_kept_on_the_coarse_grid(tmp_path):
     # blobs of 6 A have no signal in the rings that would ask for finer views; drawn poses alone stay 4 degrees off
     volume = blob_map(BOX, "D2", blobs=8)
-    images, particles, _, _ = simulate(volume, 160, pixel=PIXEL, snr=0.3)
+    images, particles, _, _ = simulate(volume, 120, pixel=PIXEL, snr=0.3)
     _, history = refine(tmp_path, images, particles, volume, iterations=6)
     assert not history[-1]["sampling"]
 

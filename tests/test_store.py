@@ -178,6 +178,7 @@ def test_a_really_full_device_stops_the_journal(tmp_path):
     journal.append({"row": 0, "ok": True})
     full = os.open("/dev/full", os.O_WRONLY)
     os.dup2(full, journal._fd)
+    journal._file = Path("/dev/full")
     with pytest.raises(DiskFullError), disk_errors(tmp_path):
         journal.append({"row": 1, "ok": True})
     assert sorted(journal.read().records) == [0]

@@ -114,7 +114,7 @@ def read_gain(path: str | Path, rotate: int = 0, flip: Flip | int = "none") -> n
     elif ending in MRC_ENDINGS:
         stack = open_mrc(path, GainError)
     else:
-        raise GainError(f"{path} is not of a gain format that is read (.mrc, .tif, .gain)", "", "convert it to MRC")
+        raise GainError(f"{path} is not of a gain format that is read (.mrc, .tif, .gain)", "a camera's own format", "convert it to MRC")
     if len(stack) != 1:
         raise GainError(f"{path} has {len(stack)} sections: a gain has one", "a movie was given as gain", "check the path")
     gain = stack[0].astype(np.float32)
@@ -140,10 +140,10 @@ def orient_gain(gain: np.ndarray, rotate_deg: int = 0, flip: Flip | int = "none"
     RELION's ``--gain_rot 1`` is 90 degrees and ``--gain_flip 1`` up-down (both compared with RELION 3.1.3's sums).
     """
     if rotate_deg % 90:
-        raise GainError(f"a gain can be turned by 0, 90, 180 or 270 degrees, not {rotate_deg}", "", "choose one of them")
+        raise GainError(f"a gain can be turned by 0, 90, 180 or 270 degrees, not {rotate_deg}", "a typing error", "choose one of them")
     name = FLIPS[flip] if isinstance(flip, int) and 0 <= flip < 3 else flip
     if name not in FLIPS:
-        raise GainError(f"flip {flip!r} is not known", "", f"choose one of {', '.join(FLIPS)}")
+        raise GainError(f"flip {flip!r} is not known", "a typing error", f"choose one of {', '.join(FLIPS)}")
     turned = np.rot90(gain, -(rotate_deg // 90) % 4)
     if name == "up-down":
         turned = turned[::-1]

@@ -95,7 +95,7 @@ def open_mrc(path: str | Path, error: type[CryodaskError] = InputError) -> MrcSt
     except FileNotFoundError:
         raise error(f"{path} does not exist", "it was moved, or its name is mistyped", "check the path") from None
     except IsADirectoryError:
-        raise error(f"{path} is a folder, not an MRC file", "", "give the file's path") from None
+        raise error(f"{path} is a folder, not an MRC file", "the file's name was left out", "give the file's path") from None
     if size == 0:
         raise error(f"{path} is empty (0 bytes)", "the transfer has not begun, or the disk was full", "copy it again")
     if len(header) < HEADER_BYTES:

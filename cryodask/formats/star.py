@@ -98,7 +98,9 @@ def read_tables(path: str | Path) -> Tables:
     try:
         return dict(starfile.read(path, always_dict=True, parse_as_string=_TEXT))
     except (ValueError, TypeError, KeyError, IndexError) as error:
-        raise StarError(f"{path} cannot be parsed: {error}", "it is not a STAR file of RELION, or was edited by hand", "") from error
+        raise StarError(
+            f"{path} cannot be parsed: {error}", "it is not a STAR file of RELION, or was edited by hand", "write it again"
+        ) from error
 
 
 def write_tables(path: str | Path, tables: Mapping[str, pd.DataFrame | Mapping[str, Any]]) -> None:
@@ -200,7 +202,7 @@ def read_particles(path: str | Path) -> Columns:
         raise StarError(
             f"{path}: image name {bad[0]!r} is not NUMBER@STACK",
             "it is not a table of extracted particles",
-            "",
+            "give the STAR file that the extraction or refinement wrote",
         )
     columns["image_index"] = np.array([int(number) - 1 for number, _, _ in parts], dtype=np.int64)
     columns["image_stack"] = np.array([stack for _, _, stack in parts], dtype=object)
@@ -265,7 +267,7 @@ def _translate(path: Path, table: pd.DataFrame, names: Iterable[Column]) -> Iter
             raise StarError(
                 f"{path}: column {relion} is not numeric: {error}",
                 "the columns are shifted against the header",
-                "",
+                "write the file again with the program that made it",
             ) from error
         if not np.isfinite(numbers).all():
             row = int(np.flatnonzero(~np.isfinite(numbers))[0])
@@ -278,7 +280,7 @@ def _translate(path: Path, table: pd.DataFrame, names: Iterable[Column]) -> Iter
             raise StarError(
                 f"{path}: {relion} holds numbers that are not whole",
                 "the columns are shifted against the header",
-                "",
+                "write the file again with the program that made it",
             )
         yield column.name, numbers.astype(column.dtype) - column.base
 

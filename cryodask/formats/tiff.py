@@ -107,7 +107,7 @@ def count_pages(path: str, error: type[CryodaskError] = InputError) -> int:
     except FileNotFoundError:
         raise error(f"{path} does not exist", "it was moved, or its name is mistyped", "check the path") from None
     except IsADirectoryError:
-        raise error(f"{path} is a folder, not a TIFF file", "", "give the file's path") from None
+        raise error(f"{path} is a folder, not a TIFF file", "the file's name was left out", "give the file's path") from None
     if size == 0:
         file.close()
         raise error(f"{path} is empty (0 bytes)", "the transfer has not begun, or the disk was full", "copy it again")

@@ -100,9 +100,15 @@ def fit_field(
     whiten_time = frame_root[:, None] * no_constant
     white = np.einsum("pfa,p,fg->apg", observed, place_root, whiten_time)
     time_parts = []
+    # many candidates differ by a factor only: they share their eigenvectors
+    shapes: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
     for covariance in time_covariances:
-        values, vectors = np.linalg.eigh(whiten_time.T @ covariance @ whiten_time)
-        time_parts.append((values.clip(0.0), vectors))
+        size = float(np.trace(covariance))
+        key = (covariance / size).round(10).tobytes()
+        if key not in shapes:
+            shapes[key] = np.linalg.eigh(whiten_time.T @ (covariance / size) @ whiten_time)
+        values, vectors = shapes[key]
+        time_parts.append((size * values.clip(0.0), vectors))
     distance = _distances(positions, positions)
     best_score, best = -np.inf, None
     for length in lengths:

@@ -422,9 +422,9 @@ def check_inputs(plan: Plan, *, force: bool = False) -> None:
     items = sources.list_items(plan)
     sources.load_gain(plan)
     sources.check_files(plan)
-    sources.check_readable(plan, items)
     with Project.create(plan.folder, plan.file.name).lock(force=force):
         pass  # refused now where another driver works or nothing may be written
+    sources.check_readable(plan, items)
 
 
 def run_plan(

@@ -35,7 +35,9 @@ def list_items(plan: Plan) -> list[ItemInputs]:
 
 
 def _distinct(items: list[ItemInputs], source: str) -> list[ItemInputs]:
-    """The same items; raises if two would share a name, for one of them would be lost."""
+    """The same items; raises if there are none, or if two would share a name, for one of them would be lost."""
+    if not items:
+        raise InputError("The STAR file under inputs lists nothing.", "its table is empty", "write it again, or give another")
     seen: dict[str, str] = {}
     for name, facts in items:
         if name in seen:
@@ -105,6 +107,8 @@ def _picks(plan: Plan, names: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def _particle_items(plan: Plan) -> list[ItemInputs]:
+    from cryodask.formats.star import find_beside
+
     columns = star_columns(plan)
     path = plan.resolve(plan.file.inputs.particles or "")
     names = np.asarray(columns.get("micrograph_name", np.full(len(columns["image_index"]), "particles")), dtype=str)
@@ -114,6 +118,9 @@ def _particle_items(plan: Plan) -> list[ItemInputs]:
         digest = hashlib.blake2b(digest_size=8)
         for column in sorted(columns):
             digest.update(np.asarray(columns[column])[rows].astype("U").tobytes())
+        for stack in dict.fromkeys(columns["image_stack"][rows].tolist()):
+            found = find_beside(str(stack), Path(path))
+            digest.update(repr(_file_item("stack", found)[1] if found else stack).encode())
         label = Path(name).stem if name != "particles" else name
         facts = {"particles_path": path, "micrograph_name": name, "rows": digest.hexdigest()}
         items.append((label, facts))
@@ -171,6 +178,13 @@ def check_files(plan: Plan) -> None:
                     "look at the map, and give another",
                 )
     halves = [open_mrc(plan.resolve(path)) for path in plan.file.inputs.half_maps or ()]
+    for half in halves:
+        if len(set(half.shape)) > 1:
+            raise InputError(
+                f"{half.path} is {' x '.join(map(str, half.shape))} voxels, not a cube.",
+                "an image or a cropped map was given",
+                "give the two half-maps of one refinement",
+            )
     if len({(half.shape, half.pixel_size_angstrom) for half in halves}) > 1:
         text = " and ".join(f"{h.path}: {' x '.join(map(str, h.shape))} voxels of {h.pixel_size_angstrom} A" for h in halves)
         raise InputError(f"The half-maps differ ({text}).", "they come from different runs", "give the two half-maps of one refinement")

@@ -25,6 +25,12 @@ def import_half_maps(params: ImportHalfMapsParams, *, half_map_path: list[str], 
             "they come from different runs",
             "give the two half-maps of one refinement",
         )
+    if first.ndim != 3 or len(set(first.shape)) != 1:
+        raise InputError(
+            f"{half_map_path[0]} has the shape {first.shape}, not that of a cube.",
+            "an image or a cropped map was given",
+            "give the two half-maps of one refinement",
+        )
     if not pixel or pixel <= 0:
         raise InputError(f"{half_map_path[0]} does not say its voxel size.", "it was written without one", "set it in the header")
     return {"half_map": np.stack([first, second]).astype(np.float32), "map_pixel_size_angstrom": float(pixel)}

@@ -49,7 +49,7 @@ class Item:
 
 
 class Project:
-    """A project: ``project["ctf"]`` is a lazy Dataset, ``project.joined()`` all stages by micrograph, ``project.particles()`` the stacks."""
+    """A project: ``project["ctf"]`` is a lazy Dataset, ``project.joined()`` all stages by micrograph, ``project.particles()`` a table."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -99,13 +99,15 @@ class Project:
     def add_items(self, new: Iterable[tuple[str, dict[str, Any]]]) -> list[Item]:
         """Register micrographs by name; a known name keeps its row and takes the new inputs. Returns the items named, in order."""
         known = {item.name: item for item in self.items()}
-        free = max((item.row for item in known.values()), default=-1) + 1  # never a row twice, even if a line of the registry is lost
+        lost = self._lost_rows(known.values())
+        free = max((item.row for item in known.values()), default=-1) + 1
         out: list[Item] = []
         lines: list[str] = []
         for name, inputs in new:
             old = known.get(name)
-            item = Item(free if old is None else old.row, name, inputs)
-            free += old is None
+            row = old.row if old is not None else lost.get(name, free)
+            free += row == free
+            item = Item(row, name, inputs)
             if old is None or old.inputs != inputs:
                 lines.append(json.dumps({"row": item.row, "name": name, "inputs": inputs}, sort_keys=True) + "\n")
                 known[name] = item
@@ -121,6 +123,13 @@ class Project:
                 file.flush()
                 os.fsync(file.fileno())
         return out
+
+    def _lost_rows(self, known: Iterable[Item]) -> dict[str, int]:
+        """Rows whose line of the registry is damaged, by name, from the commit records."""
+        rows = {item.row for item in known}
+        gaps = set(range(max(rows, default=-1))) - rows
+        labels = [label for label in self.stages if gaps and self.generation(label).meta["per_item"]]
+        return {r["name"]: row for label in labels for row, r in self.generation(label).records().items() if row in gaps}
 
     # --- reading ------------------------------------------------------------------------------------------------------------
     @property
@@ -229,7 +238,9 @@ class Project:
     # --- housekeeping -------------------------------------------------------------------------------------------------------
     def verify(self) -> list[str]:
         """Read everything again and compare checksums; returns a sentence a problem, and one an orphan file."""
-        problems: list[str] = []
+        rows = {item.row for item in self.items()}
+        gaps = sorted(set(range(max(rows, default=-1))) - rows)
+        problems = [f"items.jsonl: the line of row {row} is damaged; the next run writes it again" for row in gaps]
         for label in self.stages:
             generation = self.generation(label)
             problems += [f"{label}: {p}" for p in generation.damaged()]
