@@ -1,7 +1,7 @@
 """cryodask: cryo-EM from movies to maps on Dask.
 
-``open(path)`` gives a finished or growing project, ``connect()`` a Dask client with workers, ``run_project(path)`` carries out a project file,
-``cryodask.stages`` holds the stages as functions on xarray Datasets.
+``open(path)`` gives a finished or growing project, ``connect()`` a Dask client with workers, ``run_project(path)`` carries out a
+project file, ``cryodask.stages`` holds the stages as functions on xarray Datasets.
 """
 
 from __future__ import annotations

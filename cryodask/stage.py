@@ -350,21 +350,21 @@ def stage(
     return register
 
 
+_HOME = "cryodask.stages"
+"""Package whose modules are the stages of cryodask; found by name like those of others, so that this module stays below it."""
+
+
 def find_stage(name: str) -> Stage:
     """One stage by name; of cryodask's own only its module is imported."""
-    import cryodask.stages
-
-    if name not in STAGES and name in cryodask.stages.NAMES:
-        importlib.import_module(f"cryodask.stages.{name}")
+    if name not in STAGES and name in importlib.import_module(_HOME).NAMES:
+        importlib.import_module(f"{_HOME}.{name}")
     return STAGES[name] if name in STAGES else load_stages()[name]
 
 
 def load_stages() -> dict[str, Stage]:
     """All stages: the ones of cryodask and those of installed packages (entry points of the group ``cryodask.stages``)."""
-    import cryodask.stages
-
-    for name in cryodask.stages.NAMES:
-        importlib.import_module(f"cryodask.stages.{name}")
-    for entry in importlib.metadata.entry_points(group="cryodask.stages"):
+    for name in importlib.import_module(_HOME).NAMES:
+        importlib.import_module(f"{_HOME}.{name}")
+    for entry in importlib.metadata.entry_points(group=_HOME):
         entry.load()
     return STAGES

@@ -12,6 +12,7 @@ import cryodask
 
 
 def main(folder: str, output: str) -> None:
+    """Draw the picture of a demonstration's folder."""
     project = cryodask.open(Path(folder) / "betagal")
     motion, picks = project["motion"].isel(micrograph=3), project["pick"].isel(micrograph=3)
     classes, post = project["classify2d"].load(), project["postprocess"].load()

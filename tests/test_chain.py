@@ -63,11 +63,7 @@ def done(session, client) -> Project:
 
 def contents(project: Project) -> dict[tuple[str, int], int]:
     """What every record says of its item: columns and checksums of the shards, not where and when."""
-    return {
-        (label, row): content_crc(record)
-        for label in project.stages
-        for row, record in project.generation(label).records().items()
-    }
+    return {(label, row): content_crc(record) for label in project.stages for row, record in project.generation(label).records().items()}
 
 
 def test_every_stage_is_finished_and_intact(done):

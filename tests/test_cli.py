@@ -25,7 +25,8 @@ def test_help_lists_every_command_and_starts_at_once():
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     for command in ("demo", "simulate", "run", "info", "verify", "gc", "import", "export", "report", "stages"):
         assert command in shown.stdout
-    loaded = subprocess.run([sys.executable, "-X", "importtime", "-c", "import cryodask.cli"], capture_output=True, text=True, check=True).stderr
+    command = [sys.executable, "-X", "importtime", "-c", "import cryodask.cli"]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     assert "torch" not in loaded
     assert "distributed" not in loaded
     assert after.ru_utime >= before.ru_utime

@@ -82,7 +82,12 @@ def _centre_window(array: Tensor, size: int, dims: int) -> Tensor:
 
 
 def soft_sphere(
-    n: int, pixel_size_angstrom: float, radius_angstrom: float, edge_angstrom: float, *, dims: int = 3,
+    n: int,
+    pixel_size_angstrom: float,
+    radius_angstrom: float,
+    edge_angstrom: float,
+    *,
+    dims: int = 3,
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Mask `(n,) * dims`: 1 inside ``radius_angstrom``, a raised cosine over the next ``edge_angstrom``, then 0."""
