@@ -57,9 +57,9 @@ def class_sums(
     numerator = torch.zeros(2 * count, limit + 1, rings, dtype=torch.complex64, device=rows.device)
     weight = torch.zeros_like(numerator)
     mode = torch.arange(limit + 1, device=rows.device).float()
-    for lot in torch.arange(len(rows), device=rows.device).split(256):
+    for lot in torch.arange(len(rows), device=rows.device).split(256) if len(rows) else ():
         contrast = data.polar_ctf[rows[lot]]
-        phase = shift_phases(shifts_px[lot], grid.ky.reshape(-1), grid.kx.reshape(-1), grid.box).reshape(len(lot), rings, -1)
+        phase = shift_phases(shifts_px[lot], grid.ky.reshape(-1), grid.kx.reshape(-1), grid.box).reshape(len(lot), rings, grid.ky.shape[-1])
         turn = torch.polar(weights[lot][:, None].expand(-1, limit + 1), angle_rad[lot][:, None] * mode)[..., None]
         numerator.index_add_(0, slot[lot], polar.angular_modes(data.polar_images[rows[lot]] * contrast * phase, limit) * turn)
         weight.index_add_(0, slot[lot], polar.angular_modes_real(contrast**2, limit) * turn)

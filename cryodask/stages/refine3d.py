@@ -45,6 +45,9 @@ if TYPE_CHECKING:
     import xarray as xr
 
 
+_FEWEST = 20
+
+
 class Refine3DParams(Params):
     """Parameters of ``refine3d``."""
 
@@ -129,6 +132,12 @@ class refine3d:
     def start(params: Refine3DParams, particles: ParticleSet, inputs: dict[str, Any]) -> State:
         """State before the first iteration; refuses bad parameters and maps."""
         symmetry_operators(params.symmetry)
+        if particles.count < _FEWEST:
+            raise InputError(
+                f"{particles.count} particles are too few for a refinement in two halves",
+                "picking or curation left hardly any",
+                f"look at the picks and the classes; at least {_FEWEST} are needed, thousands are usual",
+            )
         box, pixel = particles.box, float(particles.pixel_size_angstrom)
         if box % 2 or box < 16:
             raise InputError(
