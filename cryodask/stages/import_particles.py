@@ -57,6 +57,13 @@ def import_particles(params: ImportParticlesParams, *, particles_path: str, micr
     images = _read_images(particles_path, table, rows)
     if not np.isfinite(images).all():
         raise MicrographError(f"Particles of {micrograph_name} hold pixels that are no numbers.", "the stack is damaged", "extract again")
+    blank = int((images.std((1, 2)) == 0).sum())
+    if blank:
+        raise MicrographError(
+            f"{blank} of {len(rows)} particles of {micrograph_name} are blank.",
+            "the extraction wrote empty boxes",
+            "remove them from the STAR file",
+        )
     u = table["defocus_u_angstrom"][rows]
     column = {name: table.get(name, np.zeros(len(table["image_index"])))[rows] for name in _OWN}
     column["defocus_v_angstrom"] = table.get("defocus_v_angstrom", table["defocus_u_angstrom"])[rows]
