@@ -146,7 +146,7 @@ def test_bad_parameters_are_refused_before_any_work(tmp_path, change, message):
 
 
 def test_bad_maps_are_refused(tmp_path):
-    particles = ParticleSet(10, BOX, PIXEL, {})
+    particles = ParticleSet(40, BOX, PIXEL, {})
     for data, pixel, message in (
         (np.ones((BOX, BOX, BOX // 2)), PIXEL, "not a cube"),
         (np.zeros((BOX, BOX, BOX)), PIXEL, "empty or holds NaN"),
@@ -159,7 +159,7 @@ def test_bad_maps_are_refused(tmp_path):
 
 def test_odd_boxes_are_refused(tmp_path):
     with pytest.raises(InputError, match="47 pixels"):
-        functions.start(Refine3DParams(reference=write_map(tmp_path / "a.mrc", blob_map(BOX))), ParticleSet(10, 47, PIXEL, {}), {})
+        functions.start(Refine3DParams(reference=write_map(tmp_path / "a.mrc", blob_map(BOX))), ParticleSet(40, 47, PIXEL, {}), {})
 
 
 def test_independent_noise_has_no_support_beyond_the_common_shells():

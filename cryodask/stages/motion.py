@@ -151,7 +151,7 @@ def motion(
             "set the gain's rotation and flip",
         )
     source = _Source(movie, device, params.frames_in_memory_mb)
-    factor = None if gain is None else torch.from_numpy(np.ascontiguousarray(gain, np.float32)).to(device)
+    factor = None if gain is None else torch.from_numpy(np.array(gain, np.float32)).to(device)
     node_shift, track, defects = _measure(params, source, frames, shape, factor, pixel_size_angstrom, dose_per_frame)
     plain, weighted = _sum_frames(
         source, frames, shape, factor, node_shift / pixel_size_angstrom, pixel_size_angstrom, dose_per_frame, pre_exposure, voltage_kv
