@@ -194,7 +194,13 @@ register(
         Var("fsc_masked", ("shell",), "f8", "1", "FSC of the masked half-maps"),
         Var("fsc_randomised", ("shell",), "f8", "1", "FSC of the masked half-maps with random phases"),
         Var("fsc_corrected", ("shell",), "f8", "1", "FSC corrected for the mask (Chen et al. 2013)"),
-        Var("resolution_angstrom", (), "f8", "angstrom", "first interpolated crossing of 0.143 by the corrected FSC"),
+        Var(
+            "resolution_angstrom",
+            (),
+            "f8",
+            "angstrom",
+            "first interpolated crossing of 0.143 by the corrected FSC, within what stands out from noise",
+        ),
         Var("b_factor_angstrom2", (), "f8", "angstrom^2", "B-factor applied to the map; negative sharpens"),
         Var("iteration_resolution_angstrom", ("iteration",), "f8", "angstrom", "supported resolution after each iteration"),
     ]

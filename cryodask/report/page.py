@@ -99,8 +99,8 @@ def resolution_sentences(project: Project) -> list[str]:
         value = float(project[post]["resolution_angstrom"])
         out.append(
             f"The resolution is {value:.2f} Å: the first interpolated crossing of 0.143 by the FSC corrected for the mask (phase "
-            f"randomisation). It compares the two unmasked, unsharpened half-maps of step “{maps}”, which were refined apart from "
-            f"each other and never joined, under the soft mask of step “{mask}”."
+            "randomisation), within the shells where the unmasked FSC stands out from noise. It compares the two unmasked, unsharpened "
+            f"half-maps of step “{maps}”, which were refined apart from each other and never joined, under the soft mask of step “{mask}”."
         )
     if any(_stage(project, s).name == "ab_initio" for s in project.stages):
         out.append("The map began ab initio, so its hand is unknown: the mirror image fits the particles as well. Look for helices.")
