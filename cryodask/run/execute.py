@@ -19,7 +19,7 @@ from cryodask.run.blocks import iterate_on_workers
 from cryodask.run.chain import Chain, Link
 from cryodask.run.map import MapRunner
 from cryodask.run.particles import StoredParticles, collect_particles
-from cryodask.run.progress import Progress
+from cryodask.run.progress import Progress, short, summary
 from cryodask.run.recipe import Plan, Step, position
 from cryodask.run.whole import Stored, loaded, run_tournament, run_whole
 from cryodask.store.generation import Generation, consumed_key, disk_errors, generation_key
@@ -132,8 +132,9 @@ class Execution:
         self.progress.end(f"{done} micrographs done{kept}" + (f", {len(bad)} quarantined (see cryodask info)" if bad else ""))
         if not done:
             failures = self.project.failures()
+            first = str(failures[0]["message"]).splitlines()[0] if failures else "none is recorded"
             raise InputError(
-                f"Not one of {len(self.items)} micrographs could be processed. The first failure: {_first_sentence(failures)}",
+                f"Not one of {len(self.items)} micrographs could be processed. The first failure: {first}",
                 "an option does not fit the data (pixel size, diameter, box), or the files are of another kind",
                 "mend it and run again",
             )
@@ -303,7 +304,7 @@ class Execution:
         if extra and particles is not None:
             result |= {"particle_row": particles.row, "particle_slot": particles.slot}
         generation.commit_result(result, seconds=round(time.time() - started, 3))
-        self.progress.end(_summary(result))
+        self.progress.end(summary(result))
 
     def _compute(self, step: Step, particles: StoredParticles | None, inputs: dict[str, Any], generation: Generation) -> dict[str, Any]:
         stage = step.stage
@@ -311,7 +312,7 @@ class Execution:
             assert particles is not None
 
             def on_iteration(state: dict[str, Any], metrics: dict[str, Any]) -> None:
-                self.progress.advance(_short(metrics))
+                self.progress.advance(short(metrics))
 
             return iterate_on_workers(
                 self.client,
@@ -381,29 +382,6 @@ class Execution:
 
 def _needs_particles(step: Step) -> bool:
     return "particle_image" in step.source or any(VARIABLES[n].per_particle for n in step.source)
-
-
-def _short(values: dict[str, Any]) -> str:
-    shown = {k: v for k, v in values.items() if isinstance(v, int | float | str | np.floating)}
-    return ", ".join(
-        f"{k.replace('_', ' ')} {v:.3g}" if isinstance(v, float | np.floating) else f"{k.replace('_', ' ')} {v}"
-        for k, v in list(shown.items())[:3]
-    )
-
-
-def _summary(result: dict[str, Any]) -> str:
-    if "resolution_angstrom" in result:
-        return f"resolution {float(result['resolution_angstrom']):.2f} A"
-    if "particle_kept" in result:
-        kept = np.asarray(result["particle_kept"])
-        return f"{int(kept.sum())} of {kept.size} particles kept"
-    if "class_share" in result:
-        return f"{len(result['class_share'])} classes"
-    return "done"
-
-
-def _first_sentence(failures: list[dict[str, Any]]) -> str:
-    return str(failures[0]["message"]).splitlines()[0] if failures else "none is recorded"
 
 
 def check_inputs(plan: Plan, *, force: bool = False) -> None:

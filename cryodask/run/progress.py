@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
@@ -82,3 +83,24 @@ class Progress:
             return shown
         left = (self._total - self._done) / rate
         return f"{shown}, {left / 60:.0f} min to go" if left >= 120 else f"{shown}, {left:.0f} s to go"
+
+
+def short(values: dict[str, Any]) -> str:
+    """The first few numbers of an iteration, for the progress bar."""
+    shown = {k: v for k, v in values.items() if isinstance(v, int | float | str | np.floating)}
+    return ", ".join(
+        f"{k.replace('_', ' ')} {v:.3g}" if isinstance(v, float | np.floating) else f"{k.replace('_', ' ')} {v}"
+        for k, v in list(shown.items())[:3]
+    )
+
+
+def summary(result: dict[str, Any]) -> str:
+    """What a finished step found, in a few words."""
+    if "resolution_angstrom" in result:
+        return f"resolution {float(result['resolution_angstrom']):.2f} A"
+    if "particle_kept" in result:
+        kept = np.asarray(result["particle_kept"])
+        return f"{int(kept.sum())} of {kept.size} particles kept"
+    if "class_share" in result:
+        return f"{len(result['class_share'])} classes"
+    return "done"
