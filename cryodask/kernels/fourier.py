@@ -96,12 +96,6 @@ def soft_sphere(
     return 0.5 + 0.5 * torch.cos(math.pi * ((torch.sqrt(r2) - radius_angstrom) / edge_angstrom).clamp(0.0, 1.0))
 
 
-def shell_sums(values: Tensor, shells: Tensor, count: int) -> Tensor:
-    """Sum of ``values`` over integer ``shells`` (same shape), float64, `(count,)`; shells beyond are dropped."""
-    inside = shells < count
-    return torch.bincount(shells[inside], weights=values[inside].double(), minlength=count)
-
-
 def smooth_size(n: int) -> int:
     """The least even size >= n with no prime factor above 5: a transform of 3712 costs a third of one of 3710."""
     n += n % 2

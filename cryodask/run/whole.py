@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
-import numpy as np
 from distributed import Client, Future, KilledWorker, as_completed
 
 from cryodask.errors import ClusterError
@@ -67,12 +66,6 @@ def _chain_task(blob: bytes, seed: int) -> dict[str, Any]:
     _one_thread()
     functions, params, particles, index = cloudpickle.loads(blob)
     return functions.chain(params, particles.block(index), seed, "cpu")
-
-
-def play_here(functions: Any, params: Any, particles: Any) -> dict[str, Any]:
-    """A tournament in this process, one chain after the other."""
-    block = particles.block(np.asarray(functions.select(params, particles.set)))
-    return functions.choose(params, [functions.chain(params, block, seed, "cpu") for seed in functions.seeds(params)])
 
 
 def _one_thread() -> None:
