@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cryodask.errors import CryodaskError
+from cryodask.errors import CryodaskError, ProjectFileError
 
 app = typer.Typer(
     name="cryodask",
@@ -60,17 +60,42 @@ def run(
     force: Annotated[bool, typer.Option("--force", help="Break the lock of another driver (be sure that it is gone).")] = False,
     retry_quarantined: Annotated[bool, typer.Option("--retry-quarantined", help="Try quarantined micrographs again.")] = False,
     workers: Annotated[int | None, typer.Option(help="Local worker processes; all cores if not given.", min=1)] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Take movies as they arrive; a file called stop in the results ends it.")] = False,
+    until_idle: Annotated[
+        float | None, typer.Option(metavar="MINUTES", help="End --watch when nothing arrives for so long.", min=0)
+    ] = None,
+    until_movies: Annotated[int | None, typer.Option(metavar="N", help="End --watch when so many movies have arrived.", min=1)] = None,
 ) -> None:
     """Carry out a project file; what is done already is kept, so the same command also resumes."""
     try:
-        _run(project, until, from_, dry_run=dry_run, force=force, retry_quarantined=retry_quarantined, workers=workers)
+        ends = {"idle_seconds": None if until_idle is None else 60 * until_idle, "movies": until_movies}
+        if not watch and (until_idle is not None or until_movies is not None):
+            raise ProjectFileError("--until-idle and --until-movies end a watch.", "--watch was left out", "add --watch")
+        _run(
+            project,
+            until,
+            from_,
+            dry_run=dry_run,
+            force=force,
+            retry_quarantined=retry_quarantined,
+            workers=workers,
+            watch=ends if watch else None,
+        )
     except KeyboardInterrupt:
         typer.echo(f"\nStopped. What is finished is kept; go on with:\n  cryodask run {project}", err=True)
         raise typer.Exit(130) from None
 
 
 def _run(
-    project: Path, until: str | None, from_: str | None, *, dry_run: bool, force: bool, retry_quarantined: bool, workers: int | None
+    project: Path,
+    until: str | None,
+    from_: str | None,
+    *,
+    dry_run: bool,
+    force: bool,
+    retry_quarantined: bool,
+    workers: int | None,
+    watch: dict[str, Any] | None,
 ) -> None:
     from cryodask.run.recipe import list_movies, make_plan, position
 
@@ -78,7 +103,10 @@ def _run(
     for label in (until, from_):
         if label:
             position(plan, label)
-    count = f"{len(list_movies(plan))} movies" if plan.file.inputs.movies else "inputs of another program"
+    if watch is not None:
+        count = f"movies {plan.file.inputs.movies} as they arrive"
+    else:
+        count = f"{len(list_movies(plan))} movies" if plan.file.inputs.movies else "inputs of another program"
     if dry_run:
         typer.echo(f"{plan.file.name}: {count} -> {plan.folder}")
         for step in plan.steps:
@@ -88,8 +116,9 @@ def _run(
     from cryodask.report import write_report
     from cryodask.run.execute import check_inputs, run_plan
     from cryodask.run.progress import Progress
+    from cryodask.run.watch import Until
 
-    check_inputs(plan, force=force)
+    check_inputs(plan, force=force, watch=watch is not None)
     typer.echo(f"{plan.file.name}: {count} -> {plan.folder}")
     client = connect(plan.cluster, workers=workers or plan.file.workers)
     try:
@@ -101,6 +130,7 @@ def _run(
             start_again_from=from_,
             force=force,
             retry_quarantined=retry_quarantined,
+            watch=Until(**watch) if watch is not None else None,
             progress=Progress(),
         )
     finally:
@@ -113,6 +143,11 @@ def info(project: ProjectArgument) -> None:
     """Show what a project holds, stage by stage, and what was quarantined."""
     opened = _open(project)
     typer.echo(repr(opened))
+    from cryodask.run.status import status_sentence
+
+    doing = status_sentence(opened.path)
+    if doing:
+        typer.echo(doing)
     for failure in opened.failures():
         typer.echo(f"quarantined in {failure['stage']}: {failure['name']}\n  {failure['error']}: {failure['message']}")
 

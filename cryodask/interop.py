@@ -55,7 +55,7 @@ def _label(project: Project, variable: str) -> str | None:
     """The last finished stage that gives a variable."""
     for label in reversed(project.stages):
         generation = project.generation(label)
-        if variable in generation.meta["gives"] and generation.committed():
+        if variable in generation.meta["gives"] and any(r["ok"] for r in project.records(label).values()):
             return label
     return None
 
@@ -133,7 +133,7 @@ def _coordinates(project: Project, out: Path) -> list[Path]:
     (out / "coordinates").mkdir(exist_ok=True)
     generation = project.generation(label)
     written = []
-    for _, record in sorted(generation.committed().items()):
+    for record in (r for _, r in sorted(project.records(label).items()) if r["ok"]):
         accepted = generation.read(record, "pick_accepted") > 0
         path = out / "coordinates" / f"{record['name']}.star"
         y, x, score = (generation.read(record, n)[accepted] for n in ("pick_y", "pick_x", "pick_score"))

@@ -43,7 +43,7 @@ def test_plain_zarr_reads_every_shard_that_we_write(tmp_path_factory, shape, chu
         filters=None,
     )
     path = folder / "a" / "c" / "1" / "/".join("0" * len(shape))
-    assert write_shard(path, layout, data) == file_crc(path)
+    assert write_shard(path, layout, data).crc == file_crc(path)
     np.testing.assert_array_equal(array[1], data)
     np.testing.assert_array_equal(ShardReader(path, layout).read(), data)
 
@@ -215,7 +215,7 @@ def test_a_folder_that_is_no_project_is_named(tmp_path):
 
 def test_crc_of_a_shard_covers_its_index(tmp_path):
     layout = Layout.of((4, 4), (2, 2), "f4")
-    crc = write_shard(tmp_path / "s", layout, np.eye(4, dtype=np.float32))
+    crc = write_shard(tmp_path / "s", layout, np.eye(4, dtype=np.float32)).crc
     raw = (tmp_path / "s").read_bytes()
     assert crc == google_crc32c.value(raw)
     (tmp_path / "s").write_bytes(raw[:-10] + bytes([raw[-10] ^ 1]) + raw[-9:])

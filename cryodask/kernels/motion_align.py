@@ -198,11 +198,15 @@ def _peak_rounds(transform: MovieTransform, weight: Tensor, shift: Tensor, group
     grouped = MovieTransform(aligned, transform.fy, transform.fx, transform.k, transform.extent, transform.size)
     found = torch.zeros(len(aligned), 2, device=shift.device)
     sure = np.zeros(len(aligned), bool)
+    moved = torch.empty_like(aligned)
     for _ in range(6):
         along_y, along_x = ramps(found, grouped)
-        moved = aligned * along_y * along_x
-        correlation = real_ifft2(torch.conj(moved.sum(0) - moved) * moved * weight, transform.size)
-        update, sure = _peaks(correlation, transform)
+        torch.mul(aligned, along_y, out=moved)
+        moved *= along_x
+        total = moved.sum(0)
+        # one at a time: the correlations of all frames are the peak of the stage's memory
+        peaks = [_peak(real_ifft2(torch.conj(total - one) * one * weight, transform.size), transform) for one in moved]
+        update, sure = torch.stack([place for place, _ in peaks]), np.array([clear for _, clear in peaks])
         update[~torch.from_numpy(sure)] = 0.0
         found = found + update.to(found.device)
         found -= found.mean(0)
@@ -211,21 +215,19 @@ def _peak_rounds(transform: MovieTransform, weight: Tensor, shift: Tensor, group
     return found.double().cpu().numpy(), sure
 
 
-def _peaks(correlation: Tensor, transform: MovieTransform) -> tuple[Tensor, np.ndarray]:
-    """Displacement at the maximum of each correlation `(frame, y, x)` by parabolas, pixels of the movie, and its significance."""
-    count, rows, columns = correlation.shape
-    flat = correlation.reshape(count, -1)
-    height, index = flat.max(1)
-    sure = (height > _SIGNIFICANT_PEAK * flat.std(1)).cpu().numpy()
-    y, x = index // columns, index % columns
-    each = torch.arange(count, device=correlation.device)
+def _peak(correlation: Tensor, transform: MovieTransform) -> tuple[Tensor, bool]:
+    """Displacement `(2,)` at the maximum of a correlation `(y, x)` by parabolas, pixels of the movie, and whether it is significant."""
+    rows, columns = correlation.shape
+    height, index = correlation.flatten().max(0)
+    sure = bool(height > _SIGNIFICANT_PEAK * correlation.std())
+    y, x = int(index) // columns, int(index) % columns
 
     def vertex(before: Tensor, after: Tensor) -> Tensor:
         return ((after - before) / (2.0 * (2.0 * height - before - after).clamp(min=1e-30))).clamp(-0.5, 0.5)
 
-    py = y + vertex(correlation[each, (y - 1) % rows, x], correlation[each, (y + 1) % rows, x])
-    px = x + vertex(correlation[each, y, (x - 1) % columns], correlation[each, y, (x + 1) % columns])
+    py = y + vertex(correlation[(y - 1) % rows, x], correlation[(y + 1) % rows, x])
+    px = x + vertex(correlation[y, (x - 1) % columns], correlation[y, (x + 1) % columns])
     py = (py + rows / 2) % rows - rows / 2
     px = (px + columns / 2) % columns - columns / 2
     scale = torch.tensor([transform.extent[0] / rows, transform.extent[1] / columns])
-    return torch.stack([py, px], 1).cpu() * scale, sure
+    return torch.stack([py, px]).cpu() * scale, sure

@@ -45,7 +45,7 @@ def survey(read: Callable[[int], Tensor], frames: int, shape: tuple[int, int], b
     means = np.zeros(frames)
     for f in range(frames):
         frame = read(f)
-        small = frame.dtype == torch.uint8
+        small = frame.dtype in (torch.uint8, torch.int8)
         if total is None or binned is None:
             exact = torch.int32 if small else torch.float32
             total = torch.zeros(shape, dtype=torch.int16 if small and frames <= 128 else exact, device=frame.device)

@@ -72,17 +72,21 @@ def informative_resolution(spectrum: Spectrum, frames: int) -> float:
     return max(_FINEST_ANGSTROM, 0.95 / (last * spectrum.width))
 
 
+def crop_for_patches(transform: MovieTransform, motion: GlobalMotion, pixel_size_angstrom: float) -> MovieTransform:
+    """The frames with the frequencies that say something about shifts."""
+    assert motion.spectrum is not None
+    return crop_transform(transform, informative_resolution(motion.spectrum, transform.values.shape[0]), pixel_size_angstrom)
+
+
 def cut_patches(
-    transform: MovieTransform, motion: GlobalMotion, count: tuple[int, int], shape: tuple[int, int], pixel_size_angstrom: float
+    small: MovieTransform, motion: GlobalMotion, count: tuple[int, int], shape: tuple[int, int], pixel_size_angstrom: float
 ) -> Patches:
     """Cut the globally aligned frames into patches that overlap by half, as many as fit ``count`` side by side.
 
     The window is a sine, whose squares add up to 1 where patches overlap.
     """
-    assert motion.spectrum is not None
-    frames = transform.values.shape[0]
-    device = transform.values.device
-    small = crop_transform(transform, informative_resolution(motion.spectrum, frames), pixel_size_angstrom)
+    frames = small.values.shape[0]
+    device = small.values.device
     rows, columns = small.size
     pixel = small.extent[0] / rows, small.extent[1] / columns  # pixels of the movie a pixel of the small image
     used = min(rows, math.floor(shape[0] / pixel[0])), min(columns, math.floor(shape[1] / pixel[1]))

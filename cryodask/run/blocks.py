@@ -1,21 +1,17 @@
 """The block runner: iterations over blocks of particles, the same bits for any number of workers and after any death.
 
-An iteration is: expectation tasks on leaves (fixed runs of particles, cached where they were first loaded), sums added in a tree whose
+An iteration is: expectation tasks on leaves (fixed runs of particles, cached on the worker where they live), sums added in a tree whose
 shape depends on the number of leaves only, one maximisation task, a checkpoint. The state reaches the workers through the checkpoint
-file, so that nothing is lost with a worker. Bytes moved an iteration: state bytes x workers (file reads) + (leaves - 1) x sums bytes at
-most over the network, fewer where merged leaves lie on one worker.
+file, so that nothing is lost with a worker. What an iteration moves is written down in :func:`cryodask.run.leaves.traffic`.
 """
 
 from __future__ import annotations
 
-import io
 import os
-import pickle
 import time
-import zipfile
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,15 +19,16 @@ from typing import Any, Protocol
 import cloudpickle
 import numpy as np
 from distributed import Client, Future, KilledWorker, wait
+from distributed.client import FuturesCancelledError
 
 from cryodask.errors import ClusterError, InputError
+from cryodask.run.checkpoints import last_checkpoint, read_state, write_checkpoint
+from cryodask.run.health import Watch
+from cryodask.run.leaves import Leaf, cut_leaves, home_of_leaves, merges, settle
 from cryodask.run.particles import StoredParticles
 from cryodask.stage import Columns, Metrics, ParticleBlock, ParticleSet, State, Sums
 from cryodask.store.generation import disk_errors
-from cryodask.store.journal import fsync_folder
 
-_LEAVES = 8
-_SMALLEST_LEAF, _LARGEST_LEAF = 32, 2000
 _CACHE_BYTES = 4 << 30
 _DEATHS_ALLOWED = 5
 
@@ -63,15 +60,6 @@ class ParticlesInMemory:
 
 
 @dataclass(frozen=True)
-class Leaf:
-    """A fixed run of particles of one half-set."""
-
-    number: int
-    half: int
-    index: np.ndarray
-
-
-@dataclass(frozen=True)
 class BlockJob:
     """What every task of a run needs; pickled once, unpickled once a process."""
 
@@ -80,18 +68,6 @@ class BlockJob:
     params: Any
     particles: Particles
     device: str = "cpu"
-
-
-def cut_leaves(particles: ParticleSet, halves: int) -> list[Leaf]:
-    """Leaves from the particles alone, never from the workers: at least four a half-set, at most 2000 particles each."""
-    half_of = particles.columns["half_set"] if halves == 2 else np.zeros(particles.count, np.int8)
-    leaves: list[Leaf] = []
-    for half in range(halves):
-        index = np.nonzero(half_of == half)[0]
-        size = int(np.clip(-(-len(index) * halves // _LEAVES), _SMALLEST_LEAF, _LARGEST_LEAF))
-        for start in range(0, len(index), size):
-            leaves.append(Leaf(len(leaves), half, index[start : start + size]))
-    return leaves
 
 
 # --- the arithmetic of an iteration, the same in a worker and in this process ----------------------------------------------
@@ -159,10 +135,6 @@ def _joined_columns(particles: ParticleSet, leaves: list[Leaf], found: dict[int,
     return out
 
 
-def _previous(columns: Columns, leaf: Leaf) -> Columns:
-    return {name: values[leaf.index] for name, values in columns.items()}
-
-
 # --- in this process: for tests, notebooks and benchmarks --------------------------------------------------------------------
 def iterate_here(
     functions: Any,
@@ -180,18 +152,15 @@ def iterate_here(
     state = functions.start(params, particles.set, inputs or {})
     columns: Columns = {}
     while not functions.finished(params, state):
-        parts: list[list[Any]] = [[] for _ in range(functions.halves)]
+        sums: dict[int, tuple[Sums, dict[int, Columns]]] = {}
         for leaf in leaves:
-            parts[leaf.half].append(_expect(job, token, state, leaf, _previous(columns, leaf)))
-        found: dict[int, Columns] = {}
-        roots = []
-        for half in parts:
-            while len(half) > 1:
-                half = [_merge(*half[j : j + 2]) if j + 1 < len(half) else half[j] for j in range(0, len(half), 2)]
-            roots.append(half[0][0])
-            found |= half[0][1]
-        columns = _joined_columns(particles.set, leaves, found)
-        state, metrics = functions.maximise(params, state, roots, device)
+            previous = {name: values[leaf.index] for name, values in columns.items()}
+            sums[leaf.number] = _expect(job, token, state, leaf, previous)
+        for half in range(functions.halves):
+            for merge in merges(leaves, half):
+                sums[merge.left] = _merge(sums[merge.left], sums.pop(merge.right))
+        columns = _joined_columns(particles.set, leaves, {k: v for part in sums.values() for k, v in part[1].items()})
+        state, metrics = functions.maximise(params, state, [part[0] for part in sums.values()], device)
         on_iteration(state, metrics, columns)
     for key in [k for k in _CACHE if k[0] == token]:
         del _CACHE[key]
@@ -215,7 +184,7 @@ def _load_state(path: str) -> State:
     if path not in _STATES:
         for old in [k for k in _STATES if k.endswith(".npz")][:-1]:
             del _STATES[old]
-        _STATES[path] = read_checkpoint(Path(path))[0]
+        _STATES[path] = read_state(Path(path))
     return _STATES[path]
 
 
@@ -240,15 +209,16 @@ def iterate_on_workers(
     folder: Path,
     *,
     on_iteration: Callable[[State, Metrics], None] = lambda state, metrics: None,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Run a blocks stage to its end on the workers of ``client``, with a checkpoint an iteration in ``folder``.
 
-    A run that was killed goes on from its last checkpoint.
+    A run that was killed goes on from its last checkpoint. ``tell`` is given the reason when nothing moves.
 
     Raises
     ------
     ClusterError
-        When the workers die again and again.
+        When the workers die again and again, or the scheduler is gone.
     """
     leaves = cut_leaves(particles.set, functions.halves)
     if len({leaf.half for leaf in leaves}) < functions.halves:
@@ -260,17 +230,20 @@ def iterate_on_workers(
     job_path = folder / f"job-{os.urandom(4).hex()}.pickle"
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        for left_by_a_dead_driver in folder.glob("job-*.pickle"):
+            left_by_a_dead_driver.unlink()
         job_path.write_bytes(cloudpickle.dumps(BlockJob(name, functions, params, particles)))
-    path, state, columns = _last_checkpoint(folder)
+    path, state, columns = last_checkpoint(folder)
     if path is None:
         state, columns = functions.start(params, particles.set, inputs), {}
-        path = _checkpoint(folder, state, columns)
-    home: dict[int, str] = {}
+        path = write_checkpoint(folder, state, columns)
+    watch = Watch(client, tell)
+    places: list[str] = []
     while not functions.finished(params, state):
-        state, metrics, found = _one_iteration(client, job_path, path, leaves, columns, home, functions.halves)
+        state, metrics, found = _Iteration(watch, job_path, path, leaves, columns, functions.halves).run(places)
         columns = _joined_columns(particles.set, leaves, found)
         older = path
-        path = _checkpoint(folder, state, columns)
+        path = write_checkpoint(folder, state, columns)
         older.unlink(missing_ok=True)
         on_iteration(state, metrics)
     result = functions.result(params, state, columns)
@@ -278,114 +251,94 @@ def iterate_on_workers(
     return result
 
 
-def _one_iteration(
-    client: Client, job_path: Path, state_path: Path, leaves: list[Leaf], columns: Columns, home: dict[int, str], halves: int
-) -> tuple[State, Metrics, dict[int, Columns]]:
-    token = f"{state_path.stem}-{os.urandom(3).hex()}"
-    deaths = 0
+class _Iteration:
+    """One iteration on the workers: every task has its worker, and what died with one is sent to another.
 
-    def submit(leaf: Leaf) -> Future:
-        alive = sorted(client.scheduler_info(n_workers=-1)["workers"])
-        worker = home.get(leaf.number)
-        if worker not in alive and alive:
-            worker = home[leaf.number] = alive[leaf.number % len(alive)]
-        return client.submit(
-            _expect_task,
-            str(job_path),
-            str(state_path),
-            leaf,
-            _previous(columns, leaf),
-            workers=[worker] if worker else None,
-            allow_other_workers=True,
-            key=f"expect-{token}-{leaf.number}-{deaths}",
-            pure=False,
-        )
+    The workers are given strictly. A preference would let Dask steal blocks for any worker that is idle for a moment; their images would
+    be loaded again there, and what moves would depend on chance.
+    """
 
-    parts = {leaf.number: submit(leaf) for leaf in leaves}
-    while True:
-        wait(list(parts.values()))
-        lost = [leaf for leaf in leaves if _died(parts[leaf.number])]
-        if not lost:
-            roots: list[Future] = []
-            for half in range(halves):
-                tree = [parts[leaf.number] for leaf in leaves if leaf.half == half]
-                level = 0
-                while len(tree) > 1:
-                    pairs = range(0, len(tree), 2)
-                    tree = [
-                        client.submit(_merge, *tree[j : j + 2], key=f"merge-{token}-{half}-{level}-{j}-{deaths}", pure=False)
-                        if j + 1 < len(tree)
-                        else tree[j]
-                        for j in pairs
-                    ]
-                    level += 1
-                roots.append(tree[0])
-            last = client.submit(_maximise_task, str(job_path), str(state_path), *roots, key=f"maximise-{token}-{deaths}", pure=False)
-            wait(last)
-            if not _died(last):
-                return last.result()
-        deaths += 1
-        if deaths > _DEATHS_ALLOWED:
-            raise ClusterError(
-                f"Workers died {deaths} times in one iteration of {job_path.parent.name}.",
-                "they run out of memory (a box too large for the memory of a worker), or their jobs are killed",
-                "give the workers more memory, or use a smaller box; the iterations done so far are kept",
-            )
-        time.sleep(min(2.0**deaths, 20.0))
-        for leaf in lost:
-            parts[leaf.number] = submit(leaf)
+    def __init__(self, watch: Watch, job: Path, state: Path, leaves: list[Leaf], columns: Columns, halves: int) -> None:
+        self.watch, self.job, self.state, self.leaves, self.columns, self.halves = watch, job, state, leaves, columns, halves
+        self.token, self.sent = f"{state.stem}-{os.urandom(3).hex()}", 0
+        self.parts: dict[int, Future] = {}
+        self.at: dict[Any, str] = {}  # address of the worker by key
 
+    def run(self, places: list[str]) -> tuple[State, Metrics, dict[int, Columns]]:
+        """Carry it out; ``places`` (see :func:`settle`) is brought up to date."""
+        todo, deaths, finished = self.leaves, 0, 0
+        while True:
+            address_of = self._workers()
+            places[:] = settle(places, list(address_of))
+            homes = home_of_leaves(len(self.leaves), places, list(address_of))
+            for leaf in todo:
+                self._send_leaf(leaf, address_of[homes[leaf.number]])
+            tree = self._send_tree()
+            if self._all_done([*self.parts.values(), *tree]):
+                return tree[-1].result()
+            while not self.watch.look():  # who is left, and who is new
+                time.sleep(0.1)
+            todo = [leaf for leaf in self.leaves if self._is_lost(self.parts[leaf.number])]
+            before, finished = finished, sum(future.status == "finished" for future in self.parts.values())
+            deaths = 1 if finished > before else deaths + 1
+            if deaths > _DEATHS_ALLOWED:
+                raise ClusterError(
+                    f"Workers died {deaths} times in one iteration, and no block was finished in between.",
+                    "they run out of memory (a box too large for the memory of a worker), or their jobs are killed",
+                    "give the workers more memory, or use a smaller box; the iterations done so far are kept",
+                )
 
-def _died(future: Future) -> bool:
-    """Whether a future was lost with its worker; an exception of the stage itself is raised here."""
-    if future.status == "finished":
+    def _send(self, kind: str, address: str, function: Callable[..., Any], *arguments: Any) -> Future:
+        self.sent += 1
+        key = f"{kind}-{self.token}-{self.sent}"
+        self.at[key] = address
+        return self.watch.client.submit(function, *arguments, workers=[address], key=key, pure=False)
+
+    def _send_leaf(self, leaf: Leaf, address: str) -> None:
+        previous = {name: values[leaf.index] for name, values in self.columns.items()}
+        self.parts[leaf.number] = self._send("expect", address, _expect_task, str(self.job), str(self.state), leaf, previous)
+
+    def _send_tree(self) -> list[Future]:
+        """All additions, each where its left part lies, and the maximisation, which is the last."""
+        tree: list[Future] = []
+        sums = dict(self.parts)
+        for half in range(self.halves):
+            for merge in merges(self.leaves, half):
+                left, right = sums[merge.left], sums.pop(merge.right)
+                sums[merge.left] = self._send("merge", self.at[left.key], _merge, left, right)
+                tree.append(sums[merge.left])
+        roots = list(sums.values())
+        tree.append(self._send("maximise", self.at[roots[0].key], _maximise_task, str(self.job), str(self.state), *roots))
+        return tree
+
+    def _workers(self) -> dict[str, str]:
+        """Address of each worker by its name, which it keeps when its nanny starts it again; waits until there is one."""
+        self.watch.look()
+        while not self.watch.workers:
+            time.sleep(0.2)
+            self.watch.look(f"iteration of {self.state.parent}")
+        named = {str(worker["name"]): address for address, worker in self.watch.workers.items()}
+        return {name: named[name] for name in sorted(named, key=lambda n: (len(n), n))}
+
+    def _all_done(self, futures: list[Future]) -> bool:
+        """Wait until all are done (True) or one is lost with its worker (False). The one place where an iteration waits."""
+        done = -1
+        while not any(self._is_lost(future) for future in futures):
+            before, done = done, sum(future.status == "finished" for future in futures)
+            if done > before:
+                self.watch.moved()
+            if done == len(futures):
+                return True
+            with suppress(TimeoutError, FuturesCancelledError):
+                wait(futures, timeout=1.0)
+            self.watch.look(f"{len(futures) - done} tasks of an iteration are out")
         return False
-    if future.status == "error":
-        error = future.exception()
-        if not isinstance(error, KilledWorker):
-            raise error
-    return True
 
-
-# --- checkpoints -----------------------------------------------------------------------------------------------------------------
-def _checkpoint(folder: Path, state: State, columns: Columns) -> Path:
-    path = folder / f"iteration-{int(state['iteration']):04d}.npz"
-    buffer = io.BytesIO()
-    plain = {k: v for k, v in state.items() if not isinstance(v, np.ndarray)}
-    arrays = {f"state/{k}": v for k, v in state.items() if isinstance(v, np.ndarray)}
-    arrays |= {f"column/{k}": v for k, v in columns.items()}
-    arrays["plain"] = np.frombuffer(cloudpickle.dumps(plain), np.uint8)
-    np.savez(buffer, **arrays)  # type: ignore[arg-type]
-    with disk_errors(folder):
-        part = path.with_suffix(f".{os.getpid()}.part")
-        with open(part, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(part, path)
-        fsync_folder(folder)
-    return path
-
-
-def _last_checkpoint(folder: Path) -> tuple[Path | None, State, Columns]:
-    """The last checkpoint that can be read; a damaged one is set aside."""
-    for path in sorted(folder.glob("iteration-*.npz"), reverse=True):
-        try:
-            return path, *read_checkpoint(path)
-        except (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, ValueError, KeyError, EOFError):
-            os.rename(path, path.with_suffix(".damaged"))
-    return None, {}, {}
-
-
-def read_checkpoint(path: Path) -> tuple[State, Columns]:
-    """State and columns of a checkpoint."""
-    with np.load(path) as stored:
-        state: State = cloudpickle.loads(stored["plain"].tobytes())
-        columns: Columns = {}
-        for name in stored.files:
-            kind, _, key = name.partition("/")
-            if kind == "state":
-                state[key] = stored[name]
-            elif kind == "column":
-                columns[key] = stored[name]
-    return state, columns
+    def _is_lost(self, future: Future) -> bool:
+        """Whether a future died with its worker, or waits for one that is gone; an exception of the stage itself is raised here."""
+        status = future.status
+        if status == "error":
+            error = future.exception()
+            if not isinstance(error, KilledWorker):
+                raise error
+        return status not in ("finished", "pending") or (status == "pending" and self.at[future.key] not in self.watch.workers)

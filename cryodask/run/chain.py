@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cryodask.errors import MicrographError
+from cryodask.errors import InputError, MicrographError
 from cryodask.stage import Params, Stage, find_stage
 from cryodask.store.generation import Generation
 from cryodask.store.journal import Record
@@ -44,14 +44,15 @@ class Chain:
     earlier: dict[str, Path] = field(default_factory=dict)
     run_id: str = field(default_factory=lambda: os.urandom(4).hex())  # a worker that outlives a run must not take its records for the next
     _records: dict[str, dict[int, Record]] = field(default_factory=dict)
+    _read: dict[str, Generation] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_records": {}}
+        return {**self.__dict__, "_records": {}, "_read": {}}
 
     # --- in the driver ----------------------------------------------------------------------------------------------------------
     def unfinished(self, items: list[Item], *, retry_quarantined: bool = False) -> list[Item]:
         """Items that are not committed in every stage, and not quarantined in one (unless asked to try those again)."""
-        committed = [Generation(link.folder).records() for link in self.links]
+        committed = [self._journals(link).records() for link in self.links]
         out = []
         for item in items:
             records = [c.get(item.row) for c in committed]
@@ -62,18 +63,34 @@ class Chain:
                 out.append(item)
         return out
 
+    def quarantined(self, items: list[Item]) -> int:
+        """How many of the items are quarantined in one of the stages."""
+        failed = [{row: r for row, r in self._journals(link).records().items() if not r["ok"]} for link in self.links]
+        return sum(any(item.row in f and f[item.row].get("input") == item.fingerprint for f in failed) for item in items)
+
     def quarantine(self, item: Item, error: str, message: str, tries: int) -> None:
-        """Record the failure with the first stage that lacks the item."""
+        """Record the failure with the first stage that lacks the item.
+
+        Raises
+        ------
+        InputError
+            When it is not the item that is missing but all of its folder: that blames no movie, it stops the run.
+        """
+        _stop_if_the_folder_is_gone(item)
         for link in self.links:
-            generation = Generation(link.folder)
+            generation = self._journals(link)
             record = generation.records().get(item.row)
             if record is None or not record["ok"] or record.get("input") != item.fingerprint:
-                generation.commit_failure(item.row, item.name, error, message, tries, input=item.fingerprint)
+                generation.commit_failure(item.row, item.name, error, message, tries, input=item.fingerprint, revision=item.revision)
                 generation.journal.close()
                 return
 
+    def _journals(self, link: Link) -> Generation:
+        # kept: its journals are read on from where they were read to
+        return self._read.setdefault(link.label, Generation(link.folder))
+
     # --- in a worker --------------------------------------------------------------------------------------------------------------
-    def run(self, item: Item, device: str) -> None:
+    def run(self, item: Item, device: str, attempt: int) -> None:
         """Process and commit one item: the stages that have it already are read, not repeated."""
         import torch
 
@@ -89,7 +106,8 @@ class Chain:
             given = link.stage.process(link.params, device=device, **needs)
             _refuse_nonsense(link, item, given)
             seconds = {"seconds": round(time.time() - started, 4), "cpu_seconds": round(time.process_time() - started_cpu, 4)}
-            record = generation.commit(item.row, item.name, given, input=item.fingerprint, **seconds)
+            made = {"input": item.fingerprint, "revision": item.revision, "attempt": attempt}
+            record = generation.commit(item.row, item.name, given, **made, **seconds)
             self._records.setdefault(link.label, {})[item.row] = record
             values.update({f"{link.label}/{name}": value for name, value in given.items()})
             if "movie" in record["shards"]:
@@ -149,4 +167,22 @@ def _refuse_nonsense(link: Link, item: Item, given: dict[str, Any]) -> None:
                 f"{name} of {item.name} has {int((~np.isfinite(value)).sum())} pixels that are no numbers after stage {link.label}.",
                 "the input holds NaN pixels",
                 "look at the input; the other micrographs go on",
+            )
+
+
+def _stop_if_the_folder_is_gone(item: Item) -> None:
+    """Raise where the folder of an item's input is missing or empty: an unmounted disk must not send a session into quarantine."""
+    for name, value in item.inputs.items():
+        if not name.endswith("_path") or os.path.exists(str(value)):
+            continue
+        folder = Path(str(value)).parent
+        try:
+            gone = not any(os.scandir(folder))
+        except OSError:
+            gone = True
+        if gone:
+            raise InputError(
+                f"The folder {folder} with the inputs is missing, empty or cannot be read; {item.name} was to be read from it.",
+                "the disk is not mounted any more, or the folder was moved or renamed",
+                "bring the folder back and run the same command again: it goes on where it stopped, nothing was quarantined for this",
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,17 +18,16 @@ from cryodask.errors import InputError, ProjectFileError
 from cryodask.run import sources
 from cryodask.run.blocks import iterate_on_workers
 from cryodask.run.chain import Chain, Link
+from cryodask.run.inputs import StepInputs
 from cryodask.run.map import MapRunner
-from cryodask.run.particles import StoredParticles, collect_particles
+from cryodask.run.particles import StoredParticles
 from cryodask.run.progress import Progress, short, summary
 from cryodask.run.recipe import Plan, Step, position
-from cryodask.run.whole import Stored, loaded, run_tournament, run_whole
-from cryodask.store.generation import Generation, consumed_key, disk_errors, generation_key
-from cryodask.store.particles import CTF_COLUMNS, OPTICS, align, missing_value
+from cryodask.run.watch import Arrivals, Until
+from cryodask.run.whole import loaded, run_tournament, run_whole
+from cryodask.store.generation import Generation, disk_errors, generation_key
 from cryodask.store.project import Item, Project, _write_atomically
 from cryodask.vocabulary import SLOTS, VARIABLES
-
-_CTF_AND_OPTICS = (*CTF_COLUMNS, *OPTICS)
 
 
 @dataclass
@@ -39,6 +39,7 @@ class Execution:
     client: Client
     progress: Progress
     retry_quarantined: bool = False
+    until: Until | None = None
 
     # --- the whole run --------------------------------------------------------------------------------------------------------
     def run(self, until: str | None, start_again_from: str | None) -> None:
@@ -51,10 +52,19 @@ class Execution:
                 salt[step.label] = salt.get(step.label, 0) + 1
         microscope = self.plan.file.microscope
         self.project.state["constants"] = microscope.model_dump() if microscope else {}
-        self.items = self.project.add_items(sources.list_items(self.plan))
+        self.project.state["runs"] = self.project.state.get("runs", 0) + 1
         self.gain = self._store_gain()
         self.project.state["gain"] = str(self.gain.relative_to(self.project.path)) if self.gain else None
         self._forget_steps_not_in_plan()
+        self.arrivals: Arrivals | None = None
+        if self.until is None:
+            listed = sources.list_items(self.plan)
+            self.items = self.project.add_items(listed)
+            self.project.keep_items([name for name, _ in listed])
+        else:
+            self.arrivals = Arrivals(self.plan, self.project, self.until, self.progress.say)
+            self.items = self.project.items()
+            self._register(self.arrivals.first())
         for shape, group in groupby(steps[:end], key=lambda s: s.stage.shape == "map"):
             if shape:
                 self._run_map(list(group))
@@ -62,6 +72,18 @@ class Execution:
                 for step in group:
                     self._run_single(step)
         self.project.save()
+
+    def _register(self, arrived: list[sources.ItemInputs]) -> list[Item]:
+        """Take inputs into the registry; those known already take their new size and time."""
+        new = self.project.add_items(arrived)
+        by_row = {i.row: i for i in self.items} | {i.row: i for i in new}
+        self.items[:] = [by_row[row] for row in sorted(by_row)]
+        return new
+
+    @property
+    def inputs(self) -> StepInputs:
+        """Where steps that are no map find what they need."""
+        return StepInputs(self.plan, self.project, self.items)
 
     def _forget_steps_not_in_plan(self) -> None:
         labels = [s.label for s in self.plan.steps]
@@ -86,7 +108,7 @@ class Execution:
         generations = self.project.state["generations"]
         dropped = {label}
         for step in self.plan.steps:
-            uses = set(step.source.values()) | self._implied_sources(step)
+            uses = set(step.source.values()) | self.inputs.implied(step)
             if uses & dropped and step.label not in dropped:
                 dropped.add(step.label)
                 if step.stage.shape != "map":
@@ -117,18 +139,26 @@ class Execution:
     # --- map stages -----------------------------------------------------------------------------------------------------------------
     def _run_map(self, steps: list[Step]) -> None:
         chain = self._prepare_chain(steps)
+        if self.arrivals is not None:
+            self.arrivals.expected_frames = self._generation(steps[0].label).meta["sizes"].get("frame")
+        for step in steps:
+            self._take_back_what_changed(step)
         todo = chain.unfinished(self.items, retry_quarantined=self.retry_quarantined)
         names = " > ".join(s.label for s in steps)
         self.progress.begin(names if len(names) < 40 else f"{steps[0].label} > ... > {steps[-1].label}", len(todo))
+        before = len(self.items) - len(todo)
+        if self.arrivals is not None and "movie" in steps[0].stage.gives:
+            self._map_items(chain, self._live(chain, todo, self.arrivals))
+            todo = chain.unfinished(self._register(self.arrivals.changed()))  # files that were written again meanwhile
         if todo:
             self._drop_dependents(steps[0].label)
             self._set_order()
-            runner = MapRunner(self.client, chain, event=self._on_item)
-            runner.run(iter(todo))
+            self._map_items(chain, iter(todo))
+        self.project.compact()
         records = [self._generation(s.label).records() for s in steps]
         bad = {row for r in records for row, record in r.items() if not record["ok"]} & {i.row for i in self.items}
         done = len(self.items) - len(bad)
-        kept = f", {len(self.items) - len(todo)} of them from before" if len(todo) < len(self.items) else ""
+        kept = f", {before} of them from before" if before else ""
         self.progress.end(f"{done} micrographs done{kept}" + (f", {len(bad)} quarantined (see cryodask info)" if bad else ""))
         if not done:
             failures = self.project.failures()
@@ -139,14 +169,65 @@ class Execution:
                 "mend it and run again",
             )
 
-    def _on_item(self, kind: str, item: Item | None, text: str) -> None:
-        if kind == "done":
-            self.progress.advance()
-        elif kind == "quarantined" and item is not None:
-            self.progress.say(f"quarantined {item.name}: {text}")
-            self.progress.advance()
-        elif kind == "stalled":
-            self.progress.say(text)
+    def _map_items(self, chain: Chain, source: Iterator[Item | None]) -> None:
+        bad = chain.quarantined(self.items) if not self.retry_quarantined else 0
+        known = len(self.items) - len(chain.unfinished(self.items, retry_quarantined=self.retry_quarantined))
+
+        def on_event(kind: str, item: Item | None, text: str) -> None:
+            if kind == "done":
+                self.progress.advance()
+            elif kind == "quarantined" and item is not None:
+                self.progress.say(f"quarantined {item.name}: {text}")
+                self.progress.advance()
+            elif kind == "stalled":
+                self.progress.say(text)
+            elif kind == "looked" and self.arrivals is not None:
+                self.project.compact()
+            counts = runner.counts()
+            done, quarantined = known - bad + counts["done"], bad + counts["quarantined"]
+            waiting = len(self.items) - done - quarantined - counts["running"]
+            arriving = {"arriving": len(self.arrivals.pending)} if self.arrivals is not None else {}
+            self.progress.account(
+                seen=len(self.items),
+                done=done,
+                quarantined=quarantined,
+                running=counts["running"],
+                waiting=waiting,
+                workers=len(runner.watch.workers),
+                stall=runner.watch.stall,
+                **arriving,
+            )
+
+        runner = MapRunner(
+            self.client,
+            chain,
+            event=on_event,
+            limit_seconds=self.plan.file.item_limit_seconds,
+            first_attempt=self.project.state["runs"] * 1_000_000,
+        )
+        runner.run(source)
+
+    def _live(self, chain: Chain, todo: list[Item], arrivals: Arrivals) -> Iterator[Item | None]:
+        """Items of a session as their files become complete, first come first served; None while there is nothing new."""
+        waiting = deque(todo)
+        while True:
+            if arrivals.due:
+                new = chain.unfinished(self._register(arrivals.poll()))
+                if new:
+                    self._drop_dependents(chain.links[0].label)
+                    self._set_order()
+                waiting.extend(new)
+                self.progress.expect(len(new))
+            if waiting:
+                yield waiting.popleft()
+            elif arrivals.over:
+                return
+            else:
+                yield None
+
+    def _take_back_what_changed(self, step: Step) -> None:
+        for problem in self._generation(step.label).check_files():
+            self.progress.say(f"{step.label}: {problem}; it is made again")
 
     def _prepare_chain(self, steps: list[Step]) -> Chain:
         links: list[Link] = []
@@ -217,74 +298,8 @@ class Execution:
         check_gain(frames_sum, gain, name=self.plan.file.inputs.gain or "")
 
     # --- the others -----------------------------------------------------------------------------------------------------------------
-    def _implied_sources(self, step: Step) -> set[str]:
-        """Steps that a particle stage depends on without naming them: the CTF, the optics, the curation."""
-        if not _needs_particles(step):
-            return set()
-        names = (*_CTF_AND_OPTICS, "particle_kept")
-        labels = {self._latest(step, n) for n in names} | {self._particle_label(step)}
-        return {label for label in labels if label is not None and label != "inputs"}
-
-    def _latest(self, step: Step, name: str) -> str | None:
-        """Label of the last step before ``step`` that gives a variable, ``inputs`` where the inputs do."""
-        found = None
-        for other in self.plan.steps:
-            if other.label == step.label:
-                break
-            if name in other.stage.gives:
-                found = other.label
-        if found is None and (name in self.project.state["constants"] or (self.items and name in self.items[0].inputs)):
-            return "inputs"
-        return found
-
-    def _particle_label(self, step: Step) -> str:
-        label = self._latest(step, "particle_image")
-        if label is None:
-            raise ProjectFileError(f"Stage {step.label} needs particles, which no step before it gives.", "extract was left out", "add it")
-        return label
-
-    def _particles(self, step: Step, *, curated: bool) -> StoredParticles:
-        """The particle set of a step: of all micrographs that have particles and a CTF, without those that curation removed."""
-        images = self._generation(self._particle_label(step))
-        rows = set(images.committed())
-        per_micrograph: dict[str, dict[int, float]] = {}
-        own = images.meta["gives"]
-        for name in _CTF_AND_OPTICS:
-            label = self._latest(step, name)
-            if f"particle_{name}" in own or name in own:
-                continue
-            if label == "inputs":
-                constants = self.project.state["constants"]
-                values = {i.row: i.inputs.get(name, constants.get(name)) for i in self.items}
-                per_micrograph[name] = {r: float(v) for r, v in values.items() if v is not None}
-            elif label is not None:
-                per_micrograph[name] = {r: float(rec["columns"][name]) for r, rec in self._generation(label).committed().items()}
-            elif name != "phase_shift_deg":
-                raise ProjectFileError(
-                    f"Stage {step.label} needs {name} of the particles, which nothing gives.",
-                    "the STAR file has no CTF, or the pipeline has no ctf stage, or the microscope section is missing",
-                    "add what is missing",
-                )
-            if name in per_micrograph:
-                rows &= set(per_micrograph[name])
-        current = {i.row for i in self.items}
-        found = collect_particles(images, sorted(rows & current), per_micrograph)
-        kept_by = self._latest(step, "particle_kept") if curated else None
-        if kept_by is not None:
-            folder = self._generation(kept_by).path
-            row, slot, values = (Stored(folder, n).load() for n in ("particle_row", "particle_slot", "particle_kept"))
-            kept = align(row, slot, values, found.row, found.slot, 0)
-            found = found.keep(kept > 0)
-        if found.set.count == 0:
-            raise InputError(
-                f"Stage {step.label} has no particles to work on.",
-                "nothing was picked (wrong diameter or threshold), or curation removed everything",
-                "look at the picks in the report, change pick or curate, and run again",
-            )
-        return found
-
     def _run_single(self, step: Step) -> None:
-        particles, inputs, upstream = self._inputs_of(step)
+        particles, inputs, upstream = self.inputs.of(step)
         key = self._key(step, upstream)
         path = self.project.path / "stages" / step.label / key
         meta = {"label": step.label, "stage": step.stage.name, "version": step.stage.version, "params": step.params.model_dump()}
@@ -295,6 +310,7 @@ class Execution:
             path, meta={**meta, "upstream": step.source}, gives=(*step.stage.gives, *extra), per_item=False, sizes={}, dtypes={}
         )
         self._adopt(step.label, key)
+        self._take_back_what_changed(step)
         self.progress.begin(step.label, None)
         if generation.committed():
             self.progress.end("done before")
@@ -326,65 +342,11 @@ class Execution:
             )
         if stage.shape == "tournament":
             assert particles is not None
-            return run_tournament(self.client, stage.functions, step.params, particles, self.progress.advance)
-        return run_whole(self.client, stage.name, step.params, inputs)
-
-    def _inputs_of(self, step: Step) -> tuple[StoredParticles | None, dict[str, Any], dict[str, Any]]:
-        """Particle set, other inputs, and what the key must hold of both."""
-        upstream: dict[str, Any] = {}
-        particles = None
-        if _needs_particles(step):
-            images = "particle_image" in step.source
-            particles = self._particles(step, curated=images)
-            label = self._particle_label(step)
-            rows = sorted(set(particles.row.tolist()))
-            columns = {n: v.tolist() for n, v in particles.set.columns.items()}
-            upstream["particles"] = [
-                consumed_key(self._generation(label), rows),
-                generation_key({"columns": columns, "slot": particles.slot.tolist()}),
-            ]
-        inputs: dict[str, Any] = {}
-        for name, label in step.source.items():
-            if name == "particle_image":
-                continue
-            if label == "inputs":
-                inputs[name] = self._input_value(name)
-                upstream[name] = [sources.content_hash(p) for p in inputs[name]] if name.endswith("_path") else inputs[name]
-                continue
-            generation = self._generation(label)
-            if generation.meta["per_item"]:
-                inputs[name] = self._by_particle(generation, name, particles)
-                upstream[name] = [
-                    generation.key,
-                    consumed_key(generation, sorted(set(particles.row.tolist()) if particles else generation.committed())),
-                ]
-                continue
-            if VARIABLES[name].per_particle and particles is not None:
-                row, slot, values = (Stored(generation.path, n).load() for n in ("particle_row", "particle_slot", name))
-                inputs[name] = align(row, slot, values, particles.row, particles.slot, missing_value(values.dtype))
-            else:
-                inputs[name] = Stored(generation.path, name)
-            upstream[name] = [generation.key, consumed_key(generation, [0])]
-        return particles, inputs, upstream
-
-    def _input_value(self, name: str) -> Any:
-        if name == "half_map_path":
-            return [self.plan.resolve(p) for p in self.plan.file.inputs.half_maps or ()]
-        return self.project.state["constants"].get(name)
-
-    def _by_particle(self, generation: Generation, name: str, particles: StoredParticles | None) -> Any:
-        """A micrograph's value, once a particle where the stage works on particles, else once a micrograph."""
-        records = generation.committed()
-        if particles is None:
-            return np.array([generation.read(records[r], name) for r in sorted(records)])
-        return np.array([records[int(r)]["columns"][name] if int(r) in records else np.nan for r in particles.row])
+            return run_tournament(self.client, stage.functions, step.params, particles, self.progress.advance, self.progress.say)
+        return run_whole(self.client, stage.name, step.params, inputs, self.progress.say)
 
 
-def _needs_particles(step: Step) -> bool:
-    return "particle_image" in step.source or any(VARIABLES[n].per_particle for n in step.source)
-
-
-def check_inputs(plan: Plan, *, force: bool = False) -> None:
+def check_inputs(plan: Plan, *, force: bool = False, watch: bool = False) -> None:
     """Meet what can go wrong with folder, lock, inputs, gain and reference before any worker is started.
 
     Raises
@@ -397,7 +359,11 @@ def check_inputs(plan: Plan, *, force: bool = False) -> None:
             f"its name or folder is {plan.file.folder or plan.file.name!r}",
             "give a folder of its own:  folder: results",
         )
-    items = sources.list_items(plan)
+    if watch and not plan.file.inputs.movies:
+        raise ProjectFileError(
+            "Only movies can be watched for.", f"{plan.path} starts from what another program made", "run it without --watch"
+        )
+    items = sources.list_items(plan) if not watch else []
     sources.load_gain(plan)
     sources.check_files(plan)
     with Project.create(plan.folder, plan.file.name).lock(force=force):
@@ -413,9 +379,12 @@ def run_plan(
     start_again_from: str | None = None,
     force: bool = False,
     retry_quarantined: bool = False,
+    watch: Until | None = None,
     progress: Progress | None = None,
 ) -> Project:
     """Carry out a plan on the workers of ``client``; returns the project.
+
+    With ``watch`` the movies are taken as they arrive, until the session is over; then the steps after them follow.
 
     Raises
     ------
@@ -429,6 +398,6 @@ def run_plan(
         project = Project(plan.folder)  # as the driver before left it
         with disk_errors(project.path):
             _write_atomically(project.path / "project.yaml", plan.path.read_text())
-        with progress or Progress(quiet=True) as shown:
-            Execution(plan, project, client, shown, retry_quarantined).run(until, start_again_from)
+        with progress or Progress(quiet=True) as shown, shown.recorded(project.path):
+            Execution(plan, project, client, shown, retry_quarantined, watch).run(until, start_again_from)
     return project

@@ -7,15 +7,11 @@ items are run again in child processes, so that a guilty one is convicted by its
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import heapq
 import os
 import pickle
 import queue
-import signal
-import subprocess
-import sys
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -25,31 +21,26 @@ import cloudpickle
 import dask
 from distributed import Client, Future, KilledWorker
 
-from cryodask.errors import ClusterError, CryodaskError
+from cryodask.errors import CryodaskError
+from cryodask.run.health import Watch
+from cryodask.run.isolation import ItemDied, ItemFailure, in_child, time_limit
 from cryodask.store.project import Item
 
 _TRIES = 3
+_LONELY_DEATHS = 10
 _RETRIED = (OSError, TimeoutError, MemoryError)
 
 
 class Job(Protocol):
     """What is done with the items. Travels pickled, is unpickled once a process; ``run`` processes AND commits."""
 
-    def run(self, item: Item, device: str) -> None:
-        """Process and commit one item (in a worker)."""
+    def run(self, item: Item, device: str, attempt: int) -> None:
+        """Process and commit one item (in a worker); ``attempt`` grows with every sending of an item, across runs too."""
         ...
 
     def quarantine(self, item: Item, error: str, message: str, tries: int) -> None:
         """Record in the driver that an item failed for good."""
         ...
-
-
-class ItemFailure(Exception):
-    """(class name, message, "retry" | "quarantine" | "stop"): plain values, so that any stage's exception survives the way back."""
-
-
-class ItemDied(ItemFailure):
-    """The child process of an isolated item died: that item is guilty beyond doubt."""
 
 
 _JOBS: OrderedDict[bytes, Job] = OrderedDict()
@@ -66,9 +57,10 @@ def _job(blob: bytes) -> Job:
     return _JOBS[key]
 
 
-def _attempt(blob: bytes, item: Item, device: str) -> tuple[str, str, str] | None:
+def attempt_item(blob: bytes, item: Item, device: str, attempt: int) -> tuple[str, str, str] | None:
+    """Process and commit one item in this process; what went wrong as plain values, None if nothing did."""
     try:
-        _job(blob).run(item, device)
+        _job(blob).run(item, device, attempt)
     except CryodaskError as error:
         return type(error).__name__, str(error)[:2000], error.on_failure
     except _RETRIED as error:
@@ -78,33 +70,15 @@ def _attempt(blob: bytes, item: Item, device: str) -> tuple[str, str, str] | Non
     return None
 
 
-def work(item: Item, *, blob: bytes, device: str, isolated: bool) -> None:
+def work(item: Item, *, blob: bytes, device: str, isolated: bool, attempt: int, limit_seconds: float | None) -> None:
     """What a worker does with one item; the state of the future is the acknowledgement."""
-    failure = _in_child(blob, item, device) if isolated else _attempt(blob, item, device)
+    if isolated:
+        failure = in_child((blob, item, device, attempt), limit_seconds)
+    else:
+        with time_limit(limit_seconds):
+            failure = attempt_item(blob, item, device, attempt)
     if failure:
         raise ItemFailure(*failure)
-
-
-def _in_child(blob: bytes, item: Item, device: str) -> tuple[str, str, str] | None:
-    # multiprocessing cannot do it: Dask's workers are daemonic
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, "-W", "ignore", "-c", "from cryodask.run.map import _child; _child()"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
-    out, log = process.communicate(pickle.dumps((blob, item, device)))
-    if process.returncode:
-        code = process.returncode
-        why = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        tail = log.decode(errors="replace").strip()[-300:]
-        raise ItemDied("ProcessDied", f"the process that worked on it died: {why}. {tail}", "quarantine")
-    return pickle.loads(out)
-
-
-def _child() -> None:
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # die with the worker (Linux: PR_SET_PDEATHSIG)
-    reply = os.dup(1)
-    os.dup2(2, 1)  # what a stage prints must not get into the reply
-    failure = _attempt(*pickle.load(sys.stdin.buffer))
-    os.write(reply, pickle.dumps(failure))
 
 
 class MapRunner:
@@ -115,7 +89,12 @@ class MapRunner:
     client : Client
     job : Job
     event : callable ``(kind, item or None, text)``
-        Told of every item that is ``done``, ``quarantined`` or tried ``again``, and of a stall.
+        Told of every item that is ``done``, ``quarantined`` or tried ``again``, of a stall (``stalled``), and every two seconds
+        (``looked``).
+    limit_seconds : float, optional
+        An item that takes longer is quarantined; its worker's process is ended for it.
+    first_attempt : int
+        Attempts are counted from here: above all those of earlier runs.
     """
 
     def __init__(
@@ -127,18 +106,22 @@ class MapRunner:
         event: Callable[[str, Item | None, str], None] = lambda kind, item, text: None,
         stall_after_seconds: float = 30.0,
         backoff_seconds: float = 1.0,
+        limit_seconds: float | None = None,
+        first_attempt: int = 0,
     ) -> None:
         self.client, self.job, self.lane, self.event = client, job, lane, event
-        self.stall_after, self.backoff = stall_after_seconds, backoff_seconds
+        self.backoff, self.limit_seconds, self.first_attempt = backoff_seconds, limit_seconds, first_attempt
+        self.watch = Watch(client, lambda text: event("stalled", None, text), stall_after_seconds)
         self.blob = cloudpickle.dumps(job)
         self.flying: dict[str, tuple[Future, Item, bool]] = {}
         self.ready: deque[Item] = deque()
         self.later: list[tuple[float, int, Item]] = []
         self.suspects: deque[Item] = deque()
         self.tries: Counter[int] = Counter()
+        self.lonely_deaths: Counter[int] = Counter()
         self.counted: Counter[str] = Counter()
         self.finished: queue.SimpleQueue[Future] = queue.SimpleQueue()
-        self.window, self.workers, self._looked = 8, 0, float("-inf")
+        self.window = 8
         self._sequence, self._run = 0, os.urandom(4).hex()
         self._ended = self._idle = False
 
@@ -160,31 +143,20 @@ class MapRunner:
         """
         items = iter(source)
         self._ended = False
-        moved = time.monotonic()
         try:
             while True:
-                self._look_at_workers()
+                if self.watch.look(f"{len(self.flying)} items are out"):
+                    # never 0: a cluster that scales by backlog must see one
+                    self.window = 4 * self.watch.slots + 8
+                    self.event("looked", None, "")
                 self._refill(items)
                 if self._ended and not (self.flying or self.ready or self.later or self.suspects):
                     return self.counts()
-                if self._collect():
-                    moved = time.monotonic()
-                if self.flying and time.monotonic() - moved > self.stall_after:
-                    moved = time.monotonic()
-                    reason = f"{len(self.flying)} items are out on {self.workers} workers" if self.workers else "there are no workers"
-                    self.event("stalled", None, f"nothing finished for {self.stall_after:.0f} s: {reason}")
-                self._check_client()
+                if self._collect() or not self.flying:
+                    self.watch.moved()
         except BaseException:
             self.client.cancel([f for f, _, _ in self.flying.values()], force=True)
             raise
-
-    def _look_at_workers(self) -> None:
-        if time.monotonic() - self._looked < 2.0:
-            return
-        self._looked = time.monotonic()
-        workers = self.client.scheduler_info(n_workers=-1)["workers"].values()
-        self.workers = len(workers)
-        self.window = 4 * sum(w["nthreads"] for w in workers) + 8  # never 0: a cluster that scales by backlog must see one
 
     def _refill(self, items: Iterator[Item | None]) -> None:
         now = time.monotonic()
@@ -217,7 +189,17 @@ class MapRunner:
         keys = [f"item-{self._run}-{item.row}-{self._sequence}" for item in items]
         with dask.annotate(lane=self.lane):
             futures = self.client.map(
-                work, items, blob=self.blob, device="cpu", isolated=isolated, key=keys, pure=False, retries=0, priority=int(isolated)
+                work,
+                items,
+                blob=self.blob,
+                device="cpu",
+                isolated=isolated,
+                attempt=self.first_attempt + self._sequence,
+                limit_seconds=self.limit_seconds,
+                key=keys,
+                pure=False,
+                retries=0,
+                priority=int(isolated),
             )
         for future, item in zip(futures, items):
             self.flying[str(future.key)] = (future, item, isolated)
@@ -244,20 +226,28 @@ class MapRunner:
             self.counted["done"] += 1
             self.event("done", item, "")
         elif status != "error":  # cancelled or lost: nobody's fault
-            self._check_client()
+            self.watch.check_client()
             self.ready.append(item)
             self.event("again", item, str(status))
-        elif isinstance(error, KilledWorker) and not isolated:
+        elif isinstance(error, KilledWorker) and (not isolated or self._died_beside(item)):
             self.suspects.append(item)
             self.event("again", item, "its worker died; it is tried in a process of its own")
         else:
             self._settle_failure(item, error)
 
+    def _died_beside(self, item: Item) -> bool:
+        """Whether the death of a worker beside an isolated item may have had another cause: it always may, but not ten times."""
+        self.lonely_deaths[item.row] += 1
+        return self.lonely_deaths[item.row] < _LONELY_DEATHS
+
     def _settle_failure(self, item: Item, error: BaseException | None) -> None:
         if isinstance(error, ItemFailure):
             name, message, action = error.args
+        elif isinstance(error, KilledWorker):
+            name, action = "KilledWorker", "quarantine"
+            message = f"its worker died {_LONELY_DEATHS} times beside it, though it ran in a process of its own (a limit on both together?)"
         else:
-            name, message, action = type(error).__name__, str(error)[:2000], "retry" if isinstance(error, KilledWorker) else "quarantine"
+            name, message, action = type(error).__name__, str(error)[:2000], "quarantine"
         if action == "stop":
             raise _revived(name, message)
         self.tries[item.row] += 1
@@ -273,14 +263,6 @@ class MapRunner:
             self.event("quarantined", item, f"{name}: {message}")
             return
         self.event("again", item, f"{name}: {message}")
-
-    def _check_client(self) -> None:
-        if self.client.status not in ("running", "connecting"):
-            raise ClusterError(
-                f"The scheduler is gone (client {self.client.status}).",
-                "it was stopped, or its machine went down",
-                "run the same command again: everything committed is kept and it resumes",
-            )
 
 
 def _revived(name: str, message: str) -> CryodaskError:

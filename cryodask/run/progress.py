@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -11,6 +14,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
+
+from cryodask.run.status import StatusFile
 
 _LOG_EVERY_SECONDS = 60.0
 
@@ -24,6 +29,7 @@ class Progress:
         self._bars: RichProgress | None = None
         self._bar: TaskID | None = None
         self._name, self._total, self._done, self._started, self._logged = "", 0, 0, 0.0, 0.0
+        self._status: StatusFile | None = None
 
     def __enter__(self) -> Progress:
         if self._moving:
@@ -43,6 +49,24 @@ class Progress:
         if self._bars is not None:
             self._bars.stop()
 
+    @contextmanager
+    def recorded(self, folder: Path) -> Iterator[None]:
+        """Within, ``status.json`` in the project's folder tells everybody what this run does; at its end, how it ended."""
+        self._status = StatusFile(folder)
+        try:
+            yield
+        except BaseException as error:
+            self._status.end(f"stopped: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+            raise
+        finally:
+            self._status.end("finished")
+            self._status = None
+
+    def account(self, **counts: int | str) -> None:
+        """Every input at this moment: seen = done + quarantined + running + waiting."""
+        if self._status is not None:
+            self._status.update(**counts, rate=self.rate())
+
     def say(self, text: str) -> None:
         """One line."""
         self.console.print(text, markup=False)
@@ -53,11 +77,21 @@ class Progress:
         self._started = self._logged = time.monotonic()
         if self._bars is not None:
             self._bar = self._bars.add_task(name, total=total, rate="")
+        if self._status is not None:
+            self._status.begin(name)
+
+    def expect(self, more: int) -> None:
+        """More of it has arrived."""
+        self._total += more
+        if self._bars is not None and self._bar is not None:
+            self._bars.update(self._bar, total=self._total)
 
     def advance(self, text: str = "", steps: int = 1) -> None:
         """Some of it is done."""
         self._done += steps
         note = "  ".join(t for t in (self.rate(), text) if t)
+        if self._status is not None and text:
+            self._status.update(iterations=self._done, note=text)
         if self._bars is not None and self._bar is not None:
             self._bars.update(self._bar, advance=steps, rate=note)
         elif time.monotonic() - self._logged > _LOG_EVERY_SECONDS:

@@ -64,6 +64,7 @@ class ProjectFile(BaseModel):
     pipeline: list[Any] = Field(min_length=1)
     cluster: str = "local"
     workers: int | None = Field(None, ge=1, description="local workers; all cores if not given")
+    item_limit_seconds: float | None = Field(3600, gt=0, description="a movie that takes longer is quarantined; null for no limit")
     folder: str | None = Field(None, description="where results go; a folder with the project's name beside this file if not given")
 
 

@@ -26,7 +26,7 @@ def list_items(plan: Plan) -> list[ItemInputs]:
     """Name and inputs of every item, in order."""
     inputs = plan.file.inputs
     if inputs.movies:
-        return _distinct([_file_item("movie_path", path) for path in list_movies(plan)], "movie_path")
+        return _distinct([file_item("movie_path", path) for path in list_movies(plan)], "movie_path")
     if inputs.micrographs:
         return _distinct(_micrograph_items(plan), "micrograph_path")
     if inputs.particles:
@@ -50,7 +50,8 @@ def _distinct(items: list[ItemInputs], source: str) -> list[ItemInputs]:
     return items
 
 
-def _file_item(variable: str, path: Path) -> ItemInputs:
+def file_item(variable: str, path: Path) -> ItemInputs:
+    """Name and inputs of a file: its path, size and time, by which it is known again."""
     try:
         stat = path.stat()
     except FileNotFoundError:  # gone since it was listed: its stage says so, and the others go on
@@ -81,7 +82,7 @@ def _micrograph_items(plan: Plan) -> list[ItemInputs]:
     items = []
     for i, name in enumerate(names):
         path = find_beside(name, star)
-        label, facts = _file_item("micrograph_path", path) if path else (Path(name).stem, {"micrograph_path": name})
+        label, facts = file_item("micrograph_path", path) if path else (Path(name).stem, {"micrograph_path": name})
         facts |= {n: float(columns[n][i]) for n in keep if np.isfinite(columns[n][i])}
         items.append((label, {**facts, **picks.get(label, {})}))
     return items
@@ -120,7 +121,7 @@ def _particle_items(plan: Plan) -> list[ItemInputs]:
             digest.update(np.asarray(columns[column])[rows].astype("U").tobytes())
         for stack in dict.fromkeys(columns["image_stack"][rows].tolist()):
             found = find_beside(str(stack), Path(path))
-            digest.update(repr(_file_item("stack", found)[1] if found else stack).encode())
+            digest.update(repr(file_item("stack", found)[1] if found else stack).encode())
         label = Path(name).stem if name != "particles" else name
         facts = {"particles_path": path, "micrograph_name": name, "rows": digest.hexdigest()}
         items.append((label, facts))

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
-from distributed import Client, Future, KilledWorker, as_completed
+from distributed import Client, Future, KilledWorker
 
 from cryodask.errors import ClusterError
+from cryodask.run.health import Watch
 from cryodask.run.particles import StoredParticles
 from cryodask.stage import find_stage
 from cryodask.store.generation import Generation
@@ -36,10 +37,10 @@ def loaded(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: value.load() if isinstance(value, Stored) else value for name, value in inputs.items()}
 
 
-def run_whole(client: Client, stage_name: str, params: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """One call of a whole stage on a worker."""
+def run_whole(client: Client, stage_name: str, params: Any, inputs: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
+    """One call of a whole stage on a worker; ``tell`` is given the reason if it does not move."""
     blob = cloudpickle.dumps((stage_name, params, inputs))
-    return _results(client, {0: lambda: client.submit(_whole_task, blob, pure=False)}, lambda: None)[0]
+    return _results(Watch(client, tell), {0: lambda: client.submit(_whole_task, blob, pure=False)}, lambda: None)[0]
 
 
 def _whole_task(blob: bytes) -> dict[str, Any]:
@@ -48,13 +49,20 @@ def _whole_task(blob: bytes) -> dict[str, Any]:
     return find_stage(stage_name).process(params, **loaded(inputs))
 
 
-def run_tournament(client: Client, functions: Any, params: Any, particles: StoredParticles, advance: Callable[[], None]) -> dict[str, Any]:
+def run_tournament(
+    client: Client,
+    functions: Any,
+    params: Any,
+    particles: StoredParticles,
+    advance: Callable[[], None],
+    tell: Callable[[str], None],
+) -> dict[str, Any]:
     """All chains of a tournament, one task each; the stage chooses among them."""
     index = functions.select(params, particles.set)
     blob = cloudpickle.dumps((functions, params, particles, index))
     seeds = functions.seeds(params)
     tasks = {i: _submitter(client, blob, seed) for i, seed in enumerate(seeds)}
-    chains = _results(client, tasks, advance)
+    chains = _results(Watch(client, tell), tasks, advance)
     return functions.choose(params, [chains[i] for i in range(len(seeds))])
 
 
@@ -74,15 +82,14 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _results(client: Client, tasks: dict[int, Callable[[], Future]], advance: Callable[[], None]) -> dict[int, Any]:
+def _results(watch: Watch, tasks: dict[int, Callable[[], Future]], advance: Callable[[], None]) -> dict[int, Any]:
     """Results of tasks by number; a task whose worker died is sent again."""
     running = {number: submit() for number, submit in tasks.items()}
     tries = dict.fromkeys(tasks, 1)
     out: dict[int, Any] = {}
     while running:
-        number_of = {f.key: n for n, f in running.items()}
-        for future in as_completed(list(running.values())):
-            number = number_of[future.key]
+        watch.wait(running.values(), f"{len(running)} tasks are out", first=True)
+        for number, future in [(n, f) for n, f in running.items() if f.done()]:
             error = future.exception() if future.status == "error" else None
             if future.status == "finished":
                 out[number] = future.result()
@@ -91,7 +98,7 @@ def _results(client: Client, tasks: dict[int, Callable[[], Future]], advance: Ca
                 continue
             if error is not None and not isinstance(error, KilledWorker):
                 raise error
-            tries[number] += 1
+            tries[number] += isinstance(error, KilledWorker)
             if tries[number] > _TRIES:
                 raise ClusterError(
                     f"Workers died {_TRIES} times at the same task.", "not enough memory for it", "give the workers more memory"

@@ -24,7 +24,7 @@ from cryodask.kernels.motion_frames import (
     transform_frames,
 )
 from cryodask.kernels.motion_model import FittedField, relion_polynomial
-from cryodask.kernels.motion_patches import choose_patches, cut_patches, fit_local_motion
+from cryodask.kernels.motion_patches import choose_patches, crop_for_patches, cut_patches, fit_local_motion
 from cryodask.kernels.warp import add_warped, stripe_field
 from cryodask.stage import Frames, Params, Picture, Sizes, stage
 
@@ -69,6 +69,7 @@ class _Source:
 
     def __call__(self, index: int) -> Tensor:
         if self.kept is None:
+            # a frame of an array in memory is a view of it, which repair must not change
             frame = torch.from_numpy(np.array(self.movie[index], self.kind)).to(self.device)
         else:
             frame = self.kept[index]
@@ -82,14 +83,12 @@ class _Source:
         return frame
 
 
-_TORCH = {"uint8": torch.uint8, "int16": torch.int16, "float32": torch.float32}
+_TORCH = {"uint8": torch.uint8, "int8": torch.int8, "int16": torch.int16, "float32": torch.float32}
 
 
 def _working_type(stored: np.dtype) -> np.dtype:
-    """The type that torch computes with: uint8 and int16 as they are, int8 as int16, all others float32 (exact below 2^24)."""
-    if stored == np.uint8:
-        return np.dtype(np.uint8)
-    return np.dtype(np.int16 if stored in (np.dtype(np.int8), np.dtype(np.int16)) else np.float32)
+    """The type that torch computes with: integers of 8 bits and int16 as they are, all others float32 (exact below 2^24)."""
+    return np.dtype(stored.name if stored.name in _TORCH else np.float32)
 
 
 def _memory(params: MotionParams, sizes: Sizes) -> float:
@@ -151,7 +150,8 @@ def motion(
             "set the gain's rotation and flip",
         )
     source = _Source(movie, device, params.frames_in_memory_mb)
-    factor = None if gain is None else torch.from_numpy(np.array(gain, np.float32)).to(device)
+    # never written to: the gain that all movies of a worker share is not copied
+    factor = None if gain is None else torch.from_numpy(np.require(gain, np.float32, ["C", "W"])).to(device)
     node_shift, track, defects = _measure(params, source, frames, shape, factor, pixel_size_angstrom, dose_per_frame)
     plain, weighted = _sum_frames(
         source, frames, shape, factor, node_shift / pixel_size_angstrom, pixel_size_angstrom, dose_per_frame, pre_exposure, voltage_kv
@@ -191,21 +191,22 @@ def _measure(
         raise MicrographError("the movie has no counts at all", "the beam was blanked, or the camera failed", "remove it")
     defects = find_defects(seen.total, gain)
     source.repair = plan_repair(defects.cpu().numpy())
+    binned, counts = seen.binned, seen.mean_count
+    del seen
     nodes = _nodes(shape)
     still = np.zeros((len(nodes), frames, 2)), np.zeros((frames, 2)), int(defects.sum())
-    groups = len(seen.binned)
+    groups = len(binned)
     if groups < 2 or min(shape) < 64:
         return still
     transform = transform_frames(
-        seen.binned,
+        binned,
         None if gain is None else bin_gain(gain, defects, binning),
         bin_mask(defects, binning),
         binning=binning,
         pixel_size_angstrom=pixel,
         resolution_angstrom=max(params.alignment_resolution_angstrom, 2.0 * binning * pixel),
     )
-    counts = seen.mean_count
-    del seen
+    del binned, defects
     members = [np.arange(g * group, min(frames, (g + 1) * group)) for g in range(groups)]
     exposure = np.array([(m.mean() + 0.5) * dose for m in members])
     mean_count = np.array([counts[m].sum() for m in members])
@@ -213,6 +214,8 @@ def _measure(
     count = choose_patches(params.patches, shape, whole, groups, pixel)
     field: FittedField | None = None
     if count is not None:
+        # what patches use no longer goes first: together they would be the peak of the stage
+        transform = crop_for_patches(transform, whole, pixel)
         patches = cut_patches(transform, whole, count, shape, pixel)
         del transform
         field = fit_local_motion(patches, whole, mean_count, exposure, pixel)

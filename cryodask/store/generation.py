@@ -1,29 +1,31 @@
 """One generation of a stage: a Zarr group whose key is a hash of all that its results depend on.
 
-``<project>/stages/<label>/<key>/`` holds ``zarr.json`` (what made it), one array a bulk variable (one shard file an item), and
-``journal/`` with the commit records, in which every small variable rides. Arrays are created by the driver; workers write shards and
-journal lines only.
+``<project>/stages/<label>/<key>/`` holds ``zarr.json`` (what made it), one array a bulk variable (one shard file an item), ``journal/``
+with the commit records, in which every small variable rides, and ``columns.npz``, a cache of these (see table.py). Arrays and the cache
+are made by the driver; workers write shards and journal lines only.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import platform
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cryodask.errors import DiskFullError, MicrographError, StoreError
-from cryodask.store.journal import Journal, JournalContents, Record, content_crc, decode_value, encode_value
-from cryodask.store.shards import Layout, ShardReader, file_crc, write_shard
+from cryodask.errors import MicrographError, StoreError
+from cryodask.store import check
+from cryodask.store.files import disk_errors, fsync_folder
+from cryodask.store.journal import Journal, content_crc, decode_value, encode_value
+from cryodask.store.lines import Record
+from cryodask.store.shards import Layout, ShardFile, ShardReader, write_shard
+from cryodask.store.table import Table, TableReader, write_compaction
 from cryodask.vocabulary import VARIABLES, Var
 
 if TYPE_CHECKING:
@@ -39,35 +41,14 @@ def generation_key(parts: dict[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk and a missing permission into errors that say what to do; they stop a run, whoever meets them."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise DiskFullError(
-                f"No space is left for {path} ({error.strerror}).",
-                "the disk, your quota or a limit on the size of files is used up; everything committed so far is safe",
-                "free some space (cryodask gc removes superseded results) and run the same command again: it resumes",
-            ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-            raise StoreError(
-                f"{error.filename or path} cannot be written: {error.strerror}.",
-                "the folder belongs to somebody else, a file of that name is in the way, or the file system is mounted read-only",
-                "choose another folder for the project, or ask for write permission",
-            ) from error
-        raise
-
-
 class Generation:
-    """A generation on disk. Cheap to make and to pickle: metadata are read when first needed."""
+    """A generation on disk. Cheap to make and to pickle: all is read when first needed, and then only what came since."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.journal = Journal(self.path / "journal")
+        self._tables = TableReader(self.path, self.journal)
         self._meta: dict[str, Any] | None = None
-        self._records: dict[int, Record] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path}
@@ -126,9 +107,14 @@ class Generation:
                         attributes={"units": var.units, "long_name": var.doc},
                     )
             (part / "journal").mkdir()
+            for folder, _, names in os.walk(part):  # zarr syncs nothing, and without its metadata a generation is lost
+                for name in names:
+                    fsync_folder(os.path.join(folder, name))
+                fsync_folder(folder)
             if path.exists():  # what an interrupted removal left; gc takes it later
                 os.rename(path, path.with_name(f"{path.name}.{time.time_ns()}.part"))
             os.rename(part, path)
+            fsync_folder(path.parent)
         return made
 
     def _check_sizes(self, sizes: dict[str, int]) -> None:
@@ -187,7 +173,7 @@ class Generation:
     def commit(self, row: int, name: str, values: dict[str, Any], **info: Any) -> Record:
         """Write all bulk variables of an item, then its record: after this it exists, before it does not."""
         columns: dict[str, Any] = {}
-        shards: dict[str, int] = {}
+        shards: dict[str, ShardFile] = {}
         with disk_errors(self.path):
             for var in self.gives:
                 value = values[var.name]
@@ -201,15 +187,7 @@ class Generation:
                     columns[var.name] = str(value)
                 else:
                     columns[var.name] = encode_value(np.asarray(value, dtype=var.dtype))
-            record = {
-                "row": row,
-                "name": name,
-                "ok": True,
-                "columns": columns,
-                "shards": shards,
-                **_where(),
-                **info,
-            }
+            record = _record(row, name, columns, shards, info)
             self.journal.append(record)
         return record
 
@@ -240,7 +218,7 @@ class Generation:
                     "ok": False,
                     "error": error,
                     "message": message,
-                    "attempt": tries,
+                    "tries": tries,
                     **_where(),
                     **info,
                 }
@@ -251,7 +229,7 @@ class Generation:
         import zarr
 
         columns: dict[str, Any] = {}
-        shards: dict[str, int] = {}
+        shards: dict[str, ShardFile] = {}
         with disk_errors(self.path):
             group = zarr.open_group(self.path, mode="a")
             for name, value in values.items():
@@ -276,29 +254,23 @@ class Generation:
                         overwrite=True,
                     )
                     shards[name] = write_shard(self.shard_path(name, 0, array.ndim), layout, array)
-            record = {
-                "row": 0,
-                "name": self.meta["label"],
-                "ok": True,
-                "columns": columns,
-                "shards": shards,
-                **_where(),
-                **info,
-            }
+            record = _record(0, self.meta["label"], columns, shards, info)
             self.journal.append(record)
-        self._records = None
         return record
 
     # --- reading ------------------------------------------------------------------------------------------------------------
-    def records(self, refresh: bool = True) -> dict[int, Record]:
+    def records(self) -> dict[int, Record]:
         """Records that count, by row (failures included)."""
-        if refresh or self._records is None:
-            self._records = self.journal.read().records
-        return self._records
+        return self.journal.read().records
 
-    def committed(self, refresh: bool = True) -> dict[int, Record]:
+    def committed(self) -> dict[int, Record]:
         """Records of the items that exist."""
-        return {row: r for row, r in self.records(refresh).items() if r["ok"]}
+        return {row: r for row, r in self.records().items() if r["ok"]}
+
+    def table(self, names: Iterable[str] | None = None) -> Table:
+        """Committed items of a map stage as columns, with all of its small variables or those named; failures as records."""
+        gives = self.gives
+        return self._tables.read(gives, _small(gives) if names is None else names)[0]
 
     def read(self, record: Record, name: str) -> Any:
         """A variable of a committed item: number, text, array; a movie comes as frames."""
@@ -329,40 +301,48 @@ class Generation:
 
     def dataset(self) -> xr.Dataset:
         """What is committed, as a lazy Dataset: columns in memory, bulk variables as dask arrays."""
-        from cryodask.store.datasets import generation_dataset
+        from cryodask.store.datasets import generation_dataset, result_dataset
 
-        return generation_dataset(self)
+        return generation_dataset(self, self.table()) if self.meta["per_item"] else result_dataset(self, self.committed().get(0))
+
+    # --- care ---------------------------------------------------------------------------------------------------------------
+    def compact(self) -> None:
+        """Lay the columns of all committed items into one file, so that opening 10,000 of them costs little (driver only)."""
+        with disk_errors(self.path):
+            write_compaction(self.path, *self._tables.read(self.gives, _small(self.gives)))
+
+    def tail_length(self) -> int:
+        """Commit records that the compaction lacks."""
+        return self._tables.tail_length()
+
+    def check_files(self) -> list[str]:
+        """Take back the commits whose shards are missing or not theirs, by size and time, then bytes (driver only); a sentence each."""
+        return check.check_files(self)
 
     def damaged(self) -> list[str]:
-        """Committed shards whose bytes do not fit their record, and journal lines that cannot be read; one sentence each."""
-        contents = self.journal.read()
-        torn = [f"journal line {line} was never finished, harmless: it counts for nothing" for line in contents.torn_lines]
-        lost = [f"{self.path}: journal line {line} is damaged, its commit is lost" for line in contents.damaged_lines]
-        return [*torn, *lost, *(problem for _, problem in self._damaged_shards(contents))]
-
-    def _damaged_shards(self, contents: JournalContents) -> Iterator[tuple[Record, str]]:
-        for record in contents.records.values():
-            for name, crc in record.get("shards", {}).items():
-                path = self.shard_path(name, record["row"], len(VARIABLES[name].dims))
-                if not path.exists():
-                    yield record, f"{path}: missing, though {record['name']} is committed"
-                elif file_crc(path) != crc:
-                    yield record, f"{path}: damaged, its bytes do not fit the record of {record['name']}"
+        """Read everything again: one sentence for what does not fit its checksum, or was left behind."""
+        return check.damaged(self)
 
     def repair(self) -> list[str]:
-        """Take the commits of damaged items back, so that the next run makes them again; returns the names of these items.
+        """Take the commits of damaged items back, so that the next run makes them again (driver only); their names."""
+        return check.repair(self)
 
-        The shards stay until they are written anew, the journal lines for ever (driver only, under the project's lock).
-        """
-        contents = self.journal.read()
-        damaged = {record["row"]: (record["name"], problem) for record, problem in self._damaged_shards(contents)}
-        with disk_errors(self.path):
-            for row, (name, problem) in damaged.items():
-                self.journal.undo(row, name, contents.lines[row], problem)
-            self.journal.close()
-            self.journal.drop_damaged_lines()
-        self._records = None
-        return [name for name, _ in damaged.values()]
+
+def _small(gives: list[Var]) -> list[str]:
+    return [v.name for v in gives if v.kind != "bulk"]
+
+
+def _record(row: int, name: str, columns: dict[str, Any], shards: dict[str, ShardFile], info: dict[str, Any]) -> Record:
+    return {
+        "row": row,
+        "name": name,
+        "ok": True,
+        "columns": columns,
+        "shards": {n: s.crc for n, s in shards.items()},
+        "files": {n: [s.size, s.mtime_ns] for n, s in shards.items()},
+        **_where(),
+        **info,
+    }
 
 
 def consumed_key(generation: Generation, rows: list[int]) -> str:

@@ -1,7 +1,7 @@
 """Commit records: one line an item, written after its data is safe; the only witness of what is done.
 
-A line is ``crc32c(json) json``. Every process appends to a file of its own, so that no two writers ever share one; a line that is torn
-or does not fit its checksum is no commit. Nothing ever asks the file system what is done: it asks the journal.
+Every process appends to a file of its own, so that no two writers ever share one. Nothing ever asks the file system what is done: it
+asks the journal.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-Record = dict[str, Any]
+from cryodask.store.files import fsync_folder, write_all
+from cryodask.store.lines import LineFile, Record, checked_line, set_aside
 
 
 def encode_value(value: Any) -> Any:
@@ -51,49 +53,66 @@ def content_crc(record: Record) -> int:
     return google_crc32c.value(json.dumps(content, sort_keys=True).encode())
 
 
-def fsync_folder(folder: str | Path) -> None:
-    """Make a rename or a new file in ``folder`` survive a crash of the machine."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def rank(record: Record) -> tuple[int, bool, int, float]:
+    """Of two records of a row the one with the higher rank counts: the later input, then success, then the later sending, then time.
+
+    Clocks of several machines disagree, so time decides only between records that say nothing else.
+    """
+    return (
+        int(record.get("revision", 0)),
+        bool(record.get("ok")),
+        int(record.get("attempt", 0)),
+        float(record.get("time", 0.0)),
+    )
 
 
-@dataclass
+@dataclass(frozen=True)
 class JournalContents:
     """What the journals of a folder say: the record that counts for each row, and the lines that count for nothing.
 
-    ``torn_lines`` lack their end (the process died while it wrote), ``damaged_lines`` were whole once. ``lines`` holds the checksums of
-    all lines of a row, by which :meth:`Journal.undo` calls them.
+    ``torn_lines`` lack their end (the process died while it wrote), ``damaged_lines`` were whole once. ``lines`` holds every line of a
+    row that is not undone, with the checksum by which :meth:`Journal.undo` calls it; ``undone`` those that are. ``offsets`` is how far
+    each file was read.
     """
 
     records: dict[int, Record] = field(default_factory=dict)
     torn_lines: list[str] = field(default_factory=list)
     damaged_lines: list[str] = field(default_factory=list)
-    lines: dict[int, list[str]] = field(default_factory=dict)
+    lines: dict[int, list[tuple[str, Record]]] = field(default_factory=dict)
+    undone: set[tuple[int, str]] = field(default_factory=set)
+    offsets: dict[str, int] = field(default_factory=dict)
 
 
 class Journal:
-    """Append and read the commit records of one folder. Open files never travel with a pickle."""
+    """Append and read the commit records of one folder. Open files never travel with a pickle.
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    ``start`` gives the byte from which each file is read, for a reader that knows the rest from elsewhere.
+    """
+
+    def __init__(self, folder: str | Path, start: Mapping[str, int] | None = None) -> None:
+        self.folder, self.start = Path(folder), dict(start or {})
         self._lock = threading.Lock()
         self._fd: int | None = None
         self._pid = 0
         self._file = self.folder
+        self._reading = threading.Lock()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._files: dict[str, LineFile] = {}
+        self._found: dict[int, list[tuple[tuple[str, int], str, Record]]] = {}
+        self._undone: set[tuple[int, str]] = set()
+        self._contents = JournalContents()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder}
+        return {"folder": self.folder, "start": self.start}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["folder"])  # type: ignore[misc]
+        self.__init__(state["folder"], state["start"])  # type: ignore[misc]
 
     def append(self, record: Record) -> None:
         """Write one record and wait until it is on the disk."""
-        body = json.dumps(record, sort_keys=True).encode()
-        line = b"%08x %s\n" % (google_crc32c.value(body), body)
+        line = checked_line(record)
         with self._lock:
             if self._fd is None or self._pid != os.getpid() or not self._in_place(self._fd):
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -102,16 +121,14 @@ class Journal:
                 self._fd = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_EXCL, 0o644)
                 self._pid = os.getpid()
                 fsync_folder(self.folder)
-            written = 0
-            while written < len(line):
-                try:
-                    written += os.write(self._fd, line[written:])
-                except OSError:
-                    # the torn line must not swallow the next record: a new file starts clean
-                    os.close(self._fd)
-                    self._fd = None
-                    raise
-            os.fsync(self._fd)
+            try:
+                write_all(self._fd, line)
+                os.fsync(self._fd)
+            except OSError:
+                # the torn line must not swallow the next record: a new file starts clean
+                os.close(self._fd)
+                self._fd = None
+                raise
 
     def _in_place(self, fd: int) -> bool:
         """Whether the open file is still the one under its name: a worker may outlive a generation that was removed and made anew."""
@@ -139,61 +156,58 @@ class Journal:
     def drop_damaged_lines(self) -> None:
         """Move lines that were whole once into ``damaged-lines.txt`` beside the journals; only while nobody writes."""
         for path in sorted(self.folder.glob("*.jsonl")):
-            *whole, rest = path.read_bytes().split(b"\n")
-            bad = [line for line in whole if line and _parse(line) is None]
-            if not bad:
-                continue
-            with open(self.folder / "damaged-lines.txt", "ab") as file:
-                file.write(b"".join(line + b"\n" for line in bad))
-                file.flush()
-                os.fsync(file.fileno())
-            part = path.with_suffix(f".{os.getpid()}.part")
-            part.write_bytes(b"\n".join([*(line for line in whole if line not in bad), rest]))
-            os.rename(part, path)
-            fsync_folder(self.folder)
+            set_aside(path, torn=False)
 
     def read(self) -> JournalContents:
-        """The record that counts for each row: that of the latest input; for one input a success before a failure, then the latest."""
-        contents = JournalContents()
-        found: list[tuple[str, Record]] = []
-        undone: set[tuple[int, str]] = set()
-        for path in sorted(self.folder.glob("*.jsonl")):
-            lines = path.read_bytes().split(b"\n")
-            for number, line in enumerate(lines, 1):
-                if not line:
-                    continue
-                record = _parse(line)
-                if record is None:
-                    (contents.torn_lines if number == len(lines) else contents.damaged_lines).append(f"{path.name}:{number}")
-                elif "undoes" in record:
-                    undone.update((record["row"], line_crc) for line_crc in record["undoes"])
-                else:
-                    found.append((line[:8].decode(), record))
-        best: dict[tuple[int, Any], Record] = {}
-        latest: dict[tuple[int, Any], float] = {}
-        for line_crc, record in found:
-            row = record["row"]
-            if (row, line_crc) in undone:
-                continue
-            contents.lines.setdefault(row, []).append(line_crc)
-            key = (row, record.get("input"))
-            if key not in best or _rank(record) >= _rank(best[key]):
-                best[key] = record
-            latest[key] = max(latest.get(key, 0.0), float(record.get("time", 0.0)))
-        for key in sorted(best, key=lambda k: latest[k]):
-            contents.records[key[0]] = best[key]
-        return contents
+        """What the journals say now. Only lines that came since the last call are parsed: that of an unchanged folder costs a listing."""
+        with self._reading:
+            touched = self._take_in()
+            if touched is None:
+                self._forget()
+                touched = self._take_in() or set()
+            return self._settled(touched)
 
-
-def _parse(line: bytes) -> Record | None:
-    try:
-        if int(line[:8], 16) != google_crc32c.value(line[9:]):
+    def _take_in(self) -> set[int] | None:
+        """Parse what is new; returns the rows it speaks of, or None where a file that was read before was replaced or removed."""
+        try:
+            names = sorted(name for name in os.listdir(self.folder) if name.endswith(".jsonl"))
+        except FileNotFoundError:
+            names = []
+        if any(name not in names for name in self._files):
             return None
-        record = json.loads(line[9:])
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and "row" in record else None
+        touched: set[int] = set()
+        for name in names:
+            file = self._files.setdefault(name, LineFile(self.folder / name, self.start.get(name, 0)))
+            try:
+                lines, replaced = file.grown()
+            except FileNotFoundError:
+                return None
+            if replaced:
+                return None
+            for number, crc, record in lines:
+                row = record["row"]
+                touched.add(row)
+                if "undoes" in record:
+                    self._undone.update((row, line) for line in record["undoes"])
+                else:
+                    self._found.setdefault(row, []).append(((name, number), crc, record))
+        return touched
 
-
-def _rank(record: Record) -> tuple[bool, int, float]:
-    return bool(record.get("ok")), int(record.get("attempt", 0)), float(record.get("time", 0.0))
+    def _settled(self, touched: set[int]) -> JournalContents:
+        old = self._contents
+        torn = [f"{name}:{number}" for name, file in self._files.items() for number in file.torn]
+        damaged = [f"{name}:{number}" for name, file in self._files.items() for number in file.damaged]
+        offsets = {name: file.offset for name, file in self._files.items()}
+        if not touched and (torn, damaged, offsets) == (old.torn_lines, old.damaged_lines, old.offsets):
+            return old
+        records, lines = dict(old.records), dict(old.lines)
+        for row in touched:
+            alive = sorted((e for e in self._found.get(row, []) if (row, e[1]) not in self._undone), key=lambda e: e[0])
+            records.pop(row, None)
+            lines.pop(row, None)
+            if alive:
+                # of equal ranks the last in the order of the files, so that every reader sees the same
+                records[row] = max(alive, key=lambda e: (rank(e[2]), e[0]))[2]
+                lines[row] = [(crc, record) for _, crc, record in alive]
+        self._contents = JournalContents(records, torn, damaged, lines, set(self._undone), offsets)
+        return self._contents

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from cryodask.errors import LockedError
-from cryodask.store.generation import disk_errors
+from cryodask.store.files import disk_errors
 
 _BEAT_SECONDS = 5.0
 _DEAD_AFTER_SECONDS = 60.0

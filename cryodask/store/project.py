@@ -4,52 +4,49 @@
 
     <project>/project.yaml     the project file as given
     <project>/project.json     name, optics, and the current generation of every stage (written by the driver only)
-    <project>/items.jsonl      registry: row <-> micrograph, its input and what the input said about it
+    <project>/items.jsonl      registry: row <-> micrograph, its input and what the input said about it (see registry.py)
     <project>/stages/<stage>/<key>/   one generation (see generation.py)
 """
 
 from __future__ import annotations
 
-import hashlib
 import html
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cryodask.errors import StoreError
-from cryodask.store.datasets import describe, stack_columns
-from cryodask.store.generation import Generation, disk_errors
-from cryodask.store.journal import fsync_folder
+from cryodask.store.files import disk_errors
+from cryodask.store.files import write_atomically as _write_atomically
+from cryodask.store.generation import Generation
+from cryodask.store.lines import Record
 from cryodask.store.lock import ProjectLock
+from cryodask.store.registry import Item, Registry
+from cryodask.store.table import Table
 from cryodask.vocabulary import VARIABLES
+
+__all__ = ["Item", "Project"]
 
 if TYPE_CHECKING:
     import xarray as xr
 
 
-@dataclass(frozen=True)
-class Item:
-    """One micrograph of the registry: its row for ever, its name, and what is known of it from outside."""
-
-    row: int
-    name: str
-    inputs: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes when the input changes (another size, another time, another value in the STAR file)."""
-        return hashlib.blake2b(json.dumps(self.inputs, sort_keys=True).encode(), digest_size=6).hexdigest()
+_WORTH_COMPACTING = 500
+"""Records beyond the compaction that are read in some 0.1 s."""
 
 
 class Project:
-    """A project: ``project["ctf"]`` is a lazy Dataset, ``project.joined()`` all stages by micrograph, ``project.particles()`` a table."""
+    """A project: ``project["ctf"]`` is a lazy Dataset, ``project.joined()`` all stages by micrograph, ``project.particles()`` a table.
+
+    All of them show the micrographs whose input is there, as it was processed in its present state; a removed input keeps its row and
+    its results, which come back with it.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -61,6 +58,8 @@ class Project:
                 "give the folder that `cryodask run` printed as the project",
             )
         self.state: dict[str, Any] = self._read_state()
+        self._registry = Registry(self.path)
+        self._generations: dict[str, Generation] = {}
 
     def _read_state(self) -> dict[str, Any]:
         file = self.path / "project.json"
@@ -97,39 +96,40 @@ class Project:
             _write_atomically(self.path / "project.json", json.dumps(self.state, indent=1))
 
     def add_items(self, new: Iterable[tuple[str, dict[str, Any]]]) -> list[Item]:
-        """Register micrographs by name; a known name keeps its row and takes the new inputs. Returns the items named, in order."""
-        known = {item.name: item for item in self.items()}
-        lost = self._lost_rows(known.values())
-        free = max((item.row for item in known.values()), default=-1) + 1
-        out: list[Item] = []
-        lines: list[str] = []
-        for name, inputs in new:
-            old = known.get(name)
-            row = old.row if old is not None else lost.get(name, free)
-            free += row == free
-            item = Item(row, name, inputs)
-            if old is None or old.inputs != inputs:
-                lines.append(json.dumps({"row": item.row, "name": name, "inputs": inputs}, sort_keys=True) + "\n")
-                known[name] = item
-            out.append(item)
-        if lines:
-            with disk_errors(self.path), open(self.path / "items.jsonl", "a+b") as file:
-                file.seek(0, os.SEEK_END)
-                if file.tell():
-                    file.seek(-1, os.SEEK_END)
-                    if file.read(1) != b"\n":
-                        file.write(b"\n")  # a line torn by a crash stays a line of its own
-                file.write("".join(lines).encode())
-                file.flush()
-                os.fsync(file.fileno())
-        return out
+        """Register micrographs by name; returns the items named, in order (driver only).
 
-    def _lost_rows(self, known: Iterable[Item]) -> dict[str, int]:
-        """Rows whose line of the registry is damaged, by name, from the commit records."""
-        rows = {item.row for item in known}
-        gaps = set(range(max(rows, default=-1))) - rows
-        labels = [label for label in self.stages if gaps and self.generation(label).meta["per_item"]]
-        return {r["name"]: row for label in labels for row, r in self.generation(label).records().items() if row in gaps}
+        A known name keeps its row and takes the new inputs, which raises its revision; one that was gone is there again.
+        """
+        with disk_errors(self.path):
+            if self._registry.unreadable:
+                self._registry.mend(self._seen())
+            return self._registry.add(new)
+
+    def keep_items(self, names: Iterable[str]) -> list[Item]:
+        """Mark every item as gone that is not named: its input was removed. Returns those that went (driver only)."""
+        with disk_errors(self.path):
+            if self._registry.unreadable:
+                self._registry.mend(self._seen())
+            return self._registry.keep(names)
+
+    def compact(self) -> None:
+        """Compact every map stage whose journals have grown enough to slow readers down (driver only)."""
+        for label in self.stages:
+            generation = self.generation(label)
+            if generation.meta["per_item"]:
+                tail = generation.tail_length()
+                # a share of the whole, so that a long session writes each item a few times and not once a call
+                if tail >= _WORTH_COMPACTING and tail >= len(generation.table(())) // 8:
+                    generation.compact()
+
+    def _seen(self) -> dict[int, tuple[str, int]]:
+        """Name and latest revision of every row that has a commit record."""
+        out: dict[int, tuple[str, int]] = {}
+        for label in self.stages:
+            if self.generation(label).meta["per_item"]:
+                for row, record in self.generation(label).records().items():
+                    out[row] = (record["name"], max(int(record.get("revision", 0)), out.get(row, ("", 0))[1]))
+        return out
 
     # --- reading ------------------------------------------------------------------------------------------------------------
     @property
@@ -143,20 +143,11 @@ class Project:
         return list(self.state["order"])
 
     def items(self) -> list[Item]:
-        """The registry, in row order; the latest line of a name counts."""
-        found: dict[int, Item] = {}
-        file = self.path / "items.jsonl"
-        if file.exists():
-            for line in file.read_bytes().split(b"\n"):
-                try:
-                    entry = json.loads(line)
-                    found[entry["row"]] = Item(entry["row"], entry["name"], entry["inputs"])
-                except (ValueError, KeyError):
-                    continue
-        return [found[row] for row in sorted(found)]
+        """Micrographs whose input is there, in row order."""
+        return list(self._registry.present().values())
 
     def generation(self, label: str) -> Generation:
-        """Current generation of a stage."""
+        """Current generation of a stage; the same object while its key is the same, for it remembers what it has read."""
         key = self.state["generations"].get(label)
         if key is None:
             known = ", ".join(self.stages) or "none yet"
@@ -165,19 +156,46 @@ class Project:
                 "a typing error, or the run has not come so far",
                 "run the project first",
             )
-        return Generation(self.path / "stages" / label / key)
+        generation = self._generations.get(label)
+        if generation is None or generation.key != key:
+            generation = self._generations[label] = Generation(self.path / "stages" / label / key)
+        return generation
 
     def __contains__(self, label: str) -> bool:
         return label in self.state["generations"]
 
     def __getitem__(self, label: str) -> xr.Dataset:
-        dataset = self.generation(label).dataset()
-        failed = [r for r in self.generation(label).records().values() if not r["ok"]]
-        return dataset.assign_attrs(quarantined=len(failed))
+        from cryodask.store.datasets import generation_dataset
+
+        generation = self.generation(label)
+        if not generation.meta["per_item"]:
+            return generation.dataset().assign_attrs(quarantined=0)
+        table = self.table(label)
+        return generation_dataset(generation, table).assign_attrs(quarantined=len(table.failures))
+
+    def table(self, label: str, names: Iterable[str] | None = None) -> Table:
+        """Present items of a map stage as columns, with all of its small variables or those named; failures as records."""
+        table = self.generation(label).table(names)
+        items = self._registry.present()
+        rows, inputs = table.row.tolist(), table.input
+        shown = np.array([i for i, row in enumerate(rows) if row in items and _current(items[row], inputs[i])], dtype=np.int64)
+        failures = {r: f for r, f in table.failures.items() if r in items and _current(items[r], f.get("input"))}
+        return replace(table.take(shown), failures=failures)
+
+    def records(self, label: str) -> dict[int, Record]:
+        """Records of a stage that count, failures included: of a map stage those of present items, by row."""
+        generation = self.generation(label)
+        records = generation.records()
+        if not generation.meta["per_item"]:
+            return records
+        items = self._registry.present()
+        return {row: r for row, r in records.items() if row in items and _current(items[row], r.get("input"))}
 
     def micrographs(self) -> xr.Dataset:
         """The registry, the optics and the gain as a Dataset by micrograph."""
         import xarray as xr
+
+        from cryodask.store.datasets import describe
 
         items = self.items()
         names = {n for item in items for n in item.inputs if n in VARIABLES}
@@ -187,7 +205,7 @@ class Project:
             var = VARIABLES[name]
             if not var.dims:
                 values = [item.inputs.get(name, np.nan if var.dtype != "U" else "") for item in items]
-                data[name] = ("micrograph", stack_columns(var, values), describe(var))
+                data[name] = ("micrograph", np.array(values, dtype=object if var.dtype == "U" else var.dtype), describe(var))
         for name, value in constants.items():
             data[name] = ("micrograph", np.full(len(items), value), describe(VARIABLES[name]))
         if self.state.get("gain"):
@@ -202,12 +220,16 @@ class Project:
         """
         import xarray as xr
 
-        parts = [self.micrographs()]
-        for label in self.stages:
-            generation = self.generation(label)
-            if not generation.meta["per_item"]:
-                continue
-            dataset = generation.dataset()
+        from cryodask.store.datasets import generation_dataset
+
+        tables = {label: self.table(label) for label in self.stages if self.generation(label).meta["per_item"]}
+        registry = self.micrographs()
+        rows = registry["row"].values
+        for table in tables.values():
+            rows = np.intersect1d(rows, table.row)
+        parts = [registry.isel(micrograph=np.searchsorted(registry["row"].values, rows))]
+        for label, table in tables.items():
+            dataset = generation_dataset(self.generation(label), table.take(np.searchsorted(table.row, rows)))
             if "particle_image" in dataset:
                 dataset = dataset.rename({"y": "box_y", "x": "box_x"})
             dataset = dataset.drop_vars([v for p in parts for v in p.data_vars if v in dataset.data_vars])
@@ -230,21 +252,20 @@ class Project:
         """Quarantined items of the current generations: stage, name, error, message."""
         out = []
         for label in self.stages:
-            for record in self.generation(label).records().values():
-                if not record["ok"]:
+            if self.generation(label).meta["per_item"]:
+                for _, record in sorted(self.table(label, ()).failures.items()):
                     out.append({"stage": label, **{k: record.get(k) for k in ("row", "name", "error", "message")}})
         return out
 
     # --- housekeeping -------------------------------------------------------------------------------------------------------
     def verify(self) -> list[str]:
         """Read everything again and compare checksums; returns a sentence a problem, and one an orphan file."""
-        rows = {item.row for item in self.items()}
-        gaps = sorted(set(range(max(rows, default=-1))) - rows)
-        problems = [f"items.jsonl: the line of row {row} is damaged; the next run writes it again" for row in gaps]
+        problems = Registry(self.path).damaged(self._seen())
         for label in self.stages:
             generation = self.generation(label)
             problems += [f"{label}: {p}" for p in generation.damaged()]
         problems += [f"left over from a killed process, harmless: {p}" for p in sorted(self.path.glob("stages/**/*.part"))]
+        problems += [f"left over from a killed process, harmless: {p}" for p in sorted(self.path.glob("*.part"))]
         return problems
 
     def repair(self) -> list[str]:
@@ -275,9 +296,11 @@ class Project:
         total = len(self.items())
         for label in self.stages:
             generation = self.generation(label)
-            records = generation.records().values()
-            done, bad = sum(r["ok"] for r in records), sum(not r["ok"] for r in records)
-            counted = f"{done}/{total}" if generation.meta["per_item"] else ("done" if done else "not finished")
+            if generation.meta["per_item"]:
+                table = self.table(label, ())
+                counted, bad = f"{len(table)}/{total}", len(table.failures)
+            else:
+                counted, bad = "done" if generation.committed() else "not finished", 0
             rows.append((label, counted, str(bad) if bad else "", ", ".join(generation.meta["gives"])))
         return rows
 
@@ -295,11 +318,6 @@ class Project:
         return f"{title}<table>{head}{body}</table>"
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with open(part, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(part, path)
-    fsync_folder(path.parent)
+def _current(item: Item, made_from: str | None) -> bool:
+    """Whether a record was made from the present input of an item; one whose input never changed need not be asked."""
+    return item.revision == 0 or made_from is None or made_from == item.fingerprint

@@ -6,19 +6,21 @@ its name only when all of it is on the disk.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import google_crc32c
 import numpy as np
 from numcodecs import Blosc
 
 from cryodask.errors import StoreError
-from cryodask.store.journal import fsync_folder
+from cryodask.store.files import fsync_folder, write_all
 
 _NO_CHUNK = np.iinfo(np.uint64).max
 
@@ -68,6 +70,14 @@ class Layout:
         return [BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle", typesize=np.dtype(self.dtype).itemsize)]
 
 
+class ShardFile(NamedTuple):
+    """A shard as it was written: crc32c of the whole file, its bytes, and when it was written (ns since 1970)."""
+
+    crc: int
+    size: int
+    mtime_ns: int
+
+
 class ShardWriter:
     """Write one shard: ``put`` chunks in any order, then ``close``; nothing is visible before.
 
@@ -82,7 +92,7 @@ class ShardWriter:
         self._crc = google_crc32c.Checksum()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._part = self.path.with_name(f"{self.path.name}.{socket.gethostname()}.{os.getpid()}.part")
-        self._file = open(self._part, "wb", buffering=0)  # noqa: SIM115  (closed by close() or abort())
+        self._fd = os.open(self._part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
 
     def put(self, coordinate: tuple[int, ...], chunk: np.ndarray) -> None:
         """Append the chunk at ``coordinate`` of the chunk grid; edge chunks are padded with zeros."""
@@ -103,29 +113,32 @@ class ShardWriter:
             self.put(coordinate, array[window])
 
     def _write(self, data: bytes) -> None:
-        view = memoryview(data)
-        while len(view):
-            view = view[self._file.write(view) :]
+        write_all(self._fd, data)
         self._crc.update(bytes(data) if not isinstance(data, bytes) else data)
 
-    def close(self) -> int:
-        """Finish the shard and make it visible; returns the crc32c of the whole file, for the commit record."""
+    def close(self) -> ShardFile:
+        """Finish the shard and make it visible; returns what the commit record says of it."""
         raw = self._index.astype("<u8").tobytes()
         self._write(raw + google_crc32c.value(raw).to_bytes(4, "little"))
-        os.fsync(self._file.fileno())
-        self._file.close()
+        os.fsync(self._fd)
+        # of our own file: under its name another attempt's may stand a moment later
+        there = os.fstat(self._fd)
+        os.close(self._fd)
+        self._fd = -1
         os.rename(self._part, self.path)
         fsync_folder(self.path.parent)
-        return int.from_bytes(self._crc.digest(), "big")
+        return ShardFile(int.from_bytes(self._crc.digest(), "big"), there.st_size, there.st_mtime_ns)
 
     def abort(self) -> None:
         """Drop what was written."""
-        self._file.close()
-        self._part.unlink(missing_ok=True)
+        if self._fd >= 0:
+            os.close(self._fd)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._part)
 
 
-def write_shard(path: str | Path, layout: Layout, data: Any) -> int:
-    """Write an array, or a movie frame by frame, as one shard; returns its crc32c."""
+def write_shard(path: str | Path, layout: Layout, data: Any) -> ShardFile:
+    """Write an array, or a movie frame by frame, as one shard."""
     writer = ShardWriter(path, layout)
     try:
         if isinstance(data, np.ndarray):
@@ -151,6 +164,7 @@ class ShardReader:
         self.shape = (layout.shape[0] if length is None else length, *layout.shape[1:])
         self.dtype = np.dtype(layout.dtype)
         self._index: np.ndarray | None = None
+        self._stamp = (0, 0, 0)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -166,45 +180,52 @@ class ShardReader:
 
     def read(self) -> np.ndarray:
         """The whole item as an array."""
-        out = np.zeros(self.shape, self.dtype)
-        step = self.layout.chunk[0]
-        for k in range(-(-len(self) // step)):
-            part = out[k * step : (k + 1) * step]
-            part[...] = self.slab(k)[: len(part)]
-        return out
+        return self.window(tuple(slice(None) for _ in self.shape))
 
     def slab(self, k: int) -> np.ndarray:
         """All chunks whose first coordinate is ``k``, joined and cut to the true shape."""
-        layout = self.layout
-        index = self._read_index()
-        out = np.zeros((layout.chunk[0], *layout.padded[1:]), self.dtype)
-        codec = layout.codec()
-        with self._opened() as file:
-            for rest in np.ndindex(*layout.grid[1:]):
-                offset, size = (int(v) for v in index[(k, *rest)])
-                if offset == int(_NO_CHUNK):
-                    continue
-                file.seek(offset)
-                data = file.read(size)
-                try:
-                    raw = codec.decode(data) if codec else data
-                    chunk = np.frombuffer(raw, np.dtype(layout.dtype).newbyteorder("<")).reshape(layout.chunk)
-                except (ValueError, RuntimeError) as error:  # numcodecs raises RuntimeError for a blosc buffer that makes no sense
-                    raise self._damage(f"chunk {(k, *rest)} cannot be decoded") from error
-                window = tuple(slice(i * c, (i + 1) * c) for i, c in zip(rest, layout.chunk[1:]))
-                out[(slice(None), *window)] = chunk
-        return out[(slice(None), *(slice(0, n) for n in layout.shape[1:]))]
+        step = self.layout.chunk[0]
+        return self.window((slice(k * step, (k + 1) * step), *(slice(None) for _ in self.shape[1:])))
 
-    def _read_index(self) -> np.ndarray:
-        if self._index is None:
+    def window(self, window: tuple[slice, ...]) -> np.ndarray:
+        """A part of the item (slices of step 1), read from ONE opening of the file, so that it is never half of two writings."""
+        spans = [range(*s.indices(n)) for s, n in zip(window, self.shape)]
+        out = np.zeros([len(span) for span in spans], self.dtype)
+        if not out.size:
+            return out
+        chunk = self.layout.chunk
+        with self._opened() as file:
+            index = self._read_index(file)
+            for steps in product(*(range(span.start // c, (span.stop - 1) // c + 1) for span, c in zip(spans, chunk))):
+                here = [(max(s.start, k * c), min(s.stop, (k + 1) * c)) for s, k, c in zip(spans, steps, chunk)]
+                inside = tuple(slice(a - k * c, b - k * c) for (a, b), k, c in zip(here, steps, chunk))
+                out[tuple(slice(a - s.start, b - s.start) for (a, b), s in zip(here, spans))] = self._chunk(file, index, steps)[inside]
+        return out
+
+    def _chunk(self, file: BinaryIO, index: np.ndarray, coordinate: tuple[int, ...]) -> np.ndarray:
+        offset, size = (int(v) for v in index[coordinate])
+        if offset == int(_NO_CHUNK):
+            return np.zeros(self.layout.chunk, self.dtype)
+        file.seek(offset)
+        data = file.read(size)
+        codec = self.layout.codec()
+        try:
+            raw = codec.decode(data) if codec else data
+            return np.frombuffer(raw, np.dtype(self.layout.dtype).newbyteorder("<")).reshape(self.layout.chunk)
+        except (ValueError, RuntimeError) as error:  # numcodecs raises RuntimeError for a blosc buffer that makes no sense
+            raise self._damage(f"chunk {coordinate} cannot be decoded") from error
+
+    def _read_index(self, file: BinaryIO) -> np.ndarray:
+        there = os.fstat(file.fileno())
+        stamp = (there.st_ino, there.st_size, there.st_mtime_ns)
+        if self._index is None or stamp != self._stamp:  # written anew since: its chunks lie elsewhere
             size = 16 * int(np.prod(self.layout.grid))
-            with self._opened() as file:
-                file.seek(max(0, os.fstat(file.fileno()).st_size - size - 4))
-                raw = file.read(size)
-                crc = int.from_bytes(file.read(4), "little")
+            file.seek(max(0, there.st_size - size - 4))
+            raw = file.read(size)
+            crc = int.from_bytes(file.read(4), "little")
             if len(raw) != size or google_crc32c.value(raw) != crc:
                 raise self._damage("the index of its chunks does not fit its checksum")
-            self._index = np.frombuffer(raw, "<u8").reshape(*self.layout.grid, 2)
+            self._index, self._stamp = np.frombuffer(raw, "<u8").reshape(*self.layout.grid, 2), stamp
         return self._index
 
     def _opened(self) -> BinaryIO:

@@ -1,55 +1,80 @@
-"""A job of the map runner whose items fail on purpose: raise, kill their process, or succeed at the second try."""
+"""A job of the map runner whose items fail on purpose: they raise, hang, eat memory, kill their process, or succeed at a later try."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from cryodask.errors import DiskFullError, MovieError
 from cryodask.store.journal import Journal
 from cryodask.store.project import Item
+
+_NEEDED_BYTES = 4 << 30
+_STEP_BYTES = 16 << 20
 
 
 @dataclass
 class FaultyJob:
     """Commits a journal line an item; ``faults`` says for a row what goes wrong.
 
-    ``raise``: an error that quarantines; ``os-error-once``: an OSError at the first try; ``exit``: the process exits; ``segfault``: it
-    dies by a signal; ``unpicklable``: an exception that cannot travel; ``disk-full``: an error that stops the run.
+    ``raise``: an error that quarantines; ``os-error-once``, ``fails-twice``: an OSError at the first try or two, then success; ``exit``:
+    the process exits; ``segfault``: it dies by a signal; ``hang``: it waits for ever in C while the rest of the process goes on;
+    ``freeze``: the same while it holds the interpreter, so that nothing else in the process runs either; ``memory``: it needs 4 GB and
+    touches all of it; ``unpicklable``: an exception that cannot travel; ``disk-full``: an error that stops the run.
     """
 
     folder: Path
     faults: dict[int, str] = field(default_factory=dict)
     seconds: float = 0.0
 
-    def run(self, item: Item, device: str) -> None:
+    def run(self, item: Item, device: str, attempt: int) -> None:
         """Process one item."""
-        fault = self.faults.get(item.row)
         time.sleep(self.seconds)
+        fault = self.faults.get(item.row)
+        if fault is not None:
+            self._go_wrong(fault, item)
+        Journal(self.folder / "journal").append({"row": item.row, "name": item.name, "ok": True, "attempt": attempt})
+
+    def quarantine(self, item: Item, error: str, message: str, tries: int) -> None:
+        """Record a failure."""
+        record = {"row": item.row, "name": item.name, "ok": False, "error": error, "message": message, "tries": tries}
+        Journal(self.folder / "journal").append(record)
+
+    def _go_wrong(self, fault: str, item: Item) -> None:
         if fault == "raise":
             raise MovieError(f"{item.name} is bad")
-        if fault == "os-error-once":
-            mark = self.folder / f"tried-{item.row}"
-            if not mark.exists():
-                mark.touch()
+        if fault in ("os-error-once", "fails-twice"):
+            mark = self.folder / f"tries-{item.row}"
+            tries = len(mark.read_bytes()) if mark.exists() else 0
+            mark.write_bytes(b"x" * (tries + 1))
+            if tries < (1 if fault == "os-error-once" else 2):
                 raise OSError("the disk was busy")
+            return
         if fault == "exit":
             os._exit(3)
         if fault == "segfault":
             os.kill(os.getpid(), signal.SIGSEGV)
+        if fault in ("hang", "freeze"):
+            library = ctypes.CDLL(None) if fault == "hang" else ctypes.PyDLL(None)
+            while True:
+                library.pause()
+        if fault == "memory":
+            kept = []
+            for _ in range(_NEEDED_BYTES // _STEP_BYTES):
+                kept.append(np.ones(_STEP_BYTES, np.uint8))
+                time.sleep(0.01)  # slower than the watches look
+            return
         if fault == "unpicklable":
             raise _Unpicklable(lambda: None)
         if fault == "disk-full":
             raise DiskFullError("No space is left")
-        Journal(self.folder / "journal").append({"row": item.row, "ok": True})
-
-    def quarantine(self, item: Item, error: str, message: str, tries: int) -> None:
-        """Record a failure."""
-        record = {"row": item.row, "ok": False, "error": error, "message": message, "attempt": tries}
-        Journal(self.folder / "journal").append(record)
+        raise ValueError(f"there is no fault {fault!r}")
 
 
 class _Unpicklable(Exception):

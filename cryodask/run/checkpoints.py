@@ -1,0 +1,61 @@
+"""Checkpoints of the block runner: state and columns of an iteration in one file that appears only when it is whole on the disk."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import zipfile
+import zlib
+from pathlib import Path
+
+import cloudpickle
+import numpy as np
+
+from cryodask.stage import Columns, State
+from cryodask.store.generation import disk_errors
+from cryodask.store.journal import fsync_folder
+
+
+def write_checkpoint(folder: Path, state: State, columns: Columns) -> Path:
+    """Write ``iteration-NNNN.npz``: fsync, rename, fsync of the folder."""
+    path = folder / f"iteration-{int(state['iteration']):04d}.npz"
+    buffer = io.BytesIO()
+    plain = {k: v for k, v in state.items() if not isinstance(v, np.ndarray)}
+    arrays = {f"state/{k}": v for k, v in state.items() if isinstance(v, np.ndarray)}
+    arrays |= {f"column/{k}": v for k, v in columns.items()}
+    arrays["plain"] = np.frombuffer(cloudpickle.dumps(plain), np.uint8)
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    with disk_errors(folder):
+        part = path.with_suffix(f".{os.getpid()}.part")
+        with open(part, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(part, path)
+        fsync_folder(folder)
+    return path
+
+
+def last_checkpoint(folder: Path) -> tuple[Path | None, State, Columns]:
+    """The last checkpoint that can be read; a damaged one is set aside."""
+    for path in sorted(folder.glob("iteration-*.npz"), reverse=True):
+        try:
+            return path, *read_checkpoint(path)
+        except (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, ValueError, KeyError, EOFError):
+            os.rename(path, path.with_suffix(".damaged"))
+    return None, {}, {}
+
+
+def read_checkpoint(path: Path) -> tuple[State, Columns]:
+    """State and columns of a checkpoint."""
+    with np.load(path) as stored:
+        columns = {name.removeprefix("column/"): stored[name] for name in stored.files if name.startswith("column/")}
+    return read_state(path), columns
+
+
+def read_state(path: Path) -> State:
+    """State of a checkpoint; its columns are not read."""
+    with np.load(path) as stored:
+        state: State = cloudpickle.loads(stored["plain"].tobytes())
+        return state | {name.removeprefix("state/"): stored[name] for name in stored.files if name.startswith("state/")}

@@ -1,0 +1,121 @@
+"""Is anything moving, and if not, why: the scheduler asked now and then, and a stall explained in a sentence."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any
+
+from distributed import Client, Future, wait
+from distributed.client import FuturesCancelledError
+
+from cryodask.errors import ClusterError
+
+_LOOK_SECONDS = 2.0
+_ANSWER_SECONDS = 20.0
+_SILENT_SECONDS = 30.0
+_LONGEST_PATIENCE_SECONDS = 600.0
+
+
+class Watch:
+    """Looks at the workers, and tells of a stall: once after ``patience_seconds``, then after twice as long, and so on.
+
+    Parameters
+    ----------
+    client : Client
+    tell : callable
+        Is given the sentence that explains a stall.
+    """
+
+    def __init__(self, client: Client, tell: Callable[[str], None], patience_seconds: float = 30.0) -> None:
+        self.client, self.tell, self.patience = client, tell, patience_seconds
+        self.workers: dict[str, dict[str, Any]] = {}
+        self.answers = True
+        self.stall = ""
+        self._looked, self._moved, self._told_after = float("-inf"), time.monotonic(), patience_seconds
+
+    @property
+    def slots(self) -> int:
+        """Threads of all workers."""
+        return sum(int(w["nthreads"]) for w in self.workers.values())
+
+    def moved(self) -> None:
+        """Something was finished, or there is nothing to wait for."""
+        self._moved, self._told_after, self.stall = time.monotonic(), self.patience, ""
+
+    def look(self, waiting_for: str = "") -> bool:
+        """Ask the scheduler if the last answer is old; tell of a stall. Returns whether it asked.
+
+        Raises
+        ------
+        ClusterError
+            When the scheduler is gone for good.
+        """
+        self.check_client()
+        asked = time.monotonic() - self._looked > _LOOK_SECONDS
+        if asked:
+            self._ask()
+            self._looked = time.monotonic()
+        still = time.monotonic() - self._moved
+        if still > self._told_after:
+            self._told_after = still + min(2 * self._told_after, _LONGEST_PATIENCE_SECONDS)
+            self.stall = f"nothing was finished for {still:.0f} s: {self.reason()}" + (f" ({waiting_for})" if waiting_for else "")
+            self.tell(self.stall)
+        return asked
+
+    def wait(self, futures: Iterable[Future], waiting_for: str = "", *, first: bool = False) -> None:
+        """Wait until all futures (or the ``first``) are finished, lost or in error, and say why it takes long.
+
+        Raises
+        ------
+        ClusterError
+            When the scheduler is gone for good.
+        """
+        futures = list(futures)
+        left = futures
+        self.moved()
+        while left and not (first and len(left) < len(futures)):
+            # futures that were cancelled with their scheduler raise here; each tells its own story to whoever reads it
+            with suppress(TimeoutError, FuturesCancelledError):
+                wait(left, timeout=_LOOK_SECONDS, return_when="FIRST_COMPLETED" if first else "ALL_COMPLETED")
+            before, left = len(left), [f for f in left if not f.done()]
+            if len(left) < before:
+                self.moved()
+            self.look(waiting_for)
+
+    def reason(self) -> str:
+        """Why nothing moves, as far as the scheduler knows."""
+        if self.client.status == "connecting" or not self.answers:
+            return "the scheduler does not answer"
+        if not self.workers:
+            return "there are no workers: they have not started yet, or all were lost"
+        paused = [w for w in self.workers.values() if w.get("status") == "paused"]
+        if len(paused) == len(self.workers):
+            return f"all {len(paused)} workers are paused because their memory is full; give them more memory"
+        silent = [w for w in self.workers.values() if time.time() - float(w.get("last_seen", time.time())) > _SILENT_SECONDS]
+        if silent:
+            names = ", ".join(str(w.get("name")) for w in silent[:3])
+            return f"{len(silent)} of {len(self.workers)} workers are silent ({names}): their machine or its disk hangs"
+        more = f", {len(paused)} of them paused because their memory is full" if paused else ""
+        return f"{len(self.workers)} workers are busy{more}"
+
+    def check_client(self) -> None:
+        """Raise ClusterError when the scheduler is gone for good."""
+        if self.client.status not in ("running", "connecting"):
+            raise ClusterError(
+                f"The scheduler is gone (client {self.client.status}).",
+                "it was stopped, or its machine went down",
+                "run the same command again: everything committed is kept and it resumes",
+            )
+
+    def _ask(self) -> None:
+        scheduler = self.client.scheduler
+        try:
+            # scheduler_info() would wait for ever for a scheduler that hangs
+            answer = self.client.sync(scheduler.identity, n_workers=-1, callback_timeout=_ANSWER_SECONDS) if scheduler else None
+        except (OSError, TimeoutError):
+            answer = None
+        self.answers = answer is not None
+        if answer is not None:
+            self.workers = answer["workers"]

@@ -1,0 +1,182 @@
+"""A session while it is recorded: movies are taken when their files are complete, first come first served."""
+
+from __future__ import annotations
+
+import glob
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryodask.errors import CryodaskError
+from cryodask.run.recipe import Plan
+from cryodask.run.sources import ItemInputs, file_item
+from cryodask.store.project import Project
+
+_POLL_SECONDS = 2.0
+_SETTLED_SECONDS = 10.0
+_GIVEN_UP_SECONDS = 600.0
+_FIRST_MOVIES, _FIRST_SECONDS = 3, 60.0
+_STOP_FILE = "stop"
+
+
+@dataclass(frozen=True)
+class Until:
+    """When a watched session is over. A file called ``stop`` in the project's folder always ends it.
+
+    ``idle_seconds``: no file appeared or grew for so long. ``movies``: so many movies are in the project.
+    """
+
+    idle_seconds: float | None = None
+    movies: int | None = None
+
+
+@dataclass
+class Pending:
+    """A file that is not yet taken: its size and time when last looked at, since when they stand, and its frames (None: not whole)."""
+
+    size: int
+    mtime: float
+    since: float
+    frames: int | None
+
+
+class Arrivals:
+    """Looks for new movies; hands each on once, when it is complete.
+
+    A file is complete when it is whole (its header and directory of frames lie within its size) and has as many frames as the movies
+    before it. A whole file of another number of frames, or the first of a session, must stand still for ten seconds: a camera that
+    writes frame by frame leaves a whole, shorter movie behind each frame. A file that is not whole and stands still for ten minutes (or
+    until the session is over) is handed on as well, so that its stage says what is wrong with it: nothing is passed over in silence.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        project: Project,
+        until: Until,
+        say: Callable[[str], None],
+        *,
+        poll_seconds: float = _POLL_SECONDS,
+        settled_seconds: float = _SETTLED_SECONDS,
+    ) -> None:
+        self.until, self.say, self.settled_seconds = until, say, settled_seconds
+        self.pending: dict[str, Pending] = {}
+        self.expected_frames: int | None = None
+        self.over = False
+        self._pattern = plan.resolve(plan.file.inputs.movies or "")
+        self._stop = project.path / _STOP_FILE
+        self._poll_seconds, self._next_poll = poll_seconds, 0.0
+        # path of every movie that was handed on, by name, and the frames that they have
+        self._taken = {i.name: str(i.inputs["movie_path"]) for i in project.items() if "movie_path" in i.inputs}
+        self._facts = {i.name: i.inputs for i in project.items()}
+        self._refused: set[str] = set()
+        self._active = time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to look again."""
+        return not self.over and time.monotonic() >= self._next_poll
+
+    def first(self) -> list[ItemInputs]:
+        """Wait for the first few complete movies of a session; at once where the project has movies already."""
+        found: list[ItemInputs] = []
+        started: float | None = None
+        if not self._taken:
+            self.say(f"waiting for movies: {self._pattern}")
+        while not self.over and len(self._taken) < _FIRST_MOVIES:
+            if self.due:
+                found += self.poll()
+            started = started or (time.monotonic() if found else None)
+            if self._taken and (not found or time.monotonic() - (started or 0.0) > _FIRST_SECONDS):
+                break
+            time.sleep(0.05)
+        return found
+
+    def poll(self) -> list[ItemInputs]:
+        """Movies that became complete since the last look, oldest first; settles whether the session is ``over``."""
+        started = time.monotonic()
+        paths = self._new_paths()
+        for gone in set(self.pending) - set(paths):
+            del self.pending[gone]
+        complete = [path for path in paths if self._complete(path)]
+        out = self._take(complete)
+        self.over = self._is_over()
+        if self.over:
+            now = time.monotonic()
+            rest = [path for path, p in self.pending.items() if now - p.since >= self.settled_seconds]
+            out += self._take(rest)
+            if self.pending:
+                names = ", ".join(sorted(self.pending)[:3])
+                self.say(f"{len(self.pending)} files are still being written and are left for the next run: {names}")
+        # a slow file system must not spend its time on being listed
+        self._next_poll = time.monotonic() + max(self._poll_seconds, 10 * (time.monotonic() - started))
+        return out
+
+    def changed(self) -> list[ItemInputs]:
+        """Movies handed on before whose file has another size or time now; those that were moved away stay as they are."""
+        out = []
+        for name, path in self._taken.items():
+            if Path(path).exists():
+                now = file_item("movie_path", Path(path))
+                if now[1] != self._facts[name]:
+                    self._facts[name] = now[1]
+                    out.append(now)
+        return out
+
+    def _new_paths(self) -> list[str]:
+        known = set(self._taken.values())
+        return sorted(p for p in glob.glob(self._pattern, recursive=True) if p not in known and p not in self._refused)
+
+    def _complete(self, path: str) -> bool:
+        now = time.monotonic()
+        try:
+            stat = Path(path).stat()
+        except OSError:
+            self.pending.pop(path, None)
+            return False
+        seen = self.pending.get(path)
+        if seen is None or (seen.size, seen.mtime) != (stat.st_size, stat.st_mtime):
+            seen = self.pending[path] = Pending(stat.st_size, stat.st_mtime, now, _whole_frames(path))
+            self._active = now
+        still = now - seen.since
+        if seen.frames is None:
+            return still >= _GIVEN_UP_SECONDS
+        return still >= self.settled_seconds or seen.frames == self.expected_frames
+
+    def _take(self, paths: list[str]) -> list[ItemInputs]:
+        out = []
+        for path in sorted(paths, key=lambda p: (self.pending[p].mtime, p)):
+            del self.pending[path]
+            name, facts = file_item("movie_path", Path(path))
+            if name in self._taken:
+                self._refused.add(path)
+                self.say(f"{path} is left out: {self._taken[name]} has the same name; rename one of them")
+                continue
+            self._taken[name], self._facts[name] = path, facts
+            out.append((name, facts))
+        return out
+
+    def _is_over(self) -> bool:
+        if self._stop.exists():
+            self._stop.unlink(missing_ok=True)
+            self.say("the file stop was found: the session is over")
+            return True
+        if self.until.movies is not None and len(self._taken) >= self.until.movies:
+            self.say(f"{len(self._taken)} movies have arrived: the session is over")
+            return True
+        idle = time.monotonic() - self._active
+        if self.until.idle_seconds is not None and idle >= self.until.idle_seconds:
+            self.say(f"nothing arrived for {idle:.0f} s: the session is over")
+            return True
+        return False
+
+
+def _whole_frames(path: str) -> int | None:
+    """Frames of a movie file, None while it is not whole."""
+    from cryodask.formats.movies import open_movie
+
+    try:
+        return len(open_movie(path))
+    except (CryodaskError, OSError):
+        return None

@@ -1,0 +1,122 @@
+"""Whether what is committed is still there, bit by bit; and taking back what is not. Nothing is ever deleted.
+
+A commit whose shards are missing or hold other bytes than its record says is no commit. Its journal lines are undone by a further line,
+and the next run makes the item again. Where another whole record of the row fits the shards (a second attempt renamed its files over
+those of the first), that record counts again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cryodask.store.files import disk_errors
+from cryodask.store.journal import Journal, JournalContents
+from cryodask.store.lines import Record
+from cryodask.store.shards import file_crc
+from cryodask.store.table import damaged_compaction
+from cryodask.vocabulary import VARIABLES
+
+if TYPE_CHECKING:
+    from cryodask.store.generation import Generation
+
+
+def damaged(generation: Generation) -> list[str]:
+    """One sentence for everything in a generation that does not fit its checksum, or that a dead process left."""
+    contents = Journal(generation.journal.folder).read()
+    torn = [f"journal line {line} was never finished, harmless: it counts for nothing" for line in contents.torn_lines]
+    lost = [f"{generation.path}: journal line {line} is damaged, its commit is lost" for line in contents.damaged_lines]
+    shards = [problem for record in contents.records.values() for problem in _problems(generation, contents, record)]
+    return [*torn, *lost, *damaged_compaction(generation.path), *shards]
+
+
+def repair(generation: Generation) -> list[str]:
+    """Take back every commit that does not fit its shards, set damaged journal lines aside; returns the names of the items."""
+    contents = Journal(generation.journal.folder).read()
+    taken = _take_back(generation, contents, list(contents.records.values()))
+    with disk_errors(generation.path):
+        generation.journal.drop_damaged_lines()
+    return [record["name"] for record, _ in taken]
+
+
+def check_files(generation: Generation) -> list[str]:
+    """Compare size and time of every committed shard with its record; read those that differ, and take back what does not fit."""
+    contents = generation.journal.read()
+    touched = [record for record in contents.records.values() if not _untouched(generation, record)]
+    return [problem for _, problem in _take_back(generation, contents, touched)]
+
+
+def _shard_paths(generation: Generation, record: Record) -> Iterator[tuple[str, Path]]:
+    for name in record.get("shards", {}):
+        yield name, generation.shard_path(name, record["row"], len(VARIABLES[name].dims))
+
+
+def _untouched(generation: Generation, record: Record) -> bool:
+    for name, path in _shard_paths(generation, record):
+        try:
+            there = os.stat(path)
+        except FileNotFoundError:
+            return False
+        if [there.st_size, there.st_mtime_ns] != record.get("files", {}).get(name, [there.st_size, there.st_mtime_ns]):
+            return False
+    return True
+
+
+def _problems(generation: Generation, contents: JournalContents, record: Record) -> Iterator[str]:
+    for name, path in _shard_paths(generation, record):
+        try:
+            crc = file_crc(path)
+        except FileNotFoundError:
+            yield f"{path}: missing, though {record['name']} is committed"
+            continue
+        if crc == record["shards"][name]:
+            continue
+        other = [r for _, r in contents.lines[record["row"]] if r.get("shards", {}).get(name) == crc]
+        if other:
+            yield f"{path}: damaged, it holds what another attempt made of {record['name']}, not the record that counts"
+        elif path.stat().st_size != record.get("files", {}).get(name, [path.stat().st_size])[0]:
+            yield f"{path}: damaged, its bytes do not fit the record of {record['name']}: it has another length"
+        else:
+            yield f"{path}: damaged, its bytes do not fit the record of {record['name']}"
+
+
+def _fits(generation: Generation, record: Record) -> bool:
+    for name, path in _shard_paths(generation, record):
+        try:
+            if file_crc(path) != record["shards"][name]:
+                return False
+        except FileNotFoundError:
+            return False
+    return True
+
+
+def _take_back(generation: Generation, contents: JournalContents, records: list[Record]) -> list[tuple[Record, str]]:
+    """Undo those of ``records`` (each the one that counts for its row) that do not fit; returns them with the reason."""
+    taken = []
+    with disk_errors(generation.path):
+        for record in records:
+            problem = next(_problems(generation, contents, record), None)
+            if problem is None:
+                _set_times(generation, record)
+                continue
+            row = record["row"]
+            lines = contents.lines[row]
+            good = [crc for crc, r in lines if r["ok"] and _fits(generation, r)]
+            # without any good record an old failure must not count either: the item would never be made again
+            generation.journal.undo(row, record["name"], [crc for crc, r in lines if crc not in good and (r["ok"] or not good)], problem)
+            taken.append((record, problem))
+        generation.journal.close()
+    return taken
+
+
+def _set_times(generation: Generation, record: Record) -> None:
+    """Give shards that are whole the time of their record again (a copy has another), so that they need not be read each time."""
+    for name, path in _shard_paths(generation, record):
+        mtime = record.get("files", {}).get(name, [0, None])[1]
+        with contextlib.suppress(OSError):
+            there = os.stat(path)
+            if mtime is not None and there.st_mtime_ns != mtime:
+                os.utime(path, ns=(there.st_atime_ns, mtime))

@@ -1,0 +1,135 @@
+"""Files of lines that carry their own checksum: ``crc32c(json) json``; the journals and the registry are made of them.
+
+They only grow, so a reader keeps its place and parses every line once. A line that lacks its end was never finished (its process died);
+a whole one that does not fit its checksum is damaged. Neither counts, and neither hides its neighbours.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import google_crc32c
+
+from cryodask.store.files import append, write_atomically
+
+Record = dict[str, Any]
+_MARK = 64
+"""Bytes before a place in a file by which it is known again."""
+
+
+class Line(NamedTuple):
+    """One whole line: where it stands, what it says, and the checksum by which others speak of it."""
+
+    number: int
+    crc: str
+    record: Record
+
+
+def checked_line(record: Record) -> bytes:
+    """A record as a line."""
+    body = json.dumps(record, sort_keys=True).encode()
+    return b"%08x %s\n" % (google_crc32c.value(body), body)
+
+
+def parse_line(line: bytes) -> Record | None:
+    """The record of a line, None where it does not fit its checksum."""
+    try:
+        if int(line[:8], 16) != google_crc32c.value(line[9:]):
+            return None
+        record = json.loads(line[9:])
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and "row" in record else None
+
+
+class LineFile:
+    """One file of lines, read as it grows.
+
+    Parameters
+    ----------
+    path : Path
+    start : int
+        Byte at which to begin; what stands before is known from elsewhere.
+    """
+
+    def __init__(self, path: Path, start: int = 0) -> None:
+        self.path, self.start = path, start
+        self._forget()
+
+    def _forget(self) -> None:
+        self.offset, self._number, self._stamp = self.start, 0, (0, 0, 0, 0)
+        self.damaged: list[int] = []
+        self.torn: list[int] = []
+        self.ended = True
+
+    def grown(self) -> tuple[list[Line], bool]:
+        """Lines that came since the last call; True with them if the file was replaced, so that those of before count no more.
+
+        Raises
+        ------
+        FileNotFoundError
+        """
+        with open(self.path, "rb") as file:
+            there = os.fstat(file.fileno())
+            stamp = (there.st_dev, there.st_ino, there.st_size, there.st_mtime_ns)
+            if stamp == self._stamp:
+                return [], False
+            # of the same size, and yet touched: somebody changed what was read
+            replaced = bool(self._number) and (
+                stamp[:2] != self._stamp[:2] or there.st_size < self.offset or there.st_size == self._stamp[2]
+            )
+            if replaced:
+                self._forget()
+            file.seek(self.offset)
+            data = file.read()
+        self._stamp = stamp
+        lines: list[Line] = []
+        self.torn = []
+        self.ended = not data or data.endswith(b"\n")
+        *whole, rest = data.split(b"\n")
+        for text in whole:
+            self._number += 1
+            record = parse_line(text) if text else None
+            if record is not None:
+                lines.append(Line(self._number, text[:8].decode(), record))
+            elif text:
+                self.damaged.append(self._number)
+        self.offset += len(data) - len(rest)
+        if rest:
+            record = parse_line(rest)
+            if record is None:
+                self.torn = [self._number + 1]
+            else:  # all of it but the end of the line
+                self._number += 1
+                self.offset += len(rest)
+                lines.append(Line(self._number, rest[:8].decode(), record))
+        return lines, replaced
+
+
+def mark_of(path: Path, offset: int) -> int:
+    """Checksum of the last bytes before a place in a file: whether what stands before it was moved since; -1 where nothing is."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, offset - _MARK))
+            data = file.read(min(offset, _MARK))
+    except FileNotFoundError:
+        return -1
+    return google_crc32c.value(data) if len(data) == min(offset, _MARK) else -1
+
+
+def set_aside(path: Path, *, torn: bool, add: bytes = b"") -> None:
+    """Move lines that cannot be read into ``damaged-lines.txt`` beside the file; a torn end only if asked. Only while nobody writes.
+
+    ``add`` are lines that come in their place, in the same instant.
+    """
+    *whole, rest = path.read_bytes().split(b"\n")
+    if torn or parse_line(rest) is not None:
+        whole, rest = [*whole, rest], b""
+    bad = [line for line in whole if line and parse_line(line) is None]
+    if bad:
+        append(path.with_name("damaged-lines.txt"), b"".join(line + b"\n" for line in bad))
+    if bad or torn:
+        write_atomically(path, b"".join(line + b"\n" for line in whole if line and line not in bad) + add + rest)

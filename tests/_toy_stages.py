@@ -1,0 +1,150 @@
+"""Stages that cost nothing, with the inputs and products of the real ones: what is recomputed depends on those alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from cryodask.stage import InputFile, Params, stage
+
+BOX = 4
+
+
+class ToyParams(Params):
+    """A number, so that there is a parameter to change."""
+
+    number: float = Field(1.0, description="anything")
+
+
+class ToyReferenceParams(ToyParams):
+    """A number and a file."""
+
+    reference: InputFile | None = Field(None, description="any map")
+
+
+@stage(
+    version=1,
+    needs=["movie", "pixel_size_angstrom", "dose_per_frame"],
+    optional=["gain"],
+    gives=["micrograph_sum", "total_motion"],
+    sizes=lambda params, sizes: {"y": sizes["y"], "x": sizes["x"]},
+)
+def toy_motion(params: ToyParams, *, movie, pixel_size_angstrom, dose_per_frame, gain=None, device="cpu") -> dict[str, Any]:
+    """Sums the frames."""
+    total = sum(np.asarray(movie[i], np.float32) for i in range(len(movie))) * (1 if gain is None else gain)
+    return {"micrograph_sum": (total * params.number * dose_per_frame).astype(np.float32), "total_motion": pixel_size_angstrom}
+
+
+@stage(
+    version=1,
+    needs=["micrograph_sum", "pixel_size_angstrom", "voltage_kv"],
+    gives=["defocus_u_angstrom", "defocus_v_angstrom", "defocus_angle_deg", "phase_shift_deg"],
+)
+def toy_ctf(params: ToyParams, *, micrograph_sum, pixel_size_angstrom, voltage_kv, device="cpu") -> dict[str, Any]:
+    """Calls the mean defocus."""
+    value = float(micrograph_sum.mean()) * params.number * voltage_kv
+    return {"defocus_u_angstrom": value, "defocus_v_angstrom": value, "defocus_angle_deg": 0.0, "phase_shift_deg": 0.0}
+
+
+@stage(version=1, needs=["micrograph_sum"], gives=["pick_y", "pick_x", "pick_count"])
+def toy_pick(params: ToyReferenceParams, *, micrograph_sum, device="cpu") -> dict[str, Any]:
+    """Finds three particles everywhere."""
+    place = np.array([4.0, 8.0, 10.0], np.float32)
+    return {"pick_y": place, "pick_x": place, "pick_count": 3}
+
+
+@stage(
+    version=1,
+    needs=["micrograph_sum", "pick_y", "pick_x", "pixel_size_angstrom"],
+    gives=["particle_image", "particle_y", "particle_x", "particle_count", "particle_pixel_size_angstrom"],
+    sizes=lambda params, sizes: {"y": BOX, "x": BOX},
+)
+def toy_extract(params: ToyParams, *, micrograph_sum, pick_y, pick_x, pixel_size_angstrom, device="cpu") -> dict[str, Any]:
+    """Cuts them out."""
+    boxes = [micrograph_sum[int(y) - 2 : int(y) + 2, int(x) - 2 : int(x) + 2] for y, x in zip(pick_y, pick_x)]
+    return {
+        "particle_image": np.stack(boxes) * np.float32(params.number),
+        "particle_y": pick_y,
+        "particle_x": pick_x,
+        "particle_count": len(boxes),
+        "particle_pixel_size_angstrom": pixel_size_angstrom,
+    }
+
+
+class _Once:
+    """One iteration that adds everything up."""
+
+    halves = 1
+
+    @staticmethod
+    def start(params, particles, inputs):
+        return {"iteration": 0, "sum": np.zeros(1)}
+
+    @staticmethod
+    def load(params, state, block, device):
+        return block
+
+    @staticmethod
+    def cache_key(params, state):
+        return 0
+
+    @staticmethod
+    def prepare(params, state, half, device):
+        return None
+
+    @staticmethod
+    def expect(params, state, shared, block, previous, device):
+        return {"sum": block.images.sum(dtype=np.float64).reshape(1)}, {"class_number": np.zeros(len(block.index), np.int32)}
+
+    @staticmethod
+    def maximise(params, state, sums, device):
+        return {"iteration": state["iteration"] + 1, "sum": sums[0]["sum"]}, {}
+
+    @staticmethod
+    def finished(params, state):
+        return state["iteration"] > 0
+
+
+@stage(
+    version=1,
+    shape="blocks",
+    params=ToyParams,
+    needs=["particle_image", "defocus_u_angstrom"],
+    gives=["class_number", "class_probability", "class_score"],
+)
+class toy_classify(_Once):
+    """One class for all."""
+
+    @staticmethod
+    def result(params, state, columns):
+        count = len(columns["class_number"])
+        return {**columns, "class_probability": np.ones(count, np.float32), "class_score": np.ones(1, np.float32)}
+
+
+@stage(
+    version=1,
+    shape="blocks",
+    params=ToyReferenceParams,
+    needs=["particle_image"],
+    gives=["half_map", "map_pixel_size_angstrom"],
+)
+class toy_refine(_Once):
+    """A map that is the sum."""
+
+    @staticmethod
+    def result(params, state, columns):
+        return {"half_map": np.full((2, BOX, BOX, BOX), state["sum"][0] * params.number, np.float32), "map_pixel_size_angstrom": 1.0}
+
+
+@stage(version=1, shape="whole", needs=["half_map"], gives=["solvent_mask"])
+def toy_mask(params: ToyReferenceParams, *, half_map, device="cpu") -> dict[str, Any]:
+    """All is molecule."""
+    return {"solvent_mask": np.ones((BOX, BOX, BOX), np.float32)}
+
+
+@stage(version=1, shape="whole", needs=["half_map", "solvent_mask"], gives=["sharpened_map"])
+def toy_postprocess(params: ToyParams, *, half_map, solvent_mask, device="cpu") -> dict[str, Any]:
+    """The mean of the half-maps."""
+    return {"sharpened_map": half_map.mean(0) * solvent_mask * np.float32(params.number)}
