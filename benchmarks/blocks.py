@@ -30,6 +30,7 @@ from cryodask.kernels.fourier import centred_ifft2
 from cryodask.kernels.orientations import random_rotations
 from cryodask.kernels.projection import fourier_volume, half_plane, slices
 from cryodask.run.blocks import iterate_on_workers
+from cryodask.run.checkpoints import read_state
 from cryodask.run.leaves import cut_leaves, home_of_leaves, settle, traffic
 from cryodask.run.particles import StoredParticles
 from cryodask.stage import Columns, ParticleBlock, ParticleSet, State, Sums
@@ -178,7 +179,7 @@ def run(particles: StoredParticles, params: Classify2DParams, workers: int, fold
     return {
         "digest": digest(result), "log": read_log(log), "moved": np.diff(bytes_after).tolist(), "names": names,
         "victim": killer.victim if killer else 0, "wall": time.perf_counter() - started,
-        "state": max((folder / "checkpoints").glob("iteration-*.npz")).stat().st_size,
+        "state": sum(getattr(v, "nbytes", 8) for v in read_state(max((folder / "checkpoints").glob("iteration-*.npz"))).values()),
     }  # fmt: skip
 
 
@@ -187,7 +188,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="2,000 particles on 1 and 2 workers, to see that it runs")
     arguments = parser.parse_args()
     count, numbers = (2000, (1, 2)) if arguments.quick else (20_000, (1, 2, 4))
-    params = Classify2DParams(classes=6, resolution_angstrom=16.0, shift_range_angstrom=15.0, iterations=2)
+    params = Classify2DParams(classes=32, resolution_angstrom=14.0, shift_range_angstrom=20.0, iterations=2)
     folder = OUT / "blocks"
     shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -204,7 +205,7 @@ def report(particles: StoredParticles, runs: dict[int, dict[str, Any]], killed: 
     leaves = cut_leaves(particles.set, Counted.halves)
     worst = 1.0
     print(f"{particles.set.count} particles of {BOX} px, {len(leaves)} leaves, classify2d, {len(runs[1]['moved'])} iterations")
-    print(f"{'workers':>8}{'bits':>35}{'E-step CPU s':>26}{'wall s':>9}{'moved MB / model MB, an iteration':>40}")
+    print(f"{'workers':>8}{'bits':>35}{'E-step CPU s':>26}{'wall s':>9}   moved MB / model MB, by iteration")
     for number, found in runs.items():
         done = [e for e in found["log"] if e["event"] == "done"]
         cpu = [sum(e["cpu"] for e in done if e["iteration"] == i) for i in range(len(found["moved"]))]
@@ -215,7 +216,7 @@ def report(particles: StoredParticles, runs: dict[int, dict[str, Any]], killed: 
             assert (moved == 0) == (expected == 0), (moved, expected)
             worst = max(worst, moved / expected, expected / moved, key=lambda r: abs(np.log(r))) if expected else worst
         text = "  ".join(f"{a / 1e6:.3f} / {b / 1e6:.3f}" for a, b in pairs)
-        print(f"{number:>8}{found['digest']:>35}{' '.join(f'{c:.1f}' for c in cpu):>26}{found['wall']:9.1f}{text:>40}")
+        print(f"{number:>8}{found['digest']:>35}{' '.join(f'{c:.1f}' for c in cpu):>26}{found['wall']:9.1f}   {text}")
         print(f"         model: {model}")
     equal = len({found["digest"] for found in [*runs.values(), killed]}) == 1
     executed = sum(e["event"] == "expect" for e in killed["log"])

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_che
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from cryodask.errors import MicrographError
 from cryodask.vocabulary import SLOTS, VARIABLES, Var
 
 if TYPE_CHECKING:
@@ -237,16 +238,17 @@ def _apply_lazily(made: Stage, dataset: xr.Dataset, params: Params) -> xr.Datase
     own = {d: n for name in names for d, n in zip(VARIABLES[name].dims, dataset[name].shape[-len(VARIABLES[name].dims) :])}
     sizes = {**own, **made.sizes(params, own)}
     outs = made.gives_variables()
-    # probing one item settles the lengths that the definition leaves open
-    unknown = {d for v in outs for d in v.dims if d not in sizes}
-    if unknown:
+    # probing one item settles what the definition leaves open: lengths, and the type of what is stored as it comes
+    dtypes = {v.name: v.dtype for v in outs}
+    if "input" in dtypes.values() or any(d not in sizes for v in outs for d in v.dims):
         first = dataset[names].isel(micrograph=0) if "micrograph" in dataset.dims else dataset[names]
         given = made.process(params, **{n: _plain(first[n].values) for n in names})
         sizes |= {d: SLOTS if d == "slot" else k for v in outs for d, k in zip(v.dims, np.shape(given[v.name]))}
+        dtypes |= {name: given[name].dtype.str for name, dtype in dtypes.items() if dtype == "input"}
 
     def one(*arrays: Any) -> tuple[np.ndarray, ...]:
         given = made.process(params, **dict(zip(names, map(_plain, arrays))))
-        return tuple(_filled(np.asarray(given[v.name], v.dtype), tuple(sizes[d] for d in v.dims)) for v in outs)
+        return tuple(_filled(v, np.asarray(given[v.name], dtypes[v.name]), tuple(sizes[d] for d in v.dims)) for v in outs)
 
     inputs = []
     for name in names:
@@ -259,7 +261,7 @@ def _apply_lazily(made: Stage, dataset: xr.Dataset, params: Params) -> xr.Datase
         *inputs,
         input_core_dims=[[d for d in dataset[n].dims if d != "micrograph"] for n in names],
         output_core_dims=[[f"_{d}" for d in v.dims] for v in outs],
-        output_dtypes=[np.dtype(v.dtype) for v in outs],
+        output_dtypes=[np.dtype(dtypes[v.name]) for v in outs],
         dask="parallelized",
         vectorize=True,
         dask_gufunc_kwargs={"output_sizes": {f"_{d}": sizes[d] for v in outs for d in v.dims}},
@@ -277,10 +279,16 @@ def _plain(value: Any) -> Any:
     return array.item() if array.ndim == 0 else array
 
 
-def _filled(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def _filled(var: Var, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """A ragged output brought to the length of its dimension: NaN, or -1 for integers."""
     if array.shape == shape:
         return array
+    if var.dims[:1] != ("slot",) or array.shape[1:] != shape[1:]:
+        raise MicrographError(
+            f"{var.name} has shape {array.shape} here and {shape} for the first micrograph.",
+            "movies of different cameras, binnings or frame numbers in one Dataset",
+            "choose those of one kind",
+        )
     out = np.full(shape, np.nan if array.dtype.kind == "f" else -1, array.dtype)
     out[tuple(slice(0, n) for n in array.shape)] = array
     return out

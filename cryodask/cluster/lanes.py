@@ -7,7 +7,7 @@ smallest virtual time (seconds charged over weight) goes first. A clock is a kin
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -22,10 +22,16 @@ class Share:
     ``virtual`` is seconds charged over weight, tasks on workers included at their estimate; ``settled`` counts finished ones only.
     """
 
-    __slots__ = ("flying", "heaps", "held", "kids", "name", "parent", "settled", "several", "strict", "tag", "virtual", "waiting", "weight")
+    __slots__ = (
+        "clock", "flying", "heaps", "held", "kids", "lane", "name", "parent", "settled", "several", "strict", "tag", "virtual", "waiting",
+        "weight",
+    )  # fmt: skip
 
     def __init__(self, name: str, weight: float = 1.0, parent: Share | None = None, *, strict: bool = False) -> None:
         self.name, self.weight, self.parent, self.strict = name, weight, parent, strict
+        # clock -> lane -> user -> project
+        self.clock: Share = self if parent is None else parent.clock
+        self.lane: Share = self if parent is None or parent.parent is None else parent.lane
         self.kids: dict[str, Share] = {}
         self.waiting: list[Share] = []
         self.virtual = self.settled = self.tag = 0.0
@@ -33,25 +39,18 @@ class Share:
         self.heaps: dict[Place, list[tuple[Any, int, Any]]] = {}
         self.several: list[frozenset[str]] = []
 
-    @property
-    def lane(self) -> Share:
-        """The lane of a leaf (clock -> lane -> user -> project)."""
-        assert self.parent is not None
-        assert self.parent.parent is not None
-        return self.parent.parent
-
-    @property
-    def clock(self) -> Share:
-        """The root above a leaf."""
-        clock = self.lane.parent
-        assert clock is not None
-        return clock
-
     def in_turn(self) -> list[Share]:
         """Children that wait, the next to be served first."""
         if len(self.waiting) > 1:
             self.waiting.sort(key=_turn)
         return self.waiting
+
+    def next_leaf(self) -> Share | None:
+        """The leaf below this node that is to be served next."""
+        node = self
+        while node.waiting:
+            node = node.in_turn()[0]
+        return node if node.held else None
 
     def leaves_in_turn(self) -> Iterator[Share]:
         """Leaves that wait below this node, in the order in which they are to be served."""
@@ -118,7 +117,7 @@ def _turn(node: Share) -> tuple[bool, float]:
 
 @dataclass
 class Owner:
-    """Who pays for a task: a project of a user in a lane. A leaf on the clock of threads, and one on each clock of resources it asks for."""
+    """Who pays for a task: a project of a user in a lane, with a leaf on the clock of threads and one on each clock of resources."""
 
     lane: str
     user: str
@@ -153,7 +152,8 @@ class LaneOptions:
 class LaneQueue:
     """The set of tasks that wait on the scheduler; stands in for distributed's ``queued`` heap, and knows who holds what where."""
 
-    def __init__(self) -> None:
+    def __init__(self, leaf_of: Callable[[Any], Share]) -> None:
+        self._leaf_of = leaf_of
         self._where: dict[Any, tuple[Share, Place, int]] = {}
         self._sequence = count()
 
@@ -165,6 +165,11 @@ class LaneQueue:
 
     def __contains__(self, task: object) -> bool:
         return task in self._where
+
+    def add(self, task: Any) -> None:
+        """Let a task wait that may run anywhere, as distributed itself does it."""
+        if task not in self._where:
+            self.put(task, self._leaf_of(task), None)
 
     def put(self, task: Any, leaf: Share, place: Place) -> None:
         """Let a task wait for its turn."""

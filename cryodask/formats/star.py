@@ -221,7 +221,8 @@ def read_coordinates(path: str | Path) -> Columns:
 def find_beside(name: str, star: Path) -> Path | None:
     """A file that a STAR file names: absolute, beside the STAR file, or relative to a folder above it (a RELION project)."""
     candidates = (Path(name), *(folder / name for folder in star.resolve().parents))
-    return next((p.resolve() for p in candidates if p.is_file()), None)
+    # a link keeps its own name: many may lead to one file
+    return next((p.absolute() for p in candidates if p.is_file()), None)
 
 
 def _read(path: Path, blocks: tuple[str, ...], need: str) -> Columns:

@@ -122,7 +122,7 @@ def _latest(project: Project, name: str) -> xr.Dataset | None:
 def _section(project: Project, label: str) -> Section:
     generation = project.generation(label)
     stage = _stage(project, label)
-    records = generation.records().values()
+    records = project.records(label).values()
     done = sum(r["ok"] for r in records)
     seconds = sum(float(r.get("seconds", 0.0)) for r in records if r["ok"])
     shown = [Shown(p.title, p.caption, _png(p)) for p in _pictures(project, generation, stage)] if done else []

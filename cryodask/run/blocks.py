@@ -275,10 +275,14 @@ class _Iteration:
                 self._send_leaf(leaf, address_of[homes[leaf.number]])
             tree = self._send_tree()
             if self._all_done([*self.parts.values(), *tree]):
-                return tree[-1].result()
+                found = tree[-1].result()
+                self._release([*self.parts.values(), *tree])
+                return found
+            self._release(tree)
             while not self.watch.look():  # who is left, and who is new
                 time.sleep(0.1)
             todo = [leaf for leaf in self.leaves if self._is_lost(self.parts[leaf.number])]
+            self._release([self.parts[leaf.number] for leaf in todo])
             before, finished = finished, sum(future.status == "finished" for future in self.parts.values())
             deaths = 1 if finished > before else deaths + 1
             if deaths > _DEATHS_ALLOWED:
@@ -333,6 +337,12 @@ class _Iteration:
                 wait(futures, timeout=1.0)
             self.watch.look(f"{len(futures) - done} tasks of an iteration are out")
         return False
+
+    @staticmethod
+    def _release(futures: list[Future]) -> None:
+        # now, and not when the last reference is collected: until then Dask keeps the sums, and computes them again if their worker dies
+        for future in futures:
+            future.release()
 
     def _is_lost(self, future: Future) -> bool:
         """Whether a future died with its worker, or waits for one that is gone; an exception of the stage itself is raised here."""

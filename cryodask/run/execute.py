@@ -155,8 +155,8 @@ class Execution:
             self._set_order()
             self._map_items(chain, iter(todo))
         self.project.compact()
-        records = [self._generation(s.label).records() for s in steps]
-        bad = {row for r in records for row, record in r.items() if not record["ok"]} & {i.row for i in self.items}
+        records = [self.project.records(s.label) for s in steps]
+        bad = {row for r in records for row, record in r.items() if not record["ok"]}
         done = len(self.items) - len(bad)
         kept = f", {before} of them from before" if before else ""
         self.progress.end(f"{done} micrographs done{kept}" + (f", {len(bad)} quarantined (see cryodask info)" if bad else ""))

@@ -13,6 +13,7 @@ from cryodask.run.particles import StoredParticles, collect_particles
 from cryodask.run.recipe import Plan, Step
 from cryodask.run.whole import Stored
 from cryodask.store.generation import Generation, consumed_key, generation_key
+from cryodask.store.journal import Record
 from cryodask.store.particles import CTF_COLUMNS, OPTICS, align, missing_value
 from cryodask.store.project import Item, Project
 from cryodask.vocabulary import VARIABLES
@@ -58,7 +59,7 @@ class StepInputs:
     def _particles(self, step: Step, *, curated: bool) -> StoredParticles:
         """The particle set of a step: of all micrographs that have particles and a CTF, without those that curation removed."""
         images = self.project.generation(self.particle_label(step))
-        rows = set(images.committed())
+        rows = set(self._made(self.particle_label(step)))
         per_micrograph: dict[str, dict[int, float]] = {}
         own = images.meta["gives"]
         for name in _CTF_AND_OPTICS:
@@ -70,7 +71,7 @@ class StepInputs:
                 values = {i.row: i.inputs.get(name, constants.get(name)) for i in self.items}
                 per_micrograph[name] = {r: float(v) for r, v in values.items() if v is not None}
             elif label is not None:
-                per_micrograph[name] = {r: float(rec["columns"][name]) for r, rec in self.project.generation(label).committed().items()}
+                per_micrograph[name] = {r: float(rec["columns"][name]) for r, rec in self._made(label).items()}
             elif name != "phase_shift_deg":
                 raise ProjectFileError(
                     f"Stage {step.label} needs {name} of the particles, which nothing gives.",
@@ -103,11 +104,11 @@ class StepInputs:
             images = "particle_image" in step.source
             particles = self._particles(step, curated=images)
             label = self.particle_label(step)
-            rows = sorted(set(particles.row.tolist()))
+            used = sorted(set(particles.row.tolist()))
             columns = {n: v.tolist() for n, v in particles.set.columns.items()}
             upstream["particles"] = [
                 [self.project.generation(source).key for source in sorted(self.implied(step))],
-                consumed_key(self.project.generation(label), rows),
+                consumed_key(self.project.generation(label), used),
                 generation_key({"columns": columns, "slot": particles.slot.tolist()}),
             ]
         inputs: dict[str, Any] = {}
@@ -121,10 +122,8 @@ class StepInputs:
             generation = self.project.generation(label)
             if generation.meta["per_item"]:
                 inputs[name] = self._by_particle(generation, name, particles)
-                upstream[name] = [
-                    generation.key,
-                    consumed_key(generation, sorted(set(particles.row.tolist()) if particles else generation.committed())),
-                ]
+                rows = sorted(set(particles.row.tolist()) if particles else self._made(label))
+                upstream[name] = [generation.key, consumed_key(generation, rows)]
                 continue
             if VARIABLES[name].per_particle and particles is not None:
                 row, slot, values = (Stored(generation.path, n).load() for n in ("particle_row", "particle_slot", name))
@@ -134,6 +133,10 @@ class StepInputs:
             upstream[name] = [generation.key, consumed_key(generation, [0])]
         return particles, inputs, upstream
 
+    def _made(self, label: str) -> dict[int, Record]:
+        """Records of the present items that a map stage has done."""
+        return {row: record for row, record in self.project.records(label).items() if record["ok"]}
+
     def _input_value(self, name: str) -> Any:
         if name == "half_map_path":
             return [self.plan.resolve(p) for p in self.plan.file.inputs.half_maps or ()]
@@ -141,7 +144,7 @@ class StepInputs:
 
     def _by_particle(self, generation: Generation, name: str, particles: StoredParticles | None) -> Any:
         """A micrograph's value, once a particle where the stage works on particles, else once a micrograph."""
-        records = generation.committed()
+        records = self._made(generation.meta["label"])
         if particles is None:
             return np.array([generation.read(records[r], name) for r in sorted(records)])
         return np.array([records[int(r)]["columns"][name] if int(r) in records else np.nan for r in particles.row])

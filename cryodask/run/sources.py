@@ -119,11 +119,14 @@ def _particle_items(plan: Plan) -> list[ItemInputs]:
         digest = hashlib.blake2b(digest_size=8)
         for column in sorted(columns):
             digest.update(np.asarray(columns[column])[rows].astype("U").tobytes())
+        label = Path(name).stem if name != "particles" else name
+        facts = {"particles_path": path, "micrograph_name": name}
         for stack in dict.fromkeys(columns["image_stack"][rows].tolist()):
             found = find_beside(str(stack), Path(path))
             digest.update(repr(file_item("stack", found)[1] if found else stack).encode())
-        label = Path(name).stem if name != "particles" else name
-        facts = {"particles_path": path, "micrograph_name": name, "rows": digest.hexdigest()}
+            if found:
+                facts["stack_path"] = str(found)
+        facts["rows"] = digest.hexdigest()
         items.append((label, facts))
     return items
 

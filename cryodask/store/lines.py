@@ -77,10 +77,7 @@ class LineFile:
             stamp = (there.st_dev, there.st_ino, there.st_size, there.st_mtime_ns)
             if stamp == self._stamp:
                 return [], False
-            # of the same size, and yet touched: somebody changed what was read
-            replaced = bool(self._number) and (
-                stamp[:2] != self._stamp[:2] or there.st_size < self.offset or there.st_size == self._stamp[2]
-            )
+            replaced = bool(self._number) and (stamp[:2] != self._stamp[:2] or there.st_size < self.offset)
             if replaced:
                 self._forget()
             file.seek(self.offset)

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import google_crc32c
 import numpy as np
-from numcodecs import Blosc
+from numcodecs import Blosc, blosc
 
 from cryodask.errors import StoreError
 from cryodask.store.files import fsync_folder, write_all
@@ -59,6 +59,8 @@ class Layout:
 
     def codec(self) -> Any:
         """The inner codec, or None."""
+        # its threads place their blocks in the order in which they finish: the same pixels would give other bytes each time
+        blosc.use_threads = False
         return Blosc(cname="zstd", clevel=1, shuffle=Blosc.BITSHUFFLE) if self.compressed else None
 
     def zarr_codecs(self) -> list[Any]:

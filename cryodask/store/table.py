@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import io
 import json
+import lzma
 import os
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +29,8 @@ from cryodask.vocabulary import Var
 _FILE = "columns.npz"
 _FORMAT = 1
 _NUMBERS = ("revision", "attempt", "time")
+_UNREADABLE = (zipfile.BadZipFile, OSError, ValueError, EOFError, RuntimeError, struct.error, zlib.error, lzma.LZMAError)
+"""What zipfile raises for damage, depending on the byte; a flipped method makes it call a decompressor."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +194,7 @@ class Compaction:
         self.stamp = (there.st_dev, there.st_ino, there.st_size, there.st_mtime_ns)
         try:
             self._zip = zipfile.ZipFile(self._file)
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError) as error:
+        except _UNREADABLE as error:
             self._file.close()
             raise DamagedCompaction(str(error)) from error
         self._columns: dict[str, Column] = {}
@@ -213,7 +218,7 @@ class Compaction:
     def _bytes(self, member: str) -> bytes:
         try:
             return self._zip.read(member)
-        except (zipfile.BadZipFile, OSError, ValueError, KeyError, NotImplementedError, EOFError, RuntimeError) as error:
+        except (*_UNREADABLE, KeyError) as error:
             raise DamagedCompaction(f"{member}: {error}") from error
 
     def _array(self, member: str) -> np.ndarray:
@@ -257,11 +262,12 @@ def write_compaction(folder: Path, table: Table, contents: JournalContents) -> N
     arrays |= {f"column/{n}": c.flat for n, c in table.columns.items()} | {f"shape/{n}": c.shapes for n, c in table.columns.items()}
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as file:
-        file.writestr("head", json.dumps(head))
+        # a ZipInfo of its own says 1980: the same commits give the same bytes
+        file.writestr(zipfile.ZipInfo("head"), json.dumps(head))
         for name, texts in table.texts.items():
-            file.writestr(f"text/{name}", json.dumps(texts.tolist()))
+            file.writestr(zipfile.ZipInfo(f"text/{name}"), json.dumps(texts.tolist()))
         for name, array in arrays.items():
-            with file.open(f"{name}.npy", "w", force_zip64=True) as member:
+            with file.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
     write_atomically(folder / _FILE, buffer.getbuffer())
 

@@ -1,0 +1,522 @@
+"""A Dask scheduler that gives every lane its share of the workers.
+
+A lane is a group of clients: live processing, batch runs, notebooks. Tasks that are ready wait on the scheduler, and every slot that opens
+goes to the lane that is furthest behind its share (``lanes.py``). Inside a lane, users and their projects share in the same way; inside
+a project Dask's own order holds. Nobody's share is kept for those who do not use it.
+
+Works for any Dask: ``LocalCluster(scheduler_kwargs=...)`` takes no class, so use ``SpecCluster`` with ``{"cls": FairShareScheduler}``, our
+pools, or ``dask scheduler --preload cryodask.cluster.fairshare``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from time import monotonic
+from typing import Any
+
+import dask
+from distributed import Scheduler
+from distributed.diagnostics.plugin import SchedulerPlugin
+from distributed.scheduler import TaskState, WorkerState
+from tornado.ioloop import PeriodicCallback
+
+from cryodask.cluster.lanes import LaneOptions, LaneQueue, Owner, Place, Share
+
+THREADS = "threads"
+_TICK_MILLISECONDS = 250
+_FIRST = -math.inf
+
+
+class _Hooks(SchedulerPlugin):
+    """What distributed tells plugins in time: new graphs before their tasks move, workers that come and go."""
+
+    name = "fairshare"
+
+    def __init__(self, scheduler: FairShareScheduler) -> None:
+        self._scheduler = scheduler
+
+    def update_graph(
+        self, scheduler: Scheduler, *, client: str, tasks: list[Any], annotations: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        self._scheduler.take_graph(client, tasks, (annotations or {}).get("lane") or {})
+
+    def add_worker(self, scheduler: Scheduler, worker: str) -> None:
+        self._scheduler.workers_changed()
+
+    def remove_worker(self, scheduler: Scheduler, worker: str, **kwargs: Any) -> None:
+        self._scheduler.workers_changed(gone=worker)
+
+    def restart(self, scheduler: Scheduler) -> None:
+        self._scheduler.forget_tasks()
+
+
+class Flight:
+    """A task on a worker: who pays, since when, how much was charged, its rank there."""
+
+    __slots__ = ("charged", "leaf", "rank", "start")
+
+    def __init__(self, leaf: Share, charged: float, rank: float) -> None:
+        self.leaf, self.charged, self.rank, self.start = leaf, charged, rank, monotonic()
+
+
+class FairShareScheduler(Scheduler):
+    """A scheduler with lanes.
+
+    Parameters
+    ----------
+    lanes : mapping of str to number or mapping, optional
+        Weight of each lane, or ``{"weight": 3, "users": {"anna": 2}, "projects": {"p1": 2}}``. A lane that is not named here cannot be
+        asked for, its tasks go to ``default_lane``. Without ``lanes`` every name is a lane of weight 1.
+    strict : iterable of str
+        Lanes that always go before the others.
+    reserve : mapping of str to int
+        Threads that are kept free for a lane.
+    default_lane : str
+        Lane of clients that name none.
+
+    Notes
+    -----
+    The lane of a task is that of the task that submitted it, else the annotation ``lane`` (which Dask keeps only around ``compute()``,
+    ``persist()`` and ``submit()``), else the client's name ``lane/user/project``, else ``default_lane``.
+    """
+
+    AHEAD = 2
+    """Tasks a thread that a lane may have on a worker while nobody else has any."""
+
+    def __init__(
+        self,
+        *args: Any,
+        lanes: Mapping[str, Any] | None = None,
+        strict: Iterable[str] = (),
+        reserve: Mapping[str, int] | None = None,
+        default_lane: str = "default",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.share(lanes, strict=strict, reserve=reserve, default_lane=default_lane)
+
+    def share(
+        self,
+        lanes: Mapping[str, Any] | None = None,
+        *,
+        strict: Iterable[str] = (),
+        reserve: Mapping[str, int] | None = None,
+        default_lane: str = "default",
+    ) -> None:
+        """Begin to share; parameters as of the class."""
+        self._options = {name: LaneOptions.parse(name, given) for name, given in (lanes or {}).items()}
+        self._strict, self._reserve, self._default_lane = set(strict), dict(reserve or {}), default_lane
+        unknown = [n for n in (*self._strict, *self._reserve) if self._options and n not in self._options]
+        if unknown:
+            raise ValueError(f"strict and reserve name lanes that are not in lanes: {unknown}")
+        self._clocks: dict[Any, Share] = {}
+        self._owners: dict[tuple[str, str, str], Owner] = {}
+        # while one owner has all tasks nothing is written down a task: it is the owner of every key that is not in _others
+        self._lone: Owner | None = None
+        self._others: dict[Any, Owner] = {}
+        self._flights: dict[Any, Flight] = {}
+        self._reserved: dict[str, tuple[str, int]] = {}
+        self._finished: dict[str, float] = {}
+        self._arrived: list[Share] = []
+        self._target: WorkerState | None = None
+        self._rank: float | None = None
+        self._fresh = self._dispatching = False
+        self._submitting: Any = None
+        if math.isinf(self.WORKER_SATURATION):
+            self.WORKER_SATURATION = 1.1  # without a bound on what lies on workers there is nothing to share
+        self._held = LaneQueue(self._leaf)
+        self.queued = self._held  # type: ignore[assignment]
+        self.add_plugin(_Hooks(self))
+        self.periodic_callbacks["fairshare"] = PeriodicCallback(self._tick, _TICK_MILLISECONDS)
+
+    # --- who pays ------------------------------------------------------------------------------------------------------------
+    def owner(self, lane: str, user: str = "", project: str = "") -> Owner:
+        """The owner of that name; a lane that does not exist is the default one."""
+        if self._options and lane not in self._options:
+            lane = self._default_lane
+        path = (lane, user, project)
+        if path not in self._owners:
+            self._owners[path] = Owner(*path, self._new_leaf(THREADS, path))
+        return self._owners[path]
+
+    def owner_of_client(self, client: str) -> Owner:
+        """From the name ``lane/user/project`` that a client was given."""
+        name = client.split("-", 1)[1] if "-" in client else client
+        name = name[:-37] if len(name) > 37 and name[-37] == "-" else ("" if len(name) == 36 else name)
+        lane, _, rest = name.partition("/")
+        if not rest and (not self._options or lane not in self._options):
+            return self.owner(self._default_lane, lane)
+        user, _, project = rest.partition("/")
+        return self.owner(lane, user, project)
+
+    def owner_of(self, key: Any) -> Owner:
+        """Who pays for a task."""
+        owner = self._others.get(key) or self._lone
+        return owner if owner is not None else self.owner(self._default_lane)
+
+    def _new_leaf(self, clock: Any, path: tuple[str, str, str]) -> Share:
+        lane, user, project = path
+        options = self._options.get(lane, LaneOptions())
+        if clock not in self._clocks:
+            self._clocks[clock] = Share(str(clock))
+        node = self._clocks[clock]
+        weights = (options.weight, options.users.get(user, 1.0), options.projects.get(project, 1.0))
+        for name, weight in zip(path, weights):
+            if name not in node.kids:
+                node.kids[name] = Share(name, weight, node, strict=node.parent is None and name in self._strict)
+            node = node.kids[name]
+        return node
+
+    def _leaf(self, ts: TaskState) -> Share:
+        owner = self._others.get(ts.key) or self._lone or self.owner(self._default_lane)
+        if not ts.resource_restrictions:
+            return owner.threads
+        clock = tuple(sorted(ts.resource_restrictions))
+        if clock not in owner.others:
+            owner.others[clock] = self._new_leaf(clock, owner.path)
+        return owner.others[clock]
+
+    def _create_taskstate_from_graph(self, *args: Any, submitting_task: Any = None, **kwargs: Any) -> Any:
+        self._submitting = submitting_task
+        try:
+            return super()._create_taskstate_from_graph(*args, submitting_task=submitting_task, **kwargs)
+        finally:
+            self._submitting = None
+
+    def take_graph(self, client: str, keys: list[Any], lanes: Mapping[Any, str]) -> None:
+        """Settle who pays for the tasks of a new graph; of tasks known before, the first who submitted them."""
+        nested = self._submitting is not None and self._submitting in self.tasks
+        payer = self.owner_of(self._submitting) if nested else self.owner_of_client(client)
+        if not self._others and (self._lone is None or len(self.tasks) <= len(keys)):
+            self._lone = payer
+        if payer is not self._lone:
+            for key in keys:
+                if key not in self._others and self.tasks[key].state == "released":
+                    self._others[key] = payer
+        for key, lane in lanes.items() if not nested else ():
+            if lane != payer.lane and key in self.tasks:
+                self._others[key] = self.owner(lane, payer.user, payer.project)
+
+    def _remove_key(self, key: Any) -> None:
+        self._others.pop(key, None)
+        super()._remove_key(key)
+
+    def forget_tasks(self) -> None:
+        """All tasks are gone (restart); what was used stays counted."""
+        self._others.clear()
+        self._flights.clear()
+        self._held.clear()
+        for clock in self._clocks.values():
+            _none_flying(clock)
+
+    # --- ready tasks: sent, or held until it is their turn -----------------------------------------------------------------------
+    def _transition_waiting_processing(self, key: Any, stimulus_id: str) -> Any:
+        ts = self.tasks[key]
+        if ts.actor or not (ts._queueable or ts.worker_restrictions):
+            return Scheduler._transition_waiting_processing(self, key, stimulus_id)
+        leaf = self._leaf(ts)
+        alone = leaf.clock.held == leaf.held
+        place: Place = None
+        if ts.resource_restrictions:
+            if self.decide_worker_non_rootish(ts) is None:
+                return {key: "no-worker"}, {}, {}
+            place = self._restricted_place(ts)
+        elif self.is_rootish(ts):
+            if alone and self.idle_task_count and not self._reserved:
+                idle = self.decide_worker_rootish_queuing_enabled()
+                assert idle is not None
+                return self._add_to_processing(ts, idle, stimulus_id)
+        else:
+            ws = self.decide_worker_non_rootish(ts)
+            if ws is None:
+                return {key: "no-worker"}, {}, {}
+            ahead = self.WORKER_SATURATION if self._others and leaf.clock.flying != leaf.flying else self.AHEAD
+            if alone and self._room(ws, leaf.lane, ahead):
+                return self._add_to_processing(ts, ws, stimulus_id)
+            place = self._restricted_place(ts) or (ws.address if ts.dependencies else None)
+        self._hold(ts, leaf, place)
+        return {}, {}, {}
+
+    def _hold(self, ts: TaskState, leaf: Share, place: Place) -> None:
+        if not leaf.held and self._others:
+            self._arrived.append(leaf)
+        ts.state = "queued"
+        self._held.put(ts, leaf, place)
+        self._fresh = True
+
+    def _restricted_place(self, ts: TaskState) -> Place:
+        if ts.resource_restrictions:
+            needs = tuple(sorted(ts.resource_restrictions.items()))
+            return needs, frozenset(ts.worker_restrictions or ()), frozenset(ts.host_restrictions or ())
+        if ts.worker_restrictions or ts.host_restrictions:
+            # of tasks that would rather run there (allow_other_workers) the same is true while one of these workers lives
+            return frozenset(ws.address for ws in self.valid_workers(ts) or ()) or None
+        return None
+
+    def _transition_no_worker_processing(self, key: Any, stimulus_id: str) -> Any:
+        ts = self.tasks[key]
+        if self.decide_worker_non_rootish(ts) is not None:
+            self.unrunnable.pop(ts, None)
+            self._hold(ts, self._leaf(ts), self._restricted_place(ts))
+        return {}, {}, {}
+
+    def _transition_queued_processing(self, key: Any, stimulus_id: str) -> Any:
+        ws, self._target = self._target, None
+        if ws is None:
+            return {}, {}, {}
+        ts = self.tasks[key]
+        self._held.discard(ts)
+        return self._add_to_processing(ts, ws, stimulus_id)
+
+    _TRANSITIONS_TABLE = {  # noqa: RUF012  (distributed looks its functions up here, not as methods)
+        **Scheduler._TRANSITIONS_TABLE,
+        ("waiting", "processing"): _transition_waiting_processing,
+        ("queued", "processing"): _transition_queued_processing,
+        ("no-worker", "processing"): _transition_no_worker_processing,
+    }
+
+    def workers_changed(self, gone: str | None = None) -> None:
+        """Find new places for held tasks that were bound to workers, and new threads to reserve."""
+        moved = self._held.restricted() + (self._held.tasks_at(gone) if gone else [])
+        for ts in moved:
+            self._held.discard(ts)
+            self._held.put(ts, self._leaf(ts), self._restricted_place(ts))
+        self._fresh = self._fresh or bool(moved)
+        if gone:
+            self._finished.pop(gone, None)
+        self._reserved.clear()
+        for lane, threads in self._reserve.items():
+            left = threads
+            for ws in sorted(self.running, key=lambda ws: ws.address):
+                if left > 0 and ws.address not in self._reserved and ws.address != gone:
+                    kept = min(left, ws.nthreads)
+                    self._reserved[ws.address] = (lane, kept)
+                    left -= kept
+
+    def _room(self, ws: WorkerState, lane: Share, saturation: float) -> bool:
+        busy = len(ws.processing) - len(ws.long_running)
+        kept = self._reserved.get(ws.address)
+        if kept is not None and kept[0] != lane.name:
+            return busy + kept[1] < ws.nthreads
+        return busy < max(math.ceil(saturation * ws.nthreads), 1)
+
+    # --- a slot opens ------------------------------------------------------------------------------------------------------------
+    def transitions(self, recommendations: Any, stimulus_id: str) -> None:
+        """As distributed's; then what was held by it may find a free slot, for no other event may come."""
+        super().transitions(recommendations, stimulus_id)
+        if self._fresh and not self._dispatching:
+            self.stimulus_queue_slots_maybe_opened(stimulus_id=stimulus_id)
+
+    def stimulus_queue_slots_maybe_opened(self, *, stimulus_id: str) -> None:
+        """Send held tasks to workers that have room, in the order of their lanes."""
+        self._fresh = False
+        if self._dispatching or not len(self._held):
+            return
+        self._dispatching = True
+        try:
+            for name, clock in list(self._clocks.items()):
+                if clock.held:
+                    (self._fill_threads if name == THREADS else self._fill_resources)(clock, stimulus_id)
+            if self._arrived:
+                self._overtake(stimulus_id)
+        finally:
+            self._dispatching = False
+
+    def _send(self, ts: TaskState, ws: WorkerState, stimulus_id: str) -> None:
+        self._target = ws
+        Scheduler.transitions(self, {ts.key: "processing"}, stimulus_id)
+
+    def _fill_threads(self, clock: Share, stimulus_id: str) -> None:
+        tried: set[WorkerState] = set()
+        while clock.held:
+            idle = self.idle_task_count - tried if tried else self.idle_task_count
+            if not idle:
+                return
+            ws = min(idle, key=_load) if len(idle) > 1 else next(iter(idle))
+            ts = self._choose(clock, ws)
+            if ts is None:
+                tried.add(ws)
+            else:
+                self._send(ts, ws, stimulus_id)
+
+    def _choose(self, clock: Share, ws: WorkerState) -> TaskState | None:
+        """The task that a free slot of this worker goes to."""
+        for leaf in clock.leaves_in_turn():
+            if not self._reserved or self._room(ws, leaf.lane, self.WORKER_SATURATION):
+                ts = self._held.best_at(leaf, ws.address)
+                if ts is not None:
+                    return ts
+        if len(ws.processing) - len(ws.long_running) < ws.nthreads:  # a thread is idle: take what waits for a busy worker
+            for leaf in clock.leaves_in_turn():
+                if not self._reserved or self._room(ws, leaf.lane, self.WORKER_SATURATION):
+                    for place in [p for p in leaf.heaps if type(p) is str]:
+                        entry = self._held.top(leaf, place)
+                        if entry is not None and self._sooner_here(leaf, place, entry[2], ws):
+                            return entry[2]
+        return None
+
+    def _sooner_here(self, leaf: Share, place: str, ts: TaskState, ws: WorkerState) -> bool:
+        other = self.workers.get(place)
+        if other is None:
+            return True
+        return self.get_comm_cost(ts, ws) < self._estimate(ts) * (1 + len(leaf.heaps[place]) / other.nthreads)
+
+    def _fill_resources(self, clock: Share, stimulus_id: str) -> None:
+        full: set[Place] = set()
+        while (found := self._next_with_resources(clock, full)) is not None:
+            self._send(*found, stimulus_id)
+
+    def _next_with_resources(self, clock: Share, full: set[Place]) -> tuple[TaskState, WorkerState] | None:
+        for leaf in clock.leaves_in_turn():
+            for place in [p for p in leaf.heaps if p not in full]:
+                entry = self._held.top(leaf, place)
+                if entry is not None:
+                    ws = self._worker_with_resources(entry[2])
+                    if ws is not None:
+                        return entry[2], ws
+                    full.add(place)
+        return None
+
+    def _worker_with_resources(self, ts: TaskState) -> WorkerState | None:
+        """A worker on which the resources that a task needs are free now: none waits on a worker for them."""
+        valid, needs = self.valid_workers(ts), ts.resource_restrictions or {}
+        free = [
+            ws
+            for ws in (self.running if valid is None else valid)
+            if ws in self.running and all(ws.used_resources.get(r, 0.0) + need <= ws.resources.get(r, 0.0) for r, need in needs.items())
+        ]
+        return min(free, key=_load) if free else None
+
+    def _overtake(self, stimulus_id: str) -> None:
+        """Send the first tasks of a lane that comes anew to full workers, ahead of what waits there.
+
+        Otherwise they would wait for two tasks of others: the one that runs, and the one sent ahead to follow it.
+        """
+        arrived, self._arrived = self._arrived, []
+        for leaf in arrived:
+            while leaf.held and leaf.clock.kids and leaf.clock.next_leaf() is leaf and type(leaf.clock.name) is str:
+                ws = self._worker_to_overtake(leaf)
+                ts = None if ws is None else self._held.best_at(leaf, ws.address)
+                if ts is None or ws is None:
+                    break
+                self._send(ts, ws, stimulus_id)
+
+    def _worker_to_overtake(self, leaf: Share) -> WorkerState | None:
+        """Of the workers on which tasks of others wait that may run later, the one likely to finish its next task first."""
+        tag = leaf.lane.start_tag()
+        best: tuple[int, float, WorkerState] | None = None
+        for ws in self.running:
+            if leaf.clock is not self._clocks.get(THREADS) or len(ws.processing) - len(ws.long_running) <= ws.nthreads:
+                continue
+            flights = [self._flights.get(ts.key) for ts in ws.processing]
+            own = sum(f is not None and f.leaf.lane is leaf.lane for f in flights)
+            behind = sum(f is None or f.rank > tag for f in flights)
+            if own < ws.nthreads and behind and not (self._reserved and not self._room(ws, leaf.lane, self.AHEAD + 1)):
+                score = own, self._finished.get(ws.address, 0.0)
+                if best is None or score < best[:2]:
+                    best = (*score, ws)
+        return None if best is None else best[2]
+
+    def _refill(self, worker: str, stimulus_id: str) -> None:
+        """Keep a worker supplied with tasks whose inputs it has, while their lane is alone."""
+        clock, ws = self._clocks[THREADS], self.workers.get(worker)
+        leaf = clock.next_leaf()
+        if leaf is None or leaf.held != clock.held or ws is None or ws not in self.running:
+            return
+        if self._others and clock.flying != leaf.flying:
+            return
+        while worker in leaf.heaps and self._room(ws, leaf.lane, self.AHEAD):
+            entry = self._held.top(leaf, worker)
+            if entry is None:
+                return
+            self._send(entry[2], ws, stimulus_id)
+
+    # --- what was used -----------------------------------------------------------------------------------------------------------
+    def _estimate(self, ts: TaskState) -> float:
+        average = ts.prefix.duration_average
+        return average if average >= 0 else max(self.UNKNOWN_TASK_DURATION, ts.prefix.max_exec_time)
+
+    def _add_to_processing(self, ts: TaskState, ws: WorkerState, stimulus_id: str) -> Any:
+        if self._others and not ts.actor:
+            leaf, cost = self._leaf(ts), self._estimate(ts)
+            # what needs resources is sent only when they are free, and must not wait for what was sent before it
+            rank = _FIRST if ts.resource_restrictions else leaf.lane.start_tag()
+            self._flights[ts.key] = Flight(leaf, cost, rank)
+            leaf.charge(cost)
+            leaf.fly(1)
+        return super()._add_to_processing(ts, ws, stimulus_id)
+
+    def _task_to_msg(self, ts: TaskState, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        # workers run by priority, and there an older client's tasks would overtake for ever
+        message = super()._task_to_msg(ts, *args, **kwargs)
+        flight = self._flights.get(ts.key)
+        if flight is not None:
+            message["priority"] = (flight.rank, 0, *message["priority"])
+        else:
+            lone = self._lone
+            message["priority"] = (lone.threads.lane.virtual if lone is not None else 0.0, 1, *message["priority"])
+        return message
+
+    def _settle(self, key: Any, seconds: float | None = None) -> None:
+        flight = self._flights.pop(key, None)
+        if flight is not None:
+            spent = monotonic() - flight.start if seconds is None else seconds
+            flight.leaf.charge(spent - flight.charged, spent)
+            flight.leaf.fly(-1)
+
+    def _exit_processing_common(self, ts: TaskState) -> WorkerState | None:
+        if ts.key in self._flights:
+            self._settle(ts.key)
+        return super()._exit_processing_common(ts)
+
+    def handle_task_finished(self, key: Any, worker: str, stimulus_id: str, **message: Any) -> None:
+        """As distributed's, with the time that the worker measured charged first."""
+        if key in self._flights:
+            ts = self.tasks.get(key)
+            # stolen tasks finish elsewhere than where they were sent; a stale report of another worker settles nothing
+            if ts is not None and ts.processing_on is not None and ts.processing_on.address == worker:
+                self._settle(key, sum(s["stop"] - s["start"] for s in message["startstops"] if s["action"] == "compute"))
+            self._finished[worker] = monotonic()
+        super().handle_task_finished(key, worker, stimulus_id, **message)
+        if len(self._held):
+            self._refill(worker, stimulus_id)
+
+    def handle_long_running(self, key: Any, worker: str, *args: Any, **kwargs: Any) -> None:
+        """As distributed's; a task that has left its thread pays for the time before."""
+        if key in self._flights:
+            self._settle(key, kwargs.get("compute_duration"))
+        super().handle_long_running(key, worker, *args, **kwargs)
+
+    def _tick(self) -> None:
+        """Charge what is out longer than it was charged for, so that a lane of long unknown tasks cannot take every slot."""
+        now = monotonic()
+        for flight in self._flights.values():
+            spent = now - flight.start
+            if spent > flight.charged:
+                flight.leaf.charge(spent - flight.charged)
+                flight.charged = spent
+        if len(self._held):
+            self.stimulus_queue_slots_maybe_opened(stimulus_id=f"fairshare-tick-{now}")
+
+
+def _load(ws: WorkerState) -> float:
+    return len(ws.processing) / ws.nthreads
+
+
+def _none_flying(node: Share) -> None:
+    node.flying = 0
+    for kid in node.kids.values():
+        _none_flying(kid)
+
+
+async def dask_setup(scheduler: Scheduler) -> None:
+    """``dask scheduler --preload cryodask.cluster.fairshare``: options stand in Dask's configuration under ``cryodask.fairshare``."""
+    scheduler.__class__ = FairShareScheduler
+    assert isinstance(scheduler, FairShareScheduler)
+    scheduler.share(**(dask.config.get("cryodask.fairshare", {}) or {}))
+    scheduler.periodic_callbacks["fairshare"].start()
+    for table in (scheduler.handlers, scheduler.stream_handlers):
+        for operation, function in table.items():
+            if getattr(function, "__self__", None) is scheduler:  # bound to the class that it was
+                table[operation] = getattr(scheduler, function.__name__)

@@ -1,0 +1,185 @@
+"""Readers of a project that grows under their eyes: never an exception, never half an item, and cheap after compaction."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from cryodask.store.generation import Generation
+from cryodask.store.journal import encode_value
+from cryodask.store.lines import checked_line
+from cryodask.store.project import Project
+from cryodask.vocabulary import VARIABLES
+
+PARTICLES = 5
+
+READER = """
+import sys, time, warnings
+import dask, numpy as np
+import cryodask
+dask.config.set(scheduler="synchronous")
+path, seconds = sys.argv[1], float(sys.argv[2])
+end, looks, most, revisions = time.monotonic() + seconds, 0, 0, set()
+kept = cryodask.open(path)                       # a notebook's project, opened once
+while time.monotonic() < end or looks < 3:
+    for project in (cryodask.open(path), kept):
+        repr(project); project._repr_html_(); project.failures()
+        for label in ("motion", "extract"):
+            dataset = project[label]
+            rows = dataset["row"].values
+            assert (np.diff(rows) > 0).all()
+            if label == "motion":
+                revision = (dataset["total_motion"].values - rows) / 1000
+                assert (revision == revision.round()).all() and (revision >= 0).all(), revision
+                assert (dataset["frame_shift"].values == dataset["total_motion"].values[:, None, None]).all()
+                for place in range(max(0, len(rows) - 3), len(rows)):
+                    image = dataset["micrograph_sum"][place].values
+                    assert (image == image[0, 0]).all(), "half of one picture, half of another"
+                    # the picture may be of a later commit than the numbers, never of an earlier
+                    assert image[0, 0] >= dataset["total_motion"].values[place], (image[0, 0], dataset["total_motion"].values[place])
+                revisions |= set(revision.tolist())
+        joined = project.joined()
+        assert joined.sizes["micrograph"] <= len(project.items())
+        particles = project.particles()
+        if particles.sizes.get("particle"):
+            last = particles.isel(particle=slice(-3, None)).compute()
+            assert (last["particle_image"].values[:, 0, 0] == last["particle_row"].values).all()
+            assert (last["particle_y"].values == last["particle_row"].values).all()
+        most = max(most, joined.sizes["micrograph"])
+        looks += 1
+print(looks, most, len(revisions))
+"""
+
+
+def growing(folder: Path) -> Project:
+    project = Project.create(folder, "growing")
+    for label, gives, sizes in (
+        ("motion", ("micrograph_sum", "total_motion", "frame_shift"), {"y": 64, "x": 48}),
+        (
+            "extract",
+            ("particle_image", "particle_y", "particle_x", "particle_count", "particle_pixel_size_angstrom"),
+            {"slot": 64, "y": 8, "x": 8},
+        ),
+    ):
+        meta = {"label": label, "stage": label, "version": 1, "params": {}, "upstream": {}}
+        Generation.create(folder / "stages" / label / "key", meta=meta, gives=gives, per_item=True, sizes=sizes, dtypes={})
+        project.state["generations"][label] = "key"
+        project.state["order"].append(label)
+    project.save()
+    return project
+
+
+def commit(project: Project, item, attempt: int) -> None:
+    number = item.row + 1000.0 * item.revision
+    made = {"input": item.fingerprint, "revision": item.revision, "attempt": attempt}
+    given = {"micrograph_sum": np.full((64, 48), number, np.float32), "total_motion": number}
+    project.generation("motion").commit(item.row, item.name, {**given, "frame_shift": np.full((4, 2), number)}, **made)
+    row = np.full(PARTICLES, item.row, np.float32)
+    given = {"particle_y": row, "particle_x": row, "particle_count": PARTICLES, "particle_pixel_size_angstrom": 1.0}
+    images = np.broadcast_to(row[:, None, None], (PARTICLES, 8, 8)).copy()
+    project.generation("extract").commit(item.row, item.name, {**given, "particle_image": images}, **made)
+
+
+def test_readers_of_a_growing_project_see_whole_items_and_no_exception(tmp_path):
+    project = growing(tmp_path / "p")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    reader = subprocess.Popen(
+        [sys.executable, "-c", READER, str(project.path), "6"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    made: list[str] = []
+    number = 0
+    while reader.poll() is None:
+        number += 1
+        made.append(f"m{number}")
+        item = project.add_items([(made[-1], {"version": 0})])[0]
+        commit(project, item, number)
+        if number % 3 == 0:  # an input changes: its item is committed anew, over the shard that readers look at
+            item = project.add_items([(made[-2], {"version": number})])[0]
+            commit(project, item, number)
+        if number % 7 == 0:
+            project.generation("motion").commit_failure(number + 10**6, "nobody", "MovieError", "bad", 1)
+            project.generation("motion").compact()
+            project.generation("extract").compact()
+        if number % 11 == 0:
+            project.keep_items(made[1:])
+            project.add_items([(made[0], {"version": 0})])
+        time.sleep(0.005)
+    said, error = reader.communicate()
+    assert reader.returncode == 0, error
+    looks, most, revisions = map(int, said.split())
+    print(f"{looks} looks at {most} of {number} items, {revisions} revisions seen")
+    assert looks >= 3
+    assert most > 3
+    assert [p for p in Project(project.path).verify() if "harmless" not in p] == []
+
+
+COST = """
+import sys, time
+import dask.array, xarray, pandas
+import cryodask, cryodask.store.project, cryodask.store.datasets
+before = time.process_time()
+project = cryodask.open(sys.argv[1])
+shown = repr(project) if sys.argv[2] == "repr" else project.joined() if sys.argv[2] == "joined" else project[sys.argv[2]]
+print(time.process_time() - before, 0 if isinstance(shown, str) else shown.sizes["micrograph"])
+"""
+LENGTHS = {"frame": 32, "axis": 2, "patch": 25, "coefficient": 36, "shell": 512, "radius": 64, "slot": 300}
+
+
+def session(folder: Path, count: int) -> Project:
+    """The journals of ``count`` micrographs of 3838 x 3710 with 300 particles each, as four stages leave them; no shards."""
+    from cryodask.stage import load_stages
+
+    project = Project.create(folder, "session")
+    items = project.add_items(
+        (f"FoilHole_{i:08d}_fractions", {"movie_path": f"/data/{i:08d}.tif", "size": i, "mtime": 0.5}) for i in range(count)
+    )
+    rng = np.random.default_rng(0)
+    for label in ("motion", "ctf", "pick", "extract"):
+        gives = load_stages()[label].gives_variables()
+        sizes = {"y": 3838, "x": 3710, "ky": 512, "kx": 257, "slot": 4096} if label != "extract" else {"slot": 4096, "y": 64, "x": 64}
+        bulk = {v.name: 1 for v in gives if v.kind == "bulk"}
+        meta = {"label": label, "stage": label, "version": 1, "params": {}, "upstream": {}}
+        sizes = {d: sizes[d] for name in bulk for d in VARIABLES[name].dims}
+        names = tuple(v.name for v in gives)
+        made = Generation.create(folder / "stages" / label / "key", meta=meta, gives=names, per_item=True, sizes=sizes, dtypes={})
+        with open(made.path / "journal" / "node-1-a.jsonl", "wb") as file:
+            for item in items:
+                columns = {v.name: rng.integers(0, 99, [LENGTHS[d] for d in v.dims]).astype(v.dtype) for v in gives if v.kind != "bulk"}
+                record = {
+                    "row": item.row,
+                    "name": item.name,
+                    "ok": True,
+                    "input": item.fingerprint,
+                    "time": float(item.row),
+                    "attempt": item.row,
+                }
+                record |= {"columns": {n: encode_value(v) for n, v in columns.items()}, "shards": bulk, "revision": 0}
+                if item.row % 1000 == 7:
+                    record |= {"ok": False, "error": "MovieError", "message": "bad"}
+                file.write(checked_line(record))
+        project.state["generations"][label] = "key"
+        project.state["order"].append(label)
+    project.save()
+    return project
+
+
+def test_opening_ten_thousand_items_is_cheap_after_compaction(tmp_path):
+    project = session(tmp_path / "p", 10_000)
+    project.compact()
+    costs = {}
+    for what in ("repr", "motion", "ctf", "pick", "extract", "joined"):
+        done = subprocess.run([sys.executable, "-c", COST, str(project.path), what], capture_output=True, text=True, check=True)
+        costs[what], count = float(done.stdout.split()[0]), int(done.stdout.split()[1])
+        assert count == (0 if what == "repr" else 9_990)
+    print(json.dumps({f"open_and_{k}_cpu_s": round(v, 3) for k, v in costs.items()}))
+    assert max(v for k, v in costs.items() if k != "joined") < 1.5
