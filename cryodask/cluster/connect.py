@@ -36,6 +36,10 @@ _SETTINGS = {
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.target": False,
     "distributed.admin.tick.limit": "30s",
+    # every process asks itself 50 times a second how late it is, and looks at the machine twice: with two workers that was 6 of the 8 % of
+    # a core that an idle cluster used (memory limits have an interval of their own)
+    "distributed.admin.tick.interval": "1s",
+    "distributed.admin.system-monitor.interval": "3s",
     "distributed.comm.timeouts.connect": "60s",
 }
 

@@ -239,7 +239,7 @@ class FairShareScheduler(Scheduler):
         return {}, {}, {}
 
     def _hold(self, ts: TaskState, leaf: Share, place: Place) -> None:
-        if not leaf.held and self._others:
+        if not leaf.held and self._others and leaf.clock.name == THREADS:
             self._arrived.append(leaf)
         ts.state = "queued"
         self._held.put(ts, leaf, place)
@@ -275,6 +275,15 @@ class FairShareScheduler(Scheduler):
         ("queued", "processing"): _transition_queued_processing,
         ("no-worker", "processing"): _transition_no_worker_processing,
     }
+
+    def validate_queued(self, key: Any) -> None:
+        """As distributed's, where any ready task may wait, not those of large groups alone."""
+        ts = self.tasks[key]
+        assert ts in self._held
+        assert not ts.waiting_on
+        assert not ts.who_has
+        assert not ts.processing_on
+        assert not ts.actor
 
     def workers_changed(self, gone: str | None = None) -> None:
         """Find new places for held tasks that were bound to workers, and new threads to reserve."""
@@ -395,7 +404,7 @@ class FairShareScheduler(Scheduler):
         """
         arrived, self._arrived = self._arrived, []
         for leaf in arrived:
-            while leaf.held and leaf.clock.kids and leaf.clock.next_leaf() is leaf and type(leaf.clock.name) is str:
+            while leaf.held and leaf.lane.is_next():
                 ws = self._worker_to_overtake(leaf)
                 ts = None if ws is None else self._held.best_at(leaf, ws.address)
                 if ts is None or ws is None:
@@ -407,7 +416,7 @@ class FairShareScheduler(Scheduler):
         tag = leaf.lane.start_tag()
         best: tuple[int, float, WorkerState] | None = None
         for ws in self.running:
-            if leaf.clock is not self._clocks.get(THREADS) or len(ws.processing) - len(ws.long_running) <= ws.nthreads:
+            if len(ws.processing) - len(ws.long_running) <= ws.nthreads:
                 continue
             flights = [self._flights.get(ts.key) for ts in ws.processing]
             own = sum(f is not None and f.leaf.lane is leaf.lane for f in flights)

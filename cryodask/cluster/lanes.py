@@ -52,6 +52,11 @@ class Share:
             node = node.in_turn()[0]
         return node if node.held else None
 
+    def is_next(self) -> bool:
+        """Whether none of its siblings that wait is to be served before it."""
+        assert self.parent is not None
+        return _turn(self) <= _turn(self.parent.in_turn()[0])
+
     def leaves_in_turn(self) -> Iterator[Share]:
         """Leaves that wait below this node, in the order in which they are to be served."""
         for kid in list(self.in_turn()):
@@ -103,10 +108,10 @@ class Share:
     def start_tag(self) -> float:
         """Rank of a lane's next task on its worker: smaller runs first, equal leaves Dask's own order.
 
-        It follows the virtual time in steps of half of what is in flight: consecutive tasks of a lane share it, and still a lane that
+        It follows the virtual time in steps of a quarter of what is in flight: consecutive tasks of a lane share it, and still a lane that
         comes anew, which starts at what the others have settled, is ahead of everything of theirs that has not begun.
         """
-        if self.virtual - self.tag > 0.5 * (self.virtual - self.settled):
+        if self.virtual - self.tag > 0.25 * (self.virtual - self.settled):
             self.tag = self.virtual
         return self.tag
 

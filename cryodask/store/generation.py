@@ -312,7 +312,7 @@ class Generation:
             write_compaction(self.path, *self._tables.read(self.gives, _small(self.gives)))
 
     def tail_length(self) -> int:
-        """Commit records that the compaction lacks."""
+        """Commit records that a reader has to parse: those that the compaction lacks."""
         return self._tables.tail_length()
 
     def check_files(self) -> list[str]:

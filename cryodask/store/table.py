@@ -298,10 +298,12 @@ class TableReader:
         return Table.of(contents.records, gives, names), contents
 
     def tail_length(self) -> int:
-        """Records that the compaction lacks."""
-        if self._open() is None:
-            return len(self.journal.read().records)
-        return len(self._tail.read().records)
+        """Records that readers have to parse: those beyond the compaction, or all where it cannot be used."""
+        if self._open() is not None:
+            contents = self._tail.read()
+            if not contents.undone:
+                return len(contents.records)
+        return sum(len(lines) for lines in self.journal.read().lines.values())
 
     def _open(self) -> Compaction | None:
         try:

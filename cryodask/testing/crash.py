@@ -1,8 +1,8 @@
-"""Kill a process between any two of its system calls: what it left is what a power cut of that process leaves.
+"""Kill a process between any two of its system calls, to look at what the next one finds.
 
 The work runs in a forked child whose ``os`` calls that change the disk are counted; before the n-th of them the child kills itself with
 SIGKILL, which no handler, no ``finally`` and no buffer survives. Code that writes through ``open(...)`` of Python is not seen: the store
-writes through ``os`` alone.
+writes through ``os`` alone. The machine lives on, so this says nothing about a power cut.
 """
 
 from __future__ import annotations

@@ -1,0 +1,424 @@
+"""Lanes on a real scheduler with real workers in this process: who pays, who goes next, and that nothing is ever left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import dask
+import dask.array as da
+import pytest
+from distributed import Client, Reschedule, Scheduler, SpecCluster, Worker, get_client, get_worker
+from distributed.diagnostics.plugin import SchedulerPlugin
+
+from cryodask.cluster.fairshare import FairShareScheduler
+
+LOG: list[tuple[str, float, float]] = []
+
+
+class _Recorder(SchedulerPlugin):
+    """Start and stop of every task by the workers' own clocks."""
+
+    def transition(self, key, start, finish, *args, startstops=None, **kwargs) -> None:
+        for phase in startstops or () if finish in ("memory", "erred") else ():
+            if phase["action"] == "compute":
+                name = key[0] if isinstance(key, tuple) else key
+                LOG.append((str(name), phase["start"], phase["stop"]))
+
+
+@asynccontextmanager
+async def cluster(workers: int = 2, threads: int = 1, resources: dict | None = None, **options) -> AsyncIterator[FairShareScheduler]:
+    LOG.clear()
+    settings = {
+        "distributed.worker.memory.terminate": False,
+        "distributed.worker.memory.pause": False,
+        "distributed.admin.tick.limit": "60s",
+    }
+    with dask.config.set(settings):
+        async with FairShareScheduler(dashboard=False, host="127.0.0.1", port=0, validate=True, **options) as scheduler:
+            scheduler.add_plugin(_Recorder())
+            made = [
+                await Worker(scheduler.address, nthreads=threads, resources=resources, host="127.0.0.1", dashboard=False, name=f"w{i}")
+                for i in range(workers)
+            ]
+            try:
+                yield scheduler
+            finally:
+                for worker in made:
+                    await worker.close(nanny=False)
+
+
+def client(scheduler: Scheduler, name: str) -> Client:
+    return Client(scheduler.address, asynchronous=True, name=name, set_as_default=False)
+
+
+def sleep(number: int, seconds: float = 0.1, *inputs) -> int:
+    time.sleep(seconds)
+    return number
+
+
+def is_clean(scheduler: FairShareScheduler) -> None:
+    assert not scheduler.tasks
+    assert len(scheduler.queued) == 0
+    assert scheduler._flights == {}
+    assert scheduler._others == {}
+    for clock in scheduler._clocks.values():
+        nodes = [clock]
+        while nodes:
+            node = nodes.pop()
+            assert (node.held, node.flying, node.waiting, node.heaps) == (0, 0, [], {})
+            nodes += node.kids.values()
+
+
+async def until_clean(scheduler: FairShareScheduler) -> None:
+    for _ in range(100):
+        if not scheduler.tasks:
+            break
+        await asyncio.sleep(0.05)
+    is_clean(scheduler)
+
+
+def shares(begin: float, end: float, lanes: str) -> list[float]:
+    used = [sum(max(0.0, min(b, end) - max(a, begin)) for name, a, b in LOG if name[0] == lane) for lane in lanes]
+    return [100 * u / sum(used) for u in used]
+
+
+def run(scenario: Callable[[], object]) -> None:
+    asyncio.run(asyncio.wait_for(scenario(), 120))  # type: ignore[arg-type]
+
+
+# --- shares ------------------------------------------------------------------------------------------------------------------------
+async def _roots(c: Client, lane: str, seconds: float = 0.1):
+    return c.map(sleep, range(600), [seconds] * 600, key=lane, pure=False)
+
+
+async def _in_memory(c: Client, lane: str, seconds: float = 0.1):
+    inputs = await c.scatter(list(range(600)), hash=False)
+    return [inputs, c.map(sleep, range(600), [seconds] * 600, inputs, key=lane, pure=False)]
+
+
+async def _with_resources(c: Client, lane: str):
+    return c.map(sleep, range(600), [0.1] * 600, key=lane, pure=False, resources={"GPU": 1})
+
+
+async def _restricted(c: Client, lane: str):
+    return c.map(sleep, range(600), [0.1] * 600, key=lane, pure=False, workers=["w0", "w1"])
+
+
+@pytest.mark.parametrize("flood", [_roots, _in_memory, _with_resources, _restricted])
+@pytest.mark.parametrize("weights", [(1, 1), (1, 3)])
+def test_a_lane_that_comes_later_gets_its_share(flood, weights):
+    async def scenario():
+        lanes = dict(zip("AB", weights))
+        async with cluster(2, 8, {"GPU": 8}, lanes=lanes) as scheduler, client(scheduler, "A/x") as a, client(scheduler, "B/y") as b:
+            kept = [await flood(a, "A")]
+            await asyncio.sleep(0.5)
+            kept.append(await flood(b, "B"))
+            await asyncio.sleep(0.5)
+            begin = time.time()
+            await asyncio.sleep(3.0)
+            found = shares(begin, time.time() - 0.1, "AB")
+            wanted = [100 * w / sum(weights) for w in weights]
+            assert found == pytest.approx(wanted, abs=5), found
+
+    run(scenario)
+
+
+def test_users_and_projects_share_inside_their_lane():
+    async def scenario():
+        lanes = {"A": {"weight": 1, "users": {"anna": 2}}, "B": 1}
+        async with cluster(2, 8, lanes=lanes) as scheduler, client(scheduler, "A/anna") as anna, client(scheduler, "A/ben/p") as ben:
+            async with client(scheduler, "B") as b:
+                kept = [await _roots(anna, "1"), await _roots(ben, "2"), await _roots(b, "3")]
+                await asyncio.sleep(1.0)
+                begin = time.time()
+                await asyncio.sleep(4.0)
+                found = shares(begin, time.time() - 0.1, "123")
+                assert found == pytest.approx([100 / 3, 100 / 6, 50], abs=5), found
+                del kept
+
+    run(scenario)
+
+
+def test_short_tasks_are_not_worth_more_than_long_ones():
+    async def scenario():
+        async with cluster(2, 4, lanes={"A": 1, "B": 1}) as scheduler, client(scheduler, "A") as a, client(scheduler, "B") as b:
+            kept = [a.map(sleep, range(300), [0.2] * 300, key="A", pure=False)]
+            kept.append(b.map(sleep, range(2000), [0.025] * 2000, key="B", pure=False))
+            await asyncio.sleep(1.5)
+            begin = time.time()
+            await asyncio.sleep(5.0)
+            assert shares(begin, time.time() - 0.2, "AB") == pytest.approx([50, 50], abs=6)
+            del kept
+
+    run(scenario)
+
+
+# --- latency -----------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("flood", [_roots, _in_memory])
+def test_a_single_task_of_a_quiet_lane_waits_for_one_foreign_task_at_most(flood):
+    async def scenario():
+        async with cluster(2, 1, lanes={"live": 3, "A": 1}) as scheduler, client(scheduler, "live/x") as live, client(scheduler, "A") as a:
+            kept = await flood(a, "A", 0.4)
+            await asyncio.sleep(1.0)
+            waited = []
+            for number in range(8):
+                sent = time.time()
+                await live.submit(sleep, number, 0.01, key=f"L{number}", pure=False)
+                waited.append(next(begin for name, begin, _ in LOG if name == f"L{number}") - sent)
+                await asyncio.sleep(0.33)
+            assert max(waited) < 0.4 + 0.2, waited  # one foreign task, and the way there and back
+            del kept
+
+    run(scenario)
+
+
+def test_a_reserved_thread_is_free_for_its_lane_at_once():
+    async def scenario():
+        async with cluster(2, 2, lanes={"live": 1, "A": 1}, reserve={"live": 1}) as scheduler:
+            async with client(scheduler, "A") as a, client(scheduler, "live") as live:
+                kept = a.map(sleep, range(100), [0.5] * 100, key="A", pure=False)
+                await asyncio.sleep(0.8)
+                assert sum(len(ws.processing) for ws in scheduler.workers.values() if len(ws.processing) < ws.nthreads) == 1
+                sent = time.time()
+                await live.submit(sleep, 1, 0.01, key="L", pure=False)
+                assert time.time() - sent < 0.2
+                del kept
+
+    run(scenario)
+
+
+def test_a_strict_lane_goes_before_all_others():
+    async def scenario():
+        async with cluster(1, 1, lanes={"live": 1, "A": 9}, strict=["live"]) as scheduler:
+            async with client(scheduler, "A") as a, client(scheduler, "live") as live:
+                kept = a.map(sleep, range(50), [0.05] * 50, key="A", pure=False)
+                await asyncio.sleep(0.3)
+                await live.gather(live.map(sleep, range(10), [0.05] * 10, key="L", pure=False))
+                order = [name[0] for name, _, _ in sorted(LOG, key=lambda entry: entry[1])]
+                first = order.index("L")
+                assert order[first : first + 11].count("A") <= 1, order
+                del kept
+
+    run(scenario)
+
+
+# --- who pays ------------------------------------------------------------------------------------------------------------------------
+def test_the_lane_comes_from_the_name_the_annotation_or_the_default():
+    async def scenario():
+        async with cluster(lanes={"live": 3, "hpda": 1}, default_lane="hpda") as scheduler:
+            async with client(scheduler, "live/anna/p1") as c, client(scheduler, "nobody") as other:
+                with dask.annotate(lane="hpda"):
+                    annotated = c.submit(sleep, 1, 0.5, key="annotated", pure=False)
+                    invented = other.submit(sleep, 1, 0.5, key="other", pure=False)
+                with dask.annotate(lane="invented"):
+                    unknown = c.submit(sleep, 1, 0.5, key="unknown", pure=False)
+                named = c.submit(sleep, 1, 0.5, key="named", pure=False)
+                await asyncio.sleep(0.3)
+                paths = {key: scheduler.owner_of(key).path for key in ("annotated", "other", "unknown", "named")}
+                assert paths["named"] == ("live", "anna", "p1")
+                assert paths["annotated"] == ("hpda", "anna", "p1")
+                assert paths["unknown"] == ("hpda", "anna", "p1"), "an invented lane is the default one"
+                assert paths["other"] == ("hpda", "nobody", "")
+                await asyncio.gather(annotated, invented, unknown, named)
+
+    run(scenario)
+
+
+def test_an_annotation_holds_around_compute_and_is_lost_where_a_graph_is_built():
+    async def scenario():
+        async with cluster(lanes={"live": 1, "hpda": 1}, default_lane="hpda") as scheduler, client(scheduler, "hpda") as c:
+
+            def lanes() -> set[str]:
+                return {scheduler.owner_of(key).lane for key in scheduler.tasks}
+
+            def block(x):
+                time.sleep(0.3)
+                return x
+
+            with dask.annotate(lane="live"):
+                built = da.ones((4, 4), chunks=2).map_blocks(block)
+            future = c.compute(built.sum())
+            await asyncio.sleep(0.2)
+            assert lanes() == {"hpda"}, "Dask forgets annotations of graphs of arrays"
+            await future
+            del future
+            await until_clean(scheduler)
+            with dask.annotate(lane="live"):
+                future = c.compute(da.ones((4, 4), chunks=2).map_blocks(block).sum())
+            await asyncio.sleep(0.2)
+            assert lanes() == {"live"}
+            await future
+
+    run(scenario)
+
+
+def test_tasks_submitted_by_tasks_stay_in_their_lane():
+    def parent() -> list[int]:
+        with get_client() as inner:
+            return inner.gather(inner.map(sleep, range(4), [0.1] * 4, key="child", pure=False))
+
+    async def scenario():
+        async with cluster(2, 2, lanes={"live": 1, "hpda": 1}) as scheduler, client(scheduler, "live/anna") as c:
+            future = c.submit(parent, key="parent", pure=False)
+            seen = set()
+            while not future.done():
+                seen |= {scheduler.owner_of(key).path for key in scheduler.tasks if "child" in str(key)}
+                await asyncio.sleep(0.02)
+            assert await future == [0, 1, 2, 3]
+            assert seen == {("live", "anna", "")}
+
+    run(scenario)
+
+
+# --- nothing is left behind ------------------------------------------------------------------------------------------------------------
+class Counter:
+    def __init__(self) -> None:
+        self.n = 0
+
+    def add(self) -> int:
+        self.n += 1
+        return self.n
+
+
+def sometimes(number: int) -> int:
+    worker = get_worker()
+    if worker.name == "w0" and number % 2:
+        raise Reschedule
+    return number
+
+
+def test_actors_shuffles_nested_rescheduled_late_and_cancelled_tasks_end_and_leave_nothing():
+    async def scenario():
+        import pandas as pd
+        from dask import dataframe as dd
+
+        async with cluster(2, 2, {"GPU": 1}, lanes={"A": 1, "B": 2}) as scheduler, client(scheduler, "A") as a, client(scheduler, "B") as b:
+            flood = a.map(sleep, range(400), [0.01] * 400, key="A", pure=False)
+            actor = b.submit(Counter, actor=True, key="actor")
+            while "actor" not in scheduler.tasks or scheduler.tasks["actor"].state != "memory":  # it comes past the flood
+                await asyncio.sleep(0.02)
+            assert scheduler.tasks["actor"].actor
+            frame = dd.from_pandas(pd.DataFrame({"k": [i % 7 for i in range(200)], "v": 1.0}), npartitions=8)
+            shuffled = b.compute(frame.shuffle("k").groupby("k").v.sum())
+            moved = b.map(sometimes, range(20), pure=False, key="moved")
+            gate = b.submit(sleep, 0, 0.5, key="gate", pure=False)
+            late = b.map(sleep, range(100), [0.01] * 100, [gate] * 100, key="late", pure=False)
+            with_gpu = b.map(sleep, range(10), [0.01] * 10, key="gpu", pure=False, resources={"GPU": 1})
+            dropped = b.map(sleep, range(200), [0.05] * 200, key="dropped", pure=False)
+            array = b.compute(da.random.random((400, 400), chunks=50).rechunk((400, 10)).sum())
+            await asyncio.sleep(0.2)
+            await b.cancel(dropped)
+            assert (await shuffled).sum() == 200.0
+            assert await b.gather(moved) == list(range(20))
+            assert await b.gather(late) == list(range(100))
+            assert await b.gather(with_gpu) == list(range(10))
+            assert 79_000 < float(await array) < 81_000
+            assert await a.gather(flood) == list(range(400))
+            del flood, actor, shuffled, moved, gate, late, with_gpu, dropped, array
+            await until_clean(scheduler)
+
+    run(scenario)
+
+
+def test_a_worker_that_is_lost_with_held_and_running_tasks_costs_nothing_but_time():
+    async def scenario():
+        async with cluster(1, 2, lanes={"A": 1, "B": 1}) as scheduler, client(scheduler, "A") as a, client(scheduler, "B") as b:
+            doomed = await Worker(scheduler.address, nthreads=2, host="127.0.0.1", dashboard=False, name="doomed")
+            inputs = await a.scatter(list(range(60)), hash=False, workers=["w0"])
+            futures = a.map(sleep, range(60), [0.05] * 60, inputs, key="A", pure=False)
+            only_there = b.map(sleep, range(30), [0.05] * 30, key="B", pure=False, workers=["doomed"], allow_other_workers=True)
+            await asyncio.sleep(0.3)
+            assert {ts.processing_on.name for ts in scheduler.tasks.values() if ts.key.startswith("B") and ts.processing_on} == {"doomed"}
+            await doomed.close(nanny=False)
+            assert await b.gather(only_there) == list(range(30))
+            assert await a.gather(futures) == list(range(60))
+            del inputs, futures, only_there
+            await until_clean(scheduler)
+
+    run(scenario)
+
+
+def test_tasks_that_prefer_a_worker_wait_for_it_while_it_lives():
+    async def scenario():
+        async with cluster(2, 1, lanes={"A": 1, "B": 1}) as scheduler, client(scheduler, "A") as a, client(scheduler, "B") as b:
+            kept = a.map(sleep, range(40), [0.02] * 40, key="A", pure=False)
+            futures = b.map(
+                lambda i: (time.sleep(0.02), get_worker().name)[1], range(20), key="B", workers=["w1"], allow_other_workers=True
+            )
+            assert set(await b.gather(futures)) == {"w1"}
+            del kept
+
+    run(scenario)
+
+
+def test_no_gpu_is_given_away_twice():
+    async def scenario():
+        async with cluster(2, 8, {"GPU": 2}, lanes={"A": 1, "B": 1}) as scheduler, client(scheduler, "A") as a, client(scheduler, "B") as b:
+            kept = [await _with_resources(a, "A"), await _with_resources(b, "B")]
+            for _ in range(20):
+                await asyncio.sleep(0.05)
+                assert all(sum(bool(ts.resource_restrictions) for ts in ws.processing) <= 2 for ws in scheduler.workers.values())
+            del kept
+
+    run(scenario)
+
+
+def test_an_owner_alone_writes_nothing_down_and_sends_two_a_thread_at_most():
+    async def scenario():
+        async with cluster(2, 2, lanes={"A": 1, "B": 1}) as scheduler, client(scheduler, "A") as a:
+            kept = await _in_memory(a, "A")
+            for _ in range(10):
+                await asyncio.sleep(0.05)
+                assert all(len(ws.processing) <= 2 * ws.nthreads for ws in scheduler.workers.values())
+            assert scheduler._others == {}
+            assert scheduler._flights == {}
+            del kept
+
+    run(scenario)
+
+
+def test_seceded_tasks_free_their_lane():
+    def leave() -> int:
+        from distributed import secede
+
+        secede()
+        time.sleep(0.5)
+        return 1
+
+    async def scenario():
+        async with cluster(1, 1, lanes={"A": 1, "B": 1}) as scheduler, client(scheduler, "A") as a, client(scheduler, "B") as b:
+            kept = b.map(sleep, range(100), [0.02] * 100, key="B", pure=False)
+            future = a.submit(leave, key="A", pure=False)
+            await asyncio.sleep(0.4)
+            assert scheduler.tasks["A"].state == "processing"
+            assert "A" not in scheduler._flights
+            assert await future == 1
+            del kept
+
+    run(scenario)
+
+
+def test_as_scheduler_class_of_a_cluster_and_restart():
+    with (
+        SpecCluster(
+            scheduler={"cls": FairShareScheduler, "options": {"lanes": {"live": 1, "hpda": 1}, "dashboard_address": "127.0.0.1:0"}},
+            workers={i: {"cls": Worker, "options": {"nthreads": 1, "dashboard_address": "127.0.0.1:0"}} for i in range(2)},
+        ) as made,
+        Client(made, name="live/x") as c,
+    ):
+        assert isinstance(made.scheduler, FairShareScheduler)
+        kept = c.map(sleep, range(50), [0.05] * 50, pure=False)
+        assert c.gather(c.map(lambda x: x + 1, range(20))) == list(range(1, 21))
+        made.scheduler.forget_tasks()
+        del kept
+
+
+def test_lanes_that_do_not_exist_cannot_be_strict_or_reserved():
+    async def scenario():
+        with pytest.raises(ValueError, match="not in lanes"):
+            await FairShareScheduler(dashboard=False, port=0, lanes={"a": 1}, strict=["b"])
+
+    run(scenario)
