@@ -12,7 +12,7 @@ import yaml
 from cryodask.errors import ProjectFileError, StarError
 from cryodask.formats import star
 from cryodask.formats.mrc import write_mrc
-from cryodask.store.generation import disk_errors
+from cryodask.store.files import disk_errors
 from cryodask.store.project import Project
 
 _PARTICLE_COLUMNS = (

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import mrcfile
@@ -17,7 +14,6 @@ import numpy as np
 import pytest
 import xarray as xr
 
-import cryodask
 from cryodask.errors import GainError, InputError, ItemError
 from cryodask.formats import star
 from cryodask.interop import export_relion
@@ -192,33 +188,3 @@ def test_the_example_of_the_readme_runs(session, tmp_path):
     shown = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert shown.returncode == 0, shown.stderr[-2000:]
     assert shown.stdout.strip().endswith("True")
-
-
-def test_killed_at_ten_random_moments_and_resumed_gives_the_same_bits(session, done, tmp_path):
-    rng = random.Random(11)
-    command = [sys.executable, "-m", "cryodask.cli", "run", "tiny.yaml"]
-    kills = 0
-    for attempt in range(8):
-        folder = tmp_path / str(attempt)
-        folder.mkdir()
-        for source in ("movies", "gain.mrc"):
-            os.symlink(session / source, folder / source)
-        (folder / "tiny.yaml").write_text(PROJECT)
-        code = None
-        while code != 0:
-            process = subprocess.Popen(command, cwd=folder, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-            deadline = time.monotonic() + (rng.uniform(5.0, 12.0) if kills < 10 else 300.0)
-            while process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.05)
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # the driver, its scheduler, and every nanny and worker at once
-                kills += 1
-            _, log = process.communicate()
-            code = process.returncode
-            assert code in (0, -signal.SIGKILL), log.decode()[-2000:]
-        project = cryodask.open(folder / "tiny")
-        assert [p for p in project.verify() if "harmless" not in p] == []
-        assert contents(project) == contents(done)
-        if kills >= 10:
-            return
-    raise AssertionError(f"only {kills} kills in 8 runs: the moments come too late")

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cryodask.stage import STAGES, Picture, Stage, load_stages
-from cryodask.store.generation import Generation, disk_errors
+from cryodask.store.files import disk_errors
+from cryodask.store.generation import Generation
 from cryodask.store.project import Project
 
 if TYPE_CHECKING:

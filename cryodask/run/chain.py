@@ -42,12 +42,11 @@ class Chain:
     constants: dict[str, Any]
     gain_path: Path | None = None
     earlier: dict[str, Path] = field(default_factory=dict)
-    run_id: str = field(default_factory=lambda: os.urandom(4).hex())  # a worker that outlives a run must not take its records for the next
-    _records: dict[str, dict[int, Record]] = field(default_factory=dict)
     _read: dict[str, Generation] = field(default_factory=dict)
+    _fresh: dict[str, dict[int, Record]] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_records": {}, "_read": {}}
+        return {**self.__dict__, "_read": {}, "_fresh": {}}
 
     # --- in the driver ----------------------------------------------------------------------------------------------------------
     def unfinished(self, items: list[Item], *, retry_quarantined: bool = False) -> list[Item]:
@@ -85,30 +84,41 @@ class Chain:
                 generation.journal.close()
                 return
 
+    def brief(self, item: Item, again: bool) -> dict[str, Record]:
+        """Records of an item in the stages that have it: a worker reads no journals."""
+        if again:
+            self._fresh = {}
+        for label, folder in (*((link.label, link.folder) for link in self.links), *self.earlier.items()):
+            if label not in self._fresh:
+                self._fresh[label] = self._read.setdefault(label, Generation(folder)).committed()
+        found = {label: records[item.row] for label, records in self._fresh.items() if item.row in records}
+        return {label: record for label, record in found.items() if record.get("input") == item.fingerprint}
+
     def _journals(self, link: Link) -> Generation:
         # kept: its journals are read on from where they were read to
         return self._read.setdefault(link.label, Generation(link.folder))
 
     # --- in a worker --------------------------------------------------------------------------------------------------------------
-    def run(self, item: Item, device: str, attempt: int) -> None:
+    def run(self, item: Item, brief: dict[str, Record], device: str, attempt: int) -> None:
         """Process and commit one item: the stages that have it already are read, not repeated."""
         import torch
 
         torch.set_num_threads(1)
         values: dict[str, Any] = {**self.constants, **item.inputs}
+        records = dict(brief)
         for link in self.links:
             generation = self._generation(link.label)
-            if self._record(link.label, item) is not None:
+            if link.label in records:
                 continue
-            needs = {n: self._value(n, link.source[n], item, values) for n in link.stage.needs}
-            needs |= {n: self._value(n, link.source[n], item, values) if n in link.source else None for n in link.stage.optional}
+            needs = {n: self._value(n, link.source[n], item, values, records) for n in link.stage.needs}
+            needs |= {n: self._value(n, link.source[n], item, values, records) if n in link.source else None for n in link.stage.optional}
             started, started_cpu = time.time(), time.process_time()
             given = link.stage.process(link.params, device=device, **needs)
             _refuse_nonsense(link, item, given)
             seconds = {"seconds": round(time.time() - started, 4), "cpu_seconds": round(time.process_time() - started_cpu, 4)}
             made = {"input": item.fingerprint, "revision": item.revision, "attempt": attempt}
             record = generation.commit(item.row, item.name, given, **made, **seconds)
-            self._records.setdefault(link.label, {})[item.row] = record
+            records[link.label] = record
             values.update({f"{link.label}/{name}": value for name, value in given.items()})
             if "movie" in record["shards"]:
                 values[f"{link.label}/movie"] = generation.read(record, "movie")  # its codec decodes faster than LZW
@@ -117,14 +127,7 @@ class Chain:
         folder = next((link.folder for link in self.links if link.label == label), None) or self.earlier[label]
         return _generation_at(str(folder))
 
-    def _record(self, label: str, item: Item) -> Record | None:
-        known = self._records.setdefault(label, {})
-        if item.row not in known:
-            known.update(self._generation(label).committed())
-        record = known.get(item.row)
-        return record if record is not None and record.get("input") == item.fingerprint else None
-
-    def _value(self, name: str, label: str, item: Item, values: dict[str, Any]) -> Any:
+    def _value(self, name: str, label: str, item: Item, values: dict[str, Any], records: dict[str, Record]) -> Any:
         if label == "inputs":
             if name == "gain":
                 return _array_at(str(self.gain_path)) if self.gain_path else None
@@ -133,7 +136,7 @@ class Chain:
             return values[name]
         if f"{label}/{name}" in values:
             return values[f"{label}/{name}"]
-        record = self._record(label, item)
+        record = records.get(label)
         if record is None:
             raise MicrographError(
                 f"{item.name} has no {name}: stage {label} did not finish with it.", "it was quarantined there", "see the report"
@@ -142,8 +145,8 @@ class Chain:
             return self._generation(label).read(record, name)
         # a movie that is used where it lies was not stored: its stage opens it again
         link = next(link for link in self.links if link.label == label)
-        needs = {n: self._value(n, link.source[n], item, values) for n in link.stage.needs}
-        needs |= {n: self._value(n, link.source[n], item, values) for n in link.stage.optional if n in link.source}
+        needs = {n: self._value(n, link.source[n], item, values, records) for n in link.stage.needs}
+        needs |= {n: self._value(n, link.source[n], item, values, records) for n in link.stage.optional if n in link.source}
         return link.stage.process(link.params, **needs)[name]
 
 

@@ -25,8 +25,9 @@ from cryodask.run.progress import Progress, short, summary
 from cryodask.run.recipe import Plan, Step, position
 from cryodask.run.watch import Arrivals, Until
 from cryodask.run.whole import loaded, run_tournament, run_whole
-from cryodask.store.generation import Generation, disk_errors, generation_key
-from cryodask.store.project import Item, Project, _write_atomically
+from cryodask.store.files import disk_errors, write_atomically
+from cryodask.store.generation import Generation, generation_key
+from cryodask.store.project import Item, Project
 from cryodask.vocabulary import SLOTS, VARIABLES
 
 
@@ -282,9 +283,7 @@ class Execution:
             folder.mkdir(exist_ok=True)
             path = folder / f"gain-{generation_key({'gain': buffer.getvalue().hex()})}.npy"
             if not path.exists():
-                part = path.with_suffix(".part")
-                part.write_bytes(buffer.getvalue())
-                part.rename(path)
+                write_atomically(path, buffer.getvalue())
         return path
 
     def _check_gain(self, step: Step, sizes: dict[str, int]) -> None:
@@ -339,6 +338,7 @@ class Execution:
                 loaded(inputs),
                 generation.path / "checkpoints",
                 on_iteration=on_iteration,
+                tell=self.progress.say,
             )
         if stage.shape == "tournament":
             assert particles is not None
@@ -397,7 +397,7 @@ def run_plan(
     with Project.create(plan.folder, plan.file.name).lock(force=force):
         project = Project(plan.folder)  # as the driver before left it
         with disk_errors(project.path):
-            _write_atomically(project.path / "project.yaml", plan.path.read_text())
+            write_atomically(project.path / "project.yaml", plan.path.read_text())
         with progress or Progress(quiet=True) as shown, shown.recorded(project.path):
             Execution(plan, project, client, shown, retry_quarantined, watch).run(until, start_again_from)
     return project

@@ -6,6 +6,7 @@ import ctypes
 import faulthandler
 import os
 import pickle
+import select
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from distributed import get_worker
 
 Failure = tuple[str, str, str]
 _POLL_SECONDS = 0.1
+_START_SECONDS = 120.0
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -77,9 +79,15 @@ def in_child(task: Any, limit_seconds: float | None) -> Failure | None:
     """
     # multiprocessing cannot do it: Dask's workers are daemonic
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, "-W", "ignore", "-c", "from cryodask.run.isolation import child; child()"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
-    out, log, taken = _watched(process, pickle.dumps(task), limit_seconds, _memory_limit())
+    begun, tell_begun = os.pipe()
+    try:
+        command = [sys.executable, "-W", "ignore", "-c", f"from cryodask.run.isolation import child; child({tell_begun})"]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=env, pass_fds=[tell_begun])
+        out, log, taken = _watched(process, begun, pickle.dumps(task), limit_seconds, _memory_limit())
+    finally:
+        os.close(begun)
+        os.close(tell_begun)
     if taken:
         return taken
     if process.returncode:
@@ -91,16 +99,21 @@ def in_child(task: Any, limit_seconds: float | None) -> Failure | None:
 
 
 def _watched(
-    process: subprocess.Popen[bytes], message: bytes, limit_seconds: float | None, limit_bytes: int | None
+    process: subprocess.Popen[bytes], begun: int, message: bytes, limit_seconds: float | None, limit_bytes: int | None
 ) -> tuple[bytes, bytes, Failure | None]:
-    """Wait for a child; kill it when it takes more time or memory than it may. Returns its output, its log, and what it took too much."""
-    started, first = time.monotonic(), True
+    """Wait for a child; kill it when it takes more time or memory than it may. Returns its output, its log, and what it took too much.
+
+    Its time counts from when it says that it begins: the start of an interpreter is not the item's.
+    """
+    started, first = time.monotonic() + _START_SECONDS, True
     while True:
         try:
             out, log = process.communicate(message if first else None, timeout=_POLL_SECONDS)
             return out, log, None
         except subprocess.TimeoutExpired:
             first = False
+        if started > time.monotonic() and select.select([begun], [], [], 0)[0]:
+            started = time.monotonic()
         taken: Failure | None = None
         if limit_seconds is not None and time.monotonic() - started > limit_seconds:
             taken = ("TimeLimit", f"took longer than {limit_seconds:g} s, the limit of the project file for one item", "quarantine")
@@ -129,12 +142,14 @@ def _resident_bytes(pid: int) -> int:
 
 
 # --- in the child -------------------------------------------------------------------------------------------------------------
-def child() -> None:
+def child(tell_begun: int) -> None:
     """What the child process runs: a pickled task on its standard input, the pickled outcome on its standard output."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # die with the worker (Linux: PR_SET_PDEATHSIG)
     reply = os.dup(1)
     os.dup2(2, 1)  # what a stage prints must not get into the reply
     from cryodask.run.map import attempt_item
 
-    failure = attempt_item(*pickle.load(sys.stdin.buffer))
+    task = pickle.load(sys.stdin.buffer)
+    os.write(tell_begun, b"!")
+    failure = attempt_item(*task)
     os.write(reply, pickle.dumps(failure))

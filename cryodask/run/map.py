@@ -15,7 +15,7 @@ import queue
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import cloudpickle
 import dask
@@ -34,7 +34,11 @@ _RETRIED = (OSError, TimeoutError, MemoryError)
 class Job(Protocol):
     """What is done with the items. Travels pickled, is unpickled once a process; ``run`` processes AND commits."""
 
-    def run(self, item: Item, device: str, attempt: int) -> None:
+    def brief(self, item: Item, again: bool) -> Any:
+        """What travels with an item (in the driver); ``again``: it was sent before in this run and did not come back done."""
+        ...
+
+    def run(self, item: Item, brief: Any, device: str, attempt: int) -> None:
         """Process and commit one item (in a worker); ``attempt`` grows with every sending of an item, across runs too."""
         ...
 
@@ -57,10 +61,10 @@ def _job(blob: bytes) -> Job:
     return _JOBS[key]
 
 
-def attempt_item(blob: bytes, item: Item, device: str, attempt: int) -> tuple[str, str, str] | None:
+def attempt_item(blob: bytes, item: Item, brief: Any, device: str, attempt: int) -> tuple[str, str, str] | None:
     """Process and commit one item in this process; what went wrong as plain values, None if nothing did."""
     try:
-        _job(blob).run(item, device, attempt)
+        _job(blob).run(item, brief, device, attempt)
     except CryodaskError as error:
         return type(error).__name__, str(error)[:2000], error.on_failure
     except _RETRIED as error:
@@ -70,13 +74,13 @@ def attempt_item(blob: bytes, item: Item, device: str, attempt: int) -> tuple[st
     return None
 
 
-def work(item: Item, *, blob: bytes, device: str, isolated: bool, attempt: int, limit_seconds: float | None) -> None:
+def work(item: Item, brief: Any, *, blob: bytes, device: str, isolated: bool, attempt: int, limit_seconds: float | None) -> None:
     """What a worker does with one item; the state of the future is the acknowledgement."""
     if isolated:
-        failure = in_child((blob, item, device, attempt), limit_seconds)
+        failure = in_child((blob, item, brief, device, attempt), limit_seconds)
     else:
         with time_limit(limit_seconds):
-            failure = attempt_item(blob, item, device, attempt)
+            failure = attempt_item(blob, item, brief, device, attempt)
     if failure:
         raise ItemFailure(*failure)
 
@@ -119,6 +123,7 @@ class MapRunner:
         self.suspects: deque[Item] = deque()
         self.tries: Counter[int] = Counter()
         self.lonely_deaths: Counter[int] = Counter()
+        self.returned: set[int] = set()
         self.counted: Counter[str] = Counter()
         self.finished: queue.SimpleQueue[Future] = queue.SimpleQueue()
         self.window = 8
@@ -191,6 +196,7 @@ class MapRunner:
             futures = self.client.map(
                 work,
                 items,
+                [self.job.brief(item, item.row in self.returned) for item in items],
                 blob=self.blob,
                 device="cpu",
                 isolated=isolated,
@@ -225,7 +231,9 @@ class MapRunner:
         if status == "finished":
             self.counted["done"] += 1
             self.event("done", item, "")
-        elif status != "error":  # cancelled or lost: nobody's fault
+            return
+        self.returned.add(item.row)
+        if status != "error":  # cancelled or lost: nobody's fault
             self.watch.check_client()
             self.ready.append(item)
             self.event("again", item, str(status))

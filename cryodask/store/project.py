@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cryodask.errors import StoreError
-from cryodask.store.files import disk_errors
-from cryodask.store.files import write_atomically as _write_atomically
+from cryodask.store.files import disk_errors, write_atomically
 from cryodask.store.generation import Generation
 from cryodask.store.lines import Record
 from cryodask.store.lock import ProjectLock
@@ -83,7 +82,7 @@ class Project:
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             if not (folder / "project.json").exists():
-                _write_atomically(folder / "project.json", json.dumps({"name": name, "constants": {}, "generations": {}, "order": []}))
+                write_atomically(folder / "project.json", json.dumps({"name": name, "constants": {}, "generations": {}, "order": []}))
         return cls(folder)
 
     def lock(self, *, force: bool = False) -> ProjectLock:
@@ -93,7 +92,7 @@ class Project:
     def save(self) -> None:
         """Write project.json (tmp + rename)."""
         with disk_errors(self.path):
-            _write_atomically(self.path / "project.json", json.dumps(self.state, indent=1))
+            write_atomically(self.path / "project.json", json.dumps(self.state, indent=1))
 
     def add_items(self, new: Iterable[tuple[str, dict[str, Any]]]) -> list[Item]:
         """Register micrographs by name; returns the items named, in order (driver only).

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 from distributed import Client
 
 from cryodask.cluster.connect import _ALLOCATOR, _ONE_THREAD, _SETTINGS

@@ -16,7 +16,7 @@ from cryodask.store.journal import Journal
 from cryodask.store.project import Item
 
 _NEEDED_BYTES = 4 << 30
-_STEP_BYTES = 16 << 20
+_STEP_BYTES = 32 << 20
 
 
 @dataclass
@@ -33,7 +33,10 @@ class FaultyJob:
     faults: dict[int, str] = field(default_factory=dict)
     seconds: float = 0.0
 
-    def run(self, item: Item, device: str, attempt: int) -> None:
+    def brief(self, item: Item, again: bool) -> None:
+        """Nothing travels with an item."""
+
+    def run(self, item: Item, brief: None, device: str, attempt: int) -> None:
         """Process one item."""
         time.sleep(self.seconds)
         fault = self.faults.get(item.row)
@@ -68,7 +71,7 @@ class FaultyJob:
             kept = []
             for _ in range(_NEEDED_BYTES // _STEP_BYTES):
                 kept.append(np.ones(_STEP_BYTES, np.uint8))
-                time.sleep(0.01)  # slower than the watches look
+                time.sleep(0.002)  # as work on it would take
             return
         if fault == "unpicklable":
             raise _Unpicklable(lambda: None)

@@ -1,0 +1,247 @@
+"""What a cluster file (YAML) may say, and its checks."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from dask.utils import parse_bytes
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from cryodask.errors import ProjectFileError
+
+_NETWORK = {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb3", "afs", "glusterfs", "pvfs2", "wekafs", "panfs", "9p"}
+_NETWORK_FUSE = ("fuse.ceph", "fuse.gluster", "fuse.sshfs", "fuse.juicefs")
+
+
+def _memory(text: str) -> str:
+    try:
+        fits = parse_bytes(text) >= 2**20
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError("memory is a number with a unit: 64GiB, 4000MB")
+    return text
+
+
+def _walltime(given: object) -> object:
+    # YAML reads an unquoted 12:00:00 as the number 43200, which Slurm would take for minutes
+    if isinstance(given, (int, float)) or not re.fullmatch(r"(\d+-)?\d+:\d\d(:\d\d)?", str(given)):
+        raise ValueError('write it in quotes, as "hours:minutes:seconds" or "days-hours:minutes:seconds"')
+    return given
+
+
+def _one_line(text: str) -> str:
+    if "\n" in text:
+        raise ValueError("one line, please")
+    return text
+
+
+Memory = Annotated[str, AfterValidator(_memory)]
+Walltime = Annotated[str, BeforeValidator(_walltime)]
+Line = Annotated[str, AfterValidator(_one_line)]
+PoolName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LocalSettings(_Section):
+    """Worker processes on this machine, with one thread each."""
+
+    kind: Literal["local"] = "local"
+    workers: PositiveInt | None = None
+    memory: str | int | None = None
+    scratch: str | None = None
+
+
+class AddressSettings(_Section):
+    """A scheduler that somebody else runs: its address or its scheduler file."""
+
+    kind: Literal["address"]
+    address: str | None = None
+    scheduler_file: str | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> AddressSettings:
+        if (self.address is None) == (self.scheduler_file is None):
+            raise ValueError("give address: tcp://host:port, or scheduler_file: a path")
+        return self
+
+
+class PoolSettings(_Section):
+    """Jobs of one kind. ``cores``, ``memory`` and ``gpus`` are those of ONE job; ``resources`` those of one worker process.
+
+    A job with ``gpus`` has a worker process for each of them, bound to it. ``memory`` is what Slurm is asked for: the workers' own limits
+    stay a tenth below, since Slurm kills whole jobs.
+    """
+
+    partition: Line | None = None
+    account: Line | None = None
+    qos: Line | None = None
+    count: int | None = Field(None, ge=0)
+    minimum: int = Field(0, ge=0)
+    maximum: int | None = Field(None, ge=0)
+    cores: PositiveInt = 1
+    processes: PositiveInt = 1
+    gpus: int = Field(0, ge=0)
+    memory: Memory
+    walltime: Walltime | None = None
+    resources: dict[str, float] = {}
+    interface: Line | None = None
+    scratch: Line = "${TMPDIR:-/tmp}"
+    network_scratch: bool = False
+    environment: tuple[Line, ...] = ()
+    image: Line | None = None
+    python: Line | None = None
+    directives: tuple[Line, ...] = ()
+
+    @property
+    def wanted(self) -> int:
+        """Jobs at the start."""
+        return self.minimum if self.count is None else self.count
+
+    @property
+    def workers_per_job(self) -> int:
+        """Worker processes of one job."""
+        return self.gpus or self.processes
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of one job."""
+        return int(parse_bytes(self.memory))
+
+    @model_validator(mode="after")
+    def _fits(self) -> PoolSettings:
+        if self.count is not None and (self.minimum or self.maximum is not None):
+            raise ValueError("give count, or minimum and maximum")
+        if self.maximum is not None and self.maximum < self.minimum:
+            raise ValueError(f"maximum {self.maximum} is below minimum {self.minimum}")
+        if self.gpus and self.processes not in (1, self.gpus):
+            raise ValueError("a job has one process for each of its gpus: leave processes out")
+        if self.cores < self.workers_per_job:
+            raise ValueError(f"{self.workers_per_job} processes need as many cores, not {self.cores}")
+        if not self.network_scratch and (kind := _network_file_system(self.scratch)):
+            raise ValueError(
+                f"scratch {self.scratch} lies on a network file system ({kind}), which spilling workers bring to its knees;"
+                " name a disk of the node, or set network_scratch: true"
+            )
+        return self
+
+
+class SlurmSettings(_Section):
+    """Pools of Slurm jobs on one scheduler, shared by lanes (see ``FairShareScheduler``).
+
+    ``interface`` and ``port`` are the scheduler's. With ``single_allocation`` one batch job holds scheduler, workers and driver.
+    """
+
+    kind: Literal["slurm"]
+    pools: dict[PoolName, PoolSettings] = Field(min_length=1)
+    lanes: dict[str, float | dict[str, Any]] = {}
+    strict: tuple[str, ...] = ()
+    reserve: dict[str, int] = {}
+    default_lane: str = "default"
+    interface: Line | None = None
+    port: int = Field(0, ge=0, le=65535)
+    logs: Line = "~/.local/state/cryodask/logs"
+    poll_seconds: float = Field(10.0, gt=0)
+    replacements_per_hour: int = Field(60, ge=0)
+    single_allocation: bool = False
+
+    @model_validator(mode="after")
+    def _lanes_exist(self) -> SlurmSettings:
+        unknown = [n for n in (*self.strict, *self.reserve) if n not in self.lanes]
+        if unknown:
+            raise ValueError(f"strict and reserve name {unknown}, which lanes does not{_nearest(unknown[0], self.lanes)}")
+        if self.single_allocation and (len(self.pools) != 1 or not next(iter(self.pools.values())).wanted):
+            raise ValueError("single_allocation takes one pool, with a count")
+        return self
+
+
+Settings = LocalSettings | AddressSettings | SlurmSettings
+_KINDS: dict[str, type[LocalSettings] | type[AddressSettings] | type[SlurmSettings]] = {
+    "local": LocalSettings,
+    "address": AddressSettings,
+    "slurm": SlurmSettings,
+}
+
+
+def read_cluster_file(path: str | Path) -> Settings:
+    """The settings in a cluster file.
+
+    Raises
+    ------
+    ProjectFileError
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise ProjectFileError(
+            f"There is no cluster file {path}.", "a typing error in its name", "give the path of a .yaml file, or write local"
+        ) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ProjectFileError(
+            f"{path} is no cluster file: {error}", "wrong indentation or another kind of file", "write  kind: local  and what belongs to it"
+        ) from None
+    return parse_settings(content or {}, str(path))
+
+
+def parse_settings(content: object, where: str = "the cluster settings") -> Settings:
+    """Checked settings from the content of a cluster file.
+
+    Raises
+    ------
+    ProjectFileError
+    """
+    if not isinstance(content, Mapping):
+        raise ProjectFileError(
+            f"{where} is no list of names and values.", "wrong indentation or another kind of file", "begin with  kind: local"
+        )
+    kind = content.get("kind", "local")
+    if kind not in _KINDS:
+        raise ProjectFileError(
+            f"{where}: there is no kind of cluster {kind!r}{_nearest(str(kind), _KINDS)}.", "a typing error", f"use {' or '.join(_KINDS)}"
+        )
+    try:
+        return _KINDS[kind].model_validate(dict(content))
+    except ValidationError as error:
+        raise ProjectFileError(
+            f"{where}: {'; '.join(_problem(p, kind) for p in error.errors())}.",
+            "a typing error, or a setting that belongs to another section",
+            f"correct these lines; configs/clusters/{kind}.yaml shows what there is",
+        ) from None
+
+
+def _problem(problem: Any, kind: str) -> str:
+    names = [str(step) for step in problem["loc"]]
+    if problem["type"] == "extra_forbidden":
+        model: type[BaseModel] = PoolSettings if len(names) == 3 and names[0] == "pools" else _KINDS[kind]
+        return f"unknown name {'.'.join(names)!r}{_nearest(names[-1], model.model_fields)}"
+    said = str(problem["msg"]).removeprefix("Value error, ").rstrip(".")
+    given = "" if problem["type"] == "missing" or isinstance(problem["input"], (Mapping, BaseModel)) else f" (given: {problem['input']!r})"
+    return f"{'.'.join(names) + ': ' if names else ''}{said}{given}"
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _network_file_system(path: str) -> str:
+    """Kind of the network file system that holds a path on this machine; empty for a local one, and for what only a node can tell."""
+    if "$" in path:
+        return ""
+    try:
+        mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    except OSError:
+        return ""
+    real = os.path.realpath(os.path.expanduser(path))
+    above = [(len(point), kind) for point, kind in mounts if real == point or real.startswith(point.rstrip("/") + "/")]
+    kind = max(above, default=(0, ""))[1]
+    return kind if kind in _NETWORK or kind.startswith(_NETWORK_FUSE) else ""

@@ -1,0 +1,341 @@
+"""Slurm: job scripts as text, submission, and what the queue says. The one place that uses dask-jobqueue."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import math
+import os
+import re
+import shlex
+import signal
+import socket
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dask
+import psutil  # type: ignore[import-untyped]
+from distributed.deploy.spec import ProcessInterface
+
+from cryodask.cluster.connect import _ALLOCATOR, _ONE_THREAD, _SETTINGS
+from cryodask.cluster.settings import PoolSettings, SlurmSettings
+from cryodask.errors import ClusterError
+
+_COMMENT = "cryodask"
+_ALIVE = {"PENDING", "RUNNING", "CONFIGURING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "REQUEUED", "REQUEUE_HOLD", "RESV_DEL_HOLD"}
+# what commands say when the controller is away or overworked; anything else that sbatch says is a refusal, which does not heal
+_AWAY = re.compile(
+    r"unable to contact|connect(ion)? failure|timed out|zero bytes were transmitted|temporarily un(able|available)|connection refused", re.I
+)
+
+# it also bounds how long a worker may take to import, which on a busy file system is a minute
+_DEATH_SECONDS = 180
+
+
+def load_jobqueue() -> Any:
+    """The module dask_jobqueue, whose import replaces the handler of Ctrl-C (``dask_jobqueue/runner.py`` of 0.9.0): it is put back.
+
+    Raises
+    ------
+    ClusterError
+        Outside the main thread, where that import fails.
+    """
+    if "dask_jobqueue" not in sys.modules:
+        if threading.current_thread() is not threading.main_thread():
+            raise ClusterError(
+                "Slurm pools cannot be opened first in a thread.",
+                "dask-jobqueue, which submits the jobs, must be imported in the main thread",
+                "call  cryodask.cluster.slurm.load_jobqueue()  at the start of the program",
+            )
+        handler = signal.getsignal(signal.SIGINT)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            import dask_jobqueue
+        finally:
+            signal.signal(signal.SIGINT, handler)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    else:
+        import dask_jobqueue
+    # an own section, so that nothing of a user's jobqueue.yaml leaks into our scripts
+    shebang = {"shebang": "#!/usr/bin/env bash", "worker-command": "distributed.cli.dask_worker"}
+    names = (
+        "name cores memory processes python interface death-timeout local-directory extra worker-extra-args job-extra job-extra-directives"
+        " env-extra job-script-prologue log-directory queue account walltime job-cpu job-mem"
+    )
+    dask.config.set({f"jobqueue.{_COMMENT}": {**dict.fromkeys(names.split()), **shebang}})
+    return dask_jobqueue
+
+
+# --- one job ---------------------------------------------------------------------------------------------------------------------
+@functools.cache
+def pool_job_class() -> type[Any]:
+    """``PoolJob``: a Slurm job with workers of one pool, as an entry of a ``SpecCluster``."""
+    base = load_jobqueue().slurm.SLURMJob
+
+    class PoolJob(base):  # type: ignore[valid-type, misc]
+        """``refused`` holds Slurm's words where it took no job; ``unsure`` is set where nobody knows whether it did."""
+
+        def __init__(self, scheduler: str, name: str, *, pool: str, settings: SlurmSettings, cluster_id: str, security: Any = None) -> None:
+            self.pool, self.refused, self.unsure = pool, "", False
+            self.logs = _logs(settings)
+            chosen = settings.pools[pool]
+            devices = chosen.gpus > 1
+            super().__init__(
+                scheduler=scheduler,
+                name=f"{name}-$i" if devices else name,
+                config_name=_COMMENT,
+                queue=chosen.partition,
+                account=chosen.account,
+                walltime=chosen.walltime,
+                job_name=f"{_COMMENT}-{pool}",
+                job_cpu=chosen.cores,
+                job_mem=f"{math.ceil(chosen.memory_bytes / 2**20)}M",
+                cores=chosen.cores // chosen.gpus if devices else chosen.cores,
+                processes=1 if devices else chosen.processes,
+                memory=int(0.9 * chosen.memory_bytes) // (chosen.gpus if devices else 1),
+                python=_python(chosen) if devices else f"exec {_python(chosen)}",
+                job_extra_directives=[*_directives(chosen, self.logs), f"--comment={_COMMENT}:{cluster_id}:{name}", *chosen.directives],
+                job_script_prologue=_prologue(chosen),
+                worker_extra_args=_worker_options(pool, chosen),
+                local_directory=f'"{chosen.scratch}"',
+                death_timeout=_DEATH_SECONDS,
+                interface=chosen.interface or settings.interface,
+                protocol="tls://" if security is not None else None,
+                security=_with_files(security),
+            )
+            self.name = name
+            if devices:
+                self._command_template = (
+                    'IFS=, read -ra devices <<< "$CUDA_VISIBLE_DEVICES"\n'
+                    'for i in "${!devices[@]}"; do\n'
+                    f"    CUDA_VISIBLE_DEVICES=${{devices[$i]}} {self._command_template} &\n"
+                    "done\nwait"
+                )
+
+        async def start(self) -> None:
+            try:
+                self.logs.mkdir(parents=True, exist_ok=True)
+                await super().start()
+            except (RuntimeError, OSError, ValueError) as error:
+                said = error.strerror or str(error) if isinstance(error, OSError) else _slurms_words(str(error))
+                self.unsure = bool(_AWAY.search(said))
+                self.refused = "" if self.unsure else said
+                await ProcessInterface.start(self)  # raised here, it would end in a callback that nobody hears
+
+        async def close(self) -> None:
+            if self.status.name != "closed":
+                await super().close()
+                await ProcessInterface.close(self)  # the base class forgets the status, and SpecCluster asserts it
+
+    return PoolJob
+
+
+def job_script(settings: SlurmSettings, pool: str, *, scheduler: str, name: str, cluster_id: str, security: Any = None) -> str:
+    """The text that sbatch gets for a job of a pool."""
+    job = pool_job_class()(scheduler, name, pool=pool, settings=settings, cluster_id=cluster_id, security=security)
+    return _tidy(job.job_script())
+
+
+def _tidy(script: str) -> str:
+    return re.sub(r"\n{3,}", "\n\n", script.strip()) + "\n"
+
+
+def _logs(settings: SlurmSettings) -> Path:
+    return Path(settings.logs).expanduser().absolute()
+
+
+def _python(pool: PoolSettings) -> str:
+    if pool.image is None:
+        return shlex.quote(pool.python or sys.executable)
+    nvidia = "--nv " if pool.gpus else ""
+    return f'apptainer exec {nvidia}--bind "{pool.scratch}" {shlex.quote(pool.image)} {shlex.quote(pool.python or "python3")}'
+
+
+def _directives(pool: PoolSettings, logs: Path) -> list[str]:
+    """Lines for sbatch that dask-jobqueue has no word for."""
+    # requeued jobs wait for two minutes and come back under their old names: the pool replaces them at once under new ones
+    lines = ["--no-requeue", "--open-mode=append", f"--output={shlex.quote(str(logs))}/%x-%j.log"]
+    return lines + ([f"--qos={pool.qos}"] if pool.qos else []) + ([f"--gres=gpu:{pool.gpus}"] if pool.gpus else [])
+
+
+def _prologue(pool: PoolSettings) -> list[str]:
+    settings = {"DASK_" + k.upper().replace(".", "__").replace("-", "_"): str(v) for k, v in _SETTINGS.items()}
+    values = {**_ONE_THREAD, **_ALLOCATOR, "PYTHONDONTWRITEBYTECODE": "", **settings}
+    lines = [*pool.environment, *(f"export {name}={shlex.quote(value)}" for name, value in values.items())]
+    return lines + ([': "${CUDA_VISIBLE_DEVICES:?Slurm gave this job no GPU}"'] if pool.gpus else [])
+
+
+def _worker_options(name: str, pool: PoolSettings) -> list[str]:
+    resources = {**({"GPU": 1.0} if pool.gpus else {}), **pool.resources, f"pool-{name}": 1e9}
+    # without the address every worker serves HTTP on all of the node's interfaces
+    options = ["--dashboard-address", "127.0.0.1:0", "--no-dashboard"]
+    options += ["--resources", '"' + ",".join(f"{k}={v:g}" for k, v in resources.items()) + '"']
+    if pool.walltime:
+        margin = leave_seconds(pool)
+        options += ["--lifetime", f"{walltime_seconds(pool.walltime) - margin}s", "--lifetime-stagger", f"{margin // 2}s"]
+    return options
+
+
+def _with_files(security: Any) -> Any:
+    if security is not None and any("\n" in str(v) for v in security.get_tls_config_for_role("worker").values()):
+        raise ClusterError(
+            "The certificates of this cluster are in memory, where workers of other machines cannot read them.",
+            "Security.temporary() was used",
+            "give a Security with the paths of files",
+        )
+    return security
+
+
+def walltime_seconds(text: str) -> int:
+    """``[days-]hours:minutes[:seconds]`` in seconds; without days two numbers are minutes and seconds, as Slurm reads them."""
+    days, dash, clock = text.rpartition("-")
+    parts = [int(x) for x in clock.split(":")]
+    if len(parts) == 2:
+        parts = [*parts, 0] if dash else [0, *parts]
+    return int(days or 0) * 86400 + parts[0] * 3600 + parts[1] * 60 + parts[2]
+
+
+def leave_seconds(pool: PoolSettings) -> int:
+    """How long before the end of a job's walltime its workers leave by themselves; half of it more or less by chance."""
+    return min(600, walltime_seconds(pool.walltime) // 6) if pool.walltime else 0
+
+
+def _slurms_words(error: str) -> str:
+    said = re.findall(r"^sbatch: (?:error: )?(.+)$", error, re.M)
+    return "; ".join(dict.fromkeys(line.strip() for line in said)) or " ".join(error.split())[-300:]
+
+
+# --- one job for all -------------------------------------------------------------------------------------------------------------
+def allocation_script(settings: SlurmSettings, driver: str, *, security: Any = None) -> str:
+    """A batch script that holds a scheduler, the workers of the only pool, and a driver, which finds them by ``$CRYODASK_CLUSTER``.
+
+    Whichever ends first, driver or workers, ends the job: a driver without workers would wait until the walltime.
+
+    Parameters
+    ----------
+    settings : SlurmSettings
+        With ``single_allocation``.
+    driver : str
+        A line of shell: ``cryodask run project.yaml --cluster "$CRYODASK_CLUSTER"``.
+    """
+    (name, pool), logs = next(iter(settings.pools.items())), _logs(settings)
+    workers, tasks = pool.workers_per_job, pool.wanted * pool.workers_per_job
+    cores, mebibytes = pool.cores // workers, math.ceil(pool.memory_bytes / 2**20 / pool.cores)
+    asked = [f"-J {_COMMENT}-batch", *(f"-{k} {v}" for k, v in (("p", pool.partition), ("A", pool.account), ("t", pool.walltime)) if v)]
+    asked += [f"-n {tasks}", f"--cpus-per-task={cores}", f"--mem-per-cpu={mebibytes}M"]
+    asked += [line for line in _directives(pool, logs) if not line.startswith("--gres")]
+    asked += [*(["--gpus-per-task=1"] if pool.gpus else []), *pool.directives]
+    python, interface = _python(pool), pool.interface or settings.interface
+    common = ["--scheduler-file", '"$CRYODASK_CLUSTER"', *(["--interface", interface] if interface else [])]
+    tls = (
+        {"scheduler": [], "worker": []}
+        if security is None
+        else {r: _tls_options(_with_files(security), r) for r in ("scheduler", "worker")}
+    )
+    scheduler = [python, "-m distributed.cli.dask_scheduler", *common, "--dashboard-address 127.0.0.1:0 --no-show", *tls["scheduler"]]
+    limit = int(0.9 * pool.memory_bytes / workers)
+    worker = [python, "-m distributed.cli.dask_worker", *common, f"--nanny --nthreads {cores} --memory-limit {limit}"]
+    worker += [f'--death-timeout {_DEATH_SECONDS} --local-directory "{pool.scratch}"', *_worker_options(name, pool), *tls["worker"]]
+    lines = [
+        "#!/usr/bin/env bash",
+        *(f"#SBATCH {line}" for line in asked),
+        *[line for line in _prologue(pool) if "CUDA" not in line],
+        f"folder={shlex.quote(str(logs))}/batch-$SLURM_JOB_ID",
+        'mkdir -p -m 700 "$folder"',
+        'export CRYODASK_CLUSTER="$folder/scheduler.json"',
+        " ".join(scheduler) + " &",
+        """trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$folder"' EXIT""",
+        "# -K: a worker that dies of a signal ends all of them, else the step hangs",
+        f"srun -K -n {tasks} " + " ".join(worker) + " &",
+        "workers=$!",
+        'until [ -s "$CRYODASK_CLUSTER" ] || ! kill -0 $workers; do sleep 0.2; done',
+        f"( {driver} ) &",
+        "driver=$!",
+        "wait -n $workers $driver",
+        "ended=$?",
+        'if kill -0 $driver 2>/dev/null; then echo "the workers ended before the driver" >&2; exit 1; fi',
+        "exit $ended",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _tls_options(security: Any, role: str) -> list[str]:
+    files = security.get_tls_config_for_role(role)
+    return ["--protocol tls://", *(f"--tls-{k.replace('_', '-')} {shlex.quote(v)}" for k, v in files.items() if v and k != "ciphers")]
+
+
+# --- the queue -------------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class QueuedJob:
+    """A job of ours as squeue shows it. ``seconds_left`` until its walltime ends, None if there is no such end."""
+
+    job_id: str
+    state: str
+    reason: str
+    seconds_left: int | None
+    node: str
+    cluster_id: str
+    name: str
+
+    @property
+    def alive(self) -> bool:
+        """Whether its workers run or may still come; a job that is completing has lost them."""
+        return self.state in _ALIVE
+
+
+async def squeue() -> list[QueuedJob] | None:
+    """All of this user's jobs that cryodask submitted, from one call; None when Slurm does not answer, which says nothing of the jobs."""
+    code, out = await _command("squeue", "-h", "--me", "-o", "%i|%T|%L|%r|%N|%k")
+    if code:
+        return None
+    jobs = []
+    for line in out.splitlines():
+        words = line.split("|", 5)
+        comment = words[5].split(":") if len(words) == 6 else []
+        if len(comment) == 3 and comment[0] == _COMMENT:
+            left = (
+                walltime_seconds("0:" + words[2] if words[2].count(":") == 0 else words[2]) if re.fullmatch(r"[\d:-]+", words[2]) else None
+            )
+            jobs.append(QueuedJob(words[0], words[1], words[3], left, words[4], comment[1], comment[2]))
+    return jobs
+
+
+async def scancel(job_ids: list[str]) -> None:
+    """Cancel jobs; those that are gone already do no harm."""
+    if job_ids:
+        await _command("scancel", *job_ids)
+
+
+def new_cluster_id() -> str:
+    """Names the process that owns a cluster, so that jobs can be told whose owner has died: ``host.pid.start``."""
+    own = psutil.Process()
+    return f"{socket.gethostname().split('.')[0]}.{own.pid}.{int(own.create_time())}.{os.urandom(3).hex()}"
+
+
+def owner_is_dead(cluster_id: str) -> bool:
+    """Whether the process that owned a cluster was on this machine and has ended."""
+    parts = cluster_id.split(".")
+    if len(parts) != 4 or parts[0] != socket.gethostname().split(".")[0]:
+        return False
+    with contextlib.suppress(psutil.NoSuchProcess, ValueError):
+        return abs(psutil.Process(int(parts[1])).create_time() - int(parts[2])) > 3
+    return True
+
+
+async def _command(*words: str, seconds: float = 30.0) -> tuple[int, str]:
+    try:
+        process = await asyncio.create_subprocess_exec(*words, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL)
+    except OSError:
+        return 127, ""
+    try:
+        out, _ = await asyncio.wait_for(process.communicate(), seconds)
+    except TimeoutError:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+        return 124, ""
+    return process.returncode or 0, out.decode(errors="replace")
