@@ -274,9 +274,9 @@ def _apply_lazily(made: Stage, dataset: xr.Dataset, params: Params) -> xr.Datase
 
 
 def _plain(value: Any) -> Any:
-    """Numbers and text of a Dataset as Python's own."""
+    """Numbers and text of a Dataset as Python's own; arrays as kernels may have them, for torch refuses read-only ones."""
     array = np.asarray(value)
-    return array.item() if array.ndim == 0 else array
+    return array.item() if array.ndim == 0 else np.require(array, requirements="W")
 
 
 def _filled(var: Var, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

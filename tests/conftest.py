@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from cryodask.testing.slurm import slurm_for_tests
+
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[_name] = "1"
@@ -48,3 +50,6 @@ def client() -> Iterator[Any]:
     made = connect("local", workers=2)
     yield made
     close(made)
+
+
+slurm = pytest.fixture(scope="session")(slurm_for_tests)

@@ -9,53 +9,28 @@ import time
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import dask
 from distributed import Scheduler
 from distributed.deploy.cluster import Cluster
-from distributed.deploy.spec import SpecCluster
+from distributed.deploy.spec import ProcessInterface, SpecCluster
 
 from cryodask.cluster import slurm
 from cryodask.cluster.connect import _SETTINGS
 from cryodask.cluster.fairshare import FairShareScheduler
+from cryodask.cluster.pool_state import FAILED_STARTS, PoolState, PoolStatus, missing
 from cryodask.cluster.settings import SlurmSettings
 from cryodask.errors import ClusterError
 
 logger = logging.getLogger("cryodask.cluster")
 
-_FAST_SECONDS, _FAST_FOR_SECONDS = 1.0, 60.0
+_FAST_SECONDS, _FAST_FOR_SECONDS = 2.0, 30.0
+_SUBMISSIONS = 20  # at a time: each is a process here and a lock in Slurm's controller
 _RETIRE_SECONDS = 300.0
 _CLOSE_SECONDS = 60.0
 _MISSING_SECONDS = 300.0
-_FAILED_STARTS = 3
-
-
-@dataclass(frozen=True)
-class PoolStatus:
-    """What a pool has and what it waits for. ``waiting`` counts pending jobs by Slurm's own reason (``Resources``, ``PartitionConfig``)."""
-
-    target: int
-    running: int
-    pending: int
-    workers: int
-    waiting: dict[str, int]
-    problem: str
-    """Why the pool has given up, in Slurm's words or from the log of its last job; empty if it has not."""
-    lost: int
-    """Jobs lost since the start: cancelled, killed, pushed out, on a node that went down."""
-
-
-@dataclass
-class _Pool:
-    target: int = 0
-    serial: int = 0
-    failed_starts: int = 0
-    not_before: float = 0.0
-    problem: str = ""
-    lost: int = 0
-    replaced: deque[float] = field(default_factory=deque)
+_ALLOWED_FAILURES = 3
 
 
 class PoolCluster(SpecCluster):
@@ -72,7 +47,6 @@ class PoolCluster(SpecCluster):
         Class of the scheduler.
     scheduler_options : mapping, optional
         More options for it.
-    asynchronous : bool
 
     Notes
     -----
@@ -84,6 +58,9 @@ class PoolCluster(SpecCluster):
     ------
     ClusterError
     """
+
+    scheduler: Any
+    workers: dict[str, Any]
 
     def __init__(
         self,
@@ -105,29 +82,29 @@ class PoolCluster(SpecCluster):
         self.cluster_id = slurm.new_cluster_id()
         self.events: deque[tuple[float, str, str]] = deque(maxlen=1000)
         """What happened: ``time.time()``, pool, text."""
-        self._pools = {name: _Pool() for name in settings.pools}
+        self._pools = {name: PoolState() for name in settings.pools}
         self._queue: dict[str, slurm.QueuedJob] = {}
-        self._slurm_answers = True
-        self._seen: dict[str, float] = {}
-        self._running_since: dict[str, float] = {}
+        self.slurm_answers = True
+        """Whether the last look at the queue succeeded; if not, the jobs are as they were when it did."""
+        self._came: set[str] = set()
+        self._silent_since: dict[str, float] = {}
+        self._leaving: set[str] = set()
         self._fast_until = 0.0
+        self._watching: asyncio.Task[None] | None = None
         self._security = security
-        options: dict[str, Any] = {"dashboard_address": "127.0.0.1:0", "port": settings.port, "security": security}
+        # jobs are lost for reasons of their own here: a task is not to blame before several workers died of it
+        options: dict[str, Any] = {"allowed_failures": _ALLOWED_FAILURES, "dashboard_address": "127.0.0.1:0", "port": settings.port}
         options |= {"interface": settings.interface} if settings.interface else {}
-        options |= {"protocol": "tls://" if security is not None else "tcp://"}
+        options |= {"security": security, "protocol": "tls://" if security is not None else "tcp://"}
         if issubclass(scheduler, FairShareScheduler):
-            options |= {
-                "lanes": settings.lanes,
-                "strict": settings.strict,
-                "reserve": settings.reserve,
-                "default_lane": settings.default_lane,
-            }
+            options |= settings.model_dump(include={"lanes", "strict", "reserve", "default_lane"})
         dask.config.set(_SETTINGS)
         super().__init__(
             scheduler={"cls": scheduler, "options": {**options, **(scheduler_options or {})}},
             workers={},
             security=security,
             name="cryodask",
+            silence_logs=logging.ERROR,
             asynchronous=asynchronous,
         )
 
@@ -157,8 +134,14 @@ class PoolCluster(SpecCluster):
         """Not here."""
         raise ClusterError("There are several kinds of workers here.", "adapt() knows one kind", "use  scale_pool(cpu=4)")
 
-    def pool_status(self) -> dict[str, PoolStatus]:
-        """Jobs, workers and reasons for waiting of every pool, as Slurm said last."""
+    def pool_status(self) -> Any:
+        """Jobs, workers and reasons for waiting of every pool, as Slurm said last: a dict of :class:`PoolStatus`."""
+        return self.sync(self._pool_status)
+
+    async def _pool_status(self) -> dict[str, PoolStatus]:
+        return self._statuses()
+
+    def _statuses(self) -> dict[str, PoolStatus]:
         out = {}
         for name, pool in self._pools.items():
             states = [self._queue[m] for m in self._members(name) if m in self._queue]
@@ -174,23 +157,12 @@ class PoolCluster(SpecCluster):
             )
         return out
 
-    @property
-    def slurm_answers(self) -> bool:
-        """Whether the last look at the queue succeeded; if not, the jobs are as they were when it did."""
-        return self._slurm_answers
-
-    def what_is_missing(self) -> str:
+    def what_is_missing(self) -> Any:
         """One sentence on what is waited for; empty when every worker is there."""
-        parts = []
-        for name, now in self.pool_status().items():
-            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(now.waiting.items()))
-            if now.problem:
-                parts.append(f"pool {name}: {now.problem}")
-            elif reasons:
-                parts.append(f"pool {name}: jobs wait in the queue ({reasons})")
-            elif now.workers < now.target * self.settings.pools[name].workers_per_job:
-                parts.append(f"pool {name}: {now.workers} workers of {now.running} running jobs have come")
-        return "; ".join(parts + ([] if self._slurm_answers else ["Slurm does not answer"]))
+        return self.sync(self._what_is_missing)
+
+    async def _what_is_missing(self) -> str:
+        return missing(self._statuses(), self.settings.pools, slurm_answers=self.slurm_answers)
 
     def wait_for_first(self, seconds: float = 3600.0) -> Any:
         """Wait for one worker of any pool, and start with what came.
@@ -208,7 +180,7 @@ class PoolCluster(SpecCluster):
             hopeless = all(pool.problem or not pool.target for pool in self._pools.values())
             if hopeless or time.monotonic() > deadline:
                 raise ClusterError(
-                    f"No worker has come: {self.what_is_missing() or 'no pool was asked for jobs'}.",
+                    f"No worker has come: {await self._what_is_missing() or 'no pool was asked for jobs'}.",
                     "the queue is full, or the partition, account or size of the jobs does not fit",
                     "see  squeue --me  and the cluster file",
                 )
@@ -219,8 +191,7 @@ class PoolCluster(SpecCluster):
         return [name for name, spec in self.worker_spec.items() if spec["options"]["pool"] == pool]
 
     def _workers_of(self, name: str) -> list[str]:
-        spec = self.worker_spec.get(name)
-        return [name + suffix for suffix in (spec or {}).get("group", [""])]
+        return [name + suffix for suffix in self.worker_spec[name].get("group", [""])]
 
     def _present(self, name: str) -> list[Any]:
         """Workers of a job that the scheduler knows."""
@@ -228,11 +199,10 @@ class PoolCluster(SpecCluster):
         addresses = [known[w] for w in self._workers_of(name) if w in known]
         return [self.scheduler.workers[a] for a in addresses if a in self.scheduler.workers]
 
-    def _ending(self, name: str) -> bool:
-        """Whether a job's workers will leave soon: its replacement is submitted while they work."""
-        margin = slurm.leave_seconds(self.settings.pools[self.worker_spec[name]["options"]["pool"]])
-        left = self._queue[name].seconds_left if name in self._queue and self._queue[name].state == "RUNNING" else None
-        return left is not None and left < 2 * margin
+    def _leaves_soon(self, shown: slurm.QueuedJob, pool: str) -> bool:
+        """Whether a job's walltime ends soon: its replacement is submitted while its workers still work."""
+        left = shown.seconds_left
+        return shown.state == "RUNNING" and left is not None and left < 2 * slurm.leave_seconds(self.settings.pools[pool])
 
     def _new_job(self, pool: str) -> None:
         state = self._pools[pool]
@@ -246,8 +216,7 @@ class PoolCluster(SpecCluster):
 
     async def _scale_pool(self, jobs: Mapping[str, int]) -> None:
         for name, target in jobs.items():
-            pool = self._pools[name]
-            pool.target, pool.problem, pool.failed_starts, pool.not_before = target, "", 0, 0.0
+            self._pools[name].aim(target)
         await self._to_targets()
         refused = {name: self._pools[name].problem for name in jobs if self._pools[name].problem}
         if refused:
@@ -259,14 +228,16 @@ class PoolCluster(SpecCluster):
 
     async def _to_targets(self) -> None:
         async with self._changing:
+            room = _SUBMISSIONS
             for name, pool in self._pools.items():
-                members = [m for m in self._members(name) if not self._ending(m)]
+                members = [m for m in self._members(name) if m not in self._leaving or not pool.target]
                 await self._retire(sorted(members, key=self._worth)[: max(0, len(members) - pool.target)])
-                missing = pool.target - len(members)
-                if missing > 0 and time.monotonic() >= pool.not_before:
-                    for _ in range(missing):
+                if time.monotonic() >= pool.not_before:
+                    new = min(pool.target - len(members), room)
+                    for _ in range(new):
                         self._new_job(name)
-            await self._correct_state()
+                    room -= max(0, new)
+            await asyncio.shield(self._correct_state())  # a submission cut in half would leave a job that nobody knows
             self._take_refusals()
         self._hurry()
 
@@ -294,28 +265,25 @@ class PoolCluster(SpecCluster):
                 pool.target = len(self._members(job.pool))  # a refusal does not heal: stop asking
 
     def _forget(self, name: str, why: str) -> None:
-        job = self.workers.pop(name, None)
+        job = self.workers.pop(name)
         self.worker_spec.pop(name, None)
-        self._running_since.pop(name, None)
-        if job is not None:
-            self.events.append((time.time(), job.pool, f"job {name} ({job.job_id or 'no id'}): {why}"))
-            logger.warning("pool %s, job %s (%s): %s", job.pool, name, job.job_id or "no id", why)
-            self._futures.add(asyncio.ensure_future(job.close()))
+        self._silent_since.pop(name, None)
+        self._came.discard(name)
+        self._leaving.discard(name)
+        self.events.append((time.time(), job.pool, f"job {name} ({job.job_id or 'no id'}): {why}"))
+        logger.warning("pool %s, job %s (%s): %s", job.pool, name, job.job_id or "no id", why)
+        closing = asyncio.ensure_future(job.close())
+        self._futures.add(closing)
+        closing.add_done_callback(self._futures.discard)
 
     # --- what Slurm says ---------------------------------------------------------------------------------------------------------
     async def _start(self) -> None:
         self._changing = asyncio.Lock()
         self._wake = asyncio.Event()
         await super()._start()
-        await self._cancel_leftovers()
+        for name in await slurm.cancel_leftovers():
+            self.events.append((time.time(), "", f"job {name}, left by a cluster whose process died: cancelled"))
         self._watching = asyncio.ensure_future(self._watch())
-
-    async def _cancel_leftovers(self) -> None:
-        """Pending jobs outlive a killed owner, and would start only to find no scheduler."""
-        left = [job for job in await slurm.squeue() or [] if slurm.owner_is_dead(job.cluster_id)]
-        for job in left:
-            self.events.append((time.time(), "", f"job {job.name} ({job.job_id}) of a cluster whose process died: cancelled"))
-        await slurm.scancel([job.job_id for job in left])
 
     def _update_worker_status(self, op: str, msg: Any) -> None:
         # SpecCluster cancels a job whose worker is away for lost-worker-timeout, also one whose nanny starts a new worker: Slurm decides
@@ -329,9 +297,9 @@ class PoolCluster(SpecCluster):
 
     async def _watch(self) -> None:
         while True:
-            await asyncio.sleep(_FAST_SECONDS if time.monotonic() < self._fast_until else 0)
-            with contextlib.suppress(TimeoutError):
-                if time.monotonic() >= self._fast_until:
+            await asyncio.sleep(min(_FAST_SECONDS, self.settings.poll_seconds))
+            if time.monotonic() >= self._fast_until:
+                with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), self.settings.poll_seconds)
             self._wake.clear()
             try:
@@ -342,7 +310,7 @@ class PoolCluster(SpecCluster):
     async def _reconcile(self) -> None:
         submitted = {name: job for name, job in self.workers.items() if name in self.worker_spec}
         queue = await slurm.squeue()
-        self._slurm_answers = queue is not None
+        self.slurm_answers = queue is not None
         if queue is None:
             return
         self._queue = {job.name: job for job in queue if job.cluster_id == self.cluster_id}
@@ -350,85 +318,62 @@ class PoolCluster(SpecCluster):
         lost = False
         async with self._changing:
             for name, job in submitted.items():
-                if self.workers.get(name) is not job:
+                if name not in self.worker_spec:
                     continue
                 shown = self._queue.get(name)
                 if shown is not None:
                     job.job_id, job.unsure = shown.job_id, False  # sbatch may have failed after Slurm took the job
+                if shown is not None and self._leaves_soon(shown, job.pool):
+                    self._leaving.add(name)
                 if self._present(name):
-                    self._seen[name] = now
+                    self._came.add(name)
                     self._pools[job.pool].failed_starts = 0
                 if shown is None or not shown.alive:
+                    for ws in self._present(name) if shown is None else ():  # a node that vanished closes no connection
+                        await self.scheduler.remove_worker(ws.address, stimulus_id=f"job-gone-{name}")
                     self._lost(name, job, "gone" if shown is None else shown.state.lower())
                     lost = True
                 elif shown.state == "RUNNING" and self._silent(name, now):
                     self._lost(name, job, f"runs on {shown.node}, but workers are missing for {_MISSING_SECONDS:.0f} s")
                     lost = True
-        if lost or any(self._short(name) for name in self._pools):
+        short = [
+            n for n, pool in self._pools.items() if len(set(self._members(n)) - self._leaving) < pool.target and now >= pool.not_before
+        ]
+        if lost or short:
             await self._to_targets()
-
-    def _short(self, name: str) -> bool:
-        pool = self._pools[name]
-        return time.monotonic() >= pool.not_before and sum(not self._ending(m) for m in self._members(name)) < pool.target
 
     def _silent(self, name: str, now: float) -> bool:
         """Whether a running job has lacked some of its workers for long."""
         if len(self._present(name)) == len(self._workers_of(name)):
-            self._running_since.pop(name, None)
+            self._silent_since.pop(name, None)
             return False
-        return now - self._running_since.setdefault(name, now) > _MISSING_SECONDS
+        return now - self._silent_since.setdefault(name, now) > _MISSING_SECONDS
 
     def _lost(self, name: str, job: Any, why: str) -> None:
         pool, now = self._pools[job.pool], time.monotonic()
-        ending, unsure, came = self._ending(name), job.unsure, self._seen.pop(name, None) is not None
+        ending, unsure, came = name in self._leaving, job.unsure, name in self._came
         self._forget(name, "Slurm never took it" if unsure else why)
         if unsure:  # the controller was away: try again, a little later
             pool.not_before = now + 5.0
             return
         if ending:
             return
-        pool.lost += 1
-        if not came:
-            pool.failed_starts += 1
-            pool.not_before = now + 2.0**pool.failed_starts
-            if pool.failed_starts >= _FAILED_STARTS:
-                pool.problem = f"{_FAILED_STARTS} jobs in a row ended before a worker came. The last says: {self._last_words(job)}"
-                pool.target = len(self._members(job.pool))
-                return
-        while pool.replaced and pool.replaced[0] < now - 3600:
-            pool.replaced.popleft()
-        if len(pool.replaced) >= self.settings.replacements_per_hour:
-            pool.not_before = pool.replaced[0] + 3600 if pool.replaced else now + 3600
-        pool.replaced.append(now)
-
-    @staticmethod
-    def _last_words(job: Any) -> str:
-        with contextlib.suppress(OSError):
-            lines = (job.logs / f"{job.job_name}-{job.job_id}.log").read_text(errors="replace").splitlines()
-            return " / ".join(line.strip() for line in lines if line.strip())[-300:] or "nothing"
-        return "nothing that could be read"
+        if not pool.count_loss(now, came=came, per_hour=self.settings.replacements_per_hour):
+            pool.problem = f"{FAILED_STARTS} jobs in a row ended before a worker came. The last says: {job.last_words()}"
+            pool.target = len(self._members(job.pool))
 
     # --- the end -----------------------------------------------------------------------------------------------------------------
     async def _close(self) -> None:
-        if hasattr(self, "_watching"):
-            self._watching.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._watching
-            del self._watching
-            await slurm.scancel([job.job_id for job in self.workers.values() if job.job_id])  # one call for all
-            await super()._close()
-            await self._wait_until_gone()
-        else:
-            await super()._close()
-
-    async def _wait_until_gone(self) -> None:
-        deadline = time.monotonic() + _CLOSE_SECONDS
-        while time.monotonic() < deadline:
-            left = [job for job in await slurm.squeue() or [] if job.cluster_id == self.cluster_id]
-            if not left:
-                return
-            await slurm.scancel([job.job_id for job in left if job.state != "COMPLETING"])
-            await asyncio.sleep(0.2)
+        watching, self._watching = self._watching, None
+        if watching is not None:
+            watching.cancel()
+            await asyncio.wait([watching])
+            await slurm.scancel([job.job_id for job in self.workers.values() if job.job_id])  # one call for all, not one for each
+            for job in self.workers.values():
+                await ProcessInterface.close(job)
+        await super()._close()
+        if watching is not None:
+            await slurm.wait_until_gone(self.cluster_id, _CLOSE_SECONDS)
 
 
 def open_pools(settings: SlurmSettings, *, security: Any = None) -> PoolCluster:
@@ -451,10 +396,3 @@ def open_pools(settings: SlurmSettings, *, security: Any = None) -> PoolCluster:
         cluster.close()
         raise
     return cluster
-
-
-def dry_run(settings: SlurmSettings) -> dict[str, str]:
-    """The job script of every pool, as it would be submitted, but for the scheduler's address and the certificates."""
-    return {
-        name: slurm.job_script(settings, name, scheduler="SCHEDULER", name=f"{name}-0", cluster_id="CLUSTER") for name in settings.pools
-    }

@@ -13,12 +13,13 @@ import signal
 import socket
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import dask
-import psutil  # type: ignore[import-untyped]
+import psutil
 from distributed.deploy.spec import ProcessInterface
 
 from cryodask.cluster.connect import _ALLOCATOR, _ONE_THREAD, _SETTINGS
@@ -109,7 +110,7 @@ def pool_job_class() -> type[Any]:
             )
             self.name = name
             if devices:
-                self._command_template = (
+                self._command_template: str = (
                     'IFS=, read -ra devices <<< "$CUDA_VISIBLE_DEVICES"\n'
                     'for i in "${!devices[@]}"; do\n'
                     f"    CUDA_VISIBLE_DEVICES=${{devices[$i]}} {self._command_template} &\n"
@@ -121,7 +122,7 @@ def pool_job_class() -> type[Any]:
                 self.logs.mkdir(parents=True, exist_ok=True)
                 await super().start()
             except (RuntimeError, OSError, ValueError) as error:
-                said = error.strerror or str(error) if isinstance(error, OSError) else _slurms_words(str(error))
+                said = str(error) if isinstance(error, OSError) else _slurms_words(str(error))
                 self.unsure = bool(_AWAY.search(said))
                 self.refused = "" if self.unsure else said
                 await ProcessInterface.start(self)  # raised here, it would end in a callback that nobody hears
@@ -131,7 +132,19 @@ def pool_job_class() -> type[Any]:
                 await super().close()
                 await ProcessInterface.close(self)  # the base class forgets the status, and SpecCluster asserts it
 
+        def last_words(self) -> str:
+            try:
+                lines = (self.logs / f"{self.job_name}-{self.job_id}.log").read_text(errors="replace").splitlines()
+            except OSError:
+                return "nothing that could be read"
+            return " / ".join(line.strip() for line in lines if line.strip())[-300:] or "nothing"
+
     return PoolJob
+
+
+def dry_run(settings: SlurmSettings) -> dict[str, str]:
+    """The job script of every pool, as it would be submitted but for the scheduler's address and the certificates."""
+    return {name: job_script(settings, name, scheduler="SCHEDULER", name=f"{name}-0", cluster_id="CLUSTER") for name in settings.pools}
 
 
 def job_script(settings: SlurmSettings, pool: str, *, scheduler: str, name: str, cluster_id: str, security: Any = None) -> str:
@@ -308,6 +321,25 @@ async def scancel(job_ids: list[str]) -> None:
     """Cancel jobs; those that are gone already do no harm."""
     if job_ids:
         await _command("scancel", *job_ids)
+
+
+async def cancel_leftovers() -> list[str]:
+    """Cancel jobs of clusters whose process on this machine died: pending ones would start only to find no scheduler."""
+    left = [job for job in await squeue() or [] if owner_is_dead(job.cluster_id)]
+    await scancel([job.job_id for job in left])
+    return [job.name for job in left]
+
+
+async def wait_until_gone(cluster_id: str, seconds: float) -> None:
+    """Cancel what is left of a cluster until Slurm shows nothing of it."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        queue = await squeue()
+        left = [job for job in queue or [] if job.cluster_id == cluster_id]
+        if queue is not None and not left:
+            return
+        await scancel([job.job_id for job in left if job.alive])
+        await asyncio.sleep(0.2 if queue is not None else 2.0)
 
 
 def new_cluster_id() -> str:

@@ -1,0 +1,227 @@
+"""Who speaks on a connection, and what a server answers to them: every message is looked at before distributed sees it.
+
+Distributed calls the handler that a message names, for anybody who is connected. A gate stands in for the connection's ``read``: it
+answers a refused request itself with a PermissionError, and leaves refused messages out of a client's stream. What is not listed here as
+harmless is kept for the owner, so that a request that a later version of distributed invents is closed until somebody has looked at it.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from distributed import Nanny, Worker
+from distributed.comm import Comm
+from distributed.core import Server, error_message
+
+from cryodask.errors import ClusterError
+
+logger = logging.getLogger(__name__)
+
+USER_OPS = frozenset({
+    # to be there at all
+    "register-client", "identity", "versions", "echo",
+    # data
+    "scatter", "gather", "update_data", "retry", "who_has", "has_what", "nbytes", "get_runspec", "get_error_cause",
+    # looking
+    "ncores", "ncores_running", "processing", "call_stack", "profile", "performance_report", "get_logs", "logs", "worker_logs", "events",
+    "get_task_status", "get_task_stream", "get_task_stream_index", "get_task_prefix_states", "get_story", "subscribe_worker_status",
+    "start_task_metadata", "stop_task_metadata", "memory_sampler_start", "memory_sampler_stop", "adaptive_target", "get_metadata",
+    # shared by name
+    "event_clear", "event_is_set", "event_set", "event_wait", "multi_lock_acquire", "multi_lock_release", "lock_acquire", "lock_release",
+    "lock_locked", "publish_get", "publish_list", "publish_put", "publish_delete", "queue_create", "queue_get", "queue_put", "queue_qsize",
+    "semaphore_acquire", "semaphore_close", "semaphore_refresh_leases", "semaphore_register", "semaphore_release", "semaphore_value",
+    "variable_get", "variable_set",
+    # looked into further by the scheduler
+    "broadcast", "proxy", "set_metadata", "log_event",
+})  # fmt: skip
+"""Requests to the scheduler that anybody may make."""
+
+WORKER_OPS = frozenset({
+    "register-worker", "register_nanny", "unregister", "heartbeat_worker", "add_keys", "set_resources",
+    "shuffle_barrier", "shuffle_get", "shuffle_get_or_create", "shuffle_restrict_task",
+})  # fmt: skip
+"""Requests to the scheduler that workers and nannies make besides."""
+
+OWNER_OPS = frozenset({
+    "terminate", "restart", "restart_workers", "retire_workers", "workers_to_close", "check_idle", "run_function", "feed",
+    "register_scheduler_plugin", "unregister_scheduler_plugin", "register_worker_plugin", "unregister_worker_plugin",
+    "register_nanny_plugin", "unregister_nanny_plugin", "amm_handler", "set_restrictions", "rebalance", "replicate",
+    "benchmark_hardware", "get_cluster_state", "dump_cluster_state_to_url", "dump_state", "connection_stream",
+})  # fmt: skip
+"""Requests to the scheduler that are known and kept for the owner, as everything unknown is."""
+
+USER_STREAM = frozenset({
+    "update-graph", "update-data", "client-desires-keys", "client-releases-keys", "cancel-keys", "report-key", "heartbeat-client",
+    "close-client", "close-stream", "subscribe-topic", "unsubscribe-topic", "publish_flush_batched_send", "queue-future-release",
+    "queue_release", "variable-future-release", "variable-future-received-confirm", "variable_delete",
+})  # fmt: skip
+"""Messages that a client's stream may carry: distributed would take those of a worker's stream, too."""
+
+USER_ON_WORKER = frozenset({"identity", "echo", "ping", "versions", "keys", "get_data", "update_data", "actor_execute", "actor_attribute"})
+"""Requests that anybody may make to a worker: what moves results, and what actors need."""
+
+FORWARDED = frozenset({"identity", "versions", "ping", "keys", "get_logs", "actor_execute", "actor_attribute"})
+"""Requests that the scheduler forwards to workers for anybody."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Who is at the other end, by the certificate; all None on a connection without one."""
+
+    name: str | None = None
+    role: str | None = None
+    serial: int | None = None
+
+    @classmethod
+    def of(cls, comm: Comm) -> Peer:
+        """From a connection."""
+        certificate = (comm.extra_info or {}).get("peercert")
+        if not certificate:
+            return cls()
+        subject = {kind: value for part in certificate.get("subject", ()) for kind, value in part}
+        serial = int(certificate.get("serialNumber", "0"), 16)
+        return cls(subject.get("commonName", ""), subject.get("organizationalUnitName", "user"), serial)
+
+    def __str__(self) -> str:
+        return "nobody (no certificate)" if self.name is None else self.name
+
+
+class Refusal(Exception):
+    """A registration is refused; ``reply`` is what the other side understands."""
+
+    def __init__(self, reply: Any, why: str) -> None:
+        super().__init__(why)
+        self.reply = reply
+
+
+class Gate:
+    """Reads for a server from one connection."""
+
+    def __init__(self, server: Guarded, comm: Comm) -> None:
+        self.server, self.comm, self.peer = server, comm, Peer.of(comm)
+        self.client: str | None = None
+        self._read = comm.read
+        comm.read = self.read  # type: ignore[method-assign]
+
+    async def read(self, *args: Any, **kwargs: Any) -> Any:
+        """The next message that is not refused."""
+        while True:
+            message = await self._read(*args, **kwargs)
+            if self.client is not None:
+                return self._sifted(message)
+            if not isinstance(message, dict) or "op" not in message:
+                return message
+            try:
+                self.server.admit(self, message)
+                return message
+            except Refusal as refusal:
+                logger.warning("%s at %s: %s", self.peer, self.comm.peer_address, refusal)
+                await self.comm.write(refusal.reply)
+            except PermissionError as error:
+                logger.warning("Refused to %s at %s: %s", self.peer, self.comm.peer_address, str(error).partition("\n")[0])
+                if message.get("reply", True):
+                    await self.comm.write(error_message(error, status="uncaught-error"))
+
+    def _sifted(self, messages: Any) -> Any:
+        if not isinstance(messages, list | tuple):
+            messages = (messages,)
+        return [m for m in messages if not isinstance(m, dict) or "op" not in m or self.server.admit_to_stream(self, m)]
+
+    def step_aside(self) -> None:
+        """Look at nothing more on this connection."""
+        self.comm.read = self._read  # type: ignore[method-assign]
+
+
+def refused(what: str, peer: Peer | str, owner: str | None) -> PermissionError:
+    """The error for somebody who may not do this."""
+    who = f"its owner ({owner})" if owner else "its owner"
+    return PermissionError(
+        f"{what} is refused to {peer}: on a shared cluster it is kept for {who}.\n"
+        "  Usual reason: a notebook that was written for a cluster of its own\n"
+        f"  What to do: leave the call out, or ask {owner or 'the owner'}; close() ends your own connection"
+    )
+
+
+def check_sockets(server: Any) -> None:
+    """Raise if a server can be reached from other machines without TLS, by its own protocol or by its web pages."""
+    listening = [(listener.listen_address, listener.listen_address.startswith("tls://")) for listener in server.listeners]
+    pages = getattr(server, "http_server", None)
+    if pages is not None:
+        encrypted = pages.ssl_options is not None
+        listening += [(f"http://{_bracketed(*s.getsockname()[:2])}", encrypted) for s in pages._sockets.values()]
+    for address, encrypted in listening:
+        if not encrypted and not address.startswith("inproc://") and not _on_loopback(address):
+            raise ClusterError(
+                f"{address} would be open to other machines without TLS.",
+                "no certificates were given, or the dashboard's address was left at its default",
+                "start it with certificates (cryodask.cluster.tls), or with  host: 127.0.0.1  and  dashboard address: 127.0.0.1:0",
+            )
+
+
+def _bracketed(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _on_loopback(address: str) -> bool:
+    host = address.split("://", 1)[-1].rsplit(":", 1)[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+# --- servers behind gates --------------------------------------------------------------------------------------------------------
+class Guarded(Server):
+    """A server with a gate before every connection."""
+
+    def handle_comm(self, comm: Comm) -> Any:
+        """As distributed's, behind a gate."""
+        Gate(self, comm)
+        return super().handle_comm(comm)
+
+    async def start_unsafe(self) -> Any:
+        """As distributed's; ClusterError if other machines could reach it without TLS."""
+        await super().start_unsafe()
+        check_sockets(self)
+        return self
+
+    def admit(self, gate: Gate, message: dict[str, Any]) -> None:
+        """Raise PermissionError if this request is not for this peer."""
+        raise NotImplementedError
+
+    def admit_to_stream(self, gate: Gate, message: dict[str, Any]) -> bool:
+        """Whether a message of a client's stream goes on; it may be changed."""
+        return True
+
+
+class _GuardedNode(Guarded):
+    """Worker or nanny: harmless requests from anybody, the others from the scheduler, workers and the owner."""
+
+    security: Any
+
+    def admit(self, gate: Gate, message: dict[str, Any]) -> None:
+        """Raise PermissionError if this request is not for this peer."""
+        peer = gate.peer
+        outside = peer.role is None and self.security.require_encryption
+        if (outside or peer.role not in (None, "scheduler", "worker", "owner")) and message["op"] not in USER_ON_WORKER:
+            raise refused(f"{message['op']} sent straight to a {type(self).__name__.lower()}", peer, None)
+
+
+class GuardedWorker(_GuardedNode, Worker):
+    """A worker that takes orders from the scheduler only; its pages are on loopback unless told otherwise."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if not kwargs.get("dashboard_address"):
+            kwargs["dashboard_address"] = "127.0.0.1:0"
+        super().__init__(*args, **kwargs)
+
+
+class GuardedNanny(_GuardedNode, Nanny):
+    """A nanny of :class:`GuardedWorker` that takes orders from the scheduler only."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("worker_class", GuardedWorker)
+        super().__init__(*args, **kwargs)

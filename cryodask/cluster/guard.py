@@ -1,0 +1,375 @@
+"""A scheduler that one notebook cannot harm, and workers that refuse the same calls sent straight to them.
+
+Identity is the name in the peer's certificate (``tls.py``). Without TLS nobody can be told apart on a request: what is kept for the owner
+is then refused to all, and lanes follow the name that a client gives itself. This is protection of people who work together from each
+other's mistakes. It is not isolation: a task is a program that runs in the workers' account (docs/security.md).
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from time import monotonic, time
+from typing import Any
+
+import dask
+from dask.utils import format_bytes, parse_bytes
+from distributed import Scheduler, Worker
+from distributed.core import Server, error_message
+from distributed.versions import get_versions
+
+from cryodask.cluster import fairshare
+from cryodask.cluster.fairshare import FairShareScheduler
+from cryodask.cluster.gate import (
+    FORWARDED,
+    USER_OPS,
+    USER_STREAM,
+    WORKER_OPS,
+    Gate,
+    Guarded,
+    GuardedNanny,
+    GuardedWorker,
+    Peer,
+    Refusal,
+    check_sockets,
+    refused,
+)
+from cryodask.cluster.lanes import Owner
+from cryodask.cluster.memory import CappedQueue, LaneMemory
+
+__all__ = ["GuardedNanny", "GuardedScheduler", "GuardedWorker"]
+
+_EVERYBODY_READS = frozenset({"all", "scheduler", "print", "warn"})
+_EQUAL_VERSIONS = ("dask", "distributed", "msgpack", "cloudpickle")
+
+
+class GuardedScheduler(Guarded, FairShareScheduler):
+    """A scheduler with lanes for several people.
+
+    Parameters
+    ----------
+    owner : str, optional
+        Who may restart, retire, run and register things; the name in a certificate with the role ``owner``. Without an owner everybody
+        may.
+    users : mapping or path, optional
+        ``{"anna": {"lanes": ["hpda"]}}``: who may connect, into which lanes (all if none are named; the first one counts where another
+        was asked for). A path is an authority's ``people.json``, read again when it changes. Without it every certificate is good
+        for every lane.
+    max_graph_bytes : int or str
+        Largest graph as sent, refused before it is unpickled; and ``max_graph_tasks``, refused before the scheduler takes up any of it.
+    memory_share : mapping of str to float, optional
+        Share of the workers' memory that results of a lane may fill; above it, its tasks without inputs wait.
+
+    Notes
+    -----
+    ``allowed_failures`` is 3 if not given, whatever the configuration says: on a shared worker a task dies with its neighbour's crash, so
+    it is tried on three other workers before it is blamed. All other parameters as of FairShareScheduler; web pages are on loopback.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        owner: str | None = None,
+        users: Mapping[str, Any] | str | Path | None = None,
+        max_graph_bytes: int | str = "256 MiB",
+        max_graph_tasks: int = 2_000_000,
+        memory_share: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        kwargs.setdefault("allowed_failures", 3)
+        kwargs.setdefault("dashboard_address", "127.0.0.1:0")
+        super().__init__(*args, **kwargs)
+        self.guard(owner, users, max_graph_bytes, max_graph_tasks, memory_share)
+
+    def guard(
+        self,
+        owner: str | None = None,
+        users: Mapping[str, Any] | str | Path | None = None,
+        max_graph_bytes: int | str = "256 MiB",
+        max_graph_tasks: int = 2_000_000,
+        memory_share: Mapping[str, float] | None = None,
+    ) -> None:
+        """Begin to guard; parameters as of the class."""
+        self._master, self._users = owner, users
+        self._read_users: tuple[float, int, dict[str, Any]] = (-1.0, 0, {})
+        self._max_bytes, self._max_tasks = parse_bytes(max_graph_bytes), max_graph_tasks
+        self._versions = get_versions()
+        self._peers: dict[str, Peer] = {}
+        self._named: dict[tuple[str, Any], str | None] = {}
+        self._told: dict[tuple[str, str], float] = {}
+        self._memory = LaneMemory(self, memory_share or {})
+        if memory_share:
+            self._held = CappedQueue(self._leaf, self._memory.full)
+            self.queued = self._held  # type: ignore[assignment]
+            self.add_plugin(self._memory)
+
+    # --- who is it, and are they (still) invited ---------------------------------------------------------------------------------
+    def people(self) -> Mapping[str, Any] | None:
+        """Who may connect; None if everybody with a certificate may."""
+        if self._users is None or isinstance(self._users, Mapping):
+            return self._users
+        looked, changed, known = self._read_users
+        if monotonic() - looked > 1:
+            path = Path(self._users)
+            found = path.stat().st_mtime_ns if path.exists() else 0  # nobody is invited yet
+            if found != changed:
+                known = json.loads(path.read_text()) if found else {}
+            self._read_users = monotonic(), found, known
+        return known
+
+    def _check_invited(self, peer: Peer) -> None:
+        if peer.role is None and self.security.require_encryption:
+            raise refused("Every call without a certificate", peer, self._master)
+        people = self.people()
+        if people is None or peer.role != "user":
+            return
+        entry = people.get(str(peer.name))
+        if entry is None or ("serial" in entry and int(entry["serial"], 16) != peer.serial):
+            raise PermissionError(
+                f"{peer.name} is not invited to this cluster with that certificate.\n"
+                "  Usual reason: the invitation was taken back, or replaced by a newer one\n"
+                f"  What to do: ask {self._master or 'its owner'} for an invitation"
+            )
+
+    def _is_owner(self, peer: Peer) -> bool:
+        return self._master is None or (peer.role == "owner" and peer.name == self._master)
+
+    def _check_versions(self, message: dict[str, Any]) -> None:
+        theirs, ours = message.get("versions") or {}, self._versions
+        pairs = {name: (theirs.get("packages", {}).get(name), ours["packages"][name]) for name in _EQUAL_VERSIONS}
+        pairs["python"] = tuple(".".join(str(v.get("host", {}).get("python", "")).split(".")[:2]) for v in (theirs, ours))  # type: ignore[assignment]
+        different = [f"{name} {a or 'unknown'} (here {b})" for name, (a, b) in pairs.items() if a != b]
+        if different:
+            kind = "client" if message["op"] == "register-client" else "worker"
+            why = (
+                f"This {kind} has other versions than the scheduler: {', '.join(different)}.\n"
+                "  Usual reason: another environment was active\n"
+                "  What to do: use the scheduler's environment; only patch levels of Python may differ"
+            )
+            reply = [{"op": "stream-start", "error": why}] if kind == "client" else {"status": "error", "message": why, "time": time()}
+            raise Refusal(reply, why.partition("\n")[0])
+
+    # --- requests ----------------------------------------------------------------------------------------------------------------
+    def admit(self, gate: Gate, message: dict[str, Any]) -> None:
+        """Raise PermissionError if this request is not for this peer."""
+        op, peer = message["op"], gate.peer
+        if op == "register-client":
+            try:
+                self._check_invited(peer)
+            except PermissionError as error:
+                raise Refusal([{"op": "stream-start", "error": str(error)}], str(error).partition("\n")[0]) from None
+        else:
+            self._check_invited(peer)
+        if op in ("register-client", "register-worker"):
+            self._check_versions(message)
+        if not self._is_owner(peer) and op not in USER_OPS and peer.role != "scheduler" and op != "close":
+            from_worker = peer.role in ("worker", None) and op in WORKER_OPS
+            # a worker leaves by retiring itself, and nobody else
+            leaving = peer.role == "worker" and op == "retire_workers" and message.get("close_workers") is False
+            if not from_worker and not (leaving and len(message.get("workers") or ()) == 1):
+                raise refused(op, peer, self._master)
+        if op == "register-client":
+            self._register(gate, message["client"])
+        elif op == "register-worker":
+            gate.step_aside()
+        elif not self._is_owner(peer):
+            self._check_arguments(peer, op, message)
+
+    def _register(self, gate: Gate, client: str) -> None:
+        if client in self._peers and client in self.clients and self._peers[client].name != gate.peer.name:
+            raise refused(f"The name {client}, which another person's client has,", gate.peer, None)
+        for gone in [name for name in self._peers if name not in self.clients]:
+            del self._peers[gone]
+        self._peers[client] = gate.peer
+        gate.client = client
+
+    def _check_arguments(self, peer: Peer, op: str, message: dict[str, Any]) -> None:
+        client = message.get("client")
+        if peer.name is not None and client is not None and self._peers.get(client, Peer()).name != peer.name:
+            raise refused(f"{op} in the name of {client}", peer, None)
+        if op in ("broadcast", "proxy"):
+            inner = (message.get("msg") or {}).get("op")
+            if inner not in FORWARDED:
+                raise refused(f"{op} of {inner!r} (client.run and the like)", peer, self._master)
+        elif op == "log_event":
+            topics = message.get("topic") or ()
+            taken = [t for t in ([topics] if isinstance(topics, str) else topics) if t in _EVERYBODY_READS or t in self.workers]
+            # clients unpickle what comes under print and warn
+            if taken and peer.role != "worker":
+                raise refused(f"An event under {taken[0]!r}, which every client reads,", peer, self._master)
+        elif op == "set_metadata":
+            self._check_name("metadata", [(message.get("keys") or [None])[0]], peer, take=True)
+        elif op in ("publish_put", "publish_delete"):
+            names = message.get("names") or [message.get("name")]
+            self._check_name("dataset", names, peer, take=op == "publish_put")
+
+    def _check_name(self, kind: str, names: Any, peer: Peer, *, take: bool) -> None:
+        for name in names:
+            if self._named.get((kind, name), peer.name) != peer.name:
+                raise refused(f"The {kind} {name!r} belongs to {self._named[kind, name]}; changing it", peer, self._master)
+        for name in names:
+            if take:
+                self._named[kind, name] = peer.name
+            else:
+                self._named.pop((kind, name), None)
+
+    # --- messages of a client's stream -------------------------------------------------------------------------------------------
+    def admit_to_stream(self, gate: Gate, message: dict[str, Any]) -> bool:
+        """Whether a message goes on; the client is told if not."""
+        op, peer, client = message["op"], gate.peer, str(gate.client)
+        try:
+            self._check_invited(peer)
+            if op == "update-graph":
+                return self._admit_graph(gate, message)
+            if not self._is_owner(peer):
+                if op not in USER_STREAM:
+                    raise refused(op, peer, self._master)
+                claimed = message.get("client", client)
+                if claimed != client and not (op == "client-desires-keys" and claimed == "fire-and-forget"):
+                    raise refused(f"{op} in the name of {claimed}", peer, None)
+                if op == "cancel-keys" and message.get("force") and (others := self._others_who_want(message.get("keys", ()), peer)):
+                    raise refused(f"Cancelling with force what {', '.join(others)} waits for", peer, self._master)
+        except PermissionError as error:
+            self.tell(client, str(error))
+            return False
+        return True
+
+    def _others_who_want(self, keys: Any, peer: Peer) -> list[str]:
+        found, seen, stack = set(), set(), [self.tasks[key] for key in keys if key in self.tasks]
+        while stack:
+            ts = stack.pop()
+            if ts.key not in seen:
+                seen.add(ts.key)
+                stack.extend(ts.dependents)
+                wanted = {cs.client_key for cs in ts.who_wants or ()}
+                found |= {str(self._peers[name].name) for name in wanted if name in self._peers and self._peers[name].name != peer.name}
+        return sorted(found)
+
+    def _admit_graph(self, gate: Gate, message: dict[str, Any]) -> bool:
+        client = str(gate.client)
+        if message.get("client", client) != client:
+            raise refused(f"A graph in the name of {message['client']}", gate.peer, None)
+        if gate.peer.role not in ("worker", None):
+            message["submitting_task"] = None  # tasks submit tasks in the lane they run in, and only workers run tasks
+        frames = getattr(message.get("expr_ser"), "frames", ())
+        size = sum(memoryview(frame).nbytes for frame in frames)
+        if size <= self._max_bytes:
+            return True
+        refusal = _too_large(f"{format_bytes(size)}", f"{format_bytes(self._max_bytes)}")
+        error = error_message(refusal)
+        for key in message.get("keys", ()):
+            report = {"op": "task-erred", "key": key, "exception": error["exception"], "traceback": error["traceback"]}
+            self.report(report, client=client)
+        return False
+
+    def _create_taskstate_from_graph(self, *args: Any, **kwargs: Any) -> Any:
+        count = len(kwargs["dsk"])
+        if count > self._max_tasks:
+            raise _too_large(f"{count} tasks", f"{self._max_tasks}")
+        return super()._create_taskstate_from_graph(*args, **kwargs)
+
+    def tell(self, client: str, text: str) -> None:
+        """Show a client a warning, the same one at most once a minute."""
+        now = monotonic()
+        if now - self._told.get((client, text), -60.0) < 60:
+            return
+        self._told = {what: when for what, when in self._told.items() if now - when < 60} | {(client, text): now}
+        event = {"message": pickle.dumps(text), "category": pickle.dumps(UserWarning)}
+        self.report({"op": "event", "topic": "warn", "event": (time(), event)}, client=client)
+
+    # --- lanes -------------------------------------------------------------------------------------------------------------------
+    def owner_of_client(self, client: str) -> Owner:
+        """From the name that a client was given; the person and the lanes are those of its certificate."""
+        owner = super().owner_of_client(client)
+        peer = self._peers.get(client, Peer())
+        if peer.role == "worker":
+            return owner
+        user = peer.name if peer.name is not None else owner.user
+        return self.owner(self._permitted(client, user, owner.lane), user, owner.project)
+
+    def _permitted(self, client: str, user: str, lane: str) -> str:
+        people = self.people()
+        lanes = list((people or {}).get(user, {}).get("lanes") or ())
+        if not lanes or lane in lanes or self._peers.get(client, Peer()).role == "owner":
+            return lane
+        self.tell(client, f"{user} may not use the lane {lane!r} here: the work counts as {lanes[0]!r}. Allowed are {', '.join(lanes)}.")
+        return lanes[0]
+
+    def take_graph(self, client: str, keys: list[Any], lanes: Mapping[Any, str]) -> None:
+        """As of FairShareScheduler, with annotated lanes held to those that the person may use."""
+        if lanes and client in self._peers and self._peers[client].role != "worker":
+            user = self.owner_of_client(client).user
+            allowed = {lane: self._permitted(client, user, lane) for lane in set(lanes.values())}
+            lanes = {key: allowed[lane] for key, lane in lanes.items()}
+        super().take_graph(client, keys, lanes)
+
+    # --- memory by lane ----------------------------------------------------------------------------------------------------------
+    def memory_by_lane(self) -> dict[str, int]:
+        """Bytes of results in memory, by lane (empty without ``memory_share``)."""
+        return dict(self._memory.bytes)
+
+    def tell_lane(self, lane: str, text: str) -> None:
+        """Show a warning to every client of a lane."""
+        for client in list(self._peers):
+            if client in self.client_comms and self.owner_of_client(client).lane == lane:
+                self.tell(client, text)
+
+    def look_again(self) -> None:
+        """Tasks that could not be sent before may be sent now."""
+        self._fresh = True
+
+    def update_data(self, *, who_has: dict[Any, list[str]], nbytes: dict[Any, int], client: str | None = None) -> None:
+        """As distributed's; scattered data counts for the lane of who scattered it."""
+        super().update_data(who_has=who_has, nbytes=nbytes, client=client)
+        if self._memory.shares:
+            for key in who_has:
+                lane = self.owner_of_client(client).lane if client in self._peers else self.owner_of(key).lane
+                self._memory.count(self.tasks[key], lane)
+
+    def _transition_waiting_processing(self, key: Any, stimulus_id: str) -> Any:
+        if self._memory.full:
+            ts = self.tasks[key]
+            free = ts._queueable and not (ts.actor or ts.worker_restrictions or ts.host_restrictions or ts.resource_restrictions)
+            leaf = self._leaf(ts)
+            if leaf.lane.name in self._memory.full and free and (not ts.dependencies or self.is_rootish(ts)):
+                self._hold(ts, leaf, None)
+                return {}, {}, {}
+        return FairShareScheduler._transition_waiting_processing(self, key, stimulus_id)
+
+    _TRANSITIONS_TABLE = {  # noqa: RUF012  (distributed looks its functions up here, not as methods)
+        **FairShareScheduler._TRANSITIONS_TABLE,
+        ("waiting", "processing"): _transition_waiting_processing,
+    }
+
+
+def _too_large(size: str, limit: str) -> ValueError:
+    return ValueError(
+        f"A graph of {size} is refused: this scheduler takes at most {limit}.\n"
+        "  Usual reason: large arrays are inside the graph, or the chunks are very small\n"
+        "  What to do: scatter the arrays or load them in tasks; use larger chunks; submit in several parts"
+    )
+
+
+async def dask_setup(server: Server) -> None:
+    """``--preload cryodask.cluster.guard`` for scheduler, worker and (``--preload-nanny``) nanny.
+
+    A scheduler's options stand in Dask's configuration under ``cryodask.guard`` and ``cryodask.fairshare``.
+    """
+    if isinstance(server, Scheduler):
+        await fairshare.dask_setup(server)
+        server.__class__ = GuardedScheduler
+        assert isinstance(server, GuardedScheduler)
+        server.guard(**(dask.config.get("cryodask.guard", {}) or {}))
+        for name, function in server.handlers.items():
+            if getattr(function, "__self__", None) is server:
+                server.handlers[name] = getattr(server, function.__name__)
+    else:
+        server.__class__ = GuardedWorker if isinstance(server, Worker) else GuardedNanny
+        assert isinstance(server, GuardedWorker | GuardedNanny)
+    check_sockets(server)
+    for listener in server.listeners:
+        listener.comm_handler = server.handle_comm  # type: ignore[union-attr]
+    for comm in list(server._comms):
+        comm.abort()  # came before the gate

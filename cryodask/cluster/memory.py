@@ -1,0 +1,102 @@
+"""Results in the workers' memory, counted by lane, and a cap above which a lane's new tasks wait."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from dask.utils import format_bytes
+from distributed import Scheduler
+from distributed.diagnostics.plugin import SchedulerPlugin
+from distributed.scheduler import TaskState
+
+from cryodask.cluster.lanes import LaneQueue, Share
+
+if TYPE_CHECKING:
+    from cryodask.cluster.guard import GuardedScheduler
+
+
+class LaneMemory(SchedulerPlugin):
+    """Bytes of results in memory, as the scheduler knows them: each result once, however many copies there are.
+
+    A lane that holds more than its share is in ``full``. What it holds can only become less by tasks that have their inputs already, or by
+    people who release results: the scheduler keeps its roots back until then.
+    """
+
+    name = "lane-memory"
+
+    def __init__(self, scheduler: GuardedScheduler, shares: Mapping[str, float]) -> None:
+        bad = {lane: share for lane, share in shares.items() if not 0 < share <= 1}
+        if bad:
+            raise ValueError(f"memory_share is a part of the workers' memory, above 0 and at most 1, not {bad}")
+        self._scheduler, self.shares = scheduler, dict(shares)
+        self._held: dict[Any, tuple[str, int]] = {}
+        self.bytes: dict[str, int] = {}
+        self.full: set[str] = set()
+
+    def count(self, ts: TaskState, lane: str) -> None:
+        """A result came into memory."""
+        self.drop(ts.key)
+        self._held[ts.key] = lane, ts.get_nbytes()
+        self.bytes[lane] = self.bytes.get(lane, 0) + ts.get_nbytes()
+        self._compare(lane)
+
+    def drop(self, key: Any) -> None:
+        """A result left memory."""
+        entry = self._held.pop(key, None)
+        if entry is not None:
+            self.bytes[entry[0]] -= entry[1]
+            self._compare(entry[0])
+
+    def _compare(self, lane: str) -> None:
+        limit = self.shares.get(lane, 0.0) * sum(ws.memory_limit for ws in self._scheduler.workers.values())
+        if limit and self.bytes[lane] > limit:
+            if lane not in self.full:
+                self.full.add(lane)
+                self._scheduler.tell_lane(
+                    lane,
+                    f"Lane {lane!r} holds more than its {format_bytes(int(limit))} of results in memory: "
+                    "its new tasks wait until some are released.",
+                )
+        elif lane in self.full:
+            self.full.discard(lane)
+            self._scheduler.look_again()
+
+    def transition(self, key: Any, start: str, finish: str, *args: Any, **kwargs: Any) -> None:
+        """As told by distributed."""
+        if finish == "memory":
+            self.count(self._scheduler.tasks[key], self._scheduler.owner_of(key).lane)
+        elif start == "memory":
+            self.drop(key)
+
+    def restart(self, scheduler: Scheduler) -> None:
+        """As told by distributed."""
+        for key in list(self._held):
+            self.drop(key)
+
+    def add_worker(self, scheduler: Scheduler, worker: str) -> None:
+        """As told by distributed."""
+        for lane in list(self.bytes):
+            self._compare(lane)
+
+    def remove_worker(self, scheduler: Scheduler, worker: str, **kwargs: Any) -> None:
+        """As told by distributed."""
+        self.add_worker(scheduler, worker)
+
+
+class CappedQueue(LaneQueue):
+    """A lane queue that keeps the roots of full lanes back."""
+
+    def __init__(self, leaf_of: Callable[[Any], Share], full: set[str]) -> None:
+        super().__init__(leaf_of)
+        self._full = full
+
+    def best_at(self, leaf: Share, address: str) -> Any | None:
+        """As of LaneQueue; of a full lane only what has inputs in memory, and may free them."""
+        if leaf.lane.name not in self._full or None not in leaf.heaps:
+            return super().best_at(leaf, address)
+        roots = leaf.heaps.pop(None)
+        try:
+            return super().best_at(leaf, address)
+        finally:
+            leaf.heaps[None] = roots

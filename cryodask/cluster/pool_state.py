@@ -1,0 +1,78 @@
+"""What is known of one pool: how many jobs it should have, when it may ask for the next, why it has given up."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from cryodask.cluster.settings import PoolSettings
+
+FAILED_STARTS = 3
+"""Jobs in a row that end before a worker came, after which a pool gives up."""
+
+
+@dataclass(frozen=True)
+class PoolStatus:
+    """What a pool has and what it waits for.
+
+    ``waiting`` counts pending jobs by Slurm's own reason (``Resources``, ``PartitionConfig``). ``problem`` says why the pool has given up,
+    in Slurm's words or from the log of its last job, and is empty if it has not. ``lost`` counts jobs that were cancelled, killed,
+    pushed out or on a node that went down, since the start.
+    """
+
+    target: int
+    running: int
+    pending: int
+    workers: int
+    waiting: dict[str, int]
+    problem: str
+    lost: int
+
+
+@dataclass
+class PoolState:
+    """The memory of a pool between two looks at the queue. Times are of ``time.monotonic()``, in seconds."""
+
+    target: int = 0
+    serial: int = 0
+    failed_starts: int = 0
+    not_before: float = 0.0
+    problem: str = ""
+    lost: int = 0
+    replaced: deque[float] = field(default_factory=deque)
+
+    def aim(self, target: int) -> None:
+        """Forget old failures: somebody asks anew."""
+        self.target, self.problem, self.failed_starts, self.not_before = target, "", 0, 0.0
+
+    def count_loss(self, now: float, *, came: bool, per_hour: int) -> bool:
+        """Take note of a lost job and settle when the next may be asked for; False if the pool should give up.
+
+        ``came`` says whether any worker of the job had come. After failed starts the pool waits for longer and longer, and
+        never asks for more than ``per_hour`` replacements.
+        """
+        self.lost += 1
+        if not came:
+            self.failed_starts += 1
+            self.not_before = now + 2.0**self.failed_starts
+        while self.replaced and self.replaced[0] <= now - 3600:
+            self.replaced.popleft()
+        if len(self.replaced) >= per_hour:
+            self.not_before = (self.replaced[0] if self.replaced else now) + 3600
+        self.replaced.append(now)
+        return self.failed_starts < FAILED_STARTS
+
+
+def missing(statuses: Mapping[str, PoolStatus], settings: Mapping[str, PoolSettings], *, slurm_answers: bool) -> str:
+    """One sentence on what is waited for; empty when every worker is there."""
+    parts = []
+    for name, now in statuses.items():
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(now.waiting.items()))
+        if now.problem:
+            parts.append(f"pool {name}: {now.problem}")
+        elif reasons:
+            parts.append(f"pool {name}: jobs wait in the queue ({reasons})")
+        elif now.workers < now.target * settings[name].workers_per_job:
+            parts.append(f"pool {name}: {now.workers} workers of {now.running} running jobs have come")
+    return "; ".join(parts + ([] if slurm_answers else ["Slurm does not answer"]))

@@ -1,0 +1,51 @@
+"""A guarded cluster with certificates in this process, shared by the tests of certificates and of the guard."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import dask
+from distributed import Client, Worker
+
+from cryodask.cluster import tls
+from cryodask.cluster.guard import GuardedScheduler, GuardedWorker
+
+OWNER = "service"
+
+
+def authority(folder: Path, **people: list[str]) -> tls.Authority:
+    made = tls.Authority.create(folder, owner=OWNER, cluster="testing")
+    for name, lanes in people.items():
+        made.invite(name, lanes, address="tls://127.0.0.1:1")
+    return made
+
+
+@asynccontextmanager
+async def guarded(folder: Path | None, *, workers: int = 2, memory_limit: Any = "2 GiB", **options: Any) -> AsyncIterator[GuardedScheduler]:
+    """A scheduler and workers; with the certificates in ``folder``, or on plain TCP."""
+    secure = (lambda name: {"security": tls.security(folder, name)}) if folder else (lambda name: {})
+    settings = {"distributed.worker.memory.terminate": False, "distributed.worker.memory.pause": False, "distributed.admin.tick.limit": "60s"}
+    options = {"owner": OWNER, "users": folder / "people.json" if folder else None, **options}
+    protocol = "tls" if folder else "tcp"
+    with dask.config.set(settings):
+        async with GuardedScheduler(host="127.0.0.1", port=0, protocol=protocol, validate=True, **secure("scheduler"), **options) as scheduler:
+            made: list[Worker] = []
+            try:
+                for number in range(workers):
+                    worker = GuardedWorker(
+                        scheduler.address, nthreads=1, host="127.0.0.1", name=f"w{number}", memory_limit=memory_limit, **secure("worker")
+                    )
+                    made.append(await worker)
+                yield scheduler
+            finally:
+                for worker in made:
+                    await worker.close(nanny=False)
+
+
+def person(scheduler: GuardedScheduler, folder: Path | None, name: str, lane: str = "hpda", **options: Any) -> Client:
+    """A client with the certificate of a person; to be entered with ``async with``."""
+    security = {"security": tls.security(folder, name)} if folder else {}
+    return Client(scheduler.address, asynchronous=True, name=f"{lane}/{name}", set_as_default=False, **security, **options)
