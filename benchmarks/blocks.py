@@ -203,7 +203,7 @@ def main() -> None:
 
 def report(particles: StoredParticles, runs: dict[int, dict[str, Any]], killed: dict[str, Any]) -> None:
     leaves = cut_leaves(particles.set, Counted.halves)
-    worst = 1.0
+    worst = 1.0  # measured over model in the worst iteration
     print(f"{particles.set.count} particles of {BOX} px, {len(leaves)} leaves, classify2d, {len(runs[1]['moved'])} iterations")
     print(f"{'workers':>8}{'bits':>35}{'E-step CPU s':>26}{'wall s':>9}   moved MB / model MB, by iteration")
     for number, found in runs.items():
@@ -214,7 +214,7 @@ def report(particles: StoredParticles, runs: dict[int, dict[str, Any]], killed: 
         pairs = [(moved, model.between_workers) for moved in found["moved"]]
         for moved, expected in pairs:
             assert (moved == 0) == (expected == 0), (moved, expected)
-            worst = max(worst, moved / expected, expected / moved, key=lambda r: abs(np.log(r))) if expected else worst
+            worst = max(worst, moved / expected, key=lambda r: abs(np.log(r))) if expected else worst
         text = "  ".join(f"{a / 1e6:.3f} / {b / 1e6:.3f}" for a, b in pairs)
         print(f"{number:>8}{found['digest']:>35}{' '.join(f'{c:.1f}' for c in cpu):>26}{found['wall']:9.1f}   {text}")
         print(f"         model: {model}")

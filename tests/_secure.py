@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import warnings
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,17 @@ def authority(folder: Path, **people: list[str]) -> tls.Authority:
 async def guarded(folder: Path | None, *, workers: int = 2, memory_limit: Any = "2 GiB", **options: Any) -> AsyncIterator[GuardedScheduler]:
     """A scheduler and workers; with the certificates in ``folder``, or on plain TCP."""
     secure = (lambda name: {"security": tls.security(folder, name)}) if folder else (lambda name: {})
-    settings = {"distributed.worker.memory.terminate": False, "distributed.worker.memory.pause": False, "distributed.admin.tick.limit": "60s"}
+    settings = {
+        "distributed.worker.memory.terminate": False,
+        "distributed.worker.memory.pause": False,
+        "distributed.admin.tick.limit": "60s",
+    }
     options = {"owner": OWNER, "users": folder / "people.json" if folder else None, **options}
     protocol = "tls" if folder else "tcp"
     with dask.config.set(settings):
-        async with GuardedScheduler(host="127.0.0.1", port=0, protocol=protocol, validate=True, **secure("scheduler"), **options) as scheduler:
+        async with GuardedScheduler(
+            host="127.0.0.1", port=0, protocol=protocol, validate=True, **secure("scheduler"), **options
+        ) as scheduler:
             made: list[Worker] = []
             try:
                 for number in range(workers):
@@ -49,3 +56,14 @@ def person(scheduler: GuardedScheduler, folder: Path | None, name: str, lane: st
     """A client with the certificate of a person; to be entered with ``async with``."""
     security = {"security": tls.security(folder, name)} if folder else {}
     return Client(scheduler.address, asynchronous=True, name=f"{lane}/{name}", set_as_default=False, **security, **options)
+
+
+@contextmanager
+def warned(*all_of: str) -> Iterator[None]:
+    """Within, a client is shown warnings that hold each of these words."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        yield
+    said = [str(w.message) for w in seen]
+    for words in all_of:
+        assert any(words in one for one in said), f"{words!r} is not in {said}"

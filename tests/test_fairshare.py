@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import re
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import dask
 import dask.array as da
@@ -422,3 +428,37 @@ def test_lanes_that_do_not_exist_cannot_be_strict_or_reserved():
             await FairShareScheduler(dashboard=False, port=0, lanes={"a": 1}, strict=["b"])
 
     run(scenario)
+
+
+def test_the_lines_of_the_readme_run(tmp_path):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (code,) = [c for c in re.findall(r"```python\n(.*?)```", readme, re.S) if "LaneCluster" in c]
+    (tmp_path / "lanes.py").write_text(code)
+    shown = subprocess.run([sys.executable, "-W", "ignore", "lanes.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert shown.stdout.strip() == "6", shown.stderr[-2000:]
+
+
+def test_a_plain_dask_scheduler_takes_lanes_as_a_preload(tmp_path):
+    (tmp_path / "lanes.yaml").write_text("cryodask: {fairshare: {lanes: {live: 3, hpda: 1}}}")
+    file = tmp_path / "scheduler.json"
+    words = ["scheduler", "--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0", "--scheduler-file", str(file)]
+    command = [sys.executable, "-m", "dask", *words, "--preload", "cryodask.cluster.fairshare"]
+    process = subprocess.Popen(command, env={**os.environ, "DASK_CONFIG": str(tmp_path)}, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not file.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+        async def scenario():
+            address = json.loads(file.read_text())["address"]
+            async with Worker(address, nthreads=2, host="127.0.0.1", dashboard=False):
+                async with Client(address, asynchronous=True, name="live/x") as a, Client(address, asynchronous=True, name="hpda/y") as b:
+                    kept = b.map(time.sleep, [0.02] * 200, pure=False)
+                    assert await a.gather(a.map(abs, range(5), pure=False)) == list(range(5))
+                    assert (await a.scheduler.identity())["type"] == "FairShareScheduler"
+                    del kept
+
+        run(scenario)
+    finally:
+        process.terminate()
+        process.wait(20)

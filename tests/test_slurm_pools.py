@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from distributed import Client
 from cryodask.cluster.pools import PoolCluster, open_pools
 from cryodask.cluster.settings import parse_settings
 from cryodask.cluster.slurm import allocation_script
+from cryodask.cluster.tls import Authority, security
 from cryodask.errors import ClusterError
 from cryodask.testing.slurm import TinySlurm, missing_programs
 
@@ -106,6 +109,17 @@ def test_every_pool_is_scaled_alone(pools):
         pools.scale_pool(cqu=1)
 
 
+def test_in_a_coroutine_everything_is_awaited(on_slurm, tmp_path):
+    async def main():
+        async with PoolCluster(settings(tmp_path), asynchronous=True) as cluster, Client(cluster, asynchronous=True) as client:
+            await cluster.scale_pool(cpu=1)
+            await cluster.wait_for_first(60)
+            assert (await cluster.pool_status())["cpu"].workers == 1
+            return await client.submit(sum, [2, 3])
+
+    assert asyncio.run(main()) == 5
+
+
 def test_each_worker_of_a_gpu_job_sees_one_device_of_its_own(pools, client):
     at(pools, cpu=1, gpu=1)
 
@@ -183,7 +197,7 @@ def test_a_drained_node_takes_no_new_jobs_and_loses_none(pools, client, on_slurm
     lost = pools.pool_status()["cpu"].lost
     pools.scale_pool(cpu=2)
     wait(lambda: pools.pool_status()["cpu"].pending == 1, "a pending job")
-    wait(lambda: "drain" in pools.what_is_missing().lower() or time.sleep(1) or print(pools.what_is_missing()), "Slurm's reason", 10)
+    wait(lambda: re.search("DRAINED|UnavailableNodes", pools.what_is_missing()), "Slurm's reason")
     assert client.submit(lambda: 7).result(60) == 7
     on_slurm.resume("c0")
     on_slurm.resume("c1")
@@ -240,6 +254,47 @@ def test_a_controller_that_is_away_loses_no_job_and_submissions_wait_for_it(pool
     assert sum(name == "cryodask-cpu" for _, name, _ in on_slurm.jobs().values()) == 2
 
 
+def _as_anna(cluster, folder):
+    return Client(cluster.scheduler_address, name="hpda/anna", security=security(folder, "anna"))
+
+
+def test_with_certificates_scheduler_and_workers_speak_tls_and_are_guarded(on_slurm, tmp_path):
+    Authority.create(tmp_path / "ca", owner="service").invite("anna", ["hpda"], address="tls://127.0.0.1:1")
+    pools = {"cpu": {**_POOLS["cpu"], "count": 1}, "gpu": {**_POOLS["gpu"], "count": 1}}
+    mixed = settings(tmp_path / "logs", pools=pools, lanes={"live": 3, "hpda": 1})
+    with open_pools(mixed, certificates=tmp_path / "ca", owner="service") as cluster:
+        wait(lambda: sum(now.workers for now in cluster.pool_status().values()) == 3, "three workers")
+        with Client(cluster) as owner, _as_anna(cluster, tmp_path / "ca") as anna:
+            assert anna.submit(lambda: os.environ["SLURM_JOB_PARTITION"], resources={"GPU": 1}).result(60) == "gpu"
+            assert all(address.startswith("tls://") for address in owner.nthreads())
+            with pytest.raises(PermissionError, match="anna"):
+                anna.run(os.getpid)
+            assert len(owner.run(os.getpid)) == 3
+        at_loopback = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+        workers = [psutil.Process(pid) for pid in on_slurm.processes()]
+        dask = [p for p in workers if "dask_worker" in " ".join(p.cmdline()) or "multiprocessing.spawn" in " ".join(p.cmdline())]
+        listening = {c.laddr.ip for p in dask for c in p.net_connections("tcp") if c.status == "LISTEN"}
+        assert len(dask) >= 6
+        assert listening <= at_loopback
+        cluster.scale_pool(gpu=0)
+        wait(lambda: cluster.pool_status()["gpu"].workers == 0, "the end of the GPU workers")
+
+
+@pytest.mark.slow
+def test_a_job_is_replaced_before_its_walltime_ends_and_nothing_is_lost(on_slurm, tmp_path):
+    pools = {"cpu": {**_ONE, "walltime": "0:02:00", "count": 1}}
+    with open_pools(settings(tmp_path, pools=pools)) as cluster, Client(cluster) as client:
+        held = client.submit(counting(str(tmp_path / "ran")), 9)
+        assert held.result(60) == 81
+        (first,) = client.nthreads()
+        wait(lambda: len(client.nthreads()) == 2, "the replacement", 100)
+        assert first in client.nthreads()
+        wait(lambda: first not in client.nthreads() and len(client.nthreads()) == 1, "the end of the first", 60)
+        assert held.result(60) == 81
+        assert len(runs_of(tmp_path / "ran")) == 1
+        assert cluster.pool_status()["cpu"].lost == 0
+
+
 _DRIVER = """
 import sys, time
 from cryodask.cluster.pools import open_pools
@@ -270,20 +325,27 @@ def test_jobs_of_a_killed_driver_end_and_the_next_start_cancels_those_that_wait(
         wait(lambda: not states(), "the end of the pending job")
 
 
-@pytest.mark.parametrize("good", [True, False])
-def test_one_allocation_holds_scheduler_workers_and_driver(good, on_slurm, tmp_path):
+@pytest.mark.parametrize(("good", "encrypted"), [(True, True), (False, False)])
+def test_one_allocation_holds_scheduler_workers_and_driver(good, encrypted, on_slurm, tmp_path):
+    if encrypted:
+        Authority.create(tmp_path / "ca", owner="service")
     one = {"pools": {"cpu": {**_POOLS["cpu"], "count": 2}}, "single_allocation": True}
     driver = tmp_path / "driver.py"
-    work = "print('sum', client.submit(sum, client.map(abs, range(10))).result())" if good else "raise SystemExit(7)"
+    work = (
+        "print(client.scheduler.address, 'sum', client.submit(sum, client.map(abs, range(10))).result())" if good else "raise SystemExit(7)"
+    )
     driver.write_text(
         "import os\nfrom distributed import Client\n"
         f"client = Client(scheduler_file=os.environ['CRYODASK_CLUSTER'])\nclient.wait_for_workers(2, timeout=60)\n{work}\n"
     )
-    (tmp_path / "job.sh").write_text(allocation_script(settings(tmp_path, **one), f"{sys.executable} {driver}"))
+    certificates = tmp_path / "ca" if encrypted else None
+    script = allocation_script(settings(tmp_path, **one), f"{sys.executable} {driver}", certificates=certificates)
+    (tmp_path / "job.sh").write_text(script)
     job = on_slurm.run("sbatch", "--parsable", str(tmp_path / "job.sh")).strip()
     wait(lambda: job not in on_slurm.jobs(), "the end of the job")
     said = (tmp_path / f"cryodask-batch-{job}.log").read_text()
     assert ("sum 45" in said) == good, said
+    assert ("tls://" in said) == encrypted
     finished = (on_slurm.folder / "log" / "jobcomp.log").read_text().splitlines()
     line = next(line for line in finished if line.startswith(f"JobId={job} "))
     assert ("JobState=COMPLETED" in line) == good

@@ -1,5 +1,6 @@
-"""Where it runs. Knows nothing of cryo-EM."""
+"""Where it runs: workers, pools, lanes. Knows nothing of cryo-EM, and serves any user of Dask."""
 
-from cryodask.cluster.connect import connect
+from cryodask.cluster.connect import LaneCluster, close, connect
+from cryodask.cluster.fairshare import FairShareScheduler
 
-__all__ = ["connect"]
+__all__ = ["FairShareScheduler", "LaneCluster", "close", "connect"]

@@ -148,8 +148,7 @@ class GuardedScheduler(Guarded, FairShareScheduler):
                 "  Usual reason: another environment was active\n"
                 "  What to do: use the scheduler's environment; only patch levels of Python may differ"
             )
-            reply = [{"op": "stream-start", "error": why}] if kind == "client" else {"status": "error", "message": why, "time": time()}
-            raise Refusal(reply, why.partition("\n")[0])
+            raise _refused_client(why) if kind == "client" else _refused_worker(why)
 
     # --- requests ----------------------------------------------------------------------------------------------------------------
     def admit(self, gate: Gate, message: dict[str, Any]) -> None:
@@ -159,7 +158,7 @@ class GuardedScheduler(Guarded, FairShareScheduler):
             try:
                 self._check_invited(peer)
             except PermissionError as error:
-                raise Refusal([{"op": "stream-start", "error": str(error)}], str(error).partition("\n")[0]) from None
+                raise _refused_client(str(error)) from None
         else:
             self._check_invited(peer)
         if op in ("register-client", "register-worker"):
@@ -169,7 +168,10 @@ class GuardedScheduler(Guarded, FairShareScheduler):
             # a worker leaves by retiring itself, and nobody else
             leaving = peer.role == "worker" and op == "retire_workers" and message.get("close_workers") is False
             if not from_worker and not (leaving and len(message.get("workers") or ()) == 1):
-                raise refused(op, peer, self._master)
+                error = refused(op, peer, self._master)
+                if op == "register-worker":
+                    raise _refused_worker(str(error))
+                raise error
         if op == "register-client":
             self._register(gate, message["client"])
         elif op == "register-worker":
@@ -342,6 +344,14 @@ class GuardedScheduler(Guarded, FairShareScheduler):
         **FairShareScheduler._TRANSITIONS_TABLE,
         ("waiting", "processing"): _transition_waiting_processing,
     }
+
+
+def _refused_client(why: str) -> Refusal:
+    return Refusal([{"op": "stream-start", "error": why}], why.partition("\n")[0])
+
+
+def _refused_worker(why: str) -> Refusal:
+    return Refusal({"status": "error", "message": why, "time": time()}, why.partition("\n")[0])
 
 
 def _too_large(size: str, limit: str) -> ValueError:

@@ -9,16 +9,18 @@ import time
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import dask
-from distributed import Scheduler
+import psutil
 from distributed.deploy.cluster import Cluster
 from distributed.deploy.spec import ProcessInterface, SpecCluster
 
-from cryodask.cluster import slurm
-from cryodask.cluster.connect import _SETTINGS
+from cryodask.cluster import slurm, tls
+from cryodask.cluster.environment import SETTINGS
 from cryodask.cluster.fairshare import FairShareScheduler
+from cryodask.cluster.guard import GuardedScheduler
 from cryodask.cluster.pool_state import FAILED_STARTS, PoolState, PoolStatus, missing
 from cryodask.cluster.settings import SlurmSettings
 from cryodask.errors import ClusterError
@@ -41,12 +43,13 @@ class PoolCluster(SpecCluster):
     Parameters
     ----------
     settings : SlurmSettings
-    security : distributed.Security, optional
-        With the paths of certificate files. Without it nothing listens beyond the loopback address.
-    scheduler : type
-        Class of the scheduler.
+    certificates : path, optional
+        Folder of the cluster's authority (``tls.py``). With it the scheduler and the workers are guarded; without it nothing listens
+        beyond the loopback address.
+    owner : str, optional
+        Name of the owner's certificate there.
     scheduler_options : mapping, optional
-        More options for it.
+        More options for the scheduler.
 
     Notes
     -----
@@ -66,16 +69,17 @@ class PoolCluster(SpecCluster):
         self,
         settings: SlurmSettings,
         *,
-        security: Any = None,
-        scheduler: type[Scheduler] = FairShareScheduler,
+        certificates: str | Path | None = None,
+        owner: str | None = None,
         scheduler_options: Mapping[str, Any] | None = None,
         asynchronous: bool = False,
     ) -> None:
-        if security is None and settings.interface != "lo":
+        slurm.refuse_clear_text(settings, certificates and owner)
+        if settings.interface not in (None, *(known := psutil.net_if_addrs())):
             raise ClusterError(
-                "The pools have no certificates, and workers on other machines would talk in clear text.",
-                "no security was given",
-                "give security=, or set  interface: lo  where all is on one machine",
+                f"This machine has no network interface {settings.interface}.",
+                "the cluster file is for others",
+                f"use {' or '.join(known)}",
             )
         slurm.pool_job_class()
         self.settings = settings
@@ -91,16 +95,19 @@ class PoolCluster(SpecCluster):
         self._leaving: set[str] = set()
         self._fast_until = 0.0
         self._watching: asyncio.Task[None] | None = None
-        self._security = security
+        self._certificates = Path(certificates).absolute() if certificates else None
         # jobs are lost for reasons of their own here: a task is not to blame before several workers died of it
         options: dict[str, Any] = {"allowed_failures": _ALLOWED_FAILURES, "dashboard_address": "127.0.0.1:0", "port": settings.port}
         options |= {"interface": settings.interface} if settings.interface else {}
-        options |= {"security": security, "protocol": "tls://" if security is not None else "tcp://"}
-        if issubclass(scheduler, FairShareScheduler):
-            options |= settings.model_dump(include={"lanes", "strict", "reserve", "default_lane"})
-        dask.config.set(_SETTINGS)
+        options |= settings.model_dump(include={"lanes", "strict", "reserve", "default_lane"})
+        security = None
+        if self._certificates is not None and owner is not None:
+            security = tls.security(self._certificates, owner)
+            options |= {"protocol": "tls://", "security": tls.security(self._certificates, "scheduler")}
+            options |= {"owner": owner, "users": self._certificates / "people.json"}
+        dask.config.set(SETTINGS)
         super().__init__(
-            scheduler={"cls": scheduler, "options": {**options, **(scheduler_options or {})}},
+            scheduler={"cls": GuardedScheduler if security else FairShareScheduler, "options": {**options, **(scheduler_options or {})}},
             workers={},
             security=security,
             name="cryodask",
@@ -177,8 +184,7 @@ class PoolCluster(SpecCluster):
     async def _wait_for_first(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while not self.scheduler.workers:
-            hopeless = all(pool.problem or not pool.target for pool in self._pools.values())
-            if hopeless or time.monotonic() > deadline:
+            if not any(pool.target for pool in self._pools.values()) or time.monotonic() > deadline:
                 raise ClusterError(
                     f"No worker has come: {await self._what_is_missing() or 'no pool was asked for jobs'}.",
                     "the queue is full, or the partition, account or size of the jobs does not fit",
@@ -208,7 +214,7 @@ class PoolCluster(SpecCluster):
         state = self._pools[pool]
         name = f"{pool}-{state.serial}"
         state.serial += 1
-        options = {"pool": pool, "settings": self.settings, "cluster_id": self.cluster_id, "security": self._security}
+        options = {"pool": pool, "settings": self.settings, "cluster_id": self.cluster_id, "certificates": self._certificates}
         self.worker_spec[name] = {"cls": slurm.pool_job_class(), "options": options}
         workers = self.settings.pools[pool].workers_per_job
         if workers > 1:
@@ -372,11 +378,11 @@ class PoolCluster(SpecCluster):
             for job in self.workers.values():
                 await ProcessInterface.close(job)
         await super()._close()
-        if watching is not None:
-            await slurm.wait_until_gone(self.cluster_id, _CLOSE_SECONDS)
+        if watching is not None and not await slurm.wait_until_gone(self.cluster_id, _CLOSE_SECONDS):
+            logger.warning("Slurm still shows jobs of this cluster, or does not answer. They end when they find no scheduler.")
 
 
-def open_pools(settings: SlurmSettings, *, security: Any = None) -> PoolCluster:
+def open_pools(settings: SlurmSettings, *, certificates: str | Path | None = None, owner: str | None = None) -> PoolCluster:
     """Pools with the jobs that their settings want at the start. Returns when they are submitted; workers come as Slurm lets them.
 
     Raises
@@ -384,7 +390,7 @@ def open_pools(settings: SlurmSettings, *, security: Any = None) -> PoolCluster:
     ClusterError
         If Slurm refuses the jobs of every pool. If it takes some, the refusals are warnings.
     """
-    cluster = PoolCluster(settings, security=security)
+    cluster = PoolCluster(settings, certificates=certificates, owner=owner)
     try:
         cluster.scale_pool(**{name: pool.wanted for name, pool in settings.pools.items()})
     except ClusterError as refused:

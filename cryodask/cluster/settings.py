@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from dask.utils import parse_bytes
@@ -52,7 +52,23 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class LocalSettings(_Section):
+class _Sharing(_Section):
+    """How lanes share the workers (see ``FairShareScheduler``)."""
+
+    lanes: dict[str, float | dict[str, Any]] = {}
+    strict: tuple[str, ...] = ()
+    reserve: dict[str, int] = {}
+    default_lane: str = "default"
+
+    @model_validator(mode="after")
+    def _lanes_exist(self) -> Self:
+        unknown = [n for n in (*self.strict, *self.reserve) if n not in self.lanes]
+        if unknown:
+            raise ValueError(f"strict and reserve name {unknown}, which lanes does not{_nearest(unknown[0], self.lanes)}")
+        return self
+
+
+class LocalSettings(_Sharing):
     """Worker processes on this machine, with one thread each."""
 
     kind: Literal["local"] = "local"
@@ -135,7 +151,7 @@ class PoolSettings(_Section):
         return self
 
 
-class SlurmSettings(_Section):
+class SlurmSettings(_Sharing):
     """Pools of Slurm jobs on one scheduler, shared by lanes (see ``FairShareScheduler``).
 
     ``interface`` and ``port`` are the scheduler's. With ``single_allocation`` one batch job holds scheduler, workers and driver.
@@ -143,10 +159,6 @@ class SlurmSettings(_Section):
 
     kind: Literal["slurm"]
     pools: dict[PoolName, PoolSettings] = Field(min_length=1)
-    lanes: dict[str, float | dict[str, Any]] = {}
-    strict: tuple[str, ...] = ()
-    reserve: dict[str, int] = {}
-    default_lane: str = "default"
     interface: Line | None = None
     port: int = Field(0, ge=0, le=65535)
     logs: Line = "~/.local/state/cryodask/logs"
@@ -155,10 +167,7 @@ class SlurmSettings(_Section):
     single_allocation: bool = False
 
     @model_validator(mode="after")
-    def _lanes_exist(self) -> SlurmSettings:
-        unknown = [n for n in (*self.strict, *self.reserve) if n not in self.lanes]
-        if unknown:
-            raise ValueError(f"strict and reserve name {unknown}, which lanes does not{_nearest(unknown[0], self.lanes)}")
+    def _one_allocation(self) -> SlurmSettings:
         if self.single_allocation and (len(self.pools) != 1 or not next(iter(self.pools.values())).wanted):
             raise ValueError("single_allocation takes one pool, with a count")
         return self

@@ -22,7 +22,8 @@ import dask
 import psutil
 from distributed.deploy.spec import ProcessInterface
 
-from cryodask.cluster.connect import _ALLOCATOR, _ONE_THREAD, _SETTINGS
+from cryodask.cluster import tls
+from cryodask.cluster.environment import ALLOCATOR, ONE_THREAD, SETTINGS
 from cryodask.cluster.settings import PoolSettings, SlurmSettings
 from cryodask.errors import ClusterError
 
@@ -80,7 +81,9 @@ def pool_job_class() -> type[Any]:
     class PoolJob(base):  # type: ignore[valid-type, misc]
         """``refused`` holds Slurm's words where it took no job; ``unsure`` is set where nobody knows whether it did."""
 
-        def __init__(self, scheduler: str, name: str, *, pool: str, settings: SlurmSettings, cluster_id: str, security: Any = None) -> None:
+        def __init__(
+            self, scheduler: str, name: str, *, pool: str, settings: SlurmSettings, cluster_id: str, certificates: Path | None = None
+        ) -> None:
             self.pool, self.refused, self.unsure = pool, "", False
             self.logs = _logs(settings)
             chosen = settings.pools[pool]
@@ -100,13 +103,12 @@ def pool_job_class() -> type[Any]:
                 memory=int(0.9 * chosen.memory_bytes) // (chosen.gpus if devices else 1),
                 python=_python(chosen) if devices else f"exec {_python(chosen)}",
                 job_extra_directives=[*_directives(chosen, self.logs), f"--comment={_COMMENT}:{cluster_id}:{name}", *chosen.directives],
-                job_script_prologue=_prologue(chosen),
+                job_script_prologue=_prologue(chosen, certificates),
                 worker_extra_args=_worker_options(pool, chosen),
                 local_directory=f'"{chosen.scratch}"',
                 death_timeout=_DEATH_SECONDS,
                 interface=chosen.interface or settings.interface,
-                protocol="tls://" if security is not None else None,
-                security=_with_files(security),
+                protocol="tls://" if certificates else None,
             )
             self.name = name
             if devices:
@@ -126,6 +128,12 @@ def pool_job_class() -> type[Any]:
                 self.unsure = bool(_AWAY.search(said))
                 self.refused = "" if self.unsure else said
                 await ProcessInterface.start(self)  # raised here, it would end in a callback that nobody hears
+
+        @staticmethod
+        async def _call(cmd: list[str], **kwargs: Any) -> str:
+            # a session of its own: Ctrl-C in a terminal goes to all processes there, and must not kill a submission half-way
+            said: str = await base._call(cmd, start_new_session=True, **kwargs)
+            return said
 
         async def close(self) -> None:
             if self.status.name != "closed":
@@ -147,9 +155,9 @@ def dry_run(settings: SlurmSettings) -> dict[str, str]:
     return {name: job_script(settings, name, scheduler="SCHEDULER", name=f"{name}-0", cluster_id="CLUSTER") for name in settings.pools}
 
 
-def job_script(settings: SlurmSettings, pool: str, *, scheduler: str, name: str, cluster_id: str, security: Any = None) -> str:
+def job_script(settings: SlurmSettings, pool: str, *, scheduler: str, name: str, cluster_id: str, certificates: Path | None = None) -> str:
     """The text that sbatch gets for a job of a pool."""
-    job = pool_job_class()(scheduler, name, pool=pool, settings=settings, cluster_id=cluster_id, security=security)
+    job = pool_job_class()(scheduler, name, pool=pool, settings=settings, cluster_id=cluster_id, certificates=certificates)
     return _tidy(job.job_script())
 
 
@@ -175,9 +183,10 @@ def _directives(pool: PoolSettings, logs: Path) -> list[str]:
     return lines + ([f"--qos={pool.qos}"] if pool.qos else []) + ([f"--gres=gpu:{pool.gpus}"] if pool.gpus else [])
 
 
-def _prologue(pool: PoolSettings) -> list[str]:
-    settings = {"DASK_" + k.upper().replace(".", "__").replace("-", "_"): str(v) for k, v in _SETTINGS.items()}
-    values = {**_ONE_THREAD, **_ALLOCATOR, "PYTHONDONTWRITEBYTECODE": "", **settings}
+def _prologue(pool: PoolSettings, certificates: Path | None) -> list[str]:
+    settings = {"DASK_" + k.upper().replace(".", "__").replace("-", "_"): str(v) for k, v in SETTINGS.items()}
+    values = {**ONE_THREAD, **ALLOCATOR, "PYTHONDONTWRITEBYTECODE": "", **settings}
+    values |= tls.worker_environment(certificates) if certificates else {}
     lines = [*pool.environment, *(f"export {name}={shlex.quote(value)}" for name, value in values.items())]
     return lines + ([': "${CUDA_VISIBLE_DEVICES:?Slurm gave this job no GPU}"'] if pool.gpus else [])
 
@@ -193,14 +202,15 @@ def _worker_options(name: str, pool: PoolSettings) -> list[str]:
     return options
 
 
-def _with_files(security: Any) -> Any:
-    if security is not None and any("\n" in str(v) for v in security.get_tls_config_for_role("worker").values()):
+def refuse_clear_text(settings: SlurmSettings, certificates: object) -> None:
+    """Nothing of ours talks over a network without certificates."""
+    interfaces = {settings.interface, *(pool.interface or settings.interface for pool in settings.pools.values())}
+    if not certificates and interfaces != {"lo"}:
         raise ClusterError(
-            "The certificates of this cluster are in memory, where workers of other machines cannot read them.",
-            "Security.temporary() was used",
-            "give a Security with the paths of files",
+            "The pools have no certificates, and workers on other machines would talk in clear text.",
+            "no certificates were given",
+            "give the folder of the cluster's authority, or set  interface: lo  where all is on one machine",
         )
-    return security
 
 
 def walltime_seconds(text: str) -> int:
@@ -223,7 +233,7 @@ def _slurms_words(error: str) -> str:
 
 
 # --- one job for all -------------------------------------------------------------------------------------------------------------
-def allocation_script(settings: SlurmSettings, driver: str, *, security: Any = None) -> str:
+def allocation_script(settings: SlurmSettings, driver: str, *, certificates: Path | None = None) -> str:
     """A batch script that holds a scheduler, the workers of the only pool, and a driver, which finds them by ``$CRYODASK_CLUSTER``.
 
     Whichever ends first, driver or workers, ends the job: a driver without workers would wait until the walltime.
@@ -234,7 +244,10 @@ def allocation_script(settings: SlurmSettings, driver: str, *, security: Any = N
         With ``single_allocation``.
     driver : str
         A line of shell: ``cryodask run project.yaml --cluster "$CRYODASK_CLUSTER"``.
+    certificates : Path, optional
+        Folder of the cluster's authority.
     """
+    refuse_clear_text(settings, certificates)
     (name, pool), logs = next(iter(settings.pools.items())), _logs(settings)
     workers, tasks = pool.workers_per_job, pool.wanted * pool.workers_per_job
     cores, mebibytes = pool.cores // workers, math.ceil(pool.memory_bytes / 2**20 / pool.cores)
@@ -244,19 +257,16 @@ def allocation_script(settings: SlurmSettings, driver: str, *, security: Any = N
     asked += [*(["--gpus-per-task=1"] if pool.gpus else []), *pool.directives]
     python, interface = _python(pool), pool.interface or settings.interface
     common = ["--scheduler-file", '"$CRYODASK_CLUSTER"', *(["--interface", interface] if interface else [])]
-    tls = (
-        {"scheduler": [], "worker": []}
-        if security is None
-        else {r: _tls_options(_with_files(security), r) for r in ("scheduler", "worker")}
-    )
-    scheduler = [python, "-m distributed.cli.dask_scheduler", *common, "--dashboard-address 127.0.0.1:0 --no-show", *tls["scheduler"]]
+    common += ["--protocol tls://"] if certificates else []
+    scheduler = [python, "-m distributed.cli.dask_scheduler", *common, "--dashboard-address 127.0.0.1:0 --no-show"]
     limit = int(0.9 * pool.memory_bytes / workers)
     worker = [python, "-m distributed.cli.dask_worker", *common, f"--nanny --nthreads {cores} --memory-limit {limit}"]
-    worker += [f'--death-timeout {_DEATH_SECONDS} --local-directory "{pool.scratch}"', *_worker_options(name, pool), *tls["worker"]]
+    worker += [f'--death-timeout {_DEATH_SECONDS} --local-directory "{pool.scratch}"', *_worker_options(name, pool)]
     lines = [
         "#!/usr/bin/env bash",
         *(f"#SBATCH {line}" for line in asked),
-        *[line for line in _prologue(pool) if "CUDA" not in line],
+        *[line for line in _prologue(pool, certificates) if "CUDA" not in line],
+        *(_scheduler_exports(certificates) if certificates else []),
         f"folder={shlex.quote(str(logs))}/batch-$SLURM_JOB_ID",
         'mkdir -p -m 700 "$folder"',
         'export CRYODASK_CLUSTER="$folder/scheduler.json"',
@@ -276,9 +286,9 @@ def allocation_script(settings: SlurmSettings, driver: str, *, security: Any = N
     return "\n".join(lines) + "\n"
 
 
-def _tls_options(security: Any, role: str) -> list[str]:
-    files = security.get_tls_config_for_role(role)
-    return ["--protocol tls://", *(f"--tls-{k.replace('_', '-')} {shlex.quote(v)}" for k, v in files.items() if v and k != "ciphers")]
+def _scheduler_exports(certificates: Path) -> list[str]:
+    files = tls.security(certificates, "scheduler").get_tls_config_for_role("scheduler")
+    return [f"export DASK_DISTRIBUTED__COMM__TLS__SCHEDULER__{k.upper()}={shlex.quote(str(files[k]))}" for k in ("cert", "key")]
 
 
 # --- the queue -------------------------------------------------------------------------------------------------------------------
@@ -330,16 +340,17 @@ async def cancel_leftovers() -> list[str]:
     return [job.name for job in left]
 
 
-async def wait_until_gone(cluster_id: str, seconds: float) -> None:
-    """Cancel what is left of a cluster until Slurm shows nothing of it."""
+async def wait_until_gone(cluster_id: str, seconds: float) -> bool:
+    """Cancel what is left of a cluster until Slurm shows nothing of it; False if it did so for too long, or did not answer."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         queue = await squeue()
         left = [job for job in queue or [] if job.cluster_id == cluster_id]
         if queue is not None and not left:
-            return
+            return True
         await scancel([job.job_id for job in left if job.alive])
         await asyncio.sleep(0.2 if queue is not None else 2.0)
+    return False
 
 
 def new_cluster_id() -> str:
@@ -360,7 +371,9 @@ def owner_is_dead(cluster_id: str) -> bool:
 
 async def _command(*words: str, seconds: float = 30.0) -> tuple[int, str]:
     try:
-        process = await asyncio.create_subprocess_exec(*words, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL)
+        process = await asyncio.create_subprocess_exec(
+            *words, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL, start_new_session=True
+        )
     except OSError:
         return 127, ""
     try:

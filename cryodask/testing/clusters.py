@@ -17,7 +17,7 @@ from types import TracebackType
 import psutil
 from distributed import Client
 
-from cryodask.cluster.connect import _ALLOCATOR, _ONE_THREAD, _SETTINGS
+from cryodask.cluster.environment import ALLOCATOR, ONE_THREAD, SETTINGS
 
 _START_SECONDS = 120.0
 
@@ -118,13 +118,13 @@ class ProcessCluster:
         raise RuntimeError(f"the scheduler does not start:\n{self.log()[-2000:]}")
 
     def _start(self, *words: str) -> subprocess.Popen[bytes]:
-        settings = {"DASK_" + k.upper().replace(".", "__").replace("-", "_"): str(v) for k, v in _SETTINGS.items()}
+        settings = {"DASK_" + k.upper().replace(".", "__").replace("-", "_"): str(v) for k, v in SETTINGS.items()}
         kept = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
         self._started += 1
         with open(Path(self._folder.name) / f"{self._started:04d}-{words[0]}.log", "wb") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "dask", *words],
-                env={**kept, **_ONE_THREAD, **_ALLOCATOR, **settings},
+                env={**kept, **ONE_THREAD, **ALLOCATOR, **settings},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -1,0 +1,192 @@
+"""What lanes cost: CPU of the scheduler process, and the speed and the transfers of dask.array, against plain Dask.
+
+``python benchmarks/scheduler_cost.py [--quick] [--pairs 7]``
+
+1. CPU (user + system) of the scheduler process for 20,000 tasks that do nothing, on 2 real worker processes of 4 threads, from connected
+   clients to the last result: without start-up. Roots, and chains of two. One lane against plain Dask with one client, two lanes against
+   plain Dask with two. Runs alternate; a ratio is that of the medians, its spread that of the pairs.
+2. dask.array (a reduction, a rechunk, map_overlap): wall seconds, and bytes that the workers received from each other, again with one
+   client and with two that compute at the same time. Medians of three computations a cluster, clusters alternate.
+
+CPU seconds of a shared machine differ from run to run: look at the spread before you believe a ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import dask.array as da
+from _lanes import FAIR, OUT, PLAIN, Cluster, Workers, cluster, finish
+from distributed import Client, Scheduler
+
+LANES = {"A": 1, "B": 1}
+NAMES = {"one_lane": ("A/x",), "two_lanes": ("A/x", "B/x")}
+
+
+def noop(value: Any) -> Any:
+    return value
+
+
+def cpu_seconds(dask_scheduler: Scheduler) -> float:
+    """Of the scheduler process until now."""
+    return time.process_time()
+
+
+def send_roots(client: Client, count: int) -> list[Any]:
+    return client.map(noop, range(count), pure=False)
+
+
+def send_chains(client: Client, count: int) -> list[Any]:
+    return client.map(noop, client.map(noop, range(count // 2), pure=False), pure=False)
+
+
+def cost(workers: Workers, kind: str, names: tuple[str, ...], send: Callable[[Client, int], list[Any]], tasks: int) -> float:
+    """CPU seconds of the scheduler process."""
+    options = {} if kind == PLAIN else {"lanes": LANES}
+    with cluster(workers, kind, names, record=False, **options) as made:
+        time.sleep(1.0)
+        before = made.ask(cpu_seconds)
+        sent = [send(client, tasks // len(names)) for client in made.clients.values()]
+        for client, futures in zip(made.clients.values(), sent):
+            finish(client, futures)
+        return made.ask(cpu_seconds) - before
+
+
+def reduction() -> da.Array:
+    return (da.random.default_rng(0).random((6000, 6000), chunks=300) ** 2).mean(axis=0).sum()
+
+
+def rechunk() -> da.Array:
+    # tasks, because what P2P sends is not in the workers' counts of transfers
+    return da.random.default_rng(0).random((4000, 4000), chunks=(200, 4000)).rechunk((4000, 200), method="tasks").sum()
+
+
+def map_overlap() -> da.Array:
+    return da.random.default_rng(0).random((4000, 4000), chunks=400).map_overlap(noop, depth=20, boundary="reflect").sum()
+
+
+ARRAYS = {"reduction": reduction, "rechunk": rechunk, "map_overlap": map_overlap}
+
+
+def received(dask_worker: Any) -> int:
+    """Bytes that a worker got from others."""
+    return dask_worker.transfer_incoming_bytes_total
+
+
+def compute(made: Cluster, build: Callable[[], da.Array]) -> tuple[float, float]:
+    """Wall seconds and bytes moved when all clients compute at once."""
+    first = next(iter(made.clients.values()))
+    before, started = sum(first.run(received).values()), time.perf_counter()
+    with ThreadPoolExecutor(len(made.clients)) as pool:
+        list(pool.map(lambda client: client.compute(build()).result(), made.clients.values()))
+    return time.perf_counter() - started, sum(first.run(received).values()) - before
+
+
+def arrays(workers: Workers, kind: str, names: tuple[str, ...], repeats: int) -> dict[str, tuple[float, float]]:
+    """Median wall seconds and bytes moved by kind of array."""
+    options = {} if kind == PLAIN else {"lanes": LANES}
+    with cluster(workers, kind, names, record=False, modules=("dask.array",), **options) as made:
+        compute(made, reduction)  # imports
+        runs = {name: [compute(made, build) for _ in range(repeats)] for name, build in ARRAYS.items()}
+    return {name: (statistics.median(w for w, _ in found), statistics.median(b for _, b in found)) for name, found in runs.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one pair of 2,000 tasks, to see that it runs")
+    parser.add_argument("--pairs", type=int, default=7, help="alternating runs of each kind")
+    arguments = parser.parse_args()
+    pairs, tasks, repeats = (1, 2000, 1) if arguments.quick else (arguments.pairs, 20_000, 3)
+    workers = Workers(threads=4)
+    try:
+        ratios = {name: cpu(workers, name, pairs, tasks) for name in NAMES}
+        found = {name: array(workers, name, pairs, repeats) for name in NAMES}
+    finally:
+        workers.close()
+    plot(ratios, found)
+    result: dict[str, Any] = {f"cpu_ratio_{name}": round(max(r["ratio"] for r in ratios[name].values()), 3) for name in NAMES}
+    result["cpu"] = ratios
+    result["array"] = found
+    print(json.dumps(result))
+
+
+def cpu(workers: Workers, name: str, pairs: int, tasks: int) -> dict[str, dict[str, float]]:
+    """Ratio of CPU by kind of tasks, with the spread of the pairs."""
+    result = {}
+    for title, send in (("roots", send_roots), ("chains", send_chains)):
+        spent: dict[str, list[float]] = {PLAIN: [], FAIR: []}
+        for number in range(pairs):
+            for kind in (PLAIN, FAIR) if number % 2 == 0 else (FAIR, PLAIN):
+                spent[kind].append(cost(workers, kind, NAMES[name], send, tasks))
+        result[title] = ratio_of(spent[FAIR], spent[PLAIN])
+        plain, ours = (" ".join(f"{seconds:.2f}" for seconds in spent[kind]) for kind in (PLAIN, FAIR))
+        print(f"{name:<10}{title:<12}CPU {_text(result[title])}   plain {plain} s, lanes {ours} s", flush=True)
+    return result
+
+
+def array(workers: Workers, name: str, pairs: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Ratios of wall time and of bytes moved by kind of array."""
+    runs: dict[str, list[dict[str, tuple[float, float]]]] = {PLAIN: [], FAIR: []}
+    for number in range(pairs):
+        for kind in (PLAIN, FAIR) if number % 2 == 0 else (FAIR, PLAIN):
+            runs[kind].append(arrays(workers, kind, NAMES[name], repeats))
+    result = {}
+    for title in ARRAYS:
+        wall, moved = (ratio_of(*([run[title][i] for run in runs[kind]] for kind in (FAIR, PLAIN))) for i in (0, 1))
+        result[title] = {"wall": wall["ratio"], "bytes": moved["ratio"], "wall_from": wall["from"], "wall_to": wall["to"],
+                         "bytes_from": moved["from"], "bytes_to": moved["to"]}  # fmt: skip
+        plain = runs[PLAIN][0][title]
+        print(
+            f"{name:<10}{title:<12}wall {_text(wall)}  bytes {_text(moved)}   plain {plain[0]:.2f} s, {plain[1] / 1e6:.1f} MB", flush=True
+        )
+    return result
+
+
+def ratio_of(ours: list[float], plain: list[float]) -> dict[str, float]:
+    """Of medians, and the smallest and largest ratio of a pair."""
+    each = [a / max(b, 1e-9) for a, b in zip(ours, plain)]
+    middle = statistics.median(ours) / max(statistics.median(plain), 1e-9)
+    return {"ratio": round(middle, 3), "from": round(min(each), 3), "to": round(max(each), 3)}
+
+
+def _text(found: dict[str, float]) -> str:
+    return f"{found['ratio']:.3f} ({found['from']:.3f} to {found['to']:.3f})"
+
+
+def plot(ratios: dict[str, dict[str, dict[str, float]]], found: dict[str, dict[str, dict[str, float]]]) -> None:
+    from matplotlib.figure import Figure
+
+    bars = [(f"CPU, {title}", name, r["ratio"], r["from"], r["to"]) for name in NAMES for title, r in ratios[name].items()]
+    for what in ("wall", "bytes"):
+        bars += [
+            (f"{what}, {title}", name, r[what], r[f"{what}_from"], r[f"{what}_to"]) for name in NAMES for title, r in found[name].items()
+        ]
+    titles = list(dict.fromkeys(title for title, *_ in bars))
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axis = figure.subplots()
+    for title, name, ratio, low, high in bars:
+        offset = list(NAMES).index(name)
+        axis.bar(
+            titles.index(title) + 0.4 * offset,
+            ratio,
+            0.36,
+            color=f"C{offset}",
+            label=name.replace("_", " ") if title == titles[0] else None,
+        )
+        axis.plot([titles.index(title) + 0.4 * offset] * 2, [low, high], color="k")
+    axis.set_xticks(range(len(titles)), titles, rotation=30, ha="right", fontsize=8)
+    axis.axhline(1.0, color="k", linewidth=0.8)
+    axis.set(ylabel="with lanes / plain Dask (line: pairs)")
+    axis.legend()
+    OUT.mkdir(exist_ok=True)
+    figure.savefig(OUT / "scheduler_cost.png", dpi=90)
+
+
+if __name__ == "__main__":
+    main()

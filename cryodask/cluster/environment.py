@@ -1,0 +1,30 @@
+"""Settings and environment of every worker and scheduler that we start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# One thread a task slot: the runners fill the cores with tasks, and the number of threads changes the last bits of sums.
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1")
+
+# Dask's own setting (trim at 64 KiB) hands every temporary of the kernels back to the kernel and faults it in again: more than half of
+# the CPU time of a refinement was spent there. 32 MiB is the largest threshold that glibc takes.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(512 << 20)}
+
+SETTINGS: dict[str, Any] = {
+    # SpecCluster closes a nanny for good when its worker is away for this long (15 s by default): with a slow restart the run hangs
+    "distributed.deploy.lost-worker-timeout": "1h",
+    # a worker's death convicts nobody here: the map runner tries the suspects in child processes
+    "distributed.scheduler.allowed-failures": 0,
+    # the statistical profiler costs 2 % of a core for every idle worker
+    "distributed.worker.profile.enabled": False,
+    # blocks are cached in the workers by us, outside Dask's count of what it could spill
+    "distributed.worker.memory.spill": False,
+    "distributed.worker.memory.target": False,
+    "distributed.admin.tick.limit": "30s",
+    # every process asks itself 50 times a second how late it is, and looks at the machine twice: with two workers that was 6 of the 8 % of
+    # a core that an idle cluster used (memory limits have an interval of their own)
+    "distributed.admin.tick.interval": "1s",
+    "distributed.admin.system-monitor.interval": "3s",
+    "distributed.comm.timeouts.connect": "60s",
+}

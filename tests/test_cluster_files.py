@@ -1,0 +1,285 @@
+"""Cluster files: what they may say, and the job scripts that come of them, as text."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cryodask.cluster.pool_state import PoolState, PoolStatus, missing
+from cryodask.cluster.pools import PoolCluster
+from cryodask.cluster.settings import AddressSettings, LocalSettings, SlurmSettings, parse_settings, read_cluster_file
+from cryodask.cluster.slurm import QueuedJob, allocation_script, dry_run, new_cluster_id, owner_is_dead, walltime_seconds
+from cryodask.errors import ClusterError, ProjectFileError
+
+_CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "clusters"
+
+
+def slurm(**pool):
+    return {"kind": "slurm", "pools": {"cpu": {"memory": "4GiB", **pool}}}
+
+
+def test_the_shipped_files_are_read():
+    kinds = {path.name: read_cluster_file(path) for path in _CONFIGS.glob("*.yaml")}
+    assert isinstance(kinds["local.yaml"], LocalSettings)
+    assert isinstance(kinds["address.yaml"], AddressSettings)
+    assert isinstance(kinds["slurm.yaml"], SlurmSettings)
+    assert list(kinds["mixed.yaml"].pools) == ["cpu", "gpu", "highmem", "preemptible"]
+    assert [kinds["mixed.yaml"].pools[n].workers_per_job for n in ("cpu", "gpu")] == [4, 4]
+
+
+def test_every_line_that_is_commented_out_in_the_shipped_files_may_be_said():
+    text = (_CONFIGS / "slurm.yaml").read_text()
+    lines = [line for line in text.splitlines()[1:] if not line.startswith("# Workers")]
+    content = yaml.safe_load("\n".join(line.replace("# ", "", 1) if line.lstrip().startswith("# ") else line for line in lines))
+    said = parse_settings(content)
+    assert (said.interface, said.port, said.pools["cpu"].image) == ("ib0", 8786, "/software/cryodask.sif")
+    assert len(said.pools["cpu"].environment) == 2
+    assert said.pools["cpu"].directives == ("--constraint=rome",)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"kind": "slrum"}, "did you mean 'slurm'"),
+        ({"kind": "local", "worker": 3}, "did you mean 'workers'"),
+        ({"kind": "slurm", "pool": {}}, "did you mean 'pools'"),
+        (slurm(partitoin="cpu"), r"pools.cpu.partitoin.*did you mean 'partition'"),
+        (slurm(walltime=43200), "write it in quotes"),
+        (slurm(walltime="12h"), "write it in quotes"),
+        (slurm(memory="much"), "a number with a unit"),
+        (slurm(count=2, maximum=4), "give count, or minimum and maximum"),
+        (slurm(minimum=4, maximum=2), "below minimum"),
+        (slurm(gpus=2, processes=3, cores=4), "one process for each of its gpus"),
+        (slurm(gpus=4), "4 processes need as many cores, not 1"),
+        (slurm(directives=["--exclusive\nrm -r ~"]), "one line"),
+        ({"kind": "slurm", "pools": {"CPU nodes": {"memory": "1GiB"}}}, "pattern"),
+        ({**slurm(), "lanes": {"live": 3}, "reserve": {"liev": 1}}, "did you mean 'live'"),
+        ({**slurm(), "single_allocation": True}, "one pool, with a count"),
+        ({"kind": "address"}, "tcp://host:port"),
+        (["local"], "no list of names and values"),
+    ],
+)
+def test_what_a_file_may_not_say_is_refused_in_three_sentences(content, says):
+    with pytest.raises(ProjectFileError, match=says) as refused:
+        parse_settings(content, "cluster.yaml")
+    assert "cluster.yaml" in refused.value.what
+    assert refused.value.usual_reason
+    assert refused.value.way_out
+
+
+def test_an_unquoted_walltime_in_yaml_is_refused_and_not_taken_for_seconds(tmp_path):
+    (tmp_path / "c.yaml").write_text("kind: slurm\npools:\n  cpu:\n    memory: 4GiB\n    walltime: 12:00:00\n")
+    with pytest.raises(ProjectFileError, match="write it in quotes"):
+        read_cluster_file(tmp_path / "c.yaml")
+
+
+def test_scratch_on_a_network_file_system_is_refused_unless_asked_for(monkeypatch):
+    mounts = "/dev/sda / ext4 rw 0 0\nserver:/home /home nfs4 rw 0 0\n/dev/sdb /home/fast xfs rw 0 0\n"
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda self, *a, **k: mounts if str(self) == "/proc/mounts" else read(self, *a, **k))
+    with pytest.raises(ProjectFileError, match=r"network file system \(nfs4\)"):
+        parse_settings(slurm(scratch="/home/anna/tmp"))
+    parse_settings(slurm(scratch="/home/anna/tmp", network_scratch=True))
+    parse_settings(slurm(scratch="/home/fast/tmp"))
+    parse_settings(slurm(scratch="$SLURM_TMPDIR"))
+
+
+_HEAD = """\
+#!/usr/bin/env bash
+
+#SBATCH -J cryodask-{pool}
+#SBATCH -p {partition}
+#SBATCH -A em
+#SBATCH -n 1
+#SBATCH --cpus-per-task={cores}
+#SBATCH --mem=65536M
+#SBATCH -t 12:00:00
+#SBATCH --no-requeue
+#SBATCH --open-mode=append
+#SBATCH --output=/logs/%x-%j.log
+"""
+_EXPORTS = """\
+export OMP_NUM_THREADS=1
+export MKL_NUM_THREADS=1
+export OPENBLAS_NUM_THREADS=1
+export NUMEXPR_NUM_THREADS=1
+export MALLOC_MMAP_THRESHOLD_=33554432
+export MALLOC_TRIM_THRESHOLD_=536870912
+export PYTHONDONTWRITEBYTECODE=''
+"""
+_COMMON = {"account": "em", "memory": "64GiB", "walltime": "12:00:00"}
+_LIFETIME = "--lifetime 42600s --lifetime-stagger 300s"
+_WORKER = "-m distributed.cli.dask_worker SCHEDULER --name"
+
+
+def parts(script):
+    """Text before the exports of Dask's settings, these, and the text after them."""
+    lines = script.splitlines(keepends=True)
+    dask = [line for line in lines if line.startswith("export DASK_")]
+    first = lines.index(dask[0])
+    return "".join(lines[:first]), dask, "".join(lines[first + len(dask) :])
+
+
+def test_the_script_of_a_pool_as_text():
+    pool = {**_COMMON, "partition": "cpu", "qos": "long", "cores": 16, "processes": 4, "scratch": "/scratch", "python": "/opt/py"}
+    pool |= {"environment": ["module load openmpi"], "directives": ["--constraint=rome"], "interface": "ib0", "resources": {"disk": 2}}
+    before, dask, after = parts(dry_run(parse_settings({"kind": "slurm", "logs": "/logs", "pools": {"cpu": pool}}))["cpu"])
+    directives = "#SBATCH --qos=long\n#SBATCH --comment=cryodask:CLUSTER:cpu-0\n#SBATCH --constraint=rome\nmodule load openmpi\n"
+    assert before == _HEAD.format(pool="cpu", partition="cpu", cores=16) + directives + _EXPORTS
+    assert "export DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT=60s\n" in dask
+    assert after == (
+        f"exec /opt/py {_WORKER} cpu-0 --nthreads 4 --memory-limit 14.40GiB --nworkers 4 --nanny --death-timeout 180"
+        ' --local-directory "/scratch" --dashboard-address 127.0.0.1:0 --no-dashboard --resources "disk=2,pool-cpu=1e+09"'
+        f" {_LIFETIME} --interface ib0\n"
+    )
+
+
+def test_the_script_of_a_job_with_two_gpus_starts_a_worker_for_each_in_the_image():
+    pool = {**_COMMON, "partition": "gpu", "cores": 8, "gpus": 2, "image": "/software/cryo dask.sif"}
+    before, _, after = parts(dry_run(parse_settings({"kind": "slurm", "logs": "/logs", "pools": {"gpu": pool}}))["gpu"])
+    directives = "#SBATCH --gres=gpu:2\n#SBATCH --comment=cryodask:CLUSTER:gpu-0\n"
+    assert before == _HEAD.format(pool="gpu", partition="gpu", cores=8) + directives + _EXPORTS
+    assert after == (
+        ': "${CUDA_VISIBLE_DEVICES:?Slurm gave this job no GPU}"\n'
+        'IFS=, read -ra devices <<< "$CUDA_VISIBLE_DEVICES"\n'
+        'for i in "${!devices[@]}"; do\n'
+        "    CUDA_VISIBLE_DEVICES=${devices[$i]} apptainer exec --nv --bind \"${TMPDIR:-/tmp}\" '/software/cryo dask.sif' python3"
+        f" {_WORKER} gpu-0-$i --nthreads 4 --memory-limit 28.80GiB --nanny --death-timeout 180"
+        ' --local-directory "${TMPDIR:-/tmp}" --dashboard-address 127.0.0.1:0 --no-dashboard --resources "GPU=1,pool-gpu=1e+09"'
+        f" {_LIFETIME} &\n"
+        "done\nwait\n"
+    )
+
+
+def test_every_script_is_shell_without_errors():
+    single = parse_settings({**slurm(count=2, gpus=1), "single_allocation": True, "interface": "lo"})
+    scripts = [*dry_run(read_cluster_file(_CONFIGS / "mixed.yaml")).values(), allocation_script(single, "cryodask run p.yaml")]
+    for script in scripts:
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def test_a_dry_run_makes_no_folders(tmp_path):
+    dry_run(parse_settings({**slurm(), "logs": str(tmp_path / "logs")}))
+    assert not (tmp_path / "logs").exists()
+
+
+def test_a_users_own_settings_of_dask_jobqueue_do_not_leak_into_the_scripts(tmp_path):
+    (tmp_path / "jobqueue.yaml").write_text(
+        "jobqueue:\n  slurm:\n    queue: theirs\n    walltime: '0:01:00'\n    job-extra-directives: [--x]\n"
+    )
+    code = (
+        "from cryodask.cluster.slurm import dry_run\nfrom cryodask.cluster.settings import parse_settings\n"
+        f"print(dry_run(parse_settings({slurm()!r}))['cpu'])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], env={"DASK_CONFIG": str(tmp_path), "HOME": "/"}, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert "#SBATCH --mem=4096M" in out.stdout
+    assert not any(word in out.stdout for word in ("theirs", "#SBATCH -t", "--x\n"))
+
+
+_CTRL_C = """
+import signal, sys, threading
+from cryodask.cluster.slurm import load_jobqueue
+from cryodask.errors import ClusterError
+if sys.argv[1] == "thread":
+    def first():
+        try:
+            load_jobqueue()
+        except ClusterError as error:
+            print("refused:", error.what)
+    thread = threading.Thread(target=first)
+    thread.start()
+    thread.join()
+before = signal.getsignal(signal.SIGINT)
+load_jobqueue()
+import dask_jobqueue.runner
+assert signal.getsignal(signal.SIGINT) is before is signal.default_int_handler
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("KeyboardInterrupt")
+"""
+
+
+@pytest.mark.parametrize(("where", "says"), [("main", ""), ("thread", "refused: Slurm pools cannot be opened first in a thread.\n")])
+def test_ctrl_c_is_still_ctrl_c_after_dask_jobqueue_came(where, says):
+    out = subprocess.run([sys.executable, "-c", _CTRL_C, where], capture_output=True, text=True)
+    assert out.stdout == says + "KeyboardInterrupt\n", out.stderr
+
+
+def test_dask_jobqueue_still_takes_the_handler_of_ctrl_c_by_itself():
+    # when this fails, load_jobqueue has nothing to mend any more
+    code = "import signal, dask_jobqueue; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+    assert signal.getsignal(signal.SIGINT) is not None
+
+
+def test_the_owner_of_a_cluster_is_known_to_live_or_to_be_dead():
+    own = new_cluster_id()
+    host, pid, born, name = own.split(".")
+    assert not owner_is_dead(own)
+    assert owner_is_dead(f"{host}.{pid}.{int(born) - 100}.{name}")
+    assert not owner_is_dead(f"elsewhere.{pid}.{int(born) - 100}.{name}")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    assert owner_is_dead(f"{host}.{ended.pid}.{born}.{name}")
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("12:00:00", 43200), ("30:00", 1800), ("1-00:00:00", 86400), ("2-12:30", 217800), ("0:01:05", 65)]
+)
+def test_walltimes_are_read_as_slurm_reads_them(text, seconds):
+    assert walltime_seconds(text) == seconds
+
+
+def test_losses_are_replaced_at_once_up_to_the_limit_of_an_hour_and_failed_starts_later_and_later():
+    pool = PoolState(target=1)
+    assert all(pool.count_loss(float(t), came=True, per_hour=3) for t in range(3))
+    assert pool.not_before == 0
+    assert pool.count_loss(10.0, came=True, per_hour=3)
+    assert pool.not_before == 3600
+    pool.aim(1)
+    pauses = []
+    for t in (5000.0, 5010.0):
+        assert pool.count_loss(t, came=False, per_hour=60)
+        pauses.append(pool.not_before - t)
+    assert pauses == [2, 4]
+    assert not pool.count_loss(5020.0, came=False, per_hour=60)
+
+
+def test_what_is_missing_is_said_in_one_sentence():
+    settings = read_cluster_file(_CONFIGS / "mixed.yaml").pools
+    status = {
+        "cpu": PoolStatus(2, 1, 1, 4, {"Resources": 1}, "", 0),
+        "gpu": PoolStatus(1, 1, 0, 2, {}, "", 0),
+        "highmem": PoolStatus(0, 0, 0, 0, {}, "Invalid partition", 0),
+        "preemptible": PoolStatus(0, 0, 0, 0, {}, "", 3),
+    }
+    assert missing(status, settings, slurm_answers=False) == (
+        "pool cpu: jobs wait in the queue (1 Resources); pool gpu: 2 workers of 1 running jobs have come;"
+        " pool highmem: Invalid partition; Slurm does not answer"
+    )
+
+
+def test_a_job_that_completes_has_lost_its_workers_and_a_pending_one_has_not():
+    states = {state: QueuedJob("1", state, "", None, "", "", "").alive for state in ("PENDING", "RUNNING", "COMPLETING", "PREEMPTED")}
+    assert states == {"PENDING": True, "RUNNING": True, "COMPLETING": False, "PREEMPTED": False}
+
+
+def test_nothing_listens_beyond_this_machine_without_certificates():
+    for settings in ({**slurm(), "interface": "ib0"}, slurm(), {**slurm(interface="ib0"), "interface": "lo"}):
+        with pytest.raises(ClusterError, match="clear text"):
+            PoolCluster(parse_settings(settings))
+    with pytest.raises(ClusterError, match="clear text"):
+        allocation_script(parse_settings({**slurm(count=2), "single_allocation": True}), "true")
+
+
+def test_an_interface_that_this_machine_lacks_is_refused_with_those_it_has(tmp_path):
+    with pytest.raises(ClusterError, match="no network interface ib7") as refused:
+        PoolCluster(parse_settings({**slurm(), "interface": "ib7"}), certificates=tmp_path, owner="service")
+    assert "lo" in refused.value.way_out
