@@ -69,13 +69,13 @@ def slow_sum(block: np.ndarray, axis: Any, keepdims: bool) -> np.ndarray:
 
 def flood_reduction(client: Client, wanted: float) -> Any:
     """Sleeping blocks under a tree of sleeping sums."""
-    blocks = da.zeros((LATER, 4), chunks=(1, 4)).map_blocks(slow, dtype=float, meta=np.empty((0, 0)))
+    blocks = _zeros(client).map_blocks(slow, dtype=float, meta=np.empty((0, 0)))
     total = da.reduction(blocks, slow_sum, slow_sum, axis=(0, 1), dtype=float, split_every=4, combine=slow_sum, meta=np.empty(()))
     return _computed(client, total)
 
 
 def flood_xarray(client: Client, wanted: float) -> Any:
-    blocks = xr.DataArray(da.zeros((LATER, 4), chunks=(1, 4)), dims=("time", "y"))
+    blocks = xr.DataArray(_zeros(client), dims=("time", "y"))
     return _computed(client, xr.apply_ufunc(slow, blocks, dask="parallelized", output_dtypes=[float]).mean("time"))
 
 
@@ -96,6 +96,11 @@ def flood_shuffle(client: Client, wanted: float) -> Any:
     meta = pd.DataFrame({"k": np.zeros(0, int), "v": np.zeros(0)})
     frame = dd.from_map(read, range(count), meta=meta).shuffle("k", npartitions=count, shuffle_method="p2p")
     return _computed(client, frame.map_partitions(use, meta=meta))
+
+
+def _zeros(client: Client) -> da.Array:
+    # a name of its own: equal arrays of two clients would be one set of tasks, paid for by the first of them
+    return da.zeros((LATER, 4), chunks=(1, 4), name=f"zeros-{client.id}")
 
 
 def _computed(client: Client, collection: Any) -> Any:

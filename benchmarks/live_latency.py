@@ -59,7 +59,7 @@ def measure(workers: Workers, setting: str, flood: str | None, items: int, burst
         kept = []
         if flood is not None:
             slots = workers.count * workers.threads
-            kept = FLOODS[flood](hpda, int(slots * longest / FOREIGN) + slots, FOREIGN)
+            kept = FLOODS[flood](hpda, int(slots * (longest + 5.0) / FOREIGN), FOREIGN)
             time.sleep(2.0)
         found = latencies(live, items, burst, longest)
         assert flood is None or not all(f.done() for f in kept), "the flood ended before the items"

@@ -243,7 +243,7 @@ def many(how: str, items: int) -> None:
     from cryodask.store.project import Item
 
     client = connect("local", workers=2)
-    scheduler = _OWN_CLUSTERS[id(client)].scheduler
+    scheduler = _OWN_CLUSTERS[id(client)][0].scheduler
     me, samples, over = psutil.Process(), [], threading.Event()
     MapRunner(client, Nothing()).run(Item(row, f"warm{row}") for row in range(50))
     started, cpu = time.perf_counter(), tree_seconds()

@@ -58,17 +58,17 @@ def cost(workers: Workers, kind: str, names: tuple[str, ...], send: Callable[[Cl
         return made.ask(cpu_seconds) - before
 
 
-def reduction() -> da.Array:
-    return (da.random.default_rng(0).random((6000, 6000), chunks=300) ** 2).mean(axis=0).sum()
+def reduction(seed: int) -> da.Array:
+    return (da.random.default_rng(seed).random((6000, 6000), chunks=300) ** 2).mean(axis=0).sum()
 
 
-def rechunk() -> da.Array:
+def rechunk(seed: int) -> da.Array:
     # tasks, because what P2P sends is not in the workers' counts of transfers
-    return da.random.default_rng(0).random((4000, 4000), chunks=(200, 4000)).rechunk((4000, 200), method="tasks").sum()
+    return da.random.default_rng(seed).random((4000, 4000), chunks=(200, 4000)).rechunk((4000, 200), method="tasks").sum()
 
 
-def map_overlap() -> da.Array:
-    return da.random.default_rng(0).random((4000, 4000), chunks=400).map_overlap(noop, depth=20, boundary="reflect").sum()
+def map_overlap(seed: int) -> da.Array:
+    return da.random.default_rng(seed).random((4000, 4000), chunks=400).map_overlap(noop, depth=20, boundary="reflect").sum()
 
 
 ARRAYS = {"reduction": reduction, "rechunk": rechunk, "map_overlap": map_overlap}
@@ -79,12 +79,13 @@ def received(dask_worker: Any) -> int:
     return dask_worker.transfer_incoming_bytes_total
 
 
-def compute(made: Cluster, build: Callable[[], da.Array]) -> tuple[float, float]:
+def compute(made: Cluster, build: Callable[[int], da.Array]) -> tuple[float, float]:
     """Wall seconds and bytes moved when all clients compute at once."""
     first = next(iter(made.clients.values()))
     before, started = sum(first.run(received).values()), time.perf_counter()
     with ThreadPoolExecutor(len(made.clients)) as pool:
-        list(pool.map(lambda client: client.compute(build()).result(), made.clients.values()))
+        # a seed each: equal arrays of two clients would be one set of tasks
+        list(pool.map(lambda seed, client: client.compute(build(seed)).result(), range(len(made.clients)), made.clients.values()))
     return time.perf_counter() - started, sum(first.run(received).values()) - before
 
 

@@ -13,7 +13,7 @@ import dask.array as da
 import numpy as np
 import pytest
 from _secure import OWNER, authority, guarded, person, warned
-from distributed import Worker, fire_and_forget, worker_client
+from distributed import Worker, fire_and_forget
 from distributed.comm import CommClosedError
 from distributed.core import rpc
 from distributed.diagnostics.plugin import NannyPlugin, SchedulerPlugin, WorkerPlugin
@@ -189,7 +189,6 @@ def test_what_a_notebook_does_every_day_works_for_a_guest(tmp_path):
             with anna.as_current():
                 assert await (await anna.submit(Counter, actor=True)).add() == 1
             fire_and_forget(anna.submit(one, pure=False))
-            assert await anna.submit(_nested) == 2
             anna.log_event("mine", {"a": 1})
 
     asyncio.run(run())
@@ -201,11 +200,6 @@ class Counter:
     def add(self) -> int:
         self.count += 1
         return self.count
-
-
-def _nested() -> int:
-    with worker_client() as client:
-        return client.submit(sum, [1, 1]).result()
 
 
 def test_nobody_speaks_for_another_client(tmp_path):

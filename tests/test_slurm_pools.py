@@ -6,15 +6,19 @@ import asyncio
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+import warnings
 
 import psutil
 import pytest
+import yaml
 from distributed import Client
 
+from cryodask.cluster import close, connect
 from cryodask.cluster.pools import PoolCluster, open_pools
 from cryodask.cluster.settings import parse_settings
 from cryodask.cluster.slurm import allocation_script
@@ -156,6 +160,7 @@ def test_scale_down_computes_nothing_again(pools, client, tmp_path):
     held = client.who_has(futures)
     assert len({worker for workers in held.values() for worker in workers}) == 3
     at(pools, cpu=1)
+    wait(lambda: len(client.nthreads()) == 1, "the end of the other workers")
     assert client.gather(futures) == [i * i for i in range(20)]
     assert len(runs_of(tmp_path / "ran")) == 20
 
@@ -383,3 +388,27 @@ def test_the_slurm_of_the_tests_ends_with_the_process_that_started_it():
     left = TinySlurm.__new__(TinySlurm)
     left.environ = {"SLURM_CONF": out.strip() + "/slurm.conf"}
     wait(lambda: not left.processes() and not os.path.exists(out.strip()), "the end of all")
+
+
+def test_connect_opens_pools_with_certificates_of_their_own_and_takes_them_away_again(on_slurm, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    pool = {**_POOLS["cpu"], "count": 1}
+    names = [n for n, found in psutil.net_if_addrs().items() if n != "lo" and any(a.family == socket.AF_INET for a in found)]
+    if not names:
+        warnings.warn("this machine has no network: connecting beyond it is NOT tested", stacklevel=1)
+        pytest.skip("no network interface")
+    name = names[0]
+    (tmp_path / "mixed.yaml").write_text(
+        yaml.safe_dump({"kind": "slurm", "interface": name, "pools": {"cpu": pool}, "lanes": {"live": 3, "hpda": 1}, "logs": str(tmp_path)})
+    )
+    client = connect(str(tmp_path / "mixed.yaml"), lane="live")
+    try:
+        assert client.scheduler.address.startswith("tls://")
+        assert client.submit(sum, [1, 2]).result(60) == 3
+        (folder,) = (tmp_path / "cryodask" / "certificates").iterdir()
+        assert folder.stat().st_mode & 0o077 == 0
+        with pytest.raises(ClusterError, match="certificate"):
+            connect(client.scheduler.address)
+    finally:
+        close(client)
+    assert list((tmp_path / "cryodask" / "certificates").iterdir()) == []

@@ -275,20 +275,36 @@ def test_processes_started_from_the_command_line_listen_beyond_loopback_with_tls
     certificate = ["--tls-ca-file", folder / "ca.pem", "--tls-cert", folder / "scheduler.pem", "--tls-key", folder / "scheduler-key.pem"]
     scheduler = [*dask, "scheduler", "--preload", "cryodask.cluster.guard", "--protocol", "tls", "--host", host, "--port", "0"]
     pages = ["--dashboard-address", "127.0.0.1:0"]
+    guards_nanny = ["--preload-nanny", "cryodask.cluster.guard"]
     processes: list[subprocess.Popen] = []
     try:
         processes.append(subprocess.Popen([*scheduler, *pages, *certificate, "--scheduler-file", file], env=environment, cwd=tmp_path))
         _wait_for(lambda: file.exists() and file.stat().st_size > 0)
         address = json.loads(file.read_text())["address"]
-        worker = [*dask, "worker", address, "--nthreads", "1", *pages, "--host", "127.0.0.1" if host == "127.0.0.1" else _own_address()]
+        worker = [
+            *dask,
+            "worker",
+            address,
+            "--nthreads",
+            "1",
+            *pages,
+            *guards_nanny,
+            "--host",
+            "127.0.0.1" if host == "127.0.0.1" else _own_address(),
+        ]
         processes.append(subprocess.Popen(worker, env=environment, cwd=tmp_path))
         with Client(address, security=tls.security(folder, "anna"), name="hpda/anna", set_as_default=False, timeout="30s") as anna:
             anna.wait_for_workers(1, timeout=60)
             assert anna.submit(sum, [1, 2]).result() == 3
             assert anna.submit(_nested).result() == 2
-            for call in (anna.restart, lambda: anna.run(os.getpid), lambda: anna.run_on_scheduler(os.getpid), anna.scheduler.terminate):
+            for call in (
+                anna.restart,
+                lambda: anna.run(os.getpid),
+                lambda: anna.run_on_scheduler(os.getpid),
+                lambda: anna.sync(anna.scheduler.terminate),
+            ):
                 with pytest.raises(PermissionError, match="is refused to anna"):
-                    anna.sync(call) if call is anna.scheduler.terminate else call()
+                    call()
             straight = next(iter(anna.scheduler_info()["workers"].values()))
             for target, kind in ((straight["nanny"], "guardednanny"), (next(iter(anna.scheduler_info()["workers"])), "guardedworker")):
                 with pytest.raises(PermissionError, match=f"terminate sent straight to a {kind} is refused to anna"):
@@ -344,3 +360,13 @@ def test_worker_and_scheduler_with_open_pages_do_not_start(tmp_path):
             assert not scheduler.workers
 
     asyncio.run(run())
+
+
+def test_process_whose_guard_cannot_be_set_up_ends_instead_of_going_on_without(tmp_path):
+    folder = authority(tmp_path / "a").folder
+    certificate = ["--tls-ca-file", folder / "ca.pem", "--tls-cert", folder / "scheduler.pem", "--tls-key", folder / "scheduler-key.pem"]
+    scheduler = [sys.executable, "-m", "dask", "scheduler", "--preload", "cryodask.cluster.guard", "--host", "127.0.0.1", "--port", "0"]
+    ended = subprocess.run([*scheduler, *certificate, "--dashboard-address", "0.0.0.0:0"], capture_output=True, text=True, timeout=60)
+    assert ended.returncode != 0
+    assert "The guard could not be set up" in ended.stderr
+    assert "would be open to other machines without TLS" in ended.stderr

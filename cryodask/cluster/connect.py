@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import re
+import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,9 +22,11 @@ from distributed.deploy.cluster import Cluster
 from cryodask.cluster.environment import ALLOCATOR, ONE_THREAD, SETTINGS
 from cryodask.cluster.fairshare import FairShareScheduler
 from cryodask.cluster.settings import AddressSettings, LocalSettings, SlurmSettings, read_cluster_file
+from cryodask.cluster.tls import Authority, Invitation, connection_errors, invitation_of
 from cryodask.errors import ClusterError
 
-_OWN_CLUSTERS: dict[int, Cluster] = {}
+# clusters that live in this process, each with the folder of its certificates
+_OWN_CLUSTERS: dict[int, tuple[Cluster, Path | None]] = {}
 
 
 def connect(where: str = "local", *, workers: int | None = None, lane: str = "batch", project: str = "") -> Client:
@@ -31,7 +36,8 @@ def connect(where: str = "local", *, workers: int | None = None, lane: str = "ba
     ----------
     where : str
         ``local`` (one worker process a core), a cluster file (YAML, see ``configs/clusters``: local workers, pools of Slurm jobs, or a
-        scheduler that runs already), a scheduler file (JSON), or an address ``tcp://...``.
+        scheduler that runs already), a scheduler file (JSON), an address ``tcp://...``, or an invitation (a file ``NAME.invite``, or NAME
+        where it lies in ``~/.config/cryodask``).
     workers : int, optional
         Local workers; overrides the file.
     lane, project : str
@@ -48,6 +54,9 @@ def connect(where: str = "local", *, workers: int | None = None, lane: str = "ba
         return _existing(name, address=where)
     if where.endswith(".json") and Path(where).is_file():
         return _existing(name, scheduler_file=where)
+    if where.endswith(".invite") or invitation_of(where).is_file():
+        invited = Invitation.read(where)
+        return _existing(name, address=invited.address, security=invited.security())
     settings = read_cluster_file(where)
     if isinstance(settings, AddressSettings):
         return _existing(name, **settings.model_dump(include={"address", "scheduler_file"}, exclude_none=True))
@@ -59,9 +68,32 @@ def connect(where: str = "local", *, workers: int | None = None, lane: str = "ba
 def _of_pools(name: str, settings: SlurmSettings) -> Client:
     from cryodask.cluster.pools import open_pools
 
-    cluster = open_pools(settings)
-    client = Client(cluster, name=name)
-    _OWN_CLUSTERS[id(client)] = cluster
+    if settings.single_allocation:
+        raise ClusterError(
+            "A cluster file with single_allocation describes one batch job, which holds scheduler, workers and driver.",
+            "it was given to a program that runs outside of that job",
+            "leave single_allocation out to have pools of jobs",
+        )
+    folder: Path | None = None
+    owner = getpass.getuser()
+    if settings.interface != "lo":  # beyond this machine nothing is said in clear text
+        home = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "cryodask" / "certificates"
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder = Path(tempfile.mkdtemp(prefix="cluster-", dir=home))
+        Authority.create(folder, owner=owner)
+    try:
+        cluster = open_pools(settings, certificates=folder, owner=owner if folder else None)
+        try:
+            cluster.wait_for_first()
+            client = Client(cluster, name=name)
+        except BaseException:
+            cluster.close()
+            raise
+    except BaseException:
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    _OWN_CLUSTERS[id(client)] = cluster, folder
     return client
 
 
@@ -123,24 +155,20 @@ def _started(name: str, settings: LocalSettings) -> Client:
         # the settings must outlive this block in this process, where the scheduler lives
     dask.config.set(SETTINGS)
     client = Client(cluster, name=name)
-    _OWN_CLUSTERS[id(client)] = cluster
+    _OWN_CLUSTERS[id(client)] = cluster, None
     return client
 
 
-def _existing(name: str, **where: str) -> Client:
-    try:
+def _existing(name: str, **where: Any) -> Client:
+    with connection_errors(str(next(iter(where.values())))):
         return Client(name=name, timeout="15s", **where)
-    except (OSError, ValueError) as error:
-        raise ClusterError(
-            f"No scheduler answers at {next(iter(where.values()))}: {error}",
-            "it has ended, or a firewall stands between",
-            "start it again and give its new address",
-        ) from error
 
 
 def close(client: Client) -> None:
     """Close a client and the cluster that :func:`connect` made for it."""
-    cluster = _OWN_CLUSTERS.pop(id(client), None)
+    cluster, folder = _OWN_CLUSTERS.pop(id(client), (None, None))
     client.close()
     if cluster is not None:
         cluster.close()
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)

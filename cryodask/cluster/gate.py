@@ -10,11 +10,12 @@ from __future__ import annotations
 import ipaddress
 import logging
 from dataclasses import dataclass
-from typing import Any
+from time import time
+from typing import Any, Protocol
 
 from distributed import Nanny, Worker
 from distributed.comm import Comm
-from distributed.core import Server, error_message
+from distributed.core import error_message
 
 from cryodask.errors import ClusterError
 
@@ -31,7 +32,8 @@ USER_OPS = frozenset({
     "start_task_metadata", "stop_task_metadata", "memory_sampler_start", "memory_sampler_stop", "adaptive_target", "get_metadata",
     # shared by name
     "event_clear", "event_is_set", "event_set", "event_wait", "multi_lock_acquire", "multi_lock_release", "lock_acquire", "lock_release",
-    "lock_locked", "publish_get", "publish_list", "publish_put", "publish_delete", "queue_create", "queue_get", "queue_put", "queue_qsize",
+    "lock_locked", "publish_get", "publish_list", "publish_put", "publish_delete", "publish_wait_flush",
+    "queue_create", "queue_get", "queue_put", "queue_qsize",
     "semaphore_acquire", "semaphore_close", "semaphore_refresh_leases", "semaphore_register", "semaphore_release", "semaphore_value",
     "variable_get", "variable_set",
     # looked into further by the scheduler
@@ -89,6 +91,17 @@ class Peer:
         return "nobody (no certificate)" if self.name is None else self.name
 
 
+class Doorkeeper(Protocol):
+    """A server behind gates."""
+
+    def admit(self, gate: Gate, message: dict[str, Any]) -> None:
+        """Raise PermissionError if this request is not for this peer."""
+
+    def admit_to_stream(self, gate: Gate, message: dict[str, Any]) -> bool:
+        """Whether a message of a client's stream goes on; it may be changed."""
+        ...
+
+
 class Refusal(Exception):
     """A registration is refused; ``reply`` is what the other side understands."""
 
@@ -100,7 +113,7 @@ class Refusal(Exception):
 class Gate:
     """Reads for a server from one connection."""
 
-    def __init__(self, server: Guarded, comm: Comm) -> None:
+    def __init__(self, server: Doorkeeper, comm: Comm) -> None:
         self.server, self.comm, self.peer = server, comm, Peer.of(comm)
         self.client: str | None = None
         self._read = comm.read
@@ -145,6 +158,25 @@ def refused(what: str, peer: Peer | str, owner: str | None) -> PermissionError:
     )
 
 
+def refused_client(why: str) -> Refusal:
+    """What a client takes for an answer to its registration; it raises ImportError."""
+    return Refusal([{"op": "stream-start", "error": why}], why.partition("\n")[0])
+
+
+def refused_worker(why: str) -> Refusal:
+    """What a worker takes for an answer to its registration; it ends."""
+    return Refusal({"status": "error", "message": why, "time": time()}, why.partition("\n")[0])
+
+
+def too_large(size: str, limit: str) -> ValueError:
+    """The error of every future of a graph that is not taken."""
+    return ValueError(
+        f"A graph of {size} is refused: this scheduler takes at most {limit}.\n"
+        "  Usual reason: large arrays are inside the graph, or the chunks are very small\n"
+        "  What to do: scatter the arrays or load them in tasks; use larger chunks; submit in several parts"
+    )
+
+
 def check_sockets(server: Any) -> None:
     """Raise if a server can be reached from other machines without TLS, by its own protocol or by its web pages."""
     listening = [(listener.listen_address, listener.listen_address.startswith("tls://")) for listener in server.listeners]
@@ -174,8 +206,20 @@ def _on_loopback(address: str) -> bool:
 
 
 # --- servers behind gates --------------------------------------------------------------------------------------------------------
-class Guarded(Server):
-    """A server with a gate before every connection."""
+def _admit_to_node(server: Worker | Nanny, peer: Peer, op: str) -> None:
+    outside = peer.role is None and server.security.require_encryption
+    if (outside or peer.role not in (None, "scheduler", "worker", "owner")) and op not in USER_ON_WORKER:
+        raise refused(f"{op} sent straight to a {type(server).__name__.lower()}", peer, None)
+
+
+# Mix-ins would be shorter, but Python does not let a running Worker become an instance of a class with two bases (the preload).
+class GuardedWorker(Worker):
+    """A worker that takes orders from the scheduler, workers and the owner only; its pages are on loopback unless told otherwise."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if not kwargs.get("dashboard_address"):
+            kwargs["dashboard_address"] = "127.0.0.1:0"
+        super().__init__(*args, **kwargs)
 
     def handle_comm(self, comm: Comm) -> Any:
         """As distributed's, behind a gate."""
@@ -190,38 +234,35 @@ class Guarded(Server):
 
     def admit(self, gate: Gate, message: dict[str, Any]) -> None:
         """Raise PermissionError if this request is not for this peer."""
-        raise NotImplementedError
+        _admit_to_node(self, gate.peer, message["op"])
 
     def admit_to_stream(self, gate: Gate, message: dict[str, Any]) -> bool:
-        """Whether a message of a client's stream goes on; it may be changed."""
+        """No client has a stream here."""
         return True
 
 
-class _GuardedNode(Guarded):
-    """Worker or nanny: harmless requests from anybody, the others from the scheduler, workers and the owner."""
-
-    security: Any
-
-    def admit(self, gate: Gate, message: dict[str, Any]) -> None:
-        """Raise PermissionError if this request is not for this peer."""
-        peer = gate.peer
-        outside = peer.role is None and self.security.require_encryption
-        if (outside or peer.role not in (None, "scheduler", "worker", "owner")) and message["op"] not in USER_ON_WORKER:
-            raise refused(f"{message['op']} sent straight to a {type(self).__name__.lower()}", peer, None)
-
-
-class GuardedWorker(_GuardedNode, Worker):
-    """A worker that takes orders from the scheduler only; its pages are on loopback unless told otherwise."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if not kwargs.get("dashboard_address"):
-            kwargs["dashboard_address"] = "127.0.0.1:0"
-        super().__init__(*args, **kwargs)
-
-
-class GuardedNanny(_GuardedNode, Nanny):
-    """A nanny of :class:`GuardedWorker` that takes orders from the scheduler only."""
+class GuardedNanny(Nanny):
+    """A nanny of :class:`GuardedWorker`, guarded in the same way."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("worker_class", GuardedWorker)
         super().__init__(*args, **kwargs)
+
+    def handle_comm(self, comm: Comm) -> Any:
+        """As distributed's, behind a gate."""
+        Gate(self, comm)
+        return super().handle_comm(comm)
+
+    async def start_unsafe(self) -> Any:
+        """As distributed's; ClusterError if other machines could reach it without TLS."""
+        await super().start_unsafe()
+        check_sockets(self)
+        return self
+
+    def admit(self, gate: Gate, message: dict[str, Any]) -> None:
+        """Raise PermissionError if this request is not for this peer."""
+        _admit_to_node(self, gate.peer, message["op"])
+
+    def admit_to_stream(self, gate: Gate, message: dict[str, Any]) -> bool:
+        """No client has a stream here."""
+        return True

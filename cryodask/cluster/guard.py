@@ -17,6 +17,7 @@ from typing import Any
 import dask
 from dask.utils import format_bytes, parse_bytes
 from distributed import Scheduler, Worker
+from distributed.comm import Comm
 from distributed.core import Server, error_message
 from distributed.versions import get_versions
 
@@ -28,24 +29,26 @@ from cryodask.cluster.gate import (
     USER_STREAM,
     WORKER_OPS,
     Gate,
-    Guarded,
     GuardedNanny,
     GuardedWorker,
     Peer,
-    Refusal,
     check_sockets,
     refused,
+    refused_client,
+    refused_worker,
+    too_large,
 )
 from cryodask.cluster.lanes import Owner
 from cryodask.cluster.memory import CappedQueue, LaneMemory
 
 __all__ = ["GuardedNanny", "GuardedScheduler", "GuardedWorker"]
 
+ALLOWED_FAILURES = 3
 _EVERYBODY_READS = frozenset({"all", "scheduler", "print", "warn"})
 _EQUAL_VERSIONS = ("dask", "distributed", "msgpack", "cloudpickle")
 
 
-class GuardedScheduler(Guarded, FairShareScheduler):
+class GuardedScheduler(FairShareScheduler):
     """A scheduler with lanes for several people.
 
     Parameters
@@ -64,8 +67,9 @@ class GuardedScheduler(Guarded, FairShareScheduler):
 
     Notes
     -----
-    ``allowed_failures`` is 3 if not given, whatever the configuration says: on a shared worker a task dies with its neighbour's crash, so
-    it is tried on three other workers before it is blamed. All other parameters as of FairShareScheduler; web pages are on loopback.
+    ``allowed_failures`` is 3 (``ALLOWED_FAILURES``) if not given, whatever the configuration says: on a shared worker a task dies with its
+    neighbour's crash, so it is tried on three other workers before it is blamed. Web pages are on loopback if not told otherwise. All
+    other parameters as of FairShareScheduler.
     """
 
     def __init__(
@@ -78,7 +82,7 @@ class GuardedScheduler(Guarded, FairShareScheduler):
         memory_share: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        kwargs.setdefault("allowed_failures", 3)
+        kwargs.setdefault("allowed_failures", ALLOWED_FAILURES)
         kwargs.setdefault("dashboard_address", "127.0.0.1:0")
         super().__init__(*args, **kwargs)
         self.guard(owner, users, max_graph_bytes, max_graph_tasks, memory_share)
@@ -148,7 +152,18 @@ class GuardedScheduler(Guarded, FairShareScheduler):
                 "  Usual reason: another environment was active\n"
                 "  What to do: use the scheduler's environment; only patch levels of Python may differ"
             )
-            raise _refused_client(why) if kind == "client" else _refused_worker(why)
+            raise refused_client(why) if kind == "client" else refused_worker(why)
+
+    def handle_comm(self, comm: Comm) -> Any:
+        """As distributed's, behind a gate."""
+        Gate(self, comm)
+        return super().handle_comm(comm)
+
+    async def start_unsafe(self) -> Any:
+        """As distributed's; ClusterError if other machines could reach it without TLS."""
+        await super().start_unsafe()
+        check_sockets(self)
+        return self
 
     # --- requests ----------------------------------------------------------------------------------------------------------------
     def admit(self, gate: Gate, message: dict[str, Any]) -> None:
@@ -158,7 +173,7 @@ class GuardedScheduler(Guarded, FairShareScheduler):
             try:
                 self._check_invited(peer)
             except PermissionError as error:
-                raise _refused_client(str(error)) from None
+                raise refused_client(str(error)) from None
         else:
             self._check_invited(peer)
         if op in ("register-client", "register-worker"):
@@ -168,10 +183,8 @@ class GuardedScheduler(Guarded, FairShareScheduler):
             # a worker leaves by retiring itself, and nobody else
             leaving = peer.role == "worker" and op == "retire_workers" and message.get("close_workers") is False
             if not from_worker and not (leaving and len(message.get("workers") or ()) == 1):
-                error = refused(op, peer, self._master)
-                if op == "register-worker":
-                    raise _refused_worker(str(error))
-                raise error
+                no = refused(op, peer, self._master)
+                raise refused_worker(str(no)) if op == "register-worker" else no
         if op == "register-client":
             self._register(gate, message["client"])
         elif op == "register-worker":
@@ -259,7 +272,7 @@ class GuardedScheduler(Guarded, FairShareScheduler):
         size = sum(memoryview(frame).nbytes for frame in frames)
         if size <= self._max_bytes:
             return True
-        refusal = _too_large(f"{format_bytes(size)}", f"{format_bytes(self._max_bytes)}")
+        refusal = too_large(f"{format_bytes(size)}", f"{format_bytes(self._max_bytes)}")
         error = error_message(refusal)
         for key in message.get("keys", ()):
             report = {"op": "task-erred", "key": key, "exception": error["exception"], "traceback": error["traceback"]}
@@ -269,7 +282,7 @@ class GuardedScheduler(Guarded, FairShareScheduler):
     def _create_taskstate_from_graph(self, *args: Any, **kwargs: Any) -> Any:
         count = len(kwargs["dsk"])
         if count > self._max_tasks:
-            raise _too_large(f"{count} tasks", f"{self._max_tasks}")
+            raise too_large(f"{count} tasks", f"{self._max_tasks}")
         return super()._create_taskstate_from_graph(*args, **kwargs)
 
     def tell(self, client: str, text: str) -> None:
@@ -296,7 +309,10 @@ class GuardedScheduler(Guarded, FairShareScheduler):
         lanes = list((people or {}).get(user, {}).get("lanes") or ())
         if not lanes or lane in lanes or self._peers.get(client, Peer()).role == "owner":
             return lane
-        self.tell(client, f"{user} may not use the lane {lane!r} here: the work counts as {lanes[0]!r}. Allowed are {', '.join(lanes)}.")
+        if lane != self._default_lane:  # somebody who named no lane is told nothing
+            self.tell(
+                client, f"{user} may not use the lane {lane!r} here: the work counts as {lanes[0]!r}. Allowed are {', '.join(lanes)}."
+            )
         return lanes[0]
 
     def take_graph(self, client: str, keys: list[Any], lanes: Mapping[Any, str]) -> None:
@@ -346,38 +362,30 @@ class GuardedScheduler(Guarded, FairShareScheduler):
     }
 
 
-def _refused_client(why: str) -> Refusal:
-    return Refusal([{"op": "stream-start", "error": why}], why.partition("\n")[0])
-
-
-def _refused_worker(why: str) -> Refusal:
-    return Refusal({"status": "error", "message": why, "time": time()}, why.partition("\n")[0])
-
-
-def _too_large(size: str, limit: str) -> ValueError:
-    return ValueError(
-        f"A graph of {size} is refused: this scheduler takes at most {limit}.\n"
-        "  Usual reason: large arrays are inside the graph, or the chunks are very small\n"
-        "  What to do: scatter the arrays or load them in tasks; use larger chunks; submit in several parts"
-    )
-
-
 async def dask_setup(server: Server) -> None:
-    """``--preload cryodask.cluster.guard`` for scheduler, worker and (``--preload-nanny``) nanny.
+    """``--preload cryodask.cluster.guard`` for scheduler and worker, ``--preload-nanny cryodask.cluster.guard`` for the nanny.
 
     A scheduler's options stand in Dask's configuration under ``cryodask.guard`` and ``cryodask.fairshare``.
     """
+    try:
+        await _guard_running(server)
+    except Exception as error:
+        # of a preload that fails distributed only writes a line into the log, and goes on without it
+        raise SystemExit(f"The guard could not be set up, so this process ends. {type(error).__name__}: {error}") from error
+
+
+async def _guard_running(server: Server) -> None:
     if isinstance(server, Scheduler):
         await fairshare.dask_setup(server)
         server.__class__ = GuardedScheduler
         assert isinstance(server, GuardedScheduler)
         server.guard(**(dask.config.get("cryodask.guard", {}) or {}))
+        server.allowed_failures = ALLOWED_FAILURES
         for name, function in server.handlers.items():
             if getattr(function, "__self__", None) is server:
                 server.handlers[name] = getattr(server, function.__name__)
     else:
         server.__class__ = GuardedWorker if isinstance(server, Worker) else GuardedNanny
-        assert isinstance(server, GuardedWorker | GuardedNanny)
     check_sockets(server)
     for listener in server.listeners:
         listener.comm_handler = server.handle_comm  # type: ignore[union-attr]

@@ -154,8 +154,7 @@ class Invitation:
         """From a file, or by the name of a cluster from ``~/.config/cryodask/NAME.invite``."""
         path = Path(where)
         if not path.is_file() and len(path.parts) == 1:
-            home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-            path = home / "cryodask" / f"{where}.invite"
+            path = invitation_of(str(where))
         try:
             return cls(**json.loads(_read_secret(path)))
         except (TypeError, ValueError) as error:
@@ -165,6 +164,11 @@ class Invitation:
         """What a Client needs to connect as this person."""
         _check(self.certificate, self.authority, f"the invitation of {self.user} to {self.cluster}")
         return _security(self.authority, {"client": (self.certificate, self.key)})
+
+
+def invitation_of(cluster: str) -> Path:
+    """Where a person keeps the invitation to a cluster of that name."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "cryodask" / f"{Path(cluster).name}.invite"
 
 
 def security(folder: str | Path, name: str) -> Security:
@@ -193,7 +197,11 @@ def _security(authority: str, pairs: Mapping[str, tuple[str, str]]) -> Security:
 
 
 def worker_environment(folder: str | Path) -> dict[str, str]:
-    """Environment in which a plain ``dask worker`` joins the cluster: its certificate, the guard, and pages on loopback only."""
+    """Environment in which a plain ``dask worker`` joins the cluster, with its certificate and its guard.
+
+    The guard of its nanny must be asked for on the command line (``--preload-nanny cryodask.cluster.guard``), where an option that is not
+    given overrides the configuration; and so must closed pages (``--dashboard-address 127.0.0.1:0``), without which it does not start.
+    """
     made = security(folder, "worker").get_tls_config_for_role("worker")
     tls = {"CA_FILE": made["ca_file"]}
     for role in ("WORKER", "CLIENT"):
@@ -202,7 +210,6 @@ def worker_environment(folder: str | Path) -> dict[str, str]:
         "DASK_DISTRIBUTED__COMM__REQUIRE_ENCRYPTION": "True",
         **{f"DASK_DISTRIBUTED__COMM__TLS__{name}": value for name, value in tls.items()},
         "DASK_DISTRIBUTED__WORKER__PRELOAD": '["cryodask.cluster.guard"]',
-        "DASK_DISTRIBUTED__NANNY__PRELOAD": '["cryodask.cluster.guard"]',
     }
 
 
@@ -218,7 +225,8 @@ def connection_errors(address: str) -> Iterator[None]:
         said = _explanation(address, error)
         if said is None:
             raise
-        raise ClusterError(*said) from error
+        what, usual_reason, way_out = said
+        raise ClusterError(what, usual_reason, way_out) from error
 
 
 def _explanation(address: str, error: BaseException) -> tuple[str, str, str] | None:
