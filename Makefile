@@ -17,11 +17,15 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
-# RELION is the other side of the convention tests; without it their committed figures are used
+# RELION is the other side of the convention tests (without it their committed figures are used), Slurm what pools are tested on,
+# strace what shows the order of system calls
+PROGRAMS := relion_project sinfo munged strace
+PACKAGES := relion slurm-wlm munge strace
 system:
-	@if command -v relion_project >/dev/null; then :; \
-	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -qq && apt-get install -y -qq relion >/dev/null; \
-	else echo "RELION is not installed: the tests marked relion are skipped (apt-get install relion, as root)"; fi
+	@for program in $(PROGRAMS); do command -v $$program >/dev/null || missing="$$missing $$program"; done; \
+	if [ -z "$$missing" ]; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -qq && apt-get install -y -qq $(PACKAGES) >/dev/null; \
+	else echo "NOT installed:$$missing. The tests that need them are SKIPPED (apt-get install $(PACKAGES), as root)"; fi
 
 demo: venv
 	$(BIN)/cryodask demo demo
