@@ -422,6 +422,28 @@ def test_as_scheduler_class_of_a_cluster_and_restart():
         del kept
 
 
+def test_owners_without_tasks_are_forgotten_and_their_lanes_keep_what_they_used():
+    async def scenario():
+        async with cluster(1, 2, lanes={"A": 1, "B": 1}) as scheduler, client(scheduler, "B/stays") as b:
+            kept = b.map(sleep, range(20), [0.05] * 20, pure=False)
+            for number in range(5):
+                async with client(scheduler, f"A/visitor{number}") as a:
+                    await a.submit(sleep, 1, 0.02, pure=False)
+            await asyncio.sleep(0.3)
+            used = scheduler._clocks["threads"].kids["A"].settled
+            assert used > 0
+            scheduler.prune()
+            assert {path[:2] for path in scheduler._owners} == {("B", "stays")}
+            assert scheduler._clocks["threads"].kids["A"].kids == {}
+            assert scheduler._clocks["threads"].kids["A"].settled == used
+            assert await b.gather(kept) == list(range(20))
+            async with client(scheduler, "A/visitor0") as a:
+                assert await a.submit(sleep, 7, 0.0, pure=False) == 7
+            del kept
+
+    run(scenario)
+
+
 def test_lanes_that_do_not_exist_cannot_be_strict_or_reserved():
     async def scenario():
         with pytest.raises(ValueError, match="not in lanes"):

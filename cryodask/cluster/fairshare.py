@@ -25,6 +25,7 @@ from cryodask.cluster.lanes import LaneOptions, LaneQueue, Owner, Place, Share
 
 THREADS = "threads"
 _TICK_MILLISECONDS = 250
+_PRUNE_SECONDS = 60.0
 _FIRST = -math.inf
 
 
@@ -118,6 +119,7 @@ class FairShareScheduler(Scheduler):
         self._flights: dict[Any, Flight] = {}
         self._reserved: dict[str, tuple[str, int]] = {}
         self._finished: dict[str, float] = {}
+        self._pruned = monotonic()
         self._arrived: list[Share] = []
         self._target: WorkerState | None = None
         self._rank: float | None = None
@@ -507,6 +509,19 @@ class FairShareScheduler(Scheduler):
                 flight.charged = spent
         if len(self._held):
             self.stimulus_queue_slots_maybe_opened(stimulus_id=f"fairshare-tick-{now}")
+        if now - self._pruned > _PRUNE_SECONDS:
+            self._pruned = now
+            self.prune()
+
+    def prune(self) -> None:
+        """Forget owners without tasks: every name that a client ever had would stay for as long as the scheduler lives."""
+        needed = {owner.path for owner in self._others.values()} | ({self._lone.path} if self._lone is not None else set())
+        for path, owner in list(self._owners.items()):
+            leaves = [owner.threads, *owner.others.values()]
+            if path not in needed and not any(leaf.held or leaf.flying for leaf in leaves):
+                del self._owners[path]
+                for leaf in leaves:
+                    leaf.detach()
 
 
 def _load(ws: WorkerState) -> float:

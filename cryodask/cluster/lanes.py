@@ -105,6 +105,13 @@ class Share:
             node = above
         node.held -= 1
 
+    def detach(self) -> None:
+        """Leave the tree, and take along parents that have no other child; lanes stay, with what they have used."""
+        node = self
+        while node.parent is not None and node is not node.lane and not node.kids:
+            del node.parent.kids[node.name]
+            node = node.parent
+
     def start_tag(self) -> float:
         """Rank of a lane's next task on its worker: smaller runs first, equal leaves Dask's own order.
 
