@@ -296,6 +296,9 @@ class FairShareScheduler(Scheduler):
         self._fresh = self._fresh or bool(moved)
         if gone:
             self._finished.pop(gone, None)
+        self._reserve_threads(gone)
+
+    def _reserve_threads(self, gone: str | None = None) -> None:
         self._reserved.clear()
         for lane, threads in self._reserve.items():
             left = threads
@@ -304,6 +307,17 @@ class FairShareScheduler(Scheduler):
                     kept = min(left, ws.nthreads)
                     self._reserved[ws.address] = (lane, kept)
                     left -= kept
+
+    def handle_worker_status_change(self, status: Any, worker: str | WorkerState, stimulus_id: str) -> None:
+        """As distributed's; a worker runs some time after it has joined, and one that pauses keeps no thread for anybody."""
+        super().handle_worker_status_change(status, worker, stimulus_id)
+        if self._reserve:
+            self._reserve_threads()
+
+    def is_unoccupied(self, ws: WorkerState, occupancy: float, nprocessing: int) -> bool:
+        """As distributed's; a thread kept for a lane does not invite tasks to be stolen to it."""
+        kept = self._reserved.get(ws.address) if self._reserved else None
+        return (kept is None or nprocessing + kept[1] < ws.nthreads) and super().is_unoccupied(ws, occupancy, nprocessing)
 
     def _room(self, ws: WorkerState, lane: Share, saturation: float) -> bool:
         busy = len(ws.processing) - len(ws.long_running)
