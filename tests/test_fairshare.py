@@ -45,10 +45,13 @@ async def cluster(workers: int = 2, threads: int = 1, resources: dict | None = N
     with dask.config.set(settings):
         async with FairShareScheduler(dashboard=False, host="127.0.0.1", port=0, validate=True, **options) as scheduler:
             scheduler.add_plugin(_Recorder())
-            made = [
-                await Worker(scheduler.address, nthreads=threads, resources=resources, host="127.0.0.1", dashboard=False, name=f"w{i}")
-                for i in range(workers)
-            ]
+            here = {"nthreads": threads, "resources": resources, "host": "127.0.0.1", "dashboard": False}
+
+            async def up(number: int) -> Worker:
+                return await Worker(scheduler.address, name=f"w{number}", **here)
+
+            # together, as jobs of one pool come
+            made = await asyncio.gather(*map(up, range(workers)))
             try:
                 yield scheduler
             finally:
