@@ -27,6 +27,8 @@ THREADS = "threads"
 _TICK_MILLISECONDS = 250
 _PRUNE_SECONDS = 60.0
 _FIRST = -math.inf
+# sent while their owner was alone: whoever comes goes before them
+_LAST = 1e300
 
 
 class _Hooks(SchedulerPlugin):
@@ -192,6 +194,7 @@ class FairShareScheduler(Scheduler):
         payer = self.owner_of(self._submitting) if nested else self.owner_of_client(client)
         if not self._others and (self._lone is None or len(self.tasks) <= len(keys)):
             self._lone = payer
+        alone = not self._others
         if payer is not self._lone:
             for key in keys:
                 if key not in self._others and self.tasks[key].state == "released":
@@ -199,6 +202,15 @@ class FairShareScheduler(Scheduler):
         for key, lane in lanes.items() if not nested else ():
             if lane != payer.lane and key in self.tasks:
                 self._others[key] = self.owner(lane, payer.user, payer.project)
+        if alone and self._others:
+            self._start_anew()
+
+    def _start_anew(self) -> None:
+        """A contest begins: what was used while an owner was alone is nobody's credit or debt."""
+        for clock in self._clocks.values():
+            clock.forget()
+        for flight in self._flights.values():
+            flight.leaf.charge(flight.charged)
 
     def _remove_key(self, key: Any) -> None:
         self._others.pop(key, None)
@@ -340,11 +352,11 @@ class FairShareScheduler(Scheduler):
             return
         self._dispatching = True
         try:
+            if self._arrived:
+                self._overtake(stimulus_id)
             for name, clock in list(self._clocks.items()):
                 if clock.held:
                     (self._fill_threads if name == THREADS else self._fill_resources)(clock, stimulus_id)
-            if self._arrived:
-                self._overtake(stimulus_id)
         finally:
             self._dispatching = False
 
@@ -414,7 +426,7 @@ class FairShareScheduler(Scheduler):
         return min(free, key=_load) if free else None
 
     def _overtake(self, stimulus_id: str) -> None:
-        """Send the first tasks of a lane that comes anew to full workers, ahead of what waits there.
+        """Send the first tasks of a lane that comes anew at once, on full workers ahead of what waits there.
 
         Otherwise they would wait for two tasks of others: the one that runs, and the one sent ahead to follow it.
         """
@@ -425,23 +437,26 @@ class FairShareScheduler(Scheduler):
                 ts = None if ws is None else self._held.best_at(leaf, ws.address)
                 if ts is None or ws is None:
                     break
+                others = [f.rank for f in map(self._flight_of, ws.processing) if f is not None and f.leaf.lane is not leaf.lane]
+                self._rank = min([leaf.lane.start_tag(), *(rank - 1.0 for rank in others if rank > _FIRST)])
                 self._send(ts, ws, stimulus_id)
+                self._rank = None
+
+    def _flight_of(self, ts: TaskState) -> Flight | None:
+        return self._flights.get(ts.key)
 
     def _worker_to_overtake(self, leaf: Share) -> WorkerState | None:
-        """Of the workers on which tasks of others wait that may run later, the one likely to finish its next task first."""
-        tag = leaf.lane.start_tag()
-        best: tuple[int, float, WorkerState] | None = None
+        """One with an idle thread; else, of those with few tasks of this lane, the one likely to finish its next task first."""
+        best: tuple[bool, int, float] | None = None
+        found: WorkerState | None = None
         for ws in self.running:
-            if len(ws.processing) - len(ws.long_running) <= ws.nthreads:
+            own = sum(f is not None and f.leaf.lane is leaf.lane for f in map(self._flight_of, ws.processing))
+            if own >= ws.nthreads or (self._reserved and not self._room(ws, leaf.lane, self.AHEAD + 1)):
                 continue
-            flights = [self._flights.get(ts.key) for ts in ws.processing]
-            own = sum(f is not None and f.leaf.lane is leaf.lane for f in flights)
-            behind = sum(f is None or f.rank > tag for f in flights)
-            if own < ws.nthreads and behind and not (self._reserved and not self._room(ws, leaf.lane, self.AHEAD + 1)):
-                score = own, self._finished.get(ws.address, 0.0)
-                if best is None or score < best[:2]:
-                    best = (*score, ws)
-        return None if best is None else best[2]
+            score = len(ws.processing) - len(ws.long_running) >= ws.nthreads, own, self._finished.get(ws.address, 0.0)
+            if best is None or score < best:
+                best, found = score, ws
+        return found
 
     def _refill(self, worker: str, stimulus_id: str) -> None:
         """Keep a worker supplied with tasks whose inputs it has, while their lane is alone."""
@@ -466,7 +481,7 @@ class FairShareScheduler(Scheduler):
         if self._others and not ts.actor:
             leaf, cost = self._leaf(ts), self._estimate(ts)
             # what needs resources is sent only when they are free, and must not wait for what was sent before it
-            rank = _FIRST if ts.resource_restrictions else leaf.lane.start_tag()
+            rank = _FIRST if ts.resource_restrictions else self._rank if self._rank is not None else leaf.lane.start_tag()
             self._flights[ts.key] = Flight(leaf, cost, rank)
             leaf.charge(cost)
             leaf.fly(1)
@@ -476,11 +491,8 @@ class FairShareScheduler(Scheduler):
         # workers run by priority, and there an older client's tasks would overtake for ever
         message = super()._task_to_msg(ts, *args, **kwargs)
         flight = self._flights.get(ts.key)
-        if flight is not None:
-            message["priority"] = (flight.rank, 0, *message["priority"])
-        else:
-            lone = self._lone
-            message["priority"] = (lone.threads.lane.virtual if lone is not None else 0.0, 1, *message["priority"])
+        rank = flight.rank if flight is not None else _FIRST if ts.actor else _LAST
+        message["priority"] = (rank, *message["priority"])
         return message
 
     def _settle(self, key: Any, seconds: float | None = None) -> None:

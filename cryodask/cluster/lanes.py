@@ -105,6 +105,12 @@ class Share:
             node = above
         node.held -= 1
 
+    def forget(self) -> None:
+        """Begin to count anew, here and below."""
+        self.virtual = self.settled = self.tag = 0.0
+        for kid in self.kids.values():
+            kid.forget()
+
     def detach(self) -> None:
         """Leave the tree, and take along parents that have no other child; lanes stay, with what they have used."""
         node = self
