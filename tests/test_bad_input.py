@@ -457,7 +457,7 @@ def test_a_second_driver_is_refused_and_ctrl_c_ends_the_first_cleanly(project, c
     assert time.monotonic() - before < 40
     assert process.returncode == 130
     assert "cryodask run p.yaml" in said
-    assert "Traceback" not in said
+    assert str(Path(cli.__file__).parent) not in said, "no traceback of ours; Dask's workers may log that their scheduler is gone"
     assert psutil.wait_procs(family, timeout=max(1.0, before + 40 - time.monotonic()))[1] == []
     assert not (project.folder / "p" / "driver.lock").exists()
     assert 0 < Project(project.folder / "p")["extract"].sizes["micrograph"] < 39
