@@ -441,9 +441,6 @@ class FairShareScheduler(Scheduler):
                 self._rank = min([leaf.lane.start_tag(), *(rank - 1.0 for rank in others if rank > _FIRST)])
                 self._send(ts, ws, stimulus_id)
                 self._rank = None
-        # workers that hold more than is sent under contest have no room yet: who comes now goes on ahead of it
-        full = any(len(ws.processing) - len(ws.long_running) > math.ceil(self.WORKER_SATURATION * ws.nthreads) for ws in self.running)
-        self._arrived = [leaf for leaf in arrived if leaf.held] if full else []
 
     def _flight_of(self, ts: TaskState) -> Flight | None:
         return self._flights.get(ts.key)
