@@ -454,11 +454,11 @@ def test_a_second_driver_is_refused_and_ctrl_c_ends_the_first_cleanly(project, c
     before = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the driver and all of its workers
     _, said = process.communicate(timeout=60)
-    assert time.monotonic() - before < 40
+    assert time.monotonic() - before < 15
     assert process.returncode == 130
     assert "cryodask run p.yaml" in said
-    assert str(Path(cli.__file__).parent) not in said, "no traceback of ours; Dask's workers may log that their scheduler is gone"
-    assert psutil.wait_procs(family, timeout=max(1.0, before + 40 - time.monotonic()))[1] == []
+    assert "Traceback" not in said
+    assert psutil.wait_procs(family, timeout=before + 15 - time.monotonic())[1] == []
     assert not (project.folder / "p" / "driver.lock").exists()
     assert 0 < Project(project.folder / "p")["extract"].sizes["micrograph"] < 39
     assert run_plan(project(), client)["extract"].sizes["micrograph"] == 39

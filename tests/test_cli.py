@@ -85,3 +85,27 @@ def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path, monkeypatch, ca
         main()
     assert stopped.value.code == 2
     assert "file/p" in capsys.readouterr().err
+
+
+def test_a_heartbeat_that_fails_at_the_end_prints_no_traceback(client):
+    def fail() -> str:
+        import io
+        import logging
+
+        logger, shown = logging.getLogger("distributed.worker"), io.StringIO()
+        handler = logging.StreamHandler(shown)
+        logger.addHandler(handler)
+        try:
+            raise OSError("closed")
+        except OSError:
+            logger.exception("Failed to communicate with scheduler during heartbeat.")
+            logger.exception("Something else.")
+        finally:
+            logger.removeHandler(handler)
+        return shown.getvalue()
+
+    for said in client.run(fail).values():
+        heartbeat, other = said.split("Something else.")
+        assert "Failed to communicate" in heartbeat
+        assert "Traceback" not in heartbeat
+        assert "Traceback" in other

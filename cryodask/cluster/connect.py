@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import logging
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import dask
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, Worker, WorkerPlugin
 from distributed.deploy.cluster import Cluster
 
 from cryodask.cluster.environment import ALLOCATOR, ONE_THREAD, SETTINGS
@@ -136,6 +137,21 @@ class LaneCluster(LocalCluster):
         await super()._start()
 
 
+class _PlainHeartbeats(WorkerPlugin):
+    """A worker that ends while it reports itself says so in a line, without the traceback that Dask prints on the user's terminal."""
+
+    name = "cryodask-plain-heartbeats"
+
+    def setup(self, worker: Worker) -> None:
+        logging.getLogger("distributed.worker").addFilter(_without_traceback_of_heartbeats)
+
+
+def _without_traceback_of_heartbeats(record: logging.LogRecord) -> bool:
+    if record.exc_info and "communicate with scheduler during heartbeat" in record.getMessage():
+        record.exc_info = None
+    return True
+
+
 def _started(name: str, settings: LocalSettings) -> Client:
     environment = {**ONE_THREAD, **ALLOCATOR, "PYTHONDONTWRITEBYTECODE": ""}
     with dask.config.set({**SETTINGS, "distributed.nanny.pre-spawn-environ": environment}):
@@ -155,6 +171,7 @@ def _started(name: str, settings: LocalSettings) -> Client:
         # the settings must outlive this block in this process, where the scheduler lives
     dask.config.set(SETTINGS)
     client = Client(cluster, name=name)
+    client.register_plugin(_PlainHeartbeats())
     _OWN_CLUSTERS[id(client)] = cluster, None
     return client
 
