@@ -11,11 +11,11 @@ import ipaddress
 import logging
 from dataclasses import dataclass
 from time import time
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from distributed import Nanny, Worker
 from distributed.comm import Comm
-from distributed.core import error_message
+from distributed.core import Server, error_message
 
 from cryodask.errors import ClusterError
 
@@ -206,63 +206,62 @@ def _on_loopback(address: str) -> bool:
 
 
 # --- servers behind gates --------------------------------------------------------------------------------------------------------
-def _admit_to_node(server: Worker | Nanny, peer: Peer, op: str) -> None:
+Guarded = TypeVar("Guarded", bound=type[Server])
+
+
+def behind_gates(kind: Guarded) -> Guarded:
+    """Class decorator: a server that reads through gates, and does not start where other machines could reach it without TLS.
+
+    No mix-in: Python does not let a running server become an instance of a class with two bases, which is what the preload does.
+    """
+    base: Any = kind.__bases__[0]
+
+    def handle_comm(self: Any, comm: Comm) -> Any:
+        """As distributed's, behind a gate."""
+        Gate(self, comm)
+        return base.handle_comm(self, comm)
+
+    async def start_unsafe(self: Any) -> Any:
+        """As distributed's; ClusterError if other machines could reach it without TLS."""
+        await base.start_unsafe(self)
+        check_sockets(self)
+        return self
+
+    kind.handle_comm, kind.start_unsafe = handle_comm, start_unsafe  # type: ignore[method-assign]
+    return kind
+
+
+def _admit(server: Any, gate: Gate, message: dict[str, Any]) -> None:
+    """Raise PermissionError if this request to a worker or a nanny is not for this peer."""
+    op, peer = message["op"], gate.peer
     outside = peer.role is None and server.security.require_encryption
     if (outside or peer.role not in (None, "scheduler", "worker", "owner")) and op not in USER_ON_WORKER:
         raise refused(f"{op} sent straight to a {type(server).__name__.lower()}", peer, None)
 
 
-# Mix-ins would be shorter, but Python does not let a running Worker become an instance of a class with two bases (the preload).
+def _admit_to_stream(server: Any, gate: Gate, message: dict[str, Any]) -> bool:
+    """No client has a stream to a worker or a nanny."""
+    return True
+
+
+@behind_gates
 class GuardedWorker(Worker):
     """A worker that takes orders from the scheduler, workers and the owner only; its pages are on loopback unless told otherwise."""
+
+    admit, admit_to_stream = _admit, _admit_to_stream
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if not kwargs.get("dashboard_address"):
             kwargs["dashboard_address"] = "127.0.0.1:0"
         super().__init__(*args, **kwargs)
 
-    def handle_comm(self, comm: Comm) -> Any:
-        """As distributed's, behind a gate."""
-        Gate(self, comm)
-        return super().handle_comm(comm)
 
-    async def start_unsafe(self) -> Any:
-        """As distributed's; ClusterError if other machines could reach it without TLS."""
-        await super().start_unsafe()
-        check_sockets(self)
-        return self
-
-    def admit(self, gate: Gate, message: dict[str, Any]) -> None:
-        """Raise PermissionError if this request is not for this peer."""
-        _admit_to_node(self, gate.peer, message["op"])
-
-    def admit_to_stream(self, gate: Gate, message: dict[str, Any]) -> bool:
-        """No client has a stream here."""
-        return True
-
-
+@behind_gates
 class GuardedNanny(Nanny):
     """A nanny of :class:`GuardedWorker`, guarded in the same way."""
+
+    admit, admit_to_stream = _admit, _admit_to_stream
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("worker_class", GuardedWorker)
         super().__init__(*args, **kwargs)
-
-    def handle_comm(self, comm: Comm) -> Any:
-        """As distributed's, behind a gate."""
-        Gate(self, comm)
-        return super().handle_comm(comm)
-
-    async def start_unsafe(self) -> Any:
-        """As distributed's; ClusterError if other machines could reach it without TLS."""
-        await super().start_unsafe()
-        check_sockets(self)
-        return self
-
-    def admit(self, gate: Gate, message: dict[str, Any]) -> None:
-        """Raise PermissionError if this request is not for this peer."""
-        _admit_to_node(self, gate.peer, message["op"])
-
-    def admit_to_stream(self, gate: Gate, message: dict[str, Any]) -> bool:
-        """No client has a stream here."""
-        return True

@@ -17,7 +17,6 @@ from typing import Any
 import dask
 from dask.utils import format_bytes, parse_bytes
 from distributed import Scheduler, Worker
-from distributed.comm import Comm
 from distributed.core import Server, error_message
 from distributed.versions import get_versions
 
@@ -32,6 +31,7 @@ from cryodask.cluster.gate import (
     GuardedNanny,
     GuardedWorker,
     Peer,
+    behind_gates,
     check_sockets,
     refused,
     refused_client,
@@ -48,6 +48,7 @@ _EVERYBODY_READS = frozenset({"all", "scheduler", "print", "warn"})
 _EQUAL_VERSIONS = ("dask", "distributed", "msgpack", "cloudpickle")
 
 
+@behind_gates
 class GuardedScheduler(FairShareScheduler):
     """A scheduler with lanes for several people.
 
@@ -153,17 +154,6 @@ class GuardedScheduler(FairShareScheduler):
                 "  What to do: use the scheduler's environment; only patch levels of Python may differ"
             )
             raise refused_client(why) if kind == "client" else refused_worker(why)
-
-    def handle_comm(self, comm: Comm) -> Any:
-        """As distributed's, behind a gate."""
-        Gate(self, comm)
-        return super().handle_comm(comm)
-
-    async def start_unsafe(self) -> Any:
-        """As distributed's; ClusterError if other machines could reach it without TLS."""
-        await super().start_unsafe()
-        check_sockets(self)
-        return self
 
     # --- requests ----------------------------------------------------------------------------------------------------------------
     def admit(self, gate: Gate, message: dict[str, Any]) -> None:
