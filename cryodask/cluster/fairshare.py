@@ -21,9 +21,9 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.scheduler import TaskState, WorkerState
 from tornado.ioloop import PeriodicCallback
 
-from cryodask.cluster.lanes import LaneOptions, LaneQueue, Owner, Place, Share
+from cryodask.cluster.lanes import Place, Share
+from cryodask.cluster.owners import THREADS, LanedScheduler
 
-THREADS = "threads"
 _TICK_MILLISECONDS = 250
 _PRUNE_SECONDS = 60.0
 _FIRST = -math.inf
@@ -31,18 +31,13 @@ _FIRST = -math.inf
 _LAST = 1e300
 
 
-class _Hooks(SchedulerPlugin):
-    """What distributed tells plugins in time: new graphs before their tasks move, workers that come and go."""
+class _Workers(SchedulerPlugin):
+    """Tells of workers that come and go."""
 
     name = "fairshare"
 
     def __init__(self, scheduler: FairShareScheduler) -> None:
         self._scheduler = scheduler
-
-    def update_graph(
-        self, scheduler: Scheduler, *, client: str, tasks: list[Any], annotations: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        self._scheduler.take_graph(client, tasks, (annotations or {}).get("lane") or {})
 
     def add_worker(self, scheduler: Scheduler, worker: str) -> None:
         self._scheduler.workers_changed()
@@ -63,7 +58,7 @@ class Flight:
         self.leaf, self.charged, self.rank, self.start = leaf, charged, rank, monotonic()
 
 
-class FairShareScheduler(Scheduler):
+class FairShareScheduler(LanedScheduler):
     """A scheduler with lanes.
 
     Parameters
@@ -108,16 +103,11 @@ class FairShareScheduler(Scheduler):
         default_lane: str = "default",
     ) -> None:
         """Begin to share; parameters as of the class."""
-        self._options = {name: LaneOptions.parse(name, given) for name, given in (lanes or {}).items()}
-        self._strict, self._reserve, self._default_lane = set(strict), dict(reserve or {}), default_lane
+        self.know_lanes(lanes, strict, default_lane)
+        self._reserve = dict(reserve or {})
         unknown = [n for n in (*self._strict, *self._reserve) if self._options and n not in self._options]
         if unknown:
             raise ValueError(f"strict and reserve name lanes that are not in lanes: {unknown}")
-        self._clocks: dict[Any, Share] = {}
-        self._owners: dict[tuple[str, str, str], Owner] = {}
-        # while one owner has all tasks nothing is written down a task: it is the owner of every key that is not in _others
-        self._lone: Owner | None = None
-        self._others: dict[Any, Owner] = {}
         self._flights: dict[Any, Flight] = {}
         self._reserved: dict[str, tuple[str, int]] = {}
         self._finished: dict[str, float] = {}
@@ -126,95 +116,33 @@ class FairShareScheduler(Scheduler):
         self._target: WorkerState | None = None
         self._rank: float | None = None
         self._fresh = self._dispatching = False
-        self._submitting: Any = None
+        self.draining = False
+        """Nothing is sent to workers any more."""
         if math.isinf(self.WORKER_SATURATION):
             self.WORKER_SATURATION = 1.1  # without a bound on what lies on workers there is nothing to share
-        self._held = LaneQueue(self._leaf)
-        self.queued = self._held  # type: ignore[assignment]
-        self.add_plugin(_Hooks(self))
+        self.add_plugin(_Workers(self))
         self.periodic_callbacks["fairshare"] = PeriodicCallback(self._tick, _TICK_MILLISECONDS)
 
-    # --- who pays ------------------------------------------------------------------------------------------------------------
-    def owner(self, lane: str, user: str = "", project: str = "") -> Owner:
-        """The owner of that name; a lane that does not exist is the default one."""
-        if self._options and lane not in self._options:
-            lane = self._default_lane
-        path = (lane, user, project)
-        if path not in self._owners:
-            self._owners[path] = Owner(*path, self._new_leaf(THREADS, path))
-        return self._owners[path]
-
-    def owner_of_client(self, client: str) -> Owner:
-        """From the name ``lane/user/project`` that a client was given."""
-        name = client.split("-", 1)[1] if "-" in client else client
-        name = name[:-37] if len(name) > 37 and name[-37] == "-" else ("" if len(name) == 36 else name)
-        lane, _, rest = name.partition("/")
-        if not rest and (not self._options or lane not in self._options):
-            return self.owner(self._default_lane, lane)
-        user, _, project = rest.partition("/")
-        return self.owner(lane, user, project)
-
-    def owner_of(self, key: Any) -> Owner:
-        """Who pays for a task."""
-        owner = self._others.get(key) or self._lone
-        return owner if owner is not None else self.owner(self._default_lane)
-
-    def _new_leaf(self, clock: Any, path: tuple[str, str, str]) -> Share:
-        lane, user, project = path
-        options = self._options.get(lane, LaneOptions())
-        if clock not in self._clocks:
-            self._clocks[clock] = Share(str(clock))
-        node = self._clocks[clock]
-        weights = (options.weight, options.users.get(user, 1.0), options.projects.get(project, 1.0))
-        for name, weight in zip(path, weights):
-            if name not in node.kids:
-                node.kids[name] = Share(name, weight, node, strict=node.parent is None and name in self._strict)
-            node = node.kids[name]
-        return node
-
-    def _leaf(self, ts: TaskState) -> Share:
-        owner = self._others.get(ts.key) or self._lone or self.owner(self._default_lane)
-        if not ts.resource_restrictions:
-            return owner.threads
-        clock = tuple(sorted(ts.resource_restrictions))
-        if clock not in owner.others:
-            owner.others[clock] = self._new_leaf(clock, owner.path)
-        return owner.others[clock]
-
-    def _create_taskstate_from_graph(self, *args: Any, submitting_task: Any = None, **kwargs: Any) -> Any:
-        self._submitting = submitting_task
-        try:
-            return super()._create_taskstate_from_graph(*args, submitting_task=submitting_task, **kwargs)
-        finally:
-            self._submitting = None
-
-    def take_graph(self, client: str, keys: list[Any], lanes: Mapping[Any, str]) -> None:
-        """Settle who pays for the tasks of a new graph; of tasks known before, the first who submitted them."""
-        nested = self._submitting is not None and self._submitting in self.tasks
-        payer = self.owner_of(self._submitting) if nested else self.owner_of_client(client)
-        if not self._others and (self._lone is None or len(self.tasks) <= len(keys)):
-            self._lone = payer
-        alone = not self._others
-        if payer is not self._lone:
-            for key in keys:
-                if key not in self._others and self.tasks[key].state == "released":
-                    self._others[key] = payer
-        for key, lane in lanes.items() if not nested else ():
-            if lane != payer.lane and key in self.tasks:
-                self._others[key] = self.owner(lane, payer.user, payer.project)
-        if alone and self._others:
-            self._start_anew()
-
-    def _start_anew(self) -> None:
-        """A contest begins: what was used while an owner was alone is nobody's credit or debt."""
+    # --- beginnings and ends -----------------------------------------------------------------------------------------------------
+    def contest_begins(self) -> None:
+        """What was used while an owner was alone is nobody's credit or debt; what it has on workers now counts."""
         for clock in self._clocks.values():
             clock.forget()
         for flight in self._flights.values():
             flight.leaf.charge(flight.charged)
+        for ws in self.workers.values():
+            for ts in ws.processing:
+                if ts.key not in self._flights and not ts.actor and ts not in ws.long_running:
+                    self._charge(ts, _LAST)
 
-    def _remove_key(self, key: Any) -> None:
-        self._others.pop(key, None)
-        super()._remove_key(key)
+    def drain(self) -> None:
+        """Send nothing more to workers: ready tasks wait, what runs goes on to its end."""
+        self.draining = True
+
+    def resume_dispatch(self) -> None:
+        """Undo :meth:`drain`."""
+        self.draining = False
+        self.stimulus_queue_slots_maybe_opened(stimulus_id="resume-dispatch")
 
     def forget_tasks(self) -> None:
         """All tasks are gone (restart); what was used stays counted."""
@@ -230,7 +158,7 @@ class FairShareScheduler(Scheduler):
         if ts.actor or not (ts._queueable or ts.worker_restrictions):
             return Scheduler._transition_waiting_processing(self, key, stimulus_id)
         leaf = self._leaf(ts)
-        alone = leaf.clock.held == leaf.held
+        alone = leaf.clock.held == leaf.held and not self.draining
         place: Place = None
         if ts.resource_restrictions:
             if self.decide_worker_non_rootish(ts) is None:
@@ -348,7 +276,7 @@ class FairShareScheduler(Scheduler):
     def stimulus_queue_slots_maybe_opened(self, *, stimulus_id: str) -> None:
         """Send held tasks to workers that have room, in the order of their lanes."""
         self._fresh = False
-        if self._dispatching or not len(self._held):
+        if self._dispatching or self.draining or not len(self._held):
             return
         self._dispatching = True
         try:
@@ -397,7 +325,7 @@ class FairShareScheduler(Scheduler):
         other = self.workers.get(place)
         if other is None:
             return True
-        return self.get_comm_cost(ts, ws) < self._estimate(ts) * (1 + len(leaf.heaps[place]) / other.nthreads)
+        return self.get_comm_cost(ts, ws) < self.estimate(ts) * (1 + len(leaf.heaps[place]) / other.nthreads)
 
     def _fill_resources(self, clock: Share, stimulus_id: str) -> None:
         full: set[Place] = set()
@@ -432,7 +360,7 @@ class FairShareScheduler(Scheduler):
         """
         arrived, self._arrived = self._arrived, []
         for leaf in arrived:
-            while leaf.held and leaf.lane.is_next():
+            while leaf.held and leaf.is_next():
                 ws = self._worker_to_overtake(leaf)
                 ts = None if ws is None else self._held.best_at(leaf, ws.address)
                 if ts is None or ws is None:
@@ -460,7 +388,7 @@ class FairShareScheduler(Scheduler):
 
     def _refill(self, worker: str, stimulus_id: str) -> None:
         """Keep a worker supplied with tasks whose inputs it has, while their lane is alone."""
-        clock, ws = self._clocks[THREADS], self.workers.get(worker)
+        clock, ws = self._clocks[THREADS], None if self.draining else self.workers.get(worker)
         leaf = clock.next_leaf()
         if leaf is None or leaf.held != clock.held or ws is None or ws not in self.running:
             return
@@ -473,18 +401,17 @@ class FairShareScheduler(Scheduler):
             self._send(entry[2], ws, stimulus_id)
 
     # --- what was used -----------------------------------------------------------------------------------------------------------
-    def _estimate(self, ts: TaskState) -> float:
-        average = ts.prefix.duration_average
-        return average if average >= 0 else max(self.UNKNOWN_TASK_DURATION, ts.prefix.max_exec_time)
+    def _charge(self, ts: TaskState, rank: float) -> None:
+        leaf, cost = self._leaf(ts), self.estimate(ts)
+        self._flights[ts.key] = Flight(leaf, cost, rank)
+        leaf.charge(cost)
+        leaf.fly(1)
 
     def _add_to_processing(self, ts: TaskState, ws: WorkerState, stimulus_id: str) -> Any:
         if self._others and not ts.actor:
-            leaf, cost = self._leaf(ts), self._estimate(ts)
             # what needs resources is sent only when they are free, and must not wait for what was sent before it
-            rank = _FIRST if ts.resource_restrictions else self._rank if self._rank is not None else leaf.lane.start_tag()
-            self._flights[ts.key] = Flight(leaf, cost, rank)
-            leaf.charge(cost)
-            leaf.fly(1)
+            rank = self._rank if self._rank is not None else self._leaf(ts).lane.start_tag()
+            self._charge(ts, _FIRST if ts.resource_restrictions else rank)
         return super()._add_to_processing(ts, ws, stimulus_id)
 
     def _task_to_msg(self, ts: TaskState, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -538,16 +465,6 @@ class FairShareScheduler(Scheduler):
         if now - self._pruned > _PRUNE_SECONDS:
             self._pruned = now
             self.prune()
-
-    def prune(self) -> None:
-        """Forget owners without tasks: every name that a client ever had would stay for as long as the scheduler lives."""
-        needed = {owner.path for owner in self._others.values()} | ({self._lone.path} if self._lone is not None else set())
-        for path, owner in list(self._owners.items()):
-            leaves = [owner.threads, *owner.others.values()]
-            if path not in needed and not any(leaf.held or leaf.flying for leaf in leaves):
-                del self._owners[path]
-                for leaf in leaves:
-                    leaf.detach()
 
 
 def _load(ws: WorkerState) -> float:

@@ -285,19 +285,30 @@ class GuardedScheduler(FairShareScheduler):
         self.report({"op": "event", "topic": "warn", "event": (time(), event)}, client=client)
 
     # --- lanes -------------------------------------------------------------------------------------------------------------------
-    def owner_of_client(self, client: str) -> Owner:
+    def path_of_client(self, client: str) -> tuple[str, str, str]:
         """From the name that a client was given; the person and the lanes are those of its certificate."""
-        owner = super().owner_of_client(client)
+        lane, user, project = super().path_of_client(client)
         peer = self._peers.get(client, Peer())
         if peer.role == "worker":
-            return owner
-        user = peer.name if peer.name is not None else owner.user
-        return self.owner(self._permitted(client, user, owner.lane), user, owner.project)
+            return lane, user, project
+        user = peer.name if peer.name is not None else user
+        lanes = self._lanes_of(client, user)
+        return lane if not lanes or lane in lanes else lanes[0], user, project
+
+    def owner_of_client(self, client: str) -> Owner:
+        """As of FairShareScheduler; who asked for a lane of others is told."""
+        self._permitted(client, self.path_of_client(client)[1], super().path_of_client(client)[0])
+        return super().owner_of_client(client)
+
+    def _lanes_of(self, client: str, user: str) -> list[str]:
+        """Lanes that a person may use; empty for all."""
+        if self._peers.get(client, Peer()).role in ("owner", "worker"):
+            return []
+        return list((self.people() or {}).get(user, {}).get("lanes") or ())
 
     def _permitted(self, client: str, user: str, lane: str) -> str:
-        people = self.people()
-        lanes = list((people or {}).get(user, {}).get("lanes") or ())
-        if not lanes or lane in lanes or self._peers.get(client, Peer()).role == "owner":
+        lanes = self._lanes_of(client, user)
+        if not lanes or lane in lanes:
             return lane
         if lane != self._default_lane:  # somebody who named no lane is told nothing
             self.tell(

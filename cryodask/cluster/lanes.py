@@ -53,9 +53,13 @@ class Share:
         return node if node.held else None
 
     def is_next(self) -> bool:
-        """Whether none of its siblings that wait is to be served before it."""
-        assert self.parent is not None
-        return _turn(self) <= _turn(self.parent.in_turn()[0])
+        """Whether it is this leaf's turn: at no level a sibling that waits is to be served before."""
+        node = self
+        while (above := node.parent) is not None:
+            if _turn(node) > _turn(above.in_turn()[0]):
+                return False
+            node = above
+        return True
 
     def leaves_in_turn(self) -> Iterator[Share]:
         """Leaves that wait below this node, in the order in which they are to be served."""

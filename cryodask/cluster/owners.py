@@ -1,0 +1,193 @@
+"""A Dask scheduler that knows who pays for every task: lane, user and project. What it does with that is decided in ``fairshare.py``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from distributed import Scheduler
+from distributed.diagnostics.plugin import SchedulerPlugin
+from distributed.scheduler import TaskState
+
+from cryodask.cluster.lanes import LaneOptions, LaneQueue, Owner, Place, Share
+
+THREADS = "threads"
+_SAMPLED = 200
+
+
+class _Graphs(SchedulerPlugin):
+    """Tells of new graphs before their tasks move."""
+
+    name = "lanes"
+
+    def __init__(self, scheduler: LanedScheduler) -> None:
+        self._scheduler = scheduler
+
+    def update_graph(
+        self, scheduler: Scheduler, *, client: str, tasks: list[Any], annotations: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        self._scheduler.take_graph(client, tasks, (annotations or {}).get("lane") or {})
+
+
+class LanedScheduler(Scheduler):
+    """A scheduler that knows the owner of every task, and holds a queue for tasks that wait in lanes."""
+
+    def know_lanes(self, lanes: Mapping[str, Any] | None, strict: Iterable[str], default_lane: str) -> None:
+        """Begin to note owners; parameters as of FairShareScheduler."""
+        self._options = {name: LaneOptions.parse(name, given) for name, given in (lanes or {}).items()}
+        self._strict, self._default_lane = set(strict), default_lane
+        self._clocks: dict[Any, Share] = {}
+        self._owners: dict[tuple[str, str, str], Owner] = {}
+        # while one owner has all tasks nothing is written down a task: it is the owner of every key that is not in _others
+        self._lone: Owner | None = None
+        self._others: dict[Any, Owner] = {}
+        self._submitting: Any = None
+        self._held = LaneQueue(self._leaf)
+        self.queued = self._held  # type: ignore[assignment]
+        self.add_plugin(_Graphs(self))
+
+    def contest_begins(self) -> None:
+        """Two owners have tasks, where one had all of them before."""
+
+    # --- names -------------------------------------------------------------------------------------------------------------------
+    def path_of_client(self, client: str) -> tuple[str, str, str]:
+        """Lane, user and project from the name ``lane/user/project`` that a client was given."""
+        name = client.split("-", 1)[1] if "-" in client else client
+        name = name[:-37] if len(name) > 37 and name[-37] == "-" else ("" if len(name) == 36 else name)
+        lane, _, rest = name.partition("/")
+        if not rest and (not self._options or lane not in self._options):
+            return self._default_lane, lane, ""
+        user, _, project = rest.partition("/")
+        return self._existing_lane(lane), user, project
+
+    def _existing_lane(self, lane: str) -> str:
+        return self._default_lane if self._options and lane not in self._options else lane
+
+    def owner_of_client(self, client: str) -> Owner:
+        """Who pays for what a client submits."""
+        return self.owner(*self.path_of_client(client))
+
+    def owner(self, lane: str, user: str = "", project: str = "") -> Owner:
+        """The owner of that name; a lane that does not exist is the default one."""
+        path = (self._existing_lane(lane), user, project)
+        if path not in self._owners:
+            self._owners[path] = Owner(*path, self._new_leaf(THREADS, path))
+        return self._owners[path]
+
+    def owner_of(self, key: Any) -> Owner:
+        """Who pays for a task."""
+        owner = self._others.get(key) or self._lone
+        return owner if owner is not None else self.owner(self._default_lane)
+
+    def _new_leaf(self, clock: Any, path: tuple[str, str, str]) -> Share:
+        lane, user, project = path
+        options = self._options.get(lane, LaneOptions())
+        if clock not in self._clocks:
+            self._clocks[clock] = Share(str(clock))
+        node = self._clocks[clock]
+        weights = (options.weight, options.users.get(user, 1.0), options.projects.get(project, 1.0))
+        for name, weight in zip(path, weights):
+            if name not in node.kids:
+                node.kids[name] = Share(name, weight, node, strict=node.parent is None and name in self._strict)
+            node = node.kids[name]
+        return node
+
+    def _leaf(self, ts: TaskState) -> Share:
+        owner = self._others.get(ts.key) or self._lone or self.owner(self._default_lane)
+        if not ts.resource_restrictions:
+            return owner.threads
+        clock = tuple(sorted(ts.resource_restrictions))
+        if clock not in owner.others:
+            owner.others[clock] = self._new_leaf(clock, owner.path)
+        return owner.others[clock]
+
+    # --- tasks -------------------------------------------------------------------------------------------------------------------
+    def _create_taskstate_from_graph(self, *args: Any, submitting_task: Any = None, **kwargs: Any) -> Any:
+        self._submitting = submitting_task
+        try:
+            return super()._create_taskstate_from_graph(*args, submitting_task=submitting_task, **kwargs)
+        finally:
+            self._submitting = None
+
+    def take_graph(self, client: str, keys: list[Any], lanes: Mapping[Any, str]) -> None:
+        """Settle who pays for the tasks of a new graph; of tasks known before, the first who submitted them."""
+        nested = self._submitting is not None and self._submitting in self.tasks
+        payer = self.owner_of(self._submitting) if nested else self.owner_of_client(client)
+        if not self._others and (self._lone is None or len(self.tasks) <= len(keys)):
+            self._lone = payer
+        alone = not self._others
+        if payer is not self._lone:
+            for key in keys:
+                if key not in self._others and self.tasks[key].state == "released":
+                    self._others[key] = payer
+        for key, lane in lanes.items() if not nested else ():
+            if lane != payer.lane and key in self.tasks:
+                self._others[key] = self.owner(lane, payer.user, payer.project)
+        if alone and self._others:
+            self.contest_begins()
+
+    def _remove_key(self, key: Any) -> None:
+        self._others.pop(key, None)
+        super()._remove_key(key)
+
+    def prune(self) -> None:
+        """Forget owners without tasks: every name that a client ever had would stay for as long as the scheduler lives."""
+        needed = {owner.path for owner in self._others.values()} | ({self._lone.path} if self._lone is not None else set())
+        for path, owner in list(self._owners.items()):
+            leaves = [owner.threads, *owner.others.values()]
+            if path not in needed and not any(leaf.held or leaf.flying for leaf in leaves):
+                del self._owners[path]
+                for leaf in leaves:
+                    leaf.detach()
+
+    # --- what is waited for ------------------------------------------------------------------------------------------------------
+    def lanes_now(self) -> dict[str, dict[str, Any]]:
+        """Of each lane: ``weight``, tasks ``waiting`` here, tasks ``running`` (on workers), ``clients`` that are connected."""
+        now: dict[str, dict[str, Any]] = {}
+
+        def lane(name: str) -> dict[str, Any]:
+            weight = self._options.get(name, LaneOptions()).weight
+            return now.setdefault(name, {"weight": weight, "waiting": 0, "running": 0, "clients": 0})
+
+        for name in self._options:
+            lane(name)
+        for client in self.clients:
+            if client != "fire-and-forget":
+                lane(self.path_of_client(client)[0])["clients"] += 1
+        for clock in self._clocks.values():
+            for name, share in clock.kids.items():
+                if share.held:
+                    lane(name)["waiting"] += share.held
+        for ws in self.workers.values():
+            for ts in ws.processing:
+                lane(self.owner_of(ts.key).lane)["running"] += 1
+        return now
+
+    def estimate(self, ts: TaskState) -> float:
+        """Seconds that a task will probably take."""
+        average = ts.prefix.duration_average
+        return average if average >= 0 else max(self.UNKNOWN_TASK_DURATION, ts.prefix.max_exec_time)
+
+    def waiting_work(self) -> list[dict[str, Any]]:
+        """What waits here, for whoever decides on more workers.
+
+        One entry for each lane and kind of place: ``lane``, ``resources`` that each task needs (empty for threads), number of ``tasks``,
+        ``seconds`` that they will probably take together (from the first few hundred of them).
+        """
+        found: dict[tuple[str, Place], tuple[int, float]] = {}
+        for clock in self._clocks.values():
+            for leaf in clock.leaves_in_turn():
+                entries = sum(map(len, leaf.heaps.values()))
+                for place, heap in leaf.heaps.items():
+                    some = [ts for _, _, ts in heap[:_SAMPLED] if ts in self._held]
+                    if some:
+                        tasks = math.ceil(leaf.held * len(heap) / entries)
+                        each = sum(map(self.estimate, some)) / len(some)
+                        key = leaf.lane.name, place[0] if type(place) is tuple else ()
+                        before = found.get(key, (0, 0.0))
+                        found[key] = before[0] + tasks, before[1] + tasks * each
+        return [
+            {"lane": lane, "resources": dict(needs or ()), "tasks": tasks, "seconds": seconds}  # type: ignore[arg-type]
+            for (lane, needs), (tasks, seconds) in found.items()
+        ]
