@@ -50,6 +50,13 @@ class LanedScheduler(Scheduler):
     def contest_begins(self) -> None:
         """Two owners have tasks, where one had all of them before."""
 
+    def identity(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As distributed's; of the workers also ``used_resources``."""
+        known: dict[str, Any] = super().identity(*args, **kwargs)
+        for address, worker in known["workers"].items():
+            worker["used_resources"] = dict(self.workers[address].used_resources)
+        return known
+
     # --- names -------------------------------------------------------------------------------------------------------------------
     def path_of_client(self, client: str) -> tuple[str, str, str]:
         """Lane, user and project from the name ``lane/user/project`` that a client was given."""

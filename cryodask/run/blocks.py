@@ -23,6 +23,7 @@ from distributed.client import FuturesCancelledError
 
 from cryodask.errors import ClusterError, InputError
 from cryodask.run.checkpoints import last_checkpoint, read_state, write_checkpoint
+from cryodask.run.devices import CPU_DEVICE, GPU, GPU_DEVICE, make_ready, with_gpus
 from cryodask.run.health import Watch
 from cryodask.run.leaves import Leaf, cut_leaves, home_of_leaves, merges, settle
 from cryodask.run.particles import StoredParticles
@@ -67,7 +68,6 @@ class BlockJob:
     functions: Any
     params: Any
     particles: Particles
-    device: str = "cpu"
 
 
 # --- the arithmetic of an iteration, the same in a worker and in this process ----------------------------------------------
@@ -96,22 +96,22 @@ def _size(value: Any) -> int:
     return int(size) if isinstance(size, int) else 0
 
 
-def _expect(job: BlockJob, token: str, state: State, leaf: Leaf, previous: Columns) -> tuple[Sums, dict[int, Columns]]:
+def _expect(job: BlockJob, token: str, state: State, leaf: Leaf, previous: Columns, device: str) -> tuple[Sums, dict[int, Columns]]:
     f, p = job.functions, job.params
     round_ = (token, "shared", leaf.half)
-    stamp = int(state["iteration"])
+    stamp = int(state["iteration"]), device
     held = _CACHE.get(round_)
     if held is None or held[0] != stamp:
         _CACHE.pop(round_, None)
-        held = _cached(round_, lambda: (stamp, f.prepare(p, state, leaf.half, job.device)))
+        held = _cached(round_, lambda: (stamp, f.prepare(p, state, leaf.half, device)))
     place = (token, "leaf", leaf.number)
-    key = f.cache_key(p, state)
+    key = f.cache_key(p, state), device
     kept = _CACHE.get(place)
     if kept is None or kept[0] != key:
         _CACHE.pop(place, None)
-        kept = _cached(place, lambda: (key, f.load(p, state, job.particles.block(leaf.index, leaf.half), job.device)))
+        kept = _cached(place, lambda: (key, f.load(p, state, job.particles.block(leaf.index, leaf.half), device)))
     _CACHE.move_to_end(place)
-    sums, columns = f.expect(p, state, held[1], kept[1], previous, job.device)
+    sums, columns = f.expect(p, state, held[1], kept[1], previous, device)
     return sums, {leaf.number: columns}
 
 
@@ -146,7 +146,7 @@ def iterate_here(
     on_iteration: Callable[[State, Metrics, Columns], None] = lambda state, metrics, columns: None,
 ) -> dict[str, Any]:
     """Run a blocks stage to its end in this process; same leaves, same tree, same bits as on workers with one thread."""
-    job = BlockJob("here", functions, params, particles, device)
+    job = BlockJob("here", functions, params, particles)
     token = f"here-{os.urandom(4).hex()}"
     leaves = cut_leaves(particles.set, functions.halves)
     state = functions.start(params, particles.set, inputs or {})
@@ -155,7 +155,7 @@ def iterate_here(
         sums: dict[int, tuple[Sums, dict[int, Columns]]] = {}
         for leaf in leaves:
             previous = {name: values[leaf.index] for name, values in columns.items()}
-            sums[leaf.number] = _expect(job, token, state, leaf, previous)
+            sums[leaf.number] = _expect(job, token, state, leaf, previous, device)
         for half in range(functions.halves):
             for merge in merges(leaves, half):
                 sums[merge.left] = _merge(sums[merge.left], sums.pop(merge.right))
@@ -173,9 +173,6 @@ _STATES: OrderedDict[str, Any] = OrderedDict()
 
 def _load_job(path: str) -> tuple[BlockJob, str]:
     if path not in _STATES:
-        import torch
-
-        torch.set_num_threads(1)
         _STATES[path] = cloudpickle.loads(Path(path).read_bytes())
     return _STATES[path], path
 
@@ -188,14 +185,18 @@ def _load_state(path: str) -> State:
     return _STATES[path]
 
 
-def _expect_task(job_path: str, state_path: str, leaf: Leaf, previous: Columns) -> tuple[Sums, dict[int, Columns]]:
+def _expect_task(job_path: str, state_path: str, device: str, leaf: Leaf, previous: Columns) -> tuple[Sums, dict[int, Columns]]:
+    make_ready(device)
     job, token = _load_job(job_path)
-    return _expect(job, token, _load_state(state_path), leaf, previous)
+    return _expect(job, token, _load_state(state_path), leaf, previous, device)
 
 
-def _maximise_task(job_path: str, state_path: str, *parts: tuple[Sums, dict[int, Columns]]) -> tuple[State, Metrics, dict[int, Columns]]:
+def _maximise_task(
+    job_path: str, state_path: str, device: str, *parts: tuple[Sums, dict[int, Columns]]
+) -> tuple[State, Metrics, dict[int, Columns]]:
+    make_ready(device)
     job, _ = _load_job(job_path)
-    state, metrics = job.functions.maximise(job.params, _load_state(state_path), [p[0] for p in parts], job.device)
+    state, metrics = job.functions.maximise(job.params, _load_state(state_path), [p[0] for p in parts], device)
     return state, metrics, {k: v for p in parts for k, v in p[1].items()}
 
 
@@ -263,6 +264,7 @@ class _Iteration:
         self.token, self.sent = f"{state.stem}-{os.urandom(3).hex()}", 0
         self.parts: dict[int, Future] = {}
         self.at: dict[Any, str] = {}  # address of the worker by key
+        self.device = CPU_DEVICE
 
     def run(self, places: list[str]) -> tuple[State, Metrics, dict[int, Columns]]:
         """Carry it out; ``places`` (see :func:`settle`) is brought up to date."""
@@ -296,11 +298,12 @@ class _Iteration:
         self.sent += 1
         key = f"{kind}-{self.token}-{self.sent}"
         self.at[key] = address
-        return self.watch.client.submit(function, *arguments, workers=[address], key=key, pure=False)
+        needs = {GPU: 1} if self.device == GPU_DEVICE and function is not _merge else None
+        return self.watch.client.submit(function, *arguments, workers=[address], resources=needs, key=key, pure=False)
 
     def _send_leaf(self, leaf: Leaf, address: str) -> None:
         previous = {name: values[leaf.index] for name, values in self.columns.items()}
-        self.parts[leaf.number] = self._send("expect", address, _expect_task, str(self.job), str(self.state), leaf, previous)
+        self.parts[leaf.number] = self._send("expect", address, _expect_task, str(self.job), str(self.state), self.device, leaf, previous)
 
     def _send_tree(self) -> list[Future]:
         """All additions, each where its left part lies, and the maximisation, which is the last."""
@@ -312,16 +315,21 @@ class _Iteration:
                 sums[merge.left] = self._send("merge", self.at[left.key], _merge, left, right)
                 tree.append(sums[merge.left])
         roots = list(sums.values())
-        tree.append(self._send("maximise", self.at[roots[0].key], _maximise_task, str(self.job), str(self.state), *roots))
+        tree.append(self._send("maximise", self.at[roots[0].key], _maximise_task, str(self.job), str(self.state), self.device, *roots))
         return tree
 
     def _workers(self) -> dict[str, str]:
-        """Address of each worker by its name, which it keeps when its nanny starts it again; waits until there is one."""
+        """Address of each worker by its name, which it keeps when its nanny starts it again; waits until there is one.
+
+        Where some have GPUs, those: a block takes many times as long without, and the others would be waited for.
+        """
         self.watch.look()
         while not self.watch.workers:
             time.sleep(0.2)
             self.watch.look(f"iteration of {self.state.parent}")
-        named = {str(worker["name"]): address for address, worker in self.watch.workers.items()}
+        chosen = with_gpus(self.watch.workers)
+        self.device = GPU_DEVICE if chosen else CPU_DEVICE
+        named = {str(worker["name"]): address for address, worker in (chosen or self.watch.workers).items()}
         return {name: named[name] for name in sorted(named, key=lambda n: (len(n), n))}
 
     def _all_done(self, futures: list[Future]) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from cryodask.errors import InputError, MicrographError
+from cryodask.run.devices import make_ready
 from cryodask.stage import Params, Stage, find_stage
 from cryodask.store.generation import Generation
 from cryodask.store.journal import Record
@@ -101,9 +102,7 @@ class Chain:
     # --- in a worker --------------------------------------------------------------------------------------------------------------
     def run(self, item: Item, brief: dict[str, Record], device: str, attempt: int) -> None:
         """Process and commit one item: the stages that have it already are read, not repeated."""
-        import torch
-
-        torch.set_num_threads(1)
+        make_ready(device)
         values: dict[str, Any] = {**self.constants, **item.inputs}
         records = dict(brief)
         for link in self.links:

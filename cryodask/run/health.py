@@ -44,6 +44,10 @@ class Watch:
         """Something was finished, or there is nothing to wait for."""
         self._moved, self._told_after, self.stall = time.monotonic(), self.patience, ""
 
+    def still_for(self, seconds: float) -> bool:
+        """Whether nothing was finished for so long."""
+        return time.monotonic() - self._moved > seconds
+
     def look(self, waiting_for: str = "") -> bool:
         """Ask the scheduler if the last answer is old; tell of a stall. Returns whether it asked.
 

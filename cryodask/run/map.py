@@ -22,12 +22,14 @@ import dask
 from distributed import Client, Future, KilledWorker
 
 from cryodask.errors import CryodaskError
+from cryodask.run.devices import CPU_DEVICE, GPU, GPU_DEVICE, gpu_items
 from cryodask.run.health import Watch
 from cryodask.run.isolation import ItemDied, ItemFailure, in_child, time_limit
 from cryodask.store.project import Item
 
 _TRIES = 3
 _LONELY_DEATHS = 10
+_GPU_PATIENCE_SECONDS = 30.0
 _RETRIED = (OSError, TimeoutError, MemoryError)
 
 
@@ -118,6 +120,7 @@ class MapRunner:
         self.watch = Watch(client, lambda text: event("stalled", None, text), stall_after_seconds)
         self.blob = cloudpickle.dumps(job)
         self.flying: dict[str, tuple[Future, Item, bool]] = {}
+        self.on_gpus: set[str] = set()
         self.ready: deque[Item] = deque()
         self.later: list[tuple[float, int, Item]] = []
         self.suspects: deque[Item] = deque()
@@ -172,8 +175,12 @@ class MapRunner:
         if self.suspects:
             self._send([self.suspects.popleft() for _ in range(min(max(1, room), len(self.suspects)))], isolated=True)
             room = self.window - len(self.flying)
-        if room <= 0 or (room < self.window / 4 and len(self.flying) > 1):
-            return
+        if self._ended and not self.ready:
+            self._take_back_from_gpus()
+        for_gpus = max(0, gpu_items(self.watch.workers, len(self.on_gpus)) - len(self.on_gpus))
+        if room < self.window / 4 and len(self.flying) > 1:
+            room = 0
+        room = max(room, for_gpus)
         while len(self.ready) < room and not self._ended:
             try:
                 item = next(items)
@@ -185,10 +192,13 @@ class MapRunner:
                 break
             self.counted["seen"] += 1
             self.ready.append(item)
-        if self.ready:
-            self._send([self.ready.popleft() for _ in range(min(room, len(self.ready)))], isolated=False)
+        chosen = [self.ready.popleft() for _ in range(min(room, len(self.ready)))]
+        self._send(chosen[:for_gpus], isolated=False, device=GPU_DEVICE)
+        self._send(chosen[for_gpus:], isolated=False)
 
-    def _send(self, items: list[Item], *, isolated: bool) -> None:
+    def _send(self, items: list[Item], *, isolated: bool, device: str = CPU_DEVICE) -> None:
+        if not items:
+            return
         self._sequence += 1
         # a new key each try: an erred key would answer at once
         keys = [f"item-{self._run}-{item.row}-{self._sequence}" for item in items]
@@ -198,7 +208,7 @@ class MapRunner:
                 items,
                 [self.job.brief(item, item.row in self.returned) for item in items],
                 blob=self.blob,
-                device="cpu",
+                device=device,
                 isolated=isolated,
                 attempt=self.first_attempt + self._sequence,
                 limit_seconds=self.limit_seconds,
@@ -206,10 +216,25 @@ class MapRunner:
                 pure=False,
                 retries=0,
                 priority=int(isolated),
+                resources={GPU: 1} if device == GPU_DEVICE else None,
             )
+        if device == GPU_DEVICE:
+            self.on_gpus.update(str(future.key) for future in futures)
         for future, item in zip(futures, items):
             self.flying[str(future.key)] = (future, item, isolated)
             future.add_done_callback(self.finished.put)
+
+    def _take_back_from_gpus(self) -> None:
+        """Nothing else is left: items that wait for a GPU which others keep for long go to a CPU."""
+        if len(self.on_gpus) < len(self.flying) or not self.on_gpus or not self.watch.still_for(_GPU_PATIENCE_SECONDS):
+            return
+        begun = {str(key) for keys in self.client.processing().values() for key in keys}
+        for key in sorted(self.on_gpus - begun):
+            future, item, _ = self.flying.pop(key)
+            self.on_gpus.discard(key)
+            future.cancel()
+            self._send([item], isolated=False)
+            self.event("again", item, "no GPU became free: it goes to a CPU")
 
     def _collect(self) -> bool:
         """Settle what has finished; False if nothing has."""
@@ -224,7 +249,10 @@ class MapRunner:
             return some
 
     def _settle(self, future: Future) -> None:
+        if str(future.key) not in self.flying:  # taken back
+            return
         _, item, isolated = self.flying.pop(str(future.key))
+        self.on_gpus.discard(str(future.key))
         status = future.status
         error = future.exception() if status == "error" else None
         future.release()

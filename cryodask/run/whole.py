@@ -11,6 +11,7 @@ import cloudpickle
 from distributed import Client, Future, KilledWorker
 
 from cryodask.errors import ClusterError
+from cryodask.run.devices import CPU_DEVICE, GPU, GPU_DEVICE, make_ready, with_gpus
 from cryodask.run.health import Watch
 from cryodask.run.particles import StoredParticles
 from cryodask.stage import find_stage
@@ -44,7 +45,7 @@ def run_whole(client: Client, stage_name: str, params: Any, inputs: dict[str, An
 
 
 def _whole_task(blob: bytes) -> dict[str, Any]:
-    _one_thread()
+    make_ready(CPU_DEVICE)
     stage_name, params, inputs = cloudpickle.loads(blob)
     return find_stage(stage_name).process(params, **loaded(inputs))
 
@@ -61,29 +62,30 @@ def run_tournament(
     index = functions.select(params, particles.set)
     blob = cloudpickle.dumps((functions, params, particles, index))
     seeds = functions.seeds(params)
-    tasks = {i: _submitter(client, blob, seed) for i, seed in enumerate(seeds)}
-    chains = _results(Watch(client, tell), tasks, advance)
+    watch = Watch(client, tell)
+    tasks = {i: _submitter(watch, blob, seed) for i, seed in enumerate(seeds)}
+    chains = _results(watch, tasks, advance)
     return functions.choose(params, [chains[i] for i in range(len(seeds))])
 
 
-def _submitter(client: Client, blob: bytes, seed: int) -> Callable[[], Future]:
-    return lambda: client.submit(_chain_task, blob, seed, pure=False)
+def _submitter(watch: Watch, blob: bytes, seed: int) -> Callable[[], Future]:
+    def submit() -> Future:
+        on_gpu = bool(with_gpus(watch.workers))
+        device, needs = (GPU_DEVICE, {GPU: 1}) if on_gpu else (CPU_DEVICE, None)
+        return watch.client.submit(_chain_task, blob, seed, device, resources=needs, pure=False)
+
+    return submit
 
 
-def _chain_task(blob: bytes, seed: int) -> dict[str, Any]:
-    _one_thread()
+def _chain_task(blob: bytes, seed: int, device: str) -> dict[str, Any]:
+    make_ready(device)
     functions, params, particles, index = cloudpickle.loads(blob)
-    return functions.chain(params, particles.block(index), seed, "cpu")
-
-
-def _one_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)
+    return functions.chain(params, particles.block(index), seed, device)
 
 
 def _results(watch: Watch, tasks: dict[int, Callable[[], Future]], advance: Callable[[], None]) -> dict[int, Any]:
     """Results of tasks by number; a task whose worker died is sent again."""
+    watch.look()
     running = {number: submit() for number, submit in tasks.items()}
     tries = dict.fromkeys(tasks, 1)
     out: dict[int, Any] = {}

@@ -42,7 +42,8 @@ class FaultyJob:
         fault = self.faults.get(item.row)
         if fault is not None:
             self._go_wrong(fault, item)
-        Journal(self.folder / "journal").append({"row": item.row, "name": item.name, "ok": True, "attempt": attempt})
+        where = {"device": device, "gpu": os.environ.get("CUDA_VISIBLE_DEVICES", ""), "process": os.getpid()}
+        Journal(self.folder / "journal").append({"row": item.row, "name": item.name, "ok": True, "attempt": attempt, **where})
 
     def quarantine(self, item: Item, error: str, message: str, tries: int) -> None:
         """Record a failure."""

@@ -1,0 +1,121 @@
+"""GPU or CPU: chosen when an item is sent, from what is free then. Slurm hands out pretended GPUs, so nothing here computes on one."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from _particles import blob_map, simulate
+from distributed import Client
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cryodask.run.map as map_module
+from cryodask.cluster.pools import PoolCluster
+from cryodask.cluster.settings import parse_settings
+from cryodask.errors import ClusterError
+from cryodask.run.blocks import ParticlesInMemory, iterate_on_workers
+from cryodask.run.devices import gpu_items, make_ready, with_gpus
+from cryodask.run.map import MapRunner
+from cryodask.stages.classify2d import Classify2DParams, classify2d
+from cryodask.store.journal import Journal
+from cryodask.store.project import Item
+from cryodask.testing.faults import FaultyJob
+
+_ONE = {"memory": "800MiB"}
+_POOLS = {"cpu": {**_ONE, "partition": "cpu", "count": 1}, "gpu": {**_ONE, "partition": "gpu", "gpus": 2, "cores": 2, "count": 1}}
+
+
+def _worker(gpus=0, used=0):
+    return {"nthreads": 1, "resources": {"GPU": float(gpus)} if gpus else {}, "used_resources": {"GPU": float(used)}}
+
+
+@pytest.mark.parametrize(
+    ("workers", "ours", "expected"),
+    [
+        ([_worker()], 0, 0),
+        ([_worker(), _worker(1)], 0, 2),
+        ([_worker(1), _worker(1, used=1)], 0, 2),  # another has one of them
+        ([_worker(1, used=1), _worker(1, used=1)], 0, 1),  # others have all: one waits for our share
+        ([_worker(1, used=1), _worker(1, used=1)], 1, 2),  # one of ours runs now
+        ([_worker(1, used=1), _worker(1, used=1)], 2, 4),
+        ([{"nthreads": 1, "resources": {"GPU": 1.0}}], 0, 2),  # a plain Dask scheduler does not say what is used
+    ],
+)
+def test_items_for_gpus_follow_what_others_leave_free(workers, ours, expected):
+    assert gpu_items({f"tcp://{n}": w for n, w in enumerate(workers)}, ours) == expected
+
+
+@given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), max_size=6), st.integers(0, 50))
+def test_no_more_than_two_items_a_gpu_are_sent_and_at_least_one_where_there_is_any(given_gpus, ours):
+    workers = {str(n): _worker(gpus, min(used, gpus)) for n, (gpus, used) in enumerate(given_gpus)}
+    total = sum(gpus for gpus, _ in given_gpus)
+    assert min(1, total) <= gpu_items(workers, ours) <= 2 * total
+    assert len(with_gpus(workers)) == sum(gpus > 0 for gpus, _ in given_gpus)
+
+
+def test_a_worker_whose_torch_sees_no_gpu_says_so_and_stops_the_run():
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ClusterError, match="its torch sees no GPU") as raised:
+        make_ready("cuda")
+    assert raised.value.on_failure == "stop"
+
+
+@pytest.fixture(scope="module")
+def gpu_client(slurm, tmp_path_factory):
+    content = {"kind": "slurm", "interface": "lo", "poll_seconds": 0.5, "logs": str(tmp_path_factory.mktemp("logs")), "pools": _POOLS}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", slurm.environ["SLURM_CONF"])
+        with PoolCluster(parse_settings({**content, "lanes": {"batch": 1, "learning": 1}})) as cluster:
+            cluster.scale_pool(cpu=1, gpu=1)
+            with Client(cluster, name="batch/anna") as client:
+                client.wait_for_workers(3, timeout=120)
+                yield client
+
+
+def _records(folder):
+    return list(Journal(folder / "journal").read().records.values())
+
+
+@pytest.mark.slurm
+def test_items_go_to_gpus_and_cpus_each_gpu_has_one_at_a_time_and_none_is_lost(gpu_client, tmp_path):
+    job = FaultyJob(tmp_path, seconds=0.15)
+    counts = MapRunner(gpu_client, job).run(iter([Item(row, f"item{row}") for row in range(60)]))
+    assert counts["done"] == 60
+    records = _records(tmp_path)
+    on_gpus = [r for r in records if r["device"] == "cuda"]
+    # two GPU slots and one thread of a CPU worker, and threads of the workers with GPUs take CPU items besides
+    assert 10 <= len(on_gpus) <= 58
+    assert {r["gpu"] for r in on_gpus} == {"0", "1"}
+    processes = {r["process"] for r in on_gpus}
+    assert len(processes) == 2
+    assert all(len({r["gpu"] for r in on_gpus if r["process"] == process}) == 1 for process in processes)
+    assert {r["device"] for r in records if r["gpu"] == ""} == {"cpu"}
+
+
+@pytest.mark.slurm
+def test_items_that_wait_for_gpus_which_others_keep_go_to_a_cpu_at_the_end(gpu_client, tmp_path, monkeypatch):
+    monkeypatch.setattr(map_module, "_GPU_PATIENCE_SECONDS", 1.0)
+    said = []
+    with Client(gpu_client.scheduler.address, name="learning/ben", set_as_default=False) as other:
+        kept = [other.submit(time.sleep, 25, resources={"GPU": 1}, pure=False) for _ in range(2)]
+        while sum(map(len, gpu_client.processing().values())) < 2:
+            time.sleep(0.05)
+        job = FaultyJob(tmp_path, seconds=0.05)
+        runner = MapRunner(gpu_client, job, event=lambda kind, item, text: said.append(text))
+        counts = runner.run(iter([Item(row, f"item{row}") for row in range(8)]))
+        assert counts == {"seen": 8, "done": 8, "quarantined": 0, "running": 0, "waiting": 0}
+        assert {r["device"] for r in _records(tmp_path)} == {"cpu"}
+        assert "no GPU became free: it goes to a CPU" in said
+        del kept
+
+
+@pytest.mark.slurm
+def test_blocks_go_to_the_workers_with_gpus_which_say_so_when_torch_sees_none(gpu_client, tmp_path):
+    images, of, _, _ = simulate(blob_map(32), 200, pixel=5.0, snr=0.2)
+    params = Classify2DParams(classes=2, resolution_angstrom=16.0, iterations=1)
+    with pytest.raises(ClusterError, match="its torch sees no GPU"):
+        iterate_on_workers(gpu_client, "classify2d", classify2d.functions, params, ParticlesInMemory(of, images), {}, tmp_path / "points")
