@@ -1,0 +1,166 @@
+"""Two hundred workers and fifty thousand items: does the runner's window keep pace, and what does the scheduler hold meanwhile?
+
+``python benchmarks/scale.py [--quick] [--pairs 3] [--workers 200] [--items 50000]``: each run is a process of its own that holds a
+scheduler, 200 workers of one thread and the client. Items do nothing. Ours: ``MapRunner`` on a scheduler with lanes; plain: ``client.map``
+of all items on Dask's own scheduler. Throughput is items a second of wall time (the ratio of CPU beside it, as the machine may be
+shared); tasks that the scheduler holds and the memory of the process are sampled five times a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import dask
+import psutil
+from _lanes import FAIR, OUT, PLAIN
+from distributed import Client, Scheduler, Worker, wait
+
+KINDS = (PLAIN, FAIR)
+
+
+class Nothing:
+    """A job of the map runner that does nothing."""
+
+    def brief(self, item: Any, again: bool) -> None:
+        """Nothing travels."""
+
+    def run(self, item: Any, brief: None, device: str, attempt: int) -> None:
+        """Nothing."""
+
+    def quarantine(self, item: Any, error: str, message: str, tries: int) -> None:
+        """Never."""
+        raise AssertionError(message)
+
+
+def no_op(item: Any) -> None:
+    """Nothing."""
+
+
+def one_run(kind: str, workers: int, items: int) -> dict[str, Any]:
+    """In a process of its own: all items, and what the scheduler holds meanwhile."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    scheduler = asyncio.run_coroutine_threadsafe(_cluster(kind, workers), loop).result(300)
+    client = Client(scheduler.address, name="batch/scale")
+    client.wait_for_workers(workers)
+    wait(client.map(no_op, range(4 * workers), pure=False))
+    me, samples, over = psutil.Process(), [], threading.Event()
+    started, cpu = time.perf_counter(), time.process_time()
+
+    def look() -> None:
+        while not over.is_set():
+            samples.append((time.perf_counter() - started, len(scheduler.tasks), me.memory_info().rss))
+            over.wait(0.2)
+
+    looker = threading.Thread(target=look)
+    looker.start()
+    window = _send_all(kind, client, items)
+    wall, used = time.perf_counter() - started, time.process_time() - cpu
+    over.set()
+    looker.join()
+    step = max(1, len(samples) // 300)
+    return {"wall": wall, "cpu": used, "window": window, "peak": max(s[1] for s in samples), "samples": samples[::step]}
+
+
+def _send_all(kind: str, client: Client, items: int) -> int:
+    from cryodask.run.map import MapRunner
+    from cryodask.store.project import Item
+
+    source = (Item(row, f"item{row}") for row in range(items))
+    if kind == PLAIN:
+        wait(client.map(no_op, list(source), pure=False))
+        return 0
+    runner = MapRunner(client, Nothing())
+    counts = runner.run(source)
+    assert counts["done"] == items, counts
+    return runner.window
+
+
+async def _cluster(kind: str, workers: int) -> Scheduler:
+    from cryodask.cluster import FairShareScheduler
+    from cryodask.cluster.environment import SETTINGS
+
+    dask.config.set(SETTINGS)
+    dask.config.set({"distributed.worker.memory.terminate": False, "distributed.worker.memory.pause": False})
+    options = {"lanes": {"batch": 1, "live": 3}} if kind == FAIR else {}
+    scheduler = await (FairShareScheduler if kind == FAIR else Scheduler)(dashboard=False, host="127.0.0.1", port=0, **options)
+    # a few at a time: two hundred registrations at once run into the time limits of connections
+    for start in range(0, workers, 20):
+        some = [
+            Worker(scheduler.address, nthreads=1, name=f"w{start + i}", dashboard=False, memory_limit=0, host="127.0.0.1")
+            for i in range(min(20, workers - start))
+        ]
+        await asyncio.gather(*some)
+        _KEPT.extend(some)
+    return scheduler
+
+
+_KEPT: list[Worker] = []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="20 workers and 2,000 items once, to see that it runs")
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=200)
+    parser.add_argument("--items", type=int, default=50_000)
+    parser.add_argument("--one", choices=KINDS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    workers, items, pairs = (20, 2000, 1) if arguments.quick else (arguments.workers, arguments.items, arguments.pairs)
+    if arguments.one:
+        print(json.dumps(one_run(arguments.one, workers, items)), flush=True)
+        return
+    runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+    print(f"{'':<8}{'items/s':>9}{'CPU s':>8}{'peak tasks':>12}{'memory grew MB':>16}")
+    for number in range(pairs):
+        for kind in KINDS if number % 2 == 0 else KINDS[::-1]:
+            command = [sys.executable, "-W", "ignore", __file__, "--one", kind, "--workers", str(workers), "--items", str(items)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, text=True)
+            found = json.loads(done.stdout.splitlines()[-1])
+            runs[kind].append(found)
+            grew = max(s[2] for s in found["samples"]) - found["samples"][0][2]
+            print(f"{kind:<8}{items / found['wall']:9.0f}{found['cpu']:8.1f}{found['peak']:12}{grew / 1e6:16.0f}", flush=True)
+    plot(runs)
+    wall, cpu = ({kind: statistics.median(run[what] for run in runs[kind]) for kind in KINDS} for what in ("wall", "cpu"))
+    ours = runs[FAIR]
+    print(
+        json.dumps(
+            {
+                "throughput_ratio": round(wall[PLAIN] / wall[FAIR], 3),
+                "cpu_ratio": round(cpu[FAIR] / cpu[PLAIN], 3),
+                "scheduler_peak_tasks": max(run["peak"] for run in ours),
+                "window": ours[0]["window"],
+            }
+        )
+    )
+
+
+def plot(runs: dict[str, list[dict[str, Any]]]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    tasks, memory = figure.subplots(1, 2)
+    for kind, title, colour in ((PLAIN, "client.map, plain Dask", "C7"), (FAIR, "map runner, lanes", "C0")):
+        for number, run in enumerate(runs[kind]):
+            seconds, held, resident = zip(*run["samples"])
+            tasks.plot(seconds, held, color=colour, label=None if number else title)
+            memory.plot(seconds, [(r - resident[0]) / 1e6 for r in resident], color=colour)
+    tasks.set(xlabel="s", ylabel="tasks that the scheduler holds", yscale="log")
+    memory.set(xlabel="s", ylabel="memory of the process above its start, MB")
+    tasks.legend()
+    OUT.mkdir(exist_ok=True)
+    figure.savefig(OUT / "scale.png", dpi=90)
+
+
+if __name__ == "__main__":
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    main()
