@@ -9,93 +9,15 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import dask
 import dask.array as da
 import pytest
-from distributed import Client, Reschedule, Scheduler, SpecCluster, Worker, get_client, get_worker
-from distributed.diagnostics.plugin import SchedulerPlugin
+from _lanes import LOG, client, cluster, run, shares, sleep, until_clean
+from distributed import Client, Reschedule, SpecCluster, Worker, get_client, get_worker
 
 from cryodask.cluster.fairshare import FairShareScheduler
-
-LOG: list[tuple[str, float, float]] = []
-
-
-class _Recorder(SchedulerPlugin):
-    """Start and stop of every task by the workers' own clocks."""
-
-    def transition(self, key, start, finish, *args, startstops=None, **kwargs) -> None:
-        for phase in startstops or () if finish in ("memory", "erred") else ():
-            if phase["action"] == "compute":
-                name = key[0] if isinstance(key, tuple) else key
-                LOG.append((str(name), phase["start"], phase["stop"]))
-
-
-@asynccontextmanager
-async def cluster(workers: int = 2, threads: int = 1, resources: dict | None = None, **options) -> AsyncIterator[FairShareScheduler]:
-    LOG.clear()
-    settings = {
-        "distributed.worker.memory.terminate": False,
-        "distributed.worker.memory.pause": False,
-        "distributed.admin.tick.limit": "60s",
-    }
-    with dask.config.set(settings):
-        async with FairShareScheduler(dashboard=False, host="127.0.0.1", port=0, validate=True, **options) as scheduler:
-            scheduler.add_plugin(_Recorder())
-            here = {"nthreads": threads, "resources": resources, "host": "127.0.0.1", "dashboard": False}
-
-            async def up(number: int) -> Worker:
-                return await Worker(scheduler.address, name=f"w{number}", **here)
-
-            # together, as jobs of one pool come
-            made = await asyncio.gather(*map(up, range(workers)))
-            try:
-                yield scheduler
-            finally:
-                for worker in made:
-                    await worker.close(nanny=False)
-
-
-def client(scheduler: Scheduler, name: str) -> Client:
-    return Client(scheduler.address, asynchronous=True, name=name, set_as_default=False)
-
-
-def sleep(number: int, seconds: float = 0.1, *inputs) -> int:
-    time.sleep(seconds)
-    return number
-
-
-def is_clean(scheduler: FairShareScheduler) -> None:
-    assert not scheduler.tasks
-    assert len(scheduler.queued) == 0
-    assert scheduler._flights == {}
-    assert scheduler._others == {}
-    for clock in scheduler._clocks.values():
-        nodes = [clock]
-        while nodes:
-            node = nodes.pop()
-            assert (node.held, node.flying, node.waiting, node.heaps) == (0, 0, [], {})
-            nodes += node.kids.values()
-
-
-async def until_clean(scheduler: FairShareScheduler) -> None:
-    for _ in range(100):
-        if not scheduler.tasks:
-            break
-        await asyncio.sleep(0.05)
-    is_clean(scheduler)
-
-
-def shares(begin: float, end: float, lanes: str) -> list[float]:
-    used = [sum(max(0.0, min(b, end) - max(a, begin)) for name, a, b in LOG if name[0] == lane) for lane in lanes]
-    return [100 * u / sum(used) for u in used]
-
-
-def run(scenario: Callable[[], object]) -> None:
-    asyncio.run(asyncio.wait_for(scenario(), 120))  # type: ignore[arg-type]
 
 
 # --- shares ------------------------------------------------------------------------------------------------------------------------

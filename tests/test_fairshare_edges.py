@@ -1,0 +1,185 @@
+"""Lanes where it is rough: bursts, workers that pause, spill or are stolen from, a scheduler that drains, and what it says of itself."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import dask
+import numpy as np
+import pytest
+from _lanes import LOG, client, cluster, run, sleep, until_clean
+from distributed import Client, Worker
+from distributed.core import Status
+
+
+async def _roots(c: Client, lane: str, count: int, seconds: float):
+    return c.map(sleep, range(count), [seconds] * count, key=lane, pure=False)
+
+
+async def _in_memory(c: Client, lane: str, count: int, seconds: float):
+    inputs = await c.scatter(list(range(count)), hash=False)
+    return inputs, c.map(sleep, range(count), [seconds] * count, inputs, key=lane, pure=False)
+
+
+@pytest.mark.parametrize("flood", [_roots, _in_memory])
+def test_a_burst_within_the_share_of_its_lane_waits_for_one_foreign_task_at_most(flood):
+    async def scenario():
+        async with cluster(2, 4, lanes={"live": 3, "A": 1}) as scheduler, client(scheduler, "live/x") as live, client(scheduler, "A") as a:
+            kept = await flood(a, "A", 400, 0.4)
+            await asyncio.sleep(1.0)  # alone it sends two for each thread
+            waited = []
+            for number in range(5):
+                sent = time.time()
+                burst = [live.submit(sleep, i, 0.01, key=f"L{number}-{i}", pure=False) for i in range(4)]
+                await live.gather(burst)
+                waited += [begin - sent for name, begin, _ in LOG if name.startswith(f"L{number}-")]
+                await asyncio.sleep(0.27)
+            assert len(waited) == 20
+            assert max(waited) < 0.4 + 0.2, waited
+            del kept
+
+    run(scenario)
+
+
+def test_users_of_a_lane_go_on_while_others_of_it_come_and_go():
+    async def scenario():
+        async with cluster(2, 2, lanes={"live": 3, "A": 1}) as scheduler, client(scheduler, "live/first") as first:
+            async with client(scheduler, "live/second") as second, client(scheduler, "A") as a:
+                kept = [await _roots(a, "A", 300, 0.1), await _roots(first, "1", 300, 0.1)]
+                await asyncio.sleep(0.5)
+                begin = time.time()
+                while time.time() < begin + 3.0:
+                    await second.gather([second.submit(sleep, i, 0.1, key=f"2-{time.time()}-{i}", pure=False) for i in range(2)])
+                used = {name: sum(b - s for n, s, b in LOG if n[0] == name and s > begin) for name in "12A"}
+                total = sum(used.values())
+                # of the lane's three quarters the first user has at least its half, whatever the second does
+                assert used["1"] / total > 0.3, used
+                assert used["A"] / total == pytest.approx(0.25, abs=0.08), used
+                del kept
+
+    run(scenario)
+
+
+def test_what_waits_for_a_worker_that_pauses_runs_on_others_and_it_gets_its_part_again():
+    async def scenario():
+        async with cluster(2, 1, lanes={"A": 1, "B": 1}) as scheduler, client(scheduler, "A") as a, client(scheduler, "B") as b:
+            workers = {ws.name: ws for ws in scheduler.workers.values()}
+            inputs = await a.scatter(list(range(40)), hash=False, workers=["w0"])
+            futures = [a.map(sleep, range(40), [0.03] * 40, inputs, key="A", pure=False), await _roots(b, "B", 40, 0.03)]
+            await asyncio.sleep(0.2)
+            paused = workers["w0"]
+            scheduler.handle_worker_status_change("paused", paused.address, "test-pause")
+            await asyncio.sleep(0.5)
+            assert paused not in scheduler.running
+            assert len(paused.processing) == 0
+            done = len(LOG)
+            await asyncio.sleep(0.3)
+            assert len(LOG) > done, "the other worker goes on"
+            scheduler.handle_worker_status_change("running", paused.address, "test-resume")
+            for who, some in zip((a, b), futures):
+                await who.gather(some)
+            del inputs, futures, some
+            await until_clean(scheduler)
+
+    run(scenario)
+
+
+def test_stolen_tasks_are_charged_once_and_to_their_own_lane():
+    async def scenario():
+        with dask.config.set({"distributed.scheduler.work-stealing-interval": "50ms"}):
+            async with cluster(1, 4, lanes={"A": 1, "B": 1}) as scheduler, client(scheduler, "A") as a, client(scheduler, "B") as b:
+                big = await a.scatter(np.zeros(10), workers=["w0"])
+                futures = [a.map(sleep, range(60), [0.1] * 60, [big] * 60, key="A", pure=False), await _roots(b, "B", 30, 0.1)]
+                await asyncio.sleep(0.3)
+                async with Worker(scheduler.address, nthreads=4, name="late", host="127.0.0.1", dashboard=False):
+                    await a.gather(futures[0])
+                    await b.gather(futures[1])
+                    kids = scheduler._clocks["threads"].kids
+                    ran = {lane: sum(stop - start for name, start, stop in LOG if name[0] == lane) for lane in "AB"}
+                    assert kids["B"].settled == pytest.approx(ran["B"], rel=0.15)
+                    # what A had on workers before B came is nobody's debt
+                    assert ran["A"] - 8 * 0.15 <= kids["A"].settled <= ran["A"] * 1.15
+                    assert any(name[0] == "A" for name, *_ in LOG)
+                    del big, futures
+                await until_clean(scheduler)
+
+    run(scenario)
+
+
+def test_results_that_were_spilled_are_inputs_like_others(tmp_path):
+    async def scenario():
+        async with cluster(0, 1, lanes={"A": 1, "B": 1}) as scheduler, client(scheduler, "A") as a, client(scheduler, "B") as b:
+            settings = {
+                "distributed.worker.memory.spill": 0.2,
+                "distributed.worker.memory.target": 0.1,
+                "temporary-directory": str(tmp_path),
+            }
+            with dask.config.set(settings):
+                worker = await Worker(scheduler.address, nthreads=1, name="small", host="127.0.0.1", dashboard=False, memory_limit="200 MB")
+            try:
+                blocks = a.map(lambda i: np.full(1_000_000, i, np.float64), range(20), key="block", pure=False)
+                await a.gather(a.map(len, blocks))
+                assert worker.data.slow, "nothing was spilled"
+                flood = await _roots(b, "B", 60, 0.01)
+                sums = a.map(np.sum, blocks, key="A", pure=False)
+                assert await a.gather(sums) == [i * 1e6 for i in range(20)]
+                await b.gather(flood)
+                del blocks, sums, flood
+                await until_clean(scheduler)
+            finally:
+                await worker.close(nanny=False)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("flood", [_roots, _in_memory])
+@pytest.mark.parametrize("others", [False, True])
+def test_a_scheduler_that_drains_sends_nothing_more_and_can_be_told_to_go_on(flood, others):
+    async def scenario():
+        async with cluster(2, 2, lanes={"A": 1, "B": 1}) as scheduler, client(scheduler, "A") as a, client(scheduler, "B") as b:
+            kept = [await flood(a, "A", 60, 0.05)]
+            if others:
+                kept.append(await flood(b, "B", 60, 0.05))
+            await asyncio.sleep(0.3)
+            scheduler.drain()
+            while any(ws.processing for ws in scheduler.workers.values()):
+                await asyncio.sleep(0.02)
+            done = len(LOG)
+            assert 0 < done < 60
+            late = a.submit(sleep, 1, 0.0, key="late", pure=False)
+            await asyncio.sleep(0.6)  # longer than a tick
+            assert len(LOG) == done
+            assert scheduler.lanes_now()["A"]["waiting"] > 0
+            scheduler.resume_dispatch()
+            assert await late == 1
+            for who, some in zip((a, b), kept):
+                await who.gather(some)
+            del kept, late, some
+            await until_clean(scheduler)
+
+    run(scenario)
+
+
+def test_the_scheduler_says_what_waits_and_what_runs_in_which_lane():
+    async def scenario():
+        lanes = {"A": 3, "B": 1}
+        async with cluster(1, 2, {"GPU": 1}, lanes=lanes) as scheduler, client(scheduler, "A/x") as a, client(scheduler, "B/y") as b:
+            kept = [await a.gather(a.map(sleep, range(4), [0.2] * 4, pure=False))]
+            kept.append(a.map(sleep, range(50), [0.2] * 50, key="sleep", pure=False))
+            kept.append(b.map(sleep, range(30), [0.2] * 30, pure=False, resources={"GPU": 1}))
+            await asyncio.sleep(0.5)
+            now = scheduler.lanes_now()
+            assert {lane: entry["weight"] for lane, entry in now.items()} == {"A": 3, "B": 1}
+            assert {lane: entry["clients"] for lane, entry in now.items()} == {"A": 1, "B": 1}
+            assert now["A"]["waiting"] == len([ts for ts in scheduler._held if not ts.resource_restrictions])
+            assert now["A"]["running"] + now["B"]["running"] == sum(len(ws.processing) for ws in scheduler.workers.values())
+            work = {(entry["lane"], tuple(entry["resources"].items())): entry for entry in scheduler.waiting_work()}
+            assert set(work) == {("A", ()), ("B", (("GPU", 1),))}
+            assert work["A", ()]["tasks"] == now["A"]["waiting"]
+            assert work["A", ()]["seconds"] == pytest.approx(0.2 * now["A"]["waiting"], rel=0.2)
+            assert work["B", (("GPU", 1),)]["tasks"] == now["B"]["waiting"] >= 20
+            del kept
+        assert Status.closed == scheduler.status
+
+    run(scenario)
