@@ -115,7 +115,7 @@ def test_a_reserved_thread_is_free_for_its_lane_at_once():
                 assert sum(len(ws.processing) for ws in scheduler.workers.values() if len(ws.processing) < ws.nthreads) == 1
                 sent = time.time()
                 await live.submit(sleep, 1, 0.01, key="L", pure=False)
-                assert time.time() - sent < 0.2
+                assert time.time() - sent < 0.4  # a foreign task takes 0.5
                 del kept
 
     run(scenario)

@@ -4,7 +4,7 @@ A lane is a group of clients: live processing, batch runs, notebooks. Tasks that
 goes to the lane that is furthest behind its share (``lanes.py``). Inside a lane, users and their projects share in the same way; inside
 a project Dask's own order holds. Nobody's share is kept for those who do not use it.
 
-Works for any Dask: ``LocalCluster(scheduler_kwargs=...)`` takes no class, so use ``SpecCluster`` with ``{"cls": FairShareScheduler}``, our
+Works for any Dask: ``LaneCluster`` is a ``LocalCluster`` with it, ``SpecCluster`` takes it as ``{"cls": FairShareScheduler}``; and there are our
 pools, or ``dask scheduler --preload cryodask.cluster.fairshare``.
 """
 
@@ -21,14 +21,12 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.scheduler import TaskState, WorkerState
 from tornado.ioloop import PeriodicCallback
 
+from cryodask.cluster.charging import FIRST, ChargingScheduler, Flight
 from cryodask.cluster.lanes import Place, Share
-from cryodask.cluster.owners import THREADS, LanedScheduler
+from cryodask.cluster.owners import THREADS
 
 _TICK_MILLISECONDS = 250
 _PRUNE_SECONDS = 60.0
-_FIRST = -math.inf
-# sent while their owner was alone: whoever comes goes before them
-_LAST = 1e300
 
 
 class _Workers(SchedulerPlugin):
@@ -49,16 +47,7 @@ class _Workers(SchedulerPlugin):
         self._scheduler.forget_tasks()
 
 
-class Flight:
-    """A task on a worker: who pays, since when, how much was charged, its rank there."""
-
-    __slots__ = ("charged", "leaf", "rank", "start")
-
-    def __init__(self, leaf: Share, charged: float, rank: float) -> None:
-        self.leaf, self.charged, self.rank, self.start = leaf, charged, rank, monotonic()
-
-
-class FairShareScheduler(LanedScheduler):
+class FairShareScheduler(ChargingScheduler):
     """A scheduler with lanes.
 
     Parameters
@@ -108,13 +97,11 @@ class FairShareScheduler(LanedScheduler):
         unknown = [n for n in (*self._strict, *self._reserve) if self._options and n not in self._options]
         if unknown:
             raise ValueError(f"strict and reserve name lanes that are not in lanes: {unknown}")
-        self._flights: dict[Any, Flight] = {}
+        self.count_time()
         self._reserved: dict[str, tuple[str, int]] = {}
-        self._finished: dict[str, float] = {}
         self._pruned = monotonic()
         self._arrived: list[Share] = []
         self._target: WorkerState | None = None
-        self._rank: float | None = None
         self._fresh = self._dispatching = False
         self.draining = False
         """Nothing is sent to workers any more."""
@@ -122,18 +109,6 @@ class FairShareScheduler(LanedScheduler):
             self.WORKER_SATURATION = 1.1  # without a bound on what lies on workers there is nothing to share
         self.add_plugin(_Workers(self))
         self.periodic_callbacks["fairshare"] = PeriodicCallback(self._tick, _TICK_MILLISECONDS)
-
-    # --- beginnings and ends -----------------------------------------------------------------------------------------------------
-    def contest_begins(self) -> None:
-        """What was used while an owner was alone is nobody's credit or debt; what it has on workers now counts."""
-        for clock in self._clocks.values():
-            clock.forget()
-        for flight in self._flights.values():
-            flight.leaf.charge(flight.charged)
-        for ws in self.workers.values():
-            for ts in ws.processing:
-                if ts.key not in self._flights and not ts.actor and ts not in ws.long_running:
-                    self._charge(ts, _LAST)
 
     def drain(self) -> None:
         """Send nothing more to workers: ready tasks wait, what runs goes on to its end."""
@@ -143,14 +118,6 @@ class FairShareScheduler(LanedScheduler):
         """Undo :meth:`drain`."""
         self.draining = False
         self.stimulus_queue_slots_maybe_opened(stimulus_id="resume-dispatch")
-
-    def forget_tasks(self) -> None:
-        """All tasks are gone (restart); what was used stays counted."""
-        self._others.clear()
-        self._flights.clear()
-        self._held.clear()
-        for clock in self._clocks.values():
-            _none_flying(clock)
 
     # --- ready tasks: sent, or held until it is their turn -----------------------------------------------------------------------
     def _transition_waiting_processing(self, key: Any, stimulus_id: str) -> Any:
@@ -366,7 +333,7 @@ class FairShareScheduler(LanedScheduler):
                 if ts is None or ws is None:
                     break
                 others = [f.rank for f in map(self._flight_of, ws.processing) if f is not None and f.leaf.lane is not leaf.lane]
-                self._rank = min([leaf.lane.start_tag(), *(rank - 1.0 for rank in others if rank > _FIRST)])
+                self._rank = min([leaf.lane.start_tag(), *(rank - 1.0 for rank in others if rank > FIRST)])
                 self._send(ts, ws, stimulus_id)
                 self._rank = None
 
@@ -386,6 +353,12 @@ class FairShareScheduler(LanedScheduler):
                 best, found = score, ws
         return found
 
+    def handle_task_finished(self, key: Any, worker: str, stimulus_id: str, **message: Any) -> None:
+        """As distributed's; a worker of a lone lane gets its next task at once."""
+        super().handle_task_finished(key, worker, stimulus_id, **message)
+        if len(self._held):
+            self._refill(worker, stimulus_id)
+
     def _refill(self, worker: str, stimulus_id: str) -> None:
         """Keep a worker supplied with tasks whose inputs it has, while their lane is alone."""
         clock, ws = self._clocks[THREADS], None if self.draining else self.workers.get(worker)
@@ -400,66 +373,10 @@ class FairShareScheduler(LanedScheduler):
                 return
             self._send(entry[2], ws, stimulus_id)
 
-    # --- what was used -----------------------------------------------------------------------------------------------------------
-    def _charge(self, ts: TaskState, rank: float) -> None:
-        leaf, cost = self._leaf(ts), self.estimate(ts)
-        self._flights[ts.key] = Flight(leaf, cost, rank)
-        leaf.charge(cost)
-        leaf.fly(1)
-
-    def _add_to_processing(self, ts: TaskState, ws: WorkerState, stimulus_id: str) -> Any:
-        if self._others and not ts.actor:
-            # what needs resources is sent only when they are free, and must not wait for what was sent before it
-            rank = self._rank if self._rank is not None else self._leaf(ts).lane.start_tag()
-            self._charge(ts, _FIRST if ts.resource_restrictions else rank)
-        return super()._add_to_processing(ts, ws, stimulus_id)
-
-    def _task_to_msg(self, ts: TaskState, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        # workers run by priority, and there an older client's tasks would overtake for ever
-        message = super()._task_to_msg(ts, *args, **kwargs)
-        flight = self._flights.get(ts.key)
-        rank = flight.rank if flight is not None else _FIRST if ts.actor else _LAST
-        message["priority"] = (rank, *message["priority"])
-        return message
-
-    def _settle(self, key: Any, seconds: float | None = None) -> None:
-        flight = self._flights.pop(key, None)
-        if flight is not None:
-            spent = monotonic() - flight.start if seconds is None else seconds
-            flight.leaf.charge(spent - flight.charged, spent)
-            flight.leaf.fly(-1)
-
-    def _exit_processing_common(self, ts: TaskState) -> WorkerState | None:
-        if ts.key in self._flights:
-            self._settle(ts.key)
-        return super()._exit_processing_common(ts)
-
-    def handle_task_finished(self, key: Any, worker: str, stimulus_id: str, **message: Any) -> None:
-        """As distributed's, with the time that the worker measured charged first."""
-        if key in self._flights:
-            ts = self.tasks.get(key)
-            # stolen tasks finish elsewhere than where they were sent; a stale report of another worker settles nothing
-            if ts is not None and ts.processing_on is not None and ts.processing_on.address == worker:
-                self._settle(key, sum(s["stop"] - s["start"] for s in message["startstops"] if s["action"] == "compute"))
-            self._finished[worker] = monotonic()
-        super().handle_task_finished(key, worker, stimulus_id, **message)
-        if len(self._held):
-            self._refill(worker, stimulus_id)
-
-    def handle_long_running(self, key: Any, worker: str, *args: Any, **kwargs: Any) -> None:
-        """As distributed's; a task that has left its thread pays for the time before."""
-        if key in self._flights:
-            self._settle(key, kwargs.get("compute_duration"))
-        super().handle_long_running(key, worker, *args, **kwargs)
-
+    # --- now and then ---------------------------------------------------------------------------------------------------------------
     def _tick(self) -> None:
-        """Charge what is out longer than it was charged for, so that a lane of long unknown tasks cannot take every slot."""
         now = monotonic()
-        for flight in self._flights.values():
-            spent = now - flight.start
-            if spent > flight.charged:
-                flight.leaf.charge(spent - flight.charged)
-                flight.charged = spent
+        self.charge_what_is_out(now)
         if len(self._held):
             self.stimulus_queue_slots_maybe_opened(stimulus_id=f"fairshare-tick-{now}")
         if now - self._pruned > _PRUNE_SECONDS:
@@ -469,12 +386,6 @@ class FairShareScheduler(LanedScheduler):
 
 def _load(ws: WorkerState) -> float:
     return len(ws.processing) / ws.nthreads
-
-
-def _none_flying(node: Share) -> None:
-    node.flying = 0
-    for kid in node.kids.values():
-        _none_flying(kid)
 
 
 async def dask_setup(scheduler: Scheduler) -> None:

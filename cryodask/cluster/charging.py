@@ -1,0 +1,117 @@
+"""A Dask scheduler that charges every task's time to its lane, user and project, from the moment at which it is sent."""
+
+from __future__ import annotations
+
+import math
+from time import monotonic
+from typing import Any
+
+from distributed.scheduler import TaskState, WorkerState
+
+from cryodask.cluster.lanes import Share
+from cryodask.cluster.owners import LanedScheduler
+
+FIRST = -math.inf
+LAST = 1e300
+"""Rank on a worker of what was sent while its owner was alone: whoever comes goes before it."""
+
+
+class Flight:
+    """A task on a worker: who pays, since when, how much was charged, its rank there."""
+
+    __slots__ = ("charged", "leaf", "rank", "start")
+
+    def __init__(self, leaf: Share, charged: float, rank: float) -> None:
+        self.leaf, self.charged, self.rank, self.start = leaf, charged, rank, monotonic()
+
+
+class ChargingScheduler(LanedScheduler):
+    """Charges a task's estimate when it is sent, and what it really took when it ends. While one owner has all tasks nothing is charged."""
+
+    def count_time(self) -> None:
+        """Begin to charge."""
+        self._flights: dict[Any, Flight] = {}
+        self._finished: dict[str, float] = {}
+        self._rank: float | None = None
+
+    def contest_begins(self) -> None:
+        """What was used while an owner was alone is nobody's credit or debt; what it has on workers now counts."""
+        for clock in self._clocks.values():
+            clock.forget()
+        for flight in self._flights.values():
+            flight.leaf.charge(flight.charged)
+        for ws in self.workers.values():
+            for ts in ws.processing:
+                if ts.key not in self._flights and not ts.actor and ts not in ws.long_running:
+                    self._charge(ts, LAST)
+
+    def forget_tasks(self) -> None:
+        """All tasks are gone (restart); what was used stays counted."""
+        self._others.clear()
+        self._flights.clear()
+        self._held.clear()
+        for clock in self._clocks.values():
+            _none_flying(clock)
+
+    def _charge(self, ts: TaskState, rank: float) -> None:
+        leaf, cost = self._leaf(ts), self.estimate(ts)
+        self._flights[ts.key] = Flight(leaf, cost, rank)
+        leaf.charge(cost)
+        leaf.fly(1)
+
+    def _add_to_processing(self, ts: TaskState, ws: WorkerState, stimulus_id: str) -> Any:
+        if self._others and not ts.actor:
+            # what needs resources is sent only when they are free, and must not wait for what was sent before it
+            rank = self._rank if self._rank is not None else self._leaf(ts).lane.start_tag()
+            self._charge(ts, FIRST if ts.resource_restrictions else rank)
+        return super()._add_to_processing(ts, ws, stimulus_id)
+
+    def _task_to_msg(self, ts: TaskState, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        # workers run by priority, and there an older client's tasks would overtake for ever
+        message = super()._task_to_msg(ts, *args, **kwargs)
+        flight = self._flights.get(ts.key)
+        rank = flight.rank if flight is not None else FIRST if ts.actor else LAST
+        message["priority"] = (rank, *message["priority"])
+        return message
+
+    def _settle(self, key: Any, seconds: float | None = None) -> None:
+        flight = self._flights.pop(key, None)
+        if flight is not None:
+            spent = monotonic() - flight.start if seconds is None else seconds
+            flight.leaf.charge(spent - flight.charged, spent)
+            flight.leaf.fly(-1)
+
+    def _exit_processing_common(self, ts: TaskState) -> WorkerState | None:
+        if ts.key in self._flights:
+            self._settle(ts.key)
+        return super()._exit_processing_common(ts)
+
+    def handle_task_finished(self, key: Any, worker: str, stimulus_id: str, **message: Any) -> None:
+        """As distributed's, with the time that the worker measured charged first."""
+        if key in self._flights:
+            ts = self.tasks.get(key)
+            # stolen tasks finish elsewhere than where they were sent; a stale report of another worker settles nothing
+            if ts is not None and ts.processing_on is not None and ts.processing_on.address == worker:
+                self._settle(key, sum(s["stop"] - s["start"] for s in message["startstops"] if s["action"] == "compute"))
+            self._finished[worker] = monotonic()
+        super().handle_task_finished(key, worker, stimulus_id, **message)
+
+    def handle_long_running(self, key: Any, worker: str, *args: Any, **kwargs: Any) -> None:
+        """As distributed's; a task that has left its thread pays for the time before."""
+        if key in self._flights:
+            self._settle(key, kwargs.get("compute_duration"))
+        super().handle_long_running(key, worker, *args, **kwargs)
+
+    def charge_what_is_out(self, now: float) -> None:
+        """Charge what is out longer than it was charged for, so that a lane of long unknown tasks cannot take every slot."""
+        for flight in self._flights.values():
+            spent = now - flight.start
+            if spent > flight.charged:
+                flight.leaf.charge(spent - flight.charged)
+                flight.charged = spent
+
+
+def _none_flying(node: Share) -> None:
+    node.flying = 0
+    for kid in node.kids.values():
+        _none_flying(kid)
