@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cryodask import cli_cluster, cli_plan
 from cryodask.errors import CryodaskError, ProjectFileError
 
 app = typer.Typer(
@@ -17,6 +18,11 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(cli_cluster.app)
+app.command()(cli_cluster.submit)
+app.command()(cli_plan.plan)
+app.add_typer(cli_plan.blueprint, name="blueprint")
 
 ProjectArgument = Annotated[Path, typer.Argument(metavar="PROJECT", help="Project file (.yaml) or the folder with its results.")]
 
@@ -65,6 +71,10 @@ def run(
         float | None, typer.Option(metavar="MINUTES", help="End --watch when nothing arrives for so long.", min=0)
     ] = None,
     until_movies: Annotated[int | None, typer.Option(metavar="N", help="End --watch when so many movies have arrived.", min=1)] = None,
+    cluster: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE", help="A cluster that runs, or a cluster file; overrides the project file.")
+    ] = None,
+    lane: Annotated[str | None, typer.Option(help="Lane of its tasks; live for --watch, else batch, if not given.")] = None,
 ) -> None:
     """Carry out a project file; what is done already is kept, so the same command also resumes."""
     try:
@@ -80,6 +90,8 @@ def run(
             retry_quarantined=retry_quarantined,
             workers=workers,
             watch=ends if watch else None,
+            cluster=cluster,
+            lane=lane or ("live" if watch else "batch"),
         )
     except KeyboardInterrupt:
         typer.echo(f"\nStopped. What is finished is kept; go on with:\n  cryodask run {project}", err=True)
@@ -96,6 +108,8 @@ def _run(
     retry_quarantined: bool,
     workers: int | None,
     watch: dict[str, Any] | None,
+    cluster: str | None,
+    lane: str,
 ) -> None:
     from cryodask.run.recipe import list_movies, make_plan, position
 
@@ -120,7 +134,7 @@ def _run(
 
     check_inputs(plan, force=force, watch=watch is not None)
     typer.echo(f"{plan.file.name}: {count} -> {plan.folder}")
-    client = connect(plan.cluster, workers=workers or plan.file.workers)
+    client = connect(cluster or plan.cluster, workers=workers or plan.file.workers, lane=lane, project=plan.file.name)
     try:
         typer.echo(f"Dask dashboard: {client.dashboard_link}")
         done = run_plan(

@@ -23,7 +23,7 @@ from distributed.deploy.cluster import Cluster
 from cryodask.cluster.environment import ALLOCATOR, ONE_THREAD, SETTINGS
 from cryodask.cluster.fairshare import FairShareScheduler
 from cryodask.cluster.settings import AddressSettings, LocalSettings, SlurmSettings, read_cluster_file
-from cryodask.cluster.tls import Authority, Invitation, connection_errors, invitation_of
+from cryodask.cluster.tls import Authority, connection_errors
 from cryodask.errors import ClusterError
 
 # clusters that live in this process, each with the folder of its certificates
@@ -36,9 +36,10 @@ def connect(where: str = "local", *, workers: int | None = None, lane: str = "ba
     Parameters
     ----------
     where : str
-        ``local`` (one worker process a core), a cluster file (YAML, see ``configs/clusters``: local workers, pools of Slurm jobs, or a
-        scheduler that runs already), a scheduler file (JSON), an address ``tcp://...``, or an invitation (a file ``NAME.invite``, or NAME
-        where it lies in ``~/.config/cryodask``).
+        ``local`` (one worker process a core); a cluster file (YAML, see ``configs/clusters``: local workers, pools of Slurm jobs, or a
+        scheduler that runs already), which leads to the service that was started from it, if one was; the name of a service (``cryodask
+        cluster start``), of this account or that it is invited to (``~/.config/cryodask/NAME.invite``); an invitation's file
+        (``.invite``), a scheduler file (``.json``), or an address ``tcp://...``.
     workers : int, optional
         Local workers; overrides the file.
     lane, project : str
@@ -55,12 +56,17 @@ def connect(where: str = "local", *, workers: int | None = None, lane: str = "ba
         return _existing(name, address=where)
     if where.endswith(".json") and Path(where).is_file():
         return _existing(name, scheduler_file=where)
-    if where.endswith(".invite") or invitation_of(where).is_file():
-        invited = Invitation.read(where)
-        return _existing(name, address=invited.address, security=invited.security())
+    from cryodask.cluster import service
+
+    if where.endswith(".invite") or service.is_name(where):
+        shared = service.find(where)
+        return _existing(name, address=shared.address, security=shared.security)
     settings = read_cluster_file(where)
     if isinstance(settings, AddressSettings):
         return _existing(name, **settings.model_dump(include={"address", "scheduler_file"}, exclude_none=True))
+    found = service.of_file(settings, where)
+    if found is not None:
+        return _existing(name, address=found.address, security=found.security)
     if isinstance(settings, LocalSettings):
         return _local(name, settings.model_copy(update={"workers": workers}) if workers else settings)
     return _of_pools(name, settings)
@@ -152,22 +158,32 @@ def _without_traceback_of_heartbeats(record: logging.LogRecord) -> bool:
     return True
 
 
+def local_environment() -> dict[str, Any]:
+    """Settings of Dask under which :func:`local_cluster` starts its workers."""
+    return {**SETTINGS, "distributed.nanny.pre-spawn-environ": {**ONE_THREAD, **ALLOCATOR, "PYTHONDONTWRITEBYTECODE": ""}}
+
+
+def local_cluster(settings: LocalSettings, *, asynchronous: bool = False) -> LaneCluster:
+    """Worker processes of one thread each on this machine, on a scheduler with lanes in this process."""
+    return LaneCluster(
+        n_workers=settings.workers or os.cpu_count() or 1,
+        threads_per_worker=1,
+        processes=True,
+        host="127.0.0.1",
+        dashboard_address="127.0.0.1:0",
+        worker_dashboard_address="127.0.0.1:0",
+        memory_limit=settings.memory or "auto",
+        local_directory=settings.scratch,
+        silence_logs=40,
+        lanes=settings.lanes,
+        sharing=settings.model_dump(include={"strict", "reserve", "default_lane"}),
+        asynchronous=asynchronous,
+    )
+
+
 def _started(name: str, settings: LocalSettings) -> Client:
-    environment = {**ONE_THREAD, **ALLOCATOR, "PYTHONDONTWRITEBYTECODE": ""}
-    with dask.config.set({**SETTINGS, "distributed.nanny.pre-spawn-environ": environment}):
-        cluster = LaneCluster(
-            n_workers=settings.workers or os.cpu_count() or 1,
-            threads_per_worker=1,
-            processes=True,
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",
-            worker_dashboard_address="127.0.0.1:0",
-            memory_limit=settings.memory or "auto",
-            local_directory=settings.scratch,
-            silence_logs=40,
-            lanes=settings.lanes,
-            sharing=settings.model_dump(include={"strict", "reserve", "default_lane"}),
-        )
+    with dask.config.set(local_environment()):
+        cluster = local_cluster(settings)
         # the settings must outlive this block in this process, where the scheduler lives
     dask.config.set(SETTINGS)
     client = Client(cluster, name=name)

@@ -38,6 +38,8 @@ USER_OPS = frozenset({
     "variable_get", "variable_set",
     # looked into further by the scheduler
     "broadcast", "proxy", "set_metadata", "log_event",
+    # of a service
+    "cluster_status", "cluster_usage",
 })  # fmt: skip
 """Requests to the scheduler that anybody may make."""
 
@@ -52,6 +54,7 @@ OWNER_OPS = frozenset({
     "register_scheduler_plugin", "unregister_scheduler_plugin", "register_worker_plugin", "unregister_worker_plugin",
     "register_nanny_plugin", "unregister_nanny_plugin", "amm_handler", "set_restrictions", "rebalance", "replicate",
     "benchmark_hardware", "get_cluster_state", "dump_cluster_state_to_url", "dump_state", "connection_stream",
+    "cluster_scale", "cluster_stop", "cluster_hand_over",
 })  # fmt: skip
 """Requests to the scheduler that are known and kept for the owner, as everything unknown is."""
 

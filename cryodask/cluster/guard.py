@@ -127,16 +127,20 @@ class GuardedScheduler(FairShareScheduler):
     def _check_invited(self, peer: Peer) -> None:
         if peer.role is None and self.security.require_encryption:
             raise refused("Every call without a certificate", peer, self._master)
-        people = self.people()
-        if people is None or peer.role != "user":
-            return
-        entry = people.get(str(peer.name))
-        if entry is None or ("serial" in entry and int(entry["serial"], 16) != peer.serial):
+        if peer.role == "user" and not self._is_listed(peer):
+            self._read_users = (-1.0, *self._read_users[1:])  # invited less than a second ago?
+            if self._is_listed(peer):
+                return
             raise PermissionError(
                 f"{peer.name} is not invited to this cluster with that certificate.\n"
                 "  Usual reason: the invitation was taken back, or replaced by a newer one\n"
                 f"  What to do: ask {self._master or 'its owner'} for an invitation"
             )
+
+    def _is_listed(self, peer: Peer) -> bool:
+        people = self.people()
+        entry = people.get(str(peer.name)) if people is not None else {}
+        return entry is not None and ("serial" not in entry or int(entry["serial"], 16) == peer.serial)
 
     def _is_owner(self, peer: Peer) -> bool:
         return self._master is None or (peer.role == "owner" and peer.name == self._master)
@@ -198,6 +202,8 @@ class GuardedScheduler(FairShareScheduler):
             inner = (message.get("msg") or {}).get("op")
             if inner not in FORWARDED:
                 raise refused(f"{op} of {inner!r} (client.run and the like)", peer, self._master)
+        elif op == "cluster_usage":
+            message["user"] = peer.name
         elif op == "log_event":
             topics = message.get("topic") or ()
             taken = [t for t in ([topics] if isinstance(topics, str) else topics) if t in _EVERYBODY_READS or t in self.workers]

@@ -46,6 +46,7 @@ Memory = Annotated[str, AfterValidator(_memory)]
 Walltime = Annotated[str, BeforeValidator(_walltime)]
 Line = Annotated[str, AfterValidator(_one_line)]
 PoolName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+ServiceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 
 class _Section(BaseModel):
@@ -68,6 +69,38 @@ class _Sharing(_Section):
         return self
 
 
+class JobSettings(_Section):
+    """A Slurm job without workers: that of a service's scheduler, or of a driver. ``partition``, ``account`` and ``qos`` as of a pool."""
+
+    partition: Line | None = None
+    account: Line | None = None
+    qos: Line | None = None
+    cores: PositiveInt = 1
+    memory: Memory = "4GiB"
+    walltime: Walltime | None = None
+    environment: tuple[Line, ...] = ()
+    python: Line | None = None
+    directives: tuple[Line, ...] = ()
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the job."""
+        return int(parse_bytes(self.memory))
+
+
+class ServiceSettings(JobSettings):
+    """Where the scheduler of a shared cluster lives: a ``process`` of its own on this machine, or its own job on ``slurm``.
+
+    ``certificates`` asks for TLS on the loopback interface, too, for machines that several people use. ``address_file`` is where those who
+    are invited find the present address, if not in the account's own state folder; it holds no secret.
+    """
+
+    where: Literal["process", "slurm"] = "process"
+    name: ServiceName | None = None
+    certificates: bool = False
+    address_file: Line | None = None
+
+
 class LocalSettings(_Sharing):
     """Worker processes on this machine, with one thread each."""
 
@@ -75,6 +108,13 @@ class LocalSettings(_Sharing):
     workers: PositiveInt | None = None
     memory: str | int | None = None
     scratch: str | None = None
+    service: ServiceSettings | None = None
+
+    @model_validator(mode="after")
+    def _service_is_here(self) -> Self:
+        if self.service and (self.service.where == "slurm" or self.service.certificates):
+            raise ValueError("workers of kind local live with their scheduler, in one account: leave service.where and certificates out")
+        return self
 
 
 class AddressSettings(_Section):
@@ -154,7 +194,12 @@ class PoolSettings(_Section):
 class SlurmSettings(_Sharing):
     """Pools of Slurm jobs on one scheduler, shared by lanes (see ``FairShareScheduler``).
 
-    ``interface`` and ``port`` are the scheduler's. With ``single_allocation`` one batch job holds scheduler, workers and driver.
+    ``interface`` and ``port`` are the scheduler's; ``service`` says where it lives if others share it (``cryodask cluster start``), and
+    ``driver`` what a batch run's own job needs (``cryodask submit``). With ``single_allocation`` one batch job holds scheduler, workers
+    and driver.
+
+    Pools with a ``maximum`` get as many jobs as would do the waiting work in ``catch_up_minutes``; a job that was not needed for
+    ``idle_minutes`` is let go. ``floor`` gives a lane a number of threads that are there while it has clients.
     """
 
     kind: Literal["slurm"]
@@ -164,12 +209,26 @@ class SlurmSettings(_Sharing):
     logs: Line = "~/.local/state/cryodask/logs"
     poll_seconds: float = Field(10.0, gt=0)
     replacements_per_hour: int = Field(60, ge=0)
+    floor: dict[str, int] = {}
+    catch_up_minutes: float = Field(10.0, gt=0)
+    idle_minutes: float = Field(10.0, ge=0)
     single_allocation: bool = False
+    service: ServiceSettings | None = None
+    driver: JobSettings = JobSettings()
+
+    @model_validator(mode="after")
+    def _floors_have_lanes(self) -> SlurmSettings:
+        unknown = [name for name in self.floor if self.lanes and name not in self.lanes]
+        if unknown or min(self.floor.values(), default=0) < 0:
+            raise ValueError(f"floor gives lanes a number of threads: {unknown or self.floor} is not of that kind")
+        return self
 
     @model_validator(mode="after")
     def _one_allocation(self) -> SlurmSettings:
         if self.single_allocation and (len(self.pools) != 1 or not next(iter(self.pools.values())).wanted):
             raise ValueError("single_allocation takes one pool, with a count")
+        if self.single_allocation and self.service:
+            raise ValueError("single_allocation holds its own scheduler: leave service out")
         return self
 
 
@@ -230,7 +289,12 @@ def parse_settings(content: object, where: str = "the cluster settings") -> Sett
 def _problem(problem: Any, kind: str) -> str:
     names = [str(step) for step in problem["loc"]]
     if problem["type"] == "extra_forbidden":
-        model: type[BaseModel] = PoolSettings if len(names) == 3 and names[0] == "pools" else _KINDS[kind]
+        inside: dict[tuple[str, int], type[BaseModel]] = {
+            ("pools", 3): PoolSettings,
+            ("service", 2): ServiceSettings,
+            ("driver", 2): JobSettings,
+        }
+        model = inside.get((names[0], len(names)), _KINDS[kind])
         return f"unknown name {'.'.join(names)!r}{_nearest(names[-1], model.model_fields)}"
     said = str(problem["msg"]).removeprefix("Value error, ").rstrip(".")
     given = "" if problem["type"] == "missing" or isinstance(problem["input"], (Mapping, BaseModel)) else f" (given: {problem['input']!r})"

@@ -85,7 +85,7 @@ def pool_job_class() -> type[Any]:
             self, scheduler: str, name: str, *, pool: str, settings: SlurmSettings, cluster_id: str, certificates: Path | None = None
         ) -> None:
             self.pool, self.refused, self.unsure = pool, "", False
-            self.logs = _logs(settings)
+            self.logs = logs_of(settings)
             chosen = settings.pools[pool]
             devices = chosen.gpus > 1
             super().__init__(
@@ -104,7 +104,7 @@ def pool_job_class() -> type[Any]:
                 python=_python(chosen) if devices else f"exec {_python(chosen)}",
                 job_extra_directives=[*_directives(chosen, self.logs), f"--comment={_COMMENT}:{cluster_id}:{name}", *chosen.directives],
                 job_script_prologue=_prologue(chosen, certificates),
-                worker_extra_args=_worker_options(pool, chosen),
+                worker_extra_args=_worker_options(pool, chosen, certificates),
                 local_directory=f'"{chosen.scratch}"',
                 death_timeout=_DEATH_SECONDS,
                 interface=chosen.interface or settings.interface,
@@ -124,7 +124,7 @@ def pool_job_class() -> type[Any]:
                 self.logs.mkdir(parents=True, exist_ok=True)
                 await super().start()
             except (RuntimeError, OSError, ValueError) as error:
-                said = str(error) if isinstance(error, OSError) else _slurms_words(str(error))
+                said = str(error) if isinstance(error, OSError) else slurms_words(str(error))
                 self.unsure = bool(_AWAY.search(said))
                 self.refused = "" if self.unsure else said
                 await ProcessInterface.start(self)  # raised here, it would end in a callback that nobody hears
@@ -165,7 +165,8 @@ def _tidy(script: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", script.strip()) + "\n"
 
 
-def _logs(settings: SlurmSettings) -> Path:
+def logs_of(settings: SlurmSettings) -> Path:
+    """Where the jobs write."""
     return Path(settings.logs).expanduser().absolute()
 
 
@@ -191,10 +192,11 @@ def _prologue(pool: PoolSettings, certificates: Path | None) -> list[str]:
     return lines + ([': "${CUDA_VISIBLE_DEVICES:?Slurm gave this job no GPU}"'] if pool.gpus else [])
 
 
-def _worker_options(name: str, pool: PoolSettings) -> list[str]:
+def _worker_options(name: str, pool: PoolSettings, certificates: Path | None) -> list[str]:
     resources = {**({"GPU": 1.0} if pool.gpus else {}), **pool.resources, f"pool-{name}": 1e9}
     # without the address every worker serves HTTP on all of the node's interfaces
     options = ["--dashboard-address", "127.0.0.1:0", "--no-dashboard"]
+    options += ["--preload-nanny", "cryodask.cluster.guard"] if certificates else []
     options += ["--resources", '"' + ",".join(f"{k}={v:g}" for k, v in resources.items()) + '"']
     if pool.walltime:
         margin = leave_seconds(pool)
@@ -227,7 +229,8 @@ def leave_seconds(pool: PoolSettings) -> int:
     return min(600, walltime_seconds(pool.walltime) // 6) if pool.walltime else 0
 
 
-def _slurms_words(error: str) -> str:
+def slurms_words(error: str) -> str:
+    """What sbatch said, without its name."""
     said = re.findall(r"^sbatch: (?:error: )?(.+)$", error, re.M)
     return "; ".join(dict.fromkeys(line.strip() for line in said)) or " ".join(error.split())[-300:]
 
@@ -248,7 +251,7 @@ def allocation_script(settings: SlurmSettings, driver: str, *, certificates: Pat
         Folder of the cluster's authority.
     """
     refuse_clear_text(settings, certificates)
-    (name, pool), logs = next(iter(settings.pools.items())), _logs(settings)
+    (name, pool), logs = next(iter(settings.pools.items())), logs_of(settings)
     workers, tasks = pool.workers_per_job, pool.wanted * pool.workers_per_job
     cores, mebibytes = pool.cores // workers, math.ceil(pool.memory_bytes / 2**20 / pool.cores)
     asked = [f"-J {_COMMENT}-batch", *(f"-{k} {v}" for k, v in (("p", pool.partition), ("A", pool.account), ("t", pool.walltime)) if v)]
@@ -258,15 +261,16 @@ def allocation_script(settings: SlurmSettings, driver: str, *, certificates: Pat
     python, interface = _python(pool), pool.interface or settings.interface
     common = ["--scheduler-file", '"$CRYODASK_CLUSTER"', *(["--interface", interface] if interface else [])]
     common += ["--protocol tls://"] if certificates else []
-    scheduler = [python, "-m distributed.cli.dask_scheduler", *common, "--dashboard-address 127.0.0.1:0 --no-show"]
+    lanes = f"--preload cryodask.cluster.{'guard' if certificates else 'fairshare'}"
+    scheduler = [python, "-m distributed.cli.dask_scheduler", *common, "--port 0 --dashboard-address 127.0.0.1:0", lanes]
     limit = int(0.9 * pool.memory_bytes / workers)
     worker = [python, "-m distributed.cli.dask_worker", *common, f"--nanny --nthreads {cores} --memory-limit {limit}"]
-    worker += [f'--death-timeout {_DEATH_SECONDS} --local-directory "{pool.scratch}"', *_worker_options(name, pool)]
+    worker += [f'--death-timeout {_DEATH_SECONDS} --local-directory "{pool.scratch}"', *_worker_options(name, pool, certificates)]
     lines = [
         "#!/usr/bin/env bash",
         *(f"#SBATCH {line}" for line in asked),
         *[line for line in _prologue(pool, certificates) if "CUDA" not in line],
-        *(_scheduler_exports(certificates) if certificates else []),
+        *_scheduler_exports(settings, certificates),
         f"folder={shlex.quote(str(logs))}/batch-$SLURM_JOB_ID",
         'mkdir -p -m 700 "$folder"',
         'export CRYODASK_CLUSTER="$folder/scheduler.json"',
@@ -286,9 +290,15 @@ def allocation_script(settings: SlurmSettings, driver: str, *, certificates: Pat
     return "\n".join(lines) + "\n"
 
 
-def _scheduler_exports(certificates: Path) -> list[str]:
-    files = tls.security(certificates, "scheduler").get_tls_config_for_role("scheduler")
-    return [f"export DASK_DISTRIBUTED__COMM__TLS__SCHEDULER__{k.upper()}={shlex.quote(str(files[k]))}" for k in ("cert", "key")]
+def _scheduler_exports(settings: SlurmSettings, certificates: Path | None) -> list[str]:
+    # Dask reads a variable's value as a literal of Python
+    sharing = settings.model_dump(include={"lanes", "strict", "reserve", "default_lane"})
+    values = {"DASK_CRYODASK__FAIRSHARE": repr(sharing)}
+    if certificates:
+        files = tls.security(certificates, "scheduler").get_tls_config_for_role("scheduler")
+        values |= {f"DASK_DISTRIBUTED__COMM__TLS__SCHEDULER__{k.upper()}": str(files[k]) for k in ("cert", "key")}
+        values["DASK_CRYODASK__GUARD"] = repr({"users": str(certificates / "people.json")})
+    return [f"export {name}={shlex.quote(value)}" for name, value in values.items()]
 
 
 # --- the queue -------------------------------------------------------------------------------------------------------------------
@@ -333,6 +343,13 @@ async def scancel(job_ids: list[str]) -> None:
         await _command("scancel", *job_ids)
 
 
+async def cancel_of(cluster_id: str) -> list[str]:
+    """Cancel all jobs of one cluster; their names."""
+    left = [job for job in await squeue() or [] if job.cluster_id == cluster_id]
+    await scancel([job.job_id for job in left])
+    return [job.name for job in left]
+
+
 async def cancel_leftovers() -> list[str]:
     """Cancel jobs of clusters whose process on this machine died: pending ones would start only to find no scheduler."""
     left = [job for job in await squeue() or [] if owner_is_dead(job.cluster_id)]
@@ -365,7 +382,8 @@ def owner_is_dead(cluster_id: str) -> bool:
     if len(parts) != 4 or parts[0] != socket.gethostname().split(".")[0]:
         return False
     with contextlib.suppress(psutil.NoSuchProcess, ValueError):
-        return abs(psutil.Process(int(parts[1])).create_time() - int(parts[2])) > 3
+        process = psutil.Process(int(parts[1]))
+        return process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - int(parts[2])) > 3
     return True
 
 

@@ -57,8 +57,8 @@ class Authority:
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .sign(key, hashes.SHA256())
         )
-        _write_secret(folder / "ca-key.pem", _pem(key))
-        _write_secret(folder / "ca.pem", _pem(certificate))
+        write_secret(folder / "ca-key.pem", _pem(key))
+        write_secret(folder / "ca.pem", _pem(certificate))
         made = cls(folder, cluster, certificate, key)
         for service in _SERVICES:
             made.certificate(service, service, days=days)
@@ -69,8 +69,8 @@ class Authority:
     def open(cls, folder: str | Path) -> Authority:
         """The authority in a folder; refused if others can read its secrets."""
         folder = Path(folder)
-        certificate = _certificate(_read_secret(folder / "ca.pem"), folder / "ca.pem")
-        key = serialization.load_pem_private_key(_read_secret(folder / "ca-key.pem").encode(), None)
+        certificate = _certificate(read_secret(folder / "ca.pem"), folder / "ca.pem")
+        key = serialization.load_pem_private_key(read_secret(folder / "ca-key.pem").encode(), None)
         assert isinstance(key, ec.EllipticCurvePrivateKey)
         return cls(folder, _names(certificate)[0], certificate, key)
 
@@ -92,14 +92,16 @@ class Authority:
             .sign(self._key, hashes.SHA256())
         )
         paths = self.folder / f"{name}.pem", self.folder / f"{name}-key.pem"
-        _write_secret(paths[0], _pem(certificate))
-        _write_secret(paths[1], _pem(key))
+        write_secret(paths[0], _pem(certificate))
+        write_secret(paths[1], _pem(key))
         return paths
 
-    def invite(self, user: str, lanes: Iterable[str], *, address: str, days: float = 365) -> Path:
+    def invite(self, user: str, lanes: Iterable[str], *, address: str, days: float = 365, address_file: str = "") -> Path:
         """One file that lets a person in: address, authority, certificate and key. Another invitation makes the one before worthless.
 
-        The first lane is the one that counts when a person names one that is not allowed; no lanes at all means every lane.
+        The first lane is the one that counts when a person names one that is not allowed; no lanes at all means every lane. If the
+        address changes, the new one is looked up in ``address_file``, which needs no protection: who stands at an address must
+        show a certificate of this authority.
         """
         if not address.startswith("tls://"):
             raise ClusterError(
@@ -111,13 +113,13 @@ class Authority:
         entry: dict[str, Any] = {"lanes": list(lanes), "serial": f"{certificate.serial_number:X}", "expires": expires}
         self._write_people({**self.people(), user: entry})
         invitation = Invitation(
-            cluster=self.cluster, address=address, user=user, lanes=entry["lanes"], expires=expires,
+            cluster=self.cluster, address=address, address_file=address_file, user=user, lanes=entry["lanes"], expires=expires,
             authority=_pem(self._certificate), certificate=path.read_text(), key=key.read_text(),
         )  # fmt: skip
         folder = self.folder / "invitations"
         folder.mkdir(mode=0o700, exist_ok=True)
         target = folder / f"{self.cluster}-{user}.invite"
-        _write_secret(target, json.dumps(asdict(invitation), indent=1))
+        write_secret(target, json.dumps(asdict(invitation), indent=1))
         return target
 
     def revoke(self, user: str) -> None:
@@ -130,10 +132,10 @@ class Authority:
     def people(self) -> dict[str, dict[str, Any]]:
         """Who is invited: lanes, serial number of the certificate that counts, and its expiry."""
         path = self.folder / "people.json"
-        return json.loads(_read_secret(path)) if path.exists() else {}
+        return json.loads(read_secret(path)) if path.exists() else {}
 
     def _write_people(self, people: Mapping[str, Any]) -> None:
-        _write_secret(self.folder / "people.json", json.dumps(people, indent=1))
+        write_secret(self.folder / "people.json", json.dumps(people, indent=1))
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,7 @@ class Invitation:
     authority: str
     certificate: str
     key: str
+    address_file: str = ""
 
     @classmethod
     def read(cls, where: str | Path) -> Invitation:
@@ -156,9 +159,17 @@ class Invitation:
         if not path.is_file() and len(path.parts) == 1:
             path = invitation_of(str(where))
         try:
-            return cls(**json.loads(_read_secret(path)))
+            return cls(**json.loads(read_secret(path)))
         except (TypeError, ValueError) as error:
             raise ClusterError(f"{path} is no invitation: {error}", "it was cut off on its way", "ask the cluster's owner again") from None
+
+    def present_address(self) -> str:
+        """Where the scheduler is now, as far as this account can read it; else where it was at the time of the invitation."""
+        try:
+            address = json.loads(Path(self.address_file).read_text())["address"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return self.address
+        return address if isinstance(address, str) and address.startswith("tls://") else self.address
 
     def security(self) -> Security:
         """What a Client needs to connect as this person."""
@@ -185,7 +196,7 @@ def security(folder: str | Path, name: str) -> Security:
             f"let the cluster's owner run  cryodask cluster invite {name}",
         )
     pair = folder / f"{name}.pem", folder / f"{name}-key.pem"
-    texts = [_read_secret(path) for path in (folder / "ca.pem", *pair)]
+    texts = [read_secret(path) for path in (folder / "ca.pem", *pair)]
     _check(texts[1], texts[0], str(pair[0]))
     roles = {"scheduler": ["scheduler"], "worker": ["worker", "client"]}.get(name, ["client"])
     return _security(str(folder / "ca.pem"), dict.fromkeys(roles, (str(pair[0]), str(pair[1]))))
@@ -329,7 +340,8 @@ def _check(text: str, authority: str, where: str) -> None:
         )
 
 
-def _write_secret(path: Path, text: str) -> None:
+def write_secret(path: Path, text: str) -> None:
+    """A file for this account alone, whole or not at all."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.unlink(missing_ok=True)
     with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -339,7 +351,8 @@ def _write_secret(path: Path, text: str) -> None:
     part.rename(path)
 
 
-def _read_secret(path: Path) -> str:
+def read_secret(path: Path) -> str:
+    """The text of a file that this account alone can read; ClusterError otherwise."""
     try:
         mode = path.stat().st_mode & 0o777
         if mode & 0o077:

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import cloudpickle
-import dask
 from distributed import Client, Future, KilledWorker
 
 from cryodask.errors import CryodaskError
@@ -108,14 +107,13 @@ class MapRunner:
         client: Client,
         job: Job,
         *,
-        lane: str = "batch",
         event: Callable[[str, Item | None, str], None] = lambda kind, item, text: None,
         stall_after_seconds: float = 30.0,
         backoff_seconds: float = 1.0,
         limit_seconds: float | None = None,
         first_attempt: int = 0,
     ) -> None:
-        self.client, self.job, self.lane, self.event = client, job, lane, event
+        self.client, self.job, self.event = client, job, event
         self.backoff, self.limit_seconds, self.first_attempt = backoff_seconds, limit_seconds, first_attempt
         self.watch = Watch(client, lambda text: event("stalled", None, text), stall_after_seconds)
         self.blob = cloudpickle.dumps(job)
@@ -202,22 +200,21 @@ class MapRunner:
         self._sequence += 1
         # a new key each try: an erred key would answer at once
         keys = [f"item-{self._run}-{item.row}-{self._sequence}" for item in items]
-        with dask.annotate(lane=self.lane):
-            futures = self.client.map(
-                work,
-                items,
-                [self.job.brief(item, item.row in self.returned) for item in items],
-                blob=self.blob,
-                device=device,
-                isolated=isolated,
-                attempt=self.first_attempt + self._sequence,
-                limit_seconds=self.limit_seconds,
-                key=keys,
-                pure=False,
-                retries=0,
-                priority=int(isolated),
-                resources={GPU: 1} if device == GPU_DEVICE else None,
-            )
+        futures = self.client.map(
+            work,
+            items,
+            [self.job.brief(item, item.row in self.returned) for item in items],
+            blob=self.blob,
+            device=device,
+            isolated=isolated,
+            attempt=self.first_attempt + self._sequence,
+            limit_seconds=self.limit_seconds,
+            key=keys,
+            pure=False,
+            retries=0,
+            priority=int(isolated),
+            resources={GPU: 1} if device == GPU_DEVICE else None,
+        )
         if device == GPU_DEVICE:
             self.on_gpus.update(str(future.key) for future in futures)
         for future, item in zip(futures, items):

@@ -1,5 +1,6 @@
 """Movies with known truth: beta-galactosidase in moving ice, counted by an imperfect detector."""
 
+from cryodask.simulate.particles import simulate_particles
 from cryodask.simulate.scene import Micrograph, Optics, simulate_micrograph
 from cryodask.simulate.session import (
     DEMO,
@@ -23,5 +24,6 @@ __all__ = [
     "simulate_micrograph",
     "simulate_movie",
     "simulate_one",
+    "simulate_particles",
     "simulate_session",
 ]
