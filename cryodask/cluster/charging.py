@@ -12,8 +12,7 @@ from cryodask.cluster.lanes import Share
 from cryodask.cluster.owners import LanedScheduler
 
 FIRST = -math.inf
-LAST = 1e300
-"""Rank on a worker of what was sent while its owner was alone: whoever comes goes before it."""
+"""Rank on a worker of what must not wait there."""
 
 
 class Flight:
@@ -33,9 +32,12 @@ class ChargingScheduler(LanedScheduler):
         self._flights: dict[Any, Flight] = {}
         self._finished: dict[str, float] = {}
         self._rank: float | None = None
+        # ranks only grow: what is left of one contest must not wait for ever behind the next
+        self._base = self._highest = 0.0
 
     def contest_begins(self) -> None:
         """What was used while an owner was alone is nobody's credit or debt; what it has on workers now counts."""
+        self._base = self._highest
         for clock in self._clocks.values():
             clock.forget()
         for flight in self._flights.values():
@@ -43,7 +45,7 @@ class ChargingScheduler(LanedScheduler):
         for ws in self.workers.values():
             for ts in ws.processing:
                 if ts.key not in self._flights and not ts.actor and ts not in ws.long_running:
-                    self._charge(ts, LAST)
+                    self._charge(ts, self._base)
 
     def forget_tasks(self) -> None:
         """All tasks are gone (restart); what was used stays counted."""
@@ -62,7 +64,8 @@ class ChargingScheduler(LanedScheduler):
     def _add_to_processing(self, ts: TaskState, ws: WorkerState, stimulus_id: str) -> Any:
         if self._others and not ts.actor:
             # what needs resources is sent only when they are free, and must not wait for what was sent before it
-            rank = self._rank if self._rank is not None else self._leaf(ts).lane.start_tag()
+            rank = self._rank if self._rank is not None else self._base + self._leaf(ts).lane.start_tag()
+            self._highest = max(self._highest, rank)
             self._charge(ts, FIRST if ts.resource_restrictions else rank)
         return super()._add_to_processing(ts, ws, stimulus_id)
 
@@ -70,14 +73,16 @@ class ChargingScheduler(LanedScheduler):
         # workers run by priority, and there an older client's tasks would overtake for ever
         message = super()._task_to_msg(ts, *args, **kwargs)
         flight = self._flights.get(ts.key)
-        rank = flight.rank if flight is not None else FIRST if ts.actor else LAST
+        rank = flight.rank if flight is not None else FIRST if ts.actor else self._highest
         message["priority"] = (rank, *message["priority"])
         return message
 
     def _settle(self, key: Any, seconds: float | None = None) -> None:
         flight = self._flights.pop(key, None)
         if flight is not None:
-            spent = monotonic() - flight.start if seconds is None else seconds
+            spent = monotonic() - flight.start
+            if seconds is not None:  # of what ran before a contest began, only the rest counts in it
+                spent = min(spent, seconds)
             flight.leaf.charge(spent - flight.charged, spent)
             flight.leaf.fly(-1)
 

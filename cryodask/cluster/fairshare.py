@@ -68,8 +68,8 @@ class FairShareScheduler(ChargingScheduler):
     ``persist()`` and ``submit()``), else the client's name ``lane/user/project``, else ``default_lane``.
     """
 
-    AHEAD = 2
-    """Tasks a thread that a lane may have on a worker while nobody else has any."""
+    AHEAD, AHEAD_SECONDS = 2, 0.1
+    """Tasks a thread, or work a thread, that a lane may have on a worker while nobody else has any; who comes overtakes it there."""
 
     def __init__(
         self,
@@ -231,7 +231,9 @@ class FairShareScheduler(ChargingScheduler):
         kept = self._reserved.get(ws.address)
         if kept is not None and kept[0] != lane.name:
             return busy + kept[1] < ws.nthreads
-        return busy < max(math.ceil(saturation * ws.nthreads), 1)
+        return busy < max(math.ceil(saturation * ws.nthreads), 1) or (
+            saturation == self.AHEAD and ws.occupancy < self.AHEAD_SECONDS * ws.nthreads
+        )
 
     # --- a slot opens ------------------------------------------------------------------------------------------------------------
     def transitions(self, recommendations: Any, stimulus_id: str) -> None:
@@ -333,7 +335,7 @@ class FairShareScheduler(ChargingScheduler):
                 if ts is None or ws is None:
                     break
                 others = [f.rank for f in map(self._flight_of, ws.processing) if f is not None and f.leaf.lane is not leaf.lane]
-                self._rank = min([leaf.lane.start_tag(), *(rank - 1.0 for rank in others if rank > FIRST)])
+                self._rank = min([self._base + leaf.lane.start_tag(), *(rank - 1.0 for rank in others if rank > FIRST)])
                 self._send(ts, ws, stimulus_id)
                 self._rank = None
 
