@@ -171,6 +171,18 @@ class LanedScheduler(Scheduler):
                 lane(self.owner_of(ts.key).lane)["running"] += 1
         return now
 
+    def waiting_by_owner(self) -> dict[tuple[str, str, str], int]:
+        """Ready tasks that no worker has, by lane, user and project; those that no worker could run included."""
+        waiting: dict[tuple[str, str, str], int] = {}
+        for path, owner in self._owners.items():
+            held = owner.threads.held + sum(leaf.held for leaf in owner.others.values())
+            if held:
+                waiting[path] = held
+        for ts in self.unrunnable:
+            path = self.owner_of(ts.key).path
+            waiting[path] = waiting.get(path, 0) + 1
+        return waiting
+
     def estimate(self, ts: TaskState) -> float:
         """Seconds that a task will probably take."""
         average = ts.prefix.duration_average

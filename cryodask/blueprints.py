@@ -1,0 +1,383 @@
+"""A facility in one file: its cluster with lanes, its folders, its people, and the sessions that run on it.
+
+A blueprint (``configs/blueprints``) may have ``profiles``: what they say replaces what the blueprint says, name by name; null removes.
+"""
+
+from __future__ import annotations
+
+import copy
+import grp
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from cryodask.cluster.settings import Line, Memory, SlurmSettings, parse_settings
+from cryodask.cluster.settings import _network_file_system as network_file_system
+from cryodask.errors import ClusterError, ProjectFileError, StoreError
+
+if TYPE_CHECKING:
+    from cryodask.cluster.batch import SubmittedRun
+    from cryodask.cluster.service import Service
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Stripe(_Section):
+    """How Lustre spreads the files of a folder: over ``count`` targets (-1 for all), in pieces of ``size``."""
+
+    count: int = Field(1, ge=-1)
+    size: Memory | None = None
+    pool: Line | None = None
+
+
+class Folder(_Section):
+    """A folder that all nodes see. ``mode`` in octal; files in it get its group where the first digit is 2."""
+
+    path: Line
+    mode: str = Field("2770", pattern=r"^[0-7]{3,4}$")
+    group: Line | None = None
+    stripe: Stripe | None = None
+
+
+class Scratch(_Section):
+    """Where workers spill: a disk of the node. A network file system is refused unless ``network`` asks for it."""
+
+    path: Line = "${TMPDIR:-/tmp}"
+    network: bool = False
+
+
+class Storage(_Section):
+    """``raw``: what the microscopes write, a folder a session. ``projects``: project files and results."""
+
+    raw: Folder
+    projects: Folder
+    scratch: Scratch = Scratch()
+
+
+class Simulated(_Section):
+    """What is made before a session starts, for trying a blueprint: movies or particles, as ``cryodask.simulate`` makes them."""
+
+    movies: dict[str, Any] | None = None
+    particles: dict[str, Any] | None = None
+
+
+class Watch(_Section):
+    """When a session of arriving movies is over, besides a file ``stop`` in its results."""
+
+    movies: int | None = Field(None, ge=1)
+    idle_minutes: float | None = Field(None, gt=0)
+
+
+class Session(_Section):
+    """What runs in a job of its own on the cluster: a project (``inputs``, ``microscope``, ``pipeline`` of a project file), or a command.
+
+    In all texts ``{raw}`` and ``{projects}`` are the folders, ``{name}`` is the session.
+    """
+
+    lane: str
+    project: dict[str, Any] | None = None
+    watch: Watch | None = None
+    command: str | None = None
+    simulate: Simulated = Simulated()
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.project is None) == (self.command is None):
+            raise ValueError("give a project, or a command")
+        return self
+
+
+class Blueprint(_Section):
+    """A blueprint as it stands on disk, its profile put in. ``people``: the lanes that each may use."""
+
+    name: Name
+    about: str = ""
+    cluster: Any
+    storage: Storage
+    people: dict[Name, list[str]] = {}
+    sessions: dict[Name, Session] = {}
+
+    @field_validator("cluster")
+    @classmethod
+    def _pools(cls, given: Any) -> SlurmSettings:
+        settings = parse_settings(given, "cluster")
+        if not isinstance(settings, SlurmSettings) or settings.single_allocation:
+            raise ValueError("a blueprint describes pools of Slurm jobs: kind: slurm, without single_allocation")
+        return settings
+
+    @model_validator(mode="after")
+    def _lanes_exist(self) -> Self:
+        lanes = self.cluster.lanes
+        asked = {f"sessions.{n}": [s.lane] for n, s in self.sessions.items()} | {f"people.{n}": p for n, p in self.people.items()}
+        for where, wanted in asked.items():
+            if unknown := [lane for lane in wanted if lane not in lanes]:
+                raise ValueError(f"{where} names the lane {unknown[0]!r}; there are {', '.join(lanes)}")
+        return self
+
+
+@dataclass(frozen=True)
+class Started:
+    """What :func:`start` set going."""
+
+    service: Service
+    runs: dict[str, SubmittedRun | str]
+    invitations: dict[str, Path]
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------------------
+def read_blueprint(path: str | Path, profile: str | None = None, folder: str | Path = ".") -> Blueprint:
+    """A checked blueprint. Relative folders lie in ``folder``.
+
+    Raises
+    ------
+    ProjectFileError
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ProjectFileError(
+            f"{path} is no blueprint: {error}", "a typing error in its name, or wrong indentation", "see configs/blueprints"
+        ) from None
+    if not isinstance(content, dict) or "cluster" not in content or "storage" not in content:
+        raise ProjectFileError(
+            f"{path} is no blueprint: it lacks cluster or storage.", "it is another kind of file", "see configs/blueprints"
+        )
+    profiles = content.pop("profiles", {})
+    if profile is not None:
+        if profile not in profiles:
+            raise ProjectFileError(f"{path} has no profile {profile!r}.", "a typing error", f"it has {', '.join(profiles) or 'none'}")
+        content = _merged(content, profiles[profile])
+    storage = content["storage"]
+    for name in ("raw", "projects"):
+        if isinstance(storage.get(name), dict) and "path" in storage[name]:
+            storage[name]["path"] = str((Path(folder) / Path(storage[name]["path"]).expanduser()).absolute())
+    scratch = storage.get("scratch") or {}
+    for pool in (content["cluster"].get("pools") or {}).values():
+        pool.setdefault("scratch", scratch.get("path", "${TMPDIR:-/tmp}"))
+        pool.setdefault("network_scratch", scratch.get("network", False))
+    if "logs" in content["cluster"]:
+        content["cluster"]["logs"] = str((Path(folder) / Path(content["cluster"]["logs"]).expanduser()).absolute())
+    try:
+        return Blueprint.model_validate(content)
+    except ValidationError as error:
+        said = "; ".join(
+            ": ".join(filter(None, (".".join(map(str, p["loc"])), p["msg"].removeprefix("Value error, ")))) for p in error.errors()
+        )
+        raise ProjectFileError(f"{path}: {said}", "a typing error", "see the blueprints in configs/blueprints") from None
+
+
+def _merged(below: Any, above: Any) -> Any:
+    """``above`` put over ``below``: mappings name by name, all else as a whole; null removes."""
+    if not isinstance(below, Mapping) or not isinstance(above, Mapping):
+        return copy.deepcopy(above)
+    out = dict(copy.deepcopy(below))
+    for name, value in above.items():
+        if value is None:
+            out.pop(name, None)
+        else:
+            out[name] = _merged(out.get(name), value)
+    return out
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------------------
+def striping(folder: Folder) -> list[str] | None:
+    """The command that sets the stripes of a folder; None where the folder is not on Lustre, or there is no ``lfs``."""
+    above = Path(folder.path)
+    while not above.exists():
+        above = above.parent
+    if folder.stripe is None or shutil.which("lfs") is None or network_file_system(str(above)) != "lustre":
+        return None
+    words = ["lfs", "setstripe", "-c", str(folder.stripe.count)]
+    if folder.stripe.size:
+        from dask.utils import parse_bytes
+
+        words += ["-S", str(parse_bytes(folder.stripe.size))]
+    words += ["-p", folder.stripe.pool] if folder.stripe.pool else []
+    return [*words, folder.path]
+
+
+def make_folder(folder: Folder) -> None:
+    """Make a folder with its mode, group and stripes; one that is there keeps its stripes.
+
+    Raises
+    ------
+    StoreError
+    """
+    path = Path(folder.path)
+    new = not path.exists()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if folder.group:
+            os.chown(path, -1, _group(folder.group))
+        path.chmod(int(folder.mode, 8))
+    except OSError as error:
+        raise StoreError(
+            f"The folder {path} cannot be made as the blueprint says: {error.strerror}.",
+            "this account may not write there, or is not in that group",
+            "run this with the account of the service, or change storage",
+        ) from None
+    command = striping(folder) if new else None
+    if command:
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise StoreError(
+                f"{' '.join(command)} failed: {(done.stderr or done.stdout).strip()}",
+                "more targets than there are, or a pool that does not exist",
+                "change stripe in the blueprint's storage",
+            )
+
+
+def _group(name: str) -> int:
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise StoreError(
+            f"This machine knows no group {name}.", "a typing error, or it is made elsewhere only", "see  getent group"
+        ) from None
+
+
+# --- sessions --------------------------------------------------------------------------------------------------------------------
+def _placed(value: Any, words: Mapping[str, str]) -> Any:
+    if isinstance(value, str):
+        for name, text in words.items():
+            value = value.replace("{" + name + "}", text)
+        return value
+    if isinstance(value, Mapping):
+        return {k: _placed(v, words) for k, v in value.items()}
+    return [_placed(v, words) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _words(blueprint: Blueprint, name: str) -> dict[str, str]:
+    return {"raw": blueprint.storage.raw.path, "projects": blueprint.storage.projects.path, "name": name}
+
+
+def write_project_file(blueprint: Blueprint, name: str, folder: Path) -> Path:
+    """The project file of a session, in ``folder``; results go where the blueprint says."""
+    session = blueprint.sessions[name]
+    content = _placed(session.project, _words(blueprint, name))
+    path = folder / f"{name}.yaml"
+    where = {"name": name, "folder": f"{blueprint.storage.projects.path}/{name}"}
+    path.write_text(yaml.safe_dump(where | content, sort_keys=False, default_flow_style=None, width=140))
+    return path
+
+
+def command_of(blueprint: Blueprint, name: str, project_file: Path) -> list[str]:
+    """Words of a session's command; ``{cluster}`` and ``{lane}`` are put in by the job."""
+    session = blueprint.sessions[name]
+    if session.command is not None:
+        return ["bash", "-c", _placed(session.command, _words(blueprint, name))]
+    python = blueprint.cluster.driver.python or sys.executable
+    words = [python, "-m", "cryodask.cli", "run", str(project_file), "--cluster", "{cluster}", "--lane", "{lane}"]
+    if session.watch is not None:
+        words += ["--watch"]
+        words += ["--until-movies", str(session.watch.movies)] if session.watch.movies else []
+        words += ["--until-idle", f"{session.watch.idle_minutes:g}"] if session.watch.idle_minutes else []
+    return words
+
+
+def _simulate(blueprint: Blueprint, name: str) -> None:
+    made, folder = blueprint.sessions[name].simulate, Path(blueprint.storage.raw.path) / name
+    if folder.exists() and any(folder.iterdir()):
+        return  # a session that runs must not see its movies change
+    if made.movies is not None:
+        from cryodask.simulate import SessionParams, simulate_session
+
+        simulate_session(folder, SessionParams(**made.movies))
+    if made.particles is not None:
+        from cryodask.simulate import simulate_particles
+
+        simulate_particles(folder, **made.particles)
+
+
+# --- what users call -------------------------------------------------------------------------------------------------------------
+def check(blueprint: Blueprint) -> Iterator[str]:
+    """What :func:`start` would do, in sentences and job scripts; nothing is made.
+
+    Raises
+    ------
+    CryodaskError
+        What is wrong with the blueprint, its projects included.
+    """
+    from cryodask.cluster import slurm
+    from cryodask.cluster.whereabouts import encrypted
+    from cryodask.run.recipe import make_plan
+
+    for folder in (blueprint.storage.raw, blueprint.storage.projects):
+        there = "is there" if Path(folder.path).exists() else "would be made"
+        yield f"folder {folder.path} {there}, mode {folder.mode}" + (f", group {folder.group}" if folder.group else "")
+        if folder.group:
+            try:
+                _group(folder.group)
+            except StoreError as error:
+                yield f"  {error.what} {error.way_out}"
+        if folder.stripe:
+            command = striping(folder)
+            yield "  " + (" ".join(command) if command else "its stripes are left as they are: it is not on Lustre, or there is no lfs")
+    lanes = {n: lane["weight"] if isinstance(lane, dict) else lane for n, lane in blueprint.cluster.lanes.items()}
+    yield f"cluster {blueprint.name} with the lanes {', '.join(f'{n} {w:g}' for n, w in lanes.items())}"
+    for person, allowed in blueprint.people.items():
+        yield f"  {person} may use {', '.join(allowed)}" + ("" if encrypted(blueprint.cluster) else " (not enforced: no certificates)")
+    for name, session in blueprint.sessions.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch) / f"{name}.yaml"
+            if session.project is not None:
+                steps = [s.label for s in make_plan(write_project_file(blueprint, name, Path(scratch))).steps]
+                yield f"session {name} in lane {session.lane}: {' > '.join(steps)}"
+            else:
+                yield f"session {name} in lane {session.lane}: a command"
+            file = Path(blueprint.storage.projects.path) / file.name
+            yield "  " + " ".join(command_of(blueprint, name, file))
+    for pool, script in slurm.dry_run(blueprint.cluster).items():
+        yield f"\n--- a job of pool {pool}\n{script}"
+
+
+def start(blueprint: Blueprint) -> Started:
+    """Make the folders, start the cluster (or find it, if it runs), invite its people, and submit every session as a job of its own.
+
+    Sessions that wait or run already are left alone.
+
+    Raises
+    ------
+    CryodaskError
+    """
+    from cryodask.cluster import service, slurm
+    from cryodask.cluster.whereabouts import encrypted, in_thread
+
+    for folder in (blueprint.storage.raw, blueprint.storage.projects):
+        make_folder(folder)
+    projects = Path(blueprint.storage.projects.path)
+    for name, session in blueprint.sessions.items():
+        if session.project is not None:
+            (Path(blueprint.storage.raw.path) / name).mkdir(exist_ok=True)
+        _simulate(blueprint, name)
+    try:
+        running = service.find(blueprint.name)
+    except ClusterError:
+        running = service.start(blueprint.cluster, blueprint.name)
+    invitations = {}
+    if encrypted(blueprint.cluster):
+        invitations = {person: running.invite(person, lanes) for person, lanes in blueprint.people.items()}
+    runs: dict[str, SubmittedRun | str] = {}
+    there = {job.name: job.job_id for job in in_thread(slurm.squeue()) or [] if job.cluster_id == "run" and job.alive}
+    for name, session in blueprint.sessions.items():
+        called = f"{blueprint.name}-{name}"
+        if called in there:
+            runs[name] = f"Slurm job {there[called]} has it already"
+            continue
+        file = write_project_file(blueprint, name, projects) if session.project is not None else projects / name
+        command = command_of(blueprint, name, file)
+        runs[name] = service.submit(command, blueprint.name, lane=session.lane, name=called, job=blueprint.cluster.driver)
+    return Started(running, runs, invitations)

@@ -1,0 +1,308 @@
+"""``cryodask cluster ...`` and ``cryodask submit``: shared clusters and batch runs on the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cryodask.errors import ClusterError, ProjectFileError
+
+app = typer.Typer(
+    name="cluster",
+    help="A cluster that lives on and that several people share.\n\nStart with:  cryodask cluster start CLUSTER.yaml",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of the cluster.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="For programs.")]
+
+
+@app.command()
+def start(
+    cluster: Annotated[str, typer.Argument(metavar="FILE", help="Cluster file (.yaml), or the name of a cluster that ran before.")],
+    name: Annotated[str | None, typer.Option(help="Its name; service.name of the file, or that of the file, if not given.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print every job script that would be submitted.")] = False,
+    foreground: Annotated[bool, typer.Option("--foreground", help="Serve in this process, for systemd and containers.")] = False,
+    wait: Annotated[float, typer.Option(metavar="SECONDS", help="How long to wait until it answers.")] = 120,
+) -> None:
+    """Start a cluster that lives on."""
+    from cryodask.cluster import service
+    from cryodask.cluster.settings import AddressSettings, read_cluster_file
+
+    settings = service.settings_of(service.folder_of(cluster)) if cluster in service.known() else read_cluster_file(cluster)
+    if isinstance(settings, AddressSettings):
+        raise ProjectFileError(
+            f"{cluster} names a scheduler that runs already.", "kind: address", "connect to it; there is nothing to start"
+        )
+    called = name or (cluster if cluster in service.known() else service.name_for(settings, cluster))
+    if dry_run:
+        _print_scripts(called, settings)
+        return
+    if foreground:
+        with service.prepared(settings, called) as folder:
+            pass
+        os.execv(sys.executable, [sys.executable, "-m", "cryodask.cluster.serving", str(folder)])
+    started = service.start(settings, called, wait_seconds=wait)
+    now = started.status()
+    typer.echo(f"The cluster {called} runs at {started.address}, {_place(now)}.")
+    typer.echo(f"  connect:  client = cryodask.connect({called!r}, lane=...)")
+    typer.echo(f"  look:     cryodask cluster status {called}, dashboard {now['dashboard']} (through ssh -L from elsewhere)")
+    typer.echo(f"  end:      cryodask cluster stop {called}")
+    if now["missing"]:
+        typer.echo(f"It waits for workers: {now['missing']}.")
+
+
+def _print_scripts(name: str, settings: Any) -> None:
+    from cryodask.cluster import batch, service, slurm
+    from cryodask.cluster.settings import LocalSettings, ServiceSettings
+
+    if isinstance(settings, LocalSettings):
+        typer.echo(f"# {name} would start worker processes on this machine; there are no job scripts")
+        return
+    chosen = settings.service or ServiceSettings()
+    if chosen.where == "slurm":
+        typer.echo(f"# --- the scheduler\n{batch.service_script(service.folder_of(name), chosen)}")
+    certificates = service.folder_of(name) / "authority" if service.encrypted(settings) else None
+    if certificates and not (certificates / "worker.pem").exists():
+        typer.echo("# (without the lines on certificates, which are made at the first start)\n")
+        certificates = None
+    for pool in settings.pools:
+        script = slurm.job_script(settings, pool, scheduler="SCHEDULER", name=f"{pool}-0", cluster_id="CLUSTER", certificates=certificates)
+        typer.echo(f"# --- a job of pool {pool}\n{script}")
+
+
+@app.command()
+def status(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="All clusters if not given.")] = None, as_json: JsonOption = False
+) -> None:
+    """Show pools, jobs, why they wait, and lanes."""
+    from cryodask.cluster import service
+
+    if name is None:
+        _list_all(as_json=as_json)
+        return
+    now = service.find(name).status()
+    if as_json:
+        typer.echo(json.dumps(now, indent=1))
+    else:
+        _show(name, now)
+
+
+def _list_all(*, as_json: bool) -> None:
+    from cryodask.cluster import service
+
+    found: dict[str, Any] = {}
+    for name in service.known():
+        try:
+            found[name] = {"address": service.find(name).address, "says": ""}
+        except ClusterError as error:
+            found[name] = {"address": None, "says": error.what}
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    for name, here in found.items():
+        typer.echo(f"{name:<20} {here['address'] or here['says']}")
+    if not found:
+        typer.echo("There are no clusters. Start one:  cryodask cluster start CLUSTER.yaml")
+
+
+def _place(now: Mapping[str, Any]) -> str:
+    return (f"Slurm job {now['slurm_job']}" if now["slurm_job"] else f"process {now['pid']}") + f" on {now['host']}"
+
+
+def _when(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
+def _show(name: str, now: Mapping[str, Any]) -> None:
+    handing = f", hands over at {_when(now['hand_over'])}" if now["hand_over"] else ""
+    typer.echo(f"{name}: {now['state']} at {now['address']} ({_place(now)}), since {_when(now['since'])}{handing}")
+    typer.echo(f"{now['workers']} workers with {now['threads']} threads; dashboard {now['dashboard']}")
+    if now["pools"]:
+        keys = ("target", "running", "pending", "workers", "lost", "problem")
+        pools = [(name, *(pool[key] for key in keys)) for name, pool in now["pools"].items()]
+        _table(("pool", "jobs wanted", "running", "pending", "workers", "lost", ""), pools)
+    if now["jobs"]:
+        columns = ("Slurm job", "job", "state", "reason", "node", "time left")
+        _table(columns, [(j["id"], j["job"], j["state"].lower(), _reason(j), j["node"], _clock(j["seconds_left"])) for j in now["jobs"]])
+    rows = [
+        (lane, f"{seen['weight']:g}", f"{100 * seen['share']:.0f} %", seen["waiting"], seen["running"], seen["clients"])
+        for lane, seen in now["lanes"].items()
+    ]
+    _table(("lane", "weight", "share, last 5 min", "waiting", "on workers", "clients"), rows)
+    if now["missing"]:
+        typer.echo(f"Waits for workers: {now['missing']}.")
+    for when, text in now["events"][-5:]:
+        typer.echo(f"  {_when(when)}  {text}")
+
+
+def _reason(job: Mapping[str, Any]) -> str:
+    return "" if job["state"] == "RUNNING" else str(job["reason"])
+
+
+def _clock(seconds: int | None) -> str:
+    return "" if seconds is None else f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+
+def _table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*map(str, row))
+    # a file or a pipe has no width to fit into
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200, soft_wrap=not sys.stdout.isatty()).print(table)
+
+
+@app.command()
+def scale(
+    name: NameArgument,
+    jobs: Annotated[list[str], typer.Argument(metavar="POOL=JOBS...", help="cpu=4 gpu=1; of a local cluster workers=4.")],
+) -> None:
+    """Ask for more or fewer jobs of a pool.
+
+    Results on workers that leave go to others first.
+    """
+    from cryodask.cluster import service
+
+    wanted = {}
+    for word in jobs:
+        pool, _, count = word.partition("=")
+        if not count.isdigit():
+            raise ProjectFileError(f"{word!r} does not say how many jobs.", "a typing error", "write  cpu=4")
+        wanted[pool] = int(count)
+    found = service.find(name)
+    found.scale(**wanted)
+    missing = found.status()["missing"]
+    typer.echo(
+        f"{name} was asked for {', '.join(f'{count} of {pool}' for pool, count in wanted.items())}" + (f"; {missing}" if missing else "")
+    )
+
+
+@app.command()
+def stop(
+    name: NameArgument,
+    drain: Annotated[float, typer.Option(metavar="SECONDS", help="Let tasks that run finish, for at most so long.", min=0)] = 0,
+    hand_over: Annotated[bool, typer.Option("--hand-over", help="Start a successor first, as at the end of a walltime.")] = False,
+) -> None:
+    """End a cluster and its jobs.
+
+    Of one that has died, what it left is cleared away.
+    """
+    from cryodask.cluster import service
+
+    if hand_over:
+        service.find(name).hand_over()
+        typer.echo(f"{name} starts its successor, lets what runs finish, and ends. See  cryodask cluster status {name}")
+        return
+    if name not in service.known():
+        service.find(name)  # says what there is
+    try:
+        found = service.find(name)
+    except ClusterError as error:
+        left = service.clean_up(name)
+        typer.echo(error.what)
+        for what in left:
+            typer.echo(f"  {what}")
+        return
+    found.stop(drain_seconds=drain)
+    typer.echo(f"{name} has ended, and its jobs with it.")
+
+
+@app.command()
+def usage(
+    name: NameArgument,
+    hours: Annotated[float | None, typer.Option(help="Of the last hours only.", min=0)] = None,
+    by: Annotated[str, typer.Option(help="What to tell apart, with commas: lane, user, project, pool.")] = "lane,user",
+    as_json: JsonOption = False,
+) -> None:
+    """Show who used how much."""
+    from cryodask.cluster import service
+    from cryodask.cluster.accounting import read_usage
+
+    since, keys = None if hours is None else time.time() - 3600 * hours, tuple(part.strip() for part in by.split(",") if part.strip())
+    wrong = [key for key in keys if key not in ("lane", "user", "project", "pool")]
+    if wrong or not keys:
+        raise ProjectFileError(f"Usage cannot be told apart by {by!r}.", "a typing error", "use lane, user, project or pool")
+    try:
+        rows = service.find(name).usage(since, keys)
+    except ClusterError:
+        if name not in service.known():
+            raise
+        rows = read_usage(service.folder_of(name), since, keys)  # the journal of one that has ended
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    from dask.utils import format_bytes
+
+    columns = (*keys, "task hours", "tasks", "failed", "mean wait s", "results")
+    table = [
+        (
+            *(row[key] for key in keys), f"{row['task_seconds'] / 3600:.3f}", row["tasks"], row["failed"],
+            f"{row['waiting_seconds'] / max(1, row['tasks']):.2f}", format_bytes(row["bytes"]),
+        )
+        for row in rows
+    ]  # fmt: skip
+    _table(columns, table)
+
+
+@app.command()
+def invite(
+    name: NameArgument,
+    user: Annotated[str, typer.Argument(metavar="USER", help="Account of the person.")],
+    lanes: Annotated[str, typer.Option(help="Lanes for them, with commas; all if not given. The first is the default.")] = "",
+    days: Annotated[float, typer.Option(help="How long the invitation is good.", min=0)] = 365,
+    revoke: Annotated[bool, typer.Option("--revoke", help="Take the invitation back instead.")] = False,
+) -> None:
+    """Make a file that lets a person in, or take it back."""
+    from cryodask.cluster import service
+
+    if revoke:
+        service.authority_of(name).revoke(user)
+        typer.echo(f"{user} is no longer let into {name}.")
+        return
+    path = service.invite(name, user, [lane.strip() for lane in lanes.split(",") if lane.strip()], days=days)
+    typer.echo(f"{path}\nIt is a password: send it so, and let {user} keep it as ~/.config/cryodask/{name}.invite (mode 600). Then\n")
+    typer.echo(f"  client = cryodask.connect({name!r})")
+
+
+def submit(
+    project: Annotated[Path, typer.Argument(metavar="PROJECT.yaml", help="Project file.")],
+    cluster: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE", help="A cluster that runs, or a cluster file; that of the project file if not given.")
+    ] = None,
+    lane: Annotated[str, typer.Option(help="Lane of its tasks.")] = "batch",
+    partition: Annotated[str | None, typer.Option(help="Of the job that drives the run; driver: of the cluster file if not given.")] = None,
+    walltime: Annotated[str | None, typer.Option(metavar="H:MM:SS", help="Of that job.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job script.")] = False,
+) -> None:
+    """Send a run to Slurm: a job drives it on the workers of a cluster, and goes on when the cluster hands over."""
+    from cryodask.cluster import service
+    from cryodask.cluster.settings import JobSettings, SlurmSettings
+    from cryodask.run.recipe import make_plan
+
+    plan = make_plan(project)
+    where = cluster or plan.cluster
+    given = {key: value for key, value in (("partition", partition), ("walltime", walltime)) if value}
+    job = None
+    if given:
+        _, settings = service.of_word_or_file(where)
+        base = settings.driver if isinstance(settings, SlurmSettings) else JobSettings()
+        job = JobSettings.model_validate({**base.model_dump(), **given})
+    command = [sys.executable, "-m", "cryodask.cli", "run", str(project.absolute()), "--cluster", "{cluster}", "--lane", "{lane}"]
+    sent = service.submit(command, where, lane=lane, name=plan.file.name, job=job, dry_run=dry_run)
+    if dry_run:
+        typer.echo(sent.script)
+        return
+    typer.echo(f"{sent}\n  results: cryodask info {project}")

@@ -1,0 +1,263 @@
+"""Processes that outlive the command that starts them, here or as jobs without workers: those of services, and drivers of batch runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from getpass import getuser
+from pathlib import Path
+
+import psutil
+
+from cryodask.cluster import slurm, tls
+from cryodask.cluster.environment import ONE_THREAD
+from cryodask.cluster.settings import JobSettings, LocalSettings, ServiceSettings, SlurmSettings
+from cryodask.cluster.whereabouts import encrypted, in_thread, state_folder
+from cryodask.errors import ClusterError
+
+# a job that submits jobs must not hand its own shape down to them
+_FORGET_OWN_SHAPE = 'for v in ${!SLURM_@}; do case $v in SLURM_CONF|SLURM_JOB_ID) ;; *) unset "$v" ;; esac; done'
+
+
+# --- jobs without workers --------------------------------------------------------------------------------------------------------
+def job_script(job: JobSettings, command: str, *, name: str, log: str, comment: str, signal: str = "") -> str:
+    """The text that sbatch gets for a job that runs one line of shell."""
+    asked = [f"-J {name}", *(f"-{k} {v}" for k, v in (("p", job.partition), ("A", job.account), ("t", job.walltime)) if v)]
+    asked += [f"-n 1 --cpus-per-task={job.cores}", f"--mem={math.ceil(job.memory_bytes / 2**20)}M"]
+    asked += ["--no-requeue", "--open-mode=append", f"--output={shlex.quote(log)}", f"--comment={comment}"]
+    asked += [*([f"--qos={job.qos}"] if job.qos else []), *([f"--signal={signal}"] if signal else []), *job.directives]
+    exports = [f"export {key}={value}" for key, value in ONE_THREAD.items()]
+    return "\n".join(["#!/usr/bin/env bash", *(f"#SBATCH {a}" for a in asked), *job.environment, *exports, _FORGET_OWN_SHAPE, command, ""])
+
+
+def sbatch(script: str) -> str:
+    """Submit a script; the id of its job.
+
+    Raises
+    ------
+    ClusterError
+        With Slurm's words, where it takes no job.
+    """
+    if shutil.which("sbatch") is None:
+        raise ClusterError(
+            "There is no Slurm here: sbatch is not on the PATH.",
+            "this machine is no login node of a cluster, or a module is to be loaded",
+            "go to a login node; without Slurm use a cluster file of kind local",
+        )
+    done = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True, start_new_session=True)
+    if done.returncode:
+        raise ClusterError(
+            f"Slurm takes no such job: {slurm.slurms_words(done.stderr)}.",
+            "partition, account, memory or walltime do not exist on this cluster",
+            "compare the cluster file with  sinfo",
+        )
+    return done.stdout.strip().split(";")[0]
+
+
+def last_words(log: Path) -> str:
+    """The last lines of a log, in one."""
+    try:
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    except OSError:
+        return "it left no log"
+    return " / ".join(lines[-3:])[-400:] or "it said nothing"
+
+
+# --- the process of a service ----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Launched:
+    """A service's process on its way: a process id of this machine, or a Slurm job."""
+
+    log: Path
+    pid: int | None = None
+    started: float | None = None
+    job: str | None = None
+
+    def __str__(self) -> str:
+        if self.job is None:
+            return f"process {self.pid}"
+        shown = next((j for j in in_thread(slurm.squeue()) or [] if j.job_id == self.job), None)
+        state = (
+            f"{shown.state.lower()}, reason {shown.reason}" if shown and shown.state == "PENDING" else shown.state.lower() if shown else ""
+        )
+        return f"Slurm job {self.job}" + (f" is {state}" if state else "")
+
+    @classmethod
+    def read(cls, folder: Path) -> Launched | None:
+        """As :meth:`write` left it."""
+        try:
+            content = json.loads((folder / "launched.json").read_text())
+        except (OSError, ValueError):
+            return None
+        return cls(**{**content, "log": Path(content["log"])})
+
+    def write(self, folder: Path) -> None:
+        """Remember it in the service's folder."""
+        tls.write_secret(folder / "launched.json", json.dumps({**asdict(self), "log": str(self.log)}))
+
+    def ended(self) -> bool:
+        """Whether it is no more; a queue that does not answer says nothing."""
+        if self.job is not None:
+            queue = in_thread(slurm.squeue())
+            return queue is not None and not any(j.job_id == self.job and j.alive for j in queue)
+        try:
+            process = psutil.Process(self.pid)
+            return process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - (self.started or 0.0)) > 3
+        except psutil.NoSuchProcess:
+            return True
+
+    def end(self) -> None:
+        """Cancel or terminate it."""
+        if self.job is not None:
+            in_thread(slurm.scancel([self.job]))
+        elif self.pid is not None and not self.ended():
+            psutil.Process(self.pid).terminate()
+
+
+def launch(folder: Path, settings: LocalSettings | SlurmSettings, *, after: str = "") -> Launched:
+    """Start the process of the service in a folder, apart from this one; ``after`` is the id of the cluster that it succeeds."""
+    service = settings.service or ServiceSettings()
+    if service.where == "slurm":
+        job = sbatch(service_script(folder, service, after=after))
+        return Launched(Path(str(_service_log(folder)).replace("%j", job)), job=job)
+    log = folder / "service.log"
+    if not after and log.exists():
+        log.replace(log.with_suffix(".log.before"))
+    os.close(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+    # the shell ends at once, so the service is nobody's child and has no terminal
+    detach = 'log=$1; shift; "$@" </dev/null >>"$log" 2>&1 & echo $!'
+    words = [service.python or sys.executable, *_service_words(folder, after)]
+    done = subprocess.run(
+        ["sh", "-c", detach, "sh", str(log), *words],
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+    )
+    pid = int(done.stdout)
+    try:
+        started = psutil.Process(pid).create_time()
+    except psutil.NoSuchProcess:
+        started = None
+    return Launched(log, pid=pid, started=started)
+
+
+def _service_words(folder: Path, after: str) -> list[str]:
+    return ["-m", "cryodask.cluster.serving", str(folder), *([after] if after else [])]
+
+
+def _service_log(folder: Path) -> Path:
+    return folder / "service-%j.log"
+
+
+def service_script(folder: Path, service: ServiceSettings, *, after: str = "") -> str:
+    """The job script of a service's scheduler."""
+    command = "exec " + shlex.join([service.python or sys.executable, *_service_words(folder, after)])
+    name = folder.name
+    return job_script(
+        service, command, name=f"cryodask-{name}", log=str(_service_log(folder)), comment=f"cryodask:service:{name}",
+        signal=f"B:USR1@{margin_seconds(service)}",
+    )  # fmt: skip
+
+
+def margin_seconds(service: ServiceSettings) -> int:
+    """How long before the end of its walltime a service begins to hand over: its successor may have to wait in the queue."""
+    return min(3600, slurm.walltime_seconds(service.walltime) // 4) if service.walltime else 600
+
+
+# --- batch runs ------------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class SubmittedRun:
+    """A batch run that Slurm has taken."""
+
+    job_id: str
+    log: Path
+    script: str
+
+    def __str__(self) -> str:
+        return (
+            f"Slurm job {self.job_id}.\n  follow:  tail -F {self.log}\n  state:   squeue -j {self.job_id}\n  cancel:  scancel {self.job_id}"
+        )
+
+
+def submit(
+    command: Sequence[str],
+    cluster: str | Path,
+    *,
+    lane: str = "batch",
+    name: str = "run",
+    job: JobSettings | None = None,
+    times: int = 5,
+    dry_run: bool = False,
+) -> SubmittedRun:
+    """Run a command in a Slurm job of its own, on the workers of a cluster.
+
+    Parameters
+    ----------
+    command : sequence of str
+        Its words. In place of the words ``{cluster}`` and ``{lane}`` it is given both, for ``connect()``.
+    cluster : str or path
+        Name of a service, or a cluster file: of pools, which the job then opens itself, or with ``single_allocation``, where the job
+        holds scheduler, workers and driver.
+    lane : str
+    name : str
+        Of the job and its log.
+    job : JobSettings, optional
+        What the job needs; ``driver`` of the cluster file if not given.
+    times : int
+        How often the command is run at most, if the service goes away under it.
+    dry_run : bool
+        Make the script only; ``job_id`` is empty.
+
+    Raises
+    ------
+    ClusterError, ProjectFileError
+        Where there is no Slurm, it refuses the job, or the cluster is out of reach of its jobs.
+    """
+    from cryodask.cluster import service
+
+    shared, settings = service.of_word_or_file(cluster)
+    if isinstance(settings, LocalSettings):
+        raise ClusterError(
+            f"The workers of the cluster {cluster} live on one machine, out of reach of a batch job.",
+            "a cluster file of kind local, or none" if shutil.which("sbatch") else "there is no Slurm here, which would run batch jobs",
+            "cryodask run PROJECT.yaml  runs it here; to submit it, give a cluster file of kind slurm",
+        )
+    slurmed = settings if isinstance(settings, SlurmSettings) else None
+    logs = slurm.logs_of(slurmed) if slurmed else state_folder() / "logs"
+    log, placed = logs / f"cryodask-{name}-%j.log", {"{cluster}": '"$CRYODASK_CLUSTER"', "{lane}": '"$CRYODASK_LANE"'}
+    words = " ".join(placed.get(word) or shlex.quote(word) for word in command)
+    if slurmed and slurmed.single_allocation:
+        script = slurm.allocation_script(
+            slurmed, f"export CRYODASK_LANE={shlex.quote(lane)}; {words}", certificates=_own_certificates(slurmed)
+        )
+        log = logs / "cryodask-batch-%j.log"
+    else:
+        job = job or (slurmed.driver if slurmed else JobSettings())
+        where = shared.name if shared else str(Path(cluster).absolute())
+        exports = f"export CRYODASK_CLUSTER={shlex.quote(where)} CRYODASK_LANE={shlex.quote(lane)}\n"
+        again = f"{shlex.quote(job.python or sys.executable)} -m cryodask.cluster.driver {times} " if shared else ""
+        script = job_script(job, f"{exports}exec {again}{words}", name=f"cryodask-{name}", log=str(log), comment=f"cryodask:run:{name}")
+    if dry_run:
+        return SubmittedRun("", log, script)
+    logs.mkdir(parents=True, exist_ok=True)
+    job_id = sbatch(script)
+    return SubmittedRun(job_id, Path(str(log).replace("%j", job_id)), script)
+
+
+def _own_certificates(settings: SlurmSettings) -> Path | None:
+    """The authority of this account for jobs that hold a whole cluster each."""
+    if not encrypted(settings):
+        return None
+    folder = state_folder() / "certificates" / "batch"
+    if not (folder / "ca.pem").exists():
+        tls.Authority.create(folder, owner=getuser(), cluster="batch")
+    return folder

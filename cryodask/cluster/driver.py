@@ -1,0 +1,84 @@
+"""A command inside a batch job, run again when its cluster was replaced: ``python -m cryodask.cluster.driver TIMES WORD...``.
+
+The cluster is named by ``$CRYODASK_CLUSTER``. A command that fails while its scheduler lives has failed by itself, and is not repeated.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import FrameType
+
+from cryodask.cluster.service import Service, find
+from cryodask.errors import ClusterError
+
+_WAIT_SECONDS = 6 * 3600.0
+_LOOK_SECONDS = 2.0
+
+
+def scheduler_id(name: str) -> str | None:
+    """Dask's own name of the scheduler that answers for a service now; None if none does."""
+    try:
+        return str(find(name).ask("identity")["id"])
+    except ClusterError:
+        return None
+
+
+def drive(command: list[str], cluster: str, times: int, wait_seconds: float = _WAIT_SECONDS) -> int:
+    """Run a command until it succeeds, fails by itself, or has been run ``times`` times; its exit status."""
+    status = 1
+    for turn in range(1, times + 1):
+        before = _wait_for(cluster, wait_seconds)
+        status = _run(command)
+        if status < 0:
+            _say("ended from outside, by scancel or at the end of the walltime. What is committed is kept: submitted again, a run goes on")
+        if status <= 0 or before is None or scheduler_id(cluster) == before:
+            break
+        _say(
+            f"the scheduler of {cluster} was lost"
+            + (f"; waits for the cluster, then runs the command again ({turn + 1} of {times})" if turn < times else "")
+        )
+    return status if status >= 0 else 128 - status
+
+
+def _wait_for(cluster: str, seconds: float) -> str | None:
+    deadline, told = time.monotonic() + seconds, ""
+    while (found := scheduler_id(cluster)) is None and time.monotonic() < deadline:
+        try:
+            said: Service | str = find(cluster)
+        except ClusterError as error:
+            said = error.what
+        if str(said) != told:
+            told = str(said)
+            _say(told)
+        time.sleep(_LOOK_SECONDS)
+    return found
+
+
+def _run(command: list[str]) -> int:
+    """Exit status; negative if it was ended from outside, and then it is not to be run again."""
+    ended: list[int] = []
+    # where a job was begun in the background Ctrl-C is ignored, and the command would inherit that
+    process = subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+
+    def end(number: int, frame: FrameType | None) -> None:
+        ended.append(number)
+        process.send_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        status = process.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return -ended[0] if ended else abs(status)
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(drive(sys.argv[2:], os.environ["CRYODASK_CLUSTER"], int(sys.argv[1])))

@@ -1,0 +1,116 @@
+"""A file to which figures are added: whole lines of JSON, one a bucket of time and key, that survive a killed process and a torn line."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+HOUR, DAY = 3600, 86400
+_HOURLY_DAYS = 62
+
+Bucket = tuple[int, tuple[str, ...]]
+Sums = dict[Bucket, dict[str, float]]
+
+
+def bucket_start(when: float, now: float) -> int:
+    """Start of the hour, or of the day (UTC) for what is two months old."""
+    length = HOUR if now - when < _HOURLY_DAYS * DAY else DAY
+    return int(when // length) * length
+
+
+class UsageJournal:
+    """``usage.jsonl`` of a folder: each line adds figures to a bucket, so that the sums of all lines are what was used.
+
+    Lines of the same bucket are made one by :meth:`compact`: the file grows by a line an hour and key, and by a line a day and key for
+    what is older than two months. A line that was cut off counts as nothing. Several processes may add to one file.
+
+    Parameters
+    ----------
+    folder : path
+        Made if it is not there, for this account's eyes alone.
+    names : sequence of str
+        Names of the parts of a key, in its order; all else in a line are figures.
+    """
+
+    def __init__(self, folder: str | Path, names: Iterable[str]) -> None:
+        self.folder, self._names = Path(folder), tuple(names)
+        self.path = self.folder / "usage.jsonl"
+
+    def read(self) -> Sums:
+        """Sums of all whole lines."""
+        sums: Sums = {}
+        with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
+            for line in file:
+                try:
+                    content = json.loads(line)
+                    key = int(content.pop("from")), tuple(str(content.pop(name)) for name in self._names)
+                    add(sums, key, {name: float(value) for name, value in content.items()})
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    continue  # cut off by a crash or a full disk
+        return sums
+
+    def append(self, sums: Mapping[Bucket, Mapping[str, float]]) -> None:
+        """Add lines. On an OSError (a full disk) nothing was added."""
+        if not sums:
+            return
+        text = "".join(self._line(key, figures) for key, figures in sums.items()).encode()
+        with self._alone(), open(self.path, "ab+", buffering=0, opener=_private) as file:
+            size = file.seek(0, os.SEEK_END)
+            if size:
+                file.seek(size - 1)
+                text = text if file.read(1) == b"\n" else b"\n" + text  # after a line that was cut off
+            try:
+                written = 0
+                while written < len(text):
+                    written += file.write(text[written:])
+            except OSError:
+                file.truncate(size)
+                raise
+
+    def sync(self) -> None:
+        """Wait until the disk has it."""
+        with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
+            os.fsync(file.fileno())
+
+    def compact(self, now: float) -> Sums:
+        """Write one line a bucket; returns the sums of all."""
+        with self._alone():
+            sums: Sums = {}
+            for (start, key), figures in self.read().items():
+                add(sums, (bucket_start(start, now), key), figures)
+            part = self.path.with_suffix(".part")
+            with open(part, "wb", opener=_private) as file:
+                file.writelines(self._line(key, figures).encode() for key, figures in sorted(sums.items()))
+                file.flush()
+                os.fsync(file.fileno())
+            part.rename(self.path)
+        return sums
+
+    def _line(self, key: Bucket, figures: Mapping[str, float]) -> str:
+        values = {name: round(value, 6) for name, value in figures.items() if value}
+        return json.dumps({"from": key[0], **dict(zip(self._names, key[1])), **values}) + "\n"
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Two schedulers may share a folder while one hands over to the other."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with open(self.folder / "usage.lock", "a", opener=_private) as lock:
+            with contextlib.suppress(OSError):  # some network file systems have no locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+def add(sums: Sums, key: Bucket, figures: Mapping[str, Any]) -> None:
+    """Add figures to those of a bucket."""
+    into = sums.setdefault(key, {})
+    for name, value in figures.items():
+        into[name] = into.get(name, 0.0) + value
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)

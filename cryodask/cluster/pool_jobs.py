@@ -1,0 +1,310 @@
+"""The jobs of pools: submitted, compared with Slurm's queue, replaced when they are lost, let go when they are not wanted."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from distributed.deploy.cluster import Cluster
+from distributed.deploy.spec import ProcessInterface, SpecCluster
+
+from cryodask.cluster import slurm
+from cryodask.cluster.pool_state import FAILED_STARTS, PoolState
+from cryodask.cluster.scaling import Scaler
+from cryodask.cluster.settings import SlurmSettings
+from cryodask.errors import ClusterError
+
+logger = logging.getLogger("cryodask.cluster")
+
+_FAST_SECONDS, _FAST_FOR_SECONDS = 2.0, 30.0
+_SUBMISSIONS = 20  # at a time: each is a process here and a lock in Slurm's controller
+_RETIRE_SECONDS = 300.0
+_CLOSE_SECONDS = 60.0
+_MISSING_SECONDS = 300.0
+_NANNY_SECONDS = 15.0
+
+
+class PoolJobs(SpecCluster):
+    """The part of a :class:`~cryodask.cluster.pools.PoolCluster` that deals with Slurm and with workers that come and go."""
+
+    scheduler: Any
+    workers: dict[str, Any]
+
+    def __init__(self, settings: SlurmSettings, certificates: Path | None, **options: Any) -> None:
+        self.settings = settings
+        self.cluster_id = slurm.new_cluster_id()
+        self.events: deque[tuple[float, str, str]] = deque(maxlen=1000)
+        """What happened: ``time.time()``, pool, text."""
+        self._pools = {name: PoolState() for name in settings.pools}
+        self._scaler = Scaler(settings)
+        self._queue: dict[str, slurm.QueuedJob] = {}
+        self.slurm_answers = True
+        """Whether the last look at the queue succeeded; if not, the jobs are as they were when it did."""
+        self._came: set[str] = set()
+        self._nannies: dict[str, str] = {}
+        self._silent_since: dict[str, float] = {}
+        self._leaving: set[str] = set()
+        self._fast_until = 0.0
+        self._watching: asyncio.Task[None] | None = None
+        self._certificates = certificates
+        super().__init__(workers={}, name="cryodask", silence_logs=logging.ERROR, **options)
+
+    # --- jobs of a pool ----------------------------------------------------------------------------------------------------------
+    def _members(self, pool: str) -> list[str]:
+        return [name for name, spec in self.worker_spec.items() if spec["options"]["pool"] == pool]
+
+    def _workers_of(self, name: str) -> list[str]:
+        return [name + suffix for suffix in self.worker_spec[name].get("group", [""])]
+
+    def _present(self, name: str) -> list[Any]:
+        """Workers of a job that the scheduler knows."""
+        known = self.scheduler.aliases
+        addresses = [known[w] for w in self._workers_of(name) if w in known]
+        return [self.scheduler.workers[a] for a in addresses if a in self.scheduler.workers]
+
+    def _leaves_soon(self, shown: slurm.QueuedJob, pool: str) -> bool:
+        """Whether a job's walltime ends soon: its replacement is submitted while its workers still work."""
+        left = shown.seconds_left
+        return shown.state == "RUNNING" and left is not None and left < 2 * slurm.leave_seconds(self.settings.pools[pool])
+
+    def _new_job(self, pool: str) -> None:
+        state = self._pools[pool]
+        name = f"{pool}-{state.serial}"
+        state.serial += 1
+        options = {"pool": pool, "settings": self.settings, "cluster_id": self.cluster_id, "certificates": self._certificates}
+        self.worker_spec[name] = {"cls": slurm.pool_job_class(), "options": options}
+        workers = self.settings.pools[pool].workers_per_job
+        if workers > 1:
+            self.worker_spec[name]["group"] = [f"-{i}" for i in range(workers)]
+
+    async def _scale_pool(self, jobs: Mapping[str, int]) -> None:
+        for name, target in jobs.items():
+            self._pools[name].aim(target)
+        self._scaler.by_hand(jobs, time.monotonic())
+        await self._to_targets(by_hand=jobs)
+        refused = {name: self._pools[name].problem for name in jobs if self._pools[name].problem}
+        if refused:
+            raise ClusterError(
+                "; ".join(f"Slurm refuses jobs of pool {name}: {words}" for name, words in refused.items()) + ".",
+                "partition, account, memory or GPUs of the pool do not exist on this cluster",
+                "compare the cluster file with  sinfo; the other pools go on",
+            )
+
+    async def _to_targets(self, by_hand: Collection[str] = ()) -> None:
+        async with self._changing:
+            room = _SUBMISSIONS
+            for name, pool in self._pools.items():
+                members = [m for m in self._members(name) if m not in self._leaving or not pool.target]
+                least_worth = sorted(members, key=self._worth)[: max(0, len(members) - pool.target)]
+                if name in self._scaler and name not in by_hand:
+                    await self._retire(self._spare(least_worth), if_kept=True)
+                else:
+                    await self._retire(least_worth)
+                if time.monotonic() >= pool.not_before:
+                    new = min(pool.target - len(members), room)
+                    for _ in range(new):
+                        self._new_job(name)
+                    room -= max(0, new)
+            await asyncio.shield(self._correct_state())  # a submission cut in half would leave a job that nobody knows
+            self._take_refusals()
+        self._hurry()
+
+    def _worth(self, name: str) -> tuple[bool, int, int]:
+        """Least worth goes first: without workers yet, idle, with little in memory."""
+        workers = self._present(name)
+        return bool(workers), sum(len(ws.processing) for ws in workers), sum(ws.nbytes for ws in workers)
+
+    def _spare(self, names: Iterable[str]) -> list[str]:
+        """Those of some jobs that have nothing to do, and whose results others can take."""
+        idle = sorted((n for n in names if not any(ws.processing for ws in self._present(n))), key=self._worth)
+        leaving = {ws for name in idle for ws in self._present(name)}
+        if idle and not self.scheduler.running - leaving and any(ws.has_what for ws in leaving):
+            idle.pop()
+        return idle
+
+    async def _retire(self, names: Iterable[str], *, if_kept: bool = False) -> None:
+        """Let go of jobs; SpecCluster's own way passes names where addresses are expected, and all results there are lost.
+
+        With ``if_kept`` a job whose results nobody could take stays.
+        """
+        names = list(names)
+        workers = [ws.name for name in names for ws in self._present(name)]
+        if workers:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.scheduler.retire_workers(names=workers, close_workers=True, remove=True), _RETIRE_SECONDS)
+        for name in names:
+            if not (if_kept and any(ws.has_what for ws in self._present(name))):
+                self.worker_spec.pop(name, None)
+
+    def _take_refusals(self) -> None:
+        for name, job in list(self.workers.items()):
+            if job.refused:
+                pool = self._pools[job.pool]
+                pool.problem = job.refused
+                self._forget(name, f"refused: {job.refused}")
+                pool.target = len(self._members(job.pool))  # a refusal does not heal: stop asking
+
+    def _forget(self, name: str, why: str) -> None:
+        job = self.workers.pop(name)
+        self.worker_spec.pop(name, None)
+        self._silent_since.pop(name, None)
+        self._came.discard(name)
+        self._leaving.discard(name)
+        for suffix in ("", *(f"-{i}" for i in range(self.settings.pools[job.pool].workers_per_job))):
+            self._nannies.pop(name + suffix, None)
+        self.events.append((time.time(), job.pool, f"job {name} ({job.job_id or 'no id'}): {why}"))
+        logger.warning("pool %s, job %s (%s): %s", job.pool, name, job.job_id or "no id", why)
+        closing = asyncio.ensure_future(job.close())
+        self._futures.add(closing)
+        closing.add_done_callback(self._futures.discard)
+
+    # --- what Slurm says ---------------------------------------------------------------------------------------------------------
+    async def _start(self) -> None:
+        self._changing = asyncio.Lock()
+        self._wake = asyncio.Event()
+        await super()._start()
+        for name in await slurm.cancel_leftovers():
+            self.events.append((time.time(), "", f"job {name}, left by a cluster whose process died: cancelled"))
+        self._watching = asyncio.ensure_future(self._watch())
+
+    def _update_worker_status(self, op: str, msg: Any) -> None:
+        if op == "add":  # before the next look at the queue it may be gone again
+            self._nannies.update({info["name"]: info["nanny"] for info in msg["workers"].values() if info["nanny"]})
+        # SpecCluster cancels a job whose worker is away for lost-worker-timeout, also one whose nanny starts a new worker: Slurm decides
+        Cluster._update_worker_status(self, op, msg)
+        self._hurry()
+
+    def _hurry(self) -> None:
+        """Look at the queue often for a while: something changes."""
+        self._fast_until = time.monotonic() + _FAST_FOR_SECONDS
+        self._wake.set()
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(min(_FAST_SECONDS, self.settings.poll_seconds))
+            if time.monotonic() >= self._fast_until:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), self.settings.poll_seconds)
+            self._wake.clear()
+            try:
+                await self._reconcile()
+            except Exception:
+                logger.exception("the pools could not be compared with Slurm's queue")
+
+    async def _reconcile(self) -> None:
+        submitted = {name: job for name, job in self.workers.items() if name in self.worker_spec}
+        queue = await slurm.squeue()
+        self.slurm_answers = queue is not None
+        if queue is None:
+            return
+        self._queue = {job.name: job for job in queue if job.cluster_id == self.cluster_id}
+        now = time.monotonic()
+        lost = False
+        broken = await self._broken(now)
+        async with self._changing:
+            for name, job in submitted.items():
+                if name not in self.worker_spec:
+                    continue
+                shown = self._queue.get(name)
+                if shown is not None:
+                    job.job_id, job.unsure = shown.job_id, False  # sbatch may have failed after Slurm took the job
+                if shown is not None and self._leaves_soon(shown, job.pool):
+                    self._leaving.add(name)
+                if self._present(name):
+                    self._came.add(name)
+                    self._pools[job.pool].failed_starts = 0
+                if shown is None or not shown.alive:
+                    for ws in self._present(name) if shown is None else ():  # a node that vanished closes no connection
+                        await self.scheduler.remove_worker(ws.address, stimulus_id=f"job-gone-{name}")
+                    self._lost(name, job, "Slurm shows it no more" if shown is None else f"Slurm says it is {shown.state}")
+                    lost = True
+            broken = {name: why for name, why in broken.items() if name in self.workers}
+            await self._retire(broken)  # the workers that they have left hand over their results
+            for name, why in broken.items():
+                self._lost(name, self.workers[name], f"runs on {self._queue[name].node}, but {why}")
+                lost = True
+        self._follow_the_work(now)
+        if lost or any(self._is_off(name, pool, now) for name, pool in self._pools.items()):
+            await self._to_targets()
+
+    def _follow_the_work(self, now: float) -> None:
+        closed = [name for name, pool in self._pools.items() if pool.problem]
+        targets = self._scaler.targets(self.scheduler, {name: pool.target for name, pool in self._pools.items()}, closed, now)
+        for name, target in targets.items():
+            before, self._pools[name].target = self._pools[name].target, target
+            if target != before:
+                self.events.append((time.time(), name, f"{target} jobs wanted for the work there is, {before} before"))
+
+    def _is_off(self, name: str, pool: PoolState, now: float) -> bool:
+        """Whether a pool should submit jobs, or can let some go."""
+        members = set(self._members(name)) - self._leaving
+        if len(members) < pool.target:
+            return now >= pool.not_before
+        return name in self._scaler and len(members) > pool.target and bool(self._spare(members))
+
+    async def _broken(self, now: float) -> dict[str, str]:
+        """Running jobs that have lacked workers for too long, and why that is too long.
+
+        A nanny that lives starts its worker again: it gets minutes, since imports can take so long. One that is gone does not.
+        """
+        broken: dict[str, str] = {}
+        suspects: dict[str, str] = {}
+        for name in (self.workers.keys() & self.worker_spec.keys()) - self._leaving:  # those leave by themselves, one after the other
+            lacking = set(self._workers_of(name)) - {ws.name for ws in self._present(name)}
+            if not lacking or name not in self._queue or self._queue[name].state != "RUNNING":
+                self._silent_since.pop(name, None)
+                continue
+            self._wake.set()  # look again soon
+            silent = now - self._silent_since.setdefault(name, now)
+            if silent > _MISSING_SECONDS:
+                broken[name] = f"workers are missing for {_MISSING_SECONDS:.0f} s"
+            elif silent > _NANNY_SECONDS:
+                suspects |= dict.fromkeys(lacking & set(self._nannies), name)
+        answers = await asyncio.gather(*(_listens(self._nannies[worker]) for worker in suspects))
+        gone = {name: worker for (worker, name), alive in zip(suspects.items(), answers) if not alive}
+        return broken | {name: f"worker {worker} and its nanny are gone" for name, worker in gone.items()}
+
+    def _lost(self, name: str, job: Any, why: str) -> None:
+        pool, now = self._pools[job.pool], time.monotonic()
+        ending, unsure, came = name in self._leaving, job.unsure, name in self._came
+        self._forget(name, "Slurm never took it" if unsure else why)
+        if unsure:  # the controller was away: try again, a little later
+            pool.not_before = now + 5.0
+            return
+        if ending:
+            return
+        if not pool.count_loss(now, came=came, per_hour=self.settings.replacements_per_hour):
+            pool.problem = f"{FAILED_STARTS} jobs in a row ended before a worker came. The last says: {job.last_words()}"
+            pool.target = len(self._members(job.pool))
+
+    # --- the end -----------------------------------------------------------------------------------------------------------------
+    async def _close(self) -> None:
+        watching, self._watching = self._watching, None
+        if watching is not None:
+            watching.cancel()
+            await asyncio.wait([watching])
+            await slurm.scancel([job.job_id for job in self.workers.values() if job.job_id])  # one call for all, not one for each
+            for job in self.workers.values():
+                await ProcessInterface.close(job)
+        await super()._close()
+        if watching is not None and not await slurm.wait_until_gone(self.cluster_id, _CLOSE_SECONDS):
+            logger.warning("Slurm still shows jobs of this cluster, or does not answer. They end when they find no scheduler.")
+
+
+async def _listens(address: str) -> bool:
+    """Whether a process listens there; what does not answer in time may."""
+    host, port = address.split("://")[-1].rsplit(":", 1)
+    try:
+        _, writer = await asyncio.wait_for(asyncio.open_connection(host.strip("[]"), int(port)), 3)
+        writer.close()
+    except TimeoutError:
+        return True
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,347 @@
+"""A cluster that lives on after the command that started it, and that several people share: started, found, asked and stopped.
+
+The process that holds the scheduler is ``serving.py``. All that a service leaves on disk is in one folder that its account alone can
+read, ``~/.local/state/cryodask/clusters/NAME``: the settings, the authority, the log, and ``scheduler.json``, which says where it is.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from getpass import getuser
+from pathlib import Path
+from typing import Any
+
+from distributed import Security
+from distributed.core import rpc
+
+from cryodask.cluster import batch, slurm, tls
+from cryodask.cluster.batch import SubmittedRun, submit
+from cryodask.cluster.settings import AddressSettings, LocalSettings, ServiceSettings, Settings, SlurmSettings, read_cluster_file
+from cryodask.cluster.whereabouts import Whereabouts, address_file, encrypted, folder_of, in_thread, known, name_for, owner_of, settings_of
+from cryodask.errors import ClusterError
+
+__all__ = ["Service", "SubmittedRun", "find", "invite", "known", "name_for", "start", "submit"]
+
+_LOOK_SECONDS = 0.2
+_ANSWER_SECONDS = 15.0
+_END_SECONDS = 120.0
+
+
+# --- a service that runs ---------------------------------------------------------------------------------------------------------
+class Service:
+    """A running service, for its owner or for somebody who is invited.
+
+    Attributes
+    ----------
+    name, address : str
+    folder : Path or None
+        None for those who are invited.
+    security : Security or None
+        For clients of this person; None where nothing is encrypted.
+    """
+
+    def __init__(self, name: str, address: str, *, folder: Path | None, security: Security | None) -> None:
+        self.name, self.address, self.folder, self.security = name, address, folder, security
+
+    def __repr__(self) -> str:
+        return f"<Service {self.name} at {self.address}>"
+
+    def ask(self, what: str, **arguments: Any) -> Any:
+        """The answer of the service to one request.
+
+        Raises
+        ------
+        ClusterError
+            Where it does not answer, or does not do this for this person.
+        """
+
+        async def asked() -> Any:
+            secrets = self.security.get_connection_args("client") if self.security else {}
+            async with rpc(self.address, timeout=_ANSWER_SECONDS, connection_args=secrets) as service:
+                return await getattr(service, what)(**arguments)
+
+        with tls.connection_errors(self.address):
+            return in_thread(asked())
+
+    def status(self) -> dict[str, Any]:
+        """What the service does.
+
+        ``state`` is running, handing over or draining; ``since`` and ``hand_over`` (None if it has no end) are seconds since 1970.
+        ``pools`` has the fields of ``PoolStatus``; ``jobs`` Slurm's state, reason for waiting, node and seconds left of each; ``lanes``
+        the weight of each, its share of the last five minutes, its tasks that wait and that are on workers, and its clients;
+        ``missing`` one sentence; ``events`` the last ten, each with its time.
+        """
+        now = self.ask("cluster_status")
+        if now is None:  # what a server answers that is closing
+            raise ClusterError(f"{self.name} is just ending.", "it was stopped, or hands over", "look again in a moment")
+        return dict(now)
+
+    def scale(self, **jobs: int) -> None:
+        """Ask for that many jobs of each pool named (of a local cluster: ``workers=4``)."""
+        self.ask("cluster_scale", jobs=jobs)
+
+    def usage(self, since: float | None = None, by: tuple[str, ...] = ("lane", "user", "project", "pool")) -> list[dict[str, Any]]:
+        """What was used, from ``since`` (seconds since 1970) on; those who are invited see what is theirs."""
+        return list(self.ask("cluster_usage", since=since, by=list(by)))
+
+    def invite(self, user: str, lanes: list[str], *, days: float = 365) -> Path:
+        """One file that lets a person in, into these lanes (all if none is named)."""
+        return invite(self.name, user, lanes, days=days)
+
+    def hand_over(self) -> None:
+        """Let the service start its successor, finish what runs, and end."""
+        self.ask("cluster_hand_over")
+
+    def stop(self, *, drain_seconds: float = 0) -> None:
+        """End it, after what runs now has finished or ``drain_seconds`` have passed. Returns when all of it is gone."""
+        folder = self._own_folder("be stopped")
+        before = Whereabouts.read(folder / "scheduler.json")
+        with suppress(ClusterError) if before and not before.lives() else _nothing():
+            self.ask("cluster_stop", drain_seconds=drain_seconds)
+        deadline = time.monotonic() + drain_seconds + _END_SECONDS
+        while before is not None and before.lives():
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"{self.name} was told to end and still runs (process {before.pid} on {before.host}).",
+                    "Slurm does not answer, or a task cannot be interrupted",
+                    f"look into {folder / 'service.log'}, or kill that process",
+                )
+            time.sleep(_LOOK_SECONDS)
+
+    def _own_folder(self, what: str) -> Path:
+        if self.folder is None:
+            raise ClusterError(f"{self.name} can {what} by its owner only.", "you are invited to it", "ask its owner")
+        return self.folder
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def find(name: str) -> Service:
+    """The running service of that name: this account's own, else one that it is invited to.
+
+    Raises
+    ------
+    ClusterError
+        If there is none, or it has ended.
+    """
+    folder = folder_of(name)
+    if not (folder / "settings.json").is_file():
+        return _invited(name)
+    found = Whereabouts.read(folder / "scheduler.json")
+    deadline = time.monotonic() + 60
+    while found is not None and not found.lives():
+        following = Whereabouts.read(folder / "successor.json")
+        if following is None or not following.lives() or time.monotonic() > deadline:
+            waiting = _on_its_way(folder)
+            raise ClusterError(
+                f"The cluster {name} has ended: {folder / 'scheduler.json'} names process {found.pid} on {found.host}, which is no more.",
+                f"its time was over before its successor came: {waiting}" if waiting else f"it was killed; its log lies in {folder}",
+                "wait for it" if waiting else f"start it again:  cryodask cluster start {name}; runs resume where they were",
+            )
+        time.sleep(_LOOK_SECONDS)  # the successor takes over by itself
+        found = Whereabouts.read(folder / "scheduler.json")
+    if found is None:
+        waiting = _on_its_way(folder)
+        reason = f"it is being started: {waiting}" if waiting else "it was stopped, or never started"
+        raise ClusterError(f"The cluster {name} does not run.", reason, f"start it:  cryodask cluster start {name}")
+    security = tls.security(folder / "authority", found.owner) if found.address.startswith("tls") else None
+    return Service(name, found.address, folder=folder, security=security)
+
+
+def of_file(settings: SlurmSettings | LocalSettings, file: str | Path) -> Service | None:
+    """The service that was started from a cluster file; None if none runs, and the file does not ask for one.
+
+    Raises
+    ------
+    ClusterError
+        If the file has a section ``service`` and that one does not run.
+    """
+    name = name_for(settings, file)
+    if settings.service is not None:
+        return find(name)
+    folder = folder_of(name)
+    if not (folder / "settings.json").is_file() or settings_of(folder).model_copy(update={"service": None}) != settings:
+        return None
+    with suppress(ClusterError):
+        return find(name)
+    return None
+
+
+def is_name(where: str) -> bool:
+    """Whether this is the name of a service or an invitation, and no file."""
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", where) is not None and where != "local" and not Path(where).is_file()
+
+
+def of_word_or_file(where: str | Path) -> tuple[Service | None, Settings | None]:
+    """Service and settings of the cluster that somebody names; None for what there is not, or is not theirs to read.
+
+    Raises
+    ------
+    ClusterError, ProjectFileError
+    """
+    word = str(where)
+    if word == "local":
+        return None, LocalSettings()
+    if is_name(word) or word.endswith(".invite"):
+        found = find(word)
+        return found, settings_of(found.folder) if found.folder else None
+    settings = read_cluster_file(word)
+    if isinstance(settings, AddressSettings):
+        return None, settings
+    return of_file(settings, word), settings
+
+
+def _invited(name: str) -> Service:
+    if not name.endswith(".invite") and not tls.invitation_of(name).is_file():
+        mine = known()
+        raise ClusterError(
+            f"There is no cluster {name}" + (f"; there are {', '.join(mine)}." if mine else "."),
+            "it was started by another account, or under another name",
+            f"start it:  cryodask cluster start CLUSTER.yaml --name {name}, or put your invitation at {tls.invitation_of(name)}",
+        )
+    invitation = tls.Invitation.read(name)
+    return Service(invitation.cluster, invitation.present_address(), folder=None, security=invitation.security())
+
+
+def _on_its_way(folder: Path) -> str:
+    launched = batch.Launched.read(folder)
+    return str(launched) if launched is not None and not launched.ended() else ""
+
+
+def invite(name: str, user: str, lanes: list[str], *, days: float = 365) -> Path:
+    """One file that lets a person into a service of this account, whether it runs or not.
+
+    Raises
+    ------
+    ClusterError
+    """
+    authority = authority_of(name)
+    folder = folder_of(name)
+    found, settings = Whereabouts.read(folder / "scheduler.json"), settings_of(folder)
+    unknown = [lane for lane in lanes if settings.lanes and lane not in settings.lanes]
+    if unknown:
+        raise ClusterError(f"{name} has no lane {unknown[0]!r}.", "a typing error", f"its lanes are {', '.join(settings.lanes)}")
+    where = address_file(folder, settings)
+    return authority.invite(user, lanes, address=found.address if found else "tls://not-started:0", days=days, address_file=str(where))
+
+
+def authority_of(name: str) -> tls.Authority:
+    """What signs the certificates of a service of this account."""
+    folder = folder_of(name) / "authority"
+    if not (folder / "ca.pem").exists():
+        raise ClusterError(
+            f"{name} has no certificates, so nobody can be invited.",
+            "it listens on the loopback address only, where they are not needed, or was never started",
+            "set  interface:  in the cluster file; or  service: {certificates: true}  for a machine that several people use",
+        )
+    return tls.Authority.open(folder)
+
+
+# --- starting --------------------------------------------------------------------------------------------------------------------
+def start(settings: SlurmSettings | LocalSettings, name: str, *, wait_seconds: float = 120) -> Service:
+    """Start a service apart from this process, as its settings say; returns when it answers.
+
+    Raises
+    ------
+    ClusterError
+        If one of that name runs, or this one does not answer in time, with the reason.
+    """
+    with prepared(settings, name) as folder:
+        before = Whereabouts.read(folder / "scheduler.json")
+        launched = batch.launch(folder, settings)
+        launched.write(folder)
+        deadline = time.monotonic() + wait_seconds
+        while (found := Whereabouts.read(folder / "scheduler.json")) is None or (before and found.id == before.id):
+            ended = launched.ended()
+            if (failed := folder / "failed.json").exists():
+                raise ClusterError(*json.loads(failed.read_text()))
+            if ended:
+                raise ClusterError(
+                    f"The cluster {name} ended while it started: {batch.last_words(launched.log)}",
+                    "the environment or the settings do not fit the machine",
+                    f"read {launched.log}",
+                )
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"The cluster {name} does not answer after {wait_seconds:.0f} s: {launched}.",
+                    "the queue is full, or the machine is slow",
+                    f"look again with  cryodask cluster status {name}; it goes on starting",
+                )
+            time.sleep(_LOOK_SECONDS)
+    return find(name)
+
+
+@contextmanager
+def prepared(settings: SlurmSettings | LocalSettings, name: str) -> Iterator[Path]:
+    """The folder of a service that does not run, with settings and authority; within, nobody else starts it.
+
+    Raises
+    ------
+    ClusterError
+    """
+    service = settings.service or ServiceSettings()
+    if isinstance(settings, SlurmSettings) and settings.single_allocation:
+        raise ClusterError(
+            "A cluster file with single_allocation describes one batch job.",
+            "it was given to be shared",
+            "leave single_allocation out; or  cryodask submit PROJECT.yaml --cluster FILE",
+        )
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise ClusterError(
+            f"{name!r} cannot be the name of a cluster.", "a path or a sign that names do not have", "letters, digits, _ and -"
+        )
+    folder = folder_of(name)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder.chmod(0o700)
+    with open(os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ClusterError(
+                f"The cluster {name} is just being started.", "by another command", f"cryodask cluster status {name}"
+            ) from None
+        _refuse_two(folder, name)
+        (folder / "failed.json").unlink(missing_ok=True)
+        owner = owner_of(folder) if (folder / "settings.json").exists() else getuser()
+        content = {"owner": owner, "settings": settings.model_dump(mode="json") | {"service": service.model_dump(mode="json")}}
+        tls.write_secret(folder / "settings.json", json.dumps(content, indent=1))
+        if encrypted(settings) and not (folder / "authority" / "ca.pem").exists():
+            tls.Authority.create(folder / "authority", owner=owner, cluster=name)
+        yield folder
+
+
+def _refuse_two(folder: Path, name: str) -> None:
+    found, waiting = Whereabouts.read(folder / "scheduler.json"), batch.Launched.read(folder)
+    if found is not None and found.lives():
+        runs = f"runs since {time.strftime('%Y-%m-%d %H:%M', time.localtime(found.since))} at {found.address}"
+    elif waiting is not None and waiting.job and not waiting.ended():
+        runs = f"is on its way: {waiting}"
+    else:
+        return
+    raise ClusterError(f"The cluster {name} {runs}.", "it was started before", f"use it, or end it:  cryodask cluster stop {name}")
+
+
+def clean_up(name: str) -> list[str]:
+    """Take away what a service that has ended left behind: its files, and its jobs in Slurm's queue. Returns what that was, in words."""
+    folder, words = folder_of(name), []
+    for file in ("scheduler.json", "successor.json"):
+        found = Whereabouts.read(folder / file)
+        if found is None or found.lives():
+            continue
+        words += [f"job {job} cancelled" for job in in_thread(slurm.cancel_of(found.id))]
+        (folder / file).unlink()
+        words.append(f"{folder / file} removed")
+    waiting = batch.Launched.read(folder)
+    if waiting is not None and not waiting.ended():
+        waiting.end()
+        words.append(f"{waiting} ended")
+    return words

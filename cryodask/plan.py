@@ -1,0 +1,357 @@
+"""What a facility needs for its load: cores, memory, disks and network, from seconds and bytes that were measured.
+
+Pure arithmetic on :class:`Load` and :class:`Costs`. Every number that was not measured is an :class:`Assumption`, which is shown.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from cryodask.errors import ProjectFileError
+
+CAMERAS = {"k2": 3838 * 3710 / 1e6, "k3": 5760 * 4092 / 1e6, "k3-super": 11520 * 8184 / 1e6, "falcon": 4096 * 4096 / 1e6}
+"""Pixels of a frame, millions."""
+
+SHAPES: dict[str, dict[str, float]] = {
+    "preprocessing": {"live": 4, "batch": 1},
+    "image-analysis": {"batch": 3, "notebook": 1},
+    "mixed": {"live": 4, "batch": 2, "hpda": 1, "learning": 1},
+}
+"""Blueprints and the weights of their lanes (as in ``configs/blueprints``)."""
+
+_BESIDE = ("hpda", "learning", "notebook")
+_GIB = 2**30
+_DAY = 86400.0
+
+
+@dataclass(frozen=True)
+class Load:
+    """What comes in.
+
+    ``movies_per_hour`` is that of ONE microscope. ``movie_megabytes`` replaces what camera, frames and compression would give.
+    ``box`` and ``scale_to`` are edges in pixels of an extracted particle, before and after it is reduced. ``sorted_share`` of the particles
+    is refined.
+    """
+
+    microscopes: int = 1
+    movies_per_hour: float = 300.0
+    hours_per_day: float = 24.0
+    camera: str = "k3"
+    megapixels: float | None = None
+    frames: int = 50
+    compression: str = "lzw"
+    movie_megabytes: float | None = None
+    in_place: bool = False
+    particles: int = 300
+    box: int = 320
+    scale_to: int = 160
+    sorted_share: float = 0.5
+    repeats: int = 2
+    days_raw: float = 14.0
+    days_results: float = 30.0
+
+    @property
+    def frame_megapixels(self) -> float:
+        """Millions of counts of a movie."""
+        return self.pixels * self.frames
+
+    @property
+    def pixels(self) -> float:
+        """Millions of pixels of a frame."""
+        return self.megapixels or CAMERAS[self.camera]
+
+    def __post_init__(self) -> None:
+        if self.megapixels is None and self.camera not in CAMERAS:
+            raise ProjectFileError(
+                f"There is no camera {self.camera!r}.", "a typing error, or a new camera", f"use {', '.join(CAMERAS)}, or give megapixels"
+            )
+        if self.compression not in ("lzw", "none"):
+            raise ProjectFileError(
+                f"There is no compression {self.compression!r}.", "a typing error", "use lzw or none, or movie_megabytes"
+            )
+        wrong = [n for n, v in asdict(self).items() if isinstance(v, (int, float)) and not isinstance(v, bool) and not v > 0]
+        wrong += [n for n, most in (("hours_per_day", 24), ("sorted_share", 1)) if getattr(self, n) > most]
+        if wrong:
+            raise ProjectFileError(
+                f"{', '.join(wrong)} is out of range.", "a typing error", "numbers are positive, a day has 24 hours, a share is at most 1"
+            )
+
+
+@dataclass(frozen=True)
+class Assumption:
+    """A number that the plan rests on, and where it is from."""
+
+    name: str
+    value: str
+    source: str
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """CPU seconds of one thread: ``fixed`` for a movie, and ``per_unit``."""
+
+    unit: str
+    fixed: float
+    per_unit: float
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Measured seconds and bytes. ``particle_stages``: CPU seconds a particle by edge of its image, pixels, all iterations."""
+
+    source: str
+    map_stages: Mapping[str, StageCost]
+    particle_stages: Mapping[str, Mapping[int, float]]
+    bytes: Mapping[str, float]
+    memory_megapixels: float
+    memory_bytes: float
+    notes: tuple[Assumption, ...] = ()
+
+    def movie_seconds(self, load: Load) -> dict[str, float]:
+        """CPU seconds of a movie by stage."""
+        units = {
+            "frame megapixel": load.frame_megapixels,
+            "megapixel": load.pixels,
+            "particle megapixel": load.particles * load.box**2 / 1e6,
+        }
+        return {name: cost.fixed + cost.per_unit * units[cost.unit] for name, cost in self.map_stages.items()}
+
+    def particle_seconds(self, stage: str, edge: int) -> float:
+        """CPU seconds a particle: a power of the image's edge through the two that were measured, never below the smaller one."""
+        known = self.particle_stages[stage]
+        small, large = min(known), max(known)
+        power = max(0.0, math.log(known[large] / known[small]) / math.log(large / small))
+        return known[small] * max(1.0, edge / small) ** power
+
+
+@dataclass(frozen=True)
+class Need:
+    """One thing that is needed, and how it comes about."""
+
+    name: str
+    value: float
+    unit: str
+    why: str
+
+
+@dataclass(frozen=True)
+class FacilityPlan:
+    """What a load needs."""
+
+    load: Load
+    blueprint: str
+    needs: tuple[Need, ...]
+    assumptions: tuple[Assumption, ...]
+    movie_seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> float:
+        return next(n.value for n in self.needs if n.name == name)
+
+    def as_json(self) -> dict[str, Any]:
+        """For other programs."""
+        return asdict(self)
+
+
+@functools.cache
+def measured_costs() -> Costs:
+    """Costs that were measured with this version's stages (``benchmarks/stage_costs.py``); they lie in the package."""
+    data = json.loads(resources.files("cryodask").joinpath("stage_costs.json").read_text())
+    return Costs(
+        source=f"measured {data['measured']} on {data['machine']}; {data['movies']}",
+        map_stages={n: StageCost(c["unit"], c["fixed_seconds"], c["seconds_per_unit"]) for n, c in data["map_stages"].items()},
+        particle_stages={n: {int(edge): s for edge, s in c.items()} for n, c in data["particle_stages"].items()},
+        bytes=data["bytes"],
+        memory_megapixels=data["worker_memory"]["megapixels"],
+        memory_bytes=data["worker_memory"]["peak_bytes"],
+    )
+
+
+def costs_of_project(path: str | Path) -> tuple[Costs, dict[str, Any]]:
+    """Costs as a project of the user really had them, and what its movies are like (fields of :class:`Load`).
+
+    Seconds of the stages are the CPU seconds in the records of its items, bytes those of its files. What no project records (the time for
+    storing, memory, the stages that take all particles) stays as measured by us; the notes say so.
+
+    Raises
+    ------
+    ProjectFileError
+        If it did not start from movies, or records no seconds.
+    """
+    from cryodask.run.recipe import project_folder
+    from cryodask.store.project import Project
+
+    project, ours = Project(project_folder(path)), measured_costs()
+    by_stage = {project.generation(label).meta["stage"]: label for label in reversed(project.stages)}
+    records = {name: project.records(label) for name, label in by_stage.items() if name in ours.map_stages}
+    timed = {n: [r["cpu_seconds"] for r in found.values() if r["ok"] and "cpu_seconds" in r] for n, found in records.items()}
+    if not timed.get("ingest") or not timed.get("motion"):
+        raise ProjectFileError(
+            f"{path} does not say what its movies took.",
+            "it starts from what another program made, or no movie is finished yet",
+            "leave --from out, or run a session from its movies first",
+        )
+    sizes = project.generation(by_stage["ingest"]).meta["sizes"]
+    motion = project.generation(by_stage["motion"]).meta["sizes"]
+    frames, pixels = sizes.get("frame", motion.get("frame")), sizes.get("y", motion["y"]) * sizes.get("x", motion["x"]) / 1e6
+    load: dict[str, Any] = {"megapixels": pixels, "frames": frames}
+    movie_bytes = [i.inputs["size"] for i in project.items() if "size" in i.inputs]
+    load |= {"movie_megabytes": _mean(movie_bytes) / 1e6} if movie_bytes else {}
+    if "extract" in by_stage:
+        params = project.generation(by_stage["extract"]).meta["params"]
+        load |= {"box": params["box"], "scale_to": params["scale_to"] or params["box"]}
+        load["particles"] = max(1, round(project.particles().sizes["particle"] / len(timed["extract"])))
+    here = Load(**load)
+    units = {"frame megapixel": here.frame_megapixels, "megapixel": pixels, "particle megapixel": here.particles * here.box**2 / 1e6}
+    stages = dict(ours.map_stages)
+    for name, seconds in timed.items():
+        if seconds and name in stages:
+            stages[name] = replace(stages[name], fixed=0.0, per_unit=_mean(seconds) / units[stages[name].unit])
+    stored = {
+        n: _mean([sum(size for size, _ in r["files"].values()) for r in f.values() if r["ok"] and "files" in r]) for n, f in records.items()
+    }
+    sizes_of = dict(ours.bytes)
+    if stored["ingest"]:
+        sizes_of["stored_movie_per_count"] = stored["ingest"] / (here.frame_megapixels * 1e6)
+    sizes_of["stored_micrograph_per_pixel"] = sum(stored.get(n, 0.0) for n in ("motion", "ctf", "pick")) / (pixels * 1e6)
+    if stored.get("extract"):
+        sizes_of["stored_particle_per_pixel"] = stored["extract"] / (here.particles * here.scale_to**2)
+    kept = [n for n in stages if not timed.get(n)]
+    notes = (
+        Assumption(
+            f"{', '.join(n for n in timed if timed[n])}", "as in the project", f"CPU seconds and bytes of {len(timed['motion'])} movies"
+        ),
+        Assumption(f"{', '.join(kept)}, particle stages, memory", "as measured by us", "a project does not record them"),
+    )
+    source = f"project {project.name}; what it does not record: {ours.source}"
+    return replace(ours, source=source, map_stages=stages, bytes=sizes_of, notes=notes), load
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def plan_facility(
+    load: Load, blueprint: str = "mixed", costs: Costs | None = None, *, busy: float = 0.7, peak: float = 2.0
+) -> FacilityPlan:
+    """Cores, memory, storage and network for a load.
+
+    Parameters
+    ----------
+    load : Load
+    blueprint : str
+        One of :data:`SHAPES`.
+    costs : Costs, optional
+        :func:`measured_costs` if left out.
+    busy : float
+        Share of the time in which a core works: the rest is for pauses that are caught up, retries, and lost jobs.
+    peak : float
+        Largest rate of reading and writing over the mean one.
+
+    Raises
+    ------
+    ProjectFileError
+    """
+    if blueprint not in SHAPES:
+        raise ProjectFileError(f"There is no blueprint {blueprint!r}.", "a typing error", f"use {', '.join(SHAPES)}")
+    costs = costs or measured_costs()
+    from_movies, analysis = blueprint != "image-analysis", blueprint != "preprocessing"
+    per_second = load.microscopes * load.movies_per_hour / 3600.0
+    duty = load.hours_per_day / 24.0
+    movies_a_day = per_second * _DAY * duty
+    particles_a_day = movies_a_day * load.particles
+
+    # --- cores
+    movie_seconds = costs.movie_seconds(load) if from_movies else {}
+    live = per_second * sum(movie_seconds.values()) / busy
+    stages = ["classify2d", *(["refine3d"] if analysis else [])]
+    each = {stage: costs.particle_seconds(stage, load.scale_to) for stage in stages}
+    used = {stage: seconds * (load.sorted_share if stage == "refine3d" else 1.0) for stage, seconds in each.items()}
+    batch = particles_a_day * load.repeats * sum(used.values()) / _DAY / busy
+    weights = SHAPES[blueprint]
+    beside = sum(w for lane, w in weights.items() if lane in _BESIDE) / sum(weights.values())
+    least = live * sum(weights.values()) / weights["live"] if from_movies else 0.0
+    cores = math.ceil(max((live + batch) / (1 - beside), least))
+    gpus = 1 if "learning" in weights else 0
+
+    # --- memory: a worker process with one thread a core
+    scale = max(1.0, load.pixels / costs.memory_megapixels) if from_movies else 1.0
+    worker = math.ceil(costs.memory_bytes * scale / 0.9 * 1.5 / _GIB)
+
+    # --- bytes
+    lzw = costs.bytes["lzw_movie_per_count"]
+    movie = (
+        load.movie_megabytes * 1e6 if load.movie_megabytes else load.frame_megapixels * 1e6 * (lzw if load.compression == "lzw" else 1.0)
+    )
+    copy = 0.0 if load.in_place else costs.bytes["stored_movie_per_count"] * load.frame_megapixels * 1e6
+    sums = costs.bytes["stored_micrograph_per_pixel"] * load.pixels * 1e6
+    boxes = costs.bytes["stored_particle_per_pixel"] * load.scale_to**2 * load.particles
+    raw_day = movies_a_day * movie if from_movies else 0.0
+    kept_day = movies_a_day * ((copy + sums if from_movies else 0.0) + boxes)
+    raw, kept = raw_day * load.days_raw, kept_day * load.days_results
+    writes = per_second * ((movie + copy + sums if from_movies else 0.0) + boxes)
+    reads = (
+        per_second * ((movie + copy) if from_movies else 0.0) + particles_a_day / load.particles * boxes * load.repeats * len(stages) / _DAY
+    )
+    write_rate, read_rate = peak * writes, peak * reads
+
+    by_weight = f"; live's weight alone gives it {weights['live'] / sum(weights.values()):.0%}" if from_movies else ""
+    peak_said = f"peak {costs.memory_bytes / _GIB:.2f} GiB at {costs.memory_megapixels:.1f} megapixels"
+    work = " + ".join(f"{n} {s:.1f}" for n, s in movie_seconds.items() if s >= 0.05)
+    needs = [
+        Need("cores for batch", batch, "cores",
+            f"{particles_a_day / 1e6:.2f} million particles a day x {load.repeats} x "
+            f"{sum(used.values()):.3f} CPU s ({', '.join(f'{n} {s:.3f}' for n, s in used.items())}) / {busy:g}"),
+        Need("cores", cores, "cores", f"{beside:.0%} of them for other lanes{by_weight}"),
+        Need("GPUs", gpus, "", "for the lane learning; no stage of ours needs one" if gpus else "no stage of ours needs one"),
+        Need("memory of a worker", worker, "GiB", f"{peak_said}, x 1.5, a tenth left free"),
+        Need("memory", worker * cores, "GiB", "one worker process a core"),
+        Need("node-local scratch", 2 * worker * cores, "GiB", "twice the memory, on disks of the nodes: results that spill"),
+        Need("raw movies", raw / 1e12, "TB", f"{movies_a_day:,.0f} movies a day x {movie / 1e6:.0f} MB x {load.days_raw:g} days"),
+        Need("results", kept / 1e12, "TB", f"{kept_day / movies_a_day / 1e6:.0f} MB a movie x {load.days_results:g} days"),
+        Need("storage", (raw + kept) / 1e12, "TB", "usable, without spare room for the file system"),
+        Need("writing", write_rate / 1e9, "GB/s", f"movies, their copies, sums, particles; x {peak:g}"),
+        Need("reading", read_rate / 1e9, "GB/s", f"movies, their copies, particles in batch; x {peak:g}"),
+        Need("network", 8 * (write_rate + read_rate) / 1e9, "Gbit/s", "all of it, to and from the shared file system; nodes share it"),
+    ]  # fmt: skip
+    if from_movies:
+        why = f"{per_second:.3f} movies/s x {sum(movie_seconds.values()):.1f} CPU s ({work}) / {busy:g}"
+        needs.insert(0, Need("cores for live", live, "cores", why))
+    return FacilityPlan(load, blueprint, tuple(needs), _assumptions(load, blueprint, costs, busy, peak), movie_seconds)
+
+
+def _assumptions(load: Load, blueprint: str, costs: Costs, busy: float, peak: float) -> tuple[Assumption, ...]:
+    shape = f"{load.megapixels:g} megapixels" if load.megapixels else f"camera {load.camera}, {load.pixels:.1f} megapixels"
+    size = (
+        "as given"
+        if load.movie_megabytes
+        else f"{load.compression}; {costs.bytes['lzw_movie_per_count']:.3f} bytes a count with lzw, measured"
+    )
+    rows = [
+        ("seconds and bytes", "see docs/planning.md", costs.source),
+        ("other machines", "as fast as that one", "run  python benchmarks/stage_costs.py  on yours, or give --from PROJECT"),
+        ("other sizes", "a line in pixels and frames; a power of the box", "two sizes of each were measured"),
+        ("movies", f"{shape}, {load.frames} frames", "given, or our default"),
+        ("bytes of a movie", size, "counts of about one a pixel and frame"),
+        ("copy in the project", "no (in place)" if load.in_place else "yes (chunked)", "stage ingest: storage"),
+        ("hours of recording", f"{load.hours_per_day:g} a day", "given, or the worst case"),
+        ("particles", f"{load.particles} a micrograph, box {load.box}, kept at {load.scale_to} pixels", "given, or our default"),
+        (
+            "batch work",
+            f"every particle {load.repeats} times, {load.sorted_share:.0%} of them refined",
+            "given, or assumed: people try again",
+        ),
+        ("2D and 3D", "linear in particles; refinement measured with D2: C1 needs more", "measured on 2400 particles"),
+        ("busy", f"{busy:.0%} of a core's time", "assumed: pauses are caught up, jobs are lost"),
+        ("peaks", f"{peak:g} x the mean of reading and writing", "assumed"),
+        ("lanes", ", ".join(f"{n} {w:g}" for n, w in SHAPES[blueprint].items()), f"blueprint {blueprint}"),
+        ("GPUs", "none for the stages", "they were measured on CPUs only; one for training is assumed in mixed"),
+        ("kept", f"movies {load.days_raw:g} days, results {load.days_results:g} days", "given, or our default"),
+    ]
+    return (*(Assumption(*row) for row in rows), *costs.notes)

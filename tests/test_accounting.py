@@ -1,0 +1,427 @@
+"""What tasks used: as the workers measured it, whatever becomes of tasks, workers and the scheduler."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+import warnings
+from collections import defaultdict
+
+import pytest
+from distributed import Client, Reschedule, get_client, get_task_stream, secede
+from distributed.utils import open_port
+
+from cryodask.cluster import LaneCluster
+from cryodask.cluster.accounting import Accounting, read_usage
+from cryodask.cluster.journal import DAY, HOUR, UsageJournal
+
+NAMES = ("lane", "user", "project", "pool")
+
+
+def wait(condition, what, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
+        time.sleep(0.05)
+
+
+def attached(cluster, folder=None):
+    async def attach():
+        return Accounting.attach(cluster.scheduler, folder)
+
+    return cluster.sync(attach)
+
+
+def rows(cluster, accounting, **options):
+    async def usage():
+        return accounting.usage(**options)
+
+    return cluster.sync(usage)
+
+
+def workers(count=2, **options):
+    return LaneCluster(
+        n_workers=count, threads_per_worker=1, dashboard_address="127.0.0.1:0", lanes={"live": 3, "hpda": 1}, silence_logs=50, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def lane_cluster():
+    with workers() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(lane_cluster):
+    yield lane_cluster
+    # the next test counts from nothing
+    lane_cluster.sync(_detach, lane_cluster.scheduler)
+
+
+async def _detach(scheduler):
+    known = scheduler.plugins.pop(Accounting.name)
+    scheduler.periodic_callbacks.pop("accounting").stop()
+    scheduler.stream_handlers.update(known._handle)
+
+
+def nap(i, seconds=0.05):
+    time.sleep(seconds)
+    return b"x" * 1000
+
+
+def logged(path, seconds, fail_until=0):
+    """A task that writes its own start and stop down, and fails some times first."""
+
+    def run(i):
+        start = time.time()
+        time.sleep(seconds)
+        with open(path, "a") as file:
+            file.write(f"{start} {time.time()}\n")
+        with open(path) as file:
+            runs = len(file.readlines())
+        if runs <= fail_until:
+            raise ValueError("not yet")
+
+    return run
+
+
+def spans(path):
+    return [float(stop) - float(start) for start, stop in (line.split() for line in path.read_text().splitlines())]
+
+
+def test_task_seconds_are_those_that_the_workers_measured(cluster):
+    accounting = attached(cluster)
+    with Client(cluster, name="live/anna/p1") as anna, Client(cluster, name="hpda/ben") as ben:
+        with get_task_stream(anna) as stream:
+            futures = [anna.map(nap, range(30), pure=False), ben.map(nap, range(30), seconds=0.02, pure=False)]
+            anna.gather(futures[0]), ben.gather(futures[1])
+        owner = {key: name for name, list_ in zip(("live", "hpda"), futures) for key in (f.key for f in list_)}
+        measured = defaultdict(float)
+        for task in stream.data:
+            measured[owner[task["key"]]] += sum(s["stop"] - s["start"] for s in task["startstops"] if s["action"] == "compute")
+        found = {row["lane"]: row for row in rows(cluster, accounting) if row["pool"] != "-"}
+        assert {(r["lane"], r["user"], r["project"], r["pool"], r["tasks"]) for r in found.values()} == {
+            ("live", "anna", "p1", "local", 30),
+            ("hpda", "ben", "", "local", 30),
+        }
+        for lane, seconds in measured.items():
+            assert found[lane]["task_seconds"] == pytest.approx(seconds, abs=1e-6)
+        assert measured["live"] >= 30 * 0.05
+        assert found["live"]["bytes"] >= 30 * 1000
+
+
+def test_failed_runs_and_their_retries_count_as_what_they_used(cluster, tmp_path):
+    accounting = attached(cluster)
+    with Client(cluster, name="live/anna") as client:
+        ends_well = client.submit(logged(str(tmp_path / "well"), 0.3, fail_until=3), 0, retries=5)
+        ends_well.result(30)
+        ends_badly = client.submit(logged(str(tmp_path / "badly"), 0.2, fail_until=9), 0, retries=1)
+        with pytest.raises(ValueError, match="not yet"):
+            ends_badly.result(30)
+        (row,) = rows(cluster, accounting, by=["lane"])
+        assert (row["tasks"], row["failed"], row["lost"]) == (1, 5, 0)
+        used = sum(spans(tmp_path / "well")) + sum(spans(tmp_path / "badly"))
+        assert row["task_seconds"] == pytest.approx(used, abs=0.6)  # counted again with each run it would be twice that
+
+
+def slept(path, seconds):
+    def sleep(i):
+        with open(path, "a") as file:
+            file.write(f"{time.time()}\n")
+        time.sleep(seconds)
+
+    return sleep
+
+
+def test_a_run_that_is_cut_off_counts_until_then(cluster, tmp_path):
+    accounting = attached(cluster)
+    with Client(cluster, name="live/anna") as client:
+        path = tmp_path / "starts"
+        naps = client.map(slept(str(path), 60), range(6), pure=False)
+        wait(lambda: len(accounting._running) == 2, "the heartbeats")
+        time.sleep(1.0)
+        client.cancel(naps)
+        wait(lambda: not cluster.scheduler.tasks, "the end of all")
+        passed = sum(time.time() - float(start) for start in path.read_text().split())
+        (row,) = rows(cluster, accounting, by=["lane"])
+        assert (row["tasks"], row["failed"], row["lost"]) == (0, 0, 2)
+        assert row["task_seconds"] == pytest.approx(passed, abs=0.3)
+        client.restart()
+
+
+def test_a_task_that_asks_to_run_elsewhere_counts_both_runs(cluster, tmp_path):
+    accounting = attached(cluster)
+    path = str(tmp_path / "runs")
+
+    def moves():
+        first = not os.path.exists(path)
+        with open(path, "a") as file:
+            file.write("x")
+        time.sleep(2.5 if first else 0.1)
+        if first:
+            raise Reschedule
+
+    with Client(cluster, name="live/anna") as client:
+        client.submit(moves).result(60)
+        (row,) = rows(cluster, accounting, by=["lane"])
+        assert (row["tasks"], row["lost"]) == (1, 1)
+        assert row["task_seconds"] == pytest.approx(2.6, abs=0.3)
+
+
+def test_a_task_that_leaves_its_thread_counts_up_to_then(cluster):
+    accounting = attached(cluster)
+
+    def drives():
+        time.sleep(0.3)
+        secede()
+        inner = get_client().map(nap, range(10), seconds=0.2, pure=False)
+        get_client().gather(inner)
+
+    with Client(cluster, name="live/anna") as client:
+        client.submit(drives).result(60)
+        (row,) = rows(cluster, accounting, by=["lane", "user"])
+        assert (row["lane"], row["user"], row["tasks"]) == ("live", "anna", 11)
+        assert row["task_seconds"] == pytest.approx(0.3 + 10 * 0.2, abs=0.2)
+
+
+def test_stolen_tasks_are_counted_once_with_the_pool_that_ran_them():
+    with workers(1, resources={"pool-cpu": 1e9}) as cluster:
+        accounting = attached(cluster)
+        with Client(cluster, name="live/anna") as client:
+            futures = [client.submit(nap, i, seconds=4.0) for i in range(2)]
+            wait(lambda: sum(len(ws.processing) for ws in cluster.scheduler.workers.values()) == 2, "both on the only worker")
+            cluster.scale(2)
+            client.gather(futures)
+            assert len({w for where in client.who_has(futures).values() for w in where}) == 2
+            row = next(row for row in rows(cluster, accounting, by=["pool"]) if row["pool"] == "cpu")
+            assert (row["tasks"], row["lost"]) == (2, 0)
+            assert row["task_seconds"] == pytest.approx(8.0, abs=0.5)
+
+
+def test_a_killed_worker_costs_what_its_tasks_had_used(cluster):
+    accounting = attached(cluster)
+    with Client(cluster, name="live/anna") as client:
+        pids = client.run(os.getpid)
+        start = time.time()
+        cluster.scheduler.allowed_failures = 3
+        future = client.submit(nap, 0, seconds=3.0)
+        wait(lambda: accounting._running, "its heartbeat")
+        address = cluster.scheduler.tasks[future.key].processing_on.address
+        time.sleep(1.0)
+        os.kill(pids[address], signal.SIGKILL)
+        killed = time.time() - start
+        future.result(60)
+        (row,) = rows(cluster, accounting, by=["lane"])
+        assert (row["tasks"], row["lost"]) == (1, 1)
+        assert row["task_seconds"] == pytest.approx(killed + 3.0, abs=0.8)
+
+
+def test_waiting_is_the_number_of_held_tasks_over_time(cluster):
+    accounting = attached(cluster)
+    with Client(cluster, name="live/anna") as client:
+        start = time.time()
+        client.gather(client.map(nap, range(20), seconds=0.5, pure=False))
+        passed = time.time() - start
+        waited = {row["pool"]: row["waiting_seconds"] for row in rows(cluster, accounting, by=["pool"])}
+        # of 20 tasks on two slots some 16 to 18 wait at first, and none at the end
+        assert 0.6 * 8.5 * passed < waited["-"] < 1.3 * 8.5 * passed
+        assert waited["local"] == 0.0
+
+
+def test_usage_outlives_the_scheduler(tmp_path):
+    for seen in (0, 10, 20):
+        with workers(1) as cluster:
+            accounting = attached(cluster, tmp_path)
+            with Client(cluster, name="live/anna") as client:
+                assert sum(row["tasks"] for row in rows(cluster, accounting)) == seen
+                client.gather(client.map(nap, range(10), pure=False))
+                before = rows(cluster, accounting, by=["user"])
+        assert [row["tasks"] for row in read_usage(tmp_path, by=["user"])] == [seen + 10]
+        assert read_usage(tmp_path, by=["user"])[0]["task_seconds"] == pytest.approx(before[0]["task_seconds"], abs=1e-4)
+    assert (tmp_path / "usage.jsonl").stat().st_mode & 0o077 == 0
+
+
+def test_a_scheduler_that_is_killed_forgets_five_seconds_at_most(tmp_path):
+    port = open_port()
+    preload = tmp_path / "preload.py"
+    preload.write_text(
+        "from cryodask.cluster import fairshare\nfrom cryodask.cluster.accounting import Accounting\n"
+        "async def dask_setup(scheduler):\n    await fairshare.dask_setup(scheduler)\n"
+        f"    Accounting.attach(scheduler, {str(tmp_path / 'books')!r})\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "distributed.cli.dask_scheduler",
+        "--port",
+        str(port),
+        "--host",
+        "127.0.0.1",
+        "--preload",
+        str(preload),
+    ]
+    with open(tmp_path / "log", "w") as log:
+        scheduler = subprocess.Popen([*command, "--dashboard-address", "127.0.0.1:0"], stderr=log)
+        worker_command = [sys.executable, "-m", "distributed.cli.dask_worker", f"tcp://127.0.0.1:{port}", "--nthreads", "1", "--no-nanny"]
+        worker = subprocess.Popen([*worker_command, "--dashboard-address", "127.0.0.1:0", "--local-directory", str(tmp_path)], stderr=log)
+        try:
+            client = Client(f"tcp://127.0.0.1:{port}", name="live/anna", timeout=30)
+            client.gather(client.map(slept(str(tmp_path / "starts"), 0.05), range(20), pure=False))
+            wait(lambda: read_usage(tmp_path / "books"), "a line", 8)
+        finally:
+            scheduler.kill(), worker.kill()
+            scheduler.wait(), worker.wait()
+    (row,) = read_usage(tmp_path / "books", by=["lane"])
+    assert (row["lane"], row["tasks"]) == ("live", 20)
+    assert row["task_seconds"] == pytest.approx(20 * 0.05, abs=0.1)
+    client.close()
+
+
+def key_of(hour, lane="live"):
+    return int(hour * HOUR), (lane, "anna", "", "cpu")
+
+
+def test_a_torn_line_counts_as_nothing_and_harms_no_other(tmp_path):
+    journal = UsageJournal(tmp_path, NAMES)
+    journal.append({key_of(1): {"tasks": 1.0}})
+    whole = journal.path.read_bytes()
+    journal.append({key_of(2): {"tasks": 2.0}})
+    both = journal.path.read_bytes()
+    for cut in range(len(whole), len(both)):
+        journal.path.write_bytes(both[:cut])
+        kept = {1: 1.0} if cut < len(both) - 1 else {1: 1.0, 2: 2.0}
+        assert {start // HOUR: f["tasks"] for (start, _), f in journal.read().items()} == kept
+        journal.append({key_of(3): {"tasks": 3.0}})
+        assert {start // HOUR: f["tasks"] for (start, _), f in journal.read().items()} == {**kept, 3: 3.0}
+    journal.path.write_bytes(whole + b"\0" * 100 + b"\n[1]\n{}\n")
+    assert list(journal.read()) == [key_of(1)]
+
+
+def test_the_journal_grows_by_hours_not_by_writes(tmp_path):
+    journal, now = UsageJournal(tmp_path, NAMES), time.time()
+    this_hour = now // HOUR
+    for write in range(200):
+        journal.append({key_of(this_hour - write % 3): {"tasks": 1.0, "task_seconds": 0.1}})
+    old = (now - 100 * DAY) // HOUR
+    for hour in range(200):
+        journal.append({key_of(old - hour): {"tasks": 1.0}})
+    before = journal.read()
+    journal.compact(now)
+    assert len(journal.path.read_text().splitlines()) <= 3 + 10
+    assert sum(f["tasks"] for f in journal.read().values()) == sum(f["tasks"] for f in before.values()) == 400
+    assert sum(f.get("task_seconds", 0) for f in journal.read().values()) == pytest.approx(20.0)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 16 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(folder)], capture_output=True, text=True)
+    if done.returncode:
+        warnings.warn(f"a full disk is NOT tested: {done.stderr.strip()}", stacklevel=1)
+        pytest.skip("needs the right to mount a file system")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(path):
+    with open(path, "wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+
+
+def test_on_a_full_disk_nothing_is_counted_twice_or_forgotten(cluster, small_disk):
+    accounting = attached(cluster, small_disk)
+
+    async def write():
+        accounting.write()
+
+    def counted():
+        return [sum(row["tasks"] for row in rows) for rows in (read_usage(small_disk), rows(cluster, accounting))]
+
+    with Client(cluster, name="live/anna") as client:
+        client.gather(client.map(nap, range(5), pure=False))
+        cluster.sync(write)
+        assert counted() == [5, 5]
+        lines = (small_disk / "usage.jsonl").read_bytes()
+        with pytest.raises(OSError, match="No space left"):  # more than there is room for: not a part of it stays
+            UsageJournal(small_disk, NAMES).append({key_of(hour): {"tasks": 1.0} for hour in range(400)})
+        assert (small_disk / "usage.jsonl").read_bytes() == lines
+        padding = b"\n" * (4096 - len(lines) % 4096)
+        (small_disk / "usage.jsonl").write_bytes(lines + padding)  # a page of memory holds no more
+        with pytest.raises(OSError, match="No space left"):
+            fill(small_disk / "filler")
+        client.gather(client.map(nap, range(5), pure=False))
+        cluster.sync(write)
+        assert counted() == [5, 10]
+        (small_disk / "filler").unlink()
+        cluster.sync(write)
+        assert counted() == [10, 10]
+
+
+def test_since_counts_from_the_hour_on(tmp_path):
+    hour = time.time() // HOUR
+    UsageJournal(tmp_path, NAMES).append(
+        {key_of(hour - 5): {"tasks": 1.0}, key_of(hour - 2): {"tasks": 2.0}, key_of(hour, "hpda"): {"tasks": 4.0}}
+    )
+    assert [row["tasks"] for row in read_usage(tmp_path, by=["lane"])] == [4, 3]
+    assert [row["tasks"] for row in read_usage(tmp_path, since=(hour - 2) * HOUR + 1800, by=[])] == [6]
+    with pytest.raises(ValueError, match="not by laen"):
+        read_usage(tmp_path, by=["laen"])
+
+
+# --- the pages -------------------------------------------------------------------------------------------------------------------
+def page(cluster, path):
+    with urllib.request.urlopen(cluster.dashboard_link.replace("/status", path), timeout=20) as answer:
+        return answer.read().decode()
+
+
+@pytest.fixture
+def shown():
+    with workers() as cluster:
+        yield cluster, attached(cluster)
+
+
+def test_prometheus_reads_what_was_used(shown):
+    cluster, _ = shown
+    with Client(cluster, name='live/an"na') as client:
+        client.gather(client.map(nap, range(12), pure=False))
+        with pytest.raises(ZeroDivisionError):
+            client.submit(lambda: 1 / 0).result(20)
+        text = page(cluster, "/cryodask/metrics")
+        values = {}
+        for line in text.splitlines():
+            assert line.startswith(("# HELP cryodask_", "# TYPE cryodask_")) or re.fullmatch(r"cryodask_\w+\{.*\} [0-9.e+-]+", line), line
+            if not line.startswith("#"):
+                values[line.rsplit(" ", 1)[0]] = float(line.rsplit(" ", 1)[1])
+        owner = r'lane="live",user="an\"na",project="",pool="local"'
+        assert values[f'cryodask_task_runs_total{{{owner},outcome="done"}}'] == 12
+        assert values[f'cryodask_task_runs_total{{{owner},outcome="failed"}}'] == 1
+        assert values[f"cryodask_task_seconds_total{{{owner}}}"] == pytest.approx(12 * 0.05, abs=0.2)
+        assert (values['cryodask_lane_weight{lane="live"}'], values['cryodask_lane_clients{lane="live"}']) == (3, 1)
+
+
+def test_the_panel_shows_shares_and_waiting_tasks_of_every_lane(shown):
+    from bokeh.client import pull_session
+    from bokeh.models import ColumnDataSource
+
+    cluster, accounting = shown
+    with Client(cluster, name="live/anna") as anna, Client(cluster, name="hpda/ben") as ben:
+        sent = [client.map(nap, range(500), seconds=0.1, pure=False) for client in (anna, ben)]
+        wait(lambda: len(accounting.samples) > 32, "half a minute of samples", 50)
+        assert 'href="lanes"' in page(cluster, "/status")
+        assert "Lanes" in page(cluster, "/lanes")
+        with pull_session(url=cluster.dashboard_link.replace("/status", "/lanes")) as session:
+            source = next(model for model in session.document.models if isinstance(model, ColumnDataSource) and "time" in model.data)
+            data = {name: list(values) for name, values in source.data.items()}
+        assert len(data["time"]) >= 2
+        assert data["live to"][-1] - data["live from"][-1] == pytest.approx(75, abs=12)
+        assert data["hpda to"][-1] - data["hpda from"][-1] == pytest.approx(25, abs=12)
+        assert min(data["live waiting"][-1], data["hpda waiting"][-1]) > 50
+        anna.cancel(sent[0]), ben.cancel(sent[1])

@@ -1,0 +1,162 @@
+"""Faults of pools on a real Slurm, by what the user sees of them: a full scratch disk, jobs and nodes that go away."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+import warnings
+
+import dask.array as da
+import pytest
+from distributed import Client, get_worker
+
+from cryodask.cluster.pools import PoolCluster, open_pools
+from cryodask.cluster.settings import parse_settings
+
+pytestmark = pytest.mark.slurm
+
+_ONE = {"memory": "800MiB", "partition": "cpu", "walltime": "0:30:00"}
+MIB = 2**20
+
+
+def wait(condition, what, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
+        time.sleep(0.05)
+
+
+def settings(tmp_path, pools, **more):
+    options = {"interface": "lo", "poll_seconds": 0.5, "logs": str(tmp_path / "logs"), "lanes": {"live": 3, "hpda": 1}, **more}
+    return parse_settings({"kind": "slurm", "pools": pools, **options})
+
+
+@pytest.fixture
+def on_slurm(slurm, monkeypatch):
+    monkeypatch.setenv("SLURM_CONF", slurm.environ["SLURM_CONF"])
+    yield slurm
+    slurm.reset()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 8 MiB and 300 files."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m,nr_inodes=300", "tmpfs", str(folder)], capture_output=True, text=True)
+    if done.returncode:
+        warnings.warn(f"a full scratch disk is NOT tested: {done.stderr.strip()}", stacklevel=1)
+        pytest.skip("needs the right to mount a file system")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(folder):
+    for i in range(1000):
+        try:
+            (folder / f"filler-{i}").write_bytes(b"x" * 65536)
+        except OSError:
+            if i > 400:  # neither a byte nor a name is free
+                return
+
+
+def test_workers_that_find_a_full_scratch_say_so(on_slurm, small_disk, tmp_path):
+    fill(small_disk)
+    with PoolCluster(settings(tmp_path, {"cpu": {**_ONE, "scratch": str(small_disk)}})) as cluster:
+        cluster.scale_pool(cpu=1)
+        wait(lambda: cluster.pool_status()["cpu"].problem, "giving up", 90)
+        assert re.search(r"pool cpu: 3 jobs in a row ended before a worker came\. .*No space left on device", cluster.what_is_missing())
+        assert cluster.pool_status()["cpu"].target == 0
+
+
+def test_a_scratch_that_fills_up_fails_the_tasks_that_write_there_and_no_others(on_slurm, small_disk, tmp_path):
+    def writes(i):
+        path = os.path.join(get_worker().local_directory, f"part-{i}")
+        with open(path, "wb") as file:
+            file.write(b"x" * MIB)
+        return path
+
+    pools = {"cpu": {**_ONE, "scratch": str(small_disk), "count": 1}}
+    with open_pools(settings(tmp_path, pools)) as cluster, Client(cluster, name="hpda/anna") as client:
+        cluster.wait_for_first(60)
+        futures = client.map(writes, range(12))
+        others = client.map(abs, range(20))
+        assert client.gather(others) == list(range(20))
+        wait(lambda: all(f.done() for f in futures), "an answer for every task")
+        failed = [f for f in futures if f.status == "error"]
+        assert 4 <= len(failed) < 12
+        assert all(re.search("No space left on device", str(f.exception())) for f in failed)
+        now = cluster.pool_status()["cpu"]
+        assert (now.workers, now.lost, cluster.what_is_missing()) == (1, 0, "")
+        (row,) = cluster.usage(by=["lane"])
+        assert row["failed"] == len(failed)
+
+
+def test_a_shuffle_through_a_full_scratch_ends_with_its_reason(on_slurm, small_disk, tmp_path):
+    pools = {"cpu": {**_ONE, "scratch": str(small_disk), "count": 2}}
+    with open_pools(settings(tmp_path, pools)) as cluster, Client(cluster, name="hpda/anna") as client:
+        wait(lambda: cluster.pool_status()["cpu"].workers == 2, "both workers")
+        turned = da.ones((4000, 4000), chunks=(200, 4000)).rechunk((4000, 200), method="p2p")  # 122 MiB
+        future = client.compute(turned.sum())
+        wait(future.done, "an end", 120)
+        reasons, error = [], future.exception()
+        while error is not None:
+            reasons.append(str(error))
+            error = error.__cause__
+        assert any("No space left on device" in reason for reason in reasons), reasons
+        assert client.submit(sum, [1, 2]).result(60) == 3
+        wait(lambda: cluster.pool_status()["cpu"].workers == 2, "both workers")
+
+
+def cancel(slurm, client, job):
+    slurm.run("scancel", job)
+
+
+def kill_nanny(slurm, client, job):
+    os.kill(next(iter(client.run(os.getppid).values())), signal.SIGKILL)
+
+
+def take_node_down(slurm, client, job):
+    slurm.down(slurm.jobs()[job][2])
+
+
+def preempt(slurm, client, job):
+    slurm.run("sbatch", "--parsable", "-p", "urgent", "-c", "16", "--mem=100", "-o", "/dev/null", "--wrap", "sleep 2")
+
+
+def test_every_lost_job_is_told_with_its_number_and_replaced(on_slurm, tmp_path):
+    pools = {"cheap": {**_ONE, "partition": "preempt", "count": 1}}
+    with open_pools(settings(tmp_path, pools)) as cluster, Client(cluster, name="hpda/anna") as client:
+
+        def now():
+            return cluster.pool_status()["cheap"]
+
+        for fault in (cancel, kill_nanny, take_node_down, preempt):
+            wait(lambda: now().workers == 1 and not cluster.what_is_missing(), "a worker", 90)
+            (job,) = on_slurm.jobs()
+            future = client.submit(time.sleep, 1, pure=False)
+            wait(lambda: any(client.processing().values()), "the task")
+            fault(on_slurm, client, job)
+            wait(lambda: now().workers == 0, f"notice of {fault.__name__}")
+            told = {cluster.what_is_missing()}
+            while now().workers == 0:
+                told.add(cluster.what_is_missing())
+            # while a job waits, or its worker has not come yet, it is told for what
+            known = r"pool cheap: (jobs wait in the queue \(1 [\w, ]+\)|0 workers of \d running jobs have come)"
+            assert any(re.fullmatch(known, text) for text in told), (fault, told)
+            assert future.result(60) is None
+            (text,) = [text for _, pool, text in cluster.events if pool == "cheap" and f"({job})" in text]
+            assert re.fullmatch(rf"job cheap-\d+ \({job}\): Slurm (shows it no more|says it is [A-Z_]+)", text)
+            on_slurm.resume("p0")
+        assert now().lost == 4
+
+
+def test_a_run_starts_with_the_workers_that_came_and_ends_without_the_others(on_slurm, tmp_path):
+    pools = {"cpu": {**_ONE, "count": 1}, "huge": {**_ONE, "cores": 64, "count": 2}}
+    with open_pools(settings(tmp_path, pools)) as cluster, Client(cluster, name="hpda/anna") as client:
+        cluster.wait_for_first(60)
+        assert client.gather(client.map(abs, range(30))) == list(range(30))
+        wait(lambda: cluster.what_is_missing() == "pool huge: jobs wait in the queue (2 PartitionConfig)", "Slurm's reason")

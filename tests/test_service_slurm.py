@@ -1,0 +1,409 @@
+"""A shared cluster in its own Slurm job, with certificates: several people, its end and its successor, batch runs, and what is killed."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import ssl
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import yaml
+from _service import begun, cryodask, environment_of_tests, holder, journal, open_to_others, program, running, wait
+
+from cryodask.cluster import close, connect, service
+from cryodask.cluster.service import submit
+from cryodask.cluster.settings import parse_settings
+from cryodask.errors import ClusterError
+from cryodask.formats.movies import write_tiff_movie
+
+pytestmark = pytest.mark.slurm
+
+_POOL = {"memory": "800MiB", "partition": "cpu"}
+
+
+def settings(home, **more):
+    return {
+        "kind": "slurm",
+        "interface": "lo",
+        "poll_seconds": 0.5,
+        "logs": str(home / "logs"),
+        "lanes": {"live": 3, "hpda": 1, "batch": 1},
+        "pools": {"cpu": {**_POOL, "count": 1}, "huge": {**_POOL, "cores": 64, "count": 0}},
+        "service": {"where": "slurm", "partition": "cpu", "memory": "500MiB", "walltime": "1:00:00", "certificates": True},
+        **more,
+    }
+
+
+@pytest.fixture(scope="module")
+def home(slurm, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("home")
+        environment_of_tests(patch, folder)
+        patch.setenv("SLURM_CONF", slurm.environ["SLURM_CONF"])
+        (folder / "mixed.yaml").write_text(yaml.safe_dump(settings(folder)))
+        yield folder
+        for name in service.known():
+            try:
+                service.find(name).stop()
+            except ClusterError:
+                service.clean_up(name)
+        slurm.reset()
+
+
+@pytest.fixture(scope="module")
+def started(home):
+    return cryodask("cluster", "start", str(home / "mixed.yaml"))
+
+
+@pytest.fixture
+def mixed(started):
+    return service.find("mixed")
+
+
+@pytest.fixture
+def client(mixed):
+    made = connect("mixed", lane="hpda")
+    yield made
+    close(made)
+
+
+def invited(home, mixed, user, lanes):
+    """Where that person has put the invitation."""
+    said = cryodask("cluster", "invite", "mixed", user, "--lanes", lanes)
+    path = home / f"{user}.invite"
+    path.write_text(Path(said.splitlines()[0]).read_text())
+    path.chmod(0o600)
+    return str(path)
+
+
+def test_every_job_script_is_printed_and_nothing_is_started(home):
+    said = cryodask("cluster", "start", str(home / "mixed.yaml"), "--name", "dry", "--dry-run")
+    assert said.count("#!/usr/bin/env bash") == 3
+    for words in ("# --- the scheduler", "-J cryodask-dry", "--signal=B:USR1@900", "-t 1:00:00", "# --- a job of pool cpu", "of pool huge"):
+        assert words in said
+    assert "dry" not in service.known()
+
+
+def test_it_runs_in_a_job_of_its_own_and_its_workers_are_guarded(home, started, mixed, client, slurm):
+    assert re.search(r"runs at tls://.*Slurm job \d+", started)
+    assert client.submit(sum, [1, 2]).result(60) == 3
+    job = mixed.status()["slurm_job"]
+    assert slurm.jobs()[job][:2] == ("RUNNING", "cryodask-mixed")
+    nannies = running(slurm.processes(), "dask_worker")
+    assert nannies
+    assert all("--preload-nanny cryodask.cluster.guard" in " ".join(p.cmdline()) for p in nannies)
+    again = cryodask("cluster", "start", str(home / "mixed.yaml"), "--dry-run")
+    assert "TLS__WORKER__CERT" in again  # now that there are certificates
+
+
+def test_nothing_of_it_listens_beyond_this_machine_without_tls(mixed, client, slurm):
+    client.submit(sum, [1]).result(60)
+    ours = running(slurm.processes(), "cryodask.cluster.serving", "dask_worker", "spawn_main")
+    assert len(ours) >= 3
+    assert open_to_others(ours) == set()
+    assert all(address.startswith("tls://") for address in [mixed.address, *client.nthreads()])
+
+
+def test_status_shows_why_jobs_wait(mixed, client):
+    said = cryodask("cluster", "scale", "mixed", "huge=1")
+    wait(lambda: any(job["reason"] == "PartitionConfig" for job in mixed.status()["jobs"]), "Slurm's reason")
+    said = cryodask("cluster", "status", "mixed")
+    for words in ("huge-0", "PartitionConfig", "hands over at", "Waits for workers: pool huge: jobs wait in the queue"):
+        assert words in said, said
+    now = json.loads(cryodask("cluster", "status", "mixed", "--json"))
+    assert now["pools"]["huge"]["waiting"] == {"PartitionConfig": 1}
+    assert now["pools"]["cpu"]["workers"] == 1
+    cryodask("cluster", "scale", "mixed", "huge=0")
+
+
+def test_two_people_share_it_each_in_their_lanes_and_neither_can_end_it(home, mixed, client):
+    anna = connect(invited(home, mixed, "anna", "hpda"), lane="live")
+    bert = connect(invited(home, mixed, "bert", "batch,live"), lane="live")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            assert anna.submit(sum, [1, 2]).result(60) == bert.submit(sum, [1, 2]).result(60) == 3
+            hers, his = anna.map(time.sleep, [0.3] * 20, pure=False), bert.map(time.sleep, [0.3] * 20, pure=False)
+            wait(lambda: {n for n, lane in mixed.status()["lanes"].items() if lane["waiting"]} >= {"hpda", "live"}, "both lanes")
+            wait(lambda: any("anna may not use the lane 'live'" in str(w.message) for w in seen), "the warning")
+        for person in (anna, bert):
+            with pytest.raises(PermissionError, match="kept for its owner"):
+                person.restart()
+            for request in ("cluster_scale", "cluster_stop", "cluster_hand_over"):
+                guest = service.find(str(home / f"{'anna' if person is anna else 'bert'}.invite"))
+                with pytest.raises(ClusterError, match="kept for its owner"):
+                    guest.ask(request)
+        guest = service.find(str(home / "anna.invite"))
+        assert guest.status()["state"] == "running"
+        with pytest.raises(ClusterError, match="by its owner only"):
+            guest.stop()
+        wait(lambda: {"anna", "bert"} <= {row["user"] for row in mixed.usage()}, "what both used")
+        assert {row["user"] for row in guest.usage()} == {"anna"}
+        assert {row["user"] for row in guest.usage(by=("lane",))} == {"anna"}
+        anna.cancel(hers)
+        bert.cancel(his)
+    finally:
+        anna.close()
+        bert.close()
+    cryodask("cluster", "invite", "mixed", "bert", "--revoke")
+    wait(lambda: refused(str(home / "bert.invite")), "the refusal")
+    assert client.submit(sum, [4]).result(60) == 4
+    assert "no lane 'gold'" in cryodask("cluster", "invite", "mixed", "carl", "--lanes", "gold", code=2)
+
+
+def refused(invitation):
+    try:
+        connect(invitation).close()
+    except ClusterError as error:
+        return "is not invited" in str(error)
+    return False
+
+
+def test_before_its_walltime_ends_it_hands_over_and_invitations_stay_good(home, mixed, slurm):
+    invitation = invited(home, mixed, "anna", "hpda")
+    before, job, old = mixed.address, mixed.status()["slurm_job"], holder("mixed")
+    anna = connect(invitation, lane="hpda")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        running = anna.submit(lambda: time.sleep(3) or "finished")
+        wait(lambda: mixed.status()["lanes"]["hpda"]["running"], "the task")
+        slurm.run("scancel", "--batch", "--signal=USR1", job)  # as Slurm does for --signal=B:USR1@900
+        assert running.result(60) == "finished"
+        wait(lambda: service.find("mixed").address != before, "the successor")
+        wait(lambda: anna.status != "running", "the end of the old one")
+    assert any("connect again" in str(w.message) for w in seen)
+    anna.close()
+    after = service.find("mixed")
+    assert after.status()["slurm_job"] != job
+    with connect(invitation, lane="hpda") as again:  # written before the address changed
+        assert again.scheduler.address == after.address
+        assert again.submit(sum, [1, 3]).result(60) == 4
+    wait(lambda: not old.is_running(), "the end of the old process")
+    wait(lambda: job not in slurm.jobs(), "the end of its job")
+    assert len(after.usage()) >= 2  # the account goes on
+
+
+def test_a_submitted_run_goes_on_with_the_successor(home, mixed, slurm, tmp_path):
+    folder = tmp_path / "run"
+    command = program(folder, "{cluster}", 40, 0.3)
+    sent = submit(command, "mixed", lane="batch", name="forty")
+    assert "scancel" in str(sent)
+    wait(lambda: len(journal(folder)) >= 5, "five items")
+    before = mixed.address
+    mixed.hand_over()
+    wait(lambda: service.find("mixed").address != before, "the successor")
+    wait(lambda: sent.job_id not in slurm.jobs(), "the end of the run", 120)
+    said = sent.log.read_text()
+    assert "the scheduler of mixed was lost; waits for the cluster, then runs the command again (2 of 5)" in said
+    assert {record["row"] for record in journal(folder)} == set(range(40))
+    assert state_of(slurm, sent.job_id) == "COMPLETED"
+
+
+def state_of(slurm, job):
+    lines = (slurm.folder / "log" / "jobcomp.log").read_text().splitlines()
+    return re.search(r"JobState=(\w+)", next(line for line in lines if line.startswith(f"JobId={job} "))).group(1)
+
+
+PROJECT = """
+name: tiny
+inputs: {movies: "movies/*"}
+microscope: {voltage_kv: 300, spherical_aberration_mm: 2.7, amplitude_contrast: 0.1, pixel_size_angstrom: 2.0, dose_per_frame: 5}
+pipeline:
+  - motion: {patches: [1, 1]}
+"""
+
+
+def test_a_project_is_submitted_and_the_user_told_how_to_follow_it(mixed, slurm, tmp_path):
+    (tmp_path / "movies").mkdir()
+    random = np.random.default_rng(0)
+    for i in range(3):
+        write_tiff_movie(tmp_path / "movies" / f"m{i}.tif", random.poisson(3, (3, 192, 192)).astype(np.uint8), 2.0)
+    (tmp_path / "tiny.yaml").write_text(PROJECT)
+    assert "cryodask.cluster.driver 5" in cryodask("submit", str(tmp_path / "tiny.yaml"), "--cluster", "mixed", "--dry-run")
+    said = cryodask("submit", str(tmp_path / "tiny.yaml"), "--cluster", "mixed", "--lane", "live", "--partition", "cpu")
+    (job,) = re.findall(r"Slurm job (\d+)", said)
+    for words in ("tail -F", f"squeue -j {job}", f"scancel {job}", f"cryodask info {tmp_path / 'tiny.yaml'}"):
+        assert words in said
+    wait(lambda: job not in slurm.jobs(), "the end", 120)
+    log = Path(re.findall(r"tail -F (\S+)", said)[0]).read_text()
+    assert "3 micrographs done" in log, log
+    assert "motion" in cryodask("info", str(tmp_path / "tiny.yaml"))
+    assert "live on one machine" in cryodask("submit", str(tmp_path / "tiny.yaml"), code=2)
+
+
+def test_a_submitted_command_that_fails_by_itself_is_not_run_again(mixed, slurm):
+    sent = submit(["sh", "-c", "echo once; exit 7"], "mixed", name="fails")
+    wait(lambda: sent.job_id not in slurm.jobs(), "the end")
+    assert sent.log.read_text().count("once") == 1
+    assert state_of(slurm, sent.job_id) == "FAILED"
+
+
+def test_a_submitted_run_that_is_cancelled_says_that_it_can_go_on(mixed, slurm):
+    sent = submit(["sh", "-c", "echo begun; sleep 300"], "mixed", name="long")
+    wait(lambda: sent.log.exists() and "begun" in sent.log.read_text(), "its start")
+    slurm.run("scancel", sent.job_id)
+    wait(lambda: sent.job_id not in slurm.jobs(), "the end")
+    assert "submitted again, a run goes on" in sent.log.read_text()
+    assert sent.log.read_text().count("begun") == 1
+
+
+def test_a_killed_scheduler_takes_its_workers_along_and_its_jobs_are_cancelled_at_the_next_start(home, mixed, slurm, tmp_path):
+    folder, command = tmp_path / "run", program(tmp_path / "run", "mixed", 40, 0.2)
+    mixed.scale(huge=1)
+    driver = begun(folder, command)
+    wait(lambda: len(journal(folder)) >= 5, "five items")
+    wait(lambda: mixed.status()["pools"]["huge"]["pending"] == 1, "a pending job")
+    workers = running(slurm.processes(), "dask_worker")
+    holder("mixed").send_signal(signal.SIGKILL)
+    assert driver.wait(90) == 1
+    assert "The scheduler is gone" in (folder / "said.txt").read_text()
+    _, alive = psutil.wait_procs(workers, 60)
+    assert not alive
+    assert any(name == "cryodask-huge" for _, name, _ in slurm.jobs().values())
+    assert "has ended" in cryodask("cluster", "status", "mixed", code=2)
+    cryodask("cluster", "start", "mixed")
+    pending = service.find("mixed").status()
+    assert not pending["pools"]["huge"]["pending"]
+    wait(lambda: not any(name == "cryodask-huge" for _, name, _ in slurm.jobs().values()), "the end of the leftover")
+    assert any("left by" in text for _, text in pending["events"])
+    assert begun(folder, command).wait(60) == 0
+    assert {record["row"] for record in journal(folder)} == set(range(40))
+
+
+def test_stop_cancels_every_job(home, mixed, slurm):
+    assert "has ended" in cryodask("cluster", "stop", "mixed")
+    wait(lambda: not slurm.jobs(), "an empty queue")
+    assert "does not run" in cryodask("cluster", "status", "mixed", code=2)
+
+
+def test_one_that_waits_in_the_queue_says_so_and_can_be_stopped(home, slurm):
+    waiting = settings(home, service={"where": "slurm", "cores": 64, "certificates": True})
+    with pytest.raises(ClusterError, match=r"Slurm job \d+ is pending, reason PartitionConfig"):
+        service.start(parse_settings(waiting), "late", wait_seconds=2)
+    with pytest.raises(ClusterError, match="it is being started: Slurm job"):
+        service.find("late")
+    with pytest.raises(ClusterError, match="is on its way"):
+        service.start(parse_settings(waiting), "late")
+    assert "ended" in cryodask("cluster", "stop", "late")
+    wait(lambda: not slurm.jobs(), "an empty queue")
+
+
+def pid_of(name):
+    try:
+        return service.find(name).status()["pid"]
+    except ClusterError:
+        return None
+
+
+def test_with_a_fixed_port_the_successor_is_found_by_connected_clients(home):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pools = {"cpu": {**_POOL, "count": 1}}
+    fixed = parse_settings(settings(home, pools=pools, port=port, service={"certificates": True}))
+    old = service.start(fixed, "fixed").status()["pid"]
+    with connect("fixed", lane="live") as client:
+        assert client.submit(sum, [1, 2]).result(60) == 3
+        service.find("fixed").hand_over()
+        wait(lambda: pid_of("fixed") not in (old, None), "the successor")
+        wait(lambda: client.status == "running" and client.scheduler_comm is not None, "the connection")
+        assert client.submit(sum, [1, 3]).result(60) == 4
+        assert client.scheduler.address == f"tls://127.0.0.1:{port}"
+    wait(lambda: not psutil.pid_exists(old) or psutil.Process(old).status() == psutil.STATUS_ZOMBIE, "the end of the old one")
+    assert "has ended" in cryodask("cluster", "stop", "fixed")
+
+
+def speaks_tls(host, port):
+    trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
+    try:
+        with socket.create_connection((host, port), 10) as plain, trusting.wrap_socket(plain):
+            return True
+    except ssl.SSLError as error:
+        return "ALERT" in str(error).upper()
+
+
+def test_what_other_machines_can_reach_speaks_tls_and_lets_nobody_in_without_a_certificate(home, slurm):
+    names = [name for name, found in psutil.net_if_addrs().items() if name != "lo" and any(a.family == socket.AF_INET for a in found)]
+    if not names:
+        warnings.warn("this machine has no network: a service beyond it is NOT tested", stacklevel=1)
+        pytest.skip("no network interface")
+    wide = settings(home, interface=names[0], pools={"cpu": {**_POOL, "count": 1}}, service={})
+    found = service.start(parse_settings(wide), "wide")
+    with connect("wide") as client:
+        assert client.submit(sum, [1, 2]).result(60) == 3
+        reachable = open_to_others([holder("wide"), *running(slurm.processes(), "dask_worker", "spawn_main")])
+    assert len(reachable) >= 3  # scheduler, nanny, worker
+    assert {address for address in reachable if not speaks_tls(*address)} == set()
+    with pytest.raises(ClusterError, match="without a certificate"):
+        connect(found.address)
+    found.stop()
+
+
+def test_one_whose_jobs_are_all_refused_says_so_in_slurms_words(home):
+    pools = {"cpu": {**_POOL, "partition": "nope", "count": 1}}
+    with pytest.raises(ClusterError, match="Invalid partition name"):
+        service.start(parse_settings(settings(home, pools=pools, service={"certificates": True})), "refused")
+    with pytest.raises(ClusterError, match="Invalid partition name"):
+        service.start(parse_settings(settings(home, service={"where": "slurm", "partition": "nope"})), "refused")
+
+
+def test_a_batch_run_is_refused_where_its_workers_are_out_of_reach(home, tmp_path, monkeypatch):
+    with pytest.raises(ClusterError, match="live on one machine"):
+        submit(["true"], "local")
+    own = own_file(home)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ClusterError, match="no Slurm here: sbatch is not on the PATH"):
+        submit(["true"], own)
+    with pytest.raises(ClusterError, match=r"(?s)live on one machine.*there is no Slurm here"):
+        submit(["true"], "local")
+
+
+def own_file(home):
+    """A cluster file without a service."""
+    content = settings(home)
+    del content["service"]
+    (home / "own.yaml").write_text(yaml.safe_dump(content))
+    return home / "own.yaml"
+
+
+def test_a_batch_job_opens_the_pools_of_a_file_by_itself(home, slurm, tmp_path):
+    others = set(slurm.jobs())
+    sent = submit(program(tmp_path / "run", "{cluster}", 5, 0.1), own_file(home), name="own")
+    wait(lambda: sent.job_id not in slurm.jobs(), "the end", 90)
+    assert "'done': 5" in sent.log.read_text()
+    wait(lambda: set(slurm.jobs()) <= others, "the end of its workers")
+
+
+def test_one_allocation_has_lanes_too(home, slurm, tmp_path):
+    single = {**settings(home, single_allocation=True), "pools": {"cpu": {**_POOL, "count": 1}}, "lanes": {"live": 3, "batch": 2}}
+    del single["service"]
+    (home / "single.yaml").write_text(yaml.safe_dump(single))
+    (tmp_path / "ask.py").write_text(
+        "from os import environ\nfrom cryodask.cluster import connect\n"
+        "client = connect(environ['CRYODASK_CLUSTER'], lane=environ['CRYODASK_LANE'])\n"
+        "print(client.submit(sum, [1, 2]).result(60), client.run_on_scheduler(lambda dask_scheduler: dask_scheduler.lanes_now()))\n"
+    )
+    sent = submit([sys.executable, str(tmp_path / "ask.py")], home / "single.yaml", lane="live")
+    wait(lambda: sent.job_id not in slurm.jobs(), "the end", 90)
+    said = sent.log.read_text()
+    assert re.search(r"^3 \{.*'live': \{'weight': 3.0, [^}]*'clients': 1\}", said, re.M), said
+    assert "'batch': {'weight': 2.0" in said
+
+
+@pytest.mark.slow
+def test_slurm_itself_gives_the_signal_before_the_walltime_ends(home, slurm):
+    brief = settings(home, service={"where": "slurm", "partition": "cpu", "memory": "500MiB", "walltime": "0:02:00", "certificates": True})
+    first = service.start(parse_settings(brief), "brief")
+    wait(lambda: service.find("brief").address != first.address, "the successor", 150)
+    with connect("brief") as client:
+        assert client.submit(sum, [1]).result(60) == 1
+    service.find("brief").stop()
