@@ -4,7 +4,7 @@ A lane is a group of clients: live processing, batch runs, notebooks. Tasks that
 goes to the lane that is furthest behind its share (``lanes.py``). Inside a lane, users and their projects share in the same way; inside
 a project Dask's own order holds. Nobody's share is kept for those who do not use it.
 
-Works for any Dask: ``LaneCluster`` is a ``LocalCluster`` with it, ``SpecCluster`` takes it as ``{"cls": FairShareScheduler}``, and there are
+Works for any Dask: ``LaneCluster`` is a ``LocalCluster`` with it, ``SpecCluster`` takes it as ``{"cls": FairShareScheduler}``; there are
 our pools, and ``dask scheduler --preload cryodask.cluster.fairshare``.
 """
 
