@@ -95,3 +95,14 @@ def test_no_variable_is_hidden_by_an_attribute_of_a_dataset():
 
     hidden = [name for name in VARIABLES if hasattr(xr.Dataset, name)]
     assert hidden == []
+
+
+@pytest.mark.parametrize("name", ["local", "mixed", "tcp://10.0.0.1:8786"])
+def test_a_word_or_an_address_as_cluster_is_taken_as_it_stands(tmp_path, name):
+    assert plan_of(tmp_path, cluster=name).cluster == name
+
+
+def test_a_cluster_file_lies_beside_the_project_file(tmp_path):
+    assert plan_of(tmp_path, cluster="slurm.yaml").cluster == str(tmp_path / "slurm.yaml")
+    (tmp_path / "mixed").write_text("kind: local\n")
+    assert plan_of(tmp_path, cluster="mixed").cluster == str(tmp_path / "mixed")

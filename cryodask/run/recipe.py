@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import re
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -93,9 +94,10 @@ class Plan:
 
     @property
     def cluster(self) -> str:
-        """``local``, an address, or the path of the cluster file."""
+        """``local``, an address, the name of a cluster that runs, or the path of a cluster file."""
         name = self.file.cluster
-        return name if name == "local" or "://" in name else self.resolve(name)
+        is_word = re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None and not Path(self.resolve(name)).is_file()
+        return name if is_word or "://" in name else self.resolve(name)
 
     def resolve(self, name: str) -> str:
         """A path of the project file, relative to where that file lies."""
