@@ -1,7 +1,7 @@
 """What a movie and a particle cost: CPU seconds and bytes of every stage, for ``cryodask plan``.
 
 ``python benchmarks/stage_costs.py [--write]``: simulated movies of 2048 x 2048 and 4096 x 4096 pixels (40 frames, LZW TIFF) go through the
-runner on one worker; 2D classification, ab initio and refinement take 2400 simulated particles with one thread in this process. What the
+runner on one worker; 2D classification and refinement take 2400 simulated particles with one thread in this process. What the
 worker spends beyond its stages (decoding, compressing, checksums, writing) counts as stage ``store``. A stage's cost is a line through the
 two sizes. ``--write`` puts the result into the package; the movies stay in benchmarks/out/costs.
 """

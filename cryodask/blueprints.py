@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from cryodask.cluster.settings import Line, Memory, SlurmSettings, parse_settings
-from cryodask.cluster.settings import _network_file_system as network_file_system
+from cryodask.cluster.settings import Line, Memory, SlurmSettings, network_file_system, parse_settings
 from cryodask.errors import ClusterError, ProjectFileError, StoreError
 
 if TYPE_CHECKING:

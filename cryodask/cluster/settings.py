@@ -183,7 +183,7 @@ class PoolSettings(_Section):
             raise ValueError("a job has one process for each of its gpus: leave processes out")
         if self.cores < self.workers_per_job:
             raise ValueError(f"{self.workers_per_job} processes need as many cores, not {self.cores}")
-        if not self.network_scratch and (kind := _network_file_system(self.scratch)):
+        if not self.network_scratch and (kind := network_file_system(self.scratch)):
             raise ValueError(
                 f"scratch {self.scratch} lies on a network file system ({kind}), which spilling workers bring to its knees;"
                 " name a disk of the node, or set network_scratch: true"
@@ -306,7 +306,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _network_file_system(path: str) -> str:
+def network_file_system(path: str) -> str:
     """Kind of the network file system that holds a path on this machine; empty for a local one, and for what only a node can tell."""
     if "$" in path:
         return ""
