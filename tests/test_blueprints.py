@@ -59,7 +59,7 @@ def test_a_profile_replaces_name_by_name_and_null_removes(tmp_path):
     assert plain.storage.raw.path == "/data/raw"
 
 
-def test_scratch_of_the_storage_is_that_of_all_pools_and_never_anetwork_file_system(tmp_path, monkeypatch):
+def test_scratch_of_the_storage_is_that_of_all_pools_and_never_a_network_file_system(tmp_path, monkeypatch):
     content = yaml.safe_load((CONFIGS / "preprocessing.yaml").read_text())
     content["storage"]["scratch"] = {"path": "/fast"}
     made = read_blueprint(written(tmp_path, **content), folder=tmp_path)
