@@ -1,8 +1,8 @@
 """How long from ``connect()`` to the first result on Slurm, and what is computed again when a pool shrinks?
 
-``python benchmarks/slurm_start.py [--times 5]``: a real Slurm in a temporary folder (``cryodask.testing.slurm``), pools with certificates on
-a network interface of this machine. Twenty results on three jobs, then two of the jobs are let go: each task leaves a line in a file when
-it runs.
+``python benchmarks/slurm_start.py [--times 5]``: a real Slurm in a temporary folder (``cryodask.testing.slurm``), pools with certificates
+on a network interface of this machine. Twenty results on three jobs, then two of the jobs are let go: each task leaves a line in a file
+when it runs.
 """
 
 from __future__ import annotations
