@@ -39,6 +39,7 @@ def _worker(gpus=0, used=0):
         ([_worker(1, used=1), _worker(1, used=1)], 0, 1),  # others have all: one waits for our share
         ([_worker(1, used=1), _worker(1, used=1)], 1, 2),  # one of ours runs now
         ([_worker(1, used=1), _worker(1, used=1)], 2, 4),
+        ([_worker(1, used=1)] * 4, 0, 1),  # ours only wait: their number does not grow
         ([{"nthreads": 1, "resources": {"GPU": 1.0}}], 0, 2),  # a plain Dask scheduler does not say what is used
     ],
 )
@@ -97,7 +98,7 @@ def test_items_go_to_gpus_and_cpus_each_gpu_has_one_at_a_time_and_none_is_lost(g
 
 
 @pytest.mark.slurm
-def test_items_that_wait_for_gpus_which_others_keep_go_to_a_cpu_at_the_end(gpu_client, tmp_path, monkeypatch):
+def test_items_that_wait_for_gpus_which_others_keep_go_to_a_cpu_while_a_session_goes_on(gpu_client, tmp_path, monkeypatch):
     monkeypatch.setattr(map_module, "_GPU_PATIENCE_SECONDS", 1.0)
     said = []
     with Client(gpu_client.scheduler.address, name="learning/ben", set_as_default=False) as other:
@@ -106,7 +107,13 @@ def test_items_that_wait_for_gpus_which_others_keep_go_to_a_cpu_at_the_end(gpu_c
             time.sleep(0.05)
         job = FaultyJob(tmp_path, seconds=0.05)
         runner = MapRunner(gpu_client, job, event=lambda kind, item, text: said.append(text))
-        counts = runner.run(iter([Item(row, f"item{row}") for row in range(8)]))
+
+        def session():
+            yield from (Item(row, f"item{row}") for row in range(8))
+            while len(_records(tmp_path)) < 8:  # it ends when all of them are done, and not before
+                yield None
+
+        counts = runner.run(session())
         assert counts == {"seen": 8, "done": 8, "quarantined": 0, "running": 0, "waiting": 0}
         assert {r["device"] for r in _records(tmp_path)} == {"cpu"}
         assert "no GPU became free: it goes to a CPU" in said

@@ -183,3 +183,66 @@ def test_the_scheduler_says_what_waits_and_what_runs_in_which_lane():
         assert Status.closed == scheduler.status
 
     run(scenario)
+
+
+def test_who_submits_what_another_has_submitted_before_does_not_take_over_who_pays():
+    async def scenario():
+        async with cluster(1, 1, lanes={"A": 1, "B": 1}) as scheduler, client(scheduler, "A/anna") as a, client(scheduler, "B/ben") as b:
+            mine = a.map(sleep, range(4), [0.2] * 4, key=[f"k{i}" for i in range(4)])
+            while len(scheduler.tasks) < 4:
+                await asyncio.sleep(0.02)
+            same = b.map(sleep, range(4), [0.2] * 4, key=[f"k{i}" for i in range(4)])
+            while len(scheduler.clients[b.id].wants_what) < 4:
+                await asyncio.sleep(0.02)
+            assert {scheduler.owner_of(f"k{i}").path for i in range(4)} == {("A", "anna", "")}
+            assert await b.gather(same) == await a.gather(mine) == list(range(4))
+
+    run(scenario)
+
+
+def test_tasks_whose_inputs_lie_on_a_paused_worker_run_elsewhere_however_large_they_are():
+    async def scenario():
+        async with cluster(2, 1, lanes={"A": 1, "B": 1}) as scheduler, client(scheduler, "A") as a, client(scheduler, "B") as b:
+            (big,) = await a.scatter([1], workers=["w0"], hash=False)
+            scheduler.tasks[big.key].set_nbytes(20_000_000_000)
+            paused = next(ws for ws in scheduler.workers.values() if ws.name == "w0")
+            kept = [a.map(sleep, range(4), [0.05] * 4, [big] * 4, key="A", pure=False), await _roots(b, "B", 40, 0.05)]
+            scheduler.handle_worker_status_change("paused", paused.address, "test-pause")
+            assert sorted(await asyncio.wait_for(a.gather(kept[0]), 20)) == list(range(4))
+            del kept
+
+    run(scenario)
+
+
+def test_tasks_bound_to_workers_are_not_sorted_in_again_when_other_workers_come():
+    async def scenario():
+        async with cluster(1, 1, lanes={"A": 1}) as scheduler, client(scheduler, "A") as a:
+            kept = a.map(sleep, range(50), [0.2] * 50, key="A", pure=False, workers=["w0"])
+            while len(scheduler.queued) < 40:
+                await asyncio.sleep(0.02)
+            leaf = scheduler.owner("A").threads
+            before = sum(map(len, leaf.heaps.values()))
+            for _ in range(20):
+                scheduler.workers_changed()
+            assert sum(map(len, leaf.heaps.values())) <= before
+            del kept
+
+    run(scenario)
+
+
+def test_work_that_a_client_announces_is_known_until_it_leaves():
+    async def scenario():
+        async with cluster(1, 2, lanes={"A": 1, "live": 3}) as scheduler:
+            async with client(scheduler, "live/anna") as live:
+                await live.gather(live.map(sleep, range(4), [0.1] * 4, key=[f"item-{i}" for i in range(4)]))
+                await live.scheduler.announce_work(client=live.id, prefix="item", tasks=500)
+                (entry,) = scheduler.announced_work()
+                assert (entry["lane"], entry["resources"], entry["tasks"]) == ("live", {}, 500)
+                assert entry["seconds"] == pytest.approx(50, rel=0.3)
+                await live.scheduler.announce_work(client=live.id, prefix="item", tasks=0)
+                assert scheduler.announced_work() == []
+                await live.scheduler.announce_work(client=live.id, prefix="item", tasks=7)
+            assert scheduler.announced_work() == []
+            assert scheduler._announced == {}
+
+    run(scenario)

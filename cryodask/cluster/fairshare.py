@@ -196,10 +196,17 @@ class FairShareScheduler(ChargingScheduler):
 
     def workers_changed(self, gone: str | None = None) -> None:
         """Find new places for held tasks that were bound to workers, and new threads to reserve."""
-        moved = self._held.restricted() + (self._held.tasks_at(gone) if gone else [])
-        for ts in moved:
+        moved = [(ts, self._restricted_place(ts)) for ts in (self._held.tasks_at(gone) if gone else [])]
+        places: dict[Any, Place] = {}
+        for ts in self._held.restricted():
+            same = frozenset(ts.worker_restrictions or ()), frozenset(ts.host_restrictions or ()), ts.loose_restrictions
+            if same not in places:
+                places[same] = self._restricted_place(ts)
+            if places[same] != self._held.place_of(ts):
+                moved.append((ts, places[same]))
+        for ts, place in moved:
             self._held.discard(ts)
-            self._held.put(ts, self._leaf(ts), self._restricted_place(ts))
+            self._held.put(ts, self._leaf(ts), place)
         self._fresh = self._fresh or bool(moved)
         if gone:
             self._finished.pop(gone, None)
@@ -292,7 +299,7 @@ class FairShareScheduler(ChargingScheduler):
 
     def _sooner_here(self, leaf: Share, place: str, ts: TaskState, ws: WorkerState) -> bool:
         other = self.workers.get(place)
-        if other is None:
+        if other is None or other not in self.running:
             return True
         return self.get_comm_cost(ts, ws) < self.estimate(ts) * (1 + len(leaf.heaps[place]) / other.nthreads)
 

@@ -39,7 +39,7 @@ USER_OPS = frozenset({
     # looked into further by the scheduler
     "broadcast", "proxy", "set_metadata", "log_event",
     # of a service
-    "cluster_status", "cluster_usage",
+    "cluster_status", "cluster_usage", "announce_work",
 })  # fmt: skip
 """Requests to the scheduler that anybody may make."""
 

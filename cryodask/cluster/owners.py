@@ -43,6 +43,8 @@ class LanedScheduler(Scheduler):
         self._lone: Owner | None = None
         self._others: dict[Any, Owner] = {}
         self._submitting: Any = None
+        self._announced: dict[str, tuple[str, int]] = {}
+        self.handlers["announce_work"] = self.announce_work
         self._held = LaneQueue(self._leaf)
         self.queued = self._held  # type: ignore[assignment]
         self.add_plugin(_Graphs(self))
@@ -51,8 +53,8 @@ class LanedScheduler(Scheduler):
         """Two owners have tasks, where one had all of them before."""
 
     def identity(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As distributed's; of the workers also ``used_resources``."""
-        known: dict[str, Any] = super().identity(*args, **kwargs)
+        """As distributed's; of the workers also ``used_resources``, and ``lanes`` to tell that there are some."""
+        known: dict[str, Any] = {**super().identity(*args, **kwargs), "lanes": True}
         for address, worker in known["workers"].items():
             worker["used_resources"] = dict(self.workers[address].used_resources)
         return known
@@ -121,7 +123,7 @@ class LanedScheduler(Scheduler):
         """Settle who pays for the tasks of a new graph; of tasks known before, the first who submitted them."""
         nested = self._submitting is not None and self._submitting in self.tasks
         payer = self.owner_of(self._submitting) if nested else self.owner_of_client(client)
-        if not self._others and (self._lone is None or len(self.tasks) <= len(keys)):
+        if not self._others and (self._lone is None or self._all_new(keys)):
             self._lone = payer
         alone = not self._others
         if payer is not self._lone:
@@ -133,6 +135,10 @@ class LanedScheduler(Scheduler):
                 self._others[key] = self.owner(lane, payer.user, payer.project)
         if alone and self._others:
             self.contest_begins()
+
+    def _all_new(self, keys: list[Any]) -> bool:
+        """Whether there are no tasks but these, and all of them came just now."""
+        return len(self.tasks) <= len(keys) and all(self.tasks[key].state == "released" for key in keys if key in self.tasks)
 
     def _remove_key(self, key: Any) -> None:
         self._others.pop(key, None)
@@ -187,6 +193,22 @@ class LanedScheduler(Scheduler):
         """Seconds that a task will probably take."""
         average = ts.prefix.duration_average
         return average if average >= 0 else max(self.UNKNOWN_TASK_DURATION, ts.prefix.max_exec_time)
+
+    async def announce_work(self, client: str, prefix: str, tasks: int) -> None:
+        """A client says how many tasks of a kind it has yet to send: pools grow by what is to come, not by what is here."""
+        self._announced[client] = prefix, tasks
+
+    def announced_work(self) -> list[dict[str, Any]]:
+        """As :meth:`waiting_work`, of tasks that clients have announced and not yet sent."""
+        found = []
+        for client, (prefix, tasks) in list(self._announced.items()):
+            if client not in self.clients:
+                del self._announced[client]
+            elif tasks > 0:
+                timed = self.task_prefixes[prefix].duration_average if prefix in self.task_prefixes else -1
+                each = timed if timed >= 0 else self.UNKNOWN_TASK_DURATION
+                found.append({"lane": self.path_of_client(client)[0], "resources": {}, "tasks": tasks, "seconds": tasks * each})
+        return found
 
     def waiting_work(self) -> list[dict[str, Any]]:
         """What waits here, for whoever decides on more workers.

@@ -41,15 +41,15 @@ def with_gpus(workers: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str
     return {address: worker for address, worker in workers.items() if (worker.get("resources") or {}).get(GPU)}
 
 
-def gpu_items(workers: Mapping[str, Mapping[str, Any]], ours: int) -> int:
+def gpu_items(workers: Mapping[str, Mapping[str, Any]], running: int) -> int:
     """How many items one run should have on GPUs or waiting for them, from what is free now.
 
     Parameters
     ----------
     workers : mapping
         As the scheduler describes them by address.
-    ours : int
-        Items of this run that are out for GPUs.
+    running : int
+        Items of this run that run on GPUs.
 
     Notes
     -----
@@ -59,4 +59,4 @@ def gpu_items(workers: Mapping[str, Mapping[str, Any]], ours: int) -> int:
     some = with_gpus(workers).values()
     devices = sum(int(worker["resources"][GPU]) for worker in some)
     used = sum(int((worker.get("used_resources") or {}).get(GPU, 0)) for worker in some)
-    return max(1, _AHEAD * (devices - max(0, used - ours))) if devices else 0
+    return max(1, _AHEAD * (devices - max(0, used - running))) if devices else 0

@@ -19,7 +19,7 @@ from cryodask.run import sources
 from cryodask.run.blocks import iterate_on_workers
 from cryodask.run.chain import Chain, Link
 from cryodask.run.inputs import StepInputs
-from cryodask.run.map import MapRunner
+from cryodask.run.map import PREFIX, MapRunner
 from cryodask.run.particles import StoredParticles
 from cryodask.run.progress import Progress, short, summary
 from cryodask.run.recipe import Plan, Step, position
@@ -187,6 +187,8 @@ class Execution:
             counts = runner.counts()
             done, quarantined = known - bad + counts["done"], bad + counts["quarantined"]
             waiting = len(self.items) - done - quarantined - counts["running"]
+            if kind == "looked":
+                runner.watch.announce(PREFIX, waiting)
             arriving = {"arriving": len(self.arrivals.pending)} if self.arrivals is not None else {}
             self.progress.account(
                 seen=len(self.items),

@@ -32,6 +32,8 @@ class Watch:
         self.client, self.tell, self.patience = client, tell, patience_seconds
         self.workers: dict[str, dict[str, Any]] = {}
         self.answers = True
+        self.lanes = False
+        self._announced = 0
         self.stall = ""
         self._looked, self._moved, self._told_after = float("-inf"), time.monotonic(), patience_seconds
 
@@ -88,6 +90,25 @@ class Watch:
                 self.moved()
             self.look(waiting_for)
 
+    def announce(self, prefix: str, tasks: int) -> None:
+        """Tell a scheduler with lanes how many tasks of a kind are yet to be sent: pools of workers follow the work that waits."""
+        scheduler = self.client.scheduler
+        if self.lanes and scheduler and self.client.status == "running" and tasks != self._announced:
+            with suppress(OSError, TimeoutError):
+                self.client.sync(
+                    scheduler.announce_work, client=self.client.id, prefix=prefix, tasks=tasks, callback_timeout=_ANSWER_SECONDS
+                )
+                self._announced = tasks
+
+    def processing(self, addresses: Iterable[str]) -> set[str] | None:
+        """Keys of the tasks that these workers have now; None if the scheduler does not answer."""
+        scheduler = self.client.scheduler
+        try:
+            found = self.client.sync(scheduler.processing, workers=list(addresses), callback_timeout=_ANSWER_SECONDS) if scheduler else {}
+        except (OSError, TimeoutError):
+            return None
+        return {str(key) for keys in found.values() for key in keys}
+
     def reason(self) -> str:
         """Why nothing moves, as far as the scheduler knows."""
         if self.client.status == "connecting" or not self.answers:
@@ -122,4 +143,4 @@ class Watch:
             answer = None
         self.answers = answer is not None
         if answer is not None:
-            self.workers = answer["workers"]
+            self.workers, self.lanes = answer["workers"], bool(answer.get("lanes"))

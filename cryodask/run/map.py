@@ -21,10 +21,13 @@ import cloudpickle
 from distributed import Client, Future, KilledWorker
 
 from cryodask.errors import CryodaskError
-from cryodask.run.devices import CPU_DEVICE, GPU, GPU_DEVICE, gpu_items
+from cryodask.run.devices import CPU_DEVICE, GPU, GPU_DEVICE, gpu_items, with_gpus
 from cryodask.run.health import Watch
 from cryodask.run.isolation import ItemDied, ItemFailure, in_child, time_limit
 from cryodask.store.project import Item
+
+PREFIX = "item"
+"""By which Dask knows how long items take."""
 
 _TRIES = 3
 _LONELY_DEATHS = 10
@@ -118,7 +121,8 @@ class MapRunner:
         self.watch = Watch(client, lambda text: event("stalled", None, text), stall_after_seconds)
         self.blob = cloudpickle.dumps(job)
         self.flying: dict[str, tuple[Future, Item, bool]] = {}
-        self.on_gpus: set[str] = set()
+        self.for_gpus: dict[str, float] = {}  # when sent
+        self.on_gpus = 0
         self.ready: deque[Item] = deque()
         self.later: list[tuple[float, int, Item]] = []
         self.suspects: deque[Item] = deque()
@@ -154,6 +158,7 @@ class MapRunner:
                 if self.watch.look(f"{len(self.flying)} items are out"):
                     # never 0: a cluster that scales by backlog must see one
                     self.window = 4 * self.watch.slots + 8
+                    self._look_at_gpus()
                     self.event("looked", None, "")
                 self._refill(items)
                 if self._ended and not (self.flying or self.ready or self.later or self.suspects):
@@ -163,6 +168,8 @@ class MapRunner:
         except BaseException:
             self.client.cancel([f for f, _, _ in self.flying.values()], force=True)
             raise
+        finally:
+            self.watch.announce(PREFIX, 0)
 
     def _refill(self, items: Iterator[Item | None]) -> None:
         now = time.monotonic()
@@ -173,9 +180,7 @@ class MapRunner:
         if self.suspects:
             self._send([self.suspects.popleft() for _ in range(min(max(1, room), len(self.suspects)))], isolated=True)
             room = self.window - len(self.flying)
-        if self._ended and not self.ready:
-            self._take_back_from_gpus()
-        for_gpus = max(0, gpu_items(self.watch.workers, len(self.on_gpus)) - len(self.on_gpus))
+        for_gpus = max(0, gpu_items(self.watch.workers, self.on_gpus) - len(self.for_gpus))
         if room < self.window / 4 and len(self.flying) > 1:
             room = 0
         room = max(room, for_gpus)
@@ -199,7 +204,7 @@ class MapRunner:
             return
         self._sequence += 1
         # a new key each try: an erred key would answer at once
-        keys = [f"item-{self._run}-{item.row}-{self._sequence}" for item in items]
+        keys = [f"{PREFIX}-{self._run}-{item.row}-{self._sequence}" for item in items]
         futures = self.client.map(
             work,
             items,
@@ -216,19 +221,22 @@ class MapRunner:
             resources={GPU: 1} if device == GPU_DEVICE else None,
         )
         if device == GPU_DEVICE:
-            self.on_gpus.update(str(future.key) for future in futures)
+            self.for_gpus |= {str(future.key): time.monotonic() for future in futures}
         for future, item in zip(futures, items):
             self.flying[str(future.key)] = (future, item, isolated)
             future.add_done_callback(self.finished.put)
 
-    def _take_back_from_gpus(self) -> None:
-        """Nothing else is left: items that wait for a GPU which others keep for long go to a CPU."""
-        if len(self.on_gpus) < len(self.flying) or not self.on_gpus or not self.watch.still_for(_GPU_PATIENCE_SECONDS):
+    def _look_at_gpus(self) -> None:
+        """Which items run on GPUs; those that wait for one which others keep for long go to a CPU."""
+        gpus = with_gpus(self.watch.workers)
+        begun = self.watch.processing(gpus) if self.for_gpus and gpus else set()
+        if begun is None:
             return
-        begun = {str(key) for keys in self.client.processing().values() for key in keys}
-        for key in sorted(self.on_gpus - begun):
+        self.on_gpus = len(begun & set(self.for_gpus))
+        late = time.monotonic() - _GPU_PATIENCE_SECONDS
+        for key in [key for key, sent in self.for_gpus.items() if sent < late and key not in begun]:
             future, item, _ = self.flying.pop(key)
-            self.on_gpus.discard(key)
+            del self.for_gpus[key]
             future.cancel()
             self._send([item], isolated=False)
             self.event("again", item, "no GPU became free: it goes to a CPU")
@@ -249,7 +257,7 @@ class MapRunner:
         if str(future.key) not in self.flying:  # taken back
             return
         _, item, isolated = self.flying.pop(str(future.key))
-        self.on_gpus.discard(str(future.key))
+        self.for_gpus.pop(str(future.key), None)
         status = future.status
         error = future.exception() if status == "error" else None
         future.release()
