@@ -55,4 +55,15 @@ def client() -> Iterator[Any]:
     close(made)
 
 
+@pytest.fixture(autouse=True)
+def _no_client_of_a_closed_loop() -> Iterator[None]:
+    """Tasks of workers in this process that ask for a client leave it behind as the default one of whoever computes next."""
+    yield
+    from distributed.client import _global_clients
+
+    for number, left in list(_global_clients.items()):
+        if left.loop.asyncio_loop.is_closed():  # type: ignore[attr-defined]
+            del _global_clients[number]
+
+
 slurm = pytest.fixture(scope="session")(slurm_for_tests)

@@ -23,7 +23,7 @@ from cryodask.store.project import Item
 from cryodask.testing.faults import FaultyJob
 
 _ONE = {"memory": "800MiB"}
-_POOLS = {"cpu": {**_ONE, "partition": "cpu", "count": 1}, "gpu": {**_ONE, "partition": "gpu", "gpus": 2, "cores": 2, "count": 1}}
+_POOLS = {"cpu": {**_ONE, "partition": "cpu", "count": 1}, "gpu": {"memory": "4GiB", "partition": "gpu", "gpus": 2, "cores": 2, "count": 1}}
 
 
 def _worker(gpus=0, used=0):

@@ -263,7 +263,8 @@ def start(settings: SlurmSettings | LocalSettings, name: str, *, wait_seconds: f
         while (found := Whereabouts.read(folder / "scheduler.json")) is None or (before and found.id == before.id):
             ended = launched.ended()
             if (failed := folder / "failed.json").exists():
-                raise ClusterError(*json.loads(failed.read_text()))
+                what, reason, way_out = json.loads(failed.read_text())
+                raise ClusterError(what, reason, way_out)
             if ended:
                 raise ClusterError(
                     f"The cluster {name} ended while it started: {batch.last_words(launched.log)}",
