@@ -9,11 +9,15 @@ import copy
 import grp
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
@@ -129,7 +133,7 @@ class Blueprint(_Section):
 
 @dataclass(frozen=True)
 class Started:
-    """What :func:`start` set going."""
+    """What :func:`start` set going; ``invitations`` are those of people who had none."""
 
     service: Service
     runs: dict[str, SubmittedRun | str]
@@ -209,34 +213,65 @@ def striping(folder: Folder) -> list[str] | None:
 
 
 def make_folder(folder: Folder) -> None:
-    """Make a folder with its mode, group and stripes; one that is there keeps its stripes.
+    """Make a folder with its mode, group and stripes. One that is there stays as it is; where it is otherwise, a warning says so.
 
     Raises
     ------
     StoreError
     """
     path = Path(folder.path)
-    new = not path.exists()
+    group = -1 if folder.group is None else _group(folder.group)
+    if path.exists():
+        if different := _different(folder):
+            warnings.warn(f"The folder {path} is left as it is: {different}.", stacklevel=2)
+        return
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        if folder.group:
-            os.chown(path, -1, _group(folder.group))
-        path.chmod(int(folder.mode, 8))
+        path.mkdir(parents=True)
+        with _removed_if_it_fails(path):
+            os.chown(path, -1, group)
+            path.chmod(int(folder.mode, 8))
+            command = striping(folder)
+            done = subprocess.run(command, capture_output=True, text=True) if command else None
+            if command and done and done.returncode:
+                raise StoreError(
+                    f"{' '.join(command)} failed: {(done.stderr or done.stdout).strip()}",
+                    "more targets than there are, or a pool that does not exist",
+                    "change stripe in the blueprint's storage",
+                )
     except OSError as error:
         raise StoreError(
             f"The folder {path} cannot be made as the blueprint says: {error.strerror}.",
             "this account may not write there, or is not in that group",
             "run this with the account of the service, or change storage",
         ) from None
-    command = striping(folder) if new else None
-    if command:
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise StoreError(
-                f"{' '.join(command)} failed: {(done.stderr or done.stdout).strip()}",
-                "more targets than there are, or a pool that does not exist",
-                "change stripe in the blueprint's storage",
-            )
+
+
+@contextmanager
+def _removed_if_it_fails(folder: Path) -> Iterator[None]:
+    """The next attempt would take what is left for a folder of the site's."""
+    try:
+        yield
+    except BaseException:
+        folder.rmdir()
+        raise
+
+
+def _different(folder: Folder) -> str:
+    """In what a folder that is there is not as the blueprint says; empty if it is."""
+    there = Path(folder.path).stat()
+    words = []
+    if stat.S_IMODE(there.st_mode) != int(folder.mode, 8):
+        words.append(f"its mode is {stat.S_IMODE(there.st_mode):o} and not {folder.mode}")
+    if folder.group and there.st_gid != _group(folder.group):
+        words.append(f"its group is {_name_of(there.st_gid)} and not {folder.group}")
+    return ", ".join(words)
+
+
+def _name_of(group: int) -> str:
+    try:
+        return grp.getgrgid(group).gr_name
+    except KeyError:
+        return str(group)
 
 
 def _group(name: str) -> int:
@@ -315,14 +350,17 @@ def check(blueprint: Blueprint) -> Iterator[str]:
     from cryodask.run.recipe import make_plan
 
     for folder in (blueprint.storage.raw, blueprint.storage.projects):
-        there = "is there" if Path(folder.path).exists() else "would be made"
+        new = not Path(folder.path).exists()
+        there = "would be made" if new else "is there"
         yield f"folder {folder.path} {there}, mode {folder.mode}" + (f", group {folder.group}" if folder.group else "")
-        if folder.group:
-            try:
+        try:
+            if folder.group:
                 _group(folder.group)
-            except StoreError as error:
-                yield f"  {error.what} {error.way_out}"
-        if folder.stripe:
+            if not new and (different := _different(folder)):
+                yield f"  it is left as it is: {different}"
+        except StoreError as error:
+            yield f"  {error.what} {error.way_out}"
+        if folder.stripe and new:
             command = striping(folder)
             yield "  " + (" ".join(command) if command else "its stripes are left as they are: it is not on Lustre, or there is no lfs")
     lanes = {n: lane["weight"] if isinstance(lane, dict) else lane for n, lane in blueprint.cluster.lanes.items()}
@@ -346,7 +384,7 @@ def check(blueprint: Blueprint) -> Iterator[str]:
 def start(blueprint: Blueprint) -> Started:
     """Make the folders, start the cluster (or find it, if it runs), invite its people, and submit every session as a job of its own.
 
-    Sessions that wait or run already are left alone.
+    Sessions that wait or run already are left alone, and so are invitations that people have.
 
     Raises
     ------
@@ -366,11 +404,16 @@ def start(blueprint: Blueprint) -> Started:
         running = service.find(blueprint.name)
     except ClusterError:
         running = service.start(blueprint.cluster, blueprint.name)
-    invitations = {}
-    if encrypted(blueprint.cluster):
-        invitations = {person: running.invite(person, lanes) for person, lanes in blueprint.people.items()}
+    invitations = invite_people(blueprint) if encrypted(blueprint.cluster) else {}
     runs: dict[str, SubmittedRun | str] = {}
-    there = {job.name: job.job_id for job in in_thread(slurm.squeue()) or [] if job.cluster_id == "run" and job.alive}
+    queue = in_thread(slurm.squeue())
+    if queue is None:
+        raise ClusterError(
+            "Slurm does not answer, so nobody knows which sessions run already.",
+            "its controller is away, or overworked",
+            "try again when  squeue --me  answers: what was made stays, and no session is submitted twice",
+        )
+    there = {job.name: job.job_id for job in queue if job.cluster_id == "run" and job.alive}
     for name, session in blueprint.sessions.items():
         called = f"{blueprint.name}-{name}"
         if called in there:
@@ -380,3 +423,27 @@ def start(blueprint: Blueprint) -> Started:
         command = command_of(blueprint, name, file)
         runs[name] = service.submit(command, blueprint.name, lane=session.lane, name=called, job=blueprint.cluster.driver)
     return Started(running, runs, invitations)
+
+
+def invite_people(blueprint: Blueprint) -> dict[str, Path]:
+    """Invite those of a blueprint's people who have no invitation to its cluster, or one that has expired.
+
+    Another invitation would make the one before worthless, so of all others only the lanes are set; the owner needs none.
+
+    Raises
+    ------
+    ClusterError
+    """
+    from cryodask.cluster import service
+    from cryodask.cluster.whereabouts import folder_of, owner_of
+
+    authority, made = service.authority_of(blueprint.name), {}
+    owner, invited = owner_of(folder_of(blueprint.name)), authority.people()
+    for person, lanes in blueprint.people.items():
+        if person == owner:
+            continue
+        if person not in invited or datetime.fromisoformat(invited[person]["expires"]) < datetime.now(UTC):
+            made[person] = service.invite(blueprint.name, person, lanes)
+        elif invited[person]["lanes"] != lanes:
+            authority.set_lanes(person, lanes)
+    return made

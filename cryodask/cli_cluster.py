@@ -195,6 +195,9 @@ def stop(
     name: NameArgument,
     drain: Annotated[float, typer.Option(metavar="SECONDS", help="Let tasks that run finish, for at most so long.", min=0)] = 0,
     hand_over: Annotated[bool, typer.Option("--hand-over", help="Start a successor first, as at the end of a walltime.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Of one that is known to be gone: clear away what it left, though its machine is out of reach.")
+    ] = False,
 ) -> None:
     """End a cluster and its jobs.
 
@@ -211,7 +214,7 @@ def stop(
     try:
         found = service.find(name)
     except ClusterError as error:
-        left = service.clean_up(name)
+        left = service.clean_up(name, force=force)
         typer.echo(error.what)
         for what in left:
             typer.echo(f"  {what}")

@@ -189,6 +189,46 @@ def test_a_task_that_leaves_its_thread_counts_up_to_then(cluster):
         assert row["task_seconds"] == pytest.approx(0.3 + 10 * 0.2, abs=0.2)
 
 
+def test_a_late_report_of_another_run_takes_nothing_off_the_one_that_runs(cluster):
+    accounting = attached(cluster)
+
+    async def report(key, worker):
+        handle = cluster.scheduler.stream_handlers["long-running"]
+        handle(key=key, worker=worker, run_id=-2, compute_duration=7.0, stimulus_id="late")
+
+    with Client(cluster, name="live/anna") as client:
+        future = client.submit(nap, 0, seconds=1.0, pure=False)
+        wait(lambda: future.key in cluster.scheduler.tasks and cluster.scheduler.tasks[future.key].processing_on, "its start")
+        cluster.sync(report, future.key, cluster.scheduler.tasks[future.key].processing_on.address)
+        future.result(30)
+        (row,) = rows(cluster, accounting, by=["lane"])
+        assert row["task_seconds"] == pytest.approx(1.0, abs=0.2)
+        assert not accounting._seceded
+
+
+def test_names_without_end_are_counted_as_others_and_the_sums_stay_right(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr("cryodask.cluster.accounting.MOST_KEYS", 6)
+    accounting = attached(cluster, tmp_path)
+
+    async def write():
+        accounting.write()
+
+    for number in range(12):
+        with Client(cluster, name=f"{('live', 'hpda')[number % 2]}/user{number}/p{number}") as client:
+            client.gather(client.map(nap, range(3), seconds=0.0, pure=False))
+        cluster.sync(write)
+    kept = rows(cluster, accounting)
+    assert sum(row["tasks"] for row in kept) == sum(row["tasks"] for row in read_usage(tmp_path)) == 36
+    assert {row["lane"]: row["tasks"] for row in rows(cluster, accounting, by=["lane"])} == {"live": 18, "hpda": 18}
+    assert sum(row["user"] != "other" for row in kept) == 6
+    assert {(row["user"], row["project"]) for row in kept if row["user"] == "other"} == {("other", "other")}
+
+    async def since_start():
+        return accounting.since_start()
+
+    assert len(cluster.sync(since_start)) == len(kept) <= 6 + 4
+
+
 def test_stolen_tasks_are_counted_once_with_the_pool_that_ran_them():
     with workers(1, resources={"pool-cpu": 1e9}) as cluster:
         accounting = attached(cluster)
@@ -413,7 +453,7 @@ def test_the_panel_shows_shares_and_waiting_tasks_of_every_lane(shown):
 
     cluster, accounting = shown
     with Client(cluster, name="live/anna") as anna, Client(cluster, name="hpda/ben") as ben:
-        sent = [client.map(nap, range(500), seconds=0.1, pure=False) for client in (anna, ben)]
+        sent = [client.map(nap, range(2000), seconds=0.1, pure=False) for client in (anna, ben)]
         wait(lambda: len(accounting.samples) > 32, "half a minute of samples", 50)
         assert 'href="lanes"' in page(cluster, "/status")
         assert "Lanes" in page(cluster, "/lanes")

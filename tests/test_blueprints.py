@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import getpass
+import grp
 import json
 import os
 import stat
@@ -15,7 +17,7 @@ import pytest
 import yaml
 
 from cryodask import blueprints
-from cryodask.blueprints import Folder, check, make_folder, read_blueprint, striping
+from cryodask.blueprints import Folder, check, invite_people, make_folder, read_blueprint, striping
 from cryodask.cluster import service
 from cryodask.errors import ProjectFileError, StoreError
 from cryodask.formats.star import read_particles
@@ -99,11 +101,57 @@ def test_a_profile_or_file_that_does_not_exist_is_said(tmp_path):
 
 
 # --- folders -----------------------------------------------------------------------------------------------------------------------
-def test_folders_have_their_mode_and_hand_on_their_group(tmp_path):
+def test_folders_have_their_mode_and_hand_on_their_group(tmp_path, recwarn):
     make_folder(Folder(path=str(tmp_path / "a" / "raw"), mode="2770"))
     assert stat.S_IMODE((tmp_path / "a" / "raw").stat().st_mode) == 0o2770
+    make_folder(Folder(path=str(tmp_path / "a" / "raw"), mode="2770"))
+    assert not recwarn.list
     with pytest.raises(StoreError, match="knows no group nobody-has-this"):
         make_folder(Folder(path=str(tmp_path / "b"), group="nobody-has-this"))
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_folder_of_the_site_is_left_as_it_is_and_what_differs_is_said(tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    raw.chmod(0o2755)
+    before = raw.stat()
+    another = next(group.gr_name for group in grp.getgrall() if group.gr_gid != before.st_gid)
+    folder = Folder(path=str(raw), mode="2770", group=another)
+    owner = grp.getgrgid(before.st_gid).gr_name
+    with pytest.warns(UserWarning, match=f"its mode is 2755 and not 2770, its group is {owner} and not {another}"):
+        make_folder(folder)
+    after = raw.stat()
+    assert (after.st_mode, after.st_gid) == (before.st_mode, before.st_gid)
+    made = read_blueprint(CONFIGS / "mixed.yaml", "test", tmp_path)
+    assert "its mode is 2755 and not" in "\n".join(check(made))
+
+
+# --- people ------------------------------------------------------------------------------------------------------------------------
+def test_started_again_a_blueprint_invites_whoever_is_new_and_all_other_invitations_stay_good(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    me = getpass.getuser()
+
+    def people(**lanes):
+        made = read_blueprint(written(tmp_path, people={me: ["live"], **lanes}), folder=tmp_path)
+        with service.prepared(made.cluster, made.name):
+            pass
+        return invite_people(made), service.authority_of(made.name)
+
+    invited, authority = people(anna=["live"], ben=["batch"])
+    assert set(invited) == {"anna", "ben"}  # the owner needs none
+    files = {path.name: path.read_bytes() for path in authority.folder.iterdir() if path.suffix == ".pem"}
+    before = authority.people()
+    assert people(anna=["live"], ben=["batch"])[0] == {}
+    assert authority.people() == before
+    invited, authority = people(anna=["batch", "live"], ben=["batch"], carl=["live"])
+    assert set(invited) == {"carl"}
+    after = authority.people()
+    assert after["anna"] == {**before["anna"], "lanes": ["batch", "live"]}
+    assert after["ben"] == before["ben"]
+    assert {name: (authority.folder / name).read_bytes() for name in files} == files
+    authority.invite("ben", ["batch"], address="tls://127.0.0.1:1", days=-1)
+    assert set(people(anna=["batch", "live"], ben=["batch"], carl=["live"])[0]) == {"ben"}
 
 
 def test_stripes_are_set_on_lustre_once_and_nowhere_else(tmp_path, monkeypatch):
@@ -145,12 +193,12 @@ def facility(slurm, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     started = set()
 
-    def start(name):
+    def start(name, good=True):
         words = ["blueprint", "start", str(CONFIGS / f"{name}.yaml"), "--profile", "test", "--folder", str(tmp_path)]
         started.add(f"{name}-test")
         done = subprocess.run([sys.executable, "-m", "cryodask.cli", *words], capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        assert (done.returncode == 0) == good, done.stdout + done.stderr
+        return done.stdout + done.stderr
 
     yield start
     for name in started:
@@ -185,12 +233,19 @@ def task_seconds(name):
 
 
 @pytest.mark.slurm
-def test_preprocessing_takes_movies_of_two_microscopes_to_sorted_particles(facility, tmp_path):
+def test_preprocessing_takes_movies_of_two_microscopes_to_sorted_particles(facility, slurm, tmp_path, monkeypatch):
     said = facility("preprocessing")
     assert "krios1: Slurm job" in said
     again = facility("preprocessing")
     assert "has it already" in again
     assert "follow:" not in again
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller' >&2\nexit 1\n")
+    (tmp_path / "bin" / "squeue").chmod(0o755)
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+        assert "Slurm does not answer" in facility("preprocessing", good=False)
+    assert sorted(slurm.run("squeue", "-h", "-o", "%j").split()).count("preprocessing-test-krios1") <= 1
     for project in finished(tmp_path, "krios1", "arctica1"):
         kept = project["curate"]["particle_kept"].values
         assert len(kept) >= 15

@@ -13,6 +13,7 @@ import dask.array as da
 import pytest
 from distributed import Client, get_worker
 
+from cryodask.cluster import pool_jobs
 from cryodask.cluster.pools import PoolCluster, open_pools
 from cryodask.cluster.settings import parse_settings
 
@@ -160,3 +161,60 @@ def test_a_run_starts_with_the_workers_that_came_and_ends_without_the_others(on_
         cluster.wait_for_first(60)
         assert client.gather(client.map(abs, range(30))) == list(range(30))
         wait(lambda: cluster.what_is_missing() == "pool huge: jobs wait in the queue (2 PartitionConfig)", "Slurm's reason")
+
+
+def held_back(until):
+    """Makes a result that nobody can take before a file is there."""
+
+    class Large:
+        def __sizeof__(self):
+            return 20 * MIB  # large results are sent from a thread of their own
+
+        def __reduce__(self):
+            while not os.path.exists(until):
+                time.sleep(0.05)
+            return str, ("handed over",)
+
+    def make(ran):
+        with open(ran, "a") as file:
+            file.write("x")
+        return Large()
+
+    return make
+
+
+def test_a_job_whose_results_nobody_takes_in_time_works_on_and_goes_later(on_slurm, tmp_path, monkeypatch):
+    monkeypatch.setattr(pool_jobs, "_RETIRE_SECONDS", 3.0)
+    monkeypatch.setattr(pool_jobs, "_AGAIN_SECONDS", 4.0)
+    go, ran = tmp_path / "go", tmp_path / "ran"
+    with open_pools(settings(tmp_path, {"cpu": {**_ONE, "count": 2}})) as cluster, Client(cluster, name="hpda/anna") as client:
+        wait(lambda: cluster.pool_status()["cpu"].workers == 2, "both workers")
+        first, other = client.nthreads()
+        held = client.submit(held_back(str(go)), str(ran), workers=[first], allow_other_workers=True)
+        more = client.submit(bytes, 40 * MIB, workers=[other], allow_other_workers=True)  # the first is worth less
+        wait(lambda: held.done() and more.done(), "both results")
+        assert [len(ws) for ws in client.who_has([held, more]).values()] == [1, 1]
+        start = time.monotonic()
+        cluster.scale_pool(cpu=1)
+        assert time.monotonic() - start < 2.5
+        wait(lambda: cluster.scheduler.workers[first] not in cluster.scheduler.running, "its retirement")
+        (job,) = (name for name in cluster.workers if name == cluster.scheduler.workers[first].name)
+        wait(lambda: any("it holds 1 results, others did not take them within 3 s" in text for _, _, text in cluster.events), "its end")
+        assert job in next(text for _, _, text in cluster.events if "it stays for now" in text)
+        assert client.submit(pow, 2, 3, workers=[first]).result(20) == 8
+        go.touch()
+        wait(lambda: cluster.pool_status()["cpu"].workers == 1, "the end of the job")
+        wait(lambda: len(on_slurm.jobs()) == 1, "and of Slurm's")
+        assert held.result(20) == "handed over"
+        assert ran.read_text() == "x"
+        assert cluster.pool_status()["cpu"].lost == 0
+
+
+def test_when_all_pools_are_to_have_no_jobs_they_go_with_their_results_and_say_so(on_slurm, tmp_path):
+    with open_pools(settings(tmp_path, {"cpu": {**_ONE, "count": 1}})) as cluster, Client(cluster, name="hpda/anna") as client:
+        cluster.wait_for_first(60)
+        held = client.submit(pow, 2, 3)
+        assert held.result(30) == 8
+        cluster.scale_pool(cpu=0)
+        wait(lambda: not cluster.pool_status()["cpu"].workers and not on_slurm.jobs(), "the end of the job")
+        assert any("1 of its results are lost, nobody can take them" in text for _, _, text in cluster.events)

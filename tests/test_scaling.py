@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import os
 import signal
@@ -9,14 +10,19 @@ import time
 from collections import deque
 from itertools import pairwise
 
+import numpy as np
 import psutil
 import pytest
+from _lanes import client as lane_client
+from _lanes import cluster as lane_cluster
+from _lanes import sleep
+from _secure import authority, guarded, person
 from distributed import Client
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cryodask.cluster.pools import PoolCluster, open_pools
-from cryodask.cluster.scaling import PoolShape, Recent, Work, jobs_wanted
+from cryodask.cluster.scaling import PoolShape, Recent, Work, jobs_wanted, work_of
 from cryodask.cluster.settings import parse_settings
 from cryodask.errors import ClusterError
 
@@ -133,6 +139,70 @@ def test_tasks_that_wait_get_a_job_wherever_one_can_run_them(pools, load):
         able = [name for name, shape in pools.items() if shape.slots(needs) and shape.maximum]
         if able and kind.waiting:
             assert any(jobs[name] for name in able)
+
+
+# --- the work of a scheduler -----------------------------------------------------------------------------------------------------
+async def until(condition, what):
+    for _ in range(400):
+        if condition():
+            return
+        await asyncio.sleep(0.05)
+    pytest.fail(f"{what}: not within 20 s")
+
+
+def test_tasks_that_no_new_job_could_run_are_no_reason_for_one():
+    async def scenario():
+        async with lane_cluster(2, 1, lanes={"A": 1}) as scheduler, lane_client(scheduler, "A/x") as a:
+            here = next(iter(scheduler.workers))
+            kept = [a.map(sleep, range(40), [0.2] * 40, key="bound", workers=[here], pure=False)]
+            kept.append(a.submit(sleep, 0, key="nowhere", workers=["tcp://127.0.0.1:1"]))
+            await until(lambda: len(scheduler.unrunnable) == 1 and len(scheduler.queued) > 30, "tasks that wait")
+            work = work_of(scheduler)[()]
+            assert (work.waiting, work.waiting_seconds) == (0, 0)
+            assert sum(work.running.values()) == 1
+            kept.append(a.submit(sleep, 0, key="gpu", resources={"GPU": 1}))
+            kept.append(a.map(sleep, range(30), [0.2] * 30, key="loose", workers=[here], allow_other_workers=True, pure=False))
+            await until(lambda: len(scheduler.unrunnable) == 2 and len(scheduler.queued) > 60, "more of them")
+            work = work_of(scheduler)
+            assert 25 <= work[()].waiting <= 30
+            assert (work[GPU_TASK].waiting, work[GPU_TASK].waiting_seconds) == (1, 0.5)
+            del kept
+
+    asyncio.run(scenario())
+
+
+def _block(number):
+    return np.ones(1 << 17)  # 1 MiB
+
+
+def test_new_tasks_of_a_lane_whose_memory_is_full_are_no_reason_for_a_job(tmp_path):
+    async def scenario():
+        folder = authority(tmp_path / "a", anna=["hpda"]).folder
+        options = {"lanes": {"hpda": 1, "batch": 1}, "memory_share": {"hpda": 0.01}}
+        async with guarded(folder, memory_limit=1 << 30, **options) as scheduler, person(scheduler, folder, "anna") as anna:
+            kept = anna.map(_block, range(60))
+            idle = lambda: not any(ws.processing for ws in scheduler.workers.values())  # noqa: E731
+            await until(lambda: scheduler.memory_by_lane().get("hpda", 0) > 20 << 20 and idle(), "a full lane")
+            assert sum(entry["tasks"] for entry in scheduler.waiting_work()) >= 30
+            assert sum(work.waiting for work in work_of(scheduler).values()) == 0
+            del kept
+
+    asyncio.run(scenario())
+
+
+def test_tasks_that_a_client_has_announced_are_work_like_those_that_wait():
+    async def scenario():
+        async with lane_cluster(1, 1, lanes={"live": 3, "A": 1}) as scheduler, lane_client(scheduler, "live/x") as live:
+            assert await live.gather(live.map(sleep, range(4), [0.1] * 4, key="item", pure=False)) == [0, 1, 2, 3]
+            assert sum(work.waiting for work in work_of(scheduler).values()) == 0
+            await scheduler.announce_work(live.id, "item", 500)
+            work = work_of(scheduler)[()]
+            assert work.waiting == 500
+            assert work.waiting_seconds == pytest.approx(50, rel=0.2)
+            pool = {"cpu": PoolShape(0, 16, threads=4)}
+            assert jobs_wanted(pool, work_of(scheduler), seconds=5) == {"cpu": 3}
+
+    asyncio.run(scenario())
 
 
 # --- in time ---------------------------------------------------------------------------------------------------------------------

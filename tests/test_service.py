@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -19,10 +20,22 @@ from _service import begun, cryodask, environment_of_tests, holder, journal, ope
 from distributed import Client
 
 from cryodask.cluster import close, connect, service
+from cryodask.cluster.handover import HandingOver
 from cryodask.cluster.settings import parse_settings
 from cryodask.cluster.slurm import new_cluster_id
 from cryodask.cluster.whereabouts import Whereabouts, address_file, folder_of
 from cryodask.errors import ClusterError, ProjectFileError
+
+
+def gone(process):
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def kill(process):
+    """A signal is only under way when kill() returns."""
+    process.kill()
+    wait(lambda: gone(process), "the death")
+
 
 BOX = {"kind": "local", "workers": 2, "lanes": {"live": 3, "hpda": 1, "batch": 1}}
 
@@ -165,7 +178,7 @@ def test_it_hands_over_when_what_runs_has_finished_and_connected_clients_are_tol
         wait(lambda: service.find("box").address != before, "the successor")
         wait(lambda: held.status == "cancelled", "the end of the connection")
     assert any("connect again" in str(w.message) for w in seen)
-    wait(lambda: not old.is_running() or old.status() == psutil.STATUS_ZOMBIE, "the end of the old one")
+    wait(lambda: gone(old), "the end of the old one")
     client.close()
     with connect("box", lane="hpda") as again:
         wait(lambda: len(again.nthreads()) == 1, "as many workers as were asked for")
@@ -194,7 +207,7 @@ def test_one_that_was_killed_is_named_and_a_run_resumes_when_it_is_started_again
     wait(lambda: len(journal(folder)) >= 5, "five items")
     process = holder("box")
     workers = process.children(recursive=True)
-    process.kill()
+    kill(process)
     with pytest.raises(ClusterError, match=r"has ended: .*scheduler\.json names process") as said:
         service.find("box")
     assert "cryodask cluster start box" in str(said.value)
@@ -202,7 +215,7 @@ def test_one_that_was_killed_is_named_and_a_run_resumes_when_it_is_started_again
     assert driver.wait(90) == 1
     assert "The scheduler is gone" in (folder / "said.txt").read_text()
     psutil.wait_procs(workers, 30)
-    assert not [w for w in workers if w.is_running() and w.status() != psutil.STATUS_ZOMBIE]
+    assert not [w for w in workers if not gone(w)]
     assert json.loads(cryodask("cluster", "usage", "box", "--json"))  # from the journal
     with pytest.raises(ClusterError, match="has ended"):
         connect("box")
@@ -213,7 +226,7 @@ def test_one_that_was_killed_is_named_and_a_run_resumes_when_it_is_started_again
 
 def test_one_that_was_killed_is_cleared_away_by_stop(home):
     service.start(parse_settings({**BOX, "workers": 1}), "brief")
-    holder("brief").kill()
+    kill(holder("brief"))
     said = cryodask("cluster", "stop", "brief")
     assert "scheduler.json removed" in said
     with pytest.raises(ClusterError, match="does not run"):
@@ -233,7 +246,7 @@ def test_stop_lets_what_runs_finish_if_asked_to(home, tmp_path):
         process = holder("brief")
         assert "has ended" in cryodask("cluster", "stop", "brief", "--drain", "30")
         assert (tmp_path / "finished").exists()
-        assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+        assert gone(process)
         del future
     assert "does not run" in cryodask("cluster", "status", "brief", code=2)
 
@@ -273,12 +286,68 @@ def test_the_public_address_file_lies_where_the_settings_say(home, tmp_path):
     assert address_file(folder_of("box"), parse_settings(BOX)) == home / "state" / "cryodask" / "addresses" / "box.json"
 
 
-def test_a_stale_scheduler_file_of_another_machine_is_told_by_nobody_answering(home):
-    own = Whereabouts("tcp://127.0.0.1:1", "x", new_cluster_id(), os.uname().nodename.split(".")[0], os.getpid(), 0.0, None, "me", "")
-    assert own.lives()
+def whereabouts(name, **more):
+    own = Whereabouts("tcp://127.0.0.1:1", name, new_cluster_id(), os.uname().nodename.split(".")[0], os.getpid(), 0.0, None, "me", "")
+    return Whereabouts(**{**vars(own), **more})
+
+
+def test_a_process_is_told_dead_by_its_own_machine_only(home):
+    own = whereabouts("x")
+    assert own.life() == "lives"
     host, pid, start, random = own.id.split(".")
-    assert not Whereabouts(**{**vars(own), "id": f"{host}.{pid}.{int(start) - 100}.{random}"}).lives()  # another process had that number
-    assert not Whereabouts(**{**vars(own), "host": "elsewhere"}).lives()
+    assert whereabouts("x", id=f"{host}.{pid}.{int(start) - 100}.{random}").life() == "dead"  # another process had that number
+    assert whereabouts("x", host="elsewhere").life() == "cannot tell"
+    assert whereabouts("x", host="elsewhere", address="").life() == "cannot tell"  # one that waits for its port
+
+
+def test_nothing_of_one_on_another_machine_that_does_not_answer_is_touched_unless_forced(home):
+    with service.prepared(parse_settings(BOX), "far") as folder:
+        whereabouts("far", host="elsewhere").write(folder / "scheduler.json")
+    with pytest.raises(ClusterError, match="run this on elsewhere"):
+        service.find("far")
+    with pytest.raises(ClusterError, match="cannot be told from this machine"):
+        service.start(parse_settings(BOX), "far")
+    assert "cryodask cluster stop far --force" in cryodask("cluster", "stop", "far", code=2)
+    assert (folder / "scheduler.json").exists()
+    assert "scheduler.json removed" in cryodask("cluster", "stop", "far", "--force")
+    with pytest.raises(ClusterError, match="does not run"):
+        service.find("far")
+
+
+def test_a_scheduler_file_that_cannot_be_read_is_no_sign_of_an_end(home):
+    with service.prepared(parse_settings(BOX), "far") as folder:
+        (folder / "scheduler.json").mkdir()
+    with pytest.raises(ClusterError, match="cannot be read"):
+        service.start(parse_settings(BOX), "far")
+    with pytest.raises(ClusterError, match="cannot be read"):
+        service.clean_up("far")
+    (folder / "scheduler.json").rmdir()
+
+
+def test_others_come_through_to_the_address_file_whatever_the_umask(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "deep" / "state"))
+    before = os.umask(0o077)
+    try:
+        for _ in range(2):
+            with service.prepared(parse_settings(BOX), "box") as folder:
+                one = HandingOver(folder, parse_settings(BOX), "me", "")
+                asyncio.run(_publishes(one))
+            (tmp_path / "deep" / "state" / "cryodask").chmod(0o700)  # as an earlier command may have left it
+        with service.prepared(parse_settings(BOX), "box"):
+            pass
+    finally:
+        os.umask(before)
+    public = address_file(folder, parse_settings(BOX))
+    assert stat.S_IMODE(public.stat().st_mode) == 0o644
+    above = [path for path in public.parents if path.is_relative_to(tmp_path / "deep")]
+    assert len(above) == 4
+    assert all(path.stat().st_mode & 0o011 == 0o011 for path in above)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+async def _publishes(one):
+    one._publish_address("tls://127.0.0.1:1")
+    assert not one.events
 
 
 BARE = """

@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import ssl
+import stat
 import sys
 import time
 import warnings
@@ -18,9 +19,11 @@ import pytest
 import yaml
 from _service import begun, cryodask, environment_of_tests, holder, journal, open_to_others, program, running, wait
 
-from cryodask.cluster import close, connect, service
+from cryodask.cluster import batch, close, connect, service
 from cryodask.cluster.service import submit
 from cryodask.cluster.settings import parse_settings
+from cryodask.cluster.slurm import cancel_of
+from cryodask.cluster.whereabouts import in_thread
 from cryodask.errors import ClusterError
 from cryodask.formats.movies import write_tiff_movie
 
@@ -102,6 +105,16 @@ def test_it_runs_in_a_job_of_its_own_and_its_workers_are_guarded(home, started, 
     assert all("--preload-nanny cryodask.cluster.guard" in " ".join(p.cmdline()) for p in nannies)
     again = cryodask("cluster", "start", str(home / "mixed.yaml"), "--dry-run")
     assert "TLS__WORKER__CERT" in again  # now that there are certificates
+
+
+def test_its_log_is_for_its_account_alone_and_it_knows_when_slurm_ends_it(mixed, slurm):
+    files = {path.name: stat.S_IMODE(path.stat().st_mode) for path in mixed.folder.rglob("*") if path.is_file()}
+    now = mixed.status()
+    assert f"service-{now['slurm_job']}.log" in files
+    assert set(files.values()) == {0o600}, files
+    shown = slurm.run("scontrol", "show", "job", now["slurm_job"])
+    ends = time.mktime(time.strptime(re.search(r"EndTime=(\S+)", shown).group(1), "%Y-%m-%dT%H:%M:%S"))
+    assert now["hand_over"] + 900 == pytest.approx(ends, abs=3)
 
 
 def test_nothing_of_it_listens_beyond_this_machine_without_tls(mixed, client, slurm):
@@ -293,6 +306,22 @@ def test_one_that_waits_in_the_queue_says_so_and_can_be_stopped(home, slurm):
     with pytest.raises(ClusterError, match="is on its way"):
         service.start(parse_settings(waiting), "late")
     assert "ended" in cryodask("cluster", "stop", "late")
+    wait(lambda: not slurm.jobs(), "an empty queue")
+
+
+def test_a_successor_that_slurm_took_without_saying_so_is_found_in_the_queue(home, slurm):
+    waiting = parse_settings(settings(home, service={"where": "slurm", "cores": 64, "certificates": True}))
+    with service.prepared(waiting, "unsure") as folder:
+        pass
+    first = batch.launch(folder, waiting, after="elsewhere.1.2.abc")
+    wait(lambda: first.job in slurm.jobs(), "its job")
+    assert batch.launch(folder, waiting, after="elsewhere.1.2.abc").job == first.job
+    other = batch.launch(folder, waiting, after="elsewhere.3.4.def")
+    assert other.job != first.job
+    assert len(in_thread(cancel_of(batch.follower_mark("elsewhere.1.2.abc")))) == 1
+    wait(first.ended, "its end")
+    assert not other.ended()
+    other.end()
     wait(lambda: not slurm.jobs(), "an empty queue")
 
 

@@ -84,11 +84,40 @@ def test_authority_is_not_made_twice_and_opens_as_it_was(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "role"), [("worker", "user"), ("scheduler", "owner"), ("ca", "user"), ("../x", "user"), ("", "user"), ("anna", "worker")]
+    ("name", "role"),
+    [
+        ("worker", "user"),
+        ("scheduler", "owner"),
+        ("ca", "user"),
+        ("../x", "user"),
+        ("", "user"),
+        ("anna", "worker"),
+        ("ca-key", "user"),
+        ("scheduler-key", "user"),
+        ("anna-key", "user"),
+        ("anna-key", "owner"),
+    ],
 )
 def test_no_person_gets_the_name_of_a_service_or_of_another_file(tmp_path, name, role):
     with pytest.raises(ClusterError, match="cannot be the name"):
         authority(tmp_path / "a").certificate(name, role)
+
+
+def test_nothing_is_made_for_an_owner_whose_name_cannot_be(tmp_path):
+    with pytest.raises(ClusterError, match="cannot be the name of an owner"):
+        tls.Authority.create(tmp_path / "a", owner="scheduler-key")
+    assert not (tmp_path / "a").exists()
+
+
+def test_inviting_the_owner_is_refused_and_leaves_the_owners_certificate_as_it_was(tmp_path):
+    made = authority(tmp_path / "a", anna=[])
+    before = {path.name: path.read_bytes() for path in made.folder.glob("*.pem")}
+    with pytest.raises(ClusterError, match="is the owner of testing and cannot become its user"):
+        made.invite(OWNER, [], address="tls://127.0.0.1:1")
+    with pytest.raises(ClusterError, match="anna is the user of testing and cannot become its owner"):
+        made.certificate("anna", "owner")
+    assert {path.name: path.read_bytes() for path in made.folder.glob("*.pem")} == before
+    assert list(made.people()) == ["anna"]
 
 
 def test_missing_expired_foreign_and_broken_certificates_are_named_before_anything_connects(tmp_path):

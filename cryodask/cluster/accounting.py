@@ -23,6 +23,9 @@ logger = logging.getLogger("cryodask.cluster")
 KEYS = ("lane", "user", "project", "pool")
 NO_POOL = "-"
 """Pool of tasks that wait: they have no worker yet."""
+OTHER = "other"
+"""User and project, and lane if it is new as well, of whatever comes after ``MOST_KEYS`` combinations since the start."""
+MOST_KEYS = 1000
 
 _TICK_SECONDS = 1.0
 _WRITE_SECONDS = 5.0
@@ -75,6 +78,8 @@ class Accounting(SchedulerPlugin):
         self._kept: Sums = {}
         self._use: dict[tuple[str, ...], Use] = {}
         self._since_start: dict[tuple[str, ...], Use] = {}
+        self._keys: set[tuple[str, ...]] = set()
+        self._lanes: set[str] = set()
         self._pools: dict[str, str] = {}
         # runs that workers told of in their heartbeats: key -> pool, start
         self._running: dict[Any, tuple[str, float]] = {}
@@ -131,10 +136,17 @@ class Accounting(SchedulerPlugin):
     # --- tasks that end ------------------------------------------------------------------------------------------------------------
     def _of(self, key: Any, pool: str) -> Use:
         path = (*self._scheduler.owner_of(key).path, pool)
-        use = self._use.get(path)
-        if use is None:
-            use = self._use[path] = Use()
-        return use
+        return self._use.get(path) or self._use_of(path)
+
+    def _use_of(self, path: tuple[str, ...]) -> Use:
+        """Names are free text, and everything that is counted under one is kept: there must be an end to them."""
+        if path not in self._keys:
+            if len(self._keys) < MOST_KEYS:
+                self._keys.add(path)
+                self._lanes.add(path[0])
+            else:
+                path = (path[0] if path[0] in self._lanes else OTHER, OTHER, OTHER, path[-1])
+        return self._use.setdefault(path, Use())
 
     def _pool(self, worker: str) -> str:
         pool = self._pools.get(worker)
@@ -172,7 +184,9 @@ class Accounting(SchedulerPlugin):
         self._handle["task-erred"](key=key, worker=worker, stimulus_id=stimulus_id, **message)
 
     def _left_its_thread(self, key: Any, worker: str, **message: Any) -> None:
-        if key in self._scheduler.tasks and worker in self._scheduler.workers and key not in self._seceded:
+        ts = self._scheduler.tasks.get(key)
+        current = ts is not None and ts.processing_on is not None and (ts.processing_on.address, ts.run_id) == (worker, message["run_id"])
+        if current and key not in self._seceded:  # a late report of another run is nothing to distributed, too
             self._of(key, self._pool(worker)).task_seconds += message.get("compute_duration") or 0.0
             self._running.pop(key, None)
             self._seceded.add(key)
@@ -207,7 +221,7 @@ class Accounting(SchedulerPlugin):
         waiting: dict[str, int] = {}
         for owner, tasks in self._scheduler.waiting_by_owner().items():
             waiting[owner[0]] = waiting.get(owner[0], 0) + tasks
-            self._use.setdefault((*owner, NO_POOL), Use()).waiting_seconds += tasks * passed
+            self._use_of((*owner, NO_POOL)).waiting_seconds += tasks * passed
         self._look_at_workers()
         self._sample(waiting)
         if now - self._written >= _WRITE_SECONDS:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from getpass import getuser
 from pathlib import Path
@@ -23,7 +24,7 @@ from cryodask.cluster.whereabouts import encrypted, in_thread, state_folder
 from cryodask.errors import ClusterError
 
 # a job that submits jobs must not hand its own shape down to them
-_FORGET_OWN_SHAPE = 'for v in ${!SLURM_@}; do case $v in SLURM_CONF|SLURM_JOB_ID) ;; *) unset "$v" ;; esac; done'
+_FORGET_OWN_SHAPE = 'for v in ${!SLURM_@}; do case $v in SLURM_CONF|SLURM_JOB_ID|SLURM_JOB_END_TIME) ;; *) unset "$v" ;; esac; done'
 
 
 # --- jobs without workers --------------------------------------------------------------------------------------------------------
@@ -80,14 +81,19 @@ class Launched:
     started: float | None = None
     job: str | None = None
 
+    @property
+    def short(self) -> str:
+        """What it is, without a look into the queue."""
+        return f"process {self.pid}" if self.job is None else f"Slurm job {self.job}"
+
     def __str__(self) -> str:
         if self.job is None:
-            return f"process {self.pid}"
+            return self.short
         shown = next((j for j in in_thread(slurm.squeue()) or [] if j.job_id == self.job), None)
         state = (
             f"{shown.state.lower()}, reason {shown.reason}" if shown and shown.state == "PENDING" else shown.state.lower() if shown else ""
         )
-        return f"Slurm job {self.job}" + (f" is {state}" if state else "")
+        return self.short + (f" is {state}" if state else "")
 
     @classmethod
     def read(cls, folder: Path) -> Launched | None:
@@ -118,14 +124,15 @@ class Launched:
         if self.job is not None:
             in_thread(slurm.scancel([self.job]))
         elif self.pid is not None and not self.ended():
-            psutil.Process(self.pid).terminate()
+            with suppress(psutil.NoSuchProcess):
+                psutil.Process(self.pid).terminate()
 
 
 def launch(folder: Path, settings: LocalSettings | SlurmSettings, *, after: str = "") -> Launched:
     """Start the process of the service in a folder, apart from this one; ``after`` is the id of the cluster that it succeeds."""
     service = settings.service or ServiceSettings()
     if service.where == "slurm":
-        job = sbatch(service_script(folder, service, after=after))
+        job = (_taken_before(after) if after else None) or sbatch(service_script(folder, service, after=after))
         return Launched(Path(str(_service_log(folder)).replace("%j", job)), job=job)
     log = folder / "service.log"
     if not after and log.exists():
@@ -150,6 +157,17 @@ def launch(folder: Path, settings: LocalSettings | SlurmSettings, *, after: str 
     return Launched(log, pid=pid, started=started)
 
 
+def follower_mark(cluster_id: str) -> str:
+    """What Slurm's comment shows of jobs that are to follow the service with that cluster."""
+    return f"after-{cluster_id}"
+
+
+def _taken_before(after: str) -> str | None:
+    """The successor's job that Slurm took although it did not say so, as when sbatch gave up waiting for the answer."""
+    mark = follower_mark(after)
+    return next((job.job_id for job in in_thread(slurm.squeue()) or [] if job.cluster_id == mark and job.alive), None)
+
+
 def _service_words(folder: Path, after: str) -> list[str]:
     return ["-m", "cryodask.cluster.serving", str(folder), *([after] if after else [])]
 
@@ -160,10 +178,12 @@ def _service_log(folder: Path) -> Path:
 
 def service_script(folder: Path, service: ServiceSettings, *, after: str = "") -> str:
     """The job script of a service's scheduler."""
-    command = "exec " + shlex.join([service.python or sys.executable, *_service_words(folder, after)])
-    name = folder.name
+    # Slurm makes the log with the umask of whoever submitted, and hands that umask on, so it must stay as it is
+    close = f'chmod 600 {shlex.quote(str(folder))}/service-"$SLURM_JOB_ID".log; '
+    command = close + "exec " + shlex.join([service.python or sys.executable, *_service_words(folder, after)])
+    name, mark = folder.name, follower_mark(after) if after else "service"
     return job_script(
-        service, command, name=f"cryodask-{name}", log=str(_service_log(folder)), comment=f"cryodask:service:{name}",
+        service, command, name=f"cryodask-{name}", log=str(_service_log(folder)), comment=f"cryodask:{mark}:{name}",
         signal=f"B:USR1@{margin_seconds(service)}",
     )  # fmt: skip
 

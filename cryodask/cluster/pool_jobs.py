@@ -7,10 +7,12 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from distributed.active_memory_manager import RetireWorker
+from distributed.core import Status
 from distributed.deploy.cluster import Cluster
 from distributed.deploy.spec import ProcessInterface, SpecCluster
 
@@ -24,7 +26,7 @@ logger = logging.getLogger("cryodask.cluster")
 
 _FAST_SECONDS, _FAST_FOR_SECONDS = 2.0, 30.0
 _SUBMISSIONS = 20  # at a time: each is a process here and a lock in Slurm's controller
-_RETIRE_SECONDS = 300.0
+_RETIRE_SECONDS, _AGAIN_SECONDS = 300.0, 60.0
 _CLOSE_SECONDS = 60.0
 _MISSING_SECONDS = 300.0
 _NANNY_SECONDS = 15.0
@@ -50,6 +52,10 @@ class PoolJobs(SpecCluster):
         self._nannies: dict[str, str] = {}
         self._silent_since: dict[str, float] = {}
         self._leaving: set[str] = set()
+        # jobs whose workers hand over their results, and why they are lost ("" for those that are not wanted any more)
+        self._retiring: dict[str, str] = {}
+        self._retirements: set[asyncio.Task[None]] = set()
+        self._stays_until: dict[str, float] = {}
         self._fast_until = 0.0
         self._watching: asyncio.Task[None] | None = None
         self._certificates = certificates
@@ -60,7 +66,7 @@ class PoolJobs(SpecCluster):
         return [name for name, spec in self.worker_spec.items() if spec["options"]["pool"] == pool]
 
     def _workers_of(self, name: str) -> list[str]:
-        return [name + suffix for suffix in self.worker_spec[name].get("group", [""])]
+        return [name + suffix for suffix in self.worker_spec.get(name, {}).get("group", [""])]
 
     def _present(self, name: str) -> list[Any]:
         """Workers of a job that the scheduler knows."""
@@ -86,6 +92,7 @@ class PoolJobs(SpecCluster):
     async def _scale_pool(self, jobs: Mapping[str, int]) -> None:
         for name, target in jobs.items():
             self._pools[name].aim(target)
+        self._stays_until.clear()
         self._scaler.by_hand(jobs, time.monotonic())
         await self._to_targets(by_hand=jobs)
         refused = {name: self._pools[name].problem for name in jobs if self._pools[name].problem}
@@ -98,14 +105,14 @@ class PoolJobs(SpecCluster):
 
     async def _to_targets(self, by_hand: Collection[str] = ()) -> None:
         async with self._changing:
-            room = _SUBMISSIONS
+            room, nobody_stays = _SUBMISSIONS, not any(pool.target for pool in self._pools.values())
             for name, pool in self._pools.items():
-                members = [m for m in self._members(name) if m not in self._leaving or not pool.target]
-                least_worth = sorted(members, key=self._worth)[: max(0, len(members) - pool.target)]
+                members = [m for m in self._members(name) if m not in self._retiring and (m not in self._leaving or not pool.target)]
+                least_worth = self._surplus(members, pool)
                 if name in self._scaler and name not in by_hand:
-                    await self._retire(self._spare(least_worth), if_kept=True)
+                    self._let_go(dict.fromkeys(self._spare(least_worth), ""))
                 else:
-                    await self._retire(least_worth)
+                    self._let_go(dict.fromkeys(least_worth, ""), whatever=nobody_stays)
                 if time.monotonic() >= pool.not_before:
                     new = min(pool.target - len(members), room)
                     for _ in range(new):
@@ -115,6 +122,12 @@ class PoolJobs(SpecCluster):
             self._take_refusals()
         self._hurry()
 
+    def _surplus(self, members: Collection[str], pool: PoolState) -> list[str]:
+        """Jobs beyond a pool's target that can be asked to go now."""
+        now = time.monotonic()
+        least_worth = sorted(members, key=self._worth)[: max(0, len(members) - pool.target)]
+        return [name for name in least_worth if now >= self._stays_until.get(name, 0.0)]
+
     def _worth(self, name: str) -> tuple[bool, int, int]:
         """Least worth goes first: without workers yet, idle, with little in memory."""
         workers = self._present(name)
@@ -123,24 +136,77 @@ class PoolJobs(SpecCluster):
     def _spare(self, names: Iterable[str]) -> list[str]:
         """Those of some jobs that have nothing to do, and whose results others can take."""
         idle = sorted((n for n in names if not any(ws.processing for ws in self._present(n))), key=self._worth)
-        leaving = {ws for name in idle for ws in self._present(name)}
+        leaving = {ws for name in (*idle, *self._retiring) for ws in self._present(name)}
         if idle and not self.scheduler.running - leaving and any(ws.has_what for ws in leaving):
             idle.pop()
         return idle
 
-    async def _retire(self, names: Iterable[str], *, if_kept: bool = False) -> None:
-        """Let go of jobs; SpecCluster's own way passes names where addresses are expected, and all results there are lost.
+    def _let_go(self, jobs: Mapping[str, str], *, whatever: bool = False) -> None:
+        """Let go of jobs, each with the reason if it is lost; those with workers when others have taken their results.
 
-        With ``if_kept`` a job whose results nobody could take stays.
+        SpecCluster's own way passes names where addresses are expected, and all results there are lost. A job whose results nobody takes
+        stays, is told in ``events``, and is asked again a little later; if it is lost, or ``whatever`` becomes of its results, it goes.
         """
-        names = list(names)
-        workers = [ws.name for name in names for ws in self._present(name)]
-        if workers:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.scheduler.retire_workers(names=workers, close_workers=True, remove=True), _RETIRE_SECONDS)
-        for name in names:
-            if not (if_kept and any(ws.has_what for ws in self._present(name))):
+        with_workers = {name: why for name, why in jobs.items() if self._present(name)}
+        for name, why in jobs.items():
+            if why and name not in with_workers:
+                self._lost(name, self.workers[name], why)
+            elif name not in with_workers:
                 self.worker_spec.pop(name, None)
+        if with_workers:
+            self._retiring |= with_workers
+            task = asyncio.ensure_future(self._retire(with_workers, whatever=whatever))
+            self._retirements.add(task)
+            task.add_done_callback(self._retirements.discard)
+
+    async def _retire(self, jobs: Mapping[str, str], *, whatever: bool) -> None:
+        """For minutes, perhaps: nothing else waits for it, and a new job may take the place of a lost one meanwhile."""
+        before = {ws.address: ws.status for name in jobs for ws in self._present(name)}
+        names = [ws.name for name in jobs for ws in self._present(name)]
+        took = f"others did not take them within {_RETIRE_SECONDS:.0f} s"
+        try:
+            await asyncio.wait_for(self.scheduler.retire_workers(names=names, close_workers=True, remove=True), _RETIRE_SECONDS)
+            took = "nobody can take them"
+        except TimeoutError:
+            self._undo_retirement(before)
+        except Exception:
+            logger.exception("workers could not be retired")
+            took = "handing them over failed"
+            self._undo_retirement(before)
+        async with self._changing:
+            for name in jobs:
+                why = self._retiring.pop(name, "")
+                if name not in self.workers or name not in self.worker_spec:  # it was ended meanwhile
+                    continue
+                present = set(self._present(name))
+                left = len({ts for ws in present for ts in ws.has_what if ts.who_has <= present})
+                staying = bool(present) and not why and not whatever
+                if left or staying:
+                    fate = f"it stays for now: it holds {left} results" if staying else f"{left} of its results are lost"
+                    self._tell(name, f"{fate}, {took}")
+                if staying:
+                    self._stays_until[name] = time.monotonic() + _AGAIN_SECONDS
+                elif why:
+                    self._lost(name, self.workers[name], why)
+                else:
+                    self.worker_spec.pop(name, None)
+                    self._stays_until.pop(name, None)
+        with _logged("the pools could not be brought to their targets"):
+            await self._to_targets()
+
+    def _undo_retirement(self, before: Mapping[str, Status]) -> None:
+        """Distributed's own retirement, cut off, leaves workers that take no tasks for ever."""
+        amm = self.scheduler.extensions["amm"]
+        amm.policies -= {p for p in amm.policies if isinstance(p, RetireWorker) and p.address in before}
+        for address, status in before.items():
+            if address in self.scheduler.workers and status in (Status.running, Status.paused):
+                message = {"op": "worker-status-change", "status": status.name, "stimulus_id": f"stays-{time.monotonic()}"}
+                self.scheduler.stream_comms[address].send(message)
+
+    def _tell(self, name: str, text: str) -> None:
+        job = self.workers[name]
+        self.events.append((time.time(), job.pool, f"job {name} ({job.job_id or 'no id'}): {text}"))
+        logger.warning("pool %s, job %s (%s): %s", job.pool, name, job.job_id or "no id", text)
 
     def _take_refusals(self) -> None:
         for name, job in list(self.workers.items()):
@@ -148,18 +214,19 @@ class PoolJobs(SpecCluster):
                 pool = self._pools[job.pool]
                 pool.problem = job.refused
                 self._forget(name, f"refused: {job.refused}")
-                pool.target = len(self._members(job.pool))  # a refusal does not heal: stop asking
+                pool.target = len(set(self._members(job.pool)) - self._retiring.keys())  # a refusal does not heal: stop asking
 
     def _forget(self, name: str, why: str) -> None:
+        self._tell(name, why)
         job = self.workers.pop(name)
         self.worker_spec.pop(name, None)
+        self._retiring.pop(name, None)
+        self._stays_until.pop(name, None)
         self._silent_since.pop(name, None)
         self._came.discard(name)
         self._leaving.discard(name)
         for suffix in ("", *(f"-{i}" for i in range(self.settings.pools[job.pool].workers_per_job))):
             self._nannies.pop(name + suffix, None)
-        self.events.append((time.time(), job.pool, f"job {name} ({job.job_id or 'no id'}): {why}"))
-        logger.warning("pool %s, job %s (%s): %s", job.pool, name, job.job_id or "no id", why)
         closing = asyncio.ensure_future(job.close())
         self._futures.add(closing)
         closing.add_done_callback(self._futures.discard)
@@ -192,10 +259,8 @@ class PoolJobs(SpecCluster):
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), self.settings.poll_seconds)
             self._wake.clear()
-            try:
+            with _logged("the pools could not be compared with Slurm's queue"):
                 await self._reconcile()
-            except Exception:
-                logger.exception("the pools could not be compared with Slurm's queue")
 
     async def _reconcile(self) -> None:
         submitted = {name: job for name, job in self.workers.items() if name in self.worker_spec}
@@ -224,11 +289,13 @@ class PoolJobs(SpecCluster):
                         await self.scheduler.remove_worker(ws.address, stimulus_id=f"job-gone-{name}")
                     self._lost(name, job, "Slurm shows it no more" if shown is None else f"Slurm says it is {shown.state}")
                     lost = True
-            broken = {name: why for name, why in broken.items() if name in self.workers}
-            await self._retire(broken)  # the workers that they have left hand over their results
-            for name, why in broken.items():
-                self._lost(name, self.workers[name], f"runs on {self._queue[name].node}, but {why}")
-                lost = True
+            broken = {
+                name: f"runs on {self._queue[name].node}, but {why}"
+                for name, why in broken.items()
+                if name in self.workers.keys() - self._retiring
+            }
+            self._let_go(broken)  # the workers that they have left hand over their results
+            lost = lost or bool(broken)
         self._follow_the_work(now)
         if lost or any(self._is_off(name, pool, now) for name, pool in self._pools.items()):
             await self._to_targets()
@@ -243,10 +310,11 @@ class PoolJobs(SpecCluster):
 
     def _is_off(self, name: str, pool: PoolState, now: float) -> bool:
         """Whether a pool should submit jobs, or can let some go."""
-        members = set(self._members(name)) - self._leaving
+        members = set(self._members(name)) - self._leaving - self._retiring.keys()
         if len(members) < pool.target:
             return now >= pool.not_before
-        return name in self._scaler and len(members) > pool.target and bool(self._spare(members))
+        surplus = self._surplus(members, pool)
+        return bool(self._spare(surplus) if name in self._scaler else surplus)
 
     async def _broken(self, now: float) -> dict[str, str]:
         """Running jobs that have lacked workers for too long, and why that is too long.
@@ -255,7 +323,8 @@ class PoolJobs(SpecCluster):
         """
         broken: dict[str, str] = {}
         suspects: dict[str, str] = {}
-        for name in (self.workers.keys() & self.worker_spec.keys()) - self._leaving:  # those leave by themselves, one after the other
+        complete = (self.workers.keys() & self.worker_spec.keys()) - self._leaving - self._retiring.keys()
+        for name in complete:  # of the others workers leave by themselves, one after the other
             lacking = set(self._workers_of(name)) - {ws.name for ws in self._present(name)}
             if not lacking or name not in self._queue or self._queue[name].state != "RUNNING":
                 self._silent_since.pop(name, None)
@@ -272,7 +341,10 @@ class PoolJobs(SpecCluster):
 
     def _lost(self, name: str, job: Any, why: str) -> None:
         pool, now = self._pools[job.pool], time.monotonic()
-        ending, unsure, came = name in self._leaving, job.unsure, name in self._came
+        ending = name in self._leaving or self._retiring.get(name) == ""
+        unsure, came = job.unsure, name in self._came
+        if self._retiring.get(name) == "":
+            why = "has ended, as it was asked to"
         self._forget(name, "Slurm never took it" if unsure else why)
         if unsure:  # the controller was away: try again, a little later
             pool.not_before = now + 5.0
@@ -281,20 +353,30 @@ class PoolJobs(SpecCluster):
             return
         if not pool.count_loss(now, came=came, per_hour=self.settings.replacements_per_hour):
             pool.problem = f"{FAILED_STARTS} jobs in a row ended before a worker came. The last says: {job.last_words()}"
-            pool.target = len(self._members(job.pool))
+            pool.target = len(set(self._members(job.pool)) - self._retiring.keys())
 
     # --- the end -----------------------------------------------------------------------------------------------------------------
     async def _close(self) -> None:
         watching, self._watching = self._watching, None
         if watching is not None:
-            watching.cancel()
-            await asyncio.wait([watching])
+            tasks = {watching, *self._retirements}
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
             await slurm.scancel([job.job_id for job in self.workers.values() if job.job_id])  # one call for all, not one for each
             for job in self.workers.values():
                 await ProcessInterface.close(job)
         await super()._close()
         if watching is not None and not await slurm.wait_until_gone(self.cluster_id, _CLOSE_SECONDS):
             logger.warning("Slurm still shows jobs of this cluster, or does not answer. They end when they find no scheduler.")
+
+
+@contextlib.contextmanager
+def _logged(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception:
+        logger.exception(what)
 
 
 async def _listens(address: str) -> bool:

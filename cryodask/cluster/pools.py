@@ -97,6 +97,9 @@ class PoolCluster(PoolJobs):
     def scale_pool(self, **jobs: int) -> Any:
         """Ask for that many jobs of each pool named; the others stay as they are. Results on workers that leave go to others first.
 
+        Returns when jobs are submitted; jobs leave as others have taken their results. One whose results nobody takes within five minutes
+        stays, is told in ``events``, and is asked again a minute later, unless all pools are to have no jobs.
+
         A pool that scales itself keeps them for ``idle_minutes``, and then follows the work again.
 
         Raises

@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from getpass import getuser
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,19 @@ from distributed.core import rpc
 from cryodask.cluster import batch, slurm, tls
 from cryodask.cluster.batch import SubmittedRun, submit
 from cryodask.cluster.settings import AddressSettings, LocalSettings, ServiceSettings, Settings, SlurmSettings, read_cluster_file
-from cryodask.cluster.whereabouts import Whereabouts, address_file, encrypted, folder_of, in_thread, known, name_for, owner_of, settings_of
+from cryodask.cluster.whereabouts import (
+    Whereabouts,
+    address_file,
+    encrypted,
+    folder_of,
+    in_thread,
+    known,
+    make_passable,
+    name_for,
+    owner_of,
+    settings_of,
+    state_folder,
+)
 from cryodask.errors import ClusterError
 
 __all__ = ["Service", "SubmittedRun", "find", "invite", "known", "name_for", "start", "submit"]
@@ -72,10 +84,10 @@ class Service:
     def status(self) -> dict[str, Any]:
         """What the service does.
 
-        ``state`` is running, handing over or draining; ``since`` and ``hand_over`` (None if it has no end) are seconds since 1970.
-        ``pools`` has the fields of ``PoolStatus``; ``jobs`` Slurm's state, reason for waiting, node and seconds left of each; ``lanes``
-        the weight of each, its share of the last five minutes, its tasks that wait and that are on workers, and its clients;
-        ``missing`` one sentence; ``events`` the last ten, each with its time.
+        ``state`` is starting, stands ready (a successor), running, handing over or draining; ``since`` and ``hand_over`` (None if it has
+        no end) are seconds since 1970. ``pools`` has the fields of ``PoolStatus``; ``jobs`` Slurm's state, reason for waiting, node and
+        seconds left of each; ``lanes`` the weight of each, its share of the last five minutes, its tasks that wait and that are on
+        workers, and its clients; ``missing`` one sentence; ``events`` the last ten, each with its time.
         """
         now = self.ask("cluster_status")
         if now is None:  # what a server answers that is closing
@@ -102,7 +114,7 @@ class Service:
         """End it, after what runs now has finished or ``drain_seconds`` have passed. Returns when all of it is gone."""
         folder = self._own_folder("be stopped")
         before = Whereabouts.read(folder / "scheduler.json")
-        with suppress(ClusterError) if before and not before.lives() else _nothing():
+        with suppress(ClusterError) if before and before.life() == "dead" else nullcontext():
             self.ask("cluster_stop", drain_seconds=drain_seconds)
         deadline = time.monotonic() + drain_seconds + _END_SECONDS
         while before is not None and before.lives():
@@ -120,11 +132,6 @@ class Service:
         return self.folder
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
 def find(name: str) -> Service:
     """The running service of that name: this account's own, else one that it is invited to.
 
@@ -138,9 +145,11 @@ def find(name: str) -> Service:
         return _invited(name)
     found = Whereabouts.read(folder / "scheduler.json")
     deadline = time.monotonic() + 60
-    while found is not None and not found.lives():
+    while found is not None and (life := found.life()) != "lives":
         following = Whereabouts.read(folder / "successor.json")
         if following is None or not following.lives() or time.monotonic() > deadline:
+            if life != "dead":
+                raise found.out_of_reach()
             waiting = _on_its_way(folder)
             raise ClusterError(
                 f"The cluster {name} has ended: {folder / 'scheduler.json'} names process {found.pid} on {found.host}, which is no more.",
@@ -300,6 +309,9 @@ def prepared(settings: SlurmSettings | LocalSettings, name: str) -> Iterator[Pat
         raise ClusterError(
             f"{name!r} cannot be the name of a cluster.", "a path or a sign that names do not have", "letters, digits, _ and -"
         )
+    state = state_folder()
+    make_passable(state)
+    state.chmod(state.stat().st_mode & 0o777 | 0o011)  # made by another command under a narrow umask, perhaps
     folder = folder_of(name)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     folder.chmod(0o700)
@@ -322,7 +334,10 @@ def prepared(settings: SlurmSettings | LocalSettings, name: str) -> Iterator[Pat
 
 def _refuse_two(folder: Path, name: str) -> None:
     found, waiting = Whereabouts.read(folder / "scheduler.json"), batch.Launched.read(folder)
-    if found is not None and found.lives():
+    life = found.life() if found is not None else "dead"
+    if found is not None and life == "cannot tell":
+        raise found.out_of_reach()
+    if found is not None and life == "lives":
         runs = f"runs since {time.strftime('%Y-%m-%d %H:%M', time.localtime(found.since))} at {found.address}"
     elif waiting is not None and waiting.job and not waiting.ended():
         runs = f"is on its way: {waiting}"
@@ -331,13 +346,27 @@ def _refuse_two(folder: Path, name: str) -> None:
     raise ClusterError(f"The cluster {name} {runs}.", "it was started before", f"use it, or end it:  cryodask cluster stop {name}")
 
 
-def clean_up(name: str) -> list[str]:
-    """Take away what a service that has ended left behind: its files, and its jobs in Slurm's queue. Returns what that was, in words."""
+def clean_up(name: str, *, force: bool = False) -> list[str]:
+    """Take away what a service that has ended left behind: its files, and its jobs in Slurm's queue. Returns what that was, in words.
+
+    Raises
+    ------
+    ClusterError
+        If it lives; if nobody can tell from this machine, unless ``force`` says that it is known to be gone. Nothing is done then.
+    """
     folder, words = folder_of(name), []
-    for file in ("scheduler.json", "successor.json"):
-        found = Whereabouts.read(folder / file)
-        if found is None or found.lives():
-            continue
+    left = {file: found for file in ("scheduler.json", "successor.json") if (found := Whereabouts.read(folder / file)) is not None}
+    for found in left.values():
+        life = found.life()
+        if life == "cannot tell" and not force:
+            raise found.out_of_reach()
+        if life == "lives":
+            raise ClusterError(
+                f"The cluster {name} still runs: process {found.pid} on {found.host}.",
+                "it has just been started, or its successor is about to take over",
+                f"look again:  cryodask cluster status {name}",
+            )
+    for file, found in left.items():
         words += [f"job {job} cancelled" for job in in_thread(slurm.cancel_of(found.id))]
         (folder / file).unlink()
         words.append(f"{folder / file} removed")

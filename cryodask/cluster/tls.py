@@ -49,6 +49,7 @@ class Authority:
             raise ClusterError(
                 f"{folder} already holds an authority.", "the cluster was made before", "open it, or remove the folder to shut out all"
             )
+        _refuse_name(owner, "owner")
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.chmod(0o700)
         key, name = ec.generate_private_key(ec.SECP256R1()), _subject(cluster, "authority", cluster)
@@ -75,12 +76,15 @@ class Authority:
         return cls(folder, _names(certificate)[0], certificate, key)
 
     def certificate(self, name: str, role: Role = "user", *, days: float = 365) -> tuple[Path, Path]:
-        """Certificate and key for a name, as two files; one made before for that name is replaced."""
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._@-]*", name) or (name in (*_SERVICES, "ca")) != (role in _SERVICES):
+        """Certificate and key for a name, as two files; one made before for that name and role is replaced."""
+        _refuse_name(name, role)
+        paths = self.folder / f"{name}.pem", self.folder / f"{name}-key.pem"
+        before = _names(_certificate(paths[0].read_text(), paths[0]))[1] if paths[0].exists() else role
+        if before != role:
             raise ClusterError(
-                f"{name!r} cannot be the name of a {role}.",
-                "a sign that no account has, or a name kept for us",
-                "letters, digits and . _ @ -",
+                f"{name} is the {before} of {self.cluster} and cannot become its {role}.",
+                "the owner has every right and needs no invitation" if before == "owner" else "the name is taken",
+                "leave that name out",
             )
         key = ec.generate_private_key(ec.SECP256R1())
         # OpenSSL itself refuses a server whose certificate is for clients only
@@ -91,7 +95,6 @@ class Authority:
             .add_extension(x509.ExtendedKeyUsage(usage), critical=True)
             .sign(self._key, hashes.SHA256())
         )
-        paths = self.folder / f"{name}.pem", self.folder / f"{name}-key.pem"
         write_secret(paths[0], _pem(certificate))
         write_secret(paths[1], _pem(key))
         return paths
@@ -136,6 +139,12 @@ class Authority:
 
     def _write_people(self, people: Mapping[str, Any]) -> None:
         write_secret(self.folder / "people.json", json.dumps(people, indent=1))
+
+    def set_lanes(self, user: str, lanes: Iterable[str]) -> None:
+        """Change the lanes of somebody who is invited; the invitation stays good."""
+        people = self.people()
+        people[user] = {**people[user], "lanes": list(lanes)}
+        self._write_people(people)
 
 
 @dataclass(frozen=True)
@@ -282,6 +291,20 @@ def _explanation(address: str, error: BaseException) -> tuple[str, str, str] | N
 
 
 # --- certificates and secret files -----------------------------------------------------------------------------------------------
+def _refuse_name(name: str, role: Role) -> None:
+    """A name becomes two files, NAME.pem and NAME-key.pem, which must be nobody else's."""
+    if (
+        not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._@-]*", name)
+        or name.endswith("-key")
+        or (name in (*_SERVICES, "ca")) != (role in _SERVICES)
+    ):
+        raise ClusterError(
+            f"{name!r} cannot be the name of {'an' if role == 'owner' else 'a'} {role}.",
+            "a sign that no account has, or a name kept for us",
+            "letters, digits and . _ @ -, and no -key at the end",
+        )
+
+
 def _subject(name: str, role: str, cluster: str) -> x509.Name:
     values = {NameOID.ORGANIZATION_NAME: cluster, NameOID.ORGANIZATIONAL_UNIT_NAME: role, NameOID.COMMON_NAME: name}
     return x509.Name([x509.NameAttribute(oid, value) for oid, value in values.items()])

@@ -11,12 +11,14 @@ from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from cryodask.cluster import slurm, tls
 from cryodask.cluster.settings import AddressSettings, LocalSettings, SlurmSettings, parse_settings
+from cryodask.errors import ClusterError
 
 T = TypeVar("T")
+Life = Literal["lives", "dead", "cannot tell"]
 
 
 def in_thread(waiting: Coroutine[Any, Any, T]) -> T:
@@ -41,34 +43,68 @@ class Whereabouts:
 
     @classmethod
     def read(cls, path: Path) -> Whereabouts | None:
-        """None where there is no such file, or one that was cut off."""
+        """None where there is no such file.
+
+        Raises
+        ------
+        ClusterError
+            If there is one that cannot be read now, which says nothing of the service.
+        """
         try:
             return cls(**json.loads(path.read_text()))
-        except (OSError, TypeError, ValueError):
+        except FileNotFoundError:
             return None
+        except (OSError, TypeError, ValueError) as error:
+            raise ClusterError(
+                f"{path} cannot be read: {error}",
+                "the file system did not answer, or somebody changed the file",
+                "try again; if it is damaged and you know that the service does not run, remove it",
+            ) from None
 
     def write(self, path: Path) -> None:
         """For this account's eyes alone, and never half."""
         tls.write_secret(path, json.dumps(asdict(self), indent=1))
 
-    def lives(self) -> bool:
+    def life(self) -> Life:
         """Whether that process still is: by its start time on this machine, by Slurm's word or by a connection elsewhere."""
         if self.host == socket.gethostname().split(".")[0]:
-            return not slurm.owner_is_dead(self.id)
+            return "dead" if slurm.owner_is_dead(self.id) else "lives"
         if self.slurm_job and (queue := in_thread(slurm.squeue())) is not None:
-            return any(job.job_id == self.slurm_job and job.alive for job in queue)
-        host, port = self.address.split("://")[1].rsplit(":", 1)
+            return "lives" if any(job.job_id == self.slurm_job and job.alive for job in queue) else "dead"
+        host, _, port = self.address.rpartition("://")[2].rpartition(":")
         try:
             socket.create_connection((host, int(port)), timeout=5).close()
-        except OSError:
-            return False
-        return True
+        except (OSError, ValueError):
+            return "cannot tell"  # a firewall, a busy machine, a scheduler on its loopback address: all look the same from here
+        return "lives"
+
+    def lives(self) -> bool:
+        """Whether it is known that that process still is."""
+        return self.life() == "lives"
+
+    def out_of_reach(self) -> ClusterError:
+        """What to say where nobody can tell, and so nothing may be taken away."""
+        where = "try again when Slurm answers" if self.slurm_job else f"run this on {self.host}"
+        return ClusterError(
+            f"Whether the cluster {self.cluster} still runs cannot be told from this machine: it was process {self.pid} on {self.host},"
+            f" and nobody answers at {self.address}.",
+            "Slurm does not answer" if self.slurm_job else "that address is reached from there only, or that machine is down",
+            f"{where}; if you know that it is gone, clear away what it left:  cryodask cluster stop {self.cluster} --force",
+        )
 
 
 # --- where services are kept -----------------------------------------------------------------------------------------------------
 def state_folder() -> Path:
     """Where cryodask keeps what outlives a process, for this account."""
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "cryodask"
+
+
+def make_passable(folder: Path) -> None:
+    """Make a folder, and what is missing above it, so that others come through whatever the umask: an address lies there that all read."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        path.chmod(0o711)
 
 
 def folder_of(name: str) -> Path:

@@ -235,8 +235,10 @@ class MapRunner:
         self.on_gpus = len(begun & set(self.for_gpus))
         late = time.monotonic() - _GPU_PATIENCE_SECONDS
         for key in [key for key, sent in self.for_gpus.items() if sent < late and key not in begun]:
-            future, item, _ = self.flying.pop(key)
-            del self.for_gpus[key]
+            future, item, _ = self.flying[key]
+            if future.done():
+                continue
+            del self.flying[key], self.for_gpus[key]
             future.cancel()
             self._send([item], isolated=False)
             self.event("again", item, "no GPU became free: it goes to a CPU")

@@ -1,0 +1,302 @@
+"""How one process of a service follows another: a successor starts beside the old one, and takes over when that has let go or has died."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import logging
+import os
+import pickle
+import socket
+import time
+from collections import deque
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from cryodask.cluster import batch, slurm, tls
+from cryodask.cluster.settings import LocalSettings, ServiceSettings, SlurmSettings
+from cryodask.cluster.whereabouts import Whereabouts, address_file, make_passable
+from cryodask.errors import ClusterError
+
+logger = logging.getLogger("cryodask.cluster.service")
+
+_LOOK_SECONDS = 0.2
+_LIFE_LOOKS = 25
+# a network file system may show a file that is being replaced as missing, for a moment
+_ABSENT_LOOKS = 10
+_AGAIN_SECONDS = 60.0
+# without a walltime there is no hurry, but no reason to wait for ever either
+_PATIENCE_SECONDS = 600.0
+_SPARE_SECONDS = 20.0
+
+
+class HandingOver:
+    """The part of a ``Serving`` that deals with the process before it and with the one after it."""
+
+    cluster: Any
+
+    def __init__(self, folder: Path, settings: LocalSettings | SlurmSettings, owner: str, follows: str) -> None:
+        self.folder, self.name, self.settings, self.owner, self.follows = folder, folder.name, settings, owner, follows
+        self.service = settings.service or ServiceSettings()
+        self.slurm_job = os.environ.get("SLURM_JOB_ID") if self.service.where == "slurm" else None
+        self.id = ""
+        self.state, self.since = "stands ready" if follows else "starting", time.time()
+        self.ends: float | None = None
+        self.events: deque[tuple[float, str]] = deque(maxlen=200)
+        self._over = asyncio.Event()
+        self._handing: asyncio.Task[None] | None = None
+        self._launched: batch.Launched | None = None
+
+    def _say(self, text: str) -> None:
+        self.events.append((time.time(), text))
+        logger.warning(text)
+
+    def _tell_clients(self, text: str) -> None:
+        event = {"message": pickle.dumps(text), "category": pickle.dumps(UserWarning)}
+        self.cluster.scheduler.log_event("warn", event)
+
+    def _whereabouts(self, address: str) -> Whereabouts:
+        return Whereabouts(
+            address=address, cluster=self.name, id=self.id, host=socket.gethostname().split(".")[0], pid=os.getpid(), since=self.since,
+            slurm_job=self.slurm_job, owner=self.owner, dashboard=self.cluster.dashboard_link if address else "",
+        )  # fmt: skip
+
+    async def _walltime_ends(self) -> float | None:
+        """When Slurm ends this process: by its queue, where a limit may have been changed, else as it was when the job began."""
+        if self.slurm_job is None:
+            return None
+        shown = next((job for job in await slurm.squeue() or [] if job.job_id == self.slurm_job), None)
+        if shown is not None:
+            return None if shown.seconds_left is None else time.time() + shown.seconds_left
+        if said := os.environ.get("SLURM_JOB_END_TIME"):
+            return float(said)
+        return self.ends or (self.since + slurm.walltime_seconds(self.service.walltime) if self.service.walltime else None)
+
+    async def _drain(self, seconds: float, successor: Whereabouts | None = None) -> None:
+        """Send nothing more to workers, and wait for what they run, as long as the successor lives."""
+        scheduler, deadline = self.cluster.scheduler, time.monotonic() + seconds
+        self.state = "draining"
+        scheduler.drain()
+        looks = 0
+        while any(ws.processing for ws in scheduler.workers.values()) and time.monotonic() < deadline:
+            await asyncio.sleep(_LOOK_SECONDS)
+            looks += 1
+            if successor is not None and looks % _LIFE_LOOKS == 0 and await _is_dead(successor):
+                return
+
+    # --- to a successor ----------------------------------------------------------------------------------------------------------
+    def hand_over_soon(self) -> None:
+        """Begin to hand over; asked for twice it is begun once. One that is not in its place yet has nothing to hand over."""
+        if self.state not in ("starting", "stands ready") and (self._handing is None or self._handing.done()):
+            self._handing = asyncio.ensure_future(self._hand_over())
+
+    async def _hand_over(self) -> None:
+        """Try until a successor has taken over, or there is no time for it any more; without a walltime, once."""
+        self.ends = await self._walltime_ends()
+        latest = self.ends - _SPARE_SECONDS if self.ends else time.time() + 2 * _PATIENCE_SECONDS
+        while True:
+            try:
+                if await self._handed_over(latest):
+                    return
+            except Exception as error:  # nobody awaits this task: what is not said here is never heard of
+                logger.exception("the hand-over failed")
+                self._say(f"the hand-over failed: {type(error).__name__}: {error}")
+            self.state = "running"
+            self.cluster.scheduler.resume_dispatch()
+            if self.ends is None:
+                await self._end_successors()
+                self._say("no successor came, so this service goes on")
+                return
+            if time.time() + _AGAIN_SECONDS > latest:
+                self._say("no successor is ready, and there is no time left to start one")
+                return
+            await asyncio.sleep(_AGAIN_SECONDS)
+
+    async def _handed_over(self, latest: float) -> bool:
+        """One attempt, until ``latest`` in seconds since 1970; False if the successor did not come, or died before it took over."""
+        self.state = "handing over"
+        tls.write_secret(self.folder / "scaled.json", json.dumps(await self._targets()))
+        # a third of what is left belongs to the tasks that run
+        successor = await self._successor(time.time() + 2 * (latest - time.time()) / 3)
+        if successor is None and (self.ends is None or self._launched is None):
+            return False
+        following = "is ready" if successor else "waits in the queue"
+        self._tell_clients(
+            f"The cluster {self.name} ends when the tasks that run now have finished. Its successor {following}: connect again, under the"
+            " same name. Results that are only in memory are lost; a run that is started again goes on where it was."
+        )
+        await self._drain(latest - time.time(), successor)
+        if successor is not None and await _is_dead(successor):
+            self._say("the successor ended before it took over")
+            return False
+        self._name_as_successor(successor)
+        self.state = "handed over"
+        self._over.set()
+        return True
+
+    def _name_as_successor(self, successor: Whereabouts | None) -> None:
+        here, path = self.folder / "scheduler.json", self.folder / "successor.json"
+        ready, named = Whereabouts.read(path), Whereabouts.read(here)
+        # one that came late, or waits for the port, takes over by itself when it sees that this process is gone
+        if successor is None or not successor.address or ready is None or ready.id != successor.id:
+            return
+        if named is not None and named.id == self.id:
+            os.replace(path, here)
+            self._publish_address(successor.address)
+
+    async def _targets(self) -> dict[str, int]:
+        """What a successor asks for, if not what the settings say."""
+        if isinstance(self.settings, SlurmSettings):
+            return {name: now.target for name, now in (await self.cluster.pool_status()).items() if not now.problem}
+        return {"workers": len(self.cluster.worker_spec)}
+
+    async def _successor(self, deadline: float) -> Whereabouts | None:
+        """The successor, when it is ready to take over; None if it is not by then."""
+        path = self.folder / "successor.json"
+        while True:
+            again = _LOOK_SECONDS if self.service.where == "process" else 5 * _LOOK_SECONDS
+            if self._launched is None:
+                try:
+                    await self._launch(path)
+                except ClusterError as refused:
+                    self._say(str(refused))
+                    if self.ends is None:
+                        return None
+                    again = _AGAIN_SECONDS
+            else:
+                found = Whereabouts.read(path)
+                if found is not None and found.id != self.id and not await _is_dead(found):
+                    return found
+                if await asyncio.to_thread(self._launched.ended):
+                    log = self._launched.log
+                    self._say(f"{self._launched.short} ended before it could take over: {batch.last_words(log)}")
+                    self._launched = None
+                    if self.ends is None:
+                        return None
+                    again = _AGAIN_SECONDS
+            if time.time() >= deadline:
+                return None
+            await asyncio.sleep(min(again, max(0.0, deadline - time.time())))
+
+    async def _launch(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+        self._launched = await asyncio.to_thread(batch.launch, self.folder, self.settings, after=self.id)
+        self._launched.write(self.folder)
+        self._say(f"hands over to {await asyncio.to_thread(str, self._launched)}")
+
+    async def _end_successors(self) -> None:
+        """End whatever was started to follow this process; also a job that Slurm took without saying so."""
+        if self._launched is not None:
+            await asyncio.to_thread(self._launched.end)
+            self._launched = None
+        if self.slurm_job is not None:
+            await slurm.cancel_of(batch.follower_mark(self.id))
+        with suppress(OSError):
+            (self.folder / "successor.json").unlink()
+
+    # --- as a successor ----------------------------------------------------------------------------------------------------------
+    async def _named(self) -> Whereabouts | None:
+        """Who holds the service; None when nobody does any more, because it was stopped."""
+        absent = 0
+        while absent < _ABSENT_LOOKS and not self._over.is_set():
+            try:
+                if (found := Whereabouts.read(self.folder / "scheduler.json")) is not None:
+                    return found
+                absent += 1
+            except ClusterError:  # it cannot be read now, which says nothing of the service
+                absent = 0
+            await asyncio.sleep(_LOOK_SECONDS)
+        return None
+
+    async def _waited_for(self) -> Whereabouts | None:
+        """The one that holds the service, if this process is still to follow it."""
+        named = await self._named()
+        if named is not None and named.id in (self.id, self.follows):
+            return named
+        self._say("the service was stopped meanwhile" if named is None else "another successor has taken over")
+        return None
+
+    async def _wait_for_port(self, before: Whereabouts) -> bool:
+        """Until the one before has left the port that both use; False if this process is not to follow it any more."""
+        port = self.settings.port if isinstance(self.settings, SlurmSettings) else 0
+        if not port or before.host != socket.gethostname().split(".")[0]:
+            return True
+        self._whereabouts("").write(self.folder / "successor.json")
+        host = before.address.split("://")[1].rsplit(":", 1)[0]
+        while not await _is_dead(before) and not _is_free(host, port):
+            if await self._waited_for() is None:
+                return False
+            await asyncio.sleep(_LOOK_SECONDS)
+        return True
+
+    async def _my_turn(self) -> bool:
+        """Stand ready until the one before hands over or dies; False if this process is not waited for any more."""
+        self._whereabouts(self.cluster.scheduler.address).write(self.folder / "successor.json")
+        looks = 0
+        while not self._over.is_set():
+            named = await self._waited_for()
+            if named is None or named.id == self.id:
+                return named is not None
+            looks += 1
+            if looks % 10 == 0 and await _is_dead(named):
+                return await asyncio.to_thread(self._succeed_the_dead)
+            await asyncio.sleep(_LOOK_SECONDS)
+        return False
+
+    def _succeed_the_dead(self) -> bool:
+        """Take the place of one that died; False if another was quicker: a start by hand, or a second successor."""
+        with open(os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            named = Whereabouts.read(self.folder / "scheduler.json")
+            if named is None or named.id != self.follows:
+                return False
+            self._whereabouts(self.cluster.scheduler.address).write(self.folder / "scheduler.json")
+        return True
+
+    async def _take_over(self, before: Whereabouts | None) -> None:
+        """From now on this is the service of that name."""
+        if before is not None and before.id != self.id and await _is_dead(before):
+            for job in await slurm.cancel_of(before.id) if isinstance(self.settings, SlurmSettings) else ():
+                self._say(f"job {job}, left by the service that died: cancelled")
+        self.state = "running"
+        here = self._whereabouts(self.cluster.scheduler.address)
+        here.write(self.folder / "scheduler.json")
+        (self.folder / "successor.json").unlink(missing_ok=True)
+        self._publish_address(here.address)
+        self._say(f"runs at {here.address}, dashboard {here.dashboard}")
+        if self.ends is not None and self.ends - time.time() < min(batch.margin_seconds(self.service), (self.ends - self.since) / 4):
+            self.hand_over_soon()  # Slurm's signal came while it stood ready, and does not come again
+
+    def _forget_own(self) -> None:
+        """Stand ready no more."""
+        path = self.folder / "successor.json"
+        with suppress(OSError, ClusterError):
+            if (found := Whereabouts.read(path)) is not None and found.id == self.id:
+                path.unlink()
+
+    def _publish_address(self, address: str) -> None:
+        target = address_file(self.folder, self.settings)
+        part = target.with_name(f".{target.name}.{os.getpid()}.part")
+        try:
+            make_passable(target.parent)
+            part.write_text(json.dumps({"cluster": self.name, "address": address}))
+            part.chmod(0o644)
+            part.rename(target)
+        except OSError as error:
+            self._say(f"{target} cannot be written, so those who are invited will not find a new address: {error}")
+
+
+async def _is_dead(one: Whereabouts) -> bool:
+    return await asyncio.to_thread(one.life) == "dead"
+
+
+def _is_free(host: str, port: int) -> bool:
+    with socket.socket() as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind((host, port))
+        except OSError:
+            return False
+    return True
