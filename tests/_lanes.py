@@ -33,6 +33,7 @@ async def cluster(workers: int = 2, threads: int = 1, resources: dict | None = N
         "distributed.worker.memory.terminate": False,
         "distributed.worker.memory.pause": False,
         "distributed.admin.tick.limit": "60s",
+        "distributed.scheduler.allowed-failures": 3,
     }
     with dask.config.set(settings):
         async with FairShareScheduler(dashboard=False, host="127.0.0.1", port=0, validate=True, **options) as scheduler:

@@ -59,11 +59,14 @@ def client() -> Iterator[Any]:
 def _no_client_of_a_closed_loop() -> Iterator[None]:
     """Tasks of workers in this process that ask for a client leave it behind as the default one of whoever computes next."""
     yield
+    import dask
     from distributed.client import _global_clients
 
     for number, left in list(_global_clients.items()):
         if left.loop.asyncio_loop.is_closed():  # type: ignore[attr-defined]
             del _global_clients[number]
+    if not _global_clients and dask.config.get("scheduler", None) == "dask.distributed":
+        dask.config.config.pop("scheduler")
 
 
 slurm = pytest.fixture(scope="session")(slurm_for_tests)
