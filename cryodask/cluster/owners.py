@@ -10,7 +10,7 @@ from distributed import Scheduler
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.scheduler import TaskState
 
-from cryodask.cluster.lanes import LaneOptions, LaneQueue, Owner, Place, Share
+from cryodask.cluster.lanes import LaneOptions, LaneQueue, Owner, Share
 
 THREADS = "threads"
 _SAMPLED = 200
@@ -207,28 +207,40 @@ class LanedScheduler(Scheduler):
             elif tasks > 0:
                 timed = self.task_prefixes[prefix].duration_average if prefix in self.task_prefixes else -1
                 each = timed if timed >= 0 else self.UNKNOWN_TASK_DURATION
-                found.append({"lane": self.path_of_client(client)[0], "resources": {}, "tasks": tasks, "seconds": tasks * each})
+                lane = self.path_of_client(client)[0]
+                found.append({"lane": lane, "resources": {}, "bound": False, "tasks": tasks, "seconds": tasks * each})
         return found
 
     def waiting_work(self) -> list[dict[str, Any]]:
-        """What waits here, for whoever decides on more workers.
+        """What waits here, for whoever decides on more workers; also what no worker that is there could run.
 
-        One entry for each lane and kind of place: ``lane``, ``resources`` that each task needs (empty for threads), number of ``tasks``,
-        ``seconds`` that they will probably take together (from the first few hundred of them).
+        One entry for each lane and kind of task: ``lane``, ``resources`` that each task needs (empty for threads), ``bound`` where they may
+        run on workers that they name only, number of ``tasks``, ``seconds`` that they will probably take together (from the first few
+        hundred in each place).
         """
-        found: dict[tuple[str, Place], tuple[int, float]] = {}
+        found: dict[tuple[str, Any, bool], tuple[float, float]] = {}
+
+        def count(lane: str, some: list[TaskState], each: float) -> None:
+            for ts in some:
+                key = lane, tuple(sorted((ts.resource_restrictions or {}).items())), is_bound(ts)
+                tasks, seconds = found.get(key, (0.0, 0.0))
+                found[key] = tasks + each, seconds + each * self.estimate(ts)
+
         for clock in self._clocks.values():
             for leaf in clock.leaves_in_turn():
                 entries = sum(map(len, leaf.heaps.values()))
-                for place, heap in leaf.heaps.items():
+                for heap in leaf.heaps.values():
                     some = [ts for _, _, ts in heap[:_SAMPLED] if ts in self._held]
                     if some:
-                        tasks = math.ceil(leaf.held * len(heap) / entries)
-                        each = sum(map(self.estimate, some)) / len(some)
-                        key = leaf.lane.name, place[0] if type(place) is tuple else ()
-                        before = found.get(key, (0, 0.0))
-                        found[key] = before[0] + tasks, before[1] + tasks * each
+                        count(leaf.lane.name, some, leaf.held * len(heap) / entries / len(some))
+        for ts in self.unrunnable:
+            count(self.owner_of(ts.key).lane, [ts], 1.0)
         return [
-            {"lane": lane, "resources": dict(needs or ()), "tasks": tasks, "seconds": seconds}  # type: ignore[arg-type]
-            for (lane, needs), (tasks, seconds) in found.items()
+            {"lane": lane, "resources": dict(needs), "bound": bound, "tasks": math.ceil(tasks - 1e-6), "seconds": seconds}
+            for (lane, needs, bound), (tasks, seconds) in found.items()
         ]
+
+
+def is_bound(ts: TaskState) -> bool:
+    """Whether a task may run on workers that it names only."""
+    return bool(ts.worker_restrictions) and not ts.loose_restrictions

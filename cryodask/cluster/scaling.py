@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-
-from distributed.scheduler import TaskState
 
 from cryodask.cluster.accounting import pool_of
 from cryodask.cluster.fairshare import FairShareScheduler
 from cryodask.cluster.guard import GuardedScheduler
-from cryodask.cluster.owners import _SAMPLED
+from cryodask.cluster.owners import is_bound
 from cryodask.cluster.settings import PoolSettings, SlurmSettings
 
 Needs = tuple[tuple[str, float], ...]
@@ -182,46 +180,24 @@ def work_of(scheduler: FairShareScheduler) -> dict[Needs, Work]:
 
     def wait(needs: Mapping[str, float] | None, tasks: float, seconds: float) -> Work:
         work = found.setdefault(tuple(sorted((needs or {}).items())), Work())
-        work.waiting = max(0.0, work.waiting + tasks)
-        work.waiting_seconds = max(0.0, work.waiting_seconds + seconds)
+        work.waiting += tasks
+        work.waiting_seconds += seconds
         return work
 
     full = scheduler._memory.full if isinstance(scheduler, GuardedScheduler) else set()
     for entry in (*scheduler.waiting_work(), *scheduler.announced_work()):
-        if entry["resources"] or entry["lane"] not in full:
+        if not entry["bound"] and (entry["resources"] or entry["lane"] not in full):
             wait(entry["resources"], entry["tasks"], entry["seconds"])
-    for needs, number, length in _bound_work(scheduler, full):
-        wait(needs, -number, -length)
-    for ts in scheduler.unrunnable:
-        if not _bound(ts):
-            wait(ts.resource_restrictions, 1, scheduler.estimate(ts))
     for ws in scheduler.workers.values():
         tasks = [ts for ts in ws.processing if ts not in ws.long_running]
         runs = min(1.0, ws.nthreads / len(tasks)) if tasks else 0.0  # the rest was sent ahead
         pool = pool_of(ws)
         for ts in tasks:
-            ahead, seconds = 0.0 if _bound(ts) else 1 - runs, scheduler.estimate(ts)
+            ahead, seconds = 0.0 if is_bound(ts) else 1 - runs, scheduler.estimate(ts)
             work = wait(ts.resource_restrictions, ahead, ahead * seconds)
             work.running[pool] = work.running.get(pool, 0.0) + runs
             work.running_seconds += runs * seconds
     return found
-
-
-def _bound(ts: TaskState) -> bool:
-    return bool(ts.worker_restrictions) and not ts.loose_restrictions
-
-
-def _bound_work(scheduler: FairShareScheduler, full: Collection[str]) -> Iterator[tuple[dict[str, float], float, float]]:
-    """Of what ``waiting_work`` counts, the part that is bound to workers: needs, tasks, seconds."""
-    for clock in scheduler._clocks.values():
-        for leaf in clock.leaves_in_turn():
-            entries = sum(map(len, leaf.heaps.values()))
-            for heap in leaf.heaps.values():
-                some = [ts for _, _, ts in heap[:_SAMPLED] if ts in scheduler.queued]
-                bound = [ts for ts in some if _bound(ts)]
-                if bound and (bound[0].resource_restrictions or leaf.lane.name not in full):
-                    part = math.ceil(leaf.held * len(heap) / entries) / len(some)
-                    yield dict(bound[0].resource_restrictions or {}), part * len(bound), part * sum(map(scheduler.estimate, bound))
 
 
 def _floor(scheduler: FairShareScheduler, floors: Mapping[str, int]) -> int:
