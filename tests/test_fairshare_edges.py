@@ -214,6 +214,37 @@ def test_tasks_whose_inputs_lie_on_a_paused_worker_run_elsewhere_however_large_t
     run(scenario)
 
 
+@pytest.mark.parametrize("strictly", [True, False])
+def test_tasks_that_wait_for_a_worker_that_dies_run_elsewhere_only_if_they_may(strictly):
+    async def scenario():
+        async with cluster(1, 1, lanes={"A": 1, "B": 1}) as scheduler, client(scheduler, "A") as a, client(scheduler, "B") as b:
+            bound = await Worker(scheduler.address, nthreads=1, name="bound", host="127.0.0.1", dashboard=False)
+            port = int(bound.address.rsplit(":", 1)[1])
+            names = [f"A{i}" for i in range(12)]
+            kept = [a.map(sleep, range(12), [0.1] * 12, key=names, workers=[bound.address], allow_other_workers=not strictly)]
+            kept.append(await _roots(b, "B", 40, 0.02))
+            while len([ts for ts in scheduler.queued if ts.worker_restrictions]) < 8:
+                await asyncio.sleep(0.02)
+            await bound.close(nanny=False)
+            lost = time.time()
+            await b.gather(kept[1])
+            if strictly:
+                await asyncio.sleep(0.5)
+                assert not [name for name, begin, _ in LOG if name[0] == "A" and begin > lost]
+                assert all(future.status == "pending" for future in kept[0] if scheduler.tasks[future.key].state != "memory")
+                assert len(scheduler.unrunnable) >= 8
+                again = await Worker(scheduler.address, nthreads=1, port=port, name="again", host="127.0.0.1", dashboard=False)
+                assert again.address == bound.address
+                assert await asyncio.wait_for(a.gather(kept[0]), 20) == list(range(12))
+                await again.close(nanny=False)
+            else:
+                assert await asyncio.wait_for(a.gather(kept[0]), 20) == list(range(12))
+            del kept
+            await until_clean(scheduler)
+
+    run(scenario)
+
+
 def test_tasks_bound_to_workers_are_not_sorted_in_again_when_other_workers_come():
     async def scenario():
         async with cluster(1, 1, lanes={"A": 1}) as scheduler, client(scheduler, "A") as a:

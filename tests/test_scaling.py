@@ -88,7 +88,7 @@ works = st.builds(
     lambda tasks, each, running, each_running: Work(tasks, tasks * each, running, sum(running.values()) * each_running),
     st.integers(0, 5000),
     st.floats(0.01, 5000),
-    st.dictionaries(st.sampled_from([*POOLS, "local"]), st.integers(0, 300).map(float), max_size=3),
+    st.dictionaries(st.sampled_from([*"abcd", "local"]), st.integers(0, 300).map(float), max_size=3),
     st.floats(0.01, 5000),
 )
 kinds = st.sampled_from([(), GPU_TASK, PINNED, (("FPGA", 1.0),), (("pool-cpu", 1.0),), (("GPU", 0.5),)])
@@ -137,7 +137,8 @@ def test_tasks_that_wait_get_a_job_wherever_one_can_run_them(pools, load):
     jobs = jobs_wanted(pools, load, seconds=600)
     for needs, kind in load.items():
         able = [name for name, shape in pools.items() if shape.slots(needs) and shape.maximum]
-        if able and kind.waiting:
+        # behind others of their kind they have workers already, ours or not
+        if able and kind.waiting and not any(kind.running.values()):
             assert any(jobs[name] for name in able)
 
 

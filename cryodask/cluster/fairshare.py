@@ -159,8 +159,9 @@ class FairShareScheduler(ChargingScheduler):
             needs = tuple(sorted(ts.resource_restrictions.items()))
             return needs, frozenset(ts.worker_restrictions or ()), frozenset(ts.host_restrictions or ())
         if ts.worker_restrictions or ts.host_restrictions:
-            # of tasks that would rather run there (allow_other_workers) the same is true while one of these workers lives
-            return frozenset(ws.address for ws in self.valid_workers(ts) or ()) or None
+            able = frozenset(ws.address for ws in self.valid_workers(ts) or ())
+            # tasks that would only rather run there (allow_other_workers) run anywhere once none of these workers is left
+            return able if able or not ts.loose_restrictions else None
         return None
 
     def _transition_no_worker_processing(self, key: Any, stimulus_id: str) -> Any:
@@ -206,7 +207,11 @@ class FairShareScheduler(ChargingScheduler):
                 moved.append((ts, places[same]))
         for ts, place in moved:
             self._held.discard(ts)
-            self._held.put(ts, self._leaf(ts), place)
+            if place == frozenset():  # bound to workers of which none is left
+                ts.state = "no-worker"
+                self.unrunnable[ts] = monotonic()
+            else:
+                self._held.put(ts, self._leaf(ts), place)
         self._fresh = self._fresh or bool(moved)
         if gone:
             self._finished.pop(gone, None)
