@@ -38,6 +38,9 @@ PARAMETERS = {
     "handle_worker_status_change": ["self", "status", "worker", "stimulus_id"],
     "_remove_key": ["self", "key"],
     "validate_queued": ["self", "key"],
+    "add_client": ["self", "comm", "client", "versions"],
+    "update_data": ["self", "who_has", "nbytes", "client"],
+    "report": ["self", "msg", "ts", "client"],
 }
 
 
@@ -50,6 +53,7 @@ def test_parameters_that_are_passed_on_whole_have_these_names_among_them():
     assert {"key", "worker", "compute_duration", "stimulus_id"} <= set(inspect.signature(Scheduler.handle_long_running).parameters)
     assert "submitting_task" in inspect.signature(Scheduler._create_taskstate_from_graph).parameters
     assert not inspect.iscoroutinefunction(Scheduler._create_taskstate_from_graph)
+    assert "versions" in inspect.signature(Scheduler.add_worker).parameters
     assert next(iter(inspect.signature(Scheduler._task_to_msg).parameters.values())).name == "self"
     assert {"client", "tasks", "annotations"} <= set(_keywords_of_call(Scheduler, "update_graph"))
     assert inspect.signature(SchedulerPlugin.update_graph).return_annotation in ("None", None)
@@ -88,7 +92,7 @@ def test_the_scheduler_uses_nothing_of_its_queue_that_ours_lacks():
 
 
 def test_tasks_workers_and_prefixes_have_what_is_read():
-    assert {"actor", "resource_restrictions", "worker_restrictions", "host_restrictions", "processing_on", "priority"} <= _fields(TaskState)
+    assert {"actor", "resource_restrictions", "worker_restrictions", "host_restrictions", "processing_on", "priority", "suspicious"} <= _fields(TaskState)
     assert hasattr(TaskState, "_queueable") or "_queueable" in _fields(TaskState)
     assert {"resources", "used_resources", "processing", "long_running", "nthreads"} <= _fields(WorkerState)
     assert {"duration_average", "max_exec_time"} <= _fields(TaskPrefix)

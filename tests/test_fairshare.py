@@ -47,7 +47,9 @@ def test_a_lane_that_comes_later_gets_its_share(flood, weights):
             kept = [await flood(a, "A")]
             await asyncio.sleep(0.5)
             kept.append(await flood(b, "B"))
-            await asyncio.sleep(0.5)
+            while not any(name[0] == "B" for name, *_ in LOG):
+                await asyncio.sleep(0.05)  # a busy machine takes its time to send a flood
+            await asyncio.sleep(1.5)  # A had 32 tasks out while it was alone, which B makes up for first
             begin = time.time()
             await asyncio.sleep(3.0)
             found = shares(begin, time.time() - 0.1, "AB")

@@ -32,7 +32,8 @@ def _serve(root: Share, queue: LaneQueue, cost: float) -> str:
     assert leaf is not None
     task = queue.best_at(leaf, "here")
     queue.discard(task)
-    leaf.charge(cost, cost)
+    leaf.launch(cost)
+    leaf.land(0.0, cost)
     return leaf.lane.name
 
 
@@ -77,9 +78,9 @@ def test_a_lane_that_comes_anew_starts_ahead_of_what_others_have_sent_ahead():
     tags = []
     for _ in range(40):
         tags.append(leaves["A"].lane.start_tag())
-        leaves["A"].charge(1.0)
+        leaves["A"].launch(1.0)
         if len(tags) > 16:  # sixteen are in flight
-            leaves["A"].charge(0.0, 1.0)
+            leaves["A"].land(0.0, 1.0)
     queue.put(Task("B"), leaves["B"], None)
     assert leaves["B"].lane.start_tag() < tags[-8], "on workers of one thread half of what A sent has not begun"
     assert tags == sorted(tags)

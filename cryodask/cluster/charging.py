@@ -45,28 +45,27 @@ class ChargingScheduler(LanedScheduler):
         for ws in self.workers.values():
             for ts in ws.processing:
                 if ts.key not in self._flights and not ts.actor and ts not in ws.long_running:
-                    self._charge(ts, self._base)
+                    self._charge(ts, self._leaf(ts), self._base)
 
     def forget_tasks(self) -> None:
         """All tasks are gone (restart); what was used stays counted."""
-        self._others.clear()
+        super().forget_tasks()
         self._flights.clear()
-        self._held.clear()
         for clock in self._clocks.values():
             _none_flying(clock)
 
-    def _charge(self, ts: TaskState, rank: float) -> None:
-        leaf, cost = self._leaf(ts), self.estimate(ts)
+    def _charge(self, ts: TaskState, leaf: Share, rank: float) -> None:
+        cost = self.estimate(ts)
         self._flights[ts.key] = Flight(leaf, cost, rank)
-        leaf.charge(cost)
-        leaf.fly(1)
+        leaf.launch(cost)
 
     def _add_to_processing(self, ts: TaskState, ws: WorkerState, stimulus_id: str) -> Any:
         if self._others and not ts.actor:
             # what needs resources is sent only when they are free, and must not wait for what was sent before it
-            rank = self._rank if self._rank is not None else self._base + self._leaf(ts).lane.start_tag()
+            leaf = self._leaf(ts)
+            rank = self._rank if self._rank is not None else self._base + leaf.lane.start_tag()
             self._highest = max(self._highest, rank)
-            self._charge(ts, FIRST if ts.resource_restrictions else rank)
+            self._charge(ts, leaf, FIRST if ts.resource_restrictions else rank)
         return super()._add_to_processing(ts, ws, stimulus_id)
 
     def _task_to_msg(self, ts: TaskState, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -83,8 +82,7 @@ class ChargingScheduler(LanedScheduler):
             spent = monotonic() - flight.start
             if seconds is not None:  # of what ran before a contest began, only the rest counts in it
                 spent = min(spent, seconds)
-            flight.leaf.charge(spent - flight.charged, spent)
-            flight.leaf.fly(-1)
+            flight.leaf.land(spent - flight.charged, spent)
 
     def _exit_processing_common(self, ts: TaskState) -> WorkerState | None:
         if ts.key in self._flights:

@@ -10,7 +10,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -130,16 +130,31 @@ def _interrupts_held_back() -> Iterator[list[int]]:
 
 
 class LaneCluster(LocalCluster):
-    """A ``LocalCluster`` whose scheduler has lanes: further arguments as of ``LocalCluster``, ``lanes`` as of FairShareScheduler."""
+    """A ``LocalCluster`` whose scheduler has lanes.
 
-    def __init__(self, *args: Any, lanes: Mapping[str, Any] | None = None, sharing: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        self._lanes = {"lanes": dict(lanes or {}), **(sharing or {})}
+    ``lanes``, ``strict``, ``reserve``, ``default_lane`` and ``memory_share`` as of FairShareScheduler, all other arguments as of
+    ``LocalCluster``.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        lanes: Mapping[str, Any] | None = None,
+        strict: Iterable[str] = (),
+        reserve: Mapping[str, int] | None = None,
+        default_lane: str = "default",
+        memory_share: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._sharing = {
+            "lanes": lanes, "strict": tuple(strict), "reserve": reserve, "default_lane": default_lane, "memory_share": memory_share
+        }  # fmt: skip
         super().__init__(*args, **kwargs)
 
     async def _start(self) -> None:
         if self.scheduler_spec["cls"] is not FairShareScheduler:
             self.scheduler_spec["cls"] = FairShareScheduler
-            self.scheduler_spec["options"] = {**self.scheduler_spec.get("options", {}), **self._lanes}
+            self.scheduler_spec["options"] = {**self.scheduler_spec.get("options", {}), **self._sharing}
         await super()._start()
 
 
@@ -175,8 +190,7 @@ def local_cluster(settings: LocalSettings, *, asynchronous: bool = False) -> Lan
         memory_limit=settings.memory or "auto",
         local_directory=settings.scratch,
         silence_logs=40,
-        lanes=settings.lanes,
-        sharing=settings.model_dump(include={"strict", "reserve", "default_lane"}),
+        **settings.sharing(),
         asynchronous=asynchronous,
     )
 

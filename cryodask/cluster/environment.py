@@ -14,13 +14,14 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": 
 SETTINGS: dict[str, Any] = {
     # SpecCluster closes a nanny for good when its worker is away for this long (15 s by default): with a slow restart the run hangs
     "distributed.deploy.lost-worker-timeout": "1h",
-    # a worker's death convicts nobody here: the map runner tries the suspects in child processes
-    "distributed.scheduler.allowed-failures": 0,
+    # a task whose worker died is tried on so many others before it is blamed; the runners, which try suspects in processes of their own,
+    # ask for none (``run/isolation.py``)
+    "distributed.scheduler.allowed-failures": 3,
     # the statistical profiler costs 2 % of a core for every idle worker
     "distributed.worker.profile.enabled": False,
-    # blocks are cached in the workers by us, outside Dask's count of what it could spill
+    # results are spilled by their own size; by that of the process they would be for ever, once it holds the block runner's cache
     "distributed.worker.memory.spill": False,
-    "distributed.worker.memory.target": False,
+    "distributed.worker.memory.target": 0.5,
     "distributed.admin.tick.limit": "30s",
     # every process asks itself 50 times a second how late it is, and looks at the machine twice: with two workers that was 6 of the 8 % of
     # a core that an idle cluster used (memory limits have an interval of their own)

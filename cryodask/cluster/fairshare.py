@@ -17,37 +17,19 @@ from typing import Any
 
 import dask
 from distributed import Scheduler
-from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.scheduler import TaskState, WorkerState
 from tornado.ioloop import PeriodicCallback
 
-from cryodask.cluster.charging import FIRST, ChargingScheduler, Flight
+from cryodask.cluster.charging import FIRST, Flight
 from cryodask.cluster.lanes import Place, Share
+from cryodask.cluster.memory import CappingScheduler
 from cryodask.cluster.owners import THREADS
 
 _TICK_MILLISECONDS = 250
 _PRUNE_SECONDS = 60.0
 
 
-class _Workers(SchedulerPlugin):
-    """Tells of workers that come and go."""
-
-    name = "fairshare"
-
-    def __init__(self, scheduler: FairShareScheduler) -> None:
-        self._scheduler = scheduler
-
-    def add_worker(self, scheduler: Scheduler, worker: str) -> None:
-        self._scheduler.workers_changed()
-
-    def remove_worker(self, scheduler: Scheduler, worker: str, **kwargs: Any) -> None:
-        self._scheduler.workers_changed(gone=worker)
-
-    def restart(self, scheduler: Scheduler) -> None:
-        self._scheduler.forget_tasks()
-
-
-class FairShareScheduler(ChargingScheduler):
+class FairShareScheduler(CappingScheduler):
     """A scheduler with lanes.
 
     Parameters
@@ -61,6 +43,8 @@ class FairShareScheduler(ChargingScheduler):
         Threads that are kept free for a lane.
     default_lane : str
         Lane of clients that name none.
+    memory_share : mapping of str to float, optional
+        Share of the workers' memory that results of a lane may fill; above it, its tasks without inputs wait.
 
     Notes
     -----
@@ -78,10 +62,11 @@ class FairShareScheduler(ChargingScheduler):
         strict: Iterable[str] = (),
         reserve: Mapping[str, int] | None = None,
         default_lane: str = "default",
+        memory_share: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.share(lanes, strict=strict, reserve=reserve, default_lane=default_lane)
+        self.share(lanes, strict=strict, reserve=reserve, default_lane=default_lane, memory_share=memory_share)
 
     def share(
         self,
@@ -90,13 +75,15 @@ class FairShareScheduler(ChargingScheduler):
         strict: Iterable[str] = (),
         reserve: Mapping[str, int] | None = None,
         default_lane: str = "default",
+        memory_share: Mapping[str, float] | None = None,
     ) -> None:
         """Begin to share; parameters as of the class."""
         self.know_lanes(lanes, strict, default_lane)
         self._reserve = dict(reserve or {})
-        unknown = [n for n in (*self._strict, *self._reserve) if self._options and n not in self._options]
+        unknown = [n for n in (*self._strict, *self._reserve, *(memory_share or {})) if self._options and n not in self._options]
         if unknown:
-            raise ValueError(f"strict and reserve name lanes that are not in lanes: {unknown}")
+            raise ValueError(f"strict, reserve and memory_share name lanes that are not in lanes: {unknown}")
+        self.cap_memory(memory_share)
         self.count_time()
         self._reserved: dict[str, tuple[str, int]] = {}
         self._pruned = monotonic()
@@ -107,7 +94,6 @@ class FairShareScheduler(ChargingScheduler):
         """Nothing is sent to workers any more."""
         if math.isinf(self.WORKER_SATURATION):
             self.WORKER_SATURATION = 1.1  # without a bound on what lies on workers there is nothing to share
-        self.add_plugin(_Workers(self))
         self.periodic_callbacks["fairshare"] = PeriodicCallback(self._tick, _TICK_MILLISECONDS)
 
     def drain(self) -> None:
@@ -125,6 +111,9 @@ class FairShareScheduler(ChargingScheduler):
         if ts.actor or not (ts._queueable or ts.worker_restrictions):
             return Scheduler._transition_waiting_processing(self, key, stimulus_id)
         leaf = self._leaf(ts)
+        if self._memory.full and self.is_kept_back(ts, leaf):
+            self._hold(ts, leaf, None)
+            return {}, {}, {}
         alone = leaf.clock.held == leaf.held and not self.draining
         place: Place = None
         if ts.resource_restrictions:
@@ -288,6 +277,9 @@ class FairShareScheduler(ChargingScheduler):
 
     def _choose(self, clock: Share, ws: WorkerState) -> TaskState | None:
         """The task that a free slot of this worker goes to."""
+        first = clock.next_leaf()
+        if first is not None and not self._reserved and (ts := self._held.best_at(first, ws.address)) is not None:
+            return ts
         for leaf in clock.leaves_in_turn():
             if not self._reserved or self._room(ws, leaf.lane, self.WORKER_SATURATION):
                 ts = self._held.best_at(leaf, ws.address)
@@ -375,9 +367,12 @@ class FairShareScheduler(ChargingScheduler):
 
     def _refill(self, worker: str, stimulus_id: str) -> None:
         """Keep a worker supplied with tasks whose inputs it has, while their lane is alone."""
-        clock, ws = self._clocks[THREADS], None if self.draining else self.workers.get(worker)
-        leaf = clock.next_leaf()
-        if leaf is None or leaf.held != clock.held or ws is None or ws not in self.running:
+        clock = self._clocks[THREADS]
+        leaf = clock.only_leaf()
+        if leaf is None or worker not in leaf.heaps or self.draining:
+            return
+        ws = self.workers.get(worker)
+        if ws is None or ws not in self.running:
             return
         if self._others and clock.flying != leaf.flying:
             return

@@ -8,17 +8,15 @@ other's mistakes. It is not isolation: a task is a program that runs in the work
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from time import monotonic, time
+from time import monotonic
 from typing import Any
 
 import dask
 from dask.utils import format_bytes, parse_bytes
 from distributed import Scheduler, Worker
 from distributed.core import Server, error_message
-from distributed.versions import get_versions
 
 from cryodask.cluster import fairshare
 from cryodask.cluster.fairshare import FairShareScheduler
@@ -39,13 +37,11 @@ from cryodask.cluster.gate import (
     too_large,
 )
 from cryodask.cluster.lanes import Owner
-from cryodask.cluster.memory import CappedQueue, LaneMemory
 
 __all__ = ["GuardedNanny", "GuardedScheduler", "GuardedWorker"]
 
 ALLOWED_FAILURES = 3
 _EVERYBODY_READS = frozenset({"all", "scheduler", "print", "warn"})
-_EQUAL_VERSIONS = ("dask", "distributed", "msgpack", "cloudpickle")
 
 
 @behind_gates
@@ -63,8 +59,6 @@ class GuardedScheduler(FairShareScheduler):
         for every lane.
     max_graph_bytes : int or str
         Largest graph as sent, refused before it is unpickled; and ``max_graph_tasks``, refused before the scheduler takes up any of it.
-    memory_share : mapping of str to float, optional
-        Share of the workers' memory that results of a lane may fill; above it, its tasks without inputs wait.
 
     Notes
     -----
@@ -80,13 +74,12 @@ class GuardedScheduler(FairShareScheduler):
         users: Mapping[str, Any] | str | Path | None = None,
         max_graph_bytes: int | str = "256 MiB",
         max_graph_tasks: int = 2_000_000,
-        memory_share: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
         kwargs.setdefault("allowed_failures", ALLOWED_FAILURES)
         kwargs.setdefault("dashboard_address", "127.0.0.1:0")
         super().__init__(*args, **kwargs)
-        self.guard(owner, users, max_graph_bytes, max_graph_tasks, memory_share)
+        self.guard(owner, users, max_graph_bytes, max_graph_tasks)
 
     def guard(
         self,
@@ -94,21 +87,13 @@ class GuardedScheduler(FairShareScheduler):
         users: Mapping[str, Any] | str | Path | None = None,
         max_graph_bytes: int | str = "256 MiB",
         max_graph_tasks: int = 2_000_000,
-        memory_share: Mapping[str, float] | None = None,
     ) -> None:
         """Begin to guard; parameters as of the class."""
         self._master, self._users = owner, users
         self._read_users: tuple[float, int, dict[str, Any]] = (-1.0, 0, {})
         self._max_bytes, self._max_tasks = parse_bytes(max_graph_bytes), max_graph_tasks
-        self._versions = get_versions()
         self._peers: dict[str, Peer] = {}
         self._named: dict[tuple[str, Any], str | None] = {}
-        self._told: dict[tuple[str, str], float] = {}
-        self._memory = LaneMemory(self, memory_share or {})
-        if memory_share:
-            self._held = CappedQueue(self._leaf, self._memory.full)
-            self.queued = self._held  # type: ignore[assignment]
-            self.add_plugin(self._memory)
 
     # --- who is it, and are they (still) invited ---------------------------------------------------------------------------------
     def people(self) -> Mapping[str, Any] | None:
@@ -145,20 +130,6 @@ class GuardedScheduler(FairShareScheduler):
     def _is_owner(self, peer: Peer) -> bool:
         return self._master is None or (peer.role == "owner" and peer.name == self._master)
 
-    def _check_versions(self, message: dict[str, Any]) -> None:
-        theirs, ours = message.get("versions") or {}, self._versions
-        pairs = {name: (theirs.get("packages", {}).get(name), ours["packages"][name]) for name in _EQUAL_VERSIONS}
-        pairs["python"] = tuple(".".join(str(v.get("host", {}).get("python", "")).split(".")[:2]) for v in (theirs, ours))  # type: ignore[assignment]
-        different = [f"{name} {a or 'unknown'} (here {b})" for name, (a, b) in pairs.items() if a != b]
-        if different:
-            kind = "client" if message["op"] == "register-client" else "worker"
-            why = (
-                f"This {kind} has other versions than the scheduler: {', '.join(different)}.\n"
-                "  Usual reason: another environment was active\n"
-                "  What to do: use the scheduler's environment; only patch levels of Python may differ"
-            )
-            raise refused_client(why) if kind == "client" else refused_worker(why)
-
     # --- requests ----------------------------------------------------------------------------------------------------------------
     def admit(self, gate: Gate, message: dict[str, Any]) -> None:
         """Raise PermissionError if this request is not for this peer."""
@@ -170,8 +141,6 @@ class GuardedScheduler(FairShareScheduler):
                 raise refused_client(str(error)) from None
         else:
             self._check_invited(peer)
-        if op in ("register-client", "register-worker"):
-            self._check_versions(message)
         if not self._is_owner(peer) and op not in USER_OPS and peer.role != "scheduler" and op != "close":
             from_worker = peer.role in ("worker", None) and op in WORKER_OPS
             # a worker leaves by retiring itself, and nobody else
@@ -281,15 +250,6 @@ class GuardedScheduler(FairShareScheduler):
             raise too_large(f"{count} tasks", f"{self._max_tasks}")
         return super()._create_taskstate_from_graph(*args, **kwargs)
 
-    def tell(self, client: str, text: str) -> None:
-        """Show a client a warning, the same one at most once a minute."""
-        now = monotonic()
-        if now - self._told.get((client, text), -60.0) < 60:
-            return
-        self._told = {what: when for what, when in self._told.items() if now - when < 60} | {(client, text): now}
-        event = {"message": pickle.dumps(text), "category": pickle.dumps(UserWarning)}
-        self.report({"op": "event", "topic": "warn", "event": (time(), event)}, client=client)
-
     # --- lanes -------------------------------------------------------------------------------------------------------------------
     def path_of_client(self, client: str) -> tuple[str, str, str]:
         """From the name that a client was given; the person and the lanes are those of its certificate."""
@@ -329,44 +289,6 @@ class GuardedScheduler(FairShareScheduler):
             allowed = {lane: self._permitted(client, user, lane) for lane in set(lanes.values())}
             lanes = {key: allowed[lane] for key, lane in lanes.items()}
         super().take_graph(client, keys, lanes)
-
-    # --- memory by lane ----------------------------------------------------------------------------------------------------------
-    def memory_by_lane(self) -> dict[str, int]:
-        """Bytes of results in memory, by lane (empty without ``memory_share``)."""
-        return dict(self._memory.bytes)
-
-    def tell_lane(self, lane: str, text: str) -> None:
-        """Show a warning to every client of a lane."""
-        for client in list(self._peers):
-            if client in self.client_comms and self.owner_of_client(client).lane == lane:
-                self.tell(client, text)
-
-    def look_again(self) -> None:
-        """Tasks that could not be sent before may be sent now."""
-        self._fresh = True
-
-    def update_data(self, *, who_has: dict[Any, list[str]], nbytes: dict[Any, int], client: str | None = None) -> None:
-        """As distributed's; scattered data counts for the lane of who scattered it."""
-        super().update_data(who_has=who_has, nbytes=nbytes, client=client)
-        if self._memory.shares:
-            for key in who_has:
-                lane = self.owner_of_client(client).lane if client in self._peers else self.owner_of(key).lane
-                self._memory.count(self.tasks[key], lane)
-
-    def _transition_waiting_processing(self, key: Any, stimulus_id: str) -> Any:
-        if self._memory.full:
-            ts = self.tasks[key]
-            free = ts._queueable and not (ts.actor or ts.worker_restrictions or ts.host_restrictions or ts.resource_restrictions)
-            leaf = self._leaf(ts)
-            if leaf.lane.name in self._memory.full and free and (not ts.dependencies or self.is_rootish(ts)):
-                self._hold(ts, leaf, None)
-                return {}, {}, {}
-        return FairShareScheduler._transition_waiting_processing(self, key, stimulus_id)
-
-    _TRANSITIONS_TABLE = {  # noqa: RUF012  (distributed looks its functions up here, not as methods)
-        **FairShareScheduler._TRANSITIONS_TABLE,
-        ("waiting", "processing"): _transition_waiting_processing,
-    }
 
 
 async def dask_setup(server: Server) -> None:

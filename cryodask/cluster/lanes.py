@@ -48,9 +48,18 @@ class Share:
     def next_leaf(self) -> Share | None:
         """The leaf below this node that is to be served next."""
         node = self
-        while node.waiting:
-            node = node.in_turn()[0]
+        while waiting := node.waiting:
+            if len(waiting) > 1:
+                waiting.sort(key=_turn)
+            node = waiting[0]
         return node if node.held else None
+
+    def only_leaf(self) -> Share | None:
+        """The leaf that holds all that waits below this node; None if there are several, or none."""
+        node = self
+        while len(node.waiting) == 1:
+            node = node.waiting[0]
+        return node if node.held and not node.waiting else None
 
     def is_next(self) -> bool:
         """Whether it is this leaf's turn: at no level a sibling that waits is to be served before."""
@@ -69,20 +78,31 @@ class Share:
             else:
                 yield kid
 
-    def charge(self, seconds: float, settled: float = 0.0) -> None:
-        """Count time used against a leaf and all above it."""
+    def charge(self, seconds: float) -> None:
+        """Count time used by tasks that are on workers, against a leaf and all above it."""
         node = self
         while node.parent is not None:
             node.virtual += seconds / node.weight
-            node.settled += settled / node.weight
             node = node.parent
 
-    def fly(self, change: int) -> None:
-        """Count tasks on workers, at a leaf and all above it."""
-        node: Share | None = self
-        while node is not None:
-            node.flying += change
-            node = node.parent
+    def launch(self, seconds: float) -> None:
+        """A task goes to a worker: charge its estimate, and count it, at a leaf and all above it."""
+        node = self
+        while (above := node.parent) is not None:
+            node.virtual += seconds / node.weight
+            node.flying += 1
+            node = above
+        node.flying += 1
+
+    def land(self, correction: float, settled: float) -> None:
+        """A task has left its worker: charge what it took beyond what it was charged for (or less), and count it no more."""
+        node = self
+        while (above := node.parent) is not None:
+            node.virtual += correction / node.weight
+            node.settled += settled / node.weight
+            node.flying -= 1
+            node = above
+        node.flying -= 1
 
     def hold(self) -> None:
         """One more task waits. A node that begins to wait gets neither credit nor debt for the time before."""
@@ -242,6 +262,9 @@ class LaneQueue:
 
     def best_at(self, leaf: Share, address: str) -> Any | None:
         """The leaf's most urgent task among those that may run anywhere, best here, or here as one of a few."""
+        if len(leaf.heaps) == 1 and None in leaf.heaps:
+            entry = self.top(leaf, None)
+            return None if entry is None else entry[2]
         places: list[Place] = [p for p in (None, address) if p in leaf.heaps]
         if leaf.several:
             places += [p for p in leaf.several if address in p]

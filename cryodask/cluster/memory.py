@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dask.utils import format_bytes
 from distributed import Scheduler
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.scheduler import TaskState
 
+from cryodask.cluster.charging import ChargingScheduler
 from cryodask.cluster.lanes import LaneQueue, Share
-
-if TYPE_CHECKING:
-    from cryodask.cluster.guard import GuardedScheduler
 
 
 class LaneMemory(SchedulerPlugin):
@@ -25,7 +23,7 @@ class LaneMemory(SchedulerPlugin):
 
     name = "lane-memory"
 
-    def __init__(self, scheduler: GuardedScheduler, shares: Mapping[str, float]) -> None:
+    def __init__(self, scheduler: CappingScheduler, shares: Mapping[str, float]) -> None:
         bad = {lane: share for lane, share in shares.items() if not 0 < share <= 1}
         if bad:
             raise ValueError(f"memory_share is a part of the workers' memory, above 0 and at most 1, not {bad}")
@@ -100,3 +98,48 @@ class CappedQueue(LaneQueue):
             return super().best_at(leaf, address)
         finally:
             leaf.heaps[None] = roots
+
+
+class CappingScheduler(ChargingScheduler):
+    """Keeps new tasks of lanes back whose results fill more of the workers' memory than their share."""
+
+    def cap_memory(self, memory_share: Mapping[str, float] | None) -> None:
+        """Begin to count; the parameter as of FairShareScheduler."""
+        self._memory = LaneMemory(self, memory_share or {})
+        if memory_share:
+            self._held = CappedQueue(self._leaf, self._memory.full)
+            self.queued = self._held  # type: ignore[assignment]
+            self.add_plugin(self._memory)
+
+    def full_lanes(self) -> set[str]:
+        """Lanes whose new tasks wait until results are released."""
+        return set(self._memory.full)
+
+    def memory_by_lane(self) -> dict[str, int]:
+        """Bytes of results in memory, by lane (empty without ``memory_share``)."""
+        return dict(self._memory.bytes)
+
+    def is_kept_back(self, ts: TaskState, leaf: Share) -> bool:
+        """Whether a ready task would bring new results into a full lane: what has inputs in memory may free them, and goes on."""
+        if leaf.lane.name not in self._memory.full:
+            return False
+        free = ts._queueable and not (ts.actor or ts.worker_restrictions or ts.host_restrictions or ts.resource_restrictions)
+        return free and (not ts.dependencies or self.is_rootish(ts))
+
+    def tell_lane(self, lane: str, text: str) -> None:
+        """Show a warning to every client of a lane."""
+        for client in list(self.client_comms):
+            if self.path_of_client(client)[0] == lane:
+                self.tell(client, text)
+
+    def look_again(self) -> None:
+        """Tasks that could not be sent before may be sent now."""
+        self._fresh = True
+
+    def update_data(self, *, who_has: dict[Any, list[str]], nbytes: dict[Any, int], client: str | None = None) -> None:
+        """As distributed's; scattered data counts for the lane of who scattered it."""
+        super().update_data(who_has=who_has, nbytes=nbytes, client=client)
+        if self._memory.shares:
+            for key in who_has:
+                lane = self.path_of_client(client)[0] if client in self.clients else self.owner_of(key).lane
+                self._memory.count(self.tasks[key], lane)

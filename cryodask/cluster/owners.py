@@ -3,31 +3,47 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Iterable, Mapping
+from time import monotonic, time
 from typing import Any
 
 from distributed import Scheduler
+from distributed.comm import Comm
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.scheduler import TaskState
+from distributed.versions import get_versions
 
 from cryodask.cluster.lanes import LaneOptions, LaneQueue, Owner, Share
+from cryodask.cluster.versions import why_refused
 
 THREADS = "threads"
 _SAMPLED = 200
 
 
-class _Graphs(SchedulerPlugin):
-    """Tells of new graphs before their tasks move."""
+class _Events(SchedulerPlugin):
+    """Tells of new graphs before their tasks move, and of workers that come and go. One plugin: each costs a call a transition."""
 
     name = "lanes"
 
     def __init__(self, scheduler: LanedScheduler) -> None:
         self._scheduler = scheduler
 
+    def add_worker(self, scheduler: Scheduler, worker: str) -> None:
+        self._scheduler.workers_changed()
+
+    def remove_worker(self, scheduler: Scheduler, worker: str, **kwargs: Any) -> None:
+        self._scheduler.workers_changed(gone=worker)
+
+    def restart(self, scheduler: Scheduler) -> None:
+        self._scheduler.forget_tasks()
+
     def update_graph(
         self, scheduler: Scheduler, *, client: str, tasks: list[Any], annotations: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        self._scheduler.take_graph(client, tasks, (annotations or {}).get("lane") or {})
+        given = annotations or {}
+        self._scheduler.take_graph(client, tasks, given.get("lane") or {})
+        self._scheduler.limit_failures(given.get("allowed_failures") or {})
 
 
 class LanedScheduler(Scheduler):
@@ -45,12 +61,22 @@ class LanedScheduler(Scheduler):
         self._submitting: Any = None
         self._announced: dict[str, tuple[str, int]] = {}
         self.handlers["announce_work"] = self.announce_work
+        self._told: dict[tuple[str, str], float] = {}
+        self._versions = get_versions()
         self._held = LaneQueue(self._leaf)
         self.queued = self._held  # type: ignore[assignment]
-        self.add_plugin(_Graphs(self))
+        self.add_plugin(_Events(self))
 
     def contest_begins(self) -> None:
         """Two owners have tasks, where one had all of them before."""
+
+    def workers_changed(self, gone: str | None = None) -> None:
+        """A worker has come, or is gone."""
+
+    def forget_tasks(self) -> None:
+        """All tasks are gone (restart)."""
+        self._others.clear()
+        self._held.clear()
 
     def identity(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As distributed's; of the workers also ``used_resources``, and ``lanes`` to tell that there are some."""
@@ -58,6 +84,30 @@ class LanedScheduler(Scheduler):
         for address, worker in known["workers"].items():
             worker["used_resources"] = dict(self.workers[address].used_resources)
         return known
+
+    # --- who joins ---------------------------------------------------------------------------------------------------------------
+    async def add_client(self, comm: Comm, client: str, versions: dict[str, Any]) -> None:
+        """As distributed's; one with other versions is told so in an ImportError."""
+        if why := why_refused("client", versions, self._versions):
+            await comm.write([{"op": "stream-start", "error": why}])
+            return
+        await super().add_client(comm, client, versions)
+
+    async def add_worker(self, comm: Comm, **told: Any) -> None:
+        """As distributed's; one with other versions is told so, and ends."""
+        if why := why_refused("worker", told.get("versions"), self._versions):
+            await comm.write({"status": "error", "message": why, "time": time()})
+            return
+        await super().add_worker(comm, **told)
+
+    def tell(self, client: str, text: str) -> None:
+        """Show a client a warning, the same one at most once a minute."""
+        now = monotonic()
+        if now - self._told.get((client, text), -60.0) < 60:
+            return
+        self._told = {what: when for what, when in self._told.items() if now - when < 60} | {(client, text): now}
+        event = {"message": pickle.dumps(text), "category": pickle.dumps(UserWarning)}
+        self.report({"op": "event", "topic": "warn", "event": (time(), event)}, client=client)
 
     # --- names -------------------------------------------------------------------------------------------------------------------
     def path_of_client(self, client: str) -> tuple[str, str, str]:
@@ -135,6 +185,12 @@ class LanedScheduler(Scheduler):
                 self._others[key] = self.owner(lane, payer.user, payer.project)
         if alone and self._others:
             self.contest_begins()
+
+    def limit_failures(self, allowed: Mapping[Any, int]) -> None:
+        """Blame tasks with the annotation ``allowed_failures`` after so many workers have died under them, instead of the usual number."""
+        for key, deaths in allowed.items():
+            if key in self.tasks:
+                self.tasks[key].suspicious = max(self.tasks[key].suspicious, self.allowed_failures - deaths)
 
     def _all_new(self, keys: list[Any]) -> bool:
         """Whether there are no tasks but these, and all of them came just now."""

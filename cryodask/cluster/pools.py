@@ -78,7 +78,7 @@ class PoolCluster(PoolJobs):
         # jobs are lost for reasons of their own here: a task is not to blame before several workers died of it
         options: dict[str, Any] = {"allowed_failures": _ALLOWED_FAILURES, "dashboard_address": "127.0.0.1:0", "port": settings.port}
         options |= {"interface": settings.interface} if settings.interface else {}
-        options |= settings.model_dump(include={"lanes", "strict", "reserve", "default_lane"})
+        options |= settings.sharing()
         security = None
         if folder is not None and owner is not None:
             security = tls.security(folder, owner)

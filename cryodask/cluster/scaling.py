@@ -10,7 +10,6 @@ from typing import Any
 
 from cryodask.cluster.accounting import pool_of
 from cryodask.cluster.fairshare import FairShareScheduler
-from cryodask.cluster.guard import GuardedScheduler
 from cryodask.cluster.owners import is_bound
 from cryodask.cluster.settings import PoolSettings, SlurmSettings
 
@@ -184,7 +183,7 @@ def work_of(scheduler: FairShareScheduler) -> dict[Needs, Work]:
         work.waiting_seconds += seconds
         return work
 
-    full = scheduler._memory.full if isinstance(scheduler, GuardedScheduler) else set()
+    full = scheduler.full_lanes()
     for entry in (*scheduler.waiting_work(), *scheduler.announced_work()):
         if not entry["bound"] and (entry["resources"] or entry["lane"] not in full):
             wait(entry["resources"], entry["tasks"], entry["seconds"])

@@ -60,13 +60,18 @@ class _Sharing(_Section):
     strict: tuple[str, ...] = ()
     reserve: dict[str, int] = {}
     default_lane: str = "default"
+    memory_share: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}
 
     @model_validator(mode="after")
     def _lanes_exist(self) -> Self:
-        unknown = [n for n in (*self.strict, *self.reserve) if n not in self.lanes]
+        unknown = [n for n in (*self.strict, *self.reserve, *self.memory_share) if n not in self.lanes]
         if unknown:
-            raise ValueError(f"strict and reserve name {unknown}, which lanes does not{_nearest(unknown[0], self.lanes)}")
+            raise ValueError(f"strict, reserve and memory_share name {unknown}, which lanes does not{_nearest(unknown[0], self.lanes)}")
         return self
+
+    def sharing(self) -> dict[str, Any]:
+        """The parameters of ``FairShareScheduler`` besides those of Dask's own."""
+        return self.model_dump(include=set(_Sharing.model_fields))
 
 
 class JobSettings(_Section):

@@ -292,8 +292,7 @@ def allocation_script(settings: SlurmSettings, driver: str, *, certificates: Pat
 
 def _scheduler_exports(settings: SlurmSettings, certificates: Path | None) -> list[str]:
     # Dask reads a variable's value as a literal of Python
-    sharing = settings.model_dump(include={"lanes", "strict", "reserve", "default_lane"})
-    values = {"DASK_CRYODASK__FAIRSHARE": repr(sharing)}
+    values = {"DASK_CRYODASK__FAIRSHARE": repr(settings.sharing())}
     if certificates:
         files = tls.security(certificates, "scheduler").get_tls_config_for_role("scheduler")
         values |= {f"DASK_DISTRIBUTED__COMM__TLS__SCHEDULER__{k.upper()}": str(files[k]) for k in ("cert", "key")}

@@ -25,6 +25,7 @@ from cryodask.errors import ClusterError, InputError
 from cryodask.run.checkpoints import last_checkpoint, read_state, write_checkpoint
 from cryodask.run.devices import CPU_DEVICE, GPU, GPU_DEVICE, make_ready, with_gpus
 from cryodask.run.health import Watch
+from cryodask.run.isolation import blamed_at_first_death
 from cryodask.run.leaves import Leaf, cut_leaves, home_of_leaves, merges, settle
 from cryodask.run.particles import StoredParticles
 from cryodask.stage import Columns, Metrics, ParticleBlock, ParticleSet, State, Sums
@@ -299,7 +300,8 @@ class _Iteration:
         key = f"{kind}-{self.token}-{self.sent}"
         self.at[key] = address
         needs = {GPU: 1} if self.device == GPU_DEVICE and function is not _merge else None
-        return self.watch.client.submit(function, *arguments, workers=[address], resources=needs, key=key, pure=False)
+        with blamed_at_first_death():
+            return self.watch.client.submit(function, *arguments, workers=[address], resources=needs, key=key, pure=False)
 
     def _send_leaf(self, leaf: Leaf, address: str) -> None:
         previous = {name: values[leaf.index] for name, values in self.columns.items()}

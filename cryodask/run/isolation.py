@@ -13,16 +13,27 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import dask
 from distributed import get_worker
 
 Failure = tuple[str, str, str]
 _POLL_SECONDS = 0.1
 _START_SECONDS = 120.0
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def blamed_at_first_death() -> AbstractContextManager[None]:
+    """Around ``submit()`` and ``map()``: these tasks are given back as soon as a worker dies under them.
+
+    The runners send them again, suspects in processes of their own; tried on other workers by the scheduler, as it does with the tasks of
+    other people, a task that kills would take three more workers with it. Needs a scheduler with lanes, others use their own number.
+    """
+    around: AbstractContextManager[None] = dask.annotate(allowed_failures=0)
+    return around
 
 
 class ItemFailure(Exception):

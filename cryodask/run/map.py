@@ -23,7 +23,7 @@ from distributed import Client, Future, KilledWorker
 from cryodask.errors import CryodaskError
 from cryodask.run.devices import CPU_DEVICE, GPU, GPU_DEVICE, gpu_items, with_gpus
 from cryodask.run.health import Watch
-from cryodask.run.isolation import ItemDied, ItemFailure, in_child, time_limit
+from cryodask.run.isolation import ItemDied, ItemFailure, blamed_at_first_death, in_child, time_limit
 from cryodask.store.project import Item
 
 PREFIX = "item"
@@ -205,21 +205,22 @@ class MapRunner:
         self._sequence += 1
         # a new key each try: an erred key would answer at once
         keys = [f"{PREFIX}-{self._run}-{item.row}-{self._sequence}" for item in items]
-        futures = self.client.map(
-            work,
-            items,
-            [self.job.brief(item, item.row in self.returned) for item in items],
-            blob=self.blob,
-            device=device,
-            isolated=isolated,
-            attempt=self.first_attempt + self._sequence,
-            limit_seconds=self.limit_seconds,
-            key=keys,
-            pure=False,
-            retries=0,
-            priority=int(isolated),
-            resources={GPU: 1} if device == GPU_DEVICE else None,
-        )
+        with blamed_at_first_death():
+            futures = self.client.map(
+                work,
+                items,
+                [self.job.brief(item, item.row in self.returned) for item in items],
+                blob=self.blob,
+                device=device,
+                isolated=isolated,
+                attempt=self.first_attempt + self._sequence,
+                limit_seconds=self.limit_seconds,
+                key=keys,
+                pure=False,
+                retries=0,
+                priority=int(isolated),
+                resources={GPU: 1} if device == GPU_DEVICE else None,
+            )
         if device == GPU_DEVICE:
             self.for_gpus |= {str(future.key): time.monotonic() for future in futures}
         for future, item in zip(futures, items):

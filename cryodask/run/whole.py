@@ -13,6 +13,7 @@ from distributed import Client, Future, KilledWorker
 from cryodask.errors import ClusterError
 from cryodask.run.devices import CPU_DEVICE, GPU, GPU_DEVICE, make_ready, with_gpus
 from cryodask.run.health import Watch
+from cryodask.run.isolation import blamed_at_first_death
 from cryodask.run.particles import StoredParticles
 from cryodask.stage import find_stage
 from cryodask.store.generation import Generation
@@ -41,7 +42,7 @@ def loaded(inputs: dict[str, Any]) -> dict[str, Any]:
 def run_whole(client: Client, stage_name: str, params: Any, inputs: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
     """One call of a whole stage on a worker; ``tell`` is given the reason if it does not move."""
     blob = cloudpickle.dumps((stage_name, params, inputs))
-    return _results(Watch(client, tell), {0: lambda: client.submit(_whole_task, blob, pure=False)}, lambda: None)[0]
+    return _results(Watch(client, tell), {0: lambda: _submit(client, _whole_task, blob)}, lambda: None)[0]
 
 
 def _whole_task(blob: bytes) -> dict[str, Any]:
@@ -72,9 +73,14 @@ def _submitter(watch: Watch, blob: bytes, seed: int) -> Callable[[], Future]:
     def submit() -> Future:
         on_gpu = bool(with_gpus(watch.workers))
         device, needs = (GPU_DEVICE, {GPU: 1}) if on_gpu else (CPU_DEVICE, None)
-        return watch.client.submit(_chain_task, blob, seed, device, resources=needs, pure=False)
+        return _submit(watch.client, _chain_task, blob, seed, device, resources=needs)
 
     return submit
+
+
+def _submit(client: Client, function: Callable[..., Any], *arguments: Any, resources: dict[str, int] | None = None) -> Future:
+    with blamed_at_first_death():
+        return client.submit(function, *arguments, resources=resources, pure=False)
 
 
 def _chain_task(blob: bytes, seed: int, device: str) -> dict[str, Any]:

@@ -118,7 +118,9 @@ class ProcessCluster:
         raise RuntimeError(f"the scheduler does not start:\n{self.log()[-2000:]}")
 
     def _start(self, *words: str) -> subprocess.Popen[bytes]:
-        settings = {"DASK_" + k.upper().replace(".", "__").replace("-", "_"): str(v) for k, v in SETTINGS.items()}
+        # Dask's own scheduler does not read how many deaths a task allows
+        given = SETTINGS | {"distributed.scheduler.allowed-failures": 0}
+        settings = {"DASK_" + k.upper().replace(".", "__").replace("-", "_"): str(v) for k, v in given.items()}
         kept = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
         self._started += 1
         with open(Path(self._folder.name) / f"{self._started:04d}-{words[0]}.log", "wb") as log:
