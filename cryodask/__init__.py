@@ -36,7 +36,7 @@ def open(path: str | os.PathLike[str]) -> Project:
     return Project(folder)
 
 
-def connect(where: str = "local", **options: Any) -> Client:
+def connect(where: str | os.PathLike[str] = "local", **options: Any) -> Client:
     """Start or find workers; see :func:`cryodask.cluster.connect.connect`."""
     from cryodask.cluster.connect import connect as connect_
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import getpass
+import json
 import logging
 import os
 import re
 import shutil
 import signal
-import tempfile
+import socket
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
@@ -18,24 +20,32 @@ from typing import Any
 
 import dask
 from distributed import Client, LocalCluster, Worker, WorkerPlugin
+from distributed.comm import parse_host_port
 from distributed.deploy.cluster import Cluster
 
 from cryodask.cluster.environment import ALLOCATOR, ONE_THREAD, SETTINGS
 from cryodask.cluster.fairshare import FairShareScheduler
 from cryodask.cluster.settings import AddressSettings, LocalSettings, SlurmSettings, read_cluster_file
+from cryodask.cluster.slurm import new_cluster_id, owner_is_dead
 from cryodask.cluster.tls import Authority, connection_errors
 from cryodask.errors import ClusterError
 
 # clusters that live in this process, each with the folder of its certificates
 _OWN_CLUSTERS: dict[int, tuple[Cluster, Path | None]] = {}
 
+_REACH_SECONDS = 5.0
+# Dask writes a scheduler file in place: it may be seen half-written
+_FILE_LOOKS = 10
 
-def connect(where: str = "local", *, workers: int | None = None, lane: str = "batch", project: str = "") -> Client:
+
+def connect(
+    where: str | os.PathLike[str] = "local", *, workers: int | None = None, lane: str = "batch", project: str = ""
+) -> Client:
     """A plain ``distributed.Client`` on the workers that ``where`` describes.
 
     Parameters
     ----------
-    where : str
+    where : str or path
         ``local`` (one worker process a core); a cluster file (YAML, see ``configs/clusters``: local workers, pools of Slurm jobs, or a
         scheduler that runs already), which leads to the service that was started from it, if one was; the name of a service (``cryodask
         cluster start``), of this account or that it is invited to (``~/.config/cryodask/NAME.invite``); an invitation's file
@@ -49,13 +59,14 @@ def connect(where: str = "local", *, workers: int | None = None, lane: str = "ba
     ------
     ClusterError, ProjectFileError
     """
+    where = os.fspath(where)
     name = "/".join(part for part in (lane, os.environ.get("USER", "user"), project) if part)
     if where == "local":
         return _local(name, LocalSettings(workers=workers))
     if re.match(r"^(tcp|tls)://", where):
-        return _existing(name, address=where)
-    if where.endswith(".json") and Path(where).is_file():
-        return _existing(name, scheduler_file=where)
+        return _running(name, where)
+    if where.endswith(".json"):
+        return _of_scheduler_file(name, where)
     from cryodask.cluster import service
 
     if where.endswith(".invite") or service.is_name(where):
@@ -63,13 +74,72 @@ def connect(where: str = "local", *, workers: int | None = None, lane: str = "ba
         return _existing(name, address=shared.address, security=shared.security)
     settings = read_cluster_file(where)
     if isinstance(settings, AddressSettings):
-        return _existing(name, **settings.model_dump(include={"address", "scheduler_file"}, exclude_none=True))
+        return _of_address(name, settings)
     found = service.of_file(settings, where)
     if found is not None:
         return _existing(name, address=found.address, security=found.security)
     if isinstance(settings, LocalSettings):
         return _local(name, settings.model_copy(update={"workers": workers}) if workers else settings)
     return _of_pools(name, settings)
+
+
+def _of_address(name: str, settings: AddressSettings) -> Client:
+    from cryodask.cluster import service
+
+    if settings.address:
+        return _running(name, settings.address)
+    if settings.scheduler_file:
+        return _of_scheduler_file(name, settings.scheduler_file)
+    shared = service.find(str(Path(settings.invitation or "").expanduser()))
+    return _existing(name, address=shared.address, security=shared.security)
+
+
+def _of_scheduler_file(name: str, file: str) -> Client:
+    path = Path(file).expanduser()
+    _reach(_address_in(path), f", which {path} names")
+    return _existing(name, scheduler_file=str(path))
+
+
+def _running(name: str, address: str) -> Client:
+    _reach(address)
+    return _existing(name, address=address)
+
+
+def _address_in(path: Path) -> str:
+    """The address in a scheduler file; a Client by itself would wait for ever for a file that does not come."""
+    said: object = ""
+    for _ in range(_FILE_LOOKS):
+        try:
+            return str(json.loads(path.read_text())["address"])
+        except FileNotFoundError:
+            raise ClusterError(
+                f"There is no scheduler file {path}.",
+                "its scheduler has not started or has ended, or a typing error",
+                f"start it with  dask scheduler --scheduler-file {path}, and connect then",
+            ) from None
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            said = error
+        time.sleep(0.05)
+    raise ClusterError(
+        f"{path} is no scheduler file: {said}", "it is another kind of file", "give the file that  dask scheduler --scheduler-file  wrote"
+    )
+
+
+def _reach(address: str, named: str = "") -> None:
+    """Refuse an address where nobody listens, at once: a Client tries again for much longer than that takes to see."""
+    if not re.match(r"^(tcp|tls)://", address):
+        return
+    try:
+        host, port = parse_host_port(address.partition("://")[2])
+        socket.create_connection((host, port), timeout=_REACH_SECONDS).close()
+    except ValueError as error:
+        raise ClusterError(f"{address}{named} is no address: {error}.", "a typing error", "write  tcp://host:port") from None
+    except OSError as error:
+        raise ClusterError(
+            f"No scheduler answers at {address}{named}: {error}.",
+            "it has ended, or a firewall is between",
+            "start it again and connect to its new address",
+        ) from None
 
 
 def _of_pools(name: str, settings: SlurmSettings) -> Client:
@@ -84,9 +154,7 @@ def _of_pools(name: str, settings: SlurmSettings) -> Client:
     folder: Path | None = None
     owner = getpass.getuser()
     if settings.interface != "lo":  # beyond this machine nothing is said in clear text
-        home = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "cryodask" / "certificates"
-        home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        folder = Path(tempfile.mkdtemp(prefix="cluster-", dir=home))
+        folder = _folder_for_certificates()
         Authority.create(folder, owner=owner)
     try:
         cluster = open_pools(settings, certificates=folder, owner=owner if folder else None)
@@ -102,6 +170,17 @@ def _of_pools(name: str, settings: SlurmSettings) -> Client:
         raise
     _OWN_CLUSTERS[id(client)] = cluster, folder
     return client
+
+
+def _folder_for_certificates() -> Path:
+    """A new folder, named after this process; those that killed processes of this machine have left are removed."""
+    home = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "cryodask" / "certificates"
+    for left in home.glob("cluster-*"):
+        if owner_is_dead(left.name.removeprefix("cluster-")):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = home / f"cluster-{new_cluster_id()}"
+    folder.mkdir(parents=True, mode=0o700)
+    return folder
 
 
 def _local(name: str, settings: LocalSettings) -> Client:

@@ -24,6 +24,8 @@ from cryodask.cluster.settings import SlurmSettings
 from cryodask.errors import ClusterError
 
 _ALLOWED_FAILURES = 3
+# silence for longer looks like a program that hangs; a full queue is told of now and then
+_FIRST_WORD_SECONDS, _RARELY_SECONDS = 10.0, 600.0
 
 
 class PoolCluster(PoolJobs):
@@ -163,8 +165,16 @@ class PoolCluster(PoolJobs):
     async def _what_is_missing(self) -> str:
         return missing(self._statuses(), self.settings.pools, slurm_answers=self.slurm_answers)
 
+    async def _identity(self, **asked: Any) -> dict[str, Any]:
+        """The scheduler's identity; for those who ask for all workers, as a run that waits does, also what is ``missing``."""
+        known: dict[str, Any] = self.scheduler.identity(**asked)
+        # every client asks every two seconds, for no worker: that must cost nothing where there are many jobs
+        return known | ({"missing": await self._what_is_missing()} if asked.get("n_workers") == -1 else {})
+
     def wait_for_first(self, seconds: float = 3600.0) -> Any:
         """Wait for one worker of any pool, and start with what came; at once if the first work will bring the first workers.
+
+        After ten seconds, and then more and more rarely, a warning says what is waited for.
 
         Raises
         ------
@@ -174,17 +184,24 @@ class PoolCluster(PoolJobs):
         return self.sync(self._wait_for_first, seconds)
 
     async def _wait_for_first(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
+        start = time.monotonic()
+        pause, tell_at = _FIRST_WORD_SECONDS, start + _FIRST_WORD_SECONDS
         while not self.scheduler.workers:
             asked = any(pool.target for pool in self._pools.values())
             if not asked and any(name in self._scaler and not pool.problem for name, pool in self._pools.items()):
                 return
-            if not asked or time.monotonic() > deadline:
+            now = time.monotonic()
+            if not asked or now > start + seconds:
                 raise ClusterError(
                     f"No worker has come: {await self._what_is_missing() or 'no pool was asked for jobs'}.",
                     "the queue is full, or the partition, account or size of the jobs does not fit",
                     "see  squeue --me  and the cluster file",
                 )
+            if now >= tell_at:
+                missing_now = await self._what_is_missing()
+                warnings.warn(f"No worker has come for {now - start:.0f} s, waiting: {missing_now}. Ctrl-C ends it.", stacklevel=2)
+                pause = min(2 * pause, _RARELY_SECONDS)
+                tell_at = now + pause
             await asyncio.sleep(0.1)
 
     # --- who used it -------------------------------------------------------------------------------------------------------------
@@ -198,6 +215,7 @@ class PoolCluster(PoolJobs):
     async def _start(self) -> None:
         await super()._start()
         Accounting.attach(self.scheduler)
+        self.scheduler.handlers["identity"] = self._identity
 
 
 def open_pools(settings: SlurmSettings, *, certificates: str | Path | None = None, owner: str | None = None) -> PoolCluster:

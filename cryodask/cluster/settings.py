@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -31,7 +32,10 @@ def _memory(text: str) -> str:
 
 def _walltime(given: object) -> object:
     # YAML reads an unquoted 12:00:00 as the number 43200, which Slurm would take for minutes
-    if isinstance(given, (int, float)) or not re.fullmatch(r"(\d+-)?\d+:\d\d(:\d\d)?", str(given)):
+    said = str(given)
+    if not isinstance(given, (int, float)) and re.fullmatch(r"\d+:\d\d", said):
+        raise ValueError(f'Slurm takes two numbers for minutes and seconds: write "{said}:00" if these are hours, "0:{said}" if not')
+    if isinstance(given, (int, float)) or not re.fullmatch(r"\d+-\d+:\d\d(:\d\d)?|\d+:\d\d:\d\d", said):
         raise ValueError('write it in quotes, as "hours:minutes:seconds" or "days-hours:minutes:seconds"')
     return given
 
@@ -42,7 +46,34 @@ def _one_line(text: str) -> str:
     return text
 
 
+# lines of a cluster file come after ours, and the last one counts
+_OUR_DIRECTIVES = {
+    "comment": "by it a job is found in the queue and told from those of others",
+    "job-name": "the log of a job is found by it",
+    "output": "it is the log in which a job that fails says why; logs: of the cluster file sets its folder",
+    "error": "it would take away from the log why a job failed",
+    "open-mode": "it would let a job empty a log that is written already",
+    "array": "each job has names of its own; count: says how many there are",
+    "requeue": "a job that is lost is replaced at once, under a new name",
+    "no-requeue": "a job that is lost is replaced at once, under a new name",
+    "export": "jobs need the environment in which they were submitted; environment: adds to it",
+    "wrap": "a job has a script already",
+}
+_SHORT = {"-J": "job-name", "-o": "output", "-e": "error", "-a": "array"}
+
+
+def _directive(line: str) -> str:
+    for word in shlex.split(_one_line(line)):
+        long = word.removeprefix("--").partition("=")[0] if word.startswith("--") else ""
+        # sbatch knows a long option by its beginning
+        ours = next((name for name in _OUR_DIRECTIVES if long and name.startswith(long)), None) or _SHORT.get(word[:2])
+        if ours:
+            raise ValueError(f"leave --{ours} to cryodask: {_OUR_DIRECTIVES[ours]}")
+    return line
+
+
 Memory = Annotated[str, AfterValidator(_memory)]
+Directive = Annotated[str, AfterValidator(_directive)]
 Walltime = Annotated[str, BeforeValidator(_walltime)]
 Line = Annotated[str, AfterValidator(_one_line)]
 PoolName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
@@ -85,7 +116,7 @@ class JobSettings(_Section):
     walltime: Walltime | None = None
     environment: tuple[Line, ...] = ()
     python: Line | None = None
-    directives: tuple[Line, ...] = ()
+    directives: tuple[Directive, ...] = ()
 
     @property
     def memory_bytes(self) -> int:
@@ -123,16 +154,17 @@ class LocalSettings(_Sharing):
 
 
 class AddressSettings(_Section):
-    """A scheduler that somebody else runs: its address or its scheduler file."""
+    """A scheduler that somebody else runs: its address, its scheduler file, or an invitation to a cluster (a file ``.invite``)."""
 
     kind: Literal["address"]
     address: str | None = None
     scheduler_file: str | None = None
+    invitation: Annotated[str, Field(pattern=r"\.invite$")] | None = None
 
     @model_validator(mode="after")
-    def _one_of_both(self) -> AddressSettings:
-        if (self.address is None) == (self.scheduler_file is None):
-            raise ValueError("give address: tcp://host:port, or scheduler_file: a path")
+    def _one_of_three(self) -> AddressSettings:
+        if sum(given is not None for given in (self.address, self.scheduler_file, self.invitation)) != 1:
+            raise ValueError("give address: tcp://host:port, or scheduler_file: a path, or invitation: the path of a file .invite")
         return self
 
 
@@ -161,7 +193,7 @@ class PoolSettings(_Section):
     environment: tuple[Line, ...] = ()
     image: Line | None = None
     python: Line | None = None
-    directives: tuple[Line, ...] = ()
+    directives: tuple[Directive, ...] = ()
 
     @property
     def wanted(self) -> int:
@@ -256,7 +288,7 @@ def read_cluster_file(path: str | Path) -> Settings:
         content = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError:
         raise ProjectFileError(
-            f"There is no cluster file {path}.", "a typing error in its name", "give the path of a .yaml file, or write local"
+            f"There is no cluster file {path}.", "a typing error in its name", "give the path of a .yaml file; configs/clusters has some to copy"
         ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ProjectFileError(
@@ -288,6 +320,21 @@ def parse_settings(content: object, where: str = "the cluster settings") -> Sett
             f"{where}: {'; '.join(_problem(p, kind) for p in error.errors())}.",
             "a typing error, or a setting that belongs to another section",
             f"correct these lines; configs/clusters/{kind}.yaml shows what there is",
+        ) from None
+
+
+def changed_job(job: JobSettings, **given: str) -> JobSettings:
+    """A job's settings with some replaced, as from a command line.
+
+    Raises
+    ------
+    ProjectFileError
+    """
+    try:
+        return JobSettings.model_validate({**job.model_dump(), **given})
+    except ValidationError as error:
+        raise ProjectFileError(
+            f"{'; '.join(_problem(p, 'slurm') for p in error.errors())}.", "a typing error", "correct it, or set driver in the cluster file"
         ) from None
 
 

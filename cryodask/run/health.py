@@ -31,6 +31,7 @@ class Watch:
     def __init__(self, client: Client, tell: Callable[[str], None], patience_seconds: float = 30.0) -> None:
         self.client, self.tell, self.patience = client, tell, patience_seconds
         self.workers: dict[str, dict[str, Any]] = {}
+        self.missing = ""
         self.answers = True
         self.lanes = False
         self._announced = 0
@@ -110,11 +111,14 @@ class Watch:
         return {str(key) for keys in found.values() for key in keys}
 
     def reason(self) -> str:
-        """Why nothing moves, as far as the scheduler knows."""
+        """Why nothing moves, as far as the scheduler knows; of jobs in a queue with the queue's own reason."""
         if self.client.status == "connecting" or not self.answers:
             return "the scheduler does not answer"
         if not self.workers:
-            return "there are no workers: they have not started yet, or all were lost"
+            return f"there are no workers: {self.missing or 'they have not started yet, or all were lost'}"
+        return self._of_workers() + (f"; {self.missing}" if self.missing else "")
+
+    def _of_workers(self) -> str:
         paused = [w for w in self.workers.values() if w.get("status") == "paused"]
         if len(paused) == len(self.workers):
             return f"all {len(paused)} workers are paused because their memory is full; give them more memory"
@@ -144,3 +148,4 @@ class Watch:
         self.answers = answer is not None
         if answer is not None:
             self.workers, self.lanes = answer["workers"], bool(answer.get("lanes"))
+            self.missing = str(answer.get("missing", ""))  # only schedulers with pools know

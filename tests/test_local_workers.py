@@ -1,0 +1,123 @@
+"""Local workers without certificates: what one lane does there must not stop the others."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+
+import dask
+import numpy as np
+import pytest
+from _lanes import client as lane_client
+from _lanes import cluster as lane_cluster
+from distributed import Client, KilledWorker, Worker
+from distributed.versions import get_versions
+
+from cryodask.cluster import LaneCluster, close, connect
+from cryodask.run.isolation import blamed_at_first_death
+
+MIB = 2**20
+
+
+def block(number: int) -> np.ndarray:
+    return np.full(20 * MIB // 8, number, np.float64)
+
+
+@pytest.fixture
+def cluster_file(tmp_path):
+    def write(**more):
+        lines = ["kind: local", "workers: 2", "memory: 500MiB", f"scratch: {tmp_path}", "lanes: {live: 3, hpda: 1}"]
+        path = tmp_path / "here.yaml"
+        path.write_text("\n".join([*lines, *(f"{key}: {value}" for key, value in more.items())]))
+        return str(path)
+
+    return write
+
+
+def test_results_that_fill_the_memory_are_spilled_and_a_quiet_lane_is_still_served(cluster_file):
+    hpda = connect(cluster_file(), lane="hpda")
+    try:
+        with Client(hpda.scheduler.address, name="live/anna") as live:
+            kept = hpda.map(block, range(80))  # 1.6 GiB on workers that have 1
+            assert hpda.gather(hpda.map(len, kept)) == [20 * MIB // 8] * 80
+            assert live.submit(sum, [1, 2, 3]).result(60) == 6
+            assert hpda.submit(np.max, kept[3]).result(60) == 3.0
+    finally:
+        close(hpda)
+
+
+def test_a_lane_that_fills_its_share_of_the_memory_waits_and_is_told(cluster_file):
+    hpda = connect(cluster_file(memory_share="{hpda: 0.2}"), lane="hpda")
+    try:
+        with Client(hpda.scheduler.address, name="live/anna") as live, pytest.warns(UserWarning, match=r"Lane 'hpda' holds more than its"):
+            kept = hpda.map(block, range(40))
+            deadline = time.monotonic() + 60
+            while sum(f.done() for f in kept) < 10:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            time.sleep(1.0)
+            assert live.submit(sum, [1, 2, 3]).result(60) == 6
+            done = [f for f in kept if f.done()]
+            assert len(done) < 20, "two fifths of what would come"
+            waiting = [f for f in kept if not f.done()]
+            for future in done:
+                future.release()
+            assert waiting[0].result(60)[0] == kept.index(waiting[0])
+    finally:
+        close(hpda)
+
+
+def once(path: str) -> int:
+    """Takes its worker along the first time."""
+    if not os.path.exists(path):
+        open(path, "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return os.getpid()
+
+
+def test_a_task_whose_worker_died_is_tried_elsewhere_unless_it_asked_for_the_blame(tmp_path):
+    client = connect("local", workers=2)
+    try:
+        others = client.map(time.sleep, [0.5] * 6, pure=False)
+        assert client.submit(once, str(tmp_path / "first")).result(60)
+        assert client.gather(others) == [None] * 6
+        with blamed_at_first_death():
+            future = client.submit(once, str(tmp_path / "second"))
+        with pytest.raises(KilledWorker):
+            future.result(60)
+    finally:
+        close(client)
+
+
+def test_clients_and_workers_of_other_versions_are_refused_without_certificates_too(monkeypatch):
+    found = get_versions()
+    other = found | {"packages": found["packages"] | {"distributed": "2025.7.1"}}
+
+    async def scenario():
+        async with lane_cluster(1, 1, lanes={"A": 1}) as scheduler:
+            async with lane_client(scheduler, "A/x") as first:
+                monkeypatch.setattr("distributed.client.version_module.get_versions", lambda: other)
+                monkeypatch.setattr("distributed.worker.get_versions", lambda: other)
+                with pytest.raises(ImportError, match=r"client has other versions than the scheduler: distributed 2025\.7\.1 \(here 20"):
+                    await lane_client(scheduler, "A/y")
+                with pytest.raises(Exception, match=r"worker has other versions|failed to start"):
+                    await Worker(scheduler.address, host="127.0.0.1", dashboard=False)
+                monkeypatch.undo()
+                assert len(scheduler.workers) == 1
+                assert len(scheduler.clients) == 2  # and that of tasks which nobody waits for
+                assert await first.submit(sum, [1, 2]) == 3
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_all_options_of_lanes_are_those_of_the_cluster():
+    options = {"lanes": {"live": 3, "hpda": 1}, "strict": ["live"], "reserve": {"live": 1}, "memory_share": {"hpda": 0.5}}
+    with dask.config.set({"distributed.worker.profile.enabled": False}):
+        with LaneCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address="127.0.0.1:0", **options) as made:
+            with Client(made, name="hpda/ben") as client:
+                assert client.submit(sum, [1, 2]).result() == 3
+            assert made.scheduler._reserve == {"live": 1}
+            assert made.scheduler._strict == {"live"}
+            assert made.scheduler.memory_by_lane().keys() <= {"hpda"}
