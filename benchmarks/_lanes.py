@@ -159,7 +159,7 @@ def cluster(
             yield Cluster(clients, workers)
         finally:
             for client in clients.values():
-                client.close(timeout=5)
+                client.close(timeout=60)  # twenty thousand futures take their time on a busy machine
             workers.leave()
     finally:
         process.kill()

@@ -345,8 +345,8 @@ def check(blueprint: Blueprint) -> Iterator[str]:
     CryodaskError
         What is wrong with the blueprint, its projects included.
     """
-    from cryodask.cluster import slurm
-    from cryodask.cluster.whereabouts import encrypted
+    from cryodask.cluster import batch, slurm
+    from cryodask.cluster.whereabouts import encrypted, folder_of
     from cryodask.run.recipe import make_plan
 
     for folder in (blueprint.storage.raw, blueprint.storage.projects):
@@ -377,6 +377,14 @@ def check(blueprint: Blueprint) -> Iterator[str]:
                 yield f"session {name} in lane {session.lane}: a command"
             file = Path(blueprint.storage.projects.path) / file.name
             yield "  " + " ".join(command_of(blueprint, name, file))
+    if blueprint.cluster.service and blueprint.cluster.service.where == "slurm":
+        yield f"\n--- the scheduler\n{batch.service_script(folder_of(blueprint.name), blueprint.cluster.service)}"
+    for name, session in blueprint.sessions.items():
+        command = command_of(blueprint, name, Path(blueprint.storage.projects.path) / f"{name}.yaml")
+        called = f"{blueprint.name}-{name}"
+        log = slurm.logs_of(blueprint.cluster) / f"cryodask-{called}-%j.log"
+        script = batch.driver_script(blueprint.cluster.driver, command, blueprint.name, lane=session.lane, name=called, log=log)
+        yield f"\n--- the job of session {name}\n{script}"
     for pool, script in slurm.dry_run(blueprint.cluster).items():
         yield f"\n--- a job of pool {pool}\n{script}"
 

@@ -285,6 +285,13 @@ def main() -> None:
     except CryodaskError as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(2)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("cryodask"):
+            raise
+        reason = "cryodask was installed without what works on images; clusters need nothing of it"
+        told = CryodaskError(f"This command needs a package that is missing: {error}.", reason, 'pip install "cryodask[em]"')
+        typer.echo(f"{type(error).__name__}: {told}", err=True)
+        sys.exit(2)
     except OSError as error:
         what = f"{error.filename} cannot be read or written" if error.filename else "A file cannot be read or written"
         reason = "it is missing, full, or belongs to somebody else"

@@ -37,6 +37,12 @@ def start(
     from cryodask.cluster import service
     from cryodask.cluster.settings import AddressSettings, read_cluster_file
 
+    if cluster == "local":
+        raise ProjectFileError(
+            "local is a word for workers that end with their program, so there is nothing to start.",
+            "it was meant for  cryodask run  or  connect()",
+            "give a cluster file with  kind: local, see configs/clusters/local.yaml",
+        )
     settings = service.settings_of(service.folder_of(cluster)) if cluster in service.known() else read_cluster_file(cluster)
     if isinstance(settings, AddressSettings):
         raise ProjectFileError(
@@ -44,6 +50,7 @@ def start(
         )
     called = name or (cluster if cluster in service.known() else service.name_for(settings, cluster))
     if dry_run:
+        service.refuse_to_start(settings, called)
         _print_scripts(called, settings)
         return
     if foreground:
@@ -292,7 +299,7 @@ def submit(
 ) -> None:
     """Send a run to Slurm: a job drives it on the workers of a cluster, and goes on when the cluster hands over."""
     from cryodask.cluster import service
-    from cryodask.cluster.settings import JobSettings, SlurmSettings
+    from cryodask.cluster.settings import JobSettings, SlurmSettings, changed_job
     from cryodask.run.recipe import make_plan
 
     plan = make_plan(project)
@@ -302,7 +309,7 @@ def submit(
     if given:
         _, settings = service.of_word_or_file(where)
         base = settings.driver if isinstance(settings, SlurmSettings) else JobSettings()
-        job = JobSettings.model_validate({**base.model_dump(), **given})
+        job = changed_job(base, **given)
     command = [sys.executable, "-m", "cryodask.cli", "run", str(project.absolute()), "--cluster", "{cluster}", "--lane", "{lane}"]
     sent = service.submit(command, where, lane=lane, name=plan.file.name, job=job, dry_run=dry_run)
     if dry_run:

@@ -44,7 +44,12 @@ def test_checking_says_what_would_happen_and_makes_nothing(name, profile, tmp_pa
         assert f"session {session} in lane {made.sessions[session].lane}" in said
     for pool in made.cluster.pools:
         assert f"--- a job of pool {pool}\n#!/usr/bin/env bash" in said
-    assert "#SBATCH" in said
+    for session in made.sessions:
+        (script,) = [part for part in said.split("\n--- ") if part.startswith(f"the job of session {session}\n#!/usr/bin/env bash")]
+        assert f"#SBATCH --comment=cryodask:run:{made.name}-{session}\n" in script
+        assert f"export CRYODASK_CLUSTER={made.name} CRYODASK_LANE={made.sessions[session].lane}\n" in script
+    of_scheduler = f"--- the scheduler\n#!/usr/bin/env bash\n#SBATCH -J cryodask-{made.name}\n"
+    assert (of_scheduler in said) == (made.cluster.service.where == "slurm")
     assert "motion > ctf > pick > extract" in said or name == "image-analysis"
     assert not list(tmp_path.iterdir())
 

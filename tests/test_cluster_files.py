@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cryodask.cluster.allocation import allocation_script
 from cryodask.cluster.pool_state import PoolState, PoolStatus, missing
 from cryodask.cluster.pools import PoolCluster
 from cryodask.cluster.settings import AddressSettings, LocalSettings, SlurmSettings, parse_settings, read_cluster_file
-from cryodask.cluster.slurm import QueuedJob, allocation_script, dry_run, new_cluster_id, owner_is_dead, walltime_seconds
+from cryodask.cluster.slurm import QueuedJob, dry_run, is_full, new_cluster_id, owner_is_dead, walltime_seconds
 from cryodask.errors import ClusterError, ProjectFileError
 
 _CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "clusters"
@@ -51,6 +52,8 @@ def test_every_line_that_is_commented_out_in_the_shipped_files_may_be_said():
         (slurm(partitoin="cpu"), r"pools.cpu.partitoin.*did you mean 'partition'"),
         (slurm(walltime=43200), "write it in quotes"),
         (slurm(walltime="12h"), "write it in quotes"),
+        (slurm(walltime="12:00"), 'minutes and seconds: write "12:00:00" if these are hours, "0:12:00" if not'),
+        ({**slurm(), "driver": {"walltime": "30:00"}}, r"driver.walltime.*minutes and seconds"),
         (slurm(memory="much"), "a number with a unit"),
         (slurm(count=2, maximum=4), "give count, or minimum and maximum"),
         (slurm(minimum=4, maximum=2), "below minimum"),
@@ -61,6 +64,8 @@ def test_every_line_that_is_commented_out_in_the_shipped_files_may_be_said():
         ({**slurm(), "lanes": {"live": 3}, "reserve": {"liev": 1}}, "did you mean 'live'"),
         ({**slurm(), "single_allocation": True}, "one pool, with a count"),
         ({"kind": "address"}, "tcp://host:port"),
+        ({"kind": "address", "address": "tcp://a:1", "invitation": "a.invite"}, "tcp://host:port"),
+        ({"kind": "address", "invitation": "a.json"}, r"invitation.*invite"),
         (["local"], "no list of names and values"),
     ],
 )
@@ -125,6 +130,13 @@ def parts(script):
     return "".join(lines[:first]), dask, "".join(lines[first + len(dask) :])
 
 
+def without_scratch(after):
+    """The rest of a script, without the line that looks at its scratch, which has a test of its own."""
+    first, _, rest = after.partition("\n")
+    assert first.startswith("scratch=")
+    return rest
+
+
 def test_the_script_of_a_pool_as_text():
     pool = {**_COMMON, "partition": "cpu", "qos": "long", "cores": 16, "processes": 4, "scratch": "/scratch", "python": "/opt/py"}
     pool |= {"environment": ["module load openmpi"], "directives": ["--constraint=rome"], "interface": "ib0", "resources": {"disk": 2}}
@@ -132,7 +144,7 @@ def test_the_script_of_a_pool_as_text():
     directives = "#SBATCH --qos=long\n#SBATCH --comment=cryodask:CLUSTER:cpu-0\n#SBATCH --constraint=rome\nmodule load openmpi\n"
     assert before == _HEAD.format(pool="cpu", partition="cpu", cores=16) + directives + _EXPORTS
     assert "export DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT=60s\n" in dask
-    assert after == (
+    assert without_scratch(after) == (
         f"exec /opt/py {_WORKER} cpu-0 --nthreads 4 --memory-limit 14.40GiB --nworkers 4 --nanny --death-timeout 180"
         ' --local-directory "/scratch" --dashboard-address 127.0.0.1:0 --no-dashboard --resources "disk=2,pool-cpu=1e+09"'
         f" {_LIFETIME} --interface ib0\n"
@@ -144,7 +156,7 @@ def test_the_script_of_a_job_with_two_gpus_starts_a_worker_for_each_in_the_image
     before, _, after = parts(dry_run(parse_settings({"kind": "slurm", "logs": "/logs", "pools": {"gpu": pool}}))["gpu"])
     directives = "#SBATCH --gres=gpu:2\n#SBATCH --comment=cryodask:CLUSTER:gpu-0\n"
     assert before == _HEAD.format(pool="gpu", partition="gpu", cores=8) + directives + _EXPORTS
-    assert after == (
+    assert without_scratch(after) == (
         ': "${CUDA_VISIBLE_DEVICES:?Slurm gave this job no GPU}"\n'
         'IFS=, read -ra devices <<< "$CUDA_VISIBLE_DEVICES"\n'
         'for i in "${!devices[@]}"; do\n'
@@ -231,6 +243,79 @@ def test_the_owner_of_a_cluster_is_known_to_live_or_to_be_dead():
 
 
 @pytest.mark.parametrize(
+    ("line", "ours"),
+    [
+        ("--comment=mine", "comment"),
+        ("--comm mine", "comment"),
+        ("--constraint=rome --output=/dev/null", "output"),
+        ("-o /dev/null", "output"),
+        ("-e/dev/null", "error"),
+        ("--error=x", "error"),
+        ("--array=0-9", "array"),
+        ("-a 0-9", "array"),
+        ("--requeue", "requeue"),
+        ("--no-requeue", "no-requeue"),
+        ("--job-name=mine", "job-name"),
+        ("-J mine", "job-name"),
+        ("--export=NONE", "export"),
+        ("--wrap=true", "wrap"),
+        ("--open-mode=truncate", "open-mode"),
+    ],
+)
+def test_lines_for_sbatch_that_would_undo_ours_are_refused_with_the_reason(line, ours):
+    jobs = [slurm(directives=[line]), *({**slurm(), job: {"directives": [line]}} for job in ("driver", "service"))]
+    for content in jobs:
+        with pytest.raises(ProjectFileError, match=rf"directives.*leave --{ours} to cryodask: \w+"):
+            parse_settings(content)
+
+
+def test_all_other_lines_for_sbatch_may_be_said():
+    lines = ("--constraint=rome", "--exclusive", "--exclude=c[1-4]", "--nodelist c7", "--reservation=em", "-C 'a&b'", "--time=10")
+    assert parse_settings(slurm(directives=lines)).pools["cpu"].directives == lines
+
+
+@pytest.mark.parametrize(("kind", "ends"), [("nfs", True), ("lustre", True), ("ext2/ext3", False), ("tmpfs", False), ("xfs", False)])
+@pytest.mark.parametrize("single", [False, True])
+def test_a_job_whose_scratch_turns_out_to_be_on_a_network_ends_with_a_sentence(kind, ends, single, tmp_path):
+    content = {**slurm(count=1), "interface": "lo", "single_allocation": single}
+
+    def script(content):
+        settings = parse_settings(content)
+        return allocation_script(settings, "true") if single else dry_run(settings)["cpu"]
+
+    (line,) = (line for line in script(content).splitlines() if "stat -f" in line)
+    (tmp_path / "stat").write_text(f'#!/bin/sh\n[ "$4" = "{tmp_path}" ] && echo "{kind}"\n')
+    (tmp_path / "stat").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "TMPDIR": f"{tmp_path}/not/made/yet"}
+    done = subprocess.run(["bash", "-c", f"{line}\necho went on"], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == ((1, "") if ends else (0, "went on\n"))
+    assert (f"scratch folder {tmp_path}/not/made/yet lies on a network file system" in done.stderr) == ends
+    assert "stat -f" not in script({**content, "pools": {"cpu": {"memory": "4GiB", "count": 1, "network_scratch": True}}})
+
+
+def test_each_worker_of_an_allocation_gets_all_cores_of_its_task():
+    settings = parse_settings({**slurm(count=2, cores=8, processes=2), "interface": "lo", "single_allocation": True})
+    script = allocation_script(settings, "true")
+    assert "#SBATCH --cpus-per-task=4\n" in script
+    assert "srun -K -n 4 -c 4 " in script
+
+
+@pytest.mark.parametrize(
+    ("said", "full"),
+    [
+        ("AssocMaxSubmitJobLimit; Batch job submission failed: Job violates accounting/QOS policy (job submit limit, user's size)", True),
+        ("QOSMaxSubmitJobPerUserLimit; Batch job submission failed: Job violates accounting/QOS policy (job submit limit)", True),
+        ("AssocGrpSubmitJobsLimit", True),
+        ("Batch job submission failed: Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)", True),
+        ("QOSMaxCpuPerJobLimit; Batch job submission failed: Job violates accounting/QOS policy (job submit limit, user's size)", False),
+        ("invalid partition specified: nope; Batch job submission failed: Invalid partition name specified", False),
+    ],
+)
+def test_a_limit_on_the_number_of_jobs_passes_and_other_refusals_do_not(said, full):
+    assert is_full(said) == full
+
+
+@pytest.mark.parametrize(
     ("text", "seconds"), [("12:00:00", 43200), ("30:00", 1800), ("1-00:00:00", 86400), ("2-12:30", 217800), ("0:01:05", 65)]
 )
 def test_walltimes_are_read_as_slurm_reads_them(text, seconds):
@@ -264,6 +349,19 @@ def test_what_is_missing_is_said_in_one_sentence():
         "pool cpu: jobs wait in the queue (1 Resources); pool gpu: 2 workers of 1 running jobs have come;"
         " pool highmem: Invalid partition; Slurm does not answer"
     )
+
+
+def test_a_queue_that_takes_no_more_is_said_and_asked_later_and_later():
+    pool, pauses = PoolState(target=4), []
+    for now in (0.0, 100.0, 200.0):
+        pool.count_full(now, "AssocMaxSubmitJobLimit")
+        pauses.append(pool.not_before - now)
+    assert pauses == [15, 30, 60]
+    status = {"cpu": PoolStatus(4, 2, 0, 8, {}, "", 0, pool.full)}
+    settings = read_cluster_file(_CONFIGS / "mixed.yaml").pools
+    assert missing(status, settings, slurm_answers=True) == "pool cpu: Slurm takes no more jobs for now (AssocMaxSubmitJobLimit)"
+    pool.aim(4)
+    assert (pool.full, pool.not_before) == ("", 0)
 
 
 def test_a_job_that_completes_has_lost_its_workers_and_a_pending_one_has_not():

@@ -134,6 +134,16 @@ def test_waiting_for_a_task_that_is_not_of_a_map_says_why_too(client, cluster):
     assert "1 workers are busy (1 task is out)" in told[0]
 
 
+def test_what_pools_wait_for_is_told_in_their_own_words_and_nothing_of_it_where_there_are_none(client, cluster):
+    watch = Watch(client, print)
+    watch.look()
+    assert watch.reason() == "1 workers are busy"
+    watch.missing = "pool huge: jobs wait in the queue (2 PartitionConfig)"  # as a scheduler with pools answers
+    assert watch.reason() == f"1 workers are busy; {watch.missing}"
+    watch.workers = {}
+    assert watch.reason() == f"there are no workers: {watch.missing}"
+
+
 def test_a_scheduler_that_is_gone_ends_the_run_with_the_way_out(client, cluster, tmp_path):
     run = _Run(client, tmp_path, count=40, seconds=0.3)
     time.sleep(1.0)

@@ -1,4 +1,4 @@
-"""Runs that commit, on a real Slurm that takes their workers away: every item is done once and right, and the user is told what is missing."""
+"""Runs that commit, on a real Slurm that takes their workers away: every item is done once, and the user is told why it stands."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,9 +197,8 @@ def settings(session, folder, **pools):
 
 @pytest.fixture(scope="module")
 def pools(session, on_slurm, tmp_path_factory):
-    with PoolCluster(
-        settings(session, tmp_path_factory.mktemp("pools"), cpu={}, cheap={"partition": "preempt"}, huge={"cores": 64})
-    ) as made:
+    chosen = settings(session, tmp_path_factory.mktemp("pools"), cpu={}, cheap={"partition": "preempt"}, huge={"cores": 64})
+    with PoolCluster(chosen) as made:
         yield made
 
 
@@ -229,8 +229,11 @@ class _Run(threading.Thread):
 
     def tells(self, pattern):
         """Wait until it says so."""
-        wait(lambda: self.error or any(re.search(pattern, text) for text in self.said), f"{pattern!r} (it says {self.said})")
-        assert self.error is None, self.error
+        deadline = time.monotonic() + 90
+        while not any(re.search(pattern, text) for text in list(self.said)):
+            assert self.is_alive(), self.error
+            assert time.monotonic() < deadline, self.said
+            time.sleep(0.05)
 
     def ends(self):
         self.join(120)
@@ -317,7 +320,7 @@ def test_a_run_that_loses_its_only_worker_says_why_it_stands_and_ends_right(
     try:
         fault.strike(on_slurm, job, worker)
         run.tells("nothing was finished for .*there are no workers: " + fault.tells.format(pool=fault.pool))
-        assert "there are no workers: pool " in status_sentence(tmp_path / "toy")
+        wait(lambda: "there are no workers: pool " in status_sentence(tmp_path / "toy"), "the same for all others to read")
         assert run.done == FIRST
     finally:
         gate.open()
@@ -337,7 +340,10 @@ def test_a_run_whose_jobs_wait_gives_slurms_own_reason_and_goes_on_with_the_firs
     wait(lambda: not any(now.workers for now in pools.pool_status().values()), "no workers")
     run = _Run(project_file(session, tmp_path), pools)
     run.tells(r"there are no workers: pool huge: jobs wait in the queue \(2 PartitionConfig\) \(\d+ items are out\)$")
-    assert "pool huge: jobs wait in the queue (2 PartitionConfig)" in status_sentence(tmp_path / "toy")
+    wait(
+        lambda: "pool huge: jobs wait in the queue (2 PartitionConfig)" in status_sentence(tmp_path / "toy"),
+        "the same for all others to read",
+    )
     pools.scale_pool(cpu=1)
     run.ends()
     check(tmp_path, undisturbed)
@@ -355,6 +361,7 @@ def test_those_who_are_invited_are_told_the_reason_too(session, on_slurm, tmp_pa
     assert "there are no workers: pool huge: jobs wait in the queue (1 PartitionConfig) (1 task is out)" in told[0]
 
 
+@pytest.mark.slow
 def test_a_controller_that_is_away_for_long_costs_no_item_and_is_named_when_workers_cannot_be_replaced(
     session, gate, pools, on_slurm, undisturbed, impatient, tmp_path
 ):
@@ -383,22 +390,20 @@ def test_a_killed_driver_with_pools_of_its_own_is_started_again_and_goes_on(sess
     file = project_file(session, tmp_path, gate, cluster=str(tmp_path / "pools.yaml"))
     command = [sys.executable, "-m", "cryodask.cli", "run", str(file)]
 
-    def finished():
-        return sum(path.read_bytes().count(b"\n") for path in (tmp_path / "toy").glob("stages/gated/*/journal/*.jsonl"))
-
     with open(tmp_path / "said", "wb") as said:
         driver = subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
     try:
-        wait(lambda: finished() == FIRST or driver.poll() is not None, "the first items")
+        wait(lambda: f" {FIRST} done " in status_sentence(tmp_path / "toy") or driver.poll() is not None, "the first items")
         assert driver.poll() is None, (tmp_path / "said").read_text()
     finally:
         os.killpg(driver.pid, signal.SIGKILL)
         driver.wait()
         gate.open()
-    assert re.search(rf"\d+ running \+ \d+ waiting.* \(process {driver.pid} on ", status_sentence(tmp_path / "toy"))
+    assert re.search(rf" {FIRST} done .* \(process {driver.pid} on ", status_sentence(tmp_path / "toy"))
     again = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert f"{MOVIES} micrographs done, {FIRST} of them from before" in again.stdout
+    (kept,) = re.findall(rf"{MOVIES} micrographs done, (\d+) of them from before", again.stdout)
+    assert FIRST <= int(kept) < MOVIES  # a worker may end what it has before it sees that its scheduler is gone
     check(tmp_path, undisturbed)
 
 
@@ -417,15 +422,16 @@ def small_disk(tmp_path):
 
 def fill(folder):
     """Leave neither a byte nor a name free."""
-    (folder / "ballast").mkdir()
+    (folder / "ballast").mkdir(exist_ok=True)
     for i in range(1000):
         try:
-            (folder / "ballast" / f"{i}").write_bytes(b"x" * 65536)
+            (folder / "ballast" / uuid.uuid4().hex).write_bytes(b"x" * 65536)
         except OSError:
             if i > 400:
                 return
 
 
+@pytest.mark.slow
 def test_a_scratch_that_fills_up_harms_no_item_and_is_named_when_no_worker_can_start_on_it(
     session, gate, on_slurm, small_disk, undisturbed, impatient, tmp_path
 ):
@@ -434,7 +440,12 @@ def test_a_scratch_that_fills_up_harms_no_item_and_is_named_when_no_worker_can_s
         fill(small_disk)
         gate.let(2)
         wait(lambda: run.done == FIRST + 2 or run.error, "items that a full disk does not stop")
-        on_slurm.run("scancel", job)
+        # the next job must not start before what this one leaves free is taken
+        drain(on_slurm, job, 0)
+        wait(lambda: job not in on_slurm.jobs(), "the end of the job")
+        fill(small_disk)
+        for node in ("c0", "c1"):
+            on_slurm.resume(node)
         run.tells(r"there are no workers: pool cpu: 3 jobs in a row ended before a worker came\. .*No space left on device")
         shutil.rmtree(small_disk / "ballast")
         gate.open()

@@ -21,7 +21,7 @@ from _service import begun, cryodask, environment_of_tests, holder, journal, ope
 
 from cryodask.cluster import batch, close, connect, service
 from cryodask.cluster.service import submit
-from cryodask.cluster.settings import parse_settings
+from cryodask.cluster.settings import JobSettings, parse_settings
 from cryodask.cluster.slurm import cancel_of
 from cryodask.cluster.whereabouts import in_thread
 from cryodask.errors import ClusterError
@@ -250,6 +250,23 @@ def test_a_project_is_submitted_and_the_user_told_how_to_follow_it(mixed, slurm,
     assert "3 micrographs done" in log, log
     assert "motion" in cryodask("info", str(tmp_path / "tiny.yaml"))
     assert "live on one machine" in cryodask("submit", str(tmp_path / "tiny.yaml"), code=2)
+
+
+def test_an_invitation_is_as_good_in_an_address_file_and_in_a_batch_job(home, mixed, slurm, tmp_path, monkeypatch):
+    invited(home, mixed, "carla", "hpda")
+    monkeypatch.chdir(home)
+    (home / "theirs.yaml").write_text(yaml.safe_dump({"kind": "address", "invitation": "carla.invite"}))
+    with connect(Path("theirs.yaml"), lane="hpda") as client:
+        assert client.submit(sum, [1, 2]).result(60) == 3
+    (tmp_path / "ask.py").write_text(
+        "import sys\nfrom cryodask.cluster import connect\nclient = connect(sys.argv[1], lane='hpda')\n"
+        "print('sum', client.submit(sum, [1, 2]).result(60))\n"
+    )
+    # the job begins elsewhere, and its account has no cluster mixed of its own
+    elsewhere = JobSettings(partition="cpu", memory="500MiB", environment=("cd /", f"export XDG_STATE_HOME={tmp_path}"))
+    sent = submit([sys.executable, str(tmp_path / "ask.py"), "{cluster}"], "carla.invite", name="guest", job=elsewhere)
+    wait(lambda: sent.job_id not in slurm.jobs(), "the end", 90)
+    assert "sum 3" in sent.log.read_text()
 
 
 def test_a_submitted_command_that_fails_by_itself_is_not_run_again(mixed, slurm):

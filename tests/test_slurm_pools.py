@@ -19,9 +19,9 @@ import yaml
 from distributed import Client
 
 from cryodask.cluster import close, connect
+from cryodask.cluster.allocation import allocation_script
 from cryodask.cluster.pools import PoolCluster, open_pools
 from cryodask.cluster.settings import parse_settings
-from cryodask.cluster.slurm import allocation_script
 from cryodask.cluster.tls import Authority, security
 from cryodask.errors import ClusterError
 from cryodask.testing.slurm import TinySlurm, missing_programs

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from getpass import getuser
 from pathlib import Path
@@ -18,6 +20,7 @@ from pathlib import Path
 import psutil
 
 from cryodask.cluster import slurm, tls
+from cryodask.cluster.allocation import allocation_script
 from cryodask.cluster.environment import ONE_THREAD
 from cryodask.cluster.settings import JobSettings, LocalSettings, ServiceSettings, SlurmSettings
 from cryodask.cluster.whereabouts import encrypted, in_thread, state_folder
@@ -53,9 +56,16 @@ def sbatch(script: str) -> str:
             "go to a login node; without Slurm use a cluster file of kind local",
         )
     done = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True, start_new_session=True)
+    said = slurm.slurms_words(done.stderr) if done.returncode else ""
+    if slurm.is_full(said):
+        raise ClusterError(
+            f"Slurm takes no more jobs for now: {said}.",
+            "you have as many jobs in the queue as your account may have",
+            "try again when some have ended, see  squeue --me",
+        )
     if done.returncode:
         raise ClusterError(
-            f"Slurm takes no such job: {slurm.slurms_words(done.stderr)}.",
+            f"Slurm takes no such job: {said}.",
             "partition, account, memory or walltime do not exist on this cluster",
             "compare the cluster file with  sinfo",
         )
@@ -245,6 +255,8 @@ def submit(
     from cryodask.cluster import service
 
     shared, settings = service.of_word_or_file(cluster)
+    # a word of sbatch's options, of a comment with colons, and of a file's name
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", name)
     if isinstance(settings, LocalSettings):
         raise ClusterError(
             f"The workers of the cluster {cluster} live on one machine, out of reach of a batch job.",
@@ -253,19 +265,21 @@ def submit(
         )
     slurmed = settings if isinstance(settings, SlurmSettings) else None
     logs = slurm.logs_of(slurmed) if slurmed else state_folder() / "logs"
-    log, placed = logs / f"cryodask-{name}-%j.log", {"{cluster}": '"$CRYODASK_CLUSTER"', "{lane}": '"$CRYODASK_LANE"'}
-    words = " ".join(placed.get(word) or shlex.quote(word) for word in command)
+    log = logs / f"cryodask-{name}-%j.log"
     if slurmed and slurmed.single_allocation:
-        script = slurm.allocation_script(
-            slurmed, f"export CRYODASK_LANE={shlex.quote(lane)}; {words}", certificates=_own_certificates(slurmed)
-        )
+        with _own_certificates(slurmed, keep=not dry_run) as certificates:
+            driver = f"export CRYODASK_LANE={shlex.quote(lane)}; {_in_shell(command)}"
+            script = allocation_script(slurmed, driver, certificates=certificates)
+        if certificates:
+            script = script.replace(str(certificates), str(_batch_authority()))
         log = logs / "cryodask-batch-%j.log"
     else:
         job = job or (slurmed.driver if slurmed else JobSettings())
-        where = shared.name if shared else str(Path(cluster).absolute())
-        exports = f"export CRYODASK_CLUSTER={shlex.quote(where)} CRYODASK_LANE={shlex.quote(lane)}\n"
-        again = f"{shlex.quote(job.python or sys.executable)} -m cryodask.cluster.driver {times} " if shared else ""
-        script = job_script(job, f"{exports}exec {again}{words}", name=f"cryodask-{name}", log=str(log), comment=f"cryodask:run:{name}")
+        if shared is None or str(cluster).endswith(".invite"):
+            where = str(Path(cluster).absolute())  # the job does not begin in this folder
+        else:
+            where = str(cluster) if service.is_name(str(cluster)) else shared.name
+        script = driver_script(job, command, where, lane=lane, name=name, log=log, times=times if shared else 0)
     if dry_run:
         return SubmittedRun("", log, script)
     logs.mkdir(parents=True, exist_ok=True)
@@ -273,11 +287,35 @@ def submit(
     return SubmittedRun(job_id, Path(str(log).replace("%j", job_id)), script)
 
 
-def _own_certificates(settings: SlurmSettings) -> Path | None:
-    """The authority of this account for jobs that hold a whole cluster each."""
+def driver_script(job: JobSettings, command: Sequence[str], cluster: str, *, lane: str, name: str, log: str | Path, times: int = 5) -> str:
+    """The job script of a batch run on a cluster of that name or file; ``times`` is 0 where nothing can bring the cluster back."""
+    exports = f"export CRYODASK_CLUSTER={shlex.quote(cluster)} CRYODASK_LANE={shlex.quote(lane)}\n"
+    again = f"{shlex.quote(job.python or sys.executable)} -m cryodask.cluster.driver {times} " if times else ""
+    line = f"{exports}exec {again}{_in_shell(command)}"
+    return job_script(job, line, name=f"cryodask-{name}", log=str(log), comment=f"cryodask:run:{name}")
+
+
+def _in_shell(command: Sequence[str]) -> str:
+    placed = {"{cluster}": '"$CRYODASK_CLUSTER"', "{lane}": '"$CRYODASK_LANE"'}
+    return " ".join(placed.get(word) or shlex.quote(word) for word in command)
+
+
+def _batch_authority() -> Path:
+    return state_folder() / "certificates" / "batch"
+
+
+@contextmanager
+def _own_certificates(settings: SlurmSettings, *, keep: bool) -> Iterator[Path | None]:
+    """The authority of this account for jobs that hold a whole cluster each; if it is not to be kept, one that is gone afterwards."""
+    folder = _batch_authority()
     if not encrypted(settings):
-        return None
-    folder = state_folder() / "certificates" / "batch"
-    if not (folder / "ca.pem").exists():
+        yield None
+    elif (folder / "ca.pem").exists():
+        yield folder
+    elif keep:
         tls.Authority.create(folder, owner=getuser(), cluster="batch")
-    return folder
+        yield folder
+    else:
+        with tempfile.TemporaryDirectory() as passing:
+            tls.Authority.create(passing, owner=getuser(), cluster="batch")
+            yield Path(passing)

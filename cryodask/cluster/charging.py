@@ -101,7 +101,8 @@ class ChargingScheduler(LanedScheduler):
 
     def handle_long_running(self, key: Any, worker: str, *args: Any, **kwargs: Any) -> None:
         """As distributed's; a task that has left its thread pays for the time before."""
-        if key in self._flights:
+        ts = self.tasks.get(key)
+        if key in self._flights and ts is not None and ts.processing_on is not None and ts.processing_on.address == worker:
             self._settle(key, kwargs.get("compute_duration"))
         super().handle_long_running(key, worker, *args, **kwargs)
 

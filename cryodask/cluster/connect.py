@@ -38,9 +38,7 @@ _REACH_SECONDS = 5.0
 _FILE_LOOKS = 10
 
 
-def connect(
-    where: str | os.PathLike[str] = "local", *, workers: int | None = None, lane: str = "batch", project: str = ""
-) -> Client:
+def connect(where: str | os.PathLike[str] = "local", *, workers: int | None = None, lane: str = "batch", project: str = "") -> Client:
     """A plain ``distributed.Client`` on the workers that ``where`` describes.
 
     Parameters

@@ -12,7 +12,7 @@ import sys
 import time
 from types import FrameType
 
-from cryodask.cluster.service import Service, find
+from cryodask.cluster.service import Service, find, is_known
 from cryodask.errors import ClusterError
 
 _WAIT_SECONDS = 6 * 3600.0
@@ -28,7 +28,15 @@ def scheduler_id(name: str) -> str | None:
 
 
 def drive(command: list[str], cluster: str, times: int, wait_seconds: float = _WAIT_SECONDS) -> int:
-    """Run a command until it succeeds, fails by itself, or has been run ``times`` times; its exit status."""
+    """Run a command until it succeeds, fails by itself, or has been run ``times`` times; its exit status.
+
+    Raises
+    ------
+    ClusterError
+        If this account neither has a cluster of that name nor is invited to one.
+    """
+    if not is_known(cluster):  # one that is known may come back, this one never does
+        find(cluster)
     status = 1
     for turn in range(1, times + 1):
         before = _wait_for(cluster, wait_seconds)
@@ -81,4 +89,7 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(drive(sys.argv[2:], os.environ["CRYODASK_CLUSTER"], int(sys.argv[1])))
+    try:
+        sys.exit(drive(sys.argv[2:], os.environ["CRYODASK_CLUSTER"], int(sys.argv[1])))
+    except ClusterError as refused:
+        sys.exit(str(refused))

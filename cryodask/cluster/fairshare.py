@@ -22,14 +22,14 @@ from tornado.ioloop import PeriodicCallback
 
 from cryodask.cluster.charging import FIRST, Flight
 from cryodask.cluster.lanes import Place, Share
-from cryodask.cluster.memory import CappingScheduler
 from cryodask.cluster.owners import THREADS
+from cryodask.cluster.reserving import ReservingScheduler
 
 _TICK_MILLISECONDS = 250
 _PRUNE_SECONDS = 60.0
 
 
-class FairShareScheduler(CappingScheduler):
+class FairShareScheduler(ReservingScheduler):
     """A scheduler with lanes.
 
     Parameters
@@ -51,9 +51,6 @@ class FairShareScheduler(CappingScheduler):
     The lane of a task is that of the task that submitted it, else the annotation ``lane`` (which Dask keeps only around ``compute()``,
     ``persist()`` and ``submit()``), else the client's name ``lane/user/project``, else ``default_lane``.
     """
-
-    AHEAD, AHEAD_SECONDS = 2, 0.1
-    """Tasks a thread, or work a thread, that a lane may have on a worker while nobody else has any; who comes overtakes it there."""
 
     def __init__(
         self,
@@ -79,13 +76,12 @@ class FairShareScheduler(CappingScheduler):
     ) -> None:
         """Begin to share; parameters as of the class."""
         self.know_lanes(lanes, strict, default_lane)
-        self._reserve = dict(reserve or {})
+        self.reserve_threads(reserve)
         unknown = [n for n in (*self._strict, *self._reserve, *(memory_share or {})) if self._options and n not in self._options]
         if unknown:
             raise ValueError(f"strict, reserve and memory_share name lanes that are not in lanes: {unknown}")
         self.cap_memory(memory_share)
         self.count_time()
-        self._reserved: dict[str, tuple[str, int]] = {}
         self._pruned = monotonic()
         self._arrived: list[Share] = []
         self._target: WorkerState | None = None
@@ -95,6 +91,10 @@ class FairShareScheduler(CappingScheduler):
         if math.isinf(self.WORKER_SATURATION):
             self.WORKER_SATURATION = 1.1  # without a bound on what lies on workers there is nothing to share
         self.periodic_callbacks["fairshare"] = PeriodicCallback(self._tick, _TICK_MILLISECONDS)
+        if (stealing := self.extensions.get("stealing")) is not None:
+            # a theft leaves what a task uses booked on its victim, for ever: tasks with resources stay where they were sent
+            put = stealing.put_key_in_stealable
+            stealing.put_key_in_stealable = lambda ts: None if ts.resource_restrictions else put(ts)
 
     def drain(self) -> None:
         """Send nothing more to workers: ready tasks wait, what runs goes on to its end."""
@@ -108,7 +108,7 @@ class FairShareScheduler(CappingScheduler):
     # --- ready tasks: sent, or held until it is their turn -----------------------------------------------------------------------
     def _transition_waiting_processing(self, key: Any, stimulus_id: str) -> Any:
         ts = self.tasks[key]
-        if ts.actor or not (ts._queueable or ts.worker_restrictions):
+        if ts.actor or not (ts._queueable or ts.worker_restrictions or ts.resource_restrictions):
             return Scheduler._transition_waiting_processing(self, key, stimulus_id)
         leaf = self._leaf(ts)
         if self._memory.full and self.is_kept_back(ts, leaf):
@@ -130,7 +130,7 @@ class FairShareScheduler(CappingScheduler):
             if ws is None:
                 return {key: "no-worker"}, {}, {}
             ahead = self.WORKER_SATURATION if self._others and leaf.clock.flying != leaf.flying else self.AHEAD
-            if alone and self._room(ws, leaf.lane, ahead):
+            if alone and self.has_room(ws, leaf.lane, ahead):
                 return self._add_to_processing(ts, ws, stimulus_id)
             place = self._restricted_place(ts) or (ws.address if ts.dependencies else None)
         self._hold(ts, leaf, place)
@@ -186,55 +186,43 @@ class FairShareScheduler(CappingScheduler):
 
     def workers_changed(self, gone: str | None = None) -> None:
         """Find new places for held tasks that were bound to workers, and new threads to reserve."""
-        moved = [(ts, self._restricted_place(ts)) for ts in (self._held.tasks_at(gone) if gone else [])]
-        places: dict[Any, Place] = {}
-        for ts in self._held.restricted():
-            same = frozenset(ts.worker_restrictions or ()), frozenset(ts.host_restrictions or ()), ts.loose_restrictions
-            if same not in places:
-                places[same] = self._restricted_place(ts)
-            if places[same] != self._held.place_of(ts):
-                moved.append((ts, places[same]))
-        for ts, place in moved:
-            self._held.discard(ts)
-            if place == frozenset():  # bound to workers of which none is left
-                ts.state = "no-worker"
-                self.unrunnable[ts] = monotonic()
-            else:
-                self._held.put(ts, self._leaf(ts), place)
-        self._fresh = self._fresh or bool(moved)
+        self._sort_again([*(self._held.tasks_at(gone) if gone else ()), *self._held.restricted()])
         if gone:
             self._finished.pop(gone, None)
-        self._reserve_threads(gone)
+        if self._reserve:
+            self.choose_reserved(gone)
 
-    def _reserve_threads(self, gone: str | None = None) -> None:
-        self._reserved.clear()
-        for lane, threads in self._reserve.items():
-            left = threads
-            for ws in sorted(self.running, key=lambda ws: ws.address):
-                if left > 0 and ws.address not in self._reserved and ws.address != gone:
-                    kept = min(left, ws.nthreads)
-                    self._reserved[ws.address] = (lane, kept)
-                    left -= kept
+    def _sort_again(self, tasks: Iterable[TaskState]) -> None:
+        places: dict[Any, Place] = {}
+        for ts in tasks:
+            needs = frozenset((ts.resource_restrictions or {}).items())
+            same = frozenset(ts.worker_restrictions or ()), frozenset(ts.host_restrictions or ()), needs, ts.loose_restrictions
+            if same not in places:
+                places[same] = self._restricted_place(ts)
+            place = places[same]
+            if place != self._held.place_of(ts):
+                self._fresh = True
+                self._held.discard(ts)
+                if place == frozenset():  # bound to workers of which none is left
+                    ts.state = "no-worker"
+                    self.unrunnable[ts] = monotonic()
+                else:
+                    self._held.put(ts, self._leaf(ts), place)
+
+    def set_restrictions(self, worker: dict[Any, Any]) -> None:
+        """As distributed's, for tasks that wait here, too."""
+        super().set_restrictions(worker)
+        self._sort_again([ts for ts in map(self.tasks.__getitem__, worker) if ts in self._held])
 
     def handle_worker_status_change(self, status: Any, worker: str | WorkerState, stimulus_id: str) -> None:
-        """As distributed's; a worker runs some time after it has joined, and one that pauses keeps no thread for anybody."""
-        super().handle_worker_status_change(status, worker, stimulus_id)
-        if self._reserve:
-            self._reserve_threads()
-
-    def is_unoccupied(self, ws: WorkerState, occupancy: float, nprocessing: int) -> bool:
-        """As distributed's; a thread kept for a lane does not invite tasks to be stolen to it."""
-        kept = self._reserved.get(ws.address) if self._reserved else None
-        return (kept is None or nprocessing + kept[1] < ws.nthreads) and super().is_unoccupied(ws, occupancy, nprocessing)
-
-    def _room(self, ws: WorkerState, lane: Share, saturation: float) -> bool:
-        busy = len(ws.processing) - len(ws.long_running)
-        kept = self._reserved.get(ws.address)
-        if kept is not None and kept[0] != lane.name:
-            return busy + kept[1] < ws.nthreads
-        return busy < max(math.ceil(saturation * ws.nthreads), 1) or (
-            saturation == self.AHEAD and ws.occupancy < self.AHEAD_SECONDS * ws.nthreads
-        )
+        """As distributed's; a worker runs some time after it has joined, and one that pauses is no place for anybody."""
+        self._dispatching = True  # the threads that are to be kept free on it come first
+        try:
+            super().handle_worker_status_change(status, worker, stimulus_id)
+        finally:
+            self._dispatching = False
+        self.workers_changed()
+        self.stimulus_queue_slots_maybe_opened(stimulus_id=stimulus_id)
 
     # --- a slot opens ------------------------------------------------------------------------------------------------------------
     def transitions(self, recommendations: Any, stimulus_id: str) -> None:
@@ -281,50 +269,65 @@ class FairShareScheduler(CappingScheduler):
         if first is not None and not self._reserved and (ts := self._held.best_at(first, ws.address)) is not None:
             return ts
         for leaf in clock.leaves_in_turn():
-            if not self._reserved or self._room(ws, leaf.lane, self.WORKER_SATURATION):
+            if not self._reserved or self.has_room(ws, leaf.lane, self.WORKER_SATURATION):
                 ts = self._held.best_at(leaf, ws.address)
                 if ts is not None:
                     return ts
         if len(ws.processing) - len(ws.long_running) < ws.nthreads:  # a thread is idle: take what waits for a busy worker
             for leaf in clock.leaves_in_turn():
-                if not self._reserved or self._room(ws, leaf.lane, self.WORKER_SATURATION):
+                if not self._reserved or self.has_room(ws, leaf.lane, self.WORKER_SATURATION):
                     for place in [p for p in leaf.heaps if type(p) is str]:
                         entry = self._held.top(leaf, place)
                         if entry is not None and self._sooner_here(leaf, place, entry[2], ws):
                             return entry[2]
+                elif self.is_closed(ws, leaf.lane):
+                    for several in list(leaf.several):  # what can run nowhere else
+                        if ws.address in several and all(self.is_closed(self.workers.get(a), leaf.lane) for a in several):
+                            entry = self._held.top(leaf, several)
+                            if entry is not None:
+                                return entry[2]
         return None
 
     def _sooner_here(self, leaf: Share, place: str, ts: TaskState, ws: WorkerState) -> bool:
         other = self.workers.get(place)
-        if other is None or other not in self.running:
+        if other is None or other not in self.running or self.is_closed(other, leaf.lane):
             return True
         return self.get_comm_cost(ts, ws) < self.estimate(ts) * (1 + len(leaf.heaps[place]) / other.nthreads)
 
     def _fill_resources(self, clock: Share, stimulus_id: str) -> None:
-        full: set[Place] = set()
-        while (found := self._next_with_resources(clock, full)) is not None:
+        while (found := self._next_with_resources(clock)) is not None:
             self._send(*found, stimulus_id)
 
-    def _next_with_resources(self, clock: Share, full: set[Place]) -> tuple[TaskState, WorkerState] | None:
+    def _next_with_resources(self, clock: Share) -> tuple[TaskState, WorkerState] | None:
+        able: dict[Place, set[WorkerState]] = {}
+        free: dict[Place, set[WorkerState]] = {}
+        kept: WorkerState | None = None
         for leaf in clock.leaves_in_turn():
-            for place in [p for p in leaf.heaps if p not in full]:
+            for place in list(leaf.heaps):
                 entry = self._held.top(leaf, place)
-                if entry is not None:
-                    ws = self._worker_with_resources(entry[2])
-                    if ws is not None:
-                        return entry[2], ws
-                    full.add(place)
+                if entry is None:
+                    continue
+                ts = entry[2]
+                if place not in able:
+                    able[place] = self._workers_with_resources(ts)
+                    free[place] = {ws for ws in able[place] if _has_free(ws, ts)}
+                chosen = [ws for ws in free[place] if ws is not kept]
+                if self._reserved and any(not self.is_closed(ws, leaf.lane) for ws in able[place]):
+                    chosen = [ws for ws in chosen if self.has_room(ws, leaf.lane, self.AHEAD)]
+                if chosen:
+                    return ts, min(chosen, key=_load)
+                if kept is None and able[place]:
+                    # a worker is emptied for whose turn it is: small needs of others would starve large ones
+                    kept = min(able[place], key=lambda ws: sum(ws.used_resources.get(r, 0.0) for r in ts.resource_restrictions))
         return None
 
-    def _worker_with_resources(self, ts: TaskState) -> WorkerState | None:
-        """A worker on which the resources that a task needs are free now: none waits on a worker for them."""
-        valid, needs = self.valid_workers(ts), ts.resource_restrictions or {}
-        free = [
-            ws
-            for ws in (self.running if valid is None else valid)
-            if ws in self.running and all(ws.used_resources.get(r, 0.0) + need <= ws.resources.get(r, 0.0) for r, need in needs.items())
-        ]
-        return min(free, key=_load) if free else None
+    def _workers_with_resources(self, ts: TaskState) -> set[WorkerState]:
+        """Workers that run and have what a task needs, used or not."""
+        valid = self.valid_workers(ts)
+        if not valid and ts.loose_restrictions:
+            needs = (ts.resource_restrictions or {}).items()
+            valid = {ws for ws in self.running if all(ws.resources.get(r, 0.0) >= need for r, need in needs)}
+        return self.running & (valid or set())
 
     def _overtake(self, stimulus_id: str) -> None:
         """Send the first tasks of a lane that comes anew at once, on full workers ahead of what waits there.
@@ -347,14 +350,21 @@ class FairShareScheduler(CappingScheduler):
         return self._flights.get(ts.key)
 
     def _worker_to_overtake(self, leaf: Share) -> WorkerState | None:
-        """One with an idle thread; else, of those with few tasks of this lane, the one likely to finish its next task first."""
-        best: tuple[bool, int, float] | None = None
+        """Of those where its tasks may go, one with an idle thread; else that with the fewest tasks of this lane.
+
+        Of several, that with the fewest tasks that overtake others already; then the one likely to finish its next task first.
+        """
+        best: tuple[bool, int, int, float] | None = None
         found: WorkerState | None = None
         for ws in self.running:
-            own = sum(f is not None and f.leaf.lane is leaf.lane for f in map(self._flight_of, ws.processing))
-            if own >= ws.nthreads or (self._reserved and not self._room(ws, leaf.lane, self.AHEAD + 1)):
+            if not any(place is None or place == ws.address for place in leaf.heaps) and not any(ws.address in p for p in leaf.several):
                 continue
-            score = len(ws.processing) - len(ws.long_running) >= ws.nthreads, own, self._finished.get(ws.address, 0.0)
+            own = sum(f is not None and f.leaf.lane is leaf.lane for f in map(self._flight_of, ws.processing))
+            if own >= ws.nthreads or (self._reserved and not self.has_room(ws, leaf.lane, self.AHEAD + 1)):
+                continue
+            busy = len(ws.processing) - len(ws.long_running)
+            beyond = max(0, busy - math.ceil(self.WORKER_SATURATION * ws.nthreads))
+            score = busy >= ws.nthreads, own, beyond, self._finished.get(ws.address, 0.0)
             if best is None or score < best:
                 best, found = score, ws
         return found
@@ -376,7 +386,7 @@ class FairShareScheduler(CappingScheduler):
             return
         if self._others and clock.flying != leaf.flying:
             return
-        while worker in leaf.heaps and self._room(ws, leaf.lane, self.AHEAD):
+        while worker in leaf.heaps and self.has_room(ws, leaf.lane, self.AHEAD):
             entry = self._held.top(leaf, worker)
             if entry is None:
                 return
@@ -387,10 +397,20 @@ class FairShareScheduler(CappingScheduler):
         now = monotonic()
         self.charge_what_is_out(now)
         if len(self._held):
+            self.open_stuck_lanes()
             self.stimulus_queue_slots_maybe_opened(stimulus_id=f"fairshare-tick-{now}")
         if now - self._pruned > _PRUNE_SECONDS:
             self._pruned = now
             self.prune()
+
+
+def _has_free(ws: WorkerState, ts: TaskState) -> bool:
+    """Whether the resources that a task needs are free now, and a thread: none waits on a worker for them."""
+    needs = (ts.resource_restrictions or {}).items()
+    return (
+        all(ws.used_resources.get(r, 0.0) + need <= ws.resources.get(r, 0.0) for r, need in needs)
+        and sum(bool(t.resource_restrictions) and t not in ws.long_running for t in ws.processing) < ws.nthreads
+    )  # fmt: skip
 
 
 def _load(ws: WorkerState) -> float:

@@ -104,16 +104,21 @@ class Share:
             node = above
         node.flying -= 1
 
-    def hold(self) -> None:
-        """One more task waits. A node that begins to wait gets neither credit nor debt for the time before."""
+    def hold(self, *, anew: bool = False) -> None:
+        """One more task waits. A node that begins to wait gets neither credit nor debt for the time before.
+
+        ``anew``: it is the first of its leaf in its place. What waited until then may have been bound to workers that were busy, and being
+        behind for that reason is no credit either.
+        """
         node = self
         while (above := node.parent) is not None:
-            if not node.held:
+            if anew or not node.held:
                 rivals = [k for k in above.waiting if k is not node] or ([] if above.held else list(above.kids.values()))
-                floor = max((k.settled for k in rivals if k is not node), default=0.0)
+                floor = max((k.settled for k in rivals if k is not node and k.strict == node.strict), default=0.0)
                 if node.virtual < floor:
                     node.settled += floor - node.virtual
                     node.virtual = floor
+            if not node.held:
                 above.waiting.append(node)
             node.held += 1
             node = above
@@ -197,6 +202,7 @@ class LaneQueue:
     def __init__(self, leaf_of: Callable[[Any], Share]) -> None:
         self._leaf_of = leaf_of
         self._where: dict[Any, tuple[Share, Place, int]] = {}
+        self._bound: set[Any] = set()
         self._sequence = count()
 
     def __len__(self) -> int:
@@ -217,19 +223,24 @@ class LaneQueue:
         """Let a task wait for its turn."""
         number = next(self._sequence)
         heap = leaf.heaps.get(place)
+        anew = heap is None
         if heap is None:
             heap = leaf.heaps[place] = []
             if type(place) is frozenset:
                 leaf.several.append(place)
         heapq.heappush(heap, (task.priority, number, task))
         self._where[task] = (leaf, place, number)
-        leaf.hold()
+        if type(place) is frozenset:
+            self._bound.add(task)
+        leaf.hold(anew=anew)
 
     def discard(self, task: Any) -> None:
         """Take a task out; its dead entry leaves the heap when it comes to the top."""
         entry = self._where.pop(task, None)
         if entry is not None:
             leaf = entry[0]
+            if type(entry[1]) is frozenset:
+                self._bound.discard(task)
             leaf.unhold()
             if not leaf.held:  # dead entries would keep their tasks alive
                 leaf.heaps.clear()
@@ -285,4 +296,4 @@ class LaneQueue:
 
     def restricted(self) -> list[Any]:
         """Tasks that may run on some workers only."""
-        return [task for task, (_, place, _) in self._where.items() if type(place) is frozenset]
+        return list(self._bound)

@@ -60,6 +60,15 @@ class LaneMemory(SchedulerPlugin):
             self.full.discard(lane)
             self._scheduler.look_again()
 
+    def stuck(self) -> list[str]:
+        """Full lanes with nothing on workers, some of whose results wait for others that were not begun: those may free memory."""
+        if not self.full:
+            return []
+        scheduler = self._scheduler
+        running = {scheduler.owner_of(ts.key).lane for ws in scheduler.workers.values() for ts in ws.processing}
+        waited = {lane for key, (lane, _) in self._held.items() if lane in self.full - running and scheduler.tasks[key].waiters}
+        return sorted(waited)
+
     def transition(self, key: Any, start: str, finish: str, *args: Any, **kwargs: Any) -> None:
         """As told by distributed."""
         if finish == "memory":
@@ -131,6 +140,11 @@ class CappingScheduler(ChargingScheduler):
         for client in list(self.client_comms):
             if self.path_of_client(client)[0] == lane:
                 self.tell(client, text)
+
+    def open_stuck_lanes(self) -> None:
+        """Let lanes go on whose cap is below what one of their tasks needs at a time: until their next result comes."""
+        for lane in self._memory.stuck():
+            self._memory.full.discard(lane)
 
     def look_again(self) -> None:
         """Tasks that could not be sent before may be sent now."""

@@ -52,6 +52,7 @@ class PoolJobs(SpecCluster):
         self._nannies: dict[str, str] = {}
         self._silent_since: dict[str, float] = {}
         self._leaving: set[str] = set()
+        self._most_left: dict[str, int] = {}
         # jobs whose workers hand over their results, and why they are lost ("" for those that are not wanted any more)
         self._retiring: dict[str, str] = {}
         self._retirements: set[asyncio.Task[None]] = set()
@@ -77,7 +78,26 @@ class PoolJobs(SpecCluster):
     def _leaves_soon(self, shown: slurm.QueuedJob, pool: str) -> bool:
         """Whether a job's walltime ends soon: its replacement is submitted while its workers still work."""
         left = shown.seconds_left
-        return shown.state == "RUNNING" and left is not None and left < 2 * slurm.leave_seconds(self.settings.pools[pool])
+        return shown.state == "RUNNING" and left is not None and left < 2 * self._margin_seconds(shown, pool)
+
+    def _margin_seconds(self, shown: slurm.QueuedJob, pool: str) -> int:
+        """How long before its end a job is left; without a walltime in the cluster file the partition has set one, which squeue shows."""
+        if self.settings.pools[pool].walltime or shown.seconds_left is None:
+            return slurm.leave_seconds(self.settings.pools[pool])
+        most = self._most_left[shown.name] = max(self._most_left.get(shown.name, 0), shown.seconds_left)
+        return slurm.margin_seconds(most)
+
+    def _must_leave(self, now: float) -> list[str]:
+        """Jobs near their end whose workers do not know of it, as there is no walltime in the cluster file that could tell them."""
+        leaving = {name: self.workers[name].pool for name in self._leaving - self._retiring.keys() if name in self.worker_spec}
+        return [
+            name
+            for name, pool in leaving.items()
+            if not self.settings.pools[pool].walltime
+            and (shown := self._queue.get(name)) is not None
+            and (shown.seconds_left or 0) < self._margin_seconds(shown, pool)
+            and now >= self._stays_until.get(name, 0.0)
+        ]
 
     def _new_job(self, pool: str) -> None:
         state = self._pools[pool]
@@ -106,6 +126,7 @@ class PoolJobs(SpecCluster):
     async def _to_targets(self, by_hand: Collection[str] = ()) -> None:
         async with self._changing:
             room, nobody_stays = _SUBMISSIONS, not any(pool.target for pool in self._pools.values())
+            asked = []
             for name, pool in self._pools.items():
                 members = [m for m in self._members(name) if m not in self._retiring and (m not in self._leaving or not pool.target)]
                 least_worth = self._surplus(members, pool)
@@ -114,12 +135,13 @@ class PoolJobs(SpecCluster):
                 else:
                     self._let_go(dict.fromkeys(least_worth, ""), whatever=nobody_stays)
                 if time.monotonic() >= pool.not_before:
-                    new = min(pool.target - len(members), room)
+                    new = min(pool.target - len(members), room, 1 if pool.full else room)  # one job finds out whether there is room
                     for _ in range(new):
                         self._new_job(name)
+                    asked += [name] if new > 0 else []
                     room -= max(0, new)
             await asyncio.shield(self._correct_state())  # a submission cut in half would leave a job that nobody knows
-            self._take_refusals()
+            self._take_refusals(asked)
         self._hurry()
 
     def _surplus(self, members: Collection[str], pool: PoolState) -> list[str]:
@@ -208,16 +230,26 @@ class PoolJobs(SpecCluster):
         self.events.append((time.time(), job.pool, f"job {name} ({job.job_id or 'no id'}): {text}"))
         logger.warning("pool %s, job %s (%s): %s", job.pool, name, job.job_id or "no id", text)
 
-    def _take_refusals(self) -> None:
+    def _take_refusals(self, asked: Collection[str]) -> None:
+        full: dict[str, str] = {}
         for name, job in list(self.workers.items()):
-            if job.refused:
+            if job.full:
+                self._forget(name, "" if job.pool in full else f"not submitted for now: {job.full}")
+                full[job.pool] = job.full
+            elif job.refused:
                 pool = self._pools[job.pool]
                 pool.problem = job.refused
                 self._forget(name, f"refused: {job.refused}")
                 pool.target = len(set(self._members(job.pool)) - self._retiring.keys())  # a refusal does not heal: stop asking
+        for name in asked:
+            if name in full:
+                self._pools[name].count_full(time.monotonic(), full[name])
+            else:
+                self._pools[name].full = ""
 
     def _forget(self, name: str, why: str) -> None:
-        self._tell(name, why)
+        if why:
+            self._tell(name, why)
         job = self.workers.pop(name)
         self.worker_spec.pop(name, None)
         self._retiring.pop(name, None)
@@ -225,6 +257,7 @@ class PoolJobs(SpecCluster):
         self._silent_since.pop(name, None)
         self._came.discard(name)
         self._leaving.discard(name)
+        self._most_left.pop(name, None)
         for suffix in ("", *(f"-{i}" for i in range(self.settings.pools[job.pool].workers_per_job))):
             self._nannies.pop(name + suffix, None)
         closing = asyncio.ensure_future(job.close())
@@ -295,6 +328,7 @@ class PoolJobs(SpecCluster):
                 if name in self.workers.keys() - self._retiring
             }
             self._let_go(broken)  # the workers that they have left hand over their results
+            self._let_go(dict.fromkeys(self._must_leave(now), ""))
             lost = lost or bool(broken)
         self._follow_the_work(now)
         if lost or any(self._is_off(name, pool, now) for name, pool in self._pools.items()):

@@ -11,6 +11,8 @@ from cryodask.cluster.settings import PoolSettings
 FAILED_STARTS = 3
 """Jobs in a row that end before a worker came, after which a pool gives up."""
 
+_FULL_SECONDS = 15.0, 600.0
+
 
 @dataclass(frozen=True)
 class PoolStatus:
@@ -18,7 +20,7 @@ class PoolStatus:
 
     ``waiting`` counts pending jobs by Slurm's own reason (``Resources``, ``PartitionConfig``). ``problem`` says why the pool has given up,
     in Slurm's words or from the log of its last job, and is empty if it has not. ``lost`` counts jobs that were cancelled, killed,
-    pushed out or on a node that went down, since the start.
+    pushed out or on a node that went down, since the start. ``full`` are Slurm's words if it takes no more jobs for now.
     """
 
     target: int
@@ -28,6 +30,7 @@ class PoolStatus:
     waiting: dict[str, int]
     problem: str
     lost: int
+    full: str = ""
 
 
 @dataclass
@@ -39,12 +42,20 @@ class PoolState:
     failed_starts: int = 0
     not_before: float = 0.0
     problem: str = ""
+    full: str = ""
+    full_pause: float = 0.0
     lost: int = 0
     replaced: deque[float] = field(default_factory=deque)
 
     def aim(self, target: int) -> None:
         """Forget old failures: somebody asks anew."""
         self.target, self.problem, self.failed_starts, self.not_before = target, "", 0, 0.0
+        self.full, self.full_pause = "", 0.0
+
+    def count_full(self, now: float, said: str) -> None:
+        """Take note that Slurm takes no more jobs of this user, and ask later and later: they end when they end."""
+        self.full_pause = min(2 * self.full_pause, _FULL_SECONDS[1]) if self.full else _FULL_SECONDS[0]
+        self.full, self.not_before = said, now + self.full_pause
 
     def count_loss(self, now: float, *, came: bool, per_hour: int) -> bool:
         """Take note of a lost job and settle when the next may be asked for; False if the pool should give up.
@@ -69,10 +80,12 @@ def missing(statuses: Mapping[str, PoolStatus], settings: Mapping[str, PoolSetti
     parts = []
     for name, now in statuses.items():
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(now.waiting.items()))
+        if now.full:
+            parts.append(f"pool {name}: Slurm takes no more jobs for now ({now.full})")
         if now.problem:
             parts.append(f"pool {name}: {now.problem}")
         elif reasons:
             parts.append(f"pool {name}: jobs wait in the queue ({reasons})")
-        elif now.workers < now.target * settings[name].workers_per_job:
+        elif not now.full and now.workers < now.target * settings[name].workers_per_job:
             parts.append(f"pool {name}: {now.workers} workers of {now.running} running jobs have come")
     return "; ".join(parts + ([] if slurm_answers else ["Slurm does not answer"]))

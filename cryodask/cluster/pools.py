@@ -155,6 +155,7 @@ class PoolCluster(PoolJobs):
                 waiting=dict(Counter(job.reason for job in pending)),
                 problem=pool.problem,
                 lost=pool.lost,
+                full=pool.full if len(self._members(name)) < pool.target else "",
             )
         return out
 

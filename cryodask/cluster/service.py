@@ -166,6 +166,13 @@ def find(name: str) -> Service:
     return Service(name, found.address, folder=folder, security=security)
 
 
+def is_known(name: str) -> bool:
+    """Whether this account has a cluster of that name, or is invited to one, whether it runs or not."""
+    if name.endswith(".invite"):
+        return Path(name).is_file()
+    return (folder_of(name) / "settings.json").is_file() or tls.invitation_of(name).is_file()
+
+
 def of_file(settings: SlurmSettings | LocalSettings, file: str | Path) -> Service | None:
     """The service that was started from a cluster file; None if none runs, and the file does not ask for one.
 
@@ -298,17 +305,8 @@ def prepared(settings: SlurmSettings | LocalSettings, name: str) -> Iterator[Pat
     ------
     ClusterError
     """
+    refuse_to_start(settings, name)
     service = settings.service or ServiceSettings()
-    if isinstance(settings, SlurmSettings) and settings.single_allocation:
-        raise ClusterError(
-            "A cluster file with single_allocation describes one batch job.",
-            "it was given to be shared",
-            "leave single_allocation out; or  cryodask submit PROJECT.yaml --cluster FILE",
-        )
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-        raise ClusterError(
-            f"{name!r} cannot be the name of a cluster.", "a path or a sign that names do not have", "letters, digits, _ and -"
-        )
     state = state_folder()
     make_passable(state)
     state.chmod(state.stat().st_mode & 0o777 | 0o011)  # made by another command under a narrow umask, perhaps
@@ -330,6 +328,25 @@ def prepared(settings: SlurmSettings | LocalSettings, name: str) -> Iterator[Pat
         if encrypted(settings) and not (folder / "authority" / "ca.pem").exists():
             tls.Authority.create(folder / "authority", owner=owner, cluster=name)
         yield folder
+
+
+def refuse_to_start(settings: SlurmSettings | LocalSettings, name: str) -> None:
+    """Refuse settings and names that no service can have.
+
+    Raises
+    ------
+    ClusterError
+    """
+    if isinstance(settings, SlurmSettings) and settings.single_allocation:
+        raise ClusterError(
+            "A cluster file with single_allocation describes one batch job.",
+            "it was given to be shared",
+            "leave single_allocation out; or  cryodask submit PROJECT.yaml --cluster FILE",
+        )
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise ClusterError(
+            f"{name!r} cannot be the name of a cluster.", "a path or a sign that names do not have", "letters, digits, _ and -"
+        )
 
 
 def _refuse_two(folder: Path, name: str) -> None:

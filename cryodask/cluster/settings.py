@@ -288,7 +288,9 @@ def read_cluster_file(path: str | Path) -> Settings:
         content = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError:
         raise ProjectFileError(
-            f"There is no cluster file {path}.", "a typing error in its name", "give the path of a .yaml file; configs/clusters has some to copy"
+            f"There is no cluster file {path}.",
+            "a typing error in its name",
+            "give the path of a .yaml file; configs/clusters has some to copy",
         ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ProjectFileError(

@@ -27,15 +27,17 @@ from cryodask.cluster.environment import ALLOCATOR, ONE_THREAD, SETTINGS
 from cryodask.cluster.settings import PoolSettings, SlurmSettings
 from cryodask.errors import ClusterError
 
-_COMMENT = "cryodask"
+COMMENT = "cryodask"
 _ALIVE = {"PENDING", "RUNNING", "CONFIGURING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "REQUEUED", "REQUEUE_HOLD", "RESV_DEL_HOLD"}
 # what commands say when the controller is away or overworked; anything else that sbatch says is a refusal, which does not heal
 _AWAY = re.compile(
     r"unable to contact|connect(ion)? failure|timed out|zero bytes were transmitted|temporarily un(able|available)|connection refused", re.I
 )
+# as `stat` of coreutils names them; it calls all file systems in user space alike, local ones too
+_NETWORK = "nfs*|lustre|gpfs|fhgfs|beegfs|ceph*|cifs|smb*|afs|k-afs|panfs|pvfs2|wekafs|glusterfs|v9fs|9p|snfs|acfs|ibrix|coda"
 
 # it also bounds how long a worker may take to import, which on a busy file system is a minute
-_DEATH_SECONDS = 180
+DEATH_SECONDS = 180
 
 
 def load_jobqueue() -> Any:
@@ -68,7 +70,7 @@ def load_jobqueue() -> Any:
         "name cores memory processes python interface death-timeout local-directory extra worker-extra-args job-extra job-extra-directives"
         " env-extra job-script-prologue log-directory queue account walltime job-cpu job-mem"
     )
-    dask.config.set({f"jobqueue.{_COMMENT}": {**dict.fromkeys(names.split()), **shebang}})
+    dask.config.set({f"jobqueue.{COMMENT}": {**dict.fromkeys(names.split()), **shebang}})
     return dask_jobqueue
 
 
@@ -79,34 +81,37 @@ def pool_job_class() -> type[Any]:
     base = load_jobqueue().slurm.SLURMJob
 
     class PoolJob(base):  # type: ignore[valid-type, misc]
-        """``refused`` holds Slurm's words where it took no job; ``unsure`` is set where nobody knows whether it did."""
+        """``refused`` holds Slurm's words where it takes no such job, ``full`` where it takes no more now.
+
+        ``unsure`` is set where nobody knows whether it took the job.
+        """
 
         def __init__(
             self, scheduler: str, name: str, *, pool: str, settings: SlurmSettings, cluster_id: str, certificates: Path | None = None
         ) -> None:
-            self.pool, self.refused, self.unsure = pool, "", False
+            self.pool, self.refused, self.full, self.unsure = pool, "", "", False
             self.logs = logs_of(settings)
             chosen = settings.pools[pool]
             devices = chosen.gpus > 1
             super().__init__(
                 scheduler=scheduler,
                 name=f"{name}-$i" if devices else name,
-                config_name=_COMMENT,
+                config_name=COMMENT,
                 queue=chosen.partition,
                 account=chosen.account,
                 walltime=chosen.walltime,
-                job_name=f"{_COMMENT}-{pool}",
+                job_name=f"{COMMENT}-{pool}",
                 job_cpu=chosen.cores,
                 job_mem=f"{math.ceil(chosen.memory_bytes / 2**20)}M",
                 cores=chosen.cores // chosen.gpus if devices else chosen.cores,
                 processes=1 if devices else chosen.processes,
                 memory=int(0.9 * chosen.memory_bytes) // (chosen.gpus if devices else 1),
-                python=_python(chosen) if devices else f"exec {_python(chosen)}",
-                job_extra_directives=[*_directives(chosen, self.logs), f"--comment={_COMMENT}:{cluster_id}:{name}", *chosen.directives],
-                job_script_prologue=_prologue(chosen, certificates),
-                worker_extra_args=_worker_options(pool, chosen, certificates),
+                python=python_of(chosen) if devices else f"exec {python_of(chosen)}",
+                job_extra_directives=[*directives_of(chosen, self.logs), f"--comment={COMMENT}:{cluster_id}:{name}", *chosen.directives],
+                job_script_prologue=prologue_of(chosen, certificates),
+                worker_extra_args=worker_options_of(pool, chosen, certificates),
                 local_directory=f'"{chosen.scratch}"',
-                death_timeout=_DEATH_SECONDS,
+                death_timeout=DEATH_SECONDS,
                 interface=chosen.interface or settings.interface,
                 protocol="tls://" if certificates else None,
             )
@@ -126,7 +131,10 @@ def pool_job_class() -> type[Any]:
             except (RuntimeError, OSError, ValueError) as error:
                 said = str(error) if isinstance(error, OSError) else slurms_words(str(error))
                 self.unsure = bool(_AWAY.search(said))
-                self.refused = "" if self.unsure else said
+                if is_full(said):
+                    self.full = said
+                elif not self.unsure:
+                    self.refused = said
                 await ProcessInterface.start(self)  # raised here, it would end in a callback that nobody hears
 
         @staticmethod
@@ -170,29 +178,43 @@ def logs_of(settings: SlurmSettings) -> Path:
     return Path(settings.logs).expanduser().absolute()
 
 
-def _python(pool: PoolSettings) -> str:
+def python_of(pool: PoolSettings) -> str:
+    """The interpreter of a pool's workers, as words of shell."""
     if pool.image is None:
         return shlex.quote(pool.python or sys.executable)
     nvidia = "--nv " if pool.gpus else ""
     return f'apptainer exec {nvidia}--bind "{pool.scratch}" {shlex.quote(pool.image)} {shlex.quote(pool.python or "python3")}'
 
 
-def _directives(pool: PoolSettings, logs: Path) -> list[str]:
+def directives_of(pool: PoolSettings, logs: Path) -> list[str]:
     """Lines for sbatch that dask-jobqueue has no word for."""
     # requeued jobs wait for two minutes and come back under their old names: the pool replaces them at once under new ones
     lines = ["--no-requeue", "--open-mode=append", f"--output={shlex.quote(str(logs))}/%x-%j.log"]
     return lines + ([f"--qos={pool.qos}"] if pool.qos else []) + ([f"--gres=gpu:{pool.gpus}"] if pool.gpus else [])
 
 
-def _prologue(pool: PoolSettings, certificates: Path | None) -> list[str]:
+def prologue_of(pool: PoolSettings, certificates: Path | None) -> list[str]:
+    """Lines of shell before the workers of a pool start."""
     settings = {"DASK_" + k.upper().replace(".", "__").replace("-", "_"): str(v) for k, v in SETTINGS.items()}
     values = {**ONE_THREAD, **ALLOCATOR, "PYTHONDONTWRITEBYTECODE": "", **settings}
     values |= tls.worker_environment(certificates) if certificates else {}
     lines = [*pool.environment, *(f"export {name}={shlex.quote(value)}" for name, value in values.items())]
+    lines += [] if pool.network_scratch else [_refuse_network(pool.scratch)]
     return lines + ([': "${CUDA_VISIBLE_DEVICES:?Slurm gave this job no GPU}"'] if pool.gpus else [])
 
 
-def _worker_options(name: str, pool: PoolSettings, certificates: Path | None) -> list[str]:
+def _refuse_network(scratch: str) -> str:
+    """A line of shell that ends the job where its scratch is not on the node: only the node knows what $TMPDIR is there."""
+    return (
+        f'scratch="{scratch}"; while [ ! -e "$scratch" ]; do scratch=$(dirname "$scratch"); done;'
+        f' case $(stat -f -c %T "$scratch") in {_NETWORK})'
+        f' echo "The scratch folder {scratch} lies on a network file system, which spilling workers bring to its knees:'
+        ' set scratch of the pool to a disk of the node, or network_scratch: true" >&2; exit 1;; esac'
+    )
+
+
+def worker_options_of(name: str, pool: PoolSettings, certificates: Path | None) -> list[str]:
+    """Options of Dask's command for a worker of a pool."""
     resources = {**({"GPU": 1.0} if pool.gpus else {}), **pool.resources, f"pool-{name}": 1e9}
     # without the address every worker serves HTTP on all of the node's interfaces
     options = ["--dashboard-address", "127.0.0.1:0", "--no-dashboard"]
@@ -226,78 +248,27 @@ def walltime_seconds(text: str) -> int:
 
 def leave_seconds(pool: PoolSettings) -> int:
     """How long before the end of a job's walltime its workers leave by themselves; half of it more or less by chance."""
-    return min(600, walltime_seconds(pool.walltime) // 6) if pool.walltime else 0
+    return margin_seconds(walltime_seconds(pool.walltime)) if pool.walltime else 0
+
+
+def margin_seconds(walltime: int) -> int:
+    """The same for a walltime in seconds."""
+    return min(600, walltime // 6)
+
+
+def is_full(said: str) -> bool:
+    """Whether sbatch took no job because there are too many of this user's already: that passes, as those end.
+
+    Its last words name that limit together with others, which do not pass; newer versions say first which one it was.
+    """
+    limits = re.findall(r"\b(?:Assoc|QOS)\w*Limit\b", said)
+    return any("Submit" in limit for limit in limits) if limits else "job submit limit" in said
 
 
 def slurms_words(error: str) -> str:
     """What sbatch said, without its name."""
     said = re.findall(r"^sbatch: (?:error: )?(.+)$", error, re.M)
     return "; ".join(dict.fromkeys(line.strip() for line in said)) or " ".join(error.split())[-300:]
-
-
-# --- one job for all -------------------------------------------------------------------------------------------------------------
-def allocation_script(settings: SlurmSettings, driver: str, *, certificates: Path | None = None) -> str:
-    """A batch script that holds a scheduler, the workers of the only pool, and a driver, which finds them by ``$CRYODASK_CLUSTER``.
-
-    Whichever ends first, driver or workers, ends the job: a driver without workers would wait until the walltime.
-
-    Parameters
-    ----------
-    settings : SlurmSettings
-        With ``single_allocation``.
-    driver : str
-        A line of shell: ``cryodask run project.yaml --cluster "$CRYODASK_CLUSTER"``.
-    certificates : Path, optional
-        Folder of the cluster's authority.
-    """
-    refuse_clear_text(settings, certificates)
-    (name, pool), logs = next(iter(settings.pools.items())), logs_of(settings)
-    workers, tasks = pool.workers_per_job, pool.wanted * pool.workers_per_job
-    cores, mebibytes = pool.cores // workers, math.ceil(pool.memory_bytes / 2**20 / pool.cores)
-    asked = [f"-J {_COMMENT}-batch", *(f"-{k} {v}" for k, v in (("p", pool.partition), ("A", pool.account), ("t", pool.walltime)) if v)]
-    asked += [f"-n {tasks}", f"--cpus-per-task={cores}", f"--mem-per-cpu={mebibytes}M"]
-    asked += [line for line in _directives(pool, logs) if not line.startswith("--gres")]
-    asked += [*(["--gpus-per-task=1"] if pool.gpus else []), *pool.directives]
-    python, interface = _python(pool), pool.interface or settings.interface
-    common = ["--scheduler-file", '"$CRYODASK_CLUSTER"', *(["--interface", interface] if interface else [])]
-    common += ["--protocol tls://"] if certificates else []
-    lanes = f"--preload cryodask.cluster.{'guard' if certificates else 'fairshare'}"
-    scheduler = [python, "-m distributed.cli.dask_scheduler", *common, "--port 0 --dashboard-address 127.0.0.1:0", lanes]
-    limit = int(0.9 * pool.memory_bytes / workers)
-    worker = [python, "-m distributed.cli.dask_worker", *common, f"--nanny --nthreads {cores} --memory-limit {limit}"]
-    worker += [f'--death-timeout {_DEATH_SECONDS} --local-directory "{pool.scratch}"', *_worker_options(name, pool, certificates)]
-    lines = [
-        "#!/usr/bin/env bash",
-        *(f"#SBATCH {line}" for line in asked),
-        *[line for line in _prologue(pool, certificates) if "CUDA" not in line],
-        *_scheduler_exports(settings, certificates),
-        f"folder={shlex.quote(str(logs))}/batch-$SLURM_JOB_ID",
-        'mkdir -p -m 700 "$folder"',
-        'export CRYODASK_CLUSTER="$folder/scheduler.json"',
-        " ".join(scheduler) + " &",
-        """trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$folder"' EXIT""",
-        "# -K: a worker that dies of a signal ends all of them, else the step hangs",
-        f"srun -K -n {tasks} " + " ".join(worker) + " &",
-        "workers=$!",
-        'until [ -s "$CRYODASK_CLUSTER" ] || ! kill -0 $workers; do sleep 0.2; done',
-        f"( {driver} ) &",
-        "driver=$!",
-        "wait -n $workers $driver",
-        "ended=$?",
-        'if kill -0 $driver 2>/dev/null; then echo "the workers ended before the driver" >&2; exit 1; fi',
-        "exit $ended",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _scheduler_exports(settings: SlurmSettings, certificates: Path | None) -> list[str]:
-    # Dask reads a variable's value as a literal of Python
-    values = {"DASK_CRYODASK__FAIRSHARE": repr(settings.sharing())}
-    if certificates:
-        files = tls.security(certificates, "scheduler").get_tls_config_for_role("scheduler")
-        values |= {f"DASK_DISTRIBUTED__COMM__TLS__SCHEDULER__{k.upper()}": str(files[k]) for k in ("cert", "key")}
-        values["DASK_CRYODASK__GUARD"] = repr({"users": str(certificates / "people.json")})
-    return [f"export {name}={shlex.quote(value)}" for name, value in values.items()]
 
 
 # --- the queue -------------------------------------------------------------------------------------------------------------------
@@ -328,7 +299,7 @@ async def squeue() -> list[QueuedJob] | None:
     for line in out.splitlines():
         words = line.split("|", 5)
         comment = words[5].split(":") if len(words) == 6 else []
-        if len(comment) == 3 and comment[0] == _COMMENT:
+        if len(comment) == 3 and comment[0] == COMMENT:
             left = (
                 walltime_seconds("0:" + words[2] if words[2].count(":") == 0 else words[2]) if re.fullmatch(r"[\d:-]+", words[2]) else None
             )

@@ -1,0 +1,62 @@
+"""Threads that are kept free for a lane, and how much a worker may be given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from distributed.scheduler import WorkerState
+
+from cryodask.cluster.lanes import Share
+from cryodask.cluster.memory import CappingScheduler
+
+
+class ReservingScheduler(CappingScheduler):
+    """Keeps threads free for lanes that asked for it; what may run on such workers only still runs there, on threads that are idle."""
+
+    AHEAD, AHEAD_SECONDS, AHEAD_MOST = 2, 0.1, 8
+    """Tasks a thread that a lane may have on a worker while nobody else has any; of short ones so many seconds of work a thread, but never
+    more than so many tasks: how short they are is a guess, from others of their name. Who comes overtakes them there."""
+
+    def reserve_threads(self, reserve: Mapping[str, int] | None) -> None:
+        """Begin to keep threads free; the parameter as of FairShareScheduler."""
+        self._reserve = dict(reserve or {})
+        self._reserved: dict[str, tuple[str, int]] = {}
+
+    def choose_reserved(self, gone: str | None = None) -> None:
+        """Choose the threads anew among the workers that run; one at least is left to everybody."""
+        self._reserved.clear()
+        running = sorted((ws for ws in self.running if ws.address != gone), key=lambda ws: ws.address)
+        most = sum(ws.nthreads for ws in running) - 1
+        for lane, threads in self._reserve.items():
+            left = min(threads, most)
+            most -= max(left, 0)
+            for ws in running:
+                if left > 0 and ws.address not in self._reserved:
+                    kept = min(left, ws.nthreads)
+                    self._reserved[ws.address] = (lane, kept)
+                    left -= kept
+
+    def is_closed(self, ws: WorkerState | None, lane: Share) -> bool:
+        """Whether all threads of a worker are kept for others."""
+        kept = self._reserved.get(ws.address) if ws is not None else None
+        return ws is not None and kept is not None and kept[0] != lane.name and kept[1] >= ws.nthreads
+
+    def is_unoccupied(self, ws: WorkerState, occupancy: float, nprocessing: int) -> bool:
+        """As distributed's; a thread kept for a lane does not invite tasks to be stolen to it."""
+        kept = self._reserved.get(ws.address) if self._reserved else None
+        return (kept is None or not nprocessing or nprocessing + kept[1] < ws.nthreads) and super().is_unoccupied(
+            ws, occupancy, nprocessing
+        )
+
+    def has_room(self, ws: WorkerState, lane: Share, saturation: float) -> bool:
+        """Whether a worker may get another task of a lane."""
+        busy = len(ws.processing) - len(ws.long_running)
+        kept = self._reserved.get(ws.address)
+        if kept is not None and kept[0] != lane.name:
+            own = sum(ts not in ws.long_running and self.owner_of(ts.key).lane == kept[0] for ts in ws.processing)
+            return busy - own + kept[1] < ws.nthreads
+        if busy < max(math.ceil(saturation * ws.nthreads), 1):
+            return True
+        short = saturation == self.AHEAD and ws.occupancy < self.AHEAD_SECONDS * ws.nthreads
+        return short and busy < self.AHEAD_MOST * ws.nthreads
