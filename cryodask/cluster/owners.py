@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import pickle
 from collections.abc import Iterable, Mapping
@@ -62,6 +63,8 @@ class LanedScheduler(Scheduler):
         self._announced: dict[str, tuple[str, int]] = {}
         self.handlers["announce_work"] = self.announce_work
         self._told: dict[tuple[str, str], float] = {}
+        self._head_start: dict[Any, int] = {}
+        logging.getLogger("distributed.scheduler").addFilter(self._with_true_deaths)
         self._versions = get_versions()
         self._held = LaneQueue(self._leaf)
         self.queued = self._held  # type: ignore[assignment]
@@ -76,6 +79,7 @@ class LanedScheduler(Scheduler):
     def forget_tasks(self) -> None:
         """All tasks are gone (restart)."""
         self._others.clear()
+        self._head_start.clear()
         self._held.clear()
 
     def identity(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -190,7 +194,21 @@ class LanedScheduler(Scheduler):
         """Blame tasks with the annotation ``allowed_failures`` after so many workers have died under them, instead of the usual number."""
         for key, deaths in allowed.items():
             if key in self.tasks:
-                self.tasks[key].suspicious = max(self.tasks[key].suspicious, self.allowed_failures - deaths)
+                ts = self.tasks[key]
+                more = max(0, self.allowed_failures - deaths - ts.suspicious)
+                ts.suspicious += more
+                self._head_start[key] = self._head_start.get(key, 0) + more
+
+    def _with_true_deaths(self, record: logging.LogRecord) -> bool:
+        """Distributed logs the number that :meth:`limit_failures` has raised as that of workers that died."""
+        if isinstance(record.args, tuple) and "workers died" in str(record.msg) and record.args[0] in self._head_start:
+            record.args = (record.args[0], int(str(record.args[1])) - self._head_start[record.args[0]], *record.args[2:])
+        return True
+
+    async def close(self, *args: Any, **kwargs: Any) -> None:
+        """As distributed's."""
+        logging.getLogger("distributed.scheduler").removeFilter(self._with_true_deaths)
+        await super().close(*args, **kwargs)
 
     def _all_new(self, keys: list[Any]) -> bool:
         """Whether there are no tasks but these, and all of them came just now."""
@@ -198,6 +216,7 @@ class LanedScheduler(Scheduler):
 
     def _remove_key(self, key: Any) -> None:
         self._others.pop(key, None)
+        self._head_start.pop(key, None)
         super()._remove_key(key)
 
     def prune(self) -> None:

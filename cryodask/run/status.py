@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 _NAME = "status.json"
 _EVERY_SECONDS = 1.0
 _SILENT_SECONDS = 60.0
@@ -72,7 +74,9 @@ def status_sentence(folder: str | Path) -> str:
     elif "iterations" in facts:
         counted = f": {facts['iterations']} iterations, {facts.get('note', '')}"
     where = f"process {facts.get('pid')} on {facts.get('host')}, {age:.0f} s ago"
-    if state == "running" and age > _SILENT_SECONDS:
+    if state == "running" and facts.get("host") == socket.gethostname() and not psutil.pid_exists(int(facts.get("pid") or 0)):
+        state = "its process is gone, the same command goes on"
+    elif state == "running" and age > _SILENT_SECONDS:
         state = "no sign of life"
     stall = f"\n  {facts['stall']}" if facts.get("stall") else ""
     return f"{state}: {facts.get('step', '')}{counted} ({where}){stall}"

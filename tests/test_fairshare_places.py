@@ -1,0 +1,218 @@
+"""Where tasks wait and may run: bound, reserved, with resources. Nothing stalls that could run, nothing runs where it may not."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+from _lanes import LOG, client, cluster, run, shares, sleep, until_clean
+from distributed import Worker
+
+
+def begun(name: str) -> float:
+    return next(begin for key, begin, _ in LOG if key == name)
+
+
+def done_by(scheduler, *addresses) -> list[int]:
+    return [len(scheduler.workers[address].has_what) for address in addresses]
+
+
+def test_a_task_with_large_needs_is_not_starved_by_a_flood_of_small_ones():
+    async def scenario():
+        async with cluster(1, 4, {"GPU": 2}) as scheduler, client(scheduler, "a/x") as a, client(scheduler, "b/y") as b:
+            flood = [a.submit(sleep, i, 0.08 + 0.04 * (i % 3), key=f"a{i}", resources={"GPU": 1}) for i in range(120)]
+            await asyncio.sleep(0.5)
+            sent = time.time()
+            await b.submit(sleep, 0, 0.1, key="b", resources={"GPU": 2})
+            assert begun("b") - sent < 1.0, "two of the longest tasks are 0.3 s, the flood is 7 s"
+            await a.gather(flood)
+            del flood
+            await until_clean(scheduler)
+
+    run(scenario)
+
+
+def test_tasks_pinned_to_a_pool_do_not_pile_up_before_those_of_others():
+    async def scenario():
+        lanes = {"a": 1, "b": 1}
+        async with cluster(1, 2, {"pool-cpu": 1e9}, lanes=lanes) as scheduler, client(scheduler, "a/x") as a, client(scheduler, "b/y") as b:
+            first = b.submit(sleep, 0, 0.3, key="first")
+            pinned = {"resources": {"pool-cpu": 1}}
+            flood = [a.submit(sleep, i, 0.2, key=f"a{i}", **pinned) for i in range(60)]
+            await asyncio.sleep(0.5)
+            sent = time.time()
+            await b.gather([b.submit(sleep, 0, 0.1, key="b-pinned", **pinned), b.submit(sleep, 0, 0.1, key="b-free")])
+            assert max(begun("b-pinned"), begun("b-free")) - sent < 1.0
+            await a.cancel(flood)
+            del flood, first
+
+    run(scenario)
+
+
+def test_a_stolen_task_leaves_no_gpu_booked_where_it_was():
+    async def scenario():
+        async with cluster(2, 2, {"GPU": 2}) as scheduler, client(scheduler, "a/x") as a:
+            first, other = scheduler.workers
+            await a.submit(sleep, -1, 0.3, key="warm")
+            cpus = [a.submit(sleep, i, 2.0, key=f"c{i}", workers=[first]) for i in range(2)]
+            cpus += [a.submit(sleep, i, 0.8, key=f"d{i}", workers=[other]) for i in range(2)]
+            await asyncio.sleep(0.2)
+            await a.gather([a.submit(sleep, i, 0.3, key=f"g{i}", resources={"GPU": 1}) for i in range(8)])
+            await a.gather(cpus)
+            assert [ws.used_resources["GPU"] for ws in scheduler.workers.values()] == [0, 0]
+
+    run(scenario)
+
+
+def test_a_task_that_would_rather_run_on_a_worker_that_is_gone_finds_its_gpu_elsewhere():
+    async def scenario():
+        async with cluster(2, 1, {"GPU": 1}) as scheduler, client(scheduler, "a/x") as a:
+            loose = {"workers": ["tcp://127.0.0.1:9"], "allow_other_workers": True}
+            assert await asyncio.wait_for(a.submit(sleep, 1, 0.05, resources={"GPU": 1}, **loose), 10) == 1
+
+    run(scenario)
+
+
+def test_what_is_bound_to_a_worker_whose_threads_are_all_reserved_runs_there():
+    async def scenario():
+        lanes = {"live": 1, "a": 1}
+        async with cluster(2, 1, lanes=lanes, reserve={"live": 1}) as scheduler, client(scheduler, "a/x") as a:
+            kept = next(iter(scheduler._reserved))
+            assert await asyncio.wait_for(a.submit(sleep, 1, 0.05, key="bound", workers=[kept]), 10) == 1
+            big = await a.scatter(b"x" * 50_000_000, workers=[kept], direct=False)
+            assert await asyncio.wait_for(a.submit(len, big), 10) == 50_000_000
+            scheduler.validate_state()
+
+    run(scenario)
+
+
+def test_not_every_thread_can_be_reserved():
+    async def scenario():
+        async with cluster(1, 4, lanes={"live": 1, "a": 1}, reserve={"live": 4}) as scheduler, client(scheduler, "a/x") as a:
+            assert await asyncio.wait_for(a.submit(sleep, 1, 0.05), 10) == 1
+            assert list(scheduler._reserved.values()) == [("live", 3)]
+
+    run(scenario)
+
+
+def test_a_reserved_thread_changes_no_share_and_is_kept_from_gpu_tasks_too():
+    async def scenario():
+        options = {"lanes": {"live": 1, "h": 3}, "reserve": {"live": 1}}
+        async with cluster(2, 4, {"GPU": 4}, **options) as scheduler, client(scheduler, "live/x") as live, client(scheduler, "h/y") as hpda:
+            kept = [hpda.map(sleep, range(400), [0.1] * 400, key="h", pure=False)]
+            kept.append(live.map(sleep, range(400), [0.1] * 400, key="l", pure=False))
+            await asyncio.sleep(1.5)
+            begin = time.time()
+            await asyncio.sleep(3.0)
+            assert shares(begin, time.time() - 0.1, "hl") == pytest.approx([75, 25], abs=6)
+            for future in [*kept[0], *kept[1]]:
+                future.release()
+            await until_clean(scheduler)
+            flood = hpda.map(sleep, range(60), [0.6] * 60, key="gpu", pure=False, resources={"GPU": 1})
+            await asyncio.sleep(0.3)
+            for number in range(3):
+                sent = time.time()
+                await live.submit(sleep, 0, 0.05, key=f"item{number}")
+                assert begun(f"item{number}") - sent < 0.3
+            await hpda.cancel(flood)
+            del flood, kept, future
+
+    run(scenario)
+
+
+def test_places_follow_workers_that_join_pause_and_go_on():
+    async def scenario():
+        async with cluster(1, 1) as scheduler, client(scheduler, "a/x") as a:
+            kept = a.map(sleep, range(40), [0.1] * 40, key=[f"a{i}" for i in range(40)], workers="127.0.0.1")
+            await asyncio.sleep(0.5)
+            async with Worker(scheduler.address, name="new", nthreads=1, host="127.0.0.1", dashboard=False) as new:
+                await asyncio.sleep(1.5)
+                assert done_by(scheduler, new.address)[0] >= 5
+                await a.cancel(kept)
+            del kept
+        async with cluster(3, 1) as scheduler, client(scheduler, "a/x") as a:
+            first, second, _ = scheduler.workers
+            scheduler.handle_worker_status_change("paused", first, "test")
+            kept = a.map(sleep, range(40), [0.1] * 40, key=[f"a{i}" for i in range(40)], workers=[first, second])
+            await asyncio.sleep(0.3)
+            scheduler.handle_worker_status_change("running", first, "test")
+            await asyncio.sleep(0.5)
+            scheduler.handle_worker_status_change("paused", second, "test")
+            before = done_by(scheduler, first)[0]
+            await asyncio.sleep(1.0)
+            assert done_by(scheduler, first)[0] >= before + 5
+            await a.cancel(kept)
+            scheduler.handle_worker_status_change("running", second, "test")
+            del kept
+
+    run(scenario)
+
+
+def test_restrictions_that_change_while_tasks_wait_are_kept():
+    async def scenario():
+        async with cluster(2, 1) as scheduler, client(scheduler, "a/x") as a:
+            first, second = scheduler.workers
+            for bound in (None, [first]):
+                kept = a.map(sleep, range(12), [0.1] * 12, key=[f"{bound}{i}" for i in range(12)], workers=bound)
+                while len(scheduler.queued) < 6:
+                    await asyncio.sleep(0.01)
+                held = [ts.key for ts in scheduler.queued]
+                scheduler.set_restrictions({key: {second} for key in held})
+                await a.gather(kept)
+                assert {ws.address for key in held for ws in scheduler.tasks[key].who_has} == {second}
+
+    run(scenario)
+
+
+def test_quiet_lanes_that_come_together_each_find_a_worker():
+    async def scenario():
+        async with cluster(8, 1) as scheduler, client(scheduler, "a/x") as a:
+            quiet = [await client(scheduler, f"q{i}/y") for i in range(8)]
+            flood = a.map(sleep, range(200), [0.8] * 200, key=[f"a{i}" for i in range(200)])
+            await asyncio.sleep(1.1)
+            sent = time.time()
+            await asyncio.gather(*(c.submit(sleep, i, 0.3, key=f"q{i}") for i, c in enumerate(quiet)))
+            waits = [begun(f"q{i}") - sent for i in range(8)]
+            assert max(waits) < 0.8 + 0.3, waits
+            await a.cancel(flood)
+            for c in quiet:
+                await c.close()
+
+    run(scenario)
+
+
+def test_short_tasks_that_turn_out_long_were_not_all_sent_ahead():
+    async def scenario():
+        async with cluster(2, 4) as scheduler, client(scheduler, "a/x") as a:
+            inputs = a.map(sleep, range(600), [0.0] * 600, key=[("work", i) for i in range(600)])
+            await a.gather(inputs)
+            kept = a.map(sleep, range(600), [0.2] * 600, inputs, key=[("work", 600 + i) for i in range(600)])
+            await asyncio.sleep(0.5)
+            assert max(len(ws.processing) for ws in scheduler.workers.values()) <= 8 * 4
+            await a.cancel(kept)
+            del kept, inputs
+
+    run(scenario)
+
+
+def block(number: int) -> bytes:
+    return b"x" * 1_000_000
+
+
+def total(blocks: list[bytes]) -> int:
+    return sum(map(len, blocks))
+
+
+def test_a_reduction_above_the_cap_of_its_lane_comes_to_its_end_all_the_same():
+    async def scenario():
+        async with cluster(1, 2, lanes={"a": 1, "b": 1}, memory_share={"a": 0.001}) as scheduler, client(scheduler, "a/x") as a:
+            limit = 0.001 * next(iter(scheduler.workers.values())).memory_limit
+            count = int(limit / 1e6) + 20
+            blocks = [a.submit(block, i, key=f"block-{i}") for i in range(count)]
+            future = a.submit(total, blocks, key="total")
+            del blocks
+            with pytest.warns(UserWarning, match="holds more than its"):
+                assert await asyncio.wait_for(future, 60) == count * 1_000_000
+
+    run(scenario)
