@@ -92,7 +92,15 @@ def test_the_scheduler_uses_nothing_of_its_queue_that_ours_lacks():
 
 
 def test_tasks_workers_and_prefixes_have_what_is_read():
-    assert {"actor", "resource_restrictions", "worker_restrictions", "host_restrictions", "processing_on", "priority", "suspicious"} <= _fields(TaskState)
+    assert {
+        "actor",
+        "resource_restrictions",
+        "worker_restrictions",
+        "host_restrictions",
+        "processing_on",
+        "priority",
+        "suspicious",
+    } <= _fields(TaskState)
     assert hasattr(TaskState, "_queueable") or "_queueable" in _fields(TaskState)
     assert {"resources", "used_resources", "processing", "long_running", "nthreads"} <= _fields(WorkerState)
     assert {"duration_average", "max_exec_time"} <= _fields(TaskPrefix)

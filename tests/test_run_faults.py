@@ -39,7 +39,7 @@ pytestmark = pytest.mark.slurm
 
 MOVIES, FIRST = 24, 4
 _ONE = {"memory": "900MiB", "partition": "cpu", "count": 0}
-_COME = r"pool {pool}: (0 workers of \d running jobs have come|jobs wait in the queue \(1 \w+\))"
+_COME = r"pool {pool}: (0 workers of \d running jobs have come|jobs wait in the queue \(1 [\w, ]+\))"
 
 # a stage of another package, so that every process finds it by itself, the children that suspects are tried in too
 _STAGE = """

@@ -124,20 +124,26 @@ def _address_in(path: Path) -> str:
 
 
 def _reach(address: str, named: str = "") -> None:
-    """Refuse an address where nobody listens, at once: a Client tries again for much longer than that takes to see."""
+    """Refuse an address where nobody listens, but for one that is just starting: a Client tries for much longer than that takes to see."""
     if not re.match(r"^(tcp|tls)://", address):
         return
     try:
         host, port = parse_host_port(address.partition("://")[2])
-        socket.create_connection((host, port), timeout=_REACH_SECONDS).close()
     except ValueError as error:
         raise ClusterError(f"{address}{named} is no address: {error}.", "a typing error", "write  tcp://host:port") from None
-    except OSError as error:
-        raise ClusterError(
-            f"No scheduler answers at {address}{named}: {error}.",
-            "it has ended, or a firewall is between",
-            "start it again and connect to its new address",
-        ) from None
+    deadline = time.monotonic() + _REACH_SECONDS
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=_REACH_SECONDS).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"No scheduler answers at {address}{named}: {error}.",
+                    "it has ended, or a firewall is between",
+                    "start it again and connect to its new address",
+                ) from None
+        time.sleep(0.2)
 
 
 def _of_pools(name: str, settings: SlurmSettings) -> Client:

@@ -79,7 +79,7 @@ def missing(statuses: Mapping[str, PoolStatus], settings: Mapping[str, PoolSetti
     """One sentence on what is waited for; empty when every worker is there."""
     parts = []
     for name, now in statuses.items():
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(now.waiting.items()))
+        reasons = ", ".join(f"{count} {_words(reason)}" for reason, count in sorted(now.waiting.items()))
         if now.full:
             parts.append(f"pool {name}: Slurm takes no more jobs for now ({now.full})")
         if now.problem:
@@ -89,3 +89,8 @@ def missing(statuses: Mapping[str, PoolStatus], settings: Mapping[str, PoolSetti
         elif not now.full and now.workers < now.target * settings[name].workers_per_job:
             parts.append(f"pool {name}: {now.workers} workers of {now.running} running jobs have come")
     return "; ".join(parts + ([] if slurm_answers else ["Slurm does not answer"]))
+
+
+def _words(reason: str) -> str:
+    # Slurm has not looked at a job that was submitted a moment ago
+    return "just submitted" if reason == "None" else reason
