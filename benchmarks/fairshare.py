@@ -45,6 +45,7 @@ def flood_gpus(client: Client, wanted: float, count: int = LATER, seconds: float
 def flood_behind_a_gate(client: Client, wanted: float) -> Any:
     """Tasks with an input each, all of which become ready at one moment."""
     inputs = client.map(abs, range(FIRST), pure=False)
+    finish(client, inputs)  # on a busy machine the gate would open when the window is over
     gate = client.submit(work, 3.0, pure=False)
     futures = client.map(work, [SECONDS] * FIRST, inputs, [gate] * FIRST, pure=False)
     until_there(client, futures[-1])
