@@ -129,8 +129,8 @@ class FairShareScheduler(ReservingScheduler):
             ws = self.decide_worker_non_rootish(ts)
             if ws is None:
                 return {key: "no-worker"}, {}, {}
-            ahead = self.WORKER_SATURATION if self._others and leaf.clock.flying != leaf.flying else self.AHEAD
-            if alone and self.has_room(ws, leaf.lane, ahead):
+            its_turn = alone or (leaf.held and not self.draining and leaf.is_next())
+            if its_turn and self.has_room(ws, leaf.lane, self._ahead(leaf)):
                 return self._add_to_processing(ts, ws, stimulus_id)
             place = self._restricted_place(ts) or (ws.address if ts.dependencies else None)
         self._hold(ts, leaf, place)
@@ -376,21 +376,20 @@ class FairShareScheduler(ReservingScheduler):
             self._refill(worker, stimulus_id)
 
     def _refill(self, worker: str, stimulus_id: str) -> None:
-        """Keep a worker supplied with tasks whose inputs it has, while their lane is alone."""
-        clock = self._clocks[THREADS]
-        leaf = clock.only_leaf()
-        if leaf is None or worker not in leaf.heaps or self.draining:
-            return
+        """Keep a worker supplied with tasks whose inputs it has."""
         ws = self.workers.get(worker)
-        if ws is None or ws not in self.running:
+        if ws is None or ws not in self.running or self.draining:
             return
-        if self._others and clock.flying != leaf.flying:
-            return
-        while worker in leaf.heaps and self.has_room(ws, leaf.lane, self.AHEAD):
-            entry = self._held.top(leaf, worker)
-            if entry is None:
+        clock = self._clocks[THREADS]
+        while (leaf := clock.next_leaf()) is not None and worker in leaf.heaps and self.has_room(ws, leaf.lane, self._ahead(leaf)):
+            ts = self._held.best_at(leaf, worker)
+            if ts is None or self._held.place_of(ts) != worker:
                 return
-            self._send(entry[2], ws, stimulus_id)
+            self._send(ts, ws, stimulus_id)
+
+    def _ahead(self, leaf: Share) -> float:
+        """Tasks a thread that may be on a worker when one of this leaf is sent there: more while nobody else has any."""
+        return self.WORKER_SATURATION if self._others and leaf.clock.flying != leaf.flying else self.AHEAD
 
     # --- now and then ---------------------------------------------------------------------------------------------------------------
     def _tick(self) -> None:

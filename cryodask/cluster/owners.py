@@ -20,6 +20,7 @@ from cryodask.cluster.versions import why_refused
 
 THREADS = "threads"
 _SAMPLED = 200
+_CLIENT_WRITES_SECONDS = 0.01
 
 
 class _Events(SchedulerPlugin):
@@ -38,6 +39,9 @@ class _Events(SchedulerPlugin):
 
     def restart(self, scheduler: Scheduler) -> None:
         self._scheduler.forget_tasks()
+
+    def add_client(self, scheduler: Scheduler, client: str) -> None:
+        scheduler.loop.add_callback(self._scheduler.gather_reports, client)  # its stream is opened after this
 
     def update_graph(
         self, scheduler: Scheduler, *, client: str, tasks: list[Any], annotations: dict[str, Any] | None = None, **kwargs: Any
@@ -103,6 +107,14 @@ class LanedScheduler(Scheduler):
             await comm.write({"status": "error", "message": why, "time": time()})
             return
         await super().add_worker(comm, **told)
+
+    def gather_reports(self, client: str) -> None:
+        """Write to a client as often as clients write to the scheduler, not five times as often.
+
+        Where lanes take turns every few results belong to several clients: written one by one, they would cost more than the turns do.
+        """
+        if client in self.client_comms:
+            self.client_comms[client].interval = _CLIENT_WRITES_SECONDS
 
     def tell(self, client: str, text: str) -> None:
         """Show a client a warning, the same one at most once a minute."""

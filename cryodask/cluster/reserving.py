@@ -58,5 +58,4 @@ class ReservingScheduler(CappingScheduler):
             return busy - own + kept[1] < ws.nthreads
         if busy < max(math.ceil(saturation * ws.nthreads), 1):
             return True
-        short = saturation == self.AHEAD and ws.occupancy < self.AHEAD_SECONDS * ws.nthreads
-        return short and busy < self.AHEAD_MOST * ws.nthreads
+        return ws.occupancy < self.AHEAD_SECONDS * ws.nthreads and busy < self.AHEAD_MOST * ws.nthreads
