@@ -4,7 +4,8 @@
 
 1. CPU (user + system) of the scheduler process for 20,000 tasks that do nothing, on 2 real worker processes of 4 threads, from connected
    clients to the last result: without start-up. Roots, and chains of two. One lane against plain Dask with one client, two lanes against
-   plain Dask with two. Runs alternate; a ratio is that of the medians, its spread that of the pairs.
+   plain Dask with two. Runs alternate; a ratio is that of the medians, its spread that of the pairs. Where ``perf`` can count them, also
+   instructions of that process: neighbours on a shared machine change seconds, and not these.
 2. dask.array (a reduction, a rechunk, map_overlap): wall seconds, and bytes that the workers received from each other, again with one
    client and with two that compute at the same time. Medians of three computations a cluster, clusters alternate.
 
@@ -15,14 +16,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
+import signal
 import statistics
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
+from uuid import uuid4
 
 import dask.array as da
 from _lanes import FAIR, OUT, PLAIN, Cluster, Workers, cluster, finish
+from dask._task_spec import Task, TaskRef
 from distributed import Client, Scheduler
 
 LANES = {"A": 1, "B": 1}
@@ -43,19 +51,49 @@ def send_roots(client: Client, count: int) -> list[Any]:
 
 
 def send_chains(client: Client, count: int) -> list[Any]:
-    return client.map(noop, client.map(noop, range(count // 2), pure=False), pure=False)
+    # one graph: the order of two maps would depend on which of the clients' graphs comes first
+    first, second = f"first-{uuid4()}", f"second-{uuid4()}"
+    graph: dict[Any, Any] = {(first, i): Task((first, i), noop, i) for i in range(count // 2)}
+    graph |= {(second, i): Task((second, i), noop, TaskRef((first, i))) for i in range(count // 2)}
+    return client.get(graph, [(second, i) for i in range(count // 2)], sync=False)
 
 
-def cost(workers: Workers, kind: str, names: tuple[str, ...], send: Callable[[Client, int], list[Any]], tasks: int) -> float:
-    """CPU seconds of the scheduler process."""
+def process_id(dask_scheduler: Scheduler) -> int:
+    """Of the scheduler."""
+    return os.getpid()
+
+
+@contextmanager
+def counted(pid: int) -> Iterator[list[float]]:
+    """Instructions of a process meanwhile, afterwards in the list; nothing where they cannot be counted."""
+    found: list[float] = []
+    if shutil.which("perf") is None:
+        yield found
+        return
+    # "-x,": one line of comma-separated values, the count first
+    perf = subprocess.Popen(["perf", "stat", "-x,", "-e", "instructions", "-p", str(pid)], stderr=subprocess.PIPE, text=True)
+    try:
+        time.sleep(0.5)
+        yield found
+    finally:
+        perf.send_signal(signal.SIGINT)
+        first = perf.communicate()[1].split(",")[0]
+        if first.isdigit():
+            found.append(float(first))
+
+
+def cost(workers: Workers, kind: str, names: tuple[str, ...], send: Callable[[Client, int], list[Any]], tasks: int) -> dict[str, float]:
+    """CPU seconds, and instructions, of the scheduler process."""
     options = {} if kind == PLAIN else {"lanes": LANES}
     with cluster(workers, kind, names, record=False, **options) as made:
         time.sleep(1.0)
-        before = made.ask(cpu_seconds)
-        sent = [send(client, tasks // len(names)) for client in made.clients.values()]
-        for client, futures in zip(made.clients.values(), sent):
-            finish(client, futures)
-        return made.ask(cpu_seconds) - before
+        with counted(made.ask(process_id)) as instructions:
+            before = made.ask(cpu_seconds)
+            sent = [send(client, tasks // len(names)) for client in made.clients.values()]
+            for client, futures in zip(made.clients.values(), sent):
+                finish(client, futures)
+            seconds = made.ask(cpu_seconds) - before
+        return {"seconds": seconds} | dict(zip(["instructions"], instructions))
 
 
 def reduction(seed: int) -> da.Array:
@@ -117,23 +155,33 @@ def main() -> None:
     finally:
         workers.close()
     plot(ratios, found)
-    result: dict[str, Any] = {f"cpu_ratio_{n}": round(max(r["ratio"] for r in ratios[n].values()), 3) for n in NAMES if ratios[n]}
+    result: dict[str, Any] = {}
+    for measure, what in (("cpu", "seconds"), ("instructions", "instructions")):
+        for name in NAMES:
+            each = [r[what]["ratio"] for r in ratios[name].values() if what in r]
+            result |= {f"{measure}_ratio_{name}": max(each)} if each else {}
     result["cpu"] = ratios
     result["array"] = found
     print(json.dumps(result))
 
 
-def cpu(workers: Workers, name: str, pairs: int, tasks: int) -> dict[str, dict[str, float]]:
-    """Ratio of CPU by kind of tasks, with the spread of the pairs."""
+def cpu(workers: Workers, name: str, pairs: int, tasks: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Ratios of CPU seconds and of instructions by kind of tasks, with the spread of the pairs."""
     result = {}
     for title, send in (("roots", send_roots), ("chains", send_chains)):
-        spent: dict[str, list[float]] = {PLAIN: [], FAIR: []}
+        spent: dict[str, list[dict[str, float]]] = {PLAIN: [], FAIR: []}
         for number in range(pairs):
             for kind in (PLAIN, FAIR) if number % 2 == 0 else (FAIR, PLAIN):
                 spent[kind].append(cost(workers, kind, NAMES[name], send, tasks))
-        result[title] = ratio_of(spent[FAIR], spent[PLAIN])
-        plain, ours = (" ".join(f"{seconds:.2f}" for seconds in spent[kind]) for kind in (PLAIN, FAIR))
-        print(f"{name:<10}{title:<12}CPU {_text(result[title])}   plain {plain} s, lanes {ours} s", flush=True)
+        of = {what: {kind: [run[what] for run in spent[kind] if what in run] for kind in spent} for what in ("seconds", "instructions")}
+        result[title] = {what: ratio_of(of[what][FAIR], of[what][PLAIN]) for what in of if of[what][PLAIN]}
+        plain, ours = (" ".join(f"{seconds:.2f}" for seconds in of["seconds"][kind]) for kind in (PLAIN, FAIR))
+        print(
+            f"{name:<10}{title:<12}"
+            + "  ".join(f"{what} {_text(ratio)}" for what, ratio in result[title].items())
+            + f"   plain {plain} s, lanes {ours} s",
+            flush=True,
+        )
     return result
 
 
@@ -166,10 +214,16 @@ def _text(found: dict[str, float]) -> str:
     return f"{found['ratio']:.3f} ({found['from']:.3f} to {found['to']:.3f})"
 
 
-def plot(ratios: dict[str, dict[str, dict[str, float]]], found: dict[str, dict[str, dict[str, float]]]) -> None:
+def plot(ratios: dict[str, dict[str, dict[str, dict[str, float]]]], found: dict[str, dict[str, dict[str, float]]]) -> None:
     from matplotlib.figure import Figure
 
-    bars = [(f"CPU, {title}", name, r["ratio"], r["from"], r["to"]) for name in NAMES for title, r in ratios[name].items()]
+    bars = [
+        (f"CPU {what}, {title}", name, r["ratio"], r["from"], r["to"])
+        for what in ("seconds", "instructions")
+        for name in NAMES
+        for title, measured in ratios[name].items()
+        for r in ([measured[what]] if what in measured else [])
+    ]
     for what in ("wall", "bytes"):
         bars += [
             (f"{what}, {title}", name, r[what], r[f"{what}_from"], r[f"{what}_to"]) for name in NAMES for title, r in found[name].items()

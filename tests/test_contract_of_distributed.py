@@ -150,3 +150,12 @@ def test_a_connection_tells_the_certificate_of_the_other_side():
     source = inspect.getsource(__import__("distributed.comm.tcp", fromlist=["tcp"]))
     assert "peercert" in source
     assert hasattr(distributed.core.Server, "handle_comm")
+
+
+def test_the_stream_to_a_client_has_an_interval_that_can_be_set():
+    async def scenario():
+        async with cluster(1, 1) as scheduler, client(scheduler, "A/x") as a:
+            assert await a.submit(sleep, 1, 0.0) == 1
+            assert scheduler.client_comms[a.id].interval == 0.01, "it is 2 ms in distributed, and 10 ms from a client to the scheduler"
+
+    run(scenario)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 
 import pytest
 from _lanes import LOG, client, cluster, run, shares, sleep, until_clean
@@ -11,7 +12,7 @@ from distributed import Worker
 
 
 def begun(name: str) -> float:
-    return next(begin for key, begin, _ in LOG if key == name)
+    return max(begin for key, begin, _ in LOG if key == name)
 
 
 def done_by(scheduler, *addresses) -> list[int]:
@@ -192,6 +193,60 @@ def test_short_tasks_that_turn_out_long_were_not_all_sent_ahead():
             assert max(len(ws.processing) for ws in scheduler.workers.values()) <= 8 * 4
             await a.cancel(kept)
             del kept, inputs
+
+    run(scenario)
+
+
+def test_short_tasks_with_inputs_are_sent_ahead_in_turn_and_yield_to_who_comes():
+    async def scenario():
+        lanes = {"A": 1, "B": 3, "C": 1}
+        a, b, c = (partial(client, name=f"{lane}/x") for lane in lanes)
+        async with cluster(1, 4, lanes=lanes) as scheduler, a(scheduler) as a, b(scheduler) as b, c(scheduler) as c:
+            sides = a, b, c
+            # tasks of few inputs would be roots to Dask
+            inputs = [await side.scatter([f"{lane}{i}" for i in range(10)]) for lane, side in zip("ABC", sides)]
+            for lane, side in zip("ABC", sides):
+                await side.submit(sleep, 0, 0.005, key=(f"{lane}-short", -1))  # how long these are is known then
+            floods = [
+                side.map(sleep, range(600), [0.005] * 600, given * 60, key=[(f"{lane}-short", i) for i in range(600)])
+                for lane, side, given in zip("AB", sides, inputs)
+            ]
+            (worker,) = scheduler.workers.values()
+            most = 0
+            while len(LOG) < 700:
+                if len(LOG) > 300:  # both lanes have work, and take turns
+                    most = max(most, len(worker.processing))
+                await asyncio.sleep(0.002)
+            sent = time.time()
+            await c.submit(sleep, 0, 0.005, inputs[2][0], key=("C-short", 0))
+            assert begun("C-short") - sent < 0.2, "what is there ahead is 32 tasks of 5 ms, and more waits behind them"
+            assert 5 < most <= 32 + 4, most  # of one that comes anew as many overtake as there are threads
+            times = sorted(begin for name, begin, _ in LOG if name[0] == "B")
+            found = shares(times[100], times[-1], "AB")
+            assert found == pytest.approx([25, 75], abs=5), found
+            await a.cancel(floods[0])
+            await b.cancel(floods[1])
+            del floods, inputs
+
+    run(scenario)
+
+
+def test_what_waits_on_a_worker_is_not_charged_as_if_it_ran():
+    async def scenario():
+        lanes = {"A": 1, "B": 1}
+        async with cluster(1, 1, lanes=lanes) as scheduler, client(scheduler, "A/x") as a, client(scheduler, "B/y") as b:
+            given = await a.scatter([f"A{i}" for i in range(10)])
+            await a.submit(sleep, 0, 0.005, key=("A-task", -1))
+            kept = a.map(sleep, range(20), [0.3] * 20, given * 2, key=[("A-task", i) for i in range(20)])  # believed to be short
+            await asyncio.sleep(0.1)
+            begin = time.monotonic()
+            assert len(next(iter(scheduler.workers.values())).processing) > 2, "some are sent ahead"
+            await b.submit(sleep, 0, 0.1, key="B-task")
+            await asyncio.sleep(0.7)
+            used, elapsed = scheduler._clocks["threads"].kids["A"].virtual, time.monotonic() - begin
+            assert 0.3 < used < elapsed + 0.5, (used, elapsed)
+            await a.cancel(kept)
+            del kept, given
 
     run(scenario)
 

@@ -16,12 +16,13 @@ FIRST = -math.inf
 
 
 class Flight:
-    """A task on a worker: who pays, since when, how much was charged, its rank there."""
+    """A task on a worker: who pays, since when it is there, since when it was seen to run, how much was charged, its rank there."""
 
-    __slots__ = ("charged", "leaf", "rank", "start")
+    __slots__ = ("charged", "leaf", "rank", "runs", "start")
 
     def __init__(self, leaf: Share, charged: float, rank: float) -> None:
         self.leaf, self.charged, self.rank, self.start = leaf, charged, rank, monotonic()
+        self.runs: float | None = None
 
 
 class ChargingScheduler(LanedScheduler):
@@ -79,9 +80,11 @@ class ChargingScheduler(LanedScheduler):
     def _settle(self, key: Any, seconds: float | None = None) -> None:
         flight = self._flights.pop(key, None)
         if flight is not None:
-            spent = monotonic() - flight.start
+            now = monotonic()
             if seconds is not None:  # of what ran before a contest began, only the rest counts in it
-                spent = min(spent, seconds)
+                spent = min(now - flight.start, seconds)
+            else:
+                spent = 0.0 if flight.runs is None else now - flight.runs
             flight.leaf.land(spent - flight.charged, spent)
 
     def _exit_processing_common(self, ts: TaskState) -> WorkerState | None:
@@ -107,12 +110,18 @@ class ChargingScheduler(LanedScheduler):
         super().handle_long_running(key, worker, *args, **kwargs)
 
     def charge_what_is_out(self, now: float) -> None:
-        """Charge what is out longer than it was charged for, so that a lane of long unknown tasks cannot take every slot."""
-        for flight in self._flights.values():
-            spent = now - flight.start
-            if spent > flight.charged:
-                flight.leaf.charge(spent - flight.charged)
-                flight.charged = spent
+        """Charge what runs longer than it was charged for, so that a lane of long unknown tasks cannot take every slot.
+
+        What waits on a worker behind others does not run: as many run as it has threads, first those of the lowest rank.
+        """
+        for ws in self.workers.values():
+            out = [flight for ts in ws.processing if (flight := self._flights.get(ts.key)) is not None]
+            for flight in sorted(out, key=lambda flight: flight.rank)[: ws.nthreads]:
+                flight.runs = now if flight.runs is None else flight.runs
+                spent = now - flight.runs
+                if spent > flight.charged:
+                    flight.leaf.charge(spent - flight.charged)
+                    flight.charged = spent
 
 
 def _none_flying(node: Share) -> None:

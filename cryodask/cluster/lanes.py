@@ -54,13 +54,6 @@ class Share:
             node = waiting[0]
         return node if node.held else None
 
-    def only_leaf(self) -> Share | None:
-        """The leaf that holds all that waits below this node; None if there are several, or none."""
-        node = self
-        while len(node.waiting) == 1:
-            node = node.waiting[0]
-        return node if node.held and not node.waiting else None
-
     def is_next(self) -> bool:
         """Whether it is this leaf's turn: at no level a sibling that waits is to be served before."""
         node = self

@@ -14,9 +14,10 @@ from cryodask.cluster.memory import CappingScheduler
 class ReservingScheduler(CappingScheduler):
     """Keeps threads free for lanes that asked for it; what may run on such workers only still runs there, on threads that are idle."""
 
-    AHEAD, AHEAD_SECONDS, AHEAD_MOST = 2, 0.1, 8
-    """Tasks a thread that a lane may have on a worker while nobody else has any; of short ones so many seconds of work a thread, but never
-    more than so many tasks: how short they are is a guess, from others of their name. Who comes overtakes them there."""
+    AHEAD, AHEAD_SECONDS, AHEAD_SECONDS_OF_SEVERAL, AHEAD_MOST = 2, 0.1, 0.02, 8
+    """Tasks a thread that a lane may have on a worker while nobody else has any; of short ones so many seconds of work a thread, fewer
+    where several lanes have tasks, but never more than so many tasks: how short they are is a guess, from others of their name. Who comes
+    overtakes them there."""
 
     def reserve_threads(self, reserve: Mapping[str, int] | None) -> None:
         """Begin to keep threads free; the parameter as of FairShareScheduler."""
@@ -58,4 +59,5 @@ class ReservingScheduler(CappingScheduler):
             return busy - own + kept[1] < ws.nthreads
         if busy < max(math.ceil(saturation * ws.nthreads), 1):
             return True
-        return ws.occupancy < self.AHEAD_SECONDS * ws.nthreads and busy < self.AHEAD_MOST * ws.nthreads
+        seconds = self.AHEAD_SECONDS if saturation == self.AHEAD else self.AHEAD_SECONDS_OF_SEVERAL
+        return ws.occupancy < seconds * ws.nthreads and busy < self.AHEAD_MOST * ws.nthreads
