@@ -14,6 +14,8 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from cryodask.cluster.fairshare import FairShareScheduler
 
 LOG: list[tuple[str, float, float]] = []
+LATE: list[float] = []
+"""How late the event loop of scheduler and workers woke up, in seconds: what a busy machine adds to every wait."""
 
 
 class _Recorder(SchedulerPlugin):
@@ -29,6 +31,7 @@ class _Recorder(SchedulerPlugin):
 @asynccontextmanager
 async def cluster(workers: int = 2, threads: int = 1, resources: dict | None = None, **options) -> AsyncIterator[FairShareScheduler]:
     LOG.clear()
+    LATE.clear()
     settings = {
         "distributed.worker.memory.terminate": False,
         "distributed.worker.memory.pause": False,
@@ -45,11 +48,30 @@ async def cluster(workers: int = 2, threads: int = 1, resources: dict | None = N
 
             # together, as jobs of one pool come
             made = await asyncio.gather(*map(up, range(workers)))
+            watch = asyncio.create_task(_watch())
             try:
                 yield scheduler
             finally:
+                watch.cancel()
                 for worker in made:
                     await worker.close(nanny=False)
+
+
+async def _watch() -> None:
+    while True:
+        due = time.monotonic() + 0.02
+        await asyncio.sleep(0.02)
+        LATE.append(time.monotonic() - due)
+
+
+def slack() -> float:
+    """Seconds that a wait may take beyond what it waits for: the way there and back, and what this machine added to it."""
+    return 0.2 + 3 * max(LATE, default=0.0)
+
+
+def longest(lane: str) -> float:
+    """Seconds that the longest task of a lane took."""
+    return max(stop - begin for name, begin, stop in LOG if name.startswith(lane))
 
 
 def client(scheduler: Scheduler, name: str) -> Client:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 
 import pytest
@@ -11,9 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cryodask.run.map as map_module
+from cryodask.cluster import LaneCluster, connect
+from cryodask.cluster.connect import close
 from cryodask.cluster.pools import PoolCluster
 from cryodask.cluster.settings import parse_settings
-from cryodask.errors import ClusterError
+from cryodask.errors import ClusterError, ProjectFileError
 from cryodask.run.blocks import ParticlesInMemory, iterate_on_workers
 from cryodask.run.devices import gpu_items, make_ready, with_gpus
 from cryodask.run.map import MapRunner
@@ -53,6 +57,48 @@ def test_no_more_than_two_items_a_gpu_are_sent_and_at_least_one_where_there_is_a
     total = sum(gpus for gpus, _ in given_gpus)
     assert min(1, total) <= gpu_items(workers, ours) <= 2 * total
     assert len(with_gpus(workers)) == sum(gpus > 0 for gpus, _ in given_gpus)
+
+
+def _device(number=0):
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def _devices(client):
+    return sorted(client.run(_device).values())
+
+
+@pytest.mark.parametrize(("visible", "expected"), [(None, ["", "0", "1"]), ("5,GPU-3f,7", ["", "5", "GPU-3f"])])
+def test_local_workers_have_a_gpu_each_or_see_none(tmp_path, monkeypatch, visible, expected):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    (tmp_path / "here.yaml").write_text("kind: local\nworkers: 3\ngpus: 2\n")
+    client = connect(tmp_path / "here.yaml")
+    try:
+        client.wait_for_workers(3)
+        assert _devices(client) == expected
+        workers = client.scheduler_info(n_workers=-1)["workers"]
+        assert len(with_gpus(workers)) == 2
+        assert gpu_items(workers, 0) == 4
+        where = {client.submit(_device, i, resources={"GPU": 1}).result(30) for i in range(6)}
+        assert where <= set(expected[1:])
+        victim = next(iter(with_gpus(workers)))
+        os.kill(client.run(os.getpid, workers=[victim])[victim], signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while victim in client.scheduler_info(n_workers=-1)["workers"] or len(client.nthreads()) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert _devices(client) == expected, "whoever replaces a worker has its GPU"
+    finally:
+        close(client)
+
+
+def test_more_gpus_than_workers_or_devices_are_refused(monkeypatch):
+    with pytest.raises(ProjectFileError, match="each of the 4 gpus has a worker of its own"):
+        parse_settings({"kind": "local", "workers": 3, "gpus": 4})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with pytest.raises(ValueError, match="gpus is 2, but CUDA_VISIBLE_DEVICES leaves this process only 3"):
+        LaneCluster(n_workers=2, gpus=2)
 
 
 def test_a_worker_whose_torch_sees_no_gpu_says_so_and_stops_the_run():

@@ -375,7 +375,7 @@ def test_client_and_worker_of_another_version_are_refused_with_both_versions_nam
             with pytest.raises(ClusterError, match=rf"This client has other versions than the scheduler: {package} .* \(here"):
                 with tls.connection_errors(scheduler.address):
                     await person(scheduler, folder, "anna")
-            assert time.monotonic() - start < 3
+            assert time.monotonic() - start < 8  # of the 30 that a connection is tried for
             with pytest.raises(RuntimeError) as refused:
                 await GuardedWorker(scheduler.address, host="127.0.0.1", security=tls.security(folder, "worker"))
             assert f"This worker has other versions than the scheduler: {package}" in str(refused.value.__cause__)

@@ -176,7 +176,7 @@ def test_whoever_cannot_connect_is_told_why_at_once(tmp_path):
         start = time.monotonic()
         with pytest.raises(ClusterError) as error, tls.connection_errors(address):
             await Client(address, security=security, asynchronous=True, timeout="20s", set_as_default=False)
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 8  # of the 20 that it would try
         assert all(s in str(error.value) for s in SENTENCES)
         return error.value.what
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import dask
-from distributed import Client, LocalCluster, Worker, WorkerPlugin
+from distributed import Client, LocalCluster, Nanny, Worker, WorkerPlugin
 from distributed.comm import parse_host_port
 from distributed.deploy.cluster import Cluster
 
@@ -215,8 +215,8 @@ def _interrupts_held_back() -> Iterator[list[int]]:
 class LaneCluster(LocalCluster):
     """A ``LocalCluster`` whose scheduler has lanes.
 
-    ``lanes``, ``strict``, ``reserve``, ``default_lane`` and ``memory_share`` as of FairShareScheduler, all other arguments as of
-    ``LocalCluster``.
+    ``lanes``, ``strict``, ``reserve``, ``default_lane`` and ``memory_share`` as of FairShareScheduler; ``gpus``: so many worker processes
+    have one GPU each (the resource ``GPU``), the others see none; all other arguments as of ``LocalCluster``.
     """
 
     def __init__(
@@ -227,8 +227,10 @@ class LaneCluster(LocalCluster):
         reserve: Mapping[str, int] | None = None,
         default_lane: str = "default",
         memory_share: Mapping[str, float] | None = None,
+        gpus: int = 0,
         **kwargs: Any,
     ) -> None:
+        self._gpus = gpus
         self._sharing = {
             "lanes": lanes, "strict": tuple(strict), "reserve": reserve, "default_lane": default_lane, "memory_share": memory_share
         }  # fmt: skip
@@ -238,7 +240,26 @@ class LaneCluster(LocalCluster):
         if self.scheduler_spec["cls"] is not FairShareScheduler:
             self.scheduler_spec["cls"] = FairShareScheduler
             self.scheduler_spec["options"] = {**self.scheduler_spec.get("options", {}), **self._sharing}
+            if self._gpus:
+                self._hand_out_gpus()
         await super()._start()
+
+    def _hand_out_gpus(self) -> None:
+        """One to each of the first workers, in the environment of its process: torch looks there once."""
+        names = list(self.worker_spec)
+        if self._gpus > len(names) or any(spec["cls"] is not Nanny for spec in self.worker_spec.values()):
+            raise ValueError(f"{self._gpus} GPUs need as many worker processes of their own, and there are {len(names)} workers")
+        here = os.environ.get("CUDA_VISIBLE_DEVICES")
+        devices = here.split(",") if here else list(map(str, range(self._gpus)))
+        if len(devices) < self._gpus:
+            raise ValueError(f"gpus is {self._gpus}, but CUDA_VISIBLE_DEVICES leaves this process only {here}")
+        given: list[str | None] = [*devices[: self._gpus], *[None] * (len(names) - self._gpus)]
+        for name, device in zip(names, given):
+            spec = self.worker_spec[name]
+            options = {**spec["options"], "env": {**(spec["options"].get("env") or {}), "CUDA_VISIBLE_DEVICES": device or ""}}
+            if device is not None:
+                options["resources"] = {**(options.get("resources") or {}), "GPU": 1}
+            self.worker_spec[name] = {**spec, "options": options}
 
 
 class _PlainHeartbeats(WorkerPlugin):
@@ -264,7 +285,7 @@ def local_environment() -> dict[str, Any]:
 def local_cluster(settings: LocalSettings, *, asynchronous: bool = False) -> LaneCluster:
     """Worker processes of one thread each on this machine, on a scheduler with lanes in this process."""
     return LaneCluster(
-        n_workers=settings.workers or os.cpu_count() or 1,
+        n_workers=settings.workers or max(os.cpu_count() or 1, settings.gpus),
         threads_per_worker=1,
         processes=True,
         host="127.0.0.1",
@@ -273,6 +294,7 @@ def local_cluster(settings: LocalSettings, *, asynchronous: bool = False) -> Lan
         memory_limit=settings.memory or "auto",
         local_directory=settings.scratch,
         silence_logs=40,
+        gpus=settings.gpus,
         **settings.sharing(),
         asynchronous=asynchronous,
     )

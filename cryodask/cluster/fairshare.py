@@ -23,7 +23,7 @@ from tornado.ioloop import PeriodicCallback
 from cryodask.cluster.charging import FIRST, Flight
 from cryodask.cluster.lanes import Place, Share
 from cryodask.cluster.owners import THREADS
-from cryodask.cluster.reserving import ReservingScheduler
+from cryodask.cluster.reserving import ReservingScheduler, load
 
 _TICK_MILLISECONDS = 250
 _PRUNE_SECONDS = 60.0
@@ -256,7 +256,7 @@ class FairShareScheduler(ReservingScheduler):
             idle = self.idle_task_count - tried if tried else self.idle_task_count
             if not idle:
                 return
-            ws = min(idle, key=_load) if len(idle) > 1 else next(iter(idle))
+            ws = min(idle, key=load) if len(idle) > 1 else next(iter(idle))
             ts = self._choose(clock, ws)
             if ts is None:
                 tried.add(ws)
@@ -295,39 +295,8 @@ class FairShareScheduler(ReservingScheduler):
         return self.get_comm_cost(ts, ws) < self.estimate(ts) * (1 + len(leaf.heaps[place]) / other.nthreads)
 
     def _fill_resources(self, clock: Share, stimulus_id: str) -> None:
-        while (found := self._next_with_resources(clock)) is not None:
+        while (found := self.next_with_resources(clock)) is not None:
             self._send(*found, stimulus_id)
-
-    def _next_with_resources(self, clock: Share) -> tuple[TaskState, WorkerState] | None:
-        able: dict[Place, set[WorkerState]] = {}
-        free: dict[Place, set[WorkerState]] = {}
-        kept: WorkerState | None = None
-        for leaf in clock.leaves_in_turn():
-            for place in list(leaf.heaps):
-                entry = self._held.top(leaf, place)
-                if entry is None:
-                    continue
-                ts = entry[2]
-                if place not in able:
-                    able[place] = self._workers_with_resources(ts)
-                    free[place] = {ws for ws in able[place] if _has_free(ws, ts)}
-                chosen = [ws for ws in free[place] if ws is not kept]
-                if self._reserved and any(not self.is_closed(ws, leaf.lane) for ws in able[place]):
-                    chosen = [ws for ws in chosen if self.has_room(ws, leaf.lane, self.AHEAD)]
-                if chosen:
-                    return ts, min(chosen, key=_load)
-                if kept is None and able[place]:
-                    # a worker is emptied for whose turn it is: small needs of others would starve large ones
-                    kept = min(able[place], key=lambda ws: sum(ws.used_resources.get(r, 0.0) for r in ts.resource_restrictions))
-        return None
-
-    def _workers_with_resources(self, ts: TaskState) -> set[WorkerState]:
-        """Workers that run and have what a task needs, used or not."""
-        valid = self.valid_workers(ts)
-        if not valid and ts.loose_restrictions:
-            needs = (ts.resource_restrictions or {}).items()
-            valid = {ws for ws in self.running if all(ws.resources.get(r, 0.0) >= need for r, need in needs)}
-        return self.running & (valid or set())
 
     def _overtake(self, stimulus_id: str) -> None:
         """Send the first tasks of a lane that comes anew at once, on full workers ahead of what waits there.
@@ -401,19 +370,6 @@ class FairShareScheduler(ReservingScheduler):
         if now - self._pruned > _PRUNE_SECONDS:
             self._pruned = now
             self.prune()
-
-
-def _has_free(ws: WorkerState, ts: TaskState) -> bool:
-    """Whether the resources that a task needs are free now, and a thread: none waits on a worker for them."""
-    needs = (ts.resource_restrictions or {}).items()
-    return (
-        all(ws.used_resources.get(r, 0.0) + need <= ws.resources.get(r, 0.0) for r, need in needs)
-        and sum(bool(t.resource_restrictions) and t not in ws.long_running for t in ws.processing) < ws.nthreads
-    )  # fmt: skip
-
-
-def _load(ws: WorkerState) -> float:
-    return len(ws.processing) / ws.nthreads
 
 
 async def dask_setup(scheduler: Scheduler) -> None:

@@ -1,13 +1,13 @@
-"""Threads that are kept free for a lane, and how much a worker may be given."""
+"""Threads that are kept free for a lane, how much a worker may be given, and which worker has resources free."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 
-from distributed.scheduler import WorkerState
+from distributed.scheduler import TaskState, WorkerState
 
-from cryodask.cluster.lanes import Share
+from cryodask.cluster.lanes import Place, Share
 from cryodask.cluster.memory import CappingScheduler
 
 
@@ -61,3 +61,49 @@ class ReservingScheduler(CappingScheduler):
             return True
         seconds = self.AHEAD_SECONDS if saturation == self.AHEAD else self.AHEAD_SECONDS_OF_SEVERAL
         return ws.occupancy < seconds * ws.nthreads and busy < self.AHEAD_MOST * ws.nthreads
+
+    def next_with_resources(self, clock: Share) -> tuple[TaskState, WorkerState] | None:
+        """The task with resources that goes out next, and its worker."""
+        able: dict[Place, set[WorkerState]] = {}
+        free: dict[Place, set[WorkerState]] = {}
+        kept: WorkerState | None = None
+        for leaf in clock.leaves_in_turn():
+            for place in list(leaf.heaps):
+                entry = self._held.top(leaf, place)
+                if entry is None:
+                    continue
+                ts = entry[2]
+                if place not in able:
+                    able[place] = self._workers_with_resources(ts)
+                    free[place] = {ws for ws in able[place] if _has_free(ws, ts)}
+                chosen = [ws for ws in free[place] if ws is not kept]
+                if self._reserved and any(not self.is_closed(ws, leaf.lane) for ws in able[place]):
+                    chosen = [ws for ws in chosen if self.has_room(ws, leaf.lane, self.AHEAD)]
+                if chosen:
+                    return ts, min(chosen, key=load)
+                if kept is None and able[place]:
+                    # a worker is emptied for whose turn it is: small needs of others would starve large ones
+                    kept = min(able[place], key=lambda ws: sum(ws.used_resources.get(r, 0.0) for r in ts.resource_restrictions))
+        return None
+
+    def _workers_with_resources(self, ts: TaskState) -> set[WorkerState]:
+        """Workers that run and have what a task needs, used or not."""
+        valid = self.valid_workers(ts)
+        if not valid and ts.loose_restrictions:
+            needs = (ts.resource_restrictions or {}).items()
+            valid = {ws for ws in self.running if all(ws.resources.get(r, 0.0) >= need for r, need in needs)}
+        return self.running & (valid or set())
+
+
+def load(ws: WorkerState) -> float:
+    """Tasks a thread that a worker has."""
+    return len(ws.processing) / ws.nthreads
+
+
+def _has_free(ws: WorkerState, ts: TaskState) -> bool:
+    """Whether the resources that a task needs are free now, and a thread: none waits on a worker for them."""
+    needs = (ts.resource_restrictions or {}).items()
+    return (
+        all(ws.used_resources.get(r, 0.0) + need <= ws.resources.get(r, 0.0) for r, need in needs)
+        and sum(bool(t.resource_restrictions) and t not in ws.long_running for t in ws.processing) < ws.nthreads
+    )  # fmt: skip

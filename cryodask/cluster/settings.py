@@ -12,7 +12,17 @@ from typing import Annotated, Any, Literal, Self
 
 import yaml
 from dask.utils import parse_bytes
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from cryodask.errors import ProjectFileError
 
@@ -138,13 +148,20 @@ class ServiceSettings(JobSettings):
 
 
 class LocalSettings(_Sharing):
-    """Worker processes on this machine, with one thread each."""
+    """Worker processes on this machine, with one thread each; so many of them as it has ``gpus`` have one each, bound to it."""
 
     kind: Literal["local"] = "local"
     workers: PositiveInt | None = None
+    gpus: NonNegativeInt = 0
     memory: str | int | None = None
     scratch: str | None = None
     service: ServiceSettings | None = None
+
+    @model_validator(mode="after")
+    def _a_worker_for_each_gpu(self) -> Self:
+        if self.workers is not None and self.gpus > self.workers:
+            raise ValueError(f"each of the {self.gpus} gpus has a worker of its own: {self.workers} workers are too few")
+        return self
 
     @model_validator(mode="after")
     def _service_is_here(self) -> Self:
