@@ -1,9 +1,10 @@
 """Two hundred workers and fifty thousand items: does the runner's window keep pace, and what does the scheduler hold meanwhile?
 
-``python benchmarks/scale.py [--quick] [--pairs 3] [--workers 200] [--items 50000]``: each run is a process of its own that holds a
-scheduler, 200 workers of one thread and the client. Items do nothing. Ours: ``MapRunner`` on a scheduler with lanes; plain: ``client.map``
-of all items on Dask's own scheduler. Throughput is items a second of wall time (the ratio of CPU beside it, as the machine may be
-shared); tasks that the scheduler holds and the memory of the process are sampled five times a second.
+``python benchmarks/scale.py [--quick] [--pairs 1] [--workers 200] [--items 50000]``: each run is a process of its own that holds a
+scheduler, 200 workers of one thread and the client; a pair may take 25 minutes. Items do nothing. Ours: ``MapRunner`` on a scheduler with
+lanes; plain: ``client.map`` of all items on Dask's own scheduler. Throughput is items a second of wall time (beside it the ratios of CPU
+and, where ``perf`` can count them, of instructions, as the machine may be shared); tasks that the scheduler holds and the memory of the
+process are sampled five times a second.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import asyncio
 import json
 import logging
+import os
 import statistics
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from typing import Any
 
 import dask
 import psutil
-from _lanes import FAIR, OUT, PLAIN
+from _lanes import FAIR, OUT, PLAIN, counted
 from distributed import Client, Scheduler, Worker, wait
 
 KINDS = (PLAIN, FAIR)
@@ -54,7 +56,7 @@ def one_run(kind: str, workers: int, items: int) -> dict[str, Any]:
     client.wait_for_workers(workers)
     wait(client.map(no_op, range(4 * workers), pure=False))
     me, samples, over = psutil.Process(), [], threading.Event()
-    started, cpu = time.perf_counter(), time.process_time()
+    started = time.perf_counter()
 
     def look() -> None:
         while not over.is_set():
@@ -63,12 +65,16 @@ def one_run(kind: str, workers: int, items: int) -> dict[str, Any]:
 
     looker = threading.Thread(target=look)
     looker.start()
-    window = _send_all(kind, client, items)
-    wall, used = time.perf_counter() - started, time.process_time() - cpu
+    with counted(os.getpid()) as instructions:
+        begun, cpu = time.perf_counter(), time.process_time()
+        window = _send_all(kind, client, items)
+        wall, used = time.perf_counter() - begun, time.process_time() - cpu
     over.set()
     looker.join()
     step = max(1, len(samples) // 300)
-    return {"wall": wall, "cpu": used, "window": window, "peak": max(s[1] for s in samples), "samples": samples[::step]}
+    return {"wall": wall, "cpu": used, "window": window, "peak": max(s[1] for s in samples), "samples": samples[::step]} | dict(
+        zip(["instructions"], instructions)
+    )
 
 
 def _send_all(kind: str, client: Client, items: int) -> int:
@@ -110,7 +116,7 @@ _KEPT: list[Worker] = []
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="20 workers and 2,000 items once, to see that it runs")
-    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--workers", type=int, default=200)
     parser.add_argument("--items", type=int, default=50_000)
     parser.add_argument("--one", choices=KINDS, help=argparse.SUPPRESS)
@@ -130,6 +136,7 @@ def main() -> None:
             grew = max(s[2] for s in found["samples"]) - found["samples"][0][2]
             print(f"{kind:<8}{items / found['wall']:9.0f}{found['cpu']:8.1f}{found['peak']:12}{grew / 1e6:16.0f}", flush=True)
     plot(runs)
+    counts = {kind: [run["instructions"] for run in runs[kind] if "instructions" in run] for kind in KINDS}
     wall, cpu = ({kind: statistics.median(run[what] for run in runs[kind]) for kind in KINDS} for what in ("wall", "cpu"))
     ours = runs[FAIR]
     print(
@@ -137,6 +144,7 @@ def main() -> None:
             {
                 "throughput_ratio": round(wall[PLAIN] / wall[FAIR], 3),
                 "cpu_ratio": round(cpu[FAIR] / cpu[PLAIN], 3),
+                **({"instructions_ratio": round(sum(counts[FAIR]) / sum(counts[PLAIN]), 3)} if counts[PLAIN] else {}),
                 "scheduler_peak_tasks": max(run["peak"] for run in ours),
                 "window": ours[0]["window"],
             }

