@@ -22,12 +22,12 @@ from cryodask.cluster.fairshare import FairShareScheduler
 
 # --- shares ------------------------------------------------------------------------------------------------------------------------
 async def _roots(c: Client, lane: str, seconds: float = 0.1):
-    return c.map(sleep, range(600), [seconds] * 600, key=lane, pure=False)
+    return c.map(sleep, range(1200), [seconds] * 1200, key=lane, pure=False)
 
 
 async def _in_memory(c: Client, lane: str, seconds: float = 0.1):
-    inputs = await c.scatter(list(range(600)), hash=False)
-    return [inputs, c.map(sleep, range(600), [seconds] * 600, inputs, key=lane, pure=False)]
+    inputs = await c.scatter(list(range(1200)), hash=False)
+    return [inputs, c.map(sleep, range(1200), [seconds] * 1200, inputs, key=lane, pure=False)]
 
 
 async def _with_resources(c: Client, lane: str):
