@@ -14,8 +14,8 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from cryodask.cluster.fairshare import FairShareScheduler
 
 LOG: list[tuple[str, float, float]] = []
-LATE: list[float] = []
-"""How late the event loop of scheduler and workers woke up, in seconds: what a busy machine adds to every wait."""
+LATE: list[tuple[float, float]] = []
+"""When the event loop of scheduler and workers woke up, and how many seconds late: what a busy machine adds to every wait."""
 
 
 class _Recorder(SchedulerPlugin):
@@ -61,12 +61,12 @@ async def _watch() -> None:
     while True:
         due = time.monotonic() + 0.02
         await asyncio.sleep(0.02)
-        LATE.append(time.monotonic() - due)
+        LATE.append((time.time(), time.monotonic() - due))
 
 
-def slack() -> float:
-    """Seconds that a wait may take beyond what it waits for: the way there and back, and what this machine added to it."""
-    return 0.2 + 3 * max(LATE, default=0.0)
+def slack(since: float) -> float:
+    """Seconds that a wait since then may take beyond what it waits for: the way there and back, and what this machine added to it."""
+    return 0.2 + 2 * max((late for when, late in LATE if when >= since), default=0.0)
 
 
 def longest(lane: str) -> float:
