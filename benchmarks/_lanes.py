@@ -220,9 +220,9 @@ def _log(dask_scheduler: Scheduler) -> list[tuple[str, float, float]]:
 
 
 @contextmanager
-def counted(pid: int) -> Iterator[list[float]]:
-    """Instructions of a process meanwhile, afterwards in the list; nothing where they cannot be counted."""
-    found: list[float] = []
+def counted(pid: int) -> Iterator[dict[str, float]]:
+    """``instructions`` of a process meanwhile, there afterwards; nothing where they cannot be counted."""
+    found: dict[str, float] = {}
     if shutil.which("perf") is None:
         yield found
         return
@@ -235,7 +235,7 @@ def counted(pid: int) -> Iterator[list[float]]:
         perf.send_signal(signal.SIGINT)
         first = perf.communicate()[1].split(",")[0]
         if first.isdigit():
-            found.append(float(first))
+            found["instructions"] = float(first)
 
 
 def _start(*arguments: str) -> subprocess.Popen[str]:

@@ -72,9 +72,7 @@ def one_run(kind: str, workers: int, items: int) -> dict[str, Any]:
     over.set()
     looker.join()
     step = max(1, len(samples) // 300)
-    return {"wall": wall, "cpu": used, "window": window, "peak": max(s[1] for s in samples), "samples": samples[::step]} | dict(
-        zip(["instructions"], instructions)
-    )
+    return {"wall": wall, "cpu": used, "window": window, "peak": max(s[1] for s in samples), "samples": samples[::step]} | instructions
 
 
 def _send_all(kind: str, client: Client, items: int) -> int:

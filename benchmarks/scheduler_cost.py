@@ -70,7 +70,7 @@ def cost(workers: Workers, kind: str, names: tuple[str, ...], send: Callable[[Cl
             for client, futures in zip(made.clients.values(), sent):
                 finish(client, futures)
             seconds = made.ask(cpu_seconds) - before
-        return {"seconds": seconds} | dict(zip(["instructions"], instructions))
+        return {"seconds": seconds} | instructions
 
 
 def reduction(seed: int) -> da.Array:
