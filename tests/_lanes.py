@@ -74,6 +74,19 @@ def longest(lane: str) -> float:
     return max(stop - begin for name, begin, stop in LOG if name.startswith(lane))
 
 
+async def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
+    """Wait for what must come, however long this machine takes."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        await asyncio.sleep(0.02)
+
+
+async def have_run(*lanes: str) -> None:
+    """Wait until a task of each lane has ended."""
+    await until(lambda: all(any(name.startswith(lane) for name, *_ in LOG) for lane in lanes))
+
+
 def client(scheduler: Scheduler, name: str) -> Client:
     return Client(scheduler.address, asynchronous=True, name=name, set_as_default=False)
 
@@ -107,6 +120,22 @@ async def until_clean(scheduler: FairShareScheduler) -> None:
 def shares(begin: float, end: float, lanes: str) -> list[float]:
     used = [sum(max(0.0, min(b, end) - max(a, begin)) for name, a, b in LOG if name[0] == lane) for lane in lanes]
     return [100 * u / sum(used) for u in used]
+
+
+async def have_shares(lanes: str, wanted: list[float], seconds: float = 3.0, within: float = 5.0) -> None:
+    """Wait until all lanes run, and until they have these shares (%) for so long.
+
+    Those that came first had tasks out while they were alone, and where the machine stalls a window is no measure: three are tried.
+    """
+    await have_run(*lanes)
+    await asyncio.sleep(1.5)
+    for _ in range(3):
+        begin = time.time()
+        await asyncio.sleep(seconds)
+        found = shares(begin, time.time() - 0.2, lanes)
+        if max(abs(f - w) for f, w in zip(found, wanted)) <= within:
+            return
+    raise AssertionError(f"shares {found} instead of {wanted}")
 
 
 def run(scenario: Callable[[], object]) -> None:

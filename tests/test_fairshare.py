@@ -14,7 +14,7 @@ from pathlib import Path
 import dask
 import dask.array as da
 import pytest
-from _lanes import LOG, client, cluster, longest, run, shares, slack, sleep, until_clean
+from _lanes import LOG, client, cluster, have_run, have_shares, longest, run, slack, sleep, until, until_clean
 from distributed import Client, Reschedule, SpecCluster, Worker, get_client, get_worker
 
 from cryodask.cluster.fairshare import FairShareScheduler
@@ -47,17 +47,8 @@ def test_a_lane_that_comes_later_gets_its_share(flood, weights):
             kept = [await flood(a, "A")]
             await asyncio.sleep(0.5)
             kept.append(await flood(b, "B"))
-            while not any(name[0] == "B" for name, *_ in LOG):
-                await asyncio.sleep(0.05)  # a busy machine takes its time to send a flood
-            await asyncio.sleep(1.5)  # A had 32 tasks out while it was alone, which B makes up for first
-            wanted = [100 * w / sum(weights) for w in weights]
-            for _ in range(2):  # where the machine stalled meanwhile, it has not made up for all of it by then
-                begin = time.time()
-                await asyncio.sleep(3.0)
-                found = shares(begin, time.time() - 0.1, "AB")
-                if found == pytest.approx(wanted, abs=5):
-                    break
-            assert found == pytest.approx(wanted, abs=5), found
+            await have_shares("AB", [100 * w / sum(weights) for w in weights])
+            del kept
 
     run(scenario)
 
@@ -68,11 +59,7 @@ def test_users_and_projects_share_inside_their_lane():
         async with cluster(2, 8, lanes=lanes) as scheduler, client(scheduler, "A/anna") as anna, client(scheduler, "A/ben/p") as ben:
             async with client(scheduler, "B") as b:
                 kept = [await _roots(anna, "1"), await _roots(ben, "2"), await _roots(b, "3")]
-                await asyncio.sleep(1.0)
-                begin = time.time()
-                await asyncio.sleep(4.0)
-                found = shares(begin, time.time() - 0.1, "123")
-                assert found == pytest.approx([100 / 3, 100 / 6, 50], abs=5), found
+                await have_shares("123", [100 / 3, 100 / 6, 50], 4.0)
                 del kept
 
     run(scenario)
@@ -81,12 +68,9 @@ def test_users_and_projects_share_inside_their_lane():
 def test_short_tasks_are_not_worth_more_than_long_ones():
     async def scenario():
         async with cluster(2, 4, lanes={"A": 1, "B": 1}) as scheduler, client(scheduler, "A") as a, client(scheduler, "B") as b:
-            kept = [a.map(sleep, range(300), [0.2] * 300, key="A", pure=False)]
-            kept.append(b.map(sleep, range(2000), [0.025] * 2000, key="B", pure=False))
-            await asyncio.sleep(1.5)
-            begin = time.time()
-            await asyncio.sleep(5.0)
-            assert shares(begin, time.time() - 0.2, "AB") == pytest.approx([50, 50], abs=6)
+            kept = [a.map(sleep, range(500), [0.2] * 500, key="A", pure=False)]
+            kept.append(b.map(sleep, range(4000), [0.025] * 4000, key="B", pure=False))
+            await have_shares("AB", [50, 50], 5.0, within=6)
             del kept
 
     run(scenario)
@@ -98,7 +82,8 @@ def test_a_single_task_of_a_quiet_lane_waits_for_one_foreign_task_at_most(flood)
     async def scenario():
         async with cluster(2, 1, lanes={"live": 3, "A": 1}) as scheduler, client(scheduler, "live/x") as live, client(scheduler, "A") as a:
             kept = await flood(a, "A", 0.4)
-            await asyncio.sleep(1.0)
+            await have_run("A")
+            await asyncio.sleep(0.6)
             waited, first = [], time.time()
             for number in range(8):
                 sent = time.time()
@@ -116,7 +101,8 @@ def test_a_reserved_thread_is_free_for_its_lane_at_once():
         async with cluster(2, 2, lanes={"live": 1, "A": 1}, reserve={"live": 1}) as scheduler:
             async with client(scheduler, "A") as a, client(scheduler, "live") as live:
                 kept = a.map(sleep, range(100), [0.5] * 100, key="A", pure=False)
-                await asyncio.sleep(0.8)
+                await have_run("A")
+                await asyncio.sleep(0.3)
                 assert sum(len(ws.processing) for ws in scheduler.workers.values() if len(ws.processing) < ws.nthreads) == 1
                 sent = time.time()
                 await live.submit(sleep, 1, 0.01, key="L", pure=False)
@@ -131,7 +117,7 @@ def test_a_strict_lane_goes_before_all_others():
         async with cluster(1, 1, lanes={"live": 1, "A": 9}, strict=["live"]) as scheduler:
             async with client(scheduler, "A") as a, client(scheduler, "live") as live:
                 kept = a.map(sleep, range(50), [0.05] * 50, key="A", pure=False)
-                await asyncio.sleep(0.3)
+                await have_run("A")
                 await live.gather(live.map(sleep, range(10), [0.05] * 10, key="L", pure=False))
                 order = [name[0] for name, _, _ in sorted(LOG, key=lambda entry: entry[1])]
                 first = order.index("L")
@@ -152,7 +138,7 @@ def test_the_lane_comes_from_the_name_the_annotation_or_the_default():
                 with dask.annotate(lane="invented"):
                     unknown = c.submit(sleep, 1, 0.5, key="unknown", pure=False)
                 named = c.submit(sleep, 1, 0.5, key="named", pure=False)
-                await asyncio.sleep(0.3)
+                await until(lambda: len(scheduler.tasks) == 4)
                 paths = {key: scheduler.owner_of(key).path for key in ("annotated", "other", "unknown", "named")}
                 assert paths["named"] == ("live", "anna", "p1")
                 assert paths["annotated"] == ("hpda", "anna", "p1")
@@ -177,14 +163,14 @@ def test_an_annotation_holds_around_compute_and_is_lost_where_a_graph_is_built()
             with dask.annotate(lane="live"):
                 built = da.ones((4, 4), chunks=2).map_blocks(block)
             future = c.compute(built.sum())
-            await asyncio.sleep(0.2)
+            await until(lanes)
             assert lanes() == {"hpda"}, "Dask forgets annotations of graphs of arrays"
             await future
             del future
             await until_clean(scheduler)
             with dask.annotate(lane="live"):
                 future = c.compute(da.ones((4, 4), chunks=2).map_blocks(block).sum())
-            await asyncio.sleep(0.2)
+            await until(lanes)
             assert lanes() == {"live"}
             await future
 
@@ -234,8 +220,7 @@ def test_actors_shuffles_nested_rescheduled_late_and_cancelled_tasks_end_and_lea
         async with cluster(2, 2, {"GPU": 1}, lanes={"A": 1, "B": 2}) as scheduler, client(scheduler, "A") as a, client(scheduler, "B") as b:
             flood = a.map(sleep, range(400), [0.01] * 400, key="A", pure=False)
             actor = b.submit(Counter, actor=True, key="actor")
-            while "actor" not in scheduler.tasks or scheduler.tasks["actor"].state != "memory":  # it comes past the flood
-                await asyncio.sleep(0.02)
+            await until(lambda: "actor" in scheduler.tasks and scheduler.tasks["actor"].state == "memory")  # it comes past the flood
             assert scheduler.tasks["actor"].actor
             frame = dd.from_pandas(pd.DataFrame({"k": [i % 7 for i in range(200)], "v": 1.0}), npartitions=8)
             shuffled = b.compute(frame.shuffle("k").groupby("k").v.sum())
@@ -266,8 +251,12 @@ def test_a_worker_that_is_lost_with_held_and_running_tasks_costs_nothing_but_tim
             inputs = await a.scatter(list(range(60)), hash=False, workers=["w0"])
             futures = a.map(sleep, range(60), [0.05] * 60, inputs, key="A", pure=False)
             only_there = b.map(sleep, range(30), [0.05] * 30, key="B", pure=False, workers=["doomed"], allow_other_workers=True)
-            await asyncio.sleep(0.3)
-            assert {ts.processing_on.name for ts in scheduler.tasks.values() if ts.key.startswith("B") and ts.processing_on} == {"doomed"}
+
+            def places() -> set[str]:
+                return {ts.processing_on.name for ts in scheduler.tasks.values() if ts.key.startswith("B") and ts.processing_on}
+
+            await until(places)
+            assert places() == {"doomed"}
             await doomed.close(nanny=False)
             assert await b.gather(only_there) == list(range(30))
             assert await a.gather(futures) == list(range(60))
@@ -328,7 +317,7 @@ def test_seceded_tasks_free_their_lane():
         async with cluster(1, 1, lanes={"A": 1, "B": 1}) as scheduler, client(scheduler, "A") as a, client(scheduler, "B") as b:
             kept = b.map(sleep, range(100), [0.02] * 100, key="B", pure=False)
             future = a.submit(leave, key="A", pure=False)
-            await asyncio.sleep(0.4)
+            await until(lambda: next(iter(scheduler.workers.values())).long_running)
             assert scheduler.tasks["A"].state == "processing"
             assert "A" not in scheduler._flights
             assert await future == 1
@@ -359,7 +348,7 @@ def test_owners_without_tasks_are_forgotten_and_their_lanes_keep_what_they_used(
             for number in range(5):
                 async with client(scheduler, f"A/visitor{number}") as a:
                     await a.submit(sleep, 1, 0.02, pure=False)
-            await asyncio.sleep(0.3)
+            await until(lambda: not any("visitor" in name for name in scheduler.clients))
             used = scheduler._clocks["threads"].kids["A"].settled
             assert used > 0
             scheduler.prune()

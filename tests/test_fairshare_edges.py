@@ -8,7 +8,7 @@ import time
 import dask
 import numpy as np
 import pytest
-from _lanes import LOG, client, cluster, longest, run, slack, sleep, until_clean
+from _lanes import LOG, client, cluster, have_run, longest, run, slack, sleep, until, until_clean
 from distributed import Client, Worker
 from distributed.core import Status
 
@@ -27,7 +27,8 @@ def test_a_burst_within_the_share_of_its_lane_waits_for_one_foreign_task_at_most
     async def scenario():
         async with cluster(2, 4, lanes={"live": 3, "A": 1}) as scheduler, client(scheduler, "live/x") as live, client(scheduler, "A") as a:
             kept = await flood(a, "A", 400, 0.4)
-            await asyncio.sleep(1.0)  # alone it sends two for each thread
+            await have_run("A")  # alone it sends two for each thread
+            await asyncio.sleep(0.3)
             waited, first = [], time.time()
             for number in range(5):
                 sent = time.time()
@@ -47,6 +48,7 @@ def test_users_of_a_lane_go_on_while_others_of_it_come_and_go():
         async with cluster(2, 2, lanes={"live": 3, "A": 1}) as scheduler, client(scheduler, "live/first") as first:
             async with client(scheduler, "live/second") as second, client(scheduler, "A") as a:
                 kept = [await _roots(a, "A", 300, 0.1), await _roots(first, "1", 300, 0.1)]
+                await have_run("A", "1")
                 await asyncio.sleep(0.5)
                 begin = time.time()
                 while time.time() < begin + 3.0:
@@ -67,15 +69,14 @@ def test_what_waits_for_a_worker_that_pauses_runs_on_others_and_it_gets_its_part
             workers = {ws.name: ws for ws in scheduler.workers.values()}
             inputs = await a.scatter(list(range(40)), hash=False, workers=["w0"])
             futures = [a.map(sleep, range(40), [0.03] * 40, inputs, key="A", pure=False), await _roots(b, "B", 40, 0.03)]
-            await asyncio.sleep(0.2)
+            await have_run("A", "B")
             paused = workers["w0"]
             scheduler.handle_worker_status_change("paused", paused.address, "test-pause")
-            await asyncio.sleep(0.5)
+            await until(lambda: not paused.processing)
             assert paused not in scheduler.running
-            assert len(paused.processing) == 0
             done = len(LOG)
-            await asyncio.sleep(0.3)
-            assert len(LOG) > done, "the other worker goes on"
+            await until(lambda: len(LOG) > done)  # the other worker goes on
+            assert not paused.processing
             scheduler.handle_worker_status_change("running", paused.address, "test-resume")
             for who, some in zip((a, b), futures):
                 await who.gather(some)
@@ -141,10 +142,9 @@ def test_a_scheduler_that_drains_sends_nothing_more_and_can_be_told_to_go_on(flo
             kept = [await flood(a, "A", 60, 0.05)]
             if others:
                 kept.append(await flood(b, "B", 60, 0.05))
-            await asyncio.sleep(0.3)
+            await have_run("A")
             scheduler.drain()
-            while any(ws.processing for ws in scheduler.workers.values()):
-                await asyncio.sleep(0.02)
+            await until(lambda: not any(ws.processing for ws in scheduler.workers.values()))
             done = len(LOG)
             assert 0 < done < 60
             late = a.submit(sleep, 1, 0.0, key="late", pure=False)
@@ -168,7 +168,7 @@ def test_the_scheduler_says_what_waits_and_what_runs_in_which_lane():
             kept = [await a.gather(a.map(sleep, range(4), [0.2] * 4, pure=False))]
             kept.append(a.map(sleep, range(50), [0.2] * 50, key="sleep", pure=False))
             kept.append(b.map(sleep, range(30), [0.2] * 30, pure=False, resources={"GPU": 1}))
-            await asyncio.sleep(0.5)
+            await until(lambda: len(scheduler.queued) > 60)
             now = scheduler.lanes_now()
             assert {lane: entry["weight"] for lane, entry in now.items()} == {"A": 3, "B": 1}
             assert {lane: entry["clients"] for lane, entry in now.items()} == {"A": 1, "B": 1}
@@ -191,11 +191,9 @@ def test_who_submits_what_another_has_submitted_before_does_not_take_over_who_pa
     async def scenario():
         async with cluster(1, 1, lanes={"A": 1, "B": 1}) as scheduler, client(scheduler, "A/anna") as a, client(scheduler, "B/ben") as b:
             mine = a.map(sleep, range(4), [0.2] * 4, key=[f"k{i}" for i in range(4)])
-            while len(scheduler.tasks) < 4:
-                await asyncio.sleep(0.02)
+            await until(lambda: len(scheduler.tasks) == 4)
             same = b.map(sleep, range(4), [0.2] * 4, key=[f"k{i}" for i in range(4)])
-            while len(scheduler.clients[b.id].wants_what) < 4:
-                await asyncio.sleep(0.02)
+            await until(lambda: len(scheduler.clients[b.id].wants_what) == 4)
             assert {scheduler.owner_of(f"k{i}").path for i in range(4)} == {("A", "anna", "")}
             assert await b.gather(same) == await a.gather(mine) == list(range(4))
 
@@ -225,8 +223,7 @@ def test_tasks_that_wait_for_a_worker_that_dies_run_elsewhere_only_if_they_may(s
             names = [f"A{i}" for i in range(12)]
             kept = [a.map(sleep, range(12), [0.1] * 12, key=names, workers=[bound.address], allow_other_workers=not strictly)]
             kept.append(await _roots(b, "B", 40, 0.02))
-            while len([ts for ts in scheduler.queued if ts.worker_restrictions]) < 8:
-                await asyncio.sleep(0.02)
+            await until(lambda: len([ts for ts in scheduler.queued if ts.worker_restrictions]) >= 8)
             await bound.close(nanny=False)
             lost = time.time()
             await b.gather(kept[1])
@@ -251,8 +248,7 @@ def test_tasks_bound_to_workers_are_not_sorted_in_again_when_other_workers_come(
     async def scenario():
         async with cluster(1, 1, lanes={"A": 1}) as scheduler, client(scheduler, "A") as a:
             kept = a.map(sleep, range(50), [0.2] * 50, key="A", pure=False, workers=["w0"])
-            while len(scheduler.queued) < 40:
-                await asyncio.sleep(0.02)
+            await until(lambda: len(scheduler.queued) >= 40)
             leaf = scheduler.owner("A").threads
             before = sum(map(len, leaf.heaps.values()))
             for _ in range(20):

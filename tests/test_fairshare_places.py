@@ -7,7 +7,7 @@ import time
 from functools import partial
 
 import pytest
-from _lanes import LOG, client, cluster, longest, run, shares, slack, sleep, until_clean
+from _lanes import LOG, client, cluster, have_run, have_shares, longest, run, shares, slack, sleep, until, until_clean
 from distributed import Worker
 
 
@@ -23,7 +23,7 @@ def test_a_task_with_large_needs_is_not_starved_by_a_flood_of_small_ones():
     async def scenario():
         async with cluster(1, 4, {"GPU": 2}) as scheduler, client(scheduler, "a/x") as a, client(scheduler, "b/y") as b:
             flood = [a.submit(sleep, i, 0.08 + 0.04 * (i % 3), key=f"a{i}", resources={"GPU": 1}) for i in range(120)]
-            await asyncio.sleep(0.5)
+            await have_run("a")
             sent = time.time()
             await b.submit(sleep, 0, 0.1, key="b", resources={"GPU": 2})
             assert begun("b") - sent < 0.8 + slack(sent), "two of the longest tasks are 0.3 s, the flood is 7 s"
@@ -41,7 +41,7 @@ def test_tasks_pinned_to_a_pool_do_not_pile_up_before_those_of_others():
             first = b.submit(sleep, 0, 0.3, key="first")
             pinned = {"resources": {"pool-cpu": 1}}
             flood = [a.submit(sleep, i, 0.2, key=f"a{i}", **pinned) for i in range(60)]
-            await asyncio.sleep(0.5)
+            await have_run("a")
             sent = time.time()
             await b.gather([b.submit(sleep, 0, 0.1, key="b-pinned", **pinned), b.submit(sleep, 0, 0.1, key="b-free")])
             assert max(begun("b-pinned"), begun("b-free")) - sent < 0.8 + slack(sent)
@@ -101,17 +101,14 @@ def test_a_reserved_thread_changes_no_share_and_is_kept_from_gpu_tasks_too():
     async def scenario():
         options = {"lanes": {"live": 1, "h": 3}, "reserve": {"live": 1}}
         async with cluster(2, 4, {"GPU": 4}, **options) as scheduler, client(scheduler, "live/x") as live, client(scheduler, "h/y") as hpda:
-            kept = [hpda.map(sleep, range(400), [0.1] * 400, key="h", pure=False)]
-            kept.append(live.map(sleep, range(400), [0.1] * 400, key="l", pure=False))
-            await asyncio.sleep(1.5)
-            begin = time.time()
-            await asyncio.sleep(3.0)
-            assert shares(begin, time.time() - 0.1, "hl") == pytest.approx([75, 25], abs=6)
+            kept = [hpda.map(sleep, range(1000), [0.1] * 1000, key="h", pure=False)]
+            kept.append(live.map(sleep, range(1000), [0.1] * 1000, key="l", pure=False))
+            await have_shares("hl", [75, 25], within=6)
             for future in [*kept[0], *kept[1]]:
                 future.release()
             await until_clean(scheduler)
             flood = hpda.map(sleep, range(60), [0.6] * 60, key="gpu", pure=False, resources={"GPU": 1})
-            await asyncio.sleep(0.3)
+            await have_run("gpu")
             for number in range(3):
                 sent = time.time()
                 await live.submit(sleep, 0, 0.05, key=f"item{number}")
@@ -126,23 +123,21 @@ def test_places_follow_workers_that_join_pause_and_go_on():
     async def scenario():
         async with cluster(1, 1) as scheduler, client(scheduler, "a/x") as a:
             kept = a.map(sleep, range(40), [0.1] * 40, key=[f"a{i}" for i in range(40)], workers="127.0.0.1")
-            await asyncio.sleep(0.5)
+            await have_run("a")
             async with Worker(scheduler.address, name="new", nthreads=1, host="127.0.0.1", dashboard=False) as new:
-                await asyncio.sleep(1.5)
-                assert done_by(scheduler, new.address)[0] >= 5
+                await until(lambda: done_by(scheduler, new.address)[0] >= 5)
                 await a.cancel(kept)
             del kept
         async with cluster(3, 1) as scheduler, client(scheduler, "a/x") as a:
             first, second, _ = scheduler.workers
             scheduler.handle_worker_status_change("paused", first, "test")
             kept = a.map(sleep, range(40), [0.1] * 40, key=[f"a{i}" for i in range(40)], workers=[first, second])
-            await asyncio.sleep(0.3)
+            await until(lambda: done_by(scheduler, second)[0])
             scheduler.handle_worker_status_change("running", first, "test")
-            await asyncio.sleep(0.5)
+            await until(lambda: done_by(scheduler, first)[0])
             scheduler.handle_worker_status_change("paused", second, "test")
             before = done_by(scheduler, first)[0]
-            await asyncio.sleep(1.0)
-            assert done_by(scheduler, first)[0] >= before + 5
+            await until(lambda: done_by(scheduler, first)[0] >= before + 5)
             await a.cancel(kept)
             scheduler.handle_worker_status_change("running", second, "test")
             del kept
@@ -156,8 +151,7 @@ def test_restrictions_that_change_while_tasks_wait_are_kept():
             first, second = scheduler.workers
             for bound in (None, [first]):
                 kept = a.map(sleep, range(12), [0.1] * 12, key=[f"{bound}{i}" for i in range(12)], workers=bound)
-                while len(scheduler.queued) < 6:
-                    await asyncio.sleep(0.01)
+                await until(lambda: len(scheduler.queued) >= 6)
                 held = [ts.key for ts in scheduler.queued]
                 scheduler.set_restrictions({key: {second} for key in held})
                 await a.gather(kept)
@@ -171,7 +165,8 @@ def test_quiet_lanes_that_come_together_each_find_a_worker():
         async with cluster(8, 1) as scheduler, client(scheduler, "a/x") as a:
             quiet = [await client(scheduler, f"q{i}/y") for i in range(8)]
             flood = a.map(sleep, range(200), [0.8] * 200, key=[f"a{i}" for i in range(200)])
-            await asyncio.sleep(1.1)
+            await have_run("a")
+            await asyncio.sleep(0.2)
             sent = time.time()
             await asyncio.gather(*(c.submit(sleep, i, 0.3, key=f"q{i}") for i, c in enumerate(quiet)))
             waits = [begun(f"q{i}") - sent for i in range(8)]

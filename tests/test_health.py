@@ -144,6 +144,18 @@ def test_what_pools_wait_for_is_told_in_their_own_words_and_nothing_of_it_where_
     assert watch.reason() == f"there are no workers: {watch.missing}"
 
 
+def test_a_client_that_closes_between_two_looks_ends_the_run_in_the_same_way(cluster, tmp_path):
+    client = Client(cluster.address)
+
+    def items() -> Iterator[Item]:
+        yield Item(0, "item0")
+        client.close()  # as one that has lost its scheduler closes itself
+        yield Item(1, "item1")
+
+    with pytest.raises(ClusterError, match="The scheduler is gone"):
+        MapRunner(client, FaultyJob(tmp_path)).run(items())
+
+
 def test_a_scheduler_that_is_gone_ends_the_run_with_the_way_out(client, cluster, tmp_path):
     run = _Run(client, tmp_path, count=40, seconds=0.3)
     time.sleep(1.0)

@@ -18,6 +18,7 @@ from cryodask.errors import InputError, ProjectFileError
 from cryodask.run import sources
 from cryodask.run.blocks import iterate_on_workers
 from cryodask.run.chain import Chain, Link
+from cryodask.run.health import scheduler_needed
 from cryodask.run.inputs import StepInputs
 from cryodask.run.map import PREFIX, MapRunner
 from cryodask.run.particles import StoredParticles
@@ -317,7 +318,8 @@ class Execution:
             self.progress.end("done before")
             return
         started = time.time()
-        result = self._compute(step, particles, inputs, generation)
+        with scheduler_needed(self.client):
+            result = self._compute(step, particles, inputs, generation)
         if extra and particles is not None:
             result |= {"particle_row": particles.row, "particle_slot": particles.slot}
         generation.commit_result(result, seconds=round(time.time() - started, 3))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from distributed import Client, Future, wait
-from distributed.client import FuturesCancelledError
+from distributed.client import ClosedClientError, FuturesCancelledError
 
 from cryodask.errors import ClusterError
 
@@ -16,6 +16,29 @@ _LOOK_SECONDS = 2.0
 _ANSWER_SECONDS = 20.0
 _SILENT_SECONDS = 30.0
 _LONGEST_PATIENCE_SECONDS = 600.0
+
+
+def _gone(client: Client) -> ClusterError:
+    return ClusterError(
+        f"The scheduler is gone (client {client.status}).",
+        "it was stopped, or its machine went down",
+        "run the same command again: everything committed is kept and it resumes",
+    )
+
+
+@contextmanager
+def scheduler_needed(client: Client) -> Iterator[None]:
+    """Work that no client can do which has closed itself since its scheduler is gone.
+
+    Raises
+    ------
+    ClusterError
+        As soon as something is to be sent to the scheduler.
+    """
+    try:
+        yield
+    except ClosedClientError as error:
+        raise _gone(client) from error
 
 
 class Watch:
@@ -132,11 +155,7 @@ class Watch:
     def check_client(self) -> None:
         """Raise ClusterError when the scheduler is gone for good."""
         if self.client.status not in ("running", "connecting"):
-            raise ClusterError(
-                f"The scheduler is gone (client {self.client.status}).",
-                "it was stopped, or its machine went down",
-                "run the same command again: everything committed is kept and it resumes",
-            )
+            raise _gone(self.client)
 
     def _ask(self) -> None:
         scheduler = self.client.scheduler

@@ -7,6 +7,7 @@ items are run again in child processes, so that a guilty one is convicted by its
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import heapq
 import os
@@ -19,10 +20,11 @@ from typing import Any, Protocol
 
 import cloudpickle
 from distributed import Client, Future, KilledWorker
+from distributed.client import ClosedClientError
 
 from cryodask.errors import CryodaskError
 from cryodask.run.devices import CPU_DEVICE, GPU, GPU_DEVICE, gpu_items, with_gpus
-from cryodask.run.health import Watch
+from cryodask.run.health import Watch, scheduler_needed
 from cryodask.run.isolation import ItemDied, ItemFailure, blamed_at_first_death, in_child, time_limit
 from cryodask.store.project import Item
 
@@ -154,19 +156,21 @@ class MapRunner:
         items = iter(source)
         self._ended = False
         try:
-            while True:
-                if self.watch.look(f"{len(self.flying)} items are out"):
-                    # never 0: a cluster that scales by backlog must see one
-                    self.window = 4 * self.watch.slots + 8
-                    self._look_at_gpus()
-                    self.event("looked", None, "")
-                self._refill(items)
-                if self._ended and not (self.flying or self.ready or self.later or self.suspects):
-                    return self.counts()
-                if self._collect() or not self.flying:
-                    self.watch.moved()
+            with scheduler_needed(self.client):
+                while True:
+                    if self.watch.look(f"{len(self.flying)} items are out"):
+                        # never 0: a cluster that scales by backlog must see one
+                        self.window = 4 * self.watch.slots + 8
+                        self._look_at_gpus()
+                        self.event("looked", None, "")
+                    self._refill(items)
+                    if self._ended and not (self.flying or self.ready or self.later or self.suspects):
+                        return self.counts()
+                    if self._collect() or not self.flying:
+                        self.watch.moved()
         except BaseException:
-            self.client.cancel([f for f, _, _ in self.flying.values()], force=True)
+            with contextlib.suppress(ClosedClientError, RuntimeError):  # a client that has closed, or its event loop, cancels nothing
+                self.client.cancel([f for f, _, _ in self.flying.values()], force=True)
             raise
         finally:
             self.watch.announce(PREFIX, 0)
