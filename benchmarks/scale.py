@@ -161,7 +161,7 @@ def plot(runs: dict[str, list[dict[str, Any]]]) -> None:
             tasks.plot(seconds, held, color=colour, label=None if number else title)
             memory.plot(seconds, [(r - resident[0]) / 1e6 for r in resident], color=colour)
     tasks.set(xlabel="s", ylabel="tasks that the scheduler holds", yscale="log")
-    memory.set(xlabel="s", ylabel="memory of the process above its start, MB")
+    memory.set(xlabel="s", ylabel="memory above the start, MB")
     tasks.legend()
     OUT.mkdir(exist_ok=True)
     figure.savefig(OUT / "scale.png", dpi=90)
