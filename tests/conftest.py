@@ -27,12 +27,9 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
-# minutes each: one that begins last would run on alone when all else is done
-_LONGEST = ["test_notebooks", "test_crash_equality", "test_blueprints", "test_real_particles"]
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: _LONGEST.index(item.path.stem) if item.path.stem in _LONGEST else len(_LONGEST))
+    # ten minutes: if the notebooks began last they would run on alone when all else is done
+    items.sort(key=lambda item: item.path.stem != "test_notebooks")
     if shutil.which("relion_project") is None:
         warnings.warn("RELION is not on the PATH: the tests marked relion are SKIPPED", stacklevel=1)
         for item in items:
