@@ -37,7 +37,7 @@ check: venv
 	$(BIN)/lint-imports
 
 test: venv system check test-oldest
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 # lanes lean on parts of distributed that are not documented: the oldest version that pyproject.toml admits beside the newest
 OLDEST := 2025.7.0
@@ -46,7 +46,7 @@ test-oldest: venv
 	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest tests/test_contract_of_distributed.py tests/test_fairshare_edges.py
 
 test-all: venv system check
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: venv system
 	for b in benchmarks/[a-z]*.py; do echo "== $$b"; $(BIN)/python $$b || exit 1; done

@@ -28,8 +28,6 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # ten minutes: if the notebooks began last they would run on alone when all else is done
-    items.sort(key=lambda item: item.path.stem != "test_notebooks")
     if shutil.which("relion_project") is None:
         warnings.warn("RELION is not on the PATH: the tests marked relion are SKIPPED", stacklevel=1)
         for item in items:
