@@ -12,6 +12,7 @@ import time
 import pytest
 import yaml
 
+import cryodask
 from cryodask.cluster import connect
 from cryodask.cluster.connect import _folder_for_certificates
 from cryodask.cluster.slurm import new_cluster_id
@@ -73,6 +74,12 @@ def test_a_scheduler_is_found_by_the_path_of_its_file_and_by_a_path_to_a_cluster
     for where in (tmp_path / "s.json", tmp_path / "c.yaml"):
         with connect(where) as found:
             assert found.submit(sum, [1, 2]).result(30) == 3
+
+
+def test_a_scheduler_with_another_release_of_cryodask_is_refused_with_both_named(client, monkeypatch):
+    monkeypatch.setattr(sys.modules["cryodask.cluster.connect"], "RELEASE", "0.0.9")
+    assert refused(client.scheduler.address) == f"The scheduler has cryodask {cryodask.__version__}, and this process 0.0.9."
+    assert len(client.scheduler_info()["workers"]) == 2
 
 
 def test_folders_of_certificates_that_a_killed_process_left_go_at_the_next_connect(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from distributed.core import rpc
 from distributed.diagnostics.plugin import NannyPlugin, SchedulerPlugin, WorkerPlugin
 from distributed.versions import get_versions
 
+import cryodask
 from cryodask.cluster import tls
 from cryodask.cluster.gate import FORWARDED, OWNER_OPS, USER_ON_WORKER, USER_OPS, WORKER_OPS
 from cryodask.cluster.guard import GuardedScheduler, GuardedWorker
@@ -383,6 +384,20 @@ def test_client_and_worker_of_another_version_are_refused_with_both_versions_nam
             monkeypatch.undo()
             async with person(scheduler, folder, "anna") as anna:
                 assert await anna.submit(sum, [1, 2]) == 3
+
+    asyncio.run(run())
+
+
+def test_a_worker_with_another_release_of_cryodask_is_refused_and_a_client_without_it_is_not(tmp_path, monkeypatch):
+    async def run():
+        folder = authority(tmp_path / "a", anna=["hpda"]).folder
+        async with guarded(folder) as scheduler, person(scheduler, folder, "anna") as anna:
+            monkeypatch.setattr("cryodask.cluster.gate.RELEASE", "0.0.9")
+            with pytest.raises(RuntimeError) as refused:
+                await GuardedWorker(scheduler.address, host="127.0.0.1", security=tls.security(folder, "worker"))
+            assert f"cryodask 0.0.9 (here {cryodask.__version__})" in str(refused.value.__cause__)
+            assert len(scheduler.workers) == 2
+            assert await anna.submit(sum, [1, 2]) == 3  # a plain Client tells no release
 
     asyncio.run(run())
 

@@ -266,7 +266,7 @@ def _as_anna(cluster, folder):
 def test_with_certificates_scheduler_and_workers_speak_tls_and_are_guarded(on_slurm, tmp_path):
     Authority.create(tmp_path / "ca", owner="service").invite("anna", ["hpda"], address="tls://127.0.0.1:1")
     pools = {"cpu": {**_POOLS["cpu"], "count": 1}, "gpu": {**_POOLS["gpu"], "count": 1}}
-    mixed = settings(tmp_path / "logs", pools=pools, lanes={"live": 3, "hpda": 1})
+    mixed = settings(tmp_path / "logs", pools=pools, lanes={"live": 3, "hpda": 1}, max_graph_bytes="1MiB")
     with open_pools(mixed, certificates=tmp_path / "ca", owner="service") as cluster:
         wait(lambda: sum(now.workers for now in cluster.pool_status().values()) == 3, "three workers")
         with Client(cluster) as owner, _as_anna(cluster, tmp_path / "ca") as anna:
@@ -274,6 +274,8 @@ def test_with_certificates_scheduler_and_workers_speak_tls_and_are_guarded(on_sl
             assert all(address.startswith("tls://") for address in owner.nthreads())
             with pytest.raises(PermissionError, match="anna"):
                 anna.run(os.getpid)
+            with pytest.raises(ValueError, match=r"takes at most 1.00 MiB"):
+                anna.submit(len, bytes(2_000_000)).result(60)
             assert len(owner.run(os.getpid)) == 3
         at_loopback = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
         workers = [psutil.Process(pid) for pid in on_slurm.processes()]

@@ -28,6 +28,7 @@ from cryodask.cluster.fairshare import FairShareScheduler
 from cryodask.cluster.settings import AddressSettings, LocalSettings, SlurmSettings, read_cluster_file
 from cryodask.cluster.slurm import new_cluster_id, owner_is_dead
 from cryodask.cluster.tls import Authority, connection_errors
+from cryodask.cluster.versions import RELEASE
 from cryodask.errors import ClusterError
 
 # clusters that live in this process, each with the folder of its certificates
@@ -313,7 +314,16 @@ def _started(name: str, settings: LocalSettings) -> Client:
 
 def _existing(name: str, **where: Any) -> Client:
     with connection_errors(str(next(iter(where.values())))):
-        return Client(name=name, timeout="15s", **where)
+        client = Client(name=name, timeout="15s", **where)
+    release = client.scheduler_info().get("cryodask")
+    if release not in (None, RELEASE):
+        client.close()
+        raise ClusterError(
+            f"The scheduler has cryodask {release}, and this process {RELEASE}.",
+            "one of them was updated while the other ran, or another environment is active",
+            "use the same release on both sides; start the cluster again after an update",
+        )
+    return client
 
 
 def close(client: Client) -> None:

@@ -17,6 +17,7 @@ from distributed import Nanny, Worker
 from distributed.comm import Comm
 from distributed.core import Server, error_message
 
+from cryodask.cluster.versions import RELEASE
 from cryodask.errors import ClusterError
 
 logger = logging.getLogger(__name__)
@@ -257,6 +258,10 @@ class GuardedWorker(Worker):
         if not kwargs.get("dashboard_address"):
             kwargs["dashboard_address"] = "127.0.0.1:0"
         super().__init__(*args, **kwargs)
+
+    async def get_startup_information(self) -> dict[str, Any]:
+        """As distributed's, with the release of cryodask, which the scheduler compares with its own."""
+        return {**await super().get_startup_information(), "cryodask": RELEASE}
 
 
 @behind_gates

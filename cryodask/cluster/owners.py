@@ -16,7 +16,7 @@ from distributed.scheduler import TaskState
 from distributed.versions import get_versions
 
 from cryodask.cluster.lanes import LaneOptions, LaneQueue, Owner, Share
-from cryodask.cluster.versions import why_refused
+from cryodask.cluster.versions import RELEASE, why_refused
 
 THREADS = "threads"
 _SAMPLED = 200
@@ -87,8 +87,8 @@ class LanedScheduler(Scheduler):
         self._held.clear()
 
     def identity(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As distributed's; of the workers also ``used_resources``, and ``lanes`` to tell that there are some."""
-        known: dict[str, Any] = {**super().identity(*args, **kwargs), "lanes": True}
+        """As distributed's; of the workers also ``used_resources``, and ``lanes`` and ``cryodask`` to tell what this is."""
+        known: dict[str, Any] = {**super().identity(*args, **kwargs), "lanes": True, "cryodask": RELEASE}
         for address, worker in known["workers"].items():
             worker["used_resources"] = dict(self.workers[address].used_resources)
         return known
@@ -103,7 +103,8 @@ class LanedScheduler(Scheduler):
 
     async def add_worker(self, comm: Comm, **told: Any) -> None:
         """As distributed's; one with other versions is told so, and ends."""
-        if why := why_refused("worker", told.get("versions"), self._versions):
+        release = (told.get("extra") or {}).get("cryodask")
+        if why := why_refused("worker", told.get("versions"), self._versions, release):
             await comm.write({"status": "error", "message": why, "time": time()})
             return
         await super().add_worker(comm, **told)

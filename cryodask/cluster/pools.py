@@ -86,6 +86,7 @@ class PoolCluster(PoolJobs):
             security = tls.security(folder, owner)
             options |= {"protocol": "tls://", "security": tls.security(folder, "scheduler")}
             options |= {"owner": owner, "users": folder / "people.json"}
+            options |= {"max_graph_bytes": settings.max_graph_bytes, "max_graph_tasks": settings.max_graph_tasks}
         dask.config.set(SETTINGS)
         super().__init__(
             settings,

@@ -253,7 +253,8 @@ class SlurmSettings(_Sharing):
     and driver.
 
     Pools with a ``maximum`` get as many jobs as would do the waiting work in ``catch_up_minutes``; a job that was not needed for
-    ``idle_minutes`` is let go. ``floor`` gives a lane a number of threads that are there while it has clients.
+    ``idle_minutes`` is let go. ``floor`` gives a lane a number of threads that are there while it has clients. A guarded scheduler
+    refuses graphs above ``max_graph_bytes`` (as sent) or ``max_graph_tasks``.
     """
 
     kind: Literal["slurm"]
@@ -266,6 +267,8 @@ class SlurmSettings(_Sharing):
     floor: dict[str, int] = {}
     catch_up_minutes: float = Field(10.0, gt=0)
     idle_minutes: float = Field(10.0, ge=0)
+    max_graph_bytes: Memory = "256MiB"
+    max_graph_tasks: PositiveInt = 2_000_000
     single_allocation: bool = False
     service: ServiceSettings | None = None
     driver: JobSettings = JobSettings()
