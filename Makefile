@@ -13,8 +13,8 @@ venv: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(shell grep '^torch==' constraints.txt) $(TORCH_INDEX)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --no-compile $(shell grep '^torch==' constraints.txt) $(TORCH_INDEX)
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[test]'
 	touch $@
 
 # RELION is the other side of the convention tests (without it their committed figures are used), Slurm what pools are tested on,
@@ -36,17 +36,20 @@ check: venv
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# many tests wait for workers to start: three at a time keep two cores busy. Files keep the order of conftest.py, the longest first
+TOGETHER := -n 3 --dist loadfile --no-loadscope-reorder
+
 test: venv system check test-oldest
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest $(TOGETHER) -m "not slow"
 
 # lanes lean on parts of distributed that are not documented: the oldest version that pyproject.toml admits beside the newest
 OLDEST := 2025.7.0
 test-oldest: venv
 	test -d $(VENV)/oldest || $(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/oldest dask==$(OLDEST) distributed==$(OLDEST)
-	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest tests/test_contract_of_distributed.py tests/test_fairshare_edges.py
+	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest tests/test_contract_of_distributed.py tests/test_fairshare_edges.py tests/test_fairshare_places.py
 
 test-all: venv system check
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest $(TOGETHER)
 
 bench: venv system
 	for b in benchmarks/[a-z]*.py; do echo "== $$b"; $(BIN)/python $$b || exit 1; done

@@ -16,7 +16,6 @@ from cryodask.cluster.fairshare import FairShareScheduler
 LOG: list[tuple[str, float, float]] = []
 LATE: list[tuple[float, float]] = []
 """When the event loop of scheduler and workers woke up, and how many seconds late: what a busy machine adds to every wait."""
-_CALM_SLACK_SECONDS = 0.4
 
 
 class _Recorder(SchedulerPlugin):
@@ -68,6 +67,11 @@ async def _watch() -> None:
 def slack(since: float) -> float:
     """Seconds that a wait since then may take beyond what it waits for: the way there and back, and what this machine added to it."""
     return 0.2 + 2 * max((late for when, late in LATE if when >= since), default=0.0)
+
+
+def was_calm(since: float) -> bool:
+    """Whether this machine has not stalled since then for a tenth of a second."""
+    return slack(since) < 0.4
 
 
 def longest(lane: str) -> float:
@@ -137,7 +141,7 @@ async def have_shares(lanes: str, wanted: list[float], seconds: float = 3.0, wit
         found = shares(begin, time.time() - 0.2, lanes)
         if max(abs(f - w) for f, w in zip(found, wanted)) <= within:
             return
-        if slack(begin - 1.5) < _CALM_SLACK_SECONDS:
+        if was_calm(begin - 1.5):
             break
     raise AssertionError(f"shares {found} instead of {wanted}")
 

@@ -7,7 +7,7 @@ import time
 from functools import partial
 
 import pytest
-from _lanes import LOG, client, cluster, have_run, have_shares, longest, run, shares, slack, sleep, until, until_clean
+from _lanes import LOG, client, cluster, have_run, have_shares, longest, run, slack, sleep, until, until_clean, was_calm
 from distributed import Worker
 
 
@@ -203,8 +203,8 @@ def test_short_tasks_with_inputs_are_sent_ahead_in_turn_and_yield_to_who_comes()
             for lane, side in zip("ABC", sides):
                 await side.submit(sleep, 0, 0.005, key=(f"{lane}-short", -1))  # how long these are is known then
             floods = [
-                side.map(sleep, range(600), [0.005] * 600, given * 60, key=[(f"{lane}-short", i) for i in range(600)])
-                for lane, side, given in zip("AB", sides, inputs)
+                side.map(sleep, range(count), [0.005] * count, given * (count // 10), key=[(f"{lane}-short", i) for i in range(count)])
+                for lane, side, given, count in zip("AB", sides, inputs, (800, 2200))
             ]
             (worker,) = scheduler.workers.values()
             most = 0
@@ -212,13 +212,17 @@ def test_short_tasks_with_inputs_are_sent_ahead_in_turn_and_yield_to_who_comes()
                 if len(LOG) > 300:  # both lanes have work, and take turns
                     most = max(most, len(worker.processing))
                 await asyncio.sleep(0.002)
-            sent = time.time()
-            await c.submit(sleep, 0, 0.005, inputs[2][0], key=("C-short", 0))
-            assert begun("C-short") - sent < 0.1 + slack(sent), "what is there ahead is 32 tasks of 5 ms, and more waits behind them"
+            for attempt in range(3):
+                short = c.submit(sleep, 0, 0.005, inputs[2][0], key=("C-short", attempt))
+                await until(lambda: short.key in scheduler.tasks)  # noqa: B023
+                known = time.time()
+                await short
+                before = sum(known < begin < begun("C-short") for _, begin, _ in LOG)
+                if before < 32 or was_calm(known - 1):
+                    break  # a stall is charged to whose tasks it met, and until others have had as much C waits with them
+            assert before < 32, f"{before} began before it: as many as are sent ahead, and thousands wait"
             assert 5 < most <= 32 + 4, most  # of one that comes anew as many overtake as there are threads
-            times = sorted(begin for name, begin, _ in LOG if name[0] == "B")
-            found = shares(times[100], times[-1], "AB")
-            assert found == pytest.approx([25, 75], abs=5), found
+            await have_shares("AB", [25, 75], seconds=1.0)
             await a.cancel(floods[0])
             await b.cancel(floods[1])
             del floods, inputs
