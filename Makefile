@@ -36,17 +36,19 @@ check: venv
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# many tests wait for workers to start: three at a time keep two cores busy. Files keep the order of conftest.py, the longest first
-TOGETHER := -n 3 --dist loadfile --no-loadscope-reorder
+# most tests wait, for workers, jobs and faults: four at a time keep two cores busy. Files keep the order of conftest.py, the longest first
+TOGETHER := -n 4 --dist loadfile --no-loadscope-reorder
 
-test: venv system check test-oldest
+test:
+	$(MAKE) -j 2 venv system
+	$(MAKE) -j 2 check test-oldest
 	$(BIN)/python -m pytest $(TOGETHER) -m "not slow"
 
 # lanes lean on parts of distributed that are not documented: the oldest version that pyproject.toml admits beside the newest
 OLDEST := 2025.7.0
 test-oldest: venv
 	test -d $(VENV)/oldest || $(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/oldest dask==$(OLDEST) distributed==$(OLDEST)
-	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest tests/test_contract_of_distributed.py tests/test_fairshare_edges.py tests/test_fairshare_places.py
+	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest tests/test_contract_of_distributed.py tests/test_fairshare_edges.py
 
 test-all: venv system check
 	$(BIN)/python -m pytest $(TOGETHER)

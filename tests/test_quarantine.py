@@ -26,7 +26,7 @@ def outcome(tmp_path_factory):
     items = [Item(row, f"item{row}") for row in range(GOOD + len(GUILTY))]
     with ProcessCluster(2, memory="700MB") as cluster, Client(cluster.address) as client:
         told = lambda kind, item, text: events.append((kind, item.name if item else None, text))  # noqa: E731
-        runner = MapRunner(client, FaultyJob(folder, FAULTS), limit_seconds=3, backoff_seconds=0.2, event=told)
+        runner = MapRunner(client, FaultyJob(folder, FAULTS), limit_seconds=8, backoff_seconds=0.2, event=told)
         counts = runner.run(iter(items))
     records = Journal(folder / "journal").read().records
     return counts, events, records
@@ -55,8 +55,8 @@ def test_an_item_that_fails_twice_and_then_succeeds_is_done(outcome):
         (7, "item7 is bad"),
         (31, "exit code 3"),
         (60, "SIGSEGV"),
-        (111, "took longer than 3 s"),
-        (140, "took longer than 3 s"),
+        (111, "took longer than 8 s"),
+        (140, "took longer than 8 s"),
         (170, "needs more memory than a worker has"),
         (195, "_Unpicklable"),
     ],
