@@ -36,8 +36,8 @@ check: venv
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# most tests wait, for workers, jobs and faults: four at a time keep two cores busy. Files keep the order of conftest.py, the longest first
-TOGETHER := -n 4 --dist loadfile --no-loadscope-reorder
+# most tests wait, for workers, jobs and faults: three at a time keep two cores busy
+TOGETHER := -n 3 --dist loadfile --no-loadscope-reorder
 
 test:
 	$(MAKE) -j 2 venv system

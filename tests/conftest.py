@@ -27,15 +27,9 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
-# minutes each: one that begins last would run on alone when all else is done
-_LONGEST = [
-    f"test_{name}"
-    for name in ("notebooks", "service_slurm", "blueprints", "slurm_pools", "crash_equality", "real_particles", "chain", "service")
-]
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: _LONGEST.index(item.path.stem) if item.path.stem in _LONGEST else len(_LONGEST))
+    # minutes: begun late they would run on alone when all else is done
+    items.sort(key=lambda item: item.path.stem != "test_notebooks")
     if shutil.which("relion_project") is None:
         warnings.warn("RELION is not on the PATH: the tests marked relion are SKIPPED", stacklevel=1)
         for item in items:
