@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from cryodask.cluster.pool_state import PoolState, PoolStatus, missing
 from cryodask.cluster.pools import PoolCluster
 from cryodask.cluster.settings import AddressSettings, LocalSettings, SlurmSettings, parse_settings, read_cluster_file
 from cryodask.cluster.slurm import QueuedJob, dry_run, is_full, new_cluster_id, owner_is_dead, walltime_seconds
+from cryodask.cluster.tls import Authority
 from cryodask.errors import ClusterError, ProjectFileError
 
 _CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "clusters"
@@ -33,12 +36,21 @@ def test_the_shipped_files_are_read():
     assert [kinds["mixed.yaml"].pools[n].workers_per_job for n in ("cpu", "gpu")] == [4, 4]
 
 
+def test_the_limits_of_graphs_reach_the_scheduler_of_a_single_allocation_too(tmp_path):
+    Authority.create(tmp_path, owner="service")
+    single = parse_settings(slurm(count=1) | {"single_allocation": True, "max_graph_tasks": 77})
+    script = allocation_script(single, "true", certificates=tmp_path)
+    (guard,) = [line for line in script.splitlines() if line.startswith("export DASK_CRYODASK__GUARD=")]
+    assert ast.literal_eval(shlex.split(guard.partition("=")[2])[0])["max_graph_tasks"] == 77
+
+
 def test_every_line_that_is_commented_out_in_the_shipped_files_may_be_said():
     text = (_CONFIGS / "slurm.yaml").read_text()
     lines = [line for line in text.splitlines()[1:] if not line.startswith("# Workers")]
     content = yaml.safe_load("\n".join(line.replace("# ", "", 1) if line.lstrip().startswith("# ") else line for line in lines))
     said = parse_settings(content)
     assert (said.interface, said.port, said.pools["cpu"].image) == ("ib0", 8786, "/software/cryodask.sif")
+    assert (said.max_graph_bytes, said.max_graph_tasks) == ("256MiB", 2_000_000)
     assert len(said.pools["cpu"].environment) == 2
     assert said.pools["cpu"].directives == ("--constraint=rome",)
 

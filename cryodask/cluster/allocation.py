@@ -80,5 +80,5 @@ def _scheduler_exports(settings: SlurmSettings, certificates: Path | None) -> li
     if certificates:
         files = tls.security(certificates, "scheduler").get_tls_config_for_role("scheduler")
         values |= {f"DASK_DISTRIBUTED__COMM__TLS__SCHEDULER__{k.upper()}": str(files[k]) for k in ("cert", "key")}
-        values["DASK_CRYODASK__GUARD"] = repr({"users": str(certificates / "people.json")})
+        values["DASK_CRYODASK__GUARD"] = repr({"users": str(certificates / "people.json"), **settings.graph_limits()})
     return [f"export {name}={shlex.quote(value)}" for name, value in values.items()]

@@ -85,8 +85,7 @@ class PoolCluster(PoolJobs):
         if folder is not None and owner is not None:
             security = tls.security(folder, owner)
             options |= {"protocol": "tls://", "security": tls.security(folder, "scheduler")}
-            options |= {"owner": owner, "users": folder / "people.json"}
-            options |= {"max_graph_bytes": settings.max_graph_bytes, "max_graph_tasks": settings.max_graph_tasks}
+            options |= {"owner": owner, "users": folder / "people.json", **settings.graph_limits()}
         dask.config.set(SETTINGS)
         super().__init__(
             settings,

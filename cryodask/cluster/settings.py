@@ -273,6 +273,10 @@ class SlurmSettings(_Sharing):
     service: ServiceSettings | None = None
     driver: JobSettings = JobSettings()
 
+    def graph_limits(self) -> dict[str, Any]:
+        """The parameters of ``GuardedScheduler`` for graphs that are too large."""
+        return self.model_dump(include={"max_graph_bytes", "max_graph_tasks"})
+
     @model_validator(mode="after")
     def _floors_have_lanes(self) -> SlurmSettings:
         unknown = [name for name in self.floor if self.lanes and name not in self.lanes]
