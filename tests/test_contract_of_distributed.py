@@ -12,7 +12,7 @@ import textwrap
 import distributed.core
 import pytest
 from _lanes import client, cluster, run, sleep
-from distributed import Scheduler
+from distributed import Client, Scheduler
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.scheduler import TaskPrefix, TaskState, WorkerState
 
@@ -47,6 +47,12 @@ PARAMETERS = {
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_methods_that_are_overridden_or_called_take_these_parameters(name):
     assert list(inspect.signature(getattr(Scheduler, name)).parameters) == PARAMETERS[name]
+
+
+def test_a_client_keeps_the_task_that_hears_its_scheduler_and_comes_back_to_it():
+    assert "_handle_report_task" in inspect.getsource(Client.__init__)
+    assert "self._handle_report()" in inspect.getsource(Client._start)
+    assert "_reconnect()" in inspect.getsource(Client._handle_report)
 
 
 def test_parameters_that_are_passed_on_whole_have_these_names_among_them():

@@ -156,6 +156,21 @@ def test_a_client_that_closes_between_two_looks_ends_the_run_in_the_same_way(clu
         MapRunner(client, FaultyJob(tmp_path)).run(items())
 
 
+def test_a_client_that_fails_to_come_back_in_a_way_of_its_own_ends_the_run_too(cluster, tmp_path, monkeypatch):
+    async def cut(self: Client, timeout: float | None = None) -> None:
+        raise ValueError("IOStream is not idle")  # as of tornado, where a connection breaks just before its encryption begins
+
+    client = Client(cluster.address)
+    run = _Run(client, tmp_path, count=400, seconds=0.3)
+    time.sleep(1.0)
+    monkeypatch.setattr(Client, "_ensure_connected", cut)
+    client.loop.add_callback(client.scheduler_comm.comm.abort)
+    with pytest.raises(ClusterError, match=r"The scheduler is gone \(client connecting\)"):
+        run.ended()
+    client._handle_report_task = None  # close() would raise what it raised
+    client.close()
+
+
 def test_a_scheduler_that_is_gone_ends_the_run_with_the_way_out(client, cluster, tmp_path):
     run = _Run(client, tmp_path, count=40, seconds=0.3)
     time.sleep(1.0)

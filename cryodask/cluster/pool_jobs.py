@@ -394,9 +394,10 @@ class PoolJobs(SpecCluster):
         watching, self._watching = self._watching, None
         if watching is not None:
             tasks = {watching, *self._retirements}
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
+            while tasks:  # again, since wait_for() of Python 3.11 loses a cancellation that comes with its result
+                for task in tasks:
+                    task.cancel()
+                _, tasks = await asyncio.wait(tasks, timeout=1)
             await slurm.scancel([job.job_id for job in self.workers.values() if job.job_id])  # one call for all, not one for each
             for job in self.workers.values():
                 await ProcessInterface.close(job)

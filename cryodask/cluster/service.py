@@ -6,6 +6,7 @@ read, ``~/.local/state/cryodask/clusters/NAME``: the settings, the authority, th
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import os
@@ -42,6 +43,7 @@ __all__ = ["Service", "SubmittedRun", "find", "invite", "known", "name_for", "st
 
 _LOOK_SECONDS = 0.2
 _ANSWER_SECONDS = 15.0
+_WORK_SECONDS = 90.0
 _END_SECONDS = 120.0
 
 
@@ -76,10 +78,17 @@ class Service:
         async def asked() -> Any:
             secrets = self.security.get_connection_args("client") if self.security else {}
             async with rpc(self.address, timeout=_ANSWER_SECONDS, connection_args=secrets) as service:
-                return await getattr(service, what)(**arguments)
+                return await asyncio.wait_for(getattr(service, what)(**arguments), _WORK_SECONDS)
 
         with tls.connection_errors(self.address):
-            return in_thread(asked())
+            try:
+                return in_thread(asked())
+            except TimeoutError as error:
+                raise ClusterError(
+                    f"{self.name} did not answer within {_WORK_SECONDS:.0f} s.",
+                    "its machine is overloaded, or its process hangs at its end",
+                    "ask again; if it stays so, look into its log and end that process",
+                ) from error
 
     def status(self) -> dict[str, Any]:
         """What the service does.

@@ -279,7 +279,7 @@ def _explanation(address: str, error: BaseException) -> tuple[str, str, str] | N
         return f"No scheduler answers at {address}.", "it has ended, or a firewall is between", "start it again and give its new address"
     if "CommClosedError" in words and address.startswith("tcp://"):
         return f"{address} hung up on an unencrypted connection.", "the cluster is reached with certificates only", "use its tls:// address"
-    if "CommClosedError" in words:
+    if "CommClosedError" in words or "IOStream is not idle" in words:  # tornado's words where it hangs up before the encryption begins
         return f"{address} hung up.", "your certificate was refused, or the scheduler is ending", f"look whether it runs; else {ask}"
     if isinstance(error, OSError):
         return (

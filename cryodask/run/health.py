@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -153,8 +154,14 @@ class Watch:
         return f"{len(self.workers)} workers are busy{more}"
 
     def check_client(self) -> None:
-        """Raise ClusterError when the scheduler is gone for good."""
-        if self.client.status not in ("running", "connecting"):
+        """Raise ClusterError when the scheduler is gone for good.
+
+        A client that has lost its scheduler tries for half a minute to come back, then closes. But where it meets anything else than a
+        refused connection, what tries dies, and the client stays "connecting" for ever.
+        """
+        trying: asyncio.Task[None] | None = self.client._handle_report_task
+        given_up = self.client.status == "connecting" and trying is not None and trying.done()
+        if given_up or self.client.status not in ("running", "connecting"):
             raise _gone(self.client)
 
     def _ask(self) -> None:

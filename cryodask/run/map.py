@@ -8,11 +8,11 @@ items are run again in child processes, so that a guilty one is convicted by its
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import heapq
 import os
 import pickle
-import queue
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -34,6 +34,8 @@ PREFIX = "item"
 _TRIES = 3
 _LONELY_DEATHS = 10
 _GPU_PATIENCE_SECONDS = 30.0
+_LOOK_SECONDS = 0.02
+_HELD_SECONDS = 2.0
 _RETRIED = (OSError, TimeoutError, MemoryError)
 
 
@@ -132,8 +134,9 @@ class MapRunner:
         self.lonely_deaths: Counter[int] = Counter()
         self.returned: set[int] = set()
         self.counted: Counter[str] = Counter()
-        self.finished: queue.SimpleQueue[Future] = queue.SimpleQueue()
         self.window = 8
+        self.settled: list[Future] = []
+        self._settled_since = 0.0
         self._sequence, self._run = 0, os.urandom(4).hex()
         self._ended = self._idle = False
 
@@ -168,11 +171,14 @@ class MapRunner:
                         return self.counts()
                     if self._collect() or not self.flying:
                         self.watch.moved()
+                    if self.settled and time.monotonic() - self._settled_since > _HELD_SECONDS:
+                        self._release_settled()
         except BaseException:
             with contextlib.suppress(ClosedClientError, RuntimeError):  # a client that has closed, or its event loop, cancels nothing
                 self.client.cancel([f for f, _, _ in self.flying.values()], force=True)
             raise
         finally:
+            self._release_settled()
             self.watch.announce(PREFIX, 0)
 
     def _refill(self, items: Iterator[Item | None]) -> None:
@@ -185,7 +191,7 @@ class MapRunner:
             self._send([self.suspects.popleft() for _ in range(min(max(1, room), len(self.suspects)))], isolated=True)
             room = self.window - len(self.flying)
         for_gpus = max(0, gpu_items(self.watch.workers, self.on_gpus) - len(self.for_gpus))
-        if room < self.window / 4 and len(self.flying) > 1:
+        if room < self.window / 2 and len(self.flying) > 1:  # few large messages are cheaper than many small ones
             room = 0
         room = max(room, for_gpus)
         while len(self.ready) < room and not self._ended:
@@ -206,19 +212,23 @@ class MapRunner:
     def _send(self, items: list[Item], *, isolated: bool, device: str = CPU_DEVICE) -> None:
         if not items:
             return
+        self._release_settled()
         self._sequence += 1
         # a new key each try: an erred key would answer at once
         keys = [f"{PREFIX}-{self._run}-{item.row}-{self._sequence}" for item in items]
         with blamed_at_first_death():
             futures = self.client.map(
-                work,
+                # one object for all items: arguments by keyword would be walked through by Dask for each
+                functools.partial(
+                    work,
+                    blob=self.blob,
+                    device=device,
+                    isolated=isolated,
+                    attempt=self.first_attempt + self._sequence,
+                    limit_seconds=self.limit_seconds,
+                ),
                 items,
                 [self.job.brief(item, item.row in self.returned) for item in items],
-                blob=self.blob,
-                device=device,
-                isolated=isolated,
-                attempt=self.first_attempt + self._sequence,
-                limit_seconds=self.limit_seconds,
                 key=keys,
                 pure=False,
                 retries=0,
@@ -229,7 +239,6 @@ class MapRunner:
             self.for_gpus |= {str(future.key): time.monotonic() for future in futures}
         for future, item in zip(futures, items):
             self.flying[str(future.key)] = (future, item, isolated)
-            future.add_done_callback(self.finished.put)
 
     def _look_at_gpus(self) -> None:
         """Which items run on GPUs; those that wait for one which others keep for long go to a CPU."""
@@ -250,28 +259,37 @@ class MapRunner:
 
     def _collect(self) -> bool:
         """Settle what has finished; False if nothing has."""
-        some = False
-        try:
-            future = self.finished.get(timeout=0.2 if (self._idle or self.later or not self.flying) else 1.0)
-            while True:
-                some = True
-                self._settle(future)
-                future = self.finished.get_nowait()
-        except queue.Empty:
-            return some
+        until = time.monotonic() + (0.2 if (self._idle or self.later or not self.flying) else 1.0)
+        while True:
+            # a callback at each future would cost a coroutine and two changes of thread an item
+            time.sleep(_LOOK_SECONDS)
+            finished = [key for key, (future, _, _) in self.flying.items() if future.status != "pending"]
+            if finished:
+                break
+            if time.monotonic() > until:
+                return False
+        if not self.settled:
+            self._settled_since = time.monotonic()
+        for key in finished:
+            self._settle(key)
+        return True
 
-    def _settle(self, future: Future) -> None:
-        if str(future.key) not in self.flying:  # taken back
-            return
-        _, item, isolated = self.flying.pop(str(future.key))
-        self.for_gpus.pop(str(future.key), None)
+    def _release_settled(self) -> None:
+        """Let the scheduler forget what is settled: many at once, since it writes to each worker that has one of them."""
+        if self.settled and (loop := self.client.loop):
+            loop.add_callback(_release, self.settled)
+        self.settled = []
+
+    def _settle(self, key: str) -> None:
+        future, item, isolated = self.flying.pop(key)
+        self.for_gpus.pop(key, None)
+        self.settled.append(future)
         status = future.status
-        error = future.exception() if status == "error" else None
-        future.release()
         if status == "finished":
             self.counted["done"] += 1
             self.event("done", item, "")
             return
+        error = future.exception() if status == "error" else None
         self.returned.add(item.row)
         if status != "error":  # cancelled or lost: nobody's fault
             self.watch.check_client()
@@ -311,6 +329,12 @@ class MapRunner:
             self.event("quarantined", item, f"{name}: {message}")
             return
         self.event("again", item, f"{name}: {message}")
+
+
+def _release(futures: list[Future]) -> None:
+    """In the event loop of the client, where it costs least."""
+    for future in futures:
+        future.release()
 
 
 def _revived(name: str, message: str) -> CryodaskError:
