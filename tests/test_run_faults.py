@@ -268,13 +268,19 @@ def cancel(slurm, job, worker):
     slurm.run("scancel", job)
 
 
+def nanny_of(worker):
+    return int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def kill_worker(slurm, job, worker):
+    nanny = nanny_of(worker)
+    os.kill(nanny, signal.SIGSTOP)  # on a quick machine its new worker would be there before the run had told of anything
     os.kill(worker, signal.SIGKILL)
+    threading.Timer(6.0, os.kill, (nanny, signal.SIGCONT)).start()
 
 
 def kill_nanny(slurm, job, worker):
-    parent = int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1])
-    os.kill(parent, signal.SIGKILL)
+    os.kill(nanny_of(worker), signal.SIGKILL)
 
 
 def drain(slurm, job, worker):

@@ -48,6 +48,7 @@ class HandingOver:
         self._over = asyncio.Event()
         self._handing: asyncio.Task[None] | None = None
         self._launched: batch.Launched | None = None
+        self._accounting: Any = None
 
     def _say(self, text: str) -> None:
         self.events.append((time.time(), text))
@@ -131,6 +132,8 @@ class HandingOver:
         if successor is not None and await _is_dead(successor):
             self._say("the successor ended before it took over")
             return False
+        if self._accounting is not None:
+            self._accounting.write()  # the successor reads the journal once, when it takes over
         self._name_as_successor(successor)
         self.state = "handed over"
         self._over.set()

@@ -42,7 +42,6 @@ class Serving(HandingOver):
         self._running: deque[dict[str, int]] = deque(maxlen=int(_SHARE_SECONDS / _SAMPLE_SECONDS))
         self._drain_seconds = 0.0
         self._stopped = False
-        self._accounting: Any = None
         certificates = folder / "authority" if encrypted(self.settings) else None
         if isinstance(self.settings, SlurmSettings):
             self.cluster = PoolCluster(
