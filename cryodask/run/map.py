@@ -35,7 +35,8 @@ _TRIES = 3
 _LONELY_DEATHS = 10
 _GPU_PATIENCE_SECONDS = 30.0
 _LOOK_SECONDS = 0.02
-_HELD_SECONDS = 2.0
+_LOOK_SECONDS_AN_ITEM = 50e-6
+_HELD_SECONDS = 1.0
 _RETRIED = (OSError, TimeoutError, MemoryError)
 
 
@@ -171,7 +172,7 @@ class MapRunner:
                         return self.counts()
                     if self._collect() or not self.flying:
                         self.watch.moved()
-                    if self.settled and time.monotonic() - self._settled_since > _HELD_SECONDS:
+                    if len(self.settled) > self.window / 4 or time.monotonic() - self._settled_since > _HELD_SECONDS:
                         self._release_settled()
         except BaseException:
             with contextlib.suppress(ClosedClientError, RuntimeError):  # a client that has closed, or its event loop, cancels nothing
@@ -212,7 +213,6 @@ class MapRunner:
     def _send(self, items: list[Item], *, isolated: bool, device: str = CPU_DEVICE) -> None:
         if not items:
             return
-        self._release_settled()
         self._sequence += 1
         # a new key each try: an erred key would answer at once
         keys = [f"{PREFIX}-{self._run}-{item.row}-{self._sequence}" for item in items]
@@ -262,7 +262,7 @@ class MapRunner:
         until = time.monotonic() + (0.2 if (self._idle or self.later or not self.flying) else 1.0)
         while True:
             # a callback at each future would cost a coroutine and two changes of thread an item
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_LOOK_SECONDS + _LOOK_SECONDS_AN_ITEM * len(self.flying))
             finished = [key for key, (future, _, _) in self.flying.items() if future.status != "pending"]
             if finished:
                 break
