@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from _service import running
 
 from cryodask import cli, errors
 from cryodask.errors import CryodaskError, InputError
@@ -468,7 +469,7 @@ def test_a_second_driver_is_refused_and_ctrl_c_ends_the_first_cleanly(project, c
 def test_a_worker_that_is_killed_costs_nothing(project):
     many(project, 6)
     process = started(project.folder)
-    workers = [p for p in psutil.Process(process.pid).children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
+    workers = running([p.pid for p in psutil.Process(process.pid).children(recursive=True)], "spawn_main")
     workers[-1].kill()
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said

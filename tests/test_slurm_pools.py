@@ -16,6 +16,7 @@ import warnings
 import psutil
 import pytest
 import yaml
+from _service import running
 from distributed import Client
 
 from cryodask.cluster import close, connect
@@ -278,8 +279,7 @@ def test_with_certificates_scheduler_and_workers_speak_tls_and_are_guarded(on_sl
                 anna.submit(len, bytes(2_000_000)).result(60)
             assert len(owner.run(os.getpid)) == 3
         at_loopback = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
-        workers = [psutil.Process(pid) for pid in on_slurm.processes()]
-        dask = [p for p in workers if "dask_worker" in " ".join(p.cmdline()) or "multiprocessing.spawn" in " ".join(p.cmdline())]
+        dask = running(on_slurm.processes(), "dask_worker", "multiprocessing.spawn")
         listening = {c.laddr.ip for p in dask for c in p.net_connections("tcp") if c.status == "LISTEN"}
         assert len(dask) >= 6
         assert listening <= at_loopback
@@ -368,7 +368,7 @@ def test_close_leaves_no_job_and_no_process(on_slurm, tmp_path):
         threads = threading.active_count()
         assert inside in on_slurm.run("squeue", "-h", "-o", "%k")
     assert inside not in on_slurm.run("squeue", "-h", "-o", "%k")
-    wait(lambda: not [pid for pid in set(on_slurm.processes()) - before if "dask" in " ".join(psutil.Process(pid).cmdline())], "an end")
+    wait(lambda: not running(list(set(on_slurm.processes()) - before), "dask"), "an end")
     assert threading.active_count() <= threads
 
 
