@@ -1,7 +1,7 @@
 """Two hundred workers and fifty thousand items: does the runner's window keep pace, and what does the scheduler hold meanwhile?
 
 ``python benchmarks/scale.py [--quick] [--pairs 1] [--workers 200] [--items 50000]``: each run is a process of its own that holds a
-scheduler, 200 workers of one thread and the client; a pair may take 25 minutes. Items do nothing. Ours: ``MapRunner`` on a scheduler with
+scheduler, 200 workers of one thread and the client; a pair takes 6 to 25 minutes. Items do nothing. Ours: ``MapRunner`` on a scheduler with
 lanes; plain: ``client.map`` of all items on Dask's own scheduler. Throughput is items a second of wall time (beside it the ratios of CPU
 and, where ``perf`` can count them, of instructions, as the machine may be shared); tasks that the scheduler holds and the memory of the
 process are sampled five times a second.

@@ -36,7 +36,7 @@ _LONELY_DEATHS = 10
 _GPU_PATIENCE_SECONDS = 30.0
 _LOOK_SECONDS = 0.02
 _LOOK_SECONDS_AN_ITEM = 50e-6
-_HELD_SECONDS = 1.0
+_HELD_SECONDS = 3.0
 _RETRIED = (OSError, TimeoutError, MemoryError)
 
 
@@ -172,7 +172,7 @@ class MapRunner:
                         return self.counts()
                     if self._collect() or not self.flying:
                         self.watch.moved()
-                    if len(self.settled) > self.window / 4 or time.monotonic() - self._settled_since > _HELD_SECONDS:
+                    if len(self.settled) >= self.window or time.monotonic() - self._settled_since > _HELD_SECONDS:
                         self._release_settled()
         except BaseException:
             with contextlib.suppress(ClosedClientError, RuntimeError):  # a client that has closed, or its event loop, cancels nothing
