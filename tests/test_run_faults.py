@@ -244,10 +244,10 @@ class _Run(threading.Thread):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """Runs that tell of a stall after a second, and every two seconds anew."""
-    monkeypatch.setattr(execute, "MapRunner", functools.partial(MapRunner, stall_after_seconds=1.0))
+    """Runs that tell of a stall after half a second, and each second or so anew: a lost worker may soon be replaced."""
+    monkeypatch.setattr(execute, "MapRunner", functools.partial(MapRunner, stall_after_seconds=0.5))
     monkeypatch.setattr(health, "_LOOK_SECONDS", 0.3)
-    monkeypatch.setattr(health, "_LONGEST_PATIENCE_SECONDS", 2.0)
+    monkeypatch.setattr(health, "_LONGEST_PATIENCE_SECONDS", 0.7)
 
 
 def begun(session, folder, gate, cluster, pool):
