@@ -87,6 +87,31 @@ def test_a_lane_that_comes_anew_starts_ahead_of_what_others_have_sent_ahead():
     assert len(set(tags)) < len(tags) / 2, "most consecutive tasks share a tag, so that Dask's own order holds among them"
 
 
+@settings(deadline=None, max_examples=25)
+@given(far_more=st.floats(0.0, 1000.0), thought=st.floats(0.0, 1000.0), sent_before=st.integers(0, 20))
+def test_a_lane_that_comes_anew_shares_at_once_whatever_the_tasks_of_another_took(far_more, thought, sent_before):
+    # start-time fair queueing: a flow that comes starts at the start tag in service (Goyal et al. 1996), not behind another's debt
+    root, leaves, queue = _tree({"A": 1, "B": 1, "C": 1})
+    for number in range(200):
+        for name in "AB":
+            queue.put(Task(f"{name}{number}"), leaves[name], None)
+    for _ in range(sent_before):
+        _serve(root, queue, 1.0)
+    for _ in range(2):  # both have sent one, and either may be wrong about it: by far too little, by far too much
+        leaf = root.next_leaf()
+        queue.discard(queue.best_at(leaf, "here"))
+        cost = thought if leaf is leaves["A"] else 1.0
+        leaf.launch(cost)
+        leaf.land((far_more if leaf is leaves["A"] else 1.0) - cost, far_more if leaf is leaves["A"] else 1.0)
+    for _ in range(3):
+        _serve(root, queue, 1.0)
+    for number in range(100):
+        queue.put(Task(f"C{number}"), leaves["C"], None)
+    served = "".join(_serve(root, queue, 1.0) for _ in range(24))
+    assert "C" in served[:2], served
+    assert served.count("C") <= 13, f"nor is it ahead of everybody: {served}"
+
+
 def test_strict_lanes_go_first_and_inside_a_lane_users_share():
     root = Share("threads")
     live = root.kids["live"] = Share("live", 1.0, root, strict=True)

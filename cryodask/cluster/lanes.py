@@ -19,12 +19,13 @@ Place = str | frozenset[str] | tuple[Any, ...] | None
 class Share:
     """A node of the tree. Leaves hold tasks, in one heap a place.
 
-    ``virtual`` is seconds charged over weight, tasks on workers included at their estimate; ``settled`` counts finished ones only.
+    ``virtual`` is seconds charged over weight, tasks on workers included at their estimate; ``settled`` counts finished ones only;
+    ``begun`` is what ``virtual`` was when its last task was sent: the start tag of the paper.
     """
 
     __slots__ = (
-        "clock", "flying", "heaps", "held", "kids", "lane", "name", "parent", "settled", "several", "strict", "tag", "virtual", "waiting",
-        "weight",
+        "begun", "clock", "flying", "heaps", "held", "kids", "lane", "name", "parent", "settled", "several", "strict", "tag", "virtual",
+        "waiting", "weight",
     )  # fmt: skip
 
     def __init__(self, name: str, weight: float = 1.0, parent: Share | None = None, *, strict: bool = False) -> None:
@@ -34,7 +35,7 @@ class Share:
         self.lane: Share = self if parent is None or parent.parent is None else parent.lane
         self.kids: dict[str, Share] = {}
         self.waiting: list[Share] = []
-        self.virtual = self.settled = self.tag = 0.0
+        self.virtual = self.settled = self.begun = self.tag = 0.0
         self.held = self.flying = 0
         self.heaps: dict[Place, list[tuple[Any, int, Any]]] = {}
         self.several: list[frozenset[str]] = []
@@ -82,6 +83,7 @@ class Share:
         """A task goes to a worker: charge its estimate, and count it, at a leaf and all above it."""
         node = self
         while (above := node.parent) is not None:
+            node.begun = node.virtual
             node.virtual += seconds / node.weight
             node.flying += 1
             node = above
@@ -100,6 +102,9 @@ class Share:
     def hold(self, *, anew: bool = False) -> None:
         """One more task waits. A node that begins to wait gets neither credit nor debt for the time before.
 
+        It starts with those that are being served: at what the others have settled, or at the last start tag where tasks of one of them
+        took far longer than was thought, which is that one's debt alone. Start tags do not serve by themselves: they count estimates.
+
         ``anew``: it is the first of its leaf in its place. What waited until then may have been bound to workers that were busy, and being
         behind for that reason is no credit either.
         """
@@ -107,10 +112,11 @@ class Share:
         while (above := node.parent) is not None:
             if anew or not node.held:
                 rivals = [k for k in above.waiting if k is not node] or ([] if above.held else list(above.kids.values()))
-                floor = max((k.settled for k in rivals if k is not node and k.strict == node.strict), default=0.0)
+                rivals = [k for k in rivals if k is not node and k.strict == node.strict]
+                floor = min(max(k.settled for k in rivals), max(k.begun for k in rivals)) if rivals else 0.0
                 if node.virtual < floor:
                     node.settled += floor - node.virtual
-                    node.virtual = floor
+                    node.virtual = node.begun = floor
             if not node.held:
                 above.waiting.append(node)
             node.held += 1
@@ -129,7 +135,7 @@ class Share:
 
     def forget(self) -> None:
         """Begin to count anew, here and below."""
-        self.virtual = self.settled = self.tag = 0.0
+        self.virtual = self.settled = self.begun = self.tag = 0.0
         for kid in self.kids.values():
             kid.forget()
 
