@@ -1,10 +1,11 @@
 """Two hundred workers and fifty thousand items: does the runner's window keep pace, and what does the scheduler hold meanwhile?
 
 ``python benchmarks/scale.py [--quick] [--pairs 1] [--workers 200] [--items 50000]``: each run is a process of its own that holds a
-scheduler, 200 workers of one thread and the client; a pair takes 6 to 25 minutes. Items do nothing. Ours: ``MapRunner`` on a scheduler with
-lanes; plain: ``client.map`` of all items on Dask's own scheduler. Throughput is items a second of wall time (beside it the ratios of CPU
-and, where ``perf`` can count them, of instructions, as the machine may be shared); tasks that the scheduler holds and the memory of the
-process are sampled five times a second.
+scheduler, 200 workers of one thread and the client. Items do nothing. Ours: ``MapRunner`` on a scheduler with lanes; plain: ``client.map``
+of all items on Dask's own scheduler. The two of a pair run at the same time, on a core each, and change cores in the next pair: on a shared
+machine whose speed varies by half within minutes nothing else can be compared. A pair takes 3 to 6 minutes. Throughput is items a second
+of wall time (beside it the ratios of CPU and, where ``perf`` can count them, of instructions); the tasks that the scheduler holds and the
+memory of the process are sampled five times a second.
 """
 
 from __future__ import annotations
@@ -123,17 +124,25 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(one_run(arguments.one, workers, items)), flush=True)
         return
+    cores = sorted(os.sched_getaffinity(0))
     runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     print(f"{'':<8}{'items/s':>9}{'CPU s':>8}{'peak tasks':>12}{'memory grew MB':>16}")
     for number in range(pairs):
-        for kind in KINDS if number % 2 == 0 else KINDS[::-1]:
+        begun = {}
+        for place, kind in enumerate(KINDS if number % 2 == 0 else KINDS[::-1]):
             command = [sys.executable, "-W", "ignore", __file__, "--one", kind, "--workers", str(workers), "--items", str(items)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, text=True)
-            found = json.loads(done.stdout.splitlines()[-1])
+            begun[kind] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            psutil.Process(begun[kind].pid).cpu_affinity([cores[place % len(cores)]])
+        for kind, process in begun.items():
+            said = process.communicate()[0]
+            if process.returncode:
+                raise RuntimeError(f"{kind}: the run ended with {process.returncode}")
+            found = json.loads(said.splitlines()[-1])
             runs[kind].append(found)
             grew = max(s[2] for s in found["samples"]) - found["samples"][0][2]
             print(f"{kind:<8}{items / found['wall']:9.0f}{found['cpu']:8.1f}{found['peak']:12}{grew / 1e6:16.0f}", flush=True)
     plot(runs)
+    ratios = [round(plain["wall"] / ours["wall"], 3) for plain, ours in zip(runs[PLAIN], runs[FAIR])]
     counts = {kind: [run["instructions"] for run in runs[kind] if "instructions" in run] for kind in KINDS}
     wall, cpu = ({kind: statistics.median(run[what] for run in runs[kind]) for kind in KINDS} for what in ("wall", "cpu"))
     ours = runs[FAIR]
@@ -141,6 +150,7 @@ def main() -> None:
         json.dumps(
             {
                 "throughput_ratio": round(wall[PLAIN] / wall[FAIR], 3),
+                "pairs": ratios,
                 "cpu_ratio": round(cpu[FAIR] / cpu[PLAIN], 3),
                 **({"instructions_ratio": round(sum(counts[FAIR]) / sum(counts[PLAIN]), 3)} if counts[PLAIN] else {}),
                 "scheduler_peak_tasks": max(run["peak"] for run in ours),

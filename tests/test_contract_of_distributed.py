@@ -74,7 +74,8 @@ def _keywords_of_call(cls: type, method: str) -> list[str]:
 
 def test_the_table_of_transitions_holds_functions_under_these_keys():
     ours = set(FairShareScheduler._TRANSITIONS_TABLE.items()) - set(Scheduler._TRANSITIONS_TABLE.items())
-    assert {key for key, _ in ours} == {("waiting", "processing"), ("queued", "processing"), ("no-worker", "processing")}
+    waiting = {("waiting", "processing"), ("queued", "processing"), ("no-worker", "processing")}
+    assert {key for key, _ in ours} == waiting | {("memory", "released"), ("memory", "forgotten")}
     assert {key for key, _ in ours} <= set(Scheduler._TRANSITIONS_TABLE)
     assert all(inspect.isfunction(function) for function in Scheduler._TRANSITIONS_TABLE.values())
 

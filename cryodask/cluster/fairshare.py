@@ -169,7 +169,7 @@ class FairShareScheduler(ReservingScheduler):
         return self._add_to_processing(ts, ws, stimulus_id)
 
     _TRANSITIONS_TABLE = {  # noqa: RUF012  (distributed looks its functions up here, not as methods)
-        **Scheduler._TRANSITIONS_TABLE,
+        **ReservingScheduler._TRANSITIONS_TABLE,
         ("waiting", "processing"): _transition_waiting_processing,
         ("queued", "processing"): _transition_queued_processing,
         ("no-worker", "processing"): _transition_no_worker_processing,
@@ -364,6 +364,7 @@ class FairShareScheduler(ReservingScheduler):
     def _tick(self) -> None:
         now = monotonic()
         self.charge_what_is_out(now)
+        self.send_what_waits(now)
         if len(self._held):
             self.open_stuck_lanes()
             self.stimulus_queue_slots_maybe_opened(stimulus_id=f"fairshare-tick-{now}")

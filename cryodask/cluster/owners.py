@@ -16,11 +16,11 @@ from distributed.scheduler import TaskState
 from distributed.versions import get_versions
 
 from cryodask.cluster.lanes import LaneOptions, LaneQueue, Owner, Share
+from cryodask.cluster.streams import GatheringScheduler
 from cryodask.cluster.versions import RELEASE, why_refused
 
 THREADS = "threads"
 _SAMPLED = 200
-_CLIENT_WRITES_SECONDS = 0.01
 
 
 class _Events(SchedulerPlugin):
@@ -51,7 +51,7 @@ class _Events(SchedulerPlugin):
         self._scheduler.limit_failures(given.get("allowed_failures") or {})
 
 
-class LanedScheduler(Scheduler):
+class LanedScheduler(GatheringScheduler):
     """A scheduler that knows the owner of every task, and holds a queue for tasks that wait in lanes."""
 
     def know_lanes(self, lanes: Mapping[str, Any] | None, strict: Iterable[str], default_lane: str) -> None:
@@ -108,14 +108,6 @@ class LanedScheduler(Scheduler):
             await comm.write({"status": "error", "message": why, "time": time()})
             return
         await super().add_worker(comm, **told)
-
-    def gather_reports(self, client: str) -> None:
-        """Write to a client as often as clients write to the scheduler, not five times as often.
-
-        Where lanes take turns every few results belong to several clients: written one by one, they would cost more than the turns do.
-        """
-        if client in self.client_comms:
-            self.client_comms[client].interval = _CLIENT_WRITES_SECONDS
 
     def tell(self, client: str, text: str) -> None:
         """Show a client a warning, the same one at most once a minute."""

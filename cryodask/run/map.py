@@ -36,7 +36,6 @@ _LONELY_DEATHS = 10
 _GPU_PATIENCE_SECONDS = 30.0
 _LOOK_SECONDS = 0.02
 _LOOK_SECONDS_AN_ITEM = 50e-6
-_HELD_SECONDS = 3.0
 _RETRIED = (OSError, TimeoutError, MemoryError)
 
 
@@ -136,8 +135,7 @@ class MapRunner:
         self.returned: set[int] = set()
         self.counted: Counter[str] = Counter()
         self.window = 8
-        self.settled: list[Future] = []
-        self._settled_since = 0.0
+        self._settled: list[Future] = []
         self._sequence, self._run = 0, os.urandom(4).hex()
         self._ended = self._idle = False
 
@@ -172,8 +170,7 @@ class MapRunner:
                         return self.counts()
                     if self._collect() or not self.flying:
                         self.watch.moved()
-                    if len(self.settled) >= self.window or time.monotonic() - self._settled_since > _HELD_SECONDS:
-                        self._release_settled()
+                    self._release_settled()
         except BaseException:
             with contextlib.suppress(ClosedClientError, RuntimeError):  # a client that has closed, or its event loop, cancels nothing
                 self.client.cancel([f for f, _, _ in self.flying.values()], force=True)
@@ -268,22 +265,20 @@ class MapRunner:
                 break
             if time.monotonic() > until:
                 return False
-        if not self.settled:
-            self._settled_since = time.monotonic()
         for key in finished:
             self._settle(key)
         return True
 
     def _release_settled(self) -> None:
-        """Let the scheduler forget what is settled: many at once, since it writes to each worker that has one of them."""
-        if self.settled and (loop := self.client.loop):
-            loop.add_callback(_release, self.settled)
-        self.settled = []
+        """Let the scheduler forget what is settled."""
+        if self._settled and (loop := self.client.loop):
+            loop.add_callback(_release, self._settled)
+        self._settled = []
 
     def _settle(self, key: str) -> None:
         future, item, isolated = self.flying.pop(key)
         self.for_gpus.pop(key, None)
-        self.settled.append(future)
+        self._settled.append(future)
         status = future.status
         if status == "finished":
             self.counted["done"] += 1
