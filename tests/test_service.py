@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import queue
 import re
 import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 import warnings
 
@@ -18,6 +20,7 @@ import pytest
 import yaml
 from _service import begun, cryodask, environment_of_tests, holder, journal, open_to_others, program, wait
 from distributed import Client
+from distributed.core import Server
 
 from cryodask.cluster import close, connect, service
 from cryodask.cluster.handover import HandingOver
@@ -249,6 +252,32 @@ def test_stop_lets_what_runs_finish_if_asked_to(home, tmp_path):
         assert gone(process)
         del future
     assert "does not run" in cryodask("cluster", "status", "brief", code=2)
+
+
+def test_one_that_takes_a_request_and_never_answers_is_given_up(monkeypatch):
+    monkeypatch.setattr(service, "_WORK_SECONDS", 0.5)
+    address, over = queue.Queue(), threading.Event()
+
+    async def never() -> None:
+        await asyncio.sleep(60)
+
+    async def serve() -> None:
+        async with Server({"cluster_status": never}) as server:
+            await server.listen("tcp://127.0.0.1:0")
+            address.put(server.address)
+            while not over.is_set():
+                await asyncio.sleep(0.05)
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    try:
+        begin = time.monotonic()
+        with pytest.raises(ClusterError, match="did not answer within"):
+            service.Service("box", address.get(timeout=20), folder=None, security=None).status()
+        assert time.monotonic() - begin < 10
+    finally:
+        over.set()
+        thread.join()
 
 
 def test_one_that_cannot_start_says_why(home, tmp_path):

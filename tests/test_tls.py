@@ -168,6 +168,15 @@ def _mixed(folder: Path, authority_of: Path, name: str, roles: str = "client") -
     return Security(require_encryption=True, tls_ca_file=str(authority_of / "ca.pem"), **pair)
 
 
+def test_a_scheduler_that_ends_while_somebody_comes_is_told_as_one_that_hung_up():
+    # in the words of tornado, where a connection is closed just before its encryption begins
+    error = ValueError("IOStream is not idle; cannot convert to SSL")
+    with pytest.raises(ClusterError, match="tls://x:1 hung up"), tls.connection_errors("tls://x:1"):
+        raise error
+    with pytest.raises(ValueError, match="something else"), tls.connection_errors("tls://x:1"):
+        raise ValueError("something else")
+
+
 def test_whoever_cannot_connect_is_told_why_at_once(tmp_path):
     made, other = authority(tmp_path / "a", anna=[]), authority(tmp_path / "b", anna=[])
     made.certificate("old", days=-1 / 24)
