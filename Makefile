@@ -48,7 +48,7 @@ test:
 OLDEST := 2025.7.0
 test-oldest: venv
 	test -d $(VENV)/oldest || $(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/oldest dask==$(OLDEST) distributed==$(OLDEST)
-	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest tests/test_contract_of_distributed.py tests/test_fairshare_edges.py
+	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest tests/test_contract_of_distributed.py tests/test_fairshare_edges.py tests/test_streams.py
 
 test-all: venv system check
 	$(BIN)/python -m pytest $(TOGETHER)
