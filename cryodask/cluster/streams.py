@@ -58,7 +58,7 @@ class GatheringScheduler(Scheduler):
     async def handle_worker(self, comm: Comm, worker: str) -> None:
         """As distributed's, with a stream on which messages can wait."""
         stream = WorkerStream("5ms", loop=self.loop)
-        stream.buffer = self.stream_comms[worker].buffer
+        stream.send(*self.stream_comms[worker].buffer)
         self.stream_comms[worker] = stream
         await super().handle_worker(comm, worker)
 
