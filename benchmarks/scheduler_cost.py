@@ -4,12 +4,11 @@
 
 1. CPU (user + system) of the scheduler process for 20,000 tasks that do nothing, on 2 real worker processes of 4 threads, from connected
    clients to the last result: without start-up. Roots, and chains of two. One lane against plain Dask with one client, two lanes against
-   plain Dask with two. Runs alternate; a ratio is that of the medians, its spread that of the pairs. Where ``perf`` can count them, also
-   instructions of that process: neighbours on a shared machine change seconds, and not these.
+   plain Dask with two. The two of a pair are fresh processes that run at the same time, both schedulers on the same core: on a shared
+   machine whose speed varies by half within minutes, runs one after the other differ by a fifth, and these by a few percent. A ratio is
+   that of the medians, its spread that of the pairs. Where ``perf`` can count them, also instructions of that process.
 2. dask.array (a reduction, a rechunk, map_overlap): wall seconds, and bytes that the workers received from each other, again with one
-   client and with two that compute at the same time. Medians of three computations a cluster, clusters alternate.
-
-CPU seconds of a shared machine differ from run to run: look at the spread before you believe a ratio.
+   client and with two that compute at the same time. Both clusters are there, and compute in turn, three times a pair; medians.
 """
 
 from __future__ import annotations
@@ -19,18 +18,25 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from uuid import uuid4
 
 import dask.array as da
+import psutil
 from _lanes import FAIR, OUT, PLAIN, Cluster, Workers, cluster, counted, finish
 from dask._task_spec import Task, TaskRef
 from distributed import Client, Scheduler
 
+KINDS = (PLAIN, FAIR)
 LANES = {"A": 1, "B": 1}
 NAMES = {"one_lane": ("A/x",), "two_lanes": ("A/x", "B/x")}
+
+
+Send = Callable[[Client, int], list[Any]]
+"""Sends so many tasks."""
 
 
 def noop(value: Any) -> Any:
@@ -59,18 +65,40 @@ def process_id(dask_scheduler: Scheduler) -> int:
     return os.getpid()
 
 
-def cost(workers: Workers, kind: str, names: tuple[str, ...], send: Callable[[Client, int], list[Any]], tasks: int) -> dict[str, float]:
-    """CPU seconds, and instructions, of the scheduler process."""
-    options = {} if kind == PLAIN else {"lanes": LANES}
-    with cluster(workers, kind, names, record=False, **options) as made:
+@contextmanager
+def both(workers: dict[str, Workers], names: tuple[str, ...], number: int, modules: tuple[str, ...] = ()) -> Iterator[dict[str, Cluster]]:
+    """A plain cluster and one with lanes; which of them starts first changes from pair to pair."""
+    with ExitStack() as stack:
+        made = {}
+        for kind in KINDS if number % 2 == 0 else KINDS[::-1]:
+            options = {} if kind == PLAIN else {"lanes": LANES}
+            made[kind] = stack.enter_context(cluster(workers[kind], kind, names, record=False, modules=modules, **options))
+        yield made
+
+
+def costs(workers: dict[str, Workers], names: tuple[str, ...], number: int, send: Send, tasks: int) -> dict[str, dict[str, float]]:
+    """CPU seconds, and instructions, of both scheduler processes, which run at the same time on the same core."""
+    core = min(os.sched_getaffinity(0))
+    with both(workers, names, number) as made:
+        processes = {kind: one.ask(process_id) for kind, one in made.items()}
+        for process in processes.values():
+            psutil.Process(process).cpu_affinity([core])
         time.sleep(1.0)
-        with counted(made.ask(process_id)) as instructions:
-            before = made.ask(cpu_seconds)
-            sent = [send(client, tasks // len(names)) for client in made.clients.values()]
-            for client, futures in zip(made.clients.values(), sent):
-                finish(client, futures)
-            seconds = made.ask(cpu_seconds) - before
-        return {"seconds": seconds} | instructions
+        with ExitStack() as stack, ThreadPoolExecutor(len(made)) as pool:
+            instructions = {kind: stack.enter_context(counted(process)) for kind, process in processes.items()}
+            # what was computed is kept until both have ended: to forget it would cost the other one time
+            spent = {kind: pool.submit(spend, one, send, tasks // len(names)) for kind, one in made.items()}
+            seconds = {kind: future.result()[0] for kind, future in spent.items()}
+        return {kind: {"seconds": seconds[kind]} | instructions[kind] for kind in made}
+
+
+def spend(made: Cluster, send: Send, tasks: int) -> tuple[float, list[Any]]:
+    """CPU seconds of the scheduler for tasks of every client, and what they computed."""
+    before = made.ask(cpu_seconds)
+    sent = [send(client, tasks) for client in made.clients.values()]
+    for client, futures in zip(made.clients.values(), sent):
+        finish(client, futures)
+    return made.ask(cpu_seconds) - before, sent
 
 
 def reduction(seed: int) -> da.Array:
@@ -109,28 +137,20 @@ def compute(made: Cluster, build: Callable[[int], da.Array]) -> tuple[float, flo
     return time.perf_counter() - started, sum(first.run(received).values())
 
 
-def arrays(workers: Workers, kind: str, names: tuple[str, ...], repeats: int) -> dict[str, tuple[float, float]]:
-    """Median wall seconds and bytes moved by kind of array."""
-    options = {} if kind == PLAIN else {"lanes": LANES}
-    with cluster(workers, kind, names, record=False, modules=("dask.array",), **options) as made:
-        compute(made, reduction)  # imports
-        runs = {name: [compute(made, build) for _ in range(repeats)] for name, build in ARRAYS.items()}
-    return {name: (statistics.median(w for w, _ in found), statistics.median(b for _, b in found)) for name, found in runs.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one pair of 2,000 tasks, to see that it runs")
-    parser.add_argument("--pairs", type=int, default=7, help="alternating runs of each kind")
+    parser.add_argument("--pairs", type=int, default=7, help="runs of each kind")
     parser.add_argument("--only", choices=["cpu", "array"], help="one part")
     arguments = parser.parse_args()
-    pairs, tasks, repeats = (1, 2000, 1) if arguments.quick else (arguments.pairs, 20_000, 3)
-    workers = Workers(threads=4)
+    pairs, tasks = (1, 2000) if arguments.quick else (arguments.pairs, 20_000)
+    workers = {kind: Workers(threads=4) for kind in KINDS}
     try:
         ratios = {name: cpu(workers, name, pairs, tasks) if arguments.only != "array" else {} for name in NAMES}
-        found = {name: array(workers, name, pairs, repeats) if arguments.only != "cpu" else {} for name in NAMES}
+        found = {name: array(workers, name, pairs) if arguments.only != "cpu" else {} for name in NAMES}
     finally:
-        workers.close()
+        for those in workers.values():
+            those.close()
     plot(ratios, found)
     result: dict[str, Any] = {}
     for measure, what in (("cpu", "seconds"), ("instructions", "instructions")):
@@ -142,14 +162,14 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def cpu(workers: Workers, name: str, pairs: int, tasks: int) -> dict[str, dict[str, dict[str, float]]]:
+def cpu(workers: dict[str, Workers], name: str, pairs: int, tasks: int) -> dict[str, dict[str, dict[str, float]]]:
     """Ratios of CPU seconds and of instructions by kind of tasks, with the spread of the pairs."""
     result = {}
     for title, send in (("roots", send_roots), ("chains", send_chains)):
         spent: dict[str, list[dict[str, float]]] = {PLAIN: [], FAIR: []}
         for number in range(pairs):
-            for kind in (PLAIN, FAIR) if number % 2 == 0 else (FAIR, PLAIN):
-                spent[kind].append(cost(workers, kind, NAMES[name], send, tasks))
+            for kind, found in costs(workers, NAMES[name], number, send, tasks).items():
+                spent[kind].append(found)
         of = {what: {kind: [run[what] for run in spent[kind] if what in run] for kind in spent} for what in ("seconds", "instructions")}
         result[title] = {what: ratio_of(of[what][FAIR], of[what][PLAIN]) for what in of if of[what][PLAIN]}
         plain, ours = (" ".join(f"{seconds:.2f}" for seconds in of["seconds"][kind]) for kind in (PLAIN, FAIR))
@@ -162,21 +182,24 @@ def cpu(workers: Workers, name: str, pairs: int, tasks: int) -> dict[str, dict[s
     return result
 
 
-def array(workers: Workers, name: str, pairs: int, repeats: int) -> dict[str, dict[str, float]]:
+def array(workers: dict[str, Workers], name: str, pairs: int) -> dict[str, dict[str, float]]:
     """Ratios of wall time and of bytes moved by kind of array."""
-    runs: dict[str, list[dict[str, tuple[float, float]]]] = {PLAIN: [], FAIR: []}
+    runs: dict[str, dict[str, list[tuple[float, float]]]] = {title: {kind: [] for kind in KINDS} for title in ARRAYS}
     for number in range(pairs):
-        for kind in (PLAIN, FAIR) if number % 2 == 0 else (FAIR, PLAIN):
-            runs[kind].append(arrays(workers, kind, NAMES[name], repeats))
+        with both(workers, NAMES[name], number, modules=("dask.array",)) as made:
+            for one in made.values():
+                compute(one, reduction)  # imports
+            for title, build in ARRAYS.items():
+                for turn in range(3):
+                    for kind in KINDS if (number + turn) % 2 == 0 else KINDS[::-1]:
+                        runs[title][kind].append(compute(made[kind], build))
     result = {}
-    for title in ARRAYS:
-        wall, moved = (ratio_of(*([run[title][i] for run in runs[kind]] for kind in (FAIR, PLAIN))) for i in (0, 1))
+    for title, found in runs.items():
+        wall, moved = (ratio_of(*([run[i] for run in found[kind]] for kind in (FAIR, PLAIN))) for i in (0, 1))
         result[title] = {"wall": wall["ratio"], "bytes": moved["ratio"], "wall_from": wall["from"], "wall_to": wall["to"],
                          "bytes_from": moved["from"], "bytes_to": moved["to"]}  # fmt: skip
-        plain = runs[PLAIN][0][title]
-        print(
-            f"{name:<10}{title:<12}wall {_text(wall)}  bytes {_text(moved)}   plain {plain[0]:.2f} s, {plain[1] / 1e6:.1f} MB", flush=True
-        )
+        seconds, size = (statistics.median(run[i] for run in found[PLAIN]) for i in (0, 1))
+        print(f"{name:<10}{title:<12}wall {_text(wall)}  bytes {_text(moved)}   plain {seconds:.2f} s, {size / 1e6:.1f} MB", flush=True)
     return result
 
 

@@ -65,13 +65,14 @@ class ChargingScheduler(LanedScheduler):
             # what needs resources is sent only when they are free, and must not wait for what was sent before it
             leaf = self._leaf(ts)
             rank = self._rank if self._rank is not None else self._base + leaf.lane.start_tag()
-            self._highest = max(self._highest, rank)
+            if rank > self._highest:
+                self._highest = rank
             self._charge(ts, leaf, FIRST if ts.resource_restrictions else rank)
         return super()._add_to_processing(ts, ws, stimulus_id)
 
-    def _task_to_msg(self, ts: TaskState, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def _task_to_msg(self, ts: TaskState) -> dict[str, Any]:
         # workers run by priority, and there an older client's tasks would overtake for ever
-        message = super()._task_to_msg(ts, *args, **kwargs)
+        message = super()._task_to_msg(ts)
         flight = self._flights.get(ts.key)
         rank = flight.rank if flight is not None else FIRST if ts.actor else self._highest
         message["priority"] = (rank, *message["priority"])
@@ -92,20 +93,25 @@ class ChargingScheduler(LanedScheduler):
             self._settle(ts.key)
         return super()._exit_processing_common(ts)
 
-    def handle_task_finished(self, key: Any, worker: str, stimulus_id: str, **message: Any) -> None:
-        """As distributed's, with the time that the worker measured charged first."""
+    def charge_finished(self, key: Any, worker: str, phases: list[dict[str, Any]]) -> None:
+        """Charge a task that ends the time that its worker measured."""
         if key in self._flights:
-            ts = self.tasks.get(key)
             # stolen tasks finish elsewhere than where they were sent; a stale report of another worker settles nothing
-            if ts is not None and ts.processing_on is not None and ts.processing_on.address == worker:
-                self._settle(key, sum(s["stop"] - s["start"] for s in message["startstops"] if s["action"] == "compute"))
+            if self._runs_at(key, worker):
+                seconds = 0.0
+                for phase in phases:
+                    if phase["action"] == "compute":
+                        seconds += phase["stop"] - phase["start"]
+                self._settle(key, seconds)
             self._finished[worker] = monotonic()
-        super().handle_task_finished(key, worker, stimulus_id, **message)
+
+    def _runs_at(self, key: Any, worker: str) -> bool:
+        ts = self.tasks.get(key)
+        return ts is not None and ts.processing_on is not None and ts.processing_on.address == worker
 
     def handle_long_running(self, key: Any, worker: str, *args: Any, **kwargs: Any) -> None:
         """As distributed's; a task that has left its thread pays for the time before."""
-        ts = self.tasks.get(key)
-        if key in self._flights and ts is not None and ts.processing_on is not None and ts.processing_on.address == worker:
+        if key in self._flights and self._runs_at(key, worker):
             self._settle(key, kwargs.get("compute_duration"))
         super().handle_long_running(key, worker, *args, **kwargs)
 

@@ -215,14 +215,12 @@ class FairShareScheduler(ReservingScheduler):
         self._sort_again([ts for ts in map(self.tasks.__getitem__, worker) if ts in self._held])
 
     def handle_worker_status_change(self, status: Any, worker: str | WorkerState, stimulus_id: str) -> None:
-        """As distributed's; a worker runs some time after it has joined, and one that pauses is no place for anybody."""
-        self._dispatching = True  # the threads that are to be kept free on it come first
-        try:
-            super().handle_worker_status_change(status, worker, stimulus_id)
-        finally:
-            self._dispatching = False
-        self.workers_changed()
-        self.stimulus_queue_slots_maybe_opened(stimulus_id=stimulus_id)
+        """As distributed's; one that pauses is no place for anybody."""
+        super().handle_worker_status_change(status, worker, stimulus_id)
+        ws = self.workers.get(worker) if isinstance(worker, str) else worker
+        if ws not in self.running:
+            self.workers_changed()
+            self.stimulus_queue_slots_maybe_opened(stimulus_id=stimulus_id)
 
     # --- a slot opens ------------------------------------------------------------------------------------------------------------
     def transitions(self, recommendations: Any, stimulus_id: str) -> None:
@@ -234,15 +232,19 @@ class FairShareScheduler(ReservingScheduler):
     def stimulus_queue_slots_maybe_opened(self, *, stimulus_id: str) -> None:
         """Send held tasks to workers that have room, in the order of their lanes."""
         self._fresh = False
-        if self._dispatching or self.draining or not len(self._held):
+        if self._dispatching or self.draining or not self._held:
             return
         self._dispatching = True
         try:
             if self._arrived:
                 self._overtake(stimulus_id)
             for name, clock in list(self._clocks.items()):
-                if clock.held:
-                    (self._fill_threads if name == THREADS else self._fill_resources)(clock, stimulus_id)
+                if not clock.held:
+                    continue
+                if name == THREADS:
+                    self._fill_threads(clock, stimulus_id)
+                else:
+                    self._fill_resources(clock, stimulus_id)
         finally:
             self._dispatching = False
 
@@ -339,18 +341,19 @@ class FairShareScheduler(ReservingScheduler):
         return found
 
     def handle_task_finished(self, key: Any, worker: str, stimulus_id: str, **message: Any) -> None:
-        """As distributed's; a worker of a lone lane gets its next task at once."""
-        super().handle_task_finished(key, worker, stimulus_id, **message)
-        if len(self._held):
+        """As distributed's, with its time charged first; a worker of a lone lane gets its next task at once."""
+        self.charge_finished(key, worker, message["startstops"])
+        Scheduler.handle_task_finished(self, key, worker, stimulus_id, **message)
+        if self._held.near:
             self._refill(worker, stimulus_id)
 
     def _refill(self, worker: str, stimulus_id: str) -> None:
         """Keep a worker supplied with tasks whose inputs it has."""
-        ws = self.workers.get(worker)
-        if ws is None or ws not in self.running or self.draining:
-            return
         clock = self._clocks[THREADS]
-        while (leaf := clock.next_leaf()) is not None and worker in leaf.heaps and self.has_room(ws, leaf.lane, self._ahead(leaf)):
+        while (leaf := clock.next_leaf()) is not None and worker in leaf.heaps:
+            ws = self.workers.get(worker)
+            if ws is None or ws not in self.running or self.draining or not self.has_room(ws, leaf.lane, self._ahead(leaf)):
+                return
             ts = self._held.best_at(leaf, worker)
             if ts is None or self._held.place_of(ts) != worker:
                 return
@@ -365,7 +368,7 @@ class FairShareScheduler(ReservingScheduler):
         now = monotonic()
         self.charge_what_is_out(now)
         self.send_what_waits(now)
-        if len(self._held):
+        if self._held:
             self.open_stuck_lanes()
             self.stimulus_queue_slots_maybe_opened(stimulus_id=f"fairshare-tick-{now}")
         if now - self._pruned > _PRUNE_SECONDS:

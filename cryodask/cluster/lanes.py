@@ -10,7 +10,11 @@ import heapq
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
+from operator import attrgetter
 from typing import Any
+
+_turn = attrgetter("late", "virtual")
+"""Of two nodes that wait, the one that is smaller in this is served first."""
 
 Place = str | frozenset[str] | tuple[Any, ...] | None
 """Where a task may run: None anywhere, an address best there, a frozenset only there, a tuple wherever its resources are free."""
@@ -24,15 +28,16 @@ class Share:
     """
 
     __slots__ = (
-        "begun", "clock", "flying", "heaps", "held", "kids", "lane", "name", "parent", "settled", "several", "strict", "tag", "virtual",
-        "waiting", "weight",
+        "begun", "clock", "flying", "heaps", "held", "kids", "lane", "late", "line", "name", "parent", "settled", "several", "tag",
+        "virtual", "waiting", "weight",
     )  # fmt: skip
 
     def __init__(self, name: str, weight: float = 1.0, parent: Share | None = None, *, strict: bool = False) -> None:
-        self.name, self.weight, self.parent, self.strict = name, weight, parent, strict
+        self.name, self.weight, self.parent, self.late = name, weight, parent, not strict
         # clock -> lane -> user -> project
         self.clock: Share = self if parent is None else parent.clock
         self.lane: Share = self if parent is None or parent.parent is None else parent.lane
+        self.line: tuple[Share, ...] = () if parent is None else (self, *parent.line)  # up to the lane
         self.kids: dict[str, Share] = {}
         self.waiting: list[Share] = []
         self.virtual = self.settled = self.begun = self.tag = 0.0
@@ -56,12 +61,12 @@ class Share:
         return node if node.held else None
 
     def is_next(self) -> bool:
-        """Whether it is this leaf's turn: at no level a sibling that waits is to be served before."""
-        node = self
-        while (above := node.parent) is not None:
-            if _turn(node) > _turn(above.in_turn()[0]):
+        """Whether it is the turn of this leaf, which waits: at no level a sibling that waits, too, is to be served before."""
+        above = self.clock
+        for node in reversed(self.line):
+            if len(above.waiting) > 1 and _turn(node) > min(map(_turn, above.waiting)):
                 return False
-            node = above
+            above = node
         return True
 
     def leaves_in_turn(self) -> Iterator[Share]:
@@ -74,30 +79,24 @@ class Share:
 
     def charge(self, seconds: float) -> None:
         """Count time used by tasks that are on workers, against a leaf and all above it."""
-        node = self
-        while node.parent is not None:
+        for node in self.line:
             node.virtual += seconds / node.weight
-            node = node.parent
 
     def launch(self, seconds: float) -> None:
-        """A task goes to a worker: charge its estimate, and count it, at a leaf and all above it."""
-        node = self
-        while (above := node.parent) is not None:
+        """A task goes to a worker: charge its estimate to a leaf and all above it, and count it at the leaf and the clock."""
+        for node in self.line:
             node.begun = node.virtual
             node.virtual += seconds / node.weight
-            node.flying += 1
-            node = above
-        node.flying += 1
+        self.flying += 1
+        self.clock.flying += 1
 
     def land(self, correction: float, settled: float) -> None:
         """A task has left its worker: charge what it took beyond what it was charged for (or less), and count it no more."""
-        node = self
-        while (above := node.parent) is not None:
+        for node in self.line:
             node.virtual += correction / node.weight
             node.settled += settled / node.weight
-            node.flying -= 1
-            node = above
-        node.flying -= 1
+        self.flying -= 1
+        self.clock.flying -= 1
 
     def hold(self, *, anew: bool = False) -> None:
         """One more task waits. A node that begins to wait gets neither credit nor debt for the time before.
@@ -112,7 +111,7 @@ class Share:
         while (above := node.parent) is not None:
             if anew or not node.held:
                 rivals = [k for k in above.waiting if k is not node] or ([] if above.held else list(above.kids.values()))
-                rivals = [k for k in rivals if k is not node and k.strict == node.strict]
+                rivals = [k for k in rivals if k is not node and k.late == node.late]
                 floor = min(max(k.settled for k in rivals), max(k.begun for k in rivals)) if rivals else 0.0
                 if node.virtual < floor:
                     node.settled += floor - node.virtual
@@ -157,10 +156,6 @@ class Share:
         return self.tag
 
 
-def _turn(node: Share) -> tuple[bool, float]:
-    return not node.strict, node.virtual
-
-
 @dataclass
 class Owner:
     """Who pays for a task: a project of a user in a lane, with a leaf on the clock of threads and one on each clock of resources."""
@@ -202,6 +197,8 @@ class LaneQueue:
         self._leaf_of = leaf_of
         self._where: dict[Any, tuple[Share, Place, int]] = {}
         self._bound: set[Any] = set()
+        self.near = 0
+        """Tasks that wait for one worker as their best place."""
         self._sequence = count()
 
     def __len__(self) -> int:
@@ -229,7 +226,9 @@ class LaneQueue:
                 leaf.several.append(place)
         heapq.heappush(heap, (task.priority, number, task))
         self._where[task] = (leaf, place, number)
-        if type(place) is frozenset:
+        if type(place) is str:
+            self.near += 1
+        elif type(place) is frozenset:
             self._bound.add(task)
         leaf.hold(anew=anew)
 
@@ -237,8 +236,10 @@ class LaneQueue:
         """Take a task out; its dead entry leaves the heap when it comes to the top."""
         entry = self._where.pop(task, None)
         if entry is not None:
-            leaf = entry[0]
-            if type(entry[1]) is frozenset:
+            leaf, place, _ = entry
+            if type(place) is str:
+                self.near -= 1
+            elif type(place) is frozenset:
                 self._bound.discard(task)
             leaf.unhold()
             if not leaf.held:  # dead entries would keep their tasks alive

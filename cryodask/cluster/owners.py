@@ -12,7 +12,7 @@ from typing import Any
 from distributed import Scheduler
 from distributed.comm import Comm
 from distributed.diagnostics.plugin import SchedulerPlugin
-from distributed.scheduler import TaskState
+from distributed.scheduler import TaskState, WorkerState
 from distributed.versions import get_versions
 
 from cryodask.cluster.lanes import LaneOptions, LaneQueue, Owner, Share
@@ -23,29 +23,18 @@ THREADS = "threads"
 _SAMPLED = 200
 
 
-class _Events(SchedulerPlugin):
-    """Tells of new graphs before their tasks move, and of workers that come and go. One plugin: each costs a call a transition."""
+class _NewGraph(SchedulerPlugin):
+    """Tells of a new graph before its tasks move, once: a plugin that stays costs a call a transition."""
 
     name = "lanes"
 
     def __init__(self, scheduler: LanedScheduler) -> None:
         self._scheduler = scheduler
 
-    def add_worker(self, scheduler: Scheduler, worker: str) -> None:
-        self._scheduler.workers_changed()
-
-    def remove_worker(self, scheduler: Scheduler, worker: str, **kwargs: Any) -> None:
-        self._scheduler.workers_changed(gone=worker)
-
-    def restart(self, scheduler: Scheduler) -> None:
-        self._scheduler.forget_tasks()
-
-    def add_client(self, scheduler: Scheduler, client: str) -> None:
-        scheduler.loop.add_callback(self._scheduler.gather_reports, client)  # its stream is opened after this
-
     def update_graph(
         self, scheduler: Scheduler, *, client: str, tasks: list[Any], annotations: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
+        scheduler.remove_plugin(self.name)
         given = annotations or {}
         self._scheduler.take_graph(client, tasks, given.get("lane") or {})
         self._scheduler.limit_failures(given.get("allowed_failures") or {})
@@ -72,13 +61,29 @@ class LanedScheduler(GatheringScheduler):
         self._versions = get_versions()
         self._held = LaneQueue(self._leaf)
         self.queued = self._held  # type: ignore[assignment]
-        self.add_plugin(_Events(self))
+
+    def _clear_task_state(self) -> None:
+        super()._clear_task_state()
+        self.forget_tasks()
+
+    def bulk_schedule_unrunnable_after_adding_worker(self, ws: WorkerState) -> Any:
+        """As distributed's: a worker runs, some time after it has joined."""
+        self.workers_changed()
+        return super().bulk_schedule_unrunnable_after_adding_worker(ws)
+
+    async def remove_worker(self, address: str, **how: Any) -> Any:
+        """As distributed's."""
+        address = self.coerce_address(address)
+        said = await super().remove_worker(address, **how)
+        if address not in self.workers:
+            self.workers_changed(gone=address)
+        return said
 
     def contest_begins(self) -> None:
         """Two owners have tasks, where one had all of them before."""
 
     def workers_changed(self, gone: str | None = None) -> None:
-        """A worker has come, or is gone."""
+        """A worker runs that did not, or is gone."""
 
     def forget_tasks(self) -> None:
         """All tasks are gone (restart)."""
@@ -173,6 +178,7 @@ class LanedScheduler(GatheringScheduler):
     # --- tasks -------------------------------------------------------------------------------------------------------------------
     def _create_taskstate_from_graph(self, *args: Any, submitting_task: Any = None, **kwargs: Any) -> Any:
         self._submitting = submitting_task
+        self.add_plugin(_NewGraph(self), idempotent=True)
         try:
             return super()._create_taskstate_from_graph(*args, submitting_task=submitting_task, **kwargs)
         finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from distributed import Scheduler
 from distributed.scheduler import TaskState, WorkerState
 
 from cryodask.cluster.lanes import Place, Share
@@ -45,10 +46,11 @@ class ReservingScheduler(CappingScheduler):
 
     def is_unoccupied(self, ws: WorkerState, occupancy: float, nprocessing: int) -> bool:
         """As distributed's; a thread kept for a lane does not invite tasks to be stolen to it."""
-        kept = self._reserved.get(ws.address) if self._reserved else None
-        return (kept is None or not nprocessing or nprocessing + kept[1] < ws.nthreads) and super().is_unoccupied(
-            ws, occupancy, nprocessing
-        )
+        if self._reserved and nprocessing:
+            kept = self._reserved.get(ws.address)
+            if kept is not None and nprocessing + kept[1] >= ws.nthreads:
+                return False
+        return Scheduler.is_unoccupied(self, ws, occupancy, nprocessing)
 
     def has_room(self, ws: WorkerState, lane: Share, saturation: float) -> bool:
         """Whether a worker may get another task of a lane."""

@@ -47,13 +47,14 @@ class WorkerStream(BatchedSend):
 class GatheringScheduler(Scheduler):
     """A scheduler with fewer messages; whoever builds on it calls :meth:`send_what_waits` now and then."""
 
-    def gather_reports(self, client: str) -> None:
-        """Write to a client as often as clients write to the scheduler, not five times as often.
+    async def handle_stream(self, comm: Comm, extra: dict[str, Any] | None = None) -> None:
+        """As distributed's; to a client it writes as often as clients write to it, not five times as often.
 
         Where lanes take turns every few results belong to several clients: written one by one, they would cost more than the turns do.
         """
-        if client in self.client_comms:
-            self.client_comms[client].interval = _CLIENT_WRITES_SECONDS
+        if extra is not None and extra.get("client") in self.client_comms:
+            self.client_comms[extra["client"]].interval = _CLIENT_WRITES_SECONDS
+        await super().handle_stream(comm, extra)
 
     async def handle_worker(self, comm: Comm, worker: str) -> None:
         """As distributed's, with a stream on which messages can wait."""

@@ -135,7 +135,6 @@ class MapRunner:
         self.returned: set[int] = set()
         self.counted: Counter[str] = Counter()
         self.window = 8
-        self._settled: list[Future] = []
         self._sequence, self._run = 0, os.urandom(4).hex()
         self._ended = self._idle = False
 
@@ -170,13 +169,11 @@ class MapRunner:
                         return self.counts()
                     if self._collect() or not self.flying:
                         self.watch.moved()
-                    self._release_settled()
         except BaseException:
             with contextlib.suppress(ClosedClientError, RuntimeError):  # a client that has closed, or its event loop, cancels nothing
                 self.client.cancel([f for f, _, _ in self.flying.values()], force=True)
             raise
         finally:
-            self._release_settled()
             self.watch.announce(PREFIX, 0)
 
     def _refill(self, items: Iterator[Item | None]) -> None:
@@ -265,20 +262,18 @@ class MapRunner:
                 break
             if time.monotonic() > until:
                 return False
-        for key in finished:
-            self._settle(key)
+        futures = [self.flying[key][0] for key in finished]
+        try:
+            for key in finished:
+                self._settle(key)
+        finally:
+            if loop := self.client.loop:
+                loop.add_callback(_release, futures)
         return True
-
-    def _release_settled(self) -> None:
-        """Let the scheduler forget what is settled."""
-        if self._settled and (loop := self.client.loop):
-            loop.add_callback(_release, self._settled)
-        self._settled = []
 
     def _settle(self, key: str) -> None:
         future, item, isolated = self.flying.pop(key)
         self.for_gpus.pop(key, None)
-        self._settled.append(future)
         status = future.status
         if status == "finished":
             self.counted["done"] += 1
