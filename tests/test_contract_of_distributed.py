@@ -44,9 +44,7 @@ PARAMETERS = {
     "_task_to_msg": ["self", "ts"],
     "handle_stream": ["self", "comm", "extra"],
     "bulk_schedule_unrunnable_after_adding_worker": ["self", "ws"],
-    "_clear_task_state": ["self"],
     "coerce_address": ["self", "addr", "resolve"],
-    "remove_plugin": ["self", "name"],
     "remove_worker": ["self", "address", "stimulus_id", "expected", "close"],
 }
 

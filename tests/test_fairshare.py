@@ -14,9 +14,10 @@ from pathlib import Path
 import dask
 import dask.array as da
 import pytest
-from _lanes import LOG, client, cluster, have_run, have_shares, longest, run, slack, sleep, until, until_clean
+from _lanes import LOG, client, cluster, have_run, have_shares, is_clean, longest, run, slack, sleep, until, until_clean
 from distributed import Client, Reschedule, SpecCluster, Worker, get_client, get_worker
 
+from cryodask.cluster.connect import LaneCluster
 from cryodask.cluster.fairshare import FairShareScheduler
 
 
@@ -326,7 +327,7 @@ def test_seceded_tasks_free_their_lane():
     run(scenario)
 
 
-def test_as_scheduler_class_of_a_cluster_and_restart():
+def test_as_scheduler_class_of_a_cluster():
     with (
         SpecCluster(
             scheduler={"cls": FairShareScheduler, "options": {"lanes": {"live": 1, "hpda": 1}, "dashboard_address": "127.0.0.1:0"}},
@@ -337,8 +338,28 @@ def test_as_scheduler_class_of_a_cluster_and_restart():
         assert isinstance(made.scheduler, FairShareScheduler)
         kept = c.map(sleep, range(50), [0.05] * 50, pure=False)
         assert c.gather(c.map(lambda x: x + 1, range(20))) == list(range(1, 21))
-        made.scheduler.forget_tasks()
         del kept
+
+
+def test_a_restart_in_the_middle_of_a_contest_leaves_nothing_behind():
+    with (
+        LaneCluster(n_workers=1, threads_per_worker=2, lanes={"A": 1, "B": 1}, dashboard_address=None) as made,
+        Client(made, name="A/x") as a,
+        Client(made, name="B/x", set_as_default=False) as b,
+    ):
+        scheduler = made.scheduler
+        lost = [c.map(sleep, range(200), [0.1] * 200, pure=False) for c in (a, b)]
+        a.submit(sleep, 0, 0, pure=False, workers=["nowhere"], key="bound")
+        while not (scheduler._flights and len(scheduler.queued) > 300):
+            time.sleep(0.02)
+        a.restart()
+        left = scheduler.tasks, scheduler.queued, scheduler.unrunnable, scheduler._flights, scheduler._others
+        assert list(map(len, left)) == [0] * 5
+        assert all(future.cancelled() for futures in lost for future in futures)
+        assert [c.submit(sleep, i, 0.01, pure=False).result(20) for i, c in enumerate((a, b))] == [0, 1]
+        while scheduler.tasks:
+            time.sleep(0.02)
+        is_clean(scheduler)
 
 
 def test_owners_without_tasks_are_forgotten_and_their_lanes_keep_what_they_used():

@@ -9,7 +9,7 @@ import dask
 import numpy as np
 import pytest
 from _lanes import LOG, client, cluster, have_run, longest, run, slack, sleep, until, until_clean
-from distributed import Client, Worker
+from distributed import Client, Scheduler, Worker
 from distributed.core import Status
 
 
@@ -214,8 +214,9 @@ def test_tasks_whose_inputs_lie_on_a_paused_worker_run_elsewhere_however_large_t
     run(scenario)
 
 
+@pytest.mark.parametrize("says_so", [True, False])
 @pytest.mark.parametrize("strictly", [True, False])
-def test_tasks_that_wait_for_a_worker_that_dies_run_elsewhere_only_if_they_may(strictly):
+def test_tasks_that_wait_for_a_worker_that_goes_run_elsewhere_only_if_they_may(strictly, says_so):
     async def scenario():
         async with cluster(1, 1, lanes={"A": 1, "B": 1}) as scheduler, client(scheduler, "A") as a, client(scheduler, "B") as b:
             bound = await Worker(scheduler.address, nthreads=1, name="bound", host="127.0.0.1", dashboard=False)
@@ -224,7 +225,12 @@ def test_tasks_that_wait_for_a_worker_that_dies_run_elsewhere_only_if_they_may(s
             kept = [a.map(sleep, range(12), [0.1] * 12, key=names, workers=[bound.address], allow_other_workers=not strictly)]
             kept.append(await _roots(b, "B", 40, 0.02))
             await until(lambda: len([ts for ts in scheduler.queued if ts.worker_restrictions]) >= 8)
-            await bound.close(nanny=False)
+            if says_so:
+                await bound.close(nanny=False)
+            else:
+                await scheduler.remove_worker(bound.address, stimulus_id="test")
+                assert not scheduler._held.restricted()
+                await bound.finished()
             lost = time.time()
             await b.gather(kept[1])
             if strictly:
@@ -273,5 +279,16 @@ def test_work_that_a_client_announces_is_known_until_it_leaves():
                 await live.scheduler.announce_work(client=live.id, prefix="item", tasks=7)
             assert scheduler.announced_work() == []
             assert scheduler._announced == {}
+
+    run(scenario)
+
+
+def test_nothing_of_ours_stays_to_hear_of_every_transition():
+    async def scenario():
+        async with Scheduler(dashboard=False, host="127.0.0.1", port=0) as plain:
+            usual = {name.partition("-")[0] for name in plain.plugins}
+        async with cluster(1, 1, lanes={"A": 1, "B": 1}) as scheduler, client(scheduler, "A") as a, client(scheduler, "B") as b:
+            assert await asyncio.gather(a.submit(sleep, 1, 0.01, pure=False), b.submit(sleep, 2, 0.01, pure=False)) == [1, 2]
+            assert {name.partition("-")[0] for name in scheduler.plugins} - usual == {"_Recorder"}
 
     run(scenario)

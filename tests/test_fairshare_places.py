@@ -140,6 +140,14 @@ def test_places_follow_workers_that_join_pause_and_go_on():
             await until(lambda: done_by(scheduler, first)[0] >= before + 5)
             await a.cancel(kept)
             scheduler.handle_worker_status_change("running", second, "test")
+            await until(lambda: not scheduler.tasks)
+            kept = a.map(sleep, range(10), [0.05] * 10, key=[f"b{i}" for i in range(10)], workers=[second])
+            await until(lambda: len(scheduler.queued) >= 6)
+            waiting = len(scheduler.queued)
+            scheduler.handle_worker_status_change("paused", second, "test")
+            assert (len(scheduler.queued), len(scheduler.unrunnable)) == (0, waiting)
+            scheduler.handle_worker_status_change("running", second, "test")
+            assert await a.gather(kept) == list(range(10))
             del kept
 
     run(scenario)

@@ -137,12 +137,15 @@ def test_the_queue_knows_places_and_keeps_no_dead_tasks():
     assert queue.best_at(leaf, "elsewhere") is anywhere
     assert queue.tasks_at("there") == [there]
     assert queue.restricted() == [both]
+    assert queue.near == 2
     queue.discard(here)
+    assert queue.near == 1
     assert queue.best_at(leaf, "here") is both
     with pytest.raises(KeyError):
         queue.remove(here)
-    queue.clear()
-    assert len(queue) == 0
+    for task in queue:
+        queue.discard(task)
+    assert len(queue) == queue.near == 0
     assert leaf.heaps == {}
     assert leaf.clock.held == leaf.clock.flying == 0
     assert leaf.clock.next_leaf() is None

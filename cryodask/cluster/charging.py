@@ -48,13 +48,6 @@ class ChargingScheduler(LanedScheduler):
                 if ts.key not in self._flights and not ts.actor and ts not in ws.long_running:
                     self._charge(ts, self._leaf(ts), self._base)
 
-    def forget_tasks(self) -> None:
-        """All tasks are gone (restart); what was used stays counted."""
-        super().forget_tasks()
-        self._flights.clear()
-        for clock in self._clocks.values():
-            _none_flying(clock)
-
     def _charge(self, ts: TaskState, leaf: Share, rank: float) -> None:
         cost = self.estimate(ts)
         self._flights[ts.key] = Flight(leaf, cost, rank)
@@ -93,13 +86,13 @@ class ChargingScheduler(LanedScheduler):
             self._settle(ts.key)
         return super()._exit_processing_common(ts)
 
-    def charge_finished(self, key: Any, worker: str, phases: list[dict[str, Any]]) -> None:
+    def charge_finished(self, key: Any, worker: str, message: dict[str, Any]) -> None:
         """Charge a task that ends the time that its worker measured."""
         if key in self._flights:
             # stolen tasks finish elsewhere than where they were sent; a stale report of another worker settles nothing
             if self._runs_at(key, worker):
                 seconds = 0.0
-                for phase in phases:
+                for phase in message["startstops"]:
                     if phase["action"] == "compute":
                         seconds += phase["stop"] - phase["start"]
                 self._settle(key, seconds)
@@ -128,9 +121,3 @@ class ChargingScheduler(LanedScheduler):
                 if spent > flight.charged:
                     flight.leaf.charge(spent - flight.charged)
                     flight.charged = spent
-
-
-def _none_flying(node: Share) -> None:
-    node.flying = 0
-    for kid in node.kids.values():
-        _none_flying(kid)

@@ -342,7 +342,7 @@ class FairShareScheduler(ReservingScheduler):
 
     def handle_task_finished(self, key: Any, worker: str, stimulus_id: str, **message: Any) -> None:
         """As distributed's, with its time charged first; a worker of a lone lane gets its next task at once."""
-        self.charge_finished(key, worker, message["startstops"])
+        self.charge_finished(key, worker, message)
         Scheduler.handle_task_finished(self, key, worker, stimulus_id, **message)
         if self._held.near:
             self._refill(worker, stimulus_id)

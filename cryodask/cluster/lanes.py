@@ -252,11 +252,6 @@ class LaneQueue:
             raise KeyError(task)
         self.discard(task)
 
-    def clear(self) -> None:
-        """Forget all tasks."""
-        for task in list(self._where):
-            self.discard(task)
-
     def top(self, leaf: Share, place: Place) -> tuple[Any, int, Any] | None:
         """First entry of a heap that still waits, as (priority, number, task)."""
         heap = leaf.heaps.get(place)

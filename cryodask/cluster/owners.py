@@ -26,7 +26,7 @@ _SAMPLED = 200
 class _NewGraph(SchedulerPlugin):
     """Tells of a new graph before its tasks move, once: a plugin that stays costs a call a transition."""
 
-    name = "lanes"
+    name = "cryodask-new-graph"
 
     def __init__(self, scheduler: LanedScheduler) -> None:
         self._scheduler = scheduler
@@ -34,7 +34,7 @@ class _NewGraph(SchedulerPlugin):
     def update_graph(
         self, scheduler: Scheduler, *, client: str, tasks: list[Any], annotations: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        scheduler.remove_plugin(self.name)
+        scheduler.plugins.pop(self.name, None)
         given = annotations or {}
         self._scheduler.take_graph(client, tasks, given.get("lane") or {})
         self._scheduler.limit_failures(given.get("allowed_failures") or {})
@@ -62,10 +62,6 @@ class LanedScheduler(GatheringScheduler):
         self._held = LaneQueue(self._leaf)
         self.queued = self._held  # type: ignore[assignment]
 
-    def _clear_task_state(self) -> None:
-        super()._clear_task_state()
-        self.forget_tasks()
-
     def bulk_schedule_unrunnable_after_adding_worker(self, ws: WorkerState) -> Any:
         """As distributed's: a worker runs, some time after it has joined."""
         self.workers_changed()
@@ -84,12 +80,6 @@ class LanedScheduler(GatheringScheduler):
 
     def workers_changed(self, gone: str | None = None) -> None:
         """A worker runs that did not, or is gone."""
-
-    def forget_tasks(self) -> None:
-        """All tasks are gone (restart)."""
-        self._others.clear()
-        self._head_start.clear()
-        self._held.clear()
 
     def identity(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As distributed's; of the workers also ``used_resources``, and ``lanes`` and ``cryodask`` to tell what this is."""
