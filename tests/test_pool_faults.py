@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
@@ -218,3 +219,19 @@ def test_when_all_pools_are_to_have_no_jobs_they_go_with_their_results_and_say_s
         cluster.scale_pool(cpu=0)
         wait(lambda: not cluster.pool_status()["cpu"].workers and not on_slurm.jobs(), "the end of the job")
         assert any("1 of its results are lost, nobody can take them" in text for _, _, text in cluster.events)
+
+
+def test_a_watcher_that_loses_a_cancellation_ends_all_the_same():
+    async def loses_one():
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:  # as wait_for() of Python 3.11 may, where a result comes with it
+            await asyncio.sleep(60)
+
+    async def scenario():
+        watcher = asyncio.create_task(loses_one())
+        await asyncio.sleep(0)
+        await asyncio.wait_for(pool_jobs._end({watcher}), 20)
+        assert watcher.cancelled()
+
+    asyncio.run(scenario())

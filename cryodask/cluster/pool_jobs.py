@@ -393,17 +393,20 @@ class PoolJobs(SpecCluster):
     async def _close(self) -> None:
         watching, self._watching = self._watching, None
         if watching is not None:
-            tasks = {watching, *self._retirements}
-            while tasks:  # again, since wait_for() of Python 3.11 loses a cancellation that comes with its result
-                for task in tasks:
-                    task.cancel()
-                _, tasks = await asyncio.wait(tasks, timeout=1)
+            await _end({watching, *self._retirements})
             await slurm.scancel([job.job_id for job in self.workers.values() if job.job_id])  # one call for all, not one for each
             for job in self.workers.values():
                 await ProcessInterface.close(job)
         await super()._close()
         if watching is not None and not await slurm.wait_until_gone(self.cluster_id, _CLOSE_SECONDS):
             logger.warning("Slurm still shows jobs of this cluster, or does not answer. They end when they find no scheduler.")
+
+
+async def _end(tasks: set[asyncio.Task[Any]]) -> None:
+    while tasks:  # again, since wait_for() of Python 3.11 loses a cancellation that comes with its result
+        for task in tasks:
+            task.cancel()
+        _, tasks = await asyncio.wait(tasks, timeout=1)
 
 
 @contextlib.contextmanager
