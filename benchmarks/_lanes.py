@@ -29,6 +29,7 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 OUT = Path(__file__).parent / "out"
 WORKERS, THREADS = 2, 8
 PLAIN, FAIR = "plain", "lanes"
+KINDS = (PLAIN, FAIR)
 
 # tasks that sleep need no memory manager, and a busy machine no warnings; profiling threads would blur the cost of scheduling
 dask.config.set(
@@ -166,6 +167,11 @@ def cluster(
     finally:
         process.kill()
         process.wait()
+
+
+def in_turn(number: int) -> tuple[str, ...]:
+    """Both kinds, the other one first each time: a place in the order may be worth something."""
+    return KINDS if number % 2 == 0 else KINDS[::-1]
 
 
 def shares(log: list[Ran], begin: float, end: float, names: Iterable[str]) -> dict[str, float]:

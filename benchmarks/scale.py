@@ -24,10 +24,8 @@ from typing import Any
 
 import dask
 import psutil
-from _lanes import FAIR, OUT, PLAIN, counted
+from _lanes import FAIR, KINDS, OUT, PLAIN, counted, in_turn
 from distributed import Client, Scheduler, Worker, wait
-
-KINDS = (PLAIN, FAIR)
 
 
 class Nothing:
@@ -129,7 +127,7 @@ def main() -> None:
     print(f"{'':<8}{'items/s':>9}{'CPU s':>8}{'peak tasks':>12}{'memory grew MB':>16}")
     for number in range(pairs):
         begun = {}
-        for place, kind in enumerate(KINDS if number % 2 == 0 else KINDS[::-1]):
+        for place, kind in enumerate(in_turn(number)):
             command = [sys.executable, "-W", "ignore", __file__, "--one", kind, "--workers", str(workers), "--items", str(items)]
             begun[kind] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
             psutil.Process(begun[kind].pid).cpu_affinity([cores[place % len(cores)]])

@@ -27,11 +27,10 @@ from uuid import uuid4
 
 import dask.array as da
 import psutil
-from _lanes import FAIR, OUT, PLAIN, Cluster, Workers, cluster, counted, finish
+from _lanes import FAIR, KINDS, OUT, PLAIN, Cluster, Workers, cluster, counted, finish, in_turn
 from dask._task_spec import Task, TaskRef
 from distributed import Client, Scheduler
 
-KINDS = (PLAIN, FAIR)
 LANES = {"A": 1, "B": 1}
 NAMES = {"one_lane": ("A/x",), "two_lanes": ("A/x", "B/x")}
 
@@ -71,7 +70,7 @@ def both(workers: dict[str, Workers], names: tuple[str, ...], number: int, modul
     """A plain cluster and one with lanes; which of them starts first changes from pair to pair."""
     with ExitStack() as stack:
         made = {}
-        for kind in KINDS if number % 2 == 0 else KINDS[::-1]:
+        for kind in in_turn(number):
             options = {} if kind == PLAIN else {"lanes": LANES}
             made[kind] = stack.enter_context(cluster(workers[kind], kind, names, record=False, modules=modules, **options))
         yield made
@@ -192,7 +191,7 @@ def array(workers: dict[str, Workers], name: str, pairs: int, turns: int) -> dic
                 compute(one, reduction)  # imports
             for title, build in ARRAYS.items():
                 for turn in range(turns):
-                    for kind in KINDS if (number + turn) % 2 == 0 else KINDS[::-1]:
+                    for kind in in_turn(number + turn):
                         runs[title][kind].append(compute(made[kind], build))
     result = {}
     for title, found in runs.items():

@@ -349,7 +349,7 @@ def test_a_restart_in_the_middle_of_a_contest_leaves_nothing_behind():
     ):
         scheduler = made.scheduler
         lost = [c.map(sleep, range(200), [0.1] * 200, pure=False) for c in (a, b)]
-        a.submit(sleep, 0, 0, pure=False, workers=["nowhere"], key="bound")
+        lost.append([a.submit(sleep, 0, 0, pure=False, workers=["nowhere"], key="bound")])
         while not (scheduler._flights and len(scheduler.queued) > 300):
             time.sleep(0.02)
         a.restart()
