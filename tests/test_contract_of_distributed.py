@@ -6,10 +6,12 @@ Run these tests, and those of lanes, guard, certificates and pools, on the oldes
 from __future__ import annotations
 
 import ast
+import asyncio
 import inspect
 import textwrap
 
 import distributed.core
+import distributed.scheduler
 import pytest
 from _lanes import client, cluster, run, sleep
 from distributed import Client, Scheduler
@@ -46,6 +48,12 @@ PARAMETERS = {
     "bulk_schedule_unrunnable_after_adding_worker": ["self", "ws"],
     "coerce_address": ["self", "addr", "resolve"],
     "remove_worker": ["self", "address", "stimulus_id", "expected", "close"],
+    "_transition_memory_released": ["self", "key", "stimulus_id"],
+    "_transition_memory_forgotten": ["self", "key", "stimulus_id"],
+    "handle_worker": ["self", "comm", "worker"],
+    "gather_on_worker": ["self", "worker_address", "who_has"],
+    "scatter": ["self", "data", "workers", "client", "broadcast", "timeout"],
+    "get_ncores_running": ["self", "workers"],
 }
 
 
@@ -168,5 +176,32 @@ def test_the_stream_to_a_client_has_an_interval_that_can_be_set():
         async with cluster(1, 1) as scheduler, client(scheduler, "A/x") as a:
             assert await a.submit(sleep, 1, 0.0) == 1
             assert scheduler.client_comms[a.id].interval == 0.01, "it is 2 ms in distributed, and 10 ms from a client to the scheduler"
+
+    run(scenario)
+
+
+def test_a_client_that_scatters_asks_the_scheduler_before():
+    """Who sends data to workers without that would meet what they are yet to forget."""
+    source = inspect.getsource(Client._scatter)
+    assert source.index("self.scheduler.ncores_running(") < source.index("await scatter_to_workers(") < source.index("self.scheduler.scatter(")
+    assert inspect.getsource(distributed.scheduler).count("scatter_to_workers(") == 1
+
+
+def test_what_a_worker_may_forget_is_told_in_these_words():
+    async def scenario():
+        async with cluster(1, 1) as scheduler, client(scheduler, "A/x") as a:
+            first = a.submit(sleep, 1, 0.0, key="first")
+            await first
+            (stream,) = scheduler.stream_comms.values()
+            sent = []
+            stream.send = lambda *messages: sent.extend(messages)
+            second = a.submit(sleep, 2, 0.0, first, key="second")
+            while not sent:
+                await asyncio.sleep(0.01)
+            (message,) = sent
+            assert message["op"] == "compute-task" and message["key"] == "second" and set(message["who_has"]) == {"first"}
+            _, _, to_workers = Scheduler._transition_memory_released(scheduler, "first", "stimulus")
+            assert to_workers == {next(iter(scheduler.workers)): [{"op": "free-keys", "keys": ["first"], "stimulus_id": "stimulus"}]}
+            del second
 
     run(scenario)

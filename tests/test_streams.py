@@ -16,31 +16,35 @@ def numbers(count: int) -> list[int]:
     return list(range(count))
 
 
-def test_a_small_result_is_forgotten_along_with_the_next_task_and_a_large_one_at_once(monkeypatch):
-    monkeypatch.setattr(streams, "_LATEST_SECONDS", 60.0)  # a machine that stalls is no worker without work
+def test_small_results_are_forgotten_many_at_a_time_and_large_ones_at_once(monkeypatch):
+    monkeypatch.setattr(streams, "_ALONG_SECONDS", 60.0)  # a machine that stalls is no worker that waits for long
+    monkeypatch.setattr(streams, "_LATEST_SECONDS", 60.0)
 
     async def scenario():
         async with cluster(0) as scheduler, Worker(scheduler.address, dashboard=False) as worker, client(scheduler, "a") as c:
-            small, large = c.submit(numbers, 3, key="small"), c.submit(numbers, 10_000, key="large")
-            await c.gather([small, large])
+            large = c.submit(numbers, 10_000, key="large")
+            await large
             stream = scheduler.stream_comms[worker.address]
-            small.release()
-            await until(lambda: "small" not in scheduler.tasks)
-            sent = stream.batch_count
-            await asyncio.sleep(0.1)
-            assert "small" in worker.data
-            assert stream.batch_count == sent, "no message of its own"
-            next_one = c.submit(sleep, 0, 0.0, key="next")
-            await next_one
-            assert "small" not in worker.data
-            assert stream.batch_count == sent + 1, "one message: the task, and what may be forgotten"
+            before = stream.batch_count
+            for step in range(20):
+                await c.submit(numbers, step, key=f"small-{step}")
+                await until(lambda: f"small-{step}" not in scheduler.tasks)  # noqa: B023
+            assert stream.batch_count == before + 20, "one message a task, none that says what may be forgotten"
+            assert set(worker.data) == {"large"} | {f"small-{step}" for step in range(20)}
             large.release()
-            await until(lambda: "large" not in worker.data)
+            await until(lambda: "large" not in scheduler.tasks and "large" not in worker.data)
+            monkeypatch.setattr(streams, "_ALONG_SECONDS", 0.0)
+            last = c.submit(numbers, 3, key="last")
+            await last
+            assert set(worker.data) == {"last"}, "it is told along with its next task"
+            assert stream.batch_count == before + 22
 
     run(scenario)
 
 
-def test_a_worker_without_work_forgets_after_a_second():
+def test_a_worker_without_work_forgets_after_a_while(monkeypatch):
+    monkeypatch.setattr(streams, "_LATEST_SECONDS", 1.0)
+
     async def scenario():
         async with cluster(0) as scheduler, Worker(scheduler.address, dashboard=False) as worker, client(scheduler, "a") as c:
             future = c.submit(numbers, 3, key="small")
@@ -50,6 +54,46 @@ def test_a_worker_without_work_forgets_after_a_second():
             await until(lambda: "small" not in worker.data)
             assert time.monotonic() - begin > 0.9
             assert not worker.state.tasks
+
+    run(scenario)
+
+
+def test_no_more_than_a_hundred_small_results_wait_to_be_forgotten(monkeypatch):
+    monkeypatch.setattr(streams, "_ALONG_SECONDS", 60.0)
+    monkeypatch.setattr(streams, "_LATEST_SECONDS", 60.0)
+
+    async def scenario():
+        async with cluster(0) as scheduler, Worker(scheduler.address, dashboard=False) as worker, client(scheduler, "a") as c:
+            futures = c.map(numbers, [3] * 350, key=[f"small-{step}" for step in range(350)])
+            await c.gather(futures)
+            for future in futures:
+                future.release()
+            await until(lambda: not scheduler.tasks)
+            await until(lambda: len(worker.data) == 50)
+
+    run(scenario)
+
+
+def test_a_result_that_is_made_again_elsewhere_is_not_taken_from_what_is_left_of_the_old_one(monkeypatch):
+    monkeypatch.setattr(streams, "_ALONG_SECONDS", 60.0)
+    monkeypatch.setattr(streams, "_LATEST_SECONDS", 60.0)
+
+    async def scenario():
+        async with (
+            cluster(0) as scheduler,
+            Worker(scheduler.address, name="first", dashboard=False) as first,
+            Worker(scheduler.address, name="second", dashboard=False) as second,
+            client(scheduler, "a") as c,
+        ):
+            old = c.submit(numbers, 3, key="made", workers=["first"])
+            await old
+            old.release()
+            await until(lambda: "made" not in scheduler.tasks)
+            assert "made" in first.data, "it waits to be told"
+            new = c.submit(numbers, 5, key="made", workers=["second"])
+            await new
+            assert "made" in second.data
+            assert await c.submit(len, new, key="needs", workers=["first"]) == 5
 
     run(scenario)
 
@@ -114,13 +158,57 @@ def test_a_chain_of_short_tasks_costs_a_message_to_its_worker_for_each(monkeypat
     run(scenario)
 
 
-def test_what_waits_keeps_its_place_before_what_is_sent_after_it():
+def test_a_value_that_comes_beside_the_stream_is_not_taken_for_what_is_left_of_the_old_one(monkeypatch):
+    monkeypatch.setattr(streams, "_ALONG_SECONDS", 60.0)
+    monkeypatch.setattr(streams, "_LATEST_SECONDS", 60.0)
+
+    async def again(c, scheduler, worker) -> None:
+        old = c.submit(numbers, 3, key="named", workers=[worker])
+        await old
+        old.release()
+        await until(lambda: "named" not in scheduler.tasks)
+        await asyncio.sleep(0.05)  # the stream gathers for so long
+
     async def scenario():
-        stream = streams.WorkerStream("5ms")
-        stream.send_later("first", "second")
-        stream.send("third")
-        stream.send_later("fourth")
-        stream.send("fifth", "sixth")
-        assert stream.buffer == ["first", "second", "third", "fourth", "fifth", "sixth"]
+        async with (
+            cluster(0) as scheduler,
+            Worker(scheduler.address, name="first", dashboard=False) as first,
+            Worker(scheduler.address, name="second", dashboard=False) as second,
+            client(scheduler, "a") as c,
+        ):
+            for direct in (False, True):
+                await again(c, scheduler, "first")
+                assert "named" in first.data
+                new = (await c.scatter({"named": 7 + direct}, workers=[first.address], direct=direct))["named"]
+                assert await c.submit(abs, new, workers=["first"], pure=False) == 7 + direct
+                new.release()
+                await until(lambda: "named" not in scheduler.tasks and "named" not in first.data)
+            await again(c, scheduler, "first")
+            new = c.submit(numbers, 5, key="named", workers=["second"], allow_other_workers=True)
+            await new
+            assert second.data["named"] == numbers(5)
+            await c.replicate([new])
+            assert first.data["named"] == numbers(5)
+            await asyncio.sleep(0.05)
+            assert {ws.name for ws in scheduler.tasks["named"].who_has} == {"first", "second"}
+
+    run(scenario)
+
+
+def test_only_what_has_nothing_to_do_with_them_overtakes_what_may_be_forgotten():
+    def task(key: str, *needs: str) -> dict[str, object]:
+        return {"op": "compute-task", "key": key, "who_has": dict.fromkeys(needs, ("tcp://other",))}
+
+    async def scenario():
+        other = task("other", "far")
+        for message in (task("old"), task("new", "far", "old"), {"op": "acquire-replicas", "who_has": {}}):
+            stream = streams.WorkerStream("5ms")
+            stream.free_later("older", "first")
+            stream.free_later("old", "second")
+            stream.send(other)
+            stream.send(other, message)
+            stream.send(other)
+            free = {"op": "free-keys", "keys": ["older", "old"], "stimulus_id": "second"}
+            assert stream.buffer == [other, free, other, message, other]
 
     asyncio.run(scenario())

@@ -1,11 +1,14 @@
 """A Dask scheduler that writes fewer messages: each costs both ends more than what it says.
 
-Clients are told of results as often as they write themselves. That a worker may forget a small result goes along with the next message
-that it must have: usually its next task, so that it still forgets the old before it begins the new.
+Clients are told of results as often as they write themselves. Workers are told now and then, of many small results at a time, that they
+may forget them: they answer each time, usually with a message of its own. Until then a worker may hold an old value of a key that has a new
+one elsewhere, so it is told before anything else is done there with that key.
 """
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Collection
 from time import monotonic
 from typing import Any
 
@@ -16,32 +19,52 @@ from distributed.scheduler import TaskState
 
 _CLIENT_WRITES_SECONDS = 0.01
 _SMALL_BYTES = 10_000
-_LATEST_SECONDS = 1.0
+_ALONG_SECONDS = 2.5
+_LATEST_SECONDS = 5.0
+_MOST = 100
+_THERE_AND_BACK_SECONDS = 0.05
 
 
 class WorkerStream(BatchedSend):
-    """Messages to a worker, in the order in which they were given; what is not urgent waits for what is."""
+    """Messages to a worker; which small results it may forget waits, until a message comes that must not overtake it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._waiting: list[Any] = []
-        self._waiting_since = 0.0
+        self._free: dict[Any, str] = {}
+        self._free_since = 0.0
 
     def send(self, *messages: Any) -> None:
-        """As distributed's, after what waits."""
-        waiting, self._waiting = self._waiting, []
-        super().send(*waiting, *messages)
+        """As distributed's; what waits goes first if one of them has to do with it, or if it has waited for long enough to go along."""
+        if self._free and (monotonic() - self._free_since > _ALONG_SECONDS or not all(map(self._may_overtake, messages))):
+            self.send_free(*messages)
+        else:
+            super().send(*messages)
 
-    def send_later(self, *messages: Any) -> None:
-        """Send them before the next message, or when :meth:`send_old` is called a second later."""
-        if not self._waiting:
-            self._waiting_since = monotonic()
-        self._waiting.extend(messages)
+    def free_later(self, key: Any, stimulus_id: str) -> None:
+        """The worker may forget a result; it is told with others."""
+        if not self._free:
+            self._free_since = monotonic()
+        self._free[key] = stimulus_id
+        if len(self._free) >= _MOST:
+            self.send_free()
 
     def send_old(self, now: float) -> None:
         """Send what has waited for long."""
-        if self._waiting and now - self._waiting_since > _LATEST_SECONDS and not self.closed():
-            self.send()
+        if self._free and now - self._free_since > _LATEST_SECONDS and not self.closed():
+            self.send_free()
+
+    def has_waiting(self, keys: Collection[Any] | None) -> bool:
+        """Whether the worker is yet to be told of one of the keys (None: of any)."""
+        return bool(self._free) if keys is None else not self._free.keys().isdisjoint(keys)
+
+    def send_free(self, *messages: Any) -> None:
+        """Send what waits, then the messages."""
+        free, self._free = self._free, {}
+        super().send({"op": "free-keys", "keys": list(free), "stimulus_id": next(reversed(free.values()))}, *messages)
+
+    def _may_overtake(self, message: Any) -> bool:
+        """Only tasks that neither are nor need what the worker still has of an earlier time."""
+        return message["op"] == "compute-task" and message["key"] not in self._free and self._free.keys().isdisjoint(message["who_has"])
 
 
 class GatheringScheduler(Scheduler):
@@ -64,23 +87,48 @@ class GatheringScheduler(Scheduler):
         await super().handle_worker(comm, worker)
 
     def send_what_waits(self, now: float) -> None:
-        """Send workers that get no tasks what has waited for one."""
+        """Tell workers what they may forget that have not been told for long."""
         for stream in self.stream_comms.values():
             if isinstance(stream, WorkerStream):
                 stream.send_old(now)
 
+    async def scatter(self, data: Any, *args: Any, **kwargs: Any) -> Any:
+        """As distributed's, which sends data to workers beside the streams."""
+        await self._forgotten(data)
+        return await super().scatter(data, *args, **kwargs)
+
+    async def gather_on_worker(self, worker_address: str, who_has: Any) -> Any:
+        """As distributed's, which asks a worker beside its stream to fetch what it does not have."""
+        await self._forgotten(who_has)
+        return await super().gather_on_worker(worker_address, who_has)
+
+    async def get_ncores_running(self, workers: Any = None) -> Any:  # type: ignore[override]
+        """As distributed's, which awaits its handlers; clients ask before they send data to workers themselves."""
+        await self._forgotten(None)
+        return super().get_ncores_running(workers)
+
+    async def _forgotten(self, keys: Collection[Any] | None) -> None:
+        """Wait until no worker has an old value of a key (None: of any)."""
+        streams = [stream for stream in self.stream_comms.values() if isinstance(stream, WorkerStream) and stream.has_waiting(keys)]
+        for stream in streams:
+            stream.send_free()
+        if streams:
+            await asyncio.sleep(_THERE_AND_BACK_SECONDS)
+
     def _transition_memory_released(self, key: Any, stimulus_id: str) -> Any:
-        return self._freed_later(self.tasks[key], *super()._transition_memory_released(key, stimulus_id))
+        return self._freed_later(self.tasks[key], stimulus_id, *super()._transition_memory_released(key, stimulus_id))
 
     def _transition_memory_forgotten(self, key: Any, stimulus_id: str) -> Any:
-        return self._freed_later(self.tasks[key], *super()._transition_memory_forgotten(key, stimulus_id))
+        return self._freed_later(self.tasks[key], stimulus_id, *super()._transition_memory_forgotten(key, stimulus_id))
 
-    def _freed_later(self, ts: TaskState, recommendations: Any, to_clients: Any, to_workers: Any) -> Any:
-        if ts.nbytes <= _SMALL_BYTES and not ts.actor:
+    def _freed_later(self, ts: TaskState, stimulus_id: str, recommendations: Any, to_clients: Any, to_workers: Any) -> Any:
+        # what was scattered from within a task comes again without a word to the scheduler before
+        if ts.nbytes <= _SMALL_BYTES and ts.run_spec is not None and not ts.actor:
             for address in list(to_workers):
                 stream = self.stream_comms.get(address)
                 if isinstance(stream, WorkerStream):
-                    stream.send_later(*to_workers.pop(address))
+                    del to_workers[address]
+                    stream.free_later(ts.key, stimulus_id)
         return recommendations, to_clients, to_workers
 
     _TRANSITIONS_TABLE = {  # noqa: RUF012  (distributed looks its functions up here, not as methods)
