@@ -1,8 +1,9 @@
 """A Dask scheduler that writes fewer messages: each costs both ends more than what it says.
 
-Clients are told of results as often as they write themselves. Workers are told now and then, of many small results at a time, that they
-may forget them: they answer each time, usually with a message of its own. Until then a worker may hold an old value of a key that has a new
-one elsewhere, so it is told before anything else is done there with that key.
+Clients are told of results as often as they write themselves. Workers are told of many results at a time that they may forget them, since
+they answer each time, usually with a message of its own: of small values now and then, of what only looks small along with their next task.
+Until then a worker may hold an old value of a key that has a new one elsewhere, so it is told before anything else is done there with that
+key.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ from distributed.scheduler import TaskState
 
 _CLIENT_WRITES_SECONDS = 0.01
 _SMALL_BYTES = 10_000
+_SIZE_IS_KNOWN = {"NoneType", "bool", "int", "float", "str", "bytes"}
+"""Types whose size Dask knows; of many others it counts the outermost object only."""
+
 _ALONG_SECONDS = 2.5
-_LATEST_SECONDS = 5.0
+_ALONE_SECONDS = 3.5
 _MOST = 100
 _THERE_AND_BACK_SECONDS = 0.05
 
@@ -35,32 +39,36 @@ class WorkerStream(BatchedSend):
 
     def send(self, *messages: Any) -> None:
         """As distributed's; what waits goes first if one of them has to do with it, or if it has waited for long enough to go along."""
-        if self._free and (monotonic() - self._free_since > _ALONG_SECONDS or not all(map(self._may_overtake, messages))):
-            self.send_free(*messages)
+        if self._free and (monotonic() - self._free_since >= _ALONG_SECONDS or not all(map(self._may_overtake, messages))):
+            super().send(self._free_keys(), *messages)
         else:
             super().send(*messages)
 
-    def free_later(self, key: Any, stimulus_id: str) -> None:
-        """The worker may forget a result; it is told with others."""
-        if not self._free:
-            self._free_since = monotonic()
+    def free_later(self, key: Any, stimulus_id: str, *, with_next: bool) -> None:
+        """The worker may forget a result: it is told with others, or along with the next message at the latest."""
+        since = monotonic() - with_next * _ALONG_SECONDS
+        self._free_since = min(since, self._free_since) if self._free else since
         self._free[key] = stimulus_id
         if len(self._free) >= _MOST:
             self.send_free()
 
     def send_old(self, now: float) -> None:
         """Send what has waited for long."""
-        if self._free and now - self._free_since > _LATEST_SECONDS and not self.closed():
+        if now - self._free_since > _ALONE_SECONDS:
             self.send_free()
 
     def has_waiting(self, keys: Collection[Any] | None) -> bool:
         """Whether the worker is yet to be told of one of the keys (None: of any)."""
         return bool(self._free) if keys is None else not self._free.keys().isdisjoint(keys)
 
-    def send_free(self, *messages: Any) -> None:
-        """Send what waits, then the messages."""
+    def send_free(self) -> None:
+        """Send what waits, to a worker that is still there."""
+        if self._free and not self.closed():
+            super().send(self._free_keys())
+
+    def _free_keys(self) -> dict[str, Any]:
         free, self._free = self._free, {}
-        super().send({"op": "free-keys", "keys": list(free), "stimulus_id": next(reversed(free.values()))}, *messages)
+        return {"op": "free-keys", "keys": list(free), "stimulus_id": next(reversed(free.values()))}
 
     def _may_overtake(self, message: Any) -> bool:
         """Only tasks that neither are nor need what the worker still has of an earlier time."""
@@ -128,7 +136,7 @@ class GatheringScheduler(Scheduler):
                 stream = self.stream_comms.get(address)
                 if isinstance(stream, WorkerStream):
                     del to_workers[address]
-                    stream.free_later(ts.key, stimulus_id)
+                    stream.free_later(ts.key, stimulus_id, with_next=ts.type not in _SIZE_IS_KNOWN)
         return recommendations, to_clients, to_workers
 
     _TRANSITIONS_TABLE = {  # noqa: RUF012  (distributed looks its functions up here, not as methods)
