@@ -2,16 +2,18 @@
 
 ``python benchmarks/scale.py [--quick] [--pairs 1] [--workers 200] [--items 50000]``: each run is a process of its own that holds a
 scheduler, 200 workers of one thread and the client. Items do nothing. Ours: ``MapRunner`` on a scheduler with lanes; plain: ``client.map``
-of all items on Dask's own scheduler. The two of a pair run at the same time, on a core each, and change cores in the next pair: on a shared
-machine whose speed varies by half within minutes nothing else can be compared. A pair takes 3 to 6 minutes. Throughput is items a second
-of wall time (beside it the ratios of CPU and, where ``perf`` can count them, of instructions); the tasks that the scheduler holds and the
-memory of the process are sampled five times a second.
+of all items on Dask's own scheduler. The two of a pair run at the same time, on a core each, and change cores every second: on a shared
+machine whose cores differ by a tenth, and whose speed varies by half within minutes, nothing else can be compared. A pair takes 3 to 6
+minutes. Throughput is items a second of wall time, its ratio the median of the pairs (beside it the ratios of CPU and, where ``perf`` can
+count them, of instructions); the tasks that the scheduler holds and the memory of the process are sampled five times a second.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import itertools
 import json
 import logging
 import os
@@ -122,15 +124,14 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(one_run(arguments.one, workers, items)), flush=True)
         return
-    cores = sorted(os.sched_getaffinity(0))
     runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     print(f"{'':<8}{'items/s':>9}{'CPU s':>8}{'peak tasks':>12}{'memory grew MB':>16}")
     for number in range(pairs):
         begun = {}
-        for place, kind in enumerate(in_turn(number)):
+        for kind in in_turn(number):
             command = [sys.executable, "-W", "ignore", __file__, "--one", kind, "--workers", str(workers), "--items", str(items)]
             begun[kind] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-            psutil.Process(begun[kind].pid).cpu_affinity([cores[place % len(cores)]])
+        exchange_cores([process.pid for process in begun.values()])
         for kind, process in begun.items():
             said = process.communicate()[0]
             if process.returncode:
@@ -142,12 +143,12 @@ def main() -> None:
     plot(runs)
     ratios = [round(plain["wall"] / ours["wall"], 3) for plain, ours in zip(runs[PLAIN], runs[FAIR])]
     counts = {kind: [run["instructions"] for run in runs[kind] if "instructions" in run] for kind in KINDS}
-    wall, cpu = ({kind: statistics.median(run[what] for run in runs[kind]) for kind in KINDS} for what in ("wall", "cpu"))
+    cpu = {kind: statistics.median(run["cpu"] for run in runs[kind]) for kind in KINDS}
     ours = runs[FAIR]
     print(
         json.dumps(
             {
-                "throughput_ratio": round(wall[PLAIN] / wall[FAIR], 3),
+                "throughput_ratio": round(statistics.median(ratios), 3),
                 "pairs": ratios,
                 "cpu_ratio": round(cpu[FAIR] / cpu[PLAIN], 3),
                 **({"instructions_ratio": round(sum(counts[FAIR]) / sum(counts[PLAIN]), 3)} if counts[PLAIN] else {}),
@@ -156,6 +157,20 @@ def main() -> None:
             }
         )
     )
+
+
+def exchange_cores(processes: list[int]) -> None:
+    """Every second, until the first of them has ended."""
+    cores = sorted(os.sched_getaffinity(0))
+    while True:
+        cores = cores[1:] + cores[:1]
+        for core, process in zip(itertools.cycle(cores), processes):
+            for thread in psutil.Process(process).threads():
+                with contextlib.suppress(ProcessLookupError):
+                    os.sched_setaffinity(thread.id, {core})
+        time.sleep(1)
+        if any(psutil.Process(process).status() == psutil.STATUS_ZOMBIE for process in processes):
+            return
 
 
 def plot(runs: dict[str, list[dict[str, Any]]]) -> None:
