@@ -131,7 +131,7 @@ def main() -> None:
         for kind in in_turn(number):
             command = [sys.executable, "-W", "ignore", __file__, "--one", kind, "--workers", str(workers), "--items", str(items)]
             begun[kind] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        exchange_cores([process.pid for process in begun.values()])
+        exchange_cores(list(begun.values()))
         for kind, process in begun.items():
             said = process.communicate()[0]
             if process.returncode:
@@ -159,18 +159,17 @@ def main() -> None:
     )
 
 
-def exchange_cores(processes: list[int]) -> None:
-    """Every second, until the first of them has ended."""
+def exchange_cores(processes: list[subprocess.Popen[str]]) -> None:
+    """Every second, until one of them has ended."""
     cores = sorted(os.sched_getaffinity(0))
-    while True:
-        cores = cores[1:] + cores[:1]
+    while all(process.poll() is None for process in processes):
         for core, process in zip(itertools.cycle(cores), processes):
-            for thread in psutil.Process(process).threads():
-                with contextlib.suppress(ProcessLookupError):
-                    os.sched_setaffinity(thread.id, {core})
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for thread in psutil.Process(process.pid).threads():
+                    with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                        os.sched_setaffinity(thread.id, {core})
+        cores = cores[1:] + cores[:1]
         time.sleep(1)
-        if any(psutil.Process(process).status() == psutil.STATUS_ZOMBIE for process in processes):
-            return
 
 
 def plot(runs: dict[str, list[dict[str, Any]]]) -> None:
