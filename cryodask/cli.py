@@ -61,8 +61,12 @@ def simulate(
 def run(
     project: Annotated[Path, typer.Argument(metavar="PROJECT.yaml", help="Project file.")],
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
-    from_: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Make this stage and all that follow anew.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the project file and show what would run.")] = False,
+    from_: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Compute this stage and all that follow anew.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, and show what would be computed and why.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print it as JSON.")] = False,
+    update: Annotated[
+        list[str] | None, typer.Option(metavar="STEP", help="Compute a step of an older version with this program's; may be repeated.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Break the lock of another driver (be sure that it is gone).")] = False,
     retry_quarantined: Annotated[bool, typer.Option("--retry-quarantined", help="Try quarantined micrographs again.")] = False,
     workers: Annotated[int | None, typer.Option(help="Local worker processes; all cores if not given.", min=1)] = None,
@@ -86,6 +90,8 @@ def run(
             until,
             from_,
             dry_run=dry_run,
+            as_json=as_json,
+            update=tuple(update or ()),
             force=force,
             retry_quarantined=retry_quarantined,
             workers=workers,
@@ -104,6 +110,8 @@ def _run(
     from_: str | None,
     *,
     dry_run: bool,
+    as_json: bool,
+    update: tuple[str, ...],
     force: bool,
     retry_quarantined: bool,
     workers: int | None,
@@ -111,21 +119,22 @@ def _run(
     cluster: str | None,
     lane: str,
 ) -> None:
-    from cryodask.run.recipe import list_movies, make_plan, position
+    from cryodask.run.recipe import draft_plan, list_movies, make_plan, position
 
+    if dry_run:
+        _dry_run(draft_plan(project), as_json=as_json, update=update)
+        return
     plan = make_plan(project)
-    for label in (until, from_):
+    for label in (until, from_, *update):
         if label:
             position(plan, label)
     if watch is not None:
-        count = f"movies {plan.file.inputs.movies} as they arrive"
+        count = f"movies {', '.join(str(d.movies) for d in plan.data_sets.values())} as they arrive"
     else:
-        count = f"{len(list_movies(plan))} movies" if plan.file.inputs.movies else "inputs of another program"
-    if dry_run:
-        typer.echo(f"{plan.file.name}: {count} -> {plan.folder}")
-        for step in plan.steps:
-            typer.echo(f"  {step.label:<18} {step.params!r}".rstrip())
-        return
+        movies = sum(len(list_movies(plan, name)) for name in plan.data_sets)
+        count = f"{movies} movies" if plan.has_movies else "inputs of another program"
+    for warning in plan.graph.warnings:
+        typer.echo(f"warning: {warning}")
     from cryodask.cluster.connect import close, connect
     from cryodask.report import write_report
     from cryodask.run.execute import check_inputs, run_plan
@@ -145,11 +154,26 @@ def _run(
             force=force,
             retry_quarantined=retry_quarantined,
             watch=Until(**watch) if watch is not None else None,
+            update=update,
             progress=Progress(),
         )
     finally:
         close(client)
     typer.echo(f"Report: {write_report(done)}")
+
+
+def _dry_run(plan: Any, *, as_json: bool, update: tuple[str, ...]) -> None:
+    from cryodask.run.preview import lines, preview
+
+    shown = preview(plan, frozenset(update))
+    if as_json:
+        typer.echo(shown.as_json())
+    else:
+        typer.echo(f"{plan.file.name} -> {plan.folder}")
+        for line in lines(plan, shown):
+            typer.echo(line)
+    if shown.problems:
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -169,7 +193,7 @@ def info(project: ProjectArgument) -> None:
 @app.command()
 def verify(
     project: ProjectArgument,
-    repair: Annotated[bool, typer.Option("--repair", help="Take back the commits of what is damaged; the next run makes it anew.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Take back the commits of what is damaged; the next run recomputes it.")] = False,
 ) -> None:
     """Read everything again and compare it with its checksums; ends with 1 if anything is damaged."""
     opened = _open(project)
@@ -184,9 +208,9 @@ def verify(
         with opened.lock():
             for item in _open(project).repair():
                 typer.echo(f"taken back: {item}")
-        typer.echo("Nothing was deleted. Run the project again: it makes these anew.")
+        typer.echo("Nothing was deleted. Run the project again: it recomputes these.")
     else:
-        typer.echo(f"{len(damaged)} problems. Mend them with:  cryodask verify --repair {project}  and run the project again.")
+        typer.echo(f"{len(damaged)} problems. Repair them with:  cryodask verify --repair {project}  and run the project again.")
     raise typer.Exit(1)
 
 
@@ -194,18 +218,94 @@ def verify(
 def gc(
     project: ProjectArgument,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be removed.")] = False,
+    last_results: Annotated[
+        bool, typer.Option("--last-results", help="Also the last finished result of stages that are in the pipeline no more.")
+    ] = False,
 ) -> None:
-    """Remove results that no stage of the project uses any more."""
+    """Remove results that no step uses any more; what has a name, and the last finished result of a stage, stay."""
+    from cryodask.store.history import listed
+
     opened = _open(project)
     if dry_run:
-        for folder in opened.superseded():
-            typer.echo(f"would remove {folder}")
+        for line in listed(opened.superseded(last_results=last_results)):
+            typer.echo(f"would remove {line}")
         return
     with opened.lock():
         opened = _open(project)  # as the driver before left it
-        for folder in opened.superseded():
-            typer.echo(f"removing {folder}")
-        typer.echo(f"{opened.collect_garbage() / 1e6:.1f} MB freed")
+        for line in listed(opened.superseded(last_results=last_results)):
+            typer.echo(f"removing {line}")
+        typer.echo(f"{opened.collect_garbage(last_results=last_results) / 1e6:.1f} MB freed")
+
+
+@app.command()
+def history(
+    project: ProjectArgument,
+    step: Annotated[str | None, typer.Argument(metavar="STEP", help="Only generations of this step.")] = None,
+) -> None:
+    """List every generation that was computed: when, from what, its figures, and its name."""
+    from datetime import datetime
+
+    for made in _open(project).history(step):
+        when = datetime.fromtimestamp(made.created).strftime("%Y-%m-%d %H:%M")
+        state = ", ".join(made.steps) if made.steps else "superseded"
+        figures = ", ".join(f"{n.replace('_', ' ')} {v:.4g}" for n, v in made.figures.items())
+        inputs = ", ".join(f"{port} of {' + '.join(refs)}" for port, refs in made.inputs.items())
+        name = f'  "{made.name}"' if made.name else ""
+        done = f"{made.items} items" if made.items > 1 else "done" if made.finished else "unfinished"
+        typer.echo(f"{made.stage}@{made.key}  {when}  {state}  {done}  {figures}{name}")
+        typer.echo(f"    from {inputs or 'the inputs'}; {made.params}")
+
+
+@app.command()
+def keep(
+    project: ProjectArgument,
+    which: Annotated[str, typer.Argument(metavar="STEP[@KEY]", help="A generation; the current one of the step without @KEY.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Its name; an empty one takes it back.")],
+) -> None:
+    """Give a generation a name, so that gc keeps it."""
+    opened = _open(project)
+    with opened.lock():
+        _open(project).keep(which, name)
+    typer.echo(f"{which} is kept as {name!r}" if name else f"{which} has no name any more")
+
+
+@app.command()
+def compare(
+    project: ProjectArgument,
+    first: Annotated[str, typer.Argument(metavar="STEP[@KEY]")],
+    second: Annotated[str, typer.Argument(metavar="STEP[@KEY]")],
+    plot: Annotated[Path | None, typer.Option(help="Save the FSC curves of both in one plot (PNG, SVG).")] = None,
+) -> None:
+    """Show the parameters, inputs and figures in which two generations differ, and their FSC curves in one plot."""
+    opened = _open(project)
+    typer.echo(opened.compare(first, second).to_string())
+    if plot is not None:
+        from cryodask.report import plot_curves
+
+        typer.echo(f"FSC curves: {plot_curves(opened, plot, first, second)}")
+
+
+@app.command()
+def forget(
+    project: ProjectArgument,
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Exposures, by name.")],
+    undo: Annotated[bool, typer.Option("--undo", help="Take them in again.")] = False,
+) -> None:
+    """Take exposures out of a project on purpose; their results stay, and --undo brings them back."""
+    opened = _open(project)
+    with opened.lock():
+        changed = _open(project).forget_exposures(names, undo=undo)
+    typer.echo(f"{len(changed)} exposures {'taken in again' if undo else 'left out from now on'}")
+
+
+@app.command()
+def where(
+    project: ProjectArgument,
+    particle: Annotated[str, typer.Argument(metavar="ID", help="birth.row.number, or the integer particle_id.")],
+) -> None:
+    """Follow one particle through all steps."""
+    for step, sentence in _open(project).where(particle):
+        typer.echo(f"{step:<18} {sentence}" if step else sentence)
 
 
 @app.command("import")
@@ -260,7 +360,7 @@ def stages(
         near = difflib.get_close_matches(name, known, n=1)
         raise CryodaskError(
             f"There is no stage {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""),
-            "a typing error",
+            "a typo",
             "cryodask stages  lists them",
         )
     stage = known[name]

@@ -177,7 +177,7 @@ def score(project: Project, truth: Any) -> dict[str, Any]:
     return {
         "movies": len(project.items()),
         "micrographs": int(motion.sizes["micrograph"]),
-        "particles": int(np.isfinite(project.particles()["rot_deg"].values).sum()),
+        "particles": int(project.particles("refine3d").sizes["particle"]),
         "picked_precision": round(precision, 4),
         "picked_recall": round(recall, 4),
         "motion_rms_error_angstrom": round(float(np.sqrt(np.mean(np.square(errors)))), 3),
@@ -193,8 +193,7 @@ def _true_poses(project: Project, truth: Any, positions: list[np.ndarray], row_o
     """The refined particles that are true ones, with their true poses."""
     from cryodask.simulate.score import TruePoses, match_picks
 
-    particles = project.particles()
-    particles = particles.isel(particle=np.nonzero(np.isfinite(particles["rot_deg"].values))[0]).load()
+    particles = project.particles("refine3d").load()
     pixel = truth.params.pixel_size_angstrom
     kept: list[np.ndarray] = []
     source: list[tuple[int, np.ndarray]] = []

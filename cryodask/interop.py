@@ -31,8 +31,10 @@ _PARTICLE_COLUMNS = (
     "origin_y_angstrom",
     "origin_x_angstrom",
     "class_number",
+    "class_probability",
     "half_set",
     "log_likelihood",
+    "particle_id",
 )
 
 
@@ -51,27 +53,18 @@ def export_relion(project: Project, folder: str | Path) -> list[Path]:
         return [*written, *_particles(project, out), *_classes(project, out), *_maps(project, out)]
 
 
-def _label(project: Project, variable: str) -> str | None:
-    """The last finished stage that gives a variable."""
-    for label in reversed(project.stages):
-        generation = project.generation(label)
-        if variable in generation.meta["gives"] and any(r["ok"] for r in project.records(label).values()):
-            return label
-    return None
-
-
 def _optics(project: Project) -> dict[str, np.ndarray]:
     registry = project.micrographs()
     return {str(n): registry[n].values for n in registry.data_vars if "micrograph" in registry[n].dims}
 
 
 def _micrographs(project: Project, out: Path) -> list[Path]:
-    image, ctf = _label(project, "micrograph_dw"), _label(project, "defocus_u_angstrom")
+    image, ctf = project.latest("exposures", "micrograph"), project.latest("exposures", "ctf")
     if image is None:
         return []
     pictures = project[image]
     values = {n: dict(zip(project.micrographs()["micrograph"].values.tolist(), v)) for n, v in _optics(project).items()}
-    fits = project[ctf] if ctf is not None else None
+    fits = project[ctf] if ctf is not None and "defocus_u_angstrom" in project[ctf] else None
     names = [n for n in pictures["micrograph"].values if fits is None or n in set(fits["micrograph"].values)]
     (out / "micrographs").mkdir(exist_ok=True)
     for name in names:
@@ -99,27 +92,26 @@ def _micrographs(project: Project, out: Path) -> list[Path]:
 
 
 def _motion(project: Project, out: Path) -> list[Path]:
-    label = _label(project, "frame_shift")
+    label = project.latest("exposures", "field")
     if label is None:
         return []
     (out / "motion").mkdir(exist_ok=True)
     motion = project[label]
     items = {item.name: item for item in project.items()}
-    constants = project.state["constants"]
     written = []
     for name in motion["micrograph"].values:
         one = motion.sel(micrograph=name)
         path = out / "motion" / f"{name}.star"
         star.write_motion(
             path,
-            movie_name=str(items[name].inputs.get("movie_path", name)),
+            movie_name=str(project.value_of(items[name], "movie_path") or name),
             width=int(one.sizes["x"]),
             height=int(one.sizes["y"]),
             frame_shift=one["frame_shift"].values,
-            pixel_size_angstrom=constants["pixel_size_angstrom"],
-            voltage_kv=constants["voltage_kv"],
-            dose_per_frame=constants["dose_per_frame"],
-            pre_exposure=constants["pre_exposure"],
+            pixel_size_angstrom=project.value_of(items[name], "pixel_size_angstrom"),
+            voltage_kv=project.value_of(items[name], "voltage_kv"),
+            dose_per_frame=project.value_of(items[name], "dose_per_frame"),
+            pre_exposure=project.value_of(items[name], "pre_exposure"),
             motion_polynomial=one["motion_polynomial"].values,
         )
         written.append(path)
@@ -127,41 +119,39 @@ def _motion(project: Project, out: Path) -> list[Path]:
 
 
 def _coordinates(project: Project, out: Path) -> list[Path]:
-    label = _label(project, "pick_y")
-    if label is None:
+    label = project.latest("particles", "position")
+    if label is None or "pick_y" not in project.generation(label).meta["gives"]:
         return []
     (out / "coordinates").mkdir(exist_ok=True)
-    generation = project.generation(label)
+    picks = project[label]
     written = []
-    for record in (r for _, r in sorted(project.records(label).items()) if r["ok"]):
-        accepted = generation.read(record, "pick_accepted") > 0
-        path = out / "coordinates" / f"{record['name']}.star"
-        y, x, score = (generation.read(record, n)[accepted] for n in ("pick_y", "pick_x", "pick_score"))
-        star.write_coordinates(path, y, x, score)
+    for name in picks["micrograph"].values:
+        one = picks.sel(micrograph=name)
+        accepted = one["pick_accepted"].values > 0
+        path = out / "coordinates" / f"{name}.star"
+        star.write_coordinates(path, *(one[n].values[accepted] for n in ("pick_y", "pick_x", "pick_score")))
         written.append(path)
     return written
 
 
 def _particles(project: Project, out: Path) -> list[Path]:
-    if _label(project, "particle_image") is None:
+    label = project.latest("particles", "pose") or project.latest("particles")
+    if label is None or "image" not in project.product(label, "particles").parts:
         return []
-    particles = project.particles()
-    if "rot_deg" in particles:
-        keep = np.isfinite(particles["rot_deg"].values)
-    elif "particle_kept" in particles:
-        keep = particles["particle_kept"].values > 0
-    else:
-        keep = np.ones(particles.sizes["particle"], bool)
-    if not keep.any():
+    particles = project.particles(label)
+    count = int(particles.sizes["particle"])
+    if not count:
         return []
-    particles = particles.isel(particle=np.nonzero(keep)[0])
-    columns: dict[str, Any] = {n: particles[n].values for n in _PARTICLE_COLUMNS if n in particles}
+    columns: dict[str, Any] = {n: particles[n].values for n in _PARTICLE_COLUMNS if n in particles.variables}
+    if "half_set" in columns and (columns["half_set"] < 0).any():
+        del columns["half_set"]
     if "class_number" in columns:
         columns["class_number"] = np.maximum(columns["class_number"], 0)
-    if "half_set" in columns:
-        columns["half_set"] = np.maximum(columns["half_set"], 0)
-    pixel = float(particles.attrs["particle_pixel_size_angstrom"])
-    count, box = int(particles.sizes["particle"]), int(particles.sizes["x"])
+    if "pose" not in project.product(label, "particles").parts and "class_psi_deg" in particles:
+        renamed = {"psi_deg": "class_psi_deg", "log_likelihood": "class_log_likelihood"}
+        renamed |= {f"origin_{axis}_angstrom": f"class_origin_{axis}_angstrom" for axis in "yx"}
+        columns |= {name: particles[old].values for name, old in renamed.items()}
+    pixel, box = float(particles.attrs["particle_pixel_size_angstrom"]), int(particles.sizes["x"])
     registry = project.micrographs()
     if "pixel_size_angstrom" in registry:
         by_name = dict(zip(registry["micrograph"].values.tolist(), registry["pixel_size_angstrom"].values))
@@ -179,11 +169,11 @@ def _particles(project: Project, out: Path) -> list[Path]:
 
 
 def _classes(project: Project, out: Path) -> list[Path]:
-    label = _label(project, "class_average")
+    label = project.latest("classes", "averages")
     if label is None:
         return []
     classes = project[label].load()
-    pixel = float(project.particles().attrs["particle_pixel_size_angstrom"])
+    pixel = float(project.particles(label).attrs["particle_pixel_size_angstrom"])
     write_mrc(out / "class_averages.mrcs", classes["class_average"].values, pixel, stack=True)
     count = classes.sizes["class"]
     table: dict[str, Any] = {"rlnReferenceImage": [f"{i + 1:06d}@class_averages.mrcs" for i in range(count)]}
@@ -200,7 +190,7 @@ def _classes(project: Project, out: Path) -> list[Path]:
 
 def _maps(project: Project, out: Path) -> list[Path]:
     written = []
-    halves, mask, post = (_label(project, n) for n in ("half_map", "solvent_mask", "sharpened_map"))
+    halves, mask, post = (project.latest(*p) for p in (("map", "half_maps"), ("mask", "mask"), ("map", "view")))
     pixel = 0.0
     if halves is not None:
         maps = project[halves].load()

@@ -1,9 +1,11 @@
 """What a stage is: ONE definition that drives the store, the runners, the lazy face, the command line, the docs and the report.
 
-A stage is a frozen parameter model, the variables it needs and gives, and pure functions. Its shape says which functions:
+A stage is a frozen parameter model, the variables it needs and gives, and pure functions. Its ports and outputs (what it takes from other
+steps and gives to them, see products.py) follow from these variables unless they are stated. Its shape says which functions:
 
 ``map``
-    ``process(params, *, device="cpu", **needs) -> dict`` : one movie or micrograph in, its products out.
+    ``process(params, *, device="cpu", **needs) -> dict`` : one exposure in, its products out. A stage that takes particles is given
+    those of the exposure, and maps whole.
 ``blocks``
     a class of static functions for iterations over particle blocks (expectation maximisation and its kin), see :class:`BlockFunctions`.
 ``tournament``
@@ -18,14 +20,15 @@ import importlib
 import importlib.metadata
 import inspect
 import typing
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from cryodask.errors import MicrographError
+from cryodask.products import COLLECTIONS, PARTS, Product, part_of
 from cryodask.vocabulary import SLOTS, VARIABLES, Var
 
 if TYPE_CHECKING:
@@ -40,6 +43,20 @@ class InputFileMark:
 
 
 InputFile = Annotated[str, InputFileMark()]
+
+
+class SourceFileMark:
+    """Marks a parameter that names a file or folder of which the plan makes exposures or particles: its name enters the key."""
+
+
+SourceFile = Annotated[str, SourceFileMark()]
+
+
+class ThresholdMark:
+    """Marks the parameter of a picker that settles which peaks are accepted: a score, or "auto" for ``pick_threshold`` of the exposure.
+
+    Peaks are stored with their scores whatever it is, so it moves no identity and is no part of the key.
+    """
 
 
 class Params(BaseModel):
@@ -73,9 +90,9 @@ class Frames(Protocol):
 class ParticleSet:
     """What the start of an iteration sees: every column of the set, no images.
 
-    ``columns`` hold one value a particle, in the order of the set: ``defocus_u_angstrom, defocus_v_angstrom, defocus_angle_deg,
-    phase_shift_deg, voltage_kv, spherical_aberration_mm, amplitude_contrast, micrograph`` (row), ``half_set`` (0 or 1), and what earlier
-    stages gave each particle (``rot_deg`` ...).
+    ``columns`` hold one value per particle, in the order of their ids: ``defocus_u_angstrom, defocus_v_angstrom, defocus_angle_deg,
+    phase_shift_deg, voltage_kv, spherical_aberration_mm, amplitude_contrast, micrograph`` (row), ``half_set`` (0 or 1), and the other
+    parts that the stage takes (``rot_deg`` ...).
     """
 
     count: int
@@ -97,6 +114,124 @@ class ParticleBlock:
     columns: dict[str, np.ndarray]
     pixel_size_angstrom: float
     half: int = 0
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input of a stage: one product of a type, with the parts it must have.
+
+    ``also``: parts that are used where they are there, and count in the key. ``default``: "related" (found by the rules of run/graph.py),
+    "explicit" (only by ``from``) or "none" (stays empty unless ``from`` fills it). ``many``: takes a list. ``copies``: whether the copies
+    of a symmetry expansion are taken; ``subtracted``: whether images are from which signal was subtracted. ``whole``: classes are taken
+    all together without being asked which. ``unless``: parameter that takes the place of this input. ``also_if``: parameter without which
+    the parts ``also`` are not used, or such a parameter for some of them.
+    """
+
+    name: str
+    type: str
+    parts: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+    optional: bool = False
+    default: Literal["related", "explicit", "none"] = "related"
+    many: bool = False
+    copies: bool = False
+    subtracted: bool = False
+    whole: bool = False
+    unless: str | None = None
+    also_if: str | Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """A product that a stage gives.
+
+    ``on``: port whose product it extends or takes from (None: it is new, for particles: they are born here). ``subset``: some of the
+    particles or exposures of ``on``. ``partition``: all of them, in classes: a step after it must say which. ``copies``: "expand" or
+    "contract". ``frame``: "same" (as port ``map``, else as the poses), "new", "unknown", "flipped", "to" (that of port ``to``), or
+    "as:STEP". ``drops``: parts that no longer hold.
+    """
+
+    name: str
+    type: str
+    parts: tuple[str, ...] = ()
+    on: str | None = None
+    subset: bool = False
+    partition: bool = False
+    births: bool = False
+    copies: Literal["", "expand", "contract"] = ""
+    subtracted: bool = False
+    frame: str = ""
+    drops: tuple[str, ...] = ()
+
+
+Outputs = Callable[[Any], tuple[Output, ...]]
+Check = Callable[[Any, dict[str, list[Product]]], Iterator[str]]
+
+
+def port(spec: str, **options: Any) -> Port:
+    """A port from its short form: ``name:type[part, part?]``; the name may be left out where it is the type's.
+
+    After the name ``?`` means optional, ``*`` a list, ``!`` only by ``from``; after a part ``?`` means used where it is there.
+    """
+    name, _, rest = spec.replace(" ", "").partition(":") if ":" in spec else (spec.replace(" ", "").partition("[")[0], "", "")
+    rest = rest or spec.replace(" ", "")
+    kind, _, inner = rest.partition("[")
+    flags = {c for c in name if c in "?*!"}
+    name, kind = name.rstrip("?*!"), kind.rstrip("?*!")
+    named = [p for p in inner.rstrip("]").split(",") if p]
+    unknown = [p for p in named if p.rstrip("?") not in PARTS.get(kind, {})]
+    if unknown or kind not in PARTS:
+        raise ValueError(f"port {spec!r}: unknown type or parts {unknown or kind}")
+    optional = "?" in flags
+    default = "explicit" if flags & {"!", "*"} else "none" if optional and kind not in (*COLLECTIONS, "classes") else "related"
+    made = Port(
+        name,
+        kind,
+        tuple(p for p in named if p[-1] != "?"),
+        tuple(p[:-1] for p in named if p[-1] == "?"),
+        optional=optional,
+        default=default,  # type: ignore[arg-type]
+        many="*" in flags,
+    )
+    return replace(made, **options)
+
+
+def _derived_ports(needs: Sequence[str], optional: Sequence[str]) -> tuple[Port, ...]:
+    """One port per type of product that the variables belong to."""
+    parts: dict[str, dict[str, bool]] = {}
+    for name in (*needs, *optional):
+        place = part_of(name)
+        if place is not None and name != "gain":
+            product, part = place
+            parts.setdefault(product, {})
+            parts[product][part] = parts[product].get(part, False) or name in needs
+    return tuple(
+        Port(
+            product,
+            product,
+            tuple(p for p, needed in found.items() if needed),
+            tuple(p for p, needed in found.items() if not needed),
+            optional=not any(found.values()),
+        )
+        for product, found in sorted(parts.items(), key=lambda item: list(PARTS).index(item[0]))
+    )
+
+
+def _derived_outputs(gives: Sequence[str], ports: Sequence[Port]) -> tuple[Output, ...]:
+    """One output per type of product: collections extend what the stage takes; particles without a port for them are born."""
+    parts: dict[str, dict[str, None]] = {}
+    for name in gives:
+        place = part_of(name)
+        if place is not None:
+            parts.setdefault(place[0], {})[place[1]] = None
+    taken = {p.type: p.name for p in ports}
+    out = []
+    for product, found in sorted(parts.items(), key=lambda item: list(PARTS).index(item[0])):
+        on = taken.get(product) if product in COLLECTIONS else None
+        births = product == "particles" and on is None
+        frame = "same" if product in ("map", "mask") or "pose" in found else ""
+        out.append(Output(product, product, tuple(found), on=on, births=births, frame=frame))
+    return tuple(out)
 
 
 State = dict[str, Any]
@@ -202,12 +337,34 @@ class Stage:
     doc: str
     sizes: Callable[[Any, Sizes], Sizes] = field(default=lambda params, sizes: sizes)
     memory: Callable[[Any, Sizes], float] = field(default=lambda params, sizes: 0.0)
+    reasons: dict[int, str] = field(default_factory=dict)
     draw: Callable[[xr.Dataset], Iterator[Picture]] | None = None
+    ports: tuple[Port, ...] = ()
+    outputs: Outputs = field(default=lambda params: ())
+    check: Check | None = None
+    person: bool = False
+    purpose: str | None = None
 
     @property
     def process(self) -> Callable[..., dict[str, Any]]:
         """The pure function of a map or whole stage."""
         return self.functions
+
+    @property
+    def threshold(self) -> str | None:
+        """Name of the parameter that settles which peaks are accepted (see :class:`ThresholdMark`)."""
+        marked = (
+            n for n, f in self.params.model_fields.items() if any(m is ThresholdMark or isinstance(m, ThresholdMark) for m in f.metadata)
+        )
+        return next(marked, None)
+
+    def gives_birth(self, params: Any) -> bool:
+        """Whether particles are born in this stage."""
+        return any(output.births for output in self.outputs(params))
+
+    def port(self, name: str) -> Port | None:
+        """The port of that name."""
+        return next((p for p in self.ports if p.name == name), None)
 
     def gives_variables(self) -> list[Var]:
         """Vocabulary entries of what the stage gives."""
@@ -307,6 +464,12 @@ def stage(
     params: type[Params] | None = None,
     sizes: Callable[[Any, Sizes], Sizes] | None = None,
     memory: Callable[[Any, Sizes], float] | None = None,
+    ports: Sequence[str | Port] | None = None,
+    outputs: Sequence[Output] | Outputs | None = None,
+    check: Check | None = None,
+    person: bool = False,
+    purpose: str | None = None,
+    reasons: dict[int, str] | None = None,
 ) -> Callable[[Any], Stage]:
     """Register a function (map, whole) or a class of static functions (blocks, tournament) as a stage of the same name.
 
@@ -322,6 +485,18 @@ def stage(
         Needed where an output has a dimension that no input has, or of another length.
     memory : callable ``(params, sizes of the needs) -> bytes``
         Peak memory of one call.
+    ports : sequence of Port or of the short form of :func:`port`
+        What it takes from other steps; by default one port per type of product among the needs.
+    outputs : sequence of Output, or callable ``(params) -> tuple of Output``
+        What it gives; by default one output per type of product among the gives.
+    check : callable ``(params, inputs by port) -> iterator of sentences``
+        What is wrong with these inputs, beyond types, parts and frames; the plan refuses the step with the first sentence.
+    person : bool
+        A decision that a person makes: the step waits until it is there.
+    purpose : str, optional
+        What the weights that it gives were trained for, or must have been trained for.
+    reasons : dict, optional
+        Meaning of the numbers in ``removal_reason`` or ``left_out_reason``.
     """
 
     def register(target: Any) -> Stage:
@@ -346,6 +521,16 @@ def stage(
             target,
             inspect.getdoc(target) or "",
         )
+        made.ports = _derived_ports(needs, optional) if ports is None else tuple(port(p) if isinstance(p, str) else p for p in ports)
+        if outputs is None:
+            derived = _derived_outputs(gives, made.ports)
+            made.outputs = lambda params: derived
+        elif callable(outputs):
+            made.outputs = outputs
+        else:
+            fixed = tuple(outputs)
+            made.outputs = lambda params: fixed
+        made.check, made.person, made.purpose, made.reasons = check, person, purpose, dict(reasons or {})
         if sizes:
             made.sizes = sizes
         if memory:

@@ -1,14 +1,14 @@
 """Every quantity that is ever stored, registered once: name, dimensions, type, unit and a sentence.
 
 Dimension words are the same everywhere: ``micrograph`` (one exposure: its movie and its sum), ``frame, y, x, z, axis`` (y, x),
-``patch, slot`` (a pick within its micrograph), ``particle, class, half, shell`` and so on. Arrays run ``(..., y, x)``; rows and
+``patch, slot`` (a particle within its micrograph), ``particle, class, half, shell`` and so on. Arrays run ``(..., y, x)``; rows and
 columns are in the frame of MRC files (TIFF pages are flipped in y on reading, as RELION does), pixel 0 is the centre of the first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 SLOTS = 4096
@@ -31,24 +31,31 @@ class Var:
     doc: str
     kind: Literal["column", "table", "bulk"] = "column"
     chunk: tuple[int, ...] = ()
+    part: str = ""
+    """``product.part`` that it belongs to (see products.py); empty for what the registry knows of an exposure."""
 
     @property
     def ragged(self) -> bool:
-        """Whether its length differs from micrograph to micrograph."""
-        return "slot" in self.dims
+        """Whether it has one value per particle, so that its length differs from micrograph to micrograph."""
+        return self.dims[:1] in (("slot",), ("particle",))
 
     @property
     def per_particle(self) -> bool:
-        """Whether it has one value a particle of a particle set."""
+        """Whether it has one value per particle of a particle set."""
         return self.dims[:1] == ("particle",)
+
+    def dims_in(self, *, per_item: bool) -> tuple[str, ...]:
+        """Its dimensions in a generation: particles are slots of their exposure, or one row after the other in a set."""
+        return (("slot" if per_item else "particle"), *self.dims[1:]) if self.ragged else self.dims
 
 
 VARIABLES: dict[str, Var] = {}
 
 
-def register(variables: Iterable[Var]) -> None:
-    """Add variables to the vocabulary; a second definition of a name must equal the first."""
+def register(variables: Iterable[Var], part: str = "") -> None:
+    """Add variables to the vocabulary, as columns of ``part``; a second definition of a name must equal the first."""
     for var in variables:
+        var = replace(var, part=var.part or part)
         if VARIABLES.setdefault(var.name, var) != var:
             raise ValueError(f"variable {var.name!r} is already defined otherwise: {VARIABLES[var.name]}")
 
@@ -57,62 +64,79 @@ def _scalars(rows: Iterable[tuple[str, str, str]], dtype: str = "f8") -> list[Va
     return [Var(name, (), dtype, units, doc) for name, units, doc in rows]
 
 
-# --- the exposure and its optics: given by ingest or by an import, needed by nearly every stage
+# --- exposures
 register(
     [
-        *_scalars(
-            [
-                ("voltage_kv", "kV", "acceleration voltage"),
-                ("spherical_aberration_mm", "mm", "spherical aberration Cs"),
-                ("amplitude_contrast", "1", "share of amplitude contrast Q"),
-                ("pixel_size_angstrom", "angstrom", "pixel size of the micrograph"),
-                ("dose_per_frame", "electron/angstrom^2", "exposure of one movie frame"),
-                ("pre_exposure", "electron/angstrom^2", "exposure before the first frame"),
-                ("mean_count", "electron/pixel", "mean count of a pixel and frame, before the gain"),
-            ]
-        ),
-        Var("movie", ("frame", "y", "x"), "input", "electron", "raw counts", "bulk", (1, 0, 0)),
         Var("movie_path", (), "U", "", "movie file"),
         Var("micrograph_path", (), "U", "", "motion-corrected micrograph, MRC file"),
         Var("coordinates_path", (), "U", "", "STAR file of the micrograph's picks"),
         Var("particles_path", (), "U", "", "STAR file of particles"),
         Var("micrograph_name", (), "U", "", "name of the micrograph in that STAR file"),
-        Var("half_map_path", (), "U", "", "half-map, MRC file"),
-        Var("gain", ("y", "x"), "f4", "1", "gain reference: multiplies the counts"),
+        Var("particle_rows", (), "table", "", "rows of a particle table that belong to an exposure; never stored"),
     ]
 )
-
-# --- motion
+register(
+    [
+        Var("movie", ("frame", "y", "x"), "input", "electron", "raw counts", "bulk", (1, 0, 0)),
+        Var("gain", ("y", "x"), "f4", "1", "gain reference: multiplies the counts"),
+        Var("mean_count", (), "f8", "electron/pixel", "mean count per pixel and frame, before the gain"),
+    ],
+    "exposures.frames",
+)
+register(
+    _scalars(
+        [
+            ("voltage_kv", "kV", "acceleration voltage"),
+            ("spherical_aberration_mm", "mm", "spherical aberration Cs"),
+            ("amplitude_contrast", "1", "share of amplitude contrast Q"),
+            ("pixel_size_angstrom", "angstrom", "pixel size of the micrograph"),
+        ]
+    ),
+    "exposures.optics",
+)
+register(
+    _scalars(
+        [
+            ("dose_per_frame", "electron/angstrom^2", "exposure of one movie frame"),
+            ("pre_exposure", "electron/angstrom^2", "exposure before the first frame"),
+        ]
+    ),
+    "exposures.dose",
+)
 register(
     [
         Var("micrograph_sum", ("y", "x"), "f4", "electron", "aligned sum of all frames", "bulk", (512, 512)),
         Var("micrograph_dw", ("y", "x"), "f4", "electron", "aligned sum, dose-weighted", "bulk", (512, 512)),
+    ],
+    "exposures.micrograph",
+)
+register(
+    [
         Var("frame_shift", ("frame", "axis"), "f4", "angstrom", "displacement of the specimen, mean over frames zero"),
         Var("patch_position", ("patch", "axis"), "f4", "pixel", "centres of the local-motion grid, rows and columns"),
-        Var(
-            "patch_shift",
-            ("patch", "frame", "axis"),
-            "f4",
-            "angstrom",
-            "displacement of the specimen at the patches, mean zero",
-            "table",
-        ),
+        Var("patch_shift", ("patch", "frame", "axis"), "f4", "angstrom", "displacement of the specimen at the patches, mean zero", "table"),
         Var("motion_polynomial", ("coefficient",), "f8", "pixel", "RELION's 2 x 18 coefficients of the local motion, X first"),
         Var("total_motion", (), "f8", "angstrom", "length of the whole-frame trajectory"),
         Var("early_motion", (), "f8", "angstrom", "its length in the first 4 electrons per square angstrom"),
         Var("hot_pixel_count", (), "i8", "1", "defect pixels repaired"),
-    ]
+    ],
+    "exposures.field",
 )
-
-# --- ctf
+register(
+    _scalars(
+        [
+            ("defocus_u_angstrom", "angstrom", "defocus along the astigmatism angle, underfocus positive"),
+            ("defocus_v_angstrom", "angstrom", "defocus across the astigmatism angle"),
+            ("defocus_angle_deg", "degree", "direction of defocus u, from +x towards +y"),
+            ("phase_shift_deg", "degree", "phase shift of a phase plate"),
+        ]
+    ),
+    "exposures.ctf",
+)
 register(
     [
         *_scalars(
             [
-                ("defocus_u_angstrom", "angstrom", "defocus along the astigmatism angle, underfocus positive"),
-                ("defocus_v_angstrom", "angstrom", "defocus across the astigmatism angle"),
-                ("defocus_angle_deg", "degree", "direction of defocus u, from +x towards +y"),
-                ("phase_shift_deg", "degree", "phase shift of a phase plate"),
                 ("ctf_resolution_angstrom", "angstrom", "resolution to which the fit agrees with the rings"),
                 ("ctf_figure_of_merit", "1", "correlation of the fitted rings with the spectrum"),
                 ("ctf_alternative_defocus_angstrom", "angstrom", "mean defocus of the best fit elsewhere"),
@@ -123,19 +147,33 @@ register(
         Var("spectrum_average", ("shell",), "f4", "1", "equi-phase average of the spectrum, background removed"),
         Var("spectrum_fit", ("shell",), "f4", "1", "fitted CTF squared at the same frequencies"),
         Var("spectrum_image", ("ky", "kx"), "f2", "1", "power spectrum, background removed, zero frequency at n//2", "bulk"),
-    ]
+    ],
+    "exposures.ctf_quality",
 )
 
-# --- picking and extraction
+# --- particles, exposure by exposure
 register(
     [
-        Var("pick_y", ("slot",), "f4", "pixel", "row of the particle's centre"),
-        Var("pick_x", ("slot",), "f4", "pixel", "column of the particle's centre"),
+        Var("particle_id", ("slot",), "i8", "1", "identity of the particle (birth, exposure, number, copy), kept for ever"),
+        Var("particle_half", ("slot",), "i1", "1", "half-set of the gold standard, 0 or 1, given at birth"),
+        Var("natural_key", ("slot",), "i8", "1", "hash of the name that the particle has where it comes from"),
+        Var("pick_y", ("slot",), "f4", "pixel", "row of the particle's centre in the micrograph"),
+        Var("pick_x", ("slot",), "f4", "pixel", "column of the particle's centre in the micrograph"),
+    ],
+    "particles.position",
+)
+register(
+    [
         Var("pick_score", ("slot",), "f4", "1", "normalised correlation with the learnt radial template"),
         Var("pick_accepted", ("slot",), "i1", "1", "1 if the score is above the threshold"),
-        Var("pick_threshold", (), "f8", "1", "score above which peaks are taken"),
-        Var("pick_count", (), "i8", "1", "peaks taken"),
+        Var("pick_threshold", (), "f8", "1", "score above which peaks are accepted"),
+        Var("pick_count", (), "i8", "1", "peaks accepted"),
         Var("pick_profile", ("radius",), "f4", "1", "learnt radial profile, positive = brighter than the surroundings"),
+    ],
+    "particles.score",
+)
+register(
+    [
         Var(
             "particle_image",
             ("slot", "y", "x"),
@@ -145,50 +183,99 @@ register(
             "bulk",
             (16, 0, 0),
         ),
-        Var("particle_y", ("slot",), "f4", "pixel", "row of the particle's centre in its micrograph"),
-        Var("particle_x", ("slot",), "f4", "pixel", "column of the particle's centre in its micrograph"),
+        Var("particle_y", ("slot",), "f4", "pixel", "row of the box's centre in the micrograph"),
+        Var("particle_x", ("slot",), "f4", "pixel", "column of the box's centre in the micrograph"),
+        Var("particle_count", (), "i8", "1", "particles extracted"),
+        Var("particle_pixel_size_angstrom", (), "f8", "angstrom", "pixel size of the particle images"),
+    ],
+    "particles.image",
+)
+register(
+    [
         Var("particle_defocus_u_angstrom", ("slot",), "f4", "angstrom", "defocus u of the particle, where it has its own"),
         Var("particle_defocus_v_angstrom", ("slot",), "f4", "angstrom", "defocus v of the particle"),
         Var("particle_defocus_angle_deg", ("slot",), "f4", "degree", "astigmatism angle of the particle"),
         Var("particle_phase_shift_deg", ("slot",), "f4", "degree", "phase shift of the particle"),
-        Var("particle_count", (), "i8", "1", "particles extracted"),
-        Var("particle_pixel_size_angstrom", (), "f8", "angstrom", "pixel size of the particle images"),
-    ]
+    ],
+    "particles.ctf",
 )
 
-# --- particle sets: one value a particle
+# --- particle sets: one value per particle
 register(
     [
-        Var("particle_row", ("particle",), "i8", "1", "row of the particle's micrograph"),
-        Var("particle_slot", ("particle",), "i8", "1", "slot of the particle within its micrograph"),
-        Var("half_set", ("particle",), "i1", "1", "half-set of the gold standard, 0 or 1, fixed for ever"),
-        Var("class_number", ("particle",), "i4", "1", "2D class, counted from 0"),
+        Var("half_set", ("particle",), "i1", "1", "half-set of the gold standard, 0 or 1, given at birth and kept for ever"),
+        Var("position_y_angstrom", ("particle",), "f8", "angstrom", "the pick's place in the exposure, rows, from the centre of pixel 0"),
+        Var("position_x_angstrom", ("particle",), "f8", "angstrom", "the pick's place in the exposure, columns"),
+    ],
+    "particles.position",
+)
+register(
+    [
+        Var("class_number", ("particle",), "i4", "1", "2D class, counted from 1; 0 where the particle has none"),
         Var("class_probability", ("particle",), "f4", "1", "posterior probability of that class"),
+    ],
+    "particles.class2d",
+)
+register(
+    [
+        Var("class_psi_deg", ("particle",), "f4", "degree", "in-plane angle against the average of its class"),
+        Var("class_centre_y_angstrom", ("particle",), "f8", "angstrom", "centre found by classification, a place in the exposure, rows"),
+        Var("class_centre_x_angstrom", ("particle",), "f8", "angstrom", "the same, columns"),
+        Var("class_origin_y_angstrom", ("particle",), "f4", "angstrom", "shift that moves the particle to the centre of its box, along y"),
+        Var("class_origin_x_angstrom", ("particle",), "f4", "angstrom", "the same, along x"),
+        Var("class_log_likelihood", ("particle",), "f4", "1", "log-likelihood gain over an empty image, against its class"),
+    ],
+    "particles.alignment2d",
+)
+register(
+    [
         Var("rot_deg", ("particle",), "f4", "degree", "first Euler angle (ZYZ, RELION's AngleRot)"),
         Var("tilt_deg", ("particle",), "f4", "degree", "second Euler angle"),
         Var("psi_deg", ("particle",), "f4", "degree", "third Euler angle, in plane"),
-        Var("origin_y_angstrom", ("particle",), "f4", "angstrom", "shift that moves the particle to the centre, along y"),
-        Var("origin_x_angstrom", ("particle",), "f4", "angstrom", "shift that moves the particle to the centre, along x"),
+        Var("centre_y_angstrom", ("particle",), "f8", "angstrom", "refined centre, a place in the exposure, rows"),
+        Var("centre_x_angstrom", ("particle",), "f8", "angstrom", "the same, columns"),
+        Var("origin_y_angstrom", ("particle",), "f4", "angstrom", "shift that moves the particle to the centre of its box, along y"),
+        Var("origin_x_angstrom", ("particle",), "f4", "angstrom", "shift that moves the particle to the centre of its box, along x"),
         Var("log_likelihood", ("particle",), "f4", "1", "log-likelihood gain over an empty image"),
-        Var("particle_kept", ("particle",), "i1", "1", "1 if curation keeps the particle"),
-        Var("removal_reason", ("particle",), "i1", "1", "why it was removed: 0 kept, else the rule's number"),
+    ],
+    "particles.pose",
+)
+register(
+    [
+        Var("left_out_id", ("left_out",), "i8", "1", "particles of an exposure that were left out"),
+        Var("left_out_reason", ("left_out",), "i1", "1", "why: number of the reason in the stage's list"),
+        Var("dropped_id", ("dropped",), "i8", "1", "particles of the input that the step left out"),
+        Var("removal_reason", ("dropped",), "i1", "1", "why: number of the rule that left the particle out"),
     ]
 )
+register([Var("annotation", ("particle",), "f8", "1", "a column of one's own")], "particles.note")
 
 # --- averages, maps and curves
 register(
     [
         Var("class_average", ("class", "y", "x"), "f4", "1", "2D class averages", "bulk", (1, 0, 0)),
         Var("class_share", ("class",), "f4", "1", "share of the particles in the class"),
+    ],
+    "classes.averages",
+)
+register(
+    [
         Var("class_resolution_angstrom", ("class",), "f4", "angstrom", "resolution of the class average"),
         Var("class_score", ("class",), "f4", "1", "quality of the class, 0 junk to 1 best"),
-        Var("map_pixel_size_angstrom", (), "f8", "angstrom", "voxel size of the maps"),
-        Var("initial_map", ("z", "y", "x"), "f4", "1", "ab initio map; its hand is unknown", "bulk"),
-        Var("chain_score", ("chain",), "f8", "1", "mean log-likelihood a particle of each restart"),
-        Var("half_map", ("half", "z", "y", "x"), "f4", "1", "unmasked, unsharpened half-maps", "bulk", (1, 0, 0, 0)),
+    ],
+    "classes.scores",
+)
+register(
+    [
         Var("final_map", ("z", "y", "x"), "f4", "1", "map of all particles, unsharpened", "bulk"),
-        Var("sharpened_map", ("z", "y", "x"), "f4", "1", "sharpened and low-passed map", "bulk"),
-        Var("solvent_mask", ("z", "y", "x"), "f4", "1", "soft mask round the molecule", "bulk"),
+        Var("map_pixel_size_angstrom", (), "f8", "angstrom", "voxel size of the map"),
+        Var("chain_score", ("chain",), "f8", "1", "mean log-likelihood per particle of each restart"),
+    ],
+    "map.final",
+)
+register([Var("half_map", ("half", "z", "y", "x"), "f4", "1", "unmasked, unsharpened half-maps", "bulk", (1, 0, 0, 0))], "map.half_maps")
+register(
+    [
         Var("shell_resolution_angstrom", ("shell",), "f8", "angstrom", "resolution of each Fourier shell"),
         Var("fsc_unmasked", ("shell",), "f8", "1", "FSC of the half-maps as they are"),
         Var("fsc_masked", ("shell",), "f8", "1", "FSC of the masked half-maps"),
@@ -201,7 +288,15 @@ register(
             "angstrom",
             "first interpolated crossing of 0.143 by the corrected FSC, within what stands out from noise",
         ),
-        Var("b_factor_angstrom2", (), "f8", "angstrom^2", "B-factor applied to the map; negative sharpens"),
         Var("iteration_resolution_angstrom", ("iteration",), "f8", "angstrom", "supported resolution after each iteration"),
-    ]
+    ],
+    "map.fsc",
 )
+register(
+    [
+        Var("sharpened_map", ("z", "y", "x"), "f4", "1", "sharpened and low-passed map", "bulk"),
+        Var("b_factor_angstrom2", (), "f8", "angstrom^2", "B-factor applied to the map; negative sharpens"),
+    ],
+    "map.view",
+)
+register([Var("solvent_mask", ("z", "y", "x"), "f4", "1", "soft mask around the molecule", "bulk")], "mask.mask")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from cryodask.stage import InputFile, Params, stage
+from cryodask.stage import InputFile, Output, Params, stage
 
 BOX = 4
 
@@ -48,24 +48,29 @@ def toy_ctf(params: ToyParams, *, micrograph_sum, pixel_size_angstrom, voltage_k
     return {"defocus_u_angstrom": value, "defocus_v_angstrom": value, "defocus_angle_deg": 0.0, "phase_shift_deg": 0.0}
 
 
-@stage(version=1, needs=["micrograph_sum"], gives=["pick_y", "pick_x", "pick_count"])
+@stage(version=1, needs=["micrograph_sum"], gives=["pick_y", "pick_x"])
 def toy_pick(params: ToyReferenceParams, *, micrograph_sum, device="cpu") -> dict[str, Any]:
     """Finds three particles everywhere."""
     place = np.array([4.0, 8.0, 10.0], np.float32)
-    return {"pick_y": place, "pick_x": place, "pick_count": 3}
+    return {"pick_y": place, "pick_x": place}
 
 
 @stage(
     version=1,
-    needs=["micrograph_sum", "pick_y", "pick_x", "pixel_size_angstrom"],
-    gives=["particle_image", "particle_y", "particle_x", "particle_count", "particle_pixel_size_angstrom"],
+    needs=["micrograph_sum", "particle_id", "position_y_angstrom", "position_x_angstrom", "pixel_size_angstrom"],
+    gives=["particle_id", "particle_image", "particle_y", "particle_x", "particle_count", "particle_pixel_size_angstrom"],
+    outputs=[Output("particles", "particles", ("image",), on="particles", subset=True)],
     sizes=lambda params, sizes: {"y": BOX, "x": BOX},
 )
-def toy_extract(params: ToyParams, *, micrograph_sum, pick_y, pick_x, pixel_size_angstrom, device="cpu") -> dict[str, Any]:
+def toy_extract(
+    params: ToyParams, *, micrograph_sum, particle_id, position_y_angstrom, position_x_angstrom, pixel_size_angstrom, device="cpu"
+) -> dict[str, Any]:
     """Cuts them out."""
+    pick_y, pick_x = (p / pixel_size_angstrom for p in (position_y_angstrom, position_x_angstrom))
     boxes = [micrograph_sum[int(y) - 2 : int(y) + 2, int(x) - 2 : int(x) + 2] for y, x in zip(pick_y, pick_x)]
     return {
-        "particle_image": np.stack(boxes) * np.float32(params.number),
+        "particle_id": particle_id,
+        "particle_image": np.array(boxes, np.float32).reshape(-1, BOX, BOX) * np.float32(params.number),
         "particle_y": pick_y,
         "particle_x": pick_x,
         "particle_count": len(boxes),
@@ -96,7 +101,7 @@ class _Once:
 
     @staticmethod
     def expect(params, state, shared, block, previous, device):
-        return {"sum": block.images.sum(dtype=np.float64).reshape(1)}, {"class_number": np.zeros(len(block.index), np.int32)}
+        return {"sum": block.images.sum(dtype=np.float64).reshape(1)}, {"class_number": np.ones(len(block.index), np.int32)}
 
     @staticmethod
     def maximise(params, state, sums, device):
@@ -128,14 +133,15 @@ class toy_classify(_Once):
     shape="blocks",
     params=ToyReferenceParams,
     needs=["particle_image"],
-    gives=["half_map", "map_pixel_size_angstrom"],
+    gives=["half_map", "final_map", "map_pixel_size_angstrom"],
 )
 class toy_refine(_Once):
     """A map that is the sum."""
 
     @staticmethod
     def result(params, state, columns):
-        return {"half_map": np.full((2, BOX, BOX, BOX), state["sum"][0] * params.number, np.float32), "map_pixel_size_angstrom": 1.0}
+        halves = np.full((2, BOX, BOX, BOX), state["sum"][0] * params.number, np.float32)
+        return {"half_map": halves, "final_map": halves[0], "map_pixel_size_angstrom": 1.0}
 
 
 @stage(version=1, shape="whole", needs=["half_map"], gives=["solvent_mask"])
@@ -144,7 +150,13 @@ def toy_mask(params: ToyReferenceParams, *, half_map, device="cpu") -> dict[str,
     return {"solvent_mask": np.ones((BOX, BOX, BOX), np.float32)}
 
 
-@stage(version=1, shape="whole", needs=["half_map", "solvent_mask"], gives=["sharpened_map"])
+@stage(
+    version=1,
+    shape="whole",
+    needs=["half_map", "solvent_mask"],
+    gives=["sharpened_map"],
+    outputs=[Output("map", "map", ("view",), on="map", frame="same")],
+)
 def toy_postprocess(params: ToyParams, *, half_map, solvent_mask, device="cpu") -> dict[str, Any]:
     """The mean of the half-maps."""
     return {"sharpened_map": half_map.mean(0) * solvent_mask * np.float32(params.number)}

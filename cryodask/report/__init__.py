@@ -1,5 +1,6 @@
-"""The report: one self-contained HTML page a project, its sections made by the stages themselves."""
+"""The report of a project: one HTML page with all its pictures inside; and curves of several results in one plot."""
 
+from cryodask.report.curves import plot_curves
 from cryodask.report.page import write_report
 
-__all__ = ["write_report"]
+__all__ = ["plot_curves", "write_report"]

@@ -71,20 +71,21 @@ def write_report(project: Project, output: str | Path | None = None) -> Path:
 def facts(project: Project) -> list[tuple[str, str]]:
     """The few numbers at the head of the page."""
     out = [("micrographs", str(len(project.items()))), ("quarantined", str(len(project.failures())))]
-    found = _latest(project, "pick_count")
-    if found is not None:
+    found = _latest(project, "particles", "position")
+    if found is not None and "pick_count" in found:
         out.append(("picks", str(int(found["pick_count"].sum()))))
-    found = _latest(project, "particle_kept")
-    if found is not None:
-        out.append(("particles kept", f"{int((found['particle_kept'].values > 0).sum())} of {found.sizes['particle']}"))
-    found = _latest(project, "total_motion")
-    if found is not None:
+    selected = next((s for s in reversed(project.stages) if "dropped_id" in project.generation(s).meta["gives"]), None)
+    found = project[selected] if selected is not None else None
+    if found is not None and "particle" in found.sizes:
+        out.append(("particles kept", f"{found.sizes['particle']} of {found.sizes['particle'] + found.sizes.get('dropped', 0)}"))
+    found = _latest(project, "exposures", "field")
+    if found is not None and "total_motion" in found:
         out.append(("median motion", f"{float(np.median(found['total_motion'])):.1f} Å"))
-    found = _latest(project, "defocus_u_angstrom")
-    if found is not None and "micrograph" in found.dims:
+    found = _latest(project, "exposures", "ctf")
+    if found is not None and "defocus_u_angstrom" in found:
         mean = 0.5 * (found["defocus_u_angstrom"] + found["defocus_v_angstrom"]).values
         out.append(("defocus", f"{mean.min() / 1e4:.2f} to {mean.max() / 1e4:.2f} µm"))
-    found = _latest(project, "resolution_angstrom")
+    found = _latest(project, "map", "fsc")
     if found is not None:
         out.append(("resolution", f"{float(found['resolution_angstrom']):.2f} Å"))
     return out
@@ -95,8 +96,9 @@ def resolution_sentences(project: Project) -> list[str]:
     out: list[str] = []
     post = next((s for s in reversed(project.stages) if _stage(project, s).name == "postprocess"), None)
     if post is not None and project.generation(post).committed():
-        meta = project.generation(post).meta
-        maps, mask = meta["upstream"]["half_map"], meta["upstream"]["solvent_mask"]
+        step = project.step(post)
+        maps = next(label for label in project.stages if project.step(label).place == step.inputs["map"][0].parts["half_maps"])
+        mask = step.inputs["mask"][0].step
         value = float(project[post]["resolution_angstrom"])
         out.append(
             f"The resolution is {value:.2f} Å: the first interpolated crossing of 0.143 by the FSC corrected for the mask (phase "
@@ -112,12 +114,9 @@ def _stage(project: Project, label: str) -> Stage:
     return STAGES[project.generation(label).meta["stage"]]
 
 
-def _latest(project: Project, name: str) -> xr.Dataset | None:
-    for label in reversed(project.stages):
-        generation = project.generation(label)
-        if name in generation.meta["gives"] and generation.committed():
-            return project[label]
-    return None
+def _latest(project: Project, kind: str, part: str) -> xr.Dataset | None:
+    label = project.latest(kind, part)
+    return project[label] if label is not None else None
 
 
 def _section(project: Project, label: str) -> Section:
@@ -126,29 +125,38 @@ def _section(project: Project, label: str) -> Section:
     records = project.records(label).values()
     done = sum(r["ok"] for r in records)
     seconds = sum(float(r.get("seconds", 0.0)) for r in records if r["ok"])
-    shown = [Shown(p.title, p.caption, _png(p)) for p in _pictures(project, generation, stage)] if done else []
+    shown = [Shown(p.title, p.caption, _png(p)) for p in _pictures(project, label, generation, stage)] if done else []
     count = f"{done} micrographs" if generation.meta["per_item"] else ("done" if done else "not finished")
     return Section(label, stage.name, stage.doc.splitlines()[0], generation.meta["params"], count, seconds, shown)
 
 
-def _pictures(project: Project, generation: Generation, stage: Stage) -> Iterator[Picture]:
+def _pictures(project: Project, label: str, generation: Generation, stage: Stage) -> Iterator[Picture]:
     if stage.draw is None:
         return
-    dataset = project[generation.meta["label"]]
-    # what the stage worked on belongs in its pictures: picks are shown on micrographs
-    for name, source in generation.meta["upstream"].items():
-        if source != "inputs" and source in project and name not in dataset and generation.meta["per_item"]:
-            other = project[source]
-            if any(dataset.sizes.get(d, n) != n for d, n in other[name].sizes.items() if d != "micrograph"):
-                continue  # an image of another size than the stage's own
-            shared = np.intersect1d(dataset["micrograph"].values, other["micrograph"].values)
-            dataset = dataset.sel(micrograph=shared).assign({name: other[name].sel(micrograph=shared)})
-    registry = project.micrographs()
+    dataset = project[label]
     if generation.meta["per_item"]:
+        dataset = _with_what_it_saw(project, label, dataset)
+        registry = project.micrographs()
         for name in registry.data_vars:
             if name not in dataset and "micrograph" in registry[name].dims:
                 dataset = dataset.assign({name: registry[name].sel(micrograph=dataset["micrograph"].values)})
     yield from stage.draw(dataset)
+
+
+def _with_what_it_saw(project: Project, label: str, dataset: xr.Dataset) -> xr.Dataset:
+    """With the images that the step worked on: picks are shown on micrographs."""
+    step = project.step(label)
+    for port in ("exposures",):
+        for ref in step.inputs.get(port, ()):
+            giver = next((s for s in project.stages if project.step(s).place == ref.parts.get("micrograph")), None)
+            if giver is None or "micrograph_dw" in dataset or "micrograph_dw" not in project[giver]:
+                continue
+            image = project[giver]["micrograph_dw"]
+            if any(dataset.sizes.get(d, n) != n for d, n in image.sizes.items() if d != "micrograph"):
+                continue  # an image of another size than the stage's own
+            shared = np.intersect1d(dataset["micrograph"].values, image["micrograph"].values)
+            dataset = dataset.sel(micrograph=shared).assign({"micrograph_dw": image.sel(micrograph=shared)})
+    return dataset
 
 
 def _png(picture: Picture) -> str:

@@ -1,10 +1,11 @@
-"""The fused task of the map runner: one item through consecutive map stages, each committed as soon as it is done."""
+"""The fused task of the map runner: one exposure through consecutive per-exposure stages, each committed as soon as it is done."""
 
 from __future__ import annotations
 
 import functools
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,11 @@ import numpy as np
 
 from cryodask.errors import InputError, MicrographError
 from cryodask.run.devices import make_ready
+from cryodask.run.refs import INPUTS, PARTICLES
+from cryodask.run.slices import Slices, slice_digest, slice_of_birth
+from cryodask.run.whole import Stored
 from cryodask.stage import Params, Stage, find_stage
+from cryodask.store.births import TABLE, Birth, born
 from cryodask.store.generation import Generation
 from cryodask.store.journal import Record
 from cryodask.store.project import Item
@@ -21,52 +26,109 @@ from cryodask.store.project import Item
 
 @dataclass(frozen=True)
 class Link:
-    """One stage of the chain: where its needs come from and where its results go."""
+    """One stage of the chain: where its needs come from and where its results go.
+
+    ``source`` says of each variable: ``inputs``, ``particles``, or the label of the step that gives it. ``whole`` are variables of maps and
+    masks, the same for every exposure. ``within`` is the step of this chain in which the particles are born that the stage is given
+    (empty: they are sent along), ``threshold`` what settles which of them are accepted. ``birth``: particles are born here.
+    """
 
     label: str
     stage_name: str
     params: Params
     source: dict[str, str]
     folder: Path
+    whole: dict[str, Stored] = field(default_factory=dict)
+    within: str = ""
+    threshold: Any = None
+    birth: Birth | None = None
 
     @property
     def stage(self) -> Stage:
         """The registered stage."""
         return find_stage(self.stage_name)
 
+    @property
+    def takes_particles(self) -> bool:
+        """Whether the stage is given the particles of the exposure."""
+        return PARTICLES in self.source.values()
+
+    @property
+    def particle_columns(self) -> list[str]:
+        """Names of the columns of particles that it is given."""
+        return [name for name, source in self.source.items() if source == PARTICLES]
+
+
+@dataclass(frozen=True)
+class Brief:
+    """What travels with an exposure.
+
+    Its records in the stages that have it, the particles of each stage that is given some, the birth tables that it had, and values that
+    are not stored (rows of an imported table).
+    """
+
+    records: dict[str, Record]
+    slices: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    births: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+
 
 @dataclass
 class Chain:
-    """A job of the map runner. ``constants`` are what all items share (optics); the gain is mapped from its file."""
+    """A job of the map runner.
+
+    ``constants`` are what the exposures of a data set share (optics), ``gains`` its gain reference, mapped from its file. Paths
+    of inputs are relative to ``home``. ``earlier`` are
+    steps before the chain from which it reads. ``slices`` are
+    the particles of each link that is given some from elsewhere, ``expected`` the digests of all slices as the project stands now,
+    ``imported`` gives values of an exposure that are not stored. The last four stay in the driver.
+    """
 
     links: tuple[Link, ...]
-    constants: dict[str, Any]
-    gain_path: Path | None = None
-    earlier: dict[str, Path] = field(default_factory=dict)
+    constants: dict[str, dict[str, Any]]
+    home: Path = Path()
+    gains: dict[str, Path] = field(default_factory=dict)
+    earlier: dict[str, Link] = field(default_factory=dict)
+    slices: dict[str, Slices] = field(default_factory=dict)
+    expected: dict[str, Slices] = field(default_factory=dict)
+    tables_before: Callable[[str, int], dict[str, np.ndarray] | None] | None = None
+    imported: Callable[[Item], dict[str, Any]] | None = None
     _read: dict[str, Generation] = field(default_factory=dict)
     _fresh: dict[str, dict[int, Record]] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_read": {}, "_fresh": {}}
+        here = dict.fromkeys(("_read", "_fresh", "slices", "expected"))
+        return {**self.__dict__, **{name: {} for name in here}, "tables_before": None, "imported": None}
 
     # --- in the driver ----------------------------------------------------------------------------------------------------------
     def unfinished(self, items: list[Item], *, retry_quarantined: bool = False) -> list[Item]:
         """Items that are not committed in every stage, and not quarantined in one (unless asked to try those again)."""
-        committed = [self._journals(link).records() for link in self.links]
-        out = []
-        for item in items:
-            records = [c.get(item.row) for c in committed]
-            fresh = [r for r in records if r is not None and r.get("input") == item.fingerprint]
-            if any(not r["ok"] for r in fresh) and not retry_quarantined:
-                continue
-            if sum(r["ok"] for r in fresh) < len(self.links):
-                out.append(item)
-        return out
+        done, failed = self._done(items)
+        if retry_quarantined:
+            return [item for item in items if done.get(item.row, 0) < len(self.links)]
+        return [item for item in items if done.get(item.row, 0) < len(self.links) and item.row not in failed]
 
     def quarantined(self, items: list[Item]) -> int:
         """How many of the items are quarantined in one of the stages."""
-        failed = [{row: r for row, r in self._journals(link).records().items() if not r["ok"]} for link in self.links]
-        return sum(any(item.row in f and f[item.row].get("input") == item.fingerprint for f in failed) for item in items)
+        return len(self._done(items)[1])
+
+    def _done(self, items: list[Item]) -> tuple[dict[int, int], set[int]]:
+        """In how many stages each row is done with its present input and particles, and the rows that are quarantined in one."""
+        done: dict[int, int] = {}
+        failed: set[int] = set()
+        for link in self.links:
+            records = self._journals(link).records()
+            known = [(item, records[item.row]) for item in items if item.row in records]
+            fresh = [(item, r) for item, r in known if r.get("input") == item.fingerprint]
+            if link.takes_particles:
+                digests = self.expected[link.label].digests(item.row for item, _ in fresh)
+                fresh = [(item, r) for item, r in fresh if r.get("slice") == digests[item.row] or not r["ok"]]
+            for item, record in fresh:
+                if record["ok"]:
+                    done[item.row] = done.get(item.row, 0) + 1
+                elif not link.takes_particles or record.get("slice") in (None, digests[item.row]):
+                    failed.add(item.row)
+        return done, failed
 
     def quarantine(self, item: Item, error: str, message: str, tries: int) -> None:
         """Record the failure with the first stage that lacks the item.
@@ -76,77 +138,163 @@ class Chain:
         InputError
             When it is not the item that is missing but all of its folder: that blames no movie, it stops the run.
         """
-        _stop_if_the_folder_is_gone(item)
+        _stop_if_the_folder_is_gone(item, self._inputs(item))
         for link in self.links:
+            if self._done_in(link, item):
+                continue
             generation = self._journals(link)
-            record = generation.records().get(item.row)
-            if record is None or not record["ok"] or record.get("input") != item.fingerprint:
-                generation.commit_failure(item.row, item.name, error, message, tries, input=item.fingerprint, revision=item.revision)
-                generation.journal.close()
-                return
+            made: dict[str, Any] = {"input": item.fingerprint, "revision": item.revision}
+            if link.label in self.slices:
+                made["slice"] = slice_digest(self._slice_of(link, item))
+            generation.commit_failure(item.row, item.name, error, message, tries, **made)
+            generation.journal.close()
+            return
 
-    def brief(self, item: Item, again: bool) -> dict[str, Record]:
-        """Records of an item in the stages that have it: a worker reads no journals."""
+    def _done_in(self, link: Link, item: Item) -> bool:
+        record = self._journals(link).records().get(item.row)
+        if record is None or not record["ok"] or record.get("input") != item.fingerprint:
+            return False
+        if not link.takes_particles:
+            return True
+        if link.within:  # what the births of this chain have given meanwhile
+            return True
+        return record.get("slice") == slice_digest(self._slice_of(link, item))
+
+    def _slice_of(self, link: Link, item: Item) -> dict[str, np.ndarray]:
+        return self.slices[link.label].at(item.row)
+
+    def brief(self, item: Item, again: bool) -> Brief:
+        """What travels with an item: a worker reads no journals."""
         if again:
             self._fresh = {}
-        for label, folder in (*((link.label, link.folder) for link in self.links), *self.earlier.items()):
-            if label not in self._fresh:
-                self._fresh[label] = self._read.setdefault(label, Generation(folder)).committed()
+        for link in (*self.links, *self.earlier.values()):
+            if link.label not in self._fresh:
+                self._fresh[link.label] = self._journals(link).committed()
         found = {label: records[item.row] for label, records in self._fresh.items() if item.row in records}
-        return {label: record for label, record in found.items() if record.get("input") == item.fingerprint}
+        records = {label: record for label, record in found.items() if record.get("input") == item.fingerprint}
+        slices: dict[str, dict[str, np.ndarray]] = {}
+        births: dict[str, dict[str, np.ndarray]] = {}
+        for link in self.links:
+            if link.label in self.slices:
+                slices[link.label] = self._slice_of(link, item)
+            if link.birth is not None and link.label not in records and self.tables_before is not None:
+                before = self.tables_before(link.label, item.row)
+                births |= {link.label: before} if before is not None else {}
+        return Brief(records, slices, births, self.imported(item) if self.imported is not None else {})
 
     def _journals(self, link: Link) -> Generation:
         # kept: its journals are read on from where they were read to
         return self._read.setdefault(link.label, Generation(link.folder))
 
     # --- in a worker --------------------------------------------------------------------------------------------------------------
-    def run(self, item: Item, brief: dict[str, Record], device: str, attempt: int) -> None:
+    def run(self, item: Item, brief: Brief, device: str, attempt: int) -> None:
         """Process and commit one item: the stages that have it already are read, not repeated."""
         make_ready(device)
-        values: dict[str, Any] = {**self.constants, **item.inputs}
-        records = dict(brief)
+        values: dict[str, Any] = {**self.constants.get(self._data_set(item), {}), **self._inputs(item), **brief.values}
+        records = dict(brief.records)
         for link in self.links:
             generation = self._generation(link.label)
-            if link.label in records:
+            particles = self._particles(link, item, brief, values, records)
+            digest = slice_digest(particles) if particles is not None else None
+            if link.label in records and records[link.label].get("slice") == digest:
                 continue
-            needs = {n: self._value(n, link.source[n], item, values, records) for n in link.stage.needs}
-            needs |= {n: self._value(n, link.source[n], item, values, records) if n in link.source else None for n in link.stage.optional}
+            records.pop(link.label, None)
+            needs = {n: self._value(n, link, item, values, records, particles) for n in link.stage.needs}
+            needs |= {n: self._value(n, link, item, values, records, particles) if n in link.source else None for n in link.stage.optional}
             started, started_cpu = time.time(), time.process_time()
             given = link.stage.process(link.params, device=device, **needs)
             _refuse_nonsense(link, item, given)
+            if link.birth is not None:
+                given |= born(link.birth, item.row, given, brief.births.get(link.label))
             seconds = {"seconds": round(time.time() - started, 4), "cpu_seconds": round(time.process_time() - started_cpu, 4)}
-            made = {"input": item.fingerprint, "revision": item.revision, "attempt": attempt}
+            made: dict[str, Any] = {"input": item.fingerprint, "revision": item.revision, "attempt": attempt}
+            made |= {"slice": digest} if digest is not None else {}
             record = generation.commit(item.row, item.name, given, **made, **seconds)
             records[link.label] = record
             values.update({f"{link.label}/{name}": value for name, value in given.items()})
             if "movie" in record["shards"]:
                 values[f"{link.label}/movie"] = generation.read(record, "movie")  # its codec decodes faster than LZW
 
-    def _generation(self, label: str) -> Generation:
-        folder = next((link.folder for link in self.links if link.label == label), None) or self.earlier[label]
-        return _generation_at(str(folder))
+    def _inputs(self, item: Item) -> dict[str, Any]:
+        """What the registry knows of an item, with absolute paths."""
+        return {n: str(self.home / v) if n.endswith("_path") else v for n, v in item.inputs.items()}
 
-    def _value(self, name: str, label: str, item: Item, values: dict[str, Any], records: dict[str, Record]) -> Any:
-        if label == "inputs":
+    def _data_set(self, item: Item) -> str:
+        return str(item.inputs.get("data_set", ""))
+
+    def _generation(self, label: str) -> Generation:
+        return _generation_at(str(self._link(label).folder))
+
+    def _link(self, label: str) -> Link:
+        return next((link for link in self.links if link.label == label), None) or self.earlier[label]
+
+    def _particles(
+        self, link: Link, item: Item, brief: Brief, values: dict[str, Any], records: dict[str, Record]
+    ) -> dict[str, np.ndarray] | None:
+        """Particles of the exposure that a stage is given; None where it takes none."""
+        if not link.takes_particles:
+            return None
+        if not link.within:
+            return brief.slices[link.label]
+        birth = next(b for b in self.links if b.label == link.within)
+        record = records.get(link.within)
+        if record is None:
+            raise _not_finished(item, "particles", link.within)
+        generation = self._generation(link.within)
+        names = [n for n in (*TABLE, "pick_threshold", *link.particle_columns) if n in record["columns"]]
+        columns = {n: generation.read(record, n) for n in names}
+        pixel = birth.source.get("pixel_size_angstrom", link.source.get("pixel_size_angstrom", INPUTS))
+        size = values["pixel_size_angstrom"] if pixel == INPUTS else self._stored(pixel, "pixel_size_angstrom", item, values, records)
+        return slice_of_birth(columns, float(size), link.threshold, link.particle_columns)
+
+    def _value(
+        self,
+        name: str,
+        link: Link,
+        item: Item,
+        values: dict[str, Any],
+        records: dict[str, Record],
+        particles: dict[str, np.ndarray] | None,
+    ) -> Any:
+        label = link.source[name]
+        if name in link.whole:
+            return _loaded(link.whole[name])
+        if label == PARTICLES:
+            return (particles or {})[name]
+        if label == INPUTS:
             if name == "gain":
-                return _array_at(str(self.gain_path)) if self.gain_path else None
+                path = self.gains.get(self._data_set(item))
+                return _array_at(str(path)) if path else None
             if name not in values:
+                if name in link.stage.optional:
+                    return None
                 raise MicrographError(f"{item.name} has no {name}.", "its row of the STAR file is incomplete", "complete or remove the row")
             return values[name]
+        return self._stored(label, name, item, values, records)
+
+    def _stored(self, label: str, name: str, item: Item, values: dict[str, Any], records: dict[str, Record]) -> Any:
+        """A variable that another step gave."""
         if f"{label}/{name}" in values:
             return values[f"{label}/{name}"]
         record = records.get(label)
         if record is None:
-            raise MicrographError(
-                f"{item.name} has no {name}: stage {label} did not finish with it.", "it was quarantined there", "see the report"
-            )
+            raise _not_finished(item, name, label)
         if name in record["columns"] or name in record["shards"]:
             return self._generation(label).read(record, name)
-        # a movie that is used where it lies was not stored: its stage opens it again
-        link = next(link for link in self.links if link.label == label)
-        needs = {n: self._value(n, link.source[n], item, values, records) for n in link.stage.needs}
-        needs |= {n: self._value(n, link.source[n], item, values, records) for n in link.stage.optional if n in link.source}
-        return link.stage.process(link.params, **needs)[name]
+        # a movie that is read in place was not stored: its stage opens it again
+        giver = self._link(label)
+        needs = {n: self._value(n, giver, item, values, records, None) for n in giver.stage.needs}
+        needs |= {n: self._value(n, giver, item, values, records, None) for n in giver.stage.optional if n in giver.source}
+        return giver.stage.process(giver.params, **needs)[name]
+
+
+def _not_finished(item: Item, name: str, label: str) -> MicrographError:
+    return MicrographError(f"{item.name} has no {name}: step {label} did not finish with it.", "it was quarantined there", "see the report")
+
+
+@functools.lru_cache(maxsize=8)
+def _loaded(stored: Stored) -> Any:
+    return stored.load()
 
 
 _OPEN: dict[str, Generation] = {}
@@ -166,15 +314,15 @@ def _refuse_nonsense(link: Link, item: Item, given: dict[str, Any]) -> None:
     for name, value in given.items():
         if isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.ndim >= 2 and not np.isfinite(value).all():
             raise MicrographError(
-                f"{name} of {item.name} has {int((~np.isfinite(value)).sum())} pixels that are no numbers after stage {link.label}.",
+                f"{name} of {item.name} has {int((~np.isfinite(value)).sum())} pixels that are NaN or infinite after stage {link.label}.",
                 "the input holds NaN pixels",
                 "look at the input; the other micrographs go on",
             )
 
 
-def _stop_if_the_folder_is_gone(item: Item) -> None:
+def _stop_if_the_folder_is_gone(item: Item, inputs: dict[str, Any]) -> None:
     """Raise where the folder of an item's input is missing or empty: an unmounted disk must not send a session into quarantine."""
-    for name, value in item.inputs.items():
+    for name, value in inputs.items():
         if not name.endswith("_path") or os.path.exists(str(value)):
             continue
         folder = Path(str(value)).parent

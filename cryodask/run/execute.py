@@ -1,35 +1,34 @@
-"""A plan, carried out: items registered, generations made, runners called, results committed; resumed wherever it was left."""
+"""A plan, carried out: exposures registered, generations made, runners called, results committed; resumed wherever it was left."""
 
 from __future__ import annotations
 
-import io
+import os
 import time
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import groupby
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from distributed import Client
 
 from cryodask.errors import InputError, ProjectFileError
 from cryodask.run import sources
 from cryodask.run.blocks import iterate_on_workers
-from cryodask.run.chain import Chain, Link
+from cryodask.run.chain import Chain
+from cryodask.run.chains import ChainMaker, chains_of
 from cryodask.run.health import scheduler_needed
-from cryodask.run.inputs import StepInputs
+from cryodask.run.inputs import SHARED_REASONS, StepInputs, particle_set, step_inputs, whole_values
+from cryodask.run.keys import Keys
 from cryodask.run.map import PREFIX, MapRunner
-from cryodask.run.particles import StoredParticles
 from cryodask.run.progress import Progress, short, summary
 from cryodask.run.recipe import Plan, Step, position
+from cryodask.run.refs import Refer
+from cryodask.run.results import freeze, frozen_ids, settle_result
 from cryodask.run.watch import Arrivals, Until
 from cryodask.run.whole import loaded, run_tournament, run_whole
 from cryodask.store.files import disk_errors, write_atomically
-from cryodask.store.generation import Generation, generation_key
-from cryodask.store.project import Item, Project
-from cryodask.vocabulary import SLOTS, VARIABLES
+from cryodask.store.generation import Generation
+from cryodask.store.project import Arrival, Item, Project
 
 
 @dataclass
@@ -42,138 +41,108 @@ class Execution:
     progress: Progress
     retry_quarantined: bool = False
     until: Until | None = None
+    update: frozenset[str] = frozenset()
+    items: list[Item] = field(default_factory=list)
 
     # --- the whole run --------------------------------------------------------------------------------------------------------
     def run(self, until: str | None, start_again_from: str | None) -> None:
-        """Carry out all steps up to ``until``; ``start_again_from`` makes that step and all that follow anew."""
+        """Carry out all steps up to ``until``; ``start_again_from`` computes that step and all that follow anew."""
         steps = self.plan.steps
         end = position(self.plan, until) + 1 if until else len(steps)
+        state = self.project.state
         if start_again_from:
-            salt = self.project.state.setdefault("again", {})
             for step in steps[position(self.plan, start_again_from) :]:
-                salt[step.label] = salt.get(step.label, 0) + 1
-        microscope = self.plan.file.microscope
-        self.project.state["constants"] = microscope.model_dump() if microscope else {}
-        self.project.state["runs"] = self.project.state.get("runs", 0) + 1
-        self.gain = self._store_gain()
-        self.project.state["gain"] = str(self.gain.relative_to(self.project.path)) if self.gain else None
-        self._forget_steps_not_in_plan()
+                state.again[step.label] = state.again.get(step.label, 0) + 1
+        state.constants = self.plan.constants
+        state.home = os.path.relpath(self.plan.path.parent.resolve(), self.project.path.resolve())
+        state.runs += 1
+        gains = sources.store_gains(self.plan, self.project.path)
+        state.gain = {name: str(path.relative_to(self.project.path)) for name, path in gains.items()}
+        self.gains = gains
+        self.keys = Keys(self.plan, self.project, {name: path.stem for name, path in gains.items()})
+        state.reorder([s.label for s in steps])
         self.arrivals: Arrivals | None = None
         if self.until is None:
-            listed = sources.list_items(self.plan)
-            self.items = self.project.add_items(listed)
-            self.project.keep_items([name for name, _ in listed])
+            self._look(sources.list_exposures(self.plan, self.project), complete=True)
         else:
             self.arrivals = Arrivals(self.plan, self.project, self.until, self.progress.say)
             self.items = self.project.items()
             self._register(self.arrivals.first())
-        for shape, group in groupby(steps[:end], key=lambda s: s.stage.shape == "map"):
-            if shape:
-                self._run_map(list(group))
+        for group in chains_of(self.plan, steps[:end]):
+            if group[0].stage.shape == "map":
+                self._run_map(group)
             else:
-                for step in group:
-                    self._run_single(step)
+                self._run_single(group[0])
         self.project.save()
 
-    def _register(self, arrived: list[sources.ItemInputs]) -> list[Item]:
-        """Take inputs into the registry; those known already take their new size and time."""
-        new = self.project.add_items(arrived)
-        by_row = {i.row: i for i in self.items} | {i.row: i for i in new}
-        self.items[:] = [by_row[row] for row in sorted(by_row)]
-        return new
+    def _look(self, listing: list[Arrival], *, complete: bool) -> list[Item]:
+        """Take a listing into the registry and say what has happened to exposures; returns those that are new or changed."""
+        update = self.project.update_exposures(listing, complete=complete)
+        for sentence in update.said:
+            self.progress.say(sentence)
+        self.items[:] = self.project.items()
+        return update.new
 
-    @property
-    def inputs(self) -> StepInputs:
-        """Where steps that are no map find what they need."""
-        return StepInputs(self.plan, self.project, self.items)
+    def _register(self, arrived: list[Arrival]) -> list[Item]:
+        """Take movies that have arrived into the registry."""
+        return self._look(arrived, complete=False) if arrived else []
 
-    def _forget_steps_not_in_plan(self) -> None:
-        labels = [s.label for s in self.plan.steps]
-        generations = self.project.state["generations"]
-        self.project.state["generations"] = {k: v for k, v in generations.items() if k in labels}
-        self._set_order()
-
-    def _set_order(self) -> None:
-        generations = self.project.state["generations"]
-        self.project.state["order"] = [s.label for s in self.plan.steps if s.label in generations]
-        self.project.save()
-
-    def _adopt(self, label: str, key: str) -> None:
+    def _adopt(self, step: Step, key: str) -> None:
         """Make ``key`` the current generation of a step; what was computed from another one is no longer current."""
-        generations = self.project.state["generations"]
-        if generations.get(label) != key:
-            generations[label] = key
-            self._drop_dependents(label)
-        self._set_order()
+        if self.project.state.adopt(step.label, Refer(self.plan, self.project.state).state_of(step, key)):
+            self._drop_dependents([step.label])
+        self.project.state.reorder([s.label for s in self.plan.steps])
+        self.project.save()
 
-    def _drop_dependents(self, label: str) -> None:
-        generations = self.project.state["generations"]
-        dropped = {label}
+    def _drop_dependents(self, labels: list[str]) -> None:
+        """Steps over sets that rest on others which change now are not current any more; their generations stay."""
+        changed = set(labels)
         for step in self.plan.steps:
-            uses = set(step.source.values()) | self.inputs.implied(step)
-            if uses & dropped and step.label not in dropped:
-                dropped.add(step.label)
+            if self.plan.graph.rests_on(step) & changed and step.label not in changed:
+                changed.add(step.label)
                 if step.stage.shape != "map":
-                    generations.pop(step.label, None)
+                    self.project.state.forget([step.label])
 
-    # --- keys -----------------------------------------------------------------------------------------------------------------------
-    def _key(self, step: Step, upstream: dict[str, Any]) -> str:
-        params = step.params.model_dump()
-        for name, path in step.input_files().items():
-            params[name] = sources.content_hash(path)
-        parts = {"stage": step.stage.name, "version": step.stage.version, "params": params, "upstream": upstream}
-        again = self.project.state.get("again", {}).get(step.label)
-        return generation_key({**parts, "again": again} if again else parts)
-
-    def _upstream_of_map(self, step: Step) -> dict[str, Any]:
-        out: dict[str, Any] = {}
-        for name, label in sorted(step.source.items()):
-            if label != "inputs":
-                out[name] = self.project.state["generations"][label]
-            elif name == "gain":
-                out[name] = self.gain.stem if self.gain else None
-            elif name in self.project.state["constants"]:
-                out[name] = self.project.state["constants"][name]
-            else:
-                out[name] = "item"  # in the fingerprint of the item's record
-        return out
-
-    # --- map stages -----------------------------------------------------------------------------------------------------------------
+    # --- per exposure ---------------------------------------------------------------------------------------------------------
     def _run_map(self, steps: list[Step]) -> None:
-        chain = self._prepare_chain(steps)
+        maker = ChainMaker(self.plan, self.project, self.keys, self.items, self.gains, self.update, self._adopt)
+        chain = maker.chain(steps)
         if self.arrivals is not None:
             self.arrivals.expected_frames = self._generation(steps[0].label).meta["sizes"].get("frame")
         for step in steps:
             self._take_back_what_changed(step)
-        todo = chain.unfinished(self.items, retry_quarantined=self.retry_quarantined)
+        items = maker.concerned(steps, self.items)
+        maker.take_over(chain, items)
+        todo = chain.unfinished(items, retry_quarantined=self.retry_quarantined)
         names = " > ".join(s.label for s in steps)
         self.progress.begin(names if len(names) < 40 else f"{steps[0].label} > ... > {steps[-1].label}", len(todo))
-        before = len(self.items) - len(todo)
+        before = len(items) - len(todo)
         if self.arrivals is not None and "movie" in steps[0].stage.gives:
-            self._map_items(chain, self._live(chain, todo, self.arrivals))
+            self._map_items(chain, self._live(chain, todo, self.arrivals), self.items)
+            items = self.items
             todo = chain.unfinished(self._register(self.arrivals.changed()))  # files that were written again meanwhile
         if todo:
-            self._drop_dependents(steps[0].label)
-            self._set_order()
-            self._map_items(chain, iter(todo))
+            self._drop_dependents([s.label for s in steps])
+            self.project.save()
+            self._map_items(chain, iter(todo), items)
         self.project.compact()
         records = [self.project.records(s.label) for s in steps]
         bad = {row for r in records for row, record in r.items() if not record["ok"]}
-        done = len(self.items) - len(bad)
+        done = len(items) - len(bad)
         kept = f", {before} of them from before" if before else ""
         self.progress.end(f"{done} micrographs done{kept}" + (f", {len(bad)} quarantined (see cryodask info)" if bad else ""))
         if not done:
             failures = self.project.failures()
             first = str(failures[0]["message"]).splitlines()[0] if failures else "none is recorded"
             raise InputError(
-                f"Not one of {len(self.items)} micrographs could be processed. The first failure: {first}",
+                f"Not one of {len(items)} micrographs could be processed. The first failure: {first}",
                 "an option does not fit the data (pixel size, diameter, box), or the files are of another kind",
-                "mend it and run again",
+                "fix it and run again",
             )
 
-    def _map_items(self, chain: Chain, source: Iterator[Item | None]) -> None:
-        bad = chain.quarantined(self.items) if not self.retry_quarantined else 0
-        known = len(self.items) - len(chain.unfinished(self.items, retry_quarantined=self.retry_quarantined))
+    def _map_items(self, chain: Chain, source: Iterator[Item | None], items: list[Item]) -> None:
+        bad = chain.quarantined(items) if not self.retry_quarantined else 0
+        known = len(items) - len(chain.unfinished(items, retry_quarantined=self.retry_quarantined))
 
         def on_event(kind: str, item: Item | None, text: str) -> None:
             if kind == "done":
@@ -187,12 +156,12 @@ class Execution:
                 self.project.compact()
             counts = runner.counts()
             done, quarantined = known - bad + counts["done"], bad + counts["quarantined"]
-            waiting = len(self.items) - done - quarantined - counts["running"]
+            waiting = len(items) - done - quarantined - counts["running"]
             if kind == "looked":
                 runner.watch.announce(PREFIX, waiting)
             arriving = {"arriving": len(self.arrivals.pending)} if self.arrivals is not None else {}
             self.progress.account(
-                seen=len(self.items),
+                seen=len(items),
                 done=done,
                 quarantined=quarantined,
                 running=counts["running"],
@@ -207,7 +176,7 @@ class Execution:
             chain,
             event=on_event,
             limit_seconds=self.plan.file.item_limit_seconds,
-            first_attempt=self.project.state["runs"] * 1_000_000,
+            first_attempt=self.project.state.runs * 1_000_000,
         )
         runner.run(source)
 
@@ -218,8 +187,8 @@ class Execution:
             if arrivals.due:
                 new = chain.unfinished(self._register(arrivals.poll()))
                 if new:
-                    self._drop_dependents(chain.links[0].label)
-                    self._set_order()
+                    self._drop_dependents([link.label for link in chain.links])
+                    self.project.save()
                 waiting.extend(new)
                 self.progress.expect(len(new))
             if waiting:
@@ -231,104 +200,68 @@ class Execution:
 
     def _take_back_what_changed(self, step: Step) -> None:
         for problem in self._generation(step.label).check_files():
-            self.progress.say(f"{step.label}: {problem}; it is made again")
-
-    def _prepare_chain(self, steps: list[Step]) -> Chain:
-        links: list[Link] = []
-        sizes_of: dict[str, dict[str, int]] = {}
-        dtypes: dict[str, str] = {}
-        for step in steps:
-            key = self._key(step, self._upstream_of_map(step))
-            needed: dict[str, int] = {}
-            for name, label in step.source.items():
-                known = sizes_of.get(label) or (
-                    self._generation(label).meta["sizes"] if label != "inputs" and label not in sizes_of else {}
-                )
-                needed |= {d: known[d] for d in VARIABLES[name].dims if d in known}
-            old = self.project.path / "stages" / step.label / key
-            if (old / "zarr.json").exists():
-                meta = Generation(old).meta
-                sizes, step_dtypes = meta["sizes"], meta["dtypes"]
-            elif not needed:
-                sizes, step_dtypes = sources.probe(step, self._item_values())
-                self._check_gain(step, sizes)
-            else:
-                sizes, step_dtypes = {"slot": SLOTS, **needed, **step.stage.sizes(step.params, needed)}, {}
-            sizes_of[step.label], dtypes = sizes, {**dtypes, **step_dtypes}
-            meta = {"label": step.label, "stage": step.stage.name, "version": step.stage.version, "params": step.params.model_dump()}
-            bulk = [v for v in step.stage.gives_variables() if v.kind == "bulk"]
-            own = {d: sizes[d] for v in bulk for d in v.dims}
-            generation = Generation.create(
-                old, meta={**meta, "upstream": step.source}, gives=step.stage.gives, per_item=True, sizes=own, dtypes=step_dtypes
-            )
-            links.append(Link(step.label, step.stage.name, step.params, step.source, generation.path))
-            self._adopt(step.label, key)
-        here = {link.label for link in links}
-        earlier = {label: self._generation(label).path for s in steps for label in s.source.values() if label not in here | {"inputs"}}
-        return Chain(tuple(links), dict(self.project.state["constants"]), self.gain, earlier)
-
-    def _item_values(self) -> Iterator[dict[str, Any]]:
-        for item in self.items:
-            yield {**self.project.state["constants"], **item.inputs}
+            self.progress.say(f"{step.label}: {problem}; it is recomputed")
 
     def _generation(self, label: str) -> Generation:
         return self.project.generation(label)
 
-    # --- gain -----------------------------------------------------------------------------------------------------------------------
-    def _store_gain(self) -> Path | None:
-        gain = sources.load_gain(self.plan)
-        if gain is None:
-            return None
-        buffer = io.BytesIO()
-        np.save(buffer, np.ascontiguousarray(gain, np.float32))
-        folder = self.project.path / "inputs"
-        with disk_errors(folder):
-            folder.mkdir(exist_ok=True)
-            path = folder / f"gain-{generation_key({'gain': buffer.getvalue().hex()})}.npy"
-            if not path.exists():
-                write_atomically(path, buffer.getvalue())
-        return path
-
-    def _check_gain(self, step: Step, sizes: dict[str, int]) -> None:
-        """Refuse a gain of another shape or orientation, before the first movie is corrected with it."""
-        if self.gain is None or "movie" not in step.stage.gives:
-            return
-        from cryodask.formats.movies import check_gain
-
-        gain = np.load(self.gain)
-        frames_sum = sources.sum_first_movies(step, self._item_values(), (sizes["y"], sizes["x"]))
-        check_gain(frames_sum, gain, name=self.plan.file.inputs.gain or "")
-
-    # --- the others -----------------------------------------------------------------------------------------------------------------
+    # --- over a set -------------------------------------------------------------------------------------------------------------
     def _run_single(self, step: Step) -> None:
-        particles, inputs, upstream = self.inputs.of(step)
-        key = self._key(step, upstream)
-        path = self.project.path / "stages" / step.label / key
-        meta = {"label": step.label, "stage": step.stage.name, "version": step.stage.version, "params": step.params.model_dump()}
-        extra = (
-            ("particle_row", "particle_slot") if particles is not None and any(v.per_particle for v in step.stage.gives_variables()) else ()
-        )
-        generation = Generation.create(
-            path, meta={**meta, "upstream": step.source}, gives=(*step.stage.gives, *extra), per_item=False, sizes={}, dtypes={}
-        )
-        self._adopt(step.label, key)
+        """A step over a set; an unfinished one whose set has grown meanwhile is finished first."""
+        inputs = step_inputs(self.plan, self.project, step)
+        version = self._version(step, inputs)
+        key = self.keys.of_set(step, version, inputs.ids, inputs.rows)
+        frame = self.keys.frame_of_set(step, version)
+        old = frozen_ids(self.project, step, frame, key)
+        if old is not None and inputs.ids is not None:
+            before, ids = old
+            self.progress.say(f"{step.label}: goes on with the {len(ids)} particles with which it was started; the larger set comes after")
+            self._compute_single(step, StepInputs(step, ids, inputs.left_out[:0], inputs.ref), before, frame, version)
+        self._compute_single(step, inputs, key, frame, version)
+
+    def _version(self, step: Step, inputs: StepInputs) -> int:
+        """Version whose result counts: that of a finished current one, until ``--update`` asks for this program's."""
+        current = self.project.state.steps.get(step.label)
+        if current is None or step.label in self.update or current.stage != step.stage.name:
+            return step.stage.version
+        generation = self.project.generation_at(current.place)
+        version = int(generation.meta["version"])
+        older = version != step.stage.version and bool(generation.committed())
+        unchanged = older and self.keys.of_set(step, version, inputs.ids, inputs.rows) == current.key
+        return version if unchanged else step.stage.version
+
+    def _compute_single(self, step: Step, inputs: StepInputs, key: str, frame: str, version: int) -> None:
+        path = self.project.path / "stages" / step.stage.name / key
+        meta = {
+            "stage": step.stage.name,
+            "version": version,
+            "params": step.params.model_dump(mode="json"),
+            "recipe": frame,
+            "inputs": {name: [p.ref for p in products] for name, products in step.inputs.items()},
+            "reasons": {**SHARED_REASONS, **step.stage.reasons},
+        }
+        gives = (*step.stage.gives, *(("particle_id", "dropped_id", "removal_reason") if "particles" in _given(step) else ()))
+        generation = Generation.create(path, meta=meta, gives=gives, per_item=False, sizes={}, dtypes={})
+        self._adopt(step, key)
         self._take_back_what_changed(step)
         self.progress.begin(step.label, None)
         if generation.committed():
-            self.progress.end("done before")
+            older = f" (version {version}; --update {step.label} computes it with version {step.stage.version})"
+            self.progress.end("done before" + (older if version != step.stage.version else ""))
             return
+        if inputs.ids is not None:
+            freeze(generation, inputs.ids)
         started = time.time()
         with scheduler_needed(self.client):
-            result = self._compute(step, particles, inputs, generation)
-        if extra and particles is not None:
-            result |= {"particle_row": particles.row, "particle_slot": particles.slot}
+            result = self._compute(step, inputs, generation)
+        result = settle_result(self.project, step, inputs, result)
         generation.commit_result(result, seconds=round(time.time() - started, 3))
         self.progress.end(summary(result))
 
-    def _compute(self, step: Step, particles: StoredParticles | None, inputs: dict[str, Any], generation: Generation) -> dict[str, Any]:
+    def _compute(self, step: Step, inputs: StepInputs, generation: Generation) -> dict[str, Any]:
         stage = step.stage
+        values = whole_values(self.plan, self.project, inputs)
         if stage.shape == "blocks":
-            assert particles is not None
 
             def on_iteration(state: dict[str, Any], metrics: dict[str, Any]) -> None:
                 self.progress.advance(short(metrics))
@@ -338,16 +271,21 @@ class Execution:
                 step.label,
                 stage.functions,
                 step.params,
-                particles,
-                loaded(inputs),
+                particle_set(self.project, inputs),
+                loaded(values),
                 generation.path / "checkpoints",
                 on_iteration=on_iteration,
                 tell=self.progress.say,
             )
         if stage.shape == "tournament":
-            assert particles is not None
+            particles = particle_set(self.project, inputs)
             return run_tournament(self.client, stage.functions, step.params, particles, self.progress.advance, self.progress.say)
-        return run_whole(self.client, stage.name, step.params, inputs, self.progress.say)
+        return run_whole(self.client, stage.name, step.params, values, self.progress.say)
+
+
+def _given(step: Step) -> set[str]:
+    """Types of the products that a step gives."""
+    return {kind for _, kind in step.outputs}
 
 
 def check_inputs(plan: Plan, *, force: bool = False, watch: bool = False) -> None:
@@ -363,16 +301,17 @@ def check_inputs(plan: Plan, *, force: bool = False, watch: bool = False) -> Non
             f"its name or folder is {plan.file.folder or plan.file.name!r}",
             "give a folder of its own:  folder: results",
         )
-    if watch and not plan.file.inputs.movies:
+    if watch and not plan.has_movies:
         raise ProjectFileError(
             "Only movies can be watched for.", f"{plan.path} starts from what another program made", "run it without --watch"
         )
-    items = sources.list_items(plan) if not watch else []
-    sources.load_gain(plan)
+    sources.load_gains(plan)
     sources.check_files(plan)
-    with Project.create(plan.folder, plan.file.name).lock(force=force):
+    project = Project.create(plan.folder, plan.file.name)
+    with project.lock(force=force):
         pass  # refused now where another driver works or nothing may be written
-    sources.check_readable(plan, items)
+    if not watch:
+        sources.check_readable(plan, sources.list_exposures(plan, project))
 
 
 def run_plan(
@@ -384,18 +323,20 @@ def run_plan(
     force: bool = False,
     retry_quarantined: bool = False,
     watch: Until | None = None,
+    update: Iterable[str] = (),
     progress: Progress | None = None,
 ) -> Project:
     """Carry out a plan on the workers of ``client``; returns the project.
 
-    With ``watch`` the movies are taken as they arrive, until the session is over; then the steps after them follow.
+    With ``watch`` the movies are taken as they arrive, until the session is over; then the steps after them follow. ``update`` names
+    steps whose results of an older version are computed again with this program's.
 
     Raises
     ------
     CryodaskError
         What stops a run; everything committed before stays, and the same call goes on from there.
     """
-    for label in (until, start_again_from):
+    for label in (until, start_again_from, *update):
         if label:
             position(plan, label)
     with Project.create(plan.folder, plan.file.name).lock(force=force):
@@ -403,5 +344,5 @@ def run_plan(
         with disk_errors(project.path):
             write_atomically(project.path / "project.yaml", plan.path.read_text())
         with progress or Progress(quiet=True) as shown, shown.recorded(project.path):
-            Execution(plan, project, client, shown, retry_quarantined, watch).run(until, start_again_from)
+            Execution(plan, project, client, shown, retry_quarantined, watch, frozenset(update)).run(until, start_again_from)
     return project

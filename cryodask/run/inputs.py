@@ -1,154 +1,140 @@
-"""What a step that is no map works on: its particle set, its other inputs, and the part of its key that stands for them."""
+"""What a step over a set works on: its particles, its other inputs, and which particles cannot be used."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from cryodask.errors import InputError, ProjectFileError
-from cryodask.run import sources
-from cryodask.run.particles import StoredParticles, collect_particles
+from cryodask.errors import InputError
+from cryodask.products import COLLECTIONS, columns_of, part_of
+from cryodask.run.particles import StoredParticles
 from cryodask.run.recipe import Plan, Step
+from cryodask.run.refs import Refer, parts_used
 from cryodask.run.whole import Stored
-from cryodask.store.generation import Generation, consumed_key, generation_key
-from cryodask.store.journal import Record
-from cryodask.store.particles import CTF_COLUMNS, OPTICS, align, missing_value
-from cryodask.store.project import Item, Project
-from cryodask.vocabulary import VARIABLES
+from cryodask.stage import ParticleSet
+from cryodask.store.identity import row_of
+from cryodask.store.particles import image_places, particle_columns
+from cryodask.store.project import Project
+from cryodask.store.sets import place_of_row
+from cryodask.store.state import ProductRef
 
-_CTF_AND_OPTICS = (*CTF_COLUMNS, *OPTICS)
+EXPOSURE_LACKS = 101
+"""``removal_reason`` of particles whose exposure is not among the exposures of the step, or lacks what the step needs."""
+SHARED_REASONS = {EXPOSURE_LACKS: "its exposure is missing, or lacks what the step needs"}
 
 
 @dataclass(frozen=True)
 class StepInputs:
-    """Finds the inputs of the steps of a plan among what the project holds now."""
+    """Inputs of a step. ``ids``: the particles that it works on (None: it takes none); ``left_out`` those that it cannot use.
 
-    plan: Plan
-    project: Project
-    items: list[Item]
+    ``ref`` refers to the set with the exposures that the step takes; ``values`` are the other variables that the stage needs.
+    """
 
-    def implied(self, step: Step) -> set[str]:
-        """Steps that a particle stage depends on without naming them: the CTF, the optics, the curation."""
-        if not _needs_particles(step):
-            return set()
-        names = (*_CTF_AND_OPTICS, "particle_kept")
-        labels = {self._latest(step, n) for n in names} | {self.particle_label(step)}
-        return {label for label in labels if label is not None and label != "inputs"}
+    step: Step
+    ids: np.ndarray | None
+    left_out: np.ndarray
+    ref: ProductRef | None
+    values: dict[str, Any] = field(default_factory=dict)
 
-    def _latest(self, step: Step, name: str) -> str | None:
-        """Label of the last step before ``step`` that gives a variable, ``inputs`` where the inputs do."""
-        found = None
-        for other in self.plan.steps:
-            if other.label == step.label:
-                break
-            if name in other.stage.gives:
-                found = other.label
-        if found is None and (name in self.project.state["constants"] or (self.items and name in self.items[0].inputs)):
-            return "inputs"
-        return found
+    @property
+    def rows(self) -> np.ndarray:
+        """Rows of the exposures of the particles."""
+        return np.unique(row_of(self.ids)) if self.ids is not None else np.zeros(0, np.int64)
 
-    def particle_label(self, step: Step) -> str:
-        """Label of the step whose particle images a step works on."""
-        label = self._latest(step, "particle_image")
-        if label is None:
-            raise ProjectFileError(f"Stage {step.label} needs particles, which no step before it gives.", "extract was left out", "add it")
-        return label
 
-    def _particles(self, step: Step, *, curated: bool) -> StoredParticles:
-        """The particle set of a step: of all micrographs that have particles and a CTF, without those that curation removed."""
-        images = self.project.generation(self.particle_label(step))
-        rows = set(self._made(self.particle_label(step)))
-        per_micrograph: dict[str, dict[int, float]] = {}
-        own = images.meta["gives"]
-        for name in _CTF_AND_OPTICS:
-            label = self._latest(step, name)
-            if f"particle_{name}" in own or name in own:
-                continue
-            if label == "inputs":
-                constants = self.project.state["constants"]
-                values = {i.row: i.inputs.get(name, constants.get(name)) for i in self.items}
-                per_micrograph[name] = {r: float(v) for r, v in values.items() if v is not None}
-            elif label is not None:
-                per_micrograph[name] = {r: float(rec["columns"][name]) for r, rec in self._made(label).items()}
-            elif name != "phase_shift_deg":
-                raise ProjectFileError(
-                    f"Stage {step.label} needs {name} of the particles, which nothing gives.",
-                    "the STAR file has no CTF, or the pipeline has no ctf stage, or the microscope section is missing",
-                    "add what is missing",
-                )
-            if name in per_micrograph:
-                rows &= set(per_micrograph[name])
-        current = {i.row for i in self.items}
-        found = collect_particles(images, sorted(rows & current), per_micrograph)
-        kept_by = self._latest(step, "particle_kept") if curated else None
-        if kept_by is not None:
-            folder = self.project.generation(kept_by).path
-            row, slot, values = (Stored(folder, n).load() for n in ("particle_row", "particle_slot", "particle_kept"))
-            kept = align(row, slot, values, found.row, found.slot, 0)
-            found = found.keep(kept > 0)
-        if found.set.count == 0:
-            raise InputError(
-                f"Stage {step.label} has no particles to work on.",
-                "nothing was picked (wrong diameter or threshold), or curation removed everything",
-                "look at the picks in the report, change pick or curate, and run again",
-            )
-        return found
+def step_inputs(plan: Plan, project: Project, step: Step) -> StepInputs:
+    """Which particles a step works on now: of its set those whose exposure has what the step needs."""
+    refer = Refer(plan, project.state)
+    particles = step.inputs.get("particles", ())
+    if not particles or (step.stage.port("particles") or step.stage.ports[0]).many:
+        return StepInputs(step, None, np.zeros(0, np.int64), None)
+    ref = refer.product(particles[0])
+    exposures = step.inputs.get("exposures", ())
+    if exposures:
+        ref = ref.model_copy(update={"exposures": refer.product(exposures[0]).parts})
+    ids = project.sets.ids(ref)
+    usable = np.isin(row_of(ids), [item.row for item in project.items()])
+    port = step.stage.port("exposures")
+    for part in parts_used(step, port) if port is not None and exposures else ():
+        if part in port.parts:  # type: ignore[union-attr]
+            usable &= _has(project, ref, part, row_of(ids))
+    return StepInputs(step, ids[usable], ids[~usable], ref)
 
-    def of(self, step: Step) -> tuple[StoredParticles | None, dict[str, Any], dict[str, Any]]:
-        """Particle set, other inputs, and what the key must hold of both."""
-        upstream: dict[str, Any] = {}
-        particles = None
-        if _needs_particles(step):
-            images = "particle_image" in step.source
-            particles = self._particles(step, curated=images)
-            label = self.particle_label(step)
-            used = sorted(set(particles.row.tolist()))
-            columns = {n: v.tolist() for n, v in particles.set.columns.items()}
-            upstream["particles"] = [
-                [self.project.generation(source).key for source in sorted(self.implied(step))],
-                consumed_key(self.project.generation(label), used),
-                generation_key({"columns": columns, "slot": particles.slot.tolist()}),
-            ]
-        inputs: dict[str, Any] = {}
-        for name, label in step.source.items():
-            if name == "particle_image":
-                continue
-            if label == "inputs":
-                inputs[name] = self._input_value(name)
-                upstream[name] = [sources.content_hash(p) for p in inputs[name]] if name.endswith("_path") else inputs[name]
-                continue
-            generation = self.project.generation(label)
-            if generation.meta["per_item"]:
-                inputs[name] = self._by_particle(generation, name, particles)
-                rows = sorted(set(particles.row.tolist()) if particles else self._made(label))
-                upstream[name] = [generation.key, consumed_key(generation, rows)]
-                continue
-            if VARIABLES[name].per_particle and particles is not None:
-                row, slot, values = (Stored(generation.path, n).load() for n in ("particle_row", "particle_slot", name))
-                inputs[name] = align(row, slot, values, particles.row, particles.slot, missing_value(values.dtype))
+
+def _has(project: Project, ref: ProductRef, part: str, rows: np.ndarray) -> np.ndarray:
+    """Mask of the rows whose exposure has a part."""
+    place = ref.exposures.get(part)
+    if place is None:  # the particles have it themselves
+        return np.ones(len(rows), bool)
+    generation = project.generation_at(place)
+    if not set(columns_of("exposures", part)) & set(generation.meta["gives"]):
+        return np.ones(len(rows), bool)
+    return place_of_row(rows, project.table_at(place, ()).row) >= 0
+
+
+def particle_set(project: Project, inputs: StepInputs) -> StoredParticles:
+    """The particles of a step that works on their images.
+
+    Raises
+    ------
+    InputError
+        Where there are none, or nothing gives their CTF or optics.
+    """
+    label = inputs.step.label
+    assert inputs.ids is not None
+    assert inputs.ref is not None
+    if not len(inputs.ids):
+        raise InputError(
+            f"Step {label} has no particles to work on.",
+            "nothing was picked (wrong diameter or threshold), or curation removed everything",
+            "look at the picks in the report, change pick or curate, and run again",
+        )
+    columns = particle_columns(project, inputs.ref, inputs.ids)
+    lacking = [n for n, values in columns.items() if n.startswith("defocus") and np.isnan(values).any()]
+    if lacking:
+        raise InputError(
+            f"Step {label} needs {lacking[0]} of the particles, which {int(np.isnan(columns[lacking[0]]).sum())} of them lack.",
+            "their micrographs have no CTF",
+            "add a ctf step, or give the CTF in the STAR file",
+        )
+    images = image_places(project, inputs.ref, inputs.ids)
+    pixels = np.unique(columns["particle_pixel_size_angstrom"])
+    if len(pixels) > 1 and pixels[-1] > 1.0005 * pixels[0]:
+        raise InputError(
+            f"The particles of step {label} have images of {' and '.join(f'{p:g}' for p in pixels)} A per pixel.",
+            "their exposures have several pixel sizes, and extract was given a box in pixels",
+            "give extract box_angstrom and pixel_size_angstrom",
+        )
+    columns["micrograph"] = row_of(inputs.ids)
+    columns.setdefault("half_set", np.zeros(len(inputs.ids), np.int8))
+    found = ParticleSet(len(inputs.ids), images.shape[-1], float(pixels[0]), columns)
+    return StoredParticles(found, inputs.ids, images)
+
+
+def whole_values(plan: Plan, project: Project, inputs: StepInputs) -> dict[str, Any]:
+    """The other variables that a stage needs, by name; what is stored is read where it is used."""
+    step, refer = inputs.step, Refer(plan, project.state)
+    out: dict[str, Any] = {}
+    ports = {port.type: port for port in reversed(step.stage.ports)}
+    columns: dict[str, np.ndarray] | None = None
+    for name in (*step.stage.needs, *step.stage.optional):
+        place = part_of(name)
+        if place is None or place[0] not in ports or name == "particle_image":
+            continue
+        port = ports[place[0]]
+        products = step.inputs.get(port.name, ())
+        if not products or place[1] not in parts_used(step, port):
+            continue
+        if place[0] not in COLLECTIONS:
+            generation = project.generation_at(refer.place(products[0].parts[place[1]]))
+            if name in generation.meta["gives"]:
+                out[name] = Stored(generation.path, name)
+        elif inputs.ids is not None and inputs.ref is not None:
+            if place[0] == "particles":
+                columns = columns if columns is not None else project.sets.columns(inputs.ref, inputs.ids)
+                out[name] = columns[name]
             else:
-                inputs[name] = Stored(generation.path, name)
-            upstream[name] = [generation.key, consumed_key(generation, [0])]
-        return particles, inputs, upstream
-
-    def _made(self, label: str) -> dict[int, Record]:
-        """Records of the present items that a map stage has done."""
-        return {row: record for row, record in self.project.records(label).items() if record["ok"]}
-
-    def _input_value(self, name: str) -> Any:
-        if name == "half_map_path":
-            return [self.plan.resolve(p) for p in self.plan.file.inputs.half_maps or ()]
-        return self.project.state["constants"].get(name)
-
-    def _by_particle(self, generation: Generation, name: str, particles: StoredParticles | None) -> Any:
-        """A micrograph's value, once a particle where the stage works on particles, else once a micrograph."""
-        records = self._made(generation.meta["label"])
-        if particles is None:
-            return np.array([generation.read(records[r], name) for r in sorted(records)])
-        return np.array([records[int(r)]["columns"][name] if int(r) in records else np.nan for r in particles.row])
-
-
-def _needs_particles(step: Step) -> bool:
-    return "particle_image" in step.source or any(VARIABLES[n].per_particle for n in step.source)
+                out |= project.sets.of_exposures(inputs.ref, row_of(inputs.ids), [name])
+    return out

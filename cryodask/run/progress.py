@@ -132,9 +132,9 @@ def summary(result: dict[str, Any]) -> str:
     """What a finished step found, in a few words."""
     if "resolution_angstrom" in result:
         return f"resolution {float(result['resolution_angstrom']):.2f} A"
-    if "particle_kept" in result:
-        kept = np.asarray(result["particle_kept"])
-        return f"{int(kept.sum())} of {kept.size} particles kept"
+    if len(result.get("dropped_id", ())):
+        kept = len(result["particle_id"])
+        return f"{kept} of {kept + len(result['dropped_id'])} particles kept"
     if "class_share" in result:
         return f"{len(result['class_share'])} classes"
     return "done"

@@ -7,7 +7,7 @@ import glob
 import re
 import typing
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,23 +15,31 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cryodask.errors import ProjectFileError
-from cryodask.stage import InputFileMark, Params, Stage, load_stages
-from cryodask.vocabulary import VARIABLES
+from cryodask.run.graph import Graph, Step, point_group, resolve
+from cryodask.run.graph_chain import Draft
+from cryodask.stage import InputFileMark, Params, SourceFileMark, Stage, load_stages
+
+__all__ = ["Plan", "ProjectFile", "Step", "make_plan", "position", "read_project_file"]
 
 
-class Inputs(BaseModel):
-    """Where a project starts: movies, or what another program made of them (exactly one of the first four)."""
+class Movies(BaseModel):
+    """Movies of one collection, and the gain of their camera."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     movies: str | None = Field(None, description="pattern of movie files, say movies/*.tif")
-    micrographs: str | None = Field(None, description="RELION STAR file of micrographs (motion-corrected, with or without CTF)")
-    particles: str | None = Field(None, description="RELION STAR file of extracted particles")
-    half_maps: tuple[str, str] | None = Field(None, description="two half-maps (MRC) for mask and postprocess")
-    coordinates: str | None = Field(None, description="folder of STAR files with picks, one a micrograph, beside micrographs")
     gain: str | None = Field(None, description="gain reference that multiplies the counts (MRC, TIFF)")
     gain_rotate: Literal[0, 90, 180, 270] = Field(0, description="clockwise turn of the gain, degrees")
     gain_flip: Literal["none", "up-down", "left-right"] = Field("none", description="flip of the gain after the turn")
+
+
+class Inputs(Movies):
+    """Where a project starts: movies, or what another program made of them (at most one of the first four)."""
+
+    micrographs: str | None = Field(None, description="short form of a first step import_micrographs: {star: ...}")
+    particles: str | None = Field(None, description="short form of a first step import_particles: {star: ...}")
+    half_maps: tuple[str, str] | None = Field(None, description="short form of a first step import_map: {half_maps: [...]}")
+    coordinates: str | None = Field(None, description="short form of a step import_picks: {folder: ...} after the micrographs")
 
     @model_validator(mode="after")
     def _one_start(self) -> Inputs:
@@ -54,43 +62,79 @@ class Microscope(BaseModel):
     pre_exposure: float = Field(0.0, ge=0, description="exposure before the first frame, electrons per square Angstrom")
 
 
+class DataSet(Movies):
+    """One of several collections in a project: its movies, gain and microscope."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_-]+$", description="name of the data set")
+    movies: str = Field(description="pattern of movie files, say day1/*.tif")
+    microscope: Microscope | None = Field(None, description="its optics and exposure; those of the project if left out")
+
+
 class ProjectFile(BaseModel):
     """A project file as it stands on disk."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(min_length=1, pattern=r"^[^/]+$")
-    inputs: Inputs
-    microscope: Microscope | None = None
-    pipeline: list[Any] = Field(min_length=1)
-    cluster: str = "local"
+    name: str = Field(min_length=1, pattern=r"^[^/]+$", description="name of the project, and of the folder with its results")
+    inputs: Inputs | list[DataSet] | None = Field(
+        None, description="where it starts, or a list of data sets; left out where the pipeline begins with import steps"
+    )
+    microscope: Microscope | None = Field(None, description="optics and exposure")
+    pipeline: list[Any] = Field(min_length=1, description="the steps: `stage`, `stage: {parameter: value}`, `stage as name: {...}`")
+    cluster: str = Field("local", description="local, the name of a cluster, a cluster file, or the address of a Dask scheduler")
     workers: int | None = Field(None, ge=1, description="local workers; all cores if not given")
-    item_limit_seconds: float | None = Field(3600, gt=0, description="a movie that takes longer is quarantined; null for no limit")
+    item_limit_seconds: float | None = Field(3600, gt=0, description="an exposure that takes longer is quarantined; null for no limit")
     folder: str | None = Field(None, description="where results go; a folder with the project's name beside this file if not given")
 
-
-@dataclass(frozen=True)
-class Step:
-    """One entry of the pipeline, its needs resolved: ``source`` says which step (or ``inputs``) gives each variable."""
-
-    label: str
-    stage: Stage
-    params: Params
-    source: dict[str, str] = field(default_factory=dict)
-
-    def input_files(self) -> dict[str, str]:
-        """Parameters that name a file, where given."""
-        return {n: getattr(self.params, n) for n in input_file_fields(type(self.params)) if getattr(self.params, n)}
+    @model_validator(mode="after")
+    def _different_names(self) -> ProjectFile:
+        names = [d.name for d in self.inputs] if isinstance(self.inputs, list) else []
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise ValueError(f"two data sets are called {twice[0]!r}")
+        if isinstance(self.inputs, list) and not self.inputs:
+            raise ValueError("inputs is an empty list: give at least one data set")
+        return self
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked project file: steps in order, and where the results go."""
+    """A checked project file: steps in order with their sources, and where the results go."""
 
     path: Path
     file: ProjectFile
     folder: Path
-    steps: tuple[Step, ...]
+    graph: Graph
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """Steps in order."""
+        return self.graph.steps
+
+    @property
+    def single(self) -> Inputs | None:
+        """The section ``inputs`` where it is no list."""
+        return self.file.inputs if isinstance(self.file.inputs, Inputs) else None
+
+    @property
+    def data_sets(self) -> dict[str, Movies]:
+        """Collections of movies by name; the only one of a project is called ""."""
+        if isinstance(self.file.inputs, list):
+            return {d.name: d for d in self.file.inputs}
+        return {"": self.file.inputs} if self.file.inputs is not None and self.file.inputs.movies else {}
+
+    @property
+    def constants(self) -> dict[str, dict[str, Any]]:
+        """Optics and exposure of every data set."""
+        own = self.file.microscope.model_dump() if self.file.microscope else {}
+        if isinstance(self.file.inputs, list):
+            return {d.name: d.microscope.model_dump() if d.microscope else own for d in self.file.inputs}
+        return {"": own}
+
+    @property
+    def has_movies(self) -> bool:
+        """Whether it starts from movies."""
+        return bool(self.data_sets)
 
     @property
     def cluster(self) -> str:
@@ -103,20 +147,27 @@ class Plan:
         """A path of the project file, relative to where that file lies."""
         return str((self.path.parent / Path(name).expanduser()).resolve()) if name else name
 
+    def relative(self, path: str | Path) -> str:
+        """A path as the project knows it: relative to the project file where it lies below it, else absolute."""
+        full = Path(path).resolve()
+        home = self.path.parent.resolve()
+        return str(full.relative_to(home)) if full.is_relative_to(home) else str(full)
 
-def input_file_fields(model: type[Params]) -> list[str]:
-    """Names of the parameters that are files whose content matters."""
-    return [n for n, f in model.model_fields.items() if _is_input_file(f)]
+    def input_files(self, step: Step) -> dict[str, list[str]]:
+        """Parameters of a step that name files whose content matters, where given."""
+        found = {n: getattr(step.params, n) for n in marked_fields(type(step.params), InputFileMark)}
+        return {n: list(v) if isinstance(v, tuple | list) else [v] for n, v in found.items() if v}
 
 
-def _is_input_file(info: Any) -> bool:
-    if any(isinstance(m, InputFileMark) or m is InputFileMark for m in info.metadata):
-        return True
-    return any(
-        isinstance(m, InputFileMark) or m is InputFileMark
-        for arg in typing.get_args(info.annotation)
-        for m in getattr(arg, "__metadata__", ())
-    )
+def marked_fields(model: type[BaseModel], mark: type) -> list[str]:
+    """Names of the parameters that carry a mark, such as :class:`InputFileMark`."""
+
+    def carries(annotation: Any, metadata: Iterable[Any]) -> bool:
+        if any(m is mark or isinstance(m, mark) for m in metadata):
+            return True
+        return any(carries(arg, getattr(arg, "__metadata__", ())) for arg in typing.get_args(annotation))
+
+    return [n for n, f in model.model_fields.items() if carries(f.annotation, f.metadata)]
 
 
 def project_folder(path: str | Path) -> Path:
@@ -144,147 +195,131 @@ def read_project_file(path: str | Path) -> ProjectFile:
     try:
         content = yaml.safe_load(path.read_text())
     except FileNotFoundError:
-        raise ProjectFileError(f"There is no project file {path}.", "a typing error in its name", "give the path of a .yaml file") from None
+        raise ProjectFileError(f"There is no project file {path}.", "a typo in its name", "give the path of a .yaml file") from None
     except OSError as error:
         raise ProjectFileError(
             f"{path} cannot be read: {error.strerror}.", "it is a folder, or belongs to somebody else", "give the path of a .yaml file"
         ) from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ProjectFileError(f"{path} cannot be read: {error}", "wrong indentation or a missing quote", "mend it and try again") from None
+        raise ProjectFileError(f"{path} cannot be read: {error}", "wrong indentation or a missing quote", "fix it and try again") from None
     if not isinstance(content, dict):
-        raise ProjectFileError(f"{path} is no project file: it holds no keys.", "it is empty, or another kind of file", "see README")
+        raise ProjectFileError(f"{path} is not a project file: it holds no keys.", "it is empty, or another kind of file", "see README")
     try:
         return ProjectFile.model_validate(content)
     except ValidationError as error:
-        raise ProjectFileError(f"{path}: " + _problems(error, ProjectFile), "a typing error", "see the table of keys in README") from None
+        raise ProjectFileError(f"{path}: " + _problems(error, ProjectFile), "a typo", "see the table of keys in README") from None
 
 
 def make_plan(path: str | Path) -> Plan:
-    """Read a project file and resolve its pipeline; everything that can be found wrong now is found wrong now."""
+    """Read a project file and resolve its pipeline; everything that can be found wrong now is found wrong now.
+
+    Raises
+    ------
+    ProjectFileError
+        With the first problem; :func:`draft_plan` gives all of them.
+    """
+    plan = draft_plan(path)
+    if plan.graph.problems:
+        raise ProjectFileError(f"{plan.path}: " + "\n".join(plan.graph.problems), "", "cryodask run --dry-run  shows what each step takes")
+    return plan
+
+
+def draft_plan(path: str | Path) -> Plan:
+    """Like :func:`make_plan`, but problems of the pipeline stay in ``plan.graph.problems``."""
     path = Path(path)
     file = read_project_file(path)
     stages = load_stages()
-    available = dict.fromkeys([*input_variables(file), *star_variables(path, file)], "inputs")
-    steps: list[Step] = []
+    entries = _with_short_forms(file, stages)
+
+    def params_of(stage: Stage, label: str, values: dict[str, Any]) -> Params:
+        return _make_params(path, stage, label, values)
+
+    plan = Plan(path, file, _folder(path, file), Graph((), (), ()))
+    pixels = frozenset(float(c["pixel_size_angstrom"]) for c in plan.constants.values() if "pixel_size_angstrom" in c)
+    graph = resolve(entries, stages, make_params=params_of, pixel_sizes={"ingest": pixels})
+    return Plan(path, file, plan.folder, replace(graph, steps=tuple(map(_with_symmetry, graph.steps))))
+
+
+def _with_symmetry(step: Step) -> Step:
+    """A symmetry that is left out is that of the step's map, not C1."""
+    if "symmetry" not in type(step.params).model_fields or step.params.symmetry is not None or step.stage.port("map") is None:
+        return step
+    group = point_group(Draft(step.label, step.stage, step.params, step.inputs)) or "C1"
+    return replace(step, params=step.params.model_copy(update={"symmetry": group}))
+
+
+def _with_short_forms(file: ProjectFile, stages: dict[str, Stage]) -> list[Any]:
+    """The pipeline with the steps that the section ``inputs`` stands for."""
     entries = list(file.pipeline)
-    if file.inputs.movies and not any(_entry_name(e)[0] == "ingest" for e in entries):
-        entries.insert(0, "ingest")
-    for source, stage_name in (("micrographs", "import_micrographs"), ("particles", "import_particles"), ("half_maps", "import_half_maps")):
-        if getattr(file.inputs, source) and not any(_entry_name(e)[0] == stage_name for e in entries):
-            entries.insert(0, stage_name)
-    if file.inputs.coordinates and not any(_entry_name(e)[0] == "import_coordinates" for e in entries):
-        entries.insert(1, "import_coordinates")
-    for entry in entries:
-        stage_name, label, values = _entry_name(entry)
-        if stage_name not in stages:
-            raise ProjectFileError(
-                f"{path}: there is no stage {stage_name!r}.{_nearest(stage_name, stages)}",
-                "a typing error, or a package with that stage is not installed",
-                "cryodask stages  lists all of them",
-            )
-        if any(s.label == label for s in steps):
-            raise ProjectFileError(
-                f"{path}: two steps of the pipeline are called {label!r}.",
-                "a stage comes twice",
-                f"name one of them:  - {stage_name} as {label}_again: {{...}}",
-            )
-        stage = stages[stage_name]
-        params = _make_params(path, stage, label, values)
-        missing = [n for n in stage.needs if n not in available]
-        if missing:
-            raise ProjectFileError(
-                f"{path}: stage {label} needs {', '.join(missing)}, which no earlier step gives.{_who_gives(missing, stages)}",
-                "a stage was left out of the pipeline, or stands after the one that needs it",
-                "add the stage before it, or give the data under inputs",
-            )
-        source_of = {n: available[n] for n in (*stage.needs, *stage.optional) if n in available}
-        steps.append(Step(label, stage, params, source_of))
-        available.update(dict.fromkeys(stage.gives, label))
-    return Plan(path, file, _folder(path, file), tuple(steps))
+    names = {_stage_name(e) for e in entries}
+    if isinstance(file.inputs, list) or (file.inputs is not None and file.inputs.movies):
+        return entries if "ingest" in names else ["ingest", *entries]
+    if file.inputs is None:
+        return entries
+    forms: dict[str, dict[str, Any]] = {
+        "import_micrographs": {"star": file.inputs.micrographs},
+        "import_particles": {"star": file.inputs.particles},
+        "import_map": {"half_maps": list(file.inputs.half_maps or ())},
+    }
+    head = [{name: values} for name, values in forms.items() if any(values.values())]
+    if file.inputs.coordinates:
+        head.append({"import_picks": {"folder": file.inputs.coordinates}})
+    for step in head:
+        name, values = next(iter(step.items()))
+        # a step that is there already, without saying its file
+        bare = next((i for i, e in enumerate(entries) if e == name or (isinstance(e, dict) and list(e) == [name] and not e[name])), None)
+        if bare is not None:
+            entries[bare] = {name: values}
+        elif name not in names:
+            entries.insert(head.index(step), step)
+    return entries
+
+
+def _stage_name(entry: Any) -> str:
+    name = next(iter(entry), "") if isinstance(entry, dict) else entry
+    return str(name).partition(" as ")[0].strip()
 
 
 def position(plan: Plan, label: str) -> int:
     """Place of a step in the pipeline; raises if none has this label."""
     labels, path = [s.label for s in plan.steps], plan.path
     if label not in labels:
-        raise ProjectFileError(
-            f"{path} has no step {label!r}.{_nearest(label, labels)}", "a typing error", f"its steps are: {', '.join(labels)}"
-        )
+        raise ProjectFileError(f"{path} has no step {label!r}.{_nearest(label, labels)}", "a typo", f"its steps are: {', '.join(labels)}")
     return labels.index(label)
 
 
-def input_variables(file: ProjectFile) -> list[str]:
-    """Variables that the inputs themselves give, before any stage."""
-    given: list[str] = []
-    if file.microscope is not None:
-        given += list(Microscope.model_fields)
-    if file.inputs.movies:
-        given.append("movie_path")
-    if file.inputs.gain:
-        given.append("gain")
-    if file.inputs.micrographs:
-        given += ["micrograph_path"]
-        if file.inputs.coordinates:
-            given.append("coordinates_path")
-    if file.inputs.particles:
-        given += ["particles_path", "micrograph_name"]
-    if file.inputs.half_maps:
-        given += ["half_map_path"]
-    return given
-
-
-def star_variables(path: Path, file: ProjectFile) -> list[str]:
-    """Variables that the micrographs of a STAR file bring along (optics, CTF)."""
-    if not file.inputs.micrographs:
-        return []
-    from cryodask.formats.star import read_micrographs
-
-    columns = read_micrographs(path.parent / Path(file.inputs.micrographs).expanduser())
-    return [n for n in columns if n in VARIABLES and not VARIABLES[n].dims and VARIABLES[n].dtype != "U"]
-
-
-def list_movies(plan: Plan) -> list[Path]:
-    """Movie files of the project in order of name."""
-    pattern = plan.resolve(plan.file.inputs.movies or "")
+def list_movies(plan: Plan, data_set: str = "") -> list[Path]:
+    """Movie files of a data set in order of name."""
+    pattern = plan.resolve(plan.data_sets[data_set].movies or "")
     found = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
     if not found:
         raise ProjectFileError(
-            f"No movie matches {pattern}.", "a typing error in inputs.movies, or the data are not mounted", "check the pattern with ls"
+            f"No movie matches {pattern}.", "a typo in inputs.movies, or the data are not mounted", "check the pattern with ls"
         )
     return found
 
 
-def _entry_name(entry: Any) -> tuple[str, str, dict[str, Any]]:
-    """(stage, label, parameters) of a pipeline entry: ``motion``, ``motion: {...}`` or ``motion as other: {...}``."""
-    values: Any = {}
-    if isinstance(entry, dict):
-        if len(entry) != 1:
-            raise ProjectFileError(f"A step of the pipeline has {len(entry)} names: {entry}.", "a missing dash", "one dash a stage")
-        entry, values = next(iter(entry.items()))
-    if not isinstance(entry, str) or not isinstance(values or {}, dict):
-        raise ProjectFileError(
-            f"This is no step of a pipeline: {entry!r}: {values!r}.", "a missing colon or indentation", "write  - stage: {parameter: value}"
-        )
-    name, _, label = (part.strip() for part in entry.partition(" as "))
-    return name, label or name, values or {}
-
-
 def _make_params(path: Path, stage: Stage, label: str, values: dict[str, Any]) -> Params:
     values = dict(values)
-    for name in input_file_fields(stage.params):
-        if isinstance(values.get(name), str):
-            file = (path.parent / Path(values[name]).expanduser()).resolve()
-            if not file.is_file():
-                raise ProjectFileError(
-                    f"{path}: {label}.{name}: there is no file {file}.", "a typing error", "paths are relative to the project file"
-                )
-            values[name] = str(file)
+    for mark in (InputFileMark, SourceFileMark):
+        for name in marked_fields(stage.params, mark):
+            given = values.get(name)
+            if isinstance(given, str):
+                values[name] = _existing(path, label, name, given)
+            elif isinstance(given, list | tuple) and all(isinstance(v, str) for v in given):
+                values[name] = [_existing(path, label, name, v) for v in given]
     try:
         return stage.params.model_validate(values)
     except ValidationError as error:
-        raise ProjectFileError(
-            f"{path}: stage {label}: " + _problems(error, stage.params), "a typing error", f"cryodask stages {stage.name}  explains them"
-        ) from None
+        raise ProjectFileError(f"{label}: " + _problems(error, stage.params), "", f"cryodask stages {stage.name}  explains them") from None
+
+
+def _existing(path: Path, label: str, name: str, given: str) -> str:
+    """A file or folder that a parameter names, as an absolute path."""
+    file = (path.parent / Path(given).expanduser()).resolve()
+    if not file.exists():
+        raise ProjectFileError(f"{label}.{name}: there is no file {file}.", "a typo", "paths are relative to the project file")
+    return str(file)
 
 
 def _problems(error: ValidationError, model: type[BaseModel]) -> str:
@@ -313,10 +348,3 @@ def _field_names(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]
 def _nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
-
-
-def _who_gives(names: list[str], stages: dict[str, Stage]) -> str:
-    givers = {s.name for s in stages.values() for n in names if n in s.gives}
-    optics = [n for n in names if n in Microscope.model_fields]
-    text = f" Stages that give it: {', '.join(sorted(givers))}." if givers else ""
-    return text + (" The section `microscope` gives the optics." if optics else "")

@@ -1,137 +1,203 @@
-"""Where items come from: movies of a pattern, micrographs or particles of a STAR file."""
+"""Where exposures come from: movies of a pattern, micrographs or particles of a STAR file. Each is known by its content, not its path."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 
 from cryodask.errors import CryodaskError, GainError, InputError, MovieError
-from cryodask.run.recipe import Plan, Step, list_movies
+from cryodask.run.recipe import Movies, Plan, Step, list_movies
+from cryodask.store.files import disk_errors, write_atomically
+from cryodask.store.project import Arrival, Item, Project
 from cryodask.vocabulary import SLOTS, VARIABLES
 
 _PROBED = 5
 _CHECKED = 50
 _GAIN_MOVIES, _GAIN_FRAMES = 3, 24
-
-ItemInputs = tuple[str, dict[str, Any]]
-
-
-def list_items(plan: Plan) -> list[ItemInputs]:
-    """Name and inputs of every item, in order."""
-    inputs = plan.file.inputs
-    if inputs.movies:
-        return _distinct([file_item("movie_path", path) for path in list_movies(plan)], "movie_path")
-    if inputs.micrographs:
-        return _distinct(_micrograph_items(plan), "micrograph_path")
-    if inputs.particles:
-        return _distinct(_particle_items(plan), "micrograph_name")
-    return []
+_HEAD_BYTES = 1 << 16
+"""Bytes at either end of a file that, with its size, make its content known."""
 
 
-def _distinct(items: list[ItemInputs], source: str) -> list[ItemInputs]:
-    """The same items; raises if there are none, or if two would share a name, for one of them would be lost."""
-    if not items:
-        raise InputError("The STAR file under inputs lists nothing.", "its table is empty", "write it again, or give another")
-    seen: dict[str, str] = {}
-    for name, facts in items:
-        if name in seen:
+# --- exposures ---------------------------------------------------------------------------------------------------------------
+def list_exposures(plan: Plan, project: Project | None) -> list[Arrival]:
+    """Every exposure that the inputs hold now, in order.
+
+    Raises
+    ------
+    InputError
+        Where there are none, or two would share a name.
+    """
+    files = Files(plan, project)
+    out: list[Arrival] = []
+    for step in plan.steps:
+        kind = step.stage.name
+        if kind == "ingest":
+            for name in plan.data_sets:
+                out += [files.arrival("movie_path", path, step.label, name) for path in list_movies(plan, name)]
+        elif kind == "import_micrographs":
+            out += _micrographs(plan, step, files)
+        elif kind == "import_particles" and ("exposures", "exposures") in step.outputs:
+            out += _particles(plan, step)
+    if not out and any(step.stage.shape == "map" for step in plan.steps):
+        raise InputError("The inputs hold nothing to process.", "a table is empty, or a pattern matches nothing", "check inputs")
+    return _distinct(out)
+
+
+def _distinct(arrivals: list[Arrival]) -> list[Arrival]:
+    """The same; raises if two would share a name, for one of them would be lost."""
+    seen: dict[str, Arrival] = {}
+    for arrival in arrivals:
+        if arrival.name in seen:
+            both = [next((str(v) for k, v in a.inputs.items() if k.endswith("_path")), a.name) for a in (seen[arrival.name], arrival)]
             raise InputError(
-                f"Two inputs would both be called {name}: {seen[name]} and {facts[source]}.",
+                f"Two inputs would both be called {arrival.name}: {both[0]} and {both[1]}.",
                 "files of one name lie in several folders, or differ in their ending only",
                 "rename one of them, or make a project of each folder",
             )
-        seen[name] = str(facts[source])
-    return items
+        seen[arrival.name] = arrival
+    return arrivals
 
 
-def file_item(variable: str, path: Path) -> ItemInputs:
-    """Name and inputs of a file: its path, size and time, by which it is known again."""
+class Files:
+    """Files as exposures. Their content is read once: what has the same path, size and time as before is taken to be the same."""
+
+    def __init__(self, plan: Plan, project: Project | None) -> None:
+        self._plan = plan
+        self._known = {
+            (str(v), item.inputs.get("size"), item.inputs.get("mtime")): item.content
+            for item in (project.items() if project is not None else ())
+            for k, v in item.inputs.items()
+            if k.endswith("_path")
+        }
+
+    def arrival(self, variable: str, path: Path, source: str, data_set: str = "") -> Arrival:
+        """A file as an exposure: its content, path, size and time."""
+        relative = self._plan.relative(path)
+        inputs: dict[str, Any] = {variable: relative, "source": source, **({"data_set": data_set} if data_set else {})}
+        try:
+            stat = path.stat()
+        except FileNotFoundError:  # gone since it was listed: its stage says so, and the others go on
+            return Arrival(path.stem, f"name:{relative}", inputs)
+        inputs |= {"size": stat.st_size, "mtime": round(stat.st_mtime, 3)}
+        content = self._known.get((relative, stat.st_size, inputs["mtime"]))
+        return Arrival(path.stem, content or content_id(path, stat.st_size), inputs)
+
+
+def content_id(path: Path, size: int) -> str:
+    """Identity of the bytes of a file: its size, and the checksum of its head and tail."""
     try:
-        stat = path.stat()
-    except FileNotFoundError:  # gone since it was listed: its stage says so, and the others go on
-        return path.stem, {variable: str(path)}
-    return path.stem, {variable: str(path), "size": stat.st_size, "mtime": round(stat.st_mtime, 3)}
+        with open(path, "rb") as file:
+            crc = google_crc32c.value(file.read(_HEAD_BYTES))
+            if size > _HEAD_BYTES:
+                file.seek(max(_HEAD_BYTES, size - _HEAD_BYTES))
+                crc = google_crc32c.extend(crc, file.read(_HEAD_BYTES))
+    except OSError:
+        return f"unreadable:{path.name}"
+    return f"{size}-{crc:08x}"
 
 
-def star_columns(plan: Plan) -> dict[str, np.ndarray]:
-    """Columns of the project's STAR file in our words."""
-    from cryodask.formats import star
+def _micrographs(plan: Plan, step: Step, files: Files) -> list[Arrival]:
+    from cryodask.formats.star import find_beside, read_micrographs
 
-    inputs = plan.file.inputs
-    if inputs.micrographs:
-        return star.read_micrographs(plan.resolve(inputs.micrographs))
-    if inputs.particles:
-        return star.read_particles(plan.resolve(inputs.particles))
-    return {}
-
-
-def _micrograph_items(plan: Plan) -> list[ItemInputs]:
-    columns = star_columns(plan)
-    from cryodask.formats.star import find_beside
-
-    star = Path(plan.resolve(plan.file.inputs.micrographs or ""))
+    star = Path(step.params.star)
+    columns = read_micrographs(star)
     names = [str(n) for n in columns["micrograph_name"]]
     keep = [n for n, v in columns.items() if n in VARIABLES and not VARIABLES[n].dims and VARIABLES[n].dtype != "U"]
     picks = _picks(plan, [Path(name).stem for name in names])
-    items = []
+    out = []
     for i, name in enumerate(names):
         path = find_beside(name, star)
-        label, facts = file_item("micrograph_path", path) if path else (Path(name).stem, {"micrograph_path": name})
-        facts |= {n: float(columns[n][i]) for n in keep if np.isfinite(columns[n][i])}
-        items.append((label, {**facts, **picks.get(label, {})}))
-    return items
+        made = files.arrival("micrograph_path", path or Path(name), step.label)
+        values = {n: float(columns[n][i]) for n in keep if np.isfinite(columns[n][i])}
+        out.append(Arrival(made.name, made.content, {**made.inputs, **values, **picks.get(made.name, {})}))
+    return out
 
 
 def _picks(plan: Plan, names: list[str]) -> dict[str, dict[str, Any]]:
     """STAR file of picks of each micrograph: ``NAME.star`` or ``NAME_anything.star``, never that of a longer name."""
-    if not plan.file.inputs.coordinates:
-        return {}
-    folder = Path(plan.resolve(plan.file.inputs.coordinates))
-    files = sorted(folder.glob("*.star"), reverse=True)
-    if not files:
-        raise InputError(f"There is no STAR file in {folder}.", "a typing error in inputs.coordinates", "give the folder with the picks")
+    folders = [Path(step.params.folder) for step in plan.steps if step.stage.name == "import_picks"]
     known = set(names)
     out: dict[str, dict[str, Any]] = {}
-    for path in files:
-        stem = path.stem
-        ends = (n for n in range(len(stem), 0, -1) if stem[:n] in known and not stem[n : n + 1].isalnum())
-        end = next(ends, None)
-        if end is not None:
-            out[stem[:end]] = {"coordinates_path": str(path), "coordinates_mtime": round(path.stat().st_mtime, 3)}
+    for folder in folders:
+        files = sorted(folder.glob("*.star"), reverse=True)
+        if not files:
+            raise InputError(f"There is no STAR file in {folder}.", "a typo in the path", "give the folder with the picks")
+        for path in files:
+            stem = path.stem
+            ends = (n for n in range(len(stem), 0, -1) if stem[:n] in known and not stem[n : n + 1].isalnum())
+            end = next(ends, None)
+            if end is not None:
+                content = content_id(path, path.stat().st_size)
+                out[stem[:end]] = {"coordinates_path": plan.relative(path), "coordinates": content}
     return out
 
 
-def _particle_items(plan: Plan) -> list[ItemInputs]:
+def _particles(plan: Plan, step: Step) -> list[Arrival]:
+    """The micrographs that a particle table names; each stands for its particles, whatever the order of the file."""
     from cryodask.formats.star import find_beside
+    from cryodask.stages.import_particles import read_table
 
-    columns = star_columns(plan)
-    path = plan.resolve(plan.file.inputs.particles or "")
-    names = np.asarray(columns.get("micrograph_name", np.full(len(columns["image_index"]), "particles")), dtype=str)
-    items = []
-    for name in dict.fromkeys(names.tolist()):
-        rows = np.nonzero(names == name)[0]
-        digest = hashlib.blake2b(digest_size=8)
-        for column in sorted(columns):
-            digest.update(np.asarray(columns[column])[rows].astype("U").tobytes())
-        label = Path(name).stem if name != "particles" else name
-        facts = {"particles_path": path, "micrograph_name": name}
-        for stack in dict.fromkeys(columns["image_stack"][rows].tolist()):
-            found = find_beside(str(stack), Path(path))
-            digest.update(repr(file_item("stack", found)[1] if found else stack).encode())
-            if found:
-                facts["stack_path"] = str(found)
-        facts["rows"] = digest.hexdigest()
-        items.append((label, facts))
-    return items
+    star = Path(step.params.star)
+    table = read_table(str(star))
+    digests = _row_digests(table)
+    stacks = [find_beside(stack, star) for stack in table.stacks]
+    contents = [content_id(path, path.stat().st_size) if path else name for path, name in zip(stacks, table.stacks)]
+    out = []
+    for code, name in enumerate(table.micrographs):
+        rows = table.rows_of(code)
+        used = np.unique(table.stack[rows]).tolist()
+        digest = hashlib.blake2b("".join(contents[i] for i in used).encode(), digest_size=8)
+        digest.update(np.sort(digests[rows]).tobytes())
+        inputs: dict[str, Any] = {"particles_path": plan.relative(star), "micrograph_name": name, "source": step.label}
+        inputs["rows"] = digest.hexdigest()
+        found = next((stacks[i] for i in used if stacks[i] is not None), None)
+        if found is not None:
+            inputs["stack_path"] = plan.relative(found)
+        out.append(Arrival(Path(name).stem, f"table:{step.params.star and plan.relative(star)}:{name}", inputs))
+    return out
 
 
-def content_hash(path: str | Path) -> str:
+def _row_digests(table: Any) -> np.ndarray:
+    """A number per row of a particle table: changes with any of its values, whatever its place in the file."""
+    total = np.zeros(len(table), np.uint64)
+    with np.errstate(over="ignore"):
+        columns = [*(np.asarray(v, np.float64) for _, v in sorted(table.columns.items())), table.image_index.astype(np.float64)]
+        for i, values in enumerate(columns):
+            z = np.ascontiguousarray(values).view(np.uint64) + np.uint64(0x9E3779B97F4A7C15) * np.uint64(2 * i + 1)
+            z = (z ^ (z >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
+            total += z ^ (z >> np.uint64(29))
+    return total
+
+
+def imported_rows(plan: Plan, steps: Iterable[Step]) -> Any:
+    """For the driver: what an import gives an item along, or None where no step imports a table."""
+    from cryodask.stages.import_particles import read_table, rows_of
+
+    step = next((s for s in steps if s.stage.name == "import_particles"), None)
+    if step is None:
+        return None
+    table = read_table(step.params.star)
+    codes = {name: code for code, name in enumerate(table.micrographs)}
+    stems = {Path(name).stem: code for name, code in codes.items()}
+
+    def rows(item: Item) -> dict[str, Any]:
+        code = codes.get(str(item.inputs.get("micrograph_name")), stems.get(item.name))
+        return {"particle_rows": rows_of(table, table.rows_of(code))} if code is not None else {}
+
+    return rows
+
+
+# --- files -------------------------------------------------------------------------------------------------------------------
+def read_content_hash(path: str | Path) -> str:
     """Hash of a file's content."""
     digest = hashlib.blake2b(digest_size=8)
     try:
@@ -139,26 +205,55 @@ def content_hash(path: str | Path) -> str:
             while data := file.read(1 << 22):
                 digest.update(data)
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be read: {error.strerror}.", "a typing error, or the disk is not mounted", "check the path"
-        ) from None
+        raise InputError(f"{path} cannot be read: {error.strerror}.", "a typo, or the disk is not mounted", "check the path") from None
     return digest.hexdigest()
 
 
-def load_gain(plan: Plan) -> np.ndarray | None:
+def load_gains(plan: Plan) -> dict[str, np.ndarray]:
+    """The gain reference of each data set that has one."""
+    gains = {name: _load_gain(plan, inputs) for name, inputs in plan.data_sets.items()}
+    return {name: gain for name, gain in gains.items() if gain is not None}
+
+
+def store_gains(plan: Plan, folder: Path) -> dict[str, Path]:
+    """Put the gain references into the project, under the digest of their content."""
+    out = {}
+    for name, gain in load_gains(plan).items():
+        data, stem = _gain_file(gain)
+        with disk_errors(folder):
+            (folder / "inputs").mkdir(exist_ok=True)
+            path = folder / "inputs" / f"{stem}.npy"
+            if not path.exists():
+                write_atomically(path, data)
+        out[name] = path
+    return out
+
+
+def gain_digests(plan: Plan) -> dict[str, str]:
+    """The names under which the gain references of the data sets lie in a project."""
+    return {name: _gain_file(gain)[1] for name, gain in load_gains(plan).items()}
+
+
+def _gain_file(gain: np.ndarray) -> tuple[bytes, str]:
+    """A gain reference as a file, and its name without ending: by its content."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(gain, np.float32))
+    return buffer.getvalue(), f"gain-{hashlib.blake2b(buffer.getvalue(), digest_size=6).hexdigest()}"
+
+
+def _load_gain(plan: Plan, inputs: Movies) -> np.ndarray | None:
     """The gain reference as the project file turns it, checked for sane values; None if there is none."""
     from cryodask.formats import movies
 
-    inputs = plan.file.inputs
     if not inputs.gain:
         return None
     path = plan.resolve(inputs.gain)
     if not Path(path).is_file():
-        raise GainError(f"There is no gain reference {path}.", "a typing error in inputs.gain", "paths are relative to the project file")
+        raise GainError(f"There is no gain reference {path}.", "a typo in inputs.gain", "paths are relative to the project file")
     gain = movies.read_gain(path, rotate=inputs.gain_rotate, flip=inputs.gain_flip)
     if not np.isfinite(gain).all() or not (gain > 0).any():
         raise GainError(
-            f"{path} holds {int((~np.isfinite(gain)).sum())} values that are no numbers and {int((gain > 0).sum())} positive ones.",
+            f"{path} holds {int((~np.isfinite(gain)).sum())} NaN or infinite values and {int((gain > 0).sum())} positive ones.",
             "it is another file, or it was cut short",
             "give the camera's gain reference (it multiplies the counts)",
         )
@@ -170,18 +265,23 @@ def check_files(plan: Plan) -> None:
     from cryodask.formats.mrc import open_mrc, read_mrc
 
     for step in plan.steps:
-        for name, path in step.input_files().items():
+        for name, path in ((n, p) for n, paths in plan.input_files(step).items() for p in paths):
             if Path(path).suffix.lower() not in (".mrc", ".map"):
                 continue
             data = np.asarray(read_mrc(path)[0])
             if not np.isfinite(data).all() or data.min() == data.max():
                 raise InputError(
-                    f"{path}, given as {step.label}.{name}, is no map: {int((~np.isfinite(data)).sum())} of {data.size} voxels are no"
-                    " numbers, or all are the same.",
+                    f"{path}, given as {step.label}.{name}, is not a valid map: {int((~np.isfinite(data)).sum())} of {data.size} voxels are"
+                    " NaN or infinite, or all are the same.",
                     "the program that wrote it failed, or the file is damaged",
                     "look at the map, and give another",
                 )
-    halves = [open_mrc(plan.resolve(path)) for path in plan.file.inputs.half_maps or ()]
+    for step in plan.steps:
+        if step.stage.name == "import_map" and step.params.half_maps:
+            _check_half_maps([open_mrc(path) for path in step.params.half_maps])
+
+
+def _check_half_maps(halves: list[Any]) -> None:
     for half in halves:
         if len(set(half.shape)) > 1:
             raise InputError(
@@ -194,24 +294,31 @@ def check_files(plan: Plan) -> None:
         raise InputError(f"The half-maps differ ({text}).", "they come from different runs", "give the two half-maps of one refinement")
 
 
-def check_readable(plan: Plan, items: list[ItemInputs]) -> None:
+def check_readable(plan: Plan, arrivals: list[Arrival]) -> None:
     """Raise the reason if none of the first items can be read (a wrong folder, another format): before workers are started."""
-    step = plan.steps[0]
-    if step.stage.shape != "map" or any(label != "inputs" for label in step.source.values()):
+    if not plan.steps or plan.steps[0].stage.shape != "map" or plan.steps[0].inputs:
         return
-    constants = plan.file.microscope.model_dump() if plan.file.microscope else {}
+    step = plan.steps[0]
+    mine = [a for a in arrivals if a.inputs.get("source") == step.label]
     failure: CryodaskError | None = None
-    for _, facts in items[:_CHECKED]:
+    for arrival in mine[:_CHECKED]:
         try:
-            _processed(step, {**constants, **facts})
+            _processed(step, input_values(plan, arrival.inputs))
         except CryodaskError as error:
             failure = failure or error
             continue
         return
-    if failure is not None and len(items) <= _CHECKED:
+    if failure is not None and len(mine) <= _CHECKED:
         raise InputError(
-            f"None of the {len(items)} inputs can be read. The first: {failure.what}", failure.usual_reason, failure.way_out
+            f"None of the {len(mine)} inputs can be read. The first: {failure.what}", failure.usual_reason, failure.way_out
         ) from failure
+
+
+def input_values(plan: Plan, inputs: dict[str, Any]) -> dict[str, Any]:
+    """What a source stage is given of an exposure: optics of its data set, its own values, absolute paths."""
+    constants = plan.constants.get(str(inputs.get("data_set", "")), {})
+    own = {n: os.path.join(plan.path.parent.resolve(), v) if n.endswith("_path") else v for n, v in inputs.items()}
+    return {**constants, **own}
 
 
 def _processed(step: Step, values: dict[str, Any]) -> dict[str, Any]:

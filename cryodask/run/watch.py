@@ -10,8 +10,8 @@ from pathlib import Path
 
 from cryodask.errors import CryodaskError
 from cryodask.run.recipe import Plan
-from cryodask.run.sources import ItemInputs, file_item
-from cryodask.store.project import Project
+from cryodask.run.sources import Files
+from cryodask.store.project import Arrival, Project
 
 _POLL_SECONDS = 2.0
 _SETTLED_SECONDS = 10.0
@@ -64,12 +64,16 @@ class Arrivals:
         self.pending: dict[str, Pending] = {}
         self.expected_frames: int | None = None
         self.over = False
-        self._pattern = plan.resolve(plan.file.inputs.movies or "")
+        self._patterns = {name: plan.resolve(inputs.movies or "") for name, inputs in plan.data_sets.items()}
+        self._source = next((s.label for s in plan.steps if s.stage.name == "ingest"), "ingest")
+        self._files = Files(plan, project)
+        self._data_set: dict[str, str] = {}
         self._stop = project.path / _STOP_FILE
         self._poll_seconds, self._next_poll = poll_seconds, 0.0
         # path of every movie that was handed on, by name, and the frames that they have
-        self._taken = {i.name: str(i.inputs["movie_path"]) for i in project.items() if "movie_path" in i.inputs}
+        self._taken = {i.name: str(project.value_of(i, "movie_path")) for i in project.items() if "movie_path" in i.inputs}
         self._facts = {i.name: i.inputs for i in project.items()}
+        self._data_set |= {path: str(self._facts[name].get("data_set", "")) for name, path in self._taken.items()}
         self._refused: set[str] = set()
         self._active = time.monotonic()
 
@@ -78,12 +82,12 @@ class Arrivals:
         """Whether it is time to look again."""
         return not self.over and time.monotonic() >= self._next_poll
 
-    def first(self) -> list[ItemInputs]:
+    def first(self) -> list[Arrival]:
         """Wait for the first few complete movies of a session; at once where the project has movies already."""
-        found: list[ItemInputs] = []
+        found: list[Arrival] = []
         started: float | None = None
         if not self._taken:
-            self.say(f"waiting for movies: {self._pattern}")
+            self.say(f"waiting for movies: {', '.join(self._patterns.values())}")
         while not self.over and len(self._taken) < _FIRST_MOVIES:
             if self.due:
                 found += self.poll()
@@ -93,7 +97,7 @@ class Arrivals:
             time.sleep(0.05)
         return found
 
-    def poll(self) -> list[ItemInputs]:
+    def poll(self) -> list[Arrival]:
         """Movies that became complete since the last look, oldest first; settles whether the session is ``over``."""
         started = time.monotonic()
         paths = self._new_paths()
@@ -113,20 +117,28 @@ class Arrivals:
         self._next_poll = time.monotonic() + max(self._poll_seconds, 10 * (time.monotonic() - started))
         return out
 
-    def changed(self) -> list[ItemInputs]:
+    def changed(self) -> list[Arrival]:
         """Movies handed on before whose file has another size or time now; those that were moved away stay as they are."""
         out = []
         for name, path in self._taken.items():
             if Path(path).exists():
-                now = file_item("movie_path", Path(path))
-                if now[1] != self._facts[name]:
-                    self._facts[name] = now[1]
+                now = self._arrival(path)
+                if now.inputs != self._facts[name]:
+                    self._facts[name] = now.inputs
                     out.append(now)
         return out
 
     def _new_paths(self) -> list[str]:
         known = set(self._taken.values())
-        return sorted(p for p in glob.glob(self._pattern, recursive=True) if p not in known and p not in self._refused)
+        found: list[str] = []
+        for name, pattern in self._patterns.items():
+            new = [p for p in glob.glob(pattern, recursive=True) if p not in known and p not in self._refused]
+            self._data_set |= dict.fromkeys(new, name)
+            found += new
+        return sorted(found)
+
+    def _arrival(self, path: str) -> Arrival:
+        return self._files.arrival("movie_path", Path(path), self._source, self._data_set.get(path, ""))
 
     def _complete(self, path: str) -> bool:
         now = time.monotonic()
@@ -144,17 +156,18 @@ class Arrivals:
             return still >= _GIVEN_UP_SECONDS
         return still >= self.settled_seconds or seen.frames == self.expected_frames
 
-    def _take(self, paths: list[str]) -> list[ItemInputs]:
+    def _take(self, paths: list[str]) -> list[Arrival]:
         out = []
         for path in sorted(paths, key=lambda p: (self.pending[p].mtime, p)):
             del self.pending[path]
-            name, facts = file_item("movie_path", Path(path))
+            arrival = self._arrival(path)
+            name = arrival.name
             if name in self._taken:
                 self._refused.add(path)
                 self.say(f"{path} is left out: {self._taken[name]} has the same name; rename one of them")
                 continue
-            self._taken[name], self._facts[name] = path, facts
-            out.append((name, facts))
+            self._taken[name], self._facts[name] = path, arrival.inputs
+            out.append(arrival)
         return out
 
     def _is_over(self) -> bool:

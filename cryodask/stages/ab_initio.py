@@ -13,8 +13,8 @@ from cryodask.errors import InputError
 from cryodask.kernels.ab_initio import Schedule, run_chain, working_box
 from cryodask.kernels.expectation import load_particles
 from cryodask.kernels.fourier import resize_images, resize_map
-from cryodask.kernels.symmetry import symmetry_operators
-from cryodask.stage import Params, ParticleBlock, ParticleSet, Picture, stage
+from cryodask.stage import Output, Params, ParticleBlock, ParticleSet, Picture, stage
+from cryodask.stages._symmetry import PointGroup
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class AbInitioParams(Params):
     """Parameters of ``ab_initio``."""
 
-    symmetry: str = Field("C1", description="point group, imposed from the start: C1, C4, D2, T, O, I ...")
+    symmetry: PointGroup = Field("C1", description="point group, imposed from the start: C1, C4, D2, T, O, I ...")
     restarts: int = Field(8, ge=1, description="independent chains from random orientations; the likeliest map wins")
     particles: int = Field(2000, ge=50, description="particles used, taken evenly from the set")
     mask_diameter_angstrom: float | None = Field(
@@ -41,7 +41,9 @@ class AbInitioParams(Params):
     version=1,
     shape="tournament",
     needs=["particle_image"],
-    gives=["initial_map", "map_pixel_size_angstrom", "chain_score"],
+    ports=["exposures[ctf, optics, aberrations?]", "particles[image, ctf?]"],
+    gives=["final_map", "map_pixel_size_angstrom", "chain_score"],
+    outputs=[Output("map", "map", ("final",), frame="new")],
     params=AbInitioParams,
 )
 class ab_initio:
@@ -56,7 +58,6 @@ class ab_initio:
     @staticmethod
     def select(params: AbInitioParams, particles: ParticleSet) -> np.ndarray:
         """Particles used: evenly from the set."""
-        symmetry_operators(params.symmetry)
         if particles.count < 50:
             raise InputError(
                 f"{particles.count} particles are too few for an initial map",
@@ -118,7 +119,7 @@ class ab_initio:
         best = chains[int(np.argmax(scores))]
         volume = resize_map(torch.from_numpy(np.array(best["map"], np.float32)), int(best["box"]))
         return {
-            "initial_map": volume.numpy(),
+            "final_map": volume.numpy(),
             "map_pixel_size_angstrom": best["pixel_size_angstrom"],
             "chain_score": scores,
         }
@@ -131,9 +132,9 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
 
     from cryodask.stages._map_pictures import draw_slices
 
-    if "initial_map" in ds:
+    if "final_map" in ds:
         yield draw_slices(
-            ds["initial_map"].values,
+            ds["final_map"].values,
             float(ds["map_pixel_size_angstrom"]),
             "Initial map",
             "Projections and sections of the likeliest map. Its hand is unknown: the mirror image explains the particles equally well.",
@@ -143,5 +144,5 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
         axes = figure.subplots()
         scores = np.sort(ds["chain_score"].values)[::-1]
         axes.bar(np.arange(len(scores)), scores)
-        axes.set(xlabel="restart, best first", ylabel="log-likelihood a particle", ylim=(0.9 * float(scores.min()), None))
+        axes.set(xlabel="restart, best first", ylabel="log-likelihood per particle", ylim=(0.9 * float(scores.min()), None))
         yield Picture("Restarts", "Mean likelihood gain of each restart. Several equal best ones mean that the fold was found.", figure)

@@ -64,8 +64,9 @@ def _mask(state: State, device: str) -> torch.Tensor:
     version=1,
     shape="blocks",
     needs=["particle_image"],
+    ports=["exposures[ctf, optics, aberrations?]", "particles[image, ctf?]"],
     gives=[
-        "class_number", "class_probability", "psi_deg", "origin_y_angstrom", "origin_x_angstrom", "log_likelihood",
+        "class_number", "class_probability", "class_psi_deg", "class_centre_y_angstrom", "class_centre_x_angstrom", "class_log_likelihood",
         "class_average", "class_share", "class_resolution_angstrom", "class_score",
     ],
     params=Classify2DParams,
@@ -223,8 +224,11 @@ class classify2d:
     def result(params: Classify2DParams, state: State, columns: Columns) -> dict[str, Any]:
         """What the stage gives."""
         number = np.bincount(columns["class_number"], minlength=state["classes"])
+        renamed = {"psi_deg": "class_psi_deg", "log_likelihood": "class_log_likelihood"}
+        renamed |= {f"origin_{axis}_angstrom": f"class_origin_{axis}_angstrom" for axis in "yx"}
         return {
-            **columns,
+            **{renamed.get(name, name): values for name, values in columns.items()},
+            "class_number": columns["class_number"] + 1,
             "class_average": state["class_average"].astype(np.float32),
             "class_share": number / number.sum(),
             "class_resolution_angstrom": state["class_resolution_angstrom"],

@@ -9,7 +9,8 @@ import numpy as np
 from pydantic import Field
 
 from cryodask.errors import InputError
-from cryodask.stage import Params, Picture, stage
+from cryodask.products import Product
+from cryodask.stage import Output, Params, Picture, port, stage
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -34,7 +35,7 @@ class CurateParams(Params):
     """Parameters of ``curate``."""
 
     keep: Literal["auto", "all"] | list[int] = Field(
-        "auto", description="classes to keep: a list of class numbers, 'all', or 'auto' to judge them by their scores"
+        "auto", description="classes to keep: a list of class numbers (from 1), 'all', or 'auto' to judge them by their scores"
     )
     least_class_score: float | None = Field(None, ge=0, le=1, description="classes below this score are removed as well")
     least_class_probability: float = Field(0.0, ge=0, le=1, description="particles less certain of their class are removed")
@@ -46,34 +47,58 @@ class CurateParams(Params):
     )
 
 
+def _check(params: CurateParams, inputs: dict[str, list[Product]]) -> Iterator[str]:
+    exposures = next(iter(inputs.get("exposures", [])), None)
+    if params.worst_ctf_resolution_angstrom is not None and (exposures is None or "ctf_quality" not in exposures.parts):
+        where = exposures.ref if exposures else "no step"
+        yield (
+            f"worst_ctf_resolution_angstrom needs the quality of the CTF fits, and {where} does not give it. Add ctf before it, or leave "
+            "the limit out."
+        )
+
+
 @stage(
     version=1,
     shape="whole",
-    needs=["class_number", "class_score", "class_probability"],
-    optional=["ctf_resolution_angstrom", "log_likelihood"],
-    gives=["particle_kept", "removal_reason"],
+    needs=["class_number", "class_probability", "class_score"],
+    optional=["ctf_resolution_angstrom", "class_log_likelihood", "class_average", "class_share", "class_resolution_angstrom"],
+    gives=["class_average", "class_share", "class_resolution_angstrom", "class_score"],
+    ports=[
+        port("exposures?:exposures[ctf_quality?]", also_if="worst_ctf_resolution_angstrom"),
+        port("particles[class2d, alignment2d?]", also_if="likelihood_deviations"),
+        "classes[scores, averages?]",
+    ],
+    outputs=[
+        Output("particles", "particles", on="particles", subset=True),
+        Output("classes", "classes", ("averages", "scores"), on="classes"),
+    ],
+    check=_check,
+    reasons={number: text for number, text in REASONS.items() if number},
 )
 def curate(
     params: CurateParams,
     *,
     class_number: np.ndarray,
-    class_score: np.ndarray,
     class_probability: np.ndarray,
+    class_score: np.ndarray,
     ctf_resolution_angstrom: np.ndarray | None = None,
-    log_likelihood: np.ndarray | None = None,
+    class_log_likelihood: np.ndarray | None = None,
+    class_average: np.ndarray | None = None,
+    class_share: np.ndarray | None = None,
+    class_resolution_angstrom: np.ndarray | None = None,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Decides which particles later stages use, by class and by simple limits.
+    """Decides which particles and classes later stages use, by class and by simple limits.
 
-    Nothing is deleted: the result is a mask with a reason for every particle that is left out, and another choice is another run of
-    this stage. ``auto`` judges classes by their score against the typical class, so that it leaves everything where all classes are
-    good.
+    Nothing is deleted: every particle that is left out is stored with its reason, and another choice is another run of this stage.
+    Classes are numbered from 1. ``auto`` judges classes by their score against the typical class, so that it leaves everything where
+    all classes are good.
     """
-    number = np.asarray(class_number)
+    number = np.asarray(class_number) - 1
     score = np.asarray(class_score, float)
     if number.max(initial=-1) >= len(score):
         raise InputError(
-            f"class {int(number.max())} has no score: there are {len(score)} classes",
+            f"class {int(number.max()) + 1} has no score: there are {len(score)} classes",
             "class numbers and scores come from different classifications",
             "run classify2d again",
         )
@@ -83,19 +108,19 @@ def curate(
     elif params.keep == "auto":
         wanted = good_classes(score, share)
     else:
-        unknown = [k for k in params.keep if not 0 <= k < len(score)]
+        unknown = [k for k in params.keep if not 1 <= k <= len(score)]
         if unknown:
             raise InputError(
-                f"there are no classes {unknown}: numbers run from 0 to {len(score) - 1}",
+                f"there are no classes {unknown}: numbers run from 1 to {len(score)}",
                 "the classification was run again with another number of classes",
                 "look at the classes in the report and set curate.keep anew",
             )
-        wanted = np.isin(np.arange(len(score)), params.keep)
+        wanted = np.isin(np.arange(1, len(score) + 1), params.keep)
     if params.least_class_score is not None:
         wanted &= score >= params.least_class_score
     reason = np.zeros(len(number), np.int8)
-    if params.likelihood_deviations is not None and log_likelihood is not None:
-        values = np.asarray(log_likelihood, float)
+    if params.likelihood_deviations is not None and class_log_likelihood is not None:
+        values = np.asarray(class_log_likelihood, float)
         middle = np.nanmedian(values)
         spread = 1.4826 * np.nanmedian(np.abs(values - middle))
         reason[values < middle - params.likelihood_deviations * spread] = 4
@@ -106,7 +131,10 @@ def curate(
     known = number >= 0
     reason[known & ~wanted[np.where(known, number, 0)]] = 1
     reason[~known] = 5
-    return {"particle_kept": (reason == 0).astype(np.int8), "removal_reason": reason}
+    kept = {"class_average": class_average, "class_share": class_share, "class_resolution_angstrom": class_resolution_angstrom}
+    kept["class_score"] = score
+    classes = {name: np.asarray(values)[wanted] for name, values in kept.items() if values is not None}
+    return {"particle_kept": reason == 0, "removal_reason": reason, **classes}
 
 
 def good_classes(score: np.ndarray, share: np.ndarray) -> np.ndarray:
@@ -132,7 +160,7 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
 
     if "removal_reason" not in ds:
         return
-    reasons = ds["removal_reason"].values
+    reasons = np.concatenate([np.zeros(ds.sizes.get("particle", 0), np.int8), ds["removal_reason"].values])
     counts = {text: int((reasons == number).sum()) for number, text in REASONS.items() if (reasons == number).any()}
     figure = Figure(figsize=(6.0, 0.5 + 0.4 * len(counts)), layout="constrained")
     axes = figure.subplots()

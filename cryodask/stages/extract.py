@@ -1,4 +1,4 @@
-"""Stage ``extract``: boxes of the accepted picks."""
+"""Stage ``extract``: boxes of particles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pydantic import Field, model_validator
 
 from cryodask.errors import MicrographError
 from cryodask.kernels.extraction import extract_particles
-from cryodask.stage import Params, Picture, Sizes, stage
+from cryodask.products import Product
+from cryodask.stage import Output, Params, Picture, Sizes, port, stage
 from cryodask.stages.ctf import check_micrograph
 
 _EDGE = 0.4
@@ -29,6 +30,7 @@ class ExtractParams(Params):
     )
     invert: bool = Field(True, description="turn the contrast: micrographs show protein dark, particles are protein white")
     ramp: bool = Field(True, description="take away the plane through the background")
+    recentre: bool = Field(False, description="cut at the centres that a refinement or classification found, instead of the picks")
 
     @model_validator(mode="after")
     def _even(self) -> ExtractParams:
@@ -54,29 +56,65 @@ def _memory(params: ExtractParams, sizes: Sizes) -> float:
     return 8.0 * sizes["y"] * sizes["x"] + batch + 4.0 * sizes.get("slot", 1000) * params.size**2
 
 
+REASONS = {1: "its box does not fit within the border of the micrograph", 2: "its refined centre is unknown"}
+"""Meaning of the numbers in ``left_out_reason``."""
+
+CENTRES = (("centre_y_angstrom", "centre_x_angstrom"), ("class_centre_y_angstrom", "class_centre_x_angstrom"))
+"""Refined centres, the better ones first: of a 3D refinement, of a 2D classification."""
+_ROUNDING_PX = 1e-6
+"""Places are kept in angstrom: a whole pixel must not fall to the pixel before it on the way."""
+
+
+def _check(params: ExtractParams, inputs: dict[str, list[Product]]) -> Iterator[str]:
+    particles, exposures = inputs["particles"][0], inputs["exposures"][0]
+    if params.recentre and not {"pose", "alignment2d"} & set(particles.parts):
+        yield (
+            f"recentre needs refined positions, and {particles.ref} has none. Add classify2d or refine3d before it, or leave recentre out."
+        )
+    sizes = sorted(exposures.pixel_sizes)
+    if len(sizes) > 1:
+        yield (
+            f"the exposures have pixel sizes of {' and '.join(f'{s:g} A' for s in sizes)}, so a box in pixels means different lengths. "
+            "Give box_angstrom and pixel_size_angstrom."
+        )
+
+
 @stage(
     version=1,
-    needs=["micrograph_dw", "pixel_size_angstrom", "pick_y", "pick_x", "pick_accepted"],
-    gives=["particle_image", "particle_y", "particle_x", "particle_count", "particle_pixel_size_angstrom"],
+    needs=["micrograph_dw", "pixel_size_angstrom", "particle_id", "position_y_angstrom", "position_x_angstrom"],
+    optional=[name for pair in CENTRES for name in pair],
+    gives=[
+        "particle_id", "particle_image", "particle_y", "particle_x", "particle_count", "particle_pixel_size_angstrom",
+        "left_out_id", "left_out_reason",
+    ],
+    ports=["exposures[micrograph, optics]", port("particles[position, pose?, alignment2d?]", also_if="recentre", subtracted=True)],
+    outputs=[Output("particles", "particles", ("image",), on="particles", subset=True)],
+    check=_check,
+    reasons=REASONS,
     sizes=_sizes,
     memory=_memory,
-)
+)  # fmt: skip
 def extract(
     params: ExtractParams,
     *,
     micrograph_dw: np.ndarray,
     pixel_size_angstrom: float,
-    pick_y: np.ndarray,
-    pick_x: np.ndarray,
-    pick_accepted: np.ndarray,
+    particle_id: np.ndarray,
+    position_y_angstrom: np.ndarray,
+    position_x_angstrom: np.ndarray,
+    centre_y_angstrom: np.ndarray | None = None,
+    centre_x_angstrom: np.ndarray | None = None,
+    class_centre_y_angstrom: np.ndarray | None = None,
+    class_centre_x_angstrom: np.ndarray | None = None,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Cut the accepted picks from the dose-weighted micrograph, as RELION does.
+    """Cut particles from the dose-weighted micrograph, as RELION does.
 
-    The pixel of a pick, fractions cut off, lands at index n // 2 of the box; ``particle_y`` and ``particle_x`` are that pixel. A
-    particle nearer to the border than 0.4 background diameters is left out; what else of a box lies beyond it is filled with the
-    mirrored micrograph. Boxes are inverted to white protein, reduced in Fourier space, freed of a plane, and given mean 0 and
-    standard deviation 1 outside ``background_diameter_angstrom``.
+    The pixel of a pick, fractions cut off, lands at index n // 2 of the box; ``particle_y`` and ``particle_x`` are that pixel. With
+    ``recentre`` it is the pixel nearest to the refined centre: that of the last 3D refinement, else of the last 2D classification. A
+    particle nearer to the border than 0.4 background diameters is left out, with that reason; what else of a box lies beyond it is
+    filled with the mirrored micrograph. Boxes are inverted to white protein, reduced in Fourier space, freed of a plane, and given
+    mean 0 and standard deviation 1 outside ``background_diameter_angstrom``.
     """
     image = np.asarray(micrograph_dw, np.float32)
     check_micrograph(image)
@@ -94,12 +132,20 @@ def extract(
             "the pixel size is not what was expected",
             "make extract.box larger or extract.background_diameter_angstrom smaller",
         )
-    accepted = np.asarray(pick_accepted) > 0
-    # fractions are cut off, not rounded, as relion_preprocess does
-    rows, columns = (np.asarray(p, np.float64)[accepted].astype(np.int64) for p in (pick_y, pick_x))
-    reach = _EDGE * diameter / pixel
-    whole = (rows >= reach) & (rows <= image.shape[0] - 1 - reach) & (columns >= reach) & (columns <= image.shape[1] - 1 - reach)
-    rows, columns = rows[whole], columns[whole]
+    ids = np.asarray(particle_id, np.int64)
+    places = np.stack([np.asarray(p, np.float64) for p in (position_y_angstrom, position_x_angstrom)], -1).reshape(-1, 2) / pixel
+    if params.recentre:
+        refined = ((centre_y_angstrom, centre_x_angstrom), (class_centre_y_angstrom, class_centre_x_angstrom))
+        pair = next(((y, x) for y, x in refined if y is not None and x is not None), None)
+        if pair is None:
+            raise MicrographError("recentre is set, but no refined centres were given.", "", "leave recentre out")
+        places = np.stack([np.asarray(p, np.float64) for p in pair], -1).reshape(-1, 2) / pixel + 0.5
+    known: Any = np.isfinite(places).all(1)
+    # the fractions of picks are cut off, not rounded, as relion_preprocess does
+    pixels = np.floor(np.where(known[:, None], places, 0.0) + _ROUNDING_PX).astype(np.int64)
+    reach, size = _EDGE * diameter / pixel, np.array(image.shape, np.int64)
+    whole = known & (pixels >= reach).all(1) & (pixels <= size - 1 - reach).all(1)
+    rows, columns = pixels[whole].T.copy()
     particles = extract_particles(
         torch.from_numpy(image).to(device),
         torch.from_numpy(rows).to(device),
@@ -111,6 +157,9 @@ def extract(
         ramp=params.ramp,
     )
     return {
+        "particle_id": ids[whole],
+        "left_out_id": ids[~whole],
+        "left_out_reason": np.where(known, 1, 2)[~whole].astype(np.int8),
         "particle_image": particles.cpu().numpy(),
         "particle_y": rows.astype(np.float32),
         "particle_x": columns.astype(np.float32),

@@ -5,17 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
 from cryodask.errors import InputError, MicrographError
 from cryodask.formats.mrc import read_mrc
-from cryodask.stage import Params, stage
+from cryodask.formats.star import read_labels
+from cryodask.stage import Output, Params, SourceFile, stage
 
 
 class ImportMicrographsParams(Params):
-    """No parameters."""
+    """Parameters of ``import_micrographs``."""
+
+    star: SourceFile = Field(description="RELION STAR file of motion-corrected micrographs")
 
 
-@stage(version=1, needs=["micrograph_path"], gives=["micrograph_sum", "micrograph_dw"])
+def _outputs(params: ImportMicrographsParams) -> tuple[Output, ...]:
+    ctf = ("ctf",) if {"rlnDefocusU", "rlnDefocusAngle"} & read_labels(params.star) else ()
+    return (Output("exposures", "exposures", ("micrograph", "optics", *ctf)),)
+
+
+@stage(version=1, needs=["micrograph_path"], ports=[], outputs=_outputs, gives=["micrograph_sum", "micrograph_dw"])
 def import_micrographs(params: ImportMicrographsParams, *, micrograph_path: str, device: str = "cpu") -> dict[str, Any]:
     """Read motion-corrected micrographs (MRC) that a STAR file lists.
 
@@ -31,7 +40,7 @@ def import_micrographs(params: ImportMicrographsParams, *, micrograph_path: str,
         raise MicrographError(f"{micrograph_path} has the shape {image.shape}.", "it is a movie or a stack", "list corrected micrographs")
     if not np.isfinite(image).all():
         raise MicrographError(
-            f"{micrograph_path} holds {int((~np.isfinite(image)).sum())} pixels that are no numbers.",
+            f"{micrograph_path} holds {int((~np.isfinite(image)).sum())} pixels that are NaN or infinite.",
             "the program that made it failed there",
             "make it again, or remove it from the STAR file",
         )

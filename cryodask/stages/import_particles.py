@@ -1,97 +1,181 @@
-"""Stage ``import_particles``: extracted particles of another program."""
+"""Stage ``import_particles``: particles of another program."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
 from cryodask.errors import InputError, MicrographError
 from cryodask.formats.mrc import open_mrc
-from cryodask.formats.star import find_beside, read_particles
-from cryodask.stage import Params, stage
+from cryodask.formats.star import ParticleTable, find_beside, read_labels, read_particle_table
+from cryodask.stage import Output, Params, SourceFile, stage
 
-_OWN = ("defocus_u_angstrom", "defocus_v_angstrom", "defocus_angle_deg", "phase_shift_deg")
+_CTF = ("defocus_u_angstrom", "defocus_v_angstrom", "defocus_angle_deg", "phase_shift_deg")
+_OPTICS = ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast")
+_ANGLES = ("rot_deg", "tilt_deg", "psi_deg")
+_ORIGINS = ("origin_y_angstrom", "origin_x_angstrom")
+_NEEDED = (
+    *(*_CTF, *_OPTICS, *_ANGLES, *_ORIGINS, "particle_y", "particle_x", "half_set", "class_number", "log_likelihood"),
+    *("particle_pixel_size_angstrom", "pixel_size_angstrom", "particle_id"),
+)
 
 
 class ImportParticlesParams(Params):
-    """No parameters."""
+    """Parameters of ``import_particles``."""
+
+    star: SourceFile = Field(description="RELION STAR file of particles")
+    images: bool = Field(True, description="take the images of the stacks as well; without them the particles must be extracted")
+
+
+def _outputs(params: ImportParticlesParams) -> tuple[Output, ...]:
+    labels = read_labels(params.star)
+    has = {
+        "position": {"rlnCoordinateX", "rlnCoordinateY"} <= labels,
+        "score": True,
+        "image": params.images and "rlnImageName" in labels,
+        "ctf": "rlnDefocusU" in labels,
+        "pose": {"rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"} <= labels,
+        "class2d": "rlnClassNumber" in labels,
+    }
+    parts = tuple(part for part, there in has.items() if there)
+    return (
+        Output("exposures", "exposures", ("optics",)),
+        Output("particles", "particles", parts, births=True, frame="unknown" if has["pose"] else ""),
+    )
 
 
 @functools.lru_cache(maxsize=2)
-def _table(path: str, mtime: float) -> dict[str, np.ndarray]:
-    return read_particles(path)
+def _table(path: str, mtime: float) -> ParticleTable:
+    return read_particle_table(path)
+
+
+def read_table(path: str) -> ParticleTable:
+    """The table of a STAR file; kept for the next call."""
+    return _table(path, os.path.getmtime(path))
+
+
+def rows_of(table: ParticleTable, rows: np.ndarray) -> dict[str, Any]:
+    """Some particles of a table as columns, with the names of their stacks: what travels with an item."""
+    columns = {name: table.columns[name][rows] for name in _NEEDED if name in table.columns}
+    used, codes = np.unique(table.stack[rows], return_inverse=True)
+    names = [table.stacks[int(i)] for i in used]
+    return {**columns, "stacks": names, "stack": codes, "image_index": table.image_index[rows]}
 
 
 @stage(
     version=1,
     needs=["particles_path", "micrograph_name"],
+    optional=["particle_rows"],
+    ports=[],
+    outputs=_outputs,
     gives=[
-        "particle_image",
-        "particle_y",
-        "particle_x",
-        "particle_count",
-        "particle_pixel_size_angstrom",
-        "particle_defocus_u_angstrom",
-        "particle_defocus_v_angstrom",
-        "particle_defocus_angle_deg",
-        "particle_phase_shift_deg",
-        "voltage_kv",
-        "spherical_aberration_mm",
-        "amplitude_contrast",
+        "particle_image", "particle_y", "particle_x", "particle_count", "particle_pixel_size_angstrom", "pick_y", "pick_x", "pick_score",
+        "natural_key", "particle_defocus_u_angstrom", "particle_defocus_v_angstrom", "particle_defocus_angle_deg",
+        "particle_phase_shift_deg", "rot_deg", "tilt_deg", "psi_deg", "centre_y_angstrom", "centre_x_angstrom", "log_likelihood",
+        "class_number", "class_probability", "voltage_kv", "spherical_aberration_mm", "amplitude_contrast",
+        "pixel_size_angstrom",
     ],
-)
-def import_particles(params: ImportParticlesParams, *, particles_path: str, micrograph_name: str, device: str = "cpu") -> dict[str, Any]:
-    """Read the particles of one micrograph from a RELION STAR file and its stacks, each with its own defocus.
+)  # fmt: skip
+def import_particles(
+    params: ImportParticlesParams,
+    *,
+    particles_path: str,
+    micrograph_name: str,
+    particle_rows: dict[str, Any] | None = None,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Read the particles of one micrograph from a RELION STAR file and its stacks, each with its own defocus, pose and half-set.
 
-    Images are taken as they are: protein white, background mean 0 and standard deviation 1, as RELION extracts them.
+    Images are taken as they are: protein white, background mean 0 and standard deviation 1, as RELION extracts them. A particle is known
+    again by the name of its image, whatever the order of the file. Origins become places in the exposure.
     """
-    table = _table(particles_path, os.path.getmtime(particles_path))
-    names = table.get("micrograph_name")
-    rows = np.arange(len(table["image_index"])) if names is None else np.nonzero(np.asarray(names, dtype=str) == micrograph_name)[0]
-    if "defocus_u_angstrom" not in table:
+    rows = particle_rows
+    if rows is None:
+        table = read_table(particles_path)
+        where = table.micrographs.index(micrograph_name) if micrograph_name in table.micrographs else 0
+        rows = rows_of(table, table.rows_of(where))
+    count = len(rows["image_index"])
+    if "defocus_u_angstrom" not in rows and params.images:
         raise InputError(f"{particles_path} has no rlnDefocusU.", "the CTF was not estimated before extraction", "estimate it first")
-    images = _read_images(particles_path, table, rows)
-    if not np.isfinite(images).all():
-        raise MicrographError(f"Particles of {micrograph_name} hold pixels that are no numbers.", "the stack is damaged", "extract again")
-    blank = int((images.std((1, 2)) == 0).sum())
-    if blank:
-        raise MicrographError(
-            f"{blank} of {len(rows)} particles of {micrograph_name} are blank.",
-            "the extraction wrote empty boxes",
-            "remove them from the STAR file",
-        )
-    u = table["defocus_u_angstrom"][rows]
-    column = {name: table.get(name, np.zeros(len(table["image_index"])))[rows] for name in _OWN}
-    column["defocus_v_angstrom"] = table.get("defocus_v_angstrom", table["defocus_u_angstrom"])[rows]
-    optics = {n: float(table[n][rows[0]]) for n in ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast")}
-    zero = np.zeros(len(u), np.float32)
+
+    def column(name: str, fill: float = np.nan) -> np.ndarray:
+        return np.asarray(rows[name], np.float64) if name in rows else np.full(count, fill)
+
+    pixel = float(column("pixel_size_angstrom", np.nan)[0]) if count else np.nan
+    image_pixel = float(column("particle_pixel_size_angstrom", 1.0)[0]) if count else 1.0
+    pixel = pixel if np.isfinite(pixel) else image_pixel
+    placed = "particle_y" in rows and "particle_x" in rows
+    y, x = (column(n, 0.0) for n in ("particle_y", "particle_x"))
+    box = [np.floor(v + 1e-6) if placed else v for v in (y, x)]
+    centre = [b * pixel - column(n, 0.0) for b, n in zip(box, _ORIGINS)]
+    u = column("defocus_u_angstrom")
+    ctf = {"defocus_v_angstrom": column("defocus_v_angstrom") if "defocus_v_angstrom" in rows else u, "defocus_u_angstrom": u}
+    ctf |= {name: column(name, 0.0) for name in ("defocus_angle_deg", "phase_shift_deg")}
+    images = _images(particles_path, micrograph_name, rows) if params.images else np.zeros((0, 8, 8), np.float32)
     return {
         "particle_image": images,
-        "particle_y": table["particle_y"][rows] if "particle_y" in table else zero,
-        "particle_x": table["particle_x"][rows] if "particle_x" in table else zero,
-        "particle_count": len(rows),
-        "particle_pixel_size_angstrom": float(table["particle_pixel_size_angstrom"][rows[0]]),
-        **{f"particle_{n}": v.astype(np.float32) for n, v in column.items()},
-        **optics,
+        "particle_y": box[0],
+        "particle_x": box[1],
+        "particle_count": len(images),
+        "particle_pixel_size_angstrom": image_pixel,
+        "pick_y": y,
+        "pick_x": x,
+        "pick_score": np.zeros(count, np.float32),
+        "natural_key": _natural_keys(rows),
+        "half_set": np.asarray(rows.get("half_set", np.full(count, -1)), np.int8),
+        **{f"particle_{name}": values for name, values in ctf.items()},
+        **{name: column(name) for name in (*_ANGLES, "log_likelihood")},
+        "centre_y_angstrom": centre[0],
+        "centre_x_angstrom": centre[1],
+        "class_number": np.asarray(rows.get("class_number", np.zeros(count)), np.int32),
+        "class_probability": np.ones(count, np.float32),
+        "pixel_size_angstrom": pixel,
+        **{name: float(column(name)[0]) if count else np.nan for name in _OPTICS},
     }
 
 
-def _read_images(star: str, table: dict[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
-    stacks = table["image_stack"][rows]
+def _natural_keys(rows: dict[str, Any]) -> np.ndarray:
+    """A number per particle from the name of its stack and its place there: 63 bits of a hash."""
+    stems = [int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") for name in rows["stacks"]]
+    with np.errstate(over="ignore"):
+        z = np.array(stems, np.uint64)[rows["stack"]] ^ (rows["image_index"].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((z ^ (z >> np.uint64(31))) >> np.uint64(1)).astype(np.int64)
+
+
+def _images(star: str, micrograph: str, rows: dict[str, Any]) -> np.ndarray:
+    """Images `(n, y, x)` of the particles, checked."""
+    images = _read_images(star, rows)
+    if not np.isfinite(images).all():
+        raise MicrographError(f"Particles of {micrograph} hold pixels that are NaN or infinite.", "the stack is damaged", "extract again")
+    blank = int((images.std((1, 2)) == 0).sum())
+    if blank:
+        raise MicrographError(
+            f"{blank} of {len(images)} particles of {micrograph} are blank.",
+            "the extraction wrote empty boxes",
+            "remove them from the STAR file",
+        )
+    return images
+
+
+def _read_images(star: str, rows: dict[str, Any]) -> np.ndarray:
     out: np.ndarray | None = None
-    for stack in dict.fromkeys(stacks.tolist()):
+    for code, stack in enumerate(rows["stacks"]):
         path = find_beside(stack, Path(star))
         if path is None:
             raise MicrographError(
                 f"The stack {stack} of {star} is not there.", "the STAR file was moved without its stacks", "copy them beside it"
             )
         frames = open_mrc(path)
-        here = np.nonzero(stacks == stack)[0]
-        index = table["image_index"][rows[here]]
+        here = np.nonzero(rows["stack"] == code)[0]
+        index = rows["image_index"][here]
         if index.max(initial=0) >= len(frames):
             raise MicrographError(
                 f"{path} holds {len(frames)} images, {star} asks for number {int(index.max()) + 1}.",
@@ -101,7 +185,7 @@ def _read_images(star: str, table: dict[str, np.ndarray], rows: np.ndarray) -> n
         for place, i in zip(here, index):
             image = np.asarray(frames[int(i)], np.float32)
             if out is None:
-                out = np.empty((len(rows), *image.shape), np.float32)
+                out = np.empty((len(rows["image_index"]), *image.shape), np.float32)
             if image.shape != out.shape[1:]:
                 raise MicrographError(
                     f"{path} has boxes of {image.shape}, not {out.shape[1:]}.", "two extractions in one file", "split them"

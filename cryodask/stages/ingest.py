@@ -9,7 +9,7 @@ from pydantic import Field
 
 from cryodask.errors import MovieError
 from cryodask.formats.movies import MovieFile, open_movie
-from cryodask.stage import Params, stage
+from cryodask.stage import Output, Params, stage
 
 
 class IngestParams(Params):
@@ -35,7 +35,12 @@ class _InPlace:
         return self.movie[index]
 
 
-@stage(version=1, needs=["movie_path"], gives=["movie", "mean_count"])
+@stage(
+    version=1,
+    needs=["movie_path"],
+    gives=["movie", "mean_count"],
+    outputs=[Output("exposures", "exposures", ("frames", "optics", "dose"))],
+)
 def ingest(params: IngestParams, *, movie_path: str, device: str = "cpu") -> dict[str, Any]:
     """Open a movie (TIFF, MRC), check that it is whole, and take it into the project.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from pydantic import Field
 
 from cryodask.errors import MicrographError
 from cryodask.kernels.picking import SUPPORT, pick_particles
-from cryodask.stage import Params, Picture, Sizes, stage
+from cryodask.stage import Params, Picture, Sizes, ThresholdMark, stage
 from cryodask.stages.ctf import check_micrograph
 from cryodask.vocabulary import SLOTS
 
@@ -23,8 +23,10 @@ class PickParams(Params):
     """Parameters of stage ``pick``."""
 
     diameter_angstrom: float = Field(description="diameter of the particle, Angstrom; right to about 20 %", gt=0)
-    threshold: float | Literal["auto"] = Field("auto", description="score above which peaks are accepted, or auto")
-    rounds: int = Field(3, description="how often the radial template is learnt anew", ge=1, le=10)
+    threshold: Annotated[float | Literal["auto"], ThresholdMark] = Field(
+        "auto", description="score above which peaks are accepted, or auto"
+    )
+    rounds: int = Field(3, description="how often the radial template is learnt again", ge=1, le=10)
 
 
 def _sizes(params: PickParams, sizes: Sizes) -> Sizes:
@@ -39,7 +41,7 @@ def _memory(params: PickParams, sizes: Sizes) -> float:
 @stage(
     version=1,
     needs=["micrograph_dw", "pixel_size_angstrom"],
-    gives=["pick_y", "pick_x", "pick_score", "pick_accepted", "pick_threshold", "pick_count", "pick_profile"],
+    gives=["pick_y", "pick_x", "pick_score", "pick_threshold", "pick_profile"],
     sizes=_sizes,
     memory=_memory,
 )
@@ -48,8 +50,9 @@ def pick(params: PickParams, *, micrograph_dw: np.ndarray, pixel_size_angstrom: 
 
     The micrograph, reduced until the particle is 16 pixels wide, band-passed and locally normalised, is correlated with a disk and a
     ring of the diameter in either contrast; the mean of the best patches, averaged over directions, becomes the next template, and the
-    family whose score map is most skewed is kept. All peaks are stored with their scores; ``pick_accepted`` marks those above the
-    threshold, which can be moved later without picking again. The dose-weighted sum is used because particles are cut from it, and
+    family whose score map is most skewed is kept. All peaks are stored with their scores: who a particle is does not depend on the
+    threshold, which settles which of them are accepted and can be moved later without picking again. ``pick_threshold`` is what "auto"
+    takes for this micrograph. The dose-weighted sum is used because particles are cut from it, and
     because it shows them best; the resolution used, an eighth of the diameter, is the same in both sums.
     """
     image = np.asarray(micrograph_dw, np.float32)
@@ -63,15 +66,11 @@ def pick(params: PickParams, *, micrograph_dw: np.ndarray, pixel_size_angstrom: 
         )
     picks = pick_particles(torch.from_numpy(image).to(device), diameter, rounds=params.rounds, profile_points=PROFILE_POINTS)
     y, x, score = (t[:SLOTS].cpu().numpy().astype(np.float32) for t in (picks.y, picks.x, picks.score))
-    threshold = picks.threshold if params.threshold == "auto" else float(params.threshold)
-    accepted = (score > threshold).astype(np.int8)
     return {
         "pick_y": y,
         "pick_x": x,
         "pick_score": score,
-        "pick_accepted": accepted,
-        "pick_threshold": threshold,
-        "pick_count": int(accepted.sum()),
+        "pick_threshold": picks.threshold,
         "pick_profile": picks.profile.cpu().numpy().astype(np.float32),
     }
 
@@ -92,7 +91,7 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
     panels[0].legend(frameon=False, fontsize=8)
     panels[0].set(xlabel="score, s.d. of the score map", ylabel="peaks")
     panels[1].hist(counts, bins=min(30, max(5, len(counts) // 2)), color="#4878a8")
-    panels[1].set(xlabel="particles a micrograph", ylabel="micrographs")
+    panels[1].set(xlabel="particles per micrograph", ylabel="micrographs")
     profiles = ds["pick_profile"].values
     radius = np.linspace(0.0, SUPPORT, profiles.shape[1])
     panels[2].plot(radius, profiles[:: max(1, len(profiles) // 50)].T, color="#4878a8", alpha=0.3, lw=0.8)

@@ -12,7 +12,7 @@ from pydantic import Field
 from cryodask.errors import InputError
 from cryodask.kernels.fsc import corrected_fsc, shell_resolutions, supported_resolution
 from cryodask.kernels.sharpening import fit_b_factor, sharpen
-from cryodask.stage import Params, Picture, Sizes, stage
+from cryodask.stage import Output, Params, Picture, Sizes, stage
 from cryodask.stages.mask import check_half_maps
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def _memory(params: PostprocessParams, sizes: Sizes) -> float:
     version=1,
     shape="whole",
     needs=["half_map", "solvent_mask", "map_pixel_size_angstrom"],
+    outputs=[Output("map", "map", ("fsc", "view"), on="map", frame="same")],
     gives=[
         "shell_resolution_angstrom",
         "fsc_unmasked",

@@ -19,7 +19,7 @@ from cryodask.kernels.orientations import asymmetric_unit, matrix_to_euler, rand
 from cryodask.kernels.randomness import uniforms
 from cryodask.kernels.resampling import resample_map
 from cryodask.kernels.symmetry import symmetry_operators
-from cryodask.stage import Columns, InputFile, Metrics, Params, ParticleBlock, ParticleSet, Picture, State, Sums, stage
+from cryodask.stage import Columns, InputFile, Metrics, Output, Params, ParticleBlock, ParticleSet, Picture, State, Sums, port, stage
 from cryodask.stages._refinement import (
     COARSE_ORDER,
     DRAWS,
@@ -40,6 +40,7 @@ from cryodask.stages._refinement import (
     updated_noise_power,
     updated_scale,
 )
+from cryodask.stages._symmetry import PointGroup
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -51,8 +52,8 @@ _FEWEST = 20
 class Refine3DParams(Params):
     """Parameters of ``refine3d``."""
 
-    symmetry: str = Field("C1", description="point group as RELION names it: C1, C4, D2, T, O, I ...")
-    reference: InputFile | None = Field(None, description="start map, an MRC file; by default the initial map of an earlier stage")
+    symmetry: PointGroup | None = Field(None, description="point group: C1, C4, D2, T, O, I ...; that of the start map if left out")
+    reference: InputFile | None = Field(None, description="start map, an MRC file; by default the map of an earlier step")
     lowpass_angstrom: float = Field(40.0, gt=0, description="resolution to which the start map is cut, Angstrom")
     mask_diameter_angstrom: float | None = Field(
         None, gt=0, description="diameter of the soft spherical mask, Angstrom; by default 0.75 of the box"
@@ -76,8 +77,8 @@ def _start_map(params: Refine3DParams, particles: ParticleSet, inputs: dict[str,
                 "give an MRC map (cubic, voxel size in the header)",
             )
         name = params.reference
-    elif inputs.get("initial_map") is not None:
-        data, voxel, name = np.array(inputs["initial_map"], np.float32), float(inputs["map_pixel_size_angstrom"]), "the initial map"
+    elif inputs.get("final_map") is not None:
+        data, voxel, name = np.array(inputs["final_map"], np.float32), float(inputs["map_pixel_size_angstrom"]), "the start map"
     else:
         raise InputError(
             "refine3d has no map to start from",
@@ -106,11 +107,19 @@ def _start_map(params: Refine3DParams, particles: ParticleSet, inputs: dict[str,
 @stage(
     version=1,
     shape="blocks",
-    needs=["particle_image"],
-    optional=["initial_map", "map_pixel_size_angstrom"],
+    needs=["particle_image", "final_map", "map_pixel_size_angstrom"],
+    ports=[
+        "exposures[ctf, optics, aberrations?]",
+        port("particles[image, ctf?]", subtracted=True),
+        port("map[final]", unless="reference"),
+    ],
+    outputs=[
+        Output("particles", "particles", ("pose",), on="particles", frame="same"),
+        Output("map", "map", ("final", "half_maps", "fsc"), frame="same"),
+    ],
     gives=[
-        "half_map", "final_map", "map_pixel_size_angstrom", "rot_deg", "tilt_deg", "psi_deg", "origin_y_angstrom", "origin_x_angstrom",
-        "log_likelihood", "half_set", "resolution_angstrom", "fsc_unmasked", "fsc_masked", "fsc_randomised", "fsc_corrected",
+        "half_map", "final_map", "map_pixel_size_angstrom", "rot_deg", "tilt_deg", "psi_deg", "centre_y_angstrom", "centre_x_angstrom",
+        "log_likelihood", "resolution_angstrom", "fsc_unmasked", "fsc_masked", "fsc_randomised", "fsc_corrected",
         "shell_resolution_angstrom", "iteration_resolution_angstrom",
     ],
     params=Refine3DParams,
@@ -131,7 +140,6 @@ class refine3d:
     @staticmethod
     def start(params: Refine3DParams, particles: ParticleSet, inputs: dict[str, Any]) -> State:
         """State before the first iteration; refuses bad parameters and maps."""
-        symmetry_operators(params.symmetry)
         if particles.count < _FEWEST:
             raise InputError(
                 f"{particles.count} particles are too few for a refinement in two halves",
@@ -200,7 +208,7 @@ class refine3d:
         # the first grid is turned at random, later ones a little: no view is favoured by lying on the grid
         first = state["searches"] == 0
         turn = random_rotations(1, generator)[0] if first else small_rotation(GRID_JITTER_RAD, generator)
-        pixels = asymmetric_unit(COARSE_ORDER, symmetry_operators(params.symmetry))
+        pixels = asymmetric_unit(COARSE_ORDER, symmetry_operators(params.symmetry or "C1"))
         levels = search_levels(state, rings)
         banks, some = [], pixels
         for level in levels:
@@ -217,7 +225,6 @@ class refine3d:
         """Sums and columns of one block."""
         count = len(block.index)
         columns = {name: np.zeros(count, np.float32) for name in POSE_COLUMNS}
-        columns["half_set"] = np.full(count, block.half, np.int8)
         if shared is None:
             return {"power": block.shell_power.sum(0, dtype=torch.float64).cpu().numpy(), "count": count}, columns
         pixel = state["length_angstrom"] / state["box"]
@@ -275,7 +282,7 @@ class refine3d:
             return {**new, "phase": "scale"}, {"phase": "noise power"}
         box, length = state["box"], state["length_angstrom"]
         limit, inserted, scored = box // 2 - 1, inserted_rings(state), state["rings"]
-        operators = symmetry_operators(params.symmetry)
+        operators = symmetry_operators(params.symmetry or "C1")
         grids = [pj.unfold_accumulator(torch.from_numpy(s["accumulator"]).to(device), operators) for s in sums]
         small = map_box(inserted, box)
         voxel = length / small

@@ -9,32 +9,54 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
+from cryodask.store.births import accepted
 from cryodask.store.journal import decode_value
 from cryodask.store.lines import Record
 from cryodask.store.table import Table
 from cryodask.vocabulary import VARIABLES, Var
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from cryodask.store.generation import Generation
+    from cryodask.store.project import Project
 
 
 def generation_dataset(generation: Generation, table: Table) -> xr.Dataset:
-    """Dataset of a map generation, by micrograph, of the items in ``table``."""
+    """Dataset of a per-exposure generation, by micrograph, of the items in ``table``."""
     variables: dict[str, Any] = {}
-    longest = 0
+    small = [v for v in generation.gives if v.kind != "bulk" and v.name in {*table.columns, *table.texts}]
+    values = {var.name: table[var.name] for var in small}
+    longest = max((values[v.name].shape[1] for v in small if v.ragged), default=0)
+    for var in small:
+        padded = _padded(values[var.name], longest) if var.ragged else values[var.name]
+        variables[var.name] = (("micrograph", *var.dims_in(per_item=True)), padded, describe(var))
     for var in generation.gives:
-        if var.kind == "bulk":
-            continue
-        values = table[var.name]
-        variables[var.name] = (("micrograph", *var.dims), values, describe(var))
-        if var.ragged:
-            longest = values.shape[1]
-    for var in generation.gives:
-        # a movie that is used where it lies has no shard
+        # a movie that is read in place has no shard
         if var.kind == "bulk" and table.stored[var.name].all():
-            variables[var.name] = (("micrograph", *var.dims), _stored_items(generation, var, table.row, longest), describe(var))
+            stored = _stored_items(generation, var, table.row, longest)
+            variables[var.name] = (("micrograph", *var.dims_in(per_item=True)), stored, describe(var))
     coords = {"micrograph": table.name, "row": ("micrograph", table.row)}
     return xr.Dataset(variables, coords, _attrs(generation))
+
+
+def _padded(values: np.ndarray, length: int) -> np.ndarray:
+    """Ragged columns of one generation brought to one length: NaN, or -1 for integers."""
+    missing = length - values.shape[1]
+    if not missing:
+        return values
+    fill = np.nan if values.dtype.kind == "f" else -1
+    return np.pad(values, [(0, 0), (0, missing), *[(0, 0)] * (values.ndim - 2)], constant_values=fill)
+
+
+def with_acceptance(dataset: xr.Dataset, threshold: float | str | None) -> xr.Dataset:
+    """A birth with ``pick_accepted`` and ``pick_count``, as the threshold of its step settles them."""
+    if "pick_score" not in dataset:
+        return dataset
+    limit = dataset["pick_threshold"].values[:, np.newaxis] if threshold == "auto" and "pick_threshold" in dataset else threshold
+    mask = accepted(dataset["pick_score"].values, None if isinstance(limit, str) else limit)
+    settled = {"pick_accepted": (("micrograph", "slot"), mask.astype(np.int8)), "pick_count": ("micrograph", mask.sum(1))}
+    return dataset.assign({name: (*value, describe(VARIABLES[name])) for name, value in settled.items()})
 
 
 def result_dataset(generation: Generation, record: Record | None) -> xr.Dataset:
@@ -45,7 +67,7 @@ def result_dataset(generation: Generation, record: Record | None) -> xr.Dataset:
     variables: dict[str, Any] = {}
     for name, value in record["columns"].items():
         var = VARIABLES[name]
-        variables[name] = (var.dims, decode_value(value), describe(var))
+        variables[name] = (var.dims_in(per_item=False), decode_value(value), describe(var))
     dataset = xr.Dataset(variables)
     if record["shards"]:
         with warnings.catch_warnings():
@@ -56,7 +78,7 @@ def result_dataset(generation: Generation, record: Record | None) -> xr.Dataset:
 
 
 def _attrs(generation: Generation) -> dict[str, str]:
-    return {k: str(generation.meta[k]) for k in ("label", "stage", "version", "params") if k in generation.meta}
+    return {k: str(generation.meta[k]) for k in ("stage", "version", "params") if k in generation.meta}
 
 
 class StoredItems:
@@ -87,3 +109,74 @@ def _stored_items(generation: Generation, var: Var, rows: np.ndarray, longest: i
 def describe(var: Var) -> dict[str, str]:
     """Attributes of a variable."""
     return {"units": var.units, "long_name": var.doc}
+
+
+# --- the whole project -------------------------------------------------------------------------------------------------------
+def registry_dataset(project: Project) -> xr.Dataset:
+    """The registry, the optics and the gain by micrograph."""
+    items = project.items()
+    names = {n for item in items for n in item.inputs} | {n for values in project.state.constants.values() for n in values}
+    data: dict[str, Any] = {}
+    for name in sorted(names & set(VARIABLES)):
+        var = VARIABLES[name]
+        if not var.dims:
+            text = var.dtype == "U"
+            values = [project.value_of(item, name) for item in items]
+            filled = ["" if text else np.nan] * len(items)
+            filled = [f if v is None else v for f, v in zip(filled, values)]
+            data[name] = ("micrograph", np.array(filled, dtype=object if text else var.dtype), describe(var))
+    gains = set(project.state.gain.values())
+    if len(gains) == 1:
+        data["gain"] = (VARIABLES["gain"].dims, np.load(project.path / gains.pop()), describe(VARIABLES["gain"]))
+    coords = {"micrograph": np.array([i.name for i in items], dtype=object), "row": ("micrograph", [i.row for i in items])}
+    return xr.Dataset(data, coords)
+
+
+def joined_dataset(project: Project) -> xr.Dataset:
+    """All per-exposure steps by micrograph; see ``Project.joined``."""
+    labels = [label for label in project.stages if project.generation(label).meta["per_item"]]
+    registry = registry_dataset(project)
+    tables = {label: project.table(label, ()).row for label in labels}
+    some = np.unique(np.concatenate([*tables.values(), np.zeros(0, np.int64)]))
+    registry = registry.isel(micrograph=np.flatnonzero(np.isin(registry["row"].values, some)))
+    parts = [registry]
+    for label in labels:
+        if not len(tables[label]):
+            continue
+        dataset = project[label]
+        if "particle_image" in dataset:
+            dataset = dataset.rename({"y": "box_y", "x": "box_x"})
+        dataset = dataset.drop_vars([v for p in parts for v in p.data_vars if v in dataset.data_vars])
+        if "slot" in dataset.dims and any("slot" in p.dims for p in parts):
+            dataset = dataset.rename({"slot": f"{label}_slot"})
+        parts.append(_spread(dataset, registry))
+    return xr.merge(parts, join="exact", compat="override", combine_attrs="drop")
+
+
+def _spread(dataset: xr.Dataset, registry: xr.Dataset) -> xr.Dataset:
+    """A step's Dataset on all micrographs: NaN, -1 or an empty text where it has not done one."""
+    if dataset.sizes["micrograph"] == registry.sizes["micrograph"]:
+        return dataset
+    kinds = {str(n): v.dtype.kind for n, v in dataset.variables.items()}
+    fills = {n: "" if k == "O" else np.nan if k == "f" else -1 for n, k in kinds.items() if n not in ("micrograph", "row")}
+    fills |= {n: 0 for n, k in kinds.items() if k == "u"}
+    out = dataset.drop_vars("row").reindex(micrograph=registry["micrograph"], fill_value=fills)
+    return out.assign_coords(row=("micrograph", registry["row"].values))
+
+
+def scalar_table(project: Project) -> pd.DataFrame:
+    """One row per exposure with every number of every per-exposure step; a name that two steps give is kept as ``STEP.NAME``."""
+    import pandas as pd
+
+    registry = registry_dataset(project)
+    columns = {n: v.values for n, v in registry.data_vars.items() if v.dims == ("micrograph",)}
+    out = pd.DataFrame({"row": registry["row"].values, **columns}, index=pd.Index(registry["micrograph"].values, name="micrograph"))
+    for label in project.stages:
+        generation = project.generation(label)
+        if not generation.meta["per_item"]:
+            continue
+        names = [v.name for v in generation.gives if v.kind != "bulk" and not v.dims]
+        table = project.table(label, names)
+        for name in names:
+            out[name if name not in out else f"{label}.{name}"] = pd.Series(table[name], index=table.name)
+    return out

@@ -1,6 +1,6 @@
 """One generation of a stage: a Zarr group whose key is a hash of all that its results depend on.
 
-``<project>/stages/<label>/<key>/`` holds ``zarr.json`` (what made it), one array a bulk variable (one shard file an item), ``journal/``
+``<project>/stages/<stage>/<key>/`` holds ``zarr.json`` (what made it), one array a bulk variable (one shard file an item), ``journal/``
 with the commit records, in which every small variable rides, and ``columns.npz``, a cache of these (see table.py). Arrays and the cache
 are made by the driver; workers write shards and journal lines only.
 """
@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import socket
 import time
 from collections.abc import Iterable
@@ -103,7 +104,7 @@ class Generation:
                         dtype=layout.dtype,
                         compressors=layout.zarr_codecs() or None,
                         filters=None,
-                        dimension_names=("micrograph", *var.dims),
+                        dimension_names=("micrograph", *var.dims_in(per_item=True)),
                         attributes={"units": var.units, "long_name": var.doc},
                     )
             (part / "journal").mkdir()
@@ -123,7 +124,7 @@ class Generation:
         if wrong:
             text = ", ".join(f"{k} {a} -> {b}" for k, (a, b) in wrong.items())
             raise StoreError(
-                f"The inputs of stage {self.meta['label']} changed their size ({text}).",
+                f"The inputs of stage {self.meta['stage']} changed their size ({text}).",
                 "movies of another camera or binning were added to the project",
                 "put them into a project of their own",
             )
@@ -208,6 +209,23 @@ class Generation:
             )
         return np.asarray(value, dtype=layout.dtype) if isinstance(value, np.ndarray) else value
 
+    def link(self, other: Generation, records: list[Record]) -> None:
+        """Take items over from another generation of the same stage: hard links to its shards, one journal line each (driver only)."""
+        with disk_errors(self.path):
+            for record in records:
+                for name in record["shards"]:
+                    ndim = len(VARIABLES[name].dims)
+                    target = self.shard_path(name, record["row"], ndim)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+                    try:
+                        os.link(other.shard_path(name, record["row"], ndim), part)
+                    except OSError:  # a file system without hard links
+                        shutil.copy2(other.shard_path(name, record["row"], ndim), part)
+                    os.replace(part, target)
+            if records:
+                self.journal.append(*({**record, **_where(), "linked": other.key} for record in records))
+
     def commit_failure(self, row: int, name: str, error: str, message: str, tries: int, **info: Any) -> None:
         """Quarantine an item: a record like any other, so that it can be listed and undone."""
         with disk_errors(self.path):
@@ -235,10 +253,10 @@ class Generation:
             for name, value in values.items():
                 var = VARIABLES[name]
                 array = np.asarray(value, dtype=var.dtype)
-                if var.kind != "bulk" and not var.per_particle:
+                if var.kind != "bulk" and not var.ragged and var.dims != ("dropped",):
                     columns[name] = encode_value(array)
                     continue
-                hint = (_PARTICLE_CHUNK,) if var.per_particle and not var.chunk else var.chunk
+                hint = (_PARTICLE_CHUNK,) if var.kind != "bulk" else var.chunk
                 layout = Layout.of(array.shape, hint, str(array.dtype))
                 if array.size:
                     group.create_array(
@@ -249,12 +267,12 @@ class Generation:
                         dtype=layout.dtype,
                         compressors=layout.zarr_codecs() or None,
                         filters=None,
-                        dimension_names=var.dims,
+                        dimension_names=var.dims_in(per_item=False),
                         attributes={"units": var.units, "long_name": var.doc},
                         overwrite=True,
                     )
                     shards[name] = write_shard(self.shard_path(name, 0, array.ndim), layout, array)
-            record = _record(0, self.meta["label"], columns, shards, info)
+            record = _record(0, self.meta["stage"], columns, shards, info)
             self.journal.append(record)
         return record
 

@@ -110,9 +110,9 @@ class Journal:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["folder"], state["start"])  # type: ignore[misc]
 
-    def append(self, record: Record) -> None:
-        """Write one record and wait until it is on the disk."""
-        line = checked_line(record)
+    def append(self, *records: Record) -> None:
+        """Write records and wait until they are on the disk."""
+        line = b"".join(map(checked_line, records))
         with self._lock:
             if self._fd is None or self._pid != os.getpid() or not self._in_place(self._fd):
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -166,6 +166,16 @@ class Journal:
                 self._forget()
                 touched = self._take_in() or set()
             return self._settled(touched)
+
+    def latest_of_all(self) -> dict[int, Record]:
+        """The last success of every row, those that were taken back included: what birth tables are continued from."""
+        self.read()
+        out: dict[int, Record] = {}
+        for row, entries in self._found.items():
+            good = [record for _, _, record in entries if record.get("ok")]
+            if good:
+                out[row] = max(good, key=lambda r: (r.get("attempt", 0), r.get("time", 0.0)))
+        return out
 
     def _take_in(self) -> set[int] | None:
         """Parse what is new; returns the rows it speaks of, or None where a file that was read before was replaced or removed."""

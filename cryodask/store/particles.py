@@ -1,165 +1,154 @@
-"""Particles of a project: extracted by micrograph, shown as one table."""
+"""The particles of a step as one Dataset, and their images wherever they lie."""
 
 from __future__ import annotations
 
 import uuid
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cryodask.errors import StoreError
 from cryodask.store.datasets import describe
 from cryodask.store.generation import Generation
-from cryodask.store.table import Table
-from cryodask.vocabulary import SLOTS, VARIABLES
+from cryodask.store.identity import place_of, row_of
+from cryodask.store.sets import CTF_COLUMNS, OPTICS
+from cryodask.vocabulary import VARIABLES
 
 if TYPE_CHECKING:
     import xarray as xr
 
     from cryodask.store.project import Project
-
-CTF_COLUMNS = ("defocus_u_angstrom", "defocus_v_angstrom", "defocus_angle_deg", "phase_shift_deg")
-OPTICS = ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast")
-_NEEDED = (
-    *("particle_count", "particle_y", "particle_x", "particle_pixel_size_angstrom"),
-    *(name for n in (*CTF_COLUMNS, *OPTICS) for name in (n, f"particle_{n}")),
-)
-ByRow = dict[str, dict[int, float]]
+    from cryodask.store.state import ProductRef
 
 
-def gather_columns(images: Generation, rows: list[int], per_micrograph: ByRow) -> dict[str, np.ndarray]:
-    """Columns of all particles of some micrographs, in order of row and slot.
+@dataclass(frozen=True)
+class ImagePlaces:
+    """Where the images of some particles lie: row of the exposure and slot in its shard; -1 where a particle has none."""
 
-    ``particle_row, particle_slot, particle_y, particle_x``, optics, and the CTF: the particle's own where an import gave it, else that of
-    its micrograph (``per_micrograph[name][row]``).
+    images: Generation
+    row: np.ndarray
+    slot: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(particle, y, x)."""
+        layout = self.images.layout(VARIABLES["particle_image"])
+        return (len(self.row), *layout.shape[1:])
+
+    def take(self, index: np.ndarray) -> ImagePlaces:
+        """Those of some particles."""
+        return ImagePlaces(self.images, self.row[index], self.slot[index])
+
+    def read(self) -> np.ndarray:
+        """Images `(n, y, x)` float32; each shard is opened once."""
+        out = np.empty(self.shape, np.float32)
+        for row in np.unique(self.row):
+            reader = self.images.shard(int(row), "particle_image")
+            here = np.nonzero(self.row == row)[0]
+            step = reader.layout.chunk[0]
+            for slab in np.unique(self.slot[here] // step):
+                in_slab = here[self.slot[here] // step == slab]
+                out[in_slab] = reader.slab(int(slab))[self.slot[in_slab] % step]
+        return out
+
+
+def image_places(project: Project, ref: ProductRef, ids: np.ndarray) -> ImagePlaces:
+    """Places of the images of some particles of a set.
+
+    Raises
+    ------
+    StoreError
+        Where a particle has no image.
     """
-    table = images.table(_NEEDED)
-    return _columns(table.take(np.searchsorted(table.row, np.array(rows, dtype=np.int64))), per_micrograph)
+    place = ref.parts["image"]
+    given = project.sets.images(place)
+    at = place_of(ids, given.ids)
+    if (at < 0).any():
+        raise StoreError(
+            f"{int((at < 0).sum())} of {len(ids)} particles of {ref.step} have no image in {place}.",
+            "their exposures were extracted again meanwhile, or were quarantined",
+            "run the project again",
+        )
+    return ImagePlaces(project.generation_at(place), given.row[at], given.slot[at])
 
 
-def _columns(table: Table, per_micrograph: ByRow) -> dict[str, np.ndarray]:
-    rows = table.row.tolist()
-    counts = table["particle_count"]
-    columns: dict[str, np.ndarray] = {
-        "particle_row": np.repeat(table.row, counts),
-        "particle_slot": _slots(counts),
-        "particle_y": table.columns["particle_y"].flat.astype(np.float64),
-        "particle_x": table.columns["particle_x"].flat.astype(np.float64),
-    }
-    for name in (*CTF_COLUMNS, *OPTICS):
-        own = f"particle_{name}"
-        if own in table.columns:
-            columns[name] = table.columns[own].flat.astype(np.float64)
-        elif name in table.columns:
-            columns[name] = np.repeat(table[name].astype(np.float64), counts)
-        elif name in per_micrograph:
-            columns[name] = np.repeat([float(per_micrograph[name][r]) for r in rows], counts)
-        elif name == "phase_shift_deg":
-            columns[name] = np.zeros(int(counts.sum()))
-    return columns
-
-
-def _slots(counts: np.ndarray) -> np.ndarray:
-    """0, 1, ... within every micrograph."""
-    starts = np.cumsum(counts) - counts
-    return np.arange(int(counts.sum()), dtype=np.int64) - np.repeat(starts, counts)
-
-
-class ParticleImages:
-    """Images of all particles of some micrographs as one array `(particle, y, x)`, for dask."""
-
-    def __init__(self, images: Generation, rows: np.ndarray, counts: np.ndarray) -> None:
-        self.images, self.rows, self.counts = images, rows, counts
-        layout = images.layout(VARIABLES["particle_image"])
-        self.ends = np.cumsum(counts)
-        self.shape, self.dtype, self.ndim = (int(counts.sum()), *layout.shape[1:]), np.dtype(layout.dtype), 3
-
-    def __getitem__(self, window: tuple[slice, slice, slice]) -> np.ndarray:
-        first, last, _ = window[0].indices(self.shape[0])
-        parts = [np.zeros((0, *self.shape[1:]), self.dtype)[(slice(None), *window[1:])]]
-        i = int(np.searchsorted(self.ends, first, side="right"))
-        while first < last:
-            start, end = int(self.ends[i] - self.counts[i]), min(last, int(self.ends[i]))
-            reader = self.images.shard(int(self.rows[i]), "particle_image")
-            parts.append(reader.window((slice(first - start, end - start), *window[1:])))
-            first, i = end, i + 1
-        return np.concatenate(parts)
-
-    def lazy(self) -> Any:
-        """As a dask array, a chunk a micrograph."""
-        import dask.array as da
-
-        chunks = (tuple(self.counts[self.counts > 0].tolist()) or (0,), self.shape[1], self.shape[2])
-        return da.from_array(self, chunks=chunks, name=f"particle_image-{uuid.uuid4().hex}", asarray=False, fancy=False)
-
-
-def align(row: np.ndarray, slot: np.ndarray, values: np.ndarray, onto_row: np.ndarray, onto_slot: np.ndarray, fill: Any) -> np.ndarray:
-    """Values of particles (row, slot) in the order of other particles; ``fill`` where there is none."""
-    keys, wanted = (r.astype(np.int64) * SLOTS + s.astype(np.int64) for r, s in ((row, slot), (onto_row, onto_slot)))
-    order = np.argsort(keys, kind="stable")
-    if len(order):
-        place = order[np.minimum(np.searchsorted(keys, wanted, sorter=order), len(order) - 1)]
-        place = np.where(keys[place] == wanted, place, -1)
-    else:
-        place = np.full(len(wanted), -1)
-    out = np.full((len(place), *values.shape[1:]), fill, dtype=values.dtype)
-    out[place >= 0] = values[place[place >= 0]]
+def particle_columns(project: Project, ref: ProductRef, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """Everything known of the particles of a set, without images: each part, optics, and the CTF (the particle's own where it has one)."""
+    out = project.sets.columns(ref, ids)
+    rows = row_of(ids)
+    values = project.sets.of_exposures(ref, rows, [*CTF_COLUMNS, *OPTICS])
+    for name in CTF_COLUMNS:
+        own, theirs = out.get(name), values.get(name)
+        if own is not None and theirs is not None:
+            out[name] = np.where(np.isfinite(own), own, theirs)
+        elif theirs is not None:
+            out[name] = theirs
+        elif name == "phase_shift_deg" and "defocus_u_angstrom" in {*out, *values}:
+            out.setdefault(name, np.zeros(len(ids)))
+    out |= {name: values[name] for name in OPTICS if name in values}
     return out
 
 
-def missing_value(dtype: np.dtype) -> Any:
-    """What stands for no value: NaN, or -1 for integers."""
-    return -1 if dtype.kind in "iu" else np.nan
+class LazyImages:
+    """Images of particles as one array `(particle, y, x)`, for dask."""
+
+    def __init__(self, places: ImagePlaces) -> None:
+        self.places = places
+        self.shape, self.dtype, self.ndim = places.shape, np.dtype(np.float32), 3
+
+    def __getitem__(self, window: tuple[slice, slice, slice]) -> np.ndarray:
+        some = self.places.take(np.arange(len(self.places.row))[window[0]])
+        return some.read()[:, window[1], window[2]]
+
+
+def _lazy(places: ImagePlaces) -> Any:
+    """As a dask array, a chunk per exposure."""
+    import dask.array as da
+
+    starts = np.flatnonzero(np.diff(places.row, prepend=-1))
+    chunks = np.diff(np.append(starts, len(places.row)))
+    layout = (tuple(chunks.tolist()) or (0,), places.shape[1], places.shape[2])
+    return da.from_array(LazyImages(places), chunks=layout, name=f"particle_image-{uuid.uuid4().hex}", asarray=False, fancy=False)
 
 
 def particle_dataset(project: Project, label: str | None = None) -> xr.Dataset:
-    """All particles of an extraction as one Dataset with dimension ``particle``; see ``Project.particles``."""
+    """The particles of a step as one Dataset with dimension ``particle``; see ``Project.particles``."""
     import xarray as xr
 
-    extractions = [s for s in project.stages if "particle_image" in project.generation(s).meta["gives"]]
-    if label is None and not extractions:
+    label = label or _last(project)
+    if label is None:
         return xr.Dataset()
-    images = project.generation(label or extractions[-1])
-    per_micrograph = _by_micrograph(project)
-    needed = {n for n in (*CTF_COLUMNS, *OPTICS) if n in per_micrograph and f"particle_{n}" not in images.meta["gives"]}
-    shown = project.table(images.meta["label"], _NEEDED)
-    shown = shown.take(
-        np.array([i for i, r in enumerate(shown.row.tolist()) if all(r in per_micrograph[n] for n in needed)], dtype=np.int64)
-    )
-    columns = _columns(shown, per_micrograph)
+    ref = project.product(label, "particles")
+    ids = project.sets.ids(ref)
+    columns = particle_columns(project, ref, ids)
+    half = columns.pop("half_set", np.full(len(ids), -1, np.int8))
     data: dict[str, Any] = {}
     for name, values in columns.items():
-        data[name] = ("particle", values, describe(VARIABLES[name]))
-    row, slot = columns["particle_row"], columns["particle_slot"]
-    for stage in project.stages:
-        generation = project.generation(stage)
-        record = generation.committed().get(0) if not generation.meta["per_item"] else None
-        if record is None or "particle_row" not in record["shards"]:
-            continue
-        their_row, their_slot = generation.read(record, "particle_row"), generation.read(record, "particle_slot")
-        for name in record["shards"]:
-            if VARIABLES[name].per_particle and name not in ("particle_row", "particle_slot"):
-                values = generation.read(record, name)
-                aligned = align(their_row, their_slot, values, row, slot, missing_value(values.dtype))
-                data[name] = ("particle", aligned, describe(VARIABLES[name]))
-    dataset = xr.Dataset(data)
-    if len(shown):
-        pictures = ParticleImages(images, shown.row, shown["particle_count"]).lazy()
-        dataset["particle_image"] = (("particle", "y", "x"), pictures, describe(VARIABLES["particle_image"]))
-        dataset.attrs["particle_pixel_size_angstrom"] = float(shown["particle_pixel_size_angstrom"][0])
-    dataset["micrograph"] = ("particle", np.repeat(shown.name, shown["particle_count"]))
+        attributes = describe(VARIABLES[name]) if name in VARIABLES else {"units": "angstrom", "long_name": "centre of the box"}
+        data[name] = ("particle", values, attributes)
+    names = {item.row: item.name for item in project.items()}
+    rows = row_of(ids)
+    distinct, inverse = np.unique(rows, return_inverse=True)
+    micrograph = np.array([names.get(int(r), f"row {r}") for r in distinct], dtype=object)[inverse] if len(rows) else np.zeros(0, object)
+    coords = {
+        "particle_id": ("particle", ids, describe(VARIABLES["particle_id"])),
+        "half_set": ("particle", half, describe(VARIABLES["half_set"])),
+        "micrograph": ("particle", micrograph),
+        "row": ("particle", rows),
+    }
+    dataset = xr.Dataset(data, coords)
+    if "image" in ref.parts and len(ids):
+        images = _lazy(image_places(project, ref, ids))
+        dataset["particle_image"] = (("particle", "y", "x"), images, describe(VARIABLES["particle_image"]))
+        if "particle_pixel_size_angstrom" in columns:
+            dataset.attrs["particle_pixel_size_angstrom"] = float(columns["particle_pixel_size_angstrom"][0])
     return dataset
 
 
-def _by_micrograph(project: Project) -> ByRow:
-    """CTF and optics by micrograph row: of the latest stage that gives them, else of the inputs."""
-    items = project.items()
-    out: ByRow = {}
-    for name in (*CTF_COLUMNS, *OPTICS):
-        given = [s for s in project.stages if name in project.generation(s).meta["gives"] and project.generation(s).meta["per_item"]]
-        constant = project.state["constants"].get(name)
-        if given:
-            table = project.table(given[-1], [name])
-            out[name] = dict(zip(table.row.tolist(), table[name].tolist()))
-        elif constant is not None or any(name in i.inputs for i in items):
-            out[name] = {i.row: float(v) for i in items if (v := i.inputs.get(name, constant)) is not None}
-    return out
+def _last(project: Project) -> str | None:
+    """The last step whose particles are finished (of a per-exposure step: some of them)."""
+    for label in reversed(project.stages):
+        if project.step(label).product("particles") is not None and project.generation(label).committed():
+            return label
+    return None

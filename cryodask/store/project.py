@@ -3,36 +3,37 @@
 ::
 
     <project>/project.yaml     the project file as given
-    <project>/project.json     name, optics, and the current generation of every stage (written by the driver only)
-    <project>/items.jsonl      registry: row <-> micrograph, its input and what the input said about it (see registry.py)
-    <project>/stages/<stage>/<key>/   one generation (see generation.py)
+    <project>/project.json     name, optics, births, and which generation every step has now (see state.py)
+    <project>/items.jsonl      registry: row <-> exposure, its content and what its input said about it (see registry.py)
+    <project>/stages/<stage>/<key>/   one generation (see generation.py); steps are pointers to them
 """
 
 from __future__ import annotations
 
 import html
-import json
-import shutil
-import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cryodask.errors import StoreError
-from cryodask.store.files import disk_errors, write_atomically
+from cryodask.store import history
+from cryodask.store.files import disk_errors
 from cryodask.store.generation import Generation
 from cryodask.store.lines import Record
 from cryodask.store.lock import ProjectLock
-from cryodask.store.registry import Item, Registry
+from cryodask.store.registry import Arrival, Item, Registry, Update
+from cryodask.store.sets import SetReader
+from cryodask.store.state import ProductRef, ProjectState, StepState
 from cryodask.store.table import Table
-from cryodask.vocabulary import VARIABLES
 
-__all__ = ["Item", "Project"]
+__all__ = ["Arrival", "Item", "Project"]
 
 if TYPE_CHECKING:
+    import pandas as pd
     import xarray as xr
 
 
@@ -40,49 +41,36 @@ _WORTH_COMPACTING = 500
 """Records beyond the compaction that are read in some 0.1 s."""
 
 
+class UnknownStep(StoreError, KeyError):
+    """No step of the project has this name."""
+
+    __str__ = StoreError.__str__
+
+
 class Project:
     """A project: ``project["ctf"]`` is a lazy Dataset, ``project.joined()`` all stages by micrograph, ``project.particles()`` a table.
 
-    All of them show the micrographs whose input is there, as it was processed in its present state; a removed input keeps its row and
-    its results, which come back with it.
+    Behaves like a mapping of the steps of the pipeline (``in, len, iter, keys, get``). It shows the exposures that count, as they were
+    processed; :meth:`refresh` reads again what a run has changed since.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        file = self.path / "project.json"
-        if not file.is_file():
-            raise StoreError(
-                f"{self.path} is not a cryodask project: it has no project.json.",
-                "the folder is another one, or the first run has not started yet",
-                "give the folder that `cryodask run` printed as the project",
-            )
-        self.state: dict[str, Any] = self._read_state()
+        self.state = ProjectState.read(self.path)
         self._registry = Registry(self.path)
         self._generations: dict[str, Generation] = {}
-
-    def _read_state(self) -> dict[str, Any]:
-        file = self.path / "project.json"
-        try:
-            state = json.loads(file.read_text())
-            if not {"name", "constants", "generations", "order"} <= set(state):
-                raise ValueError("keys are missing")
-        except ValueError as error:
-            raise StoreError(
-                f"{file} is damaged: {error}.",
-                "it was edited by hand, or the disk lost bytes",
-                "remove this one file and run the project again: results are found by their keys and kept",
-            ) from error
-        return state
 
     # --- written by the driver --------------------------------------------------------------------------------------------
     @classmethod
     def create(cls, path: str | Path, name: str) -> Project:
-        """Open the project at ``path``, or make an empty one."""
+        """Open the project at ``path``, or make an empty one; births found on the disk keep their numbers."""
         folder = Path(path)
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             if not (folder / "project.json").exists():
-                write_atomically(folder / "project.json", json.dumps({"name": name, "constants": {}, "generations": {}, "order": []}))
+                state = ProjectState(name=name)
+                state.births = history.births_on_disk(folder)
+                state.write(folder)
         return cls(folder)
 
     def lock(self, *, force: bool = False) -> ProjectLock:
@@ -91,30 +79,30 @@ class Project:
 
     def save(self) -> None:
         """Write project.json (tmp + rename)."""
-        with disk_errors(self.path):
-            write_atomically(self.path / "project.json", json.dumps(self.state, indent=1))
+        self.state.write(self.path)
 
-    def add_items(self, new: Iterable[tuple[str, dict[str, Any]]]) -> list[Item]:
-        """Register micrographs by name; returns the items named, in order (driver only).
-
-        A known name keeps its row and takes the new inputs, which raises its revision; one that was gone is there again.
-        """
+    def update_exposures(self, listing: Iterable[Arrival], *, complete: bool) -> Update:
+        """Look at a listing of inputs as a whole and register what is new (driver only); see :meth:`Registry.update`."""
         with disk_errors(self.path):
-            if self._registry.unreadable:
-                self._registry.mend(self._seen())
-            return self._registry.add(new)
+            seen = self._mended()
+            least = max(seen, default=-1) + 1 if not self._registry.all() else 0
+            return self._registry.update(listing, complete=complete, keep=_RowsWithResults(self), least_row=least)
 
-    def keep_items(self, names: Iterable[str]) -> list[Item]:
-        """Mark every item as gone that is not named: its input was removed. Returns those that went (driver only)."""
+    def forget_exposures(self, names: Iterable[str], *, undo: bool = False) -> list[Item]:
+        """Take exposures out on purpose, or in again (driver only); their results stay."""
         with disk_errors(self.path):
-            if self._registry.unreadable:
-                self._registry.mend(self._seen())
-            return self._registry.keep(names)
+            self._mended()
+            return self._registry.remember(names) if undo else self._registry.forget(names)
+
+    def _mended(self) -> dict[int, tuple[str, int]]:
+        seen = self._seen() if self._registry.unreadable or not self._registry.all() else {}
+        if self._registry.unreadable:
+            self._registry.mend(seen)
+        return seen
 
     def compact(self) -> None:
-        """Compact every map stage whose journals have grown enough to slow readers down (driver only)."""
-        for label in self.stages:
-            generation = self.generation(label)
+        """Compact every per-exposure step whose journals have grown enough to slow readers down (driver only)."""
+        for generation in {g.path: g for g in map(self.generation, self.stages)}.values():
             if generation.meta["per_item"]:
                 tail = generation.tail_length()
                 # a share of the whole, so that a long session writes each item a few times and not once a call
@@ -124,9 +112,10 @@ class Project:
     def _seen(self) -> dict[int, tuple[str, int]]:
         """Name and latest revision of every row that has a commit record."""
         out: dict[int, tuple[str, int]] = {}
-        for label in self.stages:
-            if self.generation(label).meta["per_item"]:
-                for row, record in self.generation(label).records().items():
+        for folder in history.generation_folders(self.path):
+            generation = Generation(folder)
+            if generation.meta["per_item"]:
+                for row, record in generation.records().items():
                     out[row] = (record["name"], max(int(record.get("revision", 0)), out.get(row, ("", 0))[1]))
         return out
 
@@ -134,47 +123,113 @@ class Project:
     @property
     def name(self) -> str:
         """Its name."""
-        return self.state["name"]
+        return self.state.name
 
     @property
     def stages(self) -> list[str]:
-        """Labels of the stages in the order of the pipeline."""
-        return list(self.state["order"])
+        """Names of the steps in the order of the pipeline."""
+        return list(self.state.steps)
+
+    def refresh(self) -> Project:
+        """Read again what a run may have changed since; returns the project itself."""
+        self.state = ProjectState.read(self.path)
+        return self
 
     def items(self) -> list[Item]:
-        """Micrographs whose input is there, in row order."""
+        """Exposures that count, in row order."""
         return list(self._registry.present().values())
 
-    def generation(self, label: str) -> Generation:
-        """Current generation of a stage; the same object while its key is the same, for it remembers what it has read."""
-        key = self.state["generations"].get(label)
-        if key is None:
+    def registry_stamp(self) -> Any:
+        """Changes with the registry."""
+        self._registry.present()
+        return self._registry.stamp()
+
+    @property
+    def home(self) -> Path:
+        """Folder of the project file: paths of inputs are relative to it."""
+        return (self.path / self.state.home).resolve()
+
+    def value_of(self, item: Item, name: str) -> Any:
+        """What is known of an exposure from outside: its own value, else that of its data set; None where there is none."""
+        value = item.inputs.get(name, self.state.constants.get(str(item.inputs.get("data_set", "")), {}).get(name))
+        return str(self.home / value) if name.endswith("_path") and value is not None else value
+
+    def step(self, label: str) -> StepState:
+        """State of a step.
+
+        Raises
+        ------
+        UnknownStep
+        """
+        found = self.state.steps.get(label)
+        if found is None:
+            import difflib
+
             known = ", ".join(self.stages) or "none yet"
-            raise StoreError(
-                f"Project {self.name} has no results of a stage {label!r} (it has: {known}).",
-                "a typing error, or the run has not come so far",
+            near = difflib.get_close_matches(str(label), self.stages, n=1)
+            raise UnknownStep(
+                f"Project {self.name} has no step {label!r} (it has: {known})." + (f" Did you mean {near[0]!r}?" if near else ""),
+                "" if near else "the run has not come so far",
                 "run the project first",
             )
-        generation = self._generations.get(label)
-        if generation is None or generation.key != key:
-            generation = self._generations[label] = Generation(self.path / "stages" / label / key)
-        return generation
+        return found
 
-    def __contains__(self, label: str) -> bool:
-        return label in self.state["generations"]
+    def generation(self, label: str) -> Generation:
+        """Current generation of a step."""
+        return self.generation_at(self.step(label).place)
 
-    def __getitem__(self, label: str) -> xr.Dataset:
-        from cryodask.store.datasets import generation_dataset
+    def generation_at(self, place: str) -> Generation:
+        """Generation at ``STAGE/KEY``; the same object each time, for it remembers what it has read."""
+        if place not in self._generations:
+            self._generations[place] = Generation(self.path / "stages" / place)
+        return self._generations[place]
 
-        generation = self.generation(label)
+    def __contains__(self, label: object) -> bool:
+        return label in self.state.steps
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stages)
+
+    def __len__(self) -> int:
+        return len(self.state.steps)
+
+    def keys(self) -> list[str]:
+        """Names of the steps."""
+        return self.stages
+
+    def get(self, label: str, default: Any = None) -> Any:
+        """Dataset of a step, ``default`` where the project has no such step."""
+        return self.dataset_at(self.state.steps[label].place, label) if label in self.state.steps else default
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return self.stages
+
+    def __getitem__(self, label: str | tuple[str, str]) -> xr.Dataset:
+        """Dataset of a step; ``project["refine3d", key]`` that of an older generation of it."""
+        if isinstance(label, tuple):
+            return history.open_generation(self, *label)
+        return self.dataset_at(self.step(label).place, label)
+
+    def dataset_at(self, place: str, label: str) -> xr.Dataset:
+        """Dataset of a generation, as the results of step ``label``."""
+        from cryodask.store.datasets import generation_dataset, with_acceptance
+
+        generation = self.generation_at(place)
         if not generation.meta["per_item"]:
-            return generation.dataset().assign_attrs(quarantined=0)
-        table = self.table(label)
-        return generation_dataset(generation, table).assign_attrs(quarantined=len(table.failures))
+            return generation.dataset().assign_attrs(label=label, quarantined=0)
+        table = self.table_at(place)
+        dataset = generation_dataset(generation, table).assign_attrs(label=label, quarantined=len(table.failures))
+        step = self.state.steps.get(label)
+        product = step.product("particles") if step is not None else None
+        return with_acceptance(dataset, product.threshold) if generation.meta.get("birth") and product is not None else dataset
 
     def table(self, label: str, names: Iterable[str] | None = None) -> Table:
-        """Present items of a map stage as columns, with all of its small variables or those named; failures as records."""
-        table = self.generation(label).table(names)
+        """Present items of a per-exposure step as columns, with all of its small variables or those named; failures as records."""
+        return self.table_at(self.step(label).place, names)
+
+    def table_at(self, place: str, names: Iterable[str] | None = None) -> Table:
+        """The same for a generation."""
+        table = self.generation_at(place).table(names)
         items = self._registry.present()
         rows, inputs = table.row.tolist(), table.input
         shown = np.array([i for i, row in enumerate(rows) if row in items and _current(items[row], inputs[i])], dtype=np.int64)
@@ -182,7 +237,7 @@ class Project:
         return replace(table.take(shown), failures=failures)
 
     def records(self, label: str) -> dict[int, Record]:
-        """Records of a stage that count, failures included: of a map stage those of present items, by row."""
+        """Records of a step that count, failures included: of a per-exposure step those of present items, by row."""
         generation = self.generation(label)
         records = generation.records()
         if not generation.meta["per_item"]:
@@ -190,62 +245,70 @@ class Project:
         items = self._registry.present()
         return {row: r for row, r in records.items() if row in items and _current(items[row], r.get("input"))}
 
+    # --- faces --------------------------------------------------------------------------------------------------------------
     def micrographs(self) -> xr.Dataset:
         """The registry, the optics and the gain as a Dataset by micrograph."""
-        import xarray as xr
+        from cryodask.store.datasets import registry_dataset
 
-        from cryodask.store.datasets import describe
-
-        items = self.items()
-        names = {n for item in items for n in item.inputs if n in VARIABLES}
-        constants = {k: v for k, v in self.state["constants"].items() if k in VARIABLES and k not in names}
-        data: dict[str, Any] = {}
-        for name in sorted(names):
-            var = VARIABLES[name]
-            if not var.dims:
-                values = [item.inputs.get(name, np.nan if var.dtype != "U" else "") for item in items]
-                data[name] = ("micrograph", np.array(values, dtype=object if var.dtype == "U" else var.dtype), describe(var))
-        for name, value in constants.items():
-            data[name] = ("micrograph", np.full(len(items), value), describe(VARIABLES[name]))
-        if self.state.get("gain"):
-            data["gain"] = (VARIABLES["gain"].dims, np.load(self.path / self.state["gain"]), describe(VARIABLES["gain"]))
-        coords = {"micrograph": np.array([i.name for i in items], dtype=object), "row": ("micrograph", [i.row for i in items])}
-        return xr.Dataset(data, coords)
+        return registry_dataset(self)
 
     def joined(self) -> xr.Dataset:
-        """All map stages joined by micrograph: a correlation between stages is one expression.
+        """All per-exposure steps joined by micrograph: a correlation between stages is one expression.
 
-        Micrographs that every stage has; the particle images of ``extract`` have their own ``box_y, box_x``.
+        Every exposure that some step has. Where another step has not done it (yet), its numbers are NaN, its integers -1, its texts
+        empty. The particle images of ``extract`` have their own ``box_y, box_x``.
         """
-        import xarray as xr
+        from cryodask.store.datasets import joined_dataset
 
-        from cryodask.store.datasets import generation_dataset
+        return joined_dataset(self)
 
-        tables = {label: self.table(label) for label in self.stages if self.generation(label).meta["per_item"]}
-        registry = self.micrographs()
-        rows = registry["row"].values
-        for table in tables.values():
-            rows = np.intersect1d(rows, table.row)
-        parts = [registry.isel(micrograph=np.searchsorted(registry["row"].values, rows))]
-        for label, table in tables.items():
-            dataset = generation_dataset(self.generation(label), table.take(np.searchsorted(table.row, rows)))
-            if "particle_image" in dataset:
-                dataset = dataset.rename({"y": "box_y", "x": "box_x"})
-            dataset = dataset.drop_vars([v for p in parts for v in p.data_vars if v in dataset.data_vars])
-            if "slot" in dataset.dims and any("slot" in p.dims for p in parts):
-                dataset = dataset.rename({"slot": f"{label}_slot"})
-            parts.append(dataset)
-        return xr.merge(parts, join="inner", compat="override", combine_attrs="drop")
+    def scalars(self) -> pd.DataFrame:
+        """One row per exposure, with every number that a step gives it: ready for pandas and Parquet."""
+        from cryodask.store.datasets import scalar_table
+
+        return scalar_table(self)
 
     def particles(self, label: str | None = None) -> xr.Dataset:
-        """Every extracted particle in one Dataset with dimension ``particle``: its image (lazy), CTF, and what each stage found of it.
+        """The particles of a step with all that is known of them: image (lazy), CTF, class, pose; dimension ``particle``.
 
-        ``label`` names the extraction where there are several; the last one by default. NaN (or -1) stands where a stage did not see
-        the particle.
+        Parameters
+        ----------
+        label : str, optional
+            A step, or ``STEP.OUTPUT``; by default the last step that has finished particles.
+
+        Returns
+        -------
+        xarray.Dataset
+            With coordinates ``particle_id`` (int64), ``half_set`` and ``micrograph``. NaN (or -1) stands where a step did not see a
+            particle.
         """
         from cryodask.store.particles import particle_dataset
 
         return particle_dataset(self, label)
+
+    @cached_property
+    def sets(self) -> SetReader:
+        """Reader of the particle sets."""
+        return SetReader(self)
+
+    def product(self, name: str, kind: str) -> ProductRef:
+        """A product by the name of its step, or ``STEP.OUTPUT``."""
+        label, _, output = name.partition(".") if name not in self.state.steps else (name, "", "")
+        found = self.step(label).product(kind, output or None)
+        if found is None:
+            raise StoreError(f"Step {name} gives no {kind}.", "", "ask for a step that does; cryodask info lists what each gives")
+        return found
+
+    def latest(self, kind: str, part: str | None = None) -> str | None:
+        """The last finished step that gives a product of a type (itself with a part of it)."""
+        for label in reversed(self.stages):
+            step = self.state.steps[label]
+            product = step.product(kind)
+            if product is None or (part is not None and product.parts.get(part) != step.place):
+                continue
+            if any(r["ok"] for r in self.records(label).values()):
+                return label
+        return None
 
     def failures(self) -> list[dict[str, Any]]:
         """Quarantined items of the current generations: stage, name, error, message."""
@@ -256,41 +319,49 @@ class Project:
                     out.append({"stage": label, **{k: record.get(k) for k in ("row", "name", "error", "message")}})
         return out
 
-    # --- housekeeping -------------------------------------------------------------------------------------------------------
+    def where(self, particle: int | str) -> list[tuple[str, str]]:
+        """What became of one particle: for each step that gives particles its name and a sentence."""
+        return history.where(self, particle)
+
+    # --- history ------------------------------------------------------------------------------------------------------------
+    def history(self, label: str | None = None) -> list[history.Made]:
+        """Every generation of a step's stage (of all if None), the newest last: parameters, inputs, when, figures, name."""
+        return history.made(self, label)
+
+    def keep(self, which: str, name: str) -> None:
+        """Give a generation (``STEP@KEY`` or ``STEP``) a name; ``gc`` keeps what has one (driver only)."""
+        history.keep(self, which, name)
+
+    def compare(self, first: str, second: str) -> xr.Dataset | Any:
+        """Two generations (``STEP@KEY`` or ``STEP``): the parameters and figures that differ."""
+        return history.compare(self, first, second)
+
+    def superseded(self, *, last_results: bool = False) -> list[Path]:
+        """Folders of generations that no step uses, that have no name, and are not the last finished result of their stage."""
+        return history.superseded(self, last_results=last_results)
+
+    def collect_garbage(self, *, last_results: bool = False) -> int:
+        """Remove superseded generations (driver only); returns the bytes freed."""
+        return history.collect_garbage(self, last_results=last_results)
+
+    # --- care ---------------------------------------------------------------------------------------------------------------
     def verify(self) -> list[str]:
-        """Read everything again and compare checksums; returns a sentence a problem, and one an orphan file."""
+        """Read everything again and compare checksums; returns a sentence per problem, and one per orphan file."""
         problems = Registry(self.path).damaged(self._seen())
-        for label in self.stages:
-            generation = self.generation(label)
-            problems += [f"{label}: {p}" for p in generation.damaged()]
+        for place, label in {self.step(label).place: label for label in self.stages}.items():
+            problems += [f"{label}: {p}" for p in self.generation_at(place).damaged()]
         problems += [f"left over from a killed process, harmless: {p}" for p in sorted(self.path.glob("stages/**/*.part"))]
         problems += [f"left over from a killed process, harmless: {p}" for p in sorted(self.path.glob("*.part"))]
         return problems
 
     def repair(self) -> list[str]:
-        """Take the commits of damaged items back (driver only); the next run makes them again. Returns ``stage: item`` of each."""
-        return [f"{label}: {name}" for label in self.stages for name in self.generation(label).repair()]
+        """Take the commits of damaged items back (driver only); the next run recomputes them. Returns ``stage: item`` of each."""
+        places = {self.step(label).place: label for label in self.stages}
+        return [f"{label}: {name}" for place, label in places.items() for name in self.generation_at(place).repair()]
 
-    def superseded(self) -> list[Path]:
-        """Folders of generations that no stage of the project uses any more."""
-        keep = set(self.state["generations"].items())
-        folders = sorted(p for p in self.path.glob("stages/*/*") if p.is_dir())
-        return [p for p in folders if (p.parent.name, p.name) not in keep]
-
-    def collect_garbage(self) -> int:
-        """Remove superseded generations; returns the bytes freed."""
-        freed = 0
-        for folder in self.superseded():
-            freed += sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-            with disk_errors(folder):
-                if folder.suffix != ".part":  # half a generation must never stand under its key
-                    folder = folder.rename(folder.with_name(f"{folder.name}.{time.time_ns()}.part"))
-                shutil.rmtree(folder)
-        return freed
-
-    # --- faces --------------------------------------------------------------------------------------------------------------
+    # --- shown --------------------------------------------------------------------------------------------------------------
     def overview(self) -> list[tuple[str, str, str, str]]:
-        """One row a stage: label, done, quarantined, what it gives."""
+        """One row per step: label, done, quarantined, what it gives."""
         rows = []
         total = len(self.items())
         for label in self.stages:
@@ -311,7 +382,7 @@ class Project:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        head = "<tr><th>stage</th><th>done</th><th>quarantined</th><th>gives</th></tr>"
+        head = "<tr><th>step</th><th>done</th><th>quarantined</th><th>gives</th></tr>"
         body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self.overview())
         title = f"<b>{html.escape(self.name)}</b>: {len(self.items())} micrographs in <code>{html.escape(str(self.path))}</code>"
         return f"{title}<table>{head}{body}</table>"
@@ -320,3 +391,22 @@ class Project:
 def _current(item: Item, made_from: str | None) -> bool:
     """Whether a record was made from the present input of an item; one whose input never changed need not be asked."""
     return item.revision == 0 or made_from is None or made_from == item.fingerprint
+
+
+class _RowsWithResults:
+    """Rows that any generation has a result of; looked up when first asked."""
+
+    def __init__(self, project: Project) -> None:
+        self._project = project
+
+    @cached_property
+    def _rows(self) -> set[int]:
+        out: set[int] = set()
+        for label in self._project.stages:
+            generation = self._project.generation(label)
+            if generation.meta["per_item"]:
+                out |= set(generation.table(()).row.tolist())
+        return out
+
+    def __contains__(self, row: object) -> bool:
+        return row in self._rows

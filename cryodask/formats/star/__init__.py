@@ -1,0 +1,35 @@
+"""RELION's STAR files, in the words of the vocabulary.
+
+``COLUMNS`` is the one table of names. What differs in more than the name is converted on the way: RELION counts half-sets and images
+of a stack from 1 (here from 0), and writes optics once per group (here once per row). Tables are those of RELION 3.1 and
+later; a table of RELION 3.0 is read where it carries its own optics, and refused otherwise.
+"""
+
+from cryodask.formats.star.names import ALIASES, COLUMNS, OPTICS, Column
+from cryodask.formats.star.particles import ParticleTable, read_particle_table
+from cryodask.formats.star.read import Columns, find_beside, read_coordinates, read_labels, read_micrographs, read_particles
+from cryodask.formats.star.tables import Tables, read_tables, write_tables
+from cryodask.formats.star.write import write_coordinates, write_micrographs_ctf, write_motion, write_particles, write_postprocess
+
+__all__ = [
+    "ALIASES",
+    "COLUMNS",
+    "OPTICS",
+    "Column",
+    "Columns",
+    "ParticleTable",
+    "Tables",
+    "find_beside",
+    "read_coordinates",
+    "read_labels",
+    "read_micrographs",
+    "read_particle_table",
+    "read_particles",
+    "read_tables",
+    "write_coordinates",
+    "write_micrographs_ctf",
+    "write_motion",
+    "write_particles",
+    "write_postprocess",
+    "write_tables",
+]

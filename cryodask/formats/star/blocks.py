@@ -1,0 +1,245 @@
+"""Regular STAR files read in one pass: the rows of a table go from the file into pandas' C parser, a piece at a time.
+
+Only what reads the same here and in :func:`~cryodask.formats.star.tables.read_tables` is taken: tables with one row per line, without
+quotes, control characters or letters outside ASCII. For all else, and for everything broken, :func:`scan` gives None.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pandas as pd
+
+from cryodask.formats.star.names import PARTICLE_ID, TEXT, WHOLE
+from cryodask.formats.star.texts import Coded, Coder, Images, split_image_names
+
+Loop = dict[str, Any]
+"""A table: RELION's name to numbers, to :class:`Coded` texts, or to :class:`Images`."""
+
+_ROWS = 1 << 15
+_LINE = 1 << 16
+# what another reader would take for a blank or the end of a line
+_BREAKS = [bytes([c]) for c in b"\0\x0b\x0c\r\x1c\x1d\x1e\x1f"]
+_QUOTES = [b"'", b'"']
+_NEXT_BLOCK = re.compile(rb"\n[ \t]*data_")
+_MISSING = {"nan", "NaN", "<NA>"}
+_END = "end of the row"
+_TEXT, _WHOLE = frozenset(TEXT), frozenset(WHOLE)
+
+
+class _UnusualError(Exception):
+    """The file is not regular."""
+
+
+def scan(path: Path, wanted: Iterable[str], *, split_images: bool = False) -> dict[str, Loop | None] | None:
+    """The wanted columns of every block of a regular STAR file.
+
+    Parameters
+    ----------
+    path : Path
+    wanted : names
+        RELION's names of the columns to read.
+    split_images : bool
+        Give ``rlnImageName`` as :class:`Images` rather than as texts.
+
+    Returns
+    -------
+    dict
+        Block name to its columns, or to None for a list of pairs. None instead of a dict: the file is not regular.
+    """
+    try:
+        with open(path, "rb") as file:
+            return _scan(file, frozenset(wanted), split_images)
+    except (_UnusualError, OSError, ValueError, OverflowError):
+        return None
+
+
+def _scan(file: IO[bytes], wanted: frozenset[str], split_images: bool) -> dict[str, Loop | None]:
+    blocks: dict[str, Loop | None] = {}
+    while (line := _read_line(file)) is not None:
+        if line.startswith("loop_"):
+            raise _UnusualError
+        if not line.startswith("data_"):
+            continue
+        if line[5:] in blocks:
+            raise _UnusualError
+        blocks[line[5:]] = _read_block(file, wanted, split_images)
+    return blocks
+
+
+def _read_line(file: IO[bytes]) -> str | None:
+    """The next line without the blanks around it, None at the end of the file."""
+    raw = file.readline(_LINE)
+    if len(raw) == _LINE:
+        raise _UnusualError
+    comment = raw.lstrip().startswith(b"#")
+    return _checked(raw, _BREAKS if comment else _BREAKS + _QUOTES).decode("ascii").strip() if raw else None
+
+
+def _checked(data: bytes, refused: list[bytes]) -> bytes:
+    if not data.isascii() or any(c in data for c in refused):
+        raise _UnusualError
+    return data
+
+
+def _read_block(file: IO[bytes], wanted: frozenset[str], split_images: bool) -> Loop | None:
+    while (line := _read_line(file)) is not None:
+        if line.startswith("loop_"):
+            return _read_loop(file, _read_labels(file), wanted, split_images)
+        if line.startswith("_"):
+            _skip_pairs(file, line)
+            return None
+        if line.startswith("data"):
+            break
+    raise _UnusualError
+
+
+def _skip_pairs(file: IO[bytes], line: str | None) -> None:
+    """Go to the next block; a list of pairs is known by its name alone."""
+    while line is not None:
+        if line.startswith("_") and ("#" in line or len(line.split()) != 2):
+            raise _UnusualError
+        if line.startswith("loop_"):
+            raise _UnusualError
+        at = file.tell()
+        line = _read_line(file)
+        if line is not None and line.startswith("data"):
+            file.seek(at)
+            return
+
+
+def _read_labels(file: IO[bytes]) -> list[str]:
+    """Column names under ``loop_``; the file is left at the line after them."""
+    labels: list[str] = []
+    while True:
+        at = file.tell()
+        line = _read_line(file)
+        if line is None or not line.startswith("_"):
+            file.seek(at)
+            break
+        if len(line.split("#")[0].split()) != 1:
+            raise _UnusualError
+        labels.append(line.split()[0][1:])
+    if len(labels) < 2 or len({*labels, _END}) <= len(labels):
+        raise _UnusualError
+    return labels
+
+
+class _Rows:
+    """The rows of one table as a file of bytes for pandas, up to the next block, where the file is left.
+
+    The first row is ours: one field longer than the table, so that rows that are too long show in the last column.
+    """
+
+    def __init__(self, file: IO[bytes], width: int) -> None:
+        self._file, self._rest, self._ended = file, b"0 " * width + b"0\n", False
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(lambda: self.read(_LINE), b"")
+
+    def read(self, size: int = -1) -> bytes:
+        """Whole lines of at most `size` bytes together; nothing at the end of the table."""
+        if self._ended:
+            return b""
+        new = self._file.read(max(size - len(self._rest), 1))
+        data = self._rest + _checked(new, _BREAKS + _QUOTES)
+        cut = data.rfind(b"\n") + 1 if new else len(data)
+        if new and not cut:
+            raise _UnusualError
+        lines, self._rest = data[:cut], data[cut:]
+        self._ended = not new
+        if found := _NEXT_BLOCK.search(b"\n" + lines):
+            self._ended = True
+            self._file.seek(found.start() - len(data), 1)
+            lines = lines[: found.start()]
+        return lines
+
+
+def _read_loop(file: IO[bytes], labels: list[str], wanted: frozenset[str], split_images: bool) -> Loop:
+    columns = {label: _Column(label, split_images) for label in labels if label in wanted}
+    count = 0
+    for rows in _pieces(file, labels, wanted):
+        last = rows[labels[-1]].to_numpy()
+        if (rows[_END].to_numpy() != "").any() or (last.dtype == object and (last == "").any()):  # a row is too long or too short
+            raise _UnusualError
+        for name, column in columns.items():
+            column.add(rows[name].to_numpy())
+        count += len(rows)
+    if not count:
+        raise _UnusualError
+    return {name: columns.pop(name).result() for name in list(columns)}
+
+
+def _pieces(file: IO[bytes], labels: list[str], wanted: frozenset[str]) -> Iterator[pd.DataFrame]:
+    """Rows of a table, some thousands at a time: the wanted columns, the last one and what follows it."""
+    names = [*labels, _END]
+    use = [i for i, name in enumerate(names) if name in wanted or i >= len(labels) - 1]
+    types = {names[i]: _dtype(names[i], wanted) for i in use}
+    source: Any = _Rows(file, len(labels))
+    with pd.read_csv(
+        source,
+        sep=r"\s+",
+        header=None,
+        names=names,
+        usecols=use,
+        dtype={name: dtype for name, dtype in types.items() if dtype is not None},
+        comment="#",
+        na_filter=False,
+        engine="c",
+        low_memory=False,
+        chunksize=_ROWS,
+    ) as pieces:
+        for number, rows in enumerate(pieces):
+            yield rows if number else rows.iloc[1:]
+
+
+def _dtype(name: str, wanted: frozenset[str]) -> Any:
+    """How pandas is to read a column; None lets it find out: whole numbers stay exact, yet may be written 1.0."""
+    if name not in wanted or name in _TEXT:
+        return object
+    if name in _WHOLE:
+        return None
+    return np.float64
+
+
+class _Column:
+    """One column, gathered from the pieces of a table."""
+
+    def __init__(self, name: str, split_images: bool) -> None:
+        self._text, self._exact = name in _TEXT, name == PARTICLE_ID
+        self._image = split_images and name == "rlnImageName"
+        self._numbers: list[np.ndarray] = []
+        self._coder = Coder()
+
+    def add(self, values: np.ndarray) -> None:
+        """Append the values of some rows."""
+        if not len(values):
+            return
+        if self._image:
+            self._add_images(values)
+        elif self._text:
+            codes, names = pd.factorize(values)
+            if not _MISSING.isdisjoint(names) or "" in names:
+                raise _UnusualError
+            self._coder.add(codes, names)
+        elif values.dtype != np.int64 and (self._exact or values.dtype != np.float64):
+            raise _UnusualError
+        else:
+            self._numbers.append(values.copy())
+
+    def _add_images(self, values: np.ndarray) -> None:
+        parts = split_image_names(values)
+        if parts is None:
+            raise _UnusualError
+        self._numbers.append(parts[0])
+        self._coder.add(*parts[1:])
+
+    def result(self) -> np.ndarray | Coded | Images:
+        """The whole column."""
+        if self._image:
+            return Images(np.concatenate(self._numbers), self._coder.result())
+        return self._coder.result() if self._text else np.concatenate(self._numbers)

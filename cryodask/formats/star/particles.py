@@ -1,0 +1,115 @@
+"""Particles of a STAR file with their rows grouped by micrograph: the form that an import of a million particles needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cryodask.errors import StarError
+from cryodask.formats.star.names import COLUMNS, OPTICS
+from cryodask.formats.star.read import read_coded_particles
+from cryodask.formats.star.texts import Coded
+
+_NUMERIC = {c.name for c in (*COLUMNS, *OPTICS) if c.dtype != "str"}
+
+
+@dataclass(frozen=True)
+class ParticleTable:
+    """Particles in the order of their file; names are stored once.
+
+    Parameters
+    ----------
+    columns : dict of arrays `(particle,)`
+        What the file has of the numeric columns, under the vocabulary's names: float64, or int64 for ``class_number`` ,
+        ``optics_group``, ``box`` and ``particle_id``; ``half_set`` is int8, 0 or 1, and -1 for a particle in neither half.
+    micrograph : int32 array `(particle,)`
+        Place of each particle's micrograph in `micrographs`.
+    micrographs : list of str
+        Distinct micrographs in order of first appearance; in a file without micrograph names, the stacks.
+    stack, stacks
+        The same for the stacks of the images.
+    image_index : int64 array `(particle,)`
+        Place of the image in its stack, from 0.
+    order : int64 array `(particle,)`
+        Rows sorted by micrograph, in file order within each.
+    start : int64 array `(micrograph + 1,)`
+        The rows of micrograph k are ``order[start[k] : start[k + 1]]``.
+    """
+
+    columns: dict[str, np.ndarray]
+    micrograph: np.ndarray
+    micrographs: list[str]
+    stack: np.ndarray
+    stacks: list[str]
+    image_index: np.ndarray
+    order: np.ndarray
+    start: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.image_index)
+
+    def rows_of(self, micrograph: int) -> np.ndarray:
+        """Rows of one micrograph, in file order."""
+        return self.order[self.start[micrograph] : self.start[micrograph + 1]]
+
+    @property
+    def half_set(self) -> np.ndarray:
+        """Half of each particle, int8: 0 or 1, -1 where the file gives none."""
+        return self.columns.get("half_set", np.full(len(self), -1, dtype=np.int8))
+
+    @property
+    def particle_id(self) -> np.ndarray | None:
+        """Exact int64 ids of a file that cryodask wrote, or None."""
+        return self.columns.get("particle_id")
+
+
+def read_particle_table(path: str | Path, columns: Sequence[str] | None = None) -> ParticleTable:
+    """Particles of a STAR file, grouped by micrograph.
+
+    Parameters
+    ----------
+    path : path
+    columns : sequence of str, optional
+        Numeric columns to read, under the vocabulary's names; those that the file lacks are left out. All by default.
+
+    Raises
+    ------
+    StarError
+        As :func:`~cryodask.formats.star.read_particles`; also an unknown name in `columns`, and a random subset other than 0, 1 and 2.
+    """
+    path = Path(path)
+    unknown = sorted(set(columns or ()) - _NUMERIC)
+    if unknown:
+        names = ", ".join(sorted(_NUMERIC))
+        raise StarError(f"No numeric column of a STAR file is called {', '.join(unknown)}.", "", f"Choose from {names}.")
+    read, images = read_coded_particles(path, columns)
+    micrographs = read.get("micrograph_name", images.stack)
+    assert isinstance(micrographs, Coded)
+    numbers = {n: v for n, v in read.items() if isinstance(v, np.ndarray) and (columns is None or n in columns)}
+    if "half_set" in numbers:
+        numbers["half_set"] = _half(path, numbers["half_set"])
+    count = np.bincount(micrographs.codes, minlength=len(micrographs.names))
+    return ParticleTable(
+        columns=numbers,
+        micrograph=micrographs.codes,
+        micrographs=micrographs.names,
+        stack=images.stack.codes,
+        stacks=images.stack.names,
+        image_index=images.index,
+        order=np.argsort(micrographs.codes, kind="stable"),
+        start=np.concatenate([[0], np.cumsum(count)]).astype(np.int64),
+    )
+
+
+def _half(path: Path, subset: np.ndarray) -> np.ndarray:
+    """RELION's subsets 1 and 2 as 0 and 1, no subset (0) as -1."""
+    if len(subset) and (subset.min() < -1 or subset.max() > 1):
+        raise StarError(
+            f"{path}: rlnRandomSubset holds numbers other than 0, 1 and 2.",
+            "The columns are shifted against the header.",
+            "Write the file again with the program that made it.",
+        )
+    return subset.astype(np.int8)

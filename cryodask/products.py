@@ -1,0 +1,138 @@
+"""What steps give each other: seven types of product, their parts, and the facts that the plan compares.
+
+A *part* is a group of columns or arrays that only make sense together and that one step gives as a whole. A port asks for parts, a view
+takes each part from one step. *Facts* (frame, point group, births, copies ...) travel along the chain and are compared before any work,
+because types and columns alone cannot tell a wrong pipeline from a right one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cryodask.vocabulary import VARIABLES
+
+ProductType = Literal["exposures", "particles", "classes", "map", "mask", "model", "weights"]
+
+PARTS: dict[str, dict[str, str]] = {
+    "exposures": {
+        "frames": "raw frames",
+        "optics": "voltage, Cs, amplitude contrast and pixel size",
+        "dose": "exposure of a frame",
+        "micrograph": "aligned sums",
+        "halves": "sums of the odd and of the even frames",
+        "denoised": "denoised sum; never overwrites the micrograph",
+        "field": "motion of the specimen",
+        "ctf": "CTF of the micrograph",
+        "ctf_quality": "how good the CTF fit is",
+        "aberrations": "beam tilt, trefoil, tetrafoil and magnification of an optics group",
+        "kept": "a selection of exposures, with reasons",
+        "mask2d": "regions that are not to be picked",
+    },
+    "particles": {
+        "position": "places in the exposure, given at birth",
+        "score": "score of the picker",
+        "image": "boxes cut out of the micrographs",
+        "ctf": "CTF of the particle itself",
+        "alignment2d": "in-plane pose against its 2D class",
+        "class2d": "2D class; numbers of one classification",
+        "class3d": "3D class; numbers of one classification",
+        "pose": "orientation and centre in one frame",
+        "components": "coordinates along the components of one variability analysis",
+        "quality": "score of a sorter",
+        "note": "columns of one's own",
+    },
+    "classes": {"averages": "2D class averages", "scores": "quality of each class"},
+    "map": {
+        "final": "unsharpened map of all particles, with voxel size and point group",
+        "half_maps": "two independent unfiltered half-maps",
+        "fsc": "corrected FSC, and the mask for which it holds",
+        "view": "sharpened or locally filtered map: to look at, dock and build in; never a reference",
+    },
+    "mask": {"mask": "soft mask on the grid of a map"},
+    "model": {"atoms": "atomic coordinates in the frame of a map"},
+    "weights": {"weights": "a trained network, with what it was trained for"},
+}
+"""Parts of each type of product with a sentence; plug-ins add theirs with :func:`register_part`."""
+
+COLLECTIONS = ("exposures", "particles")
+
+ORIGINS = {
+    "origin_y_angstrom": "centre_y_angstrom",
+    "origin_x_angstrom": "centre_x_angstrom",
+    "class_origin_y_angstrom": "class_centre_y_angstrom",
+    "class_origin_x_angstrom": "class_centre_x_angstrom",
+}
+"""Shifts against a box, as block stages find them, and the places in the exposure as which they are stored."""
+
+
+def register_part(product: str, name: str, doc: str) -> None:
+    """Add a part to a type of product; a second definition must equal the first."""
+    if product not in PARTS:
+        raise ValueError(f"there is no product type {product!r}; there are {', '.join(PARTS)}")
+    if PARTS[product].setdefault(name, doc) != doc:
+        raise ValueError(f"part {product}.{name} is already defined otherwise: {PARTS[product][name]}")
+
+
+def part_of(variable: str) -> tuple[str, str] | None:
+    """(product, part) of a variable; None for what the registry knows of an exposure, and for bookkeeping."""
+    part = VARIABLES[variable].part
+    if not part:
+        return None
+    product, _, name = part.partition(".")
+    return product, name
+
+
+def columns_of(product: str, part: str) -> list[str]:
+    """Variables of a part."""
+    return [v.name for v in VARIABLES.values() if v.part == f"{product}.{part}"]
+
+
+@dataclass(frozen=True)
+class ImageFact:
+    """What images of a set are: edge of the box in the micrograph, edge and pixel size of the images (None: as in the micrograph)."""
+
+    source: str
+    box: float | None
+    size: int | None
+    pixel_size_angstrom: float | None
+
+    @property
+    def kind(self) -> tuple[float | None, int | None, float | None]:
+        """What two sets must share for their images to be one stack."""
+        return self.box, self.size, self.pixel_size_angstrom
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product on the chain of a plan, with its facts.
+
+    ``ref`` is how the project file names it. ``parts``: part -> ref of what gave it. ``ids``: ref of what last settled which particles
+    (or exposures) there are. ``behind``: refs of all that it was made from; ``line``: of those, its own collection only.
+    """
+
+    type: str
+    step: str
+    output: str
+    index: int
+    parts: dict[str, str] = field(default_factory=dict)
+    ids: str = ""
+    behind: frozenset[str] = frozenset()
+    line: frozenset[str] = frozenset()
+    exposures: Product | None = None
+    sources: frozenset[str] = frozenset()
+    births: frozenset[str] = frozenset()
+    frame: str | None = None
+    pose_frames: frozenset[str] = frozenset()
+    point_group: str | None = None
+    copies: int = 1
+    subtracted: str | None = None
+    image: ImageFact | None = None
+    partition: bool = False
+    pixel_sizes: frozenset[float] = frozenset()
+    purpose: str | None = None
+
+    @property
+    def ref(self) -> str:
+        """``STEP``, or ``STEP.OUTPUT`` where the step gives several of the type."""
+        return self.step if self.output == self.type else f"{self.step}.{self.output}"

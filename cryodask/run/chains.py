@@ -1,0 +1,312 @@
+"""Chains of per-exposure steps: their generations, the particles that they are given, and what is taken over from other generations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cryodask.errors import StoreError
+from cryodask.products import COLLECTIONS, part_of
+from cryodask.run import sources
+from cryodask.run.chain import Chain, Link
+from cryodask.run.keys import Keys, recipe_of
+from cryodask.run.recipe import Plan, Step
+from cryodask.run.refs import INPUTS, PARTICLES, Refer, parts_used, variable_sources
+from cryodask.run.slices import Slices
+from cryodask.run.whole import Stored
+from cryodask.store.births import TABLE, Birth
+from cryodask.store.generation import Generation
+from cryodask.store.history import births_on_disk, generation_folders
+from cryodask.store.journal import decode_value
+from cryodask.store.project import Item, Project
+from cryodask.vocabulary import SLOTS, VARIABLES
+
+
+def chains_of(plan: Plan, steps: Sequence[Step]) -> Iterator[list[Step]]:
+    """Consecutive per-exposure steps as one chain, others alone.
+
+    A step that is given particles of which a step of the chain has cut or selected some begins a new chain: which these are is known
+    only when that step is done.
+    """
+    chain: list[Step] = []
+    for step in steps:
+        if step.stage.shape != "map" or _waits_for(plan, step, chain):
+            if chain:
+                yield chain
+            chain = []
+        if step.stage.shape != "map":
+            yield [step]
+        else:
+            chain.append(step)
+    if chain:
+        yield chain
+
+
+def _waits_for(plan: Plan, step: Step, chain: list[Step]) -> bool:
+    here = {s.label for s in chain}
+    for product in step.inputs.get("particles", ()):
+        refs = {product.ids.partition(".")[0]} | {product.parts[p].partition(".")[0] for p in product.parts if p in _used(step)}
+        if any(label in here and not plan.graph.step(label).stage.gives_birth(plan.graph.step(label).params) for label in refs):
+            return True
+        if len(refs & here) and not refs <= here:
+            return True
+    return False
+
+
+def _used(step: Step) -> tuple[str, ...]:
+    port = step.stage.port("particles")
+    return parts_used(step, port) if port is not None else ()
+
+
+@dataclass
+class ChainMaker:
+    """Makes the chain of consecutive steps: opens or creates their generations, in order, and adopts each as it goes."""
+
+    plan: Plan
+    project: Project
+    keys: Keys
+    items: list[Item]
+    gains: dict[str, Path]
+    update: frozenset[str]
+    adopt: Callable[[Step, str], None]
+
+    def chain(self, steps: list[Step]) -> Chain:
+        """The chain, ready to be sent."""
+        links: list[Link] = []
+        sizes: dict[str, dict[str, int]] = {}
+        for step in steps:
+            links.append(self._link(step, {link.label for link in links}, sizes))
+        labels = {link.label for link in links}
+        before = {label for link in links for label in link.source.values()} - labels - {INPUTS, PARTICLES}
+        earlier = {label: self._bare_link(self.plan.graph.step(label)) for label in before}
+        reopened = {label for link in earlier.values() for label in link.source.values()} - labels - {INPUTS, PARTICLES} - set(earlier)
+        earlier |= {label: self._bare_link(self.plan.graph.step(label)) for label in reopened}
+        given = {s.label: self.slices(s) for s in steps if any(link.label == s.label and link.takes_particles for link in links)}
+        return Chain(
+            tuple(links),
+            self.project.state.constants,
+            self.project.home,
+            self.gains,
+            earlier,
+            slices={link.label: given[link.label] for link in links if link.takes_particles and not link.within},
+            expected=given,
+            tables_before=_TablesBefore(self.project, links),
+            imported=sources.imported_rows(self.plan, steps),
+        )
+
+    def concerned(self, steps: list[Step], items: list[Item]) -> list[Item]:
+        """The items that a chain works on: those of its sources, and of a selection those that it keeps."""
+        exposures = next((s.outputs[key] for s in steps for key in (("exposures", "exposures"),) if key in s.outputs), None)
+        exposures = exposures or next((p for s in steps for p in s.inputs.get("exposures", ())), None)
+        if exposures is None:
+            return items
+        several = len({str(i.inputs.get("source", "")) for i in items}) > 1
+        return [i for i in items if not several or str(i.inputs.get("source", "")) in exposures.sources]
+
+    # --- links ----------------------------------------------------------------------------------------------------------------
+    def _link(self, step: Step, here: set[str], sizes: dict[str, dict[str, int]]) -> Link:
+        source = variable_sources(self.plan, step)
+        generation = self._generation(step, source, sizes)
+        birth = generation.meta.get("birth")
+        particles = step.inputs.get("particles", ())
+        birthplace = particles[0].ids.partition(".")[0] if particles and PARTICLES in source.values() else ""
+        refer = Refer(self.plan, self.project.state)
+        return Link(
+            step.label,
+            step.stage.name,
+            step.params,
+            source,
+            generation.path,
+            whole=self._whole(step),
+            within=birthplace if birthplace in here else "",
+            threshold=refer.threshold(particles[0]) if birthplace in here else None,
+            birth=Birth(birth["number"], self.project.state.seed) if birth else None,
+        )
+
+    def _bare_link(self, step: Step) -> Link:
+        """A step before the chain, from which it reads."""
+        generation = self.project.generation(step.label)
+        return Link(step.label, step.stage.name, step.params, variable_sources(self.plan, step), generation.path)
+
+    def _whole(self, step: Step) -> dict[str, Stored]:
+        """Variables of maps, masks and classes that every exposure is given."""
+        refer = Refer(self.plan, self.project.state)
+        out = {}
+        for name in (*step.stage.needs, *step.stage.optional):
+            place = part_of(name)
+            port = next((p for p in step.stage.ports if place is not None and p.type == place[0]), None)
+            if place is None or place[0] in COLLECTIONS or port is None or place[1] not in parts_used(step, port):
+                continue
+            product = step.inputs[port.name][0]
+            out[name] = Stored(self.project.generation_at(refer.place(product.parts[place[1]])).path, name)
+        return out
+
+    def _generation(self, step: Step, source: dict[str, str], sizes: dict[str, dict[str, int]]) -> Generation:
+        """Open or create the generation of a step, and adopt it."""
+        stage = step.stage
+        key = self.key(step)
+        path = self.project.path / "stages" / stage.name / key
+        needed: dict[str, int] = {}
+        for name, label in source.items():
+            if label not in (INPUTS, PARTICLES) and VARIABLES[name].dims and self.plan.graph.step(label).stage.shape == "map":
+                known = sizes.get(label) or self.project.generation(label).meta["sizes"]
+                needed |= {d: known[d] for d in VARIABLES[name].dims if d in known}
+        dtypes: dict[str, str] = {}
+        if (path / "zarr.json").exists():
+            meta = self.project.generation_at(f"{stage.name}/{key}").meta
+            found, dtypes = meta["sizes"], meta["dtypes"]
+        elif not needed:
+            found, dtypes = sources.probe(step, self._source_values(step))
+            self._check_gain(step, found)
+        else:
+            found = {"slot": SLOTS, **needed, **stage.sizes(step.params, needed)}
+        sizes[step.label] = found
+        bulk = [v for v in stage.gives_variables() if v.kind == "bulk"]
+        own = {d: found[d] for v in bulk for d in v.dims}
+        generation = Generation.create(path, meta=self._meta(step, key), gives=_stored(step), per_item=True, sizes=own, dtypes=dtypes)
+        self.adopt(step, key)
+        return generation
+
+    def _meta(self, step: Step, key: str) -> dict[str, Any]:
+        stage = step.stage
+        meta: dict[str, Any] = {
+            "stage": stage.name,
+            "version": stage.version,
+            "params": step.params.model_dump(mode="json"),
+            "recipes": self.keys.recipes(step, stage.version),
+            "inputs": {name: [p.ref for p in products] for name, products in step.inputs.items()},
+            "reasons": stage.reasons,
+        }
+        if stage.gives_birth(step.params):
+            identity = self.keys.identity(step)
+            taken = births_on_disk(self.project.path)
+            number = taken.get(identity) or self.project.state.birth_number(identity, taken.values())
+            self.project.state.births[identity] = number
+            meta["birth"] = {"number": number, "identity": identity}
+        return meta
+
+    def key(self, step: Step) -> str:
+        """Key of a step; that of an older version where its results are current and complete, and nobody asked for an update."""
+        key = self.keys.of_exposures(step, step.stage.version)
+        current = self.project.state.steps.get(step.label)
+        if current is None or current.stage != step.stage.name or current.key == key or step.label in self.update:
+            return key
+        generation = self.project.generation_at(current.place)
+        version = int(generation.meta["version"])
+        if version == step.stage.version or self.keys.of_exposures(step, version) != current.key:
+            return key
+        done = set(generation.table(()).row.tolist()) | set(generation.records())
+        missing = [item for item in self.items if item.row not in done]
+        if missing:
+            raise StoreError(
+                f"Step {step.label} was computed with version {version} of {step.stage.name}, this program has version "
+                f"{step.stage.version}: {len(missing)} new exposures would be of another version than {len(done)} old ones.",
+                "cryodask was upgraded during the session",
+                f"--update {step.label} computes all {len(self.items)} again; or go on with the version of before",
+            )
+        return current.key
+
+    def _source_values(self, step: Step) -> Iterator[dict[str, Any]]:
+        extra = sources.imported_rows(self.plan, [step])
+        for item in self.items:
+            if str(item.inputs.get("source", step.label)) == step.label or step.inputs:
+                yield {**sources.input_values(self.plan, item.inputs), **(extra(item) if extra else {})}
+
+    def _check_gain(self, step: Step, sizes: dict[str, int]) -> None:
+        """Refuse a gain of another shape or orientation, before the first movie is corrected with it."""
+        if "movie" not in step.stage.gives:
+            return
+        from cryodask.formats.movies import check_gain
+
+        for name, path in self.gains.items():
+            values = (v for v in self._source_values(step) if str(v.get("data_set", "")) == name)
+            total = sources.sum_first_movies(step, values, (sizes["y"], sizes["x"]))
+            check_gain(total, np.load(path), name=self.plan.data_sets[name].gain or "")
+
+    # --- particles ------------------------------------------------------------------------------------------------------------
+    def slices(self, step: Step) -> Slices:
+        """The particles that a step is given, exposure by exposure, as the project stands now."""
+        refer = Refer(self.plan, self.project.state)
+        ref = refer.product(step.inputs["particles"][0])
+        exposures = step.inputs.get("exposures", ())
+        if exposures:
+            ref = ref.model_copy(update={"exposures": refer.product(exposures[0]).parts})
+        ids = self.project.sets.ids(ref)
+        port = step.stage.port("particles")
+        columns = self.project.sets.columns(ref, ids, parts_used(step, port) if port is not None else ())
+        wanted = {n for n, source in variable_sources(self.plan, step).items() if source == PARTICLES}
+        return Slices.of(ids, {n: v for n, v in columns.items() if n in wanted})
+
+    def take_over(self, chain: Chain, items: list[Item]) -> None:
+        """Link what another generation of the same recipe has computed from the same exposure and particles."""
+        for link in chain.links:
+            generation = self.project.generation_at(f"{link.stage_name}/{link.folder.name}")
+            recipes = set(generation.meta["recipes"].values())
+            others = [g for g in self._of_stage(link.stage_name) if g.path != link.folder and recipes & set(g.meta["recipes"].values())]
+            if not others:
+                continue
+            sliced = chain.expected[link.label].digests(item.row for item in items) if link.takes_particles else {}
+            digests: dict[int, str | None] = {item.row: sliced.get(item.row) for item in items}
+            records = generation.records()
+            lacking = {i.row: i for i in items if not _is(records.get(i.row), i, digests[i.row])}
+            for other in others:
+                found = {row: r for row, r in other.committed().items() if row in lacking and _is(r, lacking[row], digests[row])}
+                same = [row for row in found if _same_recipe(other, generation, lacking[row])]
+                revised = [{**found[row], "revision": lacking[row].revision, "name": lacking[row].name} for row in same]
+                generation.link(other, revised)
+                for row in same:
+                    del lacking[row]
+
+    def _of_stage(self, stage: str) -> list[Generation]:
+        folders = [f for f in generation_folders(self.project.path) if f.parent.name == stage]
+        return [self.project.generation_at(f"{stage}/{f.name}") for f in folders]
+
+
+def _stored(step: Step) -> tuple[str, ...]:
+    """Variables that a generation of a step stores."""
+    gives = step.stage.gives
+    return (*gives, *(n for n in TABLE if n not in gives)) if step.stage.gives_birth(step.params) else gives
+
+
+def _is(record: dict[str, Any] | None, item: Item, digest: str | None) -> bool:
+    return record is not None and bool(record["ok"]) and record.get("input") == item.fingerprint and record.get("slice") == digest
+
+
+def _same_recipe(one: Generation, other: Generation, item: Item) -> bool:
+    name = str(item.inputs.get("data_set", ""))
+    return recipe_of(one, name) == recipe_of(other, name)
+
+
+class _TablesBefore:
+    """The birth table that an exposure had before, in whichever generation of the same birth; looked up when first asked."""
+
+    def __init__(self, project: Project, links: list[Link]) -> None:
+        self._project = project
+        self._links = {link.label: link for link in links if link.birth is not None}
+        self._tables: dict[str, dict[int, dict[str, Any]]] = {}
+
+    def __call__(self, label: str, row: int) -> dict[str, np.ndarray] | None:
+        if label not in self._tables:
+            self._tables[label] = self._look(self._links[label])
+        record = self._tables[label].get(row)
+        if record is None:
+            return None
+        names = [n for n in (*TABLE, "natural_key") if n in record["columns"]]
+        return {n: np.asarray(decode_value(record["columns"][n])) for n in names}
+
+    def _look(self, link: Link) -> dict[int, dict[str, Any]]:
+        out: dict[int, dict[str, Any]] = {}
+        for folder in generation_folders(self._project.path):
+            if folder.parent.name != link.stage_name:
+                continue
+            generation = Generation(folder)
+            birth = generation.meta.get("birth")
+            if birth and link.birth is not None and birth["number"] == link.birth.number:
+                for row, record in generation.journal.latest_of_all().items():
+                    if row not in out or out[row].get("time", 0.0) < record.get("time", 0.0):
+                        out[row] = record
+        return out

@@ -1,0 +1,274 @@
+"""The one resolver: the list of steps in the project file -> each step with its sources, its products, and what is wrong.
+
+Pure: no Dask, no disk. The rules are those of the documentation: a step works on the nearest particles above it; everything else that
+it needs is what belongs to those particles; ``from`` says otherwise. Whatever the list holds, it is never an exception but a problem.
+
+``graph_from`` reads ``from`` (rule 1), ``graph_rules`` finds what it does not say (rules 2 to 6), ``graph_checks`` compares the sources of
+a step, ``graph_facts`` derives what it gives.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from cryodask.errors import CryodaskError
+from cryodask.products import COLLECTIONS, Product
+from cryodask.run.graph_chain import (
+    Chain,
+    Draft,
+    Step,
+    WrongStep,
+    label_of,
+    labels_of,
+    near,
+    replaced,
+    shown,
+    used_parts,
+    written,
+)
+from cryodask.run.graph_checks import check_input, check_step, lacking, unused
+from cryodask.run.graph_facts import give, order_of, point_group
+from cryodask.run.graph_from import check_form, read_from
+from cryodask.run.graph_rules import FILLED_FIRST, missing, take
+from cryodask.stage import Output, Stage
+
+__all__ = ["Graph", "Step", "order_of", "point_group", "resolve"]
+
+MakeParams = Callable[[Stage, str, dict[str, Any]], Any]
+
+NOT_PARAMETERS = ("from", "live")
+"""Words of a step that its stage never sees."""
+
+_STEP = re.compile(r"\s*(\S+)(?:\s+as(?:\s+(.*?))?)?\s*", re.DOTALL)
+_LABEL = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The steps that could be resolved, and what is wrong with the pipeline. A graph with problems is not run."""
+
+    steps: tuple[Step, ...]
+    problems: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    def step(self, label: str) -> Step:
+        """The step of that label.
+
+        Raises
+        ------
+        KeyError
+        """
+        for step in self.steps:
+            if step.label == label:
+                return step
+        raise KeyError(f"no step is called {label!r}.{near(label, [s.label for s in self.steps])}")
+
+    def rests_on(self, step: Step) -> frozenset[str]:
+        """Labels of the steps whose results a step reads, and on which its key depends: not of those that lie between.
+
+        Givers of the parts that its ports declare, of whole products, and whatever settled which particles or exposures there are.
+        """
+        products = {(p.type, p.ref): p for s in self.steps for p in s.outputs.values()}
+        found: set[str] = set()
+        for port in step.stage.ports:
+            for product in step.inputs.get(port.name, ()):
+                if product.type not in COLLECTIONS:
+                    found.add(product.step)
+                    continue
+                found |= labels_of(product.parts[p] for p in used_parts(port, step.params) if p in product.parts)
+                found |= _settled_by(products, product)
+            if port.many and port.type == "particles" and step.given("particles"):
+                sets = step.inputs.get(port.name, ())
+                found |= _united_parts(sets)
+                exposures = [p.exposures for p in sets if p.exposures is not None]
+                if step.given("exposures"):
+                    found |= _united_parts(exposures).union(*(_settled_by(products, e) for e in exposures))
+        return frozenset(found - {step.label})
+
+
+def _settled_by(products: Mapping[tuple[str, str], Product], product: Product) -> set[str]:
+    """Labels of the steps that settled which particles (or exposures) a set holds: births, subsets, unions, copies."""
+    line = (products.get((product.type, ref)) for ref in (*product.line, product.ref))
+    return {p.step for p in line if p is not None and p.ids == p.ref}
+
+
+def _united_parts(sets: Sequence[Product]) -> set[str]:
+    """Labels of the givers of the parts that a union takes from several steps, so that they become its own."""
+    shared = set(sets[0].parts).intersection(*(p.parts for p in sets[1:])) if sets else set()
+    givers = ({label_of(p.parts[part]) for p in sets} for part in shared)
+    return set().union(*(g for g in givers if len(g) > 1))
+
+
+def resolve(
+    entries: Sequence[Any],
+    stages: Mapping[str, Stage],
+    *,
+    make_params: MakeParams,
+    pixel_sizes: Mapping[str, frozenset[float]] = MappingProxyType({}),
+) -> Graph:
+    """Find the sources of every step.
+
+    Parameters
+    ----------
+    entries : sequence
+        The pipeline of the project file: names of stages, or mappings of one name (``STAGE`` or ``STAGE as LABEL``) to parameters.
+    stages : mapping
+        By name.
+    make_params : callable ``(stage, label, values) -> parameters``
+        Raises CryodaskError; its ``what`` is the problem.
+    pixel_sizes : mapping
+        Label of a step that brings exposures -> pixel sizes of its data sets, Angstrom.
+
+    Returns
+    -------
+    Graph
+        With problems, one for each wrong step, instead of exceptions. After the first wrong source later steps are checked for names
+        and parameters only, because their sources would be guesses.
+    """
+    if not isinstance(entries, (list, tuple)):
+        return Graph((), (f"The pipeline is {shown(entries)}; write a list of steps, one dash per step.",), ())
+    reading = _Reading(Chain(stages), make_params, pixel_sizes, _labels(entries))
+    problems: list[str] = []
+    for entry in entries:
+        try:
+            reading.add(entry, resolving=not problems)
+        except WrongStep as problem:
+            problems.append(str(problem))
+    chain = reading.chain
+    warnings = [] if problems else [*chain.warnings, *unused(chain)]
+    return Graph(tuple(chain.steps), tuple(problems), tuple(dict.fromkeys(warnings)))
+
+
+def _labels(entries: Sequence[Any]) -> frozenset[str]:
+    """Labels of all steps, as far as they can be read."""
+    found = set()
+    for entry in entries:
+        try:
+            found.add(read_entry(entry)[1])
+        except WrongStep:
+            continue
+    return frozenset(found)
+
+
+def read_entry(entry: Any) -> tuple[str, str, dict[str, Any]]:
+    """(stage, label, values) of an entry of the pipeline.
+
+    Raises
+    ------
+    WrongStep
+    """
+    values: Any = None
+    head = entry
+    if isinstance(entry, Mapping):
+        if len(entry) != 1:
+            names = f" ({', '.join(str(name) for name in list(entry)[:5])})" if entry else ""
+            raise WrongStep(f"A step has {len(entry)} names{names}: one dash per step.")
+        head, values = next(iter(entry.items()))
+    if not isinstance(head, str) or not head.strip():
+        raise WrongStep(f"{shown(entry)} is not a step. Write  - stage: {{parameter: value}}.")
+    if values is not None and not isinstance(values, Mapping):
+        raise WrongStep(f"{head.strip()}: {shown(values)} is not a set of parameters. Write  - {head.strip()}: {{parameter: value}}.")
+    match = _STEP.fullmatch(head)
+    if match is None:
+        name, _, rest = head.strip().partition(" ")
+        raise WrongStep(f"{shown(head)} is not a step. If {rest.strip()!r} is its name, write  - {name} as {rest.split()[-1]}: {{...}}.")
+    name, label = match[1], match[2]
+    if label is None and re.fullmatch(r".*\sas", head.strip(), re.DOTALL):
+        raise WrongStep(f"{head.strip()!r}: no name follows `as`.")
+    return name, name.rpartition(".")[2] if label is None else label, dict(values or {})
+
+
+@dataclass
+class _Reading:
+    """Reads the list from above, with what the steps so far have given."""
+
+    chain: Chain
+    make_params: MakeParams
+    pixel_sizes: Mapping[str, frozenset[float]]
+    labels: frozenset[str]
+    read: set[str] = field(default_factory=set)
+
+    def add(self, entry: Any, *, resolving: bool) -> None:
+        """Read a step, and find its sources unless an earlier step was wrong."""
+        name, label, values = read_entry(entry)
+        stage = self._named(name, label)
+        wanted = values.get("from")
+        params = self._params(stage, label, values)
+        check_form(label, stage, wanted)
+        outputs = _outputs(stage, label, params)
+        if not resolving:
+            return
+        draft = Draft(label, stage, params)
+        self._fill(draft, wanted)
+        check_step(self.chain, draft, outputs)
+        made = give(self.chain, draft, outputs, self.pixel_sizes)
+        self.chain.add(Step(label, stage, params, draft.inputs, frozenset(draft.implicit), made, draft.pins))
+
+    def _named(self, name: str, label: str) -> Stage:
+        """The stage of a step; its label must be good, and its own."""
+        stages = self.chain.stages
+        if name not in stages:
+            raise WrongStep(
+                f"There is no stage {shown(name)}.{near(name, stages)} `cryodask stages` lists them; "
+                "a stage of another package needs that package installed."
+            )
+        if not _LABEL.fullmatch(label):
+            raise WrongStep(
+                f"{shown(label)} cannot be the name of a step: letters, digits, - and _ only (a dot names an output: classify3d.class2)."
+            )
+        own = name.rpartition(".")[2]
+        if label != own and (label == "inputs" or label in stages or label in {s.rpartition(".")[2] for s in stages}):
+            taken = "is a word of the project file" if label == "inputs" else "has the name of a stage"
+            raise WrongStep(f"Step {label!r} {taken}. Choose another one after `as`.")
+        if label in self.read:
+            raise WrongStep(f"Two steps are called {label!r}. Name one of them:  - {name} as {label}2: {{...}}")
+        self.read.add(label)
+        return stages[name]
+
+    def _params(self, stage: Stage, label: str, values: dict[str, Any]) -> Any:
+        own = {key: value for key, value in values.items() if key not in NOT_PARAMETERS}
+        for key, value in own.items():
+            if not isinstance(key, str):
+                raise WrongStep(f"{label}: {shown(key)} is not the name of a parameter.")
+            if key not in stage.params.model_fields and stage.port(key) is not None:
+                raise WrongStep(f"{label}: {key} is an input, not a parameter. Write from: {{{key}: {written(value)}}}.")
+        try:
+            return self.make_params(stage, label, own)
+        except CryodaskError as error:
+            raise WrongStep(error.what) from error
+
+    def _fill(self, draft: Draft, wanted: Any) -> None:
+        """Sources that ``from`` names, then those that the rules find, the particles first: the others belong to them."""
+        explicit = read_from(self.chain, draft, wanted, self.labels)
+        ports = sorted(draft.stage.ports, key=lambda p: FILLED_FIRST.index(p.type) if p.type in FILLED_FIRST else len(FILLED_FIRST))
+        for port in ports:
+            found = explicit.get(port.name, [])
+            if replaced(port, draft.params):
+                if found:
+                    raise WrongStep(f"{draft.label}: the input {port.name} is given twice, by {port.unless} and by from. Keep one of them.")
+                continue
+            if not found:
+                taken = take(self.chain, draft, port)
+                if taken is None or (port.optional and lacking(draft, port, taken)):
+                    if not port.optional:
+                        raise missing(self.chain, draft, port)
+                    continue
+                found = [(taken, "")]
+                draft.implicit.add(port.name)
+            for product, _ in found:
+                check_input(self.chain, draft, port, product)
+            draft.inputs[port.name] = tuple(product for product, _ in found)
+            draft.pins[port.name] = tuple(key for _, key in found)
+
+
+def _outputs(stage: Stage, label: str, params: Any) -> tuple[Output, ...]:
+    """What a step gives; that of an import follows from its file."""
+    try:
+        return tuple(stage.outputs(params))
+    except CryodaskError as error:
+        text = error.what if error.what.startswith(label) else f"{label}: {error.what}"
+        raise WrongStep(f"{text} {error.way_out}".strip()) from error

@@ -1,0 +1,199 @@
+"""Keys: hashes of everything that a result depends on, and of nothing else.
+
+The *recipe* of a per-exposure step says how the exposures of a data set are processed: stage, version, parameters, content of parameter
+files, optics and gain, the recipes of what they went through before, whole products. Which exposures or particles there are is no part
+of it. Its *key*, the name of the generation, adds the generations that its particles come from. An item is known again within a recipe by
+its content and the digest of its particles, so it is taken over from another generation of the same recipe instead of being computed.
+
+The key of a step over a set adds to stage, version and parameters the digest of the ids and, for each part that the stage declares, the
+digest of what gave it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cryodask.products import COLLECTIONS
+from cryodask.run.recipe import Plan, Step, marked_fields
+from cryodask.run.refs import INPUTS, Refer, parts_used, variable_sources
+from cryodask.stage import SourceFileMark
+from cryodask.store.generation import Generation, generation_key
+from cryodask.store.project import Project
+from cryodask.vocabulary import VARIABLES
+
+_KEPT: dict[tuple[str, int, int], str] = {}
+
+
+def content_hash(path: str | Path) -> str:
+    """Hash of a file's content; read again only when size or time have changed."""
+    from cryodask.run.sources import read_content_hash
+
+    stat = Path(path).stat()
+    key = (str(path), stat.st_size, stat.st_mtime_ns)
+    if key not in _KEPT:
+        _KEPT[key] = read_content_hash(path)
+    return _KEPT[key]
+
+
+def ids_digest(ids: np.ndarray) -> str:
+    """Digest of a set of particles."""
+    return hashlib.blake2b(np.ascontiguousarray(ids).tobytes(), digest_size=8).hexdigest()
+
+
+def recipe_of(generation: Generation, data_set: str) -> str:
+    """The recipe by which a per-exposure generation processes a data set; of one result its key."""
+    recipes = generation.meta.get("recipes", {})
+    return str(recipes.get(data_set) or recipes.get("") or generation.key)
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Keys of the steps of a plan, as the project stands now. ``gains`` are digests of the gain references by data set."""
+
+    plan: Plan
+    project: Project
+    gains: dict[str, str]
+
+    @property
+    def _refer(self) -> Refer:
+        return Refer(self.plan, self.project.state)
+
+    def params(self, step: Step) -> dict[str, Any]:
+        """Parameters as they enter a key: files by content, sources by name, without what moves no identity."""
+        out = step.params.model_dump(mode="json")
+        for name, paths in self.plan.input_files(step).items():
+            out[name] = [content_hash(p) for p in paths]
+        for name in marked_fields(type(step.params), SourceFileMark):
+            if out.get(name):
+                out[name] = self.plan.relative(out[name])
+        if step.stage.threshold:
+            out.pop(step.stage.threshold, None)
+        return out
+
+    def again(self, step: Step) -> dict[str, Any]:
+        """How often the step was asked to be computed anew, where it was."""
+        count = self.project.state.again.get(step.label)
+        return {"again": count} if count else {}
+
+    # --- per exposure ---------------------------------------------------------------------------------------------------------
+    def recipes(self, step: Step, version: int) -> dict[str, str]:
+        """How an exposure is processed by this step, for each data set: their optics and gains differ."""
+        shared = {"stage": step.stage.name, "version": version, "params": self.params(step), **self.again(step)}
+        used = [(port, p, parts_used(step, port)) for port in step.stage.ports for p in step.inputs.get(port.name, ())]
+        whole = {
+            port.name: {part: self._refer.place(product.parts[part]) for part in parts}
+            for port, product, parts in used
+            if port.type not in COLLECTIONS
+        }
+        out = {}
+        for name in sorted({"", *self.project.state.constants}):
+            upstream = {
+                part: recipe_of(self.project.generation_at(self._refer.place(product.parts[part])), name)
+                for port, product, parts in used
+                if port.type == "exposures"
+                for part in parts
+            }
+            out[name] = generation_key({**shared, "whole": whole, "upstream": upstream, "of data set": self._of_data_set(step, name)})
+        return out
+
+    def _of_data_set(self, step: Step, name: str) -> dict[str, Any]:
+        """Optics and gain of a data set, as far as the stage reads them."""
+        values = self.project.state.constants.get(name, {})
+        sources = variable_sources(self.plan, step)
+        read = {n: values[n] for n, source in sources.items() if source == INPUTS and n in values}
+        return {**read, **({"gain": self.gains.get(name)} if "gain" in sources else {})}
+
+    def of_exposures(self, step: Step, version: int) -> str:
+        """Key of a per-exposure step."""
+        upstream: dict[str, Any] = {}
+        for port in step.stage.ports:
+            for product in step.inputs.get(port.name, ()):
+                if port.type in COLLECTIONS:
+                    upstream[port.name] = {part: self._refer.place(product.parts[part]) for part in parts_used(step, port)}
+                if port.type == "particles":
+                    upstream["ids"] = self._refer.place(product.ids)
+        recipes = self.recipes(step, version)
+        # what no data set of the project uses does not count
+        used = {n: r for n, r in recipes.items() if n in self.project.state.constants} or recipes
+        return generation_key({"recipes": used, "upstream": upstream})
+
+    def identity(self, step: Step) -> str:
+        """Identity key of a birth: what makes its particles those particles, however often and wherever they are computed."""
+        return generation_key({"version": step.stage.version, "origin": self._origin(step)})
+
+    def _origin(self, step: Step) -> dict[str, Any]:
+        """A step with its parameters, and those of what gave it what it reads; versions and repetitions do not count."""
+        labels = {
+            part: product.parts[part].partition(".")[0]
+            for port in step.stage.ports
+            for product in step.inputs.get(port.name, ())
+            for part in parts_used(step, port)
+        }
+        upstream = {part: self._origin(self.plan.graph.step(label)) for part, label in labels.items()}
+        return {"stage": step.stage.name, "params": self.params(step), "upstream": upstream}
+
+    # --- over a set -----------------------------------------------------------------------------------------------------------
+    def of_set(self, step: Step, version: int, ids: np.ndarray | None, rows: np.ndarray) -> str:
+        """Key of a step over a set of particles (or of exposures, or of neither)."""
+        upstream: dict[str, Any] = {"ids": ids_digest(ids) if ids is not None else None}
+        for port in step.stage.ports:
+            upstream[port.name] = [
+                {part: self._given(self._refer.place(product.parts[part]), part, port.type, rows) for part in parts_used(step, port)}
+                for product in step.inputs.get(port.name, ())
+            ]
+            if port.many:
+                upstream[f"{port.name} ids"] = [self._refer.place(p.ids) for p in step.inputs.get(port.name, ()) if p.ids]
+        parts = {"stage": step.stage.name, "version": version, "params": self.params(step), "upstream": upstream}
+        return generation_key({**parts, **self.again(step)})
+
+    def frame_of_set(self, step: Step, version: int) -> str:
+        """The same without the ids and items: what an unfinished generation must share to be finished first."""
+        upstream: dict[str, Any] = {}
+        for port in step.stage.ports:
+            for product in step.inputs.get(port.name, ()):
+                upstream[port.name] = {part: self._recipe_at(self._refer.place(product.parts[part])) for part in parts_used(step, port)}
+                if product.ids:
+                    upstream[f"{port.name} ids"] = self._recipe_at(self._refer.place(product.ids))
+        births = [s for s in self.plan.steps if s.label in self.plan.graph.rests_on(step) and s.stage.threshold]
+        upstream["thresholds"] = {s.label: getattr(s.params, s.stage.threshold or "") for s in births}
+        return generation_key({"stage": step.stage.name, "version": version, "params": self.params(step), "upstream": upstream})
+
+    def _recipe_at(self, place: str) -> str:
+        """How a generation was made, whatever exposures and particles it holds."""
+        meta = self.project.generation_at(place).meta
+        return str(meta.get("recipes") or meta.get("recipe") or place)
+
+    def _given(self, place: str, part: str, kind: str, rows: np.ndarray) -> Any:
+        """Digest of what a generation gives some exposures; of one result its key."""
+        generation = self.project.generation_at(place)
+        if not generation.meta["per_item"]:
+            return place
+        known = {v.name for v in VARIABLES.values() if v.part == f"{kind}.{part}"}
+        if kind == "exposures" and not known & set(generation.meta["gives"]):
+            return self._values(known, rows)
+        table = self.project.table_at(place, ())
+        here = np.isin(table.row, rows)
+        digest = hashlib.blake2b(digest_size=8)
+        digest.update(str(sorted({recipe_of(generation, name) for name in self._data_sets(rows)})).encode())
+        for row, item, some in zip(table.row[here].tolist(), table.input[here], table.slice[here]):
+            digest.update(f"{row}:{item}:{some};".encode())
+        return digest.hexdigest()
+
+    def _data_sets(self, rows: np.ndarray) -> set[str]:
+        """Data sets of some exposures."""
+        if len(self.project.state.constants) < 2:
+            return {""}
+        wanted = set(rows.tolist())
+        return {str(i.inputs.get("data_set", "")) for i in self.project.items() if i.row in wanted}
+
+    def _values(self, names: set[str], rows: np.ndarray) -> Any:
+        """Digest of what the registry and the data sets say of some exposures."""
+        wanted = set(rows.tolist())
+        items = [i for i in self.project.items() if i.row in wanted]
+        values = {n: [self.project.value_of(i, n) for i in items] for n in sorted(names)}
+        return generation_key({n: sorted(set(v), key=str) if len(set(map(str, v))) == 1 else v for n, v in values.items()})

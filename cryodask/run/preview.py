@@ -1,0 +1,216 @@
+"""What a run would do, without doing any of it: the graph, what is done, what would be computed, why, and how long that takes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cryodask.errors import CryodaskError
+from cryodask.run import sources
+from cryodask.run.chains import ChainMaker
+from cryodask.run.inputs import step_inputs
+from cryodask.run.keys import Keys
+from cryodask.run.recipe import Plan, Step
+from cryodask.run.refs import PARTICLES, Refer, variable_sources
+from cryodask.store.generation import Generation
+from cryodask.store.project import Arrival, Item, Project
+
+
+@dataclass
+class StepPreview:
+    """A step of the preview. ``todo``: items or particles that would be computed (None: not known yet), ``cpu_seconds`` an estimate."""
+
+    step: str
+    stage: str
+    inputs: dict[str, str | list[str]]
+    done: bool
+    todo: int | None
+    why: str
+    cpu_seconds: float | None = None
+
+
+@dataclass
+class Preview:
+    """The preview of a run."""
+
+    steps: list[StepPreview] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def as_json(self) -> str:
+        """As ``cryodask run --dry-run --json`` prints it."""
+        steps = [{k: v for k, v in vars(s).items() if k != "cpu_seconds" or v is not None} for s in self.steps]
+        return json.dumps({"steps": steps, "problems": self.problems, "warnings": self.warnings}, indent=1)
+
+
+def preview(plan: Plan, update: frozenset[str] = frozenset()) -> Preview:
+    """What a run of a plan would do now. Nothing is written, no stage is called."""
+    out = Preview([], list(plan.graph.problems), list(plan.graph.warnings))
+    blank = [StepPreview(s.label, s.stage.name, _sources(s), False, None, "new") for s in plan.steps]
+    if out.problems:
+        out.steps = blank
+        return out
+    try:
+        sources.load_gains(plan)
+        sources.check_files(plan)
+        project = Project(plan.folder) if (plan.folder / "project.json").exists() else None
+        listing = sources.list_exposures(plan, project) if plan.steps else []
+    except CryodaskError as error:
+        out.problems.append(f"{error.what} {error.way_out}".strip())
+        out.steps = blank
+        return out
+    out.steps = blank if project is None else _Looking(plan, project, listing, update).steps()
+    if project is None:
+        for step in out.steps:
+            shape = plan.graph.step(step.step).stage.shape
+            step.todo = len(listing) if shape == "map" else None
+            step.why = "waits for a person" if plan.graph.step(step.step).stage.person else "new"
+    return out
+
+
+def _sources(step: Step) -> dict[str, str | list[str]]:
+    """Where each input comes from, as the project file would name it."""
+    out: dict[str, str | list[str]] = {}
+    for name, products in step.inputs.items():
+        refs = [p.ref for p in products]
+        port = step.stage.port(name)
+        out[name] = refs if port is not None and port.many else refs[0]
+    return out
+
+
+class _Looking:
+    """Goes through the steps as a run would, on a copy of the project's state that is never written."""
+
+    def __init__(self, plan: Plan, project: Project, listing: list[Arrival], update: frozenset[str]) -> None:
+        self.plan, self.project, self.update = plan, project, update
+        self.before = {label: project.state.steps[label] for label in project.stages}
+        self.items = self._items(listing)
+        project.state.constants = plan.constants
+        gains = sources.gain_digests(plan)
+        self.keys = Keys(plan, project, gains)
+        self.maker = ChainMaker(plan, project, self.keys, [i for i in self.items if i is not None], {}, update, lambda step, key: None)
+        self.new = sum(i is None for i in self.items)
+        self.stale: dict[str, str] = {}
+
+    def _items(self, listing: list[Arrival]) -> list[Item | None]:
+        """Items of the registry that count, and None for each new arrival."""
+        known = {item.content: item for item in self.project.items()}
+        fresh: list[Item | None] = [None for a in {a.content for a in listing} if a not in known]
+        return [*known.values(), *fresh]
+
+    def steps(self) -> list[StepPreview]:
+        """All steps."""
+        return [self._look(step) for step in self.plan.steps]
+
+    def _look(self, step: Step) -> StepPreview:
+        waits = sorted(self.plan.graph.rests_on(step) & set(self.stale))
+        whole = [label for label in waits if self.stale[label] == "unknown" or step.stage.shape != "map"]
+        if whole:
+            return self._stale(step, f"input {whole[0]} is computed first", None)
+        return self._per_exposure(step) if step.stage.shape == "map" else self._over_set(step)
+
+    def _stale(self, step: Step, why: str, todo: int | None, *, known: bool = False) -> StepPreview:
+        self.stale[step.label] = "known" if known else "unknown"
+        if step.stage.person:
+            why = "waits for a person"
+        return StepPreview(step.label, step.stage.name, _sources(step), False, todo, why, self._estimate(step, todo))
+
+    def _per_exposure(self, step: Step) -> StepPreview:
+        key = self.maker.key(step)
+        path = self.project.path / "stages" / step.stage.name / key
+        count = len(self.items)
+        if not (path / "zarr.json").exists():
+            return self._stale(step, self._why(step, key), count)
+        self.project.state.adopt(step.label, Refer(self.plan, self.project.state).state_of(step, key))
+        generation = self.project.generation_at(f"{step.stage.name}/{key}")
+        items = [i for i in self.items if i is not None]
+        done = self._done(step, generation, items)
+        todo = len(items) - done + self.new
+        version = int(generation.meta["version"])
+        if todo:
+            return self._stale(step, "new exposures" if self.new else "unfinished or other particles", todo, known=True)
+        why = f"version {step.stage.version} (done with {version})" if version != step.stage.version else ""
+        return StepPreview(step.label, step.stage.name, _sources(step), True, 0, why)
+
+    def _done(self, step: Step, generation: Generation, items: list[Item]) -> int:
+        """Items that need not be computed: done with their present input and particles, or quarantined."""
+        table = generation.table(())
+        by_row = dict(zip(table.row.tolist(), zip(table.input, table.slice)))
+        failed = {row: r.get("input") for row, r in table.failures.items()}
+        sliced = PARTICLES in variable_sources(self.plan, step).values()
+        digests = self.maker.slices(step).digests(i.row for i in items) if sliced else {}
+        done = 0
+        for item in items:
+            made = by_row.get(item.row)
+            fresh = made is not None and made[0] in (None, item.fingerprint) and (not sliced or made[1] == digests[item.row])
+            done += fresh or (made is None and failed.get(item.row) == item.fingerprint)
+        return done
+
+    def _over_set(self, step: Step) -> StepPreview:
+        inputs = step_inputs(self.plan, self.project, step)
+        version = int(step.stage.version)
+        current = self.before.get(step.label)
+        if current is not None and current.stage == step.stage.name and step.label not in self.update:
+            made = int(self.project.generation_at(current.place).meta["version"])
+            if self.keys.of_set(step, made, inputs.ids, inputs.rows) == current.key:
+                version = made
+        key = self.keys.of_set(step, version, inputs.ids, inputs.rows)
+        generation = Generation(self.project.path / "stages" / step.stage.name / key)
+        count = len(inputs.ids) if inputs.ids is not None else None
+        if not (generation.path / "zarr.json").exists():
+            return self._stale(step, self._why(step, key), count)
+        if not generation.committed():
+            return self._stale(step, "unfinished", count)
+        self.project.state.adopt(step.label, Refer(self.plan, self.project.state).state_of(step, key))
+        why = f"version {step.stage.version} (done with {version})" if version != step.stage.version else ""
+        return StepPreview(step.label, step.stage.name, _sources(step), True, 0, why)
+
+    def _why(self, step: Step, key: str) -> str:
+        """Why there is no result under a key: what has changed since the last one of the step."""
+        current = self.before.get(step.label)
+        if current is None or current.stage != step.stage.name:
+            return "new"
+        if self.project.state.again.get(step.label):
+            return "asked to be computed anew"
+        generation = self.project.generation_at(current.place)
+        if int(generation.meta["version"]) != step.stage.version:
+            return f"version {step.stage.version} (done with {generation.meta['version']})"
+        old, new = generation.meta["params"], step.params.model_dump(mode="json")
+        changed = [n for n in new if n != step.stage.threshold and old.get(n) != new[n]]
+        if changed:
+            return f"parameter {', '.join(changed)}"
+        return "input changed"
+
+    def _estimate(self, step: Step, todo: int | None) -> float | None:
+        """CPU seconds from the project's own records of the stage."""
+        current = self.before.get(step.label)
+        if current is None or todo is None:
+            return None
+        records = [r for r in self.project.generation_at(current.place).committed().values() if "seconds" in r]
+        if not records:
+            return None
+        if step.stage.shape != "map":
+            return float(records[0]["seconds"])
+        return float(np.mean([r.get("cpu_seconds", r["seconds"]) for r in records[:200]]) * todo)
+
+
+def lines(plan: Plan, shown: Preview) -> list[str]:
+    """The preview for people."""
+    out = []
+    width = max((len(s.step) for s in shown.steps), default=4)
+    for step in shown.steps:
+        taken = ", ".join(f"{port} of {ref if isinstance(ref, str) else ' + '.join(ref)}" for port, ref in step.inputs.items()) or "-"
+        if step.done:
+            state = "done" + (f" ({step.why})" if step.why else "")
+        else:
+            count = (
+                ""
+                if step.todo is None
+                else f"{step.todo} {'exposures' if plan.graph.step(step.step).stage.shape == 'map' else 'particles'}, "
+            )
+            cost = f", about {step.cpu_seconds:.0f} CPU s" if step.cpu_seconds else ""
+            state = f"{count}{step.why}{cost}"
+        out.append(f"  {step.step:<{width}}  {state:<42}  {taken}")
+    return [*out, *(f"warning: {w}" for w in shown.warnings), *(f"problem: {p}" for p in shown.problems)]

@@ -1,0 +1,100 @@
+"""From the plan to the store: where the products of a resolved step lie, and where each variable that a stage needs comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from cryodask.products import Product, part_of
+from cryodask.run.graph import Step
+from cryodask.run.graph_chain import used_parts
+from cryodask.run.recipe import Plan
+from cryodask.stage import Port
+from cryodask.store.state import ProductRef, ProjectState, StepState
+
+INPUTS = "inputs"
+"""Source of what the registry knows of an exposure, of its data set's optics, and of the gain."""
+PARTICLES = "particles"
+"""Source of what the particles of an exposure bring along."""
+
+
+@dataclass(frozen=True)
+class Refer:
+    """Turns products of a plan into references to generations, as the project stands now."""
+
+    plan: Plan
+    state: ProjectState
+
+    def place(self, ref: str) -> str:
+        """``STAGE/KEY`` of the step that ``STEP`` or ``STEP.OUTPUT`` names."""
+        return self.state.steps[self.label(ref)].place
+
+    def label(self, ref: str) -> str:
+        """Step of a reference: labels have no dot."""
+        return ref.partition(".")[0]
+
+    def product(self, product: Product) -> ProductRef:
+        """A product with the places of its parts."""
+        exposures = product.exposures
+        return ProductRef(
+            type=product.type,
+            step=product.step,
+            output=product.output,
+            ids=self.place(product.ids) if product.ids else "",
+            parts={part: self.place(ref) for part, ref in product.parts.items()},
+            exposures={part: self.place(ref) for part, ref in exposures.parts.items()} if exposures else {},
+            exposure_ids=self.place(exposures.ids) if exposures and exposures.ids else "",
+            threshold=self.threshold(product),
+        )
+
+    def threshold(self, product: Product) -> Any:
+        """Score above which peaks are accepted, where the ids of a set are those of a birth."""
+        if product.type != "particles" or not product.ids:
+            return None
+        step = self.plan.graph.step(self.label(product.ids))
+        name = step.stage.threshold
+        return getattr(step.params, name) if name else None
+
+    def inputs(self, step: Step) -> dict[str, list[ProductRef]]:
+        """What a step takes, by port."""
+        return {name: [self.product(p) for p in products] for name, products in step.inputs.items()}
+
+    def state_of(self, step: Step, key: str) -> StepState:
+        """The state of a step whose generation has this key; its own products refer to it."""
+        made = StepState(stage=step.stage.name, key=key, params=step.params.model_dump(), inputs=self.inputs(step))
+        there = ProjectState(name="", steps={**self.state.steps, step.label: made})
+        refer = Refer(self.plan, there)
+        made.products = {f"{name}:{kind}": refer.product(product) for (name, kind), product in step.outputs.items()}
+        return made
+
+
+def parts_used(step: Step, port: Port) -> tuple[str, ...]:
+    """Parts of a port that a step uses: those that it must have, and of the others those that are there."""
+    products = step.inputs.get(port.name, ())
+    return tuple(p for p in used_parts(port, step.params) if products and all(p in product.parts for product in products))
+
+
+def variable_sources(plan: Plan, step: Step) -> dict[str, str]:
+    """Where each variable that a stage needs comes from: ``inputs``, ``particles``, or the step that gives its part.
+
+    What a source such as ``ingest`` gives without storing it (optics) comes from the registry.
+
+    A variable whose part is not there is left out: it is optional, or the plan would have refused the step.
+    """
+    out: dict[str, str] = {}
+    ports = {port.type: port for port in reversed(step.stage.ports)}
+    for name in (*step.stage.needs, *step.stage.optional):
+        place = part_of(name)
+        if name == "particle_id" or (place is not None and place[0] == "particles"):
+            if name == "particle_id" or (place is not None and _has(step, ports.get("particles"), place[1])):
+                out[name] = PARTICLES
+        elif place is None or name == "gain":
+            out[name] = INPUTS
+        elif _has(step, ports.get(place[0]), place[1]):
+            label = step.inputs[ports[place[0]].name][0].parts[place[1]].partition(".")[0]
+            out[name] = label if name in plan.graph.step(label).stage.gives else INPUTS
+    return out
+
+
+def _has(step: Step, port: Port | None, part: str) -> bool:
+    return port is not None and part in parts_used(step, port)

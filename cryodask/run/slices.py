@@ -1,0 +1,72 @@
+"""The particles of a set, exposure by exposure: what a per-exposure stage is given of them, and by which digest that is known."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cryodask.store.births import accepted
+from cryodask.store.identity import row_of
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Particles sorted by exposure. ``columns`` hold ``particle_id`` and the columns of the parts that a stage declares."""
+
+    rows: np.ndarray
+    start: np.ndarray
+    columns: dict[str, np.ndarray]
+
+    @classmethod
+    def of(cls, ids: np.ndarray, columns: dict[str, np.ndarray]) -> Slices:
+        """From a set and its columns."""
+        row = row_of(ids)
+        order = np.lexsort((ids, row))
+        rows, start = np.unique(row[order], return_index=True)
+        sorted_columns = {"particle_id": ids[order], **{n: v[order] for n, v in columns.items()}}
+        return cls(rows, np.append(start, len(ids)), sorted_columns)
+
+    def at(self, row: int) -> dict[str, np.ndarray]:
+        """Columns of the particles of an exposure; of none where it has none."""
+        i = int(np.searchsorted(self.rows, row))
+        there = i < len(self.rows) and self.rows[i] == row
+        window = slice(self.start[i], self.start[i + 1]) if there else slice(0, 0)
+        return {name: values[window] for name, values in self.columns.items()}
+
+    def digests(self, rows: Iterable[int]) -> dict[int, str]:
+        """Digest of the slice of each of some exposures."""
+        none = slice_digest(self.at(-1))
+        there = set(self.rows.tolist())
+        return {row: slice_digest(self.at(row)) if row in there else none for row in rows}
+
+
+def slice_digest(columns: dict[str, np.ndarray]) -> str:
+    """Digest of ids and declared columns of the particles of an exposure."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name in sorted(columns):
+        values = np.ascontiguousarray(columns[name])
+        digest.update(f"{name}:{values.dtype.str}:".encode())
+        digest.update(values.tobytes())
+    return digest.hexdigest()
+
+
+def slice_of_birth(
+    record_columns: dict[str, Any], pixel_size_angstrom: float, threshold: Any, names: Iterable[str]
+) -> dict[str, np.ndarray]:
+    """Accepted particles of an exposure straight from its birth table, as a set would show them: the columns ``names``."""
+    score = np.asarray(record_columns["pick_score"])
+    limit = record_columns.get("pick_threshold") if threshold == "auto" else threshold
+    mask = accepted(score, None if isinstance(limit, str) else limit)
+    ids = np.asarray(record_columns["particle_id"], np.int64)[mask]
+    order = np.argsort(ids, kind="stable")
+    pixel = np.float64(pixel_size_angstrom)
+    table = {
+        **record_columns,
+        "position_y_angstrom": np.asarray(record_columns["pick_y"], np.float64) * pixel,
+        "position_x_angstrom": np.asarray(record_columns["pick_x"], np.float64) * pixel,
+    }
+    return {"particle_id": ids[order], **{n: np.asarray(table[n])[mask][order] for n in names if n != "particle_id" and n in table}}

@@ -1,0 +1,26 @@
+"""Point groups as parameters: a wrong name is refused when the project file is read, without loading torch."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+_GROUP = re.compile(r"(C[1-9]\d?|D[1-9]\d?|T|O|I[1-4]?)")
+
+
+def point_group(name: str) -> str:
+    """The name of a point group in capitals.
+
+    Raises
+    ------
+    ValueError
+    """
+    given = name.strip().upper()
+    if not _GROUP.fullmatch(given):
+        raise ValueError(f"{name!r} is not a point group. Known: C1, C2, ..., D2, ..., T, O, I, I1 to I4")
+    return given
+
+
+PointGroup = Annotated[str, AfterValidator(point_group)]

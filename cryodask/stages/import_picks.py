@@ -1,0 +1,36 @@
+"""Stage ``import_picks``: picks of another program."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from cryodask.errors import MicrographError, StarError
+from cryodask.formats.star import read_coordinates
+from cryodask.stage import Output, Params, SourceFile, stage
+
+
+class ImportPicksParams(Params):
+    """Parameters of ``import_picks``."""
+
+    folder: SourceFile = Field(description="folder of STAR files with picks, one per micrograph: NAME.star or NAME_anything.star")
+
+
+@stage(
+    version=1,
+    needs=["coordinates_path"],
+    ports=["exposures[micrograph]"],
+    outputs=[Output("particles", "particles", ("position", "score"), births=True)],
+    gives=["pick_y", "pick_x", "pick_score"],
+)
+def import_picks(params: ImportPicksParams, *, coordinates_path: str, device: str = "cpu") -> dict[str, Any]:
+    """Read the picks of a micrograph from a RELION coordinate STAR file; all of them count as accepted."""
+    try:
+        columns = read_coordinates(coordinates_path)
+    except StarError as error:
+        raise MicrographError(error.what, error.usual_reason, error.way_out) from error
+    y, x = (np.asarray(columns[k], np.float32) for k in ("particle_y", "particle_x"))
+    score = np.nan_to_num(np.asarray(columns.get("pick_score", np.zeros(len(y))), np.float32))
+    return {"pick_y": y, "pick_x": x, "pick_score": score}

@@ -1,0 +1,149 @@
+"""Who a particle is: its id, its half-set, and how tables of particles are joined.
+
+An id is a positive int64: birth (12 bits), row of the exposure (24), number within exposure and birth (20), copy (7, from 1; 0 is the
+particle itself). Ids sort by birth, exposure, number, copy; a set of particles is a sorted array of different ids. They are never
+unsigned: numpy turns uint64 with int64 into float64, in which neighbouring ids are equal.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cryodask.errors import InputError, StoreError
+
+_COPY_BITS, _NUMBER_BITS, _ROW_BITS, _BIRTH_BITS = 7, 20, 24, 12
+_NUMBER_AT = _COPY_BITS
+_ROW_AT = _NUMBER_AT + _NUMBER_BITS
+_BIRTH_AT = _ROW_AT + _ROW_BITS
+MOST_BIRTHS, MOST_ROWS, MOST_NUMBERS, MOST_COPIES = 1 << _BIRTH_BITS, 1 << _ROW_BITS, 1 << _NUMBER_BITS, (1 << _COPY_BITS) - 1
+
+
+def make_ids(birth: Any, row: Any, number: Any, copy: Any = 0) -> np.ndarray:
+    """Ids from their parts (arrays or numbers, broadcast).
+
+    Raises
+    ------
+    InputError
+        Where a part does not fit its bits.
+    """
+    parts = [np.asarray(part, np.int64) for part in (birth, row, number, copy)]
+    limits = (MOST_BIRTHS, MOST_ROWS, MOST_NUMBERS, MOST_COPIES + 1)
+    names = ("births in a project", "exposures in a project", "particles of one exposure and birth", "copies of a particle")
+    for part, limit, name in zip(parts, limits, names):
+        if part.size and (part.min() < 0 or part.max() >= limit):
+            raise InputError(
+                f"There may be {limit:,} {name}, number {int(part.max()):,} was asked for.",
+                "the picks of many micrographs were given as those of one",
+                "split the input into several projects",
+            )
+    b, r, n, c = parts
+    return (b << _BIRTH_AT) | (r << _ROW_AT) | (n << _NUMBER_AT) | c
+
+
+def birth_of(ids: Any) -> np.ndarray:
+    """Number of the birth."""
+    return np.asarray(ids, np.int64) >> _BIRTH_AT
+
+
+def row_of(ids: Any) -> np.ndarray:
+    """Row of the exposure."""
+    return (np.asarray(ids, np.int64) >> _ROW_AT) & (MOST_ROWS - 1)
+
+
+def number_of(ids: Any) -> np.ndarray:
+    """Number within exposure and birth."""
+    return (np.asarray(ids, np.int64) >> _NUMBER_AT) & (MOST_NUMBERS - 1)
+
+
+def copy_of(ids: Any) -> np.ndarray:
+    """Copy of a symmetry expansion, from 1; 0 for the particle itself."""
+    return np.asarray(ids, np.int64) & MOST_COPIES
+
+
+def parent_of(ids: Any) -> np.ndarray:
+    """Ids of the particles themselves."""
+    return np.asarray(ids, np.int64) & ~np.int64(MOST_COPIES)
+
+
+def id_text(particle_id: int) -> str:
+    """``birth.row.number`` or ``birth.row.number.copy``."""
+    parts = [int(f(particle_id)) for f in (birth_of, row_of, number_of)]
+    copy = int(copy_of(particle_id))
+    return ".".join(map(str, [*parts, copy] if copy else parts))
+
+
+def parse_id(text: str | int) -> int:
+    """Inverse of :func:`id_text`; takes plain integers as well.
+
+    Raises
+    ------
+    InputError
+    """
+    parts = str(text).split(".")
+    try:
+        numbers = [int(part) for part in parts]
+        if len(numbers) == 1:
+            return numbers[0]
+        if len(numbers) in (3, 4):
+            return int(make_ids(*numbers))
+    except ValueError:
+        pass
+    raise InputError(f"{text!r} is not the id of a particle.", "", "write birth.row.number, say 1.12.7, or the integer of particle_id")
+
+
+def checked(ids: np.ndarray) -> np.ndarray:
+    """The same ids; raises where they are not a set: another type, unsorted, or one of them twice."""
+    if ids.dtype != np.int64:
+        raise StoreError(f"Ids of particles are int64, these are {ids.dtype}.", "they went through a table of numbers", "read them again")
+    if len(ids) > 1 and not (ids[1:] > ids[:-1]).all():
+        raise StoreError("Ids of a set are not sorted, or one occurs twice.", "results were joined by hand", "run verify")
+    return ids
+
+
+def place_of(wanted: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Place of each wanted id in the set ``ids``, -1 where it is not. A wanted copy finds its parent where ``ids`` holds no copies."""
+    if wanted is ids or (len(ids) == len(wanted) and np.array_equal(ids, wanted)):
+        return np.arange(len(ids))
+    if not len(ids):
+        return np.full(len(wanted), -1)
+    if not copy_of(ids).any():
+        wanted = parent_of(wanted)
+    at = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
+    return np.where(ids[at] == wanted, at, -1)
+
+
+def aligned(values: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Values at places; NaN, or -1 for integers, where the place is -1."""
+    if (at >= 0).all():
+        return values[at]
+    out = np.full((len(at), *values.shape[1:]), -1 if values.dtype.kind in "iu" else np.nan, values.dtype)
+    out[at >= 0] = values[at[at >= 0]]
+    return out
+
+
+def births_text(ids: np.ndarray) -> str:
+    """Numbers of the births that a set comes from, in words."""
+    found = sorted(set(birth_of(ids).tolist()))
+    return "birth " + ", ".join(map(str, found)) if found else "no birth"
+
+
+def _mixed(values: np.ndarray, seed: int) -> np.ndarray:
+    """SplitMix64 (Steele, Lea and Flood 2014): the same bits on every machine."""
+    with np.errstate(over="ignore"):
+        z = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15) * np.uint64(seed + 1)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def half_sets(ids: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Half-set `(n,)` int8 that each particle is given at birth.
+
+    Numbers 2k and 2k + 1 of an exposure go to different halves, which to which is settled by a hash of (seed, birth, row, k): every prefix
+    of a birth table is balanced to within one particle, and nothing that happens to other particles matters. Copies follow their parent.
+    """
+    pair = parent_of(ids) >> (_NUMBER_AT + 1)
+    flip = (_mixed(pair, seed) & np.uint64(1)).astype(np.int8)
+    return (number_of(ids) & 1).astype(np.int8) ^ flip

@@ -1,0 +1,223 @@
+"""Sets of particles as a project holds them: their ids, and their columns, each part taken from the step that gave it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cryodask.errors import StoreError
+from cryodask.products import ORIGINS
+from cryodask.store.births import accepted
+from cryodask.store.identity import aligned, births_text, checked, place_of, row_of
+from cryodask.store.table import Table
+from cryodask.vocabulary import VARIABLES
+
+if TYPE_CHECKING:
+    from cryodask.store.generation import Generation
+    from cryodask.store.project import Project
+    from cryodask.store.state import ProductRef
+
+CTF_COLUMNS = ("defocus_u_angstrom", "defocus_v_angstrom", "defocus_angle_deg", "phase_shift_deg")
+OPTICS = ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast")
+_AS_SET = {f"particle_{name}": name for name in CTF_COLUMNS} | {"particle_half": "half_set"}
+"""What a column of an exposure is called in a set."""
+_OF_IMAGES = ("particle_y", "particle_x")
+_PLACES = {"pick_y": "position_y_angstrom", "pick_x": "position_x_angstrom"}
+
+
+@dataclass(frozen=True)
+class Given:
+    """What one generation gives the particles that it holds: sorted ids, columns in their order, and where each stands."""
+
+    ids: np.ndarray
+    columns: dict[str, np.ndarray]
+    row: np.ndarray
+    slot: np.ndarray
+
+
+@dataclass
+class SetReader:
+    """Reads the sets of a project; what it has read of a generation it keeps for the next question."""
+
+    project: Project
+    _kept: dict[Any, tuple[Any, Given]] = field(default_factory=dict)
+
+    # --- which particles ----------------------------------------------------------------------------------------------------
+    def ids(self, ref: ProductRef) -> np.ndarray:
+        """Sorted ids `(n,)` int64 of a set."""
+        if not ref.ids:
+            raise StoreError(f"{ref.step} gives no particles.", "", "ask for a step that does; cryodask info lists them")
+        threshold = ref.threshold if self.project.generation_at(ref.ids).meta.get("birth") else None
+        return checked(self._of(ref.ids, (), threshold, alive=True).ids)
+
+    # --- columns ------------------------------------------------------------------------------------------------------------
+    def columns(self, ref: ProductRef, ids: np.ndarray, parts: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+        """Columns of some parts (all if None) for ``ids``; NaN or -1 where a step did not see a particle.
+
+        Raises
+        ------
+        StoreError
+            Where the step that gave a part holds none of the particles: that is another set, not a missing value.
+        """
+        out: dict[str, np.ndarray] = {}
+        wanted = [p for p in ref.parts if parts is None or p in set(parts)]
+        for part in wanted:
+            place = ref.parts[part]
+            names = self._names(place, part)
+            given = self._of(place, names, None)
+            at = place_of(ids, given.ids)
+            if len(ids) and len(given.ids) and (at < 0).all():
+                raise StoreError(
+                    f"{place} holds none of the particles of {ref.step}: they come from {births_text(ids)}, its own from "
+                    f"{births_text(given.ids)}.",
+                    "the two were picked apart",
+                    "the stage match carries values from one to the other by coordinates",
+                )
+            for name in names:
+                if name in given.columns:
+                    out[_AS_SET.get(name, name)] = aligned(given.columns[name], at)
+        self._complete(ref, ids, out)
+        return out
+
+    def _complete(self, ref: ProductRef, ids: np.ndarray, out: dict[str, np.ndarray]) -> None:
+        """Places in angstrom, and origins against the box, from what the parts hold."""
+        needs_pixel = (*_PLACES, *_OF_IMAGES)
+        if not any(name in out for name in needs_pixel):
+            return
+        pixel = self.of_exposures(ref, row_of(ids), ["pixel_size_angstrom"]).get("pixel_size_angstrom")
+        if pixel is None:
+            pixel = out.get("particle_pixel_size_angstrom", np.ones(len(ids)))
+        for name, angstrom in _PLACES.items():
+            if name in out:
+                out[angstrom] = out.pop(name).astype(np.float64) * pixel
+        for axis in ("y", "x"):
+            if f"particle_{axis}" in out:
+                out[f"box_{axis}_angstrom"] = out[f"particle_{axis}"].astype(np.float64) * pixel
+        for origin, centre in ORIGINS.items():
+            box = f"box_{origin[-10]}_angstrom"
+            if centre in out and box in out:
+                out[origin] = (out[box] - out[centre]).astype(np.float32)
+
+    def of_exposures(self, ref: ProductRef, rows: np.ndarray, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """Values of the exposures behind a set, for ``rows`` (which may repeat); a name that nothing gives is left out."""
+        out = {}
+        for name in names:
+            part = VARIABLES[name].part.partition(".")[2]
+            place = ref.exposures.get(part)
+            if place is None:
+                continue
+            known = self.exposure_values(place, name)
+            if known is not None:
+                out[name] = aligned(known[1], place_of_row(rows, known[0]))
+        return out
+
+    def exposure_values(self, place: str, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """Rows and values of a scalar of exposures: from the generation that gave it, else from what the registry knows."""
+        generation = self.project.generation_at(place)
+        if name in generation.meta["gives"]:
+            table = self.project.table_at(place, [name])
+            return table.row, table[name]
+        items = self.project.items()
+        values = [self.project.value_of(item, name) for item in items]
+        if all(v is None for v in values):
+            return None
+        return np.array([i.row for i in items], np.int64), np.array([np.nan if v is None else float(v) for v in values])
+
+    # --- one generation -----------------------------------------------------------------------------------------------------
+    def _names(self, place: str, part: str) -> tuple[str, ...]:
+        """Small columns of a part that a generation holds."""
+        gives = self.project.generation_at(place).meta["gives"]
+        columns = [VARIABLES[n] for n in gives if n in VARIABLES]
+        extra = ("particle_pixel_size_angstrom",) if part == "image" else ()
+        chosen = [v.name for v in columns if v.part == f"particles.{part}" and v.ragged and v.kind != "bulk" and v.name != "particle_id"]
+        return tuple(n for n in (*chosen, *extra) if n in gives and n != "natural_key")
+
+    def _of(self, place: str, names: tuple[str, ...], threshold: float | str | None, *, alive: bool = False) -> Given:
+        generation = self.project.generation_at(place)
+        key, stamp = (place, names, threshold, alive), self._stamp(generation)
+        kept = self._kept.get(key)
+        if kept is None or kept[0] != stamp:
+            made = self._per_item(place, names, threshold, alive) if generation.meta["per_item"] else _single(generation, names)
+            kept = self._kept[key] = stamp, made
+        return kept[1]
+
+    def _stamp(self, generation: Generation) -> Any:
+        contents = generation.journal.read()
+        return generation.path, tuple(sorted(contents.offsets.items())), self.project.registry_stamp()
+
+    def _per_item(self, place: str, names: tuple[str, ...], threshold: float | str | None, alive: bool) -> Given:
+        birth = bool(self.project.generation_at(place).meta.get("birth"))
+        gives = self.project.generation_at(place).meta["gives"]
+        extra = [n for n in ("particle_id", "particle_count", "pick_score", "pick_threshold") if n in gives]
+        table = self.project.table_at(place, [*extra, *names])
+        ids, counts = table.columns["particle_id"].flat, lengths(table, "particle_id")
+        row, slot = np.repeat(table.row, counts), within(counts)
+        columns = {n: _per_particle(table, n, counts) for n in names}
+        if birth and alive:
+            score = table.columns["pick_score"].flat
+            limit = np.repeat(table["pick_threshold"], counts) if threshold == "auto" and "pick_threshold" in gives else threshold
+            mask = accepted(score, None if isinstance(limit, str) else limit)
+            ids, row, slot = ids[mask], row[mask], slot[mask]
+            columns = {n: v[mask] for n, v in columns.items()}
+        order = np.argsort(ids, kind="stable") if len(ids) > 1 and not (ids[1:] > ids[:-1]).all() else slice(None)
+        return Given(ids[order], {n: v[order] for n, v in columns.items()}, row[order], slot[order])
+
+    def images(self, place: str) -> Given:
+        """Row and slot of every image of a generation, by id."""
+        given = self._of(place, (), None)
+        generation = self.project.generation_at(place)
+        if generation.meta.get("birth"):  # at the end of a birth table stands what is no longer found: it has no image
+            table = self.project.table_at(place, ["particle_count"])
+            count = dict(zip(table.row.tolist(), table["particle_count"].tolist()))
+            there = given.slot < np.array([count[r] for r in given.row.tolist()], np.int64)
+            return Given(given.ids[there], {}, given.row[there], given.slot[there])
+        return given
+
+
+def _single(generation: Generation, names: tuple[str, ...]) -> Given:
+    """Of a generation with one result."""
+    record = generation.committed().get(0)
+    if record is None:
+        raise StoreError(
+            f"{generation.path.parent.name}/{generation.key} is not finished.",
+            "the run was stopped in the middle of it",
+            "run the project again: it goes on where it was",
+        )
+    ids = np.asarray(generation.read(record, "particle_id"), np.int64)
+    columns = {n: generation.read(record, n) for n in names if n in record["shards"]}
+    return Given(ids, columns, row_of(ids), np.zeros(0, np.int64))
+
+
+def lengths(table: Table, name: str) -> np.ndarray:
+    """Length of a ragged column in each item."""
+    return table.columns[name].shapes[:, 0]
+
+
+def within(counts: np.ndarray) -> np.ndarray:
+    """0, 1, ... within every item."""
+    starts = np.cumsum(counts) - counts
+    return np.arange(int(counts.sum()), dtype=np.int64) - np.repeat(starts, counts)
+
+
+def place_of_row(rows: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Place of each row among known ones (sorted), -1 where it is not."""
+    if not len(known):
+        return np.full(len(rows), -1)
+    at = np.minimum(np.searchsorted(known, rows), len(known) - 1)
+    return np.where(known[at] == rows, at, -1)
+
+
+def _per_particle(table: Table, name: str, counts: np.ndarray) -> np.ndarray:
+    """A ragged column one value after the other, or a scalar repeated; columns shorter than the ids are filled."""
+    if not VARIABLES[name].ragged:
+        return np.repeat(table[name], counts)
+    own = lengths(table, name)
+    flat = table.columns[name].flat
+    if (own == counts).all():
+        return flat
+    out = np.full(int(counts.sum()), np.nan if flat.dtype.kind == "f" else -1, flat.dtype)
+    out[within(counts) < np.repeat(own, counts)] = flat
+    return out

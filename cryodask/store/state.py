@@ -1,0 +1,154 @@
+"""``project.json``: what a project is, and which generation every step has now. Written by the driver only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field, ValidationError
+
+from cryodask.errors import StoreError
+from cryodask.store.files import disk_errors, write_atomically
+from cryodask.store.identity import MOST_BIRTHS
+
+FORMAT = 2
+_FILE = "project.json"
+
+
+class ProductRef(BaseModel):
+    """A product as it was resolved: where its ids and each of its parts lie.
+
+    A place is ``STAGE/KEY``, the folder of a generation below ``stages/``. ``ids`` is the generation that last settled which particles
+    (or exposures) there are. ``exposures`` are the parts of the exposures behind
+    particles, ``exposure_ids`` the generation that settled which exposures there are. ``output`` is the name of the output where a
+    generation holds several of the type. ``threshold``: score above which the peaks of a birth are accepted ("auto": that of each
+    exposure).
+    """
+
+    type: str
+    step: str
+    output: str
+    ids: str = ""
+    parts: dict[str, str] = Field(default_factory=dict)
+    exposures: dict[str, str] = Field(default_factory=dict)
+    exposure_ids: str = ""
+    threshold: float | str | None = None
+
+    def places(self) -> set[str]:
+        """All generations that it refers to."""
+        return {p for p in (self.ids, self.exposure_ids, *self.parts.values(), *self.exposures.values()) if p}
+
+
+class StepState(BaseModel):
+    """What a step of the pipeline is now: a pointer to a generation, and what it takes and gives."""
+
+    stage: str
+    key: str
+    params: dict[str, Any] = Field(default_factory=dict)
+    inputs: dict[str, list[ProductRef]] = Field(default_factory=dict)
+    products: dict[str, ProductRef] = Field(default_factory=dict)
+
+    @property
+    def place(self) -> str:
+        """``STAGE/KEY``."""
+        return f"{self.stage}/{self.key}"
+
+    def product(self, kind: str, output: str | None = None) -> ProductRef | None:
+        """Its product of a type; ``output`` where it gives several."""
+        return self.products.get(f"{output or kind}:{kind}")
+
+
+class ProjectState(BaseModel):
+    """Everything that ``project.json`` holds.
+
+    ``home`` is the folder of the project file, seen from the project: paths of inputs are relative to it. ``constants`` are optics and
+    dose of each data set, by its name; ``gain`` the stored gain references. ``births`` are the numbers of births by identity key, given
+    once. ``again`` counts how often a step was asked to be computed anew. ``kept`` are names that people gave to generations.
+    """
+
+    format: int = FORMAT
+    name: str
+    home: str = ".."
+    seed: int = 0
+    runs: int = 0
+    constants: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    gain: dict[str, str] = Field(default_factory=dict)
+    births: dict[str, int] = Field(default_factory=dict)
+    again: dict[str, int] = Field(default_factory=dict)
+    kept: dict[str, str] = Field(default_factory=dict)
+    steps: dict[str, StepState] = Field(default_factory=dict)
+
+    # --- verbs --------------------------------------------------------------------------------------------------------------
+    def adopt(self, label: str, step: StepState) -> bool:
+        """Make this the current state of a step; whether its generation is another one now."""
+        old = self.steps.get(label)
+        self.steps[label] = step
+        return old is None or old.place != step.place
+
+    def forget(self, labels: Iterable[str]) -> None:
+        """Take steps out; their generations stay in the history."""
+        for label in labels:
+            self.steps.pop(label, None)
+
+    def reorder(self, labels: Iterable[str]) -> None:
+        """Put steps in the order of the pipeline, and forget those that are not in it."""
+        self.steps = {label: self.steps[label] for label in labels if label in self.steps}
+
+    def birth_number(self, identity: str, taken: Iterable[int] = ()) -> int:
+        """Number of the birth with this identity key, given now if it has none; ``taken`` are numbers found on disk."""
+        if identity not in self.births:
+            number = max([0, *self.births.values(), *taken]) + 1
+            if number >= MOST_BIRTHS:
+                raise StoreError(
+                    f"Project {self.name} has {number} births of particles, the most there may be.",
+                    "picking was started again and again with other parameters",
+                    "start a new project and import the particles that you keep",
+                )
+            self.births[identity] = number
+        return self.births[identity]
+
+    # --- disk ---------------------------------------------------------------------------------------------------------------
+    @classmethod
+    def read(cls, folder: Path) -> ProjectState:
+        """From ``project.json``.
+
+        Raises
+        ------
+        StoreError
+            Not a project, damaged, or of another format.
+        """
+        file = folder / _FILE
+        if not file.is_file():
+            raise StoreError(
+                f"{folder} is not a cryodask project: it has no {_FILE}.",
+                "the folder is another one, or the first run has not started yet",
+                "give the folder that `cryodask run` printed as the project",
+            )
+        try:
+            state = cls.model_validate_json(file.read_bytes())
+        except (ValidationError, ValueError) as error:
+            text = file.read_text(errors="replace")
+            if '"generations"' in text and '"order"' in text:
+                raise _other_format(folder, 1) from error
+            raise StoreError(
+                f"{file} is damaged: {str(error).splitlines()[0]}.",
+                "it was edited by hand, or the disk lost bytes",
+                "remove this one file and run the project again: results are found by their keys and kept",
+            ) from error
+        if state.format != FORMAT:
+            raise _other_format(folder, state.format)
+        return state
+
+    def write(self, folder: Path) -> None:
+        """To ``project.json``, at once or not at all."""
+        with disk_errors(folder):
+            write_atomically(folder / _FILE, self.model_dump_json(indent=1))
+
+
+def _other_format(folder: Path, found: int) -> StoreError:
+    return StoreError(
+        f"{folder} has the format {found}; this version of cryodask reads format {FORMAT}.",
+        "it was made by another version",
+        "process it with that version, or give the project file another folder and run it again",
+    )
