@@ -12,6 +12,9 @@ steps and gives to them, see products.py) follow from these variables unless the
     a class of static functions for independent restarts of one algorithm, see :class:`TournamentFunctions`.
 ``whole``
     ``process(params, *, device="cpu", **needs) -> dict`` : all of what earlier stages gave in, one result out.
+``set``
+    ``process(params, inputs) -> dict`` : sets of particles or exposures in (:class:`SetView`, :class:`ExposureView`, by port), a set out.
+    It works on columns only and runs in the driver.
 """
 
 from __future__ import annotations
@@ -20,21 +23,22 @@ import importlib
 import importlib.metadata
 import inspect
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from cryodask.errors import MicrographError
-from cryodask.products import COLLECTIONS, PARTS, Product, part_of
-from cryodask.vocabulary import SLOTS, VARIABLES, Var
+from cryodask.ports import Check, Output, Outputs, Port, derived_outputs, derived_ports, port
+from cryodask.vocabulary import VARIABLES, Var
+
+__all__ = ["Output", "Params", "Port", "Stage", "port", "stage"]
 
 if TYPE_CHECKING:
     import xarray as xr
 
-Shape = Literal["map", "blocks", "tournament", "whole"]
+Shape = Literal["map", "blocks", "tournament", "whole", "set"]
 Sizes = dict[str, int]
 
 
@@ -102,6 +106,33 @@ class ParticleSet:
 
 
 @dataclass(frozen=True)
+class SetView:
+    """A set of particles as a ``set`` stage sees it: sorted ``ids`` `(n,)` int64; columns of a part are read when they are asked for.
+
+    ``read(parts)`` gives the columns of some parts (all if None) in the order of the ids, under the names of particle sets, with
+    ``position_y_angstrom``, ``position_x_angstrom`` and ``half_set`` in part ``position``.
+    """
+
+    name: str
+    ids: np.ndarray
+    parts: tuple[str, ...]
+    read: Callable[[Sequence[str] | None], dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class ExposureView:
+    """Exposures as a ``set`` stage sees them.
+
+    ``rows`` `(n,)` and ``names`` of the exposures; ``read(variable)`` gives one value each, NaN where there is none.
+    """
+
+    name: str
+    rows: np.ndarray
+    names: tuple[str, ...]
+    read: Callable[[str], np.ndarray]
+
+
+@dataclass(frozen=True)
 class ParticleBlock:
     """Some particles of a set, with their images.
 
@@ -114,124 +145,6 @@ class ParticleBlock:
     columns: dict[str, np.ndarray]
     pixel_size_angstrom: float
     half: int = 0
-
-
-@dataclass(frozen=True)
-class Port:
-    """An input of a stage: one product of a type, with the parts it must have.
-
-    ``also``: parts that are used where they are there, and count in the key. ``default``: "related" (found by the rules of run/graph.py),
-    "explicit" (only by ``from``) or "none" (stays empty unless ``from`` fills it). ``many``: takes a list. ``copies``: whether the copies
-    of a symmetry expansion are taken; ``subtracted``: whether images are from which signal was subtracted. ``whole``: classes are taken
-    all together without being asked which. ``unless``: parameter that takes the place of this input. ``also_if``: parameter without which
-    the parts ``also`` are not used, or such a parameter for some of them.
-    """
-
-    name: str
-    type: str
-    parts: tuple[str, ...] = ()
-    also: tuple[str, ...] = ()
-    optional: bool = False
-    default: Literal["related", "explicit", "none"] = "related"
-    many: bool = False
-    copies: bool = False
-    subtracted: bool = False
-    whole: bool = False
-    unless: str | None = None
-    also_if: str | Mapping[str, str] | None = None
-
-
-@dataclass(frozen=True)
-class Output:
-    """A product that a stage gives.
-
-    ``on``: port whose product it extends or takes from (None: it is new, for particles: they are born here). ``subset``: some of the
-    particles or exposures of ``on``. ``partition``: all of them, in classes: a step after it must say which. ``copies``: "expand" or
-    "contract". ``frame``: "same" (as port ``map``, else as the poses), "new", "unknown", "flipped", "to" (that of port ``to``), or
-    "as:STEP". ``drops``: parts that no longer hold.
-    """
-
-    name: str
-    type: str
-    parts: tuple[str, ...] = ()
-    on: str | None = None
-    subset: bool = False
-    partition: bool = False
-    births: bool = False
-    copies: Literal["", "expand", "contract"] = ""
-    subtracted: bool = False
-    frame: str = ""
-    drops: tuple[str, ...] = ()
-
-
-Outputs = Callable[[Any], tuple[Output, ...]]
-Check = Callable[[Any, dict[str, list[Product]]], Iterator[str]]
-
-
-def port(spec: str, **options: Any) -> Port:
-    """A port from its short form: ``name:type[part, part?]``; the name may be left out where it is the type's.
-
-    After the name ``?`` means optional, ``*`` a list, ``!`` only by ``from``; after a part ``?`` means used where it is there.
-    """
-    name, _, rest = spec.replace(" ", "").partition(":") if ":" in spec else (spec.replace(" ", "").partition("[")[0], "", "")
-    rest = rest or spec.replace(" ", "")
-    kind, _, inner = rest.partition("[")
-    flags = {c for c in name if c in "?*!"}
-    name, kind = name.rstrip("?*!"), kind.rstrip("?*!")
-    named = [p for p in inner.rstrip("]").split(",") if p]
-    unknown = [p for p in named if p.rstrip("?") not in PARTS.get(kind, {})]
-    if unknown or kind not in PARTS:
-        raise ValueError(f"port {spec!r}: unknown type or parts {unknown or kind}")
-    optional = "?" in flags
-    default = "explicit" if flags & {"!", "*"} else "none" if optional and kind not in (*COLLECTIONS, "classes") else "related"
-    made = Port(
-        name,
-        kind,
-        tuple(p for p in named if p[-1] != "?"),
-        tuple(p[:-1] for p in named if p[-1] == "?"),
-        optional=optional,
-        default=default,  # type: ignore[arg-type]
-        many="*" in flags,
-    )
-    return replace(made, **options)
-
-
-def _derived_ports(needs: Sequence[str], optional: Sequence[str]) -> tuple[Port, ...]:
-    """One port per type of product that the variables belong to."""
-    parts: dict[str, dict[str, bool]] = {}
-    for name in (*needs, *optional):
-        place = part_of(name)
-        if place is not None and name != "gain":
-            product, part = place
-            parts.setdefault(product, {})
-            parts[product][part] = parts[product].get(part, False) or name in needs
-    return tuple(
-        Port(
-            product,
-            product,
-            tuple(p for p, needed in found.items() if needed),
-            tuple(p for p, needed in found.items() if not needed),
-            optional=not any(found.values()),
-        )
-        for product, found in sorted(parts.items(), key=lambda item: list(PARTS).index(item[0]))
-    )
-
-
-def _derived_outputs(gives: Sequence[str], ports: Sequence[Port]) -> tuple[Output, ...]:
-    """One output per type of product: collections extend what the stage takes; particles without a port for them are born."""
-    parts: dict[str, dict[str, None]] = {}
-    for name in gives:
-        place = part_of(name)
-        if place is not None:
-            parts.setdefault(place[0], {})[place[1]] = None
-    taken = {p.type: p.name for p in ports}
-    out = []
-    for product, found in sorted(parts.items(), key=lambda item: list(PARTS).index(item[0])):
-        on = taken.get(product) if product in COLLECTIONS else None
-        births = product == "particles" and on is None
-        frame = "same" if product in ("map", "mask") or "pose" in found else ""
-        out.append(Output(product, product, tuple(found), on=on, births=births, frame=frame))
-    return tuple(out)
 
 
 State = dict[str, Any]
@@ -380,75 +293,9 @@ class Stage:
 
     def __call__(self, dataset: xr.Dataset, **params: Any) -> xr.Dataset:
         """Apply the stage lazily to a Dataset: same functions, same bits as the runner (map stages only)."""
-        return _apply_lazily(self, dataset, self.params(**params))
+        from cryodask.lazy import apply_lazily
 
-
-def _apply_lazily(made: Stage, dataset: xr.Dataset, params: Params) -> xr.Dataset:
-    import xarray as xr
-
-    if made.shape != "map":
-        raise TypeError(f"{made.name} is a {made.shape} stage: it has no lazy face; run it with cryodask.run_project()")
-    names = [n for n in (*made.needs, *made.optional) if n in dataset]
-    missing = [n for n in made.needs if n not in dataset]
-    if missing:
-        raise KeyError(f"{made.name} needs {', '.join(missing)}, which the Dataset lacks; project.joined() has what earlier stages gave")
-    own = {d: n for name in names for d, n in zip(VARIABLES[name].dims, dataset[name].shape[-len(VARIABLES[name].dims) :])}
-    sizes = {**own, **made.sizes(params, own)}
-    outs = made.gives_variables()
-    # probing one item settles what the definition leaves open: lengths, and the type of what is stored as it comes
-    dtypes = {v.name: v.dtype for v in outs}
-    if "input" in dtypes.values() or any(d not in sizes for v in outs for d in v.dims):
-        first = dataset[names].isel(micrograph=0) if "micrograph" in dataset.dims else dataset[names]
-        given = made.process(params, **{n: _plain(first[n].values) for n in names})
-        sizes |= {d: SLOTS if d == "slot" else k for v in outs for d, k in zip(v.dims, np.shape(given[v.name]))}
-        dtypes |= {name: given[name].dtype.str for name, dtype in dtypes.items() if dtype == "input"}
-
-    def one(*arrays: Any) -> tuple[np.ndarray, ...]:
-        given = made.process(params, **dict(zip(names, map(_plain, arrays))))
-        return tuple(_filled(v, np.asarray(given[v.name], dtypes[v.name]), tuple(sizes[d] for d in v.dims)) for v in outs)
-
-    inputs = []
-    for name in names:
-        core = {d: -1 for d in dataset[name].dims if d != "micrograph"}
-        array = dataset[name]
-        inputs.append(array.chunk({**core, **({"micrograph": 1} if "micrograph" in array.dims else {})}))
-    # the core dimensions of the outputs get names of their own, so that a stage may change the size of y and x
-    results = xr.apply_ufunc(
-        one,
-        *inputs,
-        input_core_dims=[[d for d in dataset[n].dims if d != "micrograph"] for n in names],
-        output_core_dims=[[f"_{d}" for d in v.dims] for v in outs],
-        output_dtypes=[np.dtype(dtypes[v.name]) for v in outs],
-        dask="parallelized",
-        vectorize=True,
-        dask_gufunc_kwargs={"output_sizes": {f"_{d}": sizes[d] for v in outs for d in v.dims}},
-    )
-    results = results if isinstance(results, tuple) else (results,)
-    return xr.Dataset(
-        {v.name: r.rename({f"_{d}": d for d in v.dims}).assign_attrs(units=v.units, long_name=v.doc) for v, r in zip(outs, results)},
-        attrs={"stage": made.name, "version": made.version, "params": params.model_dump_json()},
-    )
-
-
-def _plain(value: Any) -> Any:
-    """Numbers and text of a Dataset as Python's own; arrays as kernels may have them, for torch refuses read-only ones."""
-    array = np.asarray(value)
-    return array.item() if array.ndim == 0 else np.require(array, requirements="W")
-
-
-def _filled(var: Var, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A ragged output brought to the length of its dimension: NaN, or -1 for integers."""
-    if array.shape == shape:
-        return array
-    if var.dims[:1] != ("slot",) or array.shape[1:] != shape[1:]:
-        raise MicrographError(
-            f"{var.name} has shape {array.shape} here and {shape} for the first micrograph.",
-            "movies of different cameras, binnings or frame numbers in one Dataset",
-            "choose those of one kind",
-        )
-    out = np.full(shape, np.nan if array.dtype.kind == "f" else -1, array.dtype)
-    out[tuple(slice(0, n) for n in array.shape)] = array
-    return out
+        return apply_lazily(self, dataset, self.params(**params))
 
 
 STAGES: dict[str, Stage] = {}
@@ -521,9 +368,9 @@ def stage(
             target,
             inspect.getdoc(target) or "",
         )
-        made.ports = _derived_ports(needs, optional) if ports is None else tuple(port(p) if isinstance(p, str) else p for p in ports)
+        made.ports = derived_ports(needs, optional) if ports is None else tuple(port(p) if isinstance(p, str) else p for p in ports)
         if outputs is None:
-            derived = _derived_outputs(gives, made.ports)
+            derived = derived_outputs(gives, made.ports)
             made.outputs = lambda params: derived
         elif callable(outputs):
             made.outputs = outputs

@@ -185,6 +185,9 @@ register(
         ),
         Var("particle_y", ("slot",), "f4", "pixel", "row of the box's centre in the micrograph"),
         Var("particle_x", ("slot",), "f4", "pixel", "column of the box's centre in the micrograph"),
+        Var("image_giver", ("particle",), "i2", "1", "which of several extractions holds the image"),
+        Var("image_row", ("particle",), "i8", "1", "row of the exposure in whose shard the image lies"),
+        Var("image_slot", ("particle",), "i4", "1", "its place in that shard"),
         Var("particle_count", (), "i8", "1", "particles extracted"),
         Var("particle_pixel_size_angstrom", (), "f8", "angstrom", "pixel size of the particle images"),
     ],
@@ -242,6 +245,8 @@ register(
 )
 register(
     [
+        Var("exposure_row", ("exposure",), "i8", "1", "rows of the exposures that a selection keeps"),
+        Var("dropped_row", ("dropped",), "i8", "1", "rows of the exposures that it leaves out"),
         Var("left_out_id", ("left_out",), "i8", "1", "particles of an exposure that were left out"),
         Var("left_out_reason", ("left_out",), "i1", "1", "why: number of the reason in the stage's list"),
         Var("dropped_id", ("dropped",), "i8", "1", "particles of the input that the step left out"),

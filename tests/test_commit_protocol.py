@@ -16,8 +16,9 @@ import pytest
 from cryodask.store.generation import Generation
 from cryodask.store.journal import Journal
 from cryodask.store.lines import checked_line
-from cryodask.store.project import Project
+from cryodask.store.project import Arrival, Project
 from cryodask.store.shards import file_crc, write_shard
+from cryodask.store.state import StepState
 from cryodask.testing.crash import crash
 
 GIVES = ("micrograph_sum", "micrograph_dw", "total_motion")
@@ -31,14 +32,18 @@ def values(value: float) -> dict:
     return {"micrograph_sum": image(value), "micrograph_dw": image(value + 0.5), "total_motion": value}
 
 
+def arrivals(count: int = 3) -> list[Arrival]:
+    return [Arrival(f"m{row}", f"content {row}", {"size": row}) for row in range(count)]
+
+
 def made(folder: Path, count: int = 3) -> Project:
     """A project of one stage whose values are those of the row."""
     project = Project.create(folder / "p", "p")
-    project.add_items((f"m{row}", {"size": row}) for row in range(count))
+    project.update_exposures(arrivals(count), complete=True)
     path = project.path / "stages" / "motion" / "key"
-    meta = {"label": "motion", "stage": "motion", "version": 1, "params": {}, "upstream": {}}
+    meta = {"stage": "motion", "version": 1, "params": {}, "recipes": {"": "recipe"}, "inputs": {}}
     Generation.create(path, meta=meta, gives=GIVES, per_item=True, sizes={"y": 6, "x": 8}, dtypes={})
-    project.state |= {"generations": {"motion": "key"}, "order": ["motion"]}
+    project.state.adopt("motion", StepState(stage="motion", key="key"))
     project.save()
     generation = project.generation("motion")
     for row in range(count):
@@ -74,7 +79,7 @@ def mended(project: Project) -> list[str]:
     opened = Project(project.path)
     with opened.lock():
         taken = opened.repair()
-    items = opened.add_items((f"m{row}", {"size": row}) for row in range(3))
+    items = opened.update_exposures(arrivals(), complete=False).items
     generation = opened.generation("motion")
     there = generation.committed()
     for item in items:
@@ -305,7 +310,7 @@ def test_a_damaged_registry_line_costs_nothing_after_the_next_run(tmp_path):
         assert len(found) == 1
         assert f"the line of row {0 if at > 0 else 2} is damaged" in found[0]
         again = Project(project.path)
-        new = again.add_items([("new", {"size": 9})])
+        new = again.update_exposures([Arrival("new", "new content", {"size": 9})], complete=False).items
         assert new[0].row == 3  # never the row of another micrograph
         assert mended(project) == []
         assert [item.name for item in Project(project.path).items()] == ["m0", "m1", "m2", "new"]
@@ -343,16 +348,34 @@ def test_what_is_taken_back_leaves_the_compaction_as_well(tmp_path):
 # --- inputs that change and go ------------------------------------------------------------------------------------------------
 
 
-def test_results_of_a_removed_input_are_hidden_and_come_back_with_it(tmp_path):
+def test_results_of_a_removed_input_stay_and_one_without_results_is_hidden(tmp_path):
     project = made(tmp_path)
     project.generation("motion").commit_failure(2, "m2", "OSError", "gone", 1, revision=1)
     assert [f["name"] for f in project.failures()] == ["m2"]
-    assert [item.name for item in project.keep_items(["m0"])] == ["m1", "m2"]
+    project.update_exposures(arrivals(1), complete=True)
+    assert shown(project) == {"m0": 0.0, "m1": 1.0}
+    assert [(item.name, item.there) for item in project.items()] == [("m0", True), ("m1", False)]
+    assert Project(project.path).failures() == []
+    assert "2/2" in repr(Project(project.path))
+    back = project.update_exposures(arrivals(), complete=True).items
+    assert [(item.row, item.revision, item.there) for item in back] == [(0, 0, True), (1, 0, True), (2, 0, True)]
+    assert [f["name"] for f in project.failures()] == ["m2"]
+    assert shown(project) == {"m0": 0.0, "m1": 1.0}
+    assert project.verify() == []
+
+
+def test_results_of_a_forgotten_input_are_hidden_and_come_back_with_it(tmp_path):
+    project = made(tmp_path)
+    project.generation("motion").commit_failure(2, "m2", "OSError", "gone", 1, revision=1)
+    assert [f["name"] for f in project.failures()] == ["m2"]
+    assert [item.name for item in project.forget_exposures(["m1", "m2"])] == ["m1", "m2"]
     assert shown(project) == {"m0": 0.0}
     assert Project(project.path).failures() == []
     assert "1/1" in repr(Project(project.path))
     assert sorted(Project(project.path).joined()["micrograph"].values) == ["m0"]
-    back = project.add_items([("m1", {"size": 1})])
+    project.update_exposures(arrivals(), complete=True)
+    assert shown(project) == {"m0": 0.0}
+    back = project.forget_exposures(["m1"], undo=True)
     assert (back[0].row, back[0].revision) == (1, 0)
     assert shown(project) == {"m0": 0.0, "m1": 1.0}
     assert project.verify() == []
@@ -363,7 +386,7 @@ def test_a_result_of_an_earlier_input_is_not_shown_until_it_is_made_again(tmp_pa
     generation = project.generation("motion")
     old = project.items()[1]
     generation.commit(1, "m1", values(1.0), revision=0, attempt=2, input=old.fingerprint)
-    new = project.add_items([("m1", {"size": 77})])[0]
+    new = project.update_exposures([Arrival("m1", old.content, {"defocus_u_angstrom": 77})], complete=False).items[0]
     assert (new.row, new.revision) == (1, 1)
     assert sorted(shown(project)) == ["m0", "m2"]
     generation.commit(1, "m1", values(5.0), revision=1, attempt=1, input=new.fingerprint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,12 +17,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from cryodask.store.generation import Generation
-from cryodask.store.project import Project
+from cryodask.store.project import Arrival, Item, Project
 from cryodask.store.shards import file_crc
+from cryodask.store.state import StepState
 from cryodask.testing.crash import crash
 
-ROWS = 6
-rows = st.lists(st.integers(0, ROWS - 1), min_size=1, max_size=3, unique=True)
+NAMES = [f"m{number}" for number in range(6)]
+names = st.lists(st.sampled_from(NAMES), min_size=1, max_size=3, unique=True)
 
 
 def moments(calls: int) -> st.SearchStrategy[int | None]:
@@ -39,7 +41,10 @@ def image(number: float) -> np.ndarray:
 
 
 class Store(RuleBasedStateMachine):
-    """``acknowledged``: row -> revision whose commit returned. ``begun``: row -> revisions whose commit was killed on its way."""
+    """``acknowledged``: row -> revision whose commit returned. ``begun``: row -> revisions whose commit was killed on its way.
+
+    ``row_of`` says which row has a name now, ``contents`` what the bytes of each row are, ``present`` which rows are shown.
+    """
 
     kills: ClassVar[int] = 0
     works: ClassVar[int] = 0
@@ -48,18 +53,20 @@ class Store(RuleBasedStateMachine):
     def make(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="crash-machine-"))
         project = Project.create(self.folder / "p", "p")
-        meta = {"label": "motion", "stage": "motion", "version": 1, "params": {}, "upstream": {}}
+        meta = {"stage": "motion", "version": 1, "params": {}, "recipes": {"": "recipe"}, "inputs": {}}
         path = project.path / "stages" / "motion" / "key"
         gives = ("micrograph_sum", "total_motion", "pick_y")
         Generation.create(path, meta=meta, gives=gives, per_item=True, sizes={"y": 6, "x": 8}, dtypes={})
-        project.state |= {"generations": {"motion": "key"}, "order": ["motion"]}
+        project.state.adopt("motion", StepState(stage="motion", key="key"))
         project.save()
-        project.add_items((f"m{row}", {"version": 0}) for row in range(ROWS))
-        self.inputs = dict.fromkeys(range(ROWS), 0)
-        self.present = set(range(ROWS))
+        project.update_exposures((Arrival(name, f"first {name}", {"version": 0}) for name in NAMES), complete=True)
+        self.row_of = {name: row for row, name in enumerate(NAMES)}
+        self.contents = {row: f"first {name}" for row, name in enumerate(NAMES)}
+        self.inputs = dict.fromkeys(self.contents, 0)
+        self.present = set(self.contents)
         self.acknowledged: dict[int, int] = {}
-        self.begun: dict[int, set[int]] = {row: set() for row in range(ROWS)}
-        self.failed: dict[int, set[int]] = {row: set() for row in range(ROWS)}
+        self.begun: dict[int, set[int]] = {row: set() for row in self.contents}
+        self.failed: dict[int, set[int]] = {row: set() for row in self.contents}
         self.damaged: set[int] = set()
         self.attempt = 0
 
@@ -75,16 +82,31 @@ class Store(RuleBasedStateMachine):
         self.died = outcome.killed
         return outcome.done
 
-    def _item(self, row: int) -> Any:
-        known = Project(self.folder / "p")._registry
-        known.present()
-        return known._items[row]
+    def _items(self) -> dict[int, Item]:
+        """Every exposure ever registered, by row."""
+        return Project(self.folder / "p")._registry.all()
+
+    def _shown(self) -> set[int]:
+        return {item.row for item in Project(self.folder / "p").items()}
+
+    def _forgotten(self, row: int) -> bool:
+        registry = Project(self.folder / "p")._registry
+        registry.present()
+        return registry._rows.entries[row].forgotten
+
+    def _named(self, some: list[str]) -> list[Item]:
+        items = self._items()
+        return [items[self.row_of[name]] for name in some]
+
+    def _arrivals(self, some: list[str]) -> list[Arrival]:
+        rows = [self.row_of[name] for name in some]
+        return [Arrival(name, self.contents[row], {"version": self.inputs[row]}) for name, row in zip(some, rows)]
 
     # --- what is done to it -----------------------------------------------------------------------------------------------------
-    @rule(some=rows, before=moments(24), split=st.booleans())
+    @rule(some=names, before=moments(24), split=st.booleans())
     def commit(self, some, before, split):
         """A worker commits items, the first time or again."""
-        items = [self._item(row) for row in some]
+        items = self._named(some)
         self.attempt += 1
         attempt = self.attempt
 
@@ -113,10 +135,10 @@ class Store(RuleBasedStateMachine):
         path = generation.shard_path("micrograph_sum", row, 2)
         return path.exists() and file_crc(path) == generation.committed()[row]["shards"]["micrograph_sum"]
 
-    @rule(some=rows, before=moments(7), split=st.booleans())
+    @rule(some=names, before=moments(7), split=st.booleans())
     def quarantine(self, some, before, split):
         """The driver records failures."""
-        items = [self._item(row) for row in some]
+        items = self._named(some)
         self.attempt += 1
         attempt = self.attempt
 
@@ -130,43 +152,84 @@ class Store(RuleBasedStateMachine):
         for item in items:
             self.failed[item.row].add(item.revision)
 
-    @rule(some=rows, before=moments(4), split=st.booleans())
+    @rule(some=names, before=moments(4), split=st.booleans())
     def change_inputs(self, some, before, split):
-        """Movies are replaced by others, or come back."""
-        wanted = {row: self.inputs[row] + 1 for row in some}
+        """A STAR file says other values of exposures."""
+        wanted = [Arrival(a.name, a.content, {"version": a.inputs["version"] + 1}) for a in self._arrivals(some)]
         self._register(wanted, before, split)
 
-    @rule(some=rows, before=moments(3), split=st.booleans())
+    @rule(some=names, before=moments(4), split=st.booleans())
     def bring_back(self, some, before, split):
-        """Movies that went come back as they were."""
-        self._register({row: self.inputs[row] for row in some}, before, split)
+        """Movies that went come back as they were, or are taken in again."""
+        self._register(self._arrivals(some), before, split, remember=True)
 
-    def _register(self, wanted, before, split):
-        old = {row: self._item(row) for row in range(ROWS)}
+    def _register(self, wanted, before, split, *, remember=False):
+        rows = {a.name: self.row_of[a.name] for a in wanted}
+        old, out = self._items(), {row for row in rows.values() if self._forgotten(row)}
 
         def work(project):
-            yield [(i.row, i.revision) for i in project.add_items((f"m{row}", {"version": v}) for row, v in wanted.items())]
+            project.update_exposures(wanted, complete=False)
+            if remember:
+                project.forget_exposures(rows, undo=True)
+            yield [(item.row, item.revision) for item in project.items() if item.row in rows.values()]
 
         done = self._run(work, before, split)
-        shown = {item.row for item in Project(self.folder / "p").items()}
-        for row, version in wanted.items():
-            item = self._item(row)
+        shown = self._shown()
+        for arrival in wanted:
+            row, version = rows[arrival.name], arrival.inputs["version"]
+            item = self._items()[row]
             changed = old[row].inputs["version"] != version
             new = (version, old[row].revision + changed)
             allowed = [new] if done else [new, (old[row].inputs["version"], old[row].revision)]
             assert (item.inputs["version"], item.revision) in allowed
-            assert row in shown or not done
+            assert item.content == arrival.content
+            assert row in shown or not done or (row in out and not remember)
+            assert row not in shown or row not in out or remember
             self.inputs[row] = item.inputs["version"]
-        self.present = (self.present - set(wanted)) | (shown & (self.present | set(wanted)))
+        assert shown - set(rows.values()) == self.present - set(rows.values())
+        self.present = (self.present - set(rows.values())) | (shown & set(rows.values()))
 
-    @rule(some=rows, before=moments(3), split=st.booleans())
+    @rule(some=names, before=moments(4), split=st.booleans())
+    def collect_again(self, some, before, split):
+        """Movies are written again under their names: they are other exposures, with rows of their own."""
+        fresh = [Arrival(name, f"{len(self.contents)} {name}", {"version": 0}) for name in some]
+        known = set(self._items())
+        done = self._run(lambda project: iter([project.update_exposures(fresh, complete=False).items]), before, split)
+        found = {item.content: item for item in self._items().values()}
+        for arrival in fresh:
+            item = found.get(arrival.content)
+            if item is None:
+                assert self.died
+                assert not done
+                continue
+            assert item.row not in known
+            assert (item.name, item.revision) == (arrival.name, 0)
+            self.present = self.present - {self.row_of[item.name]} | {item.row}
+            self.row_of[item.name] = item.row
+            self.contents[item.row], self.inputs[item.row] = item.content, 0
+            self.begun[item.row], self.failed[item.row] = set(), set()
+        assert set(self._items()) == set(self.contents)
+
+    @rule(some=names, before=moments(3), split=st.booleans())
     def remove(self, some, before, split):
-        """Movies vanish from the folder that is watched."""
-        kept = sorted(self.present - set(some))
-        done = self._run(lambda project: iter([project.keep_items(f"m{row}" for row in kept)]), before, split)
-        shown = {item.row for item in Project(self.folder / "p").items()}
-        assert set(kept) <= shown <= self.present
-        assert not done or shown == set(kept)
+        """Movies vanish from the folder: results that there are stay."""
+        kept = [name for name, row in sorted(self.row_of.items()) if row in self.present and name not in some]
+        stay = {self.row_of[name] for name in kept} | (self.present & set(self._generation().committed()))
+        listing = self._arrivals(kept)
+        done = self._run(lambda project: iter([project.update_exposures(listing, complete=True)]), before, split)
+        shown = self._shown()
+        assert stay <= shown <= self.present
+        assert not done or shown == stay
+        self.present = shown
+
+    @rule(some=names, before=moments(3), split=st.booleans())
+    def forget(self, some, before, split):
+        """Exposures are taken out on purpose, whatever results they have."""
+        rows = {self.row_of[name] for name in some}
+        done = self._run(lambda project: iter([project.forget_exposures(some)]), before, split)
+        shown = self._shown()
+        assert self.present - rows <= shown <= self.present
+        assert not done or shown == self.present - rows
         self.present = shown
 
     @rule(before=moments(5), split=st.booleans())
@@ -177,20 +240,22 @@ class Store(RuleBasedStateMachine):
     @rule(before=st.integers(1, 8), split=st.booleans())
     def save(self, before, split):
         """The driver writes what it does next."""
-        old = Project(self.folder / "p").state.get("runs", 0)
+        old = Project(self.folder / "p").state.runs
 
         def work(project):
-            project.state["runs"] = old + 1
+            project.state.runs = old + 1
             project.save()
             yield old + 1
 
         done = self._run(work, before, split)
-        assert Project(self.folder / "p").state.get("runs", 0) in (done or [old, old + 1])
+        assert Project(self.folder / "p").state.runs in (done or [old, old + 1])
 
-    @rule(row=st.integers(0, ROWS - 1), how=st.sampled_from(["flip", "truncate", "remove"]))
-    def damage(self, row, how):
+    @precondition(lambda self: self.acknowledged)
+    @rule(place=st.integers(0, 99), how=st.sampled_from(["flip", "truncate", "remove"]))
+    def damage(self, place, how):
         """The disk loses bytes of a committed shard."""
-        if self.acknowledged.get(row) is None or row in self.damaged:
+        row = sorted(self.acknowledged)[place % len(self.acknowledged)]
+        if row in self.damaged:
             return
         path = self._generation().shard_path("micrograph_sum", row, 2)
         raw = path.read_bytes()
@@ -257,7 +322,7 @@ class Store(RuleBasedStateMachine):
     def verify_finds_exactly_the_damage_that_was_done(self):
         if not hasattr(self, "folder"):
             return
-        found = {int(p.split(" of m")[1][0]) if " of m" in p else int(p.split("though m")[1][0]) for p in self._problems()}
+        found = {int(re.search(r"/micrograph_sum/c/(\d+)/", problem)[1]) for problem in self._problems()}
         assert self.damaged <= found
         # a commit of a changed input that died after its rename: the old result is hidden by then, and made again
         assert all(row in self.damaged or self.begun[row] for row in found)

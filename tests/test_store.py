@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from cryodask.errors import DiskFullError, LockedError, MicrographError, StoreError
 from cryodask.store.generation import Generation, disk_errors, generation_key
 from cryodask.store.journal import Journal, content_crc, decode_value, encode_value
-from cryodask.store.project import Project
+from cryodask.store.project import Arrival, Project
 from cryodask.store.shards import Layout, ShardReader, file_crc, write_shard
 
 
@@ -109,7 +109,7 @@ def test_a_pickled_journal_never_carries_an_open_file(tmp_path):
 def _generation(path: Path, sizes=(6, 8)) -> Generation:
     return Generation.create(
         path,
-        meta={"label": "motion", "stage": "motion", "version": 1, "params": {}, "upstream": {}},
+        meta={"stage": "motion", "version": 1, "params": {}, "recipes": {"": "recipe"}, "inputs": {}},
         gives=("micrograph_sum", "total_motion"),
         per_item=True,
         sizes={"y": sizes[0], "x": sizes[1]},
@@ -188,12 +188,14 @@ def test_a_really_full_device_stops_the_journal(tmp_path):
 
 def test_registry_keeps_rows_for_ever_and_survives_a_torn_line(tmp_path):
     project = Project.create(tmp_path / "p", "p")
-    assert [i.row for i in project.add_items([("a", {"size": 1}), ("b", {"size": 2})])] == [0, 1]
+    a, b, c = (Arrival(name, f"content of {name}", {"defocus_u_angstrom": n}) for name, n in (("a", 1), ("b", 2), ("c", 4)))
+    assert [i.row for i in project.update_exposures([a, b], complete=True).items] == [0, 1]
     with open(tmp_path / "p" / "items.jsonl", "ab") as file:
         file.write(b'{"row": 2, "na')
-    again = project.add_items([("b", {"size": 3}), ("c", {"size": 4})])
+    changed = Arrival("b", b.content, {"defocus_u_angstrom": 3})
+    again = project.update_exposures([changed, c], complete=False).items
     assert [(i.row, i.name) for i in again] == [(1, "b"), (2, "c")]
-    assert [(i.row, i.inputs["size"]) for i in project.items()] == [(0, 1), (1, 3), (2, 4)]
+    assert [(i.row, i.inputs["defocus_u_angstrom"]) for i in project.items()] == [(0, 1), (1, 3), (2, 4)]
 
 
 def test_a_second_driver_is_refused_and_a_dead_one_is_replaced(tmp_path):

@@ -13,6 +13,7 @@ from cryodask.errors import StoreError
 from cryodask.products import COLLECTIONS, part_of
 from cryodask.run import sources
 from cryodask.run.chain import Chain, Link
+from cryodask.run.inputs import exposure_rows
 from cryodask.run.keys import Keys, recipe_of
 from cryodask.run.recipe import Plan, Step
 from cryodask.run.refs import INPUTS, PARTICLES, Refer, parts_used, variable_sources
@@ -104,8 +105,10 @@ class ChainMaker:
         exposures = exposures or next((p for s in steps for p in s.inputs.get("exposures", ())), None)
         if exposures is None:
             return items
-        several = len({str(i.inputs.get("source", "")) for i in items}) > 1
-        return [i for i in items if not several or str(i.inputs.get("source", "")) in exposures.sources]
+        taken = next((p for s in steps for p in s.inputs.get("exposures", ())), None)
+        ref = Refer(self.plan, self.project.state).product(taken or exposures)
+        rows = set(exposure_rows(self.project, ref, exposures.sources).tolist())
+        return [i for i in items if i.row in rows]
 
     # --- links ----------------------------------------------------------------------------------------------------------------
     def _link(self, step: Step, here: set[str], sizes: dict[str, dict[str, int]]) -> Link:

@@ -23,7 +23,7 @@ from cryodask.run.map import PREFIX, MapRunner
 from cryodask.run.progress import Progress, short, summary
 from cryodask.run.recipe import Plan, Step, position
 from cryodask.run.refs import Refer
-from cryodask.run.results import freeze, frozen_ids, settle_result
+from cryodask.run.results import freeze, frozen_ids, image_givers, run_set, settle_result, stored_variables
 from cryodask.run.watch import Arrivals, Until
 from cryodask.run.whole import loaded, run_tournament, run_whole
 from cryodask.store.files import disk_errors, write_atomically
@@ -210,13 +210,13 @@ class Execution:
         """A step over a set; an unfinished one whose set has grown meanwhile is finished first."""
         inputs = step_inputs(self.plan, self.project, step)
         version = self._version(step, inputs)
-        key = self.keys.of_set(step, version, inputs.ids, inputs.rows)
+        key = self.keys.of_set(version, inputs)
         frame = self.keys.frame_of_set(step, version)
         old = frozen_ids(self.project, step, frame, key)
         if old is not None and inputs.ids is not None:
             before, ids = old
             self.progress.say(f"{step.label}: goes on with the {len(ids)} particles with which it was started; the larger set comes after")
-            self._compute_single(step, StepInputs(step, ids, inputs.left_out[:0], inputs.ref), before, frame, version)
+            self._compute_single(step, inputs.only(ids), before, frame, version)
         self._compute_single(step, inputs, key, frame, version)
 
     def _version(self, step: Step, inputs: StepInputs) -> int:
@@ -227,7 +227,7 @@ class Execution:
         generation = self.project.generation_at(current.place)
         version = int(generation.meta["version"])
         older = version != step.stage.version and bool(generation.committed())
-        unchanged = older and self.keys.of_set(step, version, inputs.ids, inputs.rows) == current.key
+        unchanged = older and self.keys.of_set(version, inputs) == current.key
         return version if unchanged else step.stage.version
 
     def _compute_single(self, step: Step, inputs: StepInputs, key: str, frame: str, version: int) -> None:
@@ -239,8 +239,9 @@ class Execution:
             "recipe": frame,
             "inputs": {name: [p.ref for p in products] for name, products in step.inputs.items()},
             "reasons": {**SHARED_REASONS, **step.stage.reasons},
+            "image_givers": image_givers(self.plan, self.project, step),
         }
-        gives = (*step.stage.gives, *(("particle_id", "dropped_id", "removal_reason") if "particles" in _given(step) else ()))
+        gives = stored_variables(step)
         generation = Generation.create(path, meta=meta, gives=gives, per_item=False, sizes={}, dtypes={})
         self._adopt(step, key)
         self._take_back_what_changed(step)
@@ -260,6 +261,8 @@ class Execution:
 
     def _compute(self, step: Step, inputs: StepInputs, generation: Generation) -> dict[str, Any]:
         stage = step.stage
+        if stage.shape == "set":
+            return run_set(self.plan, self.project, inputs, generation)
         values = whole_values(self.plan, self.project, inputs)
         if stage.shape == "blocks":
 
@@ -281,11 +284,6 @@ class Execution:
             particles = particle_set(self.project, inputs)
             return run_tournament(self.client, stage.functions, step.params, particles, self.progress.advance, self.progress.say)
         return run_whole(self.client, stage.name, step.params, values, self.progress.say)
-
-
-def _given(step: Step) -> set[str]:
-    """Types of the products that a step gives."""
-    return {kind for _, kind in step.outputs}
 
 
 def check_inputs(plan: Plan, *, force: bool = False, watch: bool = False) -> None:

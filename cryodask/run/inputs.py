@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,13 @@ from cryodask.run.particles import StoredParticles
 from cryodask.run.recipe import Plan, Step
 from cryodask.run.refs import Refer, parts_used
 from cryodask.run.whole import Stored
-from cryodask.stage import ParticleSet
-from cryodask.store.identity import row_of
+from cryodask.stage import ExposureView, ParticleSet, SetView
+from cryodask.store.identity import aligned, row_of
 from cryodask.store.particles import image_places, particle_columns
 from cryodask.store.project import Project
 from cryodask.store.sets import place_of_row
 from cryodask.store.state import ProductRef
+from cryodask.vocabulary import VARIABLES
 
 EXPOSURE_LACKS = 101
 """``removal_reason`` of particles whose exposure is not among the exposures of the step, or lacks what the step needs."""
@@ -27,46 +29,78 @@ SHARED_REASONS = {EXPOSURE_LACKS: "its exposure is missing, or lacks what the st
 
 @dataclass(frozen=True)
 class StepInputs:
-    """Inputs of a step. ``ids``: the particles that it works on (None: it takes none); ``left_out`` those that it cannot use.
+    """Inputs of a step over sets.
 
-    ``ref`` refers to the set with the exposures that the step takes; ``values`` are the other variables that the stage needs.
+    ``sets``: for each port that takes particles the sets, as references and sorted ids. ``ids``: the particles of the main port that the
+    step works on (None: it takes none), ``left_out`` those that it cannot use, ``ref`` their reference with the exposures that the step
+    takes. ``rows``: exposures of these particles, or those that the step works on.
     """
 
     step: Step
+    sets: dict[str, list[tuple[ProductRef, np.ndarray]]]
     ids: np.ndarray | None
     left_out: np.ndarray
     ref: ProductRef | None
-    values: dict[str, Any] = field(default_factory=dict)
+    rows: np.ndarray
 
-    @property
-    def rows(self) -> np.ndarray:
-        """Rows of the exposures of the particles."""
-        return np.unique(row_of(self.ids)) if self.ids is not None else np.zeros(0, np.int64)
+    def only(self, ids: np.ndarray) -> StepInputs:
+        """The same with other particles."""
+        return replace(self, ids=ids, left_out=self.left_out[:0], rows=np.unique(row_of(ids)))
 
 
 def step_inputs(plan: Plan, project: Project, step: Step) -> StepInputs:
     """Which particles a step works on now: of its set those whose exposure has what the step needs."""
     refer = Refer(plan, project.state)
-    particles = step.inputs.get("particles", ())
-    if not particles or (step.stage.port("particles") or step.stage.ports[0]).many:
-        return StepInputs(step, None, np.zeros(0, np.int64), None)
-    ref = refer.product(particles[0])
+    sets: dict[str, list[tuple[ProductRef, np.ndarray]]] = {}
+    for port in step.stage.ports:
+        if port.type == "particles":
+            refs = [refer.product(p) for p in step.inputs.get(port.name, ())]
+            sets[port.name] = [(ref, project.sets.ids(ref)) for ref in refs]
     exposures = step.inputs.get("exposures", ())
+    nobody = np.zeros(0, np.int64)
+    main = step.stage.port("particles")
+    if main is None or main.many or not sets.get("particles"):
+        rows = exposure_rows(project, refer.product(exposures[0]), exposures[0].sources) if exposures else nobody
+        return StepInputs(step, sets, None, nobody, None, rows)
+    ref, ids = sets["particles"][0]
     if exposures:
-        ref = ref.model_copy(update={"exposures": refer.product(exposures[0]).parts})
-    ids = project.sets.ids(ref)
-    usable = np.isin(row_of(ids), [item.row for item in project.items()])
-    port = step.stage.port("exposures")
-    for part in parts_used(step, port) if port is not None and exposures else ():
-        if part in port.parts:  # type: ignore[union-attr]
-            usable &= _has(project, ref, part, row_of(ids))
-    return StepInputs(step, ids[usable], ids[~usable], ref)
+        taken = refer.product(exposures[0])
+        ref = ref.model_copy(update={"exposures": taken.parts, "exposure_ids": taken.ids})
+    usable = np.isin(row_of(ids), selected_rows(project, ref))
+    needed = step.stage.port("exposures")
+    for part in needed.parts if needed is not None and exposures else ():
+        usable &= _has(project, ref, part, row_of(ids))
+    return StepInputs(step, sets, ids[usable], ids[~usable], ref, np.unique(row_of(ids[usable])))
+
+
+def selected_rows(project: Project, ref: ProductRef) -> np.ndarray:
+    """Rows of the exposures behind a set that count: present, and kept by the last selection of exposures."""
+    rows = np.array([item.row for item in project.items()], np.int64)
+    return _kept_rows(project, ref.exposure_ids, rows)
+
+
+def exposure_rows(project: Project, ref: ProductRef, sources: frozenset[str]) -> np.ndarray:
+    """Rows of an exposures product: of its sources, and kept by the last selection."""
+    items = project.items()
+    several = len({str(i.inputs.get("source", "")) for i in items}) > 1
+    rows = np.array([i.row for i in items if not several or str(i.inputs.get("source", "")) in sources], np.int64)
+    return _kept_rows(project, ref.ids, rows)
+
+
+def _kept_rows(project: Project, place: str, rows: np.ndarray) -> np.ndarray:
+    if not place:
+        return rows
+    generation = project.generation_at(place)
+    record = generation.committed().get(0) if not generation.meta["per_item"] else None
+    if record is None or "exposure_row" not in {*record["shards"], *record["columns"]}:
+        return rows
+    return np.intersect1d(rows, np.asarray(generation.read(record, "exposure_row")))
 
 
 def _has(project: Project, ref: ProductRef, part: str, rows: np.ndarray) -> np.ndarray:
     """Mask of the rows whose exposure has a part."""
     place = ref.exposures.get(part)
-    if place is None:  # the particles have it themselves
+    if place is None or part in ref.parts:  # the particles have it themselves
         return np.ones(len(rows), bool)
     generation = project.generation_at(place)
     if not set(columns_of("exposures", part)) & set(generation.meta["gives"]):
@@ -138,3 +172,34 @@ def whole_values(plan: Plan, project: Project, inputs: StepInputs) -> dict[str, 
             else:
                 out |= project.sets.of_exposures(inputs.ref, row_of(inputs.ids), [name])
     return out
+
+
+# --- steps that work on sets alone ---------------------------------------------------------------------------------------------
+def set_views(plan: Plan, project: Project, inputs: StepInputs) -> dict[str, list[SetView | ExposureView]]:
+    """What a ``set`` stage is given, by port."""
+    out: dict[str, list[SetView | ExposureView]] = {}
+    for name, sets in inputs.sets.items():
+        views: list[SetView | ExposureView] = []
+        for product, (ref, ids) in zip(inputs.step.inputs.get(name, ()), sets):
+            views.append(SetView(product.ref, ids, tuple(ref.parts), _reader(project, ref, ids)))
+        out[name] = views
+    exposures = inputs.step.inputs.get("exposures", ())
+    if exposures and inputs.ids is None:
+        ref = Refer(plan, project.state).product(exposures[0])
+        names = {item.row: item.name for item in project.items()}
+        rows = inputs.rows
+
+        def read(variable: str) -> np.ndarray:
+            place = ref.parts.get(VARIABLES[variable].part.partition(".")[2])
+            known = project.sets.exposure_values(place, variable) if place is not None else None
+            return aligned(known[1].astype(np.float64), place_of_row(rows, known[0])) if known is not None else np.full(len(rows), np.nan)
+
+        out["exposures"] = [ExposureView(exposures[0].ref, rows, tuple(names[int(r)] for r in rows), read)]
+    return out
+
+
+def _reader(project: Project, ref: ProductRef, ids: np.ndarray) -> Callable[[Sequence[str] | None], dict[str, np.ndarray]]:
+    def read(parts: Sequence[str] | None) -> dict[str, np.ndarray]:
+        return project.sets.columns(ref, ids, parts)
+
+    return read

@@ -13,16 +13,19 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cryodask.products import COLLECTIONS
+from cryodask.run.inputs import StepInputs
 from cryodask.run.recipe import Plan, Step, marked_fields
-from cryodask.run.refs import INPUTS, Refer, parts_used, variable_sources
+from cryodask.run.refs import INPUTS, Refer, parts_used, united_parts, variable_sources
 from cryodask.stage import SourceFileMark
 from cryodask.store.generation import Generation, generation_key
+from cryodask.store.identity import row_of
 from cryodask.store.project import Project
 from cryodask.vocabulary import VARIABLES
 
@@ -138,16 +141,22 @@ class Keys:
         return {"stage": step.stage.name, "params": self.params(step), "upstream": upstream}
 
     # --- over a set -----------------------------------------------------------------------------------------------------------
-    def of_set(self, step: Step, version: int, ids: np.ndarray | None, rows: np.ndarray) -> str:
-        """Key of a step over a set of particles (or of exposures, or of neither)."""
-        upstream: dict[str, Any] = {"ids": ids_digest(ids) if ids is not None else None}
+    def of_set(self, version: int, inputs: StepInputs) -> str:
+        """Key of a step over sets of particles, over exposures, or over neither."""
+        step = inputs.step
+        upstream: dict[str, Any] = {"ids": ids_digest(inputs.ids if inputs.ids is not None else inputs.rows)}
         for port in step.stage.ports:
+            sets = inputs.sets.get(port.name, [])
+            used = united_parts(step) if port.many else parts_used(step, port)
             upstream[port.name] = [
-                {part: self._given(self._refer.place(product.parts[part]), part, port.type, rows) for part in parts_used(step, port)}
-                for product in step.inputs.get(port.name, ())
+                {part: self._given(self._refer.place(product.parts[part]), part, port.type, rows) for part in used}
+                for product, rows in zip(
+                    step.inputs.get(port.name, ()),
+                    [np.unique(row_of(ids)) for _, ids in sets] if port.type == "particles" else repeat(inputs.rows),
+                )
             ]
-            if port.many:
-                upstream[f"{port.name} ids"] = [self._refer.place(p.ids) for p in step.inputs.get(port.name, ()) if p.ids]
+            if port.type == "particles" and (port.many or port.name != "particles"):
+                upstream[f"{port.name} ids"] = [ids_digest(ids) for _, ids in sets]
         parts = {"stage": step.stage.name, "version": version, "params": self.params(step), "upstream": upstream}
         return generation_key({**parts, **self.again(step)})
 

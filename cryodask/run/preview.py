@@ -154,9 +154,9 @@ class _Looking:
         current = self.before.get(step.label)
         if current is not None and current.stage == step.stage.name and step.label not in self.update:
             made = int(self.project.generation_at(current.place).meta["version"])
-            if self.keys.of_set(step, made, inputs.ids, inputs.rows) == current.key:
+            if self.keys.of_set(made, inputs) == current.key:
                 version = made
-        key = self.keys.of_set(step, version, inputs.ids, inputs.rows)
+        key = self.keys.of_set(version, inputs)
         generation = Generation(self.project.path / "stages" / step.stage.name / key)
         count = len(inputs.ids) if inputs.ids is not None else None
         if not (generation.path / "zarr.json").exists():

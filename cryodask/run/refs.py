@@ -98,3 +98,9 @@ def variable_sources(plan: Plan, step: Step) -> dict[str, str]:
 
 def _has(step: Step, port: Port | None, part: str) -> bool:
     return port is not None and part in parts_used(step, port)
+
+
+def united_parts(step: Step) -> tuple[str, ...]:
+    """Parts that a union takes from several steps, so that they become its own."""
+    union = step.outputs.get(("particles", "particles"))
+    return tuple(part for part, ref in union.parts.items() if ref == union.ref) if union is not None else ()

@@ -7,13 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from cryodask.products import ORIGINS
-from cryodask.run.inputs import EXPOSURE_LACKS, StepInputs
-from cryodask.run.recipe import Step
+from cryodask.errors import InputError
+from cryodask.products import ORIGINS, columns_of
+from cryodask.run.inputs import EXPOSURE_LACKS, StepInputs, set_views
+from cryodask.run.recipe import Plan, Step
+from cryodask.run.refs import Refer, united_parts
+from cryodask.stage import SetView
 from cryodask.store.files import disk_errors, write_atomically
 from cryodask.store.generation import Generation
 from cryodask.store.history import generation_folders
+from cryodask.store.identity import place_of
 from cryodask.store.project import Project
+from cryodask.store.sets import CTF_COLUMNS
+from cryodask.vocabulary import VARIABLES
 
 _IDS = "ids.npy"
 
@@ -24,7 +30,7 @@ def settle_result(project: Project, step: Step, inputs: StepInputs, result: dict
     ``particle_id`` says whose values they are. A stage that selects gives ``particle_kept`` and ``removal_reason`` for all of its
     particles: those that it keeps are stored as the set, the others with their reasons.
     """
-    if inputs.ids is None or not any(kind == "particles" for _, kind in step.outputs):
+    if inputs.ids is None or step.stage.shape == "set" or not any(kind == "particles" for _, kind in step.outputs):
         return result
     out = {name: value for name, value in result.items() if name not in ("particle_kept", "removal_reason")}
     kept = np.asarray(result.get("particle_kept", np.ones(len(inputs.ids), bool)), bool)
@@ -46,6 +52,79 @@ def _placed(project: Project, inputs: StepInputs, result: dict[str, Any]) -> dic
         box = boxes.get(f"box_{name[-10]}_angstrom", np.zeros(len(inputs.ids)))
         out[ORIGINS[name]] = box - np.asarray(result[name], np.float64)
     return out
+
+
+def stored_variables(step: Step) -> tuple[str, ...]:
+    """Variables that a generation of a step over sets stores."""
+    gives = step.stage.gives
+    if not any(kind == "particles" for _, kind in step.outputs):
+        return gives
+    united = united_parts(step) if any(port.many for port in step.stage.ports) else ()
+    own = [n for part in united for n in columns_of("particles", part) if VARIABLES[n].ragged or n in _OF_IMAGES]
+    return tuple(dict.fromkeys((*gives, "particle_id", "dropped_id", "removal_reason", *own)))
+
+
+# --- steps that work on sets alone -------------------------------------------------------------------------------------------
+_OF_IMAGES = ("particle_pixel_size_angstrom",)
+_AS_STORED = {"half_set": "half_set", **{name: f"particle_{name}" for name in CTF_COLUMNS}}
+
+
+def run_set(plan: Plan, project: Project, inputs: StepInputs, generation: Generation) -> dict[str, Any]:
+    """One call of a ``set`` stage, in this process; what is stored of it."""
+    step = inputs.step
+    views = set_views(plan, project, inputs)
+    result = dict(step.stage.functions(step.params, views))
+    if "particle_id" not in result:
+        return result
+    ids = np.asarray(result["particle_id"], np.int64)
+    if not len(ids):
+        raise InputError(
+            f"Step {step.label} left no particles.", "its limits are too strict, or its sources share none", "look at its parameters"
+        )
+    result["dropped_id"] = np.concatenate([np.asarray(result.get("dropped_id", ()), np.int64), inputs.left_out])
+    reasons = np.asarray(result.get("removal_reason", ()), np.int8)
+    result["removal_reason"] = np.concatenate([reasons, np.full(len(inputs.left_out), EXPOSURE_LACKS, np.int8)])
+    united = united_parts(step) if any(port.many for port in step.stage.ports) else ()
+    if united:
+        from cryodask.stages.merge import merged_columns
+
+        sets = [view for view in views["particles"] if isinstance(view, SetView)]
+        columns = merged_columns(sets, ids, [p for p in united if p != "image"], getattr(step.params, "prefer", None))
+        known = {_AS_STORED.get(n, n): v for n, v in columns.items()}
+        result |= {n: v for n, v in known.items() if n in stored_variables(step)}
+        if "image" in united:
+            result |= _united_images(project, inputs, ids)
+    return result
+
+
+def image_givers(plan: Plan, project: Project, step: Step) -> list[str]:
+    """The extractions that hold the images of a union, where there are several."""
+    if "image" not in united_parts(step):
+        return []
+    refer = Refer(plan, project.state)
+    places = [refer.place(p.parts["image"]) for p in step.inputs.get("particles", ())]
+    return list(dict.fromkeys(places))
+
+
+def _united_images(project: Project, inputs: StepInputs, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """Where the images of a union lie, and the places of their boxes: those of the first source that has a particle."""
+    refs = [ref for ref, _ in inputs.sets["particles"]]
+    givers = list(dict.fromkeys(ref.parts["image"] for ref in refs))
+    out: dict[str, Any] = {"image_giver": np.full(len(ids), -1, np.int16), "image_row": np.zeros(len(ids), np.int64)}
+    out |= {"image_slot": np.zeros(len(ids), np.int32)}
+    out |= {name: np.full(len(ids), np.nan, np.float32) for name in ("particle_y", "particle_x")}
+    pixel = np.nan
+    for ref in reversed(refs):
+        images = project.sets.images(ref.parts["image"])
+        columns = project.sets.columns(ref, ids, ["image"])
+        at = place_of(ids, images.ids)
+        here = at >= 0
+        out["image_giver"][here] = givers.index(ref.parts["image"])
+        out["image_row"][here], out["image_slot"][here] = images.row[at[here]], images.slot[at[here]]
+        for name in ("particle_y", "particle_x"):
+            out[name][here] = columns[name][here]
+        pixel = float(np.nanmax(columns["particle_pixel_size_angstrom"][here])) if here.any() else pixel
+    return {**out, "particle_pixel_size_angstrom": pixel}
 
 
 # --- sets that grow while a step works on them -------------------------------------------------------------------------------

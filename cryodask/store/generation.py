@@ -253,7 +253,7 @@ class Generation:
             for name, value in values.items():
                 var = VARIABLES[name]
                 array = np.asarray(value, dtype=var.dtype)
-                if var.kind != "bulk" and not var.ragged and var.dims != ("dropped",):
+                if var.kind != "bulk" and not var.ragged and var.dims not in (("dropped",), ("exposure",)):
                     columns[name] = encode_value(array)
                     continue
                 hint = (_PARTICLE_CHUNK,) if var.kind != "bulk" else var.chunk

@@ -24,28 +24,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImagePlaces:
-    """Where the images of some particles lie: row of the exposure and slot in its shard; -1 where a particle has none."""
+    """Where the images of some particles lie: which generation, row of the exposure, slot in its shard."""
 
-    images: Generation
+    images: tuple[Generation, ...]
     row: np.ndarray
     slot: np.ndarray
+    giver: np.ndarray
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(particle, y, x)."""
-        layout = self.images.layout(VARIABLES["particle_image"])
+        layout = self.images[0].layout(VARIABLES["particle_image"])
         return (len(self.row), *layout.shape[1:])
 
     def take(self, index: np.ndarray) -> ImagePlaces:
         """Those of some particles."""
-        return ImagePlaces(self.images, self.row[index], self.slot[index])
+        return ImagePlaces(self.images, self.row[index], self.slot[index], self.giver[index])
 
     def read(self) -> np.ndarray:
         """Images `(n, y, x)` float32; each shard is opened once."""
         out = np.empty(self.shape, np.float32)
-        for row in np.unique(self.row):
-            reader = self.images.shard(int(row), "particle_image")
-            here = np.nonzero(self.row == row)[0]
+        shards, which = np.unique(self.giver.astype(np.int64) << 32 | self.row, return_inverse=True)
+        for number, shard in enumerate(shards.tolist()):
+            reader = self.images[shard >> 32].shard(shard & 0xFFFFFFFF, "particle_image")
+            here = np.nonzero(which == number)[0]
             step = reader.layout.chunk[0]
             for slab in np.unique(self.slot[here] // step):
                 in_slab = here[self.slot[here] // step == slab]
@@ -70,7 +72,9 @@ def image_places(project: Project, ref: ProductRef, ids: np.ndarray) -> ImagePla
             "their exposures were extracted again meanwhile, or were quarantined",
             "run the project again",
         )
-    return ImagePlaces(project.generation_at(place), given.row[at], given.slot[at])
+    generations = tuple(project.generation_at(p) for p in given.givers or (place,))
+    giver = given.giver[at] if given.giver is not None else np.zeros(len(ids), np.int16)
+    return ImagePlaces(generations, given.row[at], given.slot[at], giver)
 
 
 def particle_columns(project: Project, ref: ProductRef, ids: np.ndarray) -> dict[str, np.ndarray]:

@@ -24,18 +24,24 @@ CTF_COLUMNS = ("defocus_u_angstrom", "defocus_v_angstrom", "defocus_angle_deg", 
 OPTICS = ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast")
 _AS_SET = {f"particle_{name}": name for name in CTF_COLUMNS} | {"particle_half": "half_set"}
 """What a column of an exposure is called in a set."""
+_IMAGE_PLACES = ("image_giver", "image_row", "image_slot")
 _OF_IMAGES = ("particle_y", "particle_x")
 _PLACES = {"pick_y": "position_y_angstrom", "pick_x": "position_x_angstrom"}
 
 
 @dataclass(frozen=True)
 class Given:
-    """What one generation gives the particles that it holds: sorted ids, columns in their order, and where each stands."""
+    """What one generation gives the particles that it holds: sorted ids, columns in their order, and where each stands.
+
+    Of images that come from several extractions, ``givers`` are these and ``giver`` says which holds which.
+    """
 
     ids: np.ndarray
     columns: dict[str, np.ndarray]
     row: np.ndarray
     slot: np.ndarray
+    givers: tuple[str, ...] = ()
+    giver: np.ndarray | None = None
 
 
 @dataclass
@@ -132,8 +138,9 @@ class SetReader:
         gives = self.project.generation_at(place).meta["gives"]
         columns = [VARIABLES[n] for n in gives if n in VARIABLES]
         extra = ("particle_pixel_size_angstrom",) if part == "image" else ()
-        chosen = [v.name for v in columns if v.part == f"particles.{part}" and v.ragged and v.kind != "bulk" and v.name != "particle_id"]
-        return tuple(n for n in (*chosen, *extra) if n in gives and n != "natural_key")
+        skipped = ("particle_id", "natural_key", *_IMAGE_PLACES, *extra)
+        chosen = [v.name for v in columns if v.part == f"particles.{part}" and v.ragged and v.kind != "bulk" and v.name not in skipped]
+        return tuple(n for n in (*chosen, *extra) if n in gives)
 
     def _of(self, place: str, names: tuple[str, ...], threshold: float | str | None, *, alive: bool = False) -> Given:
         generation = self.project.generation_at(place)
@@ -167,8 +174,12 @@ class SetReader:
 
     def images(self, place: str) -> Given:
         """Row and slot of every image of a generation, by id."""
-        given = self._of(place, (), None)
         generation = self.project.generation_at(place)
+        if not generation.meta["per_item"]:  # a union of several extractions
+            united = self._of(place, _IMAGE_PLACES, None)
+            giver, row, slot = (united.columns[n] for n in _IMAGE_PLACES)
+            return Given(united.ids, {}, row, slot, tuple(generation.meta["image_givers"]), giver)
+        given = self._of(place, (), None)
         if generation.meta.get("birth"):  # at the end of a birth table stands what is no longer found: it has no image
             table = self.project.table_at(place, ["particle_count"])
             count = dict(zip(table.row.tolist(), table["particle_count"].tolist()))
@@ -188,6 +199,7 @@ def _single(generation: Generation, names: tuple[str, ...]) -> Given:
         )
     ids = np.asarray(generation.read(record, "particle_id"), np.int64)
     columns = {n: generation.read(record, n) for n in names if n in record["shards"]}
+    columns |= {n: np.full(len(ids), record["columns"][n]) for n in names if n in record["columns"] and not VARIABLES[n].dims}
     return Given(ids, columns, row_of(ids), np.zeros(0, np.int64))
 
 

@@ -1,0 +1,127 @@
+"""Inputs and outputs of stages: which products a stage takes, with which parts, and what it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from cryodask.products import COLLECTIONS, PARTS, Product, part_of
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input of a stage: one product of a type, with the parts it must have.
+
+    ``also``: parts that are used where they are there, and count in the key. ``default``: "related" (found by the rules of run/graph.py),
+    "explicit" (only by ``from``) or "none" (stays empty unless ``from`` fills it). ``many``: takes a list. ``copies``: whether the copies
+    of a symmetry expansion are taken; ``subtracted``: whether images are from which signal was subtracted. ``whole``: classes are taken
+    all together without being asked which. ``unless``: parameter that takes the place of this input. ``also_if``: parameter without which
+    the parts ``also`` are not used, or such a parameter for some of them.
+    """
+
+    name: str
+    type: str
+    parts: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+    optional: bool = False
+    default: Literal["related", "explicit", "none"] = "related"
+    many: bool = False
+    copies: bool = False
+    subtracted: bool = False
+    whole: bool = False
+    unless: str | None = None
+    also_if: str | Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """A product that a stage gives.
+
+    ``on``: port whose product it extends or takes from (None: it is new, for particles: they are born here). ``subset``: some of the
+    particles or exposures of ``on``. ``partition``: all of them, in classes: a step after it must say which. ``copies``: "expand" or
+    "contract". ``frame``: "same" (as port ``map``, else as the poses), "new", "unknown", "flipped", "to" (that of port ``to``), or
+    "as:STEP". ``drops``: parts that no longer hold.
+    """
+
+    name: str
+    type: str
+    parts: tuple[str, ...] = ()
+    on: str | None = None
+    subset: bool = False
+    partition: bool = False
+    births: bool = False
+    copies: Literal["", "expand", "contract"] = ""
+    subtracted: bool = False
+    frame: str = ""
+    drops: tuple[str, ...] = ()
+
+
+Outputs = Callable[[Any], tuple[Output, ...]]
+Check = Callable[[Any, dict[str, list[Product]]], Iterator[str]]
+
+
+def port(spec: str, **options: Any) -> Port:
+    """A port from its short form: ``name:type[part, part?]``; the name may be left out where it is the type's.
+
+    After the name ``?`` means optional, ``*`` a list, ``!`` only by ``from``; after a part ``?`` means used where it is there.
+    """
+    name, _, rest = spec.replace(" ", "").partition(":") if ":" in spec else (spec.replace(" ", "").partition("[")[0], "", "")
+    rest = rest or spec.replace(" ", "")
+    kind, _, inner = rest.partition("[")
+    flags = {c for c in name if c in "?*!"}
+    name, kind = name.rstrip("?*!"), kind.rstrip("?*!")
+    named = [p for p in inner.rstrip("]").split(",") if p]
+    unknown = [p for p in named if p.rstrip("?") not in PARTS.get(kind, {})]
+    if unknown or kind not in PARTS:
+        raise ValueError(f"port {spec!r}: unknown type or parts {unknown or kind}")
+    optional = "?" in flags
+    default = "explicit" if flags & {"!", "*"} else "none" if optional and kind not in (*COLLECTIONS, "classes") else "related"
+    made = Port(
+        name,
+        kind,
+        tuple(p for p in named if p[-1] != "?"),
+        tuple(p[:-1] for p in named if p[-1] == "?"),
+        optional=optional,
+        default=default,  # type: ignore[arg-type]
+        many="*" in flags,
+    )
+    return replace(made, **options)
+
+
+def derived_ports(needs: Sequence[str], optional: Sequence[str]) -> tuple[Port, ...]:
+    """One port per type of product that the variables belong to."""
+    parts: dict[str, dict[str, bool]] = {}
+    for name in (*needs, *optional):
+        place = part_of(name)
+        if place is not None and name != "gain":
+            product, part = place
+            parts.setdefault(product, {})
+            parts[product][part] = parts[product].get(part, False) or name in needs
+    return tuple(
+        Port(
+            product,
+            product,
+            tuple(p for p, needed in found.items() if needed),
+            tuple(p for p, needed in found.items() if not needed),
+            optional=not any(found.values()),
+        )
+        for product, found in sorted(parts.items(), key=lambda item: list(PARTS).index(item[0]))
+    )
+
+
+def derived_outputs(gives: Sequence[str], ports: Sequence[Port]) -> tuple[Output, ...]:
+    """One output per type of product: collections extend what the stage takes; particles without a port for them are born."""
+    parts: dict[str, dict[str, None]] = {}
+    for name in gives:
+        place = part_of(name)
+        if place is not None:
+            parts.setdefault(place[0], {})[place[1]] = None
+    taken = {p.type: p.name for p in ports}
+    out = []
+    for product, found in sorted(parts.items(), key=lambda item: list(PARTS).index(item[0])):
+        on = taken.get(product) if product in COLLECTIONS else None
+        births = product == "particles" and on is None
+        frame = "same" if product in ("map", "mask") or "pose" in found else ""
+        out.append(Output(product, product, tuple(found), on=on, births=births, frame=frame))
+    return tuple(out)
