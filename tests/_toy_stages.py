@@ -8,8 +8,10 @@ import numpy as np
 from pydantic import Field
 
 from cryodask.stage import InputFile, Output, Params, stage
+from cryodask.vocabulary import Var, register
 
 BOX = 4
+register([Var("particle_brightness", ("slot",), "f8", "1", "what the toy polishing finds")], "particles.note")
 
 
 class ToyParams(Params):
@@ -160,3 +162,76 @@ def toy_mask(params: ToyReferenceParams, *, half_map, device="cpu") -> dict[str,
 def toy_postprocess(params: ToyParams, *, half_map, solvent_mask, device="cpu") -> dict[str, Any]:
     """The mean of the half-maps."""
     return {"sharpened_map": half_map.mean(0) * solvent_mask * np.float32(params.number)}
+
+
+class ToySeedParams(ToyParams):
+    """A number and what a person would choose."""
+
+    leave_out_above: float = Field(1e9, description="particles that lie higher are left out")
+    leave_out: tuple[int, ...] = Field((), description="particles that are left out, by id")
+
+
+@stage(
+    version=1,
+    shape="whole",
+    needs=["class_number", "position_y_angstrom", "particle_id"],
+    gives=[],
+    ports=["particles[class2d, position]"],
+    outputs=[Output("particles", "particles", on="particles", subset=True)],
+    reasons={1: "it lies too low"},
+)
+def toy_curate(params: ToySeedParams, *, class_number, position_y_angstrom, particle_id, device="cpu") -> dict[str, Any]:
+    """Keeps what lies high enough, without some: a curation by a limit and by hand."""
+    kept = (np.asarray(position_y_angstrom) <= params.leave_out_above) & ~np.isin(particle_id, params.leave_out)
+    return {"particle_kept": kept, "removal_reason": (~kept).astype(np.int8)}
+
+
+class _OnceWithPoses(_Once):
+    halves = 2
+
+    @staticmethod
+    def expect(params, state, shared, block, previous, device):
+        count = len(block.index)
+        columns = {n: np.zeros(count, np.float32) for n in ("rot_deg", "tilt_deg", "psi_deg", "log_likelihood")}
+        columns |= {"origin_y_angstrom": np.full(count, 0.75, np.float32), "origin_x_angstrom": np.full(count, -0.5, np.float32)}
+        return {"sum": block.images.sum(dtype=np.float64).reshape(1)}, columns
+
+    @staticmethod
+    def maximise(params, state, sums, device):
+        return {"iteration": state["iteration"] + 1, "sum": sums[0]["sum"] + sums[1]["sum"]}, {}
+
+
+@stage(
+    version=1,
+    shape="blocks",
+    params=ToyParams,
+    needs=["particle_image"],
+    gives=["half_map", "final_map", "map_pixel_size_angstrom", "rot_deg", "tilt_deg", "psi_deg", "centre_y_angstrom", "centre_x_angstrom",
+           "log_likelihood"],
+    ports=["exposures[ctf]", "particles[image]"],
+    outputs=[
+        Output("particles", "particles", ("pose",), on="particles", frame="new"),
+        Output("map", "map", ("final", "half_maps"), frame="new"),
+    ],
+)  # fmt: skip
+class toy_poses(_OnceWithPoses):
+    """A map and poses: every particle sits 0.75 A above and 0.5 A beside the middle of its box."""
+
+    @staticmethod
+    def result(params, state, columns):
+        halves = np.full((2, BOX, BOX, BOX), state["sum"][0] * params.number, np.float32)
+        return {**columns, "half_map": halves, "final_map": halves[0], "map_pixel_size_angstrom": 1.0}
+
+
+@stage(
+    version=1,
+    needs=["movie", "particle_id", "centre_y_angstrom", "centre_x_angstrom", "final_map"],
+    gives=["particle_id", "particle_brightness"],
+    ports=["exposures[frames]", "particles[pose]", "map[final]"],
+    outputs=[Output("particles", "particles", ("note",), on="particles")],
+)
+def toy_polish(params: ToyParams, *, movie, particle_id, centre_y_angstrom, centre_x_angstrom, final_map, device="cpu") -> dict[str, Any]:
+    """One number per particle from the frames, its refined centre and the map."""
+    total = sum(np.asarray(movie[i], np.float64) for i in range(len(movie)))
+    y, x = (np.clip(np.round(c).astype(int), 0, n - 1) for c, n in zip((centre_y_angstrom, centre_x_angstrom), total.shape))
+    return {"particle_id": particle_id, "particle_brightness": total[y, x] * params.number + float(final_map.mean())}

@@ -42,7 +42,7 @@ def test_a_tournament_finds_the_molecule_and_knows_it():
     chains = [functions.chain(params, block, seed, "cpu") for seed in functions.seeds(params)]
     right = [best_correlation(torch.from_numpy(c["map"]), truth, 13.0) for c in chains]
     result = functions.choose(params, chains)
-    assert best_correlation(torch.from_numpy(result["initial_map"]), truth, 13.0) > 0.9, right
+    assert best_correlation(torch.from_numpy(result["final_map"]), truth, 13.0) > 0.9, right
     assert result["chain_score"].shape == (2,)
     assert result["map_pixel_size_angstrom"] == pixel
 
@@ -51,8 +51,8 @@ def test_maps_come_back_at_the_box_of_the_particles():
     small = np.random.default_rng(0).random((32, 32, 32)).astype(np.float32)
     chains = [{"map": small * k, "score": float(k), "trace": np.zeros(3), "box": 48, "pixel_size_angstrom": 3.0} for k in (1, 3, 2)]
     result = functions.choose(AbInitioParams(), chains)
-    assert result["initial_map"].shape == (48, 48, 48)
-    assert np.isclose(result["initial_map"].mean(), 3 * small.mean(), rtol=1e-3)
+    assert result["final_map"].shape == (48, 48, 48)
+    assert np.isclose(result["final_map"].mean(), 3 * small.mean(), rtol=1e-3)
     assert result["chain_score"].tolist() == [1.0, 3.0, 2.0]
 
 

@@ -50,7 +50,7 @@ def classified():
 def test_classes_are_pure_in_a_mixture_with_junk(classified):
     labels, result = classified
     table = np.zeros((16, 3), int)
-    np.add.at(table, (result["class_number"], labels), 1)
+    np.add.at(table, (result["class_number"] - 1, labels), 1)
     assert table.max(1).sum() / 600 >= 0.95, table
     assert result["class_average"].shape == (16, BOX, BOX)
     assert abs(result["class_share"].sum() - 1) < 1e-6
@@ -58,7 +58,7 @@ def test_classes_are_pure_in_a_mixture_with_junk(classified):
 
 def test_junk_lies_in_low_scores_and_auto_curation_removes_it(classified):
     labels, result = classified
-    score = result["class_score"][result["class_number"]]
+    score = result["class_score"][result["class_number"] - 1]
     assert np.mean(score[labels == 2]) < 0.6 * np.mean(score[labels < 2])
     kept = curate.process(CurateParams(), **{k: result[k] for k in ("class_number", "class_score", "class_probability")})["particle_kept"]
     assert kept[labels < 2].mean() >= 0.97
@@ -90,12 +90,13 @@ def test_scores_do_not_punish_small_classes():
 
 
 def test_curation_names_its_reasons_and_can_be_undone():
-    number = np.array([0, 0, 1, 1, 2, -1])
+    number = np.array([1, 1, 2, 2, 3, 0])
     score, probability = np.array([0.7, 0.6, 0.2]), np.array([1.0, 0.3, 1.0, 1.0, 1.0, 1.0])
     common = {"class_number": number, "class_score": score, "class_probability": probability}
-    out = curate.process(CurateParams(keep=[0, 2], least_class_probability=0.5), **common)
+    out = curate.process(CurateParams(keep=[1, 3], least_class_probability=0.5), **common)
     assert out["removal_reason"].tolist() == [0, 2, 1, 1, 0, 5]
-    assert out["particle_kept"].tolist() == [1, 0, 0, 0, 1, 0]
+    assert out["particle_kept"].tolist() == [True, False, False, False, True, False]
+    assert out["class_score"].tolist() == [0.7, 0.2], "the classes that are kept"
     everything = curate.process(CurateParams(keep="all"), **common)
     assert everything["particle_kept"].tolist() == [1, 1, 1, 1, 1, 0]
     poor = curate.process(
@@ -103,16 +104,18 @@ def test_curation_names_its_reasons_and_can_be_undone():
     )
     assert poor["removal_reason"].tolist() == [0, 3, 0, 3, 0, 5]
     unlikely = curate.process(
-        CurateParams(keep="all", likelihood_deviations=5.0), **common, log_likelihood=np.array([10.0, 11, 12, 9, -80, 10])
+        CurateParams(keep="all", likelihood_deviations=5.0), **common, class_log_likelihood=np.array([10.0, 11, 12, 9, -80, 10])
     )
     assert unlikely["removal_reason"].tolist() == [0, 0, 0, 0, 4, 5]
 
 
 def test_classes_that_do_not_exist_are_refused():
-    common = {"class_number": np.array([0, 1]), "class_score": np.array([0.5, 0.5]), "class_probability": np.ones(2)}
+    common = {"class_number": np.array([1, 2]), "class_score": np.array([0.5, 0.5]), "class_probability": np.ones(2)}
     with pytest.raises(InputError, match=r"no classes \[7\]"):
         curate.process(CurateParams(keep=[1, 7]), **common)
-    with pytest.raises(InputError, match="class 1 has no score"):
+    with pytest.raises(InputError, match=r"no classes \[0\]"):
+        curate.process(CurateParams(keep=[0, 1]), **common)
+    with pytest.raises(InputError, match="class 2 has no score"):
         curate.process(CurateParams(), **{**common, "class_score": np.array([0.5])})
 
 

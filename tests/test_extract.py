@@ -15,6 +15,7 @@ from cryodask.errors import MicrographError
 from cryodask.formats import star
 from cryodask.kernels.extraction import cut_boxes, normalise_background
 from cryodask.kernels.fourier import resize_images
+from cryodask.run.slices import slice_of_birth
 from cryodask.stages.extract import ExtractParams, extract
 
 PIXEL = 2.0
@@ -23,9 +24,9 @@ PIXEL = 2.0
 def run(image, y, x, accepted=None, **params):
     y, x = np.asarray(y, np.float32), np.asarray(x, np.float32)
     accepted = np.ones(len(y), np.int8) if accepted is None else np.asarray(accepted, np.int8)
-    return extract.process(
-        ExtractParams(**params), micrograph_dw=image, pixel_size_angstrom=PIXEL, pick_y=y, pick_x=x, pick_accepted=accepted
-    )
+    table = {"particle_id": 100 + np.arange(len(y)), "pick_y": y, "pick_x": x, "pick_score": accepted.astype(np.float32)}
+    particles = slice_of_birth(table, PIXEL, 0.5, ["particle_id", "position_y_angstrom", "position_x_angstrom"])
+    return extract.process(ExtractParams(**params), micrograph_dw=image, pixel_size_angstrom=PIXEL, **particles)
 
 
 def noise(shape=(200, 240), seed=0):
@@ -68,6 +69,9 @@ def test_only_accepted_picks_that_lie_well_inside_are_cut():
     out = run(noise(), [100, 100, 3, 196, 100], [120, 121, 100, 100, 238], accepted=[1, 0, 1, 1, 1], box=32)
     assert out["particle_count"] == 1
     assert out["particle_y"].tolist() == [100.0]
+    assert out["particle_id"].tolist() == [100]
+    assert out["left_out_id"].tolist() == [102, 103, 104], "101 was not accepted"
+    assert out["left_out_reason"].tolist() == [1, 1, 1]
 
 
 def test_corners_beyond_the_border_are_mirrored():
@@ -85,7 +89,7 @@ def test_no_picks_give_empty_arrays():
     for y, accepted in (([], []), ([50.0], [0])):
         out = run(noise(), y, y, accepted, box=32, scale_to=16)
         assert out["particle_image"].shape == (0, 16, 16)
-        assert out["particle_y"].shape == out["particle_x"].shape == (0,)
+        assert out["particle_y"].shape == out["particle_x"].shape == out["particle_id"].shape == out["left_out_id"].shape == (0,)
         assert out["particle_count"] == 0
         assert out["particle_pixel_size_angstrom"] == 4.0
 

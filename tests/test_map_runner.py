@@ -13,7 +13,7 @@ from cryodask.testing.faults import FaultyJob
 
 
 def _items(count: int) -> list[Item]:
-    return [Item(row, f"item{row}") for row in range(count)]
+    return [Item(row, f"item{row}", f"content {row}") for row in range(count)]
 
 
 def _outcome(folder):

@@ -23,7 +23,7 @@ def outcome(tmp_path_factory):
     """Counts, events and journal of one run over all of them, on two workers of 700 MB."""
     folder = tmp_path_factory.mktemp("faults")
     events = []
-    items = [Item(row, f"item{row}") for row in range(GOOD + len(GUILTY))]
+    items = [Item(row, f"item{row}", f"content {row}") for row in range(GOOD + len(GUILTY))]
     with ProcessCluster(2, memory="700MB") as cluster, Client(cluster.address) as client:
         told = lambda kind, item, text: events.append((kind, item.name if item else None, text))  # noqa: E731
         runner = MapRunner(client, FaultyJob(folder, FAULTS), limit_seconds=8, backoff_seconds=0.2, event=told)

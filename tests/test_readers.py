@@ -11,10 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
+from cryodask.store.births import TABLE
 from cryodask.store.generation import Generation
+from cryodask.store.identity import make_ids
 from cryodask.store.journal import encode_value
 from cryodask.store.lines import checked_line
-from cryodask.store.project import Project
+from cryodask.store.project import Arrival, Project
+from cryodask.store.state import ProductRef, StepState
 from cryodask.vocabulary import VARIABLES
 
 PARTICLES = 5
@@ -52,8 +55,9 @@ while time.monotonic() < end or looks < 3:
         particles = project.particles()
         if particles.sizes.get("particle"):
             last = particles.isel(particle=slice(-3, None)).compute()
-            assert (last["particle_image"].values[:, 0, 0] == last["particle_row"].values).all()
-            assert (last["particle_y"].values == last["particle_row"].values).all()
+            assert (last["particle_image"].values[:, 0, 0] == last["row"].values).all()
+            assert (last["particle_y"].values == last["row"].values).all()
+            assert (np.diff(particles["particle_id"].values) > 0).all()
         most = max(most, joined.sizes["micrograph"])
         looks += 1
 print(looks, most, len(revisions))
@@ -66,16 +70,26 @@ def growing(folder: Path) -> Project:
         ("motion", ("micrograph_sum", "total_motion", "frame_shift"), {"y": 64, "x": 48}),
         (
             "extract",
-            ("particle_image", "particle_y", "particle_x", "particle_count", "particle_pixel_size_angstrom"),
+            ("particle_id", "particle_image", "particle_y", "particle_x", "particle_count", "particle_pixel_size_angstrom"),
             {"slot": 64, "y": 8, "x": 8},
         ),
     ):
-        meta = {"label": label, "stage": label, "version": 1, "params": {}, "upstream": {}}
+        meta = {"stage": label, "version": 1, "params": {}, "recipes": {"": label}, "inputs": {}}
         Generation.create(folder / "stages" / label / "key", meta=meta, gives=gives, per_item=True, sizes=sizes, dtypes={})
-        project.state["generations"][label] = "key"
-        project.state["order"].append(label)
+        project.state.adopt(label, StepState(stage=label, key="key"))
+    extracted = ProductRef(type="particles", step="extract", output="particles", ids="extract/key", parts={"image": "extract/key"})
+    project.state.steps["extract"].products = {"particles:particles": extracted}
     project.save()
     return project
+
+
+def arrival(name: str, version: int) -> Arrival:
+    """An exposure as its input describes it: ``version`` is a value that may change."""
+    return Arrival(name, f"content of {name}", {"version": version})
+
+
+def registered(project: Project, name: str, version: int):
+    return project.update_exposures([arrival(name, version)], complete=False).items[0]
 
 
 def commit(project: Project, item, attempt: int) -> None:
@@ -84,7 +98,8 @@ def commit(project: Project, item, attempt: int) -> None:
     given = {"micrograph_sum": np.full((64, 48), number, np.float32), "total_motion": number}
     project.generation("motion").commit(item.row, item.name, {**given, "frame_shift": np.full((4, 2), number)}, **made)
     row = np.full(PARTICLES, item.row, np.float32)
-    given = {"particle_y": row, "particle_x": row, "particle_count": PARTICLES, "particle_pixel_size_angstrom": 1.0}
+    given = {"particle_id": make_ids(1, item.row, np.arange(PARTICLES)), "particle_y": row, "particle_x": row}
+    given |= {"particle_count": PARTICLES, "particle_pixel_size_angstrom": 1.0}
     images = np.broadcast_to(row[:, None, None], (PARTICLES, 8, 8)).copy()
     project.generation("extract").commit(item.row, item.name, {**given, "particle_image": images}, **made)
 
@@ -104,18 +119,16 @@ def test_readers_of_a_growing_project_see_whole_items_and_no_exception(tmp_path)
     while reader.poll() is None:
         number += 1
         made.append(f"m{number}")
-        item = project.add_items([(made[-1], {"version": 0})])[0]
-        commit(project, item, number)
+        commit(project, registered(project, made[-1], 0), number)
         if number % 3 == 0:  # an input changes: its item is committed anew, over the shard that readers look at
-            item = project.add_items([(made[-2], {"version": number})])[0]
-            commit(project, item, number)
+            commit(project, registered(project, made[-2], number), number)
         if number % 7 == 0:
             project.generation("motion").commit_failure(number + 10**6, "nobody", "MovieError", "bad", 1)
             project.generation("motion").compact()
             project.generation("extract").compact()
         if number % 11 == 0:
-            project.keep_items(made[1:])
-            project.add_items([(made[0], {"version": 0})])
+            project.forget_exposures(made[:1])
+            project.forget_exposures(made[:1], undo=True)
         time.sleep(0.005)
     said, error = reader.communicate()
     assert reader.returncode == 0, error
@@ -135,7 +148,7 @@ project = cryodask.open(sys.argv[1])
 shown = repr(project) if sys.argv[2] == "repr" else project.joined() if sys.argv[2] == "joined" else project[sys.argv[2]]
 print(time.process_time() - before, 0 if isinstance(shown, str) else shown.sizes["micrograph"])
 """
-LENGTHS = {"frame": 32, "axis": 2, "patch": 25, "coefficient": 36, "shell": 512, "radius": 64, "slot": 300}
+LENGTHS = {"frame": 32, "axis": 2, "patch": 25, "coefficient": 36, "shell": 512, "radius": 64, "slot": 300, "left_out": 12}
 
 
 def session(folder: Path, count: int) -> Project:
@@ -143,15 +156,22 @@ def session(folder: Path, count: int) -> Project:
     from cryodask.stage import load_stages
 
     project = Project.create(folder, "session")
-    items = project.add_items(
-        (f"FoilHole_{i:08d}_fractions", {"movie_path": f"/data/{i:08d}.tif", "size": i, "mtime": 0.5}) for i in range(count)
-    )
+    paths = ({"movie_path": f"/data/{i:08d}.tif", "size": i, "mtime": 0.5} for i in range(count))
+    listing = (Arrival(f"FoilHole_{i:08d}_fractions", f"{i}-0badc0de", inputs) for i, inputs in enumerate(paths))
+    items = project.update_exposures(listing, complete=True).items
     rng = np.random.default_rng(0)
     for label in ("motion", "ctf", "pick", "extract"):
         gives = load_stages()[label].gives_variables()
         sizes = {"y": 3838, "x": 3710, "ky": 512, "kx": 257, "slot": 4096} if label != "extract" else {"slot": 4096, "y": 64, "x": 64}
         bulk = {v.name: 1 for v in gives if v.kind == "bulk"}
-        meta = {"label": label, "stage": label, "version": 1, "params": {}, "upstream": {}}
+        meta = {"stage": label, "version": 1, "params": {}, "recipes": {"": label}, "inputs": {}}
+        step = StepState(stage=label, key="key")
+        if label == "pick":
+            meta["birth"] = {"number": 1, "identity": "pick"}
+            gives = [VARIABLES[name] for name in dict.fromkeys((*TABLE, *(v.name for v in gives)))]
+            parts = {"position": "pick/key", "score": "pick/key"}
+            born = ProductRef(type="particles", step="pick", output="particles", ids="pick/key", parts=parts, threshold="auto")
+            step.products = {"particles:particles": born}
         sizes = {d: sizes[d] for name in bulk for d in VARIABLES[name].dims}
         names = tuple(v.name for v in gives)
         made = Generation.create(folder / "stages" / label / "key", meta=meta, gives=names, per_item=True, sizes=sizes, dtypes={})
@@ -171,8 +191,7 @@ def session(folder: Path, count: int) -> Project:
                 if item.row % 1000 == 7:
                     record |= {"ok": False, "error": "MovieError", "message": "bad"}
                 file.write(checked_line(record))
-        project.state["generations"][label] = "key"
-        project.state["order"].append(label)
+        project.state.adopt(label, step)
     project.save()
     return project
 

@@ -6,7 +6,9 @@ import pytest
 import yaml
 
 from cryodask.errors import ProjectFileError, StarError
+from cryodask.run.execute import check_inputs
 from cryodask.run.recipe import make_plan, read_project_file
+from cryodask.run.refs import variable_sources
 from cryodask.stage import load_stages
 
 GOOD = {
@@ -25,8 +27,9 @@ def plan_of(folder, **changes):
 def test_a_good_file_gives_its_steps_with_ingest_before_them(tmp_path):
     plan = plan_of(tmp_path)
     assert [s.label for s in plan.steps] == ["ingest", "motion", "ctf", "pick", "extract"]
-    assert plan.steps[1].source["movie"] == "ingest"
-    assert plan.steps[1].source["pixel_size_angstrom"] == "inputs"
+    sources = variable_sources(plan, plan.steps[1])
+    assert (sources["movie"], sources["pixel_size_angstrom"]) == ("ingest", "inputs")
+    assert [product.ref for product in plan.steps[4].inputs["particles"]] == ["pick"]
     assert plan.folder == tmp_path / "p"
 
 
@@ -40,8 +43,8 @@ def test_a_good_file_gives_its_steps_with_ingest_before_them(tmp_path):
         ({"microscope": None}, "section `microscope`"),
         ({"inputs": {}}, "exactly one of movies"),
         ({"inputs": {"movies": "a", "particles": "b"}}, "exactly one of movies"),
-        ({"pipeline": [{"ctf": {}}]}, "ctf needs micrograph_sum.*Stages that give it: .*motion"),
-        ({"pipeline": [{"motion": {}}, {"motion": {}}]}, "two steps"),
+        ({"pipeline": [{"ctf": {}}]}, "ctf needs micrograph .*no earlier step gives.*Add motion before it"),
+        ({"pipeline": [{"motion": {}}, {"motion": {}}]}, "Two steps are called 'motion'.*motion as motion2"),
         ({"pipeline": [{"motion": {}, "ctf": {}}]}, "2 names"),
         ({"pipeline": []}, "pipeline"),
         ({"inputz": {}}, "Did you mean 'inputs'"),
@@ -78,7 +81,7 @@ def test_files_that_are_no_project_files_are_refused(tmp_path):
 def test_a_star_file_without_optics_is_refused_with_the_way_out(tmp_path):
     (tmp_path / "m.star").write_text("data_\n\nloop_\n_rlnMicrographName #1\na.mrc\n")
     with pytest.raises(StarError, match="relion_convert_star"):
-        plan_of(tmp_path, inputs={"micrographs": "m.star"}, pipeline=["ctf"])
+        check_inputs(plan_of(tmp_path, inputs={"micrographs": "m.star"}, pipeline=["ctf"]))
 
 
 def test_every_stage_explains_itself():

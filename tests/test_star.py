@@ -102,11 +102,11 @@ def test_micrographs_written_with_two_optics_groups_come_back(tmp_path):
     assert star.read_tables(tmp_path / "m.star")["micrographs"]["rlnCtfAstigmatism"].tolist() == [1000.0] * 3
 
 
-def test_numbers_count_from_one_in_relion_and_from_nought_here(tmp_path):
+def test_images_and_halves_count_from_one_in_relion_and_from_nought_here_classes_from_one_in_both(tmp_path):
     columns = {
         "image_index": [0, 4],
         "image_stack": "x.mrcs",
-        "class_number": [0, 2],
+        "class_number": [1, 3],
         "half_set": [0, 1],
         "box": 64,
         "voltage_kv": 300.0,
@@ -119,6 +119,8 @@ def test_numbers_count_from_one_in_relion_and_from_nought_here(tmp_path):
     assert table.rlnImageName.tolist() == ["000001@x.mrcs", "000005@x.mrcs"]
     assert table.rlnClassNumber.tolist() == [1, 3]
     assert table.rlnRandomSubset.tolist() == [1, 2]
+    back = star.read_particles(tmp_path / "p.star")
+    assert [back[name].tolist() for name in ("image_index", "class_number", "half_set")] == [[0, 4], [1, 3], [0, 1]]
 
 
 def test_motion_is_the_correction_from_the_first_frame_in_pixels(tmp_path):

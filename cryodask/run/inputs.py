@@ -166,7 +166,9 @@ def whole_values(plan: Plan, project: Project, inputs: StepInputs) -> dict[str, 
             if name in generation.meta["gives"]:
                 out[name] = Stored(generation.path, name)
         elif inputs.ids is not None and inputs.ref is not None:
-            if place[0] == "particles":
+            if name == "particle_id":
+                out[name] = inputs.ids
+            elif place[0] == "particles":
                 columns = columns if columns is not None else project.sets.columns(inputs.ref, inputs.ids)
                 out[name] = columns[name]
             else:

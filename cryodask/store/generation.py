@@ -224,7 +224,8 @@ class Generation:
                         shutil.copy2(other.shard_path(name, record["row"], ndim), part)
                     os.replace(part, target)
             if records:
-                self.journal.append(*({**record, **_where(), "linked": other.key} for record in records))
+                linked = ({**r, **_where(), "linked": other.key, "computed": r.get("computed", r["time"])} for r in records)
+                self.journal.append(*linked)
 
     def commit_failure(self, row: int, name: str, error: str, message: str, tries: int, **info: Any) -> None:
         """Quarantine an item: a record like any other, so that it can be listed and undone."""
