@@ -245,6 +245,8 @@ register(
 )
 register(
     [
+        Var("unmatched_count", (), "i8", "1", "particles of the matched set without a partner"),
+        Var("half_conflict_count", (), "i8", "1", "pairs of matched particles that belong to different half-sets"),
         Var("exposure_row", ("exposure",), "i8", "1", "rows of the exposures that a selection keeps"),
         Var("dropped_row", ("dropped",), "i8", "1", "rows of the exposures that it leaves out"),
         Var("left_out_id", ("left_out",), "i8", "1", "particles of an exposure that were left out"),

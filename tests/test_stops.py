@@ -76,12 +76,12 @@ def fill(folder: Path) -> None:
 def movies(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("movies")
     for i in range(MOVIES):
-        write_tiff_movie(folder / f"m{i:02d}.tif", frames_of(i % 3), PIXEL)
+        write_tiff_movie(folder / f"m{i:02d}.tif", frames_of(i), PIXEL)
     return folder
 
 
 def of_movies(folder: Path, movies: Path):
-    shutil.copytree(movies, folder / "movies")  # with its times: they are part of what an input is
+    shutil.copytree(movies, folder / "movies")
     (folder / "p.yaml").write_text(PROJECT)
     return make_plan(folder / "p.yaml")
 
@@ -123,7 +123,7 @@ def test_a_disk_that_is_full_when_a_record_is_written_leaves_no_half_record(tmp_
         write_mrc(tmp_path / f"{name}.mrc", frames_of(i)[0].astype(np.float32), PIXEL)
         star.write_coordinates(tmp_path / "picks" / f"{name}.star", *np.random.default_rng(i).uniform(0, 190, (2, 300)))
     (tmp_path / "m.star").write_text(TABLE + "".join(f"{name}.mrc 1\n" for name in names))
-    (tmp_path / "c.yaml").write_text("name: c\ninputs: {micrographs: m.star, coordinates: picks}\npipeline:\n  - import_coordinates\n")
+    (tmp_path / "c.yaml").write_text("name: c\ninputs: {micrographs: m.star, coordinates: picks}\npipeline:\n  - import_picks\n")
     plan = make_plan(tmp_path / "c.yaml")
     expected = contents(run_plan(plan, client))
     assert len(expected) == 80

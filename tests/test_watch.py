@@ -45,7 +45,7 @@ def _arrivals(plan, until: Until | None = None, **options) -> Arrivals:
 
 
 def _names(found) -> list[str]:
-    return [name for name, _ in found]
+    return [arrival.name for arrival in found]
 
 
 def test_an_mrc_movie_is_taken_when_its_last_byte_is_there(tmp_path):
@@ -251,7 +251,7 @@ def test_five_thousand_names_arrive_over_time_and_every_one_is_accounted_for(tmp
 
     def camera() -> None:
         for number in range(5000):
-            (tmp_path / "movies" / f"x{number:05d}.mrc").write_bytes(bytes(header) + bytes(16))
+            (tmp_path / "movies" / f"x{number:05d}.mrc").write_bytes(bytes(header) + number.to_bytes(16, "little"))
             if number % 50 == 0:
                 time.sleep(0.1)
 
@@ -259,7 +259,7 @@ def test_five_thousand_names_arrive_over_time_and_every_one_is_accounted_for(tmp
         waiting: list = []
         while True:
             if arrivals.due:
-                waiting.extend(project.add_items(arrivals.poll()))
+                waiting.extend(project.update_exposures(arrivals.poll(), complete=False).new)
             if waiting:
                 yield waiting.pop(0)
             elif arrivals.over:

@@ -14,6 +14,7 @@ import numpy as np
 
 from cryodask.errors import InputError, MicrographError
 from cryodask.run.devices import make_ready
+from cryodask.run.imports import Import
 from cryodask.run.refs import INPUTS, PARTICLES
 from cryodask.run.slices import Slices, slice_digest, slice_of_birth
 from cryodask.run.whole import Stored
@@ -63,14 +64,15 @@ class Link:
 class Brief:
     """What travels with an exposure.
 
-    Its records in the stages that have it, the particles of each stage that is given some, the birth tables that it had, and values that
-    are not stored (rows of an imported table).
+    Its records in the stages that have it, the particles of each stage that is given some, the birth tables that it had, and what imports
+    say of it (values, and their digest).
     """
 
     records: dict[str, Record]
     slices: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     births: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
-    values: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, dict[str, Any]] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -81,7 +83,7 @@ class Chain:
     of inputs are relative to ``home``. ``earlier`` are
     steps before the chain from which it reads. ``slices`` are
     the particles of each link that is given some from elsewhere, ``expected`` the digests of all slices as the project stands now,
-    ``imported`` gives values of an exposure that are not stored. The last four stay in the driver.
+    ``tables_before`` the birth tables that exposures had, ``imports`` what other programs say of them. These four stay in the driver.
     """
 
     links: tuple[Link, ...]
@@ -92,13 +94,13 @@ class Chain:
     slices: dict[str, Slices] = field(default_factory=dict)
     expected: dict[str, Slices] = field(default_factory=dict)
     tables_before: Callable[[str, int], dict[str, np.ndarray] | None] | None = None
-    imported: Callable[[Item], dict[str, Any]] | None = None
+    imports: dict[str, Import] = field(default_factory=dict)
     _read: dict[str, Generation] = field(default_factory=dict)
     _fresh: dict[str, dict[int, Record]] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        here = dict.fromkeys(("_read", "_fresh", "slices", "expected"))
-        return {**self.__dict__, **{name: {} for name in here}, "tables_before": None, "imported": None}
+        here = ("_read", "_fresh", "slices", "expected", "imports")
+        return {**self.__dict__, **{name: {} for name in here}, "tables_before": None}
 
     # --- in the driver ----------------------------------------------------------------------------------------------------------
     def unfinished(self, items: list[Item], *, retry_quarantined: bool = False) -> list[Item]:
@@ -120,15 +122,22 @@ class Chain:
             records = self._journals(link).records()
             known = [(item, records[item.row]) for item in items if item.row in records]
             fresh = [(item, r) for item, r in known if r.get("input") == item.fingerprint]
-            if link.takes_particles:
-                digests = self.expected[link.label].digests(item.row for item, _ in fresh)
-                fresh = [(item, r) for item, r in fresh if r.get("slice") == digests[item.row] or not r["ok"]]
+            digests = self.digests(link, [item for item, _ in fresh])
             for item, record in fresh:
-                if record["ok"]:
+                same = record.get("slice") == digests.get(item.row)
+                if record["ok"] and same:
                     done[item.row] = done.get(item.row, 0) + 1
-                elif not link.takes_particles or record.get("slice") in (None, digests[item.row]):
+                elif not record["ok"] and (same or record.get("slice") is None):
                     failed.add(item.row)
         return done, failed
+
+    def digests(self, link: Link, items: list[Item]) -> dict[int, str]:
+        """Digest of what each item is given in a link besides its exposure (particles, an import), as the project stands now."""
+        if link.takes_particles:
+            return self.expected[link.label].digests(item.row for item in items)
+        if link.label in self.imports:
+            return {item.row: self.imports[link.label].digest(item) for item in items}
+        return {}
 
     def quarantine(self, item: Item, error: str, message: str, tries: int) -> None:
         """Record the failure with the first stage that lacks the item.
@@ -144,8 +153,8 @@ class Chain:
                 continue
             generation = self._journals(link)
             made: dict[str, Any] = {"input": item.fingerprint, "revision": item.revision}
-            if link.label in self.slices:
-                made["slice"] = slice_digest(self._slice_of(link, item))
+            if link.label in self.slices or link.label in self.imports:
+                made["slice"] = self.digests(link, [item])[item.row]
             generation.commit_failure(item.row, item.name, error, message, tries, **made)
             generation.journal.close()
             return
@@ -154,14 +163,9 @@ class Chain:
         record = self._journals(link).records().get(item.row)
         if record is None or not record["ok"] or record.get("input") != item.fingerprint:
             return False
-        if not link.takes_particles:
-            return True
         if link.within:  # what the births of this chain have given meanwhile
             return True
-        return record.get("slice") == slice_digest(self._slice_of(link, item))
-
-    def _slice_of(self, link: Link, item: Item) -> dict[str, np.ndarray]:
-        return self.slices[link.label].at(item.row)
+        return record.get("slice") == self.digests(link, [item]).get(item.row)
 
     def brief(self, item: Item, again: bool) -> Brief:
         """What travels with an item: a worker reads no journals."""
@@ -176,11 +180,13 @@ class Chain:
         births: dict[str, dict[str, np.ndarray]] = {}
         for link in self.links:
             if link.label in self.slices:
-                slices[link.label] = self._slice_of(link, item)
+                slices[link.label] = self.slices[link.label].at(item.row)
             if link.birth is not None and link.label not in records and self.tables_before is not None:
                 before = self.tables_before(link.label, item.row)
                 births |= {link.label: before} if before is not None else {}
-        return Brief(records, slices, births, self.imported(item) if self.imported is not None else {})
+        values = {label: given.values(item) for label, given in self.imports.items()}
+        digests = {label: given.digest(item) for label, given in self.imports.items()}
+        return Brief(records, slices, births, values, digests)
 
     def _journals(self, link: Link) -> Generation:
         # kept: its journals are read on from where they were read to
@@ -190,17 +196,18 @@ class Chain:
     def run(self, item: Item, brief: Brief, device: str, attempt: int) -> None:
         """Process and commit one item: the stages that have it already are read, not repeated."""
         make_ready(device)
-        values: dict[str, Any] = {**self.constants.get(self._data_set(item), {}), **self._inputs(item), **brief.values}
+        values: dict[str, Any] = {**self.constants.get(self._data_set(item), {}), **self._inputs(item)}
         records = dict(brief.records)
         for link in self.links:
             generation = self._generation(link.label)
             particles = self._particles(link, item, brief, values, records)
-            digest = slice_digest(particles) if particles is not None else None
+            digest = slice_digest(particles) if particles is not None else brief.digests.get(link.label)
+            known = {**values, **brief.values.get(link.label, {})}
             if link.label in records and records[link.label].get("slice") == digest:
                 continue
             records.pop(link.label, None)
-            needs = {n: self._value(n, link, item, values, records, particles) for n in link.stage.needs}
-            needs |= {n: self._value(n, link, item, values, records, particles) if n in link.source else None for n in link.stage.optional}
+            needs = {n: self._value(n, link, item, known, records, particles) for n in link.stage.needs}
+            needs |= {n: self._value(n, link, item, known, records, particles) if n in link.source else None for n in link.stage.optional}
             started, started_cpu = time.time(), time.process_time()
             given = link.stage.process(link.params, device=device, **needs)
             _refuse_nonsense(link, item, given)

@@ -13,6 +13,7 @@ from cryodask.errors import StoreError
 from cryodask.products import COLLECTIONS, part_of
 from cryodask.run import sources
 from cryodask.run.chain import Chain, Link
+from cryodask.run.imports import Import, PicksImport, imports_of
 from cryodask.run.inputs import exposure_rows
 from cryodask.run.keys import Keys, recipe_of
 from cryodask.run.recipe import Plan, Step
@@ -96,7 +97,7 @@ class ChainMaker:
             slices={link.label: given[link.label] for link in links if link.takes_particles and not link.within},
             expected=given,
             tables_before=_TablesBefore(self.project, links),
-            imported=sources.imported_rows(self.plan, steps),
+            imports=self.imports(steps),
         )
 
     def concerned(self, steps: list[Step], items: list[Item]) -> list[Item]:
@@ -213,11 +214,19 @@ class ChainMaker:
             )
         return current.key
 
+    def imports(self, steps: list[Step]) -> dict[str, Import]:
+        """What the imports among some steps say of the exposures."""
+        found = imports_of(self.plan, steps)
+        for one in found.values():
+            if isinstance(one, PicksImport):
+                one.settle(item.name for item in self.items)
+        return found
+
     def _source_values(self, step: Step) -> Iterator[dict[str, Any]]:
-        extra = sources.imported_rows(self.plan, [step])
+        imported = self.imports([step]).get(step.label)
         for item in self.items:
             if str(item.inputs.get("source", step.label)) == step.label or step.inputs:
-                yield {**sources.input_values(self.plan, item.inputs), **(extra(item) if extra else {})}
+                yield {**sources.input_values(self.plan, item.inputs), **(imported.values(item) if imported else {})}
 
     def _check_gain(self, step: Step, sizes: dict[str, int]) -> None:
         """Refuse a gain of another shape or orientation, before the first movie is corrected with it."""
@@ -252,8 +261,8 @@ class ChainMaker:
             others = [g for g in self._of_stage(link.stage_name) if g.path != link.folder and recipes & set(g.meta["recipes"].values())]
             if not others:
                 continue
-            sliced = chain.expected[link.label].digests(item.row for item in items) if link.takes_particles else {}
-            digests: dict[int, str | None] = {item.row: sliced.get(item.row) for item in items}
+            given = chain.digests(link, items)
+            digests: dict[int, str | None] = {item.row: given.get(item.row) for item in items}
             records = generation.records()
             lacking = {i.row: i for i in items if not _is(records.get(i.row), i, digests[i.row])}
             for other in others:

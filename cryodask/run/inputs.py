@@ -183,6 +183,8 @@ def set_views(plan: Plan, project: Project, inputs: StepInputs) -> dict[str, lis
     for name, sets in inputs.sets.items():
         views: list[SetView | ExposureView] = []
         for product, (ref, ids) in zip(inputs.step.inputs.get(name, ()), sets):
+            if name == "particles" and inputs.ids is not None and inputs.ref is not None:
+                ref, ids = inputs.ref, inputs.ids
             views.append(SetView(product.ref, ids, tuple(ref.parts), _reader(project, ref, ids)))
         out[name] = views
     exposures = inputs.step.inputs.get("exposures", ())
@@ -202,6 +204,6 @@ def set_views(plan: Plan, project: Project, inputs: StepInputs) -> dict[str, lis
 
 def _reader(project: Project, ref: ProductRef, ids: np.ndarray) -> Callable[[Sequence[str] | None], dict[str, np.ndarray]]:
     def read(parts: Sequence[str] | None) -> dict[str, np.ndarray]:
-        return project.sets.columns(ref, ids, parts)
+        return particle_columns(project, ref, ids) if parts is None else project.sets.columns(ref, ids, parts)
 
     return read

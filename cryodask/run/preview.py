@@ -139,12 +139,15 @@ class _Looking:
         table = generation.table(())
         by_row = dict(zip(table.row.tolist(), zip(table.input, table.slice)))
         failed = {row: r.get("input") for row, r in table.failures.items()}
-        sliced = PARTICLES in variable_sources(self.plan, step).values()
-        digests = self.maker.slices(step).digests(i.row for i in items) if sliced else {}
+        digests: dict[int, str] = {}
+        if PARTICLES in variable_sources(self.plan, step).values():
+            digests = self.maker.slices(step).digests(i.row for i in items)
+        elif imported := self.maker.imports([step]).get(step.label):
+            digests = {i.row: imported.digest(i) for i in items}
         done = 0
         for item in items:
             made = by_row.get(item.row)
-            fresh = made is not None and made[0] in (None, item.fingerprint) and (not sliced or made[1] == digests[item.row])
+            fresh = made is not None and made[0] in (None, item.fingerprint) and made[1] == digests.get(item.row)
             done += fresh or (made is None and failed.get(item.row) == item.fingerprint)
         return done
 

@@ -242,7 +242,7 @@ def draft_plan(path: str | Path) -> Plan:
 
 def _with_symmetry(step: Step) -> Step:
     """A symmetry that is left out is that of the step's map, not C1."""
-    if "symmetry" not in type(step.params).model_fields or step.params.symmetry is not None or step.stage.port("map") is None:
+    if "symmetry" not in type(step.params).model_fields or step.params.symmetry is not None or not step.inputs:
         return step
     group = point_group(Draft(step.label, step.stage, step.params, step.inputs)) or "C1"
     return replace(step, params=step.params.model_copy(update={"symmetry": group}))

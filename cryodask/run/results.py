@@ -106,25 +106,30 @@ def image_givers(plan: Plan, project: Project, step: Step) -> list[str]:
     return list(dict.fromkeys(places))
 
 
-def _united_images(project: Project, inputs: StepInputs, ids: np.ndarray) -> dict[str, np.ndarray]:
-    """Where the images of a union lie, and the places of their boxes: those of the first source that has a particle."""
-    refs = [ref for ref, _ in inputs.sets["particles"]]
-    givers = list(dict.fromkeys(ref.parts["image"] for ref in refs))
-    out: dict[str, Any] = {"image_giver": np.full(len(ids), -1, np.int16), "image_row": np.zeros(len(ids), np.int64)}
-    out |= {"image_slot": np.zeros(len(ids), np.int32)}
-    out |= {name: np.full(len(ids), np.nan, np.float32) for name in ("particle_y", "particle_x")}
-    pixel = np.nan
-    for ref in reversed(refs):
+def _united_images(project: Project, inputs: StepInputs, ids: np.ndarray) -> dict[str, Any]:
+    """Where the images of a union lie, and the places of their boxes: those of the first source that has a particle, or the preferred."""
+    sets = list(zip(inputs.step.inputs["particles"], inputs.sets["particles"]))
+    givers = list(dict.fromkeys(ref.parts["image"] for _, (ref, _) in sets))
+    preferred = getattr(inputs.step.params, "prefer", None)
+    sets.sort(key=lambda entry: preferred is None or entry[0].ref != preferred)
+    names = ("particle_y", "particle_x")
+    out: dict[str, Any] = {name: np.full(len(ids), np.nan, np.float32) for name in names}
+    out |= {"image_giver": np.full(len(ids), -1, np.int16), "image_row": np.zeros(len(ids), np.int64)}
+    out |= {"image_slot": np.zeros(len(ids), np.int32), "particle_pixel_size_angstrom": np.nan}
+    for _, (ref, members) in reversed(sets):
+        here = np.flatnonzero(np.isin(ids, members))
+        if not len(here):
+            continue
         images = project.sets.images(ref.parts["image"])
-        columns = project.sets.columns(ref, ids, ["image"])
-        at = place_of(ids, images.ids)
-        here = at >= 0
-        out["image_giver"][here] = givers.index(ref.parts["image"])
-        out["image_row"][here], out["image_slot"][here] = images.row[at[here]], images.slot[at[here]]
-        for name in ("particle_y", "particle_x"):
-            out[name][here] = columns[name][here]
-        pixel = float(np.nanmax(columns["particle_pixel_size_angstrom"][here])) if here.any() else pixel
-    return {**out, "particle_pixel_size_angstrom": pixel}
+        columns = project.sets.columns(ref, ids[here], ["image"])
+        at = place_of(ids[here], images.ids)
+        found = at >= 0
+        out["image_giver"][here[found]] = givers.index(ref.parts["image"])
+        out["image_row"][here[found]], out["image_slot"][here[found]] = images.row[at[found]], images.slot[at[found]]
+        for name in names:
+            out[name][here] = columns[name]
+        out["particle_pixel_size_angstrom"] = float(np.nanmax(columns["particle_pixel_size_angstrom"]))
+    return out
 
 
 # --- sets that grow while a step works on them -------------------------------------------------------------------------------

@@ -11,20 +11,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 
 from cryodask.errors import CryodaskError, GainError, InputError, MovieError
+from cryodask.run.imports import PicksImport, TableImport, content_id
 from cryodask.run.recipe import Movies, Plan, Step, list_movies
 from cryodask.store.files import disk_errors, write_atomically
-from cryodask.store.project import Arrival, Item, Project
+from cryodask.store.project import Arrival, Project
 from cryodask.vocabulary import SLOTS, VARIABLES
 
 _PROBED = 5
 _CHECKED = 50
 _GAIN_MOVIES, _GAIN_FRAMES = 3, 24
-_HEAD_BYTES = 1 << 16
-"""Bytes at either end of a file that, with its size, make its content known."""
 
 
 # --- exposures ---------------------------------------------------------------------------------------------------------------
@@ -92,19 +90,6 @@ class Files:
         return Arrival(path.stem, content or content_id(path, stat.st_size), inputs)
 
 
-def content_id(path: Path, size: int) -> str:
-    """Identity of the bytes of a file: its size, and the checksum of its head and tail."""
-    try:
-        with open(path, "rb") as file:
-            crc = google_crc32c.value(file.read(_HEAD_BYTES))
-            if size > _HEAD_BYTES:
-                file.seek(max(_HEAD_BYTES, size - _HEAD_BYTES))
-                crc = google_crc32c.extend(crc, file.read(_HEAD_BYTES))
-    except OSError:
-        return f"unreadable:{path.name}"
-    return f"{size}-{crc:08x}"
-
-
 def _micrographs(plan: Plan, step: Step, files: Files) -> list[Arrival]:
     from cryodask.formats.star import find_beside, read_micrographs
 
@@ -112,88 +97,31 @@ def _micrographs(plan: Plan, step: Step, files: Files) -> list[Arrival]:
     columns = read_micrographs(star)
     names = [str(n) for n in columns["micrograph_name"]]
     keep = [n for n, v in columns.items() if n in VARIABLES and not VARIABLES[n].dims and VARIABLES[n].dtype != "U"]
-    picks = _picks(plan, [Path(name).stem for name in names])
+    folders = [Path(s.params.folder) for s in plan.steps if s.stage.name == "import_picks"]
+    picks = PicksImport(folders[0]).among(Path(name).stem for name in names) if folders else {}
     out = []
     for i, name in enumerate(names):
         path = find_beside(name, star)
         made = files.arrival("micrograph_path", path or Path(name), step.label)
         values = {n: float(columns[n][i]) for n in keep if np.isfinite(columns[n][i])}
-        out.append(Arrival(made.name, made.content, {**made.inputs, **values, **picks.get(made.name, {})}))
-    return out
-
-
-def _picks(plan: Plan, names: list[str]) -> dict[str, dict[str, Any]]:
-    """STAR file of picks of each micrograph: ``NAME.star`` or ``NAME_anything.star``, never that of a longer name."""
-    folders = [Path(step.params.folder) for step in plan.steps if step.stage.name == "import_picks"]
-    known = set(names)
-    out: dict[str, dict[str, Any]] = {}
-    for folder in folders:
-        files = sorted(folder.glob("*.star"), reverse=True)
-        if not files:
-            raise InputError(f"There is no STAR file in {folder}.", "a typo in the path", "give the folder with the picks")
-        for path in files:
-            stem = path.stem
-            ends = (n for n in range(len(stem), 0, -1) if stem[:n] in known and not stem[n : n + 1].isalnum())
-            end = next(ends, None)
-            if end is not None:
-                content = content_id(path, path.stat().st_size)
-                out[stem[:end]] = {"coordinates_path": plan.relative(path), "coordinates": content}
+        if made.name in picks:
+            values["coordinates_path"] = plan.relative(picks[made.name])  # type: ignore[assignment]
+        out.append(Arrival(made.name, made.content, {**made.inputs, **values}))
     return out
 
 
 def _particles(plan: Plan, step: Step) -> list[Arrival]:
     """The micrographs that a particle table names; each stands for its particles, whatever the order of the file."""
-    from cryodask.formats.star import find_beside
-    from cryodask.stages.import_particles import read_table
-
-    star = Path(step.params.star)
-    table = read_table(str(star))
-    digests = _row_digests(table)
-    stacks = [find_beside(stack, star) for stack in table.stacks]
-    contents = [content_id(path, path.stat().st_size) if path else name for path, name in zip(stacks, table.stacks)]
+    found = TableImport(step)
+    path = plan.relative(step.params.star)
     out = []
-    for code, name in enumerate(table.micrographs):
-        rows = table.rows_of(code)
-        used = np.unique(table.stack[rows]).tolist()
-        digest = hashlib.blake2b("".join(contents[i] for i in used).encode(), digest_size=8)
-        digest.update(np.sort(digests[rows]).tobytes())
-        inputs: dict[str, Any] = {"particles_path": plan.relative(star), "micrograph_name": name, "source": step.label}
-        inputs["rows"] = digest.hexdigest()
-        found = next((stacks[i] for i in used if stacks[i] is not None), None)
-        if found is not None:
-            inputs["stack_path"] = plan.relative(found)
-        out.append(Arrival(Path(name).stem, f"table:{step.params.star and plan.relative(star)}:{name}", inputs))
+    for code, name in enumerate(found.table.micrographs):
+        inputs: dict[str, Any] = {"particles_path": path, "micrograph_name": name, "source": step.label}
+        stack = found.stack_of(code)
+        if stack is not None:
+            inputs["stack_path"] = plan.relative(stack)
+        out.append(Arrival(Path(name).stem, f"table:{path}:{name}", inputs))
     return out
-
-
-def _row_digests(table: Any) -> np.ndarray:
-    """A number per row of a particle table: changes with any of its values, whatever its place in the file."""
-    total = np.zeros(len(table), np.uint64)
-    with np.errstate(over="ignore"):
-        columns = [*(np.asarray(v, np.float64) for _, v in sorted(table.columns.items())), table.image_index.astype(np.float64)]
-        for i, values in enumerate(columns):
-            z = np.ascontiguousarray(values).view(np.uint64) + np.uint64(0x9E3779B97F4A7C15) * np.uint64(2 * i + 1)
-            z = (z ^ (z >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
-            total += z ^ (z >> np.uint64(29))
-    return total
-
-
-def imported_rows(plan: Plan, steps: Iterable[Step]) -> Any:
-    """For the driver: what an import gives an item along, or None where no step imports a table."""
-    from cryodask.stages.import_particles import read_table, rows_of
-
-    step = next((s for s in steps if s.stage.name == "import_particles"), None)
-    if step is None:
-        return None
-    table = read_table(step.params.star)
-    codes = {name: code for code, name in enumerate(table.micrographs)}
-    stems = {Path(name).stem: code for name, code in codes.items()}
-
-    def rows(item: Item) -> dict[str, Any]:
-        code = codes.get(str(item.inputs.get("micrograph_name")), stems.get(item.name))
-        return {"particle_rows": rows_of(table, table.rows_of(code))} if code is not None else {}
-
-    return rows
 
 
 # --- files -------------------------------------------------------------------------------------------------------------------

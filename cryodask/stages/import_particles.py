@@ -72,7 +72,7 @@ def rows_of(table: ParticleTable, rows: np.ndarray) -> dict[str, Any]:
     version=1,
     needs=["particles_path", "micrograph_name"],
     optional=["particle_rows"],
-    ports=[],
+    ports=["exposures?:exposures[optics]"],
     outputs=_outputs,
     gives=[
         "particle_image", "particle_y", "particle_x", "particle_count", "particle_pixel_size_angstrom", "pick_y", "pick_x", "pick_score",
@@ -93,7 +93,8 @@ def import_particles(
     """Read the particles of one micrograph from a RELION STAR file and its stacks, each with its own defocus, pose and half-set.
 
     Images are taken as they are: protein white, background mean 0 and standard deviation 1, as RELION extracts them. A particle is known
-    again by the name of its image, whatever the order of the file. Origins become places in the exposure.
+    again by the name of its image, whatever the order of the file; one that was exported from this project, by its id. Origins become
+    places in the exposure.
     """
     rows = particle_rows
     if rows is None:
@@ -129,6 +130,7 @@ def import_particles(
         "pick_score": np.zeros(count, np.float32),
         "natural_key": _natural_keys(rows),
         "half_set": np.asarray(rows.get("half_set", np.full(count, -1)), np.int8),
+        "particle_id": np.asarray(rows.get("particle_id", np.zeros(count)), np.int64),
         **{f"particle_{name}": values for name, values in ctf.items()},
         **{name: column(name) for name in (*_ANGLES, "log_likelihood")},
         "centre_y_angstrom": centre[0],

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cryodask.store.identity import half_sets, make_ids, number_of
+from cryodask.store.identity import half_sets, make_ids, number_of, row_of
 
 SAME_PLACE_PX = 1.0
 """Distance within which a pick that is found again is the same particle."""
@@ -44,7 +44,8 @@ def born(birth: Birth, row: int, found: dict[str, Any], before: dict[str, np.nda
     row : int
         Of the exposure.
     found : dict
-        ``pick_y``, ``pick_x`` (pixels), and perhaps ``pick_score``, ``natural_key`` and ``half_set`` (-1: by the rule).
+        ``pick_y``, ``pick_x`` (pixels), and perhaps ``pick_score``, ``natural_key``, ``half_set`` (-1: by the rule), ``particle_id`` (of
+        particles that were exported from this project).
     before : dict, optional
         The table that this exposure had; its particles keep their numbers.
 
@@ -70,6 +71,9 @@ def born(birth: Birth, row: int, found: dict[str, Any], before: dict[str, np.nda
         number[fresh] = int(old_number.max()) + 1 + np.arange(len(fresh))
         gone = np.setdiff1d(np.arange(len(old_number)), known)
     ids = make_ids(birth.number, row, number)
+    exported = np.asarray(found.get("particle_id", ()), np.int64)
+    if len(exported) == len(ids) and len(ids) and (exported > 0).all() and (row_of(exported) == row).all():
+        return _returned(exported, birth, found)  # particles of this project, back from another program
     half = half_sets(ids, birth.seed)
     given = found.get("half_set")
     if given is not None:
@@ -88,6 +92,20 @@ def born(birth: Birth, row: int, found: dict[str, Any], before: dict[str, np.nda
 def first_order(y: np.ndarray, x: np.ndarray, score: np.ndarray) -> np.ndarray:
     """Order in which particles are numbered: falling score, then row, then column; so a threshold keeps a prefix."""
     return np.lexsort((x, y, -score))
+
+
+def _returned(ids: np.ndarray, birth: Birth, found: dict[str, Any]) -> dict[str, Any]:
+    """The table of particles that keep the ids that they had."""
+    half, given = half_sets(ids, birth.seed), found.get("half_set")
+    y, x = (np.asarray(found[name], np.float32) for name in ("pick_y", "pick_x"))
+    table = {
+        "particle_id": ids,
+        "particle_half": half if given is None else np.where(np.asarray(given) >= 0, given, half).astype(np.int8),
+        "pick_y": y,
+        "pick_x": x,
+        "pick_score": np.asarray(found.get("pick_score", np.zeros(len(y))), np.float32),
+    }
+    return table | ({"natural_key": np.asarray(found["natural_key"], np.int64)} if "natural_key" in found else {})
 
 
 def _halves_as_before(table: dict[str, Any], before: dict[str, np.ndarray]) -> np.ndarray:

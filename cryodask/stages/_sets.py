@@ -1,0 +1,57 @@
+"""What the stages that work on sets share: results with reasons, places of particles, groups by exposure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from cryodask.errors import InputError
+from cryodask.stage import SetView
+from cryodask.store.identity import row_of
+
+
+def kept_and_dropped(ids: np.ndarray, reason: np.ndarray, *, stage: str, usual_reason: str, way_out: str) -> dict[str, Any]:
+    """Result of a stage that keeps some particles of one set.
+
+    Parameters
+    ----------
+    ids : `(n,)`, int64, sorted
+        The particles that the stage judged.
+    reason : `(n,)`, int8
+        0 for a particle that is kept, else the number of the reason.
+    stage, usual_reason, way_out : str
+        For the error.
+
+    Returns
+    -------
+    dict
+        ``particle_id``, ``dropped_id``, ``removal_reason``.
+
+    Raises
+    ------
+    InputError
+        Where no particle is kept.
+    """
+    kept = reason == 0
+    if not kept.any():
+        raise InputError(f"{stage} left no particles of {len(ids)}.", usual_reason, way_out)
+    return {"particle_id": ids[kept], "dropped_id": ids[~kept], "removal_reason": reason[~kept].astype(np.int8)}
+
+
+def places_of(view: SetView) -> np.ndarray:
+    """Picked places `(n, 2)` float64 (y, x) in the exposures, angstrom; NaN where unknown."""
+    columns = view.read(["position"])
+    return np.stack([np.asarray(columns[f"position_{axis}_angstrom"], np.float64) for axis in "yx"], -1)
+
+
+def exposures_of(ids: np.ndarray, usable: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Row of every exposure with the indices of its particles, in the order of the ids; only those where ``usable`` is True."""
+    chosen = np.flatnonzero(usable)
+    rows = row_of(ids[chosen])
+    order = np.argsort(rows, kind="stable")
+    rows = rows[order]
+    starts = np.flatnonzero(np.diff(rows, prepend=-1))
+    for start, index in zip(starts, np.split(chosen[order], starts[1:])):
+        yield int(rows[start]), index

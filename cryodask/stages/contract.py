@@ -1,0 +1,45 @@
+"""Stage ``contract``: symmetry copies back to particles."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from cryodask.errors import InputError
+from cryodask.stage import Output, Params, SetView, port, stage
+from cryodask.store.identity import parent_of
+
+
+class ContractParams(Params):
+    """Parameters of ``contract``."""
+
+    keep: Literal["first", "best"] = Field(
+        "first",
+        description="which copy stands for its particle; without effect on the result, because what was computed for copies is not kept",
+    )
+
+
+@stage(
+    version=1,
+    shape="set",
+    needs=[],
+    gives=[],
+    ports=[port("particles[pose]", copies=True, subtracted=True)],
+    outputs=[Output("particles", "particles", on="particles", subset=True, copies="contract", drops=("pose",))],
+)
+def contract(params: ContractParams, inputs: dict[str, list[SetView]]) -> dict[str, Any]:
+    """Take each particle once of which at least one symmetry copy is left.
+
+    Poses are not kept: that of a copy refers to one asymmetric unit. What the particles had before the expansion is there again; what
+    was computed for their copies (classes, subtracted images) is not.
+    """
+    view = inputs["particles"][0]
+    if not len(view.ids):
+        raise InputError("contract left no particles: it was given none.", "", "look at the step before it")
+    return {
+        "particle_id": np.unique(parent_of(view.ids)),
+        "dropped_id": np.zeros(0, np.int64),
+        "removal_reason": np.zeros(0, np.int8),
+    }
