@@ -205,8 +205,9 @@ def costs_of_project(path: str | Path) -> tuple[Costs, dict[str, Any]]:
     load |= {"movie_megabytes": _mean(movie_bytes) / 1e6} if movie_bytes else {}
     if "extract" in by_stage:
         params = project.generation(by_stage["extract"]).meta["params"]
-        load |= {"box": params["box"], "scale_to": params["scale_to"] or params["box"]}
-        load["particles"] = max(1, round(project.particles().sizes["particle"] / len(timed["extract"])))
+        box = params["box"] or round(params["box_angstrom"] / project.state.constants[""]["pixel_size_angstrom"])
+        load |= {"box": box, "scale_to": params["scale_to"] or box}
+        load["particles"] = max(1, round(len(project.sets.ids(project.product(by_stage["extract"], "particles"))) / len(timed["extract"])))
     here = Load(**load)
     units = {"frame megapixel": here.frame_megapixels, "megapixel": pixels, "particle megapixel": here.particles * here.box**2 / 1e6}
     stages = dict(ours.map_stages)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import subprocess
 import sys
@@ -61,8 +62,15 @@ def test_dry_run_shows_the_plan_and_makes_nothing(tmp_path):
     )
     result = CliRunner().invoke(app, ["run", str(tmp_path / "p.yaml"), "--dry-run"])
     assert result.exit_code == 0
-    assert "1 movies" in result.stdout
-    assert "motion" in result.stdout
+    steps = {line.split()[0]: line for line in result.stdout.splitlines() if line.startswith("  ")}
+    assert list(steps) == ["ingest", "motion", "ctf"]
+    assert all("1 exposures, new" in line for line in steps.values())
+    assert "exposures of ingest" in steps["motion"]
+    assert "exposures of motion" in steps["ctf"]
+    assert not (tmp_path / "p").exists()
+    as_json = CliRunner().invoke(app, ["run", str(tmp_path / "p.yaml"), "--dry-run", "--json"])
+    assert as_json.exit_code == 0
+    assert all(label in json.dumps(json.loads(as_json.stdout)) for label in steps)
     assert not (tmp_path / "p").exists()
 
 

@@ -201,7 +201,7 @@ class Spectra:
         Generation(self.folder).commit_failure(item.row, item.name, error, message, tries)
 
 
-meta = {"label": "spectra", "stage": "spectra", "version": 1, "params": {}, "upstream": {}}
+meta = {"stage": "spectra", "version": 1, "params": {}, "recipes": {}, "inputs": {}}
 made = Generation.create(
     folder / "g", meta=meta, gives=("spectrum_image", "mean_count"), per_item=True, sizes={"ky": 64, "kx": 64}, dtypes={}
 )
@@ -211,7 +211,7 @@ starts.write_bytes((starts.read_bytes() if starts.exists() else b"") + b"x")
 try:
     runner = MapRunner(connect(address), Spectra(folder / "g"), first_attempt=1_000_000 * len(starts.read_bytes()))
     (folder / "working").write_text(str(os.getpid()))
-    runner.run(Item(row, f"m{row}") for row in range(count) if row not in done)
+    runner.run(Item(row, f"m{row}", f"content {row}") for row in range(count) if row not in done)
 except ClusterError as error:
     print(error, flush=True)
     sys.exit(2)

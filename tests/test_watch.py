@@ -153,6 +153,8 @@ def test_only_movies_can_be_watched_for(tmp_path):
     (tmp_path / "p.star").write_text("data_\n")
     plan = _plan(tmp_path)
     check_inputs(plan, watch=True)
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.mrc").write_bytes(b"a map")
     halves = "name: x\ninputs: {half_maps: [a.mrc, b.mrc]}\npipeline: [mask]\n"
     (tmp_path / "x.yaml").write_text(halves)
     with pytest.raises(ProjectFileError, match="Only movies"):

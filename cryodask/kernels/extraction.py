@@ -67,18 +67,39 @@ def extract_particles(
     background_radius_px: float,
     invert: bool,
     ramp: bool,
+    reduced: int | None = None,
     batch: int = 64,
 ) -> Tensor:
     """Cut boxes, invert, reduce to ``size`` pixels in Fourier space (origin stays at n // 2) and normalise, `(particle, size, size)`.
 
-    ``background_radius_px`` is in pixels of the reduced image; ``box`` and ``size`` are even.
+    Where the scale needs it, boxes are reduced to ``reduced`` pixels first, of which the middle ``size`` are kept.
+    ``background_radius_px`` is in pixels of the reduced image; ``box``, ``size`` and ``reduced`` are even.
     """
+    edge = 0 if reduced is None else (reduced - size) // 2
     out = torch.empty(len(rows), size, size, dtype=torch.float32, device=image.device)
     for start in range(0, len(rows), batch):
         part = slice(start, start + batch)
         boxes = cut_boxes(image, rows[part], columns[part], box)
         # the mean goes first: float32 transforms of large counts would lose digits
         boxes = boxes - boxes.mean(dim=(1, 2), keepdim=True)
-        boxes = resize_images(-boxes if invert else boxes, size)
+        boxes = resize_images(-boxes if invert else boxes, reduced or size)
+        boxes = boxes[:, edge : edge + size, edge : edge + size]
         out[part] = normalise_background(boxes, background_radius_px, ramp=ramp)
     return out
+
+
+def common_scale(pixel_size_angstrom: float, wanted_angstrom: float, size: int) -> tuple[int, int]:
+    """Box to cut and edge to reduce it to, both even, so that pixels of a micrograph become pixels of a wanted size.
+
+    Fourier reduction scales by a ratio of whole numbers: a somewhat larger box is cut whose ratio is right to 1 part in 10,000, or the best
+    there is, and the middle of the reduced image is kept.
+    """
+    best = (float("inf"), 0, 0)
+    for reduced in range(size, size + 130, 2):
+        box = 2 * round(reduced * wanted_angstrom / pixel_size_angstrom / 2)
+        error = abs(box * pixel_size_angstrom / reduced / wanted_angstrom - 1.0)
+        if error < best[0]:
+            best = (error, box, reduced)
+        if error < 1e-4:
+            break
+    return best[1], best[2]

@@ -280,7 +280,10 @@ class Chain:
         return self._stored(label, name, item, values, records)
 
     def _stored(self, label: str, name: str, item: Item, values: dict[str, Any], records: dict[str, Record]) -> Any:
-        """A variable that another step gave."""
+        """A variable that another step gave, or the first of several (``A|B``) that has the exposure."""
+        if "|" in label:
+            has = [one for one in label.split("|") if one in records or f"{one}/{name}" in values]
+            label = has[0] if has else label.partition("|")[0]
         if f"{label}/{name}" in values:
             return values[f"{label}/{name}"]
         record = records.get(label)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,9 +83,9 @@ class ChainMaker:
         for step in steps:
             links.append(self._link(step, {link.label for link in links}, sizes))
         labels = {link.label for link in links}
-        before = {label for link in links for label in link.source.values()} - labels - {INPUTS, PARTICLES}
+        before = _labels(links) - labels
         earlier = {label: self._bare_link(self.plan.graph.step(label)) for label in before}
-        reopened = {label for link in earlier.values() for label in link.source.values()} - labels - {INPUTS, PARTICLES} - set(earlier)
+        reopened = _labels(earlier.values()) - labels - set(earlier)
         earlier |= {label: self._bare_link(self.plan.graph.step(label)) for label in reopened}
         given = {s.label: self.slices(s) for s in steps if any(link.label == s.label and link.takes_particles for link in links)}
         return Chain(
@@ -156,6 +156,7 @@ class ChainMaker:
         path = self.project.path / "stages" / stage.name / key
         needed: dict[str, int] = {}
         for name, label in source.items():
+            label = label.partition("|")[0]
             if label not in (INPUTS, PARTICLES) and VARIABLES[name].dims and self.plan.graph.step(label).stage.shape == "map":
                 known = sizes.get(label) or self.project.generation(label).meta["sizes"]
                 needed |= {d: known[d] for d in VARIABLES[name].dims if d in known}
@@ -276,6 +277,11 @@ class ChainMaker:
     def _of_stage(self, stage: str) -> list[Generation]:
         folders = [f for f in generation_folders(self.project.path) if f.parent.name == stage]
         return [self.project.generation_at(f"{stage}/{f.name}") for f in folders]
+
+
+def _labels(links: Iterable[Link]) -> set[str]:
+    """Steps from which some links read."""
+    return {label for link in links for source in link.source.values() for label in source.split("|")} - {INPUTS, PARTICLES}
 
 
 def _stored(step: Step) -> tuple[str, ...]:

@@ -102,10 +102,13 @@ def _has(project: Project, ref: ProductRef, part: str, rows: np.ndarray) -> np.n
     place = ref.exposures.get(part)
     if place is None or part in ref.parts:  # the particles have it themselves
         return np.ones(len(rows), bool)
-    generation = project.generation_at(place)
-    if not set(columns_of("exposures", part)) & set(generation.meta["gives"]):
-        return np.ones(len(rows), bool)
-    return place_of_row(rows, project.table_at(place, ()).row) >= 0
+    has = np.zeros(len(rows), bool)
+    for one in place.split("|"):
+        generation = project.generation_at(one)
+        if not set(columns_of("exposures", part)) & set(generation.meta["gives"]):
+            return np.ones(len(rows), bool)
+        has |= place_of_row(rows, project.table_at(one, ()).row) >= 0
+    return has
 
 
 def particle_set(project: Project, inputs: StepInputs) -> StoredParticles:

@@ -22,7 +22,7 @@ import numpy as np
 from cryodask.products import COLLECTIONS
 from cryodask.run.inputs import StepInputs
 from cryodask.run.recipe import Plan, Step, marked_fields
-from cryodask.run.refs import INPUTS, Refer, parts_used, united_parts, variable_sources
+from cryodask.run.refs import INPUTS, Refer, givers_of, parts_used, united_parts, variable_sources
 from cryodask.stage import SourceFileMark
 from cryodask.store.generation import Generation, generation_key
 from cryodask.store.identity import row_of
@@ -96,7 +96,7 @@ class Keys:
         out = {}
         for name in sorted({"", *self.project.state.constants}):
             upstream = {
-                part: recipe_of(self.project.generation_at(self._refer.place(product.parts[part])), name)
+                part: [recipe_of(self.project.generation_at(place), name) for place in self._refer.places_of(product, part)]
                 for port, product, parts in used
                 if port.type == "exposures"
                 for part in parts
@@ -117,7 +117,7 @@ class Keys:
         for port in step.stage.ports:
             for product in step.inputs.get(port.name, ()):
                 if port.type in COLLECTIONS:
-                    upstream[port.name] = {part: self._refer.place(product.parts[part]) for part in parts_used(step, port)}
+                    upstream[port.name] = {part: self._refer.places_of(product, part) for part in parts_used(step, port)}
                 if port.type == "particles":
                     upstream["ids"] = self._refer.place(product.ids)
         recipes = self.recipes(step, version)
@@ -132,12 +132,12 @@ class Keys:
     def _origin(self, step: Step) -> dict[str, Any]:
         """A step with its parameters, and those of what gave it what it reads; versions and repetitions do not count."""
         labels = {
-            part: product.parts[part].partition(".")[0]
+            part: givers_of(self.plan, product.parts[part], part)
             for port in step.stage.ports
             for product in step.inputs.get(port.name, ())
             for part in parts_used(step, port)
         }
-        upstream = {part: self._origin(self.plan.graph.step(label)) for part, label in labels.items()}
+        upstream = {part: [self._origin(self.plan.graph.step(label)) for label in some] for part, some in labels.items()}
         return {"stage": step.stage.name, "params": self.params(step), "upstream": upstream}
 
     # --- over a set -----------------------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ class Keys:
             sets = inputs.sets.get(port.name, [])
             used = united_parts(step) if port.many else parts_used(step, port)
             upstream[port.name] = [
-                {part: self._given(self._refer.place(product.parts[part]), part, port.type, rows) for part in used}
+                {part: [self._given(p, part, port.type, rows) for p in self._refer.places_of(product, part)] for part in used}
                 for product, rows in zip(
                     step.inputs.get(port.name, ()),
                     [np.unique(row_of(ids)) for _, ids in sets] if port.type == "particles" else repeat(inputs.rows),
@@ -165,7 +165,9 @@ class Keys:
         upstream: dict[str, Any] = {}
         for port in step.stage.ports:
             for product in step.inputs.get(port.name, ()):
-                upstream[port.name] = {part: self._recipe_at(self._refer.place(product.parts[part])) for part in parts_used(step, port)}
+                upstream[port.name] = {
+                    part: [self._recipe_at(p) for p in self._refer.places_of(product, part)] for part in parts_used(step, port)
+                }
                 if product.ids:
                     upstream[f"{port.name} ids"] = self._recipe_at(self._refer.place(product.ids))
         births = [s for s in self.plan.steps if s.label in self.plan.graph.rests_on(step) and s.stage.threshold]

@@ -29,6 +29,17 @@ class Refer:
         """``STAGE/KEY`` of the step that ``STEP`` or ``STEP.OUTPUT`` names."""
         return self.state.steps[self.label(ref)].place
 
+    def _places(self, product: Product) -> dict[str, str]:
+        """Place of each part; of exposures that a union joined, the places of all that gave the part, ``A|B``."""
+        if product.type != "exposures":
+            return {part: self.place(ref) for part, ref in product.parts.items()}
+        labels = {part: givers_of(self.plan, ref, part) for part, ref in product.parts.items()}
+        return {part: "|".join(self.state.steps[label].place for label in some) for part, some in labels.items()}
+
+    def places_of(self, product: Product, part: str) -> list[str]:
+        """Places of all that gave a part."""
+        return self._places(product)[part].split("|")
+
     def label(self, ref: str) -> str:
         """Step of a reference: labels have no dot."""
         return ref.partition(".")[0]
@@ -41,8 +52,8 @@ class Refer:
             step=product.step,
             output=product.output,
             ids=self.place(product.ids) if product.ids else "",
-            parts={part: self.place(ref) for part, ref in product.parts.items()},
-            exposures={part: self.place(ref) for part, ref in exposures.parts.items()} if exposures else {},
+            parts=self._places(product),
+            exposures=self._places(exposures) if exposures else {},
             exposure_ids=self.place(exposures.ids) if exposures and exposures.ids else "",
             threshold=self.threshold(product),
         )
@@ -68,6 +79,20 @@ class Refer:
         return made
 
 
+def givers_of(plan: Plan, ref: str, part: str) -> list[str]:
+    """Labels of the steps that gave a part of exposures: one, or those of all sources of a union."""
+    label = ref.partition(".")[0]
+    step = plan.graph.step(label)
+    many = next((port.name for port in step.stage.ports if port.many), None)
+    if many is None:
+        return [label]
+    found: list[str] = []
+    for product in step.inputs.get(many, ()):
+        if product.exposures is not None and part in product.exposures.parts:
+            found += givers_of(plan, product.exposures.parts[part], part)
+    return list(dict.fromkeys(found)) or [label]
+
+
 def parts_used(step: Step, port: Port) -> tuple[str, ...]:
     """Parts of a port that a step uses: those that it must have, and of the others those that are there."""
     products = step.inputs.get(port.name, ())
@@ -91,8 +116,10 @@ def variable_sources(plan: Plan, step: Step) -> dict[str, str]:
         elif place is None or name == "gain":
             out[name] = INPUTS
         elif _has(step, ports.get(place[0]), place[1]):
-            label = step.inputs[ports[place[0]].name][0].parts[place[1]].partition(".")[0]
-            out[name] = label if name in plan.graph.step(label).stage.gives else INPUTS
+            ref = step.inputs[ports[place[0]].name][0].parts[place[1]]
+            labels = givers_of(plan, ref, place[1]) if place[0] == "exposures" else [ref.partition(".")[0]]
+            giving = [label for label in labels if name in plan.graph.step(label).stage.gives]
+            out[name] = "|".join(giving) or INPUTS
     return out
 
 

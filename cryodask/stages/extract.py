@@ -11,7 +11,7 @@ import xarray as xr
 from pydantic import Field, model_validator
 
 from cryodask.errors import MicrographError
-from cryodask.kernels.extraction import extract_particles
+from cryodask.kernels.extraction import common_scale, extract_particles
 from cryodask.products import Product
 from cryodask.stage import Output, Params, Picture, Sizes, port, stage
 from cryodask.stages.ctf import check_micrograph
@@ -23,7 +23,9 @@ _EDGE = 0.4
 class ExtractParams(Params):
     """Parameters of stage ``extract``."""
 
-    box: int = Field(description="edge of the box in the micrograph, pixels, even", ge=8)
+    box: int | None = Field(None, description="edge of the box in the micrograph, pixels, even", ge=8)
+    box_angstrom: float | None = Field(None, description="the same in Angstrom, for exposures of several pixel sizes", gt=0)
+    pixel_size_angstrom: float | None = Field(None, description="with box_angstrom: pixel size of the images, Angstrom", gt=0)
     scale_to: int | None = Field(None, description="edge of the images, pixels, even; the box is reduced to it in Fourier space", ge=8)
     background_diameter_angstrom: float | None = Field(
         None, description="diameter outside which the background is measured, Angstrom; 3/4 of the box if left out", gt=0
@@ -34,17 +36,30 @@ class ExtractParams(Params):
 
     @model_validator(mode="after")
     def _even(self) -> ExtractParams:
+        if (self.box is None) == (self.box_angstrom is None):
+            raise ValueError("give box (pixels) or box_angstrom, one of them")
+        if (self.box_angstrom is None) != (self.pixel_size_angstrom is None) or (self.box is None and self.scale_to is not None):
+            raise ValueError("box_angstrom goes with pixel_size_angstrom, box with scale_to")
         for name, value in (("box", self.box), ("scale_to", self.scale_to)):
             if value is not None and value % 2:
                 raise ValueError(f"{name} must be even, {value} is odd (RELION and this package put the origin of odd boxes apart)")
-        if self.scale_to is not None and self.scale_to > self.box:
+        if self.scale_to is not None and self.box is not None and self.scale_to > self.box:
             raise ValueError(f"scale_to ({self.scale_to}) must not exceed box ({self.box}): boxes are reduced, not enlarged")
         return self
 
     @property
     def size(self) -> int:
         """Edge of the images, pixels."""
+        if self.box is None:
+            return 2 * round((self.box_angstrom or 0.0) / (self.pixel_size_angstrom or 1.0) / 2)
         return self.scale_to or self.box
+
+    def cut(self, pixel_size_angstrom: float) -> tuple[int, int, float]:
+        """Box in a micrograph of this pixel size, the edge it is reduced to (pixels), and the pixel size of the images (Angstrom)."""
+        if self.box is not None:
+            return self.box, self.size, pixel_size_angstrom * self.box / self.size
+        wanted = float(self.pixel_size_angstrom or 0.0)
+        return (*common_scale(pixel_size_angstrom, wanted, self.size), wanted)
 
 
 def _sizes(params: ExtractParams, sizes: Sizes) -> Sizes:
@@ -52,7 +67,7 @@ def _sizes(params: ExtractParams, sizes: Sizes) -> Sizes:
 
 
 def _memory(params: ExtractParams, sizes: Sizes) -> float:
-    batch = 64 * 40.0 * params.box**2
+    batch = 64 * 40.0 * (params.box or 4 * params.size) ** 2
     return 8.0 * sizes["y"] * sizes["x"] + batch + 4.0 * sizes.get("slot", 1000) * params.size**2
 
 
@@ -72,10 +87,15 @@ def _check(params: ExtractParams, inputs: dict[str, list[Product]]) -> Iterator[
             f"recentre needs refined positions, and {particles.ref} has none. Add classify2d or refine3d before it, or leave recentre out."
         )
     sizes = sorted(exposures.pixel_sizes)
-    if len(sizes) > 1:
+    if len(sizes) > 1 and params.box_angstrom is None:
         yield (
             f"the exposures have pixel sizes of {' and '.join(f'{s:g} A' for s in sizes)}, so a box in pixels means different lengths. "
             "Give box_angstrom and pixel_size_angstrom."
+        )
+    if params.pixel_size_angstrom is not None and sizes and params.pixel_size_angstrom < sizes[-1]:
+        yield (
+            f"pixel_size_angstrom is {params.pixel_size_angstrom:g}, finer than the {sizes[-1]:g} A of the exposures: images are reduced, "
+            f"not enlarged. Give {sizes[-1]:g} or more."
         )
 
 
@@ -119,16 +139,18 @@ def extract(
     image = np.asarray(micrograph_dw, np.float32)
     check_micrograph(image)
     pixel = float(pixel_size_angstrom)
-    if params.box > min(image.shape):
+    box, reduced, image_pixel = params.cut(pixel)
+    if box > min(image.shape):
         raise MicrographError(
-            f"a box of {params.box} pixels is larger than the micrograph, {image.shape[0]} x {image.shape[1]}",
+            f"a box of {box} pixels is larger than the micrograph, {image.shape[0]} x {image.shape[1]}",
             "extract.box was given in Angstrom, or the micrograph is binned",
             "make extract.box smaller",
         )
-    diameter = params.background_diameter_angstrom or 0.75 * params.box * pixel
-    if diameter > params.box * pixel:
+    length = params.size * image_pixel
+    diameter = params.background_diameter_angstrom or 0.75 * length
+    if diameter > length:
         raise MicrographError(
-            f"a background diameter of {diameter:g} A leaves no background in a box of {params.box * pixel:g} A",
+            f"a background diameter of {diameter:g} A leaves no background in a box of {length:g} A",
             "the pixel size is not what was expected",
             "make extract.box larger or extract.background_diameter_angstrom smaller",
         )
@@ -150,9 +172,10 @@ def extract(
         torch.from_numpy(image).to(device),
         torch.from_numpy(rows).to(device),
         torch.from_numpy(columns).to(device),
-        box=params.box,
+        box=box,
         size=params.size,
-        background_radius_px=0.5 * diameter / pixel * params.size / params.box,
+        reduced=reduced,
+        background_radius_px=0.5 * diameter / image_pixel,
         invert=params.invert,
         ramp=params.ramp,
     )
@@ -164,7 +187,7 @@ def extract(
         "particle_y": rows.astype(np.float32),
         "particle_x": columns.astype(np.float32),
         "particle_count": len(rows),
-        "particle_pixel_size_angstrom": pixel * params.box / params.size,
+        "particle_pixel_size_angstrom": image_pixel,
     }
 
 

@@ -122,6 +122,8 @@ class SetReader:
 
     def exposure_values(self, place: str, name: str) -> tuple[np.ndarray, np.ndarray] | None:
         """Rows and values of a scalar of exposures: from the generation that gave it, else from what the registry knows."""
+        if "|" in place:
+            return _first_of([self.exposure_values(one, name) for one in place.split("|")])
         generation = self.project.generation_at(place)
         if name in generation.meta["gives"]:
             table = self.project.table_at(place, [name])
@@ -201,6 +203,15 @@ def _single(generation: Generation, names: tuple[str, ...]) -> Given:
     columns = {n: generation.read(record, n) for n in names if n in record["shards"]}
     columns |= {n: np.full(len(ids), record["columns"][n]) for n in names if n in record["columns"] and not VARIABLES[n].dims}
     return Given(ids, columns, row_of(ids), np.zeros(0, np.int64))
+
+
+def _first_of(known: list[tuple[np.ndarray, np.ndarray] | None]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Rows and values of several givers, sorted by row; of a row that several have, the first one's."""
+    found = [one for one in known if one is not None]
+    if not found:
+        return None
+    rows, first = np.unique(np.concatenate([rows for rows, _ in found]), return_index=True)
+    return rows, np.concatenate([values for _, values in found])[first]
 
 
 def lengths(table: Table, name: str) -> np.ndarray:

@@ -19,8 +19,8 @@ _FILE = "project.json"
 class ProductRef(BaseModel):
     """A product as it was resolved: where its ids and each of its parts lie.
 
-    A place is ``STAGE/KEY``, the folder of a generation below ``stages/``. ``ids`` is the generation that last settled which particles
-    (or exposures) there are. ``exposures`` are the parts of the exposures behind
+    A place is ``STAGE/KEY``, the folder of a generation below ``stages/``; several that gave parts of exposures are ``A|B``. ``ids`` is
+    the generation that last settled which particles (or exposures) there are. ``exposures`` are the parts of the exposures behind
     particles, ``exposure_ids`` the generation that settled which exposures there are. ``output`` is the name of the output where a
     generation holds several of the type. ``threshold``: score above which the peaks of a birth are accepted ("auto": that of each
     exposure).
@@ -37,7 +37,8 @@ class ProductRef(BaseModel):
 
     def places(self) -> set[str]:
         """All generations that it refers to."""
-        return {p for p in (self.ids, self.exposure_ids, *self.parts.values(), *self.exposures.values()) if p}
+        named = (self.ids, self.exposure_ids, *self.parts.values(), *self.exposures.values())
+        return {place for places in named for place in places.split("|") if place}
 
 
 class StepState(BaseModel):
