@@ -69,7 +69,7 @@ project = cryodask.open(folder + '/big')
 step = plan.steps[-1]
 inputs = step_inputs(plan, project, step)
 Keys(plan, project, {}).of_set(1, inputs)
-columns = particle_columns(project, inputs.ref, inputs.ids)
+columns = particle_columns(project, inputs.ref, inputs.ids, {'position', 'image'})
 assert len(columns['defocus_u_angstrom']) == len(inputs.ids) > 1000
 """,
 }
@@ -219,6 +219,7 @@ def _fill(project: Any, step: Any, link: Any, each: int, rng: np.random.Generato
                     values[name] = rng.integers(1, 60, [lengths[d] for d in var.dims_in(per_item=True)]).astype(var.dtype)
             made: dict[str, Any] = {}
             if link.birth is not None:
+                values["pick_score"] = -np.sort(-rng.random(each).astype(np.float32)) + 0.5  # pickers give the best first
                 found = {n: values[n] for n in ("pick_y", "pick_x", "pick_score")}
                 values |= born(Birth(link.birth.number), item.row, found, None)
                 values["pick_threshold"] = np.float64(0.0)

@@ -257,6 +257,7 @@ class Stage:
     check: Check | None = None
     person: bool = False
     purpose: str | None = None
+    light: Callable[[Any], bool] = field(default=lambda params: False)
 
     @property
     def process(self) -> Callable[..., dict[str, Any]]:
@@ -317,6 +318,7 @@ def stage(
     person: bool = False,
     purpose: str | None = None,
     reasons: dict[int, str] | None = None,
+    light: Callable[[Any], bool] | None = None,
 ) -> Callable[[Any], Stage]:
     """Register a function (map, whole) or a class of static functions (blocks, tournament) as a stage of the same name.
 
@@ -342,6 +344,8 @@ def stage(
         A decision that a person makes: the step waits until it is there.
     purpose : str, optional
         What the weights that it gives were trained for, or must have been trained for.
+    light : callable ``(params) -> bool``
+        Of a map stage: whether it only moves a few columns, so that the driver does it itself instead of sending it to workers.
     reasons : dict, optional
         Meaning of the numbers in ``removal_reason`` or ``left_out_reason``.
     """
@@ -378,6 +382,8 @@ def stage(
             fixed = tuple(outputs)
             made.outputs = lambda params: fixed
         made.check, made.person, made.purpose, made.reasons = check, person, purpose, dict(reasons or {})
+        if light:
+            made.light = light
         if sizes:
             made.sizes = sizes
         if memory:

@@ -130,7 +130,7 @@ def _records(folder):
 @pytest.mark.slurm
 def test_items_go_to_gpus_and_cpus_each_gpu_has_one_at_a_time_and_none_is_lost(gpu_client, tmp_path):
     job = FaultyJob(tmp_path, seconds=0.15)
-    counts = MapRunner(gpu_client, job).run(iter([Item(row, f"item{row}") for row in range(60)]))
+    counts = MapRunner(gpu_client, job).run(iter([Item(row, f"item{row}", f"content {row}") for row in range(60)]))
     assert counts["done"] == 60
     records = _records(tmp_path)
     on_gpus = [r for r in records if r["device"] == "cuda"]
@@ -155,7 +155,7 @@ def test_items_that_wait_for_gpus_which_others_keep_go_to_a_cpu_while_a_session_
         runner = MapRunner(gpu_client, job, event=lambda kind, item, text: said.append(text))
 
         def session():
-            yield from (Item(row, f"item{row}") for row in range(8))
+            yield from (Item(row, f"item{row}", f"content {row}") for row in range(8))
             while len(_records(tmp_path)) < 8:  # it ends when all of them are done, and not before
                 yield None
 

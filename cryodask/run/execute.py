@@ -19,7 +19,7 @@ from cryodask.run.chains import ChainMaker, chains_of
 from cryodask.run.health import scheduler_needed
 from cryodask.run.inputs import SHARED_REASONS, StepInputs, particle_set, step_inputs, whole_values
 from cryodask.run.keys import Keys
-from cryodask.run.map import PREFIX, MapRunner
+from cryodask.run.map import PREFIX, MapRunner, process_here
 from cryodask.run.progress import Progress, short, summary
 from cryodask.run.recipe import Plan, Step, position
 from cryodask.run.refs import Refer
@@ -144,6 +144,8 @@ class Execution:
         bad = chain.quarantined(items) if not self.retry_quarantined else 0
         known = len(items) - len(chain.unfinished(items, retry_quarantined=self.retry_quarantined))
 
+        runner: MapRunner | None = None
+
         def on_event(kind: str, item: Item | None, text: str) -> None:
             if kind == "done":
                 self.progress.advance()
@@ -154,6 +156,8 @@ class Execution:
                 self.progress.say(text)
             elif kind == "looked" and self.arrivals is not None:
                 self.project.compact()
+            if runner is None:
+                return
             counts = runner.counts()
             done, quarantined = known - bad + counts["done"], bad + counts["quarantined"]
             waiting = len(items) - done - quarantined - counts["running"]
@@ -171,6 +175,9 @@ class Execution:
                 **arriving,
             )
 
+        if all(link.stage.light(link.params) for link in chain.links):
+            process_here(chain, source, event=on_event, first_attempt=self.project.state.runs * 1_000_000)
+            return
         runner = MapRunner(
             self.client,
             chain,

@@ -15,7 +15,7 @@ from cryodask.run.recipe import Plan, Step
 from cryodask.run.refs import Refer, parts_used
 from cryodask.run.whole import Stored
 from cryodask.stage import ExposureView, ParticleSet, SetView
-from cryodask.store.identity import aligned, row_of
+from cryodask.store.identity import aligned, row_of, rows_in
 from cryodask.store.particles import image_places, particle_columns
 from cryodask.store.project import Project
 from cryodask.store.sets import place_of_row
@@ -45,7 +45,7 @@ class StepInputs:
 
     def only(self, ids: np.ndarray) -> StepInputs:
         """The same with other particles."""
-        return replace(self, ids=ids, left_out=self.left_out[:0], rows=np.unique(row_of(ids)))
+        return replace(self, ids=ids, left_out=self.left_out[:0], rows=rows_in(ids))
 
 
 def step_inputs(plan: Plan, project: Project, step: Step) -> StepInputs:
@@ -70,7 +70,7 @@ def step_inputs(plan: Plan, project: Project, step: Step) -> StepInputs:
     needed = step.stage.port("exposures")
     for part in needed.parts if needed is not None and exposures else ():
         usable &= _has(project, ref, part, row_of(ids))
-    return StepInputs(step, sets, ids[usable], ids[~usable], ref, np.unique(row_of(ids[usable])))
+    return StepInputs(step, sets, ids[usable], ids[~usable], ref, rows_in(ids[usable]))
 
 
 def selected_rows(project: Project, ref: ProductRef) -> np.ndarray:
@@ -128,7 +128,9 @@ def particle_set(project: Project, inputs: StepInputs) -> StoredParticles:
             "nothing was picked (wrong diameter or threshold), or curation removed everything",
             "look at the picks in the report, change pick or curate, and run again",
         )
-    columns = particle_columns(project, inputs.ref, inputs.ids)
+    port = inputs.step.stage.port("particles")
+    used = parts_used(inputs.step, port) if port is not None else ()
+    columns = particle_columns(project, inputs.ref, inputs.ids, {"position", "image", *used})
     lacking = [n for n, values in columns.items() if n.startswith("defocus") and np.isnan(values).any()]
     if lacking:
         raise InputError(

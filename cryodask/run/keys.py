@@ -25,7 +25,7 @@ from cryodask.run.recipe import Plan, Step, marked_fields
 from cryodask.run.refs import INPUTS, Refer, givers_of, parts_used, united_parts, variable_sources
 from cryodask.stage import SourceFileMark
 from cryodask.store.generation import Generation, generation_key
-from cryodask.store.identity import row_of
+from cryodask.store.identity import rows_in
 from cryodask.store.project import Project
 from cryodask.vocabulary import VARIABLES
 
@@ -152,7 +152,7 @@ class Keys:
                 {part: [self._given(p, part, port.type, rows) for p in self._refer.places_of(product, part)] for part in used}
                 for product, rows in zip(
                     step.inputs.get(port.name, ()),
-                    [np.unique(row_of(ids)) for _, ids in sets] if port.type == "particles" else repeat(inputs.rows),
+                    [rows_in(ids) for _, ids in sets] if port.type == "particles" else repeat(inputs.rows),
                 )
             ]
             if port.type == "particles" and (port.many or port.name != "particles"):

@@ -321,6 +321,35 @@ class MapRunner:
         self.event("again", item, f"{name}: {message}")
 
 
+def process_here(
+    job: Job,
+    source: Iterable[Item | None],
+    *,
+    event: Callable[[str, Item | None, str], None] = lambda kind, item, text: None,
+    first_attempt: int = 0,
+) -> None:
+    """Process and commit items in this process: for stages that cost less than the message to a worker.
+
+    Raises
+    ------
+    CryodaskError
+        When an item meets an error that concerns all items (a full disk).
+    """
+    for number, item in enumerate(item for item in source if item is not None):
+        try:
+            job.run(item, job.brief(item, False), CPU_DEVICE, first_attempt + number)
+        except CryodaskError as error:
+            if error.on_failure == "stop":
+                raise
+            job.quarantine(item, type(error).__name__, str(error)[:2000], 1)
+            event("quarantined", item, f"{type(error).__name__}: {error}")
+        except Exception as error:  # as on a worker: whatever a stage raises ends as a record
+            job.quarantine(item, type(error).__name__, str(error)[:2000], 1)
+            event("quarantined", item, f"{type(error).__name__}: {error}")
+        else:
+            event("done", item, "")
+
+
 def _release(futures: list[Future]) -> None:
     """In the event loop of the client, where it costs least."""
     for future in futures:

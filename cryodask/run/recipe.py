@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import glob
+import os
 import re
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -149,9 +151,12 @@ class Plan:
 
     def relative(self, path: str | Path) -> str:
         """A path as the project knows it: relative to the project file where it lies below it, else absolute."""
-        full = Path(path).resolve()
-        home = self.path.parent.resolve()
-        return str(full.relative_to(home)) if full.is_relative_to(home) else str(full)
+        full, home = os.path.abspath(path), f"{self._home}{os.sep}"
+        return full[len(home) :] if full.startswith(home) else full
+
+    @cached_property
+    def _home(self) -> str:
+        return str(self.path.parent.resolve())
 
     def input_files(self, step: Step) -> dict[str, list[str]]:
         """Parameters of a step that name files whose content matters, where given."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from cryodask.store.births import accepted
 from cryodask.store.identity import row_of
+from cryodask.store.sets import runs
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,10 @@ class Slices:
     def of(cls, ids: np.ndarray, columns: dict[str, np.ndarray]) -> Slices:
         """From a set and its columns."""
         row = row_of(ids)
-        order = np.lexsort((ids, row))
-        rows, start = np.unique(row[order], return_index=True)
+        order: Any = slice(None) if len(row) < 2 or (np.diff(row) >= 0).all() else np.lexsort((ids, row))
+        start, _ = runs(row[order])
         sorted_columns = {"particle_id": ids[order], **{n: v[order] for n, v in columns.items()}}
-        return cls(rows, np.append(start, len(ids)), sorted_columns)
+        return cls(row[order][start], np.append(start, len(ids)), sorted_columns)
 
     def at(self, row: int) -> dict[str, np.ndarray]:
         """Columns of the particles of an exposure; of none where it has none."""

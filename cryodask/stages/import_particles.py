@@ -50,6 +50,15 @@ def _outputs(params: ImportParticlesParams) -> tuple[Output, ...]:
     )
 
 
+class _NoImages:
+    """What stands for the images of particles that are to be extracted: nothing is stored."""
+
+    stored, shape, dtype = False, (0, 8, 8), np.dtype(np.float32)
+
+    def __len__(self) -> int:
+        return 0
+
+
 @functools.lru_cache(maxsize=2)
 def _table(path: str, mtime: float) -> ParticleTable:
     return read_particle_table(path)
@@ -74,6 +83,7 @@ def rows_of(table: ParticleTable, rows: np.ndarray) -> dict[str, Any]:
     optional=["particle_rows"],
     ports=["exposures?:exposures[optics]"],
     outputs=_outputs,
+    light=lambda params: not params.images,
     gives=[
         "particle_image", "particle_y", "particle_x", "particle_count", "particle_pixel_size_angstrom", "pick_y", "pick_x", "pick_score",
         "natural_key", "particle_defocus_u_angstrom", "particle_defocus_v_angstrom", "particle_defocus_angle_deg",
@@ -118,7 +128,7 @@ def import_particles(
     u = column("defocus_u_angstrom")
     ctf = {"defocus_v_angstrom": column("defocus_v_angstrom") if "defocus_v_angstrom" in rows else u, "defocus_u_angstrom": u}
     ctf |= {name: column(name, 0.0) for name in ("defocus_angle_deg", "phase_shift_deg")}
-    images = _images(particles_path, micrograph_name, rows) if params.images else np.zeros((0, 8, 8), np.float32)
+    images = _images(particles_path, micrograph_name, rows) if params.images else _NoImages()
     return {
         "particle_image": images,
         "particle_y": box[0],

@@ -24,6 +24,7 @@ class ImportPicksParams(Params):
     ports=["exposures[micrograph]"],
     outputs=[Output("particles", "particles", ("position", "score"), births=True)],
     gives=["pick_y", "pick_x", "pick_score"],
+    light=lambda params: True,
 )
 def import_picks(params: ImportPicksParams, *, coordinates_path: str, device: str = "cpu") -> dict[str, Any]:
     """Read the picks of a micrograph from a RELION coordinate STAR file; all of them count as accepted."""

@@ -330,6 +330,14 @@ class Generation:
         with disk_errors(self.path):
             write_compaction(self.path, *self._tables.read(self.gives, _small(self.gives)))
 
+    def stamp(self) -> tuple[Any, ...]:
+        """Changes whenever something is committed or taken back; costs a listing of the journals."""
+        try:
+            with os.scandir(self.path / "journal") as entries:
+                return tuple(sorted((e.name, e.stat().st_size, e.stat().st_ino) for e in entries))
+        except FileNotFoundError:
+            return ()
+
     def tail_length(self) -> int:
         """Commit records that a reader has to parse: those that the compaction lacks."""
         return self._tables.tail_length()

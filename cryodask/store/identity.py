@@ -52,6 +52,13 @@ def row_of(ids: Any) -> np.ndarray:
     return (np.asarray(ids, np.int64) >> _ROW_AT) & (MOST_ROWS - 1)
 
 
+def rows_in(ids: np.ndarray) -> np.ndarray:
+    """Rows of the exposures of some particles, each once, sorted."""
+    rows = row_of(ids)
+    firsts = rows[np.flatnonzero(np.diff(rows, prepend=-1))]
+    return firsts if (np.diff(firsts) > 0).all() else np.unique(firsts)
+
+
 def number_of(ids: Any) -> np.ndarray:
     """Number within exposure and birth."""
     return (np.asarray(ids, np.int64) >> _NUMBER_AT) & (MOST_NUMBERS - 1)

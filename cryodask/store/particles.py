@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from cryodask.errors import StoreError
 from cryodask.store.datasets import describe
 from cryodask.store.generation import Generation
 from cryodask.store.identity import place_of, row_of
-from cryodask.store.sets import CTF_COLUMNS, OPTICS
+from cryodask.store.sets import CTF_COLUMNS, OPTICS, runs
 from cryodask.vocabulary import VARIABLES
 
 if TYPE_CHECKING:
@@ -77,9 +78,9 @@ def image_places(project: Project, ref: ProductRef, ids: np.ndarray) -> ImagePla
     return ImagePlaces(generations, given.row[at], given.slot[at], giver)
 
 
-def particle_columns(project: Project, ref: ProductRef, ids: np.ndarray) -> dict[str, np.ndarray]:
-    """Everything known of the particles of a set, without images: each part, optics, and the CTF (the particle's own where it has one)."""
-    out = project.sets.columns(ref, ids)
+def particle_columns(project: Project, ref: ProductRef, ids: np.ndarray, parts: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+    """What is known of the particles of a set: some parts (all if None) without images, optics, CTF (their own where they have one)."""
+    out = project.sets.columns(ref, ids, parts)
     rows = row_of(ids)
     values = project.sets.of_exposures(ref, rows, [*CTF_COLUMNS, *OPTICS])
     for name in CTF_COLUMNS:
@@ -133,12 +134,13 @@ def particle_dataset(project: Project, label: str | None = None) -> xr.Dataset:
         data[name] = ("particle", values, attributes)
     names = {item.row: item.name for item in project.items()}
     rows = row_of(ids)
-    distinct, inverse = np.unique(rows, return_inverse=True)
-    micrograph = np.array([names.get(int(r), f"row {r}") for r in distinct], dtype=object)[inverse] if len(rows) else np.zeros(0, object)
+    starts, counts = runs(rows)
+    micrograph = np.repeat(np.array([names.get(int(r), f"row {r}") for r in rows[starts]] or [""], dtype=object)[: len(starts)], counts)
     coords = {
         "particle_id": ("particle", ids, describe(VARIABLES["particle_id"])),
         "half_set": ("particle", half, describe(VARIABLES["half_set"])),
-        "micrograph": ("particle", micrograph),
+        # as it is: xarray would read all names to guess their type
+        "micrograph": xr.Variable("particle", micrograph, fastpath=True),
         "row": ("particle", rows),
     }
     dataset = xr.Dataset(data, coords)

@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +53,7 @@ class Item:
     revision: int = 0
     there: bool = True
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Hash of the content and of the values known from outside, but not of where the file lies or when it was written."""
         values = {k: v for k, v in self.inputs.items() if not k.endswith("_path") and k not in _WHERE_AND_WHEN}

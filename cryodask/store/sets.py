@@ -25,13 +25,14 @@ OPTICS = ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast")
 _AS_SET = {f"particle_{name}": name for name in CTF_COLUMNS} | {"particle_half": "half_set"}
 """What a column of an exposure is called in a set."""
 _IMAGE_PLACES = ("image_giver", "image_row", "image_slot")
+_NOT_ASKED = np.zeros(0, np.int64)
 _OF_IMAGES = ("particle_y", "particle_x")
 _PLACES = {"pick_y": "position_y_angstrom", "pick_x": "position_x_angstrom"}
 
 
 @dataclass(frozen=True)
 class Given:
-    """What one generation gives the particles that it holds: sorted ids, columns in their order, and where each stands.
+    """What one generation gives the particles that it holds: sorted ids, columns in their order, and (of images) where each stands.
 
     Of images that come from several extractions, ``givers`` are these and ``giver`` says which holds which.
     """
@@ -74,8 +75,9 @@ class SetReader:
             place = ref.parts[part]
             names = self._names(place, part)
             given = self._of(place, names, None)
-            at = place_of(ids, given.ids)
-            if len(ids) and len(given.ids) and (at < 0).all():
+            same = given.ids is ids or np.array_equal(given.ids, ids)
+            at = np.zeros(0, np.int64) if same else place_of(ids, given.ids)
+            if len(at) and len(given.ids) and (at < 0).all():
                 raise StoreError(
                     f"{place} holds none of the particles of {ref.step}: they come from {births_text(ids)}, its own from "
                     f"{births_text(given.ids)}.",
@@ -84,7 +86,7 @@ class SetReader:
                 )
             for name in names:
                 if name in given.columns:
-                    out[_AS_SET.get(name, name)] = aligned(given.columns[name], at)
+                    out[_AS_SET.get(name, name)] = given.columns[name] if same else aligned(given.columns[name], at)
         self._complete(ref, ids, out)
         return out
 
@@ -110,6 +112,7 @@ class SetReader:
     def of_exposures(self, ref: ProductRef, rows: np.ndarray, names: Iterable[str]) -> dict[str, np.ndarray]:
         """Values of the exposures behind a set, for ``rows`` (which may repeat); a name that nothing gives is left out."""
         out = {}
+        starts, counts = runs(rows)
         for name in names:
             part = VARIABLES[name].part.partition(".")[2]
             place = ref.exposures.get(part)
@@ -117,7 +120,7 @@ class SetReader:
                 continue
             known = self.exposure_values(place, name)
             if known is not None:
-                out[name] = aligned(known[1], place_of_row(rows, known[0]))
+                out[name] = np.repeat(aligned(known[1], place_of_row(rows[starts], known[0])), counts)
         return out
 
     def exposure_values(self, place: str, name: str) -> tuple[np.ndarray, np.ndarray] | None:
@@ -144,35 +147,36 @@ class SetReader:
         chosen = [v.name for v in columns if v.part == f"particles.{part}" and v.ragged and v.kind != "bulk" and v.name not in skipped]
         return tuple(n for n in (*chosen, *extra) if n in gives)
 
-    def _of(self, place: str, names: tuple[str, ...], threshold: float | str | None, *, alive: bool = False) -> Given:
+    def _of(
+        self, place: str, names: tuple[str, ...], threshold: float | str | None, *, alive: bool = False, placed: bool = False
+    ) -> Given:
         generation = self.project.generation_at(place)
-        key, stamp = (place, names, threshold, alive), self._stamp(generation)
+        key, stamp = (place, names, threshold, alive, placed), self._stamp(generation)
         kept = self._kept.get(key)
         if kept is None or kept[0] != stamp:
-            made = self._per_item(place, names, threshold, alive) if generation.meta["per_item"] else _single(generation, names)
+            made = self._per_item(place, names, threshold, alive, placed) if generation.meta["per_item"] else _single(generation, names)
             kept = self._kept[key] = stamp, made
         return kept[1]
 
     def _stamp(self, generation: Generation) -> Any:
-        contents = generation.journal.read()
-        return generation.path, tuple(sorted(contents.offsets.items())), self.project.registry_stamp()
+        return generation.stamp(), self.project.registry_stamp() if generation.meta["per_item"] else None
 
-    def _per_item(self, place: str, names: tuple[str, ...], threshold: float | str | None, alive: bool) -> Given:
+    def _per_item(self, place: str, names: tuple[str, ...], threshold: float | str | None, alive: bool, placed: bool) -> Given:
         birth = bool(self.project.generation_at(place).meta.get("birth"))
         gives = self.project.generation_at(place).meta["gives"]
         extra = [n for n in ("particle_id", "particle_count", "pick_score", "pick_threshold") if n in gives]
         table = self.project.table_at(place, [*extra, *names])
         ids, counts = table.columns["particle_id"].flat, lengths(table, "particle_id")
-        row, slot = np.repeat(table.row, counts), within(counts)
+        row, slot = (np.repeat(table.row, counts), within(counts)) if placed else (_NOT_ASKED, _NOT_ASKED)
         columns = {n: _per_particle(table, n, counts) for n in names}
         if birth and alive:
             score = table.columns["pick_score"].flat
             limit = np.repeat(table["pick_threshold"], counts) if threshold == "auto" and "pick_threshold" in gives else threshold
             mask = accepted(score, None if isinstance(limit, str) else limit)
-            ids, row, slot = ids[mask], row[mask], slot[mask]
+            ids = ids[mask]
             columns = {n: v[mask] for n, v in columns.items()}
         order = np.argsort(ids, kind="stable") if len(ids) > 1 and not (ids[1:] > ids[:-1]).all() else slice(None)
-        return Given(ids[order], {n: v[order] for n, v in columns.items()}, row[order], slot[order])
+        return Given(ids[order], {n: v[order] for n, v in columns.items()}, *((row[order], slot[order]) if placed else (row, slot)))
 
     def images(self, place: str) -> Given:
         """Row and slot of every image of a generation, by id."""
@@ -181,7 +185,7 @@ class SetReader:
             united = self._of(place, _IMAGE_PLACES, None)
             giver, row, slot = (united.columns[n] for n in _IMAGE_PLACES)
             return Given(united.ids, {}, row, slot, tuple(generation.meta["image_givers"]), giver)
-        given = self._of(place, (), None)
+        given = self._of(place, (), None, placed=True)
         if generation.meta.get("birth"):  # at the end of a birth table stands what is no longer found: it has no image
             table = self.project.table_at(place, ["particle_count"])
             count = dict(zip(table.row.tolist(), table["particle_count"].tolist()))
@@ -217,6 +221,14 @@ def _first_of(known: list[tuple[np.ndarray, np.ndarray] | None]) -> tuple[np.nda
 def lengths(table: Table, name: str) -> np.ndarray:
     """Length of a ragged column in each item."""
     return table.columns[name].shapes[:, 0]
+
+
+def runs(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and lengths of the runs of equal values."""
+    if not len(values):
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    starts = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]]))
+    return starts, np.diff(np.append(starts, len(values)))
 
 
 def within(counts: np.ndarray) -> np.ndarray:
