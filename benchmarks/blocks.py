@@ -36,6 +36,8 @@ from cryodask.run.particles import StoredParticles
 from cryodask.stage import Columns, ParticleBlock, ParticleSet, State, Sums
 from cryodask.stages.classify2d import Classify2DParams, classify2d
 from cryodask.store.generation import Generation
+from cryodask.store.identity import make_ids
+from cryodask.store.particles import ImagePlaces
 
 OUT = Path(__file__).parent / "out"
 PIXEL, BOX, PER_MICROGRAPH = 5.0, 32, 500
@@ -102,7 +104,7 @@ def simulate(folder: Path, count: int, seed: int = 0) -> StoredParticles:
     row, slot = np.arange(count) // PER_MICROGRAPH, np.arange(count) % PER_MICROGRAPH
     columns["micrograph"] = row
     images = Generation.create(
-        folder, meta={"label": "extract", "stage": "extract", "version": 1, "params": {}}, gives=("particle_image",), per_item=True,
+        folder, meta={"stage": "extract", "version": 1, "params": {}, "recipes": {}, "inputs": {}}, gives=("particle_image",), per_item=True,
         sizes={"slot": PER_MICROGRAPH, "y": BOX, "x": BOX}, dtypes={},
     )  # fmt: skip
     for number in range(int(row[-1]) + 1):
@@ -115,7 +117,8 @@ def simulate(folder: Path, count: int, seed: int = 0) -> StoredParticles:
         clean = centred_ifft2(spectrum).numpy()
         noisy = clean / clean.std() * 0.4 + rng.standard_normal(clean.shape, dtype=np.float32)
         images.commit(number, f"micrograph{number}", {"particle_image": noisy.astype(np.float32)})
-    return StoredParticles(ParticleSet(count, BOX, PIXEL, columns), images, row, slot)
+    places = ImagePlaces((images,), row, slot, np.zeros(count, np.int16))
+    return StoredParticles(ParticleSet(count, BOX, PIXEL, columns), make_ids(1, row, slot), places)
 
 
 def digest(values: dict[str, Any]) -> str:

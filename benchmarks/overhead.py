@@ -109,7 +109,7 @@ def make_store(folder: Path) -> Path:
     from cryodask.store.generation import Generation
 
     shutil.rmtree(folder, ignore_errors=True)
-    meta = {"label": "motion", "stage": "motion", "version": 1, "params": {}}
+    meta = {"stage": "motion", "version": 1, "params": {}, "recipes": {}, "inputs": {}}
     sizes = {"y": SHAPE[0], "x": SHAPE[1]}
     return Generation.create(folder, meta=meta, gives=("micrograph_sum",), per_item=True, sizes=sizes, dtypes={}).path
 
@@ -165,7 +165,7 @@ def ours(client: Any, folder: Path, items: int, rounds: int) -> np.ndarray:
     job = Commit(make_store(folder), rounds)
     wait_until_idle(client)
     started = tree_seconds()
-    counts = MapRunner(client, job).run(Item(row, f"item{row}") for row in range(items))
+    counts = MapRunner(client, job).run(Item(row, f"item{row}", f"content {row}") for row in range(items))
     used = tree_seconds() - started
     assert counts["done"] == items, counts
     return np.array([used, np.loadtxt(job.folder / "process_seconds").sum()])
@@ -207,10 +207,10 @@ def runner_seconds(client: Any, items: int) -> float:
     from cryodask.run.map import MapRunner
     from cryodask.store.project import Item
 
-    MapRunner(client, Nothing()).run(Item(row, f"item{row}") for row in range(20))
+    MapRunner(client, Nothing()).run(Item(row, f"item{row}", f"content {row}") for row in range(20))
     wait_until_idle(client)
     started = tree_seconds()
-    MapRunner(client, Nothing()).run(Item(row, f"item{row}") for row in range(items))
+    MapRunner(client, Nothing()).run(Item(row, f"item{row}", f"content {row}") for row in range(items))
     return (tree_seconds() - started) / items
 
 
@@ -245,7 +245,7 @@ def many(how: str, items: int) -> None:
     client = connect("local", workers=2)
     scheduler = _OWN_CLUSTERS[id(client)][0].scheduler
     me, samples, over = psutil.Process(), [], threading.Event()
-    MapRunner(client, Nothing()).run(Item(row, f"warm{row}") for row in range(50))
+    MapRunner(client, Nothing()).run(Item(row, f"warm{row}", f"content {row}") for row in range(50))
     started, cpu = time.perf_counter(), tree_seconds()
 
     def look() -> None:
@@ -257,11 +257,11 @@ def many(how: str, items: int) -> None:
     looker.start()
     if how == "window":
         runner = MapRunner(client, Nothing())
-        counts = runner.run(Item(row, f"item{row}") for row in range(items))
+        counts = runner.run(Item(row, f"item{row}", f"content {row}") for row in range(items))
         assert counts["done"] == items, counts
         window = runner.window
     else:
-        futures = client.map(no_op, [Item(row, f"item{row}") for row in range(items)], pure=False)
+        futures = client.map(no_op, [Item(row, f"item{row}", f"content {row}") for row in range(items)], pure=False)
         wait(futures)
         window = 0
     wall, used = time.perf_counter() - started, tree_seconds() - cpu

@@ -21,6 +21,7 @@ from scipy.optimize import linear_sum_assignment
 
 from cryodask.simulate import Optics, simulate_micrograph
 from cryodask.stages.pick import PickParams, pick
+from cryodask.store.births import accepted
 
 
 def score(found: np.ndarray, truth: np.ndarray, shape: tuple[int, int], diameter: float) -> tuple[float, float, float]:
@@ -41,7 +42,7 @@ def run(image: np.ndarray, diameter_angstrom: float, pixel: float) -> tuple[np.n
     start = time.process_time()
     out = pick.process(PickParams(diameter_angstrom=diameter_angstrom), micrograph_dw=image, pixel_size_angstrom=pixel)
     seconds = time.process_time() - start
-    return np.stack([out["pick_y"], out["pick_x"]], 1)[out["pick_accepted"] > 0], seconds
+    return np.stack([out["pick_y"], out["pick_x"]], 1)[accepted(out["pick_score"], out["pick_threshold"])], seconds
 
 
 def main() -> None:

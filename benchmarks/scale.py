@@ -80,7 +80,7 @@ def _send_all(kind: str, client: Client, items: int) -> int:
     from cryodask.run.map import MapRunner
     from cryodask.store.project import Item
 
-    source = (Item(row, f"item{row}") for row in range(items))
+    source = (Item(row, f"item{row}", f"content {row}") for row in range(items))
     if kind == PLAIN:
         wait(client.map(no_op, list(source), pure=False))
         return 0

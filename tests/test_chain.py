@@ -84,11 +84,14 @@ def test_lazy_face_gives_what_the_runner_stored_bit_by_bit(done):
     for name, params in stages.items():
         stored = done[name].isel(micrograph=slice(0, 2)).load()
         lazy = getattr(face, name)(inputs, **params).compute(scheduler="sync")
-        for variable in stored.data_vars:
+        of_birth = {"particle_id", "particle_half", "pick_accepted", "pick_count"} if name == "pick" else set()
+        assert set(stored.data_vars) - of_birth == set(lazy.data_vars)
+        for variable in lazy.data_vars:
             there, here = stored[variable].values, lazy[variable].values
             here = here[tuple(slice(0, n) for n in there.shape)]
-            if stored[variable].dims[1:2] == ("slot",):
-                counts = np.isfinite(stored.get("pick_y", stored.get("particle_y")).values).sum(1)
+            ragged = {"slot": "particle_id", "left_out": "left_out_id"}.get("".join(stored[variable].dims[1:2]))
+            if ragged:
+                counts = (stored[ragged].values >= 0).sum(1)
                 for a, b, n in zip(there, here, counts):
                     np.testing.assert_array_equal(a[:n], b[:n], err_msg=f"{name}.{variable}")
             else:
@@ -125,9 +128,13 @@ def test_report_is_one_page_that_says_what_it_must(done, tmp_path):
 def test_project_shows_itself_in_text_and_html(done):
     assert "refine3d" in repr(done)
     assert "<table>" in done._repr_html_()
-    particles = done.particles()
+    particles = done.particles("extract")
     assert particles.sizes["particle"] == done["extract"]["particle_count"].sum()
     assert particles["particle_image"].isel(particle=0).values.std() > 0
+    refined = done.particles()
+    assert refined["particle_id"].values.tolist() == done["refine3d"]["particle_id"].values.tolist()
+    assert np.isfinite(refined["rot_deg"].values).all()
+    assert set(refined["half_set"].values) == {0, 1}
 
 
 def test_nothing_is_done_twice_and_a_changed_parameter_renews_what_depends_on_it(session, done, client):

@@ -36,7 +36,7 @@ PIPELINE = [
 @pytest.fixture(scope="module")
 def here():
     """A cluster in this process: the toy stages are known here only."""
-    with Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address=None) as client:
+    with Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as client:
         yield client
 
 

@@ -119,7 +119,7 @@ class Keys:
                 if port.type in COLLECTIONS:
                     upstream[port.name] = {part: self._refer.places_of(product, part) for part in parts_used(step, port)}
                 if port.type == "particles":
-                    upstream["ids"] = self._refer.place(product.ids)
+                    upstream["ids"] = self._refer.ids_of(product)
         recipes = self.recipes(step, version)
         # what no data set of the project uses does not count
         used = {n: r for n, r in recipes.items() if n in self.project.state.constants} or recipes
@@ -169,7 +169,7 @@ class Keys:
                     part: [self._recipe_at(p) for p in self._refer.places_of(product, part)] for part in parts_used(step, port)
                 }
                 if product.ids:
-                    upstream[f"{port.name} ids"] = self._recipe_at(self._refer.place(product.ids))
+                    upstream[f"{port.name} ids"] = self._recipe_at(self._refer.ids_of(product))
         births = [s for s in self.plan.steps if s.label in self.plan.graph.rests_on(step) and s.stage.threshold]
         upstream["thresholds"] = {s.label: getattr(s.params, s.stage.threshold or "") for s in births}
         return generation_key({"stage": step.stage.name, "version": version, "params": self.params(step), "upstream": upstream})

@@ -29,6 +29,17 @@ class Refer:
         """``STAGE/KEY`` of the step that ``STEP`` or ``STEP.OUTPUT`` names."""
         return self.state.steps[self.label(ref)].place
 
+    def ids_of(self, product: Product) -> str:
+        """The generation that says which particles (or exposures) a set holds.
+
+        That of the step that settled them, or of the last step over the whole set: it may have had to leave some out.
+        """
+        step = self.plan.graph.step(product.step)
+        if product.type != "particles" or not product.ids or product.ids == product.ref or step.stage.shape != "map":
+            return self.place(product.step if product.type == "particles" and product.ids else product.ids) if product.ids else ""
+        base = next((p for products in step.inputs.values() for p in products if p.type == "particles" and p.ids == product.ids), None)
+        return self.ids_of(base) if base is not None else self.place(product.ids)
+
     def _places(self, product: Product) -> dict[str, str]:
         """Place of each part; of exposures that a union joined, the places of all that gave the part, ``A|B``."""
         if product.type != "exposures":
@@ -51,10 +62,10 @@ class Refer:
             type=product.type,
             step=product.step,
             output=product.output,
-            ids=self.place(product.ids) if product.ids else "",
+            ids=self.ids_of(product),
             parts=self._places(product),
             exposures=self._places(exposures) if exposures else {},
-            exposure_ids=self.place(exposures.ids) if exposures and exposures.ids else "",
+            exposure_ids=self.ids_of(exposures) if exposures else "",
             threshold=self.threshold(product),
         )
 
@@ -64,7 +75,8 @@ class Refer:
             return None
         step = self.plan.graph.step(self.label(product.ids))
         name = step.stage.threshold
-        return getattr(step.params, name) if name else None
+        settled = self.ids_of(product) == self.place(product.ids)
+        return getattr(step.params, name) if name and settled else None
 
     def inputs(self, step: Step) -> dict[str, list[ProductRef]]:
         """What a step takes, by port."""

@@ -1,0 +1,223 @@
+"""Sets united, expanded, pooled and carried through another program: ids, halves and sources on a simulated session."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from test_identity import ids, write
+
+from cryodask.formats.star import read_particle_table
+from cryodask.interop import export_relion
+from cryodask.run.execute import run_plan
+from cryodask.run.recipe import draft_plan, make_plan
+from cryodask.simulate import SessionParams, simulate_session
+from cryodask.store.identity import birth_of, copy_of, half_sets, parent_of
+from cryodask.store.project import Project
+
+PARAMS = SessionParams(movies=8, height=512, width=512, frames=4, dose_per_frame=10, particles=11, truth_maps=((32, 7.08),))
+PICKED = [{"motion": {"patches": [1, 1]}}, "ctf", {"pick": {"diameter_angstrom": 180}}]
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("united")
+    simulate_session(folder, PARAMS, processes=2)
+    return folder
+
+
+def run(folder: Path, pipeline, client, name: str = "p", **more) -> Project:
+    return run_plan(make_plan(write(folder, pipeline, name, **more)), client)
+
+
+def sources(folder: Path, name: str = "p") -> dict[str, dict[str, list[str]]]:
+    plan = draft_plan(folder / f"{name}.yaml")
+    assert plan.graph.problems == ()
+    return {s.label: {port: [p.ref for p in products] for port, products in s.inputs.items()} for s in plan.steps}
+
+
+def test_two_pickers_joined_hold_each_particle_once(session, client):
+    pipeline = [
+        *PICKED,
+        {"pick as other": {"diameter_angstrom": 150}},
+        {"merge": {"nearer_than_angstrom": 90, "from": {"particles": ["pick", "other"]}}},
+        {"extract": {"box": 128, "scale_to": 32}},
+        {"classify2d": {"classes": 2, "iterations": 2}},
+    ]
+    project = run(session, pipeline, client)
+    assert sources(session)["extract"] == {"exposures": ["ctf"], "particles": ["merge"]}
+    merged = project.particles("merge")
+    one, other = project.particles("pick"), project.particles("other")
+    assert set(birth_of(one["particle_id"].values)) == {1}
+    assert set(birth_of(other["particle_id"].values)) == {2}
+    assert set(ids(project, "pick")) <= set(ids(project, "merge")), "the first source's particles all stay"
+    assert set(ids(project, "merge")) <= set(ids(project, "pick")) | set(ids(project, "other"))
+    assert len(merged["particle_id"]) < len(one["particle_id"]) + len(other["particle_id"])
+    for row in np.unique(merged["row"].values):
+        here = merged.isel(particle=np.flatnonzero(merged["row"].values == row))
+        y, x, birth = (here[n].values for n in ("position_y_angstrom", "position_x_angstrom", "particle_id"))
+        birth = birth_of(birth)
+        far = np.hypot(y[:, None] - y, x[:, None] - x)
+        assert (far[birth[:, None] != birth] >= 90).all()
+    assert (merged["half_set"].values == half_sets(merged["particle_id"].values)).all()
+    # a dropped one says why, and what was cut is what was merged
+    gone = np.setdiff1d(ids(project, "other"), ids(project, "merge"))
+    assert dict(project.where(int(gone[0])))["merge"].startswith("left out: ")
+    assert set(ids(project, "extract")) <= set(ids(project, "merge"))
+
+
+def test_three_sets_merged_are_their_union_with_every_part_that_all_have(session, client):
+    base = [*PICKED, {"extract": {"box": 128, "scale_to": 32}}, {"classify2d": {"classes": 3, "iterations": 3}}]
+    parts = [{f"curate as c{k}": {"keep": [k], "from": "classify2d"}} for k in (1, 2, 3)]
+    pipeline = [*base, *parts, {"merge": {"from": {"particles": ["c1", "c2", "c3"]}}}]
+    project = run(session, pipeline, client)
+    merged = project.particles("merge")
+    assert (merged["particle_id"].values == ids(project, "classify2d")).all()
+    before = project.particles("classify2d")
+    for name in ("class_number", "class_psi_deg", "class_centre_y_angstrom", "defocus_u_angstrom", "half_set", "position_x_angstrom"):
+        np.testing.assert_array_equal(merged[name].values, before[name].values, err_msg=name)
+    assert (merged["particle_image"].values == before["particle_image"].values).all()
+
+
+def test_a_set_expanded_by_its_symmetry_and_contracted_is_the_set_again(session, client):
+    pipeline = [
+        *PICKED,
+        {"extract": {"box": 128, "scale_to": 32}},
+        {"refine3d": {"reference": "truth/map_32_7.08A.mrc", "symmetry": "D2", "iterations": 1}},
+        "expand",
+        "contract",
+    ]
+    project = run(session, pipeline, client)
+    whole, copies = ids(project, "refine3d"), ids(project, "expand")
+    assert len(copies) == 4 * len(whole)
+    assert set(copy_of(copies)) == {1, 2, 3, 4}
+    assert (np.unique(parent_of(copies)) == whole).all()
+    expanded = project.particles("expand")
+    parent = {one: half for one, half in zip(whole.tolist(), project.particles("refine3d")["half_set"].values.tolist())}
+    assert all(parent[p] == half for p, half in zip(parent_of(copies).tolist(), expanded["half_set"].values.tolist()))
+    assert np.isfinite(expanded["defocus_u_angstrom"].values).all()
+    first = expanded.isel(particle=np.flatnonzero(copy_of(copies) == 1))
+    assert np.allclose(first["tilt_deg"].values, project.particles("refine3d")["tilt_deg"].values, atol=1e-3)
+    assert (ids(project, "contract") == whole).all()
+    assert "rot_deg" not in project.particles("contract")
+
+
+def test_exposures_that_are_left_out_take_their_particles_along(session, client):
+    pipeline = [
+        *PICKED,
+        {"extract": {"box": 128, "scale_to": 32}},
+        {"select_exposures": {"leave_out": ["movie_0002"]}},
+        {"classify2d": {"classes": 2, "iterations": 2}},
+    ]
+    project = run(session, pipeline, client)
+    names = set(project.particles("classify2d")["micrograph"].values)
+    assert "movie_0002" not in names
+    assert len(names) == PARAMS.movies - 1
+    gone = project.particles("extract")
+    one = gone["particle_id"].values[gone["micrograph"].values == "movie_0002"][0]
+    assert dict(project.where(int(one)))["classify2d"] == "left out: its exposure is missing, or lacks what the step needs"
+
+
+def test_selecting_by_an_expression(session, client):
+    pipeline = [
+        *PICKED,
+        {"extract": {"box": 128, "scale_to": 32}},
+        {"classify2d": {"classes": 2, "iterations": 2}},
+        {"select": {"where": "class_number == 1 and defocus_u_angstrom > 0"}},
+    ]
+    project = run(session, pipeline, client)
+    classes = project.particles("classify2d")
+    assert (ids(project, "select") == classes["particle_id"].values[classes["class_number"].values == 1]).all()
+
+
+@pytest.fixture(scope="module")
+def two_data_sets(tmp_path_factory, session) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    other = SessionParams(
+        movies=4, height=512, width=512, frames=4, dose_per_frame=10, particles=8, pixel_size_angstrom=1.5, seed=5, truth_maps=()
+    )
+    simulate_session(folder / "day2", other, processes=2)
+    (folder / "day1").mkdir()
+    for what in ("movies", "gain.mrc", "truth"):
+        (folder / "day1" / what).symlink_to(session / what)
+    microscope = {"voltage_kv": 300, "spherical_aberration_mm": 2.7, "amplitude_contrast": 0.1, "dose_per_frame": 10}
+    content = {
+        "name": "both",
+        "inputs": [
+            {"name": name, "movies": f"{name}/movies/*.tif", "gain": f"{name}/gain.mrc",
+             "microscope": {**microscope, "pixel_size_angstrom": pixel}}
+            for name, pixel in (("day1", 1.77), ("day2", 1.5))
+        ],
+        "pipeline": [
+            {"motion": {"patches": [1, 1]}}, "ctf", {"pick": {"diameter_angstrom": 180}},
+            {"extract": {"box_angstrom": 226.56, "pixel_size_angstrom": 7.08}},
+            {"refine3d": {"reference": "day1/truth/map_32_7.08A.mrc", "symmetry": "D2", "iterations": 1}},
+        ],
+    }  # fmt: skip
+    (folder / "both.yaml").write_text(yaml.safe_dump(content))
+    return folder
+
+
+def test_two_data_sets_of_different_pixel_sizes_are_refined_together(two_data_sets, client):
+    folder = two_data_sets
+    for path in sorted((folder / "day2" / "movies").iterdir()):
+        if not path.name.startswith("b_"):
+            path.rename(path.with_name(f"b_{path.name}"))
+    project = run_plan(make_plan(folder / "both.yaml"), client)
+    assert project.failures() == []
+    table = project.scalars()
+    assert sorted(table["pixel_size_angstrom"].unique()) == [1.5, 1.77]
+    refined = project.particles("refine3d")
+    by_set = np.char.startswith(refined["micrograph"].values.astype(str), "b_")
+    assert by_set.any()
+    assert (~by_set).any()
+    assert refined.sizes["x"] == 32
+    assert np.allclose(refined["particle_pixel_size_angstrom"].values, 7.08)
+    # a particle lies where its own pixel size says
+    pixel = np.where(by_set, 1.5, 1.77)
+    assert np.allclose(refined["box_y_angstrom"], refined["particle_y"] * pixel)
+    # another optics of one data set computes that one again, no other
+    before = {label: {r["name"]: r.get("computed", r["time"]) for r in project.records(label).values()} for label in project.stages}
+    content = yaml.safe_load((folder / "both.yaml").read_text())
+    content["inputs"][1]["microscope"]["voltage_kv"] = 200
+    (folder / "both.yaml").write_text(yaml.safe_dump(content))
+    changed = run_plan(make_plan(folder / "both.yaml"), client)
+    for label in ("ctf", "motion"):
+        renewed = {r["name"] for r in changed.records(label).values() if before[label][r["name"]] != r.get("computed", r["time"])}
+        assert renewed == {n for n in before[label] if n.startswith("b_")}, label
+    assert "box_angstrom and pixel_size_angstrom" in draft_plan(_in_pixels(folder)).graph.problems[0]
+
+
+def _in_pixels(folder: Path) -> Path:
+    content = yaml.safe_load((folder / "both.yaml").read_text())
+    content["pipeline"][3] = {"extract": {"box": 128}}
+    (folder / "pixels.yaml").write_text(yaml.safe_dump(content))
+    return folder / "pixels.yaml"
+
+
+@pytest.mark.relion
+def test_every_id_is_back_from_relion(session, client, tmp_path):
+    pipeline = [*PICKED, {"extract": {"box": 128, "scale_to": 32}}]
+    folder = tmp_path / "s"
+    shutil.copytree(session, folder)
+    project = run(folder, pipeline, client)
+    export_relion(project, folder / "relion")
+    sent = read_particle_table(folder / "relion" / "particles.star")
+    assert (np.sort(sent.particle_id) == ids(project, "extract")).all()
+    command = ["relion_refine", "--i", "particles.star", "--o", "out/run", "--K", "2", "--iter", "1", "--particle_diameter", "180", "--ctf"]
+    command += ["--tau2_fudge", "2", "--psi_step", "30", "--offset_range", "3", "--offset_step", "2", "--norm", "--scale", "--random_seed", "1"]
+    (folder / "relion" / "out").mkdir()
+    done = subprocess.run(command, cwd=folder / "relion", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    back = {"import_particles as back": {"star": "relion/out/run_it001_data.star", "images": False, "from": {"exposures": "ctf"}}}
+    returned = run(folder, [*pipeline, back], client)
+    assert returned.failures() == []
+    assert (ids(returned, "back") == ids(project, "extract")).all()
+    came = returned.particles("back")
+    assert (came["half_set"].values == project.particles("extract")["half_set"].values).all()
+    assert set(came["class_number"].values) <= {1, 2}
+    assert dict(returned.where(int(came["particle_id"].values[0])))["extract"] == "there"
