@@ -56,6 +56,10 @@ class SourceFileMark:
 SourceFile = Annotated[str, SourceFileMark()]
 
 
+class ChoiceMark:
+    """Marks a parameter with numbers of classes that a person has chosen: they belong to one classification."""
+
+
 class ThresholdMark:
     """Marks the parameter of a picker that settles which peaks are accepted: a score, or "auto" for ``pick_threshold`` of the exposure.
 

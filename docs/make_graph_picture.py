@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch
 
-from cryodask.run.recipe import draft_plan
 from cryodask.run.graph import Graph, Step
+from cryodask.run.recipe import draft_plan
 
 DOCS = Path(__file__).parent
 COLOURS = {
@@ -110,7 +110,14 @@ def _taps(sides: dict[int, list[Bus]]) -> dict[tuple[int, int, int], float]:
 def _box(ax: object, row: int, step: Step) -> None:
     middle = -ROW * row - ROW / 2
     shape = FancyBboxPatch(
-        (0, middle - BOX_HEIGHT / 2), BOX_WIDTH, BOX_HEIGHT, boxstyle="round,pad=0,rounding_size=0.1", fc="#f6f7f9", ec="#3b4652", lw=1.2, zorder=3
+        (0, middle - BOX_HEIGHT / 2),
+        BOX_WIDTH,
+        BOX_HEIGHT,
+        boxstyle="round,pad=0,rounding_size=0.1",
+        fc="#f6f7f9",
+        ec="#3b4652",
+        lw=1.2,
+        zorder=3,
     )
     ax.add_patch(shape)  # type: ignore[attr-defined]
     stage = f"{step.stage.name} as " if step.stage.name != step.label else ""

@@ -107,6 +107,8 @@ has it). "only by `from`" marks an input that no rule fills; "list" one that tak
 comes from by default, is explained in [Particles and steps](steps.md).
 """
 
+_COUNT = {1: "one", 2: "two", 3: "three"}
+
 _STAR = (
     "rlnMicrographName", "rlnImageName", "rlnCoordinateX", "rlnCoordinateY", "rlnDefocusU", "rlnDefocusV", "rlnDefocusAngle", "rlnAngleRot",
     "rlnAngleTilt", "rlnAnglePsi", "rlnClassNumber",
@@ -130,12 +132,9 @@ def words_of(annotation: Any, name: str = "") -> str:
     if origin is typing.Literal:
         return _or([f"`{a}`" for a in args])
     if origin in (tuple, list):
-        many = {"int": "whole numbers", "float": "numbers", "str": "texts", "file": "files", "Any": "steps"}
         inner = [words_of(a, name) for a in args if a is not Ellipsis]
-        plain = {words_of(int): "whole numbers", words_of(float): "numbers", words_of(str): "texts", "file": "files", "step": "steps"}
-        what = plain.get(inner[0], many.get(inner[0], f"of {inner[0]}"))
-        count = {2: "two", 3: "three"}.get(len(inner)) if origin is tuple else None
-        return f"list of {count} {what}" if count else f"list of {what.removeprefix('of ')}"
+        what = inner[0] if inner[0].startswith("[") else f"{inner[0]}s"
+        return f"list of {_COUNT[len(inner)]} {what}" if origin is tuple and Ellipsis not in args else f"list of {what}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return f"[{_title(annotation)}](#{_title(annotation).replace(' ', '-')})"
     return {str: "text", int: "whole number", float: "number", bool: "true or false", Any: "step"}[annotation]

@@ -15,7 +15,7 @@ from distributed import Client
 from cryodask.formats.movies import write_mrc_movie
 from cryodask.run.execute import run_plan
 from cryodask.run.preview import preview
-from cryodask.run.recipe import make_plan
+from cryodask.run.recipe import draft_plan, make_plan
 from cryodask.store.births import Birth, born
 from cryodask.store.identity import half_sets
 from cryodask.store.project import Project
@@ -310,3 +310,81 @@ def test_each_change_reruns_exactly_the_steps_that_read_it(base, here, tmp_path,
     told = {s.step for s in preview(make_plan(write(folder, changed))).steps if not s.done}
     assert set(renewed(before, run(folder, here, changed))) == expected
     assert expected <= told, "the dry run announces at least what is computed"
+
+
+def test_a_step_of_a_person_waits_and_what_does_not_need_it_goes_on(tmp_path, here):
+    folder = session(tmp_path, 3)
+    pipeline = [*PIPELINE[:5], "annotate", {"toy_extract as full": {"number": 3}}, {"toy_poses": {"from": {"particles": "toy_extract"}}}]
+    project = run(folder, here, pipeline)
+    assert "annotate" not in project
+    assert "full" not in project
+    assert len(project.particles("toy_poses")["particle_id"]) == 9
+    told = {s.step: s.why for s in preview(make_plan(folder / "toy.yaml")).steps}
+    assert told["annotate"] == "waits for a person"
+    assert told["full"] == "waits for annotate"
+    assert told["toy_poses"] == ""
+    ids = project.particles("toy_classify")["particle_id"].values
+    (folder / "notes.csv").write_text("particle_id,value\n" + "".join(f"{i},{k}\n" for k, i in enumerate(ids[:4].tolist())))
+    decided = [*pipeline[:5], {"annotate": {"file": "notes.csv"}}, *pipeline[6:]]
+    after = run(folder, here, decided)
+    noted = after.particles("full")["annotation"].values
+    assert noted[:4].tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert np.isnan(noted[4:]).all()
+
+
+def test_numbers_that_a_person_chose_belong_to_one_classification(tmp_path, here):
+    from cryodask.errors import ProjectFileError
+
+    folder = session(tmp_path, 3)
+    curated = [*PIPELINE[:5], {"curate": {"keep": [1]}}]
+    run(folder, here, curated)
+    other = [*PIPELINE[:4], {"toy_classify": {"number": 2}}, {"curate": {"keep": [1]}}]
+    with pytest.raises(ProjectFileError, match=r"classes 1 were chosen from toy_classify@\w+; toy_classify is now toy_classify@\w+"):
+        run(folder, here, other)
+    with pytest.raises(ProjectFileError, match=r"class 1 -> 1 \(100% of its particles\)"):
+        run(folder, here, other)
+    assert len(run(folder, here, other, update=["curate"]).particles("curate")["particle_id"]) == 9
+    run(folder, here, other)
+
+
+def test_a_pinned_generation_is_taken_and_an_unknown_one_refused(tmp_path, here):
+    folder = session(tmp_path, 3)
+    first = run(folder, here, PIPELINE[:8])
+    key = first.generation("toy_poses").key
+    value = float(first["toy_poses"]["final_map"].values.mean())
+    pinned = [*PIPELINE[:7], {"toy_poses": {"number": 5}}, {"toy_polish": {"from": {"map": f"toy_poses@{key[:6]}"}}}]
+    project = run(folder, here, pinned)
+    assert project.generation("toy_poses").key != key
+    polished = project.particles("toy_polish")
+    one = polished.isel(particle=0)
+    frames = project["ingest"]["movie"].sel(micrograph=str(one["micrograph"].values)).values.astype(float).sum(0)
+    y, x = (int(np.round(float(one[f"centre_{a}_angstrom"]))) for a in "yx")
+    assert float(one["particle_brightness"]) == pytest.approx(frames[y, x] + value)
+    wrong = [*pinned[:-1], {"toy_polish": {"from": {"map": "toy_poses@ffff"}}}]
+    assert "names no results" in preview(draft_plan(write(folder, wrong))).problems[0]
+
+
+def test_history_compare_keep_and_gc_on_five_generations(tmp_path, here):
+    folder = session(tmp_path, 3)
+    for number in (1, 2, 3, 4, 5):
+        project = run(folder, here, [*PIPELINE[:7], {"toy_poses": {"number": number}}])
+    made_ = project.history("toy_poses")
+    assert [m.params["number"] for m in made_] == [1, 2, 3, 4, 5]
+    assert [bool(m.steps) for m in made_] == [False] * 4 + [True]
+    table = project.compare(f"toy_poses@{made_[0].key}", "toy_poses")
+    assert table.loc["param number"].tolist() == [1.0, 5.0]
+    old = project["toy_poses", made_[1].key]
+    assert old["final_map"].shape == (4, 4, 4)
+    assert old.attrs["label"] == "toy_poses"
+    project.keep(f"toy_poses@{made_[2].key}", "best so far")
+    gone = {p.name for p in project.superseded()}
+    assert gone == {made_[0].key, made_[1].key, made_[3].key}
+    # a typo in the pipeline takes the step away: its last finished result stays
+    fewer = run(folder, here, PIPELINE[:7])
+    assert made_[4].key not in {p.name for p in fewer.superseded()}
+    assert made_[4].key in {p.name for p in fewer.superseded(last_results=True)}
+    assert fewer.collect_garbage() > 0
+    assert {m.key for m in fewer.history("toy_poses")} == {made_[2].key, made_[4].key}
+    assert fewer.verify() == []
+    with pytest.raises(KeyError, match="Did you mean 'toy_pick'"):
+        fewer["toy_pic"]

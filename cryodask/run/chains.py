@@ -17,7 +17,7 @@ from cryodask.run.imports import Import, PicksImport, imports_of
 from cryodask.run.inputs import exposure_rows
 from cryodask.run.keys import Keys, recipe_of
 from cryodask.run.recipe import Plan, Step
-from cryodask.run.refs import INPUTS, PARTICLES, Refer, parts_used, variable_sources
+from cryodask.run.refs import INPUTS, PARTICLES, Refer, label_of, parts_used, variable_sources
 from cryodask.run.slices import Slices
 from cryodask.run.whole import Stored
 from cryodask.store.births import TABLE, Birth
@@ -51,7 +51,7 @@ def chains_of(plan: Plan, steps: Sequence[Step]) -> Iterator[list[Step]]:
 def _waits_for(plan: Plan, step: Step, chain: list[Step]) -> bool:
     here = {s.label for s in chain}
     for product in step.inputs.get("particles", ()):
-        refs = {product.ids.partition(".")[0]} | {product.parts[p].partition(".")[0] for p in product.parts if p in _used(step)}
+        refs = {label_of(product.ids)} | {label_of(product.parts[p]) for p in product.parts if p in _used(step)}
         if any(label in here and not plan.graph.step(label).stage.gives_birth(plan.graph.step(label).params) for label in refs):
             return True
         if len(refs & here) and not refs <= here:
@@ -117,7 +117,7 @@ class ChainMaker:
         generation = self._generation(step, source, sizes)
         birth = generation.meta.get("birth")
         particles = step.inputs.get("particles", ())
-        birthplace = particles[0].ids.partition(".")[0] if particles and PARTICLES in source.values() else ""
+        birthplace = label_of(particles[0].ids) if particles and PARTICLES in source.values() else ""
         refer = Refer(self.plan, self.project.state)
         return Link(
             step.label,

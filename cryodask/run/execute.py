@@ -20,6 +20,7 @@ from cryodask.run.health import scheduler_needed
 from cryodask.run.inputs import SHARED_REASONS, StepInputs, particle_set, step_inputs, whole_values
 from cryodask.run.keys import Keys
 from cryodask.run.map import PREFIX, MapRunner, process_here
+from cryodask.run.people import check_choice, waiting
 from cryodask.run.progress import Progress, short, summary
 from cryodask.run.recipe import Plan, Step, position
 from cryodask.run.refs import Refer
@@ -68,7 +69,11 @@ class Execution:
             self.arrivals = Arrivals(self.plan, self.project, self.until, self.progress.say)
             self.items = self.project.items()
             self._register(self.arrivals.first())
-        for group in chains_of(self.plan, steps[:end]):
+        waits = waiting(self.plan)
+        for label, why in waits.items():
+            self.progress.say(f"{label}: {why}")
+        state.forget(waits)
+        for group in chains_of(self.plan, [s for s in steps[:end] if s.label not in waits]):
             if group[0].stage.shape == "map":
                 self._run_map(group)
             else:
@@ -215,6 +220,7 @@ class Execution:
     # --- over a set -------------------------------------------------------------------------------------------------------------
     def _run_single(self, step: Step) -> None:
         """A step over a set; an unfinished one whose set has grown meanwhile is finished first."""
+        check_choice(self.plan, self.project, step, confirmed=step.label in self.update)
         inputs = step_inputs(self.plan, self.project, step)
         version = self._version(step, inputs)
         key = self.keys.of_set(version, inputs)

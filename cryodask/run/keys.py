@@ -22,7 +22,7 @@ import numpy as np
 from cryodask.products import COLLECTIONS
 from cryodask.run.inputs import StepInputs
 from cryodask.run.recipe import Plan, Step, marked_fields
-from cryodask.run.refs import INPUTS, Refer, givers_of, parts_used, united_parts, variable_sources
+from cryodask.run.refs import INPUTS, Refer, givers_of, label_of, parts_used, united_parts, variable_sources
 from cryodask.stage import SourceFileMark
 from cryodask.store.generation import Generation, generation_key
 from cryodask.store.identity import rows_in
@@ -137,7 +137,7 @@ class Keys:
             for product in step.inputs.get(port.name, ())
             for part in parts_used(step, port)
         }
-        upstream = {part: [self._origin(self.plan.graph.step(label)) for label in some] for part, some in labels.items()}
+        upstream = {part: [self._origin(self.plan.graph.step(label_of(label))) for label in some] for part, some in labels.items()}
         return {"stage": step.stage.name, "params": self.params(step), "upstream": upstream}
 
     # --- over a set -----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from cryodask.run import sources
 from cryodask.run.chains import ChainMaker
 from cryodask.run.inputs import step_inputs
 from cryodask.run.keys import Keys
+from cryodask.run.people import waiting
 from cryodask.run.recipe import Plan, Step
 from cryodask.run.refs import PARTICLES, Refer, variable_sources
 from cryodask.store.generation import Generation
@@ -66,7 +67,7 @@ def preview(plan: Plan, update: frozenset[str] = frozenset()) -> Preview:
         for step in out.steps:
             shape = plan.graph.step(step.step).stage.shape
             step.todo = len(listing) if shape == "map" else None
-            step.why = "waits for a person" if plan.graph.step(step.step).stage.person else "new"
+            step.why = waiting(plan).get(step.step, "new")
     return out
 
 
@@ -93,6 +94,7 @@ class _Looking:
         self.maker = ChainMaker(plan, project, self.keys, [i for i in self.items if i is not None], {}, update, lambda step, key: None)
         self.new = sum(i is None for i in self.items)
         self.stale: dict[str, str] = {}
+        self.people = waiting(plan)
 
     def _items(self, listing: list[Arrival]) -> list[Item | None]:
         """Items of the registry that count, and None for each new arrival."""
@@ -105,6 +107,8 @@ class _Looking:
         return [self._look(step) for step in self.plan.steps]
 
     def _look(self, step: Step) -> StepPreview:
+        if step.label in self.people:
+            return self._stale(step, self.people[step.label], None)
         waits = sorted(self.plan.graph.rests_on(step) & set(self.stale))
         whole = [label for label in waits if self.stale[label] == "unknown" or step.stage.shape != "map"]
         if whole:
@@ -113,8 +117,6 @@ class _Looking:
 
     def _stale(self, step: Step, why: str, todo: int | None, *, known: bool = False) -> StepPreview:
         self.stale[step.label] = "known" if known else "unknown"
-        if step.stage.person:
-            why = "waits for a person"
         return StepPreview(step.label, step.stage.name, _sources(step), False, todo, why, self._estimate(step, todo))
 
     def _per_exposure(self, step: Step) -> StepPreview:

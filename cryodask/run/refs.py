@@ -18,6 +18,11 @@ PARTICLES = "particles"
 """Source of what the particles of an exposure bring along."""
 
 
+def label_of(ref: str) -> str:
+    """Label of the step that a reference ``STEP``, ``STEP.OUTPUT`` or ``STEP@KEY`` names."""
+    return ref.partition("@")[0].partition(".")[0]
+
+
 @dataclass(frozen=True)
 class Refer:
     """Turns products of a plan into references to generations, as the project stands now."""
@@ -26,14 +31,19 @@ class Refer:
     state: ProjectState
 
     def place(self, ref: str) -> str:
-        """``STAGE/KEY`` of the step that ``STEP`` or ``STEP.OUTPUT`` names."""
-        return self.state.steps[self.label(ref)].place
+        """``STAGE/KEY`` of the step that ``STEP`` or ``STEP.OUTPUT`` names; of ``STEP@KEY`` that older generation."""
+        _, _, key = ref.partition("@")
+        if key:
+            return f"{self.plan.graph.step(label_of(ref)).stage.name}/{key}"
+        return self.state.steps[label_of(ref)].place
 
     def ids_of(self, product: Product) -> str:
         """The generation that says which particles (or exposures) a set holds.
 
         That of the step that settled them, or of the last step over the whole set: it may have had to leave some out.
         """
+        if "@" in product.ids:
+            return self.place(product.ids)
         step = self.plan.graph.step(product.step)
         if product.type != "particles" or not product.ids or product.ids == product.ref or step.stage.shape != "map":
             return self.place(product.step if product.type == "particles" and product.ids else product.ids) if product.ids else ""
@@ -45,15 +55,11 @@ class Refer:
         if product.type != "exposures":
             return {part: self.place(ref) for part, ref in product.parts.items()}
         labels = {part: givers_of(self.plan, ref, part) for part, ref in product.parts.items()}
-        return {part: "|".join(self.state.steps[label].place for label in some) for part, some in labels.items()}
+        return {part: "|".join(map(self.place, some)) for part, some in labels.items()}
 
     def places_of(self, product: Product, part: str) -> list[str]:
         """Places of all that gave a part."""
         return self._places(product)[part].split("|")
-
-    def label(self, ref: str) -> str:
-        """Step of a reference: labels have no dot."""
-        return ref.partition(".")[0]
 
     def product(self, product: Product) -> ProductRef:
         """A product with the places of its parts."""
@@ -73,7 +79,7 @@ class Refer:
         """Score above which peaks are accepted, where the ids of a set are those of a birth."""
         if product.type != "particles" or not product.ids:
             return None
-        step = self.plan.graph.step(self.label(product.ids))
+        step = self.plan.graph.step(label_of(product.ids))
         name = step.stage.threshold
         settled = self.ids_of(product) == self.place(product.ids)
         return getattr(step.params, name) if name and settled else None
@@ -92,17 +98,16 @@ class Refer:
 
 
 def givers_of(plan: Plan, ref: str, part: str) -> list[str]:
-    """Labels of the steps that gave a part of exposures: one, or those of all sources of a union."""
-    label = ref.partition(".")[0]
-    step = plan.graph.step(label)
+    """References to the steps that gave a part of exposures: one, or those of all sources of a union."""
+    step = plan.graph.step(label_of(ref))
     many = next((port.name for port in step.stage.ports if port.many), None)
     if many is None:
-        return [label]
+        return [ref]
     found: list[str] = []
     for product in step.inputs.get(many, ()):
         if product.exposures is not None and part in product.exposures.parts:
             found += givers_of(plan, product.exposures.parts[part], part)
-    return list(dict.fromkeys(found)) or [label]
+    return list(dict.fromkeys(found)) or [ref]
 
 
 def parts_used(step: Step, port: Port) -> tuple[str, ...]:
@@ -129,7 +134,7 @@ def variable_sources(plan: Plan, step: Step) -> dict[str, str]:
             out[name] = INPUTS
         elif _has(step, ports.get(place[0]), place[1]):
             ref = step.inputs[ports[place[0]].name][0].parts[place[1]]
-            labels = givers_of(plan, ref, place[1]) if place[0] == "exposures" else [ref.partition(".")[0]]
+            labels = [label_of(r) for r in (givers_of(plan, ref, place[1]) if place[0] == "exposures" else [ref])]
             giving = [label for label in labels if name in plan.graph.step(label).stage.gives]
             out[name] = "|".join(giving) or INPUTS
     return out

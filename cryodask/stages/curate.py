@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
 
 from cryodask.errors import InputError
 from cryodask.products import Product
-from cryodask.stage import Output, Params, Picture, port, stage
+from cryodask.stage import ChoiceMark, Output, Params, Picture, port, stage
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -34,7 +34,7 @@ AUTO_LEAST_KEPT = 0.25
 class CurateParams(Params):
     """Parameters of ``curate``."""
 
-    keep: Literal["auto", "all"] | list[int] = Field(
+    keep: Annotated[Literal["auto", "all"] | list[int], ChoiceMark] = Field(
         "auto", description="classes to keep: a list of class numbers (from 1), 'all', or 'auto' to judge them by their scores"
     )
     least_class_score: float | None = Field(None, ge=0, le=1, description="classes below this score are removed as well")

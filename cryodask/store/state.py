@@ -60,12 +60,20 @@ class StepState(BaseModel):
         return self.products.get(f"{output or kind}:{kind}")
 
 
+class Choice(BaseModel):
+    """Numbers of classes that a person chose, and the classification whose numbers they are."""
+
+    values: list[int]
+    place: str
+
+
 class ProjectState(BaseModel):
     """Everything that ``project.json`` holds.
 
     ``home`` is the folder of the project file, seen from the project: paths of inputs are relative to it. ``constants`` are optics and
     dose of each data set, by its name; ``gain`` the stored gain references. ``births`` are the numbers of births by identity key, given
-    once. ``again`` counts how often a step was asked to be computed anew. ``kept`` are names that people gave to generations.
+    once. ``again`` counts how often a step was asked to be computed anew. ``kept`` are names that people gave to generations,
+    ``choices`` numbers of classes that they chose.
     """
 
     format: int = FORMAT
@@ -78,6 +86,7 @@ class ProjectState(BaseModel):
     births: dict[str, int] = Field(default_factory=dict)
     again: dict[str, int] = Field(default_factory=dict)
     kept: dict[str, str] = Field(default_factory=dict)
+    choices: dict[str, Choice] = Field(default_factory=dict)
     steps: dict[str, StepState] = Field(default_factory=dict)
 
     # --- verbs --------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,68 @@
+"""Stage ``annotate``: a column of one's own, particle by particle."""
+
+from __future__ import annotations
+
+import csv
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from cryodask.errors import InputError
+from cryodask.stage import InputFile, Output, Params, SetView, port, stage
+from cryodask.store.identity import aligned, parse_id, place_of
+
+
+class AnnotateParams(Params):
+    """Parameters of ``annotate``."""
+
+    file: InputFile | None = Field(None, description="CSV with a header and the columns particle_id and value; none: the step waits")
+
+
+@stage(
+    version=1,
+    shape="set",
+    needs=[],
+    gives=["annotation"],
+    ports=[port("particles:particles", copies=True, subtracted=True, whole=True)],
+    outputs=[Output("particles", "particles", ("note",), on="particles")],
+    person=True,
+)
+def annotate(params: AnnotateParams, inputs: dict[str, list[SetView]]) -> dict[str, Any]:
+    """Adds a number to particles, from a table that a person has made; particles that it does not name have none (NaN).
+
+    Particles are named by ``particle_id``: the integer, or ``birth.row.number``.
+    """
+    particles = inputs["particles"][0]
+    named, values = _read(str(params.file))
+    order = np.argsort(named)
+    known = place_of(particles.ids, named[order])
+    if len(named) and (known < 0).all():
+        raise InputError(
+            f"{params.file} names none of the {len(particles.ids)} particles of {particles.name}.",
+            "it was made from another project, or from another step",
+            "write project.particles(STEP)['particle_id'] into it",
+        )
+    return {"particle_id": particles.ids, "annotation": aligned(values[order], known)}
+
+
+def _read(path: str) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and values of a table.
+
+    Raises
+    ------
+    InputError
+        Missing columns, what is not a number or an id, or a particle that is named twice.
+    """
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file))
+    if rows and not {"particle_id", "value"} <= set(rows[0]):
+        raise InputError(f"{path} has the columns {', '.join(rows[0])}.", "", "name its columns particle_id and value")
+    try:
+        ids = np.array([parse_id(row["particle_id"].strip()) for row in rows], np.int64)
+        values = np.array([float(row["value"]) for row in rows], np.float64)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise InputError(f"{path} holds what is not a number: {error}.", "a row is cut short", "correct the table") from error
+    if len(np.unique(ids)) < len(ids):
+        raise InputError(f"{path} names a particle twice.", "two tables were joined", "keep one row per particle")
+    return ids, values
