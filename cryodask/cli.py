@@ -141,7 +141,7 @@ def _run(
     from cryodask.run.progress import Progress
     from cryodask.run.watch import Until
 
-    check_inputs(plan, force=force, watch=watch is not None)
+    check_inputs(plan, force=force, watch=watch is not None, cluster=cluster)
     typer.echo(f"{plan.file.name}: {count} -> {plan.folder}")
     client = connect(cluster or plan.cluster, workers=workers or plan.file.workers, lane=lane, project=plan.file.name)
     try:

@@ -116,7 +116,7 @@ def made(path: Path) -> Path:
 
 
 def movie(path: Path, seed: int) -> None:
-    tifffile.imwrite(made(path), np.random.default_rng(seed).poisson(2, (2, 8, 8)).astype(np.uint8))
+    tifffile.imwrite(made(path), np.random.default_rng(seed).poisson(2, (2, 8, 8)).astype(np.uint8), photometric="minisblack")
 
 
 def density(path: Path) -> None:

@@ -217,7 +217,7 @@ class ChainMaker:
 
     def imports(self, steps: list[Step]) -> dict[str, Import]:
         """What the imports among some steps say of the exposures."""
-        found = imports_of(self.plan, steps)
+        found = imports_of(self.project, steps)
         for one in found.values():
             if isinstance(one, PicksImport):
                 one.settle(item.name for item in self.items)
@@ -226,7 +226,7 @@ class ChainMaker:
     def _source_values(self, step: Step) -> Iterator[dict[str, Any]]:
         imported = self.imports([step]).get(step.label)
         for item in self.items:
-            if str(item.inputs.get("source", step.label)) == step.label or step.inputs:
+            if step.label in str(item.inputs.get("source", step.label)).split("|") or step.inputs:
                 yield {**sources.input_values(self.plan, item.inputs), **(imported.values(item) if imported else {})}
 
     def _check_gain(self, step: Step, sizes: dict[str, int]) -> None:

@@ -16,6 +16,7 @@ from cryodask.run import sources
 from cryodask.run.blocks import iterate_on_workers
 from cryodask.run.chain import Chain
 from cryodask.run.chains import ChainMaker, chains_of
+from cryodask.run.checks import look_ahead
 from cryodask.run.health import scheduler_needed
 from cryodask.run.inputs import SHARED_REASONS, StepInputs, particle_set, step_inputs, whole_values
 from cryodask.run.keys import Keys
@@ -299,7 +300,7 @@ class Execution:
         return run_whole(self.client, stage.name, step.params, values, self.progress.say)
 
 
-def check_inputs(plan: Plan, *, force: bool = False, watch: bool = False) -> None:
+def check_inputs(plan: Plan, *, force: bool = False, watch: bool = False, cluster: str | None = None) -> None:
     """Meet what can go wrong with folder, lock, inputs, gain and reference before any worker is started.
 
     Raises
@@ -322,7 +323,11 @@ def check_inputs(plan: Plan, *, force: bool = False, watch: bool = False) -> Non
     with project.lock(force=force):
         pass  # refused now where another driver works or nothing may be written
     if not watch:
-        sources.check_readable(plan, sources.list_exposures(plan, project))
+        listing = sources.list_exposures(plan, project)
+        sources.check_readable(plan, listing)
+        problems, _ = look_ahead(plan, project, listing, cluster=cluster)
+        if problems:
+            raise ProjectFileError(f"{plan.path}: " + "\n".join(problems))
 
 
 def run_plan(

@@ -10,8 +10,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from cryodask.errors import InputError
-from cryodask.run.recipe import Plan, Step
-from cryodask.store.project import Item
+from cryodask.run.recipe import Step
+from cryodask.store.identity import birth_of, copy_of, make_ids, number_of, place_of, row_of
+from cryodask.store.project import Item, Project
+from cryodask.vocabulary import VARIABLES
 
 _HEAD_BYTES = 1 << 16
 """Bytes at either end of a file that, with its size, make its content known."""
@@ -44,10 +46,12 @@ class Import(Protocol):
         ...
 
 
-def imports_of(plan: Plan, steps: Iterable[Step]) -> dict[str, Import]:
+def imports_of(project: Project, steps: Iterable[Step]) -> dict[str, Import]:
     """The imports among some steps, by label."""
     out: dict[str, Import] = {}
     for step in steps:
+        if step.stage.name == "import_project":
+            out[step.label] = ProjectImport(step, project)
         if step.stage.name == "import_particles":
             out[step.label] = TableImport(step)
         elif step.stage.name == "import_picks":
@@ -150,3 +154,84 @@ class PicksImport:
         """Of the file's content."""
         path = self._file(item)
         return content_id(path, path.stat().st_size) if path is not None else "none"
+
+
+class ProjectImport:
+    """Exposures and particles of another project; a particle is named by the content of its exposure, its birth's identity and number."""
+
+    def __init__(self, step: Step, project: Project | None) -> None:
+        from cryodask.stages.import_project import EXPOSURE_PARTS, OF_EXPOSURES, OF_PARTICLES, PARTICLE_PARTS, opened
+
+        self._here = project
+        self.other, self.ref = opened(step.params)
+        self.ids = self.other.sets.ids(self.ref)
+        self._rows = {item.content: item for item in self.other.items()}
+        self._names = OF_EXPOSURES
+        parts = [p for p in PARTICLE_PARTS if p in self.ref.parts]
+        self._columns = self.other.sets.columns(self.ref, self.ids, parts)
+        self._particle_names = OF_PARTICLES
+        self._exposure_parts = [p for p in EXPOSURE_PARTS if p in self.ref.exposures]
+        self._row = row_of(self.ids)
+        self._images = self.other.sets.images(self.ref.parts["image"]) if "image" in self.ref.parts else None
+        self._image_at = place_of(self.ids, self._images.ids) if self._images is not None else np.zeros(0, np.int64)
+
+    def exposures(self) -> list[Item]:
+        """Exposures of the other project that have particles in the set."""
+        wanted = set(self._row.tolist())
+        return [item for item in self.other.items() if item.row in wanted]
+
+    def _births(self) -> dict[int, int]:
+        """Number here of each birth there, by the identity of the birth."""
+        there = {number: identity for identity, number in self.other.state.births.items()}
+        found = sorted(set(birth_of(self.ids).tolist()))
+        assert self._here is not None
+        return {number: self._here.state.birth_number(there[number]) for number in found}
+
+    def values(self, item: Item) -> dict[str, Any]:
+        """Columns of the exposure and of its particles, and where their images lie."""
+        from cryodask.store.particles import image_places
+
+        other = self._rows.get(item.content)
+        here = np.flatnonzero(self._row == other.row) if other is not None else np.zeros(0, np.int64)
+        births, ids = self._births(), self.ids[here]
+        own = np.array([births[int(b)] for b in birth_of(ids)], np.int64)
+        out: dict[str, Any] = {"particle_id": make_ids(own, item.row, number_of(ids), copy_of(ids)), "bulk": {}}
+        stored = {**{f"particle_{n}": n for n in ("defocus_u_angstrom", "defocus_v_angstrom", "defocus_angle_deg", "phase_shift_deg")}}
+        for name in (*self._particle_names, "half_set"):
+            column = self._columns.get(stored.get(name, name))
+            if column is not None:
+                out[name] = column[here]
+        if other is None:
+            return {"foreign_values": out}
+        for name in self._names:
+            known = self.other.sets.of_exposures(self.ref, np.array([other.row]), [name]) if not _is_bulk(name) else {}
+            if name in known:
+                out[name] = float(known[name][0])
+        pixel = float(out.get("pixel_size_angstrom", 1.0))
+        for axis in ("y", "x"):
+            out[f"pick_{axis}"] = self._columns[f"position_{axis}_angstrom"][here] / pixel
+        if "particle_pixel_size_angstrom" in out:
+            out["particle_pixel_size_angstrom"] = float(out["particle_pixel_size_angstrom"][0]) if len(here) else np.nan
+        if self._images is not None and len(here):
+            places = image_places(self.other, self.ref, ids)
+            out["bulk"]["particle_image"] = (str(places.images[int(places.giver[0])].path), int(places.row[0]), places.slot)
+        place = self.ref.exposures.get("micrograph")
+        if place is not None:
+            generation = self.other.generation_at(place.partition("|")[0])
+            record = generation.committed().get(other.row, {"shards": {}})
+            for name in record["shards"]:
+                if name in self._names:
+                    out["bulk"][name] = (str(generation.path), other.row, None)
+        return {"foreign_values": out}
+
+    def digest(self, item: Item) -> str:
+        """Of the particles of the exposure, and of what gave their parts."""
+        other = self._rows.get(item.content)
+        ids = self.ids[self._row == other.row] if other is not None else self.ids[:0]
+        digest = hashlib.blake2b(ids.tobytes(), digest_size=8)
+        digest.update(repr((sorted(self.ref.parts.items()), sorted(self.ref.exposures.items()))).encode())
+        return digest.hexdigest()
+
+
+def _is_bulk(name: str) -> bool:
+    return VARIABLES[name].kind == "bulk"

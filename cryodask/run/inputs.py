@@ -83,7 +83,7 @@ def exposure_rows(project: Project, ref: ProductRef, sources: frozenset[str]) ->
     """Rows of an exposures product: of its sources, and kept by the last selection."""
     items = project.items()
     several = len({str(i.inputs.get("source", "")) for i in items}) > 1
-    rows = np.array([i.row for i in items if not several or str(i.inputs.get("source", "")) in sources], np.int64)
+    rows = np.array([i.row for i in items if not several or sources & set(str(i.inputs.get("source", "")).split("|"))], np.int64)
     return _kept_rows(project, ref.ids, rows)
 
 

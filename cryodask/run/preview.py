@@ -10,6 +10,7 @@ import numpy as np
 from cryodask.errors import CryodaskError
 from cryodask.run import sources
 from cryodask.run.chains import ChainMaker
+from cryodask.run.checks import look_ahead
 from cryodask.run.inputs import step_inputs
 from cryodask.run.keys import Keys
 from cryodask.run.people import waiting
@@ -58,6 +59,9 @@ def preview(plan: Plan, update: frozenset[str] = frozenset()) -> Preview:
         sources.check_files(plan)
         project = Project(plan.folder) if (plan.folder / "project.json").exists() else None
         listing = sources.list_exposures(plan, project) if plan.steps else []
+        problems, warnings = look_ahead(plan, project, listing)
+        out.problems += problems
+        out.warnings += warnings
     except CryodaskError as error:
         out.problems.append(f"{error.what} {error.way_out}".strip())
         out.steps = blank

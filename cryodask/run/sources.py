@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from cryodask.errors import CryodaskError, GainError, InputError, MovieError
-from cryodask.run.imports import PicksImport, TableImport, content_id
+from cryodask.run.imports import PicksImport, ProjectImport, TableImport, content_id
 from cryodask.run.recipe import Movies, Plan, Step, list_movies
 from cryodask.store.files import disk_errors, write_atomically
-from cryodask.store.project import Arrival, Project
+from cryodask.store.project import Arrival, Item, Project
 from cryodask.vocabulary import SLOTS, VARIABLES
 
 _PROBED = 5
@@ -45,9 +45,27 @@ def list_exposures(plan: Plan, project: Project | None) -> list[Arrival]:
             out += _micrographs(plan, step, files)
         elif kind == "import_particles" and ("exposures", "exposures") in step.outputs:
             out += _particles(plan, step)
+        elif kind == "import_project":
+            out = _joined(out, ProjectImport(step, None).exposures(), step.label)
     if not out and any(step.stage.shape == "map" for step in plan.steps):
         raise InputError("The inputs hold nothing to process.", "a table is empty, or a pattern matches nothing", "check inputs")
     return _distinct(out)
+
+
+def _joined(arrivals: list[Arrival], items: list[Item], label: str) -> list[Arrival]:
+    """Exposures of another project beside those that are listed: the same content is one exposure, another one gets a name of its own."""
+    by_content = {a.content: i for i, a in enumerate(arrivals)}
+    out = list(arrivals)
+    names = {a.name for a in arrivals}
+    for item in items:
+        if item.content in by_content:
+            old = out[by_content[item.content]]
+            out[by_content[item.content]] = Arrival(old.name, old.content, {**old.inputs, "source": f"{old.inputs['source']}|{label}"})
+            continue
+        name = item.name if item.name not in names else f"{label}_{item.name}"
+        names.add(name)
+        out.append(Arrival(name, item.content, {"source": label}))
+    return out
 
 
 def _distinct(arrivals: list[Arrival]) -> list[Arrival]:

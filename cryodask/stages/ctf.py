@@ -15,9 +15,12 @@ from cryodask.errors import MicrographError
 from cryodask.kernels.ctf_cells import lens_of
 from cryodask.kernels.ctf_fit import fit_ctf
 from cryodask.kernels.spectrum import Spectrum, log_power_image, power_spectrum
+from cryodask.products import Product
 from cryodask.stage import Params, Picture, Sizes, stage
 
 SHELLS = 192
+_COARSEST_PIXELS = 1.5 * 2.7
+"""The fitted range begins at least at so many pixels: it ends at 2.7 and spans a factor of 1.5."""
 IMAGE = 256
 
 
@@ -53,8 +56,18 @@ def _memory(params: CtfParams, sizes: Sizes) -> float:
     return 4.0 * sizes["y"] * sizes["x"] + 2.0e8
 
 
+def _check(params: CtfParams, inputs: dict[str, list[Product]]) -> Iterator[str]:
+    for pixel in sorted(inputs["exposures"][0].pixel_sizes):
+        if params.coarsest_angstrom < _COARSEST_PIXELS * pixel:
+            yield (
+                f"no rings between {params.coarsest_angstrom:g} and {params.finest_angstrom:g} A can be seen with pixels of {pixel:g} A. "
+                "Check the pixel size, or give a larger coarsest_angstrom."
+            )
+
+
 @stage(
     version=1,
+    check=_check,
     needs=["micrograph_sum", "pixel_size_angstrom", "voltage_kv", "spherical_aberration_mm", "amplitude_contrast"],
     gives=[
         "defocus_u_angstrom",

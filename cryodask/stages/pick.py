@@ -12,11 +12,13 @@ from pydantic import Field
 
 from cryodask.errors import MicrographError
 from cryodask.kernels.picking import SUPPORT, pick_particles
+from cryodask.products import Product
 from cryodask.stage import Params, Picture, Sizes, ThresholdMark, stage
 from cryodask.stages.ctf import check_micrograph
 from cryodask.vocabulary import SLOTS
 
 PROFILE_POINTS = 32
+_LEAST_WIDTH_PX = 4.0
 
 
 class PickParams(Params):
@@ -38,10 +40,21 @@ def _memory(params: PickParams, sizes: Sizes) -> float:
     return 24.0 * sizes["y"] * sizes["x"] + 5.0e7
 
 
+def _check(params: PickParams, inputs: dict[str, list[Product]]) -> Iterator[str]:
+    for pixel in sorted(inputs["exposures"][0].pixel_sizes):
+        width = params.diameter_angstrom / pixel
+        if width < _LEAST_WIDTH_PX:
+            yield (
+                f"a diameter of {params.diameter_angstrom:g} A is {width:.1f} pixels of {pixel:g} A, too few to be found. Give "
+                "diameter_angstrom in Angstrom, and check the pixel size."
+            )
+
+
 @stage(
     version=1,
     needs=["micrograph_dw", "pixel_size_angstrom"],
     gives=["pick_y", "pick_x", "pick_score", "pick_threshold", "pick_profile"],
+    check=_check,
     sizes=_sizes,
     memory=_memory,
 )
@@ -58,7 +71,7 @@ def pick(params: PickParams, *, micrograph_dw: np.ndarray, pixel_size_angstrom: 
     image = np.asarray(micrograph_dw, np.float32)
     check_micrograph(image)
     diameter = params.diameter_angstrom / float(pixel_size_angstrom)
-    if diameter < 4.0 or 2.0 * diameter > min(image.shape):
+    if diameter < _LEAST_WIDTH_PX or 2.0 * diameter > min(image.shape):
         raise MicrographError(
             f"a diameter of {params.diameter_angstrom:g} A is {diameter:.1f} pixels in a micrograph of {image.shape[0]} x {image.shape[1]}",
             "the diameter was given in pixels or nanometres, or the pixel size is wrong",
