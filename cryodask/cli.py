@@ -364,10 +364,15 @@ def stages(
             "cryodask stages  lists them",
         )
     stage = known[name]
-    typer.echo(f"{stage.name} (version {stage.version}, {stage.shape})\n\n{stage.doc}\n\nneeds  {', '.join(stage.needs)}")
-    typer.echo(f"gives  {', '.join(stage.gives)}\n\nparameters")
+    from cryodask.run.graph_chain import default_outputs
+
+    typer.echo(f"{stage.name} (version {stage.version}, {stage.shape})\n\n{stage.doc}\n")
+    for word, parts in (("takes", stage.ports), ("gives", default_outputs(stage))):
+        shown = ", ".join(f"{p.name if p.name == p.type else f'{p.name}: {p.type}'}[{', '.join(p.parts)}]" for p in parts)
+        typer.echo(f"{word}  {shown or '-'}")
+    typer.echo("\nparameters")
     for field, about in stage.params.model_fields.items():
-        default = "required" if about.is_required() else f"default {about.default!r}"
+        default = "required" if about.is_required() else f"default {about.get_default(call_default_factory=True)!r}"
         typer.echo(f"  {field:<28} {default:<22} {about.description or ''}")
 
 

@@ -97,7 +97,7 @@ def test_a_set_expanded_by_its_symmetry_and_contracted_is_the_set_again(session,
     assert set(copy_of(copies)) == {1, 2, 3, 4}
     assert (np.unique(parent_of(copies)) == whole).all()
     expanded = project.particles("expand")
-    parent = {one: half for one, half in zip(whole.tolist(), project.particles("refine3d")["half_set"].values.tolist())}
+    parent = dict(zip(whole.tolist(), project.particles("refine3d")["half_set"].values.tolist()))
     assert all(parent[p] == half for p, half in zip(parent_of(copies).tolist(), expanded["half_set"].values.tolist()))
     assert np.isfinite(expanded["defocus_u_angstrom"].values).all()
     first = expanded.isel(particle=np.flatnonzero(copy_of(copies) == 1))
@@ -208,8 +208,21 @@ def test_every_id_is_back_from_relion(session, client, tmp_path):
     export_relion(project, folder / "relion")
     sent = read_particle_table(folder / "relion" / "particles.star")
     assert (np.sort(sent.particle_id) == ids(project, "extract")).all()
-    command = ["relion_refine", "--i", "particles.star", "--o", "out/run", "--K", "2", "--iter", "1", "--particle_diameter", "180", "--ctf"]
-    command += ["--tau2_fudge", "2", "--psi_step", "30", "--offset_range", "3", "--offset_step", "2", "--norm", "--scale", "--random_seed", "1"]
+    command = ["relion_refine", "--i", "particles.star", "--o", "out/run", "--K", "2", "--iter", "1", "--particle_diameter", "180"]
+    command += [
+        "--tau2_fudge",
+        "2",
+        "--psi_step",
+        "30",
+        "--offset_range",
+        "3",
+        "--offset_step",
+        "2",
+        "--norm",
+        "--scale",
+        "--random_seed",
+        "1",
+    ]
     (folder / "relion" / "out").mkdir()
     done = subprocess.run(command, cwd=folder / "relion", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -221,3 +234,47 @@ def test_every_id_is_back_from_relion(session, client, tmp_path):
     assert (came["half_set"].values == project.particles("extract")["half_set"].values).all()
     assert set(came["class_number"].values) <= {1, 2}
     assert dict(returned.where(int(came["particle_id"].values[0])))["extract"] == "there"
+
+
+def test_projects_that_share_movies_are_pooled_by_content(session, client, tmp_path):
+    folder = tmp_path / "pool"
+    shutil.copytree(session, folder)
+    base = [*PICKED, {"extract": {"box": 128, "scale_to": 32}}]
+    names = {"one": "movies/movie_000[1-5].tif", "two": "movies/movie_000[4-8].tif"}
+    parts = {n: run(folder, base, client, n, inputs={"movies": pattern, "gain": "gain.mrc"}) for n, pattern in names.items()}
+    pooled = [
+        {"import_project as s1": {"project": "one", "step": "extract"}},
+        {"import_project as s2": {"project": "two", "step": "extract"}},
+        {"merge": {"from": {"particles": ["s1", "s2"]}}},
+        {"classify2d": {"classes": 2, "iterations": 2}},
+    ]
+    content = {"name": "pooled", "pipeline": pooled}
+    (folder / "pooled.yaml").write_text(yaml.safe_dump(content))
+    project = run_plan(make_plan(folder / "pooled.yaml"), client)
+    assert project.failures() == []
+    assert len(project.items()) == 8, "two movies are in both"
+    counts = {n: {} for n in parts}
+    for n, part in parts.items():
+        particles = part.particles("extract")
+        for name in particles["micrograph"].values:
+            counts[n][name] = counts[n].get(name, 0) + 1
+    union = {**counts["one"], **counts["two"]}
+    merged = project.particles("merge")
+    assert merged.sizes["particle"] == sum(union.values()), "shared particles once, others never joined"
+    halves = dict(zip(merged["particle_id"].values.tolist(), merged["half_set"].values.tolist()))
+    for label, n in (("s1", "one"), ("s2", "two")):
+        there, here = parts[n].particles("extract"), project.particles(label)
+        assert here.sizes["particle"] == there.sizes["particle"]
+        assert np.sort(here["defocus_u_angstrom"].values).tolist() == np.sort(there["defocus_u_angstrom"].values).tolist()
+        assert all(halves[i] == h for i, h in zip(here["particle_id"].values.tolist(), here["half_set"].values.tolist())), "one half each"
+        if label == "s1":
+            assert sorted(here["half_set"].values.tolist()) == sorted(there["half_set"].values.tolist())
+        row = int(np.flatnonzero(here["micrograph"].values == there["micrograph"].values[0])[0])
+        same = int(
+            np.flatnonzero(
+                np.isclose(there["position_y_angstrom"].values, float(here["position_y_angstrom"][row]), atol=0.01)
+                & np.isclose(there["position_x_angstrom"].values, float(here["position_x_angstrom"][row]), atol=0.01)
+            )[0]
+        )
+        assert (here["particle_image"][row].values == there["particle_image"][same].values).all()
+    assert project.particles("classify2d").sizes["particle"] == sum(union.values())

@@ -13,7 +13,7 @@ from cryodask.errors import StoreError
 from cryodask.products import COLLECTIONS, part_of
 from cryodask.run import sources
 from cryodask.run.chain import Chain, Link
-from cryodask.run.imports import Import, PicksImport, imports_of
+from cryodask.run.imports import Import, PicksImport, ProjectImport, TableImport, imports_of
 from cryodask.run.inputs import exposure_rows
 from cryodask.run.keys import Keys, recipe_of
 from cryodask.run.recipe import Plan, Step
@@ -32,11 +32,11 @@ def chains_of(plan: Plan, steps: Sequence[Step]) -> Iterator[list[Step]]:
     """Consecutive per-exposure steps as one chain, others alone.
 
     A step that is given particles of which a step of the chain has cut or selected some begins a new chain: which these are is known
-    only when that step is done.
+    only when that step is done. So does a step on exposures of other sources.
     """
     chain: list[Step] = []
     for step in steps:
-        if step.stage.shape != "map" or _waits_for(plan, step, chain):
+        if step.stage.shape != "map" or _waits_for(plan, step, chain) or (chain and _sources_of(step) != _sources_of(chain[0])):
             if chain:
                 yield chain
             chain = []
@@ -46,6 +46,12 @@ def chains_of(plan: Plan, steps: Sequence[Step]) -> Iterator[list[Step]]:
             chain.append(step)
     if chain:
         yield chain
+
+
+def _sources_of(step: Step) -> frozenset[str]:
+    """Where the exposures of a step come from."""
+    exposures = next(iter(step.inputs.get("exposures", ())), None) or step.outputs.get(("exposures", "exposures"))
+    return exposures.sources if exposures is not None else frozenset()
 
 
 def _waits_for(plan: Plan, step: Step, chain: list[Step]) -> bool:
@@ -159,7 +165,7 @@ class ChainMaker:
             label = label.partition("|")[0]
             if label not in (INPUTS, PARTICLES) and VARIABLES[name].dims and self.plan.graph.step(label).stage.shape == "map":
                 known = sizes.get(label) or self.project.generation(label).meta["sizes"]
-                needed |= {d: known[d] for d in VARIABLES[name].dims if d in known}
+                needed |= {d: known.get(f"{name}.{d}", known[d]) for d in VARIABLES[name].dims if d in known}
         dtypes: dict[str, str] = {}
         if (path / "zarr.json").exists():
             meta = self.project.generation_at(f"{stage.name}/{key}").meta
@@ -171,7 +177,8 @@ class ChainMaker:
             found = {"slot": SLOTS, **needed, **stage.sizes(step.params, needed)}
         sizes[step.label] = found
         bulk = [v for v in stage.gives_variables() if v.kind == "bulk"]
-        own = {d: found[d] for v in bulk for d in v.dims}
+        named = {d for v in bulk for dim in v.dims for d in (dim, f"{v.name}.{dim}")}
+        own = {d: n for d, n in found.items() if d in named}
         generation = Generation.create(path, meta=self._meta(step, key), gives=_stored(step), per_item=True, sizes=own, dtypes=dtypes)
         self.adopt(step, key)
         return generation
@@ -221,6 +228,10 @@ class ChainMaker:
         for one in found.values():
             if isinstance(one, PicksImport):
                 one.settle(item.name for item in self.items)
+            elif isinstance(one, ProjectImport):
+                one.born = self.project.sets.ever_born_halves()
+            elif isinstance(one, TableImport) and one.table.particle_id is not None:
+                one.known_ids = self.project.sets.ever_born()
         return found
 
     def _source_values(self, step: Step) -> Iterator[dict[str, Any]]:

@@ -69,6 +69,7 @@ class TableImport:
         self.path = str(step.params.star)
         self.table = read_table(self.path)
         self._images = bool(step.params.images)
+        self.known_ids = np.zeros(0, np.int64)
         self._codes = {name: code for code, name in enumerate(self.table.micrographs)}
         self._stems = {Path(name).stem: code for name, code in self._codes.items()}
         self._digests = row_digests(self.table)
@@ -91,7 +92,11 @@ class TableImport:
         from cryodask.stages.import_particles import rows_of
 
         name = str(item.inputs.get("micrograph_name", item.name))
-        return {"particles_path": self.path, "micrograph_name": name, "particle_rows": rows_of(self.table, self._rows(item))}
+        rows = rows_of(self.table, self._rows(item))
+        # ids of another project mean nothing here: such particles are known by the names of their images
+        if "particle_id" in rows and (place_of(rows["particle_id"], self.known_ids) < 0).any():
+            del rows["particle_id"]
+        return {"particles_path": self.path, "micrograph_name": name, "particle_rows": rows}
 
     def digest(self, item: Item) -> str:
         """Of the rows, whatever their order, and of the stacks that hold their images."""
@@ -163,6 +168,7 @@ class ProjectImport:
         from cryodask.stages.import_project import EXPOSURE_PARTS, OF_EXPOSURES, OF_PARTICLES, PARTICLE_PARTS, opened
 
         self._here = project
+        self.born = np.zeros(0, np.int64), np.zeros(0, np.int8)
         self.other, self.ref = opened(step.params)
         self.ids = self.other.sets.ids(self.ref)
         self._rows = {item.content: item for item in self.other.items()}
@@ -201,6 +207,10 @@ class ProjectImport:
             column = self._columns.get(stored.get(name, name))
             if column is not None:
                 out[name] = column[here]
+        # a half-set is given once: of a particle that is here already, from another project, it stays
+        at = place_of(out["particle_id"], self.born[0])
+        if "half_set" in out:
+            out["half_set"] = np.where(at >= 0, self.born[1][at] if len(self.born[1]) else -1, out["half_set"]).astype(np.int8)
         if other is None:
             return {"foreign_values": out}
         for name in self._names:

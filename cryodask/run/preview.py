@@ -79,7 +79,8 @@ def _sources(step: Step) -> dict[str, str | list[str]]:
     """Where each input comes from, as the project file would name it."""
     out: dict[str, str | list[str]] = {}
     for name, products in step.inputs.items():
-        refs = [p.ref for p in products]
+        keys = step.pins.get(name, ())
+        refs = [f"{p.ref}@{key}" if key else p.ref for p, key in zip(products, keys or [""] * len(products))]
         port = step.stage.port(name)
         out[name] = refs if port is not None and port.many else refs[0]
     return out

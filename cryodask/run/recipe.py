@@ -209,11 +209,13 @@ def read_project_file(path: str | Path) -> ProjectFile:
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ProjectFileError(f"{path} cannot be read: {error}", "wrong indentation or a missing quote", "fix it and try again") from None
     if not isinstance(content, dict):
-        raise ProjectFileError(f"{path} is not a project file: it holds no keys.", "it is empty, or another kind of file", "see README")
+        raise ProjectFileError(
+            f"{path} is not a project file: it holds no keys.", "it is empty, or another kind of file", "docs/project-file.md shows one"
+        )
     try:
         return ProjectFile.model_validate(content)
     except ValidationError as error:
-        raise ProjectFileError(f"{path}: " + _problems(error, ProjectFile), "a typo", "see the table of keys in README") from None
+        raise ProjectFileError(f"{path}: " + _problems(error, ProjectFile), "a typo", "docs/project-file.md lists all keys") from None
 
 
 def make_plan(path: str | Path) -> Plan:
@@ -241,6 +243,12 @@ def draft_plan(path: str | Path) -> Plan:
         return _make_params(path, stage, label, values)
 
     plan = Plan(path, file, _folder(path, file), Graph((), (), ()))
+    if plan.has_movies and any(not values for values in plan.constants.values()):
+        raise ProjectFileError(
+            f"{path}: the movies have no microscope.",
+            "the section `microscope` was left out",
+            "add  microscope: {voltage_kv: 300, spherical_aberration_mm: 2.7, pixel_size_angstrom: ...}",
+        )
     pixels = frozenset(float(c["pixel_size_angstrom"]) for c in plan.constants.values() if "pixel_size_angstrom" in c)
     graph = resolve(entries, stages, make_params=params_of, pixel_sizes={"ingest": pixels})
     problems = list(graph.problems)

@@ -313,7 +313,9 @@ def probe(step: Step, values_of: Iterable[dict[str, Any]]) -> tuple[dict[str, in
         for var in step.stage.gives_variables():
             value = given[var.name]
             if var.dims:
-                sizes |= {d: SLOTS if d == "slot" else int(n) for d, n in zip(var.dims, value.shape)}
+                found = {d: SLOTS if d == "slot" else int(n) for d, n in zip(var.dims_in(per_item=True), value.shape)}
+                # two images of one stage may differ in size: the second keeps its own beside its name
+                sizes |= {(f"{var.name}.{d}" if sizes.get(d, n) != n else d): n for d, n in found.items()}
             if var.dtype == "input":
                 dtypes[var.name] = np.dtype(value.dtype).str
         seen.append((sizes, dtypes))

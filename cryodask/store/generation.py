@@ -161,7 +161,8 @@ class Generation:
         """Shape, chunks and type of one item of a bulk variable."""
         dtype = self.meta["dtypes"].get(var.name, var.dtype)
         if shape is None:
-            shape = tuple(self.meta["sizes"][d] for d in var.dims)
+            sizes = self.meta["sizes"]
+            shape = tuple(sizes.get(f"{var.name}.{d}", sizes.get(d)) for d in var.dims)
         return Layout.of(shape, var.chunk, str(np.dtype(dtype)))
 
     def shard_path(self, name: str, row: int, ndim: int) -> Path:
