@@ -81,7 +81,7 @@ folder, cluster, count, seconds = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3
 done = {row for row, record in Journal(folder / "journal").read().records.items() if record["ok"]}
 try:
     client = connect(cluster, lane="batch")
-    items = [Item(row, f"item{row}") for row in range(count) if row not in done]
+    items = [Item(row, f"item{row}", f"content {row}") for row in range(count) if row not in done]
     print(f"{len(done)} were done before", flush=True)
     print(MapRunner(client, FaultyJob(folder, seconds=seconds), first_attempt=1000 * len(done)).run(iter(items)), flush=True)
 except CryodaskError as error:

@@ -45,7 +45,7 @@ class _Run(threading.Thread):
         self.told: list[str] = []
         self.error: BaseException | None = None
         self.counts: dict[str, int] = {}
-        items = iter([Item(row, f"item{row}") for row in range(count)])
+        items = iter([Item(row, f"item{row}", f"content {row}") for row in range(count)])
         self.runner = MapRunner(client, FaultyJob(folder, seconds=seconds), event=self._note, stall_after_seconds=1.5)
         self.items = items
         self.start()
@@ -148,9 +148,9 @@ def test_a_client_that_closes_between_two_looks_ends_the_run_in_the_same_way(clu
     client = Client(cluster.address)
 
     def items() -> Iterator[Item]:
-        yield Item(0, "item0")
+        yield Item(0, "item0", "content 0")
         client.close()  # as one that has lost its scheduler closes itself
-        yield Item(1, "item1")
+        yield Item(1, "item1", "content 1")
 
     with pytest.raises(ClusterError, match="The scheduler is gone"):
         MapRunner(client, FaultyJob(tmp_path)).run(items())

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from cryodask.store.project import Project
     from cryodask.store.state import ProductRef
 
-EXPOSURE_PARTS = ("optics", "dose", "micrograph", "ctf")
-PARTICLE_PARTS = ("position", "score", "image", "ctf", "class2d", "alignment2d", "pose")
+EXPOSURE_PARTS: tuple[str, ...] = ("optics", "dose", "micrograph", "ctf")
+PARTICLE_PARTS: tuple[str, ...] = ("position", "score", "image", "ctf", "class2d", "alignment2d", "pose")
 OF_EXPOSURES = [n for part in EXPOSURE_PARTS for n in columns_of("exposures", part)]
 OF_PARTICLES = [
     *("particle_image", "particle_y", "particle_x", "particle_count", "particle_pixel_size_angstrom", "pick_y", "pick_x", "pick_score"),
@@ -56,17 +56,13 @@ def opened(params: ImportProjectParams) -> tuple[Project, ProductRef]:
 
 
 def _outputs(params: ImportProjectParams) -> tuple[Output, ...]:
-    _, ref = opened(params)
-    return (
-        Output("exposures", "exposures", tuple(p for p in EXPOSURE_PARTS if p in ref.exposures)),
-        Output(
-            "particles",
-            "particles",
-            tuple(p for p in PARTICLE_PARTS if p in ref.parts),
-            births=True,
-            frame="unknown" if "pose" in ref.parts else "",
-        ),
-    )
+    exposures, particles = EXPOSURE_PARTS, PARTICLE_PARTS
+    if getattr(params, "project", None):
+        _, ref = opened(params)
+        exposures = tuple(p for p in EXPOSURE_PARTS if p in ref.exposures)
+        particles = tuple(p for p in PARTICLE_PARTS if p in ref.parts)
+    frame = "unknown" if "pose" in particles else ""
+    return (Output("exposures", "exposures", exposures), Output("particles", "particles", particles, births=True, frame=frame))
 
 
 class _NotStored:
