@@ -104,7 +104,7 @@ def simulate(folder: Path, count: int, seed: int = 0) -> StoredParticles:
     row, slot = np.arange(count) // PER_MICROGRAPH, np.arange(count) % PER_MICROGRAPH
     columns["micrograph"] = row
     images = Generation.create(
-        folder, meta={"stage": "extract", "version": 1, "params": {}, "recipes": {}, "inputs": {}}, gives=("particle_image",), per_item=True,
+        folder, meta={"stage": "extract", "version": 1, "params": {}, "recipes": {}}, gives=("particle_image",), per_item=True,
         sizes={"slot": PER_MICROGRAPH, "y": BOX, "x": BOX}, dtypes={},
     )  # fmt: skip
     for number in range(int(row[-1]) + 1):

@@ -52,7 +52,11 @@ before = time.process_time()
 MEASURES = {
     "open_cpu_s": "project = cryodask.open(folder + '/big')",
     "info_cpu_s": "project = cryodask.open(folder + '/big'); repr(project); project.failures()",
-    "particles_cpu_s": "project = cryodask.open(folder + '/big'); n = project.particles('classify2d').sizes['particle']; assert n > 1000, n",
+    "particles_cpu_s": """
+project = cryodask.open(folder + '/big')
+count = project.particles('classify2d').sizes['particle']
+assert count > 1000, count
+""",
     "dry_run_cpu_s": """
 from cryodask.run.recipe import make_plan
 from cryodask.run.preview import preview
@@ -104,7 +108,9 @@ def main() -> None:
         started = time.time()
         make_project(folder, exposures, each)
         write_star(folder, rows, micrographs)
-        print(f"{exposures:,} exposures with {exposures * each:,} particles, a STAR file of {rows:,}: made in {time.time() - started:.0f} s")
+        print(
+            f"{exposures:,} exposures with {exposures * each:,} particles, a STAR file of {rows:,}: made in {time.time() - started:.0f} s"
+        )
         for name, code in MEASURES.items():
             script = COMMON + code + "\nprint(time.process_time() - before)"
             done = subprocess.run([sys.executable, "-c", script, scratch], capture_output=True, text=True)
@@ -243,14 +249,47 @@ def write_star(folder: Path, rows: int, micrographs: int) -> None:
     """A table of particles as RELION's refinement writes it, 26 columns."""
     rng = np.random.default_rng(1)
     labels = [
-        *("rlnCoordinateX rlnCoordinateY rlnAutopickFigureOfMerit rlnClassNumber rlnAnglePsi rlnImageName rlnMicrographName").split(),
-        *("rlnOpticsGroup rlnCtfMaxResolution rlnCtfFigureOfMerit rlnDefocusU rlnDefocusV rlnDefocusAngle rlnCtfBfactor").split(),
-        *("rlnCtfScalefactor rlnPhaseShift rlnGroupNumber rlnAngleRot rlnAngleTilt rlnOriginXAngst rlnOriginYAngst").split(),
-        *("rlnNormCorrection rlnLogLikeliContribution rlnMaxValueProbDistribution rlnNrOfSignificantSamples rlnRandomSubset").split(),
+        "rlnCoordinateX",
+        "rlnCoordinateY",
+        "rlnAutopickFigureOfMerit",
+        "rlnClassNumber",
+        "rlnAnglePsi",
+        "rlnImageName",
+        "rlnMicrographName",
+        "rlnOpticsGroup",
+        "rlnCtfMaxResolution",
+        "rlnCtfFigureOfMerit",
+        "rlnDefocusU",
+        "rlnDefocusV",
+        "rlnDefocusAngle",
+        "rlnCtfBfactor",
+        "rlnCtfScalefactor",
+        "rlnPhaseShift",
+        "rlnGroupNumber",
+        "rlnAngleRot",
+        "rlnAngleTilt",
+        "rlnOriginXAngst",
+        "rlnOriginYAngst",
+        "rlnNormCorrection",
+        "rlnLogLikeliContribution",
+        "rlnMaxValueProbDistribution",
+        "rlnNrOfSignificantSamples",
+        "rlnRandomSubset",
     ]
-    optics = "rlnOpticsGroup rlnOpticsGroupName rlnVoltage rlnSphericalAberration rlnAmplitudeContrast rlnImagePixelSize rlnImageSize"
+    optics = [
+        "rlnOpticsGroup",
+        "rlnOpticsGroupName",
+        "rlnVoltage",
+        "rlnSphericalAberration",
+        "rlnAmplitudeContrast",
+        "rlnImagePixelSize",
+        "rlnImageSize",
+        "rlnMicrographPixelSize",
+    ]
     with open(folder / "particles.star", "w") as file:
-        file.write("\ndata_optics\n\nloop_\n" + "".join(f"_{n} #{i + 1}\n" for i, n in enumerate([*optics.split(), "rlnMicrographPixelSize"])))
+        file.write(
+            "\ndata_optics\n\nloop_\n" + "".join(f"_{n} #{i + 1}\n" for i, n in enumerate([*optics.split(), "rlnMicrographPixelSize"]))
+        )
         file.write("1 opticsGroup1 300.0 2.7 0.1 1.77 64 0.885\n\n\ndata_particles\n\nloop_\n")
         file.write("".join(f"_{n} #{i + 1}\n" for i, n in enumerate(labels)))
         per = rows // micrographs

@@ -371,7 +371,7 @@ def check(blueprint: Blueprint) -> Iterator[str]:
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch) / f"{name}.yaml"
             if session.project is not None:
-                steps = [s.label for s in make_plan(write_project_file(blueprint, name, Path(scratch))).steps]
+                steps = [s.label for s in make_plan(write_project_file(blueprint, name, Path(scratch)), ahead=True).steps]
                 yield f"session {name} in lane {session.lane}: {' > '.join(steps)}"
             else:
                 yield f"session {name} in lane {session.lane}: a command"

@@ -26,6 +26,7 @@ from cryodask.store.project import Project
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "blueprints"
 SHAPES = ["preprocessing", "image-analysis", "mixed"]
+OPTICS = {"voltage_kv": 300, "spherical_aberration_mm": 2.7, "pixel_size_angstrom": 1.0}
 
 
 def written(tmp_path, **change):
@@ -93,7 +94,7 @@ def test_mistakes_are_named(change, said, tmp_path):
 
 
 def test_a_wrong_pipeline_is_found_by_checking(tmp_path):
-    sessions = {"a": {"lane": "live", "project": {"inputs": {"movies": "x/*.tif"}, "pipeline": ["moton"]}}}
+    sessions = {"a": {"lane": "live", "project": {"inputs": {"movies": "x/*.tif"}, "microscope": OPTICS, "pipeline": ["moton"]}}}
     with pytest.raises(ProjectFileError, match="Did you mean 'motion'"):
         list(check(read_blueprint(written(tmp_path, sessions=sessions), folder=tmp_path)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -50,7 +51,9 @@ def test_unknown_stage_is_answered_with_the_nearest():
 def test_stages_are_listed_and_explained():
     result = CliRunner().invoke(app, ["stages", "ctf"])
     assert result.exit_code == 0
-    assert "defocus_u_angstrom" in result.stdout
+    assert re.search(r"^takes +exposures\[micrograph, optics\]$", result.stdout, re.M)
+    assert re.search(r"^gives +exposures\[ctf, ctf_quality\]$", result.stdout, re.M)
+    assert "least_defocus_angstrom" in result.stdout
 
 
 def test_dry_run_shows_the_plan_and_makes_nothing(tmp_path):

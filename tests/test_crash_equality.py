@@ -34,7 +34,10 @@ pipeline:
   - pick: {{diameter_angstrom: 180}}
   - extract: {{box: 128, scale_to: 32}}
   - classify2d: {{classes: 2, iterations: 12}}
+  - curate: {{keep: all}}
+  - extract as full: {{box: 160, scale_to: 40, recentre: true}}
   - refine3d: {{reference: truth/map_32_7.08A.mrc, symmetry: D2, iterations: 8}}
+  - refine3d as small: {{symmetry: D2, iterations: 1, from: {{particles: curate, map: refine3d}}}}
 cluster: {address}
 """
 COMMAND = [sys.executable, "-m", "cryodask.cli", "run", "tiny.yaml"]
@@ -114,7 +117,18 @@ def check_equality(chaos: Chaos, session: Path, folder: Path, undisturbed, strik
 
 
 def test_killed_ten_times_in_map_and_block_stages_and_resumed_gives_the_same_bits(session, cluster, undisturbed, tmp_path):
-    assert {label for label, _ in undisturbed} == {"ingest", "motion", "ctf", "pick", "extract", "classify2d", "refine3d"}
+    assert {label for label, _ in undisturbed} == {
+        "ingest",
+        "motion",
+        "ctf",
+        "pick",
+        "extract",
+        "classify2d",
+        "curate",
+        "full",
+        "refine3d",
+        "small",
+    }
     chaos = Chaos(cluster, seed=1)
     strikes = {"map": 5, "blocks": 5}
     for attempt in range(3):

@@ -140,7 +140,7 @@ class Chain:
         return {}
 
     def quarantine(self, item: Item, error: str, message: str, tries: int) -> None:
-        """Record the failure with the first stage that lacks the item.
+        """Record the failure with the first stage that lacks the item; a result from other particles counts no more.
 
         Raises
         ------
@@ -149,23 +149,32 @@ class Chain:
         """
         _stop_if_the_folder_is_gone(item, self._inputs(item))
         for link in self.links:
-            if self._done_in(link, item):
-                continue
             generation = self._journals(link)
+            digest = self._digest_now(link, item)
+            record = generation.records().get(item.row)
+            if record is not None and record["ok"] and record.get("input") == item.fingerprint and record.get("slice") == digest:
+                continue
             made: dict[str, Any] = {"input": item.fingerprint, "revision": item.revision}
-            if link.label in self.slices or link.label in self.imports:
-                made["slice"] = self.digests(link, [item])[item.row]
+            made |= {"slice": digest} if digest is not None else {}
+            lines = generation.journal.read().lines.get(item.row, [])
+            outdated = [crc for crc, old in lines if old["ok"] and old.get("revision", 0) == item.revision and old.get("slice") != digest]
+            if outdated:
+                generation.journal.undo(item.row, item.name, outdated, "made from other particles, or from another import")
             generation.commit_failure(item.row, item.name, error, message, tries, **made)
             generation.journal.close()
             return
 
-    def _done_in(self, link: Link, item: Item) -> bool:
-        record = self._journals(link).records().get(item.row)
-        if record is None or not record["ok"] or record.get("input") != item.fingerprint:
-            return False
-        if link.within:  # what the births of this chain have given meanwhile
-            return True
-        return record.get("slice") == self.digests(link, [item]).get(item.row)
+    def _digest_now(self, link: Link, item: Item) -> str | None:
+        """Digest of what an item is given in a link besides its exposure, with what this run has done already."""
+        if not link.within:
+            return self.digests(link, [item]).get(item.row)
+        records = self.brief(item, True).records
+        values = {**self.constants.get(self._data_set(item), {}), **self._inputs(item)}
+        try:
+            particles = self._particles(link, item, Brief(records), values, records)
+        except MicrographError:  # the birth itself is not done
+            return None
+        return slice_digest(particles) if particles is not None else None
 
     def brief(self, item: Item, again: bool) -> Brief:
         """What travels with an item: a worker reads no journals."""

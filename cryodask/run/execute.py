@@ -327,7 +327,7 @@ def check_inputs(plan: Plan, *, force: bool = False, watch: bool = False, cluste
         sources.check_readable(plan, listing)
         problems, _ = look_ahead(plan, project, listing, cluster=cluster)
         if problems:
-            raise ProjectFileError(f"{plan.path}: " + "\n".join(problems))
+            raise ProjectFileError(f"{plan.path}: " + "\n".join(problems), "", "cryodask run --dry-run  shows the rest")
 
 
 def run_plan(

@@ -218,21 +218,27 @@ def read_project_file(path: str | Path) -> ProjectFile:
         raise ProjectFileError(f"{path}: " + _problems(error, ProjectFile), "a typo", "docs/project-file.md lists all keys") from None
 
 
-def make_plan(path: str | Path) -> Plan:
+def make_plan(path: str | Path, *, ahead: bool = False) -> Plan:
     """Read a project file and resolve its pipeline; everything that can be found wrong now is found wrong now.
+
+    ``ahead``: files that the steps name need not be there yet.
 
     Raises
     ------
     ProjectFileError
         With the first problem; :func:`draft_plan` gives all of them.
     """
-    plan = draft_plan(path)
+    plan = draft_plan(path, ahead=ahead)
     if plan.graph.problems:
-        raise ProjectFileError(f"{plan.path}: " + "\n".join(plan.graph.problems), "", "cryodask run --dry-run  shows what each step takes")
+        raise ProjectFileError(
+            f"{plan.path}: " + "\n".join(plan.graph.problems),
+            "a step takes what no earlier step gives, or the name of a step, parameter or file is wrong",
+            "cryodask run --dry-run  shows what each step takes",
+        )
     return plan
 
 
-def draft_plan(path: str | Path) -> Plan:
+def draft_plan(path: str | Path, *, ahead: bool = False) -> Plan:
     """Like :func:`make_plan`, but problems of the pipeline stay in ``plan.graph.problems``."""
     path = Path(path)
     file = read_project_file(path)
@@ -240,7 +246,7 @@ def draft_plan(path: str | Path) -> Plan:
     entries = _with_short_forms(file, stages)
 
     def params_of(stage: Stage, label: str, values: dict[str, Any]) -> Params:
-        return _make_params(path, stage, label, values)
+        return _make_params(path, stage, label, values, ahead=ahead)
 
     plan = Plan(path, file, _folder(path, file), Graph((), (), ()))
     if plan.has_movies and any(not values for values in plan.constants.values()):
@@ -338,26 +344,28 @@ def list_movies(plan: Plan, data_set: str = "") -> list[Path]:
     return found
 
 
-def _make_params(path: Path, stage: Stage, label: str, values: dict[str, Any]) -> Params:
+def _make_params(path: Path, stage: Stage, label: str, values: dict[str, Any], *, ahead: bool) -> Params:
     values = dict(values)
     for mark in (InputFileMark, SourceFileMark):
         for name in marked_fields(stage.params, mark):
             given = values.get(name)
             if isinstance(given, str):
-                values[name] = _existing(path, label, name, given)
+                values[name] = _existing(path, label, name, given, ahead=ahead)
             elif isinstance(given, list | tuple) and all(isinstance(v, str) for v in given):
-                values[name] = [_existing(path, label, name, v) for v in given]
+                values[name] = [_existing(path, label, name, v, ahead=ahead) for v in given]
     try:
         return stage.params.model_validate(values)
     except ValidationError as error:
-        raise ProjectFileError(f"{label}: " + _problems(error, stage.params), "", f"cryodask stages {stage.name}  explains them") from None
+        reason = f"{stage.name} takes other names or values"
+        what = f"{label}: {_problems(error, stage.params)}"
+        raise ProjectFileError(what, reason, f"cryodask stages {stage.name}  explains them") from None
 
 
-def _existing(path: Path, label: str, name: str, given: str) -> str:
+def _existing(path: Path, label: str, name: str, given: str, *, ahead: bool) -> str:
     """A file or folder that a parameter names, as an absolute path."""
     file = (path.parent / Path(given).expanduser()).resolve()
-    if not file.exists():
-        raise ProjectFileError(f"{label}.{name}: there is no file {file}.", "a typo", "paths are relative to the project file")
+    if not file.exists() and not ahead:
+        raise ProjectFileError(f"{label}.{name}: there is no file {file}.", "a typo in its name", "paths are relative to the project file")
     return str(file)
 
 

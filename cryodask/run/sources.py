@@ -114,6 +114,8 @@ def _micrographs(plan: Plan, step: Step, files: Files) -> list[Arrival]:
     star = Path(step.params.star)
     columns = read_micrographs(star)
     names = [str(n) for n in columns["micrograph_name"]]
+    if not names:
+        raise _empty(star)
     keep = [n for n, v in columns.items() if n in VARIABLES and not VARIABLES[n].dims and VARIABLES[n].dtype != "U"]
     folders = [Path(s.params.folder) for s in plan.steps if s.stage.name == "import_picks"]
     picks = PicksImport(folders[0]).among(Path(name).stem for name in names) if folders else {}
@@ -128,9 +130,15 @@ def _micrographs(plan: Plan, step: Step, files: Files) -> list[Arrival]:
     return out
 
 
+def _empty(star: Path) -> InputError:
+    return InputError(f"{star} lists nothing.", "its table is empty", "write it again, or give another")
+
+
 def _particles(plan: Plan, step: Step) -> list[Arrival]:
     """The micrographs that a particle table names; each stands for its particles, whatever the order of the file."""
     found = TableImport(step)
+    if not len(found.table):
+        raise _empty(Path(step.params.star))
     path = plan.relative(step.params.star)
     out = []
     for code, name in enumerate(found.table.micrographs):

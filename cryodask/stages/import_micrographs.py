@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,8 @@ class ImportMicrographsParams(Params):
 
 
 def _outputs(params: ImportMicrographsParams) -> tuple[Output, ...]:
-    ctf = ("ctf",) if {"rlnDefocusU", "rlnDefocusAngle"} & read_labels(params.star) else ()
+    there = Path(getattr(params, "star", "")).is_file()
+    ctf = ("ctf",) if not there or {"rlnDefocusU", "rlnDefocusAngle"} & read_labels(params.star) else ()
     return (Output("exposures", "exposures", ("micrograph", "optics", *ctf)),)
 
 

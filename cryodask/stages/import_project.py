@@ -57,7 +57,7 @@ def opened(params: ImportProjectParams) -> tuple[Project, ProductRef]:
 
 def _outputs(params: ImportProjectParams) -> tuple[Output, ...]:
     exposures, particles = EXPOSURE_PARTS, PARTICLE_PARTS
-    if getattr(params, "project", None):
+    if (Path(getattr(params, "project", "")) / "project.json").is_file():
         _, ref = opened(params)
         exposures = tuple(p for p in EXPOSURE_PARTS if p in ref.exposures)
         particles = tuple(p for p in PARTICLE_PARTS if p in ref.parts)

@@ -155,7 +155,7 @@ def joined_dataset(project: Project) -> xr.Dataset:
 
 def _spread(dataset: xr.Dataset, registry: xr.Dataset) -> xr.Dataset:
     """A step's Dataset on all micrographs: NaN, -1 or an empty text where it has not done one."""
-    if dataset.sizes["micrograph"] == registry.sizes["micrograph"]:
+    if np.array_equal(dataset["micrograph"].values, registry["micrograph"].values):
         return dataset
     kinds = {str(n): v.dtype.kind for n, v in dataset.variables.items()}
     fills = {n: "" if k == "O" else np.nan if k == "f" else -1 for n, k in kinds.items() if n not in ("micrograph", "row")}

@@ -64,18 +64,26 @@ def image_places(project: Project, ref: ProductRef, ids: np.ndarray) -> ImagePla
     StoreError
         Where a particle has no image.
     """
-    place = ref.parts["image"]
-    given = project.sets.images(place)
-    at = place_of(ids, given.ids)
-    if (at < 0).any():
+    places, found = _known_places(project, ref, ids)
+    if not found.all():
         raise StoreError(
-            f"{int((at < 0).sum())} of {len(ids)} particles of {ref.step} have no image in {place}.",
+            f"{int((~found).sum())} of {len(ids)} particles of {ref.step} have no image in {ref.parts['image']}.",
             "their exposures were extracted again meanwhile, or were quarantined",
             "run the project again",
         )
+    return places
+
+
+def _known_places(project: Project, ref: ProductRef, ids: np.ndarray) -> tuple[ImagePlaces, np.ndarray]:
+    """Places of the images of those particles that have one, and the mask of these."""
+    place = ref.parts["image"]
+    given = project.sets.images(place)
+    at = place_of(ids, given.ids)
+    found = at >= 0
+    at = at[found]
     generations = tuple(project.generation_at(p) for p in given.givers or (place,))
-    giver = given.giver[at] if given.giver is not None else np.zeros(len(ids), np.int16)
-    return ImagePlaces(generations, given.row[at], given.slot[at], giver)
+    giver = given.giver[at] if given.giver is not None else np.zeros(len(at), np.int16)
+    return ImagePlaces(generations, given.row[at], given.slot[at], giver), found
 
 
 def particle_columns(project: Project, ref: ProductRef, ids: np.ndarray, parts: Iterable[str] | None = None) -> dict[str, np.ndarray]:
@@ -126,6 +134,11 @@ def particle_dataset(project: Project, label: str | None = None) -> xr.Dataset:
         return xr.Dataset()
     ref = project.product(label, "particles")
     ids = project.sets.ids(ref)
+    places = None
+    if "image" in ref.parts and len(ids):
+        # an exposure may come or go between two looks at a project that grows: what is shown has an image
+        places, found = _known_places(project, ref, ids)
+        ids = ids[found]
     columns = particle_columns(project, ref, ids)
     half = columns.pop("half_set", np.full(len(ids), -1, np.int8))
     data: dict[str, Any] = {}
@@ -144,9 +157,8 @@ def particle_dataset(project: Project, label: str | None = None) -> xr.Dataset:
         "row": ("particle", rows),
     }
     dataset = xr.Dataset(data, coords)
-    if "image" in ref.parts and len(ids):
-        images = _lazy(image_places(project, ref, ids))
-        dataset["particle_image"] = (("particle", "y", "x"), images, describe(VARIABLES["particle_image"]))
+    if places is not None and len(ids):
+        dataset["particle_image"] = (("particle", "y", "x"), _lazy(places), describe(VARIABLES["particle_image"]))
         if "particle_pixel_size_angstrom" in columns:
             dataset.attrs["particle_pixel_size_angstrom"] = float(columns["particle_pixel_size_angstrom"][0])
     return dataset
