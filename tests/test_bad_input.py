@@ -303,7 +303,7 @@ def test_a_table_without_rows_is_refused(tmp_path, refused):
     path = star_of_particles(tmp_path)
     text = path.read_text()
     path.write_text("\n".join(line for line in text.splitlines() if "s.mrcs" not in line) + "\n")
-    assert "nothing to process" in refused("run", particle_project(tmp_path, "classify2d"))
+    assert "lists nothing" in refused("run", particle_project(tmp_path, "classify2d"))
 
 
 def test_import_does_not_overwrite_a_project_file(tmp_path, refused):

@@ -249,15 +249,13 @@ def draft_plan(path: str | Path, *, ahead: bool = False) -> Plan:
         return _make_params(path, stage, label, values, ahead=ahead)
 
     plan = Plan(path, file, _folder(path, file), Graph((), (), ()))
-    if plan.has_movies and any(not values for values in plan.constants.values()):
-        raise ProjectFileError(
-            f"{path}: the movies have no microscope.",
-            "the section `microscope` was left out",
-            "add  microscope: {voltage_kv: 300, spherical_aberration_mm: 2.7, pixel_size_angstrom: ...}",
-        )
     pixels = frozenset(float(c["pixel_size_angstrom"]) for c in plan.constants.values() if "pixel_size_angstrom" in c)
     graph = resolve(entries, stages, make_params=params_of, pixel_sizes={"ingest": pixels})
     problems = list(graph.problems)
+    if not problems and plan.has_movies and any(not values for values in plan.constants.values()):
+        problems.append(
+            "The movies have no optics: the section `microscope` was left out. Add  microscope: {voltage_kv: 300, spherical_aberration_mm: 2.7, pixel_size_angstrom: ...}."
+        )
     steps = tuple(_with_pins(_with_symmetry(step), graph, plan.folder, problems) for step in graph.steps)
     return Plan(path, file, plan.folder, replace(graph, steps=steps, problems=tuple(problems)))
 

@@ -140,6 +140,10 @@ def particle_dataset(project: Project, label: str | None = None) -> xr.Dataset:
         places, found = _known_places(project, ref, ids)
         ids = ids[found]
     columns = particle_columns(project, ref, ids)
+    if places is not None and "particle_y" in columns and not np.isfinite(columns["particle_y"]).all():
+        still = np.isfinite(columns["particle_y"])
+        ids, places = ids[still], places.take(np.flatnonzero(still))
+        columns = {name: values[still] for name, values in columns.items()}
     half = columns.pop("half_set", np.full(len(ids), -1, np.int8))
     data: dict[str, Any] = {}
     for name, values in columns.items():
