@@ -254,7 +254,8 @@ def draft_plan(path: str | Path, *, ahead: bool = False) -> Plan:
     problems = list(graph.problems)
     if not problems and plan.has_movies and any(not values for values in plan.constants.values()):
         problems.append(
-            "The movies have no optics: the section `microscope` was left out. Add  microscope: {voltage_kv: 300, spherical_aberration_mm: 2.7, pixel_size_angstrom: ...}."
+            "The movies have no optics: the section `microscope` was left out. Add  microscope: {voltage_kv: 300, "
+            "spherical_aberration_mm: 2.7, pixel_size_angstrom: ...}."
         )
     steps = tuple(_with_pins(_with_symmetry(step), graph, plan.folder, problems) for step in graph.steps)
     return Plan(path, file, plan.folder, replace(graph, steps=steps, problems=tuple(problems)))
