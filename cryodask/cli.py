@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from cryodask import cli_cluster, cli_plan
+from cryodask import cli_cluster, cli_history, cli_plan
+from cryodask.cli_history import ProjectArgument, open_project
 from cryodask.errors import CryodaskError, ProjectFileError
 
 app = typer.Typer(
@@ -23,8 +24,6 @@ app.add_typer(cli_cluster.app)
 app.command()(cli_cluster.submit)
 app.command()(cli_plan.plan)
 app.add_typer(cli_plan.blueprint, name="blueprint")
-
-ProjectArgument = Annotated[Path, typer.Argument(metavar="PROJECT", help="Project file (.yaml) or the folder with its results.")]
 
 
 @app.command()
@@ -179,7 +178,7 @@ def _dry_run(plan: Any, *, as_json: bool, update: tuple[str, ...]) -> None:
 @app.command()
 def info(project: ProjectArgument) -> None:
     """Show what a project holds, stage by stage, and what was quarantined."""
-    opened = _open(project)
+    opened = open_project(project)
     typer.echo(repr(opened))
     from cryodask.run.status import status_sentence
 
@@ -196,7 +195,7 @@ def verify(
     repair: Annotated[bool, typer.Option("--repair", help="Take back the commits of what is damaged; the next run recomputes it.")] = False,
 ) -> None:
     """Read everything again and compare it with its checksums; ends with 1 if anything is damaged."""
-    opened = _open(project)
+    opened = open_project(project)
     problems = opened.verify()
     for problem in problems:
         typer.echo(problem)
@@ -206,7 +205,7 @@ def verify(
         return
     if repair:
         with opened.lock():
-            for item in _open(project).repair():
+            for item in open_project(project).repair():
                 typer.echo(f"taken back: {item}")
         typer.echo("Nothing was deleted. Run the project again: it recomputes these.")
     else:
@@ -214,98 +213,8 @@ def verify(
     raise typer.Exit(1)
 
 
-@app.command()
-def gc(
-    project: ProjectArgument,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be removed.")] = False,
-    last_results: Annotated[
-        bool, typer.Option("--last-results", help="Also the last finished result of stages that are in the pipeline no more.")
-    ] = False,
-) -> None:
-    """Remove results that no step uses any more; what has a name, and the last finished result of a stage, stay."""
-    from cryodask.store.history import listed
-
-    opened = _open(project)
-    if dry_run:
-        for line in listed(opened.superseded(last_results=last_results)):
-            typer.echo(f"would remove {line}")
-        return
-    with opened.lock():
-        opened = _open(project)  # as the driver before left it
-        for line in listed(opened.superseded(last_results=last_results)):
-            typer.echo(f"removing {line}")
-        typer.echo(f"{opened.collect_garbage(last_results=last_results) / 1e6:.1f} MB freed")
-
-
-@app.command()
-def history(
-    project: ProjectArgument,
-    step: Annotated[str | None, typer.Argument(metavar="STEP", help="Only generations of this step.")] = None,
-) -> None:
-    """List every generation that was computed: when, from what, its figures, and its name."""
-    from datetime import datetime
-
-    for made in _open(project).history(step):
-        when = datetime.fromtimestamp(made.created).strftime("%Y-%m-%d %H:%M")
-        state = ", ".join(made.steps) if made.steps else "superseded"
-        figures = ", ".join(f"{n.replace('_', ' ')} {v:.4g}" for n, v in made.figures.items())
-        inputs = ", ".join(f"{port} of {' + '.join(refs)}" for port, refs in made.inputs.items())
-        name = f'  "{made.name}"' if made.name else ""
-        done = f"{made.items} items" if made.items > 1 else "done" if made.finished else "unfinished"
-        typer.echo(f"{made.stage}@{made.key}  {when}  {state}  {done}  {figures}{name}")
-        typer.echo(f"    from {inputs or 'the inputs'}; {made.params}")
-
-
-@app.command()
-def keep(
-    project: ProjectArgument,
-    which: Annotated[str, typer.Argument(metavar="STEP[@KEY]", help="A generation; the current one of the step without @KEY.")],
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Its name; an empty one takes it back.")],
-) -> None:
-    """Give a generation a name, so that gc keeps it."""
-    opened = _open(project)
-    with opened.lock():
-        _open(project).keep(which, name)
-    typer.echo(f"{which} is kept as {name!r}" if name else f"{which} has no name any more")
-
-
-@app.command()
-def compare(
-    project: ProjectArgument,
-    first: Annotated[str, typer.Argument(metavar="STEP[@KEY]")],
-    second: Annotated[str, typer.Argument(metavar="STEP[@KEY]")],
-    plot: Annotated[Path | None, typer.Option(help="Save the FSC curves of both in one plot (PNG, SVG).")] = None,
-) -> None:
-    """Show the parameters, inputs and figures in which two generations differ, and their FSC curves in one plot."""
-    opened = _open(project)
-    typer.echo(opened.compare(first, second).to_string())
-    if plot is not None:
-        from cryodask.report import plot_curves
-
-        typer.echo(f"FSC curves: {plot_curves(opened, plot, first, second)}")
-
-
-@app.command()
-def forget(
-    project: ProjectArgument,
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Exposures, by name.")],
-    undo: Annotated[bool, typer.Option("--undo", help="Take them in again.")] = False,
-) -> None:
-    """Take exposures out of a project on purpose; their results stay, and --undo brings them back."""
-    opened = _open(project)
-    with opened.lock():
-        changed = _open(project).forget_exposures(names, undo=undo)
-    typer.echo(f"{len(changed)} exposures {'taken in again' if undo else 'left out from now on'}")
-
-
-@app.command()
-def where(
-    project: ProjectArgument,
-    particle: Annotated[str, typer.Argument(metavar="ID", help="birth.row.number, or the integer particle_id.")],
-) -> None:
-    """Follow one particle through all steps."""
-    for step, sentence in _open(project).where(particle):
-        typer.echo(f"{step:<18} {sentence}" if step else sentence)
+for _command in (cli_history.gc, cli_history.history, cli_history.keep, cli_history.compare, cli_history.forget, cli_history.where):
+    app.command()(_command)
 
 
 @app.command("import")
@@ -327,7 +236,7 @@ def export(
     """Write a project for other programs: STAR files, particle stacks, class averages, half-maps, map and mask."""
     from cryodask.interop import export_relion
 
-    for path in export_relion(_open(project), relion):
+    for path in export_relion(open_project(project), relion):
         typer.echo(str(path))
 
 
@@ -339,7 +248,7 @@ def report(
     """Write the report: one self-contained HTML page."""
     from cryodask.report import write_report
 
-    typer.echo(f"Report: {write_report(_open(project), output)}")
+    typer.echo(f"Report: {write_report(open_project(project), output)}")
 
 
 @app.command()
@@ -374,13 +283,6 @@ def stages(
     for field, about in stage.params.model_fields.items():
         default = "required" if about.is_required() else f"default {about.get_default(call_default_factory=True)!r}"
         typer.echo(f"  {field:<28} {default:<22} {about.description or ''}")
-
-
-def _open(path: Path) -> Any:
-    from cryodask.run.recipe import project_folder
-    from cryodask.store.project import Project
-
-    return Project(project_folder(path))
 
 
 def main() -> None:

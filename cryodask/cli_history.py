@@ -1,0 +1,106 @@
+"""Commands about what a project has computed: its generations, one particle, and exposures that are left out on purpose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+ProjectArgument = Annotated[Path, typer.Argument(metavar="PROJECT", help="Project file (.yaml) or the folder with its results.")]
+
+
+def open_project(path: Path) -> Any:
+    """The project in a folder, or of a project file."""
+    from cryodask.run.recipe import project_folder
+    from cryodask.store.project import Project
+
+    return Project(project_folder(path))
+
+
+def gc(
+    project: ProjectArgument,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be removed.")] = False,
+    last_results: Annotated[
+        bool, typer.Option("--last-results", help="Also the last finished result of stages that are in the pipeline no more.")
+    ] = False,
+) -> None:
+    """Remove results that no step uses any more; what has a name, and the last finished result of a stage, stay."""
+    from cryodask.store.history import listed
+
+    opened = open_project(project)
+    if dry_run:
+        for line in listed(opened.superseded(last_results=last_results)):
+            typer.echo(f"would remove {line}")
+        return
+    with opened.lock():
+        opened = open_project(project)  # as the driver before left it
+        for line in listed(opened.superseded(last_results=last_results)):
+            typer.echo(f"removing {line}")
+        typer.echo(f"{opened.collect_garbage(last_results=last_results) / 1e6:.1f} MB freed")
+
+
+def history(
+    project: ProjectArgument,
+    step: Annotated[str | None, typer.Argument(metavar="STEP", help="Only generations of this step.")] = None,
+) -> None:
+    """List every generation that was computed: when, from what, its figures, and its name."""
+    from datetime import datetime
+
+    for made in open_project(project).history(step):
+        when = datetime.fromtimestamp(made.created).strftime("%Y-%m-%d %H:%M")
+        state = ", ".join(made.steps) if made.steps else "superseded"
+        figures = ", ".join(f"{n.replace('_', ' ')} {v:.4g}" for n, v in made.figures.items())
+        inputs = ", ".join(f"{port} of {' + '.join(refs)}" for port, refs in made.inputs.items())
+        name = f'  "{made.name}"' if made.name else ""
+        done = f"{made.items} items" if made.items > 1 else "done" if made.finished else "unfinished"
+        typer.echo(f"{made.stage}@{made.key}  {when}  {state}  {done}  {figures}{name}")
+        typer.echo(f"    from {inputs or 'the inputs'}; {made.params}")
+
+
+def keep(
+    project: ProjectArgument,
+    which: Annotated[str, typer.Argument(metavar="STEP[@KEY]", help="A generation; the current one of the step without @KEY.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Its name; an empty one takes it back.")],
+) -> None:
+    """Give a generation a name, so that gc keeps it."""
+    opened = open_project(project)
+    with opened.lock():
+        open_project(project).keep(which, name)
+    typer.echo(f"{which} is kept as {name!r}" if name else f"{which} has no name any more")
+
+
+def compare(
+    project: ProjectArgument,
+    first: Annotated[str, typer.Argument(metavar="STEP[@KEY]")],
+    second: Annotated[str, typer.Argument(metavar="STEP[@KEY]")],
+    plot: Annotated[Path | None, typer.Option(help="Save the FSC curves of both in one plot (PNG, SVG).")] = None,
+) -> None:
+    """Show the parameters, inputs and figures in which two generations differ, and their FSC curves in one plot."""
+    opened = open_project(project)
+    typer.echo(opened.compare(first, second).to_string())
+    if plot is not None:
+        from cryodask.report import plot_curves
+
+        typer.echo(f"FSC curves: {plot_curves(opened, plot, first, second)}")
+
+
+def forget(
+    project: ProjectArgument,
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Exposures, by name.")],
+    undo: Annotated[bool, typer.Option("--undo", help="Take them in again.")] = False,
+) -> None:
+    """Take exposures out of a project on purpose; their results stay, and --undo brings them back."""
+    opened = open_project(project)
+    with opened.lock():
+        changed = open_project(project).forget_exposures(names, undo=undo)
+    typer.echo(f"{len(changed)} exposures {'taken in again' if undo else 'left out from now on'}")
+
+
+def where(
+    project: ProjectArgument,
+    particle: Annotated[str, typer.Argument(metavar="ID", help="birth.row.number, or the integer particle_id.")],
+) -> None:
+    """Follow one particle through all steps."""
+    for step, sentence in open_project(project).where(particle):
+        typer.echo(f"{step:<18} {sentence}" if step else sentence)
