@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -121,7 +122,14 @@ def _run(
     from cryodask.run.recipe import draft_plan, list_movies, make_plan, position
 
     if dry_run:
-        _dry_run(draft_plan(project), as_json=as_json, update=update)
+        try:
+            drafted = draft_plan(project)
+        except ProjectFileError as error:
+            if not as_json:
+                raise
+            typer.echo(json.dumps({"steps": [], "problems": [f"{error.what} {error.way_out}".strip()], "warnings": []}))
+            raise typer.Exit(2) from None
+        _dry_run(drafted, as_json=as_json, update=update)
         return
     plan = make_plan(project)
     for label in (until, from_, *update):

@@ -72,6 +72,7 @@ register(
         Var("coordinates_path", (), "U", "", "STAR file of the micrograph's picks"),
         Var("particles_path", (), "U", "", "STAR file of particles"),
         Var("micrograph_name", (), "U", "", "name of the micrograph in that STAR file"),
+        Var("pick_edits", (), "table", "", "edits of the picks of an exposure by a person; never stored"),
         Var("foreign_values", (), "table", "", "what another project knows of an exposure; never stored"),
         Var("particle_rows", (), "table", "", "rows of a particle table that belong to an exposure; never stored"),
     ]

@@ -278,3 +278,46 @@ def test_projects_that_share_movies_are_pooled_by_content(session, client, tmp_p
         )
         assert (here["particle_image"][row].values == there["particle_image"][same].values).all()
     assert project.particles("classify2d").sizes["particle"] == sum(union.values())
+
+
+def test_picks_that_a_person_adds_moves_and_removes(session, client, tmp_path):
+    folder = tmp_path / "s"
+    shutil.copytree(session, folder)
+    pipeline = [*PICKED, "edit_picks", {"extract": {"box": 128, "scale_to": 32}}]
+    plain = run(folder, pipeline, client)
+    assert (ids(plain, "edit_picks") == ids(plain, "pick")).all(), "without edits everything passes"
+    here = plain.particles("edit_picks")
+    first = here.isel(particle=np.flatnonzero(here["micrograph"].values == "movie_0001"))
+    removed, moved = (int(i) for i in first["particle_id"].values[:2])
+    rows = [
+        "micrograph,action,y,x,particle_id",
+        "movie_0001,add,250.5,260,",
+        f"movie_0001,remove,,,{removed}",
+        f"movie_0001,move,300,310,{moved}",
+    ]
+    (folder / "edits.csv").write_text("\n".join(rows) + "\n")
+    edited = [*PICKED, {"edit_picks": {"file": "edits.csv"}}, pipeline[-1]]
+    before = {r["name"]: r.get("computed", r["time"]) for r in plain.records("extract").values()}
+    project = run(folder, edited, client)
+    assert project.failures() == []
+    after = project.particles("edit_picks")
+    new = np.setdiff1d(after["particle_id"].values, ids(plain, "pick"))
+    assert len(new) == 1
+    assert set(birth_of(new)) != set(birth_of(ids(plain, "pick")))
+    assert removed not in after["particle_id"].values
+    assert dict(project.where(removed))["edit_picks"] == "left out: it was removed by hand"
+    place = after.isel(particle=int(np.flatnonzero(after["particle_id"].values == moved)[0]))
+    assert float(place["position_y_angstrom"]) == pytest.approx(300 * 1.77)
+    born = after.isel(particle=int(np.flatnonzero(after["particle_id"].values == new[0])[0]))
+    assert float(born["position_x_angstrom"]) == pytest.approx(260 * 1.77)
+    assert int(born["half_set"]) == int(half_sets(new)[0])
+    # one exposure is cut again, the others are what they were
+    now = {r["name"]: r.get("computed", r["time"]) for r in project.records("extract").values()}
+    assert {n for n in now if now[n] != before[n]} == {"movie_0001"}
+    # the same edits again change nothing, and the added pick is who it was
+    again = run(
+        folder,
+        edited,
+        client,
+    )
+    assert (ids(again, "edit_picks") == after["particle_id"].values).all()

@@ -133,11 +133,12 @@ class Chain:
 
     def digests(self, link: Link, items: list[Item]) -> dict[int, str]:
         """Digest of what each item is given in a link besides its exposure (particles, an import), as the project stands now."""
-        if link.takes_particles:
-            return self.expected[link.label].digests(item.row for item in items)
-        if link.label in self.imports:
-            return {item.row: self.imports[link.label].digest(item) for item in items}
-        return {}
+        said = self.imports.get(link.label)
+        imported = {item.row: said.digest(item) for item in items} if said is not None else {}
+        if not link.takes_particles:
+            return imported
+        given = self.expected[link.label].digests(item.row for item in items)
+        return {row: _joined(digest, imported.get(row)) for row, digest in given.items()}
 
     def quarantine(self, item: Item, error: str, message: str, tries: int) -> None:
         """Record the failure with the first stage that lacks the item; a result from other particles counts no more.
@@ -174,7 +175,8 @@ class Chain:
             particles = self._particles(link, item, Brief(records), values, records)
         except MicrographError:  # the birth itself is not done
             return None
-        return slice_digest(particles) if particles is not None else None
+        said = self.imports[link.label].digest(item) if link.label in self.imports else None
+        return _joined(slice_digest(particles), said) if particles is not None else None
 
     def brief(self, item: Item, again: bool) -> Brief:
         """What travels with an item: a worker reads no journals."""
@@ -210,7 +212,8 @@ class Chain:
         for link in self.links:
             generation = self._generation(link.label)
             particles = self._particles(link, item, brief, values, records)
-            digest = slice_digest(particles) if particles is not None else brief.digests.get(link.label)
+            imported = brief.digests.get(link.label)
+            digest = _joined(slice_digest(particles), imported) if particles is not None else imported
             known = {**values, **brief.values.get(link.label, {})}
             if link.label in records and records[link.label].get("slice") == digest:
                 continue
@@ -305,6 +308,11 @@ class Chain:
         needs = {n: self._value(n, giver, item, values, records, None) for n in giver.stage.needs}
         needs |= {n: self._value(n, giver, item, values, records, None) for n in giver.stage.optional if n in giver.source}
         return giver.stage.process(giver.params, **needs)[name]
+
+
+def _joined(given: str, imported: str | None) -> str:
+    """Digest of the particles that an exposure brings along, and of what an import says of it."""
+    return f"{given}-{imported}" if imported is not None else given
 
 
 def _not_finished(item: Item, name: str, label: str) -> MicrographError:

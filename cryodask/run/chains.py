@@ -58,11 +58,16 @@ def _waits_for(plan: Plan, step: Step, chain: list[Step]) -> bool:
     here = {s.label for s in chain}
     for product in step.inputs.get("particles", ()):
         refs = {label_of(product.ids)} | {label_of(product.parts[p]) for p in product.parts if p in _used(step)}
-        if any(label in here and not plan.graph.step(label).stage.gives_birth(plan.graph.step(label).params) for label in refs):
+        if any(label in here and not _is_pure_birth(plan.graph.step(label)) for label in refs):
             return True
         if len(refs & here) and not refs <= here:
             return True
     return False
+
+
+def _is_pure_birth(step: Step) -> bool:
+    """Whether the particles of a step are all born in it: then a worker knows them as soon as it has the exposure."""
+    return step.stage.gives_birth(step.params) and not step.inputs.get("particles")
 
 
 def _used(step: Step) -> tuple[str, ...]:
@@ -170,7 +175,7 @@ class ChainMaker:
         if (path / "zarr.json").exists():
             meta = self.project.generation_at(f"{stage.name}/{key}").meta
             found, dtypes = meta["sizes"], meta["dtypes"]
-        elif not needed:
+        elif not needed and any(v.kind == "bulk" for v in stage.gives_variables()):
             found, dtypes = sources.probe(step, self._source_values(step))
             self._check_gain(step, found)
         else:

@@ -56,6 +56,8 @@ def imports_of(project: Project, steps: Iterable[Step]) -> dict[str, Import]:
             out[step.label] = TableImport(step)
         elif step.stage.name == "import_picks":
             out[step.label] = PicksImport(Path(step.params.folder))
+        elif step.stage.name == "edit_picks" and step.params.file:
+            out[step.label] = EditsImport(Path(step.params.file))
     return out
 
 
@@ -159,6 +161,34 @@ class PicksImport:
         """Of the file's content."""
         path = self._file(item)
         return content_id(path, path.stat().st_size) if path is not None else "none"
+
+
+class EditsImport:
+    """Edits of picks by a person, by micrograph."""
+
+    def __init__(self, path: Path) -> None:
+        import csv
+
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+        if rows and not {"micrograph", "action"} <= set(rows[0]):
+            raise InputError(
+                f"{path} has the columns {', '.join(map(str, rows[0]))}.",
+                "it is another table, or has no header",
+                "name its columns micrograph, action, y, x, particle_id",
+            )
+        self._edits: dict[str, list[dict[str, str]]] = {}
+        for row in rows:
+            self._edits.setdefault(Path(row["micrograph"] or "").stem, []).append({k: v or "" for k, v in row.items() if k})
+
+    def values(self, item: Item) -> dict[str, Any]:
+        """Edits of the exposure, in the order of the table."""
+        return {"pick_edits": self._edits.get(item.name, [])}
+
+    def digest(self, item: Item) -> str:
+        """Of these edits."""
+        edits = self._edits.get(item.name, [])
+        return hashlib.blake2b(repr(edits).encode(), digest_size=8).hexdigest() if edits else "none"
 
 
 class ProjectImport:

@@ -251,14 +251,18 @@ def draft_plan(path: str | Path, *, ahead: bool = False) -> Plan:
     plan = Plan(path, file, _folder(path, file), Graph((), (), ()))
     pixels = frozenset(float(c["pixel_size_angstrom"]) for c in plan.constants.values() if "pixel_size_angstrom" in c)
     graph = resolve(entries, stages, make_params=params_of, pixel_sizes={"ingest": pixels})
-    problems = list(graph.problems)
+    problems, warnings = list(graph.problems), list(graph.warnings)
+    for entry in entries:
+        values = next(iter(entry.values()), None) if isinstance(entry, dict) and len(entry) == 1 else None
+        if isinstance(values, dict) and "live" in values:
+            warnings.append(f"{next(iter(entry))}: live previews are not computed yet; the step runs once, when the session is over.")
     if not problems and plan.has_movies and any(not values for values in plan.constants.values()):
         problems.append(
             "The movies have no optics: the section `microscope` was left out. Add  microscope: {voltage_kv: 300, "
             "spherical_aberration_mm: 2.7, pixel_size_angstrom: ...}."
         )
     steps = tuple(_with_pins(_with_symmetry(step), graph, plan.folder, problems) for step in graph.steps)
-    return Plan(path, file, plan.folder, replace(graph, steps=steps, problems=tuple(problems)))
+    return Plan(path, file, plan.folder, replace(graph, steps=steps, problems=tuple(problems), warnings=tuple(warnings)))
 
 
 def _with_pins(step: Step, graph: Graph, folder: Path, problems: list[str]) -> Step:
@@ -352,6 +356,12 @@ def _make_params(path: Path, stage: Stage, label: str, values: dict[str, Any], *
                 values[name] = _existing(path, label, name, given, ahead=ahead)
             elif isinstance(given, list | tuple) and all(isinstance(v, str) for v in given):
                 values[name] = [_existing(path, label, name, v, ahead=ahead) for v in given]
+    missing = [n for n in marked_fields(stage.params, SourceFileMark) if stage.params.model_fields[n].is_required() and n not in values]
+    if missing:
+        what = "project" if missing[0] == "project" else "file"
+        raise ProjectFileError(
+            f"{label}: say which {what}: {stage.name}: {{{missing[0]}: ...}}.", "it was left out", "paths are relative to the project file"
+        )
     try:
         return stage.params.model_validate(values)
     except ValidationError as error:

@@ -67,6 +67,7 @@ def slice_of_birth(
     pixel = np.float64(pixel_size_angstrom)
     table = {
         **record_columns,
+        "half_set": record_columns["particle_half"],
         "position_y_angstrom": np.asarray(record_columns["pick_y"], np.float64) * pixel,
         "position_x_angstrom": np.asarray(record_columns["pick_x"], np.float64) * pixel,
     }

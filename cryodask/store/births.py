@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cryodask.store.identity import half_sets, make_ids, number_of, row_of
+from cryodask.store.identity import birth_of, half_sets, make_ids, number_of, row_of
 
 SAME_PLACE_PX = 1.0
 """Distance within which a pick that is found again is the same particle."""
@@ -55,6 +55,9 @@ def born(birth: Birth, row: int, found: dict[str, Any], before: dict[str, np.nda
         ``particle_id, particle_half, pick_y, pick_x, pick_score`` (and ``natural_key``): first what was found, in its order, then what
         is no longer found.
     """
+    known = np.asarray(found.get("particle_id", ()), np.int64)
+    if len(known) == len(found["pick_y"]) and (known > 0).any() and (row_of(known[known > 0]) == row).all():
+        return _with_returned(birth, row, found, before, known > 0)
     y, x = (np.asarray(found[name], np.float32) for name in ("pick_y", "pick_x"))
     score = np.asarray(found.get("pick_score", np.zeros(len(y))), np.float32)
     natural = found.get("natural_key")
@@ -71,9 +74,6 @@ def born(birth: Birth, row: int, found: dict[str, Any], before: dict[str, np.nda
         number[fresh] = int(old_number.max()) + 1 + np.arange(len(fresh))
         gone = np.setdiff1d(np.arange(len(old_number)), known)
     ids = make_ids(birth.number, row, number)
-    exported = np.asarray(found.get("particle_id", ()), np.int64)
-    if len(exported) == len(ids) and len(ids) and (exported > 0).all() and (row_of(exported) == row).all():
-        return _returned(exported, birth, found)  # particles of this project, back from another program
     half = half_sets(ids, birth.seed)
     given = found.get("half_set")
     if given is not None:
@@ -94,18 +94,25 @@ def first_order(y: np.ndarray, x: np.ndarray, score: np.ndarray) -> np.ndarray:
     return np.lexsort((x, y, -score))
 
 
-def _returned(ids: np.ndarray, birth: Birth, found: dict[str, Any]) -> dict[str, Any]:
-    """The table of particles that keep the ids that they had."""
-    half, given = half_sets(ids, birth.seed), found.get("half_set")
-    y, x = (np.asarray(found[name], np.float32) for name in ("pick_y", "pick_x"))
-    table = {
-        "particle_id": ids,
-        "particle_half": half if given is None else np.where(np.asarray(given) >= 0, given, half).astype(np.int8),
-        "pick_y": y,
-        "pick_x": x,
-        "pick_score": np.asarray(found.get("pick_score", np.zeros(len(y))), np.float32),
-    }
-    return table | ({"natural_key": np.asarray(found["natural_key"], np.int64)} if "natural_key" in found else {})
+def _with_returned(
+    birth: Birth, row: int, found: dict[str, Any], before: dict[str, np.ndarray] | None, known: np.ndarray
+) -> dict[str, Any]:
+    """The table where some particles keep the ids that they had (back from another program, or from another step); the rest is born."""
+    columns = {n: np.asarray(found[n]) for n in ("pick_y", "pick_x", "pick_score", "natural_key", "half_set") if n in found}
+    mine = None
+    if before is not None:
+        here = birth_of(before["particle_id"]) == birth.number
+        mine = {name: values[here] for name, values in before.items()}
+    fresh = born(birth, row, {name: values[~known] for name, values in columns.items()}, mine)
+    ids = np.asarray(found["particle_id"], np.int64)[known]
+    half = half_sets(ids, birth.seed)
+    if "half_set" in columns:
+        half = np.where(columns["half_set"][known] >= 0, columns["half_set"][known], half)
+    table: dict[str, Any] = {"particle_id": ids, "particle_half": half.astype(np.int8)}
+    for name in fresh:
+        if name not in table:
+            table[name] = columns[name][known] if name in columns else np.zeros(len(ids), fresh[name].dtype)
+    return {name: np.concatenate([table[name], fresh[name]]).astype(fresh[name].dtype) for name in fresh}
 
 
 def _halves_as_before(table: dict[str, Any], before: dict[str, np.ndarray]) -> np.ndarray:
