@@ -138,7 +138,7 @@ def _run(
     if watch is not None:
         count = f"movies {', '.join(str(d.movies) for d in plan.data_sets.values())} as they arrive"
     else:
-        movies = sum(len(list_movies(plan, name)) for name in plan.data_sets)
+        movies = sum(len(list_movies(plan, name, needed=False)) for name in plan.data_sets)
         count = f"{movies} movies" if plan.has_movies else "inputs of another program"
     for warning in plan.graph.warnings:
         typer.echo(f"warning: {warning}")

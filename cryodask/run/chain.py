@@ -148,7 +148,7 @@ class Chain:
         InputError
             When it is not the item that is missing but all of its folder: that blames no movie, it stops the run.
         """
-        _stop_if_the_folder_is_gone(item, self._inputs(item))
+        _stop_if_the_folder_is_gone(item, self._inputs(item), message)
         for link in self.links:
             generation = self._journals(link)
             digest = self._digest_now(link, item)
@@ -347,10 +347,11 @@ def _refuse_nonsense(link: Link, item: Item, given: dict[str, Any]) -> None:
             )
 
 
-def _stop_if_the_folder_is_gone(item: Item, inputs: dict[str, Any]) -> None:
+def _stop_if_the_folder_is_gone(item: Item, inputs: dict[str, Any], message: str) -> None:
     """Raise where the folder of an item's input is missing or empty: an unmounted disk must not send a session into quarantine."""
     for name, value in inputs.items():
-        if not name.endswith("_path") or os.path.exists(str(value)):
+        # of an archived movie nothing else than its file is missed
+        if not name.endswith("_path") or os.path.exists(str(value)) or Path(str(value)).name not in message:
             continue
         folder = Path(str(value)).parent
         try:

@@ -336,11 +336,11 @@ def position(plan: Plan, label: str) -> int:
     return labels.index(label)
 
 
-def list_movies(plan: Plan, data_set: str = "") -> list[Path]:
-    """Movie files of a data set in order of name."""
+def list_movies(plan: Plan, data_set: str = "", *, needed: bool = True) -> list[Path]:
+    """Movie files of a data set in order of name; raises where there are none, unless they are not ``needed`` any more."""
     pattern = plan.resolve(plan.data_sets[data_set].movies or "")
     found = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
-    if not found:
+    if not found and needed:
         raise ProjectFileError(
             f"No movie matches {pattern}.", "a typo in inputs.movies, or the data are not mounted", "check the pattern with ls"
         )

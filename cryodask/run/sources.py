@@ -40,14 +40,16 @@ def list_exposures(plan: Plan, project: Project | None) -> list[Arrival]:
         kind = step.stage.name
         if kind == "ingest":
             for name in plan.data_sets:
-                out += [files.arrival("movie_path", path, step.label, name) for path in list_movies(plan, name)]
+                # the movies of a project may all have been archived
+                needed = project is None or not any(str(i.inputs.get("data_set", "")) == name for i in project.items())
+                out += [files.arrival("movie_path", path, step.label, name) for path in list_movies(plan, name, needed=needed)]
         elif kind == "import_micrographs":
             out += _micrographs(plan, step, files)
         elif kind == "import_particles" and ("exposures", "exposures") in step.outputs:
             out += _particles(plan, step)
         elif kind == "import_project":
             out = _joined(out, ProjectImport(step, None).exposures(), step.label)
-    if not out and any(step.stage.shape == "map" for step in plan.steps):
+    if not out and any(step.stage.shape == "map" for step in plan.steps) and not (project is not None and project.items()):
         raise InputError("The inputs hold nothing to process.", "a table is empty, or a pattern matches nothing", "check inputs")
     return _distinct(out)
 
