@@ -166,7 +166,7 @@ def test_a_movie_that_vanishes_after_it_was_listed_is_quarantined(project, clien
     plan = project()
     listed = sources.list_movies(plan)
     (project.folder / "movies" / "m2.tif").unlink()
-    monkeypatch.setattr(sources, "list_movies", lambda plan, data_set: listed)
+    monkeypatch.setattr(sources, "list_movies", lambda plan, data_set, needed: listed)
     done = run_plan(plan, client, until="motion")
     assert set(failures(done)) == {"m2"}
     assert "does not exist" in failures(done)["m2"]
