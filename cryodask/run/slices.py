@@ -67,7 +67,7 @@ def slice_of_birth(
     pixel = np.float64(pixel_size_angstrom)
     table = {
         **record_columns,
-        "half_set": record_columns["particle_half"],
+        "half_set": record_columns.get("particle_half", np.zeros(len(score), np.int8)),
         "position_y_angstrom": np.asarray(record_columns["pick_y"], np.float64) * pixel,
         "position_x_angstrom": np.asarray(record_columns["pick_x"], np.float64) * pixel,
     }
