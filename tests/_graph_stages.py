@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, ValidationError, create_model, model
 
 from cryodask.errors import ProjectFileError
 from cryodask.products import Product
-from cryodask.stage import Output, Params, Port, Stage, port
+from cryodask.stage import Output, Params, Port, Stage, find_stage, port
 
 STAGES: dict[str, Stage] = {}
 Inputs = dict[str, list[Product]]
@@ -75,63 +75,13 @@ def make_params(stage: Stage, label: str, values: dict[str, Any]) -> Any:
         raise ProjectFileError(f"{label}: {error.errors()[0]['msg'].removeprefix('Value error, ')}.") from error
 
 
-# --- checks of single stages -----------------------------------------------------------------------------------------------------------
-
-
-def check_extract(params: Any, inputs: Inputs) -> Iterator[str]:
-    particles, exposures = inputs["particles"][0], inputs["exposures"][0]
-    if params.recentre and not {"pose", "alignment2d"} & set(particles.parts):
-        yield (
-            f"recentre needs refined positions, and {particles.ref} has none. Add classify2d or refine3d before it, or leave recentre out."
-        )
-    sizes = sorted(exposures.pixel_sizes)
-    if len(sizes) > 1 and not params.pixel_size_angstrom:
-        pixels = " and ".join(f"{s:g} A" for s in sizes)
-        yield (
-            f"the exposures have pixel sizes of {pixels}, so a box in pixels means different lengths. "
-            "Give box_angstrom and pixel_size_angstrom."
-        )
-    box, scale = params.box, params.scale_to
-    if isinstance(box, int) and (box % 2 or (isinstance(scale, int) and scale > box)):
-        yield f"box must be even and scale_to at most box (box {box}, scale_to {scale})."
-
-
-def check_curate(params: Any, inputs: Inputs) -> Iterator[str]:
-    exposures = next(iter(inputs.get("exposures", [])), None)
-    if params.worst_ctf_resolution_angstrom is not None and (exposures is None or "ctf_quality" not in exposures.parts):
-        where = exposures.ref if exposures else "no step"
-        yield f"worst_ctf_resolution_angstrom needs the quality of the CTF fits, and {where} does not give it. Add ctf before it."
+# --- checks of stages to come; the others use their own -----------------------------------------------------------------------------
 
 
 def check_pick(params: Any, inputs: Inputs) -> Iterator[str]:
     exposures = inputs["exposures"][0]
     if params.image == "denoised" and "denoised" not in exposures.parts:
         yield f"image: denoised, but {exposures.ref} has no denoised micrographs. Add train_denoiser and denoise before it."
-
-
-def check_merge(params: Any, inputs: Inputs) -> Iterator[str]:
-    sets = inputs["particles"]
-    if len(sets) < 2:
-        yield "merge takes two sets or more: from: {particles: [a, b]}."
-    for place, a in enumerate(sets):
-        for b in sets[place + 1 :]:
-            apart = a.births - b.births and b.births - a.births
-            if apart and a.sources & b.sources and not params.nearer_than_angstrom:
-                yield (
-                    f"{a.ref} and {b.ref} were picked apart in the same exposures, so one particle may be in both. Give "
-                    "nearer_than_angstrom (say, half the diameter): of two that are nearer, the first source's is kept."
-                )
-
-
-def check_consensus(params: Any, inputs: Inputs) -> Iterator[str]:
-    a, b = inputs["particles"][0], inputs["other"][0]
-    if a.ref == b.ref:
-        yield f"both sets are those of {a.ref}."
-    if not a.births & b.births:
-        yield (
-            f"{a.ref} and {b.ref} hold different particles (picked by {', '.join(sorted(a.births))} and by "
-            f"{', '.join(sorted(b.births))}). `match` carries one over to the other by coordinates."
-        )
 
 
 def check_refine3d(params: Any, inputs: Inputs) -> Iterator[str]:
@@ -143,15 +93,6 @@ def check_refine3d(params: Any, inputs: Inputs) -> Iterator[str]:
 def check_relion_refine3d(params: Any, inputs: Inputs) -> Iterator[str]:
     if params.symmetry is None and inputs["map"][0].point_group is None:
         yield f"say the symmetry; {inputs['map'][0].ref} does not have one."
-
-
-def check_expand(params: Any, inputs: Inputs) -> Iterator[str]:
-    base = inputs["map"][0]
-    group = params.symmetry or base.point_group
-    if group in (None, "C1"):
-        yield "there is nothing to expand in C1. Give symmetry, or take a map that has one."
-    if base.point_group not in (None, group):
-        yield f"{group} is not the symmetry of the map of {base.ref} ({base.point_group}); copies would not overlay."
 
 
 # --- exposures -------------------------------------------------------------------------------------------------------------------------
@@ -240,9 +181,9 @@ declare(
     "extract",
     ["exposures[micrograph, optics]", port("particles[position, pose?, alignment2d?]", also_if="recentre", subtracted=True)],
     [P("image", subset=True)],
-    "box scale_to box_angstrom pixel_size_angstrom recentre duplicates_nearer_than_angstrom background_diameter_angstrom invert ramp",
     shape="map",
-    check=check_extract,
+    params=find_stage("extract").params,
+    check=find_stage("extract").check,
 )
 declare(
     "classify2d",
@@ -256,7 +197,7 @@ declare(
     [port("exposures?:exposures[ctf_quality?]", also_if="worst_ctf_resolution_angstrom"), "particles[class2d]", "classes[scores]"],
     [P(subset=True), Output("classes", "classes", ("averages", "scores"), on="classes")],
     "keep least_class_score least_class_probability worst_ctf_resolution_angstrom likelihood_deviations",
-    check=check_curate,
+    check=find_stage("curate").check,
 )
 declare(
     "select_classes",
@@ -274,17 +215,19 @@ declare(
     [port("particles*", copies=True, subtracted=True), "exposures?!:exposures"],
     [P()],
     "prefer nearer_than_angstrom",
-    check=check_merge,
+    check=find_stage("merge").check,
 )
 declare(
     "consensus",
     ["particles[pose]", "other!:particles[pose]"],
     [P(subset=True)],
     "largest_degrees largest_angstrom",
-    check=check_consensus,
+    check=find_stage("consensus").check,
 )
 declare("match", ["particles[position]", "to!:particles[position]"], [P(on="to", subset=True)], "nearer_than_angstrom")
-declare("expand", ["particles[pose]", "map[final]"], [P("pose", copies="expand", frame="same")], "symmetry", check=check_expand)
+declare(
+    "expand", ["particles[pose]", "map[final]"], [P("pose", copies="expand", frame="same")], "symmetry", check=find_stage("expand").check
+)
 declare(
     "contract",
     [port("particles[pose]", copies=True, subtracted=True)],

@@ -1030,7 +1030,11 @@ MORE_RIGHT: list[tuple[Any, ...]] = [
         [*MAP, {"refine3d as b": source(map="refine3d@3f2a", particles="curate")}],
         {"b.map": "refine3d", "b.particles": "curate"},
     ),
-    ("words on their own lines", [{"motion": None}, {"ctf": {}}, {"pick  as   p": {}}, "extract"], {"extract.particles": "p"}),
+    (
+        "words on their own lines",
+        [{"motion": None}, {"ctf": {}}, {"pick  as   p": {}}, {"extract": {"box": 160}}],
+        {"extract.particles": "p"},
+    ),
 ]
 
 MORE_WRONG: list[tuple[str, list[Any], str, Any]] = [
@@ -1113,7 +1117,11 @@ MORE_WRONG: list[tuple[str, list[Any], str, Any]] = [
     wrong("sources as a bare list", [*PRE, "external.topaz", {"merge": {"from": ["pick", "topaz"]}}], "from: {particles: [pick, topaz]}"),
     wrong("one source for a list, by from", [*PRE, {"merge": {"from": "pick"}}], "by name only"),
     wrong("an empty list", [*PRE, {"merge": source(particles=[])}], "empty list"),
-    wrong("the full name of an adapter", ["motion", "external.topaz", {"extract": {"from": "external.topaz"}}], "is called 'topaz'"),
+    wrong(
+        "the full name of an adapter",
+        ["motion", "external.topaz", {"extract": {"box": 160, "from": "external.topaz"}}],
+        "is called 'topaz'",
+    ),
     wrong("an adapter without its package", ["motion", "topaz"], "Did you mean 'external.topaz'"),
     wrong("the label of an adapter", [*MAP, {"refine3d as topaz": {}}], "name of a stage"),
     wrong("label inputs", [*MAP, {"refine3d as inputs": {}}], "word of the project file"),
@@ -1371,7 +1379,14 @@ def test_ports_that_a_rule_filled_are_implicit() -> None:
 
 def test_independent_problems_are_all_told_at_once() -> None:
     graph = plan(
-        ["motion", "ctff", {"pick": {"diametre": 1}}, {"extract": {"from": 3}}, "classify2d", {"curate": {"from": {"clases": "x"}}}]
+        [
+            "motion",
+            "ctff",
+            {"pick": {"diametre": 1}},
+            {"extract": {"box": 160, "from": 3}},
+            "classify2d",
+            {"curate": {"from": {"clases": "x"}}},
+        ]
     )
     assert len(graph.problems) == 4
     for text, problem in zip(("'ctff'", "'diametre'", "from is 3", "'clases'"), graph.problems, strict=True):

@@ -38,8 +38,10 @@ class ExtractParams(Params):
     def _even(self) -> ExtractParams:
         if (self.box is None) == (self.box_angstrom is None):
             raise ValueError("give box (pixels) or box_angstrom, one of them")
-        if (self.box_angstrom is None) != (self.pixel_size_angstrom is None) or (self.box is None and self.scale_to is not None):
-            raise ValueError("box_angstrom goes with pixel_size_angstrom, box with scale_to")
+        if (self.box_angstrom is None) != (self.pixel_size_angstrom is None):
+            raise ValueError("one of the two is missing. Give box_angstrom and pixel_size_angstrom together, or box alone")
+        if self.box is None and self.scale_to is not None:
+            raise ValueError("scale_to goes with box; pixel_size_angstrom already says how far box_angstrom is reduced")
         for name, value in (("box", self.box), ("scale_to", self.scale_to)):
             if value is not None and value % 2:
                 raise ValueError(f"{name} must be even, {value} is odd (RELION and this package put the origin of odd boxes apart)")
