@@ -199,7 +199,7 @@ def test_an_update_cut_short_by_a_crash_is_completed_by_the_same_listing(name, t
             if registry.unreadable:
                 with pytest.raises(StoreError, match="cannot be read"):
                     registry.update(listing("new:NEW"), complete=False)
-                registry.mend({})
+                registry.repair({})
             registry.update(listing(step.listing), **how)
             assert state(Registry(folder))[:2] == whole
 
@@ -358,7 +358,7 @@ def test_a_damaged_row_is_restored_and_taken_by_its_file(number, tmp_path):
     registry = Registry(tmp_path)
     assert registry.unreadable
     assert registry.damaged(seen) == [f"items.jsonl: the line of row {number} is damaged; the next run writes it again"]
-    registry.mend(seen)
+    registry.repair(seen)
     assert not registry.unreadable
     assert number not in registry.present()
     assert {i.revision for i in registry.all().values()} == {3}
@@ -372,7 +372,7 @@ def test_a_damaged_row_is_restored_and_taken_by_its_file(number, tmp_path):
 def test_a_damaged_row_with_results_and_without_its_file_stays(tmp_path):
     Registry(tmp_path).update(listing("a:A b:B"), complete=True)
     flip_line(tmp_path, 1)
-    Registry(tmp_path).mend({1: ("b", 0)})
+    Registry(tmp_path).repair({1: ("b", 0)})
     checked_update(tmp_path, listing("a:A"), complete=True, keep=[1])
     assert written(Registry(tmp_path).present()) == "0:a:A 1:b:name:b?"
 
@@ -383,7 +383,7 @@ def test_a_damaged_row_of_a_name_collected_again_is_not_mistaken_for_the_other(n
         Registry(tmp_path).update(listing(text), complete=True, keep=EVERY)
     flip_line(tmp_path, number)
     registry = Registry(tmp_path)
-    registry.mend({0: ("a", 0), 1: ("a", 0)})
+    registry.repair({0: ("a", 0), 1: ("a", 0)})
     registry.update(listing("a:B"), complete=True, keep=EVERY)
     assert written(registry.present()) == "1:a:B"
     update = registry.update(listing("a:C"), complete=True, keep=EVERY)
@@ -400,7 +400,7 @@ def test_mending_keeps_who_has_which_name(tmp_path):
     with open(registry.path, "ab") as file:
         file.write(b"0123")
     assert registry.damaged({}) == ["items.jsonl: line 13 was never finished, harmless: it counts for nothing"]
-    registry.mend({row: (i.name, 5) for row, i in registry.all().items()})
+    registry.repair({row: (i.name, 5) for row, i in registry.all().items()})
     after = Registry(tmp_path)
     assert (list(after.present()), after.all()) == (list(before[0]), before[1])
 

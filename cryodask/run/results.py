@@ -107,7 +107,7 @@ def image_givers(plan: Plan, project: Project, step: Step) -> list[str]:
 
 
 def _united_images(project: Project, inputs: StepInputs, ids: np.ndarray) -> dict[str, Any]:
-    """Where the images of a union lie, and the places of their boxes: those of the first source that has a particle, or the preferred."""
+    """Where the images of a union are stored, and their box positions: from the preferred source, else the first that has the particle."""
     sets = list(zip(inputs.step.inputs["particles"], inputs.sets["particles"]))
     givers = list(dict.fromkeys(ref.parts["image"] for _, (ref, _) in sets))
     preferred = getattr(inputs.step.params, "prefer", None)

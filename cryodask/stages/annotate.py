@@ -64,5 +64,5 @@ def _read(path: str) -> tuple[np.ndarray, np.ndarray]:
     except (ValueError, AttributeError, TypeError) as error:
         raise InputError(f"{path} holds what is not a number: {error}.", "a row is cut short", "correct the table") from error
     if len(np.unique(ids)) < len(ids):
-        raise InputError(f"{path} names a particle twice.", "two tables were joined", "keep one row per particle")
+        raise InputError(f"{path} lists a particle more than once.", "two tables were concatenated", "keep one row per particle")
     return ids, values

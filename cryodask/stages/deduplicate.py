@@ -32,10 +32,10 @@ class DeduplicateParams(Params):
     reasons=REASONS,
 )
 def deduplicate(params: DeduplicateParams, inputs: dict[str, list[SetView]]) -> dict[str, Any]:
-    """Keep one of several particles that lie nearer than ``nearer_than_angstrom`` to each other in an exposure.
+    """Keep one of several particles that are within ``nearer_than_angstrom`` of each other in an exposure.
 
-    Particles are visited in the order of their picking scores, the best first, and kept unless a particle that was kept before lies too
-    near. Without scores, and between equal ones, the lower id comes first. Particles whose place is unknown are kept.
+    Particles are taken in order of picking score, best first. One is dropped if it is too close to a particle already kept. Without
+    scores, and on ties, the lower id comes first. Particles with unknown positions are kept.
     """
     view = inputs["particles"][0]
     places = places_of(view)

@@ -332,7 +332,7 @@ class Generation:
             write_compaction(self.path, *self._tables.read(self.gives, _small(self.gives)))
 
     def stamp(self) -> tuple[Any, ...]:
-        """Changes whenever something is committed or taken back; costs a listing of the journals."""
+        """Changes with every commit and every invalidation; costs one listing of the journals."""
         try:
             with os.scandir(self.path / "journal") as entries:
                 return tuple(sorted((e.name, e.stat().st_size, e.stat().st_ino) for e in entries))

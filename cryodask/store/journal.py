@@ -168,7 +168,7 @@ class Journal:
             return self._settled(touched)
 
     def latest_of_all(self) -> dict[int, Record]:
-        """The last success of every row, those that were taken back included: what birth tables are continued from."""
+        """The last success of every row, invalidated ones included: birth tables are continued from these."""
         self.read()
         out: dict[int, Record] = {}
         for row, entries in self._found.items():

@@ -97,7 +97,7 @@ class Project:
     def _mended(self) -> dict[int, tuple[str, int]]:
         seen = self._seen() if self._registry.unreadable or not self._registry.all() else {}
         if self._registry.unreadable:
-            self._registry.mend(seen)
+            self._registry.repair(seen)
         return seen
 
     def compact(self) -> None:

@@ -141,11 +141,11 @@ class Registry:
 
     @property
     def unreadable(self) -> bool:
-        """Whether any line is torn or damaged, so that nothing may be appended before :meth:`mend`."""
+        """Whether any line is torn or damaged, so that nothing may be appended before :meth:`repair`."""
         self._look()
         return bool(self._file.torn or self._file.damaged or not self._file.ended)
 
-    def mend(self, seen: Seen) -> None:
+    def repair(self, seen: Seen) -> None:
         """Set lines aside that cannot be read, and restore from the commit records which row was whose (driver only).
 
         The content of a lost row is unknown: it becomes that of the first unknown exposure of its name.

@@ -87,7 +87,7 @@ def _check_rows(path: Path, lines: list[str]) -> None:
             try:
                 fields = shlex.split(line, comments=True) if any(c in line for c in "'\"#") else line.split()
             except ValueError as error:
-                raise StarError(f"{path}, line {number}: {error}", "an unclosed quote", "mend the line") from error
+                raise StarError(f"{path}, line {number}: {error}", "an unclosed quote", "fix that line and rerun") from error
             if len(fields) != header:
                 raise StarError(
                     f"{path}, line {number}: {len(fields)} values for {header} columns",
