@@ -96,6 +96,14 @@ def client(scheduler: Scheduler, name: str) -> Client:
     return Client(scheduler.address, asynchronous=True, name=name, set_as_default=False)
 
 
+async def attempt(client: Client) -> None:
+    """Connect, and close again whatever came: a client that was refused and left open complains when it is collected, in another test."""
+    try:
+        await client
+    finally:
+        await client.close()
+
+
 def sleep(number: int, seconds: float = 0.1, *inputs) -> int:
     time.sleep(seconds)
     return number

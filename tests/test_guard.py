@@ -12,6 +12,7 @@ import dask
 import dask.array as da
 import numpy as np
 import pytest
+from _lanes import attempt
 from _secure import OWNER, authority, guarded, person, warned
 from distributed import Worker, fire_and_forget
 from distributed.comm import CommClosedError
@@ -375,7 +376,7 @@ def test_client_and_worker_of_another_version_are_refused_with_both_versions_nam
             start = time.monotonic()
             with pytest.raises(ClusterError, match=rf"This client has other versions than the scheduler: {package} .* \(here"):
                 with tls.connection_errors(scheduler.address):
-                    await person(scheduler, folder, "anna")
+                    await attempt(person(scheduler, folder, "anna"))
             assert time.monotonic() - start < 8  # of the 30 that a connection is tried for
             with pytest.raises(RuntimeError) as refused:
                 await GuardedWorker(scheduler.address, host="127.0.0.1", security=tls.security(folder, "worker"))

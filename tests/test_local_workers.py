@@ -10,6 +10,7 @@ import time
 import dask
 import numpy as np
 import pytest
+from _lanes import attempt
 from _lanes import client as lane_client
 from _lanes import cluster as lane_cluster
 from distributed import Client, KilledWorker, Worker
@@ -101,7 +102,7 @@ def test_clients_and_workers_of_other_versions_are_refused_without_certificates_
                 monkeypatch.setattr("distributed.client.version_module.get_versions", lambda: other)
                 monkeypatch.setattr("distributed.worker.get_versions", lambda: other)
                 with pytest.raises(ImportError, match=r"client has other versions than the scheduler: distributed 2025\.7\.1 \(here 20"):
-                    await lane_client(scheduler, "A/y")
+                    await attempt(lane_client(scheduler, "A/y"))
                 with pytest.raises(Exception, match=r"worker has other versions|failed to start"):
                     await Worker(scheduler.address, host="127.0.0.1", dashboard=False)
                 monkeypatch.undo()

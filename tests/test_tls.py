@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from _lanes import attempt
 from _secure import OWNER, authority, guarded, person, warned
 from distributed import Client, Scheduler, Security, Worker, get_client, worker_client
 from distributed.core import rpc
@@ -184,7 +185,7 @@ def test_whoever_cannot_connect_is_told_why_at_once(tmp_path):
     async def refused(address: str, security: Security | None) -> str:
         start = time.monotonic()
         with pytest.raises(ClusterError) as error, tls.connection_errors(address):
-            await Client(address, security=security, asynchronous=True, timeout="20s", set_as_default=False)
+            await attempt(Client(address, security=security, asynchronous=True, timeout="20s", set_as_default=False))
         assert time.monotonic() - start < 8  # of the 20 that it would try
         assert all(s in str(error.value) for s in SENTENCES)
         return error.value.what
@@ -219,7 +220,7 @@ def test_revoked_and_replaced_invitations_are_refused_by_name_and_open_connectio
             await asyncio.sleep(1.2)  # people.json is looked at once a second
             for security in (tls.security(made.folder, "anna"), stolen):
                 with pytest.raises(ClusterError, match="is not invited to this cluster with that certificate"), tls.connection_errors("x"):
-                    await Client(scheduler.address, security=security, asynchronous=True, set_as_default=False)
+                    await attempt(Client(scheduler.address, security=security, asynchronous=True, set_as_default=False))
             with warned("bert is not invited"):
                 left = bert.submit(sum, [1, 2], key="too-late")
                 await asyncio.sleep(0.3)
@@ -238,7 +239,7 @@ def test_certificate_of_a_person_can_pose_neither_as_a_scheduler_nor_as_a_worker
     async def run():
         async with Scheduler(host="127.0.0.1", port=0, protocol="tls", security=as_everything, dashboard_address="127.0.0.1:0") as false:
             with pytest.raises(ClusterError, match="does not belong to the cluster"), tls.connection_errors(false.address):
-                await Client(false.address, security=tls.security(made.folder, OWNER), asynchronous=True, set_as_default=False)
+                await attempt(Client(false.address, security=tls.security(made.folder, OWNER), asynchronous=True, set_as_default=False))
         async with guarded(made.folder, workers=1) as scheduler:
             false = Worker(scheduler.address, security=as_everything, host="127.0.0.1", dashboard_address="127.0.0.1:0")
             with pytest.raises(RuntimeError) as refused:
