@@ -35,7 +35,7 @@ from cryodask.run.leaves import cut_leaves, home_of_leaves, settle, traffic
 from cryodask.run.particles import StoredParticles
 from cryodask.stage import Columns, ParticleBlock, ParticleSet, State, Sums
 from cryodask.stages.classify2d import Classify2DParams, classify2d
-from cryodask.store.generation import Generation
+from cryodask.store.generation import Generation, Grid
 from cryodask.store.identity import make_ids
 from cryodask.store.particles import ImagePlaces
 
@@ -105,7 +105,7 @@ def simulate(folder: Path, count: int, seed: int = 0) -> StoredParticles:
     columns["micrograph"] = row
     images = Generation.create(
         folder, meta={"stage": "extract", "version": 1, "params": {}, "recipes": {}}, gives=("particle_image",), per_item=True,
-        sizes={"slot": PER_MICROGRAPH, "y": BOX, "x": BOX}, dtypes={},
+        grids={"": Grid({"slot": PER_MICROGRAPH, "y": BOX, "x": BOX}, {})},
     )  # fmt: skip
     for number in range(int(row[-1]) + 1):
         here = np.nonzero(row == number)[0]

@@ -142,7 +142,7 @@ def make_project(folder: Path, exposures: int, each: int) -> None:
     from cryodask.run.recipe import make_plan
     from cryodask.run.refs import Refer
     from cryodask.run.results import settle_result
-    from cryodask.store.generation import Generation
+    from cryodask.store.generation import Generation, Grid
     from cryodask.store.project import Project
 
     (folder / "movies").mkdir()
@@ -188,8 +188,7 @@ def make_project(folder: Path, exposures: int, each: int) -> None:
             meta=meta,
             gives=(*step.stage.gives, "particle_id", "dropped_id", "removal_reason"),
             per_item=False,
-            sizes={},
-            dtypes={},
+            grids={"": Grid({}, {})},
         )
         if step.stage.name == "classify2d":
             result = {n: rng.normal(size=count).astype(np.float32) for n in ("class_psi_deg", "class_log_likelihood", "class_probability")}

@@ -106,12 +106,12 @@ def tree_seconds() -> float:
 
 
 def make_store(folder: Path) -> Path:
-    from cryodask.store.generation import Generation
+    from cryodask.store.generation import Generation, Grid
 
     shutil.rmtree(folder, ignore_errors=True)
     meta = {"stage": "motion", "version": 1, "params": {}, "recipes": {}, "inputs": {}}
     sizes = {"y": SHAPE[0], "x": SHAPE[1]}
-    return Generation.create(folder, meta=meta, gives=("micrograph_sum",), per_item=True, sizes=sizes, dtypes={}).path
+    return Generation.create(folder, meta=meta, gives=("micrograph_sum",), per_item=True, grids={"": Grid(sizes, {})}).path
 
 
 # --- 1: items of a second -----------------------------------------------------------------------------------------------------

@@ -96,11 +96,10 @@ def _motion(project: Project, out: Path) -> list[Path]:
     if label is None:
         return []
     (out / "motion").mkdir(exist_ok=True)
-    motion = project[label]
     items = {item.name: item for item in project.items()}
     written = []
-    for name in motion["micrograph"].values:
-        one = motion.sel(micrograph=name)
+    motion = project.by_image_size(label)
+    for name, one in ((name, part.sel(micrograph=name)) for part in motion for name in part["micrograph"].values):
         path = out / "motion" / f"{name}.star"
         star.write_motion(
             path,

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cryodask.store.generation import Generation
+from cryodask.store.generation import Generation, Grid
 from cryodask.store.journal import Journal
 from cryodask.store.lines import checked_line
 from cryodask.store.project import Arrival, Project
@@ -42,7 +42,7 @@ def made(folder: Path, count: int = 3) -> Project:
     project.update_exposures(arrivals(count), complete=True)
     path = project.path / "stages" / "motion" / "key"
     meta = {"stage": "motion", "version": 1, "params": {}, "recipes": {"": "recipe"}, "inputs": {}}
-    Generation.create(path, meta=meta, gives=GIVES, per_item=True, sizes={"y": 6, "x": 8}, dtypes={})
+    Generation.create(path, meta=meta, gives=GIVES, per_item=True, grids={"": Grid({"y": 6, "x": 8}, {})})
     project.state.adopt("motion", StepState(stage="motion", key="key"))
     project.save()
     generation = project.generation("motion")

@@ -195,7 +195,7 @@ import numpy as np
 from cryodask.cluster.connect import connect
 from cryodask.errors import ClusterError
 from cryodask.run.map import MapRunner
-from cryodask.store.generation import Generation
+from cryodask.store.generation import Generation, Grid
 from cryodask.store.project import Item
 
 folder, address, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
@@ -220,7 +220,7 @@ class Spectra:
 
 meta = {"stage": "spectra", "version": 1, "params": {}, "recipes": {}, "inputs": {}}
 made = Generation.create(
-    folder / "g", meta=meta, gives=("spectrum_image", "mean_count"), per_item=True, sizes={"ky": 64, "kx": 64}, dtypes={}
+    folder / "g", meta=meta, gives=("spectrum_image", "mean_count"), per_item=True, grids={"": Grid({"ky": 64, "kx": 64}, {})}
 )
 done = made.committed()
 starts = folder / "starts"

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
-from cryodask.store.generation import Generation
+from cryodask.store.generation import Generation, Grid
 from cryodask.store.project import Arrival, Item, Project
 from cryodask.store.shards import file_crc
 from cryodask.store.state import StepState
@@ -56,7 +56,7 @@ class Store(RuleBasedStateMachine):
         meta = {"stage": "motion", "version": 1, "params": {}, "recipes": {"": "recipe"}, "inputs": {}}
         path = project.path / "stages" / "motion" / "key"
         gives = ("micrograph_sum", "total_motion", "pick_y")
-        Generation.create(path, meta=meta, gives=gives, per_item=True, sizes={"y": 6, "x": 8}, dtypes={})
+        Generation.create(path, meta=meta, gives=gives, per_item=True, grids={"": Grid({"y": 6, "x": 8}, {})})
         project.state.adopt("motion", StepState(stage="motion", key="key"))
         project.save()
         project.update_exposures((Arrival(name, f"first {name}", {"version": 0}) for name in NAMES), complete=True)

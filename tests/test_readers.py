@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from cryodask.store.births import TABLE
-from cryodask.store.generation import Generation
+from cryodask.store.generation import Generation, Grid
 from cryodask.store.identity import make_ids
 from cryodask.store.journal import encode_value
 from cryodask.store.lines import checked_line
@@ -75,7 +75,7 @@ def growing(folder: Path) -> Project:
         ),
     ):
         meta = {"stage": label, "version": 1, "params": {}, "recipes": {"": label}, "inputs": {}}
-        Generation.create(folder / "stages" / label / "key", meta=meta, gives=gives, per_item=True, sizes=sizes, dtypes={})
+        Generation.create(folder / "stages" / label / "key", meta=meta, gives=gives, per_item=True, grids={"": Grid(sizes, {})})
         project.state.adopt(label, StepState(stage=label, key="key"))
     extracted = ProductRef(type="particles", step="extract", output="particles", ids="extract/key", parts={"image": "extract/key"})
     project.state.steps["extract"].products = {"particles:particles": extracted}
@@ -174,7 +174,7 @@ def session(folder: Path, count: int) -> Project:
             step.products = {"particles:particles": born}
         sizes = {d: sizes[d] for name in bulk for d in VARIABLES[name].dims}
         names = tuple(v.name for v in gives)
-        made = Generation.create(folder / "stages" / label / "key", meta=meta, gives=names, per_item=True, sizes=sizes, dtypes={})
+        made = Generation.create(folder / "stages" / label / "key", meta=meta, gives=names, per_item=True, grids={"": Grid(sizes, {})})
         columns = {v.name: rng.integers(0, 99, [LENGTHS[d] for d in v.dims]).astype(v.dtype) for v in gives if v.kind != "bulk"}
         small = {name: encode_value(values) for name, values in columns.items()}
         with open(made.path / "journal" / "node-1-a.jsonl", "wb") as file:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cryodask.errors import DiskFullError, LockedError, MicrographError, StoreError
-from cryodask.store.generation import Generation, disk_errors, generation_key
+from cryodask.store.generation import Generation, Grid, disk_errors, generation_key
 from cryodask.store.journal import Journal, content_crc, decode_value, encode_value
 from cryodask.store.project import Arrival, Project
 from cryodask.store.shards import Layout, ShardReader, file_crc, write_shard
@@ -112,8 +112,7 @@ def _generation(path: Path, sizes=(6, 8)) -> Generation:
         meta={"stage": "motion", "version": 1, "params": {}, "recipes": {"": "recipe"}, "inputs": {}},
         gives=("micrograph_sum", "total_motion"),
         per_item=True,
-        sizes={"y": sizes[0], "x": sizes[1]},
-        dtypes={},
+        grids={"": Grid({"y": sizes[0], "x": sizes[1]}, {})},
     )
 
 

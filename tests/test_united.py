@@ -9,13 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+import zarr
 from test_identity import ids, write
 
 from cryodask.formats.star import read_particle_table
 from cryodask.interop import export_relion
+from cryodask.report import write_report
 from cryodask.run.execute import run_plan
 from cryodask.run.recipe import draft_plan, make_plan
 from cryodask.simulate import SessionParams, simulate_session
+from cryodask.stages.motion import motion
 from cryodask.store.identity import birth_of, copy_of, half_sets, parent_of
 from cryodask.store.project import Project
 
@@ -138,7 +141,7 @@ def test_selecting_by_an_expression(session, client):
 def two_data_sets(tmp_path_factory, session) -> Path:
     folder = tmp_path_factory.mktemp("two")
     other = SessionParams(
-        movies=4, height=512, width=512, frames=4, dose_per_frame=10, particles=8, pixel_size_angstrom=1.5, seed=5, truth_maps=()
+        movies=4, height=576, width=640, frames=5, dose_per_frame=10, particles=8, pixel_size_angstrom=1.5, seed=5, truth_maps=()
     )
     simulate_session(folder / "day2", other, processes=2)
     (folder / "day1").mkdir()
@@ -167,8 +170,11 @@ def test_two_data_sets_of_different_pixel_sizes_are_refined_together(two_data_se
     for path in sorted((folder / "day2" / "movies").iterdir()):
         if not path.name.startswith("b_"):
             path.rename(path.with_name(f"b_{path.name}"))
+    begun = _first_data_set(folder, client)
     project = run_plan(make_plan(folder / "both.yaml"), client)
     assert project.failures() == []
+    kept = {r["name"]: r.get("computed", r["time"]) for r in project.records("motion").values()}
+    assert begun == {name: kept[name] for name in begun}, "the data set that came later has images of another size: nothing is made again"
     table = project.scalars()
     assert sorted(table["pixel_size_angstrom"].unique()) == [1.5, 1.77]
     refined = project.particles("refine3d")
@@ -180,6 +186,12 @@ def test_two_data_sets_of_different_pixel_sizes_are_refined_together(two_data_se
     # a particle lies where its own pixel size says
     pixel = np.where(by_set, 1.5, 1.77)
     assert np.allclose(refined["box_y_angstrom"], refined["particle_y"] * pixel)
+    _images_exist_once_per_size(project)
+    written = {path.name for path in export_relion(project, folder / "relion")}
+    assert {f"{name}.star" for name in project["motion"]["micrograph"].values} <= written
+    page = write_report(project).read_text()
+    assert page.count("<img") > 10
+    _pooled(project, client)
     # another optics of one data set computes that one again, no other
     before = {label: {r["name"]: r.get("computed", r["time"]) for r in project.records(label).values()} for label in project.stages}
     content = yaml.safe_load((folder / "both.yaml").read_text())
@@ -190,6 +202,47 @@ def test_two_data_sets_of_different_pixel_sizes_are_refined_together(two_data_se
         renewed = {r["name"] for r in changed.records(label).values() if before[label][r["name"]] != r.get("computed", r["time"])}
         assert renewed == {n for n in before[label] if n.startswith("b_")}, label
     assert "box_angstrom and pixel_size_angstrom" in draft_plan(_in_pixels(folder)).graph.problems[0]
+
+
+def _first_data_set(folder: Path, client) -> dict[str, float]:
+    """The project with the first data set alone: when each exposure was computed."""
+    content = yaml.safe_load((folder / "both.yaml").read_text())
+    alone = {**content, "inputs": content["inputs"][:1], "pipeline": content["pipeline"][:2]}
+    (folder / "both.yaml").write_text(yaml.safe_dump(alone))
+    project = run_plan(make_plan(folder / "both.yaml"), client)
+    (folder / "both.yaml").write_text(yaml.safe_dump(content))
+    assert len(project["motion"]["micrograph_dw"]) == 8
+    return {r["name"]: r["time"] for r in project.records("motion").values()}
+
+
+def _images_exist_once_per_size(project: Project) -> None:
+    """512 x 512 in 4 frames beside 576 x 640 in 5: arrays side by side, each readable by any Zarr library, and lazily the same bits."""
+    assert "micrograph_dw" not in project["motion"]
+    assert project["motion"].attrs["images"].startswith("of 2 sizes")
+    small, large = project.by_image_size("motion")
+    assert (small.sizes["micrograph"], small.sizes["y"], small.sizes["x"]) == (8, 512, 512)
+    assert (large.sizes["micrograph"], large.sizes["y"], large.sizes["x"]) == (4, 576, 640)
+    assert [d["movie"].shape[1:] for d in project.by_image_size("ingest")] == [(4, 512, 512), (5, 576, 640)]
+    stored = zarr.open_array(project.generation("motion").path / "micrograph_dw.576x640.float32", mode="r")
+    assert (stored[int(large["row"].values[0])] == large["micrograph_dw"][0].values).all()
+    assert project.verify() == []
+    one = project.by_image_size("ingest")[1].isel(micrograph=[0])
+    optics = project.micrographs().sel(micrograph=one["micrograph"])
+    gain = np.load(project.path / project.state.gain["day2"])
+    given = one.merge(optics.drop_vars("row")).assign(gain=(("y", "x"), gain))
+    again = motion(given, patches=[1, 1])
+    assert (again["micrograph_dw"].values == large["micrograph_dw"][:1].values).all()
+
+
+def _pooled(project: Project, client) -> None:
+    """Another project that takes its exposures from this one: micrographs of both sizes come along, bit by bit."""
+    folder = project.path.parent
+    pipeline = [{"import_project": {"project": project.path.name, "step": "extract"}}, {"pick": {"diameter_angstrom": 170}}]
+    (folder / "pooled.yaml").write_text(yaml.safe_dump({"name": "pooled", "pipeline": pipeline}))
+    pooled = run_plan(make_plan(folder / "pooled.yaml"), client)
+    assert pooled.failures() == []
+    for there, here in zip(project.by_image_size("motion"), pooled.by_image_size("import_project"), strict=True):
+        assert (here["micrograph_dw"].values == there["micrograph_dw"].values).all()
 
 
 def _in_pixels(folder: Path) -> Path:

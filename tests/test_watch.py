@@ -53,7 +53,7 @@ def test_an_mrc_movie_is_taken_when_its_last_byte_is_there(tmp_path):
     write_mrc_movie(tmp_path / "whole.mrc", _frames(1), 1.0)
     whole = (tmp_path / "whole.mrc").read_bytes()
     arrivals = _arrivals(plan, settled_seconds=1000)
-    arrivals.expected_frames = 3
+    arrivals.expected_frames = {3}
     target = tmp_path / "movies" / "a.mrc"
     for size in (0, 100, 1024, len(whole) - 1):
         target.write_bytes(whole[:size])
@@ -69,7 +69,7 @@ def test_a_tiff_that_grows_by_frames_is_whole_after_each_and_complete_after_the_
     plan = _plan(tmp_path, "tif")
     target = tmp_path / "movies" / "a.tif"
     arrivals = _arrivals(plan, settled_seconds=1000)
-    arrivals.expected_frames = 3
+    arrivals.expected_frames = {3}
     for frames in (1, 2):
         write_tiff_movie(target, _frames(1)[:frames])
         assert arrivals.poll() == []
@@ -94,7 +94,7 @@ def test_the_first_movies_and_shorter_ones_must_stand_still(tmp_path):
     assert arrivals.poll() == []
     time.sleep(0.35)
     assert _names(arrivals.poll()) == ["a"]
-    arrivals.expected_frames = 3
+    arrivals.expected_frames = {3}
     write_mrc_movie(tmp_path / "movies" / "short.mrc", _frames(1)[:2], 1.0)
     write_mrc_movie(tmp_path / "movies" / "usual.mrc", _frames(1), 1.0)
     assert _names(arrivals.poll()) == ["usual"]
@@ -105,7 +105,7 @@ def test_the_first_movies_and_shorter_ones_must_stand_still(tmp_path):
 def test_first_come_first_served_whatever_the_names(tmp_path):
     plan = _plan(tmp_path)
     arrivals = _arrivals(plan)
-    arrivals.expected_frames = 3
+    arrivals.expected_frames = {3}
     for place, name in enumerate(["z", "a", "m"]):
         path = tmp_path / "movies" / f"{name}.mrc"
         write_mrc_movie(path, _frames(place), 1.0)
@@ -119,7 +119,7 @@ def test_a_second_movie_of_one_name_is_left_out_and_said(tmp_path):
     said: list[str] = []
     plan = make_plan(tmp_path / "live.yaml")
     arrivals = Arrivals(plan, Project.create(plan.folder, "live"), Until(), said.append, poll_seconds=0)
-    arrivals.expected_frames = 3
+    arrivals.expected_frames = {3}
     for path in ("movies/a.mrc", "movies/b/a.mrc"):
         write_mrc_movie(tmp_path / path, _frames(1), 1.0)
     assert _names(arrivals.poll()) == ["a"]
@@ -244,7 +244,7 @@ def test_five_thousand_names_arrive_over_time_and_every_one_is_accounted_for(tmp
     (tmp_path / "job").mkdir()
     project = Project.create(plan.folder, "live")
     arrivals = Arrivals(plan, project, Until(movies=5000), lambda text: None, poll_seconds=0.2)
-    arrivals.expected_frames = 1
+    arrivals.expected_frames = {1}
     header = bytearray(1024)
     struct.pack_into("<4i", header, 0, 4, 4, 1, 0)
     struct.pack_into("<3i", header, 28, 4, 4, 1)

@@ -133,30 +133,34 @@ def _section(project: Project, label: str) -> Section:
 def _pictures(project: Project, label: str, generation: Generation, stage: Stage) -> Iterator[Picture]:
     if stage.draw is None:
         return
-    dataset = project[label]
-    if generation.meta["per_item"]:
-        dataset = _with_what_it_saw(project, label, dataset)
-        registry = project.micrographs()
+    if not generation.meta["per_item"]:
+        yield from stage.draw(project[label])
+        return
+    registry = project.micrographs()
+    for dataset in _with_what_they_saw(project, label):
         for name in registry.data_vars:
             if name not in dataset and "micrograph" in registry[name].dims:
                 dataset = dataset.assign({name: registry[name].sel(micrograph=dataset["micrograph"].values)})
-    yield from stage.draw(dataset)
+        yield from stage.draw(dataset)
 
 
-def _with_what_it_saw(project: Project, label: str, dataset: xr.Dataset) -> xr.Dataset:
-    """With the images that the step worked on: picks are shown on micrographs."""
+def _with_what_they_saw(project: Project, label: str) -> Iterator[xr.Dataset]:
+    """The exposures of a step by size of image, with the images that it worked on: picks are shown on micrographs."""
     step = project.step(label)
-    for port in ("exposures",):
-        for ref in step.inputs.get(port, ()):
-            giver = next((s for s in project.stages if project.step(s).place == ref.parts.get("micrograph")), None)
-            if giver is None or "micrograph_dw" in dataset or "micrograph_dw" not in project[giver]:
-                continue
-            image = project[giver]["micrograph_dw"]
-            if any(dataset.sizes.get(d, n) != n for d, n in image.sizes.items() if d != "micrograph"):
-                continue  # an image of another size than the stage's own
-            shared = np.intersect1d(dataset["micrograph"].values, image["micrograph"].values)
-            dataset = dataset.sel(micrograph=shared).assign({"micrograph_dw": image.sel(micrograph=shared)})
-    return dataset
+    places = {ref.parts.get("micrograph") for ref in step.inputs.get("exposures", ())}
+    givers = [giver for giver in project.stages if project.step(giver).place in places and giver != label]
+    seen = [d for giver in givers for d in project.by_image_size(giver) if "micrograph_dw" in d]
+    for dataset in project.by_image_size(label):
+        with_images = [_beside(dataset, images["micrograph_dw"]) for images in seen if "micrograph_dw" not in dataset]
+        yield from [d for d in with_images if d is not None and d.sizes["micrograph"]] or [dataset]
+
+
+def _beside(dataset: xr.Dataset, image: xr.DataArray) -> xr.Dataset | None:
+    """The exposures that have the image, with it; None where it has another size than the step's own images."""
+    if any(dataset.sizes.get(d, n) != n for d, n in image.sizes.items() if d != "micrograph"):
+        return None
+    shared = np.intersect1d(dataset["micrograph"].values, image["micrograph"].values)
+    return dataset.sel(micrograph=shared).assign({"micrograph_dw": image.sel(micrograph=shared)})
 
 
 def _png(picture: Picture) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cryodask.errors import StoreError
+from cryodask.errors import CryodaskError, MovieError, StoreError
 from cryodask.products import COLLECTIONS, part_of
 from cryodask.run import sources
 from cryodask.run.chain import Chain, Link
@@ -21,7 +21,7 @@ from cryodask.run.refs import INPUTS, PARTICLES, Refer, label_of, parts_used, va
 from cryodask.run.slices import Slices
 from cryodask.run.whole import Stored
 from cryodask.store.births import TABLE, Birth
-from cryodask.store.generation import Generation
+from cryodask.store.generation import Generation, Grid
 from cryodask.store.history import births_on_disk, generation_folders
 from cryodask.store.journal import decode_value
 from cryodask.store.project import Item, Project
@@ -90,9 +90,9 @@ class ChainMaker:
     def chain(self, steps: list[Step]) -> Chain:
         """The chain, ready to be sent."""
         links: list[Link] = []
-        sizes: dict[str, dict[str, int]] = {}
+        grids: dict[str, dict[str, Grid]] = {}
         for step in steps:
-            links.append(self._link(step, {link.label for link in links}, sizes))
+            links.append(self._link(step, {link.label for link in links}, grids))
         labels = {link.label for link in links}
         before = _labels(links) - labels
         earlier = {label: self._bare_link(self.plan.graph.step(label)) for label in before}
@@ -123,9 +123,9 @@ class ChainMaker:
         return [i for i in items if i.row in rows]
 
     # --- links ----------------------------------------------------------------------------------------------------------------
-    def _link(self, step: Step, here: set[str], sizes: dict[str, dict[str, int]]) -> Link:
+    def _link(self, step: Step, here: set[str], grids: dict[str, dict[str, Grid]]) -> Link:
         source = variable_sources(self.plan, step)
-        generation = self._generation(step, source, sizes)
+        generation = self._generation(step, source, grids)
         birth = generation.meta.get("birth")
         particles = step.inputs.get("particles", ())
         birthplace = label_of(particles[0].ids) if particles and PARTICLES in source.values() else ""
@@ -160,33 +160,65 @@ class ChainMaker:
             out[name] = Stored(self.project.generation_at(refer.place(product.parts[place[1]])).path, name)
         return out
 
-    def _generation(self, step: Step, source: dict[str, str], sizes: dict[str, dict[str, int]]) -> Generation:
-        """Open or create the generation of a step, and adopt it."""
+    def _generation(self, step: Step, source: dict[str, str], grids: dict[str, dict[str, Grid]]) -> Generation:
+        """Open or create the generation of a step, and adopt it; ``grids`` are those of the steps before, and gain the step's own."""
         stage = step.stage
         key = self.key(step)
         path = self.project.path / "stages" / stage.name / key
-        needed: dict[str, int] = {}
-        for name, label in source.items():
-            label = label.partition("|")[0]
-            if label not in (INPUTS, PARTICLES) and VARIABLES[name].dims and self.plan.graph.step(label).stage.shape == "map":
-                known = sizes.get(label) or self.project.generation(label).meta["sizes"]
-                needed |= {d: known.get(f"{name}.{d}", known[d]) for d in VARIABLES[name].dims if d in known}
-        dtypes: dict[str, str] = {}
-        if (path / "zarr.json").exists():
-            meta = self.project.generation_at(f"{stage.name}/{key}").meta
-            found, dtypes = meta["sizes"], meta["dtypes"]
-        elif not needed and any(v.kind == "bulk" for v in stage.gives_variables()):
-            found, dtypes = sources.probe(step, self._source_values(step))
-            self._check_gain(step, found)
-        else:
-            found = {"slot": SLOTS, **needed, **stage.sizes(step.params, needed)}
-        sizes[step.label] = found
+        needed = self._needed_sizes(source, grids)
         bulk = [v for v in stage.gives_variables() if v.kind == "bulk"]
+        if needed or not bulk:
+            needed = needed or {"": {}}
+            found = {name: Grid({"slot": SLOTS, **sizes, **stage.sizes(step.params, sizes)}, {}) for name, sizes in needed.items()}
+        else:
+            known = self.project.generation_at(f"{stage.name}/{key}").grids if (path / "zarr.json").exists() else {}
+            found = self._probed(step, known)
+        grids[step.label] = found
         named = {d for v in bulk for dim in v.dims for d in (dim, f"{v.name}.{dim}")}
-        own = {d: n for d, n in found.items() if d in named}
-        generation = Generation.create(path, meta=self._meta(step, key), gives=_stored(step), per_item=True, sizes=own, dtypes=dtypes)
+        own = {name: Grid({d: n for d, n in grid.sizes.items() if d in named}, grid.dtypes) for name, grid in found.items()}
+        generation = Generation.create(path, meta=self._meta(step, key), gives=_stored(step), per_item=True, grids=own)
         self.adopt(step, key)
         return generation
+
+    def _needed_sizes(self, source: dict[str, str], grids: dict[str, dict[str, Grid]]) -> dict[str, dict[str, int]]:
+        """Lengths of the dimensions of what a step takes from others, by data set."""
+        given: dict[str, list[tuple[str, dict[str, Grid]]]] = {}
+        for name, labels in source.items():
+            for label in labels.split("|"):
+                if label in (INPUTS, PARTICLES) or not VARIABLES[name].dims or self.plan.graph.step(label).stage.shape != "map":
+                    continue
+                given.setdefault(name, []).append((label, grids.get(label) or self.project.generation(label).grids))
+        out: dict[str, dict[str, int]] = {}
+        for name, givers in given.items():
+            for number, (label, known) in enumerate(givers):
+                for data_set, grid in known.items():
+                    sizes = {d: grid.sizes.get(f"{name}.{d}", grid.sizes[d]) for d in VARIABLES[name].dims if d in grid.sizes}
+                    # pooled sources may each have a data set of that name
+                    place = f"{label}/{data_set}" if number else data_set
+                    if sizes:
+                        out.setdefault(place, {}).update(sizes)
+        return out
+
+    def _probed(self, step: Step, known: dict[str, Grid]) -> dict[str, Grid]:
+        """Sizes and types of what a source gives, by data set: as they are known, or from the first inputs that can be read."""
+        found = dict(known)
+        failure: CryodaskError | None = None
+        imported = self.imports([step]).get(step.label)
+        alike: dict[str, list[Item]] = {}
+        for item in self.items:
+            if step.inputs or step.label in str(item.inputs.get("source", step.label)).split("|"):
+                kind = imported.images_of(item) if isinstance(imported, ProjectImport) else ""
+                alike.setdefault(kind or data_set_of(item), []).append(item)
+        for name in (n for n in alike if n not in known):
+            try:
+                found[name] = sources.probe(step, self._source_values(alike[name], imported))
+            except CryodaskError as error:
+                failure = error  # its items are quarantined, each with its reason
+                continue
+            self._check_gain(step, name, found[name].sizes, self._source_values(alike[name], imported))
+        if not found:
+            raise failure or MovieError("There is nothing to process.", "the folder is empty", "check inputs in the project file")
+        return found
 
     def _meta(self, step: Step, key: str) -> dict[str, Any]:
         stage = step.stage
@@ -239,22 +271,18 @@ class ChainMaker:
                 one.known_ids = self.project.sets.ever_born()
         return found
 
-    def _source_values(self, step: Step) -> Iterator[dict[str, Any]]:
-        imported = self.imports([step]).get(step.label)
-        for item in self.items:
-            if step.label in str(item.inputs.get("source", step.label)).split("|") or step.inputs:
-                yield {**sources.input_values(self.plan, item.inputs), **(imported.values(item) if imported else {})}
+    def _source_values(self, items: list[Item], imported: Import | None) -> Iterator[dict[str, Any]]:
+        for item in items:
+            yield {**sources.input_values(self.plan, item.inputs), **(imported.values(item) if imported else {})}
 
-    def _check_gain(self, step: Step, sizes: dict[str, int]) -> None:
+    def _check_gain(self, step: Step, data_set: str, sizes: dict[str, int], values: Iterator[dict[str, Any]]) -> None:
         """Refuse a gain of another shape or orientation, before the first movie is corrected with it."""
-        if "movie" not in step.stage.gives:
+        if "movie" not in step.stage.gives or data_set not in self.gains:
             return
         from cryodask.formats.movies import check_gain
 
-        for name, path in self.gains.items():
-            values = (v for v in self._source_values(step) if str(v.get("data_set", "")) == name)
-            total = sources.sum_first_movies(step, values, (sizes["y"], sizes["x"]))
-            check_gain(total, np.load(path), name=self.plan.data_sets[name].gain or "")
+        total = sources.sum_first_movies(step, values, (sizes["y"], sizes["x"]))
+        check_gain(total, np.load(self.gains[data_set]), name=self.plan.data_sets[data_set].gain or "")
 
     # --- particles ------------------------------------------------------------------------------------------------------------
     def slices(self, step: Step) -> Slices:
@@ -295,6 +323,11 @@ class ChainMaker:
         return [self.project.generation_at(f"{stage}/{f.name}") for f in folders]
 
 
+def data_set_of(item: Item) -> str:
+    """Name of the data set that an exposure belongs to; empty where the project has only one."""
+    return str(item.inputs.get("data_set", ""))
+
+
 def _labels(links: Iterable[Link]) -> set[str]:
     """Steps from which some links read."""
     return {label for link in links for source in link.source.values() for label in source.split("|")} - {INPUTS, PARTICLES}
@@ -311,7 +344,7 @@ def _is(record: dict[str, Any] | None, item: Item, digest: str | None) -> bool:
 
 
 def _same_recipe(one: Generation, other: Generation, item: Item) -> bool:
-    name = str(item.inputs.get("data_set", ""))
+    name = data_set_of(item)
     return recipe_of(one, name) == recipe_of(other, name)
 
 

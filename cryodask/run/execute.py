@@ -15,7 +15,7 @@ from cryodask.errors import InputError, ProjectFileError
 from cryodask.run import sources
 from cryodask.run.blocks import iterate_on_workers
 from cryodask.run.chain import Chain
-from cryodask.run.chains import ChainMaker, chains_of
+from cryodask.run.chains import ChainMaker, chains_of, data_set_of
 from cryodask.run.checks import look_ahead
 from cryodask.run.health import scheduler_needed
 from cryodask.run.inputs import SHARED_REASONS, StepInputs, particle_set, step_inputs, whole_values
@@ -114,7 +114,9 @@ class Execution:
         maker = ChainMaker(self.plan, self.project, self.keys, self.items, self.gains, self.update, self._adopt)
         chain = maker.chain(steps)
         if self.arrivals is not None:
-            self.arrivals.expected_frames = self._generation(steps[0].label).meta["sizes"].get("frame")
+            self.arrivals.expected_frames = {
+                g.sizes["frame"] for g in self._generation(steps[0].label).grids.values() if "frame" in g.sizes
+            }
         for step in steps:
             self._take_back_what_changed(step)
         items = maker.concerned(steps, self.items)
@@ -124,7 +126,7 @@ class Execution:
         self.progress.begin(names if len(names) < 40 else f"{steps[0].label} > ... > {steps[-1].label}", len(todo))
         before = len(items) - len(todo)
         if self.arrivals is not None and "movie" in steps[0].stage.gives:
-            self._map_items(chain, self._live(chain, todo, self.arrivals), self.items)
+            self._map_items(chain, self._live(maker, steps, chain, todo, self.arrivals), self.items)
             items = self.items
             todo = chain.unfinished(self._register(self.arrivals.changed()))  # files that were written again meanwhile
         if todo:
@@ -193,15 +195,19 @@ class Execution:
         )
         runner.run(source)
 
-    def _live(self, chain: Chain, todo: list[Item], arrivals: Arrivals) -> Iterator[Item | None]:
+    def _live(self, maker: ChainMaker, steps: list[Step], chain: Chain, todo: list[Item], arrivals: Arrivals) -> Iterator[Item | None]:
         """Items of a session as their files become complete, first come first served; None while there is nothing new."""
         waiting = deque(todo)
+        data_sets = {data_set_of(item) for item in self.items}
         while True:
             if arrivals.due:
                 new = chain.unfinished(self._register(arrivals.poll()))
                 if new:
                     self._drop_dependents([link.label for link in chain.links])
                     self.project.save()
+                if fresh := {data_set_of(item) for item in new} - data_sets:
+                    maker.chain(steps)  # its images may have a size of their own
+                    data_sets |= fresh
                 waiting.extend(new)
                 self.progress.expect(len(new))
             if waiting:
@@ -256,7 +262,7 @@ class Execution:
             "image_givers": image_givers(self.plan, self.project, step),
         }
         gives = stored_variables(step)
-        generation = Generation.create(path, meta=meta, gives=gives, per_item=False, sizes={}, dtypes={})
+        generation = Generation.create(path, meta=meta, gives=gives, per_item=False)
         self._adopt(step, key)
         self._take_back_what_changed(step)
         self.progress.begin(step.label, None)

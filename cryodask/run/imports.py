@@ -254,15 +254,23 @@ class ProjectImport:
             out["particle_pixel_size_angstrom"] = float(out["particle_pixel_size_angstrom"][0]) if len(here) else np.nan
         if self._images is not None and len(here):
             places = image_places(self.other, self.ref, ids)
-            out["bulk"]["particle_image"] = (str(places.images[int(places.giver[0])].path), int(places.row[0]), places.slot)
+            out["bulk"]["particle_image"] = (str(places.images[int(places.giver[0])].path), int(places.row[0]), places.slot, None)
         place = self.ref.exposures.get("micrograph")
         if place is not None:
             generation = self.other.generation_at(place.partition("|")[0])
             record = generation.committed().get(other.row, {"shards": {}})
             for name in record["shards"]:
                 if name in self._names:
-                    out["bulk"][name] = (str(generation.path), other.row, None)
+                    out["bulk"][name] = (str(generation.path), other.row, None, generation.layout(VARIABLES[name], record))
         return {"foreign_values": out}
+
+    def images_of(self, item: Item) -> str:
+        """Which size and type the images of the exposure have there: empty for those of the other project's first data set."""
+        other, place = self._rows.get(item.content), self.ref.exposures.get("micrograph")
+        if other is None or place is None:
+            return ""
+        table = self.other.generation_at(place.partition("|")[0]).table(())
+        return str(dict(zip(table.row.tolist(), table.layouts.tolist())).get(other.row, ""))
 
     def digest(self, item: Item) -> str:
         """Of the particles of the exposure, and of what gave their parts."""

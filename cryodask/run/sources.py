@@ -17,6 +17,7 @@ from cryodask.errors import CryodaskError, GainError, InputError, MovieError
 from cryodask.run.imports import PicksImport, ProjectImport, TableImport, content_id
 from cryodask.run.recipe import Movies, Plan, Step, list_movies
 from cryodask.store.files import disk_errors, write_atomically
+from cryodask.store.generation import Grid
 from cryodask.store.project import Arrival, Item, Project
 from cryodask.vocabulary import SLOTS, VARIABLES
 
@@ -300,7 +301,7 @@ def sum_first_movies(step: Step, values_of: Iterable[dict[str, Any]], shape: tup
     return total
 
 
-def probe(step: Step, values_of: Iterable[dict[str, Any]]) -> tuple[dict[str, int], dict[str, str]]:
+def probe(step: Step, values_of: Iterable[dict[str, Any]]) -> Grid:
     """Sizes and types of what a source stage gives, from the first items that can be read; the commonest shape wins.
 
     Raises
@@ -308,7 +309,7 @@ def probe(step: Step, values_of: Iterable[dict[str, Any]]) -> tuple[dict[str, in
     CryodaskError
         The last item's own error if none of the first can be read.
     """
-    seen: list[tuple[dict[str, int], dict[str, str]]] = []
+    seen: list[Grid] = []
     failure: CryodaskError | None = None
     for values in values_of:
         if len(seen) >= _PROBED:
@@ -328,9 +329,8 @@ def probe(step: Step, values_of: Iterable[dict[str, Any]]) -> tuple[dict[str, in
                 sizes |= {(f"{var.name}.{d}" if sizes.get(d, n) != n else d): n for d, n in found.items()}
             if var.dtype == "input":
                 dtypes[var.name] = np.dtype(value.dtype).str
-        seen.append((sizes, dtypes))
+        seen.append(Grid(sizes, dtypes))
     if not seen:
         raise failure or MovieError("There is nothing to process.", "the folder is empty", "check inputs in the project file")
     text = Counter(json.dumps(s, sort_keys=True) for s in seen).most_common(1)[0][0]
-    sizes, dtypes = json.loads(text)
-    return sizes, dtypes
+    return Grid(*json.loads(text))

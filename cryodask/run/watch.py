@@ -62,7 +62,7 @@ class Arrivals:
     ) -> None:
         self.until, self.say, self.settled_seconds = until, say, settled_seconds
         self.pending: dict[str, Pending] = {}
-        self.expected_frames: int | None = None
+        self.expected_frames: set[int] = set()
         self.over = False
         self._patterns = {name: plan.resolve(inputs.movies or "") for name, inputs in plan.data_sets.items()}
         self._source = next((s.label for s in plan.steps if s.stage.name == "ingest"), "ingest")
@@ -154,7 +154,7 @@ class Arrivals:
         still = now - seen.since
         if seen.frames is None:
             return still >= _GIVEN_UP_SECONDS
-        return still >= self.settled_seconds or seen.frames == self.expected_frames
+        return still >= self.settled_seconds or seen.frames in self.expected_frames
 
     def _take(self, paths: list[str]) -> list[Arrival]:
         out = []

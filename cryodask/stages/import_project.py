@@ -12,6 +12,7 @@ from cryodask.errors import InputError, StoreError
 from cryodask.products import columns_of
 from cryodask.stage import Output, Params, SourceFile, stage
 from cryodask.store.generation import Generation
+from cryodask.store.shards import Layout
 from cryodask.vocabulary import VARIABLES
 
 if TYPE_CHECKING:
@@ -106,9 +107,9 @@ def import_project(params: ImportProjectParams, *, foreign_values: dict[str, Any
     return out
 
 
-def _read(name: str, folder: str, row: int, slots: np.ndarray | None) -> np.ndarray:
+def _read(name: str, folder: str, row: int, slots: np.ndarray | None, layout: Layout | None) -> np.ndarray:
     """An image of the other project, or some of the boxes of an exposure."""
     generation = Generation(Path(folder))
-    reader = generation.shard(row, name, None if slots is None else int(slots.max(initial=-1)) + 1)
+    reader = generation.shard(row, name, None if slots is None else int(slots.max(initial=-1)) + 1, layout)
     images = reader.read()
     return images if slots is None else images[slots]

@@ -18,7 +18,6 @@ from cryodask.store.journal import Journal, JournalContents
 from cryodask.store.lines import Record
 from cryodask.store.shards import file_crc
 from cryodask.store.table import damaged_compaction
-from cryodask.vocabulary import VARIABLES
 
 if TYPE_CHECKING:
     from cryodask.store.generation import Generation
@@ -51,7 +50,7 @@ def check_files(generation: Generation) -> list[str]:
 
 def _shard_paths(generation: Generation, record: Record) -> Iterator[tuple[str, Path]]:
     for name in record.get("shards", {}):
-        yield name, generation.shard_path(name, record["row"], len(VARIABLES[name].dims))
+        yield name, generation.shard_of(record, name)
 
 
 def _untouched(generation: Generation, record: Record) -> bool:

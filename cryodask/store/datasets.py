@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import xarray as xr
 from cryodask.store.births import accepted
 from cryodask.store.journal import decode_value
 from cryodask.store.lines import Record
+from cryodask.store.shards import Layout
 from cryodask.store.table import Table
 from cryodask.vocabulary import VARIABLES, Var
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def generation_dataset(generation: Generation, table: Table) -> xr.Dataset:
-    """Dataset of a per-exposure generation, by micrograph, of the items in ``table``."""
+    """Dataset of a per-exposure generation, by micrograph, of the items in ``table``; images only where all have one size and type."""
     variables: dict[str, Any] = {}
     small = [v for v in generation.gives if v.kind != "bulk" and v.name in {*table.columns, *table.texts}]
     values = {var.name: table[var.name] for var in small}
@@ -31,13 +33,18 @@ def generation_dataset(generation: Generation, table: Table) -> xr.Dataset:
     for var in small:
         padded = _padded(values[var.name], longest) if var.ragged else values[var.name]
         variables[var.name] = (("micrograph", *var.dims_in(per_item=True)), padded, describe(var))
-    for var in generation.gives:
+    attributes = _attrs(generation)
+    sizes = set(table.layouts.tolist())
+    if len(sizes) > 1:
+        attributes["images"] = f"of {len(sizes)} sizes or types: project.by_image_size(step) gives one Dataset for each"
+    layouts = json.loads(next(iter(sizes), "") or "{}")
+    for var in generation.gives if len(sizes) <= 1 else ():
         # a movie that is read in place has no shard
         if var.kind == "bulk" and table.stored[var.name].all():
-            stored = _stored_items(generation, var, table.row, longest)
+            stored = _stored_items(generation, var, table.row, longest, generation.layout(var, {"layouts": layouts}))
             variables[var.name] = (("micrograph", *var.dims_in(per_item=True)), stored, describe(var))
     coords = {"micrograph": table.name, "row": ("micrograph", table.row)}
-    return xr.Dataset(variables, coords, _attrs(generation))
+    return xr.Dataset(variables, coords, attributes)
 
 
 def _padded(values: np.ndarray, length: int) -> np.ndarray:
@@ -84,22 +91,21 @@ def _attrs(generation: Generation) -> dict[str, str]:
 class StoredItems:
     """Shards of some items as one array `(item, ...)`, for dask: every item is read from one open file, so it is never half of two."""
 
-    def __init__(self, generation: Generation, var: Var, rows: np.ndarray, longest: int) -> None:
-        self.generation, self.name, self.rows = generation, var.name, rows
-        layout = generation.layout(var)
+    def __init__(self, generation: Generation, var: Var, rows: np.ndarray, longest: int, layout: Layout) -> None:
+        self.generation, self.name, self.rows, self.layout = generation, var.name, rows, layout
         self.shape = (len(rows), longest if var.ragged else layout.shape[0], *layout.shape[1:])
         self.dtype = np.dtype(layout.dtype)
         self.ndim = len(self.shape)
 
     def __getitem__(self, window: tuple[slice, ...]) -> np.ndarray:
-        readers = [self.generation.shard(int(row), self.name, self.shape[1]) for row in self.rows[window[0]]]
+        readers = [self.generation.shard(int(row), self.name, self.shape[1], self.layout) for row in self.rows[window[0]]]
         return np.stack([reader.window(window[1:]) for reader in readers])
 
 
-def _stored_items(generation: Generation, var: Var, rows: np.ndarray, longest: int) -> Any:
+def _stored_items(generation: Generation, var: Var, rows: np.ndarray, longest: int, layout: Layout) -> Any:
     import dask.array as da
 
-    items = StoredItems(generation, var, rows, longest)
+    items = StoredItems(generation, var, rows, longest, layout)
     # the name is new each time, for an item may be committed anew.
     # A task reads a whole image, but only a frame of a movie; tiles would make a graph of millions
     chunks = (1, *(1 if d == "frame" else max(n, 1) for d, n in zip(var.dims, items.shape[1:])))

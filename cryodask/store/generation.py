@@ -14,15 +14,15 @@ import platform
 import shutil
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from cryodask.errors import MicrographError, StoreError
 from cryodask.store import check
-from cryodask.store.files import disk_errors, fsync_folder
+from cryodask.store.files import disk_errors, fsync_folder, write_atomically
 from cryodask.store.journal import Journal, content_crc, decode_value, encode_value
 from cryodask.store.lines import Record
 from cryodask.store.shards import Layout, ShardFile, ShardReader, write_shard
@@ -40,6 +40,13 @@ def generation_key(parts: dict[str, Any]) -> str:
     """Key of a generation from everything its results depend on."""
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+class Grid(NamedTuple):
+    """Lengths of the dimensions of bulk variables, and the types of those that depend on the input."""
+
+    sizes: dict[str, int]
+    dtypes: dict[str, str]
 
 
 class Generation:
@@ -66,26 +73,28 @@ class Generation:
         meta: dict[str, Any],
         gives: tuple[str, ...],
         per_item: bool,
-        sizes: dict[str, int],
-        dtypes: dict[str, str],
+        grids: Mapping[str, Grid] | None = None,
     ) -> Generation:
         """Open the generation at ``path``, or make it (driver only).
 
-        ``sizes`` gives the length of every dimension of the bulk variables, ``dtypes`` those that depend on the input.
+        ``grids`` has one entry a data set; arrays of the first bear the names of their variables, those of another size stand beside them.
         """
+        grids = grids or {"": Grid({}, {})}
         made = cls(path)
         if (path / "zarr.json").exists():
-            made._check_sizes(sizes)
+            made._admit(grids)
             return made
         import zarr
 
+        first = next(iter(grids.values()))
         with disk_errors(path):
             attributes = {
                 **meta,
                 "gives": list(gives),
                 "per_item": per_item,
-                "sizes": sizes,
-                "dtypes": dtypes,
+                "sizes": first.sizes,
+                "dtypes": first.dtypes,
+                "grids": grids,
                 "created": time.time(),
                 "host": socket.gethostname(),
                 "python": platform.python_version(),
@@ -95,18 +104,9 @@ class Generation:
             made._meta = attributes
             if per_item:
                 for var in made._bulk():
-                    layout = made.layout(var)
-                    group.create_array(
-                        var.name,
-                        shape=(_CAPACITY, *layout.shape),
-                        shards=(1, *layout.padded),
-                        chunks=(1, *layout.chunk),
-                        dtype=layout.dtype,
-                        compressors=layout.zarr_codecs() or None,
-                        filters=None,
-                        dimension_names=("micrograph", *var.dims_in(per_item=True)),
-                        attributes={"units": var.units, "long_name": var.doc},
-                    )
+                    layouts = dict.fromkeys(made._layout_on(var, grid) for grid in grids.values())
+                    for layout in layouts:
+                        made._create_array(group, var, layout)
             (part / "journal").mkdir()
             for folder, _, names in os.walk(part):  # zarr syncs nothing, and without its metadata a generation is lost
                 for name in names:
@@ -118,15 +118,52 @@ class Generation:
             fsync_folder(path.parent)
         return made
 
-    def _check_sizes(self, sizes: dict[str, int]) -> None:
-        old = self.meta["sizes"]
-        wrong = {k: (old[k], v) for k, v in sizes.items() if k in old and old[k] != v}
+    def _create_array(self, group: Any, var: Var, layout: Layout) -> str:
+        name = self.array_name(var, layout)
+        group.create_array(
+            name,
+            shape=(_CAPACITY, *layout.shape),
+            shards=(1, *layout.padded),
+            chunks=(1, *layout.chunk),
+            dtype=layout.dtype,
+            compressors=layout.zarr_codecs() or None,
+            filters=None,
+            dimension_names=("micrograph", *var.dims_in(per_item=True)),
+            attributes={"units": var.units, "long_name": var.doc},
+        )
+        return name
+
+    def _admit(self, grids: Mapping[str, Grid]) -> None:
+        """Arrays for data sets whose images have another size than those known so far."""
+        known = self.grids
+        for name in grids.keys() & known.keys():
+            self._check_sizes(known[name].sizes, grids[name].sizes)
+        added = {name: grid for name, grid in grids.items() if name not in known}
+        if not added:
+            return
+        import zarr
+
+        group = zarr.open_group(self.path, mode="a")
+        with disk_errors(self.path):
+            for var in self._bulk() if self.meta["per_item"] else ():
+                for layout in dict.fromkeys(self._layout_on(var, grid) for grid in added.values()):
+                    if not (self.path / self.array_name(var, layout) / "zarr.json").exists():
+                        folder = self.path / self._create_array(group, var, layout)
+                        fsync_folder(folder / "zarr.json")
+                        fsync_folder(folder)
+            document = json.loads((self.path / "zarr.json").read_text())
+            document["attributes"]["cryodask"]["grids"] = {**known, **added}
+            write_atomically(self.path / "zarr.json", json.dumps(document, indent=2).encode())
+        self._meta = None
+
+    def _check_sizes(self, old: dict[str, int], new: dict[str, int]) -> None:
+        wrong = {k: (old[k], v) for k, v in new.items() if k in old and old[k] != v}
         if wrong:
             text = ", ".join(f"{k} {a} -> {b}" for k, (a, b) in wrong.items())
             raise StoreError(
                 f"The inputs of stage {self.meta['stage']} changed their size ({text}).",
-                "movies of another camera or binning were added to the project",
-                "put them into a project of their own",
+                "movies of another camera or binning came into a data set",
+                "name them as a data set of their own under `inputs`",
             )
 
     # --- what it is ---------------------------------------------------------------------------------------------------------
@@ -157,76 +194,117 @@ class Generation:
     def _bulk(self) -> list[Var]:
         return [v for v in self.gives if v.kind == "bulk"]
 
-    def layout(self, var: Var, shape: tuple[int, ...] | None = None) -> Layout:
-        """Shape, chunks and type of one item of a bulk variable."""
-        dtype = self.meta["dtypes"].get(var.name, var.dtype)
-        if shape is None:
-            sizes = self.meta["sizes"]
-            shape = tuple(sizes.get(f"{var.name}.{d}", sizes.get(d)) for d in var.dims)
-        return Layout.of(shape, var.chunk, str(np.dtype(dtype)))
+    @property
+    def grids(self) -> dict[str, Grid]:
+        """Sizes and types of the bulk variables, by data set."""
+        return {name: Grid(*grid) for name, grid in self.meta["grids"].items()}
+
+    def layout(self, var: Var, record: Record | None = None) -> Layout:
+        """Shape, chunks and type of a bulk variable: of one item, or as the first data set has it."""
+        own = (record or {}).get("layouts", {}).get(var.name)
+        if own is not None:
+            return Layout.of(tuple(own[0]), var.chunk, own[1])
+        return self._layout_on(var, Grid(self.meta["sizes"], self.meta["dtypes"]))
+
+    def _layout_on(self, var: Var, grid: Grid) -> Layout:
+        shape = tuple(grid.sizes.get(f"{var.name}.{d}", grid.sizes.get(d)) for d in var.dims)
+        return Layout.of(shape, var.chunk, np.dtype(grid.dtypes.get(var.name, var.dtype)).str)  # type: ignore[arg-type]
+
+    def array_name(self, var: Var, layout: Layout) -> str:
+        """Name of the Zarr array for a layout: that of the variable, with size and type where another data set came first."""
+        if layout == self.layout(var):
+            return var.name
+        return f"{var.name}.{'x'.join(map(str, layout.shape))}.{np.dtype(layout.dtype).name}"
 
     def shard_path(self, name: str, row: int, ndim: int) -> Path:
-        """Where zarr expects the one shard of an item."""
+        """Where zarr expects the one shard of an item, in the array called ``name``."""
         zeros = ["0"] * ndim
         parts = [str(row), *zeros] if self.meta["per_item"] else zeros
         return self.path.joinpath(name, "c", *parts)
+
+    def shard_of(self, record: Record, name: str) -> Path:
+        """The shard of a variable of a committed item."""
+        var = VARIABLES[name]
+        array = self.array_name(var, self.layout(var, record)) if name in record.get("layouts", {}) else name
+        return self.shard_path(array, record["row"], len(var.dims))
 
     # --- commit -------------------------------------------------------------------------------------------------------------
     def commit(self, row: int, name: str, values: dict[str, Any], **info: Any) -> Record:
         """Write all bulk variables of an item, then its record: after this it exists, before it does not."""
         columns: dict[str, Any] = {}
         shards: dict[str, ShardFile] = {}
+        layouts: dict[str, tuple[tuple[int, ...], str]] = {}
         with disk_errors(self.path):
             for var in self.gives:
                 value = values[var.name]
                 if var.kind == "bulk":
                     if not getattr(value, "stored", True):
                         continue  # a movie that is used where it lies
-                    layout = self.layout(var)
+                    layout = self._layout_of_value(var, value)
+                    array = self.array_name(var, layout)
+                    if array != var.name:
+                        layouts[var.name] = (layout.shape, layout.dtype)
                     value = self._checked(var, layout, value, name)
-                    shards[var.name] = write_shard(self.shard_path(var.name, row, len(layout.shape)), layout, value)
+                    shards[var.name] = write_shard(self.shard_path(array, row, len(layout.shape)), layout, value)
                 elif var.dtype == "U":
                     columns[var.name] = str(value)
                 else:
                     columns[var.name] = encode_value(np.asarray(value, dtype=var.dtype))
-            record = _record(row, name, columns, shards, info)
+            record = _record(row, name, columns, shards, {**info, **({"layouts": layouts} if layouts else {})})
             self.journal.append(record)
         return record
 
+    def _layout_of_value(self, var: Var, value: Any) -> Layout:
+        """The first data set's layout where the value fits it, else that of another data set of its size and type."""
+        usual = self.layout(var)
+        if _fits(var, value, usual):
+            return usual
+        shape = (usual.shape[0], *value.shape[1:]) if var.dims[0] == "slot" else tuple(value.shape)
+        own = Layout.of(shape, var.chunk, np.dtype(value.dtype if var.dtype == "input" else var.dtype).str)
+        return own if (self.path / self.array_name(var, own) / "zarr.json").exists() else usual
+
     def _checked(self, var: Var, layout: Layout, value: Any, name: str) -> Any:
-        shape = tuple(value.shape)
-        fits = shape == layout.shape or (var.dims[0] == "slot" and shape[1:] == layout.shape[1:] and shape[0] <= layout.shape[0])
-        if not fits:
+        if not _fits(var, value, layout, of_type=False):
             raise MicrographError(
-                f"{var.name} of {name} has shape {shape}, not {layout.shape} as most of this project.",
+                f"{var.name} of {name} has shape {tuple(value.shape)}, not {layout.shape} as most of its data set.",
                 "movies of different cameras, binnings or frame numbers in one folder, or more than 4096 picks",
-                "process them as projects of their own",
+                "name them as data sets of their own under `inputs`",
             )
-        if not np.can_cast(value.dtype, layout.dtype, "safe" if np.dtype(layout.dtype).kind in "iu" else "same_kind"):
+        if not _fits(var, value, layout):
             raise MicrographError(
-                f"{var.name} of {name} has the type {value.dtype}, not {layout.dtype}, as most of this project.",
+                f"{var.name} of {name} has the type {value.dtype}, not {layout.dtype}, as most of its data set.",
                 "movies of different cameras or conversions in one folder; stored as that type, values would change",
-                "process them as projects of their own",
+                "name them as data sets of their own under `inputs`",
             )
         return np.asarray(value, dtype=layout.dtype) if isinstance(value, np.ndarray) else value
 
     def link(self, other: Generation, records: list[Record]) -> None:
         """Take items over from another generation of the same stage: hard links to its shards, one journal line each (driver only)."""
         with disk_errors(self.path):
-            for record in records:
+            taken = [self._laid_out_here(other, record) for record in records]
+            for theirs, record in zip(records, taken):
                 for name in record["shards"]:
-                    ndim = len(VARIABLES[name].dims)
-                    target = self.shard_path(name, record["row"], ndim)
+                    source, target = other.shard_of(theirs, name), self.shard_of(record, name)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     part = target.with_name(f"{target.name}.{os.getpid()}.part")
                     try:
-                        os.link(other.shard_path(name, record["row"], ndim), part)
+                        os.link(source, part)
                     except OSError:  # a file system without hard links
-                        shutil.copy2(other.shard_path(name, record["row"], ndim), part)
+                        shutil.copy2(source, part)
                     os.replace(part, target)
-            if records:
-                linked = ({**r, **_where(), "linked": other.key, "computed": r.get("computed", r["time"])} for r in records)
+            if taken:
+                linked = ({**r, **_where(), "linked": other.key, "computed": r.get("computed", r["time"])} for r in taken)
                 self.journal.append(*linked)
+
+    def _laid_out_here(self, other: Generation, record: Record) -> Record:
+        """The record of another generation, whose first data set may be another one."""
+        layouts = {}
+        for name in record["shards"]:
+            layout = other.layout(VARIABLES[name], record)
+            if layout != self.layout(VARIABLES[name]):
+                layouts[name] = (layout.shape, layout.dtype)
+        bare = {k: v for k, v in record.items() if k != "layouts"}
+        return {**bare, "layouts": layouts} if layouts else bare
 
     def commit_failure(self, row: int, name: str, error: str, message: str, tries: int, **info: Any) -> None:
         """Quarantine an item: a record like any other, so that it can be listed and undone."""
@@ -306,10 +384,11 @@ class Generation:
         reader = self.bulk_reader(record, name)
         return reader if var.dims[0] == "frame" else reader.read()
 
-    def shard(self, row: int, name: str, length: int | None = None) -> ShardReader:
-        """Reader of an item's shard; ``length`` cuts a ragged item to its own."""
-        layout = self.layout(VARIABLES[name])
-        return ShardReader(self.shard_path(name, row, len(layout.shape)), layout, length)
+    def shard(self, row: int, name: str, length: int | None = None, layout: Layout | None = None) -> ShardReader:
+        """Reader of an item's shard; ``length`` cuts a ragged item to its own, ``layout`` is its own (by default the usual one)."""
+        layout = layout or self.layout(VARIABLES[name])
+        array = self.array_name(VARIABLES[name], layout)
+        return ShardReader(self.shard_path(array, row, len(layout.shape)), layout, length)
 
     def bulk_reader(self, record: Record, name: str) -> ShardReader:
         """Reader of an item's shard; a ragged item is cut to its own length."""
@@ -317,7 +396,7 @@ class Generation:
         if VARIABLES[name].ragged:
             ragged = next((record["columns"][v.name] for v in self.gives if v.kind != "bulk" and v.ragged), None)
             length = int(ragged["shape"][0]) if ragged else None
-        return self.shard(record["row"], name, length)
+        return self.shard(record["row"], name, length, self.layout(VARIABLES[name], record))
 
     def dataset(self) -> xr.Dataset:
         """What is committed, as a lazy Dataset: columns in memory, bulk variables as dask arrays."""
@@ -354,6 +433,14 @@ class Generation:
     def repair(self) -> list[str]:
         """Take the commits of damaged items back, so that the next run makes them again (driver only); their names."""
         return check.repair(self)
+
+
+def _fits(var: Var, value: Any, layout: Layout, *, of_type: bool = True) -> bool:
+    """Whether a value can be stored in a layout without loss."""
+    shape = tuple(value.shape)
+    fits = shape == layout.shape or (var.dims[0] == "slot" and shape[1:] == layout.shape[1:] and shape[0] <= layout.shape[0])
+    casting: Any = "safe" if np.dtype(layout.dtype).kind in "iu" else "same_kind"
+    return fits and (not of_type or np.can_cast(value.dtype, layout.dtype, casting))
 
 
 def _small(gives: list[Var]) -> list[str]:

@@ -212,16 +212,31 @@ class Project:
 
     def dataset_at(self, place: str, label: str) -> xr.Dataset:
         """Dataset of a generation, as the results of step ``label``."""
-        from cryodask.store.datasets import generation_dataset, with_acceptance
-
         generation = self.generation_at(place)
         if not generation.meta["per_item"]:
             return generation.dataset().assign_attrs(label=label, quarantined=0)
-        table = self.table_at(place)
+        return self._items_dataset(generation, self.table_at(place), label)
+
+    def _items_dataset(self, generation: Generation, table: Table, label: str) -> xr.Dataset:
+        from cryodask.store.datasets import generation_dataset, with_acceptance
+
         dataset = generation_dataset(generation, table).assign_attrs(label=label, quarantined=len(table.failures))
         step = self.state.steps.get(label)
         product = step.product("particles") if step is not None else None
         return with_acceptance(dataset, product.threshold) if generation.meta.get("birth") and product is not None else dataset
+
+    def by_image_size(self, label: str) -> list[xr.Dataset]:
+        """The Dataset of a step as one for each size and type of its images, as data sets of several cameras have them.
+
+        ``project[label]`` is that one Dataset where there is one size only; where there are several it has the numbers of all exposures
+        and no images.
+        """
+        generation = self.generation(label)
+        if not generation.meta["per_item"]:
+            return [self[label]]
+        table = self.table(label)
+        sizes = dict.fromkeys(table.layouts.tolist() or [""])
+        return [self._items_dataset(generation, table.take(np.flatnonzero(table.layouts == size)), label) for size in sizes]
 
     def table(self, label: str, names: Iterable[str] | None = None) -> Table:
         """Present items of a per-exposure step as columns, with all of its small variables or those named; failures as records."""

@@ -27,7 +27,7 @@ from cryodask.store.lines import Record, mark_of
 from cryodask.vocabulary import Var
 
 _FILE = "columns.npz"
-_FORMAT = 2
+_FORMAT = 3
 _NUMBERS = ("revision", "attempt", "time")
 _UNREADABLE = (zipfile.BadZipFile, OSError, ValueError, EOFError, RuntimeError, struct.error, zlib.error, lzma.LZMAError)
 """What zipfile raises for damage, depending on the byte; a flipped method makes it call a decompressor."""
@@ -85,13 +85,15 @@ class Table:
     """The records that count of one generation: committed items by row, failures as they are.
 
     ``input`` and ``slice`` are what each was made from: its exposure, and the particles of it that the stage was given. ``stored`` says for
-    every bulk variable which items have a shard; ``texts`` and ``columns`` hold the variables that were asked for.
+    every bulk variable which items have a shard, ``layouts`` (JSON, mostly empty) which are of another size or type than those of the first
+    data set; ``texts`` and ``columns`` hold the variables that were asked for.
     """
 
     row: np.ndarray
     name: np.ndarray
     input: np.ndarray
     slice: np.ndarray
+    layouts: np.ndarray
     numbers: dict[str, np.ndarray]
     stored: dict[str, np.ndarray]
     failures: dict[int, Record]
@@ -113,6 +115,7 @@ class Table:
             name=_objects([r["name"] for r in good]),
             input=_objects([r.get("input") for r in good]),
             slice=_objects([r.get("slice") for r in good]),
+            layouts=_objects([json.dumps(r["layouts"], sort_keys=True) if "layouts" in r else "" for r in good]),
             numbers={n: np.array([r.get(n, 0) for r in good], dtype=types[n]) for n in _NUMBERS},
             stored={v.name: np.array([v.name in r["shards"] for r in good], dtype=bool) for v in gives if v.kind == "bulk"},
             failures={row: r for row, r in records.items() if not r["ok"]},
@@ -133,6 +136,7 @@ class Table:
             self.name[index],
             self.input[index],
             self.slice[index],
+            self.layouts[index],
             {n: v[index] for n, v in self.numbers.items()},
             {n: v[index] for n, v in self.stored.items()},
             self.failures,
@@ -170,6 +174,7 @@ class Table:
             np.concatenate([old.name, new.name]),
             np.concatenate([old.input, new.input]),
             np.concatenate([old.slice, new.slice]),
+            np.concatenate([old.layouts, new.layouts]),
             {n: np.concatenate([v, new.numbers[n]]) for n, v in old.numbers.items()},
             {n: np.concatenate([v, new.stored[n]]) for n, v in old.stored.items()},
             failures | new.failures,
@@ -212,6 +217,7 @@ class Compaction:
             _objects(self.head["name"]),
             _objects(self.head["input"]),
             _objects(self.head["slice"]),
+            _objects(self.head["layouts"]),
             {n: self._array(n) for n in _NUMBERS},
             {n: self._array(f"stored/{n}") for n in self.head["stored"]},
             {r["row"]: r for r in self.head["failures"]},
@@ -244,7 +250,7 @@ class Compaction:
         columns = {n: c for n, c in self._columns.items() if n in wanted}
         texts = {n: t for n, t in self._texts.items() if n in wanted}
         t = self._table
-        return Table(t.row, t.name, t.input, t.slice, t.numbers, t.stored, dict(t.failures), columns, texts)
+        return Table(t.row, t.name, t.input, t.slice, t.layouts, t.numbers, t.stored, dict(t.failures), columns, texts)
 
     def check(self) -> None:
         """Read all of it."""
@@ -260,6 +266,7 @@ def write_compaction(folder: Path, table: Table, contents: JournalContents) -> N
         "name": table.name.tolist(),
         "input": table.input.tolist(),
         "slice": table.slice.tolist(),
+        "layouts": table.layouts.tolist(),
         "stored": sorted(table.stored),
         "columns": sorted(table.columns),
         "texts": sorted(table.texts),
