@@ -35,8 +35,9 @@ from cryodask.run.leaves import cut_leaves, home_of_leaves, settle, traffic
 from cryodask.run.particles import StoredParticles
 from cryodask.stage import Columns, ParticleBlock, ParticleSet, State, Sums
 from cryodask.stages.classify2d import Classify2DParams, classify2d
-from cryodask.store.generation import Generation, Grid
+from cryodask.store.generation import Generation
 from cryodask.store.identity import make_ids
+from cryodask.store.layouts import Grid
 from cryodask.store.particles import ImagePlaces
 
 OUT = Path(__file__).parent / "out"

@@ -142,7 +142,8 @@ def make_project(folder: Path, exposures: int, each: int) -> None:
     from cryodask.run.recipe import make_plan
     from cryodask.run.refs import Refer
     from cryodask.run.results import settle_result
-    from cryodask.store.generation import Generation, Grid
+    from cryodask.store.generation import Generation
+    from cryodask.store.layouts import Grid
     from cryodask.store.project import Project
 
     (folder / "movies").mkdir()

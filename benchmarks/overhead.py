@@ -106,7 +106,8 @@ def tree_seconds() -> float:
 
 
 def make_store(folder: Path) -> Path:
-    from cryodask.store.generation import Generation, Grid
+    from cryodask.store.generation import Generation
+    from cryodask.store.layouts import Grid
 
     shutil.rmtree(folder, ignore_errors=True)
     meta = {"stage": "motion", "version": 1, "params": {}, "recipes": {}, "inputs": {}}

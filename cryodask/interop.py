@@ -62,14 +62,15 @@ def _micrographs(project: Project, out: Path) -> list[Path]:
     image, ctf = project.latest("exposures", "micrograph"), project.latest("exposures", "ctf")
     if image is None:
         return []
-    pictures = project[image]
+    pictures = {str(n): d["micrograph_dw"].sel(micrograph=n) for d in project.by_image_size(image) for n in d["micrograph"].values}
     values = {n: dict(zip(project.micrographs()["micrograph"].values.tolist(), v)) for n, v in _optics(project).items()}
     fits = project[ctf] if ctf is not None and "defocus_u_angstrom" in project[ctf] else None
-    names = [n for n in pictures["micrograph"].values if fits is None or n in set(fits["micrograph"].values)]
+    figures = project[image]
+    names = [n for n in figures["micrograph"].values if fits is None or n in set(fits["micrograph"].values)]
     (out / "micrographs").mkdir(exist_ok=True)
     for name in names:
         pixel = float(values["pixel_size_angstrom"][name])
-        write_mrc(out / "micrographs" / f"{name}.mrc", pictures["micrograph_dw"].sel(micrograph=name).values, pixel)
+        write_mrc(out / "micrographs" / f"{name}.mrc", pictures[name].values, pixel)
     columns: dict[str, Any] = {"micrograph_name": np.array([f"micrographs/{n}.mrc" for n in names], dtype=object)}
     for name in ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast", "pixel_size_angstrom"):
         columns[name] = np.array([float(values[name][n]) for n in names])
@@ -81,8 +82,8 @@ def _micrographs(project: Project, out: Path) -> list[Path]:
             columns[name] = np.array([float(values[name][n]) for n in names])
     if chosen is not None and "ctf_figure_of_merit" in chosen:
         columns["ctf_figure_of_merit"] = chosen["ctf_figure_of_merit"].values
-    if "total_motion" in pictures:
-        moved = pictures.sel(micrograph=names)
+    if "total_motion" in figures:
+        moved = figures.sel(micrograph=names)
         columns |= {"total_motion": moved["total_motion"].values, "early_motion": moved["early_motion"].values}
     if "defocus_u_angstrom" not in columns:
         return []

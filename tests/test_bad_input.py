@@ -398,7 +398,8 @@ def test_a_limit_on_the_size_of_files_is_told_like_a_full_disk(tmp_path):
     code = (
         "import numpy as np, resource, sys\n"
         "from cryodask.errors import DiskFullError\n"
-        "from cryodask.store.generation import Generation, Grid\n"
+        "from cryodask.store.generation import Generation\n"
+        "from cryodask.store.layouts import Grid\n"
         "from pathlib import Path\n"
         "meta = {'stage': 'motion', 'version': 1, 'params': {}, 'recipes': {}, 'inputs': {}}\n"
         "g = Generation.create(Path(sys.argv[1]), meta=meta, gives=('micrograph_sum',), per_item=True,"

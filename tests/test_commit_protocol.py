@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cryodask.store.generation import Generation, Grid
+from cryodask.store.generation import Generation
 from cryodask.store.journal import Journal
+from cryodask.store.layouts import Grid
 from cryodask.store.lines import checked_line
 from cryodask.store.project import Arrival, Project
 from cryodask.store.shards import file_crc, write_shard

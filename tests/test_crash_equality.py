@@ -195,7 +195,8 @@ import numpy as np
 from cryodask.cluster.connect import connect
 from cryodask.errors import ClusterError
 from cryodask.run.map import MapRunner
-from cryodask.store.generation import Generation, Grid
+from cryodask.store.generation import Generation
+from cryodask.store.layouts import Grid
 from cryodask.store.project import Item
 
 folder, address, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])

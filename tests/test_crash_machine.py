@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
-from cryodask.store.generation import Generation, Grid
+from cryodask.store.generation import Generation
+from cryodask.store.layouts import Grid
 from cryodask.store.project import Arrival, Item, Project
 from cryodask.store.shards import file_crc
 from cryodask.store.state import StepState

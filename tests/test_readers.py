@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from cryodask.store.births import TABLE
-from cryodask.store.generation import Generation, Grid
+from cryodask.store.generation import Generation
 from cryodask.store.identity import make_ids
 from cryodask.store.journal import encode_value
+from cryodask.store.layouts import Grid
 from cryodask.store.lines import checked_line
 from cryodask.store.project import Arrival, Project
 from cryodask.store.state import ProductRef, StepState

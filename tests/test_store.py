@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cryodask.errors import DiskFullError, LockedError, MicrographError, StoreError
-from cryodask.store.generation import Generation, Grid, disk_errors, generation_key
+from cryodask.store.generation import Generation, disk_errors, generation_key
 from cryodask.store.journal import Journal, content_crc, decode_value, encode_value
+from cryodask.store.layouts import Grid
 from cryodask.store.project import Arrival, Project
 from cryodask.store.shards import Layout, ShardReader, file_crc, write_shard
 

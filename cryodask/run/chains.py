@@ -21,9 +21,10 @@ from cryodask.run.refs import INPUTS, PARTICLES, Refer, label_of, parts_used, va
 from cryodask.run.slices import Slices
 from cryodask.run.whole import Stored
 from cryodask.store.births import TABLE, Birth
-from cryodask.store.generation import Generation, Grid
+from cryodask.store.generation import Generation
 from cryodask.store.history import births_on_disk, generation_folders
 from cryodask.store.journal import decode_value
+from cryodask.store.layouts import Grid
 from cryodask.store.project import Item, Project
 from cryodask.vocabulary import SLOTS, VARIABLES
 

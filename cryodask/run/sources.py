@@ -17,7 +17,7 @@ from cryodask.errors import CryodaskError, GainError, InputError, MovieError
 from cryodask.run.imports import PicksImport, ProjectImport, TableImport, content_id
 from cryodask.run.recipe import Movies, Plan, Step, list_movies
 from cryodask.store.files import disk_errors, write_atomically
-from cryodask.store.generation import Grid
+from cryodask.store.layouts import Grid
 from cryodask.store.project import Arrival, Item, Project
 from cryodask.vocabulary import SLOTS, VARIABLES
 

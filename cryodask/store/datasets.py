@@ -42,9 +42,15 @@ def generation_dataset(generation: Generation, table: Table) -> xr.Dataset:
         # a movie that is read in place has no shard
         if var.kind == "bulk" and table.stored[var.name].all():
             stored = _stored_items(generation, var, table.row, longest, generation.layout(var, {"layouts": layouts}))
-            variables[var.name] = (("micrograph", *var.dims_in(per_item=True)), stored, describe(var))
+            variables[var.name] = (("micrograph", *_dims_beside(var, stored.shape[1:], variables)), stored, describe(var))
     coords = {"micrograph": table.name, "row": ("micrograph", table.row)}
     return xr.Dataset(variables, coords, attributes)
+
+
+def _dims_beside(var: Var, shape: tuple[int, ...], others: dict[str, Any]) -> tuple[str, ...]:
+    """Dimensions of a variable: an import has boxes beside micrographs, and each has rows and columns."""
+    lengths = {d: n for dims, values, _ in others.values() for d, n in zip(dims, np.shape(values))}
+    return tuple(f"box_{d}" if d in ("y", "x") and lengths.get(d, n) != n else d for d, n in zip(var.dims_in(per_item=True), shape))
 
 
 def _padded(values: np.ndarray, length: int) -> np.ndarray:
@@ -150,7 +156,7 @@ def joined_dataset(project: Project) -> xr.Dataset:
         if not len(tables[label]):
             continue
         dataset = project[label]
-        if "particle_image" in dataset:
+        if "particle_image" in dataset and "y" in dataset["particle_image"].dims:
             dataset = dataset.rename({"y": "box_y", "x": "box_x"})
         dataset = dataset.drop_vars([v for p in parts for v in p.data_vars if v in dataset.data_vars])
         if "slot" in dataset.dims and any("slot" in p.dims for p in parts):

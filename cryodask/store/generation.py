@@ -16,14 +16,15 @@ import socket
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cryodask.errors import MicrographError, StoreError
+from cryodask.errors import StoreError
 from cryodask.store import check
 from cryodask.store.files import disk_errors, fsync_folder, write_atomically
 from cryodask.store.journal import Journal, content_crc, decode_value, encode_value
+from cryodask.store.layouts import Grid, as_stored, create_array, fits, layout_of_value, layout_on, name_of_size
 from cryodask.store.lines import Record
 from cryodask.store.shards import Layout, ShardFile, ShardReader, write_shard
 from cryodask.store.table import Table, TableReader, write_compaction
@@ -32,7 +33,6 @@ from cryodask.vocabulary import VARIABLES, Var
 if TYPE_CHECKING:
     import xarray as xr
 
-_CAPACITY = 1 << 20
 _PARTICLE_CHUNK = 1 << 18
 
 
@@ -40,13 +40,6 @@ def generation_key(parts: dict[str, Any]) -> str:
     """Key of a generation from everything its results depend on."""
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
-
-
-class Grid(NamedTuple):
-    """Lengths of the dimensions of bulk variables, and the types of those that depend on the input."""
-
-    sizes: dict[str, int]
-    dtypes: dict[str, str]
 
 
 class Generation:
@@ -104,9 +97,8 @@ class Generation:
             made._meta = attributes
             if per_item:
                 for var in made._bulk():
-                    layouts = dict.fromkeys(made._layout_on(var, grid) for grid in grids.values())
-                    for layout in layouts:
-                        made._create_array(group, var, layout)
+                    for layout in dict.fromkeys(layout_on(var, grid) for grid in grids.values()):
+                        create_array(group, made.array_name(var, layout), var, layout)
             (part / "journal").mkdir()
             for folder, _, names in os.walk(part):  # zarr syncs nothing, and without its metadata a generation is lost
                 for name in names:
@@ -117,21 +109,6 @@ class Generation:
             os.rename(part, path)
             fsync_folder(path.parent)
         return made
-
-    def _create_array(self, group: Any, var: Var, layout: Layout) -> str:
-        name = self.array_name(var, layout)
-        group.create_array(
-            name,
-            shape=(_CAPACITY, *layout.shape),
-            shards=(1, *layout.padded),
-            chunks=(1, *layout.chunk),
-            dtype=layout.dtype,
-            compressors=layout.zarr_codecs() or None,
-            filters=None,
-            dimension_names=("micrograph", *var.dims_in(per_item=True)),
-            attributes={"units": var.units, "long_name": var.doc},
-        )
-        return name
 
     def _admit(self, grids: Mapping[str, Grid]) -> None:
         """Arrays for data sets whose images have another size than those known so far."""
@@ -146,9 +123,10 @@ class Generation:
         group = zarr.open_group(self.path, mode="a")
         with disk_errors(self.path):
             for var in self._bulk() if self.meta["per_item"] else ():
-                for layout in dict.fromkeys(self._layout_on(var, grid) for grid in added.values()):
-                    if not (self.path / self.array_name(var, layout) / "zarr.json").exists():
-                        folder = self.path / self._create_array(group, var, layout)
+                for layout in dict.fromkeys(layout_on(var, grid) for grid in added.values()):
+                    folder = self.path / self.array_name(var, layout)
+                    if not (folder / "zarr.json").exists():
+                        create_array(group, folder.name, var, layout)
                         fsync_folder(folder / "zarr.json")
                         fsync_folder(folder)
             document = json.loads((self.path / "zarr.json").read_text())
@@ -204,17 +182,11 @@ class Generation:
         own = (record or {}).get("layouts", {}).get(var.name)
         if own is not None:
             return Layout.of(tuple(own[0]), var.chunk, own[1])
-        return self._layout_on(var, Grid(self.meta["sizes"], self.meta["dtypes"]))
-
-    def _layout_on(self, var: Var, grid: Grid) -> Layout:
-        shape = tuple(grid.sizes.get(f"{var.name}.{d}", grid.sizes.get(d)) for d in var.dims)
-        return Layout.of(shape, var.chunk, np.dtype(grid.dtypes.get(var.name, var.dtype)).str)  # type: ignore[arg-type]
+        return layout_on(var, Grid(self.meta["sizes"], self.meta["dtypes"]))
 
     def array_name(self, var: Var, layout: Layout) -> str:
         """Name of the Zarr array for a layout: that of the variable, with size and type where another data set came first."""
-        if layout == self.layout(var):
-            return var.name
-        return f"{var.name}.{'x'.join(map(str, layout.shape))}.{np.dtype(layout.dtype).name}"
+        return var.name if layout == self.layout(var) else name_of_size(var, layout)
 
     def shard_path(self, name: str, row: int, ndim: int) -> Path:
         """Where zarr expects the one shard of an item, in the array called ``name``."""
@@ -244,7 +216,7 @@ class Generation:
                     array = self.array_name(var, layout)
                     if array != var.name:
                         layouts[var.name] = (layout.shape, layout.dtype)
-                    value = self._checked(var, layout, value, name)
+                    value = as_stored(var, layout, value, name)
                     shards[var.name] = write_shard(self.shard_path(array, row, len(layout.shape)), layout, value)
                 elif var.dtype == "U":
                     columns[var.name] = str(value)
@@ -257,26 +229,10 @@ class Generation:
     def _layout_of_value(self, var: Var, value: Any) -> Layout:
         """The first data set's layout where the value fits it, else that of another data set of its size and type."""
         usual = self.layout(var)
-        if _fits(var, value, usual):
+        if fits(var, value, usual):
             return usual
-        shape = (usual.shape[0], *value.shape[1:]) if var.dims[0] == "slot" else tuple(value.shape)
-        own = Layout.of(shape, var.chunk, np.dtype(value.dtype if var.dtype == "input" else var.dtype).str)
+        own = layout_of_value(var, value)
         return own if (self.path / self.array_name(var, own) / "zarr.json").exists() else usual
-
-    def _checked(self, var: Var, layout: Layout, value: Any, name: str) -> Any:
-        if not _fits(var, value, layout, of_type=False):
-            raise MicrographError(
-                f"{var.name} of {name} has shape {tuple(value.shape)}, not {layout.shape} as most of its data set.",
-                "movies of different cameras, binnings or frame numbers in one folder, or more than 4096 picks",
-                "name them as data sets of their own under `inputs`",
-            )
-        if not _fits(var, value, layout):
-            raise MicrographError(
-                f"{var.name} of {name} has the type {value.dtype}, not {layout.dtype}, as most of its data set.",
-                "movies of different cameras or conversions in one folder; stored as that type, values would change",
-                "name them as data sets of their own under `inputs`",
-            )
-        return np.asarray(value, dtype=layout.dtype) if isinstance(value, np.ndarray) else value
 
     def link(self, other: Generation, records: list[Record]) -> None:
         """Take items over from another generation of the same stage: hard links to its shards, one journal line each (driver only)."""
@@ -433,14 +389,6 @@ class Generation:
     def repair(self) -> list[str]:
         """Take the commits of damaged items back, so that the next run makes them again (driver only); their names."""
         return check.repair(self)
-
-
-def _fits(var: Var, value: Any, layout: Layout, *, of_type: bool = True) -> bool:
-    """Whether a value can be stored in a layout without loss."""
-    shape = tuple(value.shape)
-    fits = shape == layout.shape or (var.dims[0] == "slot" and shape[1:] == layout.shape[1:] and shape[0] <= layout.shape[0])
-    casting: Any = "safe" if np.dtype(layout.dtype).kind in "iu" else "same_kind"
-    return fits and (not of_type or np.can_cast(value.dtype, layout.dtype, casting))
 
 
 def _small(gives: list[Var]) -> list[str]:

@@ -1,0 +1,90 @@
+"""Sizes and types of the images of a generation: one Zarr array for each, for data sets of several cameras in one project."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cryodask.errors import MicrographError
+from cryodask.store.shards import Layout
+from cryodask.vocabulary import SLOTS, Var
+
+_CAPACITY = 1 << 20
+"""Exposures that an array has room for; an array costs nothing where it is empty."""
+
+
+class Grid(NamedTuple):
+    """Lengths of the dimensions of bulk variables, and the types of those that depend on the input."""
+
+    sizes: dict[str, int]
+    dtypes: dict[str, str]
+
+
+def layout_on(var: Var, grid: Grid) -> Layout:
+    """Layout of a bulk variable in a data set."""
+    shape = tuple(grid.sizes.get(f"{var.name}.{d}", grid.sizes.get(d)) for d in var.dims)
+    return Layout.of(shape, var.chunk, np.dtype(grid.dtypes.get(var.name, var.dtype)).str)  # type: ignore[arg-type]
+
+
+def layout_of_value(var: Var, value: Any) -> Layout:
+    """Layout that a value has of itself."""
+    shape = (SLOTS, *value.shape[1:]) if var.dims[0] == "slot" else tuple(value.shape)
+    return Layout.of(shape, var.chunk, np.dtype(value.dtype if var.dtype == "input" else var.dtype).str)
+
+
+def name_of_size(var: Var, layout: Layout) -> str:
+    """Name of the array for items of another size or type than those of the first data set, as ``movie.40x4092x5760.uint8``."""
+    return f"{var.name}.{'x'.join(map(str, layout.shape))}.{np.dtype(layout.dtype).name}"
+
+
+def create_array(group: Any, name: str, var: Var, layout: Layout) -> None:
+    """Make an array of a Zarr group with room for every exposure, one shard each."""
+    group.create_array(
+        name,
+        shape=(_CAPACITY, *layout.shape),
+        shards=(1, *layout.padded),
+        chunks=(1, *layout.chunk),
+        dtype=layout.dtype,
+        compressors=layout.zarr_codecs() or None,
+        filters=None,
+        dimension_names=("micrograph", *var.dims_in(per_item=True)),
+        attributes={"units": var.units, "long_name": var.doc},
+    )
+
+
+def fits(var: Var, value: Any, layout: Layout) -> bool:
+    """Whether a value can be stored in a layout without loss."""
+    return _has_shape(var, value, layout) and _has_type(value, layout)
+
+
+def _has_shape(var: Var, value: Any, layout: Layout) -> bool:
+    shape = tuple(value.shape)
+    return shape == layout.shape or (var.dims[0] == "slot" and shape[1:] == layout.shape[1:] and shape[0] <= layout.shape[0])
+
+
+def _has_type(value: Any, layout: Layout) -> bool:
+    return np.can_cast(value.dtype, layout.dtype, "safe" if np.dtype(layout.dtype).kind in "iu" else "same_kind")
+
+
+def as_stored(var: Var, layout: Layout, value: Any, name: str) -> Any:
+    """The value of exposure ``name`` as it is written; a movie stays what it is.
+
+    Raises
+    ------
+    MicrographError
+        Where it does not fit the layout.
+    """
+    if not _has_shape(var, value, layout):
+        raise MicrographError(
+            f"{var.name} of {name} has shape {tuple(value.shape)}, not {layout.shape} as most of its data set.",
+            "movies of different cameras, binnings or frame numbers in one folder, or more than 4096 picks",
+            "name them as a data set of their own under `inputs`",
+        )
+    if not _has_type(value, layout):
+        raise MicrographError(
+            f"{var.name} of {name} has the type {value.dtype}, not {layout.dtype}, as most of its data set.",
+            "movies of different cameras or conversions in one folder; stored as that type, values would change",
+            "name them as a data set of their own under `inputs`",
+        )
+    return np.asarray(value, dtype=layout.dtype) if isinstance(value, np.ndarray) else value
