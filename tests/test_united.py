@@ -12,10 +12,13 @@ import yaml
 import zarr
 from test_identity import ids, write
 
+from cryodask.errors import InputError
+from cryodask.formats.mrc import write_mrc
 from cryodask.formats.star import read_particle_table
 from cryodask.interop import export_relion
 from cryodask.report import write_report
 from cryodask.run.execute import run_plan
+from cryodask.run.preview import preview
 from cryodask.run.recipe import draft_plan, make_plan
 from cryodask.simulate import SessionParams, simulate_session
 from cryodask.stages.motion import motion
@@ -374,3 +377,55 @@ def test_picks_that_a_person_adds_moves_and_removes(session, client, tmp_path):
         client,
     )
     assert (ids(again, "edit_picks") == after["particle_id"].values).all()
+
+
+def _stacks(folder: Path, *, seed: int) -> None:
+    """Three micrographs of four particles of noise each, and two selections of them that overlap."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    head = "\ndata_particles\n\nloop_\n_rlnImageName #1\n_rlnMicrographName #2\n_rlnDefocusU #3\n_rlnDefocusV #4\n_rlnDefocusAngle #5\n"
+    head += "_rlnOpticsGroup #6\n"
+    optics = "data_optics\n\nloop_\n_rlnOpticsGroup #1\n_rlnVoltage #2\n_rlnSphericalAberration #3\n_rlnAmplitudeContrast #4\n"
+    optics += "_rlnImagePixelSize #5\n_rlnImageSize #6\n_rlnImageDimensionality #7\n1 300 2.7 0.1 4.0 16 2\n"
+    rows = []
+    for m in range(3):
+        write_mrc(folder / f"m{m}.mrcs", rng.standard_normal((4, 16, 16)).astype(np.float32), 4.0, stack=True)
+        rows += [f"{i + 1:06d}@m{m}.mrcs m{m}.mrc {10000 + m} {9900 + m} 30 1" for i in range(4)]
+    (folder / "first.star").write_text(optics + head + "\n".join(rows[:9]) + "\n")
+    (folder / "second.star").write_text(optics + head + "\n".join(reversed(rows[6:])) + "\n")
+
+
+def test_tables_of_the_same_stacks_are_of_the_same_exposures_and_a_moved_table_computes_nothing(client, tmp_path):
+    _stacks(tmp_path / "there", seed=1)
+    (tmp_path / "work").mkdir()
+
+    def pipeline(where: Path):
+        both = [{f"import_particles as {n}": {"star": str(where / f"{n}.star")}} for n in ("first", "second")]
+        return [*both, {"select": {"where": "defocus_u_angstrom > 10000.5"}}]
+
+    def done(where: Path, more=()) -> Project:
+        (tmp_path / "work" / "p.yaml").write_text(yaml.safe_dump({"name": "p", "pipeline": [*pipeline(where), *more]}))
+        return run_plan(make_plan(tmp_path / "work" / "p.yaml"), client)
+
+    project = done(tmp_path / "there")
+    assert project.failures() == []
+    assert sorted(item.name for item in project.items()) == ["m0", "m1", "m2"]
+    assert [project.particles(label).sizes["particle"] for label in ("first", "second", "select")] == [9, 6, 6]
+    with pytest.raises(InputError, match="first and second were picked or imported apart and share 2 exposures"):
+        done(tmp_path / "there", [{"merge": {"from": {"particles": ["first", "second"]}}}])
+    before = {label: (project.state.steps[label].place, ids(project, label).tolist()) for label in project.stages}
+    times = {label: {r["name"]: r["time"] for r in project.records(label).values()} for label in project.stages}
+    shutil.move(tmp_path / "there", tmp_path / "elsewhere")
+    moved = done(tmp_path / "elsewhere")
+    assert {label: (moved.state.steps[label].place, ids(moved, label).tolist()) for label in moved.stages} == before
+    assert {label: {r["name"]: r["time"] for r in moved.records(label).values()} for label in moved.stages} == times
+
+
+def test_tables_of_two_sessions_with_the_same_names_are_not_taken_for_one(tmp_path):
+    for n, folder in enumerate(("a", "b")):
+        _stacks(tmp_path / folder, seed=n)
+    both = [{f"import_particles as {n}": {"star": f"{n}/first.star"}} for n in ("a", "b")]
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump({"name": "p", "pipeline": [*both, {"merge": {"from": {"particles": ["a", "b"]}}}]}))
+    said = preview(make_plan(tmp_path / "p.yaml")).problems
+    assert len(said) == 1
+    assert "Two inputs would both be called m0" in said[0]

@@ -30,7 +30,7 @@ from cryodask.run.graph_chain import (
     used_parts,
     written,
 )
-from cryodask.run.graph_checks import check_input, check_step, lacking, unused
+from cryodask.run.graph_checks import check_input, check_step, lacking, of_another_table, unused
 from cryodask.run.graph_facts import give, order_of, point_group
 from cryodask.run.graph_from import check_form, read_from
 from cryodask.run.graph_rules import FILLED_FIRST, missing, take
@@ -253,7 +253,7 @@ class _Reading:
                 continue
             if not found:
                 taken = take(self.chain, draft, port)
-                if taken is None or (port.optional and lacking(draft, port, taken)):
+                if taken is None or (port.optional and (lacking(draft, port, taken) or of_another_table(draft, port, taken))):
                     if not port.optional:
                         raise missing(self.chain, draft, port)
                     continue

@@ -34,6 +34,12 @@ def lacking(draft: Draft, port: Port, product: Product) -> str | None:
     return None
 
 
+def of_another_table(draft: Draft, port: Port, product: Product) -> bool:
+    """Whether the exposures stand for the rows of another import's table: particles that are imported beside them are not theirs."""
+    born_here = draft.stage.port("particles") is None and draft.stage.gives_birth(draft.params)
+    return born_here and port.type == "exposures" and not {"frames", "micrograph"} & set(product.parts)
+
+
 def check_input(chain: Chain, draft: Draft, port: Port, product: Product) -> None:
     """Refuse a product that lacks a part, or is not of the kind that the port takes."""
     part = lacking(draft, port, product)

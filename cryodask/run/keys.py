@@ -23,6 +23,7 @@ from cryodask.products import COLLECTIONS
 from cryodask.run.inputs import StepInputs
 from cryodask.run.recipe import Plan, Step, marked_fields
 from cryodask.run.refs import INPUTS, Refer, givers_of, label_of, parts_used, united_parts, variable_sources
+from cryodask.run.sources import source_name
 from cryodask.stage import SourceFileMark
 from cryodask.store.generation import Generation, generation_key
 from cryodask.store.identity import rows_in
@@ -73,7 +74,7 @@ class Keys:
             out[name] = [content_hash(p) for p in paths]
         for name in marked_fields(type(step.params), SourceFileMark):
             if out.get(name):
-                out[name] = self.plan.relative(out[name])
+                out[name] = source_name(self.plan, self.project.state, out[name])
         if step.stage.threshold:
             out.pop(step.stage.threshold, None)
         return out

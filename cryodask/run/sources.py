@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -15,10 +16,12 @@ import numpy as np
 
 from cryodask.errors import CryodaskError, GainError, InputError, MovieError
 from cryodask.run.imports import PicksImport, ProjectImport, TableImport, content_id
-from cryodask.run.recipe import Movies, Plan, Step, list_movies
+from cryodask.run.recipe import Movies, Plan, Step, list_movies, marked_fields
+from cryodask.stage import SourceFileMark
 from cryodask.store.files import disk_errors, write_atomically
 from cryodask.store.layouts import Grid
 from cryodask.store.project import Arrival, Item, Project
+from cryodask.store.state import ProjectState
 from cryodask.vocabulary import SLOTS, VARIABLES
 
 _PROBED = 5
@@ -47,12 +50,26 @@ def list_exposures(plan: Plan, project: Project | None) -> list[Arrival]:
         elif kind == "import_micrographs":
             out += _micrographs(plan, step, files)
         elif kind == "import_particles" and ("exposures", "exposures") in step.outputs:
-            out += _particles(plan, step)
+            out = _with_source(out, _particles(plan, project, step), step.label)
         elif kind == "import_project":
             out = _joined(out, ProjectImport(step, None).exposures(), step.label)
     if not out and any(step.stage.shape == "map" for step in plan.steps) and not (project is not None and project.items()):
         raise InputError("The inputs hold nothing to process.", "a table is empty, or a pattern matches nothing", "check inputs")
     return _distinct(out)
+
+
+def _with_source(arrivals: list[Arrival], more: list[Arrival], label: str) -> list[Arrival]:
+    """Exposures with those of a further table: a micrograph whose images lie in the same stack is one exposure with two sources."""
+    place = {(a.name, a.inputs.get("stack_path")): i for i, a in enumerate(arrivals) if "stack_path" in a.inputs}
+    out = list(arrivals)
+    for arrival in more:
+        at = place.get((arrival.name, arrival.inputs.get("stack_path")))
+        if at is None:
+            out.append(arrival)
+        else:
+            old = out[at]
+            out[at] = Arrival(old.name, old.content, {**old.inputs, "source": f"{old.inputs['source']}|{label}"})
+    return out
 
 
 def _joined(arrivals: list[Arrival], items: list[Item], label: str) -> list[Arrival]:
@@ -137,15 +154,15 @@ def _empty(star: Path) -> InputError:
     return InputError(f"{star} lists nothing.", "its table is empty", "write it again, or give another")
 
 
-def _particles(plan: Plan, step: Step) -> list[Arrival]:
+def _particles(plan: Plan, project: Project | None, step: Step) -> list[Arrival]:
     """The micrographs that a particle table names; each stands for its particles, whatever the order of the file."""
     found = TableImport(step)
     if not len(found.table):
         raise _empty(Path(step.params.star))
-    path = plan.relative(step.params.star)
+    path = source_name(plan, project.state if project is not None else None, step.params.star)
     out = []
     for code, name in enumerate(found.table.micrographs):
-        inputs: dict[str, Any] = {"particles_path": path, "micrograph_name": name, "source": step.label}
+        inputs: dict[str, Any] = {"micrograph_name": name, "source": step.label}
         stack = found.stack_of(code)
         if stack is not None:
             inputs["stack_path"] = plan.relative(stack)
@@ -269,6 +286,21 @@ def check_readable(plan: Plan, arrivals: list[Arrival]) -> None:
         raise InputError(
             f"None of the {len(mine)} inputs can be read. The first: {failure.what}", failure.usual_reason, failure.way_out
         ) from failure
+
+
+def source_name(plan: Plan, state: ProjectState | None, path: str) -> str:
+    """Name under which the project knows a file or folder that an import reads: its first path, wherever it was moved since."""
+    relative = plan.relative(path)
+    if state is None:
+        return relative
+    content = _content(path, os.path.getsize(path), os.path.getmtime(path)) if os.path.isfile(path) else ""
+    named = [getattr(s.params, n) for s in plan.steps for n in marked_fields(type(s.params), SourceFileMark)]
+    return state.source_name(relative, content, {plan.relative(p) for p in named if p})
+
+
+@functools.lru_cache(maxsize=64)
+def _content(path: str, size: int, mtime: float) -> str:
+    return content_id(Path(path), size)
 
 
 def input_values(plan: Plan, inputs: dict[str, Any]) -> dict[str, Any]:

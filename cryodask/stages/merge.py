@@ -13,7 +13,7 @@ from cryodask.errors import InputError
 from cryodask.products import ORIGINS, Product
 from cryodask.stage import Output, Params, SetView, port, stage
 from cryodask.stages._sets import exposures_of
-from cryodask.store.identity import birth_of, place_of
+from cryodask.store.identity import birth_of, place_of, row_of
 
 REASONS = {1: "a particle of an earlier source lies nearer than nearer_than_angstrom"}
 """Meaning of the numbers in ``removal_reason``."""
@@ -92,7 +92,9 @@ def merge(params: MergeParams, inputs: dict[str, list[SetView]]) -> dict[str, An
             "look at the steps that gave these sets",
         )
     dropped = np.zeros(len(ids), bool)
-    if params.nearer_than_angstrom is not None and len(np.unique(birth_of(ids))) > 1:
+    if params.nearer_than_angstrom is None:
+        _refuse_picked_apart(sets)
+    elif len(np.unique(birth_of(ids))) > 1:
         lacking = [s.name for s in sets if "position" not in s.parts]
         if lacking:
             raise InputError(
@@ -263,6 +265,25 @@ def _by_preference(sets: Sequence[SetView], prefer: str | None) -> list[SetView]
     if place is None:
         raise InputError(f"merge prefers {prefer!r}, which is not one of its sources.", "", f"name one of {', '.join(names)}")
     return [sets[place], *(s for i, s in enumerate(sets) if i != place)]
+
+
+def _refuse_picked_apart(sets: Sequence[SetView]) -> None:
+    """Pooled projects and imported tables may turn out to hold the same exposures, which no plan knows."""
+    births = [np.unique(birth_of(s.ids)) for s in sets]
+    for i, a in enumerate(sets):
+        for j in range(i + 1, len(sets)):
+            b = sets[j]
+            only_a = np.unique(row_of(a.ids[~np.isin(birth_of(a.ids), births[j])]))
+            only_b = np.unique(row_of(b.ids[~np.isin(birth_of(b.ids), births[i])]))
+            shared = int(np.isin(only_a, only_b).sum())
+            if shared:
+                raise InputError(
+                    f"{a.name} and {b.name} were picked or imported apart and share {shared:,} exposures, so one particle may be in both, "
+                    "and in both half-sets.",
+                    "two pickers, or two selections of one session",
+                    "give nearer_than_angstrom (say, half the diameter): of two that are nearer, the first source's is kept; "
+                    "join tables of images without coordinates in one STAR file before they are imported",
+                )
 
 
 def _near_an_earlier_one(sets: Sequence[SetView], ids: np.ndarray, limit_angstrom: float) -> np.ndarray:

@@ -67,13 +67,20 @@ class Choice(BaseModel):
     place: str
 
 
+class Source(BaseModel):
+    """A file that an import reads: its first path, and what it holds (size and a checksum) as the last run found it."""
+
+    name: str
+    content: str
+
+
 class ProjectState(BaseModel):
     """Everything that ``project.json`` holds.
 
     ``home`` is the folder of the project file, seen from the project: paths of inputs are relative to it. ``constants`` are optics and
     dose of each data set, by its name; ``gain`` the stored gain references. ``births`` are the numbers of births by identity key, given
     once. ``again`` counts how often a step was asked to be computed anew. ``kept`` are names that people gave to generations,
-    ``choices`` numbers of classes that they chose.
+    ``choices`` numbers of classes that they chose. ``sources`` are the files of imports by path.
     """
 
     format: int = FORMAT
@@ -87,6 +94,7 @@ class ProjectState(BaseModel):
     again: dict[str, int] = Field(default_factory=dict)
     kept: dict[str, str] = Field(default_factory=dict)
     choices: dict[str, Choice] = Field(default_factory=dict)
+    sources: dict[str, Source] = Field(default_factory=dict)
     steps: dict[str, StepState] = Field(default_factory=dict)
 
     # --- verbs --------------------------------------------------------------------------------------------------------------
@@ -117,6 +125,22 @@ class ProjectState(BaseModel):
                 )
             self.births[identity] = number
         return self.births[identity]
+
+    def source_name(self, path: str, content: str, in_use: set[str]) -> str:
+        """The name of a source: that of the path where it was first read; ``in_use`` are the paths that the project file names now."""
+        if path in self.sources:
+            if content:
+                self.sources[path].content = content
+            return self.sources[path].name
+        moved = next((p for p, s in self.sources.items() if p not in in_use and s.content == content), None) if content else None
+        if moved is not None:
+            self.sources[path] = self.sources.pop(moved)
+            return self.sources[path].name
+        name, taken = path, {s.name for s in self.sources.values()}
+        while name in taken:
+            name += "'"
+        self.sources[path] = Source(name=name, content=content)
+        return name
 
     # --- disk ---------------------------------------------------------------------------------------------------------------
     @classmethod
