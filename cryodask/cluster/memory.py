@@ -13,6 +13,9 @@ from distributed.scheduler import TaskState
 from cryodask.cluster.charging import ChargingScheduler
 from cryodask.cluster.lanes import LaneQueue, Share
 
+RESIDENTS_METRIC = "cryodask-residents"
+"""What worker processes keep between tasks, in the heartbeats of workers: bytes by client."""
+
 
 class LaneMemory(SchedulerPlugin):
     """Bytes of results in memory, as the scheduler knows them: each result once, however many copies there are.
@@ -30,6 +33,7 @@ class LaneMemory(SchedulerPlugin):
         self._scheduler, self.shares = scheduler, dict(shares)
         self._held: dict[Any, tuple[str, int]] = {}
         self.bytes: dict[str, int] = {}
+        self._kept: dict[str, dict[str, int]] = {}  # by worker and lane
         self.full: set[str] = set()
 
     def count(self, ts: TaskState, lane: str) -> None:
@@ -46,9 +50,25 @@ class LaneMemory(SchedulerPlugin):
             self.bytes[entry[0]] -= entry[1]
             self._compare(entry[0])
 
+    def keep(self, worker: str, by_lane: dict[str, int]) -> None:
+        """What a worker's runs keep between tasks, as its last heartbeat said."""
+        lanes = {*self._kept.get(worker, ()), *by_lane}
+        self._kept[worker] = by_lane
+        for lane in lanes:
+            self._compare(lane)
+
+    def total(self) -> dict[str, int]:
+        """Bytes of results and of what runs keep on workers, by lane."""
+        out = dict(self.bytes)
+        for by_lane in self._kept.values():
+            for lane, size in by_lane.items():
+                out[lane] = out.get(lane, 0) + size
+        return out
+
     def _compare(self, lane: str) -> None:
         limit = self.shares.get(lane, 0.0) * sum(ws.memory_limit for ws in self._scheduler.workers.values())
-        if limit and self.bytes[lane] > limit:
+        held = self.bytes.get(lane, 0) + sum(by_lane.get(lane, 0) for by_lane in self._kept.values())
+        if limit and held > limit:
             if lane not in self.full:
                 self.full.add(lane)
                 self._scheduler.tell_lane(
@@ -88,6 +108,7 @@ class LaneMemory(SchedulerPlugin):
 
     def remove_worker(self, scheduler: Scheduler, worker: str, **kwargs: Any) -> None:
         """As told by distributed."""
+        self._kept.pop(worker, None)
         self.add_worker(scheduler, worker)
 
 
@@ -125,8 +146,8 @@ class CappingScheduler(ChargingScheduler):
         return set(self._memory.full)
 
     def memory_by_lane(self) -> dict[str, int]:
-        """Bytes of results in memory, by lane (empty without ``memory_share``)."""
-        return dict(self._memory.bytes)
+        """Bytes of results in memory and of what runs keep on workers, by lane (empty without ``memory_share``)."""
+        return self._memory.total()
 
     def is_kept_back(self, ts: TaskState, leaf: Share) -> bool:
         """Whether a ready task would bring new results into a full lane: what has inputs in memory may free them, and goes on."""
@@ -149,6 +170,18 @@ class CappingScheduler(ChargingScheduler):
     def look_again(self) -> None:
         """Tasks that could not be sent before may be sent now."""
         self._fresh = True
+
+    def heartbeat_worker(self, *, address: str, metrics: dict[str, Any], **rest: Any) -> dict[str, Any]:
+        """As distributed's; what a worker's runs keep between tasks counts for their lanes."""
+        answer: dict[str, Any] = super().heartbeat_worker(address=address, metrics=metrics, **rest)
+        if self._memory.shares and RESIDENTS_METRIC in metrics:
+            by_lane: dict[str, int] = {}
+            for client, size in metrics[RESIDENTS_METRIC].items():
+                if client in self.clients:
+                    lane = self.path_of_client(client)[0]
+                    by_lane[lane] = by_lane.get(lane, 0) + size
+            self._memory.keep(address, by_lane)
+        return answer
 
     def update_data(self, *, who_has: dict[Any, list[str]], nbytes: dict[Any, int], client: str | None = None) -> None:
         """As distributed's; scattered data counts for the lane of who scattered it."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,10 +27,10 @@ from cryodask.run.health import Watch
 from cryodask.run.isolation import blamed_at_first_death
 from cryodask.run.leaves import Leaf, cut_leaves, home_of_leaves, merges, settle
 from cryodask.run.particles import StoredParticles
+from cryodask.run.residents import RESIDENTS, Run, new_run, release, release_everywhere
 from cryodask.stage import Columns, Metrics, ParticleBlock, ParticleSet, State, Sums
 from cryodask.store.generation import disk_errors
 
-_CACHE_BYTES = 4 << 30
 _DEATHS_ALLOWED = 5
 
 
@@ -72,47 +71,15 @@ class BlockJob:
 
 
 # --- the arithmetic of an iteration, the same in a worker and in this process ----------------------------------------------
-_CACHE: OrderedDict[Any, Any] = OrderedDict()
-
-
-def _cached(key: Any, make: Callable[[], Any]) -> Any:
-    if key in _CACHE:
-        _CACHE.move_to_end(key)
-        return _CACHE[key]
-    value = make()
-    _CACHE[key] = value
-    while len(_CACHE) > 1 and sum(map(_size, _CACHE.values())) > _CACHE_BYTES:
-        _CACHE.popitem(last=False)
-    return value
-
-
-def _size(value: Any) -> int:
-    if isinstance(value, dict):
-        return sum(map(_size, value.values()))
-    if isinstance(value, list | tuple):
-        return sum(map(_size, value))
-    if hasattr(value, "__dict__"):
-        return sum(map(_size, vars(value).values()))
-    size = getattr(value, "nbytes", 0)
-    return int(size) if isinstance(size, int) else 0
-
-
-def _expect(job: BlockJob, token: str, state: State, leaf: Leaf, previous: Columns, device: str) -> tuple[Sums, dict[int, Columns]]:
+def _expect(job: BlockJob, run: Run, state: State, leaf: Leaf, previous: Columns, device: str) -> tuple[Sums, dict[int, Columns]]:
     f, p = job.functions, job.params
-    round_ = (token, "shared", leaf.half)
-    stamp = int(state["iteration"]), device
-    held = _CACHE.get(round_)
-    if held is None or held[0] != stamp:
-        _CACHE.pop(round_, None)
-        held = _cached(round_, lambda: (stamp, f.prepare(p, state, leaf.half, device)))
-    place = (token, "leaf", leaf.number)
-    key = f.cache_key(p, state), device
-    kept = _CACHE.get(place)
-    if kept is None or kept[0] != key:
-        _CACHE.pop(place, None)
-        kept = _cached(place, lambda: (key, f.load(p, state, job.particles.block(leaf.index, leaf.half), device)))
-    _CACHE.move_to_end(place)
-    sums, columns = f.expect(p, state, held[1], kept[1], previous, device)
+    iteration = int(state["iteration"]), device
+    shared = RESIDENTS.get(run, ("shared", leaf.half), lambda: f.prepare(p, state, leaf.half, device), stamp=iteration)
+    loaded = f.cache_key(p, state), device
+    block = RESIDENTS.get(
+        run, ("leaf", leaf.number), lambda: f.load(p, state, job.particles.block(leaf.index, leaf.half), device), stamp=loaded
+    )
+    sums, columns = f.expect(p, state, shared, block, previous, device)
     return sums, {leaf.number: columns}
 
 
@@ -148,7 +115,7 @@ def iterate_here(
 ) -> dict[str, Any]:
     """Run a blocks stage to its end in this process; same leaves, same tree, same bits as on workers with one thread."""
     job = BlockJob("here", functions, params, particles)
-    token = f"here-{os.urandom(4).hex()}"
+    run = Run("", os.urandom(4).hex())
     leaves = cut_leaves(particles.set, functions.halves)
     state = functions.start(params, particles.set, inputs or {})
     columns: Columns = {}
@@ -156,48 +123,35 @@ def iterate_here(
         sums: dict[int, tuple[Sums, dict[int, Columns]]] = {}
         for leaf in leaves:
             previous = {name: values[leaf.index] for name, values in columns.items()}
-            sums[leaf.number] = _expect(job, token, state, leaf, previous, device)
+            sums[leaf.number] = _expect(job, run, state, leaf, previous, device)
         for half in range(functions.halves):
             for merge in merges(leaves, half):
                 sums[merge.left] = _merge(sums[merge.left], sums.pop(merge.right))
         columns = _joined_columns(particles.set, leaves, {k: v for part in sums.values() for k, v in part[1].items()})
         state, metrics = functions.maximise(params, state, [part[0] for part in sums.values()], device)
         on_iteration(state, metrics, columns)
-    for key in [k for k in _CACHE if k[0] == token]:
-        del _CACHE[key]
+    release(run)
     return functions.result(params, state, columns)
 
 
 # --- on workers ------------------------------------------------------------------------------------------------------------------
-_STATES: OrderedDict[str, Any] = OrderedDict()
+def _job_and_state(run: Run, job_path: str, state_path: str) -> tuple[BlockJob, State]:
+    job = RESIDENTS.get(run, "job", lambda: cloudpickle.loads(Path(job_path).read_bytes()))
+    return job, RESIDENTS.get(run, "state", lambda: read_state(Path(state_path)), stamp=state_path)
 
 
-def _load_job(path: str) -> tuple[BlockJob, str]:
-    if path not in _STATES:
-        _STATES[path] = cloudpickle.loads(Path(path).read_bytes())
-    return _STATES[path], path
-
-
-def _load_state(path: str) -> State:
-    if path not in _STATES:
-        for old in [k for k in _STATES if k.endswith(".npz")][:-1]:
-            del _STATES[old]
-        _STATES[path] = read_state(Path(path))
-    return _STATES[path]
-
-
-def _expect_task(job_path: str, state_path: str, device: str, leaf: Leaf, previous: Columns) -> tuple[Sums, dict[int, Columns]]:
+def _expect_task(run: Run, job_path: str, state_path: str, device: str, leaf: Leaf, previous: Columns) -> tuple[Sums, dict[int, Columns]]:
     make_ready(device)
-    job, token = _load_job(job_path)
-    return _expect(job, token, _load_state(state_path), leaf, previous, device)
+    job, state = _job_and_state(run, job_path, state_path)
+    return _expect(job, run, state, leaf, previous, device)
 
 
 def _maximise_task(
-    job_path: str, state_path: str, device: str, *parts: tuple[Sums, dict[int, Columns]]
+    run: Run, job_path: str, state_path: str, device: str, *parts: tuple[Sums, dict[int, Columns]]
 ) -> tuple[State, Metrics, dict[int, Columns]]:
     make_ready(device)
-    job, _ = _load_job(job_path)
-    state, metrics = job.functions.maximise(job.params, _load_state(state_path), [p[0] for p in parts], device)
+    job, before = _job_and_state(run, job_path, state_path)
+    state, metrics = job.functions.maximise(job.params, before, [p[0] for p in parts], device)
     return state, metrics, {k: v for p in parts for k, v in p[1].items()}
 
 
@@ -239,15 +193,18 @@ def iterate_on_workers(
     if path is None:
         state, columns = functions.start(params, particles.set, inputs), {}
         path = write_checkpoint(folder, state, columns)
-    watch = Watch(client, tell)
+    watch, run = Watch(client, tell), new_run(client)
     places: list[str] = []
-    while not functions.finished(params, state):
-        state, metrics, found = _Iteration(watch, job_path, path, leaves, columns, functions.halves).run(places)
-        columns = _joined_columns(particles.set, leaves, found)
-        older = path
-        path = write_checkpoint(folder, state, columns)
-        older.unlink(missing_ok=True)
-        on_iteration(state, metrics)
+    try:
+        while not functions.finished(params, state):
+            state, metrics, found = _Iteration(watch, run, job_path, path, leaves, columns, functions.halves).run(places)
+            columns = _joined_columns(particles.set, leaves, found)
+            older = path
+            path = write_checkpoint(folder, state, columns)
+            older.unlink(missing_ok=True)
+            on_iteration(state, metrics)
+    finally:
+        release_everywhere(client, run, watch.workers)
     result = functions.result(params, state, columns)
     job_path.unlink(missing_ok=True)
     return result
@@ -260,8 +217,9 @@ class _Iteration:
     be loaded again there, and what moves would depend on chance.
     """
 
-    def __init__(self, watch: Watch, job: Path, state: Path, leaves: list[Leaf], columns: Columns, halves: int) -> None:
-        self.watch, self.job, self.state, self.leaves, self.columns, self.halves = watch, job, state, leaves, columns, halves
+    def __init__(self, watch: Watch, owner: Run, job: Path, state: Path, leaves: list[Leaf], columns: Columns, halves: int) -> None:
+        self.watch, self.owner, self.job, self.state = watch, owner, job, state
+        self.leaves, self.columns, self.halves = leaves, columns, halves
         self.token, self.sent = f"{state.stem}-{os.urandom(3).hex()}", 0
         self.parts: dict[int, Future] = {}
         self.at: dict[Any, str] = {}  # address of the worker by key
@@ -303,9 +261,14 @@ class _Iteration:
         with blamed_at_first_death():
             return self.watch.client.submit(function, *arguments, workers=[address], resources=needs, key=key, pure=False)
 
+    def _shared(self) -> tuple[Run, str, str, str]:
+        return self.owner, str(self.job), str(self.state), self.device
+
     def _send_leaf(self, leaf: Leaf, address: str) -> None:
         previous = {name: values[leaf.index] for name, values in self.columns.items()}
-        self.parts[leaf.number] = self._send("expect", address, _expect_task, str(self.job), str(self.state), self.device, leaf, previous)
+        self.parts[leaf.number] = self._send(
+            "expect", address, _expect_task, self.owner, str(self.job), str(self.state), self.device, leaf, previous
+        )
 
     def _send_tree(self) -> list[Future]:
         """All additions, each where its left part lies, and the maximisation, which is the last."""
@@ -317,7 +280,7 @@ class _Iteration:
                 sums[merge.left] = self._send("merge", self.at[left.key], _merge, left, right)
                 tree.append(sums[merge.left])
         roots = list(sums.values())
-        tree.append(self._send("maximise", self.at[roots[0].key], _maximise_task, str(self.job), str(self.state), self.device, *roots))
+        tree.append(self._send("maximise", self.at[roots[0].key], _maximise_task, *self._shared(), *roots))
         return tree
 
     def _workers(self) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from cryodask.errors import InputError, MicrographError
 from cryodask.run.devices import make_ready
 from cryodask.run.imports import Import
 from cryodask.run.refs import INPUTS, PARTICLES
+from cryodask.run.residents import keep
 from cryodask.run.slices import Slices, slice_digest, slice_of_birth
 from cryodask.run.whole import Stored
 from cryodask.stage import Params, Stage, find_stage
@@ -242,7 +242,7 @@ class Chain:
         return str(item.inputs.get("data_set", ""))
 
     def _generation(self, label: str) -> Generation:
-        return _generation_at(str(self._link(label).folder))
+        return _generation_at(self._link(label).folder)
 
     def _link(self, label: str) -> Link:
         return next((link for link in self.links if link.label == label), None) or self.earlier[label]
@@ -277,13 +277,14 @@ class Chain:
     ) -> Any:
         label = link.source[name]
         if name in link.whole:
-            return _loaded(link.whole[name])
+            stored = link.whole[name]
+            return keep(stored, stored.load)
         if label == PARTICLES:
             return (particles or {})[name]
         if label == INPUTS:
             if name == "gain":
                 path = self.gains.get(self._data_set(item))
-                return _array_at(str(path)) if path else None
+                return _gain_at(path) if path else None
             if name not in values:
                 if name in link.stage.optional:
                     return None
@@ -319,22 +320,13 @@ def _not_finished(item: Item, name: str, label: str) -> MicrographError:
     return MicrographError(f"{item.name} has no {name}: step {label} did not finish with it.", "it was quarantined there", "see the report")
 
 
-@functools.lru_cache(maxsize=8)
-def _loaded(stored: Stored) -> Any:
-    return stored.load()
+def _generation_at(folder: Path) -> Generation:
+    # one journal file per process and generation
+    return keep(("generation", folder), lambda: Generation(folder))
 
 
-_OPEN: dict[str, Generation] = {}
-
-
-def _generation_at(folder: str) -> Generation:
-    # one journal file a process and generation
-    return _OPEN.setdefault(folder, Generation(folder))
-
-
-@functools.lru_cache(maxsize=2)
-def _array_at(path: str) -> np.ndarray:
-    return np.load(path)
+def _gain_at(path: Path) -> np.ndarray:
+    return keep(("gain", path), lambda: np.asarray(np.load(path)))
 
 
 def _refuse_nonsense(link: Link, item: Item, given: dict[str, Any]) -> None:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import heapq
 import os
 import pickle
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
@@ -26,6 +25,7 @@ from cryodask.errors import CryodaskError
 from cryodask.run.devices import CPU_DEVICE, GPU, GPU_DEVICE, gpu_items, with_gpus
 from cryodask.run.health import Watch, scheduler_needed
 from cryodask.run.isolation import ItemDied, ItemFailure, blamed_at_first_death, in_child, time_limit
+from cryodask.run.residents import Run, in_run, keep, new_run, release, release_everywhere
 from cryodask.store.project import Item
 
 PREFIX = "item"
@@ -55,24 +55,12 @@ class Job(Protocol):
         ...
 
 
-_JOBS: OrderedDict[bytes, Job] = OrderedDict()
-_JOBS_KEPT = 4
-
-
-def _job(blob: bytes) -> Job:
-    key = hashlib.blake2b(blob, digest_size=8).digest()
-    if key not in _JOBS:
-        _JOBS[key] = pickle.loads(blob)
-    _JOBS.move_to_end(key)
-    while len(_JOBS) > _JOBS_KEPT:
-        _JOBS.popitem(last=False)
-    return _JOBS[key]
-
-
-def attempt_item(blob: bytes, item: Item, brief: Any, device: str, attempt: int) -> tuple[str, str, str] | None:
+def attempt_item(run: Run, blob: bytes, item: Item, brief: Any, device: str, attempt: int) -> tuple[str, str, str] | None:
     """Process and commit one item in this process; what went wrong as plain values, None if nothing did."""
     try:
-        _job(blob).run(item, brief, device, attempt)
+        with in_run(run):
+            job: Job = keep("job", lambda: pickle.loads(blob))
+            job.run(item, brief, device, attempt)
     except CryodaskError as error:
         return type(error).__name__, str(error)[:2000], error.on_failure
     except _RETRIED as error:
@@ -82,13 +70,13 @@ def attempt_item(blob: bytes, item: Item, brief: Any, device: str, attempt: int)
     return None
 
 
-def work(item: Item, brief: Any, *, blob: bytes, device: str, isolated: bool, attempt: int, limit_seconds: float | None) -> None:
+def work(item: Item, brief: Any, *, run: Run, blob: bytes, device: str, isolated: bool, attempt: int, limit_seconds: float | None) -> None:
     """What a worker does with one item; the state of the future is the acknowledgement."""
     if isolated:
-        failure = in_child((blob, item, brief, device, attempt), limit_seconds)
+        failure = in_child((run, blob, item, brief, device, attempt), limit_seconds)
     else:
         with time_limit(limit_seconds):
-            failure = attempt_item(blob, item, brief, device, attempt)
+            failure = attempt_item(run, blob, item, brief, device, attempt)
     if failure:
         raise ItemFailure(*failure)
 
@@ -135,7 +123,7 @@ class MapRunner:
         self.returned: set[int] = set()
         self.counted: Counter[str] = Counter()
         self.window = 8
-        self._sequence, self._run = 0, os.urandom(4).hex()
+        self._sequence, self._run = 0, new_run(client)
         self._ended = self._idle = False
 
     def counts(self) -> dict[str, int]:
@@ -175,6 +163,7 @@ class MapRunner:
             raise
         finally:
             self.watch.announce(PREFIX, 0)
+            release_everywhere(self.client, self._run, self.watch.workers)
 
     def _refill(self, items: Iterator[Item | None]) -> None:
         now = time.monotonic()
@@ -209,12 +198,13 @@ class MapRunner:
             return
         self._sequence += 1
         # a new key each try: an erred key would answer at once
-        keys = [f"{PREFIX}-{self._run}-{item.row}-{self._sequence}" for item in items]
+        keys = [f"{PREFIX}-{self._run.token}-{item.row}-{self._sequence}" for item in items]
         with blamed_at_first_death():
             futures = self.client.map(
                 # one object for all items: arguments by keyword would be walked through by Dask for each
                 functools.partial(
                     work,
+                    run=self._run,
                     blob=self.blob,
                     device=device,
                     isolated=isolated,
@@ -335,19 +325,25 @@ def process_here(
     CryodaskError
         When an item meets an error that concerns all items (a full disk).
     """
-    for number, item in enumerate(item for item in source if item is not None):
-        try:
-            job.run(item, job.brief(item, False), CPU_DEVICE, first_attempt + number)
-        except CryodaskError as error:
-            if error.on_failure == "stop":
-                raise
-            job.quarantine(item, type(error).__name__, str(error)[:2000], 1)
-            event("quarantined", item, f"{type(error).__name__}: {error}")
-        except Exception as error:  # as on a worker: whatever a stage raises ends as a record
-            job.quarantine(item, type(error).__name__, str(error)[:2000], 1)
-            event("quarantined", item, f"{type(error).__name__}: {error}")
-        else:
-            event("done", item, "")
+    run = Run("", os.urandom(4).hex())
+    try:
+        with in_run(run):
+            for number, item in enumerate(item for item in source if item is not None):
+                event(*_processed_here(job, item, first_attempt + number))
+    finally:
+        release(run)
+
+
+def _processed_here(job: Job, item: Item, attempt: int) -> tuple[str, Item, str]:
+    """Carry out one item; what the runner would be told of it."""
+    try:
+        job.run(item, job.brief(item, False), CPU_DEVICE, attempt)
+    except Exception as error:  # as on a worker: whatever a stage raises ends as a record
+        if isinstance(error, CryodaskError) and error.on_failure == "stop":
+            raise
+        job.quarantine(item, type(error).__name__, str(error)[:2000], 1)
+        return "quarantined", item, f"{type(error).__name__}: {error}"
+    return "done", item, ""
 
 
 def _release(futures: list[Future]) -> None:

@@ -149,6 +149,10 @@ class Journal:
                 os.close(self._fd)
             self._fd = None
 
+    def __del__(self) -> None:
+        if hasattr(self, "_lock"):  # not of one whose __init__ failed
+            self.close()
+
     def undo(self, row: int, name: str, lines: list[str], reason: str) -> None:
         """Make some lines of a row count for nothing (checksums as in ``JournalContents.lines``); nothing is deleted."""
         self.append({"row": row, "name": name, "undoes": lines, "reason": reason, "time": round(time.time(), 3), "pid": os.getpid()})

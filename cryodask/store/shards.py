@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -93,7 +94,7 @@ class ShardWriter:
         self._position = 0
         self._crc = google_crc32c.Checksum()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._part = self.path.with_name(f"{self.path.name}.{socket.gethostname()}.{os.getpid()}.part")
+        self._part = self.path.with_name(f"{self.path.name}.{socket.gethostname()}.{os.getpid()}-{threading.get_ident():x}.part")
         self._fd = os.open(self._part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
 
     def put(self, coordinate: tuple[int, ...], chunk: np.ndarray) -> None:

@@ -1,0 +1,190 @@
+"""What a worker process keeps between tasks: jobs, states, blocks of images, banks of projections, opened generations.
+
+One owner per process. Several threads may ask for the same thing: one makes it, the others wait. What was used longest ago goes when the
+bytes exceed a share of the worker's memory; everything of a run goes when the driver says that the run has ended, or when nothing of it
+was used for a while (its driver is dead). The scheduler hears of the bytes by heartbeat, so that they count for the lane of the run.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
+
+import psutil
+from distributed import Client, get_worker
+from distributed.client import ClosedClientError, fire_and_forget
+
+from cryodask.cluster.memory import RESIDENTS_METRIC
+
+T = TypeVar("T")
+
+SHARE_OF_MEMORY = 0.5
+"""Of a worker's memory limit; the rest is for the tasks themselves and for results."""
+IDLE_SECONDS = 900.0
+"""After which a run is taken to be dead. A run that is alive and comes back makes its things again: it loses time, nothing else."""
+
+
+class Run(NamedTuple):
+    """Whose things they are: the client of the driver, and a token of the run."""
+
+    client: str
+    token: str
+
+
+@dataclass
+class _Entry:
+    value: Any
+    stamp: Any
+    bytes: int
+    used: float
+
+
+@dataclass
+class Residents:
+    """What is kept, by run and key.
+
+    Parameters
+    ----------
+    limit_bytes : int, optional
+        By default SHARE_OF_MEMORY of the worker in whose task it is asked, or of the machine's memory outside a worker.
+    """
+
+    limit_bytes: int | None = None
+    _entries: OrderedDict[tuple[Run, Hashable], _Entry] = field(default_factory=OrderedDict)
+    _making: dict[tuple[Run, Hashable], threading.Event] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def get(self, run: Run, key: Hashable, make: Callable[[], T], *, stamp: Any = None) -> T:
+        """The thing under a key of a run; made by one thread where it is not there, or was made under another ``stamp``."""
+        place = run, key
+        while True:
+            with self._lock:
+                entry = self._entries.get(place)
+                if entry is not None and entry.stamp == stamp:
+                    self._entries.move_to_end(place)
+                    entry.used = time.monotonic()
+                    return entry.value
+                others = self._making.get(place)
+                if others is None:
+                    mine = self._making[place] = threading.Event()
+                    entry = self._entries.pop(place, None)  # freed before its successor is made
+                    break
+            others.wait()
+        entry = None
+        try:
+            value = make()
+            with self._lock:
+                self._entries[place] = _Entry(value, stamp, size_of(value), time.monotonic())
+                self._make_room()
+            return value
+        finally:
+            with self._lock:
+                del self._making[place]
+            mine.set()
+
+    def _drop_idle(self) -> None:
+        now = time.monotonic()
+        for place in [p for p, e in self._entries.items() if now - e.used > IDLE_SECONDS]:
+            del self._entries[place]
+
+    def _make_room(self) -> None:
+        limit = self._limit()
+        self._drop_idle()
+        held = sum(entry.bytes for entry in self._entries.values())
+        while held > limit and len(self._entries) > 1:
+            _, entry = self._entries.popitem(last=False)
+            held -= entry.bytes
+
+    def _limit(self) -> int:
+        if self.limit_bytes is None:
+            memory = None
+            with suppress(ValueError):  # in a process that is not a worker
+                worker = get_worker()
+                memory = worker.memory_manager.memory_limit
+                worker.metrics.setdefault(RESIDENTS_METRIC, lambda worker: self.bytes_by_client())
+            self.limit_bytes = int(SHARE_OF_MEMORY * (memory or psutil.virtual_memory().total))
+        return self.limit_bytes
+
+    def release(self, run: Run) -> None:
+        """Drop everything of a run, and what no run has used for IDLE_SECONDS."""
+        with self._lock:
+            for place in [p for p in self._entries if p[0] == run]:
+                del self._entries[place]
+            self._drop_idle()
+
+    def bytes_by_client(self) -> dict[str, int]:
+        """Bytes of what is kept, by client of the driver; asked at every heartbeat, so that a dead driver's things go here, too."""
+        with self._lock:
+            self._drop_idle()
+            out: dict[str, int] = {}
+            for (run, _), entry in self._entries.items():
+                out[run.client] = out.get(run.client, 0) + entry.bytes
+            return out
+
+
+def size_of(value: Any, seen: set[int] | None = None) -> int:
+    """Bytes of the arrays and tensors in a value, each once."""
+    seen = set() if seen is None else seen
+    if id(value) in seen or isinstance(value, str | bytes | int | float | type(None)):
+        return len(value) if isinstance(value, bytes) else 0
+    seen.add(id(value))
+    size = getattr(value, "nbytes", None)
+    if isinstance(size, int):
+        return size
+    parts: Iterable[Any] = ()
+    if isinstance(value, dict):
+        parts = value.values()
+    elif isinstance(value, list | tuple):
+        parts = value
+    elif hasattr(value, "__dict__"):
+        parts = vars(value).values()
+    return sum(size_of(part, seen) for part in parts)
+
+
+RESIDENTS = Residents()
+"""Those of this process."""
+
+
+_NOBODY = Run("", "outside")
+CURRENT: ContextVar[Run] = ContextVar("run", default=_NOBODY)
+"""The run whose task this thread carries out."""
+
+
+@contextmanager
+def in_run(run: Run) -> Iterator[None]:
+    """Around the task of a run: what it keeps is the run's."""
+    token = CURRENT.set(run)
+    try:
+        yield
+    finally:
+        CURRENT.reset(token)
+
+
+def keep(key: Hashable, make: Callable[[], T]) -> T:
+    """The thing under a key of the run whose task this is, made if it is not there."""
+    return RESIDENTS.get(CURRENT.get(), key, make)
+
+
+def new_run(client: Client) -> Run:
+    """A run of a driver."""
+    return Run(str(client.id), os.urandom(4).hex())
+
+
+def release(run: Run) -> None:
+    """Drop what this process keeps for a run."""
+    RESIDENTS.release(run)
+
+
+def release_everywhere(client: Client, run: Run, addresses: Iterable[str]) -> None:
+    """Tell the workers that a run has ended; nobody waits for their answers."""
+    with suppress(ClosedClientError, RuntimeError):  # with the scheduler gone the workers find out by themselves
+        for address in addresses:
+            key = f"release-{run.token}-{address}"
+            fire_and_forget(client.submit(release, run, workers=[address], key=key, pure=False, retries=0, priority=1))
