@@ -46,11 +46,13 @@ def connect(where: str | os.PathLike[str] = "local", **options: Any) -> Client:
 def run_project(path: str | os.PathLike[str], client: Client | None = None, **options: Any) -> Project:
     """Carry out a project file; see :func:`cryodask.run.execute.run_plan` for the options."""
     from cryodask.cluster.connect import close
+    from cryodask.run.checks import Asked
     from cryodask.run.execute import check_inputs, run_plan
     from cryodask.run.recipe import make_plan
 
     plan = make_plan(os.fspath(path))
-    check_inputs(plan)
+    # the workers of a client are there already: what the project file says of a cluster does not count
+    check_inputs(plan, asked=Asked(cluster=str(client.scheduler_info()["address"])) if client else None)
     own = client is None
     client = client or connect(plan.cluster, workers=plan.file.workers)
     try:

@@ -97,7 +97,7 @@ def run(
             workers=workers,
             watch=ends if watch else None,
             cluster=cluster,
-            lane=lane or ("live" if watch else "batch"),
+            lane=lane,
         )
     except KeyboardInterrupt:
         typer.echo(f"\nStopped. What is finished is kept; go on with:\n  cryodask run {project}", err=True)
@@ -117,10 +117,12 @@ def _run(
     workers: int | None,
     watch: dict[str, Any] | None,
     cluster: str | None,
-    lane: str,
+    lane: str | None,
 ) -> None:
+    from cryodask.run.checks import Asked
     from cryodask.run.recipe import draft_plan, list_movies, make_plan, position
 
+    asked = Asked(cluster, workers, lane)
     if dry_run:
         try:
             drafted = draft_plan(project)
@@ -129,7 +131,7 @@ def _run(
                 raise
             typer.echo(json.dumps({"steps": [], "problems": [f"{error.what} {error.way_out}".strip()], "warnings": []}))
             raise typer.Exit(2) from None
-        _dry_run(drafted, as_json=as_json, update=update)
+        _dry_run(drafted, asked, as_json=as_json, update=update)
         return
     plan = make_plan(project)
     for label in (until, from_, *update):
@@ -148,8 +150,10 @@ def _run(
     from cryodask.run.progress import Progress
     from cryodask.run.watch import Until
 
-    check_inputs(plan, force=force, watch=watch is not None, cluster=cluster)
+    for warning in check_inputs(plan, force=force, watch=watch is not None, asked=asked):
+        typer.echo(f"warning: {warning}")
     typer.echo(f"{plan.file.name}: {count} -> {plan.folder}")
+    lane = lane or ("live" if watch is not None else "batch")
     client = connect(cluster or plan.cluster, workers=workers or plan.file.workers, lane=lane, project=plan.file.name)
     try:
         typer.echo(f"Dask dashboard: {client.dashboard_link}")
@@ -169,10 +173,10 @@ def _run(
     typer.echo(f"Report: {write_report(done)}")
 
 
-def _dry_run(plan: Any, *, as_json: bool, update: tuple[str, ...]) -> None:
+def _dry_run(plan: Any, asked: Any, *, as_json: bool, update: tuple[str, ...]) -> None:
     from cryodask.run.preview import lines, preview
 
-    shown = preview(plan, frozenset(update))
+    shown = preview(plan, frozenset(update), asked)
     if as_json:
         typer.echo(shown.as_json())
     else:

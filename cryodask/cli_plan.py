@@ -39,7 +39,8 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what cores, memory, disks and network a facility's load needs, and what that rests on."""
-    from cryodask.plan import Load, costs_of_project, measured_costs, plan_facility
+    from cryodask.costs import Load, measured_costs
+    from cryodask.plan import costs_of_project, plan_facility
 
     costs, known = costs_of_project(from_) if from_ else (measured_costs(), {})
     said: dict[str, Any] = {

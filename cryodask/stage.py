@@ -239,6 +239,10 @@ class Picture:
     figure: Any
 
 
+def _unstated(params: Any, sizes: Sizes) -> float:
+    return 0.0
+
+
 @dataclass(repr=False)
 class Stage:
     """A registered stage; calling it on a Dataset is its lazy face (map stages)."""
@@ -253,7 +257,7 @@ class Stage:
     functions: Any
     doc: str
     sizes: Callable[[Any, Sizes], Sizes] = field(default=lambda params, sizes: sizes)
-    memory: Callable[[Any, Sizes], float] = field(default=lambda params, sizes: 0.0)
+    memory: Callable[[Any, Sizes], float] = field(default=_unstated)
     reasons: dict[int, str] = field(default_factory=dict)
     draw: Callable[[xr.Dataset], Iterator[Picture]] | None = None
     ports: tuple[Port, ...] = ()
@@ -275,6 +279,11 @@ class Stage:
             n for n, f in self.params.model_fields.items() if any(m is ThresholdMark or isinstance(m, ThresholdMark) for m in f.metadata)
         )
         return next(marked, None)
+
+    @property
+    def states_memory(self) -> bool:
+        """Whether it says what memory one call takes."""
+        return self.memory is not _unstated
 
     def gives_birth(self, params: Any) -> bool:
         """Whether particles are born in this stage."""

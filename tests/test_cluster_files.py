@@ -393,3 +393,10 @@ def test_an_interface_that_this_machine_lacks_is_refused_with_those_it_has(tmp_p
     with pytest.raises(ClusterError, match="no network interface ib7") as refused:
         PoolCluster(parse_settings({**slurm(), "interface": "ib7"}), certificates=tmp_path, owner="service")
     assert "lo" in refused.value.way_out
+
+
+def test_a_worker_has_its_part_of_what_the_workers_of_a_job_may_fill():
+    # a tenth of 64 GiB stays free: 0.9 * 64 * 2**30 = 61847529062 bytes; one of four processes has 15461882265, one of two GPUs 30923764531
+    of_processes = parse_settings(slurm(memory="64GiB", cores=16, processes=4)).pools["cpu"]
+    of_gpus = parse_settings(slurm(memory="64GiB", cores=16, gpus=2)).pools["cpu"]
+    assert (of_processes.limit_bytes, of_processes.worker_bytes, of_gpus.worker_bytes) == (61_847_529_062, 15_461_882_265, 30_923_764_531)

@@ -20,6 +20,7 @@ from _particles import blob_map, simulate
 
 from cryodask.cli import app
 from cryodask.formats import star
+from cryodask.formats.movies import write_tiff_movie
 from cryodask.formats.mrc import write_mrc
 from cryodask.run.execute import run_plan
 from cryodask.run.recipe import draft_plan, make_plan, marked_fields
@@ -195,6 +196,8 @@ def test_every_set_stage_has_an_example():
 # --- what is printed ---------------------------------------------------------------------------------------------------------
 def test_the_dry_run_of_the_page_is_what_is_printed(tmp_path):
     path = example(blocks(STEPS, "yaml")[0], tmp_path)
+    # the estimates follow from the header of the first movie
+    write_tiff_movie(tmp_path / "movies" / "m0000.tif", np.zeros((40, 2048, 2048), np.uint8), 0.885)
     shown = subprocess.run(
         [sys.executable, "-m", "cryodask.cli", "run", str(path), "--dry-run"], capture_output=True, text=True, cwd=tmp_path
     )

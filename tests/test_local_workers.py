@@ -17,6 +17,8 @@ from distributed import Client, KilledWorker, Worker
 from distributed.versions import get_versions
 
 from cryodask.cluster import LaneCluster, close, connect
+from cryodask.cluster.connect import local_memory
+from cryodask.cluster.settings import LocalSettings
 from cryodask.run.isolation import blamed_at_first_death
 
 MIB = 2**20
@@ -122,3 +124,16 @@ def test_all_options_of_lanes_are_those_of_the_cluster():
             assert made.scheduler._reserve == {"live": 1}
             assert made.scheduler._strict == {"live"}
             assert made.scheduler.memory_by_lane().keys() <= {"hpda"}
+
+
+def test_a_local_worker_has_an_equal_share_of_the_machine_or_what_the_file_says():
+    from distributed.system import MEMORY_LIMIT
+
+    shares = [local_memory(LocalSettings(workers=n)) for n in (1, 2, 5)]
+    assert shares == [MEMORY_LIMIT, MEMORY_LIMIT // 2, int(MEMORY_LIMIT * (1 / 5))]
+    assert local_memory(LocalSettings(workers=5, memory="500MiB")) == 500 * MIB
+    client = connect("local", workers=1)
+    try:
+        assert [w["memory_limit"] for w in client.scheduler_info()["workers"].values()] == [MEMORY_LIMIT]
+    finally:
+        close(client)

@@ -15,8 +15,9 @@ import yaml
 from typer.testing import CliRunner
 
 from cryodask.cli_plan import plan
+from cryodask.costs import Load, measured_costs
 from cryodask.errors import ProjectFileError
-from cryodask.plan import SHAPES, Load, costs_of_project, measured_costs, plan_facility
+from cryodask.plan import SHAPES, costs_of_project, plan_facility
 from cryodask.run.execute import run_plan
 from cryodask.run.recipe import make_plan
 from cryodask.simulate import SessionParams, simulate_session

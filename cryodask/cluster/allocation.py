@@ -47,7 +47,7 @@ def allocation_script(settings: SlurmSettings, driver: str, *, certificates: Pat
     common += ["--protocol tls://"] if certificates else []
     lanes = f"--preload cryodask.cluster.{'guard' if certificates else 'fairshare'}"
     scheduler = [python, "-m distributed.cli.dask_scheduler", *common, "--port 0 --dashboard-address 127.0.0.1:0", lanes]
-    limit = int(0.9 * pool.memory_bytes / workers)
+    limit = pool.worker_bytes
     worker = [python, "-m distributed.cli.dask_worker", *common, f"--nanny --nthreads {cores} --memory-limit {limit}"]
     worker += [f'--death-timeout {DEATH_SECONDS} --local-directory "{pool.scratch}"', *worker_options_of(name, pool, certificates)]
     lines = [

@@ -22,6 +22,7 @@ import dask
 from distributed import Client, LocalCluster, Nanny, Worker, WorkerPlugin
 from distributed.comm import parse_host_port
 from distributed.deploy.cluster import Cluster
+from distributed.worker_memory import parse_memory_limit
 
 from cryodask.cluster.environment import ALLOCATOR, ONE_THREAD, SETTINGS
 from cryodask.cluster.fairshare import FairShareScheduler
@@ -283,16 +284,26 @@ def local_environment() -> dict[str, Any]:
     return {**SETTINGS, "distributed.nanny.pre-spawn-environ": {**ONE_THREAD, **ALLOCATOR, "PYTHONDONTWRITEBYTECODE": ""}}
 
 
+def local_workers(settings: LocalSettings) -> int:
+    """Worker processes of a local cluster."""
+    return settings.workers or max(os.cpu_count() or 1, settings.gpus)
+
+
+def local_memory(settings: LocalSettings) -> int | None:
+    """Memory limit of a local worker, bytes: as the file says, else an equal share of the machine; None for no limit."""
+    return parse_memory_limit(settings.memory or "auto", 1, local_workers(settings), logger=logging.getLogger("distributed.worker"))
+
+
 def local_cluster(settings: LocalSettings, *, asynchronous: bool = False) -> LaneCluster:
     """Worker processes of one thread each on this machine, on a scheduler with lanes in this process."""
     return LaneCluster(
-        n_workers=settings.workers or max(os.cpu_count() or 1, settings.gpus),
+        n_workers=local_workers(settings),
         threads_per_worker=1,
         processes=True,
         host="127.0.0.1",
         dashboard_address="127.0.0.1:0",
         worker_dashboard_address="127.0.0.1:0",
-        memory_limit=settings.memory or "auto",
+        memory_limit=local_memory(settings),
         local_directory=settings.scratch,
         silence_logs=40,
         gpus=settings.gpus,

@@ -227,6 +227,16 @@ class PoolSettings(_Section):
         """Bytes of one job."""
         return int(parse_bytes(self.memory))
 
+    @property
+    def limit_bytes(self) -> int:
+        """Bytes that the workers of one job may fill together: Slurm kills the whole job where it asks for more than it was given."""
+        return int(0.9 * self.memory_bytes)
+
+    @property
+    def worker_bytes(self) -> int:
+        """Memory limit of one worker process, bytes."""
+        return self.limit_bytes // self.workers_per_job
+
     @model_validator(mode="after")
     def _fits(self) -> PoolSettings:
         if self.count is not None and (self.minimum or self.maximum is not None):

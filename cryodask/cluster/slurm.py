@@ -105,7 +105,7 @@ def pool_job_class() -> type[Any]:
                 job_mem=f"{math.ceil(chosen.memory_bytes / 2**20)}M",
                 cores=chosen.cores // chosen.gpus if devices else chosen.cores,
                 processes=1 if devices else chosen.processes,
-                memory=int(0.9 * chosen.memory_bytes) // (chosen.gpus if devices else 1),
+                memory=chosen.worker_bytes if devices else chosen.limit_bytes,
                 python=python_of(chosen) if devices else f"exec {python_of(chosen)}",
                 job_extra_directives=[*directives_of(chosen, self.logs), f"--comment={COMMENT}:{cluster_id}:{name}", *chosen.directives],
                 job_script_prologue=prologue_of(chosen, certificates),

@@ -1,18 +1,20 @@
-"""What can be known before any work: the cluster file, room on the disk, memory of the workers, and what a movie says of itself."""
+"""What can be known before any work: cluster file and lanes, room on the disk, memory of the workers, what a movie says of itself."""
 
 from __future__ import annotations
 
-import os
 import shutil
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-import psutil
-
+from cryodask.cluster import service
+from cryodask.cluster.connect import local_memory
+from cryodask.cluster.settings import AddressSettings, LocalSettings, Settings, SlurmSettings, read_cluster_file
+from cryodask.cluster.whereabouts import folder_of, settings_of
 from cryodask.errors import CryodaskError
-from cryodask.run.recipe import Plan
+from cryodask.run.known import movie_header, step_sizes
+from cryodask.run.recipe import Plan, Step
 from cryodask.store.project import Arrival, Project
-from cryodask.vocabulary import SLOTS
 
 _STORED_SHARE = 0.5
 """A chunked movie takes at least this share of its file: counts of good TIFF files are compressed already."""
@@ -21,41 +23,86 @@ _SUM_BYTES = 8.0
 _PIXEL_TOLERANCE = 0.02
 
 
-def look_ahead(plan: Plan, project: Project | None, listing: list[Arrival], *, cluster: str | None = None) -> tuple[list[str], list[str]]:
+@dataclass(frozen=True)
+class Asked:
+    """What a command line asks for instead of what the project file says; ``lane`` only where somebody named one."""
+
+    cluster: str | None = None
+    workers: int | None = None
+    lane: str | None = None
+
+
+@dataclass
+class Ahead:
+    """What was seen: sentences, and the shape (frame, y, x) of the first movie, if it can be read."""
+
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    movie: tuple[int, int, int] | None = None
+
+
+def look_ahead(plan: Plan, project: Project | None, listing: list[Arrival], asked: Asked | None = None) -> Ahead:
     """Problems and warnings that the files themselves tell of; nothing is written."""
-    problems: list[str] = []
-    warnings: list[str] = []
-    memory = _worker_memory(plan, cluster or plan.cluster, problems)
-    known = {item.content for item in project.items()} if project is not None else set()
-    fresh = [a for a in listing if a.content not in known]
-    first = next((a for a in listing if "movie_path" in a.inputs), None)
-    if first is None:
-        return problems, warnings
-    found = _header(plan, first)
-    if found is None:
-        return problems, warnings
-    shape, pixel = found
-    stated = plan.constants.get(str(first.inputs.get("data_set", "")), {}).get("pixel_size_angstrom")
-    if pixel and stated and abs(pixel / stated - 1.0) > _PIXEL_TOLERANCE:
-        warnings.append(
-            f"{first.name} says that its pixels are {pixel:.3f} A, the project file says {stated:g} A. Check "
-            "microscope.pixel_size_angstrom (a super-resolution movie has half the physical pixel size)."
-        )
-    _check_disk(plan, fresh, shape, problems)
-    _check_memory(plan, shape, memory, problems)
-    return problems, warnings
-
-
-def _header(plan: Plan, arrival: Arrival) -> tuple[tuple[int, ...], float | None] | None:
-    from cryodask.formats.movies import open_movie
-
+    asked, out = asked or Asked(), Ahead()
+    where = asked.cluster or plan.cluster
     try:
-        movie = open_movie(os.path.join(plan.path.parent.resolve(), str(arrival.inputs["movie_path"])))
-    except (CryodaskError, OSError):
-        return None  # its stage says what is wrong with it
-    return tuple(movie.shape), movie.pixel_size_angstrom
+        settings = _settings(where)
+    except CryodaskError as error:
+        out.problems.append(f"{error.what} {error.way_out}".strip())
+        settings = None
+    out.warnings += _wrong_lane(settings, where, asked.lane)
+    found = movie_header(plan, listing)
+    if found is not None:
+        first, out.movie, pixel = found
+        stated = plan.constants.get(str(first.inputs.get("data_set", "")), {}).get("pixel_size_angstrom")
+        if pixel and stated and abs(pixel / stated - 1.0) > _PIXEL_TOLERANCE:
+            out.warnings.append(
+                f"{first.name} says that its pixels are {pixel:.3f} A, the project file says {stated:g} A. Check "
+                "microscope.pixel_size_angstrom (a super-resolution movie has half the physical pixel size)."
+            )
+        known = {item.content for item in project.items()} if project is not None else set()
+        _check_disk(plan, [a for a in listing if a.content not in known], out.movie, out.problems)
+    if settings is not None:
+        out.problems += _too_large(plan, project, out.movie, _with_workers(settings, asked.workers or plan.file.workers), where)
+    return out
 
 
+# --- the cluster ---------------------------------------------------------------------------------------------------------------
+def _settings(where: str) -> Settings | None:
+    """What is known of a cluster before anybody connects; None for one that others run.
+
+    Raises
+    ------
+    CryodaskError
+        Where a run would be refused, because there is no such file or name.
+    """
+    if where == "local":
+        return LocalSettings()
+    if "://" in where or where.endswith(".json"):
+        return None
+    if where.endswith(".invite") or service.is_name(where):
+        if not service.is_known(where):
+            service.find(where)  # refuses it, as the run would
+        folder = folder_of(where)
+        return settings_of(folder) if (folder / "settings.json").is_file() else None
+    return read_cluster_file(where)
+
+
+def _with_workers(settings: Settings, workers: int | None) -> Settings:
+    return settings.model_copy(update={"workers": workers}) if workers and isinstance(settings, LocalSettings) else settings
+
+
+def _wrong_lane(settings: Settings | None, where: str, lane: str | None) -> Iterator[str]:
+    """A scheduler with lanes counts a client of any other lane as one of its default lane, and says nothing."""
+    if settings is None or isinstance(settings, AddressSettings) or lane is None or not settings.lanes:
+        return
+    if lane not in (*settings.lanes, settings.default_lane):
+        yield (
+            f"{where} has no lane {lane!r}: the work would count as {settings.default_lane!r}. Its lanes are {', '.join(settings.lanes)}."
+        )
+
+
+# --- room ------------------------------------------------------------------------------------------------------------------------
 def _check_disk(plan: Plan, fresh: list[Arrival], shape: tuple[int, ...], problems: list[str]) -> None:
     """Room for the movies and sums of new exposures, at the least."""
     steps = {s.stage.name: s for s in plan.steps}
@@ -76,41 +123,49 @@ def _dims(step: Any) -> set[str]:
     return {d for v in step.stage.gives_variables() if v.kind == "bulk" for d in v.dims}
 
 
-def _check_memory(plan: Plan, shape: tuple[int, ...], memory: float | None, problems: list[str]) -> None:
-    """What the per-exposure stages state against what a worker has."""
-    if memory is None:
+def _too_large(plan: Plan, project: Project | None, movie: tuple[int, int, int] | None, settings: Settings, where: str) -> Iterator[str]:
+    """Steps that state more memory than any worker has that could take them: one item of a per-exposure stage, or one call."""
+    memory = _worker_memory(settings)
+    if not memory:
         return
-    sizes = {"frame": shape[0], "y": shape[-2], "x": shape[-1], "slot": SLOTS // 4}
     for step in plan.steps:
-        if step.stage.shape != "map":
+        if not step.stage.states_memory:
+            continue
+        sizes = step_sizes(plan, project, step, movie)
+        if not sizes:
             continue
         try:
             needed = float(step.stage.memory(step.params, sizes))
-        except KeyError:  # it speaks of sizes that no movie has
+        except KeyError:  # it speaks of sizes that nobody knows yet
             continue
-        if needed > memory:
-            problems.append(
-                f"{step.label} needs about {needed / 1e9:.1f} GB for an exposure of {' x '.join(map(str, shape))}, and each worker has "
-                f"{memory / 1e9:.1f} GB. Take fewer workers (workers: N in the project file), or workers with more memory."
-            )
+        if needed > max(memory.values()):
+            yield f"{step.label} needs about {_gb(needed)} {_for(step, sizes)}, and {_offered(settings, memory, where)}"
 
 
-def _worker_memory(plan: Plan, cluster: str, problems: list[str]) -> float | None:
-    """Memory of a local worker in bytes; None where that is not known before workers start."""
-    from cryodask.cluster.settings import LocalSettings, read_cluster_file
+def _for(step: Step, sizes: dict[str, int]) -> str:
+    if step.stage.shape == "map":
+        return f"for an exposure of {' x '.join(str(sizes[d]) for d in ('frame', 'y', 'x'))}"
+    count = next((f"{sizes[d]} particles of " for d in ("particle", "slot") if d in sizes), "")
+    return f"for {count}{sizes['y']} pixels" if "y" in sizes else f"for {count.removesuffix(' of ')}"
 
-    settings: Any = LocalSettings()
-    if cluster != "local":
-        if not cluster.endswith((".yaml", ".yml")):
-            return None
-        try:
-            settings = read_cluster_file(Path(cluster))
-        except CryodaskError as error:
-            problems.append(f"{error.what} {error.way_out}".strip())
-            return None
-    if not isinstance(settings, LocalSettings):
-        return None
-    from dask.utils import parse_bytes
 
-    workers = plan.file.workers or settings.workers or os.cpu_count() or 1
-    return float(parse_bytes(settings.memory)) if settings.memory else psutil.virtual_memory().total / workers
+def _offered(settings: Settings, memory: dict[str, float], where: str) -> str:
+    if isinstance(settings, SlurmSettings):
+        each = ", ".join(f"{name} {_gb(has)}" for name, has in memory.items())
+        return f"no pool has workers with so much memory: {each} a worker. Give a pool of {where} more memory, or fewer processes."
+    way_out = "Take fewer workers (workers: N in the project file), or workers with more memory."
+    if isinstance(settings, LocalSettings) and settings.memory:
+        way_out = f"Raise memory in {where}."
+    return f"each worker has {_gb(next(iter(memory.values())))}. {way_out}"
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.{1 if size >= 1e10 else 2}f} GB"
+
+
+def _worker_memory(settings: Settings) -> dict[str, float]:
+    """Memory limit of a worker in bytes, by pool; empty where there is none, or it is not known before workers start."""
+    if isinstance(settings, SlurmSettings):
+        return {name: float(pool.worker_bytes) for name, pool in settings.pools.items()}
+    has = local_memory(settings) if isinstance(settings, LocalSettings) else None
+    return {} if has is None else {"": float(has)}

@@ -16,7 +16,7 @@ from cryodask.run import sources
 from cryodask.run.blocks import iterate_on_workers
 from cryodask.run.chain import Chain
 from cryodask.run.chains import ChainMaker, chains_of, data_set_of
-from cryodask.run.checks import look_ahead
+from cryodask.run.checks import Asked, look_ahead
 from cryodask.run.health import scheduler_needed
 from cryodask.run.inputs import SHARED_REASONS, StepInputs, particle_set, step_inputs, whole_values
 from cryodask.run.keys import Keys
@@ -306,8 +306,10 @@ class Execution:
         return run_whole(self.client, stage.name, step.params, values, self.progress.say)
 
 
-def check_inputs(plan: Plan, *, force: bool = False, watch: bool = False, cluster: str | None = None) -> None:
-    """Meet what can go wrong with folder, lock, inputs, gain and reference before any worker is started.
+def check_inputs(plan: Plan, *, force: bool = False, watch: bool = False, asked: Asked | None = None) -> list[str]:
+    """Meet what can go wrong with folder, lock, inputs, gain, reference and cluster before any worker is started; returns warnings.
+
+    ``asked`` is what a command line says of cluster, workers and lane. Movies that are watched for are not looked at yet.
 
     Raises
     ------
@@ -328,12 +330,12 @@ def check_inputs(plan: Plan, *, force: bool = False, watch: bool = False, cluste
     project = Project.create(plan.folder, plan.file.name)
     with project.lock(force=force):
         pass  # refused now where another driver works or nothing may be written
-    if not watch:
-        listing = sources.list_exposures(plan, project)
-        sources.check_readable(plan, listing)
-        problems, _ = look_ahead(plan, project, listing, cluster=cluster)
-        if problems:
-            raise ProjectFileError(f"{plan.path}: " + "\n".join(problems), "", "cryodask run --dry-run  shows the rest")
+    listing = [] if watch else sources.list_exposures(plan, project)
+    sources.check_readable(plan, listing)
+    ahead = look_ahead(plan, project, listing, asked)
+    if ahead.problems:
+        raise ProjectFileError(f"{plan.path}: " + "\n".join(ahead.problems), "", "cryodask run --dry-run  shows the rest")
+    return ahead.warnings
 
 
 def run_plan(

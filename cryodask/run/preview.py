@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from cryodask.errors import CryodaskError
 from cryodask.run import sources
 from cryodask.run.chains import ChainMaker
-from cryodask.run.checks import look_ahead
+from cryodask.run.checks import Asked, look_ahead
+from cryodask.run.estimate import Estimator, Source
 from cryodask.run.inputs import step_inputs
 from cryodask.run.keys import Keys
 from cryodask.run.people import waiting
@@ -22,7 +21,10 @@ from cryodask.store.project import Arrival, Item, Project
 
 @dataclass
 class StepPreview:
-    """A step of the preview. ``todo``: items or particles that would be computed (None: not known yet), ``cpu_seconds`` an estimate."""
+    """A step of the preview. ``todo``: items or particles that would be computed (None: not known yet).
+
+    ``cpu_seconds`` is an estimate, from the project's own ``records`` of the step or from ``stage_costs`` that were measured elsewhere.
+    """
 
     step: str
     stage: str
@@ -31,6 +33,14 @@ class StepPreview:
     todo: int | None
     why: str
     cpu_seconds: float | None = None
+    cpu_seconds_from: Source | None = None
+
+    def estimate(self, estimator: Estimator, step: Step) -> StepPreview:
+        """Put in what it would take; returns itself."""
+        found = estimator.of(step, self.todo)
+        if found is not None:
+            self.cpu_seconds, self.cpu_seconds_from = found.seconds, found.source
+        return self
 
 
 @dataclass
@@ -43,11 +53,11 @@ class Preview:
 
     def as_json(self) -> str:
         """As ``cryodask run --dry-run --json`` prints it."""
-        steps = [{k: v for k, v in vars(s).items() if k != "cpu_seconds" or v is not None} for s in self.steps]
+        steps = [{k: v for k, v in vars(s).items() if not k.startswith("cpu_seconds") or v is not None} for s in self.steps]
         return json.dumps({"steps": steps, "problems": self.problems, "warnings": self.warnings}, indent=1)
 
 
-def preview(plan: Plan, update: frozenset[str] = frozenset()) -> Preview:
+def preview(plan: Plan, update: frozenset[str] = frozenset(), asked: Asked | None = None) -> Preview:
     """What a run of a plan would do now. Nothing is written, no stage is called."""
     out = Preview([], list(plan.graph.problems), list(plan.graph.warnings))
     blank = [StepPreview(s.label, s.stage.name, _sources(s), False, None, "new") for s in plan.steps]
@@ -59,19 +69,22 @@ def preview(plan: Plan, update: frozenset[str] = frozenset()) -> Preview:
         sources.check_files(plan)
         project = Project(plan.folder) if (plan.folder / "project.json").exists() else None
         listing = sources.list_exposures(plan, project) if plan.steps else []
-        problems, warnings = look_ahead(plan, project, listing)
-        out.problems += problems
-        out.warnings += warnings
+        ahead = look_ahead(plan, project, listing, asked)
+        out.problems += ahead.problems
+        out.warnings += ahead.warnings
     except CryodaskError as error:
         out.problems.append(f"{error.what} {error.way_out}".strip())
         out.steps = blank
         return out
-    out.steps = blank if project is None else _Looking(plan, project, listing, update).steps()
-    if project is None:
-        for step in out.steps:
-            shape = plan.graph.step(step.step).stage.shape
-            step.todo = len(listing) if shape == "map" else None
-            step.why = waiting(plan).get(step.step, "new")
+    if project is not None:
+        out.steps = _Looking(plan, project, listing, update, ahead.movie).steps()
+        return out
+    out.steps = blank
+    for shown in blank:
+        step = plan.graph.step(shown.step)
+        shown.todo = len(listing) if step.stage.shape == "map" else None
+        shown.why = waiting(plan).get(shown.step, "new")
+        shown.estimate(Estimator(plan, None, ahead.movie), step)
     return out
 
 
@@ -89,9 +102,12 @@ def _sources(step: Step) -> dict[str, str | list[str]]:
 class _Looking:
     """Goes through the steps as a run would, on a copy of the project's state that is never written."""
 
-    def __init__(self, plan: Plan, project: Project, listing: list[Arrival], update: frozenset[str]) -> None:
+    def __init__(
+        self, plan: Plan, project: Project, listing: list[Arrival], update: frozenset[str], movie: tuple[int, int, int] | None
+    ) -> None:
         self.plan, self.project, self.update = plan, project, update
         self.before = {label: project.state.steps[label] for label in project.stages}
+        self.estimator = Estimator(plan, project, movie, self.before)
         self.items = self._items(listing)
         project.state.constants = plan.constants
         gains = sources.gain_digests(plan)
@@ -122,7 +138,8 @@ class _Looking:
 
     def _stale(self, step: Step, why: str, todo: int | None, *, known: bool = False) -> StepPreview:
         self.stale[step.label] = "known" if known else "unknown"
-        return StepPreview(step.label, step.stage.name, _sources(step), False, todo, why, self._estimate(step, todo))
+        shown = StepPreview(step.label, step.stage.name, _sources(step), False, todo, why)
+        return shown if step.label in self.people else shown.estimate(self.estimator, step)
 
     def _per_exposure(self, step: Step) -> StepPreview:
         key = self.maker.key(step)
@@ -193,34 +210,47 @@ class _Looking:
             return f"parameter {', '.join(changed)}"
         return "input changed"
 
-    def _estimate(self, step: Step, todo: int | None) -> float | None:
-        """CPU seconds from the project's own records of the stage."""
-        current = self.before.get(step.label)
-        if current is None or todo is None:
-            return None
-        records = [r for r in self.project.generation_at(current.place).committed().values() if "seconds" in r]
-        if not records:
-            return None
-        if step.stage.shape != "map":
-            return float(records[0]["seconds"])
-        return float(np.mean([r.get("cpu_seconds", r["seconds"]) for r in records[:200]]) * todo)
-
 
 def lines(plan: Plan, shown: Preview) -> list[str]:
     """The preview for people."""
-    out = []
     width = max((len(s.step) for s in shown.steps), default=4)
-    for step in shown.steps:
+    states = [_state(plan, step) for step in shown.steps]
+    wide = max((len(state) for state in states), default=0)
+    out = []
+    for step, state in zip(shown.steps, states):
         taken = ", ".join(f"{port} of {ref if isinstance(ref, str) else ' + '.join(ref)}" for port, ref in step.inputs.items()) or "-"
-        if step.done:
-            state = "done" + (f" ({step.why})" if step.why else "")
-        else:
-            count = (
-                ""
-                if step.todo is None
-                else f"{step.todo} {'exposures' if plan.graph.step(step.step).stage.shape == 'map' else 'particles'}, "
-            )
-            cost = f", about {step.cpu_seconds:.0f} CPU s" if step.cpu_seconds else ""
-            state = f"{count}{step.why}{cost}"
-        out.append(f"  {step.step:<{width}}  {state:<42}  {taken}")
-    return [*out, *(f"warning: {w}" for w in shown.warnings), *(f"problem: {p}" for p in shown.problems)]
+        out.append(f"  {step.step:<{width}}  {state:<{max(42, wide)}}  {taken}")
+    return [*out, *_total(shown), *(f"warning: {w}" for w in shown.warnings), *(f"problem: {p}" for p in shown.problems)]
+
+
+def _state(plan: Plan, step: StepPreview) -> str:
+    if step.done:
+        return "done" + (f" ({step.why})" if step.why else "")
+    kind = "exposures" if plan.graph.step(step.step).stage.shape == "map" else "particles"
+    count = "" if step.todo is None else f"{step.todo} {kind}, "
+    cost = "" if step.cpu_seconds is None else f", about {_seconds(step.cpu_seconds)} CPU s ({step.cpu_seconds_from})"
+    return f"{count}{step.why}{cost}"
+
+
+_SOURCES: dict[Source, str] = {
+    "records": "from this project's records",
+    "stage_costs": "from stage_costs, measured on another machine (docs/planning.md)",
+}
+
+
+def _total(shown: Preview) -> list[str]:
+    """One line: what all steps together would take, where that comes from, and how many steps are not in it."""
+    sums: dict[Source, float] = {}
+    for step in shown.steps:
+        if step.cpu_seconds is not None and step.cpu_seconds_from is not None:
+            sums[step.cpu_seconds_from] = sums.get(step.cpu_seconds_from, 0.0) + step.cpu_seconds
+    if not sums:
+        return []
+    parts = ", ".join(f"{_seconds(sums[source])} {said}" for source, said in _SOURCES.items() if source in sums)
+    without = sum(not s.done and s.cpu_seconds is None for s in shown.steps)
+    rest = f"; {without} steps have no estimate" if without > 1 else "; one step has no estimate" if without else ""
+    return [f"in all about {_seconds(sum(sums.values()))} CPU s: {parts}{rest}"]
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"

@@ -144,6 +144,12 @@ def freeze(generation: Generation, ids: np.ndarray) -> None:
         write_atomically(path, buffer.getvalue())
 
 
+def started_with(generation: Generation) -> int | None:
+    """Number of particles with which a step was started; None where it takes none."""
+    path = generation.path / _IDS
+    return len(np.load(path, mmap_mode="r")) if path.is_file() else None
+
+
 def frozen_ids(project: Project, step: Step, recipe: str, key: str) -> tuple[str, np.ndarray] | None:
     """Key and particles of an unfinished generation of the same recipe, of whose iterations some are done; None if there is none."""
     found = []

@@ -1,0 +1,132 @@
+"""What a movie and a particle cost: seconds and bytes that were measured, and the arithmetic that scales them to a load.
+
+The numbers lie in ``stage_costs.json`` (``benchmarks/stage_costs.py`` writes it). ``cryodask plan`` and the dry run use them.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import resources
+
+from cryodask.errors import ProjectFileError
+
+CAMERAS = {"k2": 3838 * 3710 / 1e6, "k3": 5760 * 4092 / 1e6, "k3-super": 11520 * 8184 / 1e6, "falcon": 4096 * 4096 / 1e6}
+"""Pixels of a frame, millions."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What comes in.
+
+    ``movies_per_hour`` is that of ONE microscope. ``movie_megabytes`` replaces what camera, frames and compression would give.
+    ``box`` and ``scale_to`` are edges in pixels of an extracted particle, before and after it is reduced. ``sorted_share`` of the particles
+    is refined.
+    """
+
+    microscopes: int = 1
+    movies_per_hour: float = 300.0
+    hours_per_day: float = 24.0
+    camera: str = "k3"
+    megapixels: float | None = None
+    frames: int = 50
+    compression: str = "lzw"
+    movie_megabytes: float | None = None
+    in_place: bool = False
+    particles: int = 300
+    box: int = 320
+    scale_to: int = 160
+    sorted_share: float = 0.5
+    repeats: int = 2
+    days_raw: float = 14.0
+    days_results: float = 30.0
+
+    @property
+    def frame_megapixels(self) -> float:
+        """Millions of counts of a movie."""
+        return self.pixels * self.frames
+
+    @property
+    def pixels(self) -> float:
+        """Millions of pixels of a frame."""
+        return self.megapixels or CAMERAS[self.camera]
+
+    def __post_init__(self) -> None:
+        if self.megapixels is None and self.camera not in CAMERAS:
+            raise ProjectFileError(
+                f"There is no camera {self.camera!r}.", "a typing error, or a new camera", f"use {', '.join(CAMERAS)}, or give megapixels"
+            )
+        if self.compression not in ("lzw", "none"):
+            raise ProjectFileError(
+                f"There is no compression {self.compression!r}.", "a typing error", "use lzw or none, or movie_megabytes"
+            )
+        wrong = [n for n, v in asdict(self).items() if isinstance(v, (int, float)) and not isinstance(v, bool) and not v > 0]
+        wrong += [n for n, most in (("hours_per_day", 24), ("sorted_share", 1)) if getattr(self, n) > most]
+        if wrong:
+            raise ProjectFileError(
+                f"{', '.join(wrong)} is out of range.", "a typing error", "numbers are positive, a day has 24 hours, a share is at most 1"
+            )
+
+
+@dataclass(frozen=True)
+class Assumption:
+    """A number that the plan rests on, and where it is from."""
+
+    name: str
+    value: str
+    source: str
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """CPU seconds of one thread: ``fixed`` for a movie, and ``per_unit``."""
+
+    unit: str
+    fixed: float
+    per_unit: float
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Measured seconds and bytes. ``particle_stages``: CPU seconds a particle by edge of its image, pixels, all iterations."""
+
+    source: str
+    map_stages: Mapping[str, StageCost]
+    particle_stages: Mapping[str, Mapping[int, float]]
+    bytes: Mapping[str, float]
+    memory_megapixels: float
+    memory_bytes: float
+    notes: tuple[Assumption, ...] = ()
+
+    def movie_seconds(self, load: Load) -> dict[str, float]:
+        """CPU seconds of a movie by stage."""
+        units = {
+            "frame megapixel": load.frame_megapixels,
+            "megapixel": load.pixels,
+            "particle megapixel": load.particles * load.box**2 / 1e6,
+        }
+        return {name: cost.fixed + cost.per_unit * units[cost.unit] for name, cost in self.map_stages.items()}
+
+    def particle_seconds(self, stage: str, edge: int) -> float:
+        """CPU seconds a particle: a power of the image's edge through the two that were measured, never below the smaller one."""
+        known = self.particle_stages[stage]
+        small, large = min(known), max(known)
+        power = max(0.0, math.log(known[large] / known[small]) / math.log(large / small))
+        return known[small] * max(1.0, edge / small) ** power
+
+
+@functools.cache
+def measured_costs() -> Costs:
+    """Costs that were measured with this version's stages (``benchmarks/stage_costs.py``); they lie in the package."""
+    data = json.loads(resources.files("cryodask").joinpath("stage_costs.json").read_text())
+    return Costs(
+        source=f"measured {data['measured']} on {data['machine']}; {data['movies']}",
+        map_stages={n: StageCost(c["unit"], c["fixed_seconds"], c["seconds_per_unit"]) for n, c in data["map_stages"].items()},
+        particle_stages={n: {int(edge): s for edge, s in c.items()} for n, c in data["particle_stages"].items()},
+        bytes=data["bytes"],
+        memory_megapixels=data["worker_memory"]["megapixels"],
+        memory_bytes=data["worker_memory"]["peak_bytes"],
+    )
