@@ -54,10 +54,20 @@ def row_of(ids: Any) -> np.ndarray:
     return rows
 
 
+def row_runs(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Row, and number of particles, of each run of particles of one exposure; without an array of all rows."""
+    block = 1 << 16
+    firsts = [np.zeros(1 if len(ids) else 0, np.int64)]
+    for start in range(0, len(ids), block):
+        rows = row_of(ids[start : start + block + 1])  # with the first of the next block
+        firsts.append(np.flatnonzero(rows[1:] != rows[:-1]) + (start + 1))
+    first = np.concatenate(firsts)
+    return row_of(ids[first]), np.diff(np.append(first, len(ids)))
+
+
 def rows_in(ids: np.ndarray) -> np.ndarray:
     """Rows of the exposures of some particles, each once, sorted."""
-    rows = row_of(ids)
-    firsts = rows[:1] if len(rows) < 2 else np.concatenate([rows[:1], rows[1:][rows[1:] != rows[:-1]]])
+    firsts, _ = row_runs(ids)
     return firsts if (np.diff(firsts) > 0).all() else np.unique(firsts)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from cryodask.errors import StoreError
 from cryodask.store.datasets import describe
 from cryodask.store.generation import Generation
-from cryodask.store.identity import place_of, row_of, same_ids
+from cryodask.store.identity import place_of, row_of, row_runs, same_ids
 from cryodask.store.sets import CTF_COLUMNS, OPTICS, runs
 from cryodask.vocabulary import VARIABLES
 
@@ -91,8 +91,7 @@ def _known_places(project: Project, ref: ProductRef, ids: np.ndarray) -> tuple[I
 def particle_columns(project: Project, ref: ProductRef, ids: np.ndarray, parts: Iterable[str] | None = None) -> dict[str, np.ndarray]:
     """What is known of the particles of a set: some parts (all if None) without images, optics, CTF (their own where they have one)."""
     out = project.sets.columns(ref, ids, parts)
-    rows = row_of(ids)
-    values = project.sets.of_exposures(ref, rows, [*CTF_COLUMNS, *OPTICS])
+    values = project.sets.of_runs(ref, *row_runs(ids), [*CTF_COLUMNS, *OPTICS])
     for name in CTF_COLUMNS:
         own, theirs = out.get(name), values.get(name)
         if own is not None and theirs is not None:
@@ -152,8 +151,8 @@ def particle_dataset(project: Project, label: str | None = None) -> xr.Dataset:
         data[name] = ("particle", values, attributes)
     names = {item.row: item.name for item in project.items()}
     rows = row_of(ids)
-    starts, counts = runs(rows)
-    micrograph = np.repeat(np.array([names.get(int(r), f"row {r}") for r in rows[starts]] or [""], dtype=object)[: len(starts)], counts)
+    some, counts = row_runs(ids)
+    micrograph = np.repeat(np.array([names.get(r, f"row {r}") for r in some.tolist()] or [""], dtype=object)[: len(some)], counts)
     coords = {
         "particle_id": ("particle", ids, describe(VARIABLES["particle_id"])),
         "half_set": ("particle", half, describe(VARIABLES["half_set"])),

@@ -11,7 +11,7 @@ import numpy as np
 from cryodask.errors import StoreError
 from cryodask.products import ORIGINS
 from cryodask.store.births import accepted
-from cryodask.store.identity import aligned, births_text, checked, place_of, row_of, same_ids
+from cryodask.store.identity import aligned, births_text, checked, place_of, row_runs, same_ids
 from cryodask.store.table import Table
 from cryodask.vocabulary import VARIABLES
 
@@ -25,7 +25,7 @@ OPTICS = ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast")
 _AS_SET = {f"particle_{name}": name for name in CTF_COLUMNS} | {"particle_half": "half_set"}
 """What a column of an exposure is called in a set."""
 _IMAGE_PLACES = ("image_giver", "image_row", "image_slot")
-_NOT_ASKED = np.zeros(0, np.int64)
+_NOT_ASKED = np.zeros(0, np.int32)
 _OF_IMAGES = ("particle_y", "particle_x")
 _PLACES = {"pick_y": "position_y_angstrom", "pick_x": "position_x_angstrom"}
 
@@ -109,7 +109,7 @@ class SetReader:
         needs_pixel = (*_PLACES, *_OF_IMAGES)
         if not any(name in out for name in needs_pixel):
             return
-        pixel: np.ndarray | None = self.of_exposures(ref, row_of(ids), ["pixel_size_angstrom"]).get("pixel_size_angstrom")
+        pixel: np.ndarray | None = self.of_runs(ref, *row_runs(ids), ["pixel_size_angstrom"]).get("pixel_size_angstrom")
         if pixel is None:
             pixel = out.get("particle_pixel_size_angstrom", np.ones(len(ids)))
         for name, angstrom in _PLACES.items():
@@ -125,8 +125,12 @@ class SetReader:
 
     def of_exposures(self, ref: ProductRef, rows: np.ndarray, names: Iterable[str]) -> dict[str, np.ndarray]:
         """Values of the exposures behind a set, for ``rows`` (which may repeat); a name that nothing gives is left out."""
-        out = {}
         starts, counts = runs(rows)
+        return self.of_runs(ref, rows[starts], counts, names)
+
+    def of_runs(self, ref: ProductRef, rows: np.ndarray, counts: np.ndarray, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """The same for runs of particles of one exposure, as ``identity.row_runs`` finds them."""
+        out = {}
         for name in names:
             part = VARIABLES[name].part.partition(".")[2]
             place = ref.exposures.get(part)
@@ -134,7 +138,7 @@ class SetReader:
                 continue
             known = self.exposure_values(place, name)
             if known is not None:
-                out[name] = np.repeat(aligned(known[1], place_of_row(rows[starts], known[0])), counts)
+                out[name] = np.repeat(aligned(known[1], place_of_row(rows, known[0])), counts)
         return out
 
     def exposure_values(self, place: str, name: str) -> tuple[np.ndarray, np.ndarray] | None:
@@ -167,6 +171,7 @@ class SetReader:
         kept = self._kept.get(key)
         if kept is None or kept[0] != stamp:
             made = self._per_item(place, names, threshold, alive, placed) if generation.meta["per_item"] else self._single(place, names)
+            made.ids.flags.writeable = False  # they are handed out as they are, and serve every later question
             kept = self._kept[key] = stamp, made
         return kept[1]
 
@@ -179,7 +184,7 @@ class SetReader:
         extra = [n for n in ("particle_id", "particle_count", "pick_score", "pick_threshold") if n in gives]
         table = self.project.table_at(place, [*extra, *names])
         ids, counts = table.columns["particle_id"].flat, lengths(table, "particle_id")
-        row, slot = (np.repeat(table.row, counts), within(counts)) if placed else (_NOT_ASKED, _NOT_ASKED)
+        row, slot = (np.repeat(table.row.astype(np.int32), counts), within(counts)) if placed else (_NOT_ASKED, _NOT_ASKED)
         columns = {n: _per_particle(table, n, counts) for n in names}
         if birth and alive:
             score = table.columns["pick_score"].flat
@@ -248,8 +253,8 @@ def runs(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def within(counts: np.ndarray) -> np.ndarray:
     """0, 1, ... within every item."""
-    places = np.arange(int(counts.sum()), dtype=np.int64)
-    places -= np.repeat(np.cumsum(counts) - counts, counts)
+    places = np.arange(int(counts.sum()), dtype=np.int32)
+    places -= np.repeat((np.cumsum(counts) - counts).astype(np.int32), counts)
     return places
 
 
