@@ -1,4 +1,8 @@
-"""Declarations of all stages that pipelines are made of, those to come included, for tests of the graph. Nothing is registered."""
+"""Declarations of all stages that pipelines are made of, those to come included, for tests of the graph. Nothing is registered.
+
+What the product has is taken from it (:func:`existing`). By hand stands only what it does not have yet: stages to come, and the inputs,
+outputs and parameters that an existing stage is to get.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,64 @@ import difflib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, ValidationError, create_model, model_validator
+from pydantic.fields import FieldInfo
 
 from cryodask.errors import ProjectFileError
 from cryodask.products import Product
-from cryodask.stage import Output, Params, Port, Stage, find_stage, port
+from cryodask.run.recipe import marked_fields
+from cryodask.stage import Output, Params, Port, SourceFileMark, Stage, load_stages, port
+from cryodask.stages import NAMES
 
+PRODUCT = dict(load_stages())
 STAGES: dict[str, Stage] = {}
 Inputs = dict[str, list[Product]]
+
+
+def existing(
+    name: str,
+    fields: str = "",
+    *,
+    files: str = "",
+    ports: Sequence[str | Port] = (),
+    outputs: Callable[[Any], tuple[Output, ...]] | None = None,
+    **more: Any,
+) -> Stage:
+    """A stage of the product. ``fields``, ``files``, ``ports`` (new, or in place of the one of that name) and so on are still to come.
+
+    Parameters that it requires may be left out, for most pipelines here are about sources; of its source files one must be said.
+    """
+    stage = PRODUCT[name]
+    new = [port(p) if isinstance(p, str) else p for p in ports]
+    made = replace(
+        stage,
+        params=_relaxed(stage.params, name, fields.split(), files.split()),
+        ports=tuple({p.name: p for p in (*stage.ports, *new)}.values()),
+        outputs=outputs or stage.outputs,
+        **more,
+    )
+    STAGES[name] = made
+    return made
+
+
+def _relaxed(model: type[Params], name: str, fields: list[str], files: list[str]) -> type[Params]:
+    required: dict[str, Any] = {n: f for n, f in model.model_fields.items() if f.is_required()}
+    optional: Any = {n: (f.annotation | None, FieldInfo.merge_field_infos(f, default=None)) for n, f in required.items()}
+    sources = [n for n in marked_fields(model, SourceFileMark) if n in required]
+    more: Any = dict.fromkeys((*fields, *files), (Any, None))
+    return create_model(model.__name__, __base__=model, __validators__=_one_is_said(name, [*sources, *files]), **optional, **more)
+
+
+def _one_is_said(name: str, files: list[str]) -> Any:
+    def a_file_is_said(self: Any) -> Any:
+        if files and not any(getattr(self, n) for n in files):
+            raise ValueError(f"say which {'project' if files[0] == 'project' else 'file'}: {name}: {{{files[0]}: ...}}")
+        return self
+
+    return {"a_file_is_said": model_validator(mode="after")(a_file_is_said)}
 
 
 def _group(name: Any) -> Any:
@@ -27,18 +79,10 @@ def _group(name: Any) -> Any:
 Group = Annotated[Any, AfterValidator(_group)]
 
 
-def _params(name: str, fields: str, defaults: dict[str, Any], files: str) -> type[Params]:
+def _params(name: str, fields: str, files: str) -> type[Params]:
     """A permissive model: any value for each named field; of ``files`` one must be given."""
-    names = files.split()
-
-    def a_file_is_said(self: Any) -> Any:
-        if names and not any(getattr(self, n) for n in names):
-            raise ValueError(f"say which file: {name}: {{{names[0]}: ...}}")
-        return self
-
-    validators: Any = {"a_file_is_said": model_validator(mode="after")(a_file_is_said)}
-    found = {n: (Group if n == "symmetry" else Any, Field(defaults.get(n))) for n in (*fields.split(), *names)}
-    return create_model(f"{name.title()}Params", __base__=Params, __validators__=validators, **found)
+    found: Any = {n: (Group if n == "symmetry" else Any, Field(None)) for n in (*fields.split(), *files.split())}
+    return create_model(f"{name.title()}Params", __base__=Params, __validators__=_one_is_said(name, files.split()), **found)
 
 
 def declare(
@@ -49,11 +93,13 @@ def declare(
     *,
     files: str = "",
     shape: Any = "whole",
-    defaults: dict[str, Any] | None = None,
     into: dict[str, Stage] = STAGES,
     **more: Any,
 ) -> Stage:
-    made = Stage(name, 1, shape, (), (), (), _params(name, fields, defaults or {}, files), None, name)
+    """A stage that does not exist yet."""
+    if name in NAMES:
+        raise ValueError(f"the product has {name} by now: take it with existing()")
+    made = Stage(name, 1, shape, (), (), (), _params(name, fields, files), None, name)
     made.ports = tuple(port(p) if isinstance(p, str) else p for p in ports)
     fixed = () if callable(outputs) else tuple(outputs)
     made.outputs = outputs if callable(outputs) else lambda params: fixed
@@ -75,10 +121,13 @@ def make_params(stage: Stage, label: str, values: dict[str, Any]) -> Any:
         raise ProjectFileError(f"{label}: {error.errors()[0]['msg'].removeprefix('Value error, ')}.") from error
 
 
-# --- checks of stages to come; the others use their own -----------------------------------------------------------------------------
+# --- checks to come; what exists has its own ------------------------------------------------------------------------------------------
 
 
 def check_pick(params: Any, inputs: Inputs) -> Iterator[str]:
+    product = PRODUCT["pick"].check
+    if product is not None and params.diameter_angstrom is not None:
+        yield from product(params, inputs)
     exposures = inputs["exposures"][0]
     if params.image == "denoised" and "denoised" not in exposures.parts:
         yield f"image: denoised, but {exposures.ref} has no denoised micrographs. Add train_denoiser and denoise before it."
@@ -95,7 +144,7 @@ def check_relion_refine3d(params: Any, inputs: Inputs) -> Iterator[str]:
         yield f"say the symmetry; {inputs['map'][0].ref} does not have one."
 
 
-# --- exposures -------------------------------------------------------------------------------------------------------------------------
+# --- parts of declarations ----------------------------------------------------------------------------------------------------------------
 
 
 def E(parts: str, **more: Any) -> Output:
@@ -123,117 +172,69 @@ def of_classes(parts: str, maps: str, frame: str, default: int) -> Callable[[Any
     return outputs
 
 
-WHOLE: dict[str, Any] = {"copies": True, "subtracted": True, "whole": True}
-WITH_CTF = "exposures[ctf, optics, aberrations?]"
-EVERY_PART = "position? score? image? ctf? alignment2d? class2d? class3d? pose? components? quality? note?".replace(" ", ", ")
+def besides(outputs: tuple[Output, ...], *parts: str) -> tuple[Output, ...]:
+    """The only output of a stage, with further parts."""
+    (made,) = outputs
+    return (replace(made, parts=(*made.parts, *parts)),)
 
-declare("ingest", [], [E("frames optics dose", on=None)], "storage dataset", shape="map")
-declare(
-    "motion",
-    ["exposures[frames, optics, dose]"],
-    [E("micrograph halves field")],
-    "patches alignment_resolution_angstrom",
-    shape="map",
-)
-declare("import_micrographs", [], [E("micrograph optics", on=None)], files="star", shape="map")
-declare("ctf", ["exposures[micrograph, optics]"], [E("ctf ctf_quality")], "finest_angstrom phase_shift_deg tilt_plane", shape="map")
+
+def port_of(name: str, port_name: str) -> Port:
+    """A port of a stage of the product."""
+    found = PRODUCT[name].port(port_name)
+    assert found is not None
+    return found
+
+
+WITH_CTF = "exposures[ctf, optics, aberrations?]"
+POSED = port("particles[image, pose, ctf?]", copies=True, subtracted=True)
+MASK = "mask?!:mask[mask]"
+RELATED_MASK = port("mask[mask]", default="related")
+
+# --- exposures -------------------------------------------------------------------------------------------------------------------------
+existing("ingest")
+existing("motion", outputs=lambda params: besides(PRODUCT["motion"].outputs(params), "halves"))
+existing("import_micrographs")
+existing("ctf")
 declare("import_ctf", ["exposures[optics]"], [E("ctf")], files="star", shape="map")
 declare("train_denoiser", ["exposures[halves]"], [Output("weights", "weights", ("weights",))], "epochs seed", purpose="denoise")
 declare("denoise", ["exposures[micrograph]", "weights[weights]"], [E("denoised")], shape="map", purpose="denoise")
 declare("clean_edges", ["exposures[micrograph]"], [E("mask2d")], shape="map")
-declare(
-    "select_exposures",
-    ["exposures[ctf_quality]"],
-    [E("kept", subset=True)],
-    "worst_ctf_resolution_angstrom largest_motion_angstrom by_hand",
-)
+existing("select_exposures")
 
 # --- births ----------------------------------------------------------------------------------------------------------------------------
-declare(
+existing(
     "pick",
-    ["exposures[micrograph, optics, denoised?]", "templates?!:classes[averages]", "weights?!:weights[weights]", "reference?!:map[final]"],
-    [P("position score", on=None, births=True)],
-    "diameter_angstrom threshold rounds image",
-    shape="map",
+    "image",
+    ports=[
+        replace(port_of("pick", "exposures"), also=("denoised",), also_if="image"),
+        "templates?!:classes[averages]",
+        "weights?!:weights[weights]",
+        "reference?!:map[final]",
+    ],
     check=check_pick,
 )
-STAGES["pick"].ports = (replace(STAGES["pick"].ports[0], also_if="image"), *STAGES["pick"].ports[1:])
-declare("import_picks", ["exposures[micrograph]"], [P("position score", on=None, births=True)], files="folder star", shape="map")
-declare(
-    "edit_picks",
-    ["exposures[micrograph]", "particles[position]"],
-    [P("position", births=True)],
-    shape="map",
-    person=True,
-)
+existing("import_picks", files="star")
+existing("edit_picks")
 
 
 def imported_particles(params: Any) -> tuple[Output, ...]:
-    parts = (params.has or "image ctf position pose score").replace(",", " ")
-    return E("optics", on=None), P(parts, on=None, births=True, frame="unknown")
+    """Those of the product for a table with all columns, or with those that ``has`` names: there is no file here."""
+    exposures, particles = PRODUCT["import_particles"].outputs(SimpleNamespace(star="", images=True))
+    parts = tuple(params.has.split(",")) if params.has else particles.parts
+    return exposures, replace(particles, parts=parts, frame="unknown" if "pose" in parts else "")
 
 
-BESIDE = "exposures?:exposures"
-declare("import_particles", [BESIDE], imported_particles, "unmatched pixel_size_angstrom has", files="star cs", shape="map")
+existing("import_particles", "unmatched pixel_size_angstrom has", files="cs", outputs=imported_particles)
+existing("import_project")
 
 # --- sets of particles -----------------------------------------------------------------------------------------------------------------
-declare(
-    "extract",
-    ["exposures[micrograph, optics]", port("particles[position, pose?, alignment2d?]", also_if="recentre", subtracted=True)],
-    [P("image", subset=True)],
-    shape="map",
-    params=find_stage("extract").params,
-    check=find_stage("extract").check,
-)
-declare(
-    "classify2d",
-    [WITH_CTF, "particles[image, ctf?]"],
-    [P("alignment2d class2d"), Output("classes", "classes", ("averages", "scores"))],
-    "classes iterations seed resolution_angstrom mask_diameter_angstrom",
-    shape="blocks",
-)
-declare(
-    "curate",
-    [port("exposures?:exposures[ctf_quality?]", also_if="worst_ctf_resolution_angstrom"), "particles[class2d]", "classes[scores]"],
-    [P(subset=True), Output("classes", "classes", ("averages", "scores"), on="classes")],
-    "keep least_class_score least_class_probability worst_ctf_resolution_angstrom likelihood_deviations",
-    check=find_stage("curate").check,
-)
-declare(
-    "select_classes",
-    [port("particles[class2d]", whole=True), "classes[averages]"],
-    [P(subset=True), Output("classes", "classes", ("averages",), on="classes")],
-    person=True,
-)
-declare("select", [port(f"particles[{EVERY_PART}]", **WHOLE)], [P(subset=True)], "where")
-declare("annotate", [port("particles", **WHOLE)], [P("note")], "name", person=True)
+for name in ("extract", "classify2d", "curate", "select_classes", "select", "deduplicate", "merge", "consensus", "match"):
+    existing(name)
+existing("annotate", "name")
+existing("expand")
+existing("contract")
 declare("junk", ["particles[image]", "weights[weights]"], [P("quality")], shape="blocks", purpose="junk")
 declare("train_junk", ["particles[image, note]"], [Output("weights", "weights", ("weights",))], "epochs seed", purpose="junk")
-declare("deduplicate", ["particles[position]"], [P(subset=True)], "nearer_than_angstrom")
-declare(
-    "merge",
-    [port("particles*", copies=True, subtracted=True), "exposures?!:exposures"],
-    [P()],
-    "prefer nearer_than_angstrom",
-    check=find_stage("merge").check,
-)
-declare(
-    "consensus",
-    ["particles[pose]", "other!:particles[pose]"],
-    [P(subset=True)],
-    "largest_degrees largest_angstrom",
-    check=find_stage("consensus").check,
-)
-declare("match", ["particles[position]", "to!:particles[position]"], [P(on="to", subset=True)], "nearer_than_angstrom")
-declare(
-    "expand", ["particles[pose]", "map[final]"], [P("pose", copies="expand", frame="same")], "symmetry", check=find_stage("expand").check
-)
-declare(
-    "contract",
-    [port("particles[pose]", copies=True, subtracted=True)],
-    [P(subset=True, copies="contract", drops=("pose",))],
-    "keep",
-)
 declare(
     "subtract",
     [WITH_CTF, port("particles[image, pose, ctf?]", copies=True), "map[final]", "mask!:mask[mask]"],
@@ -242,35 +243,19 @@ declare(
 )
 
 # --- maps ------------------------------------------------------------------------------------------------------------------------------
-POSED = port("particles[image, pose, ctf?]", copies=True, subtracted=True)
-MASK = "mask?!:mask[mask]"
 
 
 def ab_initio_outputs(params: Any) -> tuple[Output, ...]:
     if int(params.classes or 1) == 1:
-        return (M("final", "new"),)
+        return PRODUCT["ab_initio"].outputs(params)
     return of_classes("class3d", "final", "new", 1)(params)
 
 
-declare(
-    "ab_initio",
-    [WITH_CTF, "particles[image, ctf?]"],
-    ab_initio_outputs,
-    "symmetry restarts particles resolution_angstrom steps seed mask_diameter_angstrom classes",
-    shape="tournament",
-    defaults={"symmetry": "C1"},
-)
-declare(
+existing("ab_initio", "classes", outputs=ab_initio_outputs)
+existing(
     "refine3d",
-    [
-        WITH_CTF,
-        port("particles[image, ctf?, pose?]", subtracted=True, also_if={"pose": "local"}),
-        port("map[final]", unless="reference"),
-        MASK,
-    ],
-    [P("pose", frame="same"), M()],
-    "symmetry lowpass_angstrom iterations seed local mask_diameter_angstrom reference",
-    shape="blocks",
+    "local",
+    ports=[replace(port_of("refine3d", "particles"), also=("ctf", "pose"), also_if={"pose": "local"}), MASK],
     check=check_refine3d,
 )
 declare("reconstruct", [WITH_CTF, POSED], [M()], "symmetry", shape="blocks")
@@ -309,30 +294,20 @@ declare(
     "box scale_to",
     shape="map",
 )
-declare(
-    "mask",
-    ["map[final, half_maps]", "model?!:model[atoms]"],
-    [Output("mask", "mask", ("mask",), frame="same")],
-    "threshold extend_angstrom edge_angstrom low_pass_angstrom",
-)
-declare("import_mask", ["map[final]"], [Output("mask", "mask", ("mask",), frame="same")], files="file")
+existing("mask", ports=["model?!:model[atoms]"])
+existing("import_mask")
 
 
 def imported_map(params: Any) -> tuple[Output, ...]:
+    """That of the product, with the FSC of its half-maps besides; of a file that is missing nothing is known."""
     if isinstance(params.file, str) and params.file.startswith("missing"):
         raise ProjectFileError(f"{params.file} cannot be read.", "the name is wrong", "Correct the name.")
-    parts = "final half_maps fsc" if params.half_maps else "final"
-    return (M(parts, f"as:{params.frame_of}" if params.frame_of else "unknown"),)
+    found = PRODUCT["import_map"].outputs(params)
+    return besides(found, "fsc") if params.half_maps else found
 
 
-declare("import_map", [], imported_map, "symmetry frame_of", files="file half_maps")
-RELATED_MASK = port("mask[mask]", default="related")
-declare(
-    "postprocess",
-    ["map[final, half_maps]", RELATED_MASK],
-    [M("fsc view", on="map")],
-    "b_factor_angstrom2 low_pass_angstrom seed",
-)
+existing("import_map", outputs=imported_map)
+existing("postprocess")
 declare("local_resolution", ["map[half_maps]", replace(RELATED_MASK, optional=True)], [M("view")])
 declare(
     "align_maps",
@@ -365,15 +340,3 @@ declare(
     "threshold",
     shape="map",
 )
-
-
-def imported_project(params: Any) -> tuple[Output, ...]:
-    if not params.project:
-        raise ProjectFileError("say which project: import_project: {project: ../other}.")
-    return (
-        E("frames micrograph optics dose field ctf ctf_quality", on=None),
-        P("position score image pose class2d", on=None, births=True, frame="unknown"),
-    )
-
-
-declare("import_project", [], imported_project, "project step")

@@ -815,6 +815,11 @@ MORE_RIGHT: list[tuple[Any, ...]] = [
         [*MAP, K3, {"select": {"where": "p > 0.9"}}, {"refine3d as r": {}}],
         {"select.particles": "classify3d", "r.particles": "select", "r.map": "refine3d"},
     ),
+    (
+        "a person chooses among the 2D classes of all 3D classes",
+        [*MAP, K3, "select_classes"],
+        {"select_classes.particles": "classify3d", "select_classes.classes": "classify2d"},
+    ),
     ("variability of all classes", [*MAP, K3, "variability"], {"variability.particles": "classify3d", "variability.map": "refine3d"}),
     (
         "polish of a class against the consensus map",

@@ -143,6 +143,94 @@ def test_damaged_and_missing_shards_are_found(tmp_path):
     assert ["damaged" in p or "missing" in p for p in generation.damaged()] == [True, True]
 
 
+def _result(path: Path, count: int = 300_000) -> tuple[Generation, dict[str, np.ndarray]]:
+    """A generation with one result: columns of more than one chunk, a stack of images, and what is empty."""
+    rng = np.random.default_rng(0)
+    values = {
+        "particle_id": np.cumsum(rng.integers(1, 999, count)),
+        "class_number": rng.integers(0, 9, count).astype(np.int32),
+        "class_psi_deg": rng.normal(size=count).astype(np.float32),
+        "class_centre_y_angstrom": rng.normal(size=count),
+        "class_average": rng.normal(size=(3, 6, 5)).astype(np.float32),
+        "dropped_id": np.zeros(0, np.int64),
+    }
+    meta = {"stage": "classify2d", "version": 1, "params": {}, "recipe": "k"}
+    generation = Generation.create(path, meta=meta, gives=tuple(values), per_item=False, sizes={}, dtypes={})
+    generation.commit_result(values)
+    return Generation(path), values
+
+
+def test_one_result_is_read_as_plain_zarr_reads_it(tmp_path):
+    generation, values = _result(tmp_path / "k")
+    record = generation.committed()[0]
+    for name, value in values.items():
+        found = generation.read(record, name)
+        assert (found.dtype, found.shape) == (value.dtype, value.shape)
+        np.testing.assert_array_equal(found, value)
+        if value.size:
+            np.testing.assert_array_equal(found, zarr.open_array(generation.path / name, mode="r")[...])
+
+
+def test_reading_one_result_does_not_load_zarr(tmp_path):
+    generation, values = _result(tmp_path / "k", 50)
+    code = (
+        "import sys; from cryodask.store.generation import Generation; g = Generation(sys.argv[1]); r = g.committed()[0]\n"
+        "print(len(g.read(r, 'particle_id')), g.read(r, 'class_average').shape, 'zarr' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(generation.path)], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[0] == f"{len(values['particle_id'])} (3, 6, 5) False"
+
+
+@pytest.mark.parametrize("name", ["particle_id", "class_number", "class_psi_deg", "class_average"])
+@pytest.mark.parametrize("at", [0.0, 0.3, 0.7, 1.0])
+def test_a_flipped_byte_in_a_column_is_an_error_and_never_other_numbers(tmp_path, name, at):
+    generation, values = _result(tmp_path / "k")
+    record = generation.committed()[0]
+    shard = generation.shard_path(name, 0, values[name].ndim)
+    whole = shard.read_bytes()
+    raw = bytearray(whole)
+    raw[int(at * (len(raw) - 1))] ^= 4
+    shard.write_bytes(raw)
+    with pytest.raises(StoreError, match=r"is damaged: (?s:.*)verify --repair") as caught:
+        generation.read(record, name)
+    assert str(shard) in str(caught.value)
+    shard.write_bytes(whole[:-3])
+    with pytest.raises(StoreError, match="is damaged"):
+        generation.read(record, name)
+    shard.unlink()
+    with pytest.raises(StoreError, match="missing"):
+        generation.read(record, name)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: "",
+        lambda text: "{}",
+        lambda text: text[: len(text) // 2],
+        lambda text: text.replace('"int32"', '"int64"'),
+        lambda text: text.replace('"int32"', '"float32"'),
+        lambda text: text.replace("300000", "900000"),
+        lambda text: text.replace("262144", "0"),
+        lambda text: text.replace("262144", "131072"),
+        lambda text: text.replace('"blosc"', '"gzip"'),
+    ],
+)
+def test_damaged_metadata_of_a_column_is_an_error_that_names_the_file(tmp_path, change):
+    generation, _ = _result(tmp_path / "k")
+    path = generation.path / "class_number" / "zarr.json"
+    path.write_text(change(path.read_text()))
+    with pytest.raises(StoreError, match=f"{path.parent}.* is damaged: "):
+        generation.read(generation.committed()[0], "class_number")
+
+
+def test_a_shard_whose_chunk_has_another_length_is_damaged(tmp_path):
+    short, long = Layout.of((8,), (8,), "i4"), Layout.of((16,), (16,), "i4")
+    write_shard(tmp_path / "s", short, np.arange(8, dtype=np.int32))
+    with pytest.raises(StoreError, match="cannot be decoded"):
+        ShardReader(tmp_path / "s", long).read()
+
+
 def test_an_item_of_another_shape_is_refused_with_both_shapes(tmp_path):
     generation = _generation(tmp_path / "k")
     with pytest.raises(MicrographError, match=r"\(5, 8\), not \(6, 8\)"):

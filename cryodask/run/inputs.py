@@ -66,11 +66,15 @@ def step_inputs(plan: Plan, project: Project, step: Step) -> StepInputs:
     if exposures:
         taken = refer.product(exposures[0])
         ref = ref.model_copy(update={"exposures": taken.parts, "exposure_ids": taken.ids})
-    usable = np.isin(row_of(ids), selected_rows(project, ref))
+    rows = rows_in(ids)
+    usable = np.isin(rows, selected_rows(project, ref))
     needed = step.stage.port("exposures")
     for part in needed.parts if needed is not None and exposures else ():
-        usable &= _has(project, ref, part, row_of(ids))
-    return StepInputs(step, sets, ids[usable], ids[~usable], ref, rows_in(ids[usable]))
+        usable &= _has(project, ref, part, rows)
+    if usable.all():
+        return StepInputs(step, sets, ids, ids[:0], ref, rows)
+    there = usable[place_of_row(row_of(ids), rows)]
+    return StepInputs(step, sets, ids[there], ids[~there], ref, rows[usable])
 
 
 def selected_rows(project: Project, ref: ProductRef) -> np.ndarray:

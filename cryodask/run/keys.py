@@ -192,8 +192,8 @@ class Keys:
         here = np.isin(table.row, rows)
         digest = hashlib.blake2b(digest_size=8)
         digest.update(str(sorted({recipe_of(generation, name) for name in self._data_sets(rows)})).encode())
-        for row, item, some in zip(table.row[here].tolist(), table.input[here], table.slice[here]):
-            digest.update(f"{row}:{item}:{some};".encode())
+        made_from = zip(table.row[here].tolist(), table.input[here], table.slice[here])
+        digest.update("".join([f"{row}:{item}:{some};" for row, item, some in made_from]).encode())
         return digest.hexdigest()
 
     def _data_sets(self, rows: np.ndarray) -> set[str]:
@@ -207,5 +207,11 @@ class Keys:
         """Digest of what the registry and the data sets say of some exposures."""
         wanted = set(rows.tolist())
         items = [i for i in self.project.items() if i.row in wanted]
-        values = {n: [self.project.value_of(i, n) for i in items] for n in sorted(names)}
-        return generation_key({n: sorted(set(v), key=str) if len(set(map(str, v))) == 1 else v for n, v in values.items()})
+        values = {n: self.project.values_of(items, n) for n in sorted(names)}
+        return generation_key({n: _once(v) for n, v in values.items()})
+
+
+def _once(values: list[Any]) -> list[Any]:
+    """The same, but what all have is said once."""
+    first = str(values[0]) if values else ""
+    return values[:1] if all(one is values[0] or str(one) == first for one in values) else values

@@ -178,12 +178,12 @@ class _Looking:
     def _over_set(self, step: Step) -> StepPreview:
         inputs = step_inputs(self.plan, self.project, step)
         version = int(step.stage.version)
-        current = self.before.get(step.label)
-        if current is not None and current.stage == step.stage.name and step.label not in self.update:
-            made = int(self.project.generation_at(current.place).meta["version"])
-            if self.keys.of_set(made, inputs) == current.key:
-                version = made
         key = self.keys.of_set(version, inputs)
+        current = self.before.get(step.label)
+        if current is not None and current.stage == step.stage.name and step.label not in self.update and key != current.key:
+            made = int(self.project.generation_at(current.place).meta["version"])
+            if made != version and self.keys.of_set(made, inputs) == current.key:
+                version, key = made, current.key
         generation = Generation(self.project.path / "stages" / step.stage.name / key)
         count = len(inputs.ids) if inputs.ids is not None else None
         if not (generation.path / "zarr.json").exists():

@@ -336,10 +336,11 @@ def position(plan: Plan, label: str) -> int:
     return labels.index(label)
 
 
-def list_movies(plan: Plan, data_set: str = "", *, needed: bool = True) -> list[Path]:
-    """Movie files of a data set in order of name; raises where there are none, unless they are not ``needed`` any more."""
+def list_movies(plan: Plan, data_set: str = "", *, needed: bool = True) -> list[str]:
+    """Paths of the movie files of a data set in order of name; raises where there are none, unless they are not ``needed`` any more."""
     pattern = plan.resolve(plan.data_sets[data_set].movies or "")
-    found = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
+    # by their parts, as Paths compare: these would cost more than the listing
+    found = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)), key=lambda path: path.split(os.sep))
     if not found and needed:
         raise ProjectFileError(
             f"No movie matches {pattern}.", "a typo in inputs.movies, or the data are not mounted", "check the pattern with ls"

@@ -40,18 +40,27 @@ class Slices:
 
     def digests(self, rows: Iterable[int]) -> dict[int, str]:
         """Digest of the slice of each of some exposures."""
-        none = slice_digest(self.at(-1))
-        there = set(self.rows.tolist())
-        return {row: slice_digest(self.at(row)) if row in there else none for row in rows}
+        columns, start = _headed(self.columns), self.start.tolist()
+        place = {row: i for i, row in enumerate(self.rows.tolist())}
+        none = _digest(columns, slice(0, 0))
+        return {row: none if (i := place.get(row)) is None else _digest(columns, slice(start[i], start[i + 1])) for row in rows}
 
 
 def slice_digest(columns: dict[str, np.ndarray]) -> str:
     """Digest of ids and declared columns of the particles of an exposure."""
+    return _digest(_headed(columns), slice(None))
+
+
+def _headed(columns: dict[str, np.ndarray]) -> list[tuple[bytes, np.ndarray]]:
+    arrays = {name: np.asarray(columns[name]) for name in sorted(columns)}
+    return [(f"{name}:{values.dtype.str}:".encode(), values) for name, values in arrays.items()]
+
+
+def _digest(columns: list[tuple[bytes, np.ndarray]], window: slice) -> str:
     digest = hashlib.blake2b(digest_size=8)
-    for name in sorted(columns):
-        values = np.ascontiguousarray(columns[name])
-        digest.update(f"{name}:{values.dtype.str}:".encode())
-        digest.update(values.tobytes())
+    for head, values in columns:
+        digest.update(head)
+        digest.update(values[window].tobytes())
     return digest.hexdigest()
 
 

@@ -115,17 +115,17 @@ class Files:
             if k.endswith("_path")
         }
 
-    def arrival(self, variable: str, path: Path, source: str, data_set: str = "") -> Arrival:
+    def arrival(self, variable: str, path: str | Path, source: str, data_set: str = "") -> Arrival:
         """A file as an exposure: its content, path, size and time."""
-        relative = self._plan.relative(path)
+        relative, name = self._plan.relative(path), Path(path).stem
         inputs: dict[str, Any] = {variable: relative, "source": source, **({"data_set": data_set} if data_set else {})}
         try:
-            stat = path.stat()
+            stat = os.stat(path)
         except FileNotFoundError:  # gone since it was listed: its stage says so, and the others go on
-            return Arrival(path.stem, f"name:{relative}", inputs)
+            return Arrival(name, f"name:{relative}", inputs)
         inputs |= {"size": stat.st_size, "mtime": round(stat.st_mtime, 3)}
         content = self._known.get((relative, stat.st_size, inputs["mtime"]))
-        return Arrival(path.stem, content or content_id(path, stat.st_size), inputs)
+        return Arrival(name, content or content_id(Path(path), stat.st_size), inputs)
 
 
 def _micrographs(plan: Plan, step: Step, files: Files) -> list[Arrival]:

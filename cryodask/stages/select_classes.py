@@ -26,7 +26,7 @@ class SelectClassesParams(Params):
     needs=["class_number", "class_average", "class_share"],
     optional=["class_resolution_angstrom", "class_score"],
     gives=["class_average", "class_share", "class_resolution_angstrom", "class_score"],
-    ports=[port("particles[class2d]", copies=True), "classes[averages, scores?]"],
+    ports=[port("particles[class2d]", copies=True, whole=True), "classes[averages, scores?]"],
     outputs=[
         Output("particles", "particles", on="particles", subset=True),
         Output("classes", "classes", ("averages", "scores"), on="classes"),

@@ -49,13 +49,25 @@ def birth_of(ids: Any) -> np.ndarray:
 
 def row_of(ids: Any) -> np.ndarray:
     """Row of the exposure."""
-    return (np.asarray(ids, np.int64) >> _ROW_AT) & (MOST_ROWS - 1)
+    rows = np.asarray(ids, np.int64) >> _ROW_AT
+    rows &= MOST_ROWS - 1  # in place: for millions of ids a second array costs more than the arithmetic
+    return rows
+
+
+def row_runs(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Row, and number of particles, of each run of particles of one exposure; without an array of all rows."""
+    block = 1 << 16
+    firsts = [np.zeros(1 if len(ids) else 0, np.int64)]
+    for start in range(0, len(ids), block):
+        rows = row_of(ids[start : start + block + 1])  # with the first of the next block
+        firsts.append(np.flatnonzero(rows[1:] != rows[:-1]) + (start + 1))
+    first = np.concatenate(firsts)
+    return row_of(ids[first]), np.diff(np.append(first, len(ids)))
 
 
 def rows_in(ids: np.ndarray) -> np.ndarray:
     """Rows of the exposures of some particles, each once, sorted."""
-    rows = row_of(ids)
-    firsts = rows[np.flatnonzero(np.diff(rows, prepend=-1))]
+    firsts, _ = row_runs(ids)
     return firsts if (np.diff(firsts) > 0).all() else np.unique(firsts)
 
 
@@ -109,9 +121,14 @@ def checked(ids: np.ndarray) -> np.ndarray:
     return ids
 
 
+def same_ids(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two sets are the same."""
+    return one is other or (len(one) == len(other) and bool((one == other).all()))
+
+
 def place_of(wanted: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """Place of each wanted id in the set ``ids``, -1 where it is not. A wanted copy finds its parent where ``ids`` holds no copies."""
-    if wanted is ids or (len(ids) == len(wanted) and np.array_equal(ids, wanted)):
+    if same_ids(wanted, ids):
         return np.arange(len(ids))
     if not len(ids):
         return np.full(len(wanted), -1)

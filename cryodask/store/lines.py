@@ -37,9 +37,10 @@ def checked_line(record: Record) -> bytes:
 def parse_line(line: bytes) -> Record | None:
     """The record of a line, None where it does not fit its checksum."""
     try:
-        if int(line[:8], 16) != google_crc32c.value(line[9:]):
+        body = line[9:]
+        if int(line[:8], 16) != google_crc32c.value(body):
             return None
-        record = json.loads(line[9:])
+        record = json.loads(body.decode())  # of bytes, json would first guess the encoding
     except ValueError:
         return None
     return record if isinstance(record, dict) and "row" in record else None

@@ -13,6 +13,7 @@ from cryodask.errors import InputError
 
 _WHERE_AND_WHEN = ("size", "mtime", "stat", "source", "data_set")
 _SHOWN = 3
+_ENCODER = json.JSONEncoder(sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,7 @@ def _renewed(old: Item, arrival: Arrival) -> Item:
 
 def canonical(value: Any) -> str:
     """A value as text: equal values give equal texts."""
-    return json.dumps(value, sort_keys=True)
+    return _ENCODER.encode(value)
 
 
 def _are(names: list[str]) -> str:

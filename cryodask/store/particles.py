@@ -12,7 +12,7 @@ import numpy as np
 from cryodask.errors import StoreError
 from cryodask.store.datasets import describe
 from cryodask.store.generation import Generation
-from cryodask.store.identity import place_of, row_of
+from cryodask.store.identity import place_of, row_of, row_runs, same_ids
 from cryodask.store.sets import CTF_COLUMNS, OPTICS, runs
 from cryodask.vocabulary import VARIABLES
 
@@ -78,19 +78,20 @@ def _known_places(project: Project, ref: ProductRef, ids: np.ndarray) -> tuple[I
     """Places of the images of those particles that have one, and the mask of these."""
     place = ref.parts["image"]
     given = project.sets.images(place)
+    generations = tuple(project.generation_at(p) for p in given.givers or (place,))
+    giver = given.giver if given.giver is not None else np.zeros(len(given.ids), np.int16)
+    every = ImagePlaces(generations, given.row, given.slot, giver)
+    if same_ids(given.ids, ids):
+        return every, np.ones(len(ids), bool)
     at = place_of(ids, given.ids)
     found = at >= 0
-    at = at[found]
-    generations = tuple(project.generation_at(p) for p in given.givers or (place,))
-    giver = given.giver[at] if given.giver is not None else np.zeros(len(at), np.int16)
-    return ImagePlaces(generations, given.row[at], given.slot[at], giver), found
+    return every.take(at if found.all() else at[found]), found
 
 
 def particle_columns(project: Project, ref: ProductRef, ids: np.ndarray, parts: Iterable[str] | None = None) -> dict[str, np.ndarray]:
     """What is known of the particles of a set: some parts (all if None) without images, optics, CTF (their own where they have one)."""
     out = project.sets.columns(ref, ids, parts)
-    rows = row_of(ids)
-    values = project.sets.of_exposures(ref, rows, [*CTF_COLUMNS, *OPTICS])
+    values = project.sets.of_runs(ref, *row_runs(ids), [*CTF_COLUMNS, *OPTICS])
     for name in CTF_COLUMNS:
         own, theirs = out.get(name), values.get(name)
         if own is not None and theirs is not None:
@@ -119,8 +120,7 @@ def _lazy(places: ImagePlaces) -> Any:
     """As a dask array, a chunk per exposure."""
     import dask.array as da
 
-    starts = np.flatnonzero(np.diff(places.row, prepend=-1))
-    chunks = np.diff(np.append(starts, len(places.row)))
+    _, chunks = runs(places.row)
     layout = (tuple(chunks.tolist()) or (0,), places.shape[1], places.shape[2])
     return da.from_array(LazyImages(places), chunks=layout, name=f"particle_image-{uuid.uuid4().hex}", asarray=False, fancy=False)
 
@@ -138,7 +138,7 @@ def particle_dataset(project: Project, label: str | None = None) -> xr.Dataset:
     if "image" in ref.parts and len(ids):
         # an exposure may come or go between two looks at a project that grows: what is shown has an image
         places, found = _known_places(project, ref, ids)
-        ids = ids[found]
+        ids = ids if found.all() else ids[found]
     columns = particle_columns(project, ref, ids)
     if places is not None and "particle_y" in columns and not np.isfinite(columns["particle_y"]).all():
         still = np.isfinite(columns["particle_y"])
@@ -151,8 +151,8 @@ def particle_dataset(project: Project, label: str | None = None) -> xr.Dataset:
         data[name] = ("particle", values, attributes)
     names = {item.row: item.name for item in project.items()}
     rows = row_of(ids)
-    starts, counts = runs(rows)
-    micrograph = np.repeat(np.array([names.get(int(r), f"row {r}") for r in rows[starts]] or [""], dtype=object)[: len(starts)], counts)
+    some, counts = row_runs(ids)
+    micrograph = np.repeat(np.array([names.get(r, f"row {r}") for r in some.tolist()] or [""], dtype=object)[: len(some)], counts)
     coords = {
         "particle_id": ("particle", ids, describe(VARIABLES["particle_id"])),
         "half_set": ("particle", half, describe(VARIABLES["half_set"])),

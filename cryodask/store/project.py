@@ -151,8 +151,16 @@ class Project:
 
     def value_of(self, item: Item, name: str) -> Any:
         """What is known of an exposure from outside: its own value, else that of its data set; None where there is none."""
-        value = item.inputs.get(name, self.state.constants.get(str(item.inputs.get("data_set", "")), {}).get(name))
-        return str(self.home / value) if name.endswith("_path") and value is not None else value
+        return self.values_of([item], name)[0]
+
+    def values_of(self, items: Iterable[Item], name: str) -> list[Any]:
+        """The same of many exposures."""
+        constants = {data_set: values.get(name) for data_set, values in self.state.constants.items()}
+        values = [i.inputs[name] if name in i.inputs else constants.get(str(i.inputs.get("data_set", ""))) for i in items]
+        if not name.endswith("_path"):
+            return values
+        home = self.home
+        return [None if v is None else str(home / v) for v in values]
 
     def step(self, label: str) -> StepState:
         """State of a step.

@@ -11,7 +11,7 @@ import numpy as np
 from cryodask.errors import StoreError
 from cryodask.products import ORIGINS
 from cryodask.store.births import accepted
-from cryodask.store.identity import aligned, births_text, checked, place_of, row_of
+from cryodask.store.identity import aligned, births_text, checked, place_of, row_runs, same_ids
 from cryodask.store.table import Table
 from cryodask.vocabulary import VARIABLES
 
@@ -25,7 +25,7 @@ OPTICS = ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast")
 _AS_SET = {f"particle_{name}": name for name in CTF_COLUMNS} | {"particle_half": "half_set"}
 """What a column of an exposure is called in a set."""
 _IMAGE_PLACES = ("image_giver", "image_row", "image_slot")
-_NOT_ASKED = np.zeros(0, np.int64)
+_NOT_ASKED = np.zeros(0, np.int32)
 _OF_IMAGES = ("particle_y", "particle_x")
 _PLACES = {"pick_y": "position_y_angstrom", "pick_x": "position_x_angstrom"}
 
@@ -51,6 +51,8 @@ class SetReader:
 
     project: Project
     _kept: dict[Any, tuple[Any, Given]] = field(default_factory=dict)
+    _ids: dict[str, tuple[int | None, np.ndarray]] = field(default_factory=dict)
+    """Ids of generations with one result, by the checksum in its record: each part asks for its columns, and all share these."""
 
     # --- which particles ----------------------------------------------------------------------------------------------------
     def ids(self, ref: ProductRef) -> np.ndarray:
@@ -87,7 +89,7 @@ class SetReader:
             place = ref.parts[part]
             names = self._names(place, part)
             given = self._of(place, names, None)
-            same = given.ids is ids or np.array_equal(given.ids, ids)
+            same = same_ids(given.ids, ids)
             at = np.zeros(0, np.int64) if same else place_of(ids, given.ids)
             if len(at) and len(given.ids) and (at < 0).all():
                 raise StoreError(
@@ -107,24 +109,28 @@ class SetReader:
         needs_pixel = (*_PLACES, *_OF_IMAGES)
         if not any(name in out for name in needs_pixel):
             return
-        pixel = self.of_exposures(ref, row_of(ids), ["pixel_size_angstrom"]).get("pixel_size_angstrom")
+        pixel: np.ndarray | None = self.of_runs(ref, *row_runs(ids), ["pixel_size_angstrom"]).get("pixel_size_angstrom")
         if pixel is None:
             pixel = out.get("particle_pixel_size_angstrom", np.ones(len(ids)))
         for name, angstrom in _PLACES.items():
             if name in out:
-                out[angstrom] = out.pop(name).astype(np.float64) * pixel
+                out[angstrom] = np.multiply(out.pop(name), pixel, dtype=np.float64)
         for axis in ("y", "x"):
             if f"particle_{axis}" in out:
-                out[f"box_{axis}_angstrom"] = out[f"particle_{axis}"].astype(np.float64) * pixel
+                out[f"box_{axis}_angstrom"] = np.multiply(out[f"particle_{axis}"], pixel, dtype=np.float64)
         for origin, centre in ORIGINS.items():
             box = f"box_{origin[-10]}_angstrom"
             if centre in out and box in out:
-                out[origin] = (out[box] - out[centre]).astype(np.float32)
+                out[origin] = np.subtract(out[box], out[centre], out=np.empty(len(ids), np.float32), dtype=np.float64, casting="same_kind")
 
     def of_exposures(self, ref: ProductRef, rows: np.ndarray, names: Iterable[str]) -> dict[str, np.ndarray]:
         """Values of the exposures behind a set, for ``rows`` (which may repeat); a name that nothing gives is left out."""
-        out = {}
         starts, counts = runs(rows)
+        return self.of_runs(ref, rows[starts], counts, names)
+
+    def of_runs(self, ref: ProductRef, rows: np.ndarray, counts: np.ndarray, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """The same for runs of particles of one exposure, as ``identity.row_runs`` finds them."""
+        out = {}
         for name in names:
             part = VARIABLES[name].part.partition(".")[2]
             place = ref.exposures.get(part)
@@ -132,7 +138,7 @@ class SetReader:
                 continue
             known = self.exposure_values(place, name)
             if known is not None:
-                out[name] = np.repeat(aligned(known[1], place_of_row(rows[starts], known[0])), counts)
+                out[name] = np.repeat(aligned(known[1], place_of_row(rows, known[0])), counts)
         return out
 
     def exposure_values(self, place: str, name: str) -> tuple[np.ndarray, np.ndarray] | None:
@@ -144,7 +150,7 @@ class SetReader:
             table = self.project.table_at(place, [name])
             return table.row, table[name]
         items = self.project.items()
-        values = [self.project.value_of(item, name) for item in items]
+        values = self.project.values_of(items, name)
         if all(v is None for v in values):
             return None
         return np.array([i.row for i in items], np.int64), np.array([np.nan if v is None else float(v) for v in values])
@@ -164,7 +170,8 @@ class SetReader:
         key, stamp = (place, names, threshold, alive, placed), self._stamp(generation)
         kept = self._kept.get(key)
         if kept is None or kept[0] != stamp:
-            made = self._per_item(place, names, threshold, alive, placed) if generation.meta["per_item"] else _single(generation, names)
+            made = self._per_item(place, names, threshold, alive, placed) if generation.meta["per_item"] else self._single(place, names)
+            made.ids.flags.writeable = False  # they are handed out as they are, and serve every later question
             kept = self._kept[key] = stamp, made
         return kept[1]
 
@@ -177,7 +184,7 @@ class SetReader:
         extra = [n for n in ("particle_id", "particle_count", "pick_score", "pick_threshold") if n in gives]
         table = self.project.table_at(place, [*extra, *names])
         ids, counts = table.columns["particle_id"].flat, lengths(table, "particle_id")
-        row, slot = (np.repeat(table.row, counts), within(counts)) if placed else (_NOT_ASKED, _NOT_ASKED)
+        row, slot = (np.repeat(table.row.astype(np.int32), counts), within(counts)) if placed else (_NOT_ASKED, _NOT_ASKED)
         columns = {n: _per_particle(table, n, counts) for n in names}
         if birth and alive:
             score = table.columns["pick_score"].flat
@@ -187,6 +194,23 @@ class SetReader:
             columns = {n: v[mask] for n, v in columns.items()}
         order = np.argsort(ids, kind="stable") if len(ids) > 1 and not (ids[1:] > ids[:-1]).all() else slice(None)
         return Given(ids[order], {n: v[order] for n, v in columns.items()}, *((row[order], slot[order]) if placed else (row, slot)))
+
+    def _single(self, place: str, names: tuple[str, ...]) -> Given:
+        """Of a generation with one result."""
+        generation = self.project.generation_at(place)
+        record = generation.committed().get(0)
+        if record is None:
+            raise StoreError(
+                f"{place} is not finished.", "the run was stopped in the middle of it", "run the project again: it goes on where it was"
+            )
+        crc = record["shards"].get("particle_id")
+        kept = self._ids.get(place)
+        if kept is None or kept[0] != crc:
+            kept = self._ids[place] = crc, np.asarray(generation.read(record, "particle_id"), np.int64)
+        ids = kept[1]
+        columns = {n: generation.read(record, n) for n in names if n in record["shards"]}
+        columns |= {n: np.full(len(ids), record["columns"][n]) for n in names if n in record["columns"] and not VARIABLES[n].dims}
+        return Given(ids, columns, _NOT_ASKED, _NOT_ASKED)
 
     def images(self, place: str) -> Given:
         """Row and slot of every image of a generation, by id."""
@@ -200,23 +224,9 @@ class SetReader:
             table = self.project.table_at(place, ["particle_count"])
             count = dict(zip(table.row.tolist(), table["particle_count"].tolist()))
             there = given.slot < np.array([count[r] for r in given.row.tolist()], np.int64)
-            return Given(given.ids[there], {}, given.row[there], given.slot[there])
+            if not there.all():
+                return Given(given.ids[there], {}, given.row[there], given.slot[there])
         return given
-
-
-def _single(generation: Generation, names: tuple[str, ...]) -> Given:
-    """Of a generation with one result."""
-    record = generation.committed().get(0)
-    if record is None:
-        raise StoreError(
-            f"{generation.path.parent.name}/{generation.key} is not finished.",
-            "the run was stopped in the middle of it",
-            "run the project again: it goes on where it was",
-        )
-    ids = np.asarray(generation.read(record, "particle_id"), np.int64)
-    columns = {n: generation.read(record, n) for n in names if n in record["shards"]}
-    columns |= {n: np.full(len(ids), record["columns"][n]) for n in names if n in record["columns"] and not VARIABLES[n].dims}
-    return Given(ids, columns, row_of(ids), np.zeros(0, np.int64))
 
 
 def _first_of(known: list[tuple[np.ndarray, np.ndarray] | None]) -> tuple[np.ndarray, np.ndarray] | None:
@@ -237,14 +247,15 @@ def runs(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Starts and lengths of the runs of equal values."""
     if not len(values):
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    starts = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]]))
+    starts = np.concatenate([[0], np.flatnonzero(values[1:] != values[:-1]) + 1])
     return starts, np.diff(np.append(starts, len(values)))
 
 
 def within(counts: np.ndarray) -> np.ndarray:
     """0, 1, ... within every item."""
-    starts = np.cumsum(counts) - counts
-    return np.arange(int(counts.sum()), dtype=np.int64) - np.repeat(starts, counts)
+    places = np.arange(int(counts.sum()), dtype=np.int32)
+    places -= np.repeat((np.cumsum(counts) - counts).astype(np.int32), counts)
+    return places
 
 
 def place_of_row(rows: np.ndarray, known: np.ndarray) -> np.ndarray:

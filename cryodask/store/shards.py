@@ -7,14 +7,16 @@ its name only when all of it is on the disk.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from itertools import product
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -24,6 +26,10 @@ from cryodask.errors import StoreError
 from cryodask.store.files import fsync_folder, write_all
 
 _NO_CHUNK = np.iinfo(np.uint64).max
+_REPAIR = "cryodask verify --repair PROJECT  takes the commit of what is damaged back; then run again"
+_ANEW = "remove {} and run the project again: it is made anew"
+_BLOCK = 1 << 16
+"""Bytes read at a time for a checksum: small enough that the same memory serves all of them."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,31 @@ class Layout:
         """Chunks from a hint in which 0 (or nothing) means the whole axis."""
         hint = tuple(chunk_hint) or (0,) * len(shape)
         return cls(tuple(shape), tuple(min(h, n) if h else n for h, n in zip(hint, shape)), dtype)
+
+    @classmethod
+    def of_array(cls, folder: Path) -> Layout:
+        """The layout of an array that is one shard, from the ``zarr.json`` in its folder.
+
+        Raises
+        ------
+        StoreError
+            Where that file is missing or damaged, or describes another form than is written here.
+        """
+        path = folder / "zarr.json"
+        try:
+            meta = json.loads(path.read_text())
+            (sharding,) = meta["codecs"]
+            inner = sharding["configuration"]
+            made = cls(tuple(meta["shape"]), tuple(inner["chunk_shape"]), str(np.dtype(meta["data_type"])))
+            codecs = ["bytes", "blosc"] if made.compressed else ["bytes"]
+            fits = (
+                tuple(meta["chunk_grid"]["configuration"]["chunk_shape"]) == made.padded and [c["name"] for c in inner["codecs"]] == codecs
+            )
+        except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+            raise _damage(path, f"it does not say how the array is stored ({type(error).__name__})", _ANEW.format(folder.parent)) from error
+        if not fits:
+            raise _damage(path, "it describes an array of another form than cryodask writes", _ANEW.format(folder.parent))
+        return made
 
     @property
     def padded(self) -> tuple[int, ...]:
@@ -181,44 +212,62 @@ class ShardReader:
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self[i] for i in range(len(self)))
 
-    def read(self) -> np.ndarray:
-        """The whole item as an array."""
-        return self.window(tuple(slice(None) for _ in self.shape))
+    def read(self, crc: int | None = None) -> np.ndarray:
+        """The whole item as an array; ``crc`` as in :meth:`window`."""
+        return self.window(tuple(slice(None) for _ in self.shape), crc)
 
     def slab(self, k: int) -> np.ndarray:
         """All chunks whose first coordinate is ``k``, joined and cut to the true shape."""
         step = self.layout.chunk[0]
         return self.window((slice(k * step, (k + 1) * step), *(slice(None) for _ in self.shape[1:])))
 
-    def window(self, window: tuple[slice, ...]) -> np.ndarray:
-        """A part of the item (slices of step 1), read from ONE opening of the file, so that it is never half of two writings."""
+    def window(self, window: tuple[slice, ...], crc: int | None = None) -> np.ndarray:
+        """A part of the item (slices of step 1), read from ONE opening of the file, so that it is never half of two writings.
+
+        With ``crc``, the checksum of the whole file in its commit record, nothing is given that does not fit it: chunks of floats have
+        no checksum of their own, and a damaged one would be read as other numbers.
+        """
         spans = [range(*s.indices(n)) for s, n in zip(window, self.shape)]
         out = np.zeros([len(span) for span in spans], self.dtype)
         if not out.size:
             return out
         chunk = self.layout.chunk
         with self._opened() as file:
+            if crc is not None and _crc_of(file) != crc:
+                raise self._damage("its bytes do not fit the checksum of its commit")
             index = self._read_index(file)
             for steps in product(*(range(span.start // c, (span.stop - 1) // c + 1) for span, c in zip(spans, chunk))):
                 here = [(max(s.start, k * c), min(s.stop, (k + 1) * c)) for s, k, c in zip(spans, steps, chunk)]
                 inside = tuple(slice(a - k * c, b - k * c) for (a, b), k, c in zip(here, steps, chunk))
-                out[tuple(slice(a - s.start, b - s.start) for (a, b), s in zip(here, spans))] = self._chunk(file, index, steps)[inside]
+                target = out[tuple(slice(a - s.start, b - s.start) for (a, b), s in zip(here, spans))]
+                if target.shape == chunk and target.flags.c_contiguous and self.dtype == self.dtype.newbyteorder("<"):
+                    self._chunk(file, index, steps, target)
+                else:
+                    target[...] = self._chunk(file, index, steps)[inside]
         return out
 
-    def _chunk(self, file: BinaryIO, index: np.ndarray, coordinate: tuple[int, ...]) -> np.ndarray:
+    def _chunk(self, file: BufferedReader, index: np.ndarray, coordinate: tuple[int, ...], out: np.ndarray | None = None) -> np.ndarray:
+        """A whole chunk; straight into ``out`` where that is given, for fresh memory costs more than the reading."""
+        out = np.empty(self.layout.chunk, self.dtype.newbyteorder("<")) if out is None else out
         offset, size = (int(v) for v in index[coordinate])
         if offset == int(_NO_CHUNK):
-            return np.zeros(self.layout.chunk, self.dtype)
+            out[...] = 0
+            return out
         file.seek(offset)
-        data = file.read(size)
         codec = self.layout.codec()
         try:
-            raw = codec.decode(data) if codec else data
-            return np.frombuffer(raw, np.dtype(self.layout.dtype).newbyteorder("<")).reshape(self.layout.chunk)
+            if codec:
+                data = file.read(size)
+                if int.from_bytes(data[4:8], "little") != out.nbytes:  # blosc's header
+                    raise ValueError("it is of another size")
+                codec.decode(data, out)
+            elif size != out.nbytes or file.readinto(out.reshape(-1).view(np.uint8).data) != size:
+                raise ValueError("it was cut short")
+            return out
         except (ValueError, RuntimeError) as error:  # numcodecs raises RuntimeError for a blosc buffer that makes no sense
             raise self._damage(f"chunk {coordinate} cannot be decoded") from error
 
-    def _read_index(self, file: BinaryIO) -> np.ndarray:
+    def _read_index(self, file: BufferedReader) -> np.ndarray:
         there = os.fstat(file.fileno())
         stamp = (there.st_ino, there.st_size, there.st_mtime_ns)
         if self._index is None or stamp != self._stamp:  # written anew since: its chunks lie elsewhere
@@ -231,24 +280,30 @@ class ShardReader:
             self._index, self._stamp = np.frombuffer(raw, "<u8").reshape(*self.layout.grid, 2), stamp
         return self._index
 
-    def _opened(self) -> BinaryIO:
+    def _opened(self) -> BufferedReader:
         try:
             return open(self.path, "rb")
         except FileNotFoundError as error:
             raise self._damage("the file is missing") from error
 
     def _damage(self, why: str) -> StoreError:
-        return StoreError(
-            f"{self.path} is damaged: {why}.",
-            "the disk lost bytes, or another program touched the project's folder",
-            "cryodask verify --repair PROJECT  takes the commit of what is damaged back; then run again",
-        )
+        return _damage(self.path, why)
 
 
-def file_crc(path: str | Path, block: int = 1 << 22) -> int:
+def _damage(path: Path, why: str, way_out: str = _REPAIR) -> StoreError:
+    return StoreError(f"{path} is damaged: {why}.", "the disk lost bytes, or another program touched the project's folder", way_out)
+
+
+def file_crc(path: str | Path) -> int:
     """crc32c of a whole file."""
-    crc = google_crc32c.Checksum()
     with open(path, "rb") as file:
-        while data := file.read(block):
-            crc.update(data)
+        return _crc_of(file)
+
+
+def _crc_of(file: BufferedReader) -> int:
+    """crc32c of all that an open file holds."""
+    crc = google_crc32c.Checksum()
+    file.seek(0)
+    while data := file.read(_BLOCK):
+        crc.update(data)
     return int.from_bytes(crc.digest(), "big")

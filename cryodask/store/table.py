@@ -234,7 +234,14 @@ class Compaction:
             raise DamagedCompaction(f"{member}: {error}") from error
 
     def _array(self, member: str) -> np.ndarray:
-        return np.load(io.BytesIO(self._bytes(f"{member}.npy")))
+        try:
+            with self._zip.open(f"{member}.npy") as file:  # piece by piece: the whole beside its array would be twice the memory
+                array = np.lib.format.read_array(file, allow_pickle=False)
+                if file.read(1):  # the checksum is compared at the end
+                    raise DamagedCompaction(f"{member}: longer than its array")
+                return array
+        except (*_UNREADABLE, KeyError) as error:
+            raise DamagedCompaction(f"{member}: {error}") from error
 
     def fits(self, journals: Path) -> bool:
         """Whether the journals still begin with what was compacted."""
