@@ -213,13 +213,14 @@ class Store(RuleBasedStateMachine):
 
     @rule(some=names, before=moments(3), split=st.booleans())
     def remove(self, some, before, split):
-        """Movies vanish from the folder: results that there are stay."""
+        """Movies vanish from the folder: results that there are stay, also those that a worker committed after its movie had left."""
         kept = [name for name, row in sorted(self.row_of.items()) if row in self.present and name not in some]
-        stay = {self.row_of[name] for name in kept} | (self.present & set(self._generation().committed()))
+        named = {row for row in self.row_of.values() if not self._forgotten(row)}
+        stay = {self.row_of[name] for name in kept} | (named & set(self._generation().committed()))
         listing = self._arrivals(kept)
         done = self._run(lambda project: iter([project.update_exposures(listing, complete=True)]), before, split)
         shown = self._shown()
-        assert stay <= shown <= self.present
+        assert stay & self.present <= shown <= self.present | stay
         assert not done or shown == stay
         self.present = shown
 

@@ -122,6 +122,15 @@ def _replace_movie(session: Path) -> None:
     os.utime(session / "movies" / "m2.mrc", (5, 5))
 
 
+def _flip_a_byte_in_the_middle(session: Path) -> None:
+    path = session / "movies" / "m2.mrc"
+    then = path.stat()
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(bytes(raw))
+    os.utime(path, ns=(then.st_atime_ns, then.st_mtime_ns))
+
+
 CHANGES = [
     ("nothing at all", lambda s: None, []),
     ("the date of gain, reference and mask", _touch_references, []),
@@ -141,13 +150,18 @@ CHANGES = [
     ("the pixel size", lambda s: _set(s, "microscope", "pixel_size_angstrom", value=2.0), FROM_MOTION),
     ("the dose", lambda s: _set(s, "microscope", "dose_per_frame", value=2.0), FROM_MOTION),
     ("a movie that was written again", _replace_movie, ALL),
+    ("a byte in the middle of a movie whose date was set back", _flip_a_byte_in_the_middle, ALL),
     ("an added movie", lambda s: _write_movie(s, 7), ALL),
     ("a removed movie", lambda s: (s / "movies" / "m1.mrc").unlink(), []),
     ("a forgotten movie", lambda s: Project(s / "toy").forget_exposures(["m1"]), SINGLES),
     ("a renamed movie", lambda s: (s / "movies" / "m1.mrc").rename(s / "movies" / "other.mrc"), []),
     ("movies that were touched", lambda s: [os.utime(p, (9, 9)) for p in (s / "movies").iterdir()], []),
 ]
-ONE_MOVIE_ONLY = {"a movie that was written again": {"m2"}, "an added movie": {"m7"}}
+ONE_MOVIE_ONLY = {
+    "a movie that was written again": {"m2"},
+    "a byte in the middle of a movie whose date was set back": {"m2"},
+    "an added movie": {"m7"},
+}
 
 
 @pytest.mark.parametrize(("what", "change", "expected"), CHANGES, ids=[c[0] for c in CHANGES])
@@ -191,6 +205,20 @@ def test_a_forgotten_movie_that_is_taken_in_again_brings_its_results_along(sessi
     assert without.overview()[0][1] == "3/3"
     without.forget_exposures(["m1"], undo=True)
     assert _made(_run(session, here)) == before
+
+
+def test_movies_of_one_date_that_swap_their_names_keep_their_results(session, here):
+    movies = session / "movies"
+    for path in movies.iterdir():
+        os.utime(path, (7, 7))
+    before = _run(session, here)
+    rows = {item.name: (item.row, item.content) for item in before.items()}
+    values = dict(zip(before["toy_motion"]["row"].values.tolist(), before["toy_motion"]["total_motion"].values.tolist()))
+    for old, new in (("m1", "x"), ("m2", "m1"), ("x", "m2")):
+        (movies / f"{old}.mrc").rename(movies / f"{new}.mrc")
+    after = _run(session, here)
+    assert {item.name: (item.row, item.content) for item in after.items()} == {**rows, "m1": rows["m2"], "m2": rows["m1"]}
+    assert dict(zip(after["toy_motion"]["row"].values.tolist(), after["toy_motion"]["total_motion"].values.tolist())) == values
 
 
 def test_maps_never_come_from_a_mixture_of_old_and_new(session, here):

@@ -157,7 +157,7 @@ def session(folder: Path, count: int) -> Project:
     from cryodask.stage import load_stages
 
     project = Project.create(folder, "session")
-    paths = ({"movie_path": f"/data/{i:08d}.tif", "size": i, "mtime": 0.5} for i in range(count))
+    paths = ({"movie_path": f"/data/{i:08d}.tif", "size": i, "stat": [0, 0, 0]} for i in range(count))
     listing = (Arrival(f"FoilHole_{i:08d}_fractions", f"{i}-0badc0de", inputs) for i, inputs in enumerate(paths))
     items = project.update_exposures(listing, complete=True).items
     rng = np.random.default_rng(0)

@@ -104,12 +104,16 @@ def _distinct(arrivals: list[Arrival]) -> list[Arrival]:
 
 
 class Files:
-    """Files as exposures. Their content is read once: what has the same path, size and time as before is taken to be the same."""
+    """Files as exposures.
+
+    Their content is read once: a file of the same path, size, times and inode is taken to be the same. The time of the last change of the
+    inode counts, for a rename or ``cp -p`` over a file keeps its other times.
+    """
 
     def __init__(self, plan: Plan, project: Project | None) -> None:
         self._plan = plan
         self._known = {
-            (str(v), item.inputs.get("size"), item.inputs.get("mtime")): item.content
+            (str(v), item.inputs.get("size"), tuple(item.inputs.get("stat", ()))): item.content
             for item in (project.items() if project is not None else ())
             for k, v in item.inputs.items()
             if k.endswith("_path")
@@ -123,8 +127,8 @@ class Files:
             stat = os.stat(path)
         except FileNotFoundError:  # gone since it was listed: its stage says so, and the others go on
             return Arrival(name, f"name:{relative}", inputs)
-        inputs |= {"size": stat.st_size, "mtime": round(stat.st_mtime, 3)}
-        content = self._known.get((relative, stat.st_size, inputs["mtime"]))
+        inputs |= {"size": stat.st_size, "stat": [stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]}
+        content = self._known.get((relative, stat.st_size, tuple(inputs["stat"])))
         return Arrival(name, content or content_id(Path(path), stat.st_size), inputs)
 
 
