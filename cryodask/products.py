@@ -108,7 +108,8 @@ class Product:
     """A product on the chain of a plan, with its facts.
 
     ``ref`` is how the project file names it. ``parts``: part -> ref of what gave it. ``ids``: ref of what last settled which particles
-    (or exposures) there are. ``behind``: refs of all that it was made from; ``line``: of those, its own collection only.
+    (or exposures) there are. ``behind``: refs of all that it was made from; ``line``: of those, its own collection only. ``count``: number
+    of classes, where the plan knows it.
     """
 
     type: str
@@ -131,6 +132,7 @@ class Product:
     partition: bool = False
     pixel_sizes: frozenset[float] = frozenset()
     purpose: str | None = None
+    count: int | None = None
 
     @property
     def ref(self) -> str:

@@ -265,6 +265,7 @@ class Stage:
     check: Check | None = None
     person: bool = False
     purpose: str | None = None
+    exposures_named: Callable[[Any], Sequence[str]] = field(default=lambda params: ())
     light: Callable[[Any], bool] = field(default=lambda params: False)
 
     @property
@@ -330,6 +331,7 @@ def stage(
     check: Check | None = None,
     person: bool = False,
     purpose: str | None = None,
+    exposures_named: Callable[[Any], Sequence[str]] | None = None,
     reasons: dict[int, str] | None = None,
     light: Callable[[Any], bool] | None = None,
 ) -> Callable[[Any], Stage]:
@@ -357,6 +359,8 @@ def stage(
         A decision that a person makes: the step waits until it is there.
     purpose : str, optional
         What the weights that it gives were trained for, or must have been trained for.
+    exposures_named : callable ``(params) -> names``
+        Exposures that the parameters name: one that the inputs do not have is refused before work.
     light : callable ``(params) -> bool``
         Of a map stage: whether it only moves a few columns, so that the driver does it itself instead of sending it to workers.
     reasons : dict, optional
@@ -397,6 +401,8 @@ def stage(
         made.check, made.person, made.purpose, made.reasons = check, person, purpose, dict(reasons or {})
         if light:
             made.light = light
+        if exposures_named:
+            made.exposures_named = exposures_named
         if sizes:
             made.sizes = sizes
         if memory:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from cryodask.cluster import service
@@ -51,6 +53,7 @@ def look_ahead(plan: Plan, project: Project | None, listing: list[Arrival], aske
         out.problems.append(f"{error.what} {error.way_out}".strip())
         settings = None
     out.warnings += _wrong_lane(settings, where, asked.lane)
+    out.problems += _unknown_exposures(plan, project, listing)
     found = movie_header(plan, listing)
     if found is not None:
         first, out.movie, pixel = found
@@ -65,6 +68,21 @@ def look_ahead(plan: Plan, project: Project | None, listing: list[Arrival], aske
     if settings is not None:
         out.problems += _too_large(plan, project, out.movie, _with_workers(settings, asked.workers or plan.file.workers), where)
     return out
+
+
+def _unknown_exposures(plan: Plan, project: Project | None, listing: list[Arrival]) -> Iterator[str]:
+    """Exposures that parameters name and nobody knows."""
+    known = {a.name for a in listing} | {item.name for item in (project.items() if project is not None else ())}
+    for step in plan.steps:
+        unknown = [name for name in step.stage.exposures_named(step.params) if name not in known]
+        if unknown and known:
+            stem = Path(unknown[0]).stem
+            near = [stem] if stem in known else difflib.get_close_matches(unknown[0], known, 1, 0.5)
+            more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+            yield (
+                f"{step.label} names the exposure {unknown[0]!r}{more}, which the inputs do not have."
+                + (f" Did you mean {near[0]!r}?" if near else "")
+            )
 
 
 # --- the cluster ---------------------------------------------------------------------------------------------------------------

@@ -252,7 +252,7 @@ def _number(draft: Draft, *names: str) -> float | None:
 
 def _with_facts_of_maps(chain: Chain, draft: Draft, out: Output, product: Product, outputs: Sequence[Output]) -> Product:
     if out.type == "classes":
-        return product
+        return replace(product, count=getattr(draft.params, "classes", None) if out.on is None else None)
     if out.type == "weights":
         return replace(product, purpose=draft.stage.purpose)
     base = draft.main("map") or next(iter(_base(draft, out)), None)

@@ -169,19 +169,9 @@ class EditsImport:
     """Edits of picks by a person, by micrograph."""
 
     def __init__(self, path: Path) -> None:
-        import csv
+        from cryodask.stages.edit_picks import read_edits
 
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-        if rows and not {"micrograph", "action"} <= set(rows[0]):
-            raise InputError(
-                f"{path} has the columns {', '.join(map(str, rows[0]))}.",
-                "it is another table, or has no header",
-                "name its columns micrograph, action, y, x, particle_id",
-            )
-        self._edits: dict[str, list[dict[str, str]]] = {}
-        for row in rows:
-            self._edits.setdefault(Path(row["micrograph"] or "").stem, []).append({k: v or "" for k, v in row.items() if k})
+        self._edits = read_edits(path)
 
     def values(self, item: Item) -> dict[str, Any]:
         """Edits of the exposure, in the order of the table."""

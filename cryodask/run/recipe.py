@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import glob
 import os
 import re
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +19,7 @@ from cryodask.errors import ProjectFileError
 from cryodask.products import Product
 from cryodask.run.graph import Graph, Step, point_group, resolve
 from cryodask.run.graph_chain import Draft
+from cryodask.run.wrong_names import nearest, problems
 from cryodask.stage import InputFileMark, Params, SourceFileMark, Stage, load_stages
 
 __all__ = ["Plan", "ProjectFile", "Step", "make_plan", "position", "read_project_file"]
@@ -48,7 +48,9 @@ class Inputs(Movies):
     def _one_start(self) -> Inputs:
         starts = [k for k in ("movies", "micrographs", "particles", "half_maps") if getattr(self, k) is not None]
         if len(starts) != 1:
-            raise ValueError(f"give exactly one of movies, micrographs, particles, half_maps (given: {starts or 'none'})")
+            raise ValueError(f"give exactly one of movies, micrographs, particles, half_maps (given: {', '.join(starts) or 'none'})")
+        if self.coordinates is not None and self.micrographs is None:
+            raise ValueError("coordinates belong to micrographs; beside movies write a step  import_picks: {folder: ...}")
         return self
 
 
@@ -215,7 +217,7 @@ def read_project_file(path: str | Path) -> ProjectFile:
     try:
         return ProjectFile.model_validate(content)
     except ValidationError as error:
-        raise ProjectFileError(f"{path}: " + _problems(error, ProjectFile), "a typo", "docs/project-file.md lists all keys") from None
+        raise ProjectFileError(f"{path}: " + problems(error, ProjectFile), "a typo", "docs/project-file.md lists all keys") from None
 
 
 def make_plan(path: str | Path, *, ahead: bool = False) -> Plan:
@@ -261,6 +263,7 @@ def draft_plan(path: str | Path, *, ahead: bool = False) -> Plan:
             "The movies have no optics: the section `microscope` was left out. Add  microscope: {voltage_kv: 300, "
             "spherical_aberration_mm: 2.7, pixel_size_angstrom: ...}."
         )
+    warnings += [sentence for step in graph.steps for sentence in _unknown_group(step)]
     steps = tuple(_with_pins(_with_symmetry(step), graph, plan.folder, problems) for step in graph.steps)
     return Plan(path, file, plan.folder, replace(graph, steps=steps, problems=tuple(problems), warnings=tuple(warnings)))
 
@@ -286,6 +289,15 @@ def _pinned(product: Product, key: str) -> Product:
     parts = {part: f"{ref}@{key}" if ref.partition(".")[0] == product.step else ref for part, ref in product.parts.items()}
     ids = f"{product.step}@{key}" if product.ids and product.ids.partition(".")[0] == product.step else product.ids
     return replace(product, parts=parts, ids=ids)
+
+
+def _unknown_group(step: Step) -> Iterator[str]:
+    """A sentence where C1 is taken because nothing says the point group of the step's map."""
+    if "symmetry" in type(step.params).model_fields and step.params.symmetry is None and step.inputs:
+        draft = Draft(step.label, step.stage, step.params, step.inputs)
+        if point_group(draft) is None:
+            start = next((p.ref for p in step.inputs.get("map", ())), "its start map")
+            yield f"{step.label}: nothing says the point group of {start}, so C1 is taken. Give symmetry, be it C1."
 
 
 def _with_symmetry(step: Step) -> Step:
@@ -332,7 +344,7 @@ def position(plan: Plan, label: str) -> int:
     """Place of a step in the pipeline; raises if none has this label."""
     labels, path = [s.label for s in plan.steps], plan.path
     if label not in labels:
-        raise ProjectFileError(f"{path} has no step {label!r}.{_nearest(label, labels)}", "a typo", f"its steps are: {', '.join(labels)}")
+        raise ProjectFileError(f"{path} has no step {label!r}.{nearest(label, labels)}", "a typo", f"its steps are: {', '.join(labels)}")
     return labels.index(label)
 
 
@@ -367,7 +379,7 @@ def _make_params(path: Path, stage: Stage, label: str, values: dict[str, Any], *
         return stage.params.model_validate(values)
     except ValidationError as error:
         reason = f"{stage.name} takes other names or values"
-        what = f"{label}: {_problems(error, stage.params)}"
+        what = f"{label}: {problems(error, stage.params)}"
         raise ProjectFileError(what, reason, f"cryodask stages {stage.name}  explains them") from None
 
 
@@ -377,31 +389,3 @@ def _existing(path: Path, label: str, name: str, given: str, *, ahead: bool) -> 
     if not file.exists() and not ahead:
         raise ProjectFileError(f"{label}.{name}: there is no file {file}.", "a typo in its name", "paths are relative to the project file")
     return str(file)
-
-
-def _problems(error: ValidationError, model: type[BaseModel]) -> str:
-    out = []
-    for problem in error.errors():
-        where = ".".join(str(x) for x in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            out.append(f"unknown name {where!r}.{_nearest(str(problem['loc'][-1]), _field_names(model, problem['loc']))}")
-        else:
-            got = "" if problem["type"] == "missing" else f" (given: {problem['input']!r})"
-            out.append(f"{where + ': ' if where else ''}{problem['msg']}{got}")
-    return "; ".join(out)
-
-
-def _field_names(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    for step in location[:-1]:
-        info = model.model_fields.get(str(step))
-        candidates = [info.annotation, *typing.get_args(info.annotation)] if info is not None else []
-        inner = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-        if inner is None:
-            return []
-        model = inner
-    return list(model.model_fields)
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else ""

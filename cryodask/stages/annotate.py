@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import Field
 
 from cryodask.errors import InputError
+from cryodask.products import Product
 from cryodask.stage import InputFile, Output, Params, SetView, port, stage
 from cryodask.store.identity import aligned, parse_id, place_of
 
@@ -19,6 +22,14 @@ class AnnotateParams(Params):
     file: InputFile | None = Field(None, description="CSV with a header and the columns particle_id and value; none: the step waits")
 
 
+def _check(params: AnnotateParams, inputs: dict[str, list[Product]]) -> Iterator[str]:
+    if params.file is not None and Path(params.file).is_file():
+        try:
+            _read(params.file)
+        except InputError as error:
+            yield f"{error.what} {error.way_out[:1].upper()}{error.way_out[1:]}."
+
+
 @stage(
     version=1,
     shape="set",
@@ -26,6 +37,7 @@ class AnnotateParams(Params):
     gives=["annotation"],
     ports=[port("particles:particles", copies=True, subtracted=True, whole=True)],
     outputs=[Output("particles", "particles", ("note",), on="particles")],
+    check=_check,
     person=True,
 )
 def annotate(params: AnnotateParams, inputs: dict[str, list[SetView]]) -> dict[str, Any]:
@@ -55,9 +67,13 @@ def _read(path: str) -> tuple[np.ndarray, np.ndarray]:
         Missing columns, what is not a number or an id, or a particle that is named twice.
     """
     with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
-    if rows and not {"particle_id", "value"} <= set(rows[0]):
-        raise InputError(f"{path} has the columns {', '.join(rows[0])}.", "", "name its columns particle_id and value")
+        reader = csv.DictReader(file)
+        rows = list(reader)
+        columns = [c or "" for c in reader.fieldnames or ()]
+    if not {"particle_id", "value"} <= set(columns):
+        raise InputError(
+            f"{path} has the columns {', '.join(columns) or 'of an empty file'}.", "", "name its columns particle_id and value"
+        )
     try:
         ids = np.array([parse_id(row["particle_id"].strip()) for row in rows], np.int64)
         values = np.array([float(row["value"]) for row in rows], np.float64)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
 
 from cryodask.errors import InputError
+from cryodask.products import Product
 from cryodask.stage import Output, Params, SetView, port, stage
 from cryodask.store.identity import parent_of
 
@@ -21,6 +23,11 @@ class ContractParams(Params):
     )
 
 
+def _check(params: ContractParams, inputs: dict[str, list[Product]]) -> Iterator[str]:
+    if inputs["particles"][0].copies == 1:
+        yield f"{inputs['particles'][0].ref} has no symmetry copies, so there is nothing to contract. Leave the step out."
+
+
 @stage(
     version=1,
     shape="set",
@@ -28,6 +35,7 @@ class ContractParams(Params):
     gives=[],
     ports=[port("particles[pose]", copies=True, subtracted=True)],
     outputs=[Output("particles", "particles", on="particles", subset=True, copies="contract", drops=("pose",))],
+    check=_check,
 )
 def contract(params: ContractParams, inputs: dict[str, list[SetView]]) -> dict[str, Any]:
     """Take each particle once of which at least one symmetry copy is left.

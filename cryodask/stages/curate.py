@@ -11,6 +11,7 @@ from pydantic import Field
 from cryodask.errors import InputError
 from cryodask.products import Product
 from cryodask.stage import ChoiceMark, Output, Params, Picture, port, stage
+from cryodask.stages._sets import beyond
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -31,10 +32,13 @@ AUTO_LEAST_KEPT = 0.25
 """``auto`` never leaves fewer than this share of the particles: then the scores say nothing."""
 
 
+ClassNumbers = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]
+
+
 class CurateParams(Params):
     """Parameters of ``curate``."""
 
-    keep: Annotated[Literal["auto", "all"] | list[int], ChoiceMark] = Field(
+    keep: Annotated[Literal["auto", "all"] | ClassNumbers, ChoiceMark] = Field(
         "auto", description="classes to keep: a list of class numbers (from 1), 'all', or 'auto' to judge them by their scores"
     )
     least_class_score: float | None = Field(None, ge=0, le=1, description="classes below this score are removed as well")
@@ -48,6 +52,8 @@ class CurateParams(Params):
 
 
 def _check(params: CurateParams, inputs: dict[str, list[Product]]) -> Iterator[str]:
+    if isinstance(params.keep, list):
+        yield from beyond(params.keep, inputs["classes"][0])
     exposures = next(iter(inputs.get("exposures", [])), None)
     if params.worst_ctf_resolution_angstrom is not None and (exposures is None or "ctf_quality" not in exposures.parts):
         where = exposures.ref if exposures else "no step"
@@ -133,6 +139,12 @@ def curate(
     reason[~known] = 5
     kept = {"class_average": class_average, "class_share": class_share, "class_resolution_angstrom": class_resolution_angstrom}
     kept["class_score"] = score
+    if not (reason == 0).any():
+        raise InputError(
+            f"curate left no particles of {len(number)}.",
+            "the classes that were chosen are empty, or a limit is too strict",
+            "look at the classes and their shares in the report, and change curate",
+        )
     classes = {name: np.asarray(values)[wanted] for name, values in kept.items() if values is not None}
     return {"particle_kept": reason == 0, "removal_reason": reason, **classes}
 

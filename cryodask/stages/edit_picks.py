@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import csv
+import difflib
 import hashlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import Field
 
-from cryodask.errors import InputError, MicrographError
+from cryodask.errors import InputError
+from cryodask.products import Product
 from cryodask.stage import Output, Params, SourceFile, stage
 from cryodask.store.identity import parse_id
 
@@ -24,6 +29,73 @@ class EditPicksParams(Params):
     )
 
 
+ACTIONS = ("add", "move", "remove")
+Edit = dict[str, Any]
+"""``action``, ``place`` (y, x in pixels, of add and move) and ``id`` (of move and remove)."""
+
+
+def read_edits(path: str | Path) -> dict[str, list[Edit]]:
+    """Edits by name of the exposure, in the order of the table.
+
+    Raises
+    ------
+    InputError
+        Naming the line, where the table cannot be understood: an edit that is passed over would be a particle that nobody wanted.
+    """
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        columns = [c or "" for c in reader.fieldnames or ()]
+        if not {"micrograph", "action"} <= set(columns):
+            raise InputError(
+                f"{path} has the columns {', '.join(columns) or 'of an empty file'}.",
+                "it is another table, has no header, or is not separated by commas",
+                "name its columns micrograph, action, y, x, particle_id",
+            )
+        out: dict[str, list[Edit]] = {}
+        for row in reader:
+            name = Path((row["micrograph"] or "").strip()).stem
+            try:
+                out.setdefault(name, []).append(_edit({k: (v or "").strip() for k, v in row.items() if isinstance(k, str) and k}))
+            except InputError as error:
+                raise InputError(
+                    f"{path}, line {reader.line_num}: {error.what}", "a typo, or a row that is cut short", error.way_out
+                ) from error
+    return out
+
+
+def _edit(row: dict[str, str]) -> Edit:
+    action = row["action"]
+    if action not in ACTIONS:
+        near = difflib.get_close_matches(action, ACTIONS, 1, 0.5)
+        raise InputError(f"{action!r} is not an edit of picks.", "", f"write {near[0]}" if near else "write add, move or remove")
+    edit: Edit = {"action": action}
+    if action != "remove":
+        edit["place"] = _place(row)
+    if action != "add":
+        if not row.get("particle_id"):
+            raise InputError(f"{action} does not say which particle.", "", "give its particle_id, as project.particles(STEP) has it")
+        edit["id"] = parse_id(row["particle_id"])
+    return edit
+
+
+def _place(row: dict[str, str]) -> tuple[float, float]:
+    try:
+        y, x = float(row["y"]), float(row["x"])
+    except (KeyError, ValueError):
+        raise InputError(f"{row['action']} has no place.", "", "give y and x in pixels of the exposure") from None
+    if not (0 <= y < np.inf and 0 <= x < np.inf):
+        raise InputError(f"y {y:g}, x {x:g} does not lie in an exposure.", "", "give y and x in pixels, from 0")
+    return y, x
+
+
+def _check(params: EditPicksParams, inputs: dict[str, list[Product]]) -> Iterator[str]:
+    if params.file is not None and Path(params.file).is_file():
+        try:
+            read_edits(params.file)
+        except InputError as error:
+            yield f"{error.what} {error.way_out[:1].upper()}{error.way_out[1:]}."
+
+
 @stage(
     version=1,
     needs=["particle_id", "position_y_angstrom", "position_x_angstrom", "half_set", "pixel_size_angstrom"],
@@ -31,6 +103,8 @@ class EditPicksParams(Params):
     gives=["pick_y", "pick_x", "pick_score", "left_out_id", "left_out_reason"],
     ports=["exposures[micrograph, optics]", "particles[position, score?]"],
     outputs=[Output("particles", "particles", ("position",), on="particles", births=True)],
+    check=_check,
+    exposures_named=lambda params: list(read_edits(params.file)) if params.file else [],
     reasons=REASONS,
 )
 def edit_picks(
@@ -42,7 +116,7 @@ def edit_picks(
     half_set: np.ndarray,
     pixel_size_angstrom: float,
     pick_score: np.ndarray | None = None,
-    pick_edits: list[dict[str, str]] | None = None,
+    pick_edits: list[Edit] | None = None,
     device: str = "cpu",
 ) -> dict[str, Any]:
     """Applies the edits of a person to the picks of an exposure.
@@ -58,19 +132,16 @@ def edit_picks(
     kept = np.ones(len(ids), bool)
     added: list[tuple[float, float]] = []
     for edit in pick_edits or ():
-        action = edit["action"].strip()
-        if action == "add":
-            added.append(_place(edit))
+        if edit["action"] == "add":
+            added.append(edit["place"])
             continue
-        known = row_of.get(_particle(edit))
+        known = row_of.get(edit["id"])
         if known is None:
             continue  # of another birth, or not accepted any more: there is nothing to move or remove
-        if action == "move":
-            places[known] = _place(edit)
-        elif action == "remove":
-            kept[known] = False
+        if edit["action"] == "move":
+            places[known] = edit["place"]
         else:
-            raise MicrographError(f"{action!r} is not an edit of picks.", "a typo in the table", "write add, move or remove")
+            kept[known] = False
     new = np.array(added, float).reshape(-1, 2)
     keys = [int.from_bytes(hashlib.blake2b(f"{y:.2f} {x:.2f}".encode(), digest_size=8).digest(), "little") >> 1 for y, x in new]
     every = np.concatenate([places[kept], new])
@@ -84,17 +155,3 @@ def edit_picks(
         "left_out_id": ids[~kept],
         "left_out_reason": np.ones(int((~kept).sum()), np.int8),
     }
-
-
-def _place(edit: dict[str, str]) -> tuple[float, float]:
-    try:
-        return float(edit["y"]), float(edit["x"])
-    except (KeyError, TypeError, ValueError):
-        raise MicrographError(f"An edit of picks has no place: {edit}.", "a row is cut short", "give y and x in pixels") from None
-
-
-def _particle(edit: dict[str, str]) -> int:
-    try:
-        return parse_id((edit.get("particle_id") or "").strip())
-    except InputError as error:
-        raise MicrographError(error.what, "a row is cut short", error.way_out) from error

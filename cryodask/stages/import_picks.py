@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ from pydantic import Field
 
 from cryodask.errors import MicrographError, StarError
 from cryodask.formats.star import read_coordinates
+from cryodask.products import Product
 from cryodask.stage import Output, Params, SourceFile, stage
 
 
@@ -18,12 +21,21 @@ class ImportPicksParams(Params):
     folder: SourceFile = Field(description="folder of STAR files with picks, one per micrograph: NAME.star or NAME_anything.star")
 
 
+def _check(params: ImportPicksParams, inputs: dict[str, list[Product]]) -> Iterator[str]:
+    folder = Path(params.folder)
+    if folder.is_file():
+        yield f"{folder} is a file. Give the folder that holds one STAR file of picks per micrograph."
+    elif folder.is_dir() and not any(folder.glob("*.star")):
+        yield f"There is no STAR file in {folder}. Give the folder with the picks: NAME.star or NAME_anything.star."
+
+
 @stage(
     version=1,
     needs=["coordinates_path"],
     ports=["exposures[micrograph]"],
     outputs=[Output("particles", "particles", ("position", "score"), births=True)],
     gives=["pick_y", "pick_x", "pick_score"],
+    check=_check,
     light=lambda params: True,
 )
 def import_picks(params: ImportPicksParams, *, coordinates_path: str, device: str = "cpu") -> dict[str, Any]:

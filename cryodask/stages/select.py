@@ -5,16 +5,17 @@ from __future__ import annotations
 import ast
 import difflib
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from pydantic import Field, field_validator
 
 from cryodask.errors import InputError
-from cryodask.products import PARTS, columns_of
+from cryodask.products import ORIGINS, PARTS, Product, columns_of
 from cryodask.stage import Output, Params, SetView, port, stage
 from cryodask.stages._sets import kept_and_dropped
+from cryodask.store.sets import CTF_COLUMNS, OPTICS
 from cryodask.vocabulary import VARIABLES
 
 REASONS = {1: "the expression does not hold for it"}
@@ -54,6 +55,28 @@ class SelectParams(Params):
         return where
 
 
+_ALWAYS = frozenset({"particle_id", "half_set", *OPTICS, *CTF_COLUMNS, *ORIGINS})
+"""Columns that sets have besides those of their parts: of their exposures, and places against the box."""
+_PLACED = frozenset({f"{what}_{axis}_angstrom" for what in ("position", "box") for axis in "yx"})
+
+
+def _check_columns(params: SelectParams, inputs: dict[str, list[Product]]) -> Iterator[str]:
+    particles = inputs["particles"][0]
+    of_parts = {_in_sets(n): part for part in PARTS["particles"] for n in columns_of("particles", part)}
+    for name in names_in(params.where):
+        if name in _ALWAYS | _PLACED or of_parts.get(name) in particles.parts:
+            continue
+        there = sorted({n for n, part in of_parts.items() if part in particles.parts} | _ALWAYS)
+        if name in of_parts:
+            yield f"where uses {name}, and {particles.ref} has no {of_parts[name]}: no step before it gives that."
+        elif name in VARIABLES and VARIABLES[name].part.startswith("exposures."):
+            yield f"where uses {name}, a figure of exposures. select_exposures and curate take limits for those."
+        else:
+            near = difflib.get_close_matches(name, there, 1, 0.6)
+            yield f"where uses {name!r}, which is not a column of particles." + (f" Did you mean {near[0]!r}?" if near else "")
+        return
+
+
 _EVERY_PART = ", ".join(f"{part}?" for part in PARTS["particles"])
 
 
@@ -64,6 +87,7 @@ _EVERY_PART = ", ".join(f"{part}?" for part in PARTS["particles"])
     gives=[],
     ports=[port(f"particles[{_EVERY_PART}]", copies=True, subtracted=True, whole=True)],
     outputs=[Output("particles", "particles", on="particles", subset=True)],
+    check=_check_columns,
     reasons=REASONS,
 )
 def select(params: SelectParams, inputs: dict[str, list[SetView]]) -> dict[str, Any]:

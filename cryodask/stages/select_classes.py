@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
 
 from cryodask.errors import InputError
+from cryodask.products import Product
 from cryodask.stage import ChoiceMark, Output, Params, port, stage
+from cryodask.stages._sets import beyond
 
 REASONS = {1: "its class was not chosen", 2: "it was never classified"}
 """Meaning of the numbers in ``removal_reason``."""
@@ -17,7 +20,13 @@ REASONS = {1: "its class was not chosen", 2: "it was never classified"}
 class SelectClassesParams(Params):
     """Parameters of ``select_classes``."""
 
-    keep: Annotated[tuple[int, ...], ChoiceMark] = Field((), description="numbers of the classes that go on, from 1; none: it waits")
+    keep: Annotated[tuple[Annotated[int, Field(ge=1)], ...], ChoiceMark] = Field(
+        (), description="numbers of the classes that go on, from 1; none: it waits"
+    )
+
+
+def _check(params: SelectClassesParams, inputs: dict[str, list[Product]]) -> Iterator[str]:
+    yield from beyond(params.keep, inputs["classes"][0])
 
 
 @stage(
@@ -31,6 +40,7 @@ class SelectClassesParams(Params):
         Output("particles", "particles", on="particles", subset=True),
         Output("classes", "classes", ("averages", "scores"), on="classes"),
     ],
+    check=_check,
     person=True,
     reasons=REASONS,
 )
@@ -54,6 +64,12 @@ def select_classes(
         raise InputError(f"There are no classes {unknown}: numbers run from 1 to {count}.", "", "look at the classes in the report")
     number = np.asarray(class_number)
     kept = np.isin(number, params.keep)
+    if not kept.any():
+        raise InputError(
+            f"The chosen classes {', '.join(map(str, params.keep))} hold no particles.",
+            "another class was meant",
+            "look at the classes and their shares in the report",
+        )
     chosen = np.isin(np.arange(1, count + 1), params.keep)
     values: dict[str, np.ndarray | None] = {"class_average": class_average, "class_share": class_share}
     values |= {"class_resolution_angstrom": class_resolution_angstrom, "class_score": class_score}

@@ -76,6 +76,7 @@ def _check(params: SelectExposuresParams, inputs: dict[str, list[Product]]) -> I
     ],
     outputs=[Output("exposures", "exposures", ("kept",), on="exposures", subset=True)],
     check=_check,
+    exposures_named=lambda params: params.leave_out,
     reasons=REASONS,
 )
 def select_exposures(params: SelectExposuresParams, inputs: dict[str, list[ExposureView]]) -> dict[str, Any]:
