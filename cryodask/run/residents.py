@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import psutil
-from distributed import Client, get_worker
-from distributed.client import ClosedClientError, fire_and_forget
+from distributed import Client, get_worker, wait
+from distributed.client import ClosedClientError, FuturesCancelledError
 
 from cryodask.cluster.memory import RESIDENTS_METRIC
 
@@ -27,6 +27,7 @@ T = TypeVar("T")
 
 SHARE_OF_MEMORY = 0.5
 """Of a worker's memory limit; the rest is for the tasks themselves and for results."""
+_PATIENCE_SECONDS = 1.0
 IDLE_SECONDS = 900.0
 """After which a run is taken to be dead. A run that is alive and comes back makes its things again: it loses time, nothing else."""
 
@@ -183,8 +184,15 @@ def release(run: Run) -> None:
 
 
 def release_everywhere(client: Client, run: Run, addresses: Iterable[str]) -> None:
-    """Tell the workers that a run has ended; nobody waits for their answers."""
-    with suppress(ClosedClientError, RuntimeError):  # with the scheduler gone the workers find out by themselves
-        for address in addresses:
-            key = f"release-{run.token}-{address}"
-            fire_and_forget(client.submit(release, run, workers=[address], key=key, pure=False, retries=0, priority=1))
+    """Tell the workers that a run has ended. Those that are busy longer than a moment find out by themselves, after IDLE_SECONDS."""
+    with suppress(ClosedClientError, RuntimeError, TimeoutError, FuturesCancelledError):  # the scheduler may be gone, too
+        told = [
+            client.submit(release, run, workers=[address], key=f"release-{run.token}-{address}", pure=False, retries=0, priority=1)
+            for address in addresses
+        ]
+        try:
+            wait(told, timeout=_PATIENCE_SECONDS)
+        finally:
+            # a task for a worker that has gone would stay for ever, and keep a service from ending
+            for future in told:
+                future.release()

@@ -166,7 +166,7 @@ def _particles(plan: Plan, project: Project | None, step: Step) -> list[Arrival]
     path = source_name(plan, project.state if project is not None else None, step.params.star)
     out = []
     for code, name in enumerate(found.table.micrographs):
-        inputs: dict[str, Any] = {"micrograph_name": name, "source": step.label}
+        inputs: dict[str, Any] = {"particles_path": plan.relative(step.params.star), "micrograph_name": name, "source": step.label}
         stack = found.stack_of(code)
         if stack is not None:
             inputs["stack_path"] = plan.relative(stack)
