@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+import test_counts as counts
 import yaml
+from distributed import Client
 from typer.testing import CliRunner
 
 from cryodask.cli import app
@@ -271,3 +274,107 @@ def test_a_stage_over_particles_is_checked_with_the_particles_that_the_project_h
     assert found.startswith(f"all_images needs about {32 * 32 * count}.0 GB for {count} particles of 32 pixels, and no pool")
     unknown = project_file(tmp_path, [*PICKED, CUT, "all_images"], inputs={"movies": str(session / "movies" / "*.tif")})
     assert problems(unknown, cluster) == [], "without a project nobody knows how many there are"
+
+
+# --- the dry run announces what the run does ----------------------------------------------------------------------------------------
+def counted(folder, client, pipeline, before):
+    """What the dry run announces of each step over exposures, after the run has done exactly that."""
+    told = {s.step: s.todo for s in preview(draft_plan(counts.write(folder, pipeline))).steps if not s.done and s.todo}
+    project = counts.run(folder, client, pipeline)
+    maps = [label for label in project.stages if project.generation(label).meta["per_item"]]
+    done = counts.renewed(before, project)
+    assert {label: told[label] for label in maps if label in told} == {label: done[label] for label in maps if label in done}
+    return {label: done[label] for label in maps if label in done}
+
+
+TOYS = counts.PIPELINE[:6]
+
+
+@pytest.fixture(scope="module")
+def here():
+    """A cluster in this process: the toy stages are known here only."""
+    with Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as one:
+        yield one
+
+
+def _toy(folder, here, pipeline=TOYS, count=4):
+    return counts.made(counts.run(counts.session(folder, count), here, pipeline))
+
+
+def _not_done(folder, pipeline):
+    return [s.step for s in preview(draft_plan(counts.write(folder, pipeline))).steps if not s.done]
+
+
+def test_exposures_that_a_selection_leaves_out_are_not_announced(tmp_path, here):
+    selected = [*TOYS[:3], {"select_exposures": {"leave_out": ["m001"]}}, *TOYS[3:]]
+    _toy(tmp_path, here, selected)
+    assert _not_done(tmp_path, selected) == []
+
+
+def test_edited_picks_are_not_announced_again(tmp_path, here):
+    edited = [*TOYS[:3], {"edit_picks": {"file": "e.csv"}}, *TOYS[3:5]]
+    (tmp_path / "e.csv").write_text("micrograph,action,y,x,particle_id\nm001,add,6,6,\n")
+    before = _toy(tmp_path, here, edited)
+    assert _not_done(tmp_path, edited) == []
+    (tmp_path / "e.csv").write_text("micrograph,action,y,x,particle_id\nm001,add,6,7,\n")
+    assert counted(tmp_path, here, edited, before)["edit_picks"] == 1
+
+
+def test_exposures_that_were_forgotten_are_not_announced_as_new(tmp_path, here):
+    _toy(tmp_path, here)
+    Project(tmp_path / "toy").forget_exposures(["m001"])
+    counts.run(tmp_path, here, TOYS)
+    assert _not_done(tmp_path, TOYS) == []
+    before = counts.made(Project(tmp_path / "toy"))
+    counts.movie(tmp_path, 9)
+    assert set(counted(tmp_path, here, TOYS, before).values()) == {1}
+
+
+def test_what_would_be_linked_is_not_announced(tmp_path, here):
+    before = _toy(tmp_path, here)
+    fewer = [*TOYS[:5], {"toy_curate": {"leave_out_above": 9.0}}, {"toy_extract as full": {"number": 3}}]
+    before = counts.made(counts.run(tmp_path, here, fewer)) | before
+    # another step whose generation is new, with what an earlier one holds: nothing is computed
+    same = [*fewer[:5], {"toy_curate": {"leave_out_above": 9.5}}, fewer[6]]
+    counts.run(tmp_path, here, same, until="toy_curate")
+    assert [s.todo for s in preview(draft_plan(tmp_path / "toy.yaml")).steps] == [0] * 8
+    assert counted(tmp_path, here, same, before) == {}
+    # and what needs the rest is counted, not guessed
+    other = [{"toy_motion": {"number": 2}}, *TOYS[1:]]
+    assert counted(tmp_path, here, other, before) == dict.fromkeys(("toy_motion", "toy_ctf", "toy_pick", "toy_extract"), 4)
+    assert counted(tmp_path, here, TOYS, before) == {}
+
+
+@pytest.mark.parametrize("until", ["toy_classify", "toy_extract"])
+def test_classes_that_were_chosen_from_another_classification_are_a_problem(tmp_path, here, until):
+    chosen = [*TOYS[:5], {"curate": {"keep": [1]}}]
+    _toy(tmp_path, here, chosen)
+    other = [*TOYS[:4], {"toy_classify": {"number": 2}}, {"curate": {"keep": [1]}}]
+    counts.run(tmp_path, here, other, until=until)
+    shown = preview(draft_plan(tmp_path / "toy.yaml"))
+    assert len(shown.problems) == 1
+    assert shown.problems[0].startswith("curate: classes 1 were chosen from toy_classify@")
+    assert preview(draft_plan(tmp_path / "toy.yaml"), frozenset({"curate"})).problems == []
+    with pytest.raises(ProjectFileError, match="classes 1 were chosen"):
+        counts.run(tmp_path, here, other)
+
+
+def test_nothing_is_written_by_a_dry_run(tmp_path, here):
+    _toy(tmp_path, here)
+    counts.movie(tmp_path, 9)
+    path = counts.write(tmp_path, [{"toy_motion": {"number": 2}}, *TOYS[1:]])
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "toy").rglob("*")}
+    preview(draft_plan(path))
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "toy").rglob("*")} == before
+
+
+def test_a_threshold_that_is_undone_cuts_nothing_again(session, done, client, tmp_path):
+    shutil.copytree(session, tmp_path / "s")
+    folder = tmp_path / "s"
+    before = counts.made(Project(done.path))
+    limit = float(np.median(done.particles("extract")["pick_score"].values))
+    higher = [*PICKED[:2], {"pick": {"diameter_angstrom": 180, "threshold": limit}}, CUT]
+    changed = counts.renewed(before, run_plan(make_plan(project_file(folder, higher)), client))
+    assert 0 < changed["extract"] <= 4
+    assert set(changed) == {"extract"}
+    assert counts.renewed(before, run_plan(make_plan(project_file(folder, [*PICKED, CUT])), client)) == {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 
 from cryodask.errors import InputError, MicrographError
 from cryodask.run.devices import make_ready
+from cryodask.run.due import due, joined
 from cryodask.run.imports import Import
 from cryodask.run.refs import INPUTS, PARTICLES
 from cryodask.run.residents import keep
@@ -22,6 +23,7 @@ from cryodask.stage import Params, Stage, find_stage
 from cryodask.store.births import TABLE, Birth, born
 from cryodask.store.generation import Generation
 from cryodask.store.journal import Record
+from cryodask.store.made import Made, settled
 from cryodask.store.project import Item
 
 
@@ -31,7 +33,8 @@ class Link:
 
     ``source`` says of each variable: ``inputs``, ``particles``, or the label of the step that gives it. ``whole`` are variables of maps and
     masks, the same for every exposure. ``within`` is the step of this chain in which the particles are born that the stage is given
-    (empty: they are sent along), ``threshold`` what settles which of them are accepted. ``birth``: particles are born here.
+    (empty: they are sent along), ``threshold`` what settles which of them are accepted. ``birth``: particles are born here. ``recipes``
+    say how each data set is processed.
     """
 
     label: str
@@ -43,6 +46,7 @@ class Link:
     within: str = ""
     threshold: Any = None
     birth: Birth | None = None
+    recipes: dict[str, str] = field(default_factory=dict)
 
     @property
     def stage(self) -> Stage:
@@ -120,25 +124,15 @@ class Chain:
         failed: set[int] = set()
         for link in self.links:
             records = self._journals(link).records()
-            known = [(item, records[item.row]) for item in items if item.row in records]
-            fresh = [(item, r) for item, r in known if r.get("input") == item.fingerprint]
-            digests = self.digests(link, [item for item, _ in fresh])
-            for item, record in fresh:
-                same = record.get("slice") == digests.get(item.row)
-                if record["ok"] and same:
-                    done[item.row] = done.get(item.row, 0) + 1
-                elif not record["ok"] and (same or record.get("slice") is None):
-                    failed.add(item.row)
+            here, bad = settled(records, self.due(link, [item for item in items if item.row in records]))
+            failed |= bad
+            for row in here:
+                done[row] = done.get(row, 0) + 1
         return done, failed
 
-    def digests(self, link: Link, items: list[Item]) -> dict[int, str]:
-        """Digest of what each item is given in a link besides its exposure (particles, an import), as the project stands now."""
-        said = self.imports.get(link.label)
-        imported = {item.row: said.digest(item) for item in items} if said is not None else {}
-        if not link.takes_particles:
-            return imported
-        given = self.expected[link.label].digests(item.row for item in items)
-        return {row: _joined(digest, imported.get(row)) for row, digest in given.items()}
+    def due(self, link: Link, items: Iterable[Item]) -> dict[int, Made]:
+        """What the result of each item has to be made from in a link, as the project stands now."""
+        return due(items, link.recipes, self.expected[link.label] if link.takes_particles else None, self.imports.get(link.label))
 
     def quarantine(self, item: Item, error: str, message: str, tries: int) -> None:
         """Record the failure with the first stage that lacks the item; a result from other particles counts no more.
@@ -151,32 +145,30 @@ class Chain:
         _stop_if_the_folder_is_gone(item, self._inputs(item), message)
         for link in self.links:
             generation = self._journals(link)
-            digest = self._digest_now(link, item)
-            record = generation.records().get(item.row)
-            if record is not None and record["ok"] and record.get("input") == item.fingerprint and record.get("slice") == digest:
+            made = self._due_now(link, item)
+            if settled(generation.records(), {item.row: made})[0]:
                 continue
-            made: dict[str, Any] = {"input": item.fingerprint, "revision": item.revision}
-            made |= {"slice": digest} if digest is not None else {}
             lines = generation.journal.read().lines.get(item.row, [])
-            outdated = [crc for crc, old in lines if old["ok"] and old.get("revision", 0) == item.revision and old.get("slice") != digest]
+            outdated = [crc for crc, old in lines if old["ok"] and old.get("revision", 0) == item.revision and Made.of(old) != made]
             if outdated:
-                generation.journal.undo(item.row, item.name, outdated, "made from other particles, or from another import")
-            generation.commit_failure(item.row, item.name, error, message, tries, **made)
+                generation.journal.undo(item.row, item.name, outdated, "made from other particles, another import, or in another data set")
+            generation.commit_failure(item.row, item.name, error, message, tries, **made.entries(), revision=item.revision)
             generation.journal.close()
             return
 
-    def _digest_now(self, link: Link, item: Item) -> str | None:
-        """Digest of what an item is given in a link besides its exposure, with what this run has done already."""
+    def _due_now(self, link: Link, item: Item) -> Made:
+        """What the result of an item has to be made from, with what this run has done already."""
         if not link.within:
-            return self.digests(link, [item]).get(item.row)
+            return self.due(link, [item])[item.row]
+        made = Made(item.fingerprint, link.recipes.get(item.data_set))
         records = self.brief(item, True).records
-        values = {**self.constants.get(self._data_set(item), {}), **self._inputs(item)}
+        values = {**self.constants.get(item.data_set, {}), **self._inputs(item)}
         try:
             particles = self._particles(link, item, Brief(records), values, records)
         except MicrographError:  # the birth itself is not done
-            return None
+            return made
         said = self.imports[link.label].digest(item) if link.label in self.imports else None
-        return _joined(slice_digest(particles), said) if particles is not None else None
+        return made._replace(slice=joined(slice_digest(particles), said)) if particles is not None else made
 
     def brief(self, item: Item, again: bool) -> Brief:
         """What travels with an item: a worker reads no journals."""
@@ -186,7 +178,9 @@ class Chain:
             if link.label not in self._fresh:
                 self._fresh[link.label] = self._journals(link).committed()
         found = {label: records[item.row] for label, records in self._fresh.items() if item.row in records}
-        records = {label: record for label, record in found.items() if record.get("input") == item.fingerprint}
+        # what their slices are is compared where they are used
+        due_of = {label: Made(item.fingerprint, self._link(label).recipes.get(item.data_set)) for label in found}
+        records = {label: record for label, record in found.items() if Made.of(record)._replace(slice=None) == due_of[label]}
         slices: dict[str, dict[str, np.ndarray]] = {}
         births: dict[str, dict[str, np.ndarray]] = {}
         for link in self.links:
@@ -207,13 +201,13 @@ class Chain:
     def run(self, item: Item, brief: Brief, device: str, attempt: int) -> None:
         """Process and commit one item: the stages that have it already are read, not repeated."""
         make_ready(device)
-        values: dict[str, Any] = {**self.constants.get(self._data_set(item), {}), **self._inputs(item)}
+        values: dict[str, Any] = {**self.constants.get(item.data_set, {}), **self._inputs(item)}
         records = dict(brief.records)
         for link in self.links:
             generation = self._generation(link.label)
             particles = self._particles(link, item, brief, values, records)
             imported = brief.digests.get(link.label)
-            digest = _joined(slice_digest(particles), imported) if particles is not None else imported
+            digest = joined(slice_digest(particles), imported) if particles is not None else imported
             known = {**values, **brief.values.get(link.label, {})}
             if link.label in records and records[link.label].get("slice") == digest:
                 continue
@@ -226,9 +220,8 @@ class Chain:
             if link.birth is not None:
                 given |= born(link.birth, item.row, given, brief.births.get(link.label))
             seconds = {"seconds": round(time.time() - started, 4), "cpu_seconds": round(time.process_time() - started_cpu, 4)}
-            made: dict[str, Any] = {"input": item.fingerprint, "revision": item.revision, "attempt": attempt}
-            made |= {"slice": digest} if digest is not None else {}
-            record = generation.commit(item.row, item.name, given, **made, **seconds)
+            made = Made(item.fingerprint, link.recipes.get(item.data_set), digest).entries()
+            record = generation.commit(item.row, item.name, given, **made, revision=item.revision, attempt=attempt, **seconds)
             records[link.label] = record
             values.update({f"{link.label}/{name}": value for name, value in given.items()})
             if "movie" in record["shards"]:
@@ -237,9 +230,6 @@ class Chain:
     def _inputs(self, item: Item) -> dict[str, Any]:
         """What the registry knows of an item, with absolute paths."""
         return {n: str(self.home / v) if n.endswith("_path") else v for n, v in item.inputs.items()}
-
-    def _data_set(self, item: Item) -> str:
-        return str(item.inputs.get("data_set", ""))
 
     def _generation(self, label: str) -> Generation:
         return _generation_at(self._link(label).folder)
@@ -263,7 +253,8 @@ class Chain:
         names = [n for n in (*TABLE, "pick_threshold", *link.particle_columns) if n in record["columns"]]
         columns = {n: generation.read(record, n) for n in names}
         pixel = birth.source.get("pixel_size_angstrom", link.source.get("pixel_size_angstrom", INPUTS))
-        size = values["pixel_size_angstrom"] if pixel == INPUTS else self._stored(pixel, "pixel_size_angstrom", item, values, records)
+        name = "pixel_size_angstrom"
+        size = _known(name, item, values) if pixel == INPUTS else self._stored(pixel, name, item, values, records)
         return slice_of_birth(columns, float(size), link.threshold, link.particle_columns)
 
     def _value(
@@ -283,13 +274,9 @@ class Chain:
             return (particles or {})[name]
         if label == INPUTS:
             if name == "gain":
-                path = self.gains.get(self._data_set(item))
+                path = self.gains.get(item.data_set)
                 return _gain_at(path) if path else None
-            if name not in values:
-                if name in link.stage.optional:
-                    return None
-                raise MicrographError(f"{item.name} has no {name}.", "its row of the STAR file is incomplete", "complete or remove the row")
-            return values[name]
+            return None if name not in values and name in link.stage.optional else _known(name, item, values)
         return self._stored(label, name, item, values, records)
 
     def _stored(self, label: str, name: str, item: Item, values: dict[str, Any], records: dict[str, Record]) -> Any:
@@ -311,9 +298,10 @@ class Chain:
         return giver.stage.process(giver.params, **needs)[name]
 
 
-def _joined(given: str, imported: str | None) -> str:
-    """Digest of the particles that an exposure brings along, and of what an import says of it."""
-    return f"{given}-{imported}" if imported is not None else given
+def _known(name: str, item: Item, values: dict[str, Any]) -> Any:
+    if name not in values:
+        raise MicrographError(f"{item.name} has no {name}.", "its row of the STAR file is incomplete", "complete or remove the row")
+    return values[name]
 
 
 def _not_finished(item: Item, name: str, label: str) -> MicrographError:

@@ -13,9 +13,10 @@ from cryodask.errors import CryodaskError, MovieError, StoreError
 from cryodask.products import COLLECTIONS, part_of
 from cryodask.run import sources
 from cryodask.run.chain import Chain, Link
+from cryodask.run.due import Known, due, known
 from cryodask.run.imports import Import, PicksImport, ProjectImport, TableImport, imports_of
 from cryodask.run.inputs import exposure_rows
-from cryodask.run.keys import Keys, recipe_of
+from cryodask.run.keys import Keys
 from cryodask.run.recipe import Plan, Step
 from cryodask.run.refs import INPUTS, PARTICLES, Refer, label_of, parts_used, variable_sources
 from cryodask.run.slices import Slices
@@ -76,6 +77,15 @@ def _used(step: Step) -> tuple[str, ...]:
     return parts_used(step, port) if port is not None else ()
 
 
+@dataclass(frozen=True)
+class Target:
+    """Where the results of a per-exposure step belong now: key and version of the generation, and the recipe of each data set."""
+
+    key: str
+    version: int
+    recipes: dict[str, str]
+
+
 @dataclass
 class ChainMaker:
     """Makes the chain of consecutive steps: opens or creates their generations, in order, and adopts each as it goes."""
@@ -86,7 +96,7 @@ class ChainMaker:
     items: list[Item]
     gains: dict[str, Path]
     update: frozenset[str]
-    adopt: Callable[[Step, str], None]
+    adopt: Callable[[Step, Target], None]
 
     def chain(self, steps: list[Step]) -> Chain:
         """The chain, ready to be sent."""
@@ -141,12 +151,14 @@ class ChainMaker:
             within=birthplace if birthplace in here else "",
             threshold=refer.threshold(particles[0]) if birthplace in here else None,
             birth=Birth(birth["number"], self.project.state.seed) if birth else None,
+            recipes=self.project.state.steps[step.label].recipes,
         )
 
     def _bare_link(self, step: Step) -> Link:
         """A step before the chain, from which it reads."""
         generation = self.project.generation(step.label)
-        return Link(step.label, step.stage.name, step.params, variable_sources(self.plan, step), generation.path)
+        recipes = self.project.state.steps[step.label].recipes
+        return Link(step.label, step.stage.name, step.params, variable_sources(self.plan, step), generation.path, recipes=recipes)
 
     def _whole(self, step: Step) -> dict[str, Stored]:
         """Variables of maps, masks and classes that every exposure is given."""
@@ -164,7 +176,8 @@ class ChainMaker:
     def _generation(self, step: Step, source: dict[str, str], grids: dict[str, dict[str, Grid]]) -> Generation:
         """Open or create the generation of a step, and adopt it; ``grids`` are those of the steps before, and gain the step's own."""
         stage = step.stage
-        key = self.key(step)
+        target = self.target(step)
+        key = target.key
         path = self.project.path / "stages" / stage.name / key
         needed = self._needed_sizes(source, grids)
         bulk = [v for v in stage.gives_variables() if v.kind == "bulk"]
@@ -177,8 +190,8 @@ class ChainMaker:
         grids[step.label] = found
         named = {d for v in bulk for dim in v.dims for d in (dim, f"{v.name}.{dim}")}
         own = {name: Grid({d: n for d, n in grid.sizes.items() if d in named}, grid.dtypes) for name, grid in found.items()}
-        generation = Generation.create(path, meta=self._meta(step, key), gives=_stored(step), per_item=True, grids=own)
-        self.adopt(step, key)
+        generation = Generation.create(path, meta=self.meta(step, target), gives=stored_per_item(step), per_item=True, grids=own)
+        self.adopt(step, target)
         return generation
 
     def _needed_sizes(self, source: dict[str, str], grids: dict[str, dict[str, Grid]]) -> dict[str, dict[str, int]]:
@@ -191,8 +204,8 @@ class ChainMaker:
                 given.setdefault(name, []).append((label, grids.get(label) or self.project.generation(label).grids))
         out: dict[str, dict[str, int]] = {}
         for name, givers in given.items():
-            for number, (label, known) in enumerate(givers):
-                for data_set, grid in known.items():
+            for number, (label, sizes_there) in enumerate(givers):
+                for data_set, grid in sizes_there.items():
                     sizes = {d: grid.sizes.get(f"{name}.{d}", grid.sizes[d]) for d in VARIABLES[name].dims if d in grid.sizes}
                     # pooled sources may each have a data set of that name
                     place = f"{label}/{data_set}" if number else data_set
@@ -209,7 +222,7 @@ class ChainMaker:
         for item in self.items:
             if step.inputs or step.label in str(item.inputs.get("source", step.label)).split("|"):
                 kind = imported.images_of(item) if isinstance(imported, ProjectImport) else ""
-                alike.setdefault(kind or data_set_of(item), []).append(item)
+                alike.setdefault(kind or item.data_set, []).append(item)
         for name in (n for n in alike if n not in known):
             try:
                 found[name] = sources.probe(step, self._source_values(alike[name], imported))
@@ -221,13 +234,14 @@ class ChainMaker:
             raise failure or MovieError("There is nothing to process.", "the folder is empty", "check inputs in the project file")
         return found
 
-    def _meta(self, step: Step, key: str) -> dict[str, Any]:
+    def meta(self, step: Step, target: Target) -> dict[str, Any]:
+        """What a new generation of a step says of itself."""
         stage = step.stage
         meta: dict[str, Any] = {
             "stage": stage.name,
             "version": stage.version,
             "params": step.params.model_dump(mode="json"),
-            "recipes": self.keys.recipes(step, stage.version),
+            "recipes": target.recipes,
             "inputs": {name: [p.ref for p in products] for name, products in step.inputs.items()},
             "reasons": stage.reasons,
         }
@@ -239,11 +253,15 @@ class ChainMaker:
             meta["birth"] = {"number": number, "identity": identity}
         return meta
 
-    def key(self, step: Step) -> str:
-        """Key of a step; that of an older version where its results are current and complete, and nobody asked for an update."""
-        key = self.keys.of_exposures(step, step.stage.version)
+    def target(self, step: Step) -> Target:
+        """Where a step belongs; that of an older version where its results are current and complete, and nobody asked for an update."""
+        key, version = self._key(step)
+        return Target(key, version, self.keys.recipes(step, version))
+
+    def _key(self, step: Step) -> tuple[str, int]:
+        key = self.keys.of_exposures(step, step.stage.version), step.stage.version
         current = self.project.state.steps.get(step.label)
-        if current is None or current.stage != step.stage.name or current.key == key or step.label in self.update:
+        if current is None or current.stage != step.stage.name or current.key == key[0] or step.label in self.update:
             return key
         generation = self.project.generation_at(current.place)
         version = int(generation.meta["version"])
@@ -258,7 +276,7 @@ class ChainMaker:
                 "cryodask was upgraded during the session",
                 f"--update {step.label} computes all {len(self.items)} again; or go on with the version of before",
             )
-        return current.key
+        return current.key, version
 
     def imports(self, steps: list[Step]) -> dict[str, Import]:
         """What the imports among some steps say of the exposures."""
@@ -274,7 +292,8 @@ class ChainMaker:
 
     def _source_values(self, items: list[Item], imported: Import | None) -> Iterator[dict[str, Any]]:
         for item in items:
-            yield {**sources.input_values(self.plan, item.inputs), **(imported.values(item) if imported else {})}
+            constants = self.project.state.constants.get(item.data_set, {})
+            yield {**constants, **sources.absolute(self.plan, item.inputs), **(imported.values(item) if imported else {})}
 
     def _check_gain(self, step: Step, data_set: str, sizes: dict[str, int], values: Iterator[dict[str, Any]]) -> None:
         """Refuse a gain of another shape or orientation, before the first movie is corrected with it."""
@@ -283,7 +302,8 @@ class ChainMaker:
         from cryodask.formats.movies import check_gain
 
         total = sources.sum_first_movies(step, values, (sizes["y"], sizes["x"]))
-        check_gain(total, np.load(self.gains[data_set]), name=self.plan.data_sets[data_set].gain or "")
+        listed = self.plan.data_sets.get(data_set)
+        check_gain(total, np.load(self.gains[data_set]), name=(listed.gain if listed is not None else "") or "")
 
     # --- particles ------------------------------------------------------------------------------------------------------------
     def slices(self, step: Step) -> Slices:
@@ -300,33 +320,19 @@ class ChainMaker:
         return Slices.of(ids, {n: v for n, v in columns.items() if n in wanted})
 
     def take_over(self, chain: Chain, items: list[Item]) -> None:
-        """Link what another generation of the same recipe has computed from the same exposure and particles."""
+        """Link what another generation has computed by the same recipe, from the same exposure and particles."""
         for link in chain.links:
             generation = self.project.generation_at(f"{link.stage_name}/{link.folder.name}")
-            recipes = set(generation.meta["recipes"].values())
-            others = [g for g in self._of_stage(link.stage_name) if g.path != link.folder and recipes & set(g.meta["recipes"].values())]
-            if not others:
-                continue
-            given = chain.digests(link, items)
-            digests: dict[int, str | None] = {item.row: given.get(item.row) for item in items}
-            records = generation.records()
-            lacking = {i.row: i for i in items if not _is(records.get(i.row), i, digests[i.row])}
-            for other in others:
-                found = {row: r for row, r in other.committed().items() if row in lacking and _is(r, lacking[row], digests[row])}
-                same = [row for row in found if _same_recipe(other, generation, lacking[row])]
-                revised = [{**found[row], "revision": lacking[row].revision, "name": lacking[row].name} for row in same]
-                generation.link(other, revised)
-                for row in same:
-                    del lacking[row]
+            for other, records in known(self.project, generation, items, chain.due(link, items)).linked:
+                generation.link(other, records)
 
-    def _of_stage(self, stage: str) -> list[Generation]:
-        folders = [f for f in generation_folders(self.project.path) if f.parent.name == stage]
-        return [self.project.generation_at(f"{stage}/{f.name}") for f in folders]
-
-
-def data_set_of(item: Item) -> str:
-    """Name of the data set that an exposure belongs to; empty where the project has only one."""
-    return str(item.inputs.get("data_set", ""))
+    def known(self, step: Step, target: Target, generation: Generation, items: list[Item], unsettled: set[int]) -> Known:
+        """What is there already of a step, as :meth:`take_over` would link it; of ``unsettled`` rows the particles are not known yet."""
+        given = self.slices(step) if PARTICLES in variable_sources(self.plan, step).values() else None
+        asked = due(items, target.recipes, given, self.imports([step]).get(step.label))
+        if given is not None:
+            asked |= {row: asked[row]._replace(slice="not known yet") for row in unsettled & asked.keys()}
+        return known(self.project, generation, items, asked)
 
 
 def _labels(links: Iterable[Link]) -> set[str]:
@@ -334,19 +340,10 @@ def _labels(links: Iterable[Link]) -> set[str]:
     return {label for link in links for source in link.source.values() for label in source.split("|")} - {INPUTS, PARTICLES}
 
 
-def _stored(step: Step) -> tuple[str, ...]:
+def stored_per_item(step: Step) -> tuple[str, ...]:
     """Variables that a generation of a step stores."""
     gives = step.stage.gives
     return (*gives, *(n for n in TABLE if n not in gives)) if step.stage.gives_birth(step.params) else gives
-
-
-def _is(record: dict[str, Any] | None, item: Item, digest: str | None) -> bool:
-    return record is not None and bool(record["ok"]) and record.get("input") == item.fingerprint and record.get("slice") == digest
-
-
-def _same_recipe(one: Generation, other: Generation, item: Item) -> bool:
-    name = data_set_of(item)
-    return recipe_of(one, name) == recipe_of(other, name)
 
 
 class _TablesBefore:

@@ -15,8 +15,9 @@ from cryodask.errors import InputError, ProjectFileError
 from cryodask.run import sources
 from cryodask.run.blocks import iterate_on_workers
 from cryodask.run.chain import Chain
-from cryodask.run.chains import ChainMaker, chains_of, data_set_of
+from cryodask.run.chains import ChainMaker, Target, chains_of
 from cryodask.run.checks import Asked, look_ahead
+from cryodask.run.data_sets import data_sets
 from cryodask.run.health import scheduler_needed
 from cryodask.run.inputs import SHARED_REASONS, StepInputs, particle_set, step_inputs, whole_values
 from cryodask.run.keys import Keys
@@ -55,13 +56,8 @@ class Execution:
         if start_again_from:
             for step in steps[position(self.plan, start_again_from) :]:
                 state.again[step.label] = state.again.get(step.label, 0) + 1
-        state.constants = self.plan.constants
         state.home = os.path.relpath(self.plan.path.parent.resolve(), self.project.path.resolve())
         state.runs += 1
-        gains = sources.store_gains(self.plan, self.project.path)
-        state.gain = {name: str(path.relative_to(self.project.path)) for name, path in gains.items()}
-        self.gains = gains
-        self.keys = Keys(self.plan, self.project, {name: path.stem for name, path in gains.items()})
         state.reorder([s.label for s in steps])
         self.arrivals: Arrivals | None = None
         if self.until is None:
@@ -69,7 +65,9 @@ class Execution:
         else:
             self.arrivals = Arrivals(self.plan, self.project, self.until, self.progress.say)
             self.items = self.project.items()
+            self._register(self.arrivals.in_other_sets())
             self._register(self.arrivals.first())
+        self._settle_data_sets()
         waits = waiting(self.plan)
         for label, why in waits.items():
             self.progress.say(f"{label}: {why}")
@@ -80,6 +78,17 @@ class Execution:
             else:
                 self._run_single(group[0])
         self.project.save()
+
+    def _settle_data_sets(self) -> None:
+        """Optics and gains, and the keys that follow from them."""
+        stored = sources.store_gains(self.plan, self.project.path)
+        found = data_sets(self.plan, self.project, {name: str(path.relative_to(self.project.path)) for name, path in stored.items()})
+        state = self.project.state
+        state.constants, state.gain = found.constants, found.gains
+        for sentence in found.said:
+            self.progress.say(sentence)
+        self.gains = {name: self.project.path / path for name, path in found.gains.items()}
+        self.keys = Keys(self.plan, self.project, {name: path.stem for name, path in self.gains.items()})
 
     def _look(self, listing: list[Arrival], *, complete: bool) -> list[Item]:
         """Take a listing into the registry and say what has happened to exposures; returns those that are new or changed."""
@@ -93,9 +102,9 @@ class Execution:
         """Take movies that have arrived into the registry."""
         return self._look(arrived, complete=False) if arrived else []
 
-    def _adopt(self, step: Step, key: str) -> None:
+    def _adopt(self, step: Step, key: str, recipes: dict[str, str] | None = None) -> None:
         """Make ``key`` the current generation of a step; what was computed from another one is no longer current."""
-        if self.project.state.adopt(step.label, Refer(self.plan, self.project.state).state_of(step, key)):
+        if self.project.state.adopt(step.label, Refer(self.plan, self.project.state).state_of(step, key, recipes)):
             self._drop_dependents([step.label])
         self.project.state.reorder([s.label for s in self.plan.steps])
         self.project.save()
@@ -111,7 +120,10 @@ class Execution:
 
     # --- per exposure ---------------------------------------------------------------------------------------------------------
     def _run_map(self, steps: list[Step]) -> None:
-        maker = ChainMaker(self.plan, self.project, self.keys, self.items, self.gains, self.update, self._adopt)
+        def adopt(step: Step, target: Target) -> None:
+            self._adopt(step, target.key, target.recipes)
+
+        maker = ChainMaker(self.plan, self.project, self.keys, self.items, self.gains, self.update, adopt)
         chain = maker.chain(steps)
         if self.arrivals is not None:
             self.arrivals.expected_frames = {
@@ -198,14 +210,14 @@ class Execution:
     def _live(self, maker: ChainMaker, steps: list[Step], chain: Chain, todo: list[Item], arrivals: Arrivals) -> Iterator[Item | None]:
         """Items of a session as their files become complete, first come first served; None while there is nothing new."""
         waiting = deque(todo)
-        data_sets = {data_set_of(item) for item in self.items}
+        data_sets = {item.data_set for item in self.items}
         while True:
             if arrivals.due:
                 new = chain.unfinished(self._register(arrivals.poll()))
                 if new:
                     self._drop_dependents([link.label for link in chain.links])
                     self.project.save()
-                if fresh := {data_set_of(item) for item in new} - data_sets:
+                if fresh := {item.data_set for item in new} - data_sets:
                     maker.chain(steps)  # its images may have a size of their own
                     data_sets |= fresh
                 waiting.extend(new)
@@ -229,7 +241,7 @@ class Execution:
         """A step over a set; an unfinished one whose set has grown meanwhile is finished first."""
         check_choice(self.plan, self.project, step, confirmed=step.label in self.update)
         inputs = step_inputs(self.plan, self.project, step)
-        version = self._version(step, inputs)
+        version = self.keys.version_of_set(step, inputs, self.project.state.steps.get(step.label), self.update)
         key = self.keys.of_set(version, inputs)
         frame = self.keys.frame_of_set(step, version)
         old = frozen_ids(self.project, step, frame, key)
@@ -238,17 +250,6 @@ class Execution:
             self.progress.say(f"{step.label}: goes on with the {len(ids)} particles with which it was started; the larger set comes after")
             self._compute_single(step, inputs.only(ids), before, frame, version)
         self._compute_single(step, inputs, key, frame, version)
-
-    def _version(self, step: Step, inputs: StepInputs) -> int:
-        """Version whose result counts: that of a finished current one, until ``--update`` asks for this program's."""
-        current = self.project.state.steps.get(step.label)
-        if current is None or step.label in self.update or current.stage != step.stage.name:
-            return step.stage.version
-        generation = self.project.generation_at(current.place)
-        version = int(generation.meta["version"])
-        older = version != step.stage.version and bool(generation.committed())
-        unchanged = older and self.keys.of_set(version, inputs) == current.key
-        return version if unchanged else step.stage.version
 
     def _compute_single(self, step: Step, inputs: StepInputs, key: str, frame: str, version: int) -> None:
         path = self.project.path / "stages" / step.stage.name / key

@@ -1,9 +1,10 @@
 """Keys: hashes of everything that a result depends on, and of nothing else.
 
 The *recipe* of a per-exposure step says how the exposures of a data set are processed: stage, version, parameters, content of parameter
-files, optics and gain, the recipes of what they went through before, whole products. Which exposures or particles there are is no part
-of it. Its *key*, the name of the generation, adds the generations that its particles come from. An item is known again within a recipe by
-its content and the digest of its particles, so it is taken over from another generation of the same recipe instead of being computed.
+files, optics and gain, the recipes of what they went through before, whole products. The name of the data set is a label and no part of it,
+nor is which exposures or particles there are. Its *key*, the name of the generation, holds the recipes of all data sets and adds the
+generations that its particles come from. The record of an item has the recipe of its data set. An item is known again by its recipe, its
+content and the digest of its particles (see due.py), so it is taken over from another generation instead of being computed.
 
 The key of a step over a set adds to stage, version and parameters the digest of the ids and, for each part that the stage declares, the
 digest of what gave it.
@@ -12,6 +13,7 @@ digest of what gave it.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Container
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
@@ -25,9 +27,10 @@ from cryodask.run.recipe import Plan, Step, marked_fields
 from cryodask.run.refs import INPUTS, Refer, givers_of, label_of, parts_used, united_parts, variable_sources
 from cryodask.run.sources import source_name
 from cryodask.stage import SourceFileMark
-from cryodask.store.generation import Generation, generation_key
+from cryodask.store.generation import generation_key
 from cryodask.store.identity import rows_in
 from cryodask.store.project import Project
+from cryodask.store.state import StepState
 from cryodask.vocabulary import VARIABLES
 
 _KEPT: dict[tuple[str, int, int], str] = {}
@@ -47,12 +50,6 @@ def content_hash(path: str | Path) -> str:
 def ids_digest(ids: np.ndarray) -> str:
     """Digest of a set of particles."""
     return hashlib.blake2b(np.ascontiguousarray(ids).tobytes(), digest_size=8).hexdigest()
-
-
-def recipe_of(generation: Generation, data_set: str) -> str:
-    """The recipe by which a per-exposure generation processes a data set; of one result its key."""
-    recipes = generation.meta.get("recipes", {})
-    return str(recipes.get(data_set) or recipes.get("") or generation.key)
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ class Keys:
         out = {}
         for name in sorted({"", *self.project.state.constants}):
             upstream = {
-                part: [recipe_of(self.project.generation_at(place), name) for place in self._refer.places_of(product, part)]
+                part: [self._recipe(place, name) for place in self._refer.places_of(product, part)]
                 for port, product, parts in used
                 if port.type == "exposures"
                 for part in parts
@@ -120,11 +117,27 @@ class Keys:
                 if port.type in COLLECTIONS:
                     upstream[port.name] = {part: self._refer.places_of(product, part) for part in parts_used(step, port)}
                 if port.type == "particles":
-                    upstream["ids"] = self._refer.ids_of(product)
-        recipes = self.recipes(step, version)
-        # what no data set of the project uses does not count
-        used = {n: r for n, r in recipes.items() if n in self.project.state.constants} or recipes
-        return generation_key({"recipes": used, "upstream": upstream})
+                    # with another threshold it is another generation: undone, the former one is found with all that it holds
+                    upstream["ids"] = [self._refer.ids_of(product), self._refer.threshold(product)]
+        return generation_key({"recipes": self._used(self.recipes(step, version)), "upstream": upstream})
+
+    def _used(self, recipes: dict[str, str]) -> list[str]:
+        """The recipes that some data set of the project has, whatever it is called."""
+        used = [r for n, r in recipes.items() if n in self.project.state.constants]
+        return sorted(set(used or recipes.values()))
+
+    def _recipe(self, place: str, name: str) -> Any:
+        """How a generation processes a data set; of one result its key."""
+        recipes = self.project.state.recipes_at(place)
+        if recipes:
+            return recipes.get(name) or recipes[""]
+        # of an earlier generation its records know it: data sets may have had other names then
+        generation = self.project.generation_at(place)
+        if not generation.meta["per_item"]:
+            return generation.key
+        table, rows = generation.table(()), {item.row for item in self.project.items() if item.data_set == name}
+        found = sorted({str(recipe) for row, recipe in zip(table.row.tolist(), table.recipe) if row in rows})
+        return found if len(found) > 1 else found[0] if found else generation.key
 
     def identity(self, step: Step) -> str:
         """Identity key of a birth: what makes its particles those particles, however often and wherever they are computed."""
@@ -161,6 +174,16 @@ class Keys:
         parts = {"stage": step.stage.name, "version": version, "params": self.params(step), "upstream": upstream}
         return generation_key({**parts, **self.again(step)})
 
+    def version_of_set(self, step: Step, inputs: StepInputs, current: StepState | None, update: Container[str]) -> int:
+        """Version whose result counts: that of a finished current one, until somebody asks for this program's."""
+        if current is None or step.label in update or current.stage != step.stage.name:
+            return step.stage.version
+        generation = self.project.generation_at(current.place)
+        version = int(generation.meta["version"])
+        older = version != step.stage.version and bool(generation.committed())
+        unchanged = older and self.of_set(version, inputs) == current.key
+        return version if unchanged else step.stage.version
+
     def frame_of_set(self, step: Step, version: int) -> str:
         """The same without the ids and items: what an unfinished generation must share to be finished first."""
         upstream: dict[str, Any] = {}
@@ -177,8 +200,8 @@ class Keys:
 
     def _recipe_at(self, place: str) -> str:
         """How a generation was made, whatever exposures and particles it holds."""
-        meta = self.project.generation_at(place).meta
-        return str(meta.get("recipes") or meta.get("recipe") or place)
+        recipes = self.project.state.recipes_at(place)
+        return str(self._used(recipes) if recipes else self.project.generation_at(place).meta.get("recipe") or place)
 
     def _given(self, place: str, part: str, kind: str, rows: np.ndarray) -> Any:
         """Digest of what a generation gives some exposures; of one result its key."""
@@ -191,17 +214,9 @@ class Keys:
         table = self.project.table_at(place, ())
         here = np.isin(table.row, rows)
         digest = hashlib.blake2b(digest_size=8)
-        digest.update(str(sorted({recipe_of(generation, name) for name in self._data_sets(rows)})).encode())
-        made_from = zip(table.row[here].tolist(), table.input[here], table.slice[here])
-        digest.update("".join([f"{row}:{item}:{some};" for row, item, some in made_from]).encode())
+        made_from = zip(table.row[here].tolist(), table.input[here], table.recipe[here], table.slice[here])
+        digest.update("".join([f"{row}:{item}:{recipe}:{some};" for row, item, recipe, some in made_from]).encode())
         return digest.hexdigest()
-
-    def _data_sets(self, rows: np.ndarray) -> set[str]:
-        """Data sets of some exposures."""
-        if len(self.project.state.constants) < 2:
-            return {""}
-        wanted = set(rows.tolist())
-        return {str(i.inputs.get("data_set", "")) for i in self.project.items() if i.row in wanted}
 
     def _values(self, names: set[str], rows: np.ndarray) -> Any:
         """Digest of what the registry and the data sets say of some exposures."""

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from cryodask.errors import CryodaskError
 from cryodask.run import sources
-from cryodask.run.chains import ChainMaker
+from cryodask.run.chains import ChainMaker, Target, chains_of, stored_per_item
 from cryodask.run.checks import Asked, look_ahead
+from cryodask.run.data_sets import data_sets
+from cryodask.run.due import Known
 from cryodask.run.estimate import Estimator, Source
 from cryodask.run.inputs import step_inputs
 from cryodask.run.keys import Keys
-from cryodask.run.people import waiting
+from cryodask.run.people import check_choice, waiting
 from cryodask.run.recipe import Plan, Step
-from cryodask.run.refs import PARTICLES, Refer, variable_sources
+from cryodask.run.refs import Refer, label_of
+from cryodask.store.foreseen import Foreseen
 from cryodask.store.generation import Generation
-from cryodask.store.project import Arrival, Item, Project
+from cryodask.store.project import Arrival, Project
 
 
 @dataclass
@@ -77,7 +83,7 @@ def preview(plan: Plan, update: frozenset[str] = frozenset(), asked: Asked | Non
         out.steps = blank
         return out
     if project is not None:
-        out.steps = _Looking(plan, project, listing, update, ahead.movie).steps()
+        out.steps = _Looking(plan, project, listing, update, ahead.movie, out).steps()
         return out
     out.steps = blank
     for shown in blank:
@@ -99,103 +105,154 @@ def _sources(step: Step) -> dict[str, str | list[str]]:
     return out
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """A per-exposure step as a run would find it: what is there of it, and whether its generation exists."""
+
+    target: Target
+    known: Known
+    exists: bool
+
+
 class _Looking:
-    """Goes through the steps as a run would, on a copy of the project's state that is never written."""
+    """Goes through the steps as a run would, on a copy of the project's state that is never written.
+
+    What is there, what would be linked and what is due of each exposure is asked of the code that a run asks.
+    """
 
     def __init__(
-        self, plan: Plan, project: Project, listing: list[Arrival], update: frozenset[str], movie: tuple[int, int, int] | None
+        self, plan: Plan, project: Project, listing: list[Arrival], update: frozenset[str], movie: tuple[int, int, int] | None, out: Preview
     ) -> None:
-        self.plan, self.project, self.update = plan, project, update
+        self.plan, self.project, self.update, self.out = plan, project, update, out
         self.before = {label: project.state.steps[label] for label in project.stages}
         self.estimator = Estimator(plan, project, movie, self.before)
-        self.items = self._items(listing)
-        project.state.constants = plan.constants
-        gains = sources.gain_digests(plan)
-        self.keys = Keys(plan, project, gains)
-        self.maker = ChainMaker(plan, project, self.keys, [i for i in self.items if i is not None], {}, update, lambda step, key: None)
-        self.new = sum(i is None for i in self.items)
+        known_before = {item.row for item in project.items()}
+        project.foresee_exposures(listing)
+        self.items = project.items()
+        self.new = {item.row for item in self.items} - known_before
+        found = data_sets(plan, project, {name: f"{name_of}.npy" for name, name_of in sources.gain_digests(plan).items()})
+        project.state.constants = found.constants
+        out.warnings += found.said
+        self.keys = Keys(plan, project, {name: Path(path).stem for name, path in found.gains.items()})
+        self.maker = ChainMaker(plan, project, self.keys, self.items, {}, update, self._adopt)
         self.stale: dict[str, str] = {}
+        self.settled: set[str] = set()
+        self.lacking: dict[str, set[int]] = {}
         self.people = waiting(plan)
 
-    def _items(self, listing: list[Arrival]) -> list[Item | None]:
-        """Items of the registry that count, and None for each new arrival."""
-        known = {item.content: item for item in self.project.items()}
-        fresh: list[Item | None] = [None for a in {a.content for a in listing} if a not in known]
-        return [*known.values(), *fresh]
+    def _adopt(self, step: Step, target: Target) -> None:
+        self.project.state.adopt(step.label, Refer(self.plan, self.project.state).state_of(step, target.key, target.recipes))
+        self.settled.add(step.label)
 
     def steps(self) -> list[StepPreview]:
-        """All steps."""
-        return [self._look(step) for step in self.plan.steps]
+        """All steps; where a run would be refused, that is a problem."""
+        done: list[StepPreview] = []
+        groups = chains_of(self.plan, [s for s in self.plan.steps if s.label not in self.people])
+        shown = {one.step: one for group in groups for one in self._group(group)}
+        for step in self.plan.steps:
+            done.append(shown[step.label] if step.label in shown else self._stale(step, self.people[step.label], None))
+        return done
 
-    def _look(self, step: Step) -> StepPreview:
-        if step.label in self.people:
-            return self._stale(step, self.people[step.label], None)
-        waits = sorted(self.plan.graph.rests_on(step) & set(self.stale))
-        whole = [label for label in waits if self.stale[label] == "unknown" or step.stage.shape != "map"]
-        if whole:
-            return self._stale(step, f"input {whole[0]} is computed first", None)
-        return self._per_exposure(step) if step.stage.shape == "map" else self._over_set(step)
+    def _group(self, group: list[Step]) -> list[StepPreview]:
+        """Steps that a run carries out together: an exposure that is quarantined in one of them goes no further."""
+        seen: dict[str, _Seen] = {}
+        shown = {}
+        try:
+            for step in group:
+                waits = sorted(self.plan.graph.rests_on(step) & set(self.stale))
+                whole = [label for label in waits if self.stale[label] == "unknown" or step.stage.shape != "map"]
+                self._check_choice(step)
+                if whole:
+                    shown[step.label] = self._stale(step, f"input {whole[0]} is computed first", None)
+                elif step.stage.shape == "map":
+                    seen[step.label] = self._there(step, seen, group)
+                else:
+                    shown[step.label] = self._over_set(step)
+        except CryodaskError as error:
+            self.out.problems.append(f"{error.what} {error.way_out}".strip())
+            for step in (s for s in group if s.label not in shown and s.label not in seen):
+                shown[step.label] = self._stale(step, "a run would be refused", None)
+        failed = {row for one in seen.values() for row in one.known.failed}
+        shown |= {label: self._per_exposure(self.plan.graph.step(label), one, failed) for label, one in seen.items()}
+        return [shown[step.label] for step in group]
 
     def _stale(self, step: Step, why: str, todo: int | None, *, known: bool = False) -> StepPreview:
         self.stale[step.label] = "known" if known else "unknown"
         shown = StepPreview(step.label, step.stage.name, _sources(step), False, todo, why)
         return shown if step.label in self.people else shown.estimate(self.estimator, step)
 
-    def _per_exposure(self, step: Step) -> StepPreview:
-        key = self.maker.key(step)
-        path = self.project.path / "stages" / step.stage.name / key
-        count = len(self.items)
-        if not (path / "zarr.json").exists():
-            return self._stale(step, self._why(step, key), count)
-        self.project.state.adopt(step.label, Refer(self.plan, self.project.state).state_of(step, key))
-        generation = self.project.generation_at(f"{step.stage.name}/{key}")
-        items = [i for i in self.items if i is not None]
-        done = self._done(step, generation, items)
-        todo = len(items) - done + self.new
-        version = int(generation.meta["version"])
-        if todo:
-            return self._stale(step, "new exposures" if self.new else "unfinished or other particles", todo, known=True)
-        why = f"version {step.stage.version} (done with {version})" if version != step.stage.version else ""
-        return StepPreview(step.label, step.stage.name, _sources(step), True, 0, why)
+    # --- per exposure ---------------------------------------------------------------------------------------------------------
+    def _there(self, step: Step, seen: Mapping[str, _Seen], group: list[Step]) -> _Seen:
+        """What a run would find of a step; from here on the project shows the step as it would be after that."""
+        target = self.maker.target(step)
+        place = f"{step.stage.name}/{target.key}"
+        generation = self.project.generation_at(place)
+        exists = (generation.path / "zarr.json").exists()
+        self._adopt(step, target)
+        if not exists:
+            generation = self._foresee(Foreseen(generation.path, self._meta(step, target), {}))
+        items = self.maker.concerned([s for s in group if s.label in seen or s is step], self.items)
+        from_steps = {label_of(ref) for p in step.inputs.get("particles", ()) for ref in (p.ids, *p.parts.values())}
+        unsettled = {row for label in from_steps for row in self.lacking.get(label, ())}
+        found = self.maker.known(step, target, generation, items, unsettled)
+        if found.linked:
+            self._foresee(Foreseen(generation.path, generation.meta, generation.records() | found.records))
+        self.lacking[step.label] = {item.row for item in items} - found.done - found.failed - set(found.records)
+        if self.lacking[step.label]:
+            self.stale[step.label] = "known"
+        return _Seen(target, found, exists)
 
-    def _done(self, step: Step, generation: Generation, items: list[Item]) -> int:
-        """Items that need not be computed: done with their present input and particles, or quarantined."""
-        table = generation.table(())
-        by_row = dict(zip(table.row.tolist(), zip(table.input, table.slice)))
-        failed = {row: r.get("input") for row, r in table.failures.items()}
-        digests: dict[int, str] = {}
-        if PARTICLES in variable_sources(self.plan, step).values():
-            digests = self.maker.slices(step).digests(i.row for i in items)
-        elif imported := self.maker.imports([step]).get(step.label):
-            digests = {i.row: imported.digest(i) for i in items}
-        done = 0
-        for item in items:
-            made = by_row.get(item.row)
-            fresh = made is not None and made[0] in (None, item.fingerprint) and made[1] == digests.get(item.row)
-            done += fresh or (made is None and failed.get(item.row) == item.fingerprint)
-        return done
+    def _foresee(self, generation: Foreseen) -> Foreseen:
+        self.project.foresee_generation(generation)
+        return generation
+
+    def _meta(self, step: Step, target: Target) -> dict[str, Any]:
+        before = self.before.get(step.label)
+        alike = before is not None and before.stage == step.stage.name
+        of_before = self.project.generation_at(before.place).meta if before is not None and alike else {}
+        sizes = {name: of_before.get(name, {}) for name in ("sizes", "dtypes", "grids")}
+        return {**self.maker.meta(step, target), "gives": list(stored_per_item(step)), "per_item": True, **sizes}
+
+    def _per_exposure(self, step: Step, seen: _Seen, failed: set[int]) -> StepPreview:
+        lacking = self.lacking[step.label] - failed
+        if not lacking:
+            self.stale.pop(step.label, None)
+            version = seen.target.version
+            why = f"version {step.stage.version} (done with {version})" if version != step.stage.version else ""
+            return StepPreview(step.label, step.stage.name, _sources(step), True, 0, why)
+        if lacking <= self.new:
+            why = "new exposures"
+        elif not seen.exists:
+            why = self._why(step)
+        else:
+            why = "unfinished, other particles, or another data set"
+        return self._stale(step, why, len(lacking), known=True)
+
+    # --- over a set -----------------------------------------------------------------------------------------------------------
+    def _check_choice(self, step: Step) -> None:
+        """Numbers of classes must be those of the classification of now, as far as its key is known."""
+        named = {label_of(p.parts[n]) for p in step.inputs.get("particles", ()) for n in ("class2d", "class3d") if n in p.parts}
+        if named and named <= self.settled:
+            check_choice(self.plan, self.project, step, confirmed=step.label in self.update)
 
     def _over_set(self, step: Step) -> StepPreview:
         inputs = step_inputs(self.plan, self.project, step)
-        version = int(step.stage.version)
+        version = self.keys.version_of_set(step, inputs, self.before.get(step.label), self.update)
         key = self.keys.of_set(version, inputs)
-        current = self.before.get(step.label)
-        if current is not None and current.stage == step.stage.name and step.label not in self.update and key != current.key:
-            made = int(self.project.generation_at(current.place).meta["version"])
-            if made != version and self.keys.of_set(made, inputs) == current.key:
-                version, key = made, current.key
         generation = Generation(self.project.path / "stages" / step.stage.name / key)
         count = len(inputs.ids) if inputs.ids is not None else None
-        if not (generation.path / "zarr.json").exists():
-            return self._stale(step, self._why(step, key), count)
-        if not generation.committed():
-            return self._stale(step, "unfinished", count)
-        self.project.state.adopt(step.label, Refer(self.plan, self.project.state).state_of(step, key))
+        exists = (generation.path / "zarr.json").exists()
+        why = self._why(step) if not exists else "unfinished"
+        self._adopt(step, Target(key, version, {}))
+        if not exists:
+            self._foresee(Foreseen(generation.path, {"per_item": False, "gives": [], "version": version}, {}))
+        if not exists or not generation.committed():
+            return self._stale(step, why, count)
         why = f"version {step.stage.version} (done with {version})" if version != step.stage.version else ""
         return StepPreview(step.label, step.stage.name, _sources(step), True, 0, why)
 
-    def _why(self, step: Step, key: str) -> str:
-        """Why there is no result under a key: what has changed since the last one of the step."""
+    def _why(self, step: Step) -> str:
+        """Why there is no result of a step: what has changed since the last one."""
         current = self.before.get(step.label)
         if current is None or current.stage != step.stage.name:
             return "new"
@@ -208,7 +265,8 @@ class _Looking:
         changed = [n for n in new if n != step.stage.threshold and old.get(n) != new[n]]
         if changed:
             return f"parameter {', '.join(changed)}"
-        return "input changed"
+        computed = sorted(self.plan.graph.rests_on(step) & set(self.stale))
+        return f"input {computed[0]} is computed first" if computed else "input changed"
 
 
 def lines(plan: Plan, shown: Preview) -> list[str]:

@@ -88,9 +88,9 @@ class Refer:
         """What a step takes, by port."""
         return {name: [self.product(p) for p in products] for name, products in step.inputs.items()}
 
-    def state_of(self, step: Step, key: str) -> StepState:
+    def state_of(self, step: Step, key: str, recipes: dict[str, str] | None = None) -> StepState:
         """The state of a step whose generation has this key; its own products refer to it."""
-        made = StepState(stage=step.stage.name, key=key, params=step.params.model_dump(), inputs=self.inputs(step))
+        made = StepState(stage=step.stage.name, key=key, params=step.params.model_dump(), inputs=self.inputs(step), recipes=recipes or {})
         there = ProjectState(name="", steps={**self.state.steps, step.label: made})
         refer = Refer(self.plan, there)
         made.products = {f"{name}:{kind}": refer.product(product) for (name, kind), product in step.outputs.items()}

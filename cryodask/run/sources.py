@@ -45,7 +45,7 @@ def list_exposures(plan: Plan, project: Project | None) -> list[Arrival]:
         if kind == "ingest":
             for name in plan.data_sets:
                 # the movies of a project may all have been archived
-                needed = project is None or not any(str(i.inputs.get("data_set", "")) == name for i in project.items())
+                needed = project is None or not any(i.data_set == name for i in project.items())
                 out += [files.arrival("movie_path", path, step.label, name) for path in list_movies(plan, name, needed=needed)]
         elif kind == "import_micrographs":
             out += _micrographs(plan, step, files)
@@ -309,9 +309,12 @@ def _content(path: str, size: int, mtime: float) -> str:
 
 def input_values(plan: Plan, inputs: dict[str, Any]) -> dict[str, Any]:
     """What a source stage is given of an exposure: optics of its data set, its own values, absolute paths."""
-    constants = plan.constants.get(str(inputs.get("data_set", "")), {})
-    own = {n: os.path.join(plan.path.parent.resolve(), v) if n.endswith("_path") else v for n, v in inputs.items()}
-    return {**constants, **own}
+    return {**plan.constants.get(str(inputs.get("data_set", "")), {}), **absolute(plan, inputs)}
+
+
+def absolute(plan: Plan, inputs: dict[str, Any]) -> dict[str, Any]:
+    """What is known of an exposure, with absolute paths."""
+    return {n: os.path.join(plan.path.parent.resolve(), v) if n.endswith("_path") else v for n, v in inputs.items()}
 
 
 def _processed(step: Step, values: dict[str, Any]) -> dict[str, Any]:

@@ -117,6 +117,16 @@ class Arrivals:
         self._next_poll = time.monotonic() + max(self._poll_seconds, 10 * (time.monotonic() - started))
         return out
 
+    def in_other_sets(self) -> list[Arrival]:
+        """Movies handed on before, unchanged, that the project file lists in another data set now (or under another name of the set)."""
+        listed = {path: name for name, pattern in self._patterns.items() for path in glob.glob(pattern, recursive=True)}
+        moved = {n: p for n, p in self._taken.items() if p in listed and listed[p] != self._data_set[p]}
+        self._data_set |= {path: listed[path] for path in moved.values()}
+        found = {name: self._arrival(path) for name, path in moved.items()}
+        out = {n: a for n, a in found.items() if {**a.inputs, "data_set": ""} == {**self._facts[n], "data_set": ""}}
+        self._facts |= {name: arrival.inputs for name, arrival in out.items()}
+        return list(out.values())
+
     def changed(self) -> list[Arrival]:
         """Movies handed on before whose file has another size or time now; those that were moved away stay as they are."""
         out = []

@@ -40,6 +40,11 @@ class Item:
     revision: int = 0
     there: bool = True
 
+    @property
+    def data_set(self) -> str:
+        """Name of the data set that it belongs to; empty where the project has only one, without a name."""
+        return str(self.inputs.get("data_set", ""))
+
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the content and of the values known from outside, but not of where the file lies or when it was written."""

@@ -25,6 +25,7 @@ from cryodask.store.files import disk_errors
 from cryodask.store.generation import Generation
 from cryodask.store.lines import Record
 from cryodask.store.lock import ProjectLock
+from cryodask.store.made import RowsWithResults, shown
 from cryodask.store.registry import Arrival, Item, Registry, Update
 from cryodask.store.sets import SetReader
 from cryodask.store.state import ProductRef, ProjectState, StepState
@@ -86,7 +87,16 @@ class Project:
         with disk_errors(self.path):
             seen = self._mended()
             least = max(seen, default=-1) + 1 if not self._registry.all() else 0
-            return self._registry.update(listing, complete=complete, keep=_RowsWithResults(self), least_row=least)
+            return self._registry.update(listing, complete=complete, keep=RowsWithResults(self), least_row=least)
+
+    def foresee_exposures(self, listing: Iterable[Arrival]) -> Update:
+        """What :meth:`update_exposures` would do with a complete listing: this object shows it, nothing is written."""
+        seen = self._seen() if not self._registry.all() else {}
+        return self._registry.foresee(listing, keep=RowsWithResults(self), least_row=max(seen, default=-1) + 1)
+
+    def foresee_generation(self, generation: Generation) -> None:
+        """Show a generation as a run would leave it (this object only)."""
+        self._generations[f"{generation.path.parent.name}/{generation.key}"] = generation
 
     def forget_exposures(self, names: Iterable[str], *, undo: bool = False) -> list[Item]:
         """Take exposures out on purpose, or in again (driver only); their results stay."""
@@ -139,6 +149,10 @@ class Project:
         """Exposures that count, in row order."""
         return list(self._registry.present().values())
 
+    def known_data_sets(self) -> set[str]:
+        """Data sets of all exposures that were ever registered, also of those that do not count now."""
+        return {item.data_set for item in self._registry.all().values()}
+
     def registry_stamp(self) -> Any:
         """Changes with the registry."""
         self._registry.present()
@@ -156,7 +170,7 @@ class Project:
     def values_of(self, items: Iterable[Item], name: str) -> list[Any]:
         """The same of many exposures."""
         constants = {data_set: values.get(name) for data_set, values in self.state.constants.items()}
-        values = [i.inputs[name] if name in i.inputs else constants.get(str(i.inputs.get("data_set", ""))) for i in items]
+        values = [i.inputs[name] if name in i.inputs else constants.get(i.data_set) for i in items]
         if not name.endswith("_path"):
             return values
         home = self.home
@@ -253,11 +267,14 @@ class Project:
     def table_at(self, place: str, names: Iterable[str] | None = None) -> Table:
         """The same for a generation."""
         table = self.generation_at(place).table(names)
+        items, recipes = self._registry.present(), self.state.recipes_at(place)
+        made = zip(table.row.tolist(), table.input, table.recipe)
+        kept = [i for i, (row, *was) in enumerate(made) if row in items and shown(items[row], recipes, *was)]
+        return replace(table.take(np.array(kept, np.int64)), failures=self._shown(table.failures, recipes))
+
+    def _shown(self, records: dict[int, Record], recipes: dict[str, str]) -> dict[int, Record]:
         items = self._registry.present()
-        rows, inputs = table.row.tolist(), table.input
-        shown = np.array([i for i, row in enumerate(rows) if row in items and _current(items[row], inputs[i])], dtype=np.int64)
-        failures = {r: f for r, f in table.failures.items() if r in items and _current(items[r], f.get("input"))}
-        return replace(table.take(shown), failures=failures)
+        return {row: r for row, r in records.items() if row in items and shown(items[row], recipes, r.get("input"), r.get("recipe"))}
 
     def records(self, label: str) -> dict[int, Record]:
         """Records of a step that count, failures included: of a per-exposure step those of present items, by row."""
@@ -265,8 +282,7 @@ class Project:
         records = generation.records()
         if not generation.meta["per_item"]:
             return records
-        items = self._registry.present()
-        return {row: r for row, r in records.items() if row in items and _current(items[row], r.get("input"))}
+        return self._shown(records, self.step(label).recipes)
 
     # --- faces --------------------------------------------------------------------------------------------------------------
     def micrographs(self) -> xr.Dataset:
@@ -409,27 +425,3 @@ class Project:
         body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self.overview())
         title = f"<b>{html.escape(self.name)}</b>: {len(self.items())} micrographs in <code>{html.escape(str(self.path))}</code>"
         return f"{title}<table>{head}{body}</table>"
-
-
-def _current(item: Item, made_from: str | None) -> bool:
-    """Whether a record was made from the present input of an item; one whose input never changed need not be asked."""
-    return item.revision == 0 or made_from is None or made_from == item.fingerprint
-
-
-class _RowsWithResults:
-    """Rows that any generation has a result of; looked up when first asked."""
-
-    def __init__(self, project: Project) -> None:
-        self._project = project
-
-    @cached_property
-    def _rows(self) -> set[int]:
-        out: set[int] = set()
-        for label in self._project.stages:
-            generation = self._project.generation(label)
-            if generation.meta["per_item"]:
-                out |= set(generation.table(()).row.tolist())
-        return out
-
-    def __contains__(self, row: object) -> bool:
-        return row in self._rows

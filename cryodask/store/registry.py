@@ -49,6 +49,7 @@ class Registry:
         self._file = LineFile(self.path)
         self._rows = Rows()
         self._present: dict[int, Item] | None = None
+        self._foreseen = 0
 
     def _look(self) -> None:
         try:
@@ -71,9 +72,9 @@ class Registry:
             self._present = {row: rows.entries[row].item for row in sorted(rows.entries) if rows.counts(row)}
         return self._present
 
-    def stamp(self) -> tuple[int, int]:
+    def stamp(self) -> tuple[int, int, int]:
         """Changes with what the file says, as of the last look."""
-        return id(self._rows), self._file.offset
+        return id(self._rows), self._file.offset, self._foreseen
 
     def all(self) -> dict[int, Item]:
         """Every exposure ever registered, by row; one whose name passed to another exposure is called ``NAME~ROW``."""
@@ -97,6 +98,19 @@ class Registry:
         self._look()
         found = Comparison(self._rows, list(listing), complete, keep, least_row)
         self._write(found.changed.values())
+        return self._update(found)
+
+    def foresee(self, listing: Iterable[Arrival], *, keep: Container[int] = (), least_row: int = 0) -> Update:
+        """What :meth:`update` would do with a complete listing; only this object knows of it, nothing is written."""
+        self._look()
+        found = Comparison(self._rows, list(listing), True, keep, least_row)
+        for entry in found.changed.values():
+            self._rows.take(entry)
+        self._present = None
+        self._foreseen += 1
+        return self._update(found)
+
+    def _update(self, found: Comparison) -> Update:
         entries = self._rows.entries
         counted = [entries[row].item for row in found.placed.values() if not entries[row].forgotten]
         return Update(counted, [item for item in counted if item.row in found.new], found.said)

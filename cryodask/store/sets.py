@@ -176,7 +176,10 @@ class SetReader:
         return kept[1]
 
     def _stamp(self, generation: Generation) -> Any:
-        return generation.stamp(), self.project.registry_stamp() if generation.meta["per_item"] else None
+        if not generation.meta["per_item"]:
+            return generation.stamp()
+        recipes = self.project.state.recipes_at(f"{generation.path.parent.name}/{generation.key}")
+        return generation.stamp(), self.project.registry_stamp(), tuple(sorted(recipes.items()))
 
     def _per_item(self, place: str, names: tuple[str, ...], threshold: float | str | None, alive: bool, placed: bool) -> Given:
         birth = bool(self.project.generation_at(place).meta.get("birth"))

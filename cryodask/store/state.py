@@ -42,13 +42,17 @@ class ProductRef(BaseModel):
 
 
 class StepState(BaseModel):
-    """What a step of the pipeline is now: a pointer to a generation, and what it takes and gives."""
+    """What a step of the pipeline is now: a pointer to a generation, and what it takes and gives.
+
+    ``recipes`` says how a per-exposure step processes each data set now; the record of an exposure has the one by which it was made.
+    """
 
     stage: str
     key: str
     params: dict[str, Any] = Field(default_factory=dict)
     inputs: dict[str, list[ProductRef]] = Field(default_factory=dict)
     products: dict[str, ProductRef] = Field(default_factory=dict)
+    recipes: dict[str, str] = Field(default_factory=dict)
 
     @property
     def place(self) -> str:
@@ -96,6 +100,10 @@ class ProjectState(BaseModel):
     choices: dict[str, Choice] = Field(default_factory=dict)
     sources: dict[str, Source] = Field(default_factory=dict)
     steps: dict[str, StepState] = Field(default_factory=dict)
+
+    def recipes_at(self, place: str) -> dict[str, str]:
+        """Recipes of the data sets at a generation that is the present one of a step; empty of any other."""
+        return next((step.recipes for step in self.steps.values() if step.place == place), {})
 
     # --- verbs --------------------------------------------------------------------------------------------------------------
     def adopt(self, label: str, step: StepState) -> bool:

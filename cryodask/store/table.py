@@ -27,7 +27,7 @@ from cryodask.store.lines import Record, mark_of
 from cryodask.vocabulary import Var
 
 _FILE = "columns.npz"
-_FORMAT = 3
+_FORMAT = 4
 _NUMBERS = ("revision", "attempt", "time")
 _UNREADABLE = (zipfile.BadZipFile, OSError, ValueError, EOFError, RuntimeError, struct.error, zlib.error, lzma.LZMAError)
 """What zipfile raises for damage, depending on the byte; a flipped method makes it call a decompressor."""
@@ -84,7 +84,7 @@ class Column:
 class Table:
     """The records that count of one generation: committed items by row, failures as they are.
 
-    ``input`` and ``slice`` are what each was made from: its exposure, and the particles of it that the stage was given. ``stored`` says for
+    ``input``, ``recipe`` and ``slice`` are what each was made from (see made.py). ``stored`` says for
     every bulk variable which items have a shard, ``layouts`` (JSON, mostly empty) which are of another size or type than those of the first
     data set; ``texts`` and ``columns`` hold the variables that were asked for.
     """
@@ -92,6 +92,7 @@ class Table:
     row: np.ndarray
     name: np.ndarray
     input: np.ndarray
+    recipe: np.ndarray
     slice: np.ndarray
     layouts: np.ndarray
     numbers: dict[str, np.ndarray]
@@ -114,6 +115,7 @@ class Table:
             row=np.array(rows, dtype=np.int64),
             name=_objects([r["name"] for r in good]),
             input=_objects([r.get("input") for r in good]),
+            recipe=_objects([r.get("recipe") for r in good]),
             slice=_objects([r.get("slice") for r in good]),
             layouts=_objects([json.dumps(r["layouts"], sort_keys=True) if "layouts" in r else "" for r in good]),
             numbers={n: np.array([r.get(n, 0) for r in good], dtype=types[n]) for n in _NUMBERS},
@@ -135,6 +137,7 @@ class Table:
             self.row[index],
             self.name[index],
             self.input[index],
+            self.recipe[index],
             self.slice[index],
             self.layouts[index],
             {n: v[index] for n, v in self.numbers.items()},
@@ -173,6 +176,7 @@ class Table:
             np.concatenate([old.row, new.row]),
             np.concatenate([old.name, new.name]),
             np.concatenate([old.input, new.input]),
+            np.concatenate([old.recipe, new.recipe]),
             np.concatenate([old.slice, new.slice]),
             np.concatenate([old.layouts, new.layouts]),
             {n: np.concatenate([v, new.numbers[n]]) for n, v in old.numbers.items()},
@@ -216,6 +220,7 @@ class Compaction:
             self._array("row"),
             _objects(self.head["name"]),
             _objects(self.head["input"]),
+            _objects(self.head["recipe"]),
             _objects(self.head["slice"]),
             _objects(self.head["layouts"]),
             {n: self._array(n) for n in _NUMBERS},
@@ -257,7 +262,7 @@ class Compaction:
         columns = {n: c for n, c in self._columns.items() if n in wanted}
         texts = {n: t for n, t in self._texts.items() if n in wanted}
         t = self._table
-        return Table(t.row, t.name, t.input, t.slice, t.layouts, t.numbers, t.stored, dict(t.failures), columns, texts)
+        return Table(t.row, t.name, t.input, t.recipe, t.slice, t.layouts, t.numbers, t.stored, dict(t.failures), columns, texts)
 
     def check(self) -> None:
         """Read all of it."""
@@ -272,6 +277,7 @@ def write_compaction(folder: Path, table: Table, contents: JournalContents) -> N
         "covered": covered,
         "name": table.name.tolist(),
         "input": table.input.tolist(),
+        "recipe": table.recipe.tolist(),
         "slice": table.slice.tolist(),
         "layouts": table.layouts.tolist(),
         "stored": sorted(table.stored),

@@ -1,0 +1,81 @@
+"""What is due of each exposure in a per-exposure step, and which of it other generations hold. A run and a dry run both ask here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from cryodask.run.imports import Import
+from cryodask.run.slices import Slices
+from cryodask.store.generation import Generation
+from cryodask.store.history import generation_folders
+from cryodask.store.lines import Record
+from cryodask.store.made import Made, settled
+from cryodask.store.project import Item, Project
+
+
+def due(items: Iterable[Item], recipes: Mapping[str, str], given: Slices | None, imported: Import | None) -> dict[int, Made]:
+    """What the result of each item has to be made from, as the project stands now.
+
+    Parameters
+    ----------
+    items : iterable of Item
+    recipes : mapping
+        The recipe of the step for each data set.
+    given : Slices or None
+        The particles that the step is given; None where it takes none.
+    imported : Import or None
+        What an import says of the exposures; None where the step is none.
+    """
+    items = list(items)
+    slices: dict[int, str] | None = given.digests(item.row for item in items) if given is not None else None
+    out = {}
+    for item in items:
+        said = imported.digest(item) if imported is not None else None
+        out[item.row] = Made(item.fingerprint, recipes.get(item.data_set), said if slices is None else joined(slices[item.row], said))
+    return out
+
+
+def joined(given: str, imported: str | None) -> str:
+    """Digest of the particles that an exposure brings along, and of what an import says of it."""
+    return f"{given}-{imported}" if imported is not None else given
+
+
+@dataclass(frozen=True)
+class Known:
+    """Rows that a generation has ``done`` or quarantined (``failed``), and what others hold of the rest, as it would be linked."""
+
+    done: set[int]
+    failed: set[int]
+    linked: list[tuple[Generation, list[Record]]]
+
+    @property
+    def records(self) -> dict[int, Record]:
+        """Records that would be linked, by row."""
+        return {record["row"]: record for _, records in self.linked for record in records}
+
+
+def known(project: Project, generation: Generation, items: Sequence[Item], asked: Mapping[int, Made]) -> Known:
+    """What is there already of what is due: in a generation (which need not exist yet), and in others of its stage."""
+    here = generation.records()
+    done, failed = settled(here, asked)
+    lacking = {item.row: item for item in items if item.row in asked and item.row not in done}
+    linked = []
+    for other in _others(project, generation) if lacking else ():
+        records = other.committed()
+        found, _ = settled({row: records[row] for row in lacking if row in records}, asked)
+        if found:
+            linked.append((other, [_as_linked(records[row], lacking.pop(row), here.get(row)) for row in sorted(found)]))
+    return Known(done, failed, linked)
+
+
+def _as_linked(record: Record, item: Item, here: Record | None) -> Record:
+    """The record of another generation; of two of one row that which was sent later counts, so it must not be below one that is here."""
+    attempt = max(int(r.get("attempt", 0)) for r in (record, here or {}))
+    return {**record, "revision": item.revision, "name": item.name, **({"attempt": attempt} if attempt else {})}
+
+
+def _others(project: Project, generation: Generation) -> list[Generation]:
+    stage = generation.path.parent.name
+    folders = [f for f in generation_folders(project.path) if f.parent.name == stage and f != generation.path]
+    return [project.generation_at(f"{stage}/{f.name}") for f in folders]

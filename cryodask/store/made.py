@@ -1,0 +1,80 @@
+"""What a result of an exposure was made from. A result counts while this is what it has to be made from now; nothing else decides it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+from cryodask.store.lines import Record
+from cryodask.store.listing import Item
+
+if TYPE_CHECKING:
+    from cryodask.store.project import Project
+
+
+class Made(NamedTuple):
+    """What a result was made from, or has to be made from.
+
+    ``input``: fingerprint of the exposure. ``recipe``: how it was processed, with the optics and gain of its data set (see run/keys.py).
+    ``slice``: digest of what the stage was given of it besides (particles, an import). None where there is no such thing.
+    """
+
+    input: str | None
+    recipe: str | None = None
+    slice: str | None = None
+
+    @classmethod
+    def of(cls, record: Record) -> Made:
+        """From a commit record."""
+        return cls(record.get("input"), record.get("recipe"), record.get("slice"))
+
+    def entries(self) -> dict[str, str]:
+        """As a commit record has it."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
+
+def settled(records: Mapping[int, Record], due: Mapping[int, Made]) -> tuple[set[int], set[int]]:
+    """Rows that are done, and rows that are quarantined, as what is ``due`` of each says."""
+    done: set[int] = set()
+    failed: set[int] = set()
+    for row, made in due.items():
+        record = records.get(row)
+        if record is None:
+            continue
+        was = Made.of(record)
+        # what failed before its particles were known says nothing of them
+        same = was == made or (not record["ok"] and was == made._replace(slice=None))
+        if same:
+            (done if record["ok"] else failed).add(row)
+    return done, failed
+
+
+def shown(item: Item, recipes: Mapping[str, str], made_from: str | None, recipe: str | None) -> bool:
+    """Whether a record is of the item as it is now.
+
+    One whose input never changed need not be asked. ``recipes`` are those of the data sets now; a data set that is not among them, or a
+    record without a recipe, says nothing.
+    """
+    if item.revision and made_from is not None and made_from != item.fingerprint:
+        return False
+    return recipe is None or recipes.get(item.data_set, recipe) == recipe
+
+
+class RowsWithResults:
+    """Rows that any present generation has a result of; looked up when first asked."""
+
+    def __init__(self, project: Project) -> None:
+        self._project = project
+
+    @cached_property
+    def _rows(self) -> set[int]:
+        out: set[int] = set()
+        for label in self._project.stages:
+            generation = self._project.generation(label)
+            if generation.meta["per_item"]:
+                out |= set(generation.table(()).row.tolist())
+        return out
+
+    def __contains__(self, row: object) -> bool:
+        return row in self._rows

@@ -1,0 +1,228 @@
+"""Data sets: what optics, gain and membership compute again, that a name is a label, and a set that is listed no longer. Toy stages."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import _toy_stages  # noqa: F401  (registers the stages)
+import numpy as np
+import pytest
+import yaml
+from distributed import Client
+from test_counts import PIPELINE, made, renewed
+
+from cryodask.formats.movies import write_mrc_movie
+from cryodask.formats.mrc import write_mrc
+from cryodask.run.execute import run_plan
+from cryodask.run.preview import Preview, preview
+from cryodask.run.progress import Progress
+from cryodask.run.recipe import draft_plan, make_plan
+from cryodask.run.watch import Until
+from cryodask.store.project import Project
+
+STEPS = PIPELINE[:8]
+PER_EXPOSURE = ("ingest", "toy_motion", "toy_ctf", "toy_pick", "toy_extract", "full")
+OVER_SETS = {"toy_classify", "toy_curate", "toy_poses"}
+
+
+@pytest.fixture(scope="module")
+def here():
+    """A cluster in this process: the toy stages are known here only."""
+    with Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as client:
+        yield client
+
+
+def movie(folder: Path, data_set: str, number: int, edge: int = 16) -> None:
+    (folder / data_set).mkdir(exist_ok=True)
+    frames = np.random.default_rng(number).poisson(2.0, (2, edge, edge)).astype(np.uint8)
+    write_mrc_movie(folder / data_set / f"m{number:03d}.mrc", frames, 1.0)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Six movies in two folders."""
+    for number in range(6):
+        movie(tmp_path, f"d{number // 3 + 1}", number)
+    return tmp_path
+
+
+def optics(voltage: float = 300, pixel: float = 1.0, dose: float = 1.0) -> dict[str, float]:
+    return {"voltage_kv": voltage, "spherical_aberration_mm": 2.7, "pixel_size_angstrom": pixel, "dose_per_frame": dose}
+
+
+def one(name: str = "one", place: str = "d1", **more) -> dict:
+    return {"name": name, "movies": f"{place}/*.mrc", "microscope": optics(), **more}
+
+
+def two(name: str = "two", place: str = "d2", **more) -> dict:
+    return {"name": name, "movies": f"{place}/*.mrc", "microscope": optics(200, dose=2.0), **more}
+
+
+class Told(Progress):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def write(folder: Path, inputs, pipeline) -> Path:
+    (folder / "toy.yaml").write_text(yaml.safe_dump({"name": "toy", "inputs": inputs, "pipeline": pipeline}))
+    return folder / "toy.yaml"
+
+
+def run(folder: Path, here, inputs, pipeline=STEPS, progress=None, **options) -> Project:
+    return run_plan(make_plan(write(folder, inputs, pipeline)), here, progress=progress, **options)
+
+
+def ahead(folder: Path, inputs, pipeline=STEPS) -> Preview:
+    return preview(draft_plan(write(folder, inputs, pipeline)))
+
+
+def todo(shown: Preview) -> dict[str, int | None]:
+    return {s.step: s.todo for s in shown.steps if not s.done}
+
+
+def of_exposures(counts: dict) -> dict[str, int]:
+    return {label: counts[label] for label in PER_EXPOSURE if label in counts}
+
+
+def values(project: Project) -> dict[str, tuple[float, float]]:
+    table = project.scalars()[["total_motion", "defocus_u_angstrom"]]
+    return {name: tuple(row) for name, row in zip(table.index, table.values.tolist())}
+
+
+def from_scratch(folder: Path, here, inputs, pipeline) -> dict[str, tuple[float, float]]:
+    shutil.rmtree(folder / "toy")
+    return values(run(folder, here, inputs, pipeline))
+
+
+@pytest.mark.parametrize(
+    ("microscope", "again"),
+    [(optics(200), {"toy_ctf", *OVER_SETS}), (optics(dose=5.0), {"toy_motion", "toy_ctf", "toy_pick", "toy_extract", "full", *OVER_SETS})],
+    ids=["voltage", "dose"],
+)
+def test_changed_optics_of_one_named_data_set_reach_the_steps_over_sets(folder, here, microscope, again):
+    before = made(run(folder, here, [one()]))
+    changed = run(folder, here, [one(microscope=microscope)])
+    assert set(renewed(before, changed)) == again
+    found = changed["toy_poses"]["final_map"].values
+    shutil.rmtree(folder / "toy")
+    assert (run(folder, here, [one(microscope=microscope)])["toy_poses"]["final_map"].values == found).all()
+
+
+def test_a_changed_gain_of_one_named_data_set_reaches_the_steps_over_sets(folder, here):
+    for name, value in (("a", 1.0), ("b", 3.0)):
+        write_mrc(folder / f"{name}.mrc", np.full((16, 16), value, np.float32), 1.0)
+    first = run(folder, here, [one(gain="a.mrc")])
+    before, mean = made(first), float(first["toy_poses"]["final_map"].values.mean())
+    changed = run(folder, here, [one(gain="b.mrc")])
+    assert set(renewed(before, changed)) >= OVER_SETS
+    assert float(changed["toy_poses"]["final_map"].values.mean()) == pytest.approx(3 * mean)
+
+
+def test_a_movie_moved_to_another_data_set_is_processed_with_its_optics(folder, here):
+    before = made(run(folder, here, [one(), two()]))
+    (folder / "d1" / "m000.mrc").rename(folder / "d2" / "m000.mrc")
+    told = todo(ahead(folder, [one(), two()]))
+    project = run(folder, here, [one(), two()])
+    counts = renewed(before, project)
+    assert of_exposures(counts) == dict.fromkeys(("toy_motion", "toy_ctf", "toy_pick", "toy_extract", "full"), 1)
+    assert {k: v for k, v in told.items() if k in PER_EXPOSURE[:5]} == {k: v for k, v in counts.items() if k in PER_EXPOSURE[:5]}
+    assert set(counts) >= OVER_SETS
+    assert values(project) == from_scratch(folder, here, [one(), two()], STEPS)
+
+
+def test_two_data_sets_whose_folders_are_swapped_are_computed_again(folder, here):
+    before = made(run(folder, here, [one(), two()], STEPS[:3]))
+    swapped = [one(place="d2"), two(place="d1")]
+    told = todo(ahead(folder, swapped, STEPS[:3]))
+    project = run(folder, here, swapped, STEPS[:3])
+    assert told == renewed(before, project) == dict.fromkeys(("toy_motion", "toy_ctf", "toy_pick"), 6)
+    assert values(project) == from_scratch(folder, here, swapped, STEPS[:3])
+
+
+def test_what_was_made_in_the_former_data_set_is_not_shown_where_the_new_one_fails(tmp_path, here):
+    for number in range(4):
+        movie(tmp_path, f"d{number // 2 + 1}", number, edge=16 if number < 2 else 20)
+    write_mrc(tmp_path / "gain.mrc", np.ones((20, 20), np.float32), 1.0)
+    sets = [one(), two(gain="gain.mrc")]
+    assert run(tmp_path, here, sets, STEPS[:4]).failures() == []
+    (tmp_path / "d1" / "m000.mrc").rename(tmp_path / "d2" / "m000.mrc")
+    project = run(tmp_path, here, sets, STEPS[:4])
+    assert [(f["stage"], f["name"]) for f in project.failures()] == [("toy_motion", "m000")]
+    assert set(project.particles("toy_extract")["micrograph"].values) == {"m001", "m002", "m003"}
+    assert todo(ahead(tmp_path, sets, STEPS[:4])) == {}, "what is quarantined in one step of a chain goes no further"
+
+
+RENAMED = {
+    "one renamed": [one(), two("zwei")],
+    "order changed": [two(), one()],
+    "names swapped": [one("two"), two("one")],
+}
+
+
+@pytest.mark.parametrize("inputs", RENAMED.values(), ids=RENAMED)
+def test_the_name_of_a_data_set_is_a_label(folder, here, inputs):
+    before = made(run(folder, here, [one(), two()]))
+    assert todo(ahead(folder, inputs)) == {}
+    project = run(folder, here, inputs)
+    assert renewed(before, project) == {}
+    assert set(project.state.constants) == {i["name"] for i in inputs}
+    assert renewed(before, run(folder, here, [one(), two()])) == {}
+
+
+def test_a_data_set_that_gets_a_name_computes_nothing(folder, here):
+    content = {"name": "toy", "inputs": {"movies": "d1/*.mrc"}, "microscope": optics(), "pipeline": STEPS}
+    (folder / "toy.yaml").write_text(yaml.safe_dump(content))
+    before = made(run_plan(make_plan(folder / "toy.yaml"), here))
+    assert renewed(before, run(folder, here, [one()])) == {}
+
+
+def test_a_data_set_renamed_while_a_session_is_watched_computes_nothing(folder, here):
+    before = made(run(folder, here, [one(), two()]))
+    project = run(folder, here, [one(), two("zwei")], watch=Until(movies=6))
+    assert renewed(before, project) == {}
+    assert {item.data_set for item in project.items()} == {"one", "zwei"}
+
+
+def test_a_data_set_that_is_listed_no_longer_keeps_its_results_and_its_optics(folder, here):
+    before = made(run(folder, here, [one(), two()]))
+    said = "3 exposures belong to data set two, no longer in the project file: results, optics and gain stay as they were"
+    shown = ahead(folder, [one()])
+    assert todo(shown) == {}
+    assert any(w.startswith(said) for w in shown.warnings)
+    told = Told()
+    project = run(folder, here, [one()], progress=told)
+    assert renewed(before, project) == {}
+    assert sum(text.startswith(said) for text in told.said) == 1
+    assert (project.failures(), len(project.items())) == ([], 6)
+    assert project.scalars()["voltage_kv"].tolist() == [300] * 3 + [200] * 3
+    # chunked movies are there still: a changed step processes them as before, with the optics of their set
+    changed = [{"toy_motion": {"number": 2}}, *STEPS[1:]]
+    project = run(folder, here, [one()], changed)
+    assert project.failures() == []
+    assert values(project) == from_scratch(folder, here, [one(), two()], changed)
+
+
+def test_steps_that_need_frames_of_a_referenced_ingest_say_which_are_missing(folder, here):
+    in_place = [{"ingest": {"storage": "in_place"}}, *STEPS[:3]]
+    before = made(run(folder, here, [one(), two()], in_place))
+    (folder / "d2" / "m004.mrc").unlink()
+    assert renewed(before, run(folder, here, [one()], in_place)) == {}
+    project = run(folder, here, [one()], [in_place[0], {"toy_motion": {"number": 2}}, *in_place[2:]])
+    assert [f["name"] for f in project.failures()] == ["m004"]
+    assert "m004.mrc" in project.failures()[0]["message"]
+
+
+def test_forgotten_exposures_of_a_data_set_that_is_listed_no_longer_come_back_with_its_optics(folder, here):
+    before = made(run(folder, here, [one(), two()], STEPS[:4]))
+    project = run(folder, here, [one()], STEPS[:4])
+    project.forget_exposures(["m003", "m004", "m005"])
+    assert len(run(folder, here, [one()], STEPS[:4]).items()) == 3
+    project.forget_exposures(["m003", "m004", "m005"], undo=True)
+    assert renewed(before, run(folder, here, [one()], STEPS[:4])) == {}
