@@ -139,12 +139,6 @@ def curate(
     reason[~known] = 5
     kept = {"class_average": class_average, "class_share": class_share, "class_resolution_angstrom": class_resolution_angstrom}
     kept["class_score"] = score
-    if not (reason == 0).any():
-        raise InputError(
-            f"curate left no particles of {len(number)}.",
-            "the classes that were chosen are empty, or a limit is too strict",
-            "look at the classes and their shares in the report, and change curate",
-        )
     classes = {name: np.asarray(values)[wanted] for name, values in kept.items() if values is not None}
     return {"particle_kept": reason == 0, "removal_reason": reason, **classes}
 

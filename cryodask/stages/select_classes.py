@@ -64,12 +64,6 @@ def select_classes(
         raise InputError(f"There are no classes {unknown}: numbers run from 1 to {count}.", "", "look at the classes in the report")
     number = np.asarray(class_number)
     kept = np.isin(number, params.keep)
-    if not kept.any():
-        raise InputError(
-            f"The chosen classes {', '.join(map(str, params.keep))} hold no particles.",
-            "another class was meant",
-            "look at the classes and their shares in the report",
-        )
     chosen = np.isin(np.arange(1, count + 1), params.keep)
     values: dict[str, np.ndarray | None] = {"class_average": class_average, "class_share": class_share}
     values |= {"class_resolution_angstrom": class_resolution_angstrom, "class_score": class_score}
