@@ -24,12 +24,14 @@ from cryodask.run.map import PREFIX, MapRunner, process_here
 from cryodask.run.people import check_choice, waiting
 from cryodask.run.progress import Progress, short, summary
 from cryodask.run.recipe import Plan, Step, position
+from cryodask.run.record import note_line
 from cryodask.run.refs import Refer
 from cryodask.run.results import freeze, frozen_ids, image_givers, run_set, settle_result, stored_variables
 from cryodask.run.watch import Arrivals, Until
 from cryodask.run.whole import loaded, run_tournament, run_whole
 from cryodask.store.files import disk_errors, write_atomically
 from cryodask.store.generation import Generation
+from cryodask.store.places import finish
 from cryodask.store.project import Arrival, Item, Project
 
 
@@ -95,10 +97,16 @@ class Execution:
 
     def _adopt(self, step: Step, key: str) -> None:
         """Make ``key`` the current generation of a step; what was computed from another one is no longer current."""
-        if self.project.state.adopt(step.label, Refer(self.plan, self.project.state).state_of(step, key)):
+        again = self.project.state.adopt(step.label, Refer(self.plan, self.project.state).state_of(step, key))
+        note_line(self.plan, self.project, step, key, again=again, origin=self.keys.origin(step))
+        if again:
             self._drop_dependents([step.label])
         self.project.state.reorder([s.label for s in self.plan.steps])
         self.project.save()
+
+    def _finish(self, *steps: Step) -> None:
+        for step in steps:
+            finish(self._generation(step.label).path, step.label)
 
     def _drop_dependents(self, labels: list[str]) -> None:
         """Steps over sets that rest on others which change now are not current any more; their generations stay."""
@@ -134,6 +142,8 @@ class Execution:
             self.project.save()
             self._map_items(chain, iter(todo), items)
         self.project.compact()
+        if not chain.unfinished(self.items if self.arrivals is not None else items):
+            self._finish(*steps)
         records = [self.project.records(s.label) for s in steps]
         bad = {row for r in records for row, record in r.items() if not record["ok"]}
         done = len(items) - len(bad)
@@ -268,6 +278,7 @@ class Execution:
         self.progress.begin(step.label, None)
         if generation.committed():
             older = f" (version {version}; --update {step.label} computes it with version {step.stage.version})"
+            self._finish(step)
             self.progress.end("done before" + (older if version != step.stage.version else ""))
             return
         if inputs.ids is not None:
@@ -277,6 +288,7 @@ class Execution:
             result = self._compute(step, inputs, generation)
         result = settle_result(self.project, step, inputs, result)
         generation.commit_result(result, seconds=round(time.time() - started, 3))
+        self._finish(step)
         self.progress.end(summary(result))
 
     def _compute(self, step: Step, inputs: StepInputs, generation: Generation) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from cryodask.errors import ProjectFileError
+from cryodask.run.graph_chain import label_of
 from cryodask.run.recipe import Plan, Step, marked_fields
-from cryodask.run.refs import Refer, label_of
+from cryodask.run.refs import Refer
 from cryodask.stage import ChoiceMark
 from cryodask.store.identity import place_of
 from cryodask.store.project import Project
@@ -24,7 +25,8 @@ def waiting(plan: Plan) -> dict[str, str]:
     """Steps that cannot run for want of a decision, and why: those of a person, and what is made from them."""
     out: dict[str, str] = {}
     for step in plan.steps:
-        behind = {label_of(ref) for products in step.inputs.values() for p in products for ref in (*p.behind, p.ref)}
+        taken = [p for products in step.inputs.values() for p in products]
+        behind = {label for p in taken for label in map(label_of, (*p.behind, p.ref)) if label not in p.at}
         if not decided(step):
             out[step.label] = "waits for a person"
         elif blocked := sorted(behind & set(out)):
