@@ -142,8 +142,6 @@ class Execution:
             self.project.save()
             self._map_items(chain, iter(todo), items)
         self.project.compact()
-        if not chain.unfinished(self.items if self.arrivals is not None else items):
-            self._finish(*steps)
         records = [self.project.records(s.label) for s in steps]
         bad = {row for r in records for row, record in r.items() if not record["ok"]}
         done = len(items) - len(bad)
@@ -157,6 +155,8 @@ class Execution:
                 "an option does not fit the data (pixel size, diameter, box), or the files are of another kind",
                 "fix it and run again",
             )
+        if not chain.unfinished(items):
+            self._finish(*steps)
 
     def _map_items(self, chain: Chain, source: Iterator[Item | None], items: list[Item]) -> None:
         bad = chain.quarantined(items) if not self.retry_quarantined else 0

@@ -75,7 +75,15 @@ class Refer:
             exposures=self._places(exposures) if exposures else {},
             exposure_ids=self.ids_of(exposures) if exposures else "",
             threshold=self.threshold(product),
+            place=self._giver(product),
         )
+
+    def _giver(self, product: Product) -> str:
+        """The generation of the step that gave a product; empty where the step has none yet."""
+        if product.pinned:
+            return product.at.get(product.step, "")
+        step = self.state.steps.get(product.step)
+        return step.place if step is not None else ""
 
     def threshold(self, product: Product) -> Any:
         """Score above which peaks are accepted, where the ids of a set are those of a birth."""
