@@ -155,7 +155,7 @@ class Execution:
                 "an option does not fit the data (pixel size, diameter, box), or the files are of another kind",
                 "fix it and run again",
             )
-        if not chain.unfinished(items):
+        if all(item.row in bad or all(item.row in r for r in records) for item in items):
             self._finish(*steps)
 
     def _map_items(self, chain: Chain, source: Iterator[Item | None], items: list[Item]) -> None:
