@@ -129,6 +129,20 @@ def test_a_pin_goes_on_to_mean_the_same_when_something_that_it_only_passes_on_ch
     assert f"toy_ctf/{ctf}" not in folders(project.superseded())
 
 
+def test_a_result_can_be_set_beside_an_earlier_one_of_its_step(tmp_path, here):  # noqa: F811
+    folder = session(tmp_path, 3)
+    key = run(folder, here, PIPELINE[:8]).generation("toy_poses").key
+    now = [*PIPELINE[:7], {"toy_poses": {"number": 2}}]
+    both = {"consensus": {"largest_degrees": 5, "from": {"particles": "toy_poses", "other": f"toy_poses@{key}"}}}
+    project = run(folder, here, [*now, both])
+    assert project.particles("consensus").sizes["particle"] == 9
+    assert project.step("consensus").inputs["other"][0].place == f"toy_poses/{key}"
+    # united under another name, with the exposures that count
+    some = {"select": {"where": "position_y_angstrom > 5", "from": {"particles": f"toy_poses@{key}"}}}
+    united = {"merge": {"from": {"particles": ["toy_poses", "select"], "exposures": "toy_ctf"}}}
+    assert run(folder, here, [*now, some, united]).particles("merge").sizes["particle"] == 9
+
+
 def test_a_pinned_result_that_is_gone_is_refused_by_name_before_work(tmp_path, here):  # noqa: F811
     folder = session(tmp_path, 3)
     first = run(folder, here, [*PIPELINE[:6], {"toy_extract as full": {"number": 3}}, "toy_poses"])
