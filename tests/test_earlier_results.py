@@ -323,7 +323,7 @@ def test_where_refuses_nonsense_and_knows_rows_that_lost_their_name(tmp_path, he
 # --- choices --------------------------------------------------------------------------------------------------------------------
 def test_a_choice_of_numbers_is_guarded_whatever_its_step_is_called(tmp_path, here):  # noqa: F811
     folder = session(tmp_path, 3)
-    run(folder, here, [*PIPELINE[:5], {"curate": {"keep": [1]}}])
+    first = run(folder, here, [*PIPELINE[:5], {"curate": {"keep": [1]}}]).generation("toy_classify").key
     new = [*PIPELINE[:4], {"toy_classify": {"number": 2}}]
     renamed = [*PIPELINE[:4], {"toy_classify as classes": {"number": 2}}]
     for pipeline, step in ((new, "curate"), (new, "curate as best"), (renamed, "curate"), (renamed, "curate as best")):
@@ -333,6 +333,10 @@ def test_a_choice_of_numbers_is_guarded_whatever_its_step_is_called(tmp_path, he
     run(folder, here, [*PIPELINE[:5], {"curate as best": {"keep": [1]}}])
     run(folder, here, [*new, {"curate as best": {"keep": [1]}}], update=["best"])
     run(folder, here, [*new, {"curate": {"keep": [1]}}])
+    # an earlier result is named with its key: nothing to guard, and the two do not stop each other
+    old = {"curate as old": {"keep": [1], "from": {"particles": f"toy_classify@{first}"}}}
+    for _ in range(2):
+        run(folder, here, [*new, {"curate": {"keep": [1]}}, old])
 
 
 def test_an_expression_that_names_classes_is_a_choice_of_numbers(tmp_path, here):  # noqa: F811

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from cryodask.errors import ProjectFileError
-from cryodask.run.graph_chain import label_of
+from cryodask.run.graph_chain import is_pinned, label_of
 from cryodask.run.recipe import Plan, Step, marked_fields
 from cryodask.run.refs import Refer
 from cryodask.stage import ChoiceMark
@@ -74,7 +74,7 @@ def _choices(plan: Plan, project: Project, step: Step) -> list[Choice]:
     return [
         Choice(values=sorted(set(values)), place=refer.place(parts[part]), stage=step.stage.name, part=part, label=label_of(parts[part]))
         for part, values in wanted.items()
-        if part in parts
+        if part in parts and not is_pinned(parts[part])  # whose numbers those of an earlier result are is said with its key
     ]
 
 
