@@ -22,11 +22,11 @@ def gc(
     project: ProjectArgument,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be removed.")] = False,
     last_results: Annotated[
-        bool, typer.Option("--last-results", help="Also the last finished result of stages that are in the pipeline no more.")
+        bool, typer.Option("--last-results", help="Also the last finished results of steps whose present one is not finished.")
     ] = False,
 ) -> None:
-    """Remove results that no step uses any more; what has a name, and the last finished result of a stage, stay."""
-    from cryodask.store.history import listed
+    """Remove results that no step uses any more; those with a name and each step's last finished one stay, with what they rest on."""
+    from cryodask.store.garbage import listed
 
     opened = open_project(project)
     if dry_run:
@@ -51,9 +51,10 @@ def history(
         when = datetime.fromtimestamp(made.created).strftime("%Y-%m-%d %H:%M")
         state = ", ".join(made.steps) if made.steps else "superseded"
         figures = ", ".join(f"{n.replace('_', ' ')} {v:.4g}" for n, v in made.figures.items())
-        inputs = ", ".join(f"{port} of {' + '.join(refs)}" for port, refs in made.inputs.items())
+        inputs = ", ".join(f"{port} of {' + '.join(refs)}" for port, refs in made.inputs.items() if refs)
         name = f'  "{made.name}"' if made.name else ""
-        done = f"{made.items} items" if made.items > 1 else "done" if made.finished else "unfinished"
+        per_exposure = f"{made.items} exposures" + ("" if made.finished else ", unfinished")
+        done = per_exposure if made.per_exposure else "done" if made.finished else "unfinished"
         typer.echo(f"{made.stage}@{made.key}  {when}  {state}  {done}  {figures}{name}")
         typer.echo(f"    from {inputs or 'the inputs'}; {made.params}")
 
@@ -61,24 +62,25 @@ def history(
 def keep(
     project: ProjectArgument,
     which: Annotated[str, typer.Argument(metavar="STEP[@KEY]", help="A generation; the current one of the step without @KEY.")],
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Its name; an empty one takes it back.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Its name; an empty one removes the name.")],
 ) -> None:
-    """Give a generation a name, so that gc keeps it."""
+    """Give a generation a name, so that gc keeps it and all that it rests on."""
     opened = open_project(project)
     with opened.lock():
-        open_project(project).keep(which, name)
-    typer.echo(f"{which} is kept as {name!r}" if name else f"{which} has no name any more")
+        place = open_project(project).keep(which, name).replace("/", "@")
+    typer.echo(f"{place} is kept as {name.strip()!r}" if name.strip() else f"{place} has no name any more")
 
 
 def compare(
     project: ProjectArgument,
-    first: Annotated[str, typer.Argument(metavar="STEP[@KEY]")],
+    first: Annotated[str, typer.Argument(metavar="STEP[@KEY]", help="Or a name that was given to a result.")],
     second: Annotated[str, typer.Argument(metavar="STEP[@KEY]")],
     plot: Annotated[Path | None, typer.Option(help="Save the FSC curves of both in one plot (PNG, SVG).")] = None,
 ) -> None:
     """Show the parameters, inputs and figures in which two generations differ, and their FSC curves in one plot."""
     opened = open_project(project)
-    typer.echo(opened.compare(first, second).to_string())
+    table = opened.compare(first, second)
+    typer.echo(table.to_string() if len(table) else f"{first} and {second} do not differ: parameters, inputs and figures are the same.")
     if plot is not None:
         from cryodask.report import plot_curves
 

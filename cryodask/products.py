@@ -110,6 +110,9 @@ class Product:
     ``ref`` is how the project file names it. ``parts``: part -> ref of what gave it. ``ids``: ref of what last settled which particles
     (or exposures) there are. ``behind``: refs of all that it was made from; ``line``: of those, its own collection only. ``count``: number
     of classes, where the plan knows it.
+
+    Of an earlier result (``STEP@KEY``) parts and ids are ``LABEL@STAGE/KEY``: exact places. ``pinned``: it is such a result itself. ``at``:
+    places, by label, of all steps behind it that are meant as they were then. ``threshold``: the one that held for its ids then.
     """
 
     type: str
@@ -133,6 +136,9 @@ class Product:
     pixel_sizes: frozenset[float] = frozenset()
     purpose: str | None = None
     count: int | None = None
+    pinned: bool = False
+    at: dict[str, str] = field(default_factory=dict)
+    threshold: float | str | None = None
 
     @property
     def ref(self) -> str:

@@ -23,7 +23,7 @@ import importlib
 import importlib.metadata
 import inspect
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
 
@@ -56,8 +56,14 @@ class SourceFileMark:
 SourceFile = Annotated[str, SourceFileMark()]
 
 
+@dataclass(frozen=True)
 class ChoiceMark:
-    """Marks a parameter with numbers of classes that a person has chosen: they belong to one classification."""
+    """Marks a parameter with numbers of classes that a person has chosen: they belong to one classification.
+
+    ``numbers`` finds them in a value that is no list: part of the particles (``class2d``, ``class3d``) -> numbers.
+    """
+
+    numbers: Callable[[Any], Mapping[str, Sequence[int]]] | None = None
 
 
 class ThresholdMark:

@@ -97,7 +97,8 @@ def resolution_sentences(project: Project) -> list[str]:
     post = next((s for s in reversed(project.stages) if _stage(project, s).name == "postprocess"), None)
     if post is not None and project.generation(post).committed():
         step = project.step(post)
-        maps = next(label for label in project.stages if project.step(label).place == step.inputs["map"][0].parts["half_maps"])
+        place = step.inputs["map"][0].parts["half_maps"]  # an earlier result is no step's present one
+        maps = next((label for label in project.stages if project.step(label).place == place), place.replace("/", "@"))
         mask = step.inputs["mask"][0].step
         value = float(project[post]["resolution_angstrom"])
         out.append(

@@ -178,9 +178,7 @@ class Chain:
             if link.label not in self._fresh:
                 self._fresh[link.label] = self._journals(link).committed()
         found = {label: records[item.row] for label, records in self._fresh.items() if item.row in records}
-        # what their slices are is compared where they are used
-        due_of = {label: Made(item.fingerprint, self._link(label).recipes.get(item.data_set)) for label in found}
-        records = {label: record for label, record in found.items() if Made.of(record)._replace(slice=None) == due_of[label]}
+        records = {label: record for label, record in found.items() if self._is_of_now(self._link(label), item, record)}
         slices: dict[str, dict[str, np.ndarray]] = {}
         births: dict[str, dict[str, np.ndarray]] = {}
         for link in self.links:
@@ -192,6 +190,13 @@ class Chain:
         values = {label: given.values(item) for label, given in self.imports.items()}
         digests = {label: given.digest(item) for label, given in self.imports.items()}
         return Brief(records, slices, births, values, digests)
+
+    @staticmethod
+    def _is_of_now(link: Link, item: Item, record: Record) -> bool:
+        """Whether a record was made from the exposure as it is, by the recipe of now; an earlier result (no recipes) counts as it was."""
+        recipe = link.recipes.get(item.data_set) if link.recipes else record.get("recipe")
+        # what their slices are is compared where they are used
+        return Made.of(record)._replace(slice=None) == Made(item.fingerprint, recipe)
 
     def _journals(self, link: Link) -> Generation:
         # kept: its journals are read on from where they were read to

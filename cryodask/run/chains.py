@@ -14,11 +14,12 @@ from cryodask.products import COLLECTIONS, part_of
 from cryodask.run import sources
 from cryodask.run.chain import Chain, Link
 from cryodask.run.due import Known, due, known
+from cryodask.run.graph_chain import is_pinned, label_of
 from cryodask.run.imports import Import, PicksImport, ProjectImport, TableImport, imports_of
 from cryodask.run.inputs import exposure_rows
 from cryodask.run.keys import Keys
 from cryodask.run.recipe import Plan, Step
-from cryodask.run.refs import INPUTS, PARTICLES, Refer, label_of, parts_used, variable_sources
+from cryodask.run.refs import INPUTS, PARTICLES, Refer, parts_used, pinned_place, stage_of, variable_sources
 from cryodask.run.slices import Slices
 from cryodask.run.whole import Stored
 from cryodask.store.births import TABLE, Birth
@@ -59,7 +60,8 @@ def _sources_of(step: Step) -> frozenset[str]:
 def _waits_for(plan: Plan, step: Step, chain: list[Step]) -> bool:
     here = {s.label for s in chain}
     for product in step.inputs.get("particles", ()):
-        refs = {label_of(product.ids)} | {label_of(product.parts[p]) for p in product.parts if p in _used(step)}
+        given = (product.ids, *(product.parts[p] for p in product.parts if p in _used(step)))
+        refs = {label_of(ref) for ref in given if not is_pinned(ref)}
         if any(label in here and not _is_pure_birth(plan.graph.step(label)) for label in refs):
             return True
         if len(refs & here) and not refs <= here:
@@ -106,9 +108,9 @@ class ChainMaker:
             links.append(self._link(step, {link.label for link in links}, grids))
         labels = {link.label for link in links}
         before = _labels(links) - labels
-        earlier = {label: self._bare_link(self.plan.graph.step(label)) for label in before}
+        earlier = {label: self._bare_link(label) for label in before}
         reopened = _labels(earlier.values()) - labels - set(earlier)
-        earlier |= {label: self._bare_link(self.plan.graph.step(label)) for label in reopened}
+        earlier |= {label: self._bare_link(label) for label in reopened}
         given = {s.label: self.slices(s) for s in steps if any(link.label == s.label and link.takes_particles for link in links)}
         return Chain(
             tuple(links),
@@ -139,7 +141,8 @@ class ChainMaker:
         generation = self._generation(step, source, grids)
         birth = generation.meta.get("birth")
         particles = step.inputs.get("particles", ())
-        birthplace = label_of(particles[0].ids) if particles and PARTICLES in source.values() else ""
+        ids = particles[0].ids if particles and PARTICLES in source.values() else ""
+        birthplace = "" if is_pinned(ids) else label_of(ids)
         refer = Refer(self.plan, self.project.state)
         return Link(
             step.label,
@@ -154,11 +157,20 @@ class ChainMaker:
             recipes=self.project.state.steps[step.label].recipes,
         )
 
-    def _bare_link(self, step: Step) -> Link:
-        """A step before the chain, from which it reads."""
-        generation = self.project.generation(step.label)
-        recipes = self.project.state.steps[step.label].recipes
-        return Link(step.label, step.stage.name, step.params, variable_sources(self.plan, step), generation.path, recipes=recipes)
+    def _bare_link(self, source: str) -> Link:
+        """A step before the chain, or an earlier result, from which it reads."""
+        generation = self._source_generation(source)
+        if not is_pinned(source):
+            step = self.plan.graph.step(source)
+            recipes = self.project.state.steps[source].recipes
+            return Link(source, step.stage.name, step.params, variable_sources(self.plan, step), generation.path, recipes=recipes)
+        stage = stage_of(self.plan, source)
+        # a source whose movies lie where they were is read with what it was given; all others have stored what they gave
+        given = {} if stage.ports else dict.fromkeys((*stage.needs, *stage.optional), INPUTS)
+        return Link(source, stage.name, stage.params.model_validate(generation.meta["params"]), given, generation.path)
+
+    def _source_generation(self, source: str) -> Generation:
+        return self.project.generation_at(pinned_place(source)) if is_pinned(source) else self.project.generation(source)
 
     def _whole(self, step: Step) -> dict[str, Stored]:
         """Variables of maps, masks and classes that every exposure is given."""
@@ -199,9 +211,9 @@ class ChainMaker:
         given: dict[str, list[tuple[str, dict[str, Grid]]]] = {}
         for name, labels in source.items():
             for label in labels.split("|"):
-                if label in (INPUTS, PARTICLES) or not VARIABLES[name].dims or self.plan.graph.step(label).stage.shape != "map":
+                if label in (INPUTS, PARTICLES) or not VARIABLES[name].dims or stage_of(self.plan, label).shape != "map":
                     continue
-                given.setdefault(name, []).append((label, grids.get(label) or self.project.generation(label).grids))
+                given.setdefault(name, []).append((label, grids.get(label) or self._source_generation(label).grids))
         out: dict[str, dict[str, int]] = {}
         for name, givers in given.items():
             for number, (label, sizes_there) in enumerate(givers):

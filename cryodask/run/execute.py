@@ -25,12 +25,14 @@ from cryodask.run.map import PREFIX, MapRunner, process_here
 from cryodask.run.people import check_choice, waiting
 from cryodask.run.progress import Progress, short, summary
 from cryodask.run.recipe import Plan, Step, position
+from cryodask.run.record import note_line
 from cryodask.run.refs import Refer
 from cryodask.run.results import freeze, frozen_ids, image_givers, run_set, settle_result, stored_variables
 from cryodask.run.watch import Arrivals, Until
 from cryodask.run.whole import loaded, run_tournament, run_whole
 from cryodask.store.files import disk_errors, write_atomically
 from cryodask.store.generation import Generation
+from cryodask.store.places import finish
 from cryodask.store.project import Arrival, Item, Project
 
 
@@ -104,10 +106,16 @@ class Execution:
 
     def _adopt(self, step: Step, key: str, recipes: dict[str, str] | None = None) -> None:
         """Make ``key`` the current generation of a step; what was computed from another one is no longer current."""
-        if self.project.state.adopt(step.label, Refer(self.plan, self.project.state).state_of(step, key, recipes)):
+        again = self.project.state.adopt(step.label, Refer(self.plan, self.project.state).state_of(step, key, recipes))
+        note_line(self.plan, self.project, step, key, again=again, origin=self.keys.origin(step))
+        if again:
             self._drop_dependents([step.label])
         self.project.state.reorder([s.label for s in self.plan.steps])
         self.project.save()
+
+    def _finish(self, *steps: Step) -> None:
+        for step in steps:
+            finish(self._generation(step.label).path, step.label)
 
     def _drop_dependents(self, labels: list[str]) -> None:
         """Steps over sets that rest on others which change now are not current any more; their generations stay."""
@@ -159,6 +167,8 @@ class Execution:
                 "an option does not fit the data (pixel size, diameter, box), or the files are of another kind",
                 "fix it and run again",
             )
+        if all(item.row in bad or all(item.row in r for r in records) for item in items):
+            self._finish(*steps)
 
     def _map_items(self, chain: Chain, source: Iterator[Item | None], items: list[Item]) -> None:
         bad = chain.quarantined(items) if not self.retry_quarantined else 0
@@ -269,6 +279,7 @@ class Execution:
         self.progress.begin(step.label, None)
         if generation.committed():
             older = f" (version {version}; --update {step.label} computes it with version {step.stage.version})"
+            self._finish(step)
             self.progress.end("done before" + (older if version != step.stage.version else ""))
             return
         if inputs.ids is not None:
@@ -278,6 +289,7 @@ class Execution:
             result = self._compute(step, inputs, generation)
         result = settle_result(self.project, step, inputs, result)
         generation.commit_result(result, seconds=round(time.time() - started, 3))
+        self._finish(step)
         self.progress.end(summary(result))
 
     def _compute(self, step: Step, inputs: StepInputs, generation: Generation) -> dict[str, Any]:

@@ -10,7 +10,7 @@ a step, ``graph_facts`` derives what it gives.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -20,9 +20,10 @@ from cryodask.products import COLLECTIONS, Product
 from cryodask.run.graph_chain import (
     Chain,
     Draft,
+    Pinned,
     Step,
     WrongStep,
-    label_of,
+    is_pinned,
     labels_of,
     near,
     replaced,
@@ -34,7 +35,7 @@ from cryodask.run.graph_checks import check_input, check_step, lacking, of_anoth
 from cryodask.run.graph_facts import give, order_of, point_group
 from cryodask.run.graph_from import check_form, read_from
 from cryodask.run.graph_rules import FILLED_FIRST, missing, take
-from cryodask.stage import Output, Stage
+from cryodask.stage import Output, Port, Stage
 
 __all__ = ["Graph", "Step", "order_of", "point_group", "resolve"]
 
@@ -77,9 +78,9 @@ class Graph:
         for port in step.stage.ports:
             for product in step.inputs.get(port.name, ()):
                 if product.type not in COLLECTIONS:
-                    found.add(product.step)
+                    found |= set() if product.pinned else {product.step}
                     continue
-                found |= labels_of(product.parts[p] for p in used_parts(port, step.params) if p in product.parts)
+                found |= _givers(product.parts[p] for p in used_parts(port, step.params) if p in product.parts)
                 found |= _settled_by(products, product)
             if port.many and port.type == "particles" and step.given("particles"):
                 sets = step.inputs.get(port.name, ())
@@ -93,14 +94,19 @@ class Graph:
 def _settled_by(products: Mapping[tuple[str, str], Product], product: Product) -> set[str]:
     """Labels of the steps that settled which particles (or exposures) a set holds: births, subsets, unions, copies."""
     line = (products.get((product.type, ref)) for ref in (*product.line, product.ref))
-    return {p.step for p in line if p is not None and p.ids == p.ref}
+    return {p.step for p in line if p is not None and p.ids == p.ref and p.step not in product.at}
+
+
+def _givers(refs: Iterable[str]) -> set[str]:
+    """Labels of the steps of references that follow their step: a pinned result does not change."""
+    return labels_of(ref for ref in refs if not is_pinned(ref))
 
 
 def _united_parts(sets: Sequence[Product]) -> set[str]:
     """Labels of the givers of the parts that a union takes from several steps, so that they become its own."""
     shared = set(sets[0].parts).intersection(*(p.parts for p in sets[1:])) if sets else set()
-    givers = ({label_of(p.parts[part]) for p in sets} for part in shared)
-    return set().union(*(g for g in givers if len(g) > 1))
+    givers = ({p.parts[part] for p in sets} for part in shared)
+    return set().union(*(_givers(g) for g in givers if len(g) > 1))
 
 
 def resolve(
@@ -109,6 +115,7 @@ def resolve(
     *,
     make_params: MakeParams,
     pixel_sizes: Mapping[str, frozenset[float]] = MappingProxyType({}),
+    pinned: Pinned | None = None,
 ) -> Graph:
     """Find the sources of every step.
 
@@ -122,6 +129,8 @@ def resolve(
         Raises CryodaskError; its ``what`` is the problem.
     pixel_sizes : mapping
         Label of a step that brings exposures -> pixel sizes of its data sets, Angstrom.
+    pinned : callable ``(step, product, key) -> product``, optional
+        What ``STEP@KEY`` means; without it the product of now, with the key in ``pins``.
 
     Returns
     -------
@@ -131,7 +140,7 @@ def resolve(
     """
     if not isinstance(entries, (list, tuple)):
         return Graph((), (f"The pipeline is {shown(entries)}; write a list of steps, one dash per step.",), ())
-    reading = _Reading(Chain(stages), make_params, pixel_sizes, _labels(entries))
+    reading = _Reading(Chain(stages, pinned=pinned), make_params, pixel_sizes, _labels(entries))
     problems: list[str] = []
     for entry in entries:
         try:
@@ -257,12 +266,33 @@ class _Reading:
                     if not port.optional:
                         raise missing(self.chain, draft, port)
                     continue
-                found = [(taken, "")]
+                found = [(self._beside_pinned(draft, port, taken), "")]
                 draft.implicit.add(port.name)
+            else:
+                found = [(self._as_it_was(draft, port, product, key), key) for product, key in found]
             for product, _ in found:
                 check_input(self.chain, draft, port, product)
             draft.inputs[port.name] = tuple(product for product, _ in found)
-            draft.pins[port.name] = tuple(key for _, key in found)
+            draft.pins[port.name] = tuple(key or _key_of(product) for product, key in found)
+
+    def _as_it_was(self, draft: Draft, port: Port, product: Product, key: str) -> Product:
+        try:
+            return self.chain.as_it_was(product, key) if key else product
+        except WrongStep as problem:
+            raise WrongStep(f"{draft.label}: from.{port.name}: {problem}") from problem
+
+    def _beside_pinned(self, draft: Draft, port: Port, product: Product) -> Product:
+        """What a rule found, as it was when the step's particles (or, without any, its map) were made, where these are pinned."""
+        main = draft.main("particles") or draft.main("map")
+        try:
+            return self.chain.beside_pinned(product, main.at) if main is not None else product
+        except WrongStep as problem:
+            raise WrongStep(f"{draft.label}: {port.name} as it belongs to {main.ref if main else ''}: {problem}") from problem
+
+
+def _key_of(product: Product) -> str:
+    """Key of an earlier result that a rule took; "" where a step is meant as it is now."""
+    return product.at.get(product.step, "").partition("/")[2] if product.pinned else ""
 
 
 def _outputs(stage: Stage, label: str, params: Any) -> tuple[Output, ...]:

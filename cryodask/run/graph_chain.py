@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,9 +83,16 @@ class Draft:
         return found[0] if found else None
 
 
+Pinned = Callable[[Step, Product, str], Product]
+"""(step, its product as the list gives it, key or place of an earlier result) -> that product as it was; raises WrongStep."""
+
+
 @dataclass
 class Chain:
-    """What the steps so far have given, in the order of the list. ``beside``: maps that a warning has named already."""
+    """What the steps so far have given, in the order of the list.
+
+    ``beside``: maps that a warning has named already. ``pinned`` looks up earlier results; without it all are taken as they are now.
+    """
 
     stages: Mapping[str, Stage]
     steps: list[Step] = field(default_factory=list)
@@ -93,6 +100,7 @@ class Chain:
     products: dict[tuple[str, str], Product] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     beside: set[str] = field(default_factory=set)
+    pinned: Pinned | None = None
 
     def add(self, step: Step) -> None:
         """Append a step whose sources were found."""
@@ -108,10 +116,34 @@ class Chain:
         """The step that gave a product."""
         return self.by_label[product.step]
 
+    def as_it_was(self, product: Product, key: str) -> Product:
+        """The product of an earlier result of its step.
+
+        Raises
+        ------
+        WrongStep
+            Where there is none, or what it rests on is gone.
+        """
+        return product if self.pinned is None else self.pinned(self.giver(product), product, key)
+
+    def beside_pinned(self, product: Product, at: Mapping[str, str]) -> Product:
+        """A product as it belongs to what is pinned: that of the same time, where its step is among those ``at`` places."""
+        return product if product.pinned or product.step not in at else self.as_it_was(product, at[product.step])
+
 
 def label_of(ref: str) -> str:
-    """Label of the step of a reference ``STEP`` or ``STEP.OUTPUT``."""
-    return ref.partition(".")[0]
+    """Label of the step of a reference ``STEP``, ``STEP.OUTPUT``, or either with ``@PLACE``."""
+    return ref.partition("@")[0].partition(".")[0]
+
+
+def is_pinned(ref: str) -> bool:
+    """Whether a reference says the exact place (``LABEL@STAGE/KEY``), so that it does not follow the step."""
+    return "@" in ref
+
+
+def of_the_same_time(product: Product, at: Mapping[str, str]) -> bool:
+    """Whether a product was made from what ``at`` places, as far as it rests on these steps at all."""
+    return all(product.at.get(label) == at[label] for label in labels_of(product.behind) | {product.step} if label in at)
 
 
 def labels_of(refs: Iterable[str]) -> set[str]:

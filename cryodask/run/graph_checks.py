@@ -219,7 +219,7 @@ def values_apart(sets: Sequence[Product]) -> dict[str, set[str]]:
     """Parts of exposures for which two branches hold different values of the same exposures, with their givers."""
     apart: dict[str, set[str]] = {}
     for a, b in combinations(sets, 2):
-        in_line = a.ref in b.line | {b.ref} or b.ref in a.line
+        in_line = (a.ref in b.line | {b.ref} or b.ref in a.line) and a.at == b.at
         if not a.sources & b.sources or in_line:
             continue
         for part in a.parts.keys() & b.parts.keys():

@@ -68,7 +68,19 @@ def _bare(chain: Chain, draft: Draft, out: Output, made: Mapping[tuple[str, str]
         line |= {whole.ref}
     settles = not base or len(base) > 1 or _on_a_list(draft, out) or out.subset or out.births or bool(out.copies)
     ids = "" if out.type not in COLLECTIONS else ref if settles else base[0].ids
-    return Product(out.type, draft.label, out.name, len(chain.steps), parts, ids, behind, line, partition=out.partition)
+    at = {label: place for label, place in _places_of(base or taken).items() if label != draft.label}
+    threshold = base[0].threshold if base and ids == base[0].ids else None
+    return Product(
+        out.type, draft.label, out.name, len(chain.steps), parts, ids, behind, line, partition=out.partition, at=at, threshold=threshold
+    )
+
+
+def _places_of(products: Sequence[Product]) -> dict[str, str]:
+    """Places of what stands pinned behind some products; where two differ, as it is behind the first."""
+    out: dict[str, str] = {}
+    for product in reversed(products):
+        out |= product.at
+    return out
 
 
 def _on_a_list(draft: Draft, out: Output) -> bool:
@@ -104,7 +116,8 @@ def originals(chain: Chain, base: Sequence[Product]) -> list[Product]:
             on_line = chain.products.get(("particles", ref))
             if on_line is not None and on_line.copies > 1:
                 taken = chain.giver(on_line).inputs.values()
-                found |= {p.ref: p for products in taken for p in products if p.type == "particles" and p.copies == 1}
+                before = [p for products in taken for p in products if p.type == "particles" and p.copies == 1]
+                found |= {p.ref: chain.beside_pinned(p, product.at) for p in before}
     return list(found.values()) or list(base)
 
 
@@ -124,7 +137,8 @@ def _exposures_of_union(chain: Chain, draft: Draft, outputs: Sequence[Output]) -
     if out is None:
         return None
     given = draft.main("exposures")
-    sets = list({p.exposures.ref: p.exposures for p in _base(draft, out) if p.exposures is not None}.values())
+    behind = [p.exposures for p in _base(draft, out) if p.exposures is not None]
+    sets = list({(p.ref, *sorted(p.at.items())): p for p in behind}.values())
     if given is not None or not sets:
         return given
     latest = max(sets, key=lambda p: p.index)
@@ -142,6 +156,7 @@ def _exposures_of_union(chain: Chain, draft: Draft, outputs: Sequence[Output]) -
         frozenset[str]().union(*(p.line | {p.ref} for p in sets)),
         sources=frozenset[str]().union(*(p.sources for p in sets)),
         pixel_sizes=frozenset[float]().union(*(p.pixel_sizes for p in sets)),
+        at=_places_of(sets),
     )
 
 

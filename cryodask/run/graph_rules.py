@@ -17,6 +17,7 @@ from cryodask.run.graph_chain import (
     listed,
     main_port,
     map_ports,
+    of_the_same_time,
     one,
     several,
     uses_poses,
@@ -93,7 +94,7 @@ def exposures_of_particles(chain: Chain, draft: Draft, port: Port) -> Product | 
         return None
     for step in chain.steps:
         for own in step.given("exposures"):
-            if own.index > base.index and _adds_to(chain, own, base):
+            if own.index > base.index and of_the_same_time(own, base.at) and _adds_to(chain, own, base):
                 latest = own
     return latest
 
@@ -127,8 +128,9 @@ def classes_of_particles(chain: Chain, draft: Draft, port: Port) -> Product | No
 
 def related_map(chain: Chain, draft: Draft, port: Port) -> Product | None:
     """Rule 5: the map that belongs to the particles; without particles the nearest."""
-    maps = [m for m in chain.given("map") if {"final", "half_maps"} & m.parts.keys()]
     particles = draft.main("particles")
+    at = particles.at if particles is not None else {}
+    maps = [m for m in chain.given("map") if {"final", "half_maps"} & m.parts.keys() and (m.step in at or of_the_same_time(m, at))]
     line = particles.line | {particles.ref} if particles is not None else frozenset()
     of_a_class = [m for m in maps if _is_of_a_class(chain, m) and m.ref not in line]
     plain = [m for m in maps if all(m is not c for c in of_a_class)]

@@ -22,13 +22,15 @@ from typing import Any
 import numpy as np
 
 from cryodask.products import COLLECTIONS
+from cryodask.run.graph_chain import is_pinned, label_of
 from cryodask.run.inputs import StepInputs
 from cryodask.run.recipe import Plan, Step, marked_fields
-from cryodask.run.refs import INPUTS, Refer, givers_of, label_of, parts_used, united_parts, variable_sources
+from cryodask.run.refs import INPUTS, Refer, givers_of, parts_used, pinned_place, united_parts, variable_sources
 from cryodask.run.sources import source_name
 from cryodask.stage import SourceFileMark
 from cryodask.store.generation import generation_key
 from cryodask.store.identity import rows_in
+from cryodask.store.places import line_of
 from cryodask.store.project import Project
 from cryodask.store.state import StepState
 from cryodask.vocabulary import VARIABLES
@@ -151,8 +153,20 @@ class Keys:
             for product in step.inputs.get(port.name, ())
             for part in parts_used(step, port)
         }
-        upstream = {part: [self._origin(self.plan.graph.step(label_of(label))) for label in some] for part, some in labels.items()}
+        upstream = {part: [self._origin_at(ref) for ref in some] for part, some in labels.items()}
         return {"stage": step.stage.name, "params": self.params(step), "upstream": upstream}
+
+    def _origin_at(self, ref: str) -> Any:
+        """The same of the step that a reference names; of an earlier result as it was recorded with it."""
+        if not is_pinned(ref):
+            return self._origin(self.plan.graph.step(label_of(ref)))
+        place = pinned_place(ref)
+        line = line_of(self.project.path / "stages" / place, label_of(ref))
+        return line.origin if line is not None and line.origin is not None else place
+
+    def origin(self, step: Step) -> Any:
+        """What a birth is known by that reads what a per-exposure step gives; None for another step."""
+        return self._origin(step) if step.stage.shape == "map" else None
 
     # --- over a set -----------------------------------------------------------------------------------------------------------
     def of_set(self, version: int, inputs: StepInputs) -> str:

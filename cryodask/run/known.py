@@ -8,9 +8,10 @@ from cryodask.errors import CryodaskError
 from cryodask.formats.movies import open_movie
 from cryodask.formats.mrc import open_mrc
 from cryodask.products import Product
+from cryodask.run.graph_chain import is_pinned, label_of
 from cryodask.run.inputs import step_inputs
 from cryodask.run.recipe import Plan, Step
-from cryodask.run.refs import label_of
+from cryodask.run.refs import pinned_place
 from cryodask.stage import Sizes
 from cryodask.store.project import Arrival, Project
 from cryodask.vocabulary import SLOTS, VARIABLES
@@ -65,7 +66,12 @@ def image_edge(plan: Plan, project: Project | None, step: Step) -> int | None:
 def _edge(plan: Plan, project: Project | None, particles: Product) -> int | None:
     if "image" not in particles.parts:
         return None
-    giver = plan.graph.step(label_of(particles.parts["image"]))
+    ref = particles.parts["image"]
+    if is_pinned(ref):
+        sizes = project.generation_at(pinned_place(ref)).meta["sizes"] if project is not None else {}
+        edge = sizes.get("particle_image.y", sizes.get("y"))
+        return None if edge is None else int(edge)
+    giver = plan.graph.step(label_of(ref))
     if "particle_image" not in giver.stage.gives:  # a union
         return image_edge(plan, project, giver)
     try:

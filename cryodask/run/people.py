@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from cryodask.errors import ProjectFileError
+from cryodask.run.graph_chain import is_pinned, label_of
 from cryodask.run.recipe import Plan, Step, marked_fields
-from cryodask.run.refs import Refer, label_of
+from cryodask.run.refs import Refer
 from cryodask.stage import ChoiceMark
 from cryodask.store.identity import place_of
 from cryodask.store.project import Project
@@ -24,7 +25,8 @@ def waiting(plan: Plan) -> dict[str, str]:
     """Steps that cannot run for want of a decision, and why: those of a person, and what is made from them."""
     out: dict[str, str] = {}
     for step in plan.steps:
-        behind = {label_of(ref) for products in step.inputs.values() for p in products for ref in (*p.behind, p.ref)}
+        taken = [p for products in step.inputs.values() for p in products]
+        behind = {label for p in taken for label in map(label_of, (*p.behind, p.ref)) if label not in p.at}
         if not decided(step):
             out[step.label] = "waits for a person"
         elif blocked := sorted(behind & set(out)):
@@ -40,25 +42,57 @@ def check_choice(plan: Plan, project: Project, step: Step, *, confirmed: bool) -
     ProjectFileError
         When it was computed again since, naming the classes that hold most of the particles of those that were chosen.
     """
-    names = marked_fields(type(step.params), ChoiceMark)
-    values = next((list(v) for n in names if isinstance(v := getattr(step.params, n), list | tuple) and v), None)
+    for choice in _choices(plan, project, step):
+        before = _before(plan, project, choice)
+        if before is None or before.place == choice.place or confirmed:
+            if before is not None:
+                project.state.choices.pop(before.subject, None)
+            project.state.choices[choice.subject] = choice
+            continue
+        raise ProjectFileError(
+            f"{step.label}: classes {', '.join(map(str, choice.values))} were chosen from {before.place.replace('/', '@')}; {choice.label} "
+            f"is now {choice.place.replace('/', '@')}. {_nearest(project, before.place, choice.place, choice.values)}".strip(),
+            "the classification was computed again, and its numbers have other meanings now",
+            f"look at the classes and give their numbers anew; if the same numbers are meant:  cryodask run --update {step.label}",
+        )
+
+
+def _choices(plan: Plan, project: Project, step: Step) -> list[Choice]:
+    """What the parameters of a step choose of the classifications behind its particles."""
     particles = step.inputs.get("particles", ())
-    part = next((p for p in ("class2d", "class3d") if particles and p in particles[0].parts), None)
-    if values is None or part is None:
-        project.state.choices.pop(step.label, None)
-        return
-    place = Refer(plan, project.state).place(particles[0].parts[part])
-    before = project.state.choices.get(step.label)
-    if before is None or before.values != values or before.place == place or confirmed:
-        project.state.choices[step.label] = Choice(values=values, place=place)
-        return
-    label = label_of(particles[0].parts[part])
-    raise ProjectFileError(
-        f"{step.label}: classes {', '.join(map(str, values))} were chosen from {before.place.replace('/', '@')}; {label} is now "
-        f"{place.replace('/', '@')}. {_nearest(project, before.place, place, values)}".strip(),
-        "the classification was computed again, and its numbers have other meanings now",
-        f"look at the classes and give their numbers anew; if the same numbers are meant:  cryodask run --update {step.label}",
-    )
+    parts = particles[0].parts if particles else {}
+    wanted: dict[str, list[int]] = {}
+    for name in marked_fields(type(step.params), ChoiceMark):
+        value = getattr(step.params, name)
+        marks = (m for m in type(step.params).model_fields[name].metadata if isinstance(m, ChoiceMark))
+        numbers = next((m.numbers for m in marks if m.numbers is not None), None)
+        if numbers is not None:
+            wanted |= {part: list(found) for part, found in numbers(value).items()}
+        elif isinstance(value, list | tuple) and value and (part := next((p for p in ("class2d", "class3d") if p in parts), None)):
+            wanted[part] = list(value)
+    refer = Refer(plan, project.state)
+    return [
+        Choice(values=sorted(set(values)), place=refer.place(parts[part]), stage=step.stage.name, part=part, label=label_of(parts[part]))
+        for part, values in wanted.items()
+        if part in parts and not is_pinned(parts[part])  # whose numbers those of an earlier result are is said with its key
+    ]
+
+
+def _before(plan: Plan, project: Project, choice: Choice) -> Choice | None:
+    """The same choice as it was made: also where the step that classified had a name then that no step has now."""
+    known = project.state.choices
+    if choice.subject in known:
+        return known[choice.subject]
+    labels = {step.label for step in plan.steps}
+    stage = choice.place.partition("/")[0]
+    renamed = [
+        other
+        for other in known.values()
+        if (other.stage, other.part, other.values) == (choice.stage, choice.part, choice.values)
+        and other.label not in labels
+        and other.place.partition("/")[0] == stage
+    ]
+    return renamed[-1] if renamed else None
 
 
 def _nearest(project: Project, old: str, new: str, values: Sequence[int]) -> str:

@@ -16,9 +16,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cryodask.errors import ProjectFileError
-from cryodask.products import Product
 from cryodask.run.graph import Graph, Step, point_group, resolve
 from cryodask.run.graph_chain import Draft
+from cryodask.run.pins import Pins
 from cryodask.run.wrong_names import nearest, problems
 from cryodask.stage import InputFileMark, Params, SourceFileMark, Stage, load_stages
 
@@ -252,7 +252,7 @@ def draft_plan(path: str | Path, *, ahead: bool = False) -> Plan:
 
     plan = Plan(path, file, _folder(path, file), Graph((), (), ()))
     pixels = frozenset(float(c["pixel_size_angstrom"]) for c in plan.constants.values() if "pixel_size_angstrom" in c)
-    graph = resolve(entries, stages, make_params=params_of, pixel_sizes={"ingest": pixels})
+    graph = resolve(entries, stages, make_params=params_of, pixel_sizes={"ingest": pixels}, pinned=Pins(plan.folder))
     problems, warnings = list(graph.problems), list(graph.warnings)
     for entry in entries:
         values = next(iter(entry.values()), None) if isinstance(entry, dict) and len(entry) == 1 else None
@@ -264,31 +264,8 @@ def draft_plan(path: str | Path, *, ahead: bool = False) -> Plan:
             "spherical_aberration_mm: 2.7, pixel_size_angstrom: ...}."
         )
     warnings += [sentence for step in graph.steps for sentence in _unknown_group(step)]
-    steps = tuple(_with_pins(_with_symmetry(step), graph, plan.folder, problems) for step in graph.steps)
+    steps = tuple(map(_with_symmetry, graph.steps))
     return Plan(path, file, plan.folder, replace(graph, steps=steps, problems=tuple(problems), warnings=tuple(warnings)))
-
-
-def _with_pins(step: Step, graph: Graph, folder: Path, problems: list[str]) -> Step:
-    """Inputs of ``from: STEP@KEY`` refer to that generation of the step, not to its current one; the beginning of a key is enough."""
-    inputs = dict(step.inputs)
-    for name, keys in step.pins.items():
-        pinned = []
-        for product, key in zip(inputs[name], keys):
-            stage = graph.step(product.step).stage.name
-            there = sorted(p.name for p in folder.glob(f"stages/{stage}/*") if p.suffix != ".part" and (p / "zarr.json").is_file())
-            found = [k for k in there if key and k.startswith(key)]
-            if key and len(found) != 1:
-                known = ", ".join(f"{product.step}@{k}" for k in there) or "none"
-                problems.append(f"{step.label}: from.{name}: {product.step}@{key} names {len(found) or 'no'} results. There are {known}.")
-            pinned.append(_pinned(product, found[0]) if len(found) == 1 else product)
-        inputs[name] = tuple(pinned)
-    return replace(step, inputs=inputs)
-
-
-def _pinned(product: Product, key: str) -> Product:
-    parts = {part: f"{ref}@{key}" if ref.partition(".")[0] == product.step else ref for part, ref in product.parts.items()}
-    ids = f"{product.step}@{key}" if product.ids and product.ids.partition(".")[0] == product.step else product.ids
-    return replace(product, parts=parts, ids=ids)
 
 
 def _unknown_group(step: Step) -> Iterator[str]:

@@ -7,9 +7,9 @@ from typing import Any
 
 from cryodask.products import Product, part_of
 from cryodask.run.graph import Step
-from cryodask.run.graph_chain import used_parts
+from cryodask.run.graph_chain import is_pinned, label_of, used_parts
 from cryodask.run.recipe import Plan
-from cryodask.stage import Port
+from cryodask.stage import Port, Stage, find_stage
 from cryodask.store.state import ProductRef, ProjectState, StepState
 
 INPUTS = "inputs"
@@ -18,9 +18,14 @@ PARTICLES = "particles"
 """Source of what the particles of an exposure bring along."""
 
 
-def label_of(ref: str) -> str:
-    """Label of the step that a reference ``STEP``, ``STEP.OUTPUT`` or ``STEP@KEY`` names."""
-    return ref.partition("@")[0].partition(".")[0]
+def stage_of(plan: Plan, ref: str) -> Stage:
+    """The stage of the step that a reference names; of a pinned one that of its place."""
+    return find_stage(pinned_place(ref).partition("/")[0]) if is_pinned(ref) else plan.graph.step(label_of(ref)).stage
+
+
+def pinned_place(ref: str) -> str:
+    """``STAGE/KEY`` of a pinned reference."""
+    return ref.partition("@")[2]
 
 
 @dataclass(frozen=True)
@@ -31,19 +36,16 @@ class Refer:
     state: ProjectState
 
     def place(self, ref: str) -> str:
-        """``STAGE/KEY`` of the step that ``STEP`` or ``STEP.OUTPUT`` names; of ``STEP@KEY`` that older generation."""
-        _, _, key = ref.partition("@")
-        if key:
-            return f"{self.plan.graph.step(label_of(ref)).stage.name}/{key}"
-        return self.state.steps[label_of(ref)].place
+        """``STAGE/KEY`` of the step that ``STEP`` or ``STEP.OUTPUT`` names; of a pinned reference the place that it says."""
+        return pinned_place(ref) if is_pinned(ref) else self.state.steps[label_of(ref)].place
 
     def ids_of(self, product: Product) -> str:
         """The generation that says which particles (or exposures) a set holds.
 
         That of the step that settled them, or of the last step over the whole set: it may have had to leave some out.
         """
-        if "@" in product.ids:
-            return self.place(product.ids)
+        if product.pinned:
+            return self.place(product.ids) if product.ids else ""
         step = self.plan.graph.step(product.step)
         if product.type != "particles" or not product.ids or product.ids == product.ref or step.stage.shape != "map":
             return self.place(product.step if product.type == "particles" and product.ids else product.ids) if product.ids else ""
@@ -73,12 +75,22 @@ class Refer:
             exposures=self._places(exposures) if exposures else {},
             exposure_ids=self.ids_of(exposures) if exposures else "",
             threshold=self.threshold(product),
+            place=self._giver(product),
         )
+
+    def _giver(self, product: Product) -> str:
+        """The generation of the step that gave a product; empty where the step has none yet."""
+        if product.pinned:
+            return product.at.get(product.step, "")
+        step = self.state.steps.get(product.step)
+        return step.place if step is not None else ""
 
     def threshold(self, product: Product) -> Any:
         """Score above which peaks are accepted, where the ids of a set are those of a birth."""
         if product.type != "particles" or not product.ids:
             return None
+        if is_pinned(product.ids):
+            return product.threshold if self.ids_of(product) == self.place(product.ids) else None
         step = self.plan.graph.step(label_of(product.ids))
         name = step.stage.threshold
         settled = self.ids_of(product) == self.place(product.ids)
@@ -99,6 +111,8 @@ class Refer:
 
 def givers_of(plan: Plan, ref: str, part: str) -> list[str]:
     """References to the steps that gave a part of exposures: one, or those of all sources of a union."""
+    if is_pinned(ref):
+        return [f"{label_of(ref)}@{place}" for place in pinned_place(ref).split("|")]
     step = plan.graph.step(label_of(ref))
     many = next((port.name for port in step.stage.ports if port.many), None)
     if many is None:
@@ -117,7 +131,7 @@ def parts_used(step: Step, port: Port) -> tuple[str, ...]:
 
 
 def variable_sources(plan: Plan, step: Step) -> dict[str, str]:
-    """Where each variable that a stage needs comes from: ``inputs``, ``particles``, or the step that gives its part.
+    """Where each variable that a stage needs comes from: ``inputs``, ``particles``, or the step (``LABEL``, ``LABEL@PLACE``) of its part.
 
     What a source such as ``ingest`` gives without storing it (optics) comes from the registry.
 
@@ -134,8 +148,8 @@ def variable_sources(plan: Plan, step: Step) -> dict[str, str]:
             out[name] = INPUTS
         elif _has(step, ports.get(place[0]), place[1]):
             ref = step.inputs[ports[place[0]].name][0].parts[place[1]]
-            labels = [label_of(r) for r in (givers_of(plan, ref, place[1]) if place[0] == "exposures" else [ref])]
-            giving = [label for label in labels if name in plan.graph.step(label).stage.gives]
+            givers = givers_of(plan, ref, place[1]) if place[0] == "exposures" else [ref]
+            giving = [r if is_pinned(r) else label_of(r) for r in givers if name in stage_of(plan, r).gives]
             out[name] = "|".join(giving) or INPUTS
     return out
 

@@ -43,7 +43,7 @@ class ConsensusParams(Params):
 
 def _check(params: ConsensusParams, inputs: dict[str, list[Product]]) -> Iterator[str]:
     a, b = inputs["particles"][0], inputs["other"][0]
-    if a.ref == b.ref:
+    if a.ref == b.ref and a.at == b.at:
         yield f"both sets are those of {a.ref}."
     if not a.births & b.births:
         yield (

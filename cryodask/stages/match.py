@@ -29,7 +29,7 @@ class MatchParams(Params):
 
 def _check(params: MatchParams, inputs: dict[str, list[Product]]) -> Iterator[str]:
     a, b = inputs["particles"][0], inputs["to"][0]
-    if a.ref == b.ref:
+    if a.ref == b.ref and a.at == b.at:
         yield f"both sets are those of {a.ref}."
     if not a.sources & b.sources:
         yield f"{a.ref} and {b.ref} come from different exposures, so no coordinates can match."

@@ -6,14 +6,14 @@ import ast
 import difflib
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field, field_validator
 
 from cryodask.errors import InputError
 from cryodask.products import ORIGINS, PARTS, Product, columns_of
-from cryodask.stage import Output, Params, SetView, port, stage
+from cryodask.stage import ChoiceMark, Output, Params, SetView, port, stage
 from cryodask.stages._sets import kept_and_dropped
 from cryodask.store.sets import CTF_COLUMNS, OPTICS
 from cryodask.vocabulary import VARIABLES
@@ -40,10 +40,51 @@ _LANGUAGE = "columns, numbers, comparisons, and, or, not, in (1, 2), + - * /, ab
 _LONGEST = 10_000
 
 
+def class_numbers(where: str) -> dict[str, list[int]]:
+    """Numbers of classes that an expression names, by the part that they belong to (``class2d``, ``class3d``).
+
+    ``class_number > 0`` and its like only ask whether a particle was classified at all, whichever classification it was: no choice.
+    """
+    columns = {
+        name: part
+        for part in ("class2d", "class3d")
+        for name in columns_of("particles", part)
+        if VARIABLES[name].dtype.startswith(("i", "u"))
+    }
+    found: dict[str, set[int]] = {}
+    for condition in _conditions(parse(where)):
+        names = {columns[n.id] for n in ast.walk(condition) if isinstance(n, ast.Name) and n.id in columns}
+        numbers = {n.value for n in ast.walk(condition) if isinstance(n, ast.Constant) and isinstance(n.value, (int, float))}
+        if names and numbers - {0} and not _asks_whether_classified(condition):
+            for part in names:
+                found.setdefault(part, set()).update(int(n) for n in numbers)
+    return {part: sorted(numbers) for part, numbers in found.items()}
+
+
+def _conditions(node: ast.expr) -> list[ast.expr]:
+    """What ``and``, ``or`` and ``not`` join."""
+    match node:
+        case ast.BoolOp(values=values):
+            return [c for value in values for c in _conditions(value)]
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            return _conditions(operand)
+    return [node]
+
+
+def _asks_whether_classified(condition: ast.expr) -> bool:
+    """Whether a condition is ``column >= 1``, ``column < 1``, or either the other way round: classes count from 1."""
+    match condition:
+        case ast.Compare(left=ast.Name(), ops=[ast.GtE() | ast.Lt()], comparators=[ast.Constant(value=1)]):
+            return True
+        case ast.Compare(left=ast.Constant(value=1), ops=[ast.LtE() | ast.Gt()], comparators=[ast.Name()]):
+            return True
+    return False
+
+
 class SelectParams(Params):
     """Parameters of ``select``."""
 
-    where: str = Field(
+    where: Annotated[str, ChoiceMark(class_numbers)] = Field(
         description="which particles are kept, say `class_number in (1, 3) and defocus_u_angstrom < 20000`. An expression of "
         f"{_LANGUAGE}. An unknown value (NaN) fulfils no comparison"
     )

@@ -1,21 +1,18 @@
-"""What a project has computed so far: every generation, listed, opened, compared, named, and removed when nobody needs it."""
+"""What a project has computed so far: every generation, listed, opened, compared, and named."""
 
 from __future__ import annotations
 
 import json
-import shutil
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cryodask.errors import StoreError
-from cryodask.store.files import disk_errors
-from cryodask.store.generation import Generation
-from cryodask.store.identity import id_text, parent_of, parse_id, row_of
+from cryodask.errors import InputError, StoreError
+from cryodask.store.identity import birth_of, id_text, parent_of, parse_id, row_of
+from cryodask.store.places import Line, read_lines
 from cryodask.vocabulary import VARIABLES
 
 if TYPE_CHECKING:
@@ -23,11 +20,16 @@ if TYPE_CHECKING:
     import xarray as xr
 
     from cryodask.store.project import Project
+    from cryodask.store.state import ProductRef
 
 
 @dataclass(frozen=True)
 class Made:
-    """One generation. ``steps`` are the steps whose current result it is, ``inputs`` the generations that it was made from."""
+    """One generation.
+
+    ``steps`` are the steps whose current result it is. ``finished``: it is whole, of a per-exposure step for all exposures that there were.
+    ``inputs`` are the results that it was made from, ``STEP@KEY`` by input; ``parts`` the places of their parts, by input and part.
+    """
 
     stage: str
     key: str
@@ -36,8 +38,10 @@ class Made:
     items: int
     created: float
     version: int
+    per_exposure: bool
     params: dict[str, Any]
-    inputs: dict[str, Any]
+    inputs: dict[str, list[str]]
+    parts: dict[str, str] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
     name: str = ""
 
@@ -66,22 +70,43 @@ def births_on_disk(project: Path) -> dict[str, int]:
 
 
 def made(project: Project, label: str | None = None) -> list[Made]:
-    """Generations of the stage of a step (of all if None), the newest last."""
-    stage = project.step(label).stage if label is not None and label in project else label
+    """Generations of the stage of a step (of all if None), the newest last. ``label`` may be a step of before, or a stage.
+
+    Raises
+    ------
+    StoreError
+        Where there are none, saying whether gc removed them.
+    """
+    folders = generation_folders(project.path)
+    if label is not None:
+        stages = _stages_of(project, label, folders)
+        folders = [f for f in folders if f.parent.name in stages]
+        if not folders:
+            gone = [place for place in project.state.removed if place.partition("/")[0] in stages]
+            if gone:
+                raise StoreError(f"No result of {label} is left: {_removed(project, gone)}.", "", "run the project to compute it again")
+            project.step(label)
     current: dict[str, list[str]] = {}
     for step in project.stages:
         current.setdefault(project.step(step).place, []).append(step)
-    out = []
-    for folder in generation_folders(project.path):
-        if stage is None or folder.parent.name == stage:
-            place = f"{folder.parent.name}/{folder.name}"
-            out.append(_made(project, place, tuple(current.get(place, ()))))
-    if label is not None and not out:
-        project.step(label)
-    return sorted(out, key=lambda m: m.created)
+    places = [f"{folder.parent.name}/{folder.name}" for folder in folders]
+    return sorted((_made(project, place, tuple(current.get(place, ())), label) for place in places), key=lambda m: m.created)
 
 
-def _made(project: Project, place: str, steps: tuple[str, ...]) -> Made:
+def _stages_of(project: Project, label: str, folders: list[Path]) -> set[str]:
+    """The stage of a step, of one that the project had before, or the stage of that name."""
+    if label in project:
+        return {project.step(label).stage}
+    return {f.parent.name for f in folders if label in read_lines(f)} or {label}
+
+
+def _removed(project: Project, places: list[str]) -> str:
+    """``gc removed extract@3f2a on 2026-01-02``."""
+    days = {datetime.fromtimestamp(project.state.removed[place]).strftime("%Y-%m-%d") for place in places}
+    return f"gc removed {', '.join(p.replace('/', '@') for p in places[-5:])} on {max(days)}"
+
+
+def _made(project: Project, place: str, steps: tuple[str, ...], label: str | None = None) -> Made:
     generation = project.generation_at(place)
     meta = generation.meta
     committed = generation.committed()
@@ -90,35 +115,86 @@ def _made(project: Project, place: str, steps: tuple[str, ...]) -> Made:
         columns = committed[0]["columns"]
         figures = {n: float(v) for n, v in columns.items() if n in VARIABLES and not VARIABLES[n].dims and isinstance(v, int | float)}
     stage, _, key = place.partition("/")
+    lines = read_lines(generation.path)
+    line = next((lines[name] for name in (label, *steps) if name in lines), None) or _latest(lines)
     return Made(
         stage,
         key,
         steps=steps,
-        finished=bool(committed) if not meta["per_item"] else bool(len(committed)),
+        finished=any(one.finished for one in lines.values()) if meta["per_item"] and lines else bool(committed),
         items=len(committed),
         created=float(meta["created"]),
         version=int(meta["version"]),
+        per_exposure=bool(meta["per_item"]),
         params=meta["params"],
-        inputs=meta.get("inputs", {}),
+        inputs={port: _names(refs) for port, refs in line.inputs.items()} if line is not None else meta.get("inputs", {}),
+        parts=_parts(line) if line is not None else {},
         figures=figures,
         name=project.state.kept.get(place, ""),
     )
 
 
+def _latest(lines: dict[str, Line]) -> Line | None:
+    return max(lines.values(), key=lambda line: line.since, default=None)
+
+
+def _names(refs: list[ProductRef]) -> list[str]:
+    """``STEP@KEY``, or ``STEP.OUTPUT@KEY`` where the step gives several of the type."""
+    names = [r.step if r.output == r.type else f"{r.step}.{r.output}" for r in refs]
+    return [f"{name}@{r.place.partition('/')[2]}" if r.place else name for name, r in zip(names, refs)]
+
+
+def _parts(line: Line) -> dict[str, str]:
+    """Places of the ids and parts of what a step took: two results may differ in what lies behind the steps before them only."""
+    out: dict[str, str] = {}
+    for port, refs in line.inputs.items():
+        for number, ref in enumerate(refs):
+            name = port if len(refs) == 1 else f"{port} {number + 1}"
+            found = {
+                "ids": ref.ids,
+                **ref.parts,
+                "exposures": ref.exposure_ids,
+                **{f"exposures.{p}": at for p, at in ref.exposures.items()},
+            }
+            out |= {f"{name}.{part}": place.replace("/", "@") for part, place in found.items() if place}
+    return out
+
+
 def place_named(project: Project, which: str) -> str:
-    """``STAGE/KEY`` of ``STEP``, ``STEP@KEY`` (the beginning of a key is enough), or a name that was given."""
+    """``STAGE/KEY`` of ``STEP``, ``STEP@KEY`` (the beginning of a key is enough), or a name that was given.
+
+    Raises
+    ------
+    StoreError
+        Where there is none, saying whether gc removed it.
+    """
+    place = _place_named(project, which)
+    if not (project.path / "stages" / place / "zarr.json").is_file():
+        said = _removed(project, [place]) if place in project.state.removed else "its folder was removed"
+        raise StoreError(f"{which} is {place.replace('/', '@')}, which is gone: {said}.", "", "cryodask history lists what there is")
+    return place
+
+
+def _place_named(project: Project, which: str) -> str:
     named = [place for place, name in project.state.kept.items() if name == which]
-    if named:
+    if which not in project and named:
         return named[0]
-    label, _, key = which.partition("@")
-    if not key:
+    label, at, key = which.partition("@")
+    if not at:
         return project.step(label).place
-    found = [m for m in made(project, label) if m.key.startswith(key)]
-    if len(found) != 1:
-        known = ", ".join(m.key for m in made(project, label)) or "none"
-        what = "is not one" if not found else f"begins {len(found)} of them"
-        raise StoreError(f"Step {label} has the generations {known}; {key!r} {what}.", "", "cryodask history lists them")
-    return found[0].place
+    if not key:
+        raise StoreError(f"No key stands after the @ of {which!r}.", "", f"write {label} for its current result, or {label}@KEY")
+    all_made = made(project, label)
+    found = [m for m in all_made if m.key.startswith(key)]
+    if len(found) == 1:
+        return found[0].place
+    stages = _stages_of(project, label, generation_folders(project.path))
+    gone = [p for p in project.state.removed if p.partition("/")[0] in stages and p.partition("/")[2].startswith(key)]
+    if gone and not found:
+        raise StoreError(f"{which} is gone: {_removed(project, gone)}.", "", "cryodask history lists what there is")
+    known = ", ".join(m.key for m in all_made) or "none"
+    what = "is not one" if not found else f"begins {len(found)} of them"
+    raise StoreError(f"Step {label} has the generations {known}; {key!r} {what}.", "", "cryodask history lists them")
 
 
 def open_generation(project: Project, label: str, key: str) -> xr.Dataset:
@@ -126,28 +202,57 @@ def open_generation(project: Project, label: str, key: str) -> xr.Dataset:
     return project.dataset_at(place_named(project, f"{label}@{key}"), label)
 
 
-def keep(project: Project, which: str, name: str) -> None:
-    """Name a generation, so that it is kept; an empty name takes it back."""
-    place = place_named(project, which)
-    if name:
-        project.state.kept[place] = name
-    else:
+def keep(project: Project, which: str, name: str) -> str:
+    """Name a generation, so that it is kept with all that it rests on; an empty name removes the name. Returns ``STAGE/KEY``.
+
+    Raises
+    ------
+    StoreError
+        Where the name could be taken for something else, or the generation holds nothing yet.
+    """
+    name = name.strip()
+    if not name:
+        named = [place for place, given in project.state.kept.items() if given == which]
+        place = named[0] if named else _place_named(project, which)
         project.state.kept.pop(place, None)
+        project.save()
+        return place
+    place = place_named(project, which)
+    other = next((p for p, given in project.state.kept.items() if given == name and p != place), None)
+    if other is not None:
+        raise StoreError(
+            f"{other.replace('/', '@')} is called {name!r} already.",
+            "two results cannot share a name",
+            f"keep PROJECT {name!r} '' removes it",
+        )
+    stages = {folder.parent.name for folder in generation_folders(project.path)}
+    if "@" in name or name.partition(".")[0] in {*project.stages, *stages}:
+        raise StoreError(
+            f"{name!r} cannot be the name of a result: it reads like a step or STEP@KEY.", "", 'take other words, say "best so far"'
+        )
+    if not project.generation_at(place).committed():
+        raise StoreError(
+            f"{place.replace('/', '@')} holds nothing that could be kept: it is not finished.",
+            "the run was stopped in the middle of it",
+            "run the project again, then name it",
+        )
+    project.state.kept[place] = name
     project.save()
+    return place
 
 
 def compare(project: Project, first: str, second: str) -> pd.DataFrame:
-    """Parameters, inputs and figures of two generations that differ: a table with a column each."""
+    """Parameters, inputs and figures of two generations that differ: a table with a column each; no rows where nothing differs."""
     import pandas as pd
 
     rows: dict[str, list[Any]] = {}
-    both = [_made(project, place_named(project, which), ()) for which in (first, second)]
-    for kind in ("params", "inputs", "figures"):
-        tables = [getattr(one, kind) for one in both]
+    both = [_made(project, place_named(project, which), (), which.partition("@")[0]) for which in (first, second)]
+    inputs = [{**{port: " + ".join(refs) for port, refs in one.inputs.items()}, **one.parts} for one in both]
+    for kind, tables in (("param", [m.params for m in both]), ("input", inputs), ("figure", [m.figures for m in both])):
         for name in sorted({*tables[0], *tables[1]}):
             values = [table.get(name) for table in tables]
             if values[0] != values[1]:
-                rows[f"{kind.rstrip('s')} {name}"] = values
+                rows[f"{kind} {name}"] = values
     if both[0].version != both[1].version:
         rows["version"] = [one.version for one in both]
     return pd.DataFrame.from_dict(rows, orient="index", columns=[first, second])
@@ -169,15 +274,26 @@ def curves(project: Project, *which: str) -> dict[str, tuple[np.ndarray, np.ndar
 def where(project: Project, particle: int | str) -> list[tuple[str, str]]:
     """What became of one particle, step by step."""
     wanted = parse_id(particle)
-    items = {item.row: item.name for item in project.items()}
+    if wanted <= 0 or wanted >= 2**63 or not int(birth_of(wanted)):
+        raise InputError(f"{particle} is not the id of a particle.", "births count from 1", "write birth.row.number, say 1.12.7")
     row = int(row_of(wanted))
-    out = [("", f"particle {id_text(wanted)} ({wanted}) of exposure {items.get(row, f'in row {row}, which is not in the project')}")]
+    out = [("", f"particle {id_text(wanted)} ({wanted}) of {_exposure(project, row)}")]
     for label in project.stages:
         for ref in project.step(label).products.values():
             if ref.type == "particles":
                 name = label if ref.output == "particles" else f"{label}.{ref.output}"
                 out.append((name, _found(project, label, ref, wanted)))
     return out
+
+
+def _exposure(project: Project, row: int) -> str:
+    present = {item.row: item.name for item in project.items()}
+    if row in present:
+        return f"exposure {present[row]}"
+    former = project.registered().get(row)
+    if former is None:
+        return f"an exposure in row {row}, which the project never had"
+    return f"exposure {former.name}, which does not count now"
 
 
 def _found(project: Project, label: str, ref: Any, wanted: int) -> str:
@@ -204,60 +320,3 @@ def _reason(project: Project, place: str, wanted: int) -> str:
     ids, reasons = (np.asarray(generation.read(record, name)) for name in names)
     here = np.flatnonzero(ids == wanted)
     return texts.get(int(reasons[here[0]]), f"reason {int(reasons[here[0]])}") if len(here) else ""
-
-
-# --- removal -----------------------------------------------------------------------------------------------------------------
-def superseded(project: Project, *, last_results: bool = False) -> list[Path]:
-    """Folders that nothing needs: not the current result of a step nor read by one, not named, not a stage's last finished result."""
-    needed = set(project.state.kept)
-    for step in project.state.steps.values():
-        needed.add(step.place)
-        for ref in (*step.products.values(), *(r for refs in step.inputs.values() for r in refs)):
-            needed |= ref.places()
-    if not last_results:
-        needed |= _last_finished(project)
-    folders = sorted(p for p in project.path.glob("stages/*/*") if p.is_dir())
-    return [p for p in folders if p.suffix == ".part" or f"{p.parent.name}/{p.name}" not in needed]
-
-
-def _last_finished(project: Project) -> set[str]:
-    """Of every stage that has no finished current result, its newest finished generation."""
-    newest: dict[str, Made] = {}
-    safe = set()
-    for one in made(project):
-        if one.finished:
-            newest[one.stage] = one
-            if one.steps:
-                safe.add(one.stage)
-    return {one.place for stage, one in newest.items() if stage not in safe}
-
-
-def collect_garbage(project: Project, *, last_results: bool = False) -> int:
-    """Remove superseded generations; returns the bytes freed."""
-    return sum(_remove(folder) for folder in superseded(project, last_results=last_results))
-
-
-def _remove(folder: Path) -> int:
-    freed = size_of(folder)
-    with disk_errors(folder):
-        if folder.suffix != ".part":  # half a generation must never stand under its key
-            folder = folder.rename(folder.with_name(f"{folder.name}.{time.time_ns()}.part"))
-        shutil.rmtree(folder)
-    return freed
-
-
-def size_of(folder: Path) -> int:
-    """Bytes of all files below a folder."""
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-
-
-def listed(folders: list[Path]) -> Iterator[str]:
-    """One line per generation that would be removed, with its figures."""
-    for folder in folders:
-        text = f"{folder.parent.name}@{folder.name}  {size_of(folder) / 1e6:.1f} MB"
-        if folder.suffix != ".part":
-            generation = Generation(folder)
-            record = generation.committed().get(0) if not generation.meta["per_item"] else None
-            if record is not None and "resolution_angstrom" in record["columns"]:
-                text += f"  resolution {record['columns']['resolution_angstrom']:.2f} A"
-        yield text

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cryodask.errors import StoreError
-from cryodask.store import history
+from cryodask.store import garbage, history
 from cryodask.store.files import disk_errors
 from cryodask.store.generation import Generation
 from cryodask.store.lines import Record
@@ -152,6 +152,10 @@ class Project:
     def known_data_sets(self) -> set[str]:
         """Data sets of all exposures that were ever registered, also of those that do not count now."""
         return {item.data_set for item in self._registry.all().values()}
+
+    def registered(self) -> dict[int, Item]:
+        """Every exposure that the project ever had, by row; ``NAME~ROW`` where another one has its name now."""
+        return dict(self._registry.all())
 
     def registry_stamp(self) -> Any:
         """Changes with the registry."""
@@ -367,21 +371,21 @@ class Project:
         """Every generation of a step's stage (of all if None), the newest last: parameters, inputs, when, figures, name."""
         return history.made(self, label)
 
-    def keep(self, which: str, name: str) -> None:
-        """Give a generation (``STEP@KEY`` or ``STEP``) a name; ``gc`` keeps what has one (driver only)."""
-        history.keep(self, which, name)
+    def keep(self, which: str, name: str) -> str:
+        """Give a generation (``STEP@KEY`` or ``STEP``) a name; ``gc`` keeps it with all that it rests on (driver only)."""
+        return history.keep(self, which, name)
 
     def compare(self, first: str, second: str) -> xr.Dataset | Any:
-        """Two generations (``STEP@KEY`` or ``STEP``): the parameters and figures that differ."""
+        """Two generations (``STEP@KEY``, ``STEP`` or a name): the parameters, inputs and figures that differ."""
         return history.compare(self, first, second)
 
     def superseded(self, *, last_results: bool = False) -> list[Path]:
-        """Folders of generations that no step uses, that have no name, and are not the last finished result of their stage."""
-        return history.superseded(self, last_results=last_results)
+        """Folders of generations that no step uses, that have no name, are no step's last finished result, and that no such rests on."""
+        return garbage.superseded(self, last_results=last_results)
 
     def collect_garbage(self, *, last_results: bool = False) -> int:
         """Remove superseded generations (driver only); returns the bytes freed."""
-        return history.collect_garbage(self, last_results=last_results)
+        return garbage.collect_garbage(self, last_results=last_results)
 
     # --- care ---------------------------------------------------------------------------------------------------------------
     def verify(self) -> list[str]:

@@ -22,8 +22,8 @@ class ProductRef(BaseModel):
     A place is ``STAGE/KEY``, the folder of a generation below ``stages/``; several that gave parts of exposures are ``A|B``. ``ids`` is
     the generation that last settled which particles (or exposures) there are. ``exposures`` are the parts of the exposures behind
     particles, ``exposure_ids`` the generation that settled which exposures there are. ``output`` is the name of the output where a
-    generation holds several of the type. ``threshold``: score above which the peaks of a birth are accepted ("auto": that of each
-    exposure).
+    generation holds several of the type; ``place`` the generation of that step. ``threshold``: score above which the peaks of a birth
+    are accepted ("auto": that of each exposure).
     """
 
     type: str
@@ -34,9 +34,10 @@ class ProductRef(BaseModel):
     exposures: dict[str, str] = Field(default_factory=dict)
     exposure_ids: str = ""
     threshold: float | str | None = None
+    place: str = ""
 
     def places(self) -> set[str]:
-        """All generations that it refers to."""
+        """All generations that its ids and parts lie in."""
         named = (self.ids, self.exposure_ids, *self.parts.values(), *self.exposures.values())
         return {place for places in named for place in places.split("|") if place}
 
@@ -65,10 +66,18 @@ class StepState(BaseModel):
 
 
 class Choice(BaseModel):
-    """Numbers of classes that a person chose, and the classification whose numbers they are."""
+    """Numbers of classes that a person chose, in a stage, from a step that classified, and the very result whose numbers they are."""
 
     values: list[int]
     place: str
+    stage: str = ""
+    part: str = ""
+    label: str = ""
+
+    @property
+    def subject(self) -> str:
+        """What is chosen, whatever the step that uses it is called."""
+        return f"{self.stage}: {', '.join(map(str, self.values))} of {self.label}.{self.part}"
 
 
 class Source(BaseModel):
@@ -84,7 +93,8 @@ class ProjectState(BaseModel):
     ``home`` is the folder of the project file, seen from the project: paths of inputs are relative to it. ``constants`` are optics and
     dose of each data set, by its name; ``gain`` the stored gain references. ``births`` are the numbers of births by identity key, given
     once. ``again`` counts how often a step was asked to be computed anew. ``kept`` are names that people gave to generations,
-    ``choices`` numbers of classes that they chose. ``sources`` are the files of imports by path.
+    ``removed`` when gc took others (seconds since 1970), ``choices`` numbers of classes that people chose. ``sources`` are the files of
+    imports by path.
     """
 
     format: int = FORMAT
@@ -97,6 +107,7 @@ class ProjectState(BaseModel):
     births: dict[str, int] = Field(default_factory=dict)
     again: dict[str, int] = Field(default_factory=dict)
     kept: dict[str, str] = Field(default_factory=dict)
+    removed: dict[str, float] = Field(default_factory=dict)
     choices: dict[str, Choice] = Field(default_factory=dict)
     sources: dict[str, Source] = Field(default_factory=dict)
     steps: dict[str, StepState] = Field(default_factory=dict)
