@@ -42,13 +42,17 @@ class ProductRef(BaseModel):
 
 
 class StepState(BaseModel):
-    """What a step of the pipeline is now: a pointer to a generation, and what it takes and gives."""
+    """What a step of the pipeline is now: a pointer to a generation, and what it takes and gives.
+
+    ``left_out`` counts the rows of an imported file that went nowhere, by the name of their exposure in it.
+    """
 
     stage: str
     key: str
     params: dict[str, Any] = Field(default_factory=dict)
     inputs: dict[str, list[ProductRef]] = Field(default_factory=dict)
     products: dict[str, ProductRef] = Field(default_factory=dict)
+    left_out: dict[str, int] = Field(default_factory=dict)
 
     @property
     def place(self) -> str:
