@@ -127,13 +127,13 @@ def test_a_pick_is_dealt_no_number_that_came_with_another_project() -> None:
     assert number_of(mine["particle_id"]).tolist() == [1, 3]
 
 
-def test_another_project_that_counts_differently_is_joined_by_place_or_not_at_all() -> None:
+def test_an_exposure_that_another_project_counts_differently_is_not_joined() -> None:
     own = born(Birth(1), ROW, of_places([(1, 1), (2, 2), (3, 3)]), None)
-    found = of_places([(2, 2), (7, 7), (3, 3), (8, 8)])
-    found |= {"claimed_id": make_ids(1, ROW, np.array([0, 1, 2, 3])), "claims_by_name": True}
-    out, told = settled(Birth(2), ROW, found, known_of([(own, False)]))
-    assert out["particle_id"].tolist() == [*make_ids(1, ROW, [1]), *make_ids(2, ROW, [0]), *make_ids(1, ROW, [2]), *make_ids(2, ROW, [1])]
-    assert told == {"unproven": 2}
+    for places, joined in (([(1, 1), (2, 2), (3, 3), (8, 8)], True), ([(1, 1), (7, 7), (3, 3), (8, 8)], False)):
+        found = {**of_places(places), "claimed_id": make_ids(1, ROW, np.arange(4)), "claims_by_name": True}
+        out, told = settled(Birth(2), ROW, found, known_of([(own, False)]))
+        assert set(birth_of(out["particle_id"])) == {1 if joined else 2}
+        assert told == ({} if joined else {"unproven": 4})
 
 
 def test_copies_of_a_particle_that_is_not_known_stay_its_copies() -> None:

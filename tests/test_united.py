@@ -443,6 +443,11 @@ def test_projects_of_another_pixel_size_share_only_particles_at_the_same_place(s
             first = places.setdefault(one, there)
             assert np.hypot(first[0] - there[0], first[1] - there[1]) <= 1.01
     assert len(places) > parts["one"].particles("extract").sizes["particle"]
+    both = {"merge": {"prefer": "one", "from": {"particles": ["one", "two"]}}}
+    (folder / "pooled.yaml").write_text(yaml.safe_dump({"name": "pooled", "pipeline": [*steps, both]}))
+    with pytest.raises(InputError, match="were picked or imported apart and share"):
+        run_plan(make_plan(folder / "pooled.yaml"), client)
+    (folder / "pooled.yaml").write_text(yaml.safe_dump({"name": "pooled", "pipeline": steps}))
     again = run_plan(make_plan(folder / "pooled.yaml"), client, start_again_from="one")
     assert all((ids(again, n) == ids(pooled, n)).all() for n in parts)
 

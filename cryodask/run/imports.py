@@ -12,7 +12,8 @@ import numpy as np
 from cryodask.errors import InputError
 from cryodask.products import columns_of
 from cryodask.run.recipe import Step
-from cryodask.store.identity import birth_of, copy_of, make_ids, number_of, place_of, row_of
+from cryodask.store.birthbook import BirthBook
+from cryodask.store.identity import birth_of, copy_of, make_ids, number_of, parent_of, place_of, row_of
 from cryodask.store.lines import Record
 from cryodask.store.project import Item, Project
 from cryodask.vocabulary import VARIABLES
@@ -241,6 +242,7 @@ class ProjectImport:
         self._here = project
         self.other, self.ref = opened(step.params)
         self.ids = self.other.sets.ids(self.ref)
+        self._book = BirthBook(self.other)
         self._rows = {item.content: item for item in self.other.items()}
         self._names = OF_EXPOSURES
         parts = [p for p in PARTICLE_PARTS if p in self.ref.parts]
@@ -296,6 +298,8 @@ class ProjectImport:
         for axis in ("y", "x"):
             place = self._columns.get(f"position_{axis}_angstrom")
             out[f"pick_{axis}"] = place[here] / pixel if place is not None else np.zeros(len(here))
+        if out["placed"]:
+            out["claimed_y"], out["claimed_x"] = self._born_at(other.row, ids, out["pick_y"], out["pick_x"])
         if "particle_pixel_size_angstrom" in out:
             out["particle_pixel_size_angstrom"] = float(out["particle_pixel_size_angstrom"][0]) if len(here) else np.nan
         if self._images is not None and len(here):
@@ -309,6 +313,17 @@ class ProjectImport:
                 if name in self._names:
                     out["bulk"][name] = (str(generation.path), other.row, None, generation.layout(VARIABLES[name], record))
         return {"foreign_values": out}
+
+    def _born_at(self, row: int, ids: np.ndarray, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where particles were born there, pixels: a person may have moved them since; where they are, if no table says it."""
+        born: dict[int, tuple[float, float]] = {}
+        for birth in np.unique(birth_of(ids)).tolist():
+            known = self._book.at(row, birth)
+            columns = (known[n][known["own"]].tolist() for n in ("particle_id", "pick_y", "pick_x"))
+            born.update((one, (b, a)) for one, b, a in zip(*columns))
+        at = [born.get(one, (b, a)) for one, b, a in zip(parent_of(ids).tolist(), y.tolist(), x.tolist())]
+        places = np.array(at, np.float64).reshape(-1, 2)
+        return places[:, 0], places[:, 1]
 
     def images_of(self, item: Item) -> str:
         """Which size and type the images of the exposure have there: empty for those of the other project's first data set."""

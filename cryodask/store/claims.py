@@ -62,7 +62,7 @@ def proven(row: int, found: Mapping[str, Any], known: Mapping[str, np.ndarray]) 
     found : mapping
         ``claimed_id`` (0: none), and perhaps ``claimed_y, claimed_x`` (the place of birth as the file says it, pixels), ``pick_y,
         pick_x``, ``natural_key``, ``placed``. ``claims_by_name``: the births were compared by their identity already, so an id that
-        nobody has yet is that of this particle.
+        nobody has yet is that of this particle. There all particles of a birth and exposure are believed, or none.
     known : mapping
         All that is known of the particles of the exposure, as :func:`cryodask.store.births.known_of` makes it.
 
@@ -86,12 +86,11 @@ def proven(row: int, found: Mapping[str, Any], known: Mapping[str, np.ndarray]) 
         ],
         bool,
     )
-    by_name = bool(found.get("claims_by_name"))
     believed = here & there & agrees
-    if by_name:
-        # numbers that name other places here were dealt out apart: then the unknown ones name nothing either
+    if found.get("claims_by_name"):
+        # numbers that name other places here were dealt apart: of that birth no number of the exposure says who a particle is
         apart = np.unique(birth_of(claimed[here & there & ~agrees])) if placed else np.zeros(0, np.int64)
-        believed = here & (there & agrees | ~np.isin(birth_of(claimed), apart) & ~there | np.bool_(not placed))
+        believed = here & ~np.isin(birth_of(claimed), apart)
     ids = np.where(believed, claimed, 0)
     lead, copy = np.arange(count), np.zeros(count, np.int64)
     doubted = np.flatnonzero((claimed > 0) & ~believed)
@@ -99,33 +98,7 @@ def proven(row: int, found: Mapping[str, Any], known: Mapping[str, np.ndarray]) 
     _, first, group = np.unique(parent[doubted], return_index=True, return_inverse=True)
     grouped = copy[doubted] > 0
     lead[doubted[grouped]] = doubted[first[group]][grouped]
-    if by_name and len(doubted) and placed:
-        _join_by_place(ids, lead, copy, doubted, parent, np.stack([y, x], 1), known)
     return {"particle_id": ids, "lead": lead, "copy": copy}, int(((claimed > 0) & (ids == 0)).sum())
-
-
-def _join_by_place(
-    ids: np.ndarray,
-    lead: np.ndarray,
-    copy: np.ndarray,
-    doubted: np.ndarray,
-    parent: np.ndarray,
-    place: np.ndarray,
-    known: Mapping[str, Any],
-) -> None:
-    """Another number of the same birth at the same place: two projects found one particle, and count it differently."""
-    old_ids = parent_of(known["particle_id"])
-    taken = set(parent_of(ids[ids > 0]).tolist())
-    for birth in np.unique(birth_of(parent[doubted])).tolist():
-        free = np.array([one not in taken for one in old_ids.tolist()], bool) & (birth_of(old_ids) == birth)
-        _, last = np.unique(old_ids[free][::-1], return_index=True)
-        at = np.flatnonzero(free)[::-1][last]
-        leads = doubted[(lead[doubted] == doubted) & (birth_of(parent[doubted]) == birth)]
-        match = same_place(place[leads], np.stack([known["pick_y"][at], known["pick_x"][at]], 1).astype(np.float64))
-        for one, m in zip(leads.tolist(), match.tolist()):
-            if m >= 0:
-                group = np.flatnonzero(lead == one)
-                ids[group] = old_ids[at[m]] | copy[group]
 
 
 def _claimed_places(found: Mapping[str, Any], count: int) -> tuple[np.ndarray, np.ndarray, bool]:
