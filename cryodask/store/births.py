@@ -86,11 +86,13 @@ def settled(birth: Birth, row: int, given: dict[str, Any], known: Mapping[str, n
         All values, and what the run has to tell: ``twice``, how many rows were dropped because their particle is there already, and
         ``unproven``, how many came with an id that is not theirs here.
     """
-    found, told = dict(given), {}
+    found = dict(given)
     if "claimed_id" in given:
-        ids, told["unproven"] = proven(row, given, known if known is not None else known_of(()))
-        found |= ids
+        found |= proven(row, given, known if known is not None else known_of(()))
     table, kept = _settle(birth, row, found, known)
+    told: dict[str, int] = {}
+    if "claimed_id" in given:
+        told["unproven"] = int((kept & (np.asarray(given["claimed_id"]) > 0) & (found["particle_id"] == 0)).sum())
     out = dict(given)
     if not kept.all():
         told["twice"] = int((~kept).sum())

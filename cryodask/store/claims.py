@@ -52,7 +52,7 @@ def same_place(new: np.ndarray, old: np.ndarray) -> np.ndarray:
     return np.where(mutual, nearest, -1).astype(np.int64)
 
 
-def proven(row: int, found: Mapping[str, Any], known: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], int]:
+def proven(row: int, found: Mapping[str, Any], known: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Which claims are believed.
 
     Parameters
@@ -68,9 +68,9 @@ def proven(row: int, found: Mapping[str, Any], known: Mapping[str, np.ndarray]) 
 
     Returns
     -------
-    dict, int
+    dict
         ``particle_id`` (0 where nothing is proven), and for copies of a particle whose claim is dropped ``lead``, the first of them, and
-        ``copy``; and how many claims were dropped.
+        ``copy``.
     """
     claimed = np.asarray(found["claimed_id"], np.int64)
     count, parent = len(claimed), parent_of(claimed)
@@ -98,7 +98,7 @@ def proven(row: int, found: Mapping[str, Any], known: Mapping[str, np.ndarray]) 
     _, first, group = np.unique(parent[doubted], return_index=True, return_inverse=True)
     grouped = copy[doubted] > 0
     lead[doubted[grouped]] = doubted[first[group]][grouped]
-    return {"particle_id": ids, "lead": lead, "copy": copy}, int(((claimed > 0) & (ids == 0)).sum())
+    return {"particle_id": ids, "lead": lead, "copy": copy}
 
 
 def _claimed_places(found: Mapping[str, Any], count: int) -> tuple[np.ndarray, np.ndarray, bool]:
