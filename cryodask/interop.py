@@ -12,7 +12,10 @@ import yaml
 from cryodask.errors import ProjectFileError, StarError
 from cryodask.formats import star
 from cryodask.formats.mrc import write_mrc
+from cryodask.store.birthbook import BirthBook
+from cryodask.store.claims import birth_marks
 from cryodask.store.files import disk_errors
+from cryodask.store.identity import birth_of, parent_of, row_of
 from cryodask.store.project import Project
 
 _PARTICLE_COLUMNS = (
@@ -156,6 +159,7 @@ def _particles(project: Project, out: Path) -> list[Path]:
     if "pixel_size_angstrom" in registry:
         by_name = dict(zip(registry["micrograph"].values.tolist(), registry["pixel_size_angstrom"].values))
         columns["pixel_size_angstrom"] = np.array([float(by_name[n]) for n in particles["micrograph"].values])
+    columns |= _births(project, particles, columns.get("pixel_size_angstrom"))
     columns |= {
         "micrograph_name": np.array([f"micrographs/{n}.mrc" for n in particles["micrograph"].values], dtype=object),
         "image_index": np.arange(count),
@@ -166,6 +170,19 @@ def _particles(project: Project, out: Path) -> list[Path]:
     write_mrc(out / "particles.mrcs", particles["particle_image"].values, pixel, stack=True)
     star.write_particles(out / "particles.star", columns)
     return [out / "particles.star", out / "particles.mrcs"]
+
+
+def _births(project: Project, particles: Any, pixel: np.ndarray | None) -> dict[str, np.ndarray]:
+    """Where the particles were born, pixels: by this an id that comes back is known to be of this project."""
+    if "position_y_angstrom" in particles and pixel is not None:
+        return {f"birth_{axis}": particles[f"position_{axis}_angstrom"].values / pixel for axis in "yx"}
+    ids, book = parent_of(particles["particle_id"].values), BirthBook(project)
+    marks: dict[int, tuple[float, float]] = {}
+    for birth, row in sorted(set(zip(birth_of(ids).tolist(), row_of(ids).tolist()))):
+        known = book.at(row, birth)
+        marks.update(zip(known["particle_id"].tolist(), zip(*birth_marks(known["pick_y"], known["pick_x"], known["natural_key"]))))
+    found = np.array([marks.get(one, (np.nan, np.nan)) for one in ids.tolist()], np.float64).reshape(-1, 2)
+    return {"birth_y": found[:, 0], "birth_x": found[:, 1]} if np.isfinite(found).all() else {}
 
 
 def _classes(project: Project, out: Path) -> list[Path]:

@@ -19,6 +19,7 @@ from cryodask.interop import export_relion
 from cryodask.report import write_report
 from cryodask.run.execute import run_plan
 from cryodask.run.preview import preview
+from cryodask.run.progress import Progress
 from cryodask.run.recipe import draft_plan, make_plan
 from cryodask.simulate import SessionParams, simulate_session
 from cryodask.stages.motion import motion
@@ -282,6 +283,8 @@ def test_every_id_is_back_from_relion(session, client, tmp_path):
     (folder / "relion" / "out").mkdir()
     done = subprocess.run(command, cwd=folder / "relion", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+    table = (folder / "relion" / "out" / "run_it001_data.star").read_text()
+    assert "_cryodaskBirthX" in table, "RELION passes on what proves an id"
     back = {"import_particles as back": {"star": "relion/out/run_it001_data.star", "images": False, "from": {"exposures": "ctf"}}}
     returned = run(folder, [*pipeline, back], client)
     assert returned.failures() == []
@@ -290,6 +293,163 @@ def test_every_id_is_back_from_relion(session, client, tmp_path):
     assert (came["half_set"].values == project.particles("extract")["half_set"].values).all()
     assert set(came["class_number"].values) <= {1, 2}
     assert dict(returned.where(int(came["particle_id"].values[0])))["extract"] == "there"
+
+
+CUT = {"extract": {"box": 128, "scale_to": 32}}
+
+
+def _rows_changed(star: Path, out: Path, change) -> None:
+    """A STAR file of particles with other rows: `change` maps the list of rows, each a list of values, and gives the place of a column."""
+    lines = star.read_text().splitlines()
+    start = max(i for i, line in enumerate(lines) if line.startswith("_")) + 1
+    named = [line for line in lines[:start] if line.startswith("_")]
+    named = named[max(i for i, line in enumerate(named) if line.endswith("#1")) :]
+    at = {line.split()[0][1:]: i for i, line in enumerate(named)}
+    rows = [line.split() for line in lines[start:] if line.strip()]
+    out.write_text("\n".join([*lines[:start], *("\t".join(row) for row in change(rows, at))]) + "\n")
+
+
+@pytest.fixture(scope="module")
+def exported(session, client, tmp_path_factory) -> Path:
+    """A project, and what it exported: boxes of several pixels beside the places of birth."""
+    folder = tmp_path_factory.mktemp("exported") / "s"
+    shutil.copytree(session, folder, ignore=shutil.ignore_patterns("p"))
+    edits = "micrograph,action,y,x,particle_id\nmovie_0001,add,250.5,260,\n"
+    (folder / "edits.csv").write_text(edits)
+    project = run(folder, [*PICKED, {"edit_picks": {"file": "edits.csv"}}, CUT], client, "p")
+    export_relion(project, folder / "relion")
+    return folder
+
+
+def _back(star: str) -> dict:
+    return {"import_particles as back": {"star": star, "images": False, "from": {"exposures": "ctf"}}}
+
+
+EDITED = [*PICKED, {"edit_picks": {"file": "edits.csv"}}, CUT]
+
+
+def _returned(exported: Path, folder: Path, client, change, pipeline=EDITED, name: str = "p", progress=None) -> Project:
+    if not folder.exists():
+        shutil.copytree(exported, folder)
+    _rows_changed(folder / "relion" / "particles.star", folder / "relion" / "w.star", change)
+    return run_plan(make_plan(write(folder, [*pipeline, _back("relion/w.star")], name)), client, progress=progress)
+
+
+class Told(Progress):
+    """Keeps what a run says."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def _moved(rows, at):
+    """As after another extraction at refined centres: the boxes stand elsewhere."""
+    for row in rows:
+        row[at["rlnCoordinateX"]] = str(float(row[at["rlnCoordinateX"]]) + 9)
+    return rows[::-1]
+
+
+def test_ids_come_back_whatever_the_pipeline_is_now(exported, client, tmp_path):
+    want = ids(Project(exported / "p"), "extract")
+    assert set(birth_of(want)) == {1, 2}
+    changed = [*PICKED[:2], {"pick": {"diameter_angstrom": 170}}, CUT]
+    for n, pipeline in enumerate((EDITED, PICKED[:2], changed)):
+        project = _returned(exported, tmp_path / f"s{n}", client, _moved, pipeline)
+        assert (ids(project, "back") == want).all()
+        if n == 0:
+            assert (project.particles("back")["half_set"].values == project.particles("extract")["half_set"].values).all()
+    # all in one first run, in the same exposures: the particles are born before they come back
+    shutil.copytree(exported, tmp_path / "new")
+    shutil.rmtree(tmp_path / "new" / "p")
+    project = _returned(exported, tmp_path / "new", client, lambda rows, at: rows)
+    assert (ids(project, "back") == ids(project, "extract")).all()
+
+
+def test_ids_of_another_project_are_not_taken_for_own_ones(exported, client, tmp_path):
+    other = [*PICKED[:2], {"pick": {"diameter_angstrom": 150}}, CUT]
+    told = Told()
+    project = _returned(exported, tmp_path / "s", client, lambda rows, at: rows, other, "other", told)
+    own, back = project.particles("pick"), project.particles("back")
+    assert back.sizes["particle"] == len(ids(Project(exported / "p"), "extract"))
+    _, i, j = np.intersect1d(own["particle_id"].values, back["particle_id"].values, return_indices=True)
+    apart = np.hypot(*(own[f"position_{a}_angstrom"].values[i] - back[f"position_{a}_angstrom"].values[j] for a in "yx"))
+    assert (apart < 2 * 1.77).all(), "same number and same place, or another particle"
+    assert len(i) < len(back["particle_id"]) / 2 + 1
+    assert any("with an id that is not of this project" in text for text in told.said)
+
+
+def test_rows_added_by_hand_rows_twice_and_rows_of_other_micrographs(exported, client, tmp_path):
+    want = ids(Project(exported / "p"), "extract")
+    told = Told()
+
+    def change(rows, at):
+        new = [list(rows[0]) for _ in range(2)]
+        for n, row in enumerate(new):
+            row[at["rlnImageName"]], row[at["rlnCoordinateX"]], row[at["rlnCoordinateY"]] = (
+                f"00000{n + 1}@hand.mrcs",
+                f"{60 + 90 * n}",
+                "60",
+            )
+            row[at["cryodaskParticleId"]] = str(n * ((7 << 51) + 128))
+        other = [list(row) for row in rows[:3]]
+        for row in other:
+            row[at["rlnMicrographName"]] = "micrographs/other.mrc"
+        return [*rows[:4], *new, *rows[1:], *other]
+
+    project = _returned(exported, tmp_path / "s", client, change, progress=told)
+    got = ids(project, "back")
+    assert project.failures() == []
+    assert len(got) == len(want) + 2
+    assert np.isin(want, got).all()
+    assert "back: 3 rows left out, for the particle is there already: movie_0001 (3)" in told.said
+    expected = "back: 3 rows of 1 micrograph left out, not among the exposures of this step: micrographs/other.mrc (3)"
+    assert expected in told.said
+    assert project.step("back").left_out == {"micrographs/other.mrc": 3}
+    assert project.records("back")[0]["twice"] == 3
+
+    def elsewhere(rows, at):
+        for row in rows:
+            row[at["rlnMicrographName"]] = "micrographs/other.mrc"
+        return rows
+
+    with pytest.raises(InputError, match="These are all rows of its file"):
+        _returned(exported, tmp_path / "s", client, elsewhere)
+
+
+def test_projects_of_another_pixel_size_share_only_particles_at_the_same_place(session, client, tmp_path):
+    folder = tmp_path / "s"
+    shutil.copytree(session, folder)
+    microscope = {"voltage_kv": 300, "spherical_aberration_mm": 2.7, "amplitude_contrast": 0.1, "dose_per_frame": 10}
+    parts = {
+        "one": run(folder, [*PICKED, CUT], client, "one"),
+        "two": run(folder, [*PICKED, CUT], client, "two", microscope={**microscope, "pixel_size_angstrom": 1.5}),
+        "three": run(folder, [*PICKED, CUT], client, "three", inputs={"movies": "movies/*.tif"}),
+    }
+    steps = [{f"import_project as {n}": {"project": n, "step": "extract"}} for n in parts]
+    (folder / "pooled.yaml").write_text(yaml.safe_dump({"name": "pooled", "pipeline": steps}))
+    pooled = run_plan(make_plan(folder / "pooled.yaml"), client)
+    assert pooled.failures() == []
+    places: dict[int, list[float]] = {}
+    for n, part in parts.items():
+        particles = pooled.particles(n)
+        assert particles.sizes["particle"] == part.particles("extract").sizes["particle"]
+        pixel = 1.5 if n == "two" else 1.77
+        place = np.stack([particles[f"position_{a}_angstrom"].values / pixel for a in "yx"], 1).tolist()
+        for one, there in zip(particles["particle_id"].values.tolist(), place):
+            first = places.setdefault(one, there)
+            assert np.hypot(first[0] - there[0], first[1] - there[1]) <= 1.01
+    assert len(places) > parts["one"].particles("extract").sizes["particle"]
+    both = {"merge": {"prefer": "one", "from": {"particles": ["one", "two"]}}}
+    (folder / "pooled.yaml").write_text(yaml.safe_dump({"name": "pooled", "pipeline": [*steps, both]}))
+    with pytest.raises(InputError, match="were picked or imported apart and share"):
+        run_plan(make_plan(folder / "pooled.yaml"), client)
+    (folder / "pooled.yaml").write_text(yaml.safe_dump({"name": "pooled", "pipeline": steps}))
+    again = run_plan(make_plan(folder / "pooled.yaml"), client, start_again_from="one")
+    assert all((ids(again, n) == ids(pooled, n)).all() for n in parts)
 
 
 def test_projects_that_share_movies_are_pooled_by_content(session, client, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from cryodask.run.residents import keep
 from cryodask.run.slices import Slices, slice_digest, slice_of_birth
 from cryodask.run.whole import Stored
 from cryodask.stage import Params, Stage, find_stage
-from cryodask.store.births import TABLE, Birth, born
+from cryodask.store.birthbook import BirthBook
+from cryodask.store.births import KNOWN, TABLE, Birth, known_of, with_ids
 from cryodask.store.generation import Generation
 from cryodask.store.journal import Record
 from cryodask.store.made import Made, settled
@@ -68,8 +69,8 @@ class Link:
 class Brief:
     """What travels with an exposure.
 
-    Its records in the stages that have it, the particles of each stage that is given some, the birth tables that it had, and what imports
-    say of it (values, and their digest).
+    Its records in the stages that have it, the particles of each stage that is given some, the birth tables that it ever had, and what
+    imports say of it (values, and their digest).
     """
 
     records: dict[str, Record]
@@ -87,7 +88,7 @@ class Chain:
     of inputs are relative to ``home``. ``earlier`` are
     steps before the chain from which it reads. ``slices`` are
     the particles of each link that is given some from elsewhere, ``expected`` the digests of all slices as the project stands now,
-    ``tables_before`` the birth tables that exposures had, ``imports`` what other programs say of them. These four stay in the driver.
+    ``book`` the birth tables that exposures ever had, ``imports`` what other programs say of them. These four stay in the driver.
     """
 
     links: tuple[Link, ...]
@@ -97,14 +98,14 @@ class Chain:
     earlier: dict[str, Link] = field(default_factory=dict)
     slices: dict[str, Slices] = field(default_factory=dict)
     expected: dict[str, Slices] = field(default_factory=dict)
-    tables_before: Callable[[str, int], dict[str, np.ndarray] | None] | None = None
+    book: BirthBook | None = None
     imports: dict[str, Import] = field(default_factory=dict)
     _read: dict[str, Generation] = field(default_factory=dict)
     _fresh: dict[str, dict[int, Record]] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
         here = ("_read", "_fresh", "slices", "expected", "imports")
-        return {**self.__dict__, **{name: {} for name in here}, "tables_before": None}
+        return {**self.__dict__, **{name: {} for name in here}, "book": None}
 
     # --- in the driver ----------------------------------------------------------------------------------------------------------
     def unfinished(self, items: list[Item], *, retry_quarantined: bool = False) -> list[Item]:
@@ -184,9 +185,10 @@ class Chain:
         for link in self.links:
             if link.label in self.slices:
                 slices[link.label] = self.slices[link.label].at(item.row)
-            if link.birth is not None and link.label not in records and self.tables_before is not None:
-                before = self.tables_before(link.label, item.row)
-                births |= {link.label: before} if before is not None else {}
+            if link.birth is not None and self.book is not None:
+                # whatever the reason for which particles are born again: a record that is there may be outdated
+                claimed = self.imports[link.label].claims() if link.label in self.imports else frozenset[int]()
+                births[link.label] = self.book.at(item.row, link.birth.number, claimed, again=again or item.revision > 0)
         values = {label: given.values(item) for label, given in self.imports.items()}
         digests = {label: given.digest(item) for label, given in self.imports.items()}
         return Brief(records, slices, births, values, digests)
@@ -208,6 +210,7 @@ class Chain:
         make_ready(device)
         values: dict[str, Any] = {**self.constants.get(item.data_set, {}), **self._inputs(item)}
         records = dict(brief.records)
+        fresh: list[tuple[dict[str, Any], bool]] = []
         for link in self.links:
             generation = self._generation(link.label)
             particles = self._particles(link, item, brief, values, records)
@@ -222,11 +225,14 @@ class Chain:
             started, started_cpu = time.time(), time.process_time()
             given = link.stage.process(link.params, device=device, **needs)
             _refuse_nonsense(link, item, given)
+            told: dict[str, int] = {}
             if link.birth is not None:
-                given |= born(link.birth, item.row, given, brief.births.get(link.label))
+                before = [(brief.births[link.label], True)] if link.label in brief.births else []
+                given, told = with_ids(link.birth, item.row, given, known_of([*before, *fresh]))
+                fresh.append(({n: given[n] for n in KNOWN if n in given}, False))
             seconds = {"seconds": round(time.time() - started, 4), "cpu_seconds": round(time.process_time() - started_cpu, 4)}
             made = Made(item.fingerprint, link.recipes.get(item.data_set), digest).entries()
-            record = generation.commit(item.row, item.name, given, **made, revision=item.revision, attempt=attempt, **seconds)
+            record = generation.commit(item.row, item.name, given, **made, **told, revision=item.revision, attempt=attempt, **seconds)
             records[link.label] = record
             values.update({f"{link.label}/{name}": value for name, value in given.items()})
             if "movie" in record["shards"]:

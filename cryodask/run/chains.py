@@ -15,17 +15,17 @@ from cryodask.run import sources
 from cryodask.run.chain import Chain, Link
 from cryodask.run.due import Known, due, known
 from cryodask.run.graph_chain import is_pinned, label_of
-from cryodask.run.imports import Import, PicksImport, ProjectImport, TableImport, imports_of
+from cryodask.run.imports import Import, PicksImport, ProjectImport, imports_of
 from cryodask.run.inputs import exposure_rows
 from cryodask.run.keys import Keys
 from cryodask.run.recipe import Plan, Step
 from cryodask.run.refs import INPUTS, PARTICLES, Refer, parts_used, pinned_place, stage_of, variable_sources
 from cryodask.run.slices import Slices
 from cryodask.run.whole import Stored
+from cryodask.store.birthbook import BirthBook
 from cryodask.store.births import TABLE, Birth
 from cryodask.store.generation import Generation
-from cryodask.store.history import births_on_disk, generation_folders
-from cryodask.store.journal import decode_value
+from cryodask.store.history import births_on_disk
 from cryodask.store.layouts import Grid
 from cryodask.store.project import Item, Project
 from cryodask.vocabulary import SLOTS, VARIABLES
@@ -120,7 +120,7 @@ class ChainMaker:
             earlier,
             slices={link.label: given[link.label] for link in links if link.takes_particles and not link.within},
             expected=given,
-            tables_before=_TablesBefore(self.project, links),
+            book=BirthBook(self.project),
             imports=self.imports(steps),
         )
 
@@ -297,9 +297,7 @@ class ChainMaker:
             if isinstance(one, PicksImport):
                 one.settle(item.name for item in self.items)
             elif isinstance(one, ProjectImport):
-                one.born = self.project.sets.ever_born_halves()
-            elif isinstance(one, TableImport) and one.table.particle_id is not None:
-                one.known_ids = self.project.sets.ever_born()
+                one.claims()  # its births are numbered now, so that the numbers are saved before work begins
         return found
 
     def _source_values(self, items: list[Item], imported: Import | None) -> Iterator[dict[str, Any]]:
@@ -356,34 +354,3 @@ def stored_per_item(step: Step) -> tuple[str, ...]:
     """Variables that a generation of a step stores."""
     gives = step.stage.gives
     return (*gives, *(n for n in TABLE if n not in gives)) if step.stage.gives_birth(step.params) else gives
-
-
-class _TablesBefore:
-    """The birth table that an exposure had before, in whichever generation of the same birth; looked up when first asked."""
-
-    def __init__(self, project: Project, links: list[Link]) -> None:
-        self._project = project
-        self._links = {link.label: link for link in links if link.birth is not None}
-        self._tables: dict[str, dict[int, dict[str, Any]]] = {}
-
-    def __call__(self, label: str, row: int) -> dict[str, np.ndarray] | None:
-        if label not in self._tables:
-            self._tables[label] = self._look(self._links[label])
-        record = self._tables[label].get(row)
-        if record is None:
-            return None
-        names = [n for n in (*TABLE, "natural_key") if n in record["columns"]]
-        return {n: np.asarray(decode_value(record["columns"][n])) for n in names}
-
-    def _look(self, link: Link) -> dict[int, dict[str, Any]]:
-        out: dict[int, dict[str, Any]] = {}
-        for folder in generation_folders(self._project.path):
-            if folder.parent.name != link.stage_name:
-                continue
-            generation = Generation(folder)
-            birth = generation.meta.get("birth")
-            if birth and link.birth is not None and birth["number"] == link.birth.number:
-                for row, record in generation.journal.latest_of_all().items():
-                    if row not in out or out[row].get("time", 0.0) < record.get("time", 0.0):
-                        out[row] = record
-        return out

@@ -19,6 +19,7 @@ from cryodask.run.chains import ChainMaker, Target, chains_of
 from cryodask.run.checks import Asked, look_ahead
 from cryodask.run.data_sets import data_sets
 from cryodask.run.health import scheduler_needed
+from cryodask.run.imports import left_out_text, nothing_fits, rows_told
 from cryodask.run.inputs import SHARED_REASONS, StepInputs, particle_set, step_inputs, whole_values
 from cryodask.run.keys import Keys
 from cryodask.run.map import PREFIX, MapRunner, process_here
@@ -140,8 +141,11 @@ class Execution:
         for step in steps:
             self._take_back_what_changed(step)
         items = maker.concerned(steps, self.items)
+        if self.arrivals is None:
+            self._say_what_is_left_out(chain, items)
         maker.take_over(chain, items)
         todo = chain.unfinished(items, retry_quarantined=self.retry_quarantined)
+        rows = {item.row for item in todo}
         names = " > ".join(s.label for s in steps)
         self.progress.begin(names if len(names) < 40 else f"{steps[0].label} > ... > {steps[-1].label}", len(todo))
         before = len(items) - len(todo)
@@ -155,6 +159,12 @@ class Execution:
             self._map_items(chain, iter(todo), items)
         self.project.compact()
         records = [self.project.records(s.label) for s in steps]
+        if self.arrivals is not None:
+            rows = {item.row for item in items}
+            self._say_what_is_left_out(chain, items)
+        for step, known in zip(steps, records):
+            for sentence in rows_told(step.label, [r for row, r in known.items() if row in rows]):
+                self.progress.say(sentence)
         bad = {row for r in records for row, record in r.items() if not record["ok"]}
         done = len(items) - len(bad)
         kept = f", {before} of them from before" if before else ""
@@ -169,6 +179,16 @@ class Execution:
             )
         if all(item.row in bad or all(item.row in r for r in records) for item in items):
             self._finish(*steps)
+
+    def _say_what_is_left_out(self, chain: Chain, items: list[Item]) -> None:
+        """Rows of imported files whose exposures are not here; refused where that is all of them, unless they may still arrive."""
+        for label, said in chain.imports.items():
+            missing, whole = said.left_out(items)
+            self.project.state.steps[label].left_out = missing
+            if whole and self.arrivals is None:
+                raise nothing_fits(label, missing)
+            if missing:
+                self.progress.say(left_out_text(label, missing))
 
     def _map_items(self, chain: Chain, source: Iterator[Item | None], items: list[Item]) -> None:
         bad = chain.quarantined(items) if not self.retry_quarantined else 0

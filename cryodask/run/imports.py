@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from cryodask.errors import InputError
+from cryodask.products import columns_of
 from cryodask.run.recipe import Step
-from cryodask.store.identity import birth_of, copy_of, make_ids, number_of, place_of, row_of
+from cryodask.store.birthbook import BirthBook
+from cryodask.store.identity import birth_of, copy_of, make_ids, number_of, parent_of, place_of, row_of
+from cryodask.store.lines import Record
 from cryodask.store.project import Item, Project
 from cryodask.vocabulary import VARIABLES
 
@@ -47,6 +50,14 @@ class Import(Protocol):
         """Changes when what is said of this exposure changes."""
         ...
 
+    def claims(self) -> frozenset[int]:
+        """Births of this project whose particles may come back with it."""
+        ...
+
+    def left_out(self, items: Iterable[Item]) -> tuple[dict[str, int], bool]:
+        """Rows of exposures that are not among `items`, by the name that the file gives them; and whether these are all of its rows."""
+        ...
+
 
 def imports_of(project: Project, steps: Iterable[Step]) -> dict[str, Import]:
     """The imports among some steps, by label."""
@@ -73,7 +84,6 @@ class TableImport:
         self.path = str(step.params.star)
         self.table = read_table(self.path)
         self._images = bool(step.params.images)
-        self.known_ids = np.zeros(0, np.int64)
         self._codes = {name: code for code, name in enumerate(self.table.micrographs)}
         self._stems = {Path(name).stem: code for name, code in self._codes.items()}
         self._digests = row_digests(self.table)
@@ -87,20 +97,31 @@ class TableImport:
         used = np.unique(self.table.stack[self.table.rows_of(code)]).tolist() if self._stacks else []
         return next((self._stacks[i] for i in used if self._stacks[i] is not None), None)
 
+    def _code(self, item: Item) -> int | None:
+        return self._codes.get(str(item.inputs.get("micrograph_name")), self._stems.get(item.name))
+
     def _rows(self, item: Item) -> np.ndarray:
-        code = self._codes.get(str(item.inputs.get("micrograph_name")), self._stems.get(item.name))
+        code = self._code(item)
         return self.table.rows_of(code) if code is not None else np.zeros(0, np.int64)
+
+    def claims(self) -> frozenset[int]:
+        """Births that the ids of the table name."""
+        ids = self.table.particle_id
+        return frozenset(np.unique(birth_of(ids[ids > 0])).tolist()) if ids is not None else frozenset()
+
+    def left_out(self, items: Iterable[Item]) -> tuple[dict[str, int], bool]:
+        """Rows of micrographs that are none of these exposures."""
+        used = {self._code(item) for item in items}
+        counts = np.diff(self.table.start)
+        unknown = [code for code in range(len(counts)) if counts[code] and code not in used]
+        return {self.table.micrographs[code]: int(counts[code]) for code in unknown}, int(counts[unknown].sum()) == len(self.table)
 
     def values(self, item: Item) -> dict[str, Any]:
         """Rows of the exposure's particles, the table's path, and the micrograph's name there."""
         from cryodask.stages.import_particles import rows_of
 
         name = str(item.inputs.get("micrograph_name", item.name))
-        rows = rows_of(self.table, self._rows(item))
-        # ids of another project mean nothing here: such particles are known by the names of their images
-        if "particle_id" in rows and (place_of(rows["particle_id"], self.known_ids) < 0).any():
-            del rows["particle_id"]
-        return {"particles_path": self.path, "micrograph_name": name, "particle_rows": rows}
+        return {"particles_path": self.path, "micrograph_name": name, "particle_rows": rows_of(self.table, self._rows(item))}
 
     def digest(self, item: Item) -> str:
         """Of the rows, whatever their order, and of the stacks that hold their images."""
@@ -115,9 +136,10 @@ def row_digests(table: Any) -> np.ndarray:
     """A number per row of a particle table: changes with any of its values, whatever its place in the file."""
     total = np.zeros(len(table), np.uint64)
     with np.errstate(over="ignore"):
-        columns = [*(np.asarray(v, np.float64) for _, v in sorted(table.columns.items())), table.image_index.astype(np.float64)]
+        columns = [*(v for _, v in sorted(table.columns.items())), table.image_index.astype(np.float64)]
         for i, values in enumerate(columns):
-            z = np.ascontiguousarray(values).view(np.uint64) + np.uint64(0x9E3779B97F4A7C15) * np.uint64(2 * i + 1)
+            exact = np.asarray(values, np.int64 if values.dtype == np.int64 else np.float64)  # an id is more than a float holds
+            z = np.ascontiguousarray(exact).view(np.uint64) + np.uint64(0x9E3779B97F4A7C15) * np.uint64(2 * i + 1)
             z = (z ^ (z >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
             total += z ^ (z >> np.uint64(29))
     return total
@@ -159,6 +181,16 @@ class PicksImport:
         path = self._file(item)
         return {"coordinates_path": str(path)} if path is not None else {}
 
+    def claims(self) -> frozenset[int]:
+        """None: files of picks carry no ids."""
+        return frozenset()
+
+    def left_out(self, items: Iterable[Item]) -> tuple[dict[str, int], bool]:
+        """Files of micrographs that are none of these exposures."""
+        known = set(self.among(self._names | {item.name for item in items}).values())
+        unknown = [path for path in self._files if path not in known]
+        return {path.name: 1 for path in unknown}, len(unknown) == len(self._files)
+
     def digest(self, item: Item) -> str:
         """Of the file's content."""
         path = self._file(item)
@@ -177,6 +209,16 @@ class EditsImport:
         """Edits of the exposure, in the order of the table."""
         return {"pick_edits": self._edits.get(item.name, [])}
 
+    def claims(self) -> frozenset[int]:
+        """None: the picks that pass are given with their ids."""
+        return frozenset()
+
+    def left_out(self, items: Iterable[Item]) -> tuple[dict[str, int], bool]:
+        """Edits of micrographs that are none of these exposures."""
+        names = {item.name for item in items}
+        unknown = {name: len(edits) for name, edits in self._edits.items() if name not in names}
+        return unknown, bool(unknown) and len(unknown) == len(self._edits)
+
     def digest(self, item: Item) -> str:
         """Of these edits."""
         edits = self._edits.get(item.name, [])
@@ -190,9 +232,9 @@ class ProjectImport:
         from cryodask.stages.import_project import EXPOSURE_PARTS, OF_EXPOSURES, OF_PARTICLES, PARTICLE_PARTS, opened
 
         self._here = project
-        self.born = np.zeros(0, np.int64), np.zeros(0, np.int8)
         self.other, self.ref = opened(step.params)
         self.ids = self.other.sets.ids(self.ref)
+        self._book = BirthBook(self.other)
         self._rows = {item.content: item for item in self.other.items()}
         self._names = OF_EXPOSURES
         parts = [p for p in PARTICLE_PARTS if p in self.ref.parts]
@@ -215,6 +257,14 @@ class ProjectImport:
         assert self._here is not None
         return {number: self._here.state.birth_number(there[number]) for number in found}
 
+    def claims(self) -> frozenset[int]:
+        """Births of the set, as they are numbered here."""
+        return frozenset(self._births().values())
+
+    def left_out(self, items: Iterable[Item]) -> tuple[dict[str, int], bool]:
+        """Nothing: its exposures are those of the other project."""
+        return {}, False
+
     def values(self, item: Item) -> dict[str, Any]:
         """Columns of the exposure and of its particles, and where their images lie."""
         from cryodask.store.particles import image_places
@@ -223,16 +273,12 @@ class ProjectImport:
         here = np.flatnonzero(self._row == other.row) if other is not None else np.zeros(0, np.int64)
         births, ids = self._births(), self.ids[here]
         own = np.array([births[int(b)] for b in birth_of(ids)], np.int64)
-        out: dict[str, Any] = {"particle_id": make_ids(own, item.row, number_of(ids), copy_of(ids)), "bulk": {}}
+        out: dict[str, Any] = {"claimed_id": make_ids(own, item.row, number_of(ids), copy_of(ids)), "bulk": {}}
         stored = {**{f"particle_{n}": n for n in ("defocus_u_angstrom", "defocus_v_angstrom", "defocus_angle_deg", "phase_shift_deg")}}
         for name in (*self._particle_names, "half_set"):
             column = self._columns.get(stored.get(name, name))
             if column is not None:
                 out[name] = column[here]
-        # a half-set is given once: of a particle that is here already, from another project, it stays
-        at = place_of(out["particle_id"], self.born[0])
-        if "half_set" in out:
-            out["half_set"] = np.where(at >= 0, self.born[1][at] if len(self.born[1]) else -1, out["half_set"]).astype(np.int8)
         if other is None:
             return {"foreign_values": out}
         for name in self._names:
@@ -240,21 +286,36 @@ class ProjectImport:
             if name in known:
                 out[name] = float(known[name][0])
         pixel = float(out.get("pixel_size_angstrom", 1.0))
+        out["placed"] = "position_y_angstrom" in self._columns
         for axis in ("y", "x"):
-            out[f"pick_{axis}"] = self._columns[f"position_{axis}_angstrom"][here] / pixel
+            place = self._columns.get(f"position_{axis}_angstrom")
+            out[f"pick_{axis}"] = place[here] / pixel if place is not None else np.zeros(len(here))
+        if out["placed"]:
+            out["claimed_y"], out["claimed_x"] = self._born_at(other.row, ids, out["pick_y"], out["pick_x"])
         if "particle_pixel_size_angstrom" in out:
             out["particle_pixel_size_angstrom"] = float(out["particle_pixel_size_angstrom"][0]) if len(here) else np.nan
         if self._images is not None and len(here):
             places = image_places(self.other, self.ref, ids)
             out["bulk"]["particle_image"] = (str(places.images[int(places.giver[0])].path), int(places.row[0]), places.slot, None)
-        place = self.ref.exposures.get("micrograph")
-        if place is not None:
-            generation = self.other.generation_at(place.partition("|")[0])
+        given = self.ref.exposures.get("micrograph")
+        if given is not None:
+            generation = self.other.generation_at(given.partition("|")[0])
             record = generation.committed().get(other.row, {"shards": {}})
             for name in record["shards"]:
                 if name in self._names:
                     out["bulk"][name] = (str(generation.path), other.row, None, generation.layout(VARIABLES[name], record))
         return {"foreign_values": out}
+
+    def _born_at(self, row: int, ids: np.ndarray, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where particles were born there, pixels: a person may have moved them since; where they are, if no table says it."""
+        born: dict[int, tuple[float, float]] = {}
+        for birth in np.unique(birth_of(ids)).tolist():
+            known = self._book.at(row, birth)
+            columns = (known[n][known["own"]].tolist() for n in ("particle_id", "pick_y", "pick_x"))
+            born.update((one, (b, a)) for one, b, a in zip(*columns))
+        at = [born.get(one, (b, a)) for one, b, a in zip(parent_of(ids).tolist(), y.tolist(), x.tolist())]
+        places = np.array(at, np.float64).reshape(-1, 2)
+        return places[:, 0], places[:, 1]
 
     def images_of(self, item: Item) -> str:
         """Which size and type the images of the exposure have there: empty for those of the other project's first data set."""
@@ -269,9 +330,52 @@ class ProjectImport:
         other = self._rows.get(item.content)
         ids = self.ids[self._row == other.row] if other is not None else self.ids[:0]
         digest = hashlib.blake2b(ids.tobytes(), digest_size=8)
-        digest.update(repr((sorted(self.ref.parts.items()), sorted(self.ref.exposures.items()))).encode())
+        optics = [self.other.value_of(other, name) for name in columns_of("exposures", "optics")] if other is not None else []
+        digest.update(repr((sorted(self.ref.parts.items()), sorted(self.ref.exposures.items()), optics)).encode())
         return digest.hexdigest()
 
 
 def _is_bulk(name: str) -> bool:
     return VARIABLES[name].kind == "bulk"
+
+
+# --- what goes nowhere -------------------------------------------------------------------------------------------------------
+def left_out_text(label: str, missing: dict[str, int]) -> str:
+    """A line for the run: rows of exposures that the step does not have."""
+    return (
+        f"{label}: {_several(sum(missing.values()), 'row')} of {_several(len(missing), 'micrograph')} left out, not among the exposures "
+        f"of this step: {_named(missing)}"
+    )
+
+
+def nothing_fits(label: str, missing: dict[str, int]) -> InputError:
+    """The refusal where all rows are of exposures that the step does not have."""
+    return InputError(
+        f"{left_out_text(label, missing)}. These are all rows of its file.",
+        "the file belongs to another session, or its micrographs were renamed",
+        "give the file of this session; a micrograph is known by its name without folder and ending",
+    )
+
+
+_TOLD = {
+    "twice": "left out, for the particle is there already",
+    "unproven": "with an id that is not of this project, or names another particle here: born again with an id of this step",
+}
+
+
+def rows_told(label: str, records: Sequence[Record]) -> list[str]:
+    """Lines for the run: what became of rows in some records of a step."""
+    out = []
+    for kind, text in _TOLD.items():
+        counts = {str(r["name"]): int(r[kind]) for r in records if r.get(kind)}
+        if counts:
+            out.append(f"{label}: {_several(sum(counts.values()), 'row')} {text}: {_named(counts)}")
+    return out
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count:,} {what}" + ("s" if count != 1 else "")
+
+
+def _named(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} ({count})" for name, count in list(counts.items())[:3]) + (", ..." if len(counts) > 3 else "")

@@ -100,7 +100,7 @@ def _check(params: EditPicksParams, inputs: dict[str, list[Product]]) -> Iterato
     version=1,
     needs=["particle_id", "position_y_angstrom", "position_x_angstrom", "half_set", "pixel_size_angstrom"],
     optional=["pick_score", "pick_edits"],
-    gives=["pick_y", "pick_x", "pick_score", "left_out_id", "left_out_reason"],
+    gives=["pick_y", "pick_x", "pick_score", "natural_key", "left_out_id", "left_out_reason"],
     ports=["exposures[micrograph, optics]", "particles[position, score?]"],
     outputs=[Output("particles", "particles", ("position",), on="particles", births=True)],
     check=_check,
@@ -122,7 +122,7 @@ def edit_picks(
     """Applies the edits of a person to the picks of an exposure.
 
     A pick that is moved keeps its id, one that is removed is stored with that reason, and one that is added is born here: it is known again
-    by its place.
+    by its place, and counts once where it is listed twice.
     """
     pixel = float(pixel_size_angstrom)
     ids = np.asarray(particle_id, np.int64)

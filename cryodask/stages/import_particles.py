@@ -22,7 +22,7 @@ _ANGLES = ("rot_deg", "tilt_deg", "psi_deg")
 _ORIGINS = ("origin_y_angstrom", "origin_x_angstrom")
 _NEEDED = (
     *(*_CTF, *_OPTICS, *_ANGLES, *_ORIGINS, "particle_y", "particle_x", "half_set", "class_number", "log_likelihood"),
-    *("particle_pixel_size_angstrom", "pixel_size_angstrom", "particle_id"),
+    *("particle_pixel_size_angstrom", "pixel_size_angstrom", "particle_id", "birth_y", "birth_x"),
 )
 
 
@@ -109,8 +109,9 @@ def import_particles(
     """Read the particles of one micrograph from a RELION STAR file and its stacks, each with its own defocus, pose and half-set.
 
     Images are taken as they are: protein white, background mean 0 and standard deviation 1, as RELION extracts them. A particle is known
-    again by the name of its image, whatever the order of the file; one that was exported from this project, by its id. Origins become
-    places in the exposure.
+    again by the name of its image, or by its place within 1 pixel, whatever the order of the file. One that was exported from this project
+    is known by its id, if the place of its birth in the file proves it: ids of another project count for nothing. A row whose particle
+    is there already is left out, and the run says so. Origins become places in the exposure.
     """
     rows = particle_rows
     if rows is None:
@@ -146,7 +147,9 @@ def import_particles(
         "pick_score": np.zeros(count, np.float32),
         "natural_key": _natural_keys(rows),
         "half_set": np.asarray(rows.get("half_set", np.full(count, -1)), np.int8),
-        "particle_id": np.asarray(rows.get("particle_id", np.zeros(count)), np.int64),
+        "claimed_id": np.asarray(rows.get("particle_id", np.zeros(count)), np.int64),
+        **{f"claimed_{axis}": column(f"birth_{axis}") for axis in "yx" if f"birth_{axis}" in rows},
+        "placed": placed,
         **{f"particle_{name}": values for name, values in ctf.items()},
         **{name: column(name) for name in (*_ANGLES, "log_likelihood")},
         "centre_y_angstrom": centre[0],

@@ -39,7 +39,10 @@ def _check(params: ImportPicksParams, inputs: dict[str, list[Product]]) -> Itera
     light=lambda params: True,
 )
 def import_picks(params: ImportPicksParams, *, coordinates_path: str, device: str = "cpu") -> dict[str, Any]:
-    """Read the picks of a micrograph from a RELION coordinate STAR file; all of them count as accepted."""
+    """Read the picks of a micrograph from a RELION coordinate STAR file; all of them count as accepted.
+
+    A pick is known again by its place, within 1 pixel. One that is listed twice counts once.
+    """
     try:
         columns = read_coordinates(coordinates_path)
     except StarError as error:

@@ -86,11 +86,14 @@ class _NotStored:
 def import_project(params: ImportProjectParams, *, foreign_values: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
     """Take the exposures and particles of a step of another project, with their CTF, classes, poses and images.
 
-    A particle is known by the content of its exposure, how it was picked, and its number: projects that share movies, and copies of one
-    project, share their particles; others are never joined. Half-sets stay what they were.
+    A particle is known by the content of its exposure, how it was picked, its number, and its place: projects that share movies, and
+    copies of one project, share their particles. Where numbers of an exposure name other places here (the other project was processed
+    with another gain or pixel size, say), its particles get ids of their own; others are never joined. Half-sets stay what they were.
     """
-    ids = np.asarray(foreign_values["particle_id"], np.int64)
-    out: dict[str, Any] = {"particle_id": ids, "half_set": foreign_values.get("half_set", np.full(len(ids), -1, np.int8))}
+    ids = np.asarray(foreign_values["claimed_id"], np.int64)
+    out: dict[str, Any] = {"claimed_id": ids, "claims_by_name": True, "placed": foreign_values.get("placed", True)}
+    out |= {name: foreign_values[name] for name in ("claimed_y", "claimed_x") if name in foreign_values}
+    out["half_set"] = foreign_values.get("half_set", np.full(len(ids), -1, np.int8))
     for name in (*OF_EXPOSURES, *OF_PARTICLES):
         var = VARIABLES[name]
         if var.kind == "bulk":

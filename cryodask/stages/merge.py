@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from cryodask.errors import InputError
 from cryodask.products import ORIGINS, Product
 from cryodask.stage import Output, Params, SetView, port, stage
 from cryodask.stages._sets import exposures_of
-from cryodask.store.identity import birth_of, place_of, row_of
+from cryodask.store.identity import MOST_BIRTHS, birth_of, place_of, row_of
 
 REASONS = {1: "a particle of an earlier source lies nearer than nearer_than_angstrom"}
 """Meaning of the numbers in ``removal_reason``."""
@@ -270,12 +271,17 @@ def _by_preference(sets: Sequence[SetView], prefer: str | None) -> list[SetView]
 def _refuse_picked_apart(sets: Sequence[SetView]) -> None:
     """Pooled projects and imported tables may turn out to hold the same exposures, which no plan knows."""
     births = [np.unique(birth_of(s.ids)) for s in sets]
+    here = [_births_by_exposure(s.ids) for s in sets]
+    together = {pair for found in here for some in found.values() if len(some) > 1 for pair in itertools.combinations(sorted(some), 2)}
     for i, a in enumerate(sets):
         for j in range(i + 1, len(sets)):
             b = sets[j]
             only_a = np.unique(row_of(a.ids[~np.isin(birth_of(a.ids), births[j])]))
             only_b = np.unique(row_of(b.ids[~np.isin(birth_of(b.ids), births[i])]))
-            shared = int(np.isin(only_a, only_b).sum())
+            rows = set(only_a[np.isin(only_a, only_b)].tolist())
+            # of a project whose numbers were dealt apart in some exposures, these bear another birth than the rest of its set
+            rows |= {row for row in here[i].keys() & here[j].keys() if _apart(here[i][row], here[j][row], together)}
+            shared = len(rows)
             if shared:
                 raise InputError(
                     f"{a.name} and {b.name} were picked or imported apart and share {shared:,} exposures, so one particle may be in both, "
@@ -284,6 +290,19 @@ def _refuse_picked_apart(sets: Sequence[SetView]) -> None:
                     "give nearer_than_angstrom (say, half the diameter): of two that are nearer, the first source's is kept; "
                     "join tables of images without coordinates in one STAR file before they are imported",
                 )
+
+
+def _births_by_exposure(ids: np.ndarray) -> dict[int, set[int]]:
+    """Births of the particles of each exposure, by its row."""
+    out: dict[int, set[int]] = {}
+    for both in np.unique(row_of(ids) * MOST_BIRTHS + birth_of(ids)).tolist():
+        out.setdefault(both // MOST_BIRTHS, set()).add(both % MOST_BIRTHS)
+    return out
+
+
+def _apart(a: set[int], b: set[int], together: set[tuple[int, int]]) -> bool:
+    """Whether the births of two sets in an exposure have nothing to do with each other: no set holds both in one exposure."""
+    return not a & b and not any((min(p, q), max(p, q)) in together for p in a for q in b)
 
 
 def _near_an_earlier_one(sets: Sequence[SetView], ids: np.ndarray, limit_angstrom: float) -> np.ndarray:

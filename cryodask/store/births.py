@@ -1,24 +1,27 @@
 """Birth tables: the numbers of the particles of an exposure, given once and kept for ever.
 
 The table of an exposure rides in the commit record of the stage that gives birth: ``particle_id``, ``particle_half``, ``pick_y``,
-``pick_x``, ``pick_score``, and ``natural_key`` where the particles have a name of their own. It is append-only: when it is computed again
-(after a repair, on another device, from a sorted file), what lies where a particle lay, or has its natural key, is that particle. What is
-no longer found stays at the end of the table with the score NaN, so that its number is never given to another.
+``pick_x``, ``pick_score``, and ``natural_key`` where the particles have a name of their own. It is append-only: whenever and why ever it
+is computed again (after a repair, on another device, from a sorted, shorter or longer file), what has the natural key of a particle, or
+lies where it lay, is that particle. What is no longer found stays at the end of the table with the score NaN, so that its number is never
+given to another. Of a particle that is found twice, the second one is dropped.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from cryodask.store.identity import birth_of, half_sets, make_ids, number_of, row_of
+from cryodask.store.claims import proven, same_place
+from cryodask.store.identity import birth_of, half_sets, make_ids, number_of, parent_of, row_of
+from cryodask.vocabulary import VARIABLES
 
-SAME_PLACE_PX = 1.0
-"""Distance within which a pick that is found again is the same particle."""
 TABLE = ("particle_id", "particle_half", "pick_y", "pick_x", "pick_score")
+KNOWN = (*TABLE, "natural_key")
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,22 @@ def natural_keys(names: Any) -> np.ndarray:
     return np.array([int.from_bytes(d, "little") >> 1 for d in digests], np.int64)
 
 
-def born(birth: Birth, row: int, found: dict[str, Any], before: dict[str, np.ndarray] | None) -> dict[str, Any]:
+def known_of(tables: Iterable[tuple[Mapping[str, Any], bool]]) -> dict[str, np.ndarray]:
+    """Birth tables of one exposure as one, the earliest first; ``own``: whether the table is of the birth that asks.
+
+    A particle occurs as often as it stands in a table: every place and natural key that it ever had tells who it is.
+    """
+    parts: dict[str, list[np.ndarray]] = {name: [np.zeros(0, VARIABLES[name].dtype)] for name in KNOWN}
+    parts["own"] = [np.zeros(0, bool)]
+    for table, own in tables:
+        count = len(table["particle_id"])
+        filled = {"natural_key": np.full(count, -1, np.int64), "own": np.full(count, own), **table}
+        for name, some in parts.items():
+            some.append(np.asarray(filled[name]))
+    return {name: np.concatenate(some).astype(some[0].dtype) for name, some in parts.items()}
+
+
+def born(birth: Birth, row: int, found: dict[str, Any], before: Mapping[str, np.ndarray] | None) -> dict[str, Any]:
     """The birth table of an exposure.
 
     Parameters
@@ -45,48 +63,47 @@ def born(birth: Birth, row: int, found: dict[str, Any], before: dict[str, np.nda
         Of the exposure.
     found : dict
         ``pick_y``, ``pick_x`` (pixels), and perhaps ``pick_score``, ``natural_key``, ``half_set`` (-1: by the rule), ``particle_id`` (of
-        particles that were exported from this project).
-    before : dict, optional
-        The table that this exposure had; its particles keep their numbers.
+        particles whose id is known, 0 of others), ``placed`` (False: y and x say nothing), ``left_out_id`` (particles that nothing may
+        be taken for).
+    before : mapping, optional
+        The table that this exposure had, or what :func:`known_of` makes of several; its particles keep their ids and halves.
 
     Returns
     -------
     dict
-        ``particle_id, particle_half, pick_y, pick_x, pick_score`` (and ``natural_key``): first what was found, in its order, then what
-        is no longer found.
+        ``particle_id, particle_half, pick_y, pick_x, pick_score`` (and ``natural_key``): first what was found, in its order, each
+        particle once, then what is no longer found.
     """
-    known = np.asarray(found.get("particle_id", ()), np.int64)
-    if len(known) == len(found["pick_y"]) and (known > 0).any() and (row_of(known[known > 0]) == row).all():
-        return _with_returned(birth, row, found, before, known > 0)
-    y, x = (np.asarray(found[name], np.float32) for name in ("pick_y", "pick_x"))
-    score = np.asarray(found.get("pick_score", np.zeros(len(y))), np.float32)
-    natural = found.get("natural_key")
-    if before is None or not len(before["particle_id"]):
-        number = np.empty(len(y), np.int64)
-        number[first_order(y, x, score) if natural is None else np.arange(len(y))] = np.arange(len(y))
-        gone = np.zeros(0, np.int64)
-    else:
-        known = _found_again(y, x, natural, before)
-        old_number = number_of(before["particle_id"])
-        number = np.where(known >= 0, old_number[known], -1)
-        fresh = np.flatnonzero(known < 0)
-        fresh = fresh[first_order(y[fresh], x[fresh], score[fresh])] if natural is None else fresh
-        number[fresh] = int(old_number.max()) + 1 + np.arange(len(fresh))
-        gone = np.setdiff1d(np.arange(len(old_number)), known)
-    ids = make_ids(birth.number, row, number)
-    half = half_sets(ids, birth.seed)
-    given = found.get("half_set")
-    if given is not None:
-        half = np.where(np.asarray(given) >= 0, given, half).astype(np.int8)
-    table: dict[str, Any] = {"particle_id": ids, "particle_half": half, "pick_y": y, "pick_x": x, "pick_score": score}
-    if natural is not None:
-        table["natural_key"] = np.asarray(natural, np.int64)
-    if before is not None and len(before["particle_id"]):
-        table["particle_half"] = _halves_as_before(table, before)
-        lost = {name: before[name][gone] for name in table}
-        lost["pick_score"] = np.full(len(gone), np.nan, np.float32)
-        table = {name: np.concatenate([table[name], lost[name]]).astype(table[name].dtype) for name in table}
-    return table
+    return _settle(birth, row, found, before)[0]
+
+
+def with_ids(
+    birth: Birth, row: int, given: dict[str, Any], known: Mapping[str, np.ndarray] | None
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """What a stage gave, with the identity of its particles, each of them once.
+
+    Returns
+    -------
+    dict, dict
+        All values, and what the run has to tell: ``twice``, how many rows were dropped because their particle is there already, and
+        ``unproven``, how many came with an id that is not theirs here.
+    """
+    found = dict(given)
+    if "claimed_id" in given:
+        found |= proven(row, given, known if known is not None else known_of(()))
+    table, kept = _settle(birth, row, found, known)
+    told: dict[str, int] = {}
+    if "claimed_id" in given:
+        told["unproven"] = int((kept & (np.asarray(given["claimed_id"]) > 0) & (found["particle_id"] == 0)).sum())
+    out = dict(given)
+    if not kept.all():
+        told["twice"] = int((~kept).sum())
+        for name, value in given.items():
+            if name in VARIABLES and VARIABLES[name].ragged and isinstance(value, np.ndarray) and len(value) == len(kept):
+                out[name] = value[kept]
+        if int(given.get("particle_count", -1)) == len(kept):
+            out["particle_count"] = int(kept.sum())
+    return out | table, {name: count for name, count in told.items() if count}
 
 
 def first_order(y: np.ndarray, x: np.ndarray, score: np.ndarray) -> np.ndarray:
@@ -94,49 +111,100 @@ def first_order(y: np.ndarray, x: np.ndarray, score: np.ndarray) -> np.ndarray:
     return np.lexsort((x, y, -score))
 
 
-def _with_returned(
-    birth: Birth, row: int, found: dict[str, Any], before: dict[str, np.ndarray] | None, known: np.ndarray
-) -> dict[str, Any]:
-    """The table where some particles keep the ids that they had (back from another program, or from another step); the rest is born."""
-    columns = {n: np.asarray(found[n]) for n in ("pick_y", "pick_x", "pick_score", "natural_key", "half_set") if n in found}
-    mine = None
-    if before is not None:
-        here = birth_of(before["particle_id"]) == birth.number
-        mine = {name: values[here] for name, values in before.items()}
-    fresh = born(birth, row, {name: values[~known] for name, values in columns.items()}, mine)
-    ids = np.asarray(found["particle_id"], np.int64)[known]
-    half = half_sets(ids, birth.seed)
-    if "half_set" in columns:
-        half = np.where(columns["half_set"][known] >= 0, columns["half_set"][known], half)
-    table: dict[str, Any] = {"particle_id": ids, "particle_half": half.astype(np.int8)}
-    for name in fresh:
-        if name not in table:
-            table[name] = columns[name][known] if name in columns else np.zeros(len(ids), fresh[name].dtype)
-    return {name: np.concatenate([table[name], fresh[name]]).astype(fresh[name].dtype) for name in fresh}
+def _settle(birth: Birth, row: int, found: Mapping[str, Any], before: Mapping[str, np.ndarray] | None) -> tuple[dict[str, Any], np.ndarray]:
+    """The table, and the mask of what was found that is in it."""
+    y, x = (np.asarray(found[name], np.float32) for name in ("pick_y", "pick_x"))
+    count = len(y)
+    score = np.asarray(found.get("pick_score", np.zeros(count)), np.float32)
+    natural = found.get("natural_key")
+    known = _as_known(before)
+    given = np.asarray(found.get("particle_id", np.zeros(count)), np.int64)
+    given = np.where((given > 0) & (row_of(given) == row), given, 0)
+    lead, copy = (np.asarray(found.get(n, fill), np.int64) for n, fill in (("lead", np.arange(count)), ("copy", np.zeros(count))))
+    ids, kept = _by_name(found, given, lead, known, natural)
+    fresh = kept & (ids == 0) & (lead == np.arange(count))
+    if found.get("placed", True):
+        _by_place(birth, ids, fresh, np.stack([y, x], 1), known, np.asarray(found.get("left_out_id", ()), np.int64))
+        fresh &= ids == 0
+    at = np.flatnonzero(fresh)
+    at = at if natural is not None else at[first_order(y[at], x[at], score[at])]
+    used = np.concatenate([known["particle_id"], given])
+    used = used[birth_of(used) == birth.number]
+    ids[at] = make_ids(birth.number, row, int(number_of(used).max(initial=-1)) + 1 + np.arange(len(at)))
+    follows = given == 0
+    ids[follows] = parent_of(ids[lead[follows]]) | copy[follows]
+    kept[follows] = kept[lead[follows]]
+    table: dict[str, Any] = {"particle_id": ids[kept], "pick_y": y[kept], "pick_x": x[kept], "pick_score": score[kept]}
+    if natural is not None:
+        table["natural_key"] = np.asarray(natural, np.int64)[kept]
+    half = np.asarray(found.get("half_set", np.full(count, -1)), np.int8)[kept]
+    table["particle_half"] = _halves(birth, table["particle_id"], half, known)
+    gone = _latest(known, known["own"] & ~np.isin(known["particle_id"], ids[kept]))
+    lost = {name: known[name][gone] for name in table}
+    lost["pick_score"] = np.full(len(gone), np.nan, np.float32)
+    lost["particle_half"] = _halves(birth, lost["particle_id"], lost["particle_half"], known)
+    return {name: np.concatenate([table[name], lost[name]]).astype(VARIABLES[name].dtype) for name in table}, kept
 
 
-def _halves_as_before(table: dict[str, Any], before: dict[str, np.ndarray]) -> np.ndarray:
-    """Halves are written once: those of known particles are what they were."""
-    half = dict(zip(before["particle_id"].tolist(), before["particle_half"].tolist()))
-    return np.array([half.get(i, h) for i, h in zip(table["particle_id"].tolist(), table["particle_half"].tolist())], np.int8)
+def _as_known(before: Mapping[str, np.ndarray] | None) -> Mapping[str, np.ndarray]:
+    if before is None:
+        return known_of(())
+    return before if "own" in before else known_of([(before, True)])
 
 
-def _found_again(y: np.ndarray, x: np.ndarray, natural: Any, before: dict[str, np.ndarray]) -> np.ndarray:
-    """Place in the table before of each particle found now, -1 for new ones; nobody is found twice."""
-    if natural is not None and "natural_key" in before:
-        place = {key: i for i, key in enumerate(before["natural_key"].tolist())}
-        return np.array([place.get(key, -1) for key in np.asarray(natural).tolist()], np.int64)
-    from scipy.spatial import cKDTree
+def _by_name(
+    found: Mapping[str, Any], given: np.ndarray, lead: np.ndarray, known: Mapping[str, np.ndarray], natural: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids by what particles bring along, else by their natural keys (0: not known by these), and the mask without those found twice."""
+    keys = np.asarray(natural, np.int64) if natural is not None else np.full(len(given), -1, np.int64)
+    called: list[Any] = keys.tolist()
+    if natural is None and found.get("placed", True):
+        # without a name of its own a particle is called by its place
+        called = list(zip(*(np.round(np.asarray(found[name], np.float64), 2).tolist() for name in ("pick_y", "pick_x"))))
+    named: dict[int, int] = {}
+    for key, one, score, own in zip(*(known[n].tolist() for n in ("natural_key", "particle_id", "pick_score", "own"))):
+        if key >= 0 and own and (np.isfinite(score) or key not in named):  # of two that had a name, the one that had it last
+            named[key] = one
+    ids, kept = given.copy(), np.ones(len(given), bool)
+    taken: set[int] = set()
+    used: set[Any] = set()
+    for i in [*np.flatnonzero(given > 0).tolist(), *np.flatnonzero((given == 0) & (lead == np.arange(len(given)))).tolist()]:
+        if not given[i]:
+            ids[i] = named.get(int(keys[i]), 0)
+            kept[i] = called[i] == -1 or called[i] not in used
+        kept[i] &= not ids[i] or int(ids[i]) not in taken
+        if kept[i]:
+            used.add(called[i])
+            taken.add(int(ids[i]))
+    return ids, kept
 
-    if not len(y):
-        return np.zeros(0, np.int64)
-    old, new = np.stack([before["pick_y"], before["pick_x"]], 1), np.stack([y, x], 1)
-    distance, nearest = cKDTree(old).query(new, distance_upper_bound=SAME_PLACE_PX)
-    _, back = cKDTree(new).query(old)
-    near = np.isfinite(distance)
-    mutual = np.zeros(len(y), bool)
-    mutual[near] = back[nearest[near]] == np.flatnonzero(near)
-    return np.where(mutual, nearest, -1)
+
+def _by_place(
+    birth: Birth, ids: np.ndarray, fresh: np.ndarray, place: np.ndarray, known: Mapping[str, np.ndarray], not_these: np.ndarray
+) -> None:
+    """Give what lies where a particle lay the id of that particle; `ids` is filled in."""
+    taken = np.concatenate([ids[ids > 0], not_these])
+    candidates = (known["own"] | (birth_of(known["particle_id"]) == birth.number)) & ~np.isin(known["particle_id"], taken)
+    old = _latest(known, candidates & np.isfinite(known["pick_y"]) & np.isfinite(known["pick_x"]))
+    new = np.flatnonzero(fresh & np.isfinite(place).all(1))
+    match = same_place(place[new], np.stack([known["pick_y"][old], known["pick_x"][old]], 1))
+    ids[new[match >= 0]] = known["particle_id"][old[match[match >= 0]]]
+
+
+def _latest(known: Mapping[str, np.ndarray], mask: np.ndarray) -> np.ndarray:
+    """Rows of the last entry of each particle among those of a mask, in the order of the ids."""
+    rows = np.flatnonzero(mask)[::-1]
+    return rows[np.unique(known["particle_id"][rows], return_index=True)[1]]
+
+
+def _halves(birth: Birth, ids: np.ndarray, given: np.ndarray, known: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Halves are written once: those of known particles (or of their parents) are what they were, others as given, else by the rule."""
+    once: dict[int, int] = {}
+    for one, half in zip(known["particle_id"].tolist(), known["particle_half"].tolist()):
+        once.setdefault(one, half)
+    new = np.where(given >= 0, given, half_sets(ids, birth.seed))
+    both = zip(ids.tolist(), parent_of(ids).tolist(), new.tolist())
+    return np.array([once.get(one, once.get(parent, half)) for one, parent, half in both], np.int8)
 
 
 def accepted(score: np.ndarray, threshold: float | np.ndarray | None) -> np.ndarray:

@@ -171,15 +171,9 @@ class Journal:
                 touched = self._take_in() or set()
             return self._settled(touched)
 
-    def latest_of_all(self) -> dict[int, Record]:
-        """The last success of every row, invalidated ones included: birth tables are continued from these."""
-        self.read()
-        out: dict[int, Record] = {}
-        for row, entries in self._found.items():
-            good = [record for _, _, record in entries if record.get("ok")]
-            if good:
-                out[row] = max(good, key=lambda r: (r.get("attempt", 0), r.get("time", 0.0)))
-        return out
+    def ever(self, row: int) -> list[Record]:
+        """Every success of a row as far as the journals were read, undone ones included: birth tables are continued from these."""
+        return [record for _, _, record in self._found.get(row, ()) if record.get("ok")]
 
     def _take_in(self) -> set[int] | None:
         """Parse what is new; returns the rows it speaks of, or None where a file that was read before was replaced or removed."""

@@ -62,18 +62,6 @@ class SetReader:
         threshold = ref.threshold if self.project.generation_at(ref.ids).meta.get("birth") else None
         return checked(self._of(ref.ids, (), threshold, alive=True).ids)
 
-    def ever_born(self) -> np.ndarray:
-        """Sorted ids of all particles that were ever born in the project, accepted or not."""
-        return self.ever_born_halves()[0]
-
-    def ever_born_halves(self) -> tuple[np.ndarray, np.ndarray]:
-        """The same with the half-set of each: of a particle that two births know, the one that was given first."""
-        places = dict.fromkeys(s.place for s in self.project.state.steps.values())
-        births = [place for place in places if self.project.generation_at(place).meta.get("birth")]
-        tables = [self._of(place, ("particle_half",), None) for place in births]
-        ids, first = np.unique(np.concatenate([*(t.ids for t in tables), np.zeros(0, np.int64)]), return_index=True)
-        return ids, np.concatenate([*(t.columns["particle_half"] for t in tables), np.zeros(0, np.int8)])[first]
-
     # --- columns ------------------------------------------------------------------------------------------------------------
     def columns(self, ref: ProductRef, ids: np.ndarray, parts: Iterable[str] | None = None) -> dict[str, np.ndarray]:
         """Columns of some parts (all if None) for ``ids``; NaN or -1 where a step did not see a particle.

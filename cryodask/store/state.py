@@ -46,6 +46,7 @@ class StepState(BaseModel):
     """What a step of the pipeline is now: a pointer to a generation, and what it takes and gives.
 
     ``recipes`` says how a per-exposure step processes each data set now; the record of an exposure has the one by which it was made.
+    ``left_out`` counts the rows of an imported file that went nowhere, by the name of their exposure in it.
     """
 
     stage: str
@@ -54,6 +55,7 @@ class StepState(BaseModel):
     inputs: dict[str, list[ProductRef]] = Field(default_factory=dict)
     products: dict[str, ProductRef] = Field(default_factory=dict)
     recipes: dict[str, str] = Field(default_factory=dict)
+    left_out: dict[str, int] = Field(default_factory=dict)
 
     @property
     def place(self) -> str:

@@ -44,6 +44,8 @@ COLUMNS = (
     Column("class_probability", "rlnMaxValueProbDistribution"),
     Column("log_likelihood", "rlnLogLikeliContribution"),
     Column("particle_id", "cryodaskParticleId", "i8"),
+    Column("birth_x", "cryodaskBirthX"),
+    Column("birth_y", "cryodaskBirthY"),
 )
 OPTICS = (
     Column("optics_group_name", "rlnOpticsGroupName", "str"),
