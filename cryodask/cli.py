@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -79,8 +80,13 @@ def run(
         str | None, typer.Option(metavar="NAME|FILE", help="A cluster that runs, or a cluster file; overrides the project file.")
     ] = None,
     lane: Annotated[str | None, typer.Option(help="Lane of its tasks; live for --watch, else batch, if not given.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="End with exit status 1 where exposures are quarantined.")] = False,
 ) -> None:
-    """Carry out a project file; what is done already is kept, so the same command also resumes."""
+    """Carry out a project file; what is done already is kept, so the same command also resumes.
+
+    Exit status: 0 done, or waiting for a person; 1 with --strict, exposures are quarantined; 2 the project file, an input or an option is
+    wrong; 3 the cluster is gone or has no workers; 4 the disk with the project; 130 interrupted.
+    """
     try:
         ends = {"idle_seconds": None if until_idle is None else 60 * until_idle, "movies": until_movies}
         if not watch and (until_idle is not None or until_movies is not None):
@@ -98,6 +104,7 @@ def run(
             watch=ends if watch else None,
             cluster=cluster,
             lane=lane,
+            strict=strict,
         )
     except KeyboardInterrupt:
         typer.echo(f"\nStopped. What is finished is kept; go on with:\n  cryodask run {project}", err=True)
@@ -118,6 +125,7 @@ def _run(
     watch: dict[str, Any] | None,
     cluster: str | None,
     lane: str | None,
+    strict: bool,
 ) -> None:
     from cryodask.run.checks import Asked
     from cryodask.run.recipe import draft_plan, list_movies, make_plan, position
@@ -171,6 +179,9 @@ def _run(
     finally:
         close(client)
     typer.echo(f"Report: {write_report(done)}")
+    if strict and done.failures():
+        typer.echo(f"{len(done.failures())} exposures are quarantined (cryodask info {plan.folder})", err=True)
+        raise typer.Exit(1)
 
 
 def _dry_run(plan: Any, asked: Any, *, as_json: bool, update: tuple[str, ...]) -> None:
@@ -297,13 +308,16 @@ def stages(
         typer.echo(f"  {field:<28} {default:<22} {about.description or ''}")
 
 
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE)
+
+
 def main() -> None:
     """Entry point: errors of ours are three sentences, not a traceback."""
     try:
         app(standalone_mode=True)
     except CryodaskError as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
-        sys.exit(2)
+        sys.exit(error.exit_status)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("cryodask"):
             raise
@@ -316,7 +330,7 @@ def main() -> None:
         reason = "it is missing, full, or belongs to somebody else"
         told = CryodaskError(f"{what}: {error.strerror or error}.", reason, "check the path, its permissions and the free space")
         typer.echo(f"{type(error).__name__}: {told}", err=True)
-        sys.exit(2)
+        sys.exit(4 if error.errno in _OF_THE_DISK else 2)
 
 
 if __name__ == "__main__":

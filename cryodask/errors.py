@@ -8,7 +8,8 @@
     │   ├── GainError
     │   └── StarError
     ├── StoreError                stops: the project folder cannot be read or written
-    │   ├── DiskFullError
+    │   ├── DiskError
+    │   │   └── DiskFullError
     │   └── LockedError
     ├── ClusterError              stops: workers cannot be started or are gone
     └── ItemError                 quarantines ONE item and goes on
@@ -37,6 +38,8 @@ class CryodaskError(Exception):
     """
 
     on_failure: Literal["stop", "quarantine"] = "stop"
+    exit_status: int = 2
+    """Of a command that this error ends: 2 what it was given is wrong, 3 the cluster, 4 the disk with the results."""
 
     def __init__(self, what: str, usual_reason: str = "", way_out: str = "") -> None:
         super().__init__(what, usual_reason, way_out)
@@ -68,10 +71,16 @@ class StarError(InputError):
 
 
 class StoreError(CryodaskError):
-    """The project folder cannot be read or written."""
+    """The project folder is not what is needed: another format, no such result."""
 
 
-class DiskFullError(StoreError):
+class DiskError(StoreError):
+    """The disk with the project cannot be read or written, or has lost bytes."""
+
+    exit_status = 4
+
+
+class DiskFullError(DiskError):
     """No space is left where the project lies."""
 
 
@@ -81,6 +90,8 @@ class LockedError(StoreError):
 
 class ClusterError(CryodaskError):
     """Workers cannot be started, or all are gone."""
+
+    exit_status = 3
 
 
 class ItemError(CryodaskError):

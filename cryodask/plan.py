@@ -86,7 +86,7 @@ def costs_of_project(path: str | Path) -> tuple[Costs, dict[str, Any]]:
     load |= {"movie_megabytes": _mean(movie_bytes) / 1e6} if movie_bytes else {}
     if "extract" in by_stage:
         params = project.generation(by_stage["extract"]).meta["params"]
-        box = params["box"] or round(params["box_angstrom"] / project.state.constants[""]["pixel_size_angstrom"])
+        box = params["box"] or round(params["box_angstrom"] / next(iter(project.state.constants.values()))["pixel_size_angstrom"])
         load |= {"box": box, "scale_to": params["scale_to"] or box}
         load["particles"] = max(1, round(len(project.sets.ids(project.product(by_stage["extract"], "particles"))) / len(timed["extract"])))
     here = Load(**load)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import resource
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from cryodask import errors
 from cryodask.cli import app, main
+from cryodask.formats.mrc import write_mrc
 from cryodask.store.project import Project
 
 COMMAND = [sys.executable, "-m", "cryodask.cli"]
@@ -40,6 +44,45 @@ def test_errors_are_sentences_not_tracebacks(tmp_path):
     assert "is not a cryodask project" in shown.stderr
     assert "What to do" in shown.stderr
     assert "Traceback" not in shown.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (errors.ProjectFileError("a"), 2),
+        (errors.GainError("a"), 2),
+        (errors.LockedError("a"), 2),
+        (errors.StoreError("a"), 2),
+        (errors.ClusterError("a"), 3),
+        (errors.DiskError("a"), 4),
+        (errors.DiskFullError("a"), 4),
+        (OSError(errno.ENOSPC, "No space left"), 4),
+        (OSError(errno.EIO, "Input/output error"), 4),
+        (FileNotFoundError(errno.ENOENT, "No such file"), 2),
+    ],
+)
+def test_the_exit_status_says_whose_fault_it_was(monkeypatch, capsys, error, status):
+    def fail(**options) -> None:
+        raise error
+
+    monkeypatch.setattr("cryodask.cli.app", fail)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == status
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_scheduler_that_does_not_answer_ends_with_the_status_of_the_cluster(tmp_path):
+    (tmp_path / "movies").mkdir()
+    (tmp_path / "p.yaml").write_text(
+        "name: p\ninputs: {movies: movies/*.mrc}\nmicroscope: {voltage_kv: 300, spherical_aberration_mm: 2.7, pixel_size_angstrom: 1}\n"
+        "pipeline: [motion]\n"
+    )
+    write_mrc(tmp_path / "movies" / "m.mrc", np.ones((3, 64, 64), np.float32), 1.0, stack=True)
+    shown = run("run", str(tmp_path / "p.yaml"), "--cluster", "tcp://127.0.0.1:9")
+    assert (shown.returncode, "No scheduler answers" in shown.stderr) == (3, True), shown.stderr
+    (tmp_path / "p.yaml").write_text((tmp_path / "p.yaml").read_text().replace("motion", "moton"))
+    assert run("run", str(tmp_path / "p.yaml")).returncode == 2
 
 
 def test_unknown_stage_is_answered_with_the_nearest():

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cryodask.errors import DiskFullError, StoreError
+from cryodask.errors import DiskError, DiskFullError, StoreError
 
 
 @contextmanager
@@ -25,7 +25,8 @@ def disk_errors(path: Path) -> Iterator[None]:
                 "free some space (cryodask gc removes superseded results) and run the same command again: it resumes",
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-            raise StoreError(
+            kind = DiskError if error.errno == errno.EROFS else StoreError
+            raise kind(
                 f"{error.filename or path} cannot be written: {error.strerror}.",
                 "the folder belongs to somebody else, a file of that name is in the way, or the file system is mounted read-only",
                 "choose another folder for the project, or ask for write permission",

@@ -22,7 +22,7 @@ import google_crc32c
 import numpy as np
 from numcodecs import Blosc, blosc
 
-from cryodask.errors import StoreError
+from cryodask.errors import DiskError
 from cryodask.store.files import fsync_folder, write_all
 
 _NO_CHUNK = np.iinfo(np.uint64).max
@@ -55,7 +55,7 @@ class Layout:
 
         Raises
         ------
-        StoreError
+        DiskError
             Where that file is missing or damaged, or describes another form than is written here.
         """
         path = folder / "zarr.json"
@@ -286,12 +286,12 @@ class ShardReader:
         except FileNotFoundError as error:
             raise self._damage("the file is missing") from error
 
-    def _damage(self, why: str) -> StoreError:
+    def _damage(self, why: str) -> DiskError:
         return _damage(self.path, why)
 
 
-def _damage(path: Path, why: str, way_out: str = _REPAIR) -> StoreError:
-    return StoreError(f"{path} is damaged: {why}.", "the disk lost bytes, or another program touched the project's folder", way_out)
+def _damage(path: Path, why: str, way_out: str = _REPAIR) -> DiskError:
+    return DiskError(f"{path} is damaged: {why}.", "the disk lost bytes, or another program touched the project's folder", way_out)
 
 
 def file_crc(path: str | Path) -> int:
