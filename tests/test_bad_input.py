@@ -88,14 +88,14 @@ def refused(monkeypatch, capsys):
     def never(*args, **options):
         raise AssertionError("a cluster was started")
 
-    def run(*words: str) -> str:
+    def run(*words: str, status: int = 2) -> str:
         with monkeypatch.context() as patch:
             patch.setattr(importlib.import_module("cryodask.cluster.connect"), "connect", never)
             patch.setattr(sys, "argv", ["cryodask", *map(str, words)])
             with pytest.raises(SystemExit) as stopped:
                 cli.main()
         said = capsys.readouterr().err
-        assert stopped.value.code == 2, said
+        assert stopped.value.code == status, said
         assert "Usual reason: " in said
         assert "What to do: " in said
         return said
@@ -271,7 +271,7 @@ def test_micrographs_with_pixels_that_are_no_numbers_are_quarantined_and_picks_a
         if name == "mic_2":
             image[3, 3] = np.nan
         write_mrc(tmp_path / f"{name}.mrc", image, PIXEL)
-        star.write_coordinates(tmp_path / "picks" / f"{name}_pick.star", np.full(i + 1, 96.0), np.full(i + 1, 90.0))
+        star.write_coordinates(tmp_path / "picks" / f"{name}_pick.star", 96.0 + 2.0 * np.arange(i + 1), np.full(i + 1, 90.0))
     (tmp_path / "m.star").write_text(
         "data_optics\n\nloop_\n_rlnOpticsGroup #1\n_rlnOpticsGroupName #2\n_rlnVoltage #3\n_rlnSphericalAberration #4\n"
         "_rlnAmplitudeContrast #5\n_rlnMicrographPixelSize #6\n1 o 300 2.7 0.1 2.0\n\n"
@@ -420,7 +420,7 @@ def test_without_permission_to_write_reading_works_and_writing_is_refused(projec
     try:
         mount("-o", "remount,bind,ro", str(folder))
         for words in (("run", file), ("gc", folder), ("report", folder)):
-            assert "cannot be written: Read-only file system" in refused(*words)
+            assert "cannot be written: Read-only file system" in refused(*words, status=4)
         assert Project(folder).verify() == []
         assert len(Project(folder)["motion"]["micrograph"]) == 3
     finally:

@@ -155,7 +155,7 @@ def _result(path: Path, count: int = 300_000) -> tuple[Generation, dict[str, np.
         "dropped_id": np.zeros(0, np.int64),
     }
     meta = {"stage": "classify2d", "version": 1, "params": {}, "recipe": "k"}
-    generation = Generation.create(path, meta=meta, gives=tuple(values), per_item=False, sizes={}, dtypes={})
+    generation = Generation.create(path, meta=meta, gives=tuple(values), per_item=False)
     generation.commit_result(values)
     return Generation(path), values
 
