@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import psutil
-from distributed import Client, get_worker, wait
-from distributed.client import ClosedClientError, FuturesCancelledError
+from distributed import Client, get_worker
+from distributed.client import ClosedClientError
 
 from cryodask.cluster.memory import RESIDENTS_METRIC
 
@@ -185,13 +185,16 @@ def release(run: Run) -> None:
 
 def release_everywhere(client: Client, run: Run, addresses: Iterable[str]) -> None:
     """Tell the workers that a run has ended. Those that are busy longer than a moment find out by themselves, after IDLE_SECONDS."""
-    with suppress(ClosedClientError, RuntimeError, TimeoutError, FuturesCancelledError):  # the scheduler may be gone, too
+    with suppress(ClosedClientError, RuntimeError, OSError):  # the scheduler may be gone, too
         told = [
             client.submit(release, run, workers=[address], key=f"release-{run.token}-{address}", pure=False, retries=0, priority=1)
             for address in addresses
         ]
         try:
-            wait(told, timeout=_PATIENCE_SECONDS)
+            # distributed's wait() asks the default client, which may be another one
+            until = time.monotonic() + _PATIENCE_SECONDS
+            while time.monotonic() < until and not all(future.done() for future in told):
+                time.sleep(0.02)
         finally:
             # a task for a worker that has gone would stay for ever, and keep a service from ending
             for future in told:
