@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from test_counts import here, run, session  # noqa: F401
 
 from cryodask.formats.star import write_coordinates
+from cryodask.run.imports import rows_told
 from cryodask.run.progress import Progress
+from cryodask.stages.edit_picks import EditPicksParams, edit_picks
 from cryodask.store.births import Birth, born, known_of, with_ids
 from cryodask.store.claims import birth_marks
 from cryodask.store.identity import birth_of, copy_of, make_ids, number_of, parent_of
@@ -218,3 +220,38 @@ def test_changed_files_of_picks_deal_no_id_again(tmp_path: Path, here) -> None: 
         for place, identity in imported((2, 2 + number), (9, 4)).items():
             assert known.setdefault(place, identity) == identity
     assert len({one for one, _ in known.values()}) == len(known) == 12
+
+
+def _edited(*edits: dict[str, Any]) -> dict[str, Any]:
+    given = {
+        "particle_id": make_ids(1, 3, np.array([0, 1, 2])),
+        "position_y_angstrom": np.array([20.0, 40.0, 60.0]),
+        "position_x_angstrom": np.array([20.0, 40.0, 60.0]),
+        "half_set": np.array([0, 1, 0], np.int8),
+        "pixel_size_angstrom": 2.0,
+    }
+    return edit_picks.process(EditPicksParams(), **given, pick_edits=list(edits))
+
+
+def test_edits_of_particles_that_are_not_there_are_counted_and_told() -> None:
+    there, gone = int(make_ids(1, 3, np.array([1]))[0]), int(make_ids(7, 3, np.array([1]))[0])
+    made = _edited(
+        {"action": "remove", "id": there}, {"action": "move", "id": there, "place": (1.0, 1.0)}, {"action": "remove", "id": gone}
+    )
+    assert made["left_out_id"].tolist() == [there]
+    assert made["unmatched"] == 2, "one was removed before it was moved, one was never there"
+    table, told = with_ids(Birth(9), 3, made, None)
+    assert told == {"unmatched": 2}
+    assert rows_told("edit_picks", [{"name": "m1", **told}]) == [
+        "edit_picks: 2 rows without effect, for the particle is not there (another picking, or it is not accepted): m1 (2)"
+    ]
+    assert set(table["particle_id"].tolist()) >= set(make_ids(1, 3, np.array([0, 2])).tolist())
+
+
+def test_a_removal_with_its_place_holds_for_another_picking() -> None:
+    """20 px = 40 A: the second particle, found 0.4 px away by the pick of then; 1.5 px away is another particle."""
+    gone = int(make_ids(7, 3, np.array([1]))[0])
+    assert (
+        _edited({"action": "remove", "id": gone, "place": (20.4, 20.0)})["left_out_id"].tolist() == make_ids(1, 3, np.array([1])).tolist()
+    )
+    assert _edited({"action": "remove", "id": gone, "place": (21.5, 20.0)})["unmatched"] == 1

@@ -359,6 +359,7 @@ def nothing_fits(label: str, missing: dict[str, int]) -> InputError:
 
 _TOLD = {
     "twice": "left out, for the particle is there already",
+    "unmatched": "without effect, for the particle is not there (another picking, or it is not accepted)",
     "unproven": "with an id that is not of this project, or names another particle here: born again with an id of this step",
 }
 

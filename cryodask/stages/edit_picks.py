@@ -15,6 +15,7 @@ from pydantic import Field
 from cryodask.errors import InputError
 from cryodask.products import Product
 from cryodask.stage import Output, Params, SourceFile, stage
+from cryodask.store.claims import SAME_PLACE_PX
 from cryodask.store.identity import parse_id
 
 REASONS = {1: "it was removed by hand"}
@@ -31,7 +32,7 @@ class EditPicksParams(Params):
 
 ACTIONS = ("add", "move", "remove")
 Edit = dict[str, Any]
-"""``action``, ``place`` (y, x in pixels, of add and move) and ``id`` (of move and remove)."""
+"""``action``, ``place`` (y, x in pixels; of a particle that is removed where it lay, if that is said) and ``id`` (of move and remove)."""
 
 
 def read_edits(path: str | Path) -> dict[str, list[Edit]]:
@@ -69,7 +70,7 @@ def _edit(row: dict[str, str]) -> Edit:
         near = difflib.get_close_matches(action, ACTIONS, 1, 0.5)
         raise InputError(f"{action!r} is not an edit of picks.", "", f"write {near[0]}" if near else "write add, move or remove")
     edit: Edit = {"action": action}
-    if action != "remove":
+    if action != "remove" or (row.get("y") and row.get("x")):
         edit["place"] = _place(row)
     if action != "add":
         if not row.get("particle_id"):
@@ -122,7 +123,8 @@ def edit_picks(
     """Applies the edits of a person to the picks of an exposure.
 
     A pick that is moved keeps its id, one that is removed is stored with that reason, and one that is added is born here: it is known again
-    by its place, and counts once where it is listed twice.
+    by its place, and counts once where it is listed twice. A removal that says where the particle lay holds for what another picking finds
+    there. Of edits whose particle is not there the run says how many there are.
     """
     pixel = float(pixel_size_angstrom)
     ids = np.asarray(particle_id, np.int64)
@@ -131,13 +133,17 @@ def edit_picks(
     row_of = {int(one): i for i, one in enumerate(ids.tolist())}
     kept = np.ones(len(ids), bool)
     added: list[tuple[float, float]] = []
+    unmatched = 0
     for edit in pick_edits or ():
         if edit["action"] == "add":
             added.append(edit["place"])
             continue
         known = row_of.get(edit["id"])
-        if known is None:
-            continue  # of another birth, or not accepted any more: there is nothing to move or remove
+        if known is None and edit["action"] == "remove" and "place" in edit:
+            known = _at(places, edit["place"])
+        if known is None or not kept[known]:
+            unmatched += 1  # of another birth, or not accepted any more: there is nothing to move or remove
+            continue
         if edit["action"] == "move":
             places[known] = edit["place"]
         else:
@@ -154,4 +160,11 @@ def edit_picks(
         "pick_score": np.concatenate([score[kept], np.zeros(len(new), np.float32)]),
         "left_out_id": ids[~kept],
         "left_out_reason": np.ones(int((~kept).sum()), np.int8),
+        "unmatched": unmatched,
     }
+
+
+def _at(places: np.ndarray, place: tuple[float, float]) -> int | None:
+    """The particle at a place."""
+    distance = np.hypot(*(places - np.asarray(place)).T)
+    return int(distance.argmin()) if len(places) and distance.min() <= SAME_PLACE_PX else None

@@ -86,13 +86,14 @@ def with_ids(
     -------
     dict, dict
         All values, and what the run has to tell: ``twice``, how many rows were dropped because their particle is there already, and
-        ``unproven``, how many came with an id that is not theirs here.
+        ``unproven``, how many came with an id that is not theirs here, and ``unmatched``, how many edits concern particles that are not
+        there.
     """
     found = dict(given)
     if "claimed_id" in given:
         found |= proven(row, given, known if known is not None else known_of(()))
     table, kept = _settle(birth, row, found, known)
-    told: dict[str, int] = {}
+    told = {"unmatched": int(given.get("unmatched", 0))}
     if "claimed_id" in given:
         told["unproven"] = int((kept & (np.asarray(given["claimed_id"]) > 0) & (found["particle_id"] == 0)).sum())
     out = dict(given)
