@@ -235,7 +235,8 @@ class ProjectImport:
         self.other, self.ref = opened(step.params)
         self.ids = self.other.sets.ids(self.ref)
         self._book = BirthBook(self.other)
-        self._rows = {item.content: item for item in self.other.items()}
+        # with those that it has forgotten: they have no particles in the set, but are what they were
+        self._rows = {item.content: item for item in (*self.other.registered().values(), *self.other.items())}
         self._names = OF_EXPOSURES
         parts = [p for p in PARTICLE_PARTS if p in self.ref.parts]
         self._columns = self.other.sets.columns(self.ref, self.ids, parts)
@@ -279,21 +280,23 @@ class ProjectImport:
             column = self._columns.get(stored.get(name, name))
             if column is not None:
                 out[name] = column[here]
-        if other is None:
-            return {"foreign_values": out}
-        for name in self._names:
-            known = self.other.sets.of_exposures(self.ref, np.array([other.row]), [name]) if not _is_bulk(name) else {}
-            if name in known:
-                out[name] = float(known[name][0])
+        if other is not None:
+            for name in (n for n in self._names if not _is_bulk(n)):
+                known = self.other.sets.of_exposures(self.ref, np.array([other.row]), [name])
+                if name in known:
+                    out[name] = float(known[name][0])
+        # one number of the exposure, also where the other project has none of its particles now
+        image_pixel = out.pop("particle_pixel_size_angstrom", here[:0])
+        out["particle_pixel_size_angstrom"] = float(image_pixel[0]) if len(image_pixel) else np.nan
         pixel = float(out.get("pixel_size_angstrom", 1.0))
         out["placed"] = "position_y_angstrom" in self._columns
         for axis in ("y", "x"):
             place = self._columns.get(f"position_{axis}_angstrom")
             out[f"pick_{axis}"] = place[here] / pixel if place is not None else np.zeros(len(here))
+        if other is None:
+            return {"foreign_values": out}
         if out["placed"]:
             out["claimed_y"], out["claimed_x"] = self._born_at(other.row, ids, out["pick_y"], out["pick_x"])
-        if "particle_pixel_size_angstrom" in out:
-            out["particle_pixel_size_angstrom"] = float(out["particle_pixel_size_angstrom"][0]) if len(here) else np.nan
         if self._images is not None and len(here):
             places = image_places(self.other, self.ref, ids)
             out["bulk"]["particle_image"] = (str(places.images[int(places.giver[0])].path), int(places.row[0]), places.slot, None)
@@ -360,6 +363,7 @@ def nothing_fits(label: str, missing: dict[str, int]) -> InputError:
 _TOLD = {
     "twice": "left out, for the particle is there already",
     "unproven": "with an id that is not of this project, or names another particle here: born again with an id of this step",
+    "none_left": "no longer in its source: these exposures have no particles of it now",
 }
 
 
