@@ -11,6 +11,7 @@ import yaml
 from test_identity import write
 
 from cryodask.errors import MicrographError
+from cryodask.formats.star import read_particles
 from cryodask.interop import export_relion
 from cryodask.run.execute import run_plan
 from cryodask.run.progress import Progress
@@ -146,6 +147,17 @@ def test_an_exposure_that_fails_in_its_birth_has_no_particles_later(folder, clie
     assert found[0] < everything[0]
     (folder / "aside.star").rename(picks / "movie_0002.star")
     assert counts(run(folder, client, pipeline, "own", movies=True)[0], *labels) == everything
+
+
+def test_a_pooled_project_is_exported_as_its_source(folder, client):
+    project, _ = run(folder, client, [{"import_project": {"project": "p", "step": "extract"}}], "pool")
+    export_relion(project, folder / "pooled")
+    one, other = (read_particles(folder / f / "particles.star") for f in ("relion", "pooled"))
+    names = ("pixel_size_angstrom", "voltage_kv", "particle_pixel_size_angstrom", "defocus_u_angstrom", "particle_y")
+    for name in names:
+        np.testing.assert_allclose(np.sort(other[name]), np.sort(one[name]), rtol=1e-6, err_msg=name)
+    found = [(folder / f / "micrographs_ctf.star").read_text().partition("data_")[2] for f in ("relion", "pooled")]
+    assert found[0] == found[1]
 
 
 def test_a_value_of_another_number_of_dimensions_is_refused_at_the_commit(tmp_path):
