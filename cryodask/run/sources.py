@@ -164,13 +164,30 @@ def _particles(plan: Plan, project: Project | None, step: Step) -> list[Arrival]
     if not len(found.table):
         raise _empty(Path(step.params.star))
     path = source_name(plan, project.state if project is not None else None, step.params.star)
+    known = _known_names(project, path)
+    listed = set(found.table.micrographs)
     out = []
     for code, name in enumerate(found.table.micrographs):
         inputs: dict[str, Any] = {"particles_path": plan.relative(step.params.star), "micrograph_name": name, "source": step.label}
         stack = found.stack_of(code)
         if stack is not None:
             inputs["stack_path"] = plan.relative(stack)
-        out.append(Arrival(Path(name).stem, f"table:{path}:{name}", inputs))
+            former = known.get((Path(name).name, inputs["stack_path"]), name)
+            inputs["micrograph_name"] = former if former not in listed else name
+        out.append(Arrival(Path(name).stem, f"table:{path}:{inputs['micrograph_name']}", inputs))
+    return out
+
+
+def _known_names(project: Project | None, path: str) -> dict[tuple[str, str], str]:
+    """What a table called its micrographs when they were first read, by name without folder and stack.
+
+    The folder says where another program has the micrograph, and nothing of its particles.
+    """
+    out: dict[tuple[str, str], str] = {}
+    for item in project.registered().values() if project is not None else ():
+        name = str(item.inputs.get("micrograph_name", ""))
+        if name and "stack_path" in item.inputs and item.content == f"table:{path}:{name}":
+            out.setdefault((Path(name).name, str(item.inputs["stack_path"])), name)
     return out
 
 
