@@ -172,22 +172,23 @@ def _particles(plan: Plan, project: Project | None, step: Step) -> list[Arrival]
         stack = found.stack_of(code)
         if stack is not None:
             inputs["stack_path"] = plan.relative(stack)
-            former = known.get((Path(name).name, inputs["stack_path"]), name)
-            inputs["micrograph_name"] = former if former not in listed else name
+        former, its_stack = known.get(Path(name).name, (name, None))
+        if former not in listed and (stack is None or its_stack in (None, inputs["stack_path"])):
+            inputs["micrograph_name"] = former
         out.append(Arrival(Path(name).stem, f"table:{path}:{inputs['micrograph_name']}", inputs))
     return out
 
 
-def _known_names(project: Project | None, path: str) -> dict[tuple[str, str], str]:
-    """What a table called its micrographs when they were first read, by name without folder and stack.
+def _known_names(project: Project | None, path: str) -> dict[str, tuple[str, str | None]]:
+    """What a table called its micrographs before, and the stack of each, by name without folder.
 
-    The folder says where another program has the micrograph, and nothing of its particles.
+    The folder says where another program has the micrograph, and nothing of its particles; another stack holds other particles.
     """
-    out: dict[tuple[str, str], str] = {}
+    out: dict[str, tuple[str, str | None]] = {}
     for item in project.registered().values() if project is not None else ():
         name = str(item.inputs.get("micrograph_name", ""))
-        if name and "stack_path" in item.inputs and item.content == f"table:{path}:{name}":
-            out.setdefault((Path(name).name, str(item.inputs["stack_path"])), name)
+        if name and item.content == f"table:{path}:{name}":
+            out[Path(name).name] = name, item.inputs.get("stack_path")
     return out
 
 
