@@ -10,10 +10,11 @@ import pytest
 import yaml
 from test_identity import write
 
-from cryodask.errors import MicrographError
+from cryodask.errors import MicrographError, ProjectFileError
 from cryodask.formats.star import read_micrographs, read_particles
 from cryodask.interop import export_relion
-from cryodask.run.execute import run_plan
+from cryodask.run.execute import check_inputs, run_plan
+from cryodask.run.preview import preview
 from cryodask.run.progress import Progress
 from cryodask.run.recipe import make_plan
 from cryodask.simulate import SessionParams, simulate_session
@@ -162,6 +163,44 @@ def test_a_micrograph_whose_folder_is_called_otherwise_is_the_same(folder, clien
     assert len(project.registered()) == PARAMS.movies
     assert (project.particles("import_particles")["particle_id"].values == found).all()
     assert {label: [r["time"] for r in project.records(label).values()] for label in project.stages} == before
+
+
+@pytest.mark.parametrize("what", ["table", "picks", "edits"])
+def test_a_file_that_was_read_still_fits_when_movies_are_renamed(folder, client, what):
+    shutil.copytree(folder / "relion/coordinates", folder / "picks")
+    one = Project(folder / "p").particles("extract").isel(particle=0)
+    (folder / "edits.csv").write_text(f"micrograph,action,y,x,particle_id\n{one['micrograph'].item()},add,100,100,\n")
+    steps = {
+        "table": {"import_particles as back": {"star": "relion/particles.star", "images": False, "from": {"exposures": "ctf"}}},
+        "picks": {"import_picks as back": {"folder": "picks", "from": {"exposures": "ctf"}}},
+        "edits": {"edit_picks as back": {"file": "edits.csv"}},
+    }
+    pipeline = [*PICKED[:3], steps[what], {"extract as again": PICKED[3]["extract"]}]
+    project, _ = run(folder, client, pipeline, "own", movies=True)
+    before = {label: [r["time"] for r in project.records(label).values()] for label in project.stages}
+    for movie in (folder / "movies").iterdir():
+        movie.rename(movie.with_name(f"new_{movie.name}"))
+    assert preview(make_plan(folder / "own.yaml")).problems == []
+    project, said = run(folder, client, pipeline, "own", movies=True)
+    assert not any("left out" in line for line in said)
+    assert {label: [r["time"] for r in project.records(label).values()] for label in project.stages} == before
+
+
+def test_a_dry_run_knows_exposures_by_the_names_that_a_run_will_know(folder, client):
+    pipeline = [*PICKED[:2], {"select_exposures": {"leave_out": ["movie_0002"]}}]
+    run(folder, client, pipeline, "own", movies=True)
+    project = Project(folder / "own")
+
+    def refused(sentence: str) -> None:
+        assert [sentence in problem for problem in preview(make_plan(folder / "own.yaml")).problems] == [True]
+        with pytest.raises(ProjectFileError, match=sentence):
+            check_inputs(make_plan(folder / "own.yaml"))
+
+    project.forget_exposures(["movie_0002"])
+    refused("which was forgotten")
+    project.forget_exposures(["movie_0002"], undo=True)
+    (folder / "movies/movie_0002.tif").rename(folder / "movies/other.tif")
+    refused("'movie_0002', which is called 'other' now")
 
 
 def test_a_pooled_project_is_exported_as_its_source(folder, client):
