@@ -12,6 +12,7 @@ import yaml
 from cryodask.errors import ProjectFileError, StarError
 from cryodask.formats import star
 from cryodask.formats.mrc import write_mrc
+from cryodask.products import columns_of
 from cryodask.store.birthbook import BirthBook
 from cryodask.store.claims import birth_marks
 from cryodask.store.files import disk_errors
@@ -56,9 +57,20 @@ def export_relion(project: Project, folder: str | Path) -> list[Path]:
         return [*written, *_particles(project, out), *_classes(project, out), *_maps(project, out)]
 
 
-def _optics(project: Project) -> dict[str, np.ndarray]:
-    registry = project.micrographs()
-    return {str(n): registry[n].values for n in registry.data_vars if "micrograph" in registry[n].dims}
+def _optics(project: Project) -> dict[str, dict[str, float]]:
+    """Numbers of exposures by name: what the registry has, and optics that steps gave (those of an import are its columns)."""
+    items, out = project.items(), dict[str, dict[str, float]]()
+    for variable in (str(n) for n, v in project.micrographs().data_vars.items() if v.dims == ("micrograph",) and v.dtype.kind == "f"):
+        out[variable] = {item.name: float(v) for item in items if (v := project.value_of(item, variable)) is not None}
+    givers = (project.step(label).product("exposures") for label in project.stages)
+    places = list(dict.fromkeys(ref.parts["optics"] for ref in givers if ref is not None and "optics" in ref.parts))
+    names = {item.row: item.name for item in items}
+    for variable in columns_of("exposures", "optics"):
+        found = [known for place in places if (known := project.sets.exposure_values(place, variable)) is not None]
+        values = {names[row]: float(v) for rows, vs in found for row, v in zip(rows.tolist(), vs) if row in names and np.isfinite(v)}
+        if values:
+            out[variable] = {**out.get(variable, {}), **values}
+    return out
 
 
 def _micrographs(project: Project, out: Path) -> list[Path]:
@@ -66,7 +78,7 @@ def _micrographs(project: Project, out: Path) -> list[Path]:
     if image is None:
         return []
     pictures = {str(n): d["micrograph_dw"].sel(micrograph=n) for d in project.by_image_size(image) for n in d["micrograph"].values}
-    values = {n: dict(zip(project.micrographs()["micrograph"].values.tolist(), v)) for n, v in _optics(project).items()}
+    values = _optics(project)
     fits = project[ctf] if ctf is not None and "defocus_u_angstrom" in project[ctf] else None
     figures = project[image]
     names = [n for n in figures["micrograph"].values if fits is None or n in set(fits["micrograph"].values)]
@@ -155,10 +167,9 @@ def _particles(project: Project, out: Path) -> list[Path]:
         renamed |= {f"origin_{axis}_angstrom": f"class_origin_{axis}_angstrom" for axis in "yx"}
         columns |= {name: particles[old].values for name, old in renamed.items()}
     pixel, box = float(particles.attrs["particle_pixel_size_angstrom"]), int(particles.sizes["x"])
-    registry = project.micrographs()
-    if "pixel_size_angstrom" in registry:
-        by_name = dict(zip(registry["micrograph"].values.tolist(), registry["pixel_size_angstrom"].values))
-        columns["pixel_size_angstrom"] = np.array([float(by_name[n]) for n in particles["micrograph"].values])
+    by_name = _optics(project).get("pixel_size_angstrom", {})
+    if by_name:
+        columns["pixel_size_angstrom"] = np.array([by_name[n] for n in particles["micrograph"].values])
     columns |= _births(project, particles, columns.get("pixel_size_angstrom"))
     columns |= {
         "micrograph_name": np.array([f"micrographs/{n}.mrc" for n in particles["micrograph"].values], dtype=object),

@@ -155,7 +155,22 @@ class Chain:
                 generation.journal.undo(item.row, item.name, outdated, "made from other particles, another import, or in another data set")
             generation.commit_failure(item.row, item.name, error, message, tries, **made.entries(), revision=item.revision)
             generation.journal.close()
+            self._undo_what_rests_on(link, item)
             return
+
+    def _undo_what_rests_on(self, failed: Link, item: Item) -> None:
+        """Results of later stages from what the failed one gave before: without its result they would not be there."""
+        without = {failed.label}
+        for link in self.links[self.links.index(failed) + 1 :]:
+            taken = {label for source in link.source.values() for label in source.split("|")}
+            if not without & {*taken, link.within}:
+                continue
+            without.add(link.label)
+            journal = self._journals(link).journal
+            crcs = [crc for crc, old in journal.read().lines.get(item.row, []) if old["ok"]]
+            if crcs:
+                journal.undo(item.row, item.name, crcs, f"step {failed.label}, on which it rests, failed")
+                journal.close()
 
     def _due_now(self, link: Link, item: Item) -> Made:
         """What the result of an item has to be made from, with what this run has done already."""
@@ -310,6 +325,12 @@ class Chain:
 
 
 def _known(name: str, item: Item, values: dict[str, Any]) -> Any:
+    if name not in values and name == "coordinates_path":
+        raise MicrographError(
+            f"There is no file of picks for {item.name}.",
+            "it was removed or renamed, or nothing was picked there",
+            "put the file into the folder of picks, as NAME.star or NAME_anything.star; without it the exposure has no particles",
+        )
     if name not in values:
         raise MicrographError(f"{item.name} has no {name}.", "its row of the STAR file is incomplete", "complete or remove the row")
     return values[name]

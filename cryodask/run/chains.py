@@ -133,6 +133,9 @@ class ChainMaker:
         taken = next((p for s in steps for p in s.inputs.get("exposures", ())), None)
         ref = Refer(self.plan, self.project.state).product(taken or exposures)
         rows = set(exposure_rows(self.project, ref, exposures.sources).tolist())
+        for step in (s for s in steps if not s.inputs and s.stage.gives_birth(s.params)):
+            # what it gave of an exposure that its file has no longer must be told that nothing is left
+            rows |= set(self.project.generation(step.label).committed())
         return [i for i in items if i.row in rows]
 
     # --- links ----------------------------------------------------------------------------------------------------------------

@@ -71,16 +71,37 @@ def look_ahead(plan: Plan, project: Project | None, listing: list[Arrival], aske
 
 
 def _unknown_exposures(plan: Plan, project: Project | None, listing: list[Arrival]) -> Iterator[str]:
-    """Exposures that parameters name and nobody knows."""
-    known = {a.name for a in listing} | {item.name for item in (project.items() if project is not None else ())}
+    """Exposures that parameters name and that the run will not know by that name."""
+    named = {step.label: step.stage.exposures_named(step.params) for step in plan.steps}
+    if not any(named.values()):
+        return
+    known, forgotten = {a.name for a in listing}, set[str]()
+    former: dict[str, str] = {}
+    if project is not None:
+        after = Project(project.path)  # it shows the listing, and the other one must not
+        if listing:
+            after.foresee_exposures(listing)
+        names = {item.row: item.name for item in after.items()}
+        known, forgotten = set(names.values()), after.forgotten()
+        former = {name: names[row] for name, row in after.former_names().items() if row in names}
     for step in plan.steps:
-        unknown = [name for name in step.stage.exposures_named(step.params) if name not in known]
-        if unknown and known:
-            stem = Path(unknown[0]).stem
-            near = [stem] if stem in known else difflib.get_close_matches(unknown[0], known, 1, 0.5)
-            more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        reads = step.stage.shape == "map"  # a file of its own, which may be older than the names of now
+        unknown = [name for name in named[step.label] if name not in known and not (reads and name in former)]
+        if not unknown or not known:
+            continue
+        first, stem = unknown[0], Path(unknown[0]).stem
+        near = [stem] if stem in known else difflib.get_close_matches(first, known, 1, 0.5)
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        if first in forgotten:
             yield (
-                f"{step.label} names the exposure {unknown[0]!r}{more}, which the inputs do not have."
+                f"{step.label} names the exposure {first!r}{more}, which was forgotten: it is left out anyway. Remove the name, or "
+                "take the exposure in again with cryodask forget --undo."
+            )
+        elif first in former:
+            yield f"{step.label} names the exposure {first!r}{more}, which is called {former[first]!r} now. Write that name."
+        else:
+            yield (
+                f"{step.label} names the exposure {first!r}{more}, which the inputs do not have."
                 + (f" Did you mean {near[0]!r}?" if near else "")
             )
 

@@ -62,25 +62,44 @@ class Import(Protocol):
 def imports_of(project: Project, steps: Iterable[Step]) -> dict[str, Import]:
     """The imports among some steps, by label."""
     out: dict[str, Import] = {}
+    former = Former(project)
     for step in steps:
         if step.stage.name == "import_project":
             out[step.label] = ProjectImport(step, project)
         if step.stage.name == "import_particles":
-            out[step.label] = TableImport(step)
+            out[step.label] = TableImport(step, former)
         elif step.stage.name == "import_picks":
-            out[step.label] = PicksImport(Path(step.params.folder))
+            out[step.label] = PicksImport(Path(step.params.folder), former)
         elif step.stage.name == "edit_picks" and step.params.file:
-            out[step.label] = EditsImport(Path(step.params.file))
+            out[step.label] = EditsImport(Path(step.params.file), former)
     return out
+
+
+class Former:
+    """What exposures were called before: a file that was written then speaks of them by these names."""
+
+    def __init__(self, project: Project | None = None) -> None:
+        self._names: dict[int, list[str]] = {}
+        for name, row in project.former_names().items() if project is not None else ():
+            self._names.setdefault(row, []).append(name)
+
+    def names(self, item: Item) -> list[str]:
+        """All names of an exposure, the present one first, then the latest."""
+        return [item.name, *reversed(self._names.get(item.row, ()))]
+
+    def all(self) -> set[str]:
+        """All names that an exposure had before."""
+        return {name for names in self._names.values() for name in names}
 
 
 class TableImport:
     """Rows of a particle table, by micrograph; each travels with its exposure, so that no worker reads the table."""
 
-    def __init__(self, step: Step) -> None:
+    def __init__(self, step: Step, former: Former | None = None) -> None:
         from cryodask.formats.star import find_beside
         from cryodask.stages.import_particles import read_table
 
+        self._former = former or Former()
         self.path = str(step.params.star)
         self.table = read_table(self.path)
         self._images = bool(step.params.images)
@@ -98,7 +117,8 @@ class TableImport:
         return next((self._stacks[i] for i in used if self._stacks[i] is not None), None)
 
     def _code(self, item: Item) -> int | None:
-        return self._codes.get(str(item.inputs.get("micrograph_name")), self._stems.get(item.name))
+        named = self._codes.get(str(item.inputs.get("micrograph_name")))
+        return named if named is not None else next((self._stems[n] for n in self._former.names(item) if n in self._stems), None)
 
     def _rows(self, item: Item) -> np.ndarray:
         code = self._code(item)
@@ -148,7 +168,8 @@ def row_digests(table: Any) -> np.ndarray:
 class PicksImport:
     """STAR files of picks: ``NAME.star`` or ``NAME_anything.star`` of each micrograph, never that of a longer name."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, former: Former | None = None) -> None:
+        self._former = former or Former()
         self._files = sorted(folder.glob("*.star"), reverse=True)
         if not self._files:
             raise InputError(f"There is no STAR file in {folder}.", "a typo in the path", "give the folder with the picks")
@@ -171,10 +192,11 @@ class PicksImport:
 
     def settle(self, names: Iterable[str]) -> None:
         """Names of all micrographs of the project: a file belongs to the longest that fits."""
-        self._names = frozenset(names)
+        self._names = frozenset(names) | self._former.all()
 
     def _file(self, item: Item) -> Path | None:
-        return self.among(self._names | {item.name}).get(item.name)
+        found = self.among(self._names if item.name in self._names else self._names | {item.name})
+        return next((found[name] for name in self._former.names(item) if name in found), None)
 
     def values(self, item: Item) -> dict[str, Any]:
         """Path of the exposure's file of picks, where it has one."""
@@ -187,7 +209,7 @@ class PicksImport:
 
     def left_out(self, items: Iterable[Item]) -> tuple[dict[str, int], bool]:
         """Files of micrographs that are none of these exposures."""
-        known = set(self.among(self._names | {item.name for item in items}).values())
+        known = {self._file(item) for item in items}
         unknown = [path for path in self._files if path not in known]
         return {path.name: 1 for path in unknown}, len(unknown) == len(self._files)
 
@@ -200,14 +222,17 @@ class PicksImport:
 class EditsImport:
     """Edits of picks by a person, by micrograph."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, former: Former) -> None:
         from cryodask.stages.edit_picks import read_edits
 
-        self._edits = read_edits(path)
+        self._edits, self._former = read_edits(path), former
+
+    def _of(self, item: Item) -> list[dict[str, Any]]:
+        return next((self._edits[name] for name in self._former.names(item) if name in self._edits), [])
 
     def values(self, item: Item) -> dict[str, Any]:
         """Edits of the exposure, in the order of the table."""
-        return {"pick_edits": self._edits.get(item.name, [])}
+        return {"pick_edits": self._of(item)}
 
     def claims(self) -> frozenset[int]:
         """None: the picks that pass are given with their ids."""
@@ -215,13 +240,13 @@ class EditsImport:
 
     def left_out(self, items: Iterable[Item]) -> tuple[dict[str, int], bool]:
         """Edits of micrographs that are none of these exposures."""
-        names = {item.name for item in items}
+        names = {name for item in items for name in self._former.names(item)}
         unknown = {name: len(edits) for name, edits in self._edits.items() if name not in names}
         return unknown, bool(unknown) and len(unknown) == len(self._edits)
 
     def digest(self, item: Item) -> str:
         """Of these edits."""
-        edits = self._edits.get(item.name, [])
+        edits = self._of(item)
         return hashlib.blake2b(repr(edits).encode(), digest_size=8).hexdigest() if edits else "none"
 
 
@@ -235,7 +260,8 @@ class ProjectImport:
         self.other, self.ref = opened(step.params)
         self.ids = self.other.sets.ids(self.ref)
         self._book = BirthBook(self.other)
-        self._rows = {item.content: item for item in self.other.items()}
+        # with those that it has forgotten: they have no particles in the set, but are what they were
+        self._rows = {item.content: item for item in (*self.other.registered().values(), *self.other.items())}
         self._names = OF_EXPOSURES
         parts = [p for p in PARTICLE_PARTS if p in self.ref.parts]
         self._columns = self.other.sets.columns(self.ref, self.ids, parts)
@@ -279,21 +305,23 @@ class ProjectImport:
             column = self._columns.get(stored.get(name, name))
             if column is not None:
                 out[name] = column[here]
-        if other is None:
-            return {"foreign_values": out}
-        for name in self._names:
-            known = self.other.sets.of_exposures(self.ref, np.array([other.row]), [name]) if not _is_bulk(name) else {}
-            if name in known:
-                out[name] = float(known[name][0])
+        if other is not None:
+            for name in (n for n in self._names if not _is_bulk(n)):
+                known = self.other.sets.of_exposures(self.ref, np.array([other.row]), [name])
+                if name in known:
+                    out[name] = float(known[name][0])
+        # one number of the exposure, also where the other project has none of its particles now
+        image_pixel = out.pop("particle_pixel_size_angstrom", here[:0])
+        out["particle_pixel_size_angstrom"] = float(image_pixel[0]) if len(image_pixel) else np.nan
         pixel = float(out.get("pixel_size_angstrom", 1.0))
         out["placed"] = "position_y_angstrom" in self._columns
         for axis in ("y", "x"):
             place = self._columns.get(f"position_{axis}_angstrom")
             out[f"pick_{axis}"] = place[here] / pixel if place is not None else np.zeros(len(here))
+        if other is None:
+            return {"foreign_values": out}
         if out["placed"]:
             out["claimed_y"], out["claimed_x"] = self._born_at(other.row, ids, out["pick_y"], out["pick_x"])
-        if "particle_pixel_size_angstrom" in out:
-            out["particle_pixel_size_angstrom"] = float(out["particle_pixel_size_angstrom"][0]) if len(here) else np.nan
         if self._images is not None and len(here):
             places = image_places(self.other, self.ref, ids)
             out["bulk"]["particle_image"] = (str(places.images[int(places.giver[0])].path), int(places.row[0]), places.slot, None)
@@ -361,6 +389,7 @@ _TOLD = {
     "twice": "left out, for the particle is there already",
     "unmatched": "without effect, for the particle is not there (another picking, or it is not accepted)",
     "unproven": "with an id that is not of this project, or names another particle here: born again with an id of this step",
+    "none_left": "no longer in its source: these exposures have no particles of it now",
 }
 
 

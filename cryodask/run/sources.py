@@ -164,13 +164,31 @@ def _particles(plan: Plan, project: Project | None, step: Step) -> list[Arrival]
     if not len(found.table):
         raise _empty(Path(step.params.star))
     path = source_name(plan, project.state if project is not None else None, step.params.star)
+    known = _known_names(project, path)
+    listed = set(found.table.micrographs)
     out = []
     for code, name in enumerate(found.table.micrographs):
         inputs: dict[str, Any] = {"particles_path": plan.relative(step.params.star), "micrograph_name": name, "source": step.label}
         stack = found.stack_of(code)
         if stack is not None:
             inputs["stack_path"] = plan.relative(stack)
-        out.append(Arrival(Path(name).stem, f"table:{path}:{name}", inputs))
+        former, its_stack = known.get(Path(name).name, (name, None))
+        if former not in listed and (stack is None or its_stack in (None, inputs["stack_path"])):
+            inputs["micrograph_name"] = former
+        out.append(Arrival(Path(name).stem, f"table:{path}:{inputs['micrograph_name']}", inputs))
+    return out
+
+
+def _known_names(project: Project | None, path: str) -> dict[str, tuple[str, str | None]]:
+    """What a table called its micrographs before, and the stack of each, by name without folder.
+
+    The folder says where another program has the micrograph, and nothing of its particles; another stack holds other particles.
+    """
+    out: dict[str, tuple[str, str | None]] = {}
+    for item in project.registered().values() if project is not None else ():
+        name = str(item.inputs.get("micrograph_name", ""))
+        if name and item.content == f"table:{path}:{name}":
+            out[Path(name).name] = name, item.inputs.get("stack_path")
     return out
 
 

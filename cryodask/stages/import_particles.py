@@ -116,8 +116,8 @@ def import_particles(
     rows = particle_rows
     if rows is None:
         table = read_table(particles_path)
-        where = table.micrographs.index(micrograph_name) if micrograph_name in table.micrographs else 0
-        rows = rows_of(table, table.rows_of(where))
+        known = micrograph_name in table.micrographs
+        rows = rows_of(table, table.rows_of(table.micrographs.index(micrograph_name)) if known else np.zeros(0, np.int64))
     count = len(rows["image_index"])
     if "defocus_u_angstrom" not in rows and params.images:
         raise InputError(f"{particles_path} has no rlnDefocusU.", "the CTF was not estimated before extraction", "estimate it first")
@@ -135,7 +135,8 @@ def import_particles(
     u = column("defocus_u_angstrom")
     ctf = {"defocus_v_angstrom": column("defocus_v_angstrom") if "defocus_v_angstrom" in rows else u, "defocus_u_angstrom": u}
     ctf |= {name: column(name, 0.0) for name in ("defocus_angle_deg", "phase_shift_deg")}
-    images = _images(particles_path, micrograph_name, rows) if params.images else _NoImages()
+    # a table that was imported again may have no rows of an exposure any more
+    images = _images(particles_path, micrograph_name, rows) if params.images and count else _NoImages()
     return {
         "particle_image": images,
         "particle_y": box[0],

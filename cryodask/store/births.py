@@ -86,8 +86,8 @@ def with_ids(
     -------
     dict, dict
         All values, and what the run has to tell: ``twice``, how many rows were dropped because their particle is there already, and
-        ``unproven``, how many came with an id that is not theirs here, and ``unmatched``, how many edits concern particles that are not
-        there.
+        ``unproven``, how many came with an id that is not theirs here; ``none_left``, how many there were of which the source has none now;
+        ``unmatched``, how many edits concern particles that are not there.
     """
     found = dict(given)
     if "claimed_id" in given:
@@ -96,6 +96,7 @@ def with_ids(
     told = {"unmatched": int(given.get("unmatched", 0))}
     if "claimed_id" in given:
         told["unproven"] = int((kept & (np.asarray(given["claimed_id"]) > 0) & (found["particle_id"] == 0)).sum())
+        told["none_left"] = 0 if len(kept) else len(table["particle_id"])
     out = dict(given)
     if not kept.all():
         told["twice"] = int((~kept).sum())

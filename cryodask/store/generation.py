@@ -24,7 +24,7 @@ from cryodask.errors import StoreError
 from cryodask.store import check
 from cryodask.store.files import disk_errors, fsync_folder, write_atomically
 from cryodask.store.journal import Journal, content_crc, decode_value, encode_value
-from cryodask.store.layouts import Grid, as_stored, create_array, fits, layout_of_value, layout_on, name_of_size
+from cryodask.store.layouts import Grid, as_stored, check_dimensions, create_array, fits, layout_of_value, layout_on, name_of_size
 from cryodask.store.lines import Record
 from cryodask.store.shards import Layout, ShardFile, ShardReader, write_shard
 from cryodask.store.table import Table, TableReader, write_compaction
@@ -209,6 +209,7 @@ class Generation:
         with disk_errors(self.path):
             for var in self.gives:
                 value = values[var.name]
+                check_dimensions(var, value, name)
                 if var.kind == "bulk":
                     if not getattr(value, "stored", True):
                         continue  # a movie that is used where it lies

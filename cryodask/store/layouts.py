@@ -53,6 +53,23 @@ def create_array(group: Any, name: str, var: Var, layout: Layout) -> None:
     )
 
 
+def check_dimensions(var: Var, value: Any, name: str) -> None:
+    """Refuse a value that cannot stand in one column with those of other items: the table of all of them could not be read.
+
+    Raises
+    ------
+    MicrographError
+    """
+    found = value.shape if hasattr(value, "shape") else np.shape(value)
+    if len(found) != len(var.dims):
+        wanted = ", ".join(var.dims) or "a single value"
+        raise MicrographError(
+            f"{var.name} of {name} has the shape {tuple(found)}; stored is {wanted}.",
+            "its stage gave no value, or several in place of one",
+            "report it with the name of the stage; the other exposures go on",
+        )
+
+
 def fits(var: Var, value: Any, layout: Layout) -> bool:
     """Whether a value can be stored in a layout without loss."""
     return _has_shape(var, value, layout) and _has_type(value, layout)

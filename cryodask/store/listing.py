@@ -68,6 +68,8 @@ class Rows:
         self.entries: dict[int, Entry] = {}
         self.of_content: dict[str, int] = {}
         self.holder: dict[str, int] = {}
+        self.called: dict[str, set[int]] = {}
+        """Rows that ever had a name."""
 
     def take(self, entry: Entry) -> None:
         """Apply one line."""
@@ -76,6 +78,7 @@ class Rows:
         if old is not None and old.item.content != item.content:
             self.of_content.pop(old.item.content, None)
         self.entries[item.row] = entry
+        self.called.setdefault(item.name, set()).add(item.row)
         self.of_content[item.content] = item.row
         first = self.holder.setdefault(item.name, item.row)
         lost = item.content == unknown_content(item.name) and item.row > first  # a lost row was the later one

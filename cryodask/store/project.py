@@ -157,6 +157,14 @@ class Project:
         """Every exposure that the project ever had, by row; ``NAME~ROW`` where another one has its name now."""
         return dict(self._registry.all())
 
+    def former_names(self) -> dict[str, int]:
+        """Rows by names that they had before, and that no other exposure ever had: files that were written before still use them."""
+        return self._registry.former_names()
+
+    def forgotten(self) -> set[str]:
+        """Names of exposures that were forgotten."""
+        return self._registry.forgotten()
+
     def registry_stamp(self) -> Any:
         """Changes with the registry."""
         self._registry.present()

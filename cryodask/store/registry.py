@@ -82,6 +82,18 @@ class Registry:
         rows = self._rows
         return {row: replace(rows.entries[row].item, name=rows.shown(row)) for row in sorted(rows.entries)}
 
+    def former_names(self) -> dict[str, int]:
+        """Rows by names that they had before, and that no other exposure has or had."""
+        self._look()
+        rows = self._rows
+        alone = {name: next(iter(had)) for name, had in rows.called.items() if len(had) == 1}
+        return {name: row for name, row in alone.items() if rows.entries[row].item.name != name}
+
+    def forgotten(self) -> set[str]:
+        """Names of exposures that were forgotten on purpose."""
+        self._look()
+        return {entry.item.name for row, entry in self._rows.entries.items() if entry.forgotten and self._rows.holds(row)}
+
     def update(self, listing: Iterable[Arrival], *, complete: bool, keep: Container[int] = (), least_row: int = 0) -> Update:
         """Compare a listing as a whole with the registry, and register what it changes (driver only).
 
