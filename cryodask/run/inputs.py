@@ -18,7 +18,7 @@ from cryodask.stage import ExposureView, ParticleSet, SetView
 from cryodask.store.identity import aligned, row_of, rows_in
 from cryodask.store.particles import image_places, particle_columns
 from cryodask.store.project import Project
-from cryodask.store.sets import place_of_row
+from cryodask.store.sets import kept_rows, place_of_row
 from cryodask.store.state import ProductRef
 from cryodask.vocabulary import VARIABLES
 
@@ -92,13 +92,8 @@ def exposure_rows(project: Project, ref: ProductRef, sources: frozenset[str]) ->
 
 
 def _kept_rows(project: Project, place: str, rows: np.ndarray) -> np.ndarray:
-    if not place:
-        return rows
-    generation = project.generation_at(place)
-    record = generation.committed().get(0) if not generation.meta["per_item"] else None
-    if record is None or "exposure_row" not in {*record["shards"], *record["columns"]}:
-        return rows
-    return np.intersect1d(rows, np.asarray(generation.read(record, "exposure_row")))
+    kept = kept_rows(project, place)
+    return rows if kept is None else np.intersect1d(rows, kept)
 
 
 def _has(project: Project, ref: ProductRef, part: str, rows: np.ndarray) -> np.ndarray:

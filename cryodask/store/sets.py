@@ -56,11 +56,18 @@ class SetReader:
 
     # --- which particles ----------------------------------------------------------------------------------------------------
     def ids(self, ref: ProductRef) -> np.ndarray:
-        """Sorted ids `(n,)` int64 of a set."""
+        """Sorted ids `(n,)` int64 of a set: of exposures that the last selection before it keeps."""
         if not ref.ids:
             raise StoreError(f"{ref.step} gives no particles.", "", "ask for a step that does; cryodask info lists them")
         threshold = ref.threshold if self.project.generation_at(ref.ids).meta.get("birth") else None
-        return checked(self._of(ref.ids, (), threshold, alive=True).ids)
+        ids = checked(self._of(ref.ids, (), threshold, alive=True).ids)
+        # the generation may hold exposures that were left out when it was there already: results stay, particles do not count
+        kept = kept_rows(self.project, ref.exposure_ids)
+        if kept is None:
+            return ids
+        rows, counts = row_runs(ids)
+        there = np.isin(rows, kept)
+        return ids if there.all() else ids[np.repeat(there, counts)]
 
     # --- columns ------------------------------------------------------------------------------------------------------------
     def columns(self, ref: ProductRef, ids: np.ndarray, parts: Iterable[str] | None = None) -> dict[str, np.ndarray]:
@@ -218,6 +225,17 @@ class SetReader:
             if not there.all():
                 return Given(given.ids[there], {}, given.row[there], given.slot[there])
         return given
+
+
+def kept_rows(project: Project, place: str) -> np.ndarray | None:
+    """Rows of the exposures that a selection of exposures at a place keeps; None where nothing was selected there (yet)."""
+    if not place or "|" in place:
+        return None
+    generation = project.generation_at(place)
+    record = generation.committed().get(0) if not generation.meta["per_item"] else None
+    if record is None or "exposure_row" not in {*record["shards"], *record["columns"]}:
+        return None
+    return np.asarray(generation.read(record, "exposure_row"))
 
 
 def _first_of(known: list[tuple[np.ndarray, np.ndarray] | None]) -> tuple[np.ndarray, np.ndarray] | None:
