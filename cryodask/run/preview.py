@@ -12,7 +12,7 @@ from cryodask.errors import CryodaskError
 from cryodask.run import sources
 from cryodask.run.chains import ChainMaker, Target, chains_of, stored_per_item
 from cryodask.run.checks import Asked, look_ahead
-from cryodask.run.data_sets import data_sets
+from cryodask.run.data_sets import data_sets, keep_former
 from cryodask.run.due import Known
 from cryodask.run.estimate import Estimator, Source
 from cryodask.run.inputs import step_inputs
@@ -127,6 +127,7 @@ class _Looking:
         self.before = {label: project.state.steps[label] for label in project.stages}
         self.estimator = Estimator(plan, project, movie, self.before)
         known_before = {item.row for item in project.items()}
+        keep_former(plan, project, listing, foresee=True)
         project.foresee_exposures(listing)
         self.items = project.items()
         self.new = {item.row for item in self.items} - known_before
