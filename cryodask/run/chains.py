@@ -322,7 +322,8 @@ class ChainMaker:
         ref = refer.product(step.inputs["particles"][0])
         exposures = step.inputs.get("exposures", ())
         if exposures:
-            ref = ref.model_copy(update={"exposures": refer.product(exposures[0]).parts})
+            taken = refer.product(exposures[0])
+            ref = ref.model_copy(update={"exposures": taken.parts, "optics": taken.optics})
         ids = self.project.sets.ids(ref)
         port = step.stage.port("particles")
         columns = self.project.sets.columns(ref, ids, parts_used(step, port) if port is not None else ())

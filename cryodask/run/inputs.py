@@ -65,7 +65,7 @@ def step_inputs(plan: Plan, project: Project, step: Step) -> StepInputs:
     ref, ids = sets["particles"][0]
     if exposures:
         taken = refer.product(exposures[0])
-        ref = ref.model_copy(update={"exposures": taken.parts, "exposure_ids": taken.ids})
+        ref = ref.model_copy(update={"exposures": taken.parts, "exposure_ids": taken.ids, "optics": taken.optics})
     rows = rows_in(ids)
     usable = np.isin(rows, selected_rows(project, ref))
     needed = step.stage.port("exposures")
@@ -199,7 +199,7 @@ def set_views(plan: Plan, project: Project, inputs: StepInputs) -> dict[str, lis
 
         def read(variable: str) -> np.ndarray:
             place = ref.parts.get(VARIABLES[variable].part.partition(".")[2])
-            known = project.sets.exposure_values(place, variable) if place is not None else None
+            known = project.sets.exposure_values(place, variable, ref.optics) if place is not None else None
             return aligned(known[1].astype(np.float64), place_of_row(rows, known[0])) if known is not None else np.full(len(rows), np.nan)
 
         out["exposures"] = [ExposureView(exposures[0].ref, rows, tuple(names[int(r)] for r in rows), read)]

@@ -54,7 +54,7 @@ class Pins:
             raise WrongStep(f"{name} rests on {what}, which gc or somebody removed. Take another result, or that of now.")
         if not line.finished and not Generation(folder).committed():
             raise WrongStep(f"{name} is not finished: its run was stopped. Take another result, or that of now.")
-        return _as_it_was(product, ref, line)
+        return _as_it_was(product, ref, line, f"{step.label}@{place}")
 
     def _place(self, step: Step, key: str) -> str:
         stage = step.stage.name
@@ -66,7 +66,7 @@ class Pins:
         return f"{stage}/{found[0]}"
 
 
-def _as_it_was(product: Product, ref: ProductRef, line: Line) -> Product:
+def _as_it_was(product: Product, ref: ProductRef, line: Line, name: str) -> Product:
     labels = set(line.steps)
     facts = line.facts.get(f"{product.output}:{product.type}", {})
     image = facts.get("image")
@@ -81,6 +81,7 @@ def _as_it_was(product: Product, ref: ProductRef, line: Line) -> Product:
             sources=exposures.sources or product.sources,
             pinned=True,
             at=line.steps,
+            optics=name,
         )
     return replace(
         product,
@@ -94,6 +95,7 @@ def _as_it_was(product: Product, ref: ProductRef, line: Line) -> Product:
         pinned=True,
         at=line.steps,
         threshold=ref.threshold,
+        optics=name if product.type == "exposures" else "",
         **{name: facts[name] for name in FACTS if name in facts},
     )
 
