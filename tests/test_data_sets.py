@@ -276,3 +276,20 @@ def test_archived_movies_of_a_set_follow_what_is_corrected_of_it(folder, here, m
     project = run(folder, here, [one(), two(place="d9" if moved else "d2", microscope=optics(250, dose=2.0))], steps)
     assert project.scalars()["voltage_kv"].tolist() == [300] * 3 + [250] * 3
     assert {i.data_set for i in project.items()} == {"one", "two"}
+
+
+@pytest.mark.parametrize("place", ["optics", "gain"])
+def test_only_the_exposures_of_the_set_that_changed_are_cut_again(folder, here, place):
+    """Particles and images are of one chain: those of the other set are linked, as a dry run announces it."""
+    write_mrc(folder / "g.mrc", np.full((16, 16), 3.0, np.float32), 1.0)
+    changed = two(microscope=optics(200, dose=5.0)) if place == "optics" else two(gain="g.mrc")
+    steps = STEPS[:4]
+    first = made(run(folder, here, [one(), two()], steps))
+    announced = todo(ahead(folder, [one(), changed], steps))
+    project = run(folder, here, [one(), changed], steps)
+    assert of_exposures(renewed(first, project)) == announced
+    assert announced["toy_extract"] == 3
+    assert {name for (label, name), when in made(project).items() if first[label, name] != when} == {"m003", "m004", "m005"}
+    # undone, all is found
+    assert todo(ahead(folder, [one(), two()], steps)) == {}
+    assert made(run(folder, here, [one(), two()], steps)) == first

@@ -146,7 +146,7 @@ class Execution:
         items = maker.concerned(steps, self.items)
         if self.arrivals is None:
             self._say_what_is_left_out(chain, items)
-        maker.take_over(chain, items)
+        maker.take_over(chain, steps, items)
         todo = chain.unfinished(items, retry_quarantined=self.retry_quarantined)
         rows = {item.row for item in todo}
         names = " > ".join(s.label for s in steps)

@@ -193,12 +193,9 @@ class _Looking:
         if not exists:
             generation = self._foresee(Foreseen(generation.path, self._meta(step, target), {}))
         items = self.maker.concerned([s for s in group if s.label in seen or s is step], self.items)
-        from_steps = {label_of(ref) for p in step.inputs.get("particles", ()) for ref in (p.ids, *p.parts.values())}
-        unsettled = {row for label in from_steps for row in self.lacking.get(label, ())}
-        found = self.maker.known(step, target, generation, items, unsettled)
+        found = self.maker.known(step, target.recipes, generation, items, self.lacking)
         if found.linked:
             self._foresee(Foreseen(generation.path, generation.meta, generation.records() | found.records))
-        self.lacking[step.label] = {item.row for item in items} - found.done - found.failed - set(found.records)
         if self.lacking[step.label]:
             self.stale[step.label] = "known"
         return _Seen(target, found, exists)
