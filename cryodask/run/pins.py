@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 from cryodask.products import ImageFact, Product
@@ -10,7 +11,7 @@ from cryodask.run.graph_chain import Step, WrongStep, labels_of
 from cryodask.store import places
 from cryodask.store.generation import Generation
 from cryodask.store.places import Line
-from cryodask.store.state import ProductRef
+from cryodask.store.state import ProductRef, ProjectState
 
 FACTS = ("frame", "point_group", "copies", "subtracted", "purpose")
 """Facts that parameters of its time have settled. Sources, births and pixel sizes are those of the project."""
@@ -60,10 +61,20 @@ class Pins:
         stage = step.stage.name
         there = sorted(p.name for p in self.folder.glob(f"stages/{stage}/*") if p.suffix != ".part" and (p / "zarr.json").is_file())
         found = [k for k in there if k.startswith(key)]
+        if not found and (days := self._gone(stage, key)):
+            when = "; ".join(f"gc removed {step.label}@{k} on {day}" for k, day in days.items())
+            raise WrongStep(f"{step.label}@{key} is gone: {when}. Take another result, or that of now.")
         if len(found) != 1:
             known = ", ".join(f"{step.label}@{k}" for k in there) or "none"
             raise WrongStep(f"{step.label}@{key} names {len(found) or 'no'} results. There are {known}.")
         return f"{stage}/{found[0]}"
+
+    def _gone(self, stage: str, key: str) -> dict[str, str]:
+        """Keys that begin so of results that gc removed, and the day."""
+        if not (self.folder / "project.json").is_file():
+            return {}
+        removed = {tuple(place.split("/")): when for place, when in ProjectState.read(self.folder).removed.items()}
+        return {k: f"{datetime.fromtimestamp(when):%Y-%m-%d}" for (of, k), when in removed.items() if of == stage and k.startswith(key)}
 
 
 def _as_it_was(product: Product, ref: ProductRef, line: Line, name: str) -> Product:
