@@ -412,3 +412,31 @@ def test_json_of_a_generation_says_where_its_inputs_lie(tmp_path, here):  # noqa
         assert line["finished"]
         assert line["products"] == json.loads(project.step(label).model_dump_json())["products"]
         assert line["inputs"] == json.loads(project.step(label).model_dump_json())["inputs"]
+
+
+def test_a_pin_on_a_result_that_gc_removed_says_so(tmp_path, here):  # noqa: F811
+    folder = session(tmp_path, 2)
+    project = run(folder, here, PIPELINE[:4])
+    place = project.step("toy_extract").place
+    project.state.removed["toy_extract/abcdef012345"] = 1.7e9
+    project.save()
+    for key in ("abcd", "abcdef012345"):
+        with pytest.raises(ProjectFileError, match="gc removed toy_extract@abcdef012345 on 2023-11-1"):
+            run(folder, here, [*PIPELINE[:4], selected(f"toy_extract@{key}")])
+    assert project.step("toy_extract").place == place
+
+
+def test_a_classification_that_is_undone_has_the_choice_that_was_made_for_it(tmp_path, here):  # noqa: F811
+    folder = session(tmp_path, 2)
+
+    def chosen(number: int) -> list:
+        return [*PIPELINE[:4], {"toy_classify": {"number": number}}, {"curate": {"keep": [1]}}]
+
+    run(folder, here, chosen(1))
+    with pytest.raises(ProjectFileError, match="were chosen from"):
+        run(folder, here, chosen(2))
+    run(folder, here, chosen(2), update=["curate"])
+    run(folder, here, chosen(1))
+    run(folder, here, chosen(2))
+    with pytest.raises(ProjectFileError, match="were chosen from"):
+        run(folder, here, chosen(3))

@@ -70,13 +70,17 @@ class StepState(BaseModel):
 
 
 class Choice(BaseModel):
-    """Numbers of classes that a person chose, in a stage, from a step that classified, and the very result whose numbers they are."""
+    """Numbers of classes that a person chose, in a stage, from a step that classified, and the very result whose numbers they are.
+
+    ``earlier``: other results for which the same numbers were chosen before.
+    """
 
     values: list[int]
     place: str
     stage: str = ""
     part: str = ""
     label: str = ""
+    earlier: list[str] = Field(default_factory=list)
 
     @property
     def subject(self) -> str:
