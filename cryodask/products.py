@@ -113,6 +113,7 @@ class Product:
 
     Of an earlier result (``STEP@KEY``) parts and ids are ``LABEL@STAGE/KEY``: exact places. ``pinned``: it is such a result itself. ``at``:
     places, by label, of all steps behind it that are meant as they were then. ``threshold``: the one that held for its ids then.
+    ``optics``: of exposures, the result (``LABEL@STAGE/KEY``) whose optics of then are meant; empty: those of now.
     """
 
     type: str
@@ -139,6 +140,7 @@ class Product:
     pinned: bool = False
     at: dict[str, str] = field(default_factory=dict)
     threshold: float | str | None = None
+    optics: str = ""
 
     @property
     def ref(self) -> str:

@@ -226,3 +226,70 @@ def test_forgotten_exposures_of_a_data_set_that_is_listed_no_longer_come_back_wi
     assert len(run(folder, here, [one()], STEPS[:4]).items()) == 3
     project.forget_exposures(["m003", "m004", "m005"], undo=True)
     assert renewed(before, run(folder, here, [one()], STEPS[:4])) == {}
+
+
+RENAMED = [{**one("two"), "movies": "d1/*.mrc"}]
+
+
+@pytest.mark.parametrize("watched", [False, True], ids=["run", "watched"])
+@pytest.mark.parametrize("in_between", [False, True], ids=["at once", "left before"])
+def test_a_set_keeps_its_optics_when_another_one_takes_its_name(folder, here, in_between, watched):
+    before = made(run(folder, here, [one(), two()]))
+    if in_between:
+        run(folder, here, [one()])
+    shown = ahead(folder, RENAMED)
+    assert todo(shown) == {}
+    said = "3 exposures belong to a former data set two (kept as two~1), no longer in the project file"
+    assert any(w.startswith(said) for w in shown.warnings)
+    told = Told()
+    project = run(folder, here, RENAMED, progress=told, **({"watch": Until(movies=3)} if watched else {}))
+    assert any(text.startswith(said) for text in told.said)
+    assert renewed(before, project) == {}
+    assert project.scalars()["voltage_kv"].tolist() == [300] * 3 + [200] * 3
+    changed = [{"toy_motion": {"number": 2}}, *STEPS[1:]]
+    project = run(folder, here, RENAMED, changed)
+    found = values(project)
+    # it is there again, under any name; and what is corrected reaches the set that is meant
+    before = made(project)
+    assert renewed(before, run(folder, here, [*RENAMED, two("three")], changed)) == {}
+    assert found == from_scratch(folder, here, [one(), two()], changed)
+
+
+def test_a_name_that_passes_on_again_keeps_both_sets_apart(folder, here):
+    movie(folder, "d3", 7)
+    steps = STEPS[:2]
+    third = {**one("two", "d3"), "microscope": optics(100)}
+    run(folder, here, [one(), two()], steps)
+    run(folder, here, RENAMED, steps)
+    project = run(folder, here, [third], steps)
+    assert project.scalars()["voltage_kv"].tolist() == [300] * 3 + [200] * 3 + [100]
+    assert {i.data_set for i in project.items()} == {"two", "two~1", "two~2"}
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["archived", "moved"])
+def test_archived_movies_of_a_set_follow_what_is_corrected_of_it(folder, here, moved):
+    steps = STEPS[:4]
+    run(folder, here, [one(), two()], steps)
+    (folder / "d2" / "m004.mrc").unlink()
+    if moved:
+        (folder / "d2").rename(folder / "d9")
+    project = run(folder, here, [one(), two(place="d9" if moved else "d2", microscope=optics(250, dose=2.0))], steps)
+    assert project.scalars()["voltage_kv"].tolist() == [300] * 3 + [250] * 3
+    assert {i.data_set for i in project.items()} == {"one", "two"}
+
+
+@pytest.mark.parametrize("place", ["optics", "gain"])
+def test_only_the_exposures_of_the_set_that_changed_are_cut_again(folder, here, place):
+    """Particles and images are of one chain: those of the other set are linked, as a dry run announces it."""
+    write_mrc(folder / "g.mrc", np.full((16, 16), 3.0, np.float32), 1.0)
+    changed = two(microscope=optics(200, dose=5.0)) if place == "optics" else two(gain="g.mrc")
+    steps = STEPS[:4]
+    first = made(run(folder, here, [one(), two()], steps))
+    announced = todo(ahead(folder, [one(), changed], steps))
+    project = run(folder, here, [one(), changed], steps)
+    assert of_exposures(renewed(first, project)) == announced
+    assert announced["toy_extract"] == 3
+    assert {name for (label, name), when in made(project).items() if first[label, name] != when} == {"m003", "m004", "m005"}
+    # undone, all is found
+    assert todo(ahead(folder, [one(), two()], steps)) == {}
+    assert made(run(folder, here, [one(), two()], steps)) == first

@@ -9,14 +9,16 @@ import sys
 import _toy_stages  # noqa: F401  its stages are registered
 import numpy as np
 import pytest
+import yaml
 from test_counts import PIPELINE, here, movie, run, session, write  # noqa: F401  here is a fixture
 
 from cryodask.cli import app
 from cryodask.cli_history import open_project
 from cryodask.errors import CryodaskError, InputError, ProjectFileError, StoreError
+from cryodask.run.execute import run_plan
 from cryodask.run.map import MapRunner
 from cryodask.run.preview import preview
-from cryodask.run.recipe import draft_plan
+from cryodask.run.recipe import Plan, draft_plan, make_plan
 from cryodask.stages.select import class_numbers
 from cryodask.store.identity import birth_of
 from cryodask.store.project import Project
@@ -155,6 +157,28 @@ def test_a_pinned_result_that_is_gone_is_refused_by_name_before_work(tmp_path, h
     Project(first.path).collect_garbage()
     with pytest.raises(ProjectFileError, match=rf"toy_poses@{poses} names no results"):
         run(folder, here, [*now, selected(f"toy_poses@{poses}")])
+
+
+@pytest.mark.parametrize("name", ["two", "zwei"])
+def test_a_pinned_result_has_the_optics_of_its_time(tmp_path, here, name):  # noqa: F811
+    folder = session(tmp_path, 3)
+
+    def plan(voltage: int, called: str, *more) -> Plan:
+        optics = {"voltage_kv": voltage, "spherical_aberration_mm": 2.7, "pixel_size_angstrom": 1.0}
+        sets = [{"name": called, "movies": "movies/*.mrc", "microscope": optics}]
+        (folder / "toy.yaml").write_text(yaml.safe_dump({"name": "toy", "inputs": sets, "pipeline": [*PIPELINE[:8], *more]}))
+        return make_plan(folder / "toy.yaml")
+
+    first = run_plan(plan(300, "two"), here)
+    key, then = first.generation("toy_poses").key, first.particles("toy_poses")
+    pinned = {"select": {"where": "voltage_kv == 300", "from": {"particles": f"toy_poses@{key}"}}}
+    project = run_plan(plan(200, name, pinned), here)
+    found = project.particles("select")
+    for column in ("particle_id", "voltage_kv", "defocus_u_angstrom"):
+        assert found[column].values.tolist() == then[column].values.tolist()
+    assert set(project.particles("toy_poses")["voltage_kv"].values) == {200}
+    made = project.step("select").key
+    assert run_plan(plan(100, name, pinned), here).step("select").key == made  # nothing that it is made from has changed
 
 
 # --- gc ----------------------------------------------------------------------------------------------------------------------
@@ -388,3 +412,31 @@ def test_json_of_a_generation_says_where_its_inputs_lie(tmp_path, here):  # noqa
         assert line["finished"]
         assert line["products"] == json.loads(project.step(label).model_dump_json())["products"]
         assert line["inputs"] == json.loads(project.step(label).model_dump_json())["inputs"]
+
+
+def test_a_pin_on_a_result_that_gc_removed_says_so(tmp_path, here):  # noqa: F811
+    folder = session(tmp_path, 2)
+    project = run(folder, here, PIPELINE[:4])
+    place = project.step("toy_extract").place
+    project.state.removed["toy_extract/abcdef012345"] = 1.7e9
+    project.save()
+    for key in ("abcd", "abcdef012345"):
+        with pytest.raises(ProjectFileError, match="gc removed toy_extract@abcdef012345 on 2023-11-1"):
+            run(folder, here, [*PIPELINE[:4], selected(f"toy_extract@{key}")])
+    assert project.step("toy_extract").place == place
+
+
+def test_a_classification_that_is_undone_has_the_choice_that_was_made_for_it(tmp_path, here):  # noqa: F811
+    folder = session(tmp_path, 2)
+
+    def chosen(number: int) -> list:
+        return [*PIPELINE[:4], {"toy_classify": {"number": number}}, {"curate": {"keep": [1]}}]
+
+    run(folder, here, chosen(1))
+    with pytest.raises(ProjectFileError, match="were chosen from"):
+        run(folder, here, chosen(2))
+    run(folder, here, chosen(2), update=["curate"])
+    run(folder, here, chosen(1))
+    run(folder, here, chosen(2))
+    with pytest.raises(ProjectFileError, match="were chosen from"):
+        run(folder, here, chosen(3))

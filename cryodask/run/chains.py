@@ -325,27 +325,42 @@ class ChainMaker:
         ref = refer.product(step.inputs["particles"][0])
         exposures = step.inputs.get("exposures", ())
         if exposures:
-            ref = ref.model_copy(update={"exposures": refer.product(exposures[0]).parts})
+            taken = refer.product(exposures[0])
+            ref = ref.model_copy(update={"exposures": taken.parts, "optics": taken.optics})
         ids = self.project.sets.ids(ref)
         port = step.stage.port("particles")
         columns = self.project.sets.columns(ref, ids, parts_used(step, port) if port is not None else ())
         wanted = {n for n, source in variable_sources(self.plan, step).items() if source == PARTICLES}
         return Slices.of(ids, {n: v for n, v in columns.items() if n in wanted})
 
-    def take_over(self, chain: Chain, items: list[Item]) -> None:
-        """Link what another generation has computed by the same recipe, from the same exposure and particles."""
-        for link in chain.links:
-            generation = self.project.generation_at(f"{link.stage_name}/{link.folder.name}")
-            for other, records in known(self.project, generation, items, chain.due(link, items)).linked:
-                generation.link(other, records)
+    def take_over(self, chain: Chain, steps: list[Step], items: list[Item]) -> None:
+        """Link what other generations have computed by the same recipe, from the same exposure and particles.
 
-    def known(self, step: Step, target: Target, generation: Generation, items: list[Item], unsettled: set[int]) -> Known:
-        """What is there already of a step, as :meth:`take_over` would link it; of ``unsettled`` rows the particles are not known yet."""
+        One step after the other: what is linked of a birth is given to the steps that follow.
+        """
+        lacking: dict[str, set[int]] = {}
+        for link, step in zip(chain.links, steps):
+            generation = self.project.generation_at(f"{link.stage_name}/{link.folder.name}")
+            found = self.known(step, link.recipes, generation, items, lacking)
+            for other, records in found.linked:
+                generation.link(other, records)
+            if link.takes_particles:
+                chain.expected[link.label] = self.slices(step)
+
+    def known(self, step: Step, recipes: dict[str, str], generation: Generation, items: list[Item], lacking: dict[str, set[int]]) -> Known:
+        """What is there already of a step, as a run would link it.
+
+        ``lacking`` are the rows that steps before it have yet to do, whose particles are not known; the step's own are put in.
+        """
         given = self.slices(step) if PARTICLES in variable_sources(self.plan, step).values() else None
-        asked = due(items, target.recipes, given, self.imports([step]).get(step.label))
+        asked = due(items, recipes, given, self.imports([step]).get(step.label))
         if given is not None:
+            before = {label_of(ref) for p in step.inputs.get("particles", ()) for ref in (p.ids, *p.parts.values())}
+            unsettled = {row for label in before for row in lacking.get(label, ())}
             asked |= {row: asked[row]._replace(slice="not known yet") for row in unsettled & asked.keys()}
-        return known(self.project, generation, items, asked)
+        found = known(self.project, generation, items, asked)
+        lacking[step.label] = asked.keys() - found.done - found.failed - found.records.keys()
+        return found
 
 
 def _labels(links: Iterable[Link]) -> set[str]:

@@ -17,7 +17,7 @@ from cryodask.run.blocks import iterate_on_workers
 from cryodask.run.chain import Chain
 from cryodask.run.chains import ChainMaker, Target, chains_of
 from cryodask.run.checks import Asked, look_ahead
-from cryodask.run.data_sets import data_sets
+from cryodask.run.data_sets import data_sets, keep_former
 from cryodask.run.health import scheduler_needed
 from cryodask.run.imports import left_out_text, nothing_fits, rows_told
 from cryodask.run.inputs import SHARED_REASONS, StepInputs, particle_set, step_inputs, whole_values
@@ -64,8 +64,11 @@ class Execution:
         state.reorder([s.label for s in steps])
         self.arrivals: Arrivals | None = None
         if self.until is None:
-            self._look(sources.list_exposures(self.plan, self.project), complete=True)
+            listing = sources.list_exposures(self.plan, self.project)
+            keep_former(self.plan, self.project, listing)
+            self._look(listing, complete=True)
         else:
+            keep_former(self.plan, self.project, None)
             self.arrivals = Arrivals(self.plan, self.project, self.until, self.progress.say)
             self.items = self.project.items()
             self._register(self.arrivals.in_other_sets())
@@ -143,7 +146,7 @@ class Execution:
         items = maker.concerned(steps, self.items)
         if self.arrivals is None:
             self._say_what_is_left_out(chain, items)
-        maker.take_over(chain, items)
+        maker.take_over(chain, steps, items)
         todo = chain.unfinished(items, retry_quarantined=self.retry_quarantined)
         rows = {item.row for item in todo}
         names = " > ".join(s.label for s in steps)

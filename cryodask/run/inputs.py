@@ -18,7 +18,7 @@ from cryodask.stage import ExposureView, ParticleSet, SetView
 from cryodask.store.identity import aligned, row_of, rows_in
 from cryodask.store.particles import image_places, particle_columns
 from cryodask.store.project import Project
-from cryodask.store.sets import place_of_row
+from cryodask.store.sets import kept_rows, place_of_row
 from cryodask.store.state import ProductRef
 from cryodask.vocabulary import VARIABLES
 
@@ -65,7 +65,7 @@ def step_inputs(plan: Plan, project: Project, step: Step) -> StepInputs:
     ref, ids = sets["particles"][0]
     if exposures:
         taken = refer.product(exposures[0])
-        ref = ref.model_copy(update={"exposures": taken.parts, "exposure_ids": taken.ids})
+        ref = ref.model_copy(update={"exposures": taken.parts, "exposure_ids": taken.ids, "optics": taken.optics})
     rows = rows_in(ids)
     usable = np.isin(rows, selected_rows(project, ref))
     needed = step.stage.port("exposures")
@@ -92,13 +92,8 @@ def exposure_rows(project: Project, ref: ProductRef, sources: frozenset[str]) ->
 
 
 def _kept_rows(project: Project, place: str, rows: np.ndarray) -> np.ndarray:
-    if not place:
-        return rows
-    generation = project.generation_at(place)
-    record = generation.committed().get(0) if not generation.meta["per_item"] else None
-    if record is None or "exposure_row" not in {*record["shards"], *record["columns"]}:
-        return rows
-    return np.intersect1d(rows, np.asarray(generation.read(record, "exposure_row")))
+    kept = kept_rows(project, place)
+    return rows if kept is None else np.intersect1d(rows, kept)
 
 
 def _has(project: Project, ref: ProductRef, part: str, rows: np.ndarray) -> np.ndarray:
@@ -204,7 +199,7 @@ def set_views(plan: Plan, project: Project, inputs: StepInputs) -> dict[str, lis
 
         def read(variable: str) -> np.ndarray:
             place = ref.parts.get(VARIABLES[variable].part.partition(".")[2])
-            known = project.sets.exposure_values(place, variable) if place is not None else None
+            known = project.sets.exposure_values(place, variable, ref.optics) if place is not None else None
             return aligned(known[1].astype(np.float64), place_of_row(rows, known[0])) if known is not None else np.full(len(rows), np.nan)
 
         out["exposures"] = [ExposureView(exposures[0].ref, rows, tuple(names[int(r)] for r in rows), read)]

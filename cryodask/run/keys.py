@@ -177,7 +177,10 @@ class Keys:
             sets = inputs.sets.get(port.name, [])
             used = united_parts(step) if port.many else parts_used(step, port)
             upstream[port.name] = [
-                {part: [self._given(p, part, port.type, rows) for p in self._refer.places_of(product, part)] for part in used}
+                {
+                    part: [self._given(p, part, port.type, rows, product.optics) for p in self._refer.places_of(product, part)]
+                    for part in used
+                }
                 for product, rows in zip(
                     step.inputs.get(port.name, ()),
                     [rows_in(ids) for _, ids in sets] if port.type == "particles" else repeat(inputs.rows),
@@ -217,14 +220,14 @@ class Keys:
         recipes = self.project.state.recipes_at(place)
         return str(self._used(recipes) if recipes else self.project.generation_at(place).meta.get("recipe") or place)
 
-    def _given(self, place: str, part: str, kind: str, rows: np.ndarray) -> Any:
+    def _given(self, place: str, part: str, kind: str, rows: np.ndarray, optics: str) -> Any:
         """Digest of what a generation gives some exposures; of one result its key."""
         generation = self.project.generation_at(place)
         if not generation.meta["per_item"]:
             return place
         known = {v.name for v in VARIABLES.values() if v.part == f"{kind}.{part}"}
         if kind == "exposures" and not known & set(generation.meta["gives"]):
-            return self._values(known, rows)
+            return self._values(known, rows, optics)
         table = self.project.table_at(place, ())
         here = np.isin(table.row, rows)
         digest = hashlib.blake2b(digest_size=8)
@@ -232,11 +235,11 @@ class Keys:
         digest.update("".join([f"{row}:{item}:{recipe}:{some};" for row, item, recipe, some in made_from]).encode())
         return digest.hexdigest()
 
-    def _values(self, names: set[str], rows: np.ndarray) -> Any:
+    def _values(self, names: set[str], rows: np.ndarray, optics: str) -> Any:
         """Digest of what the registry and the data sets say of some exposures."""
         wanted = set(rows.tolist())
         items = [i for i in self.project.items() if i.row in wanted]
-        values = {n: self.project.values_of(items, n) for n in sorted(names)}
+        values = {n: self.project.sets.known_outside(items, n, optics) for n in sorted(names)}
         return generation_key({n: _once(v) for n, v in values.items()})
 
 

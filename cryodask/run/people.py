@@ -44,8 +44,10 @@ def check_choice(plan: Plan, project: Project, step: Step, *, confirmed: bool) -
     """
     for choice in _choices(plan, project, step):
         before = _before(plan, project, choice)
-        if before is None or before.place == choice.place or confirmed:
+        if before is None or choice.place in {before.place, *before.earlier} or confirmed:
             if before is not None:
+                # where a classification is undone, these numbers were chosen for it already
+                choice.earlier = [p for p in dict.fromkeys([*before.earlier, before.place]) if p != choice.place]
                 project.state.choices.pop(before.subject, None)
             project.state.choices[choice.subject] = choice
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 from cryodask.products import ImageFact, Product
@@ -10,7 +11,7 @@ from cryodask.run.graph_chain import Step, WrongStep, labels_of
 from cryodask.store import places
 from cryodask.store.generation import Generation
 from cryodask.store.places import Line
-from cryodask.store.state import ProductRef
+from cryodask.store.state import ProductRef, ProjectState
 
 FACTS = ("frame", "point_group", "copies", "subtracted", "purpose")
 """Facts that parameters of its time have settled. Sources, births and pixel sizes are those of the project."""
@@ -54,19 +55,29 @@ class Pins:
             raise WrongStep(f"{name} rests on {what}, which gc or somebody removed. Take another result, or that of now.")
         if not line.finished and not Generation(folder).committed():
             raise WrongStep(f"{name} is not finished: its run was stopped. Take another result, or that of now.")
-        return _as_it_was(product, ref, line)
+        return _as_it_was(product, ref, line, f"{step.label}@{place}")
 
     def _place(self, step: Step, key: str) -> str:
         stage = step.stage.name
         there = sorted(p.name for p in self.folder.glob(f"stages/{stage}/*") if p.suffix != ".part" and (p / "zarr.json").is_file())
         found = [k for k in there if k.startswith(key)]
+        if not found and (days := self._gone(stage, key)):
+            when = "; ".join(f"gc removed {step.label}@{k} on {day}" for k, day in days.items())
+            raise WrongStep(f"{step.label}@{key} is gone: {when}. Take another result, or that of now.")
         if len(found) != 1:
             known = ", ".join(f"{step.label}@{k}" for k in there) or "none"
             raise WrongStep(f"{step.label}@{key} names {len(found) or 'no'} results. There are {known}.")
         return f"{stage}/{found[0]}"
 
+    def _gone(self, stage: str, key: str) -> dict[str, str]:
+        """Keys that begin so of results that gc removed, and the day."""
+        if not (self.folder / "project.json").is_file():
+            return {}
+        removed = {tuple(place.split("/")): when for place, when in ProjectState.read(self.folder).removed.items()}
+        return {k: f"{datetime.fromtimestamp(when):%Y-%m-%d}" for (of, k), when in removed.items() if of == stage and k.startswith(key)}
 
-def _as_it_was(product: Product, ref: ProductRef, line: Line) -> Product:
+
+def _as_it_was(product: Product, ref: ProductRef, line: Line, name: str) -> Product:
     labels = set(line.steps)
     facts = line.facts.get(f"{product.output}:{product.type}", {})
     image = facts.get("image")
@@ -81,6 +92,7 @@ def _as_it_was(product: Product, ref: ProductRef, line: Line) -> Product:
             sources=exposures.sources or product.sources,
             pinned=True,
             at=line.steps,
+            optics=name,
         )
     return replace(
         product,
@@ -94,6 +106,7 @@ def _as_it_was(product: Product, ref: ProductRef, line: Line) -> Product:
         pinned=True,
         at=line.steps,
         threshold=ref.threshold,
+        optics=name if product.type == "exposures" else "",
         **{name: facts[name] for name in FACTS if name in facts},
     )
 

@@ -12,7 +12,7 @@ from cryodask.errors import CryodaskError
 from cryodask.run import sources
 from cryodask.run.chains import ChainMaker, Target, chains_of, stored_per_item
 from cryodask.run.checks import Asked, look_ahead
-from cryodask.run.data_sets import data_sets
+from cryodask.run.data_sets import data_sets, keep_former
 from cryodask.run.due import Known
 from cryodask.run.estimate import Estimator, Source
 from cryodask.run.inputs import step_inputs
@@ -127,6 +127,7 @@ class _Looking:
         self.before = {label: project.state.steps[label] for label in project.stages}
         self.estimator = Estimator(plan, project, movie, self.before)
         known_before = {item.row for item in project.items()}
+        keep_former(plan, project, listing, foresee=True)
         project.foresee_exposures(listing)
         self.items = project.items()
         self.new = {item.row for item in self.items} - known_before
@@ -192,12 +193,9 @@ class _Looking:
         if not exists:
             generation = self._foresee(Foreseen(generation.path, self._meta(step, target), {}))
         items = self.maker.concerned([s for s in group if s.label in seen or s is step], self.items)
-        from_steps = {label_of(ref) for p in step.inputs.get("particles", ()) for ref in (p.ids, *p.parts.values())}
-        unsettled = {row for label in from_steps for row in self.lacking.get(label, ())}
-        found = self.maker.known(step, target, generation, items, unsettled)
+        found = self.maker.known(step, target.recipes, generation, items, self.lacking)
         if found.linked:
             self._foresee(Foreseen(generation.path, generation.meta, generation.records() | found.records))
-        self.lacking[step.label] = {item.row for item in items} - found.done - found.failed - set(found.records)
         if self.lacking[step.label]:
             self.stale[step.label] = "known"
         return _Seen(target, found, exists)

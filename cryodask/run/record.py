@@ -11,8 +11,9 @@ from cryodask.run.pins import FACTS
 from cryodask.run.recipe import Plan, Step
 from cryodask.run.refs import Refer
 from cryodask.store import places
-from cryodask.store.places import Line
+from cryodask.store.places import Line, Optics
 from cryodask.store.project import Project
+from cryodask.store.sets import OPTICS
 
 
 def note_line(plan: Plan, project: Project, step: Step, key: str, *, again: bool, origin: Any) -> None:
@@ -25,6 +26,7 @@ def note_line(plan: Plan, project: Project, step: Step, key: str, *, again: bool
         facts={f"{name}:{kind}": _facts(product) for (name, kind), product in step.outputs.items()},
         steps={**_steps_behind(project, step), step.label: place},
         origin=origin,
+        optics=_optics(project),
     )
     pinned = {p.at[p.step] for s in plan.steps for products in s.inputs.values() for p in products if p.pinned and p.step in p.at}
     fixed = place in project.state.kept or place in pinned
@@ -40,6 +42,20 @@ def _steps_behind(project: Project, step: Step) -> dict[str, str]:
         now = {label: project.state.steps[label].place for label in sorted(labels) if label in project.state.steps}
         out |= {**now, **product.at}
     return out
+
+
+def _optics(project: Project) -> list[Optics]:
+    """Optics of all exposures, as their data sets have them now."""
+    out: dict[tuple[float | None, ...], list[tuple[int, int]]] = {}
+    constants = {name: tuple(values.get(one) for one in OPTICS) for name, values in project.state.constants.items()}
+    for item in project.items():
+        if item.data_set in constants:
+            runs = out.setdefault(constants[item.data_set], [])
+            if runs and runs[-1][1] == item.row - 1:
+                runs[-1] = runs[-1][0], item.row
+            else:
+                runs.append((item.row, item.row))
+    return [Optics(values=dict(zip(OPTICS, values)), rows=runs) for values, runs in out.items()]
 
 
 def _facts(product: Product) -> dict[str, Any]:

@@ -76,6 +76,7 @@ class Refer:
             exposure_ids=self.ids_of(exposures) if exposures else "",
             threshold=self.threshold(product),
             place=self._giver(product),
+            optics=exposures.optics if exposures else product.optics,
         )
 
     def _giver(self, product: Product) -> str:

@@ -20,12 +20,19 @@ from cryodask.store.state import ProductRef
 _FILE = "places.json"
 
 
+class Optics(BaseModel):
+    """Optics that exposures have from their data set; ``rows`` are runs of rows, first and last."""
+
+    values: dict[str, float | None]
+    rows: list[tuple[int, int]]
+
+
 class Line(BaseModel):
     """How a step came to a generation.
 
     ``steps`` are the places of the step itself and of all behind it, by label. ``facts`` are what the plan knew of the products, ``origin``
     what a birth behind it is known by. ``since``: when it became the step's current result (seconds since 1970). ``finished``: it was done
-    with everything that there was.
+    with everything that there was. ``optics`` of the exposures then: data sets may have others since, and other names.
     """
 
     inputs: dict[str, list[ProductRef]] = Field(default_factory=dict)
@@ -35,6 +42,7 @@ class Line(BaseModel):
     origin: Any = None
     since: float = 0.0
     finished: bool = False
+    optics: list[Optics] = Field(default_factory=list)
 
     def places(self) -> set[str]:
         """All generations that the step took something from, and those whose parts it passed on."""

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -93,6 +93,13 @@ class Project:
         """What :meth:`update_exposures` would do with a complete listing: this object shows it, nothing is written."""
         seen = self._seen() if not self._registry.all() else {}
         return self._registry.foresee(listing, keep=RowsWithResults(self), least_row=max(seen, default=-1) + 1)
+
+    def rename_data_sets(self, names: Mapping[int, str], *, foresee: bool = False) -> None:
+        """Give exposures, by row, the name of another data set (driver only); with ``foresee`` nothing is written."""
+        with disk_errors(self.path):
+            if not foresee:
+                self._mended()
+            self._registry.rename_data_sets(names, foresee=foresee)
 
     def foresee_generation(self, generation: Generation) -> None:
         """Show a generation as a run would leave it (this object only)."""

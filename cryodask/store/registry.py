@@ -122,6 +122,21 @@ class Registry:
         self._foreseen += 1
         return self._update(found)
 
+    def rename_data_sets(self, names: Mapping[int, str], *, foresee: bool = False) -> None:
+        """Give exposures, by row, the name of another data set (driver only); with ``foresee`` only this object knows of it."""
+        self._look()
+        changed = []
+        for row, name in names.items():
+            entry = self._rows.entries[row]
+            changed.append(entry._replace(item=replace(entry.item, inputs={**entry.item.inputs, "data_set": name})))
+        if not foresee:
+            self._write(changed)
+            return
+        for entry in changed:
+            self._rows.take(entry)
+        self._present = None
+        self._foreseen += 1
+
     def _update(self, found: Comparison) -> Update:
         entries = self._rows.entries
         counted = [entries[row].item for row in found.placed.values() if not entries[row].forgotten]

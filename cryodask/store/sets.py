@@ -12,12 +12,13 @@ from cryodask.errors import StoreError
 from cryodask.products import ORIGINS
 from cryodask.store.births import accepted
 from cryodask.store.identity import aligned, births_text, checked, place_of, row_runs, same_ids
+from cryodask.store.places import line_of
 from cryodask.store.table import Table
 from cryodask.vocabulary import VARIABLES
 
 if TYPE_CHECKING:
     from cryodask.store.generation import Generation
-    from cryodask.store.project import Project
+    from cryodask.store.project import Item, Project
     from cryodask.store.state import ProductRef
 
 CTF_COLUMNS = ("defocus_u_angstrom", "defocus_v_angstrom", "defocus_angle_deg", "phase_shift_deg")
@@ -56,11 +57,18 @@ class SetReader:
 
     # --- which particles ----------------------------------------------------------------------------------------------------
     def ids(self, ref: ProductRef) -> np.ndarray:
-        """Sorted ids `(n,)` int64 of a set."""
+        """Sorted ids `(n,)` int64 of a set: of exposures that the last selection before it keeps."""
         if not ref.ids:
             raise StoreError(f"{ref.step} gives no particles.", "", "ask for a step that does; cryodask info lists them")
         threshold = ref.threshold if self.project.generation_at(ref.ids).meta.get("birth") else None
-        return checked(self._of(ref.ids, (), threshold, alive=True).ids)
+        ids = checked(self._of(ref.ids, (), threshold, alive=True).ids)
+        # the generation may hold exposures that were left out when it was there already: results stay, particles do not count
+        kept = kept_rows(self.project, ref.exposure_ids)
+        if kept is None:
+            return ids
+        rows, counts = row_runs(ids)
+        there = np.isin(rows, kept)
+        return ids if there.all() else ids[np.repeat(there, counts)]
 
     # --- columns ------------------------------------------------------------------------------------------------------------
     def columns(self, ref: ProductRef, ids: np.ndarray, parts: Iterable[str] | None = None) -> dict[str, np.ndarray]:
@@ -124,24 +132,42 @@ class SetReader:
             place = ref.exposures.get(part)
             if place is None:
                 continue
-            known = self.exposure_values(place, name)
+            known = self.exposure_values(place, name, ref.optics)
             if known is not None:
                 out[name] = np.repeat(aligned(known[1], place_of_row(rows, known[0])), counts)
         return out
 
-    def exposure_values(self, place: str, name: str) -> tuple[np.ndarray, np.ndarray] | None:
-        """Rows and values of a scalar of exposures: from the generation that gave it, else from what the registry knows."""
+    def exposure_values(self, place: str, name: str, optics: str = "") -> tuple[np.ndarray, np.ndarray] | None:
+        """Rows and values of a scalar of exposures: from the generation that gave it, else from what the registry knows.
+
+        ``optics``: the earlier result whose optics are meant; empty: those of now.
+        """
         if "|" in place:
-            return _first_of([self.exposure_values(one, name) for one in place.split("|")])
+            return _first_of([self.exposure_values(one, name, optics) for one in place.split("|")])
         generation = self.project.generation_at(place)
         if name in generation.meta["gives"]:
             table = self.project.table_at(place, [name])
             return table.row, table[name]
         items = self.project.items()
-        values = self.project.values_of(items, name)
+        values = self.known_outside(items, name, optics)
         if all(v is None for v in values):
             return None
         return np.array([i.row for i in items], np.int64), np.array([np.nan if v is None else float(v) for v in values])
+
+    def known_outside(self, items: list[Item], name: str, optics: str) -> list[Any]:
+        """What the registry and the data sets say of exposures; their optics as an earlier result had them, if one is named."""
+        values = self.project.values_of(items, name)
+        if not optics or name not in OPTICS:
+            return values
+        then = self._optics_then(optics)
+        return [v if name in i.inputs else then.get(i.row, {}).get(name, v) for i, v in zip(items, values)]
+
+    def _optics_then(self, result: str) -> dict[int, dict[str, float | None]]:
+        """Optics by row as they are noted with an earlier result, ``STEP@STAGE/KEY``."""
+        label, _, place = result.partition("@")
+        line = line_of(self.project.path / "stages" / place, label)
+        given = line.optics if line is not None else []
+        return {row: one.values for one in given for first, last in one.rows for row in range(first, last + 1)}
 
     # --- one generation -----------------------------------------------------------------------------------------------------
     def _names(self, place: str, part: str) -> tuple[str, ...]:
@@ -218,6 +244,17 @@ class SetReader:
             if not there.all():
                 return Given(given.ids[there], {}, given.row[there], given.slot[there])
         return given
+
+
+def kept_rows(project: Project, place: str) -> np.ndarray | None:
+    """Rows of the exposures that a selection of exposures at a place keeps; None where nothing was selected there (yet)."""
+    if not place or "|" in place:
+        return None
+    generation = project.generation_at(place)
+    record = generation.committed().get(0) if not generation.meta["per_item"] else None
+    if record is None or "exposure_row" not in {*record["shards"], *record["columns"]}:
+        return None
+    return np.asarray(generation.read(record, "exposure_row"))
 
 
 def _first_of(known: list[tuple[np.ndarray, np.ndarray] | None]) -> tuple[np.ndarray, np.ndarray] | None:

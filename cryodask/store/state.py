@@ -23,7 +23,8 @@ class ProductRef(BaseModel):
     the generation that last settled which particles (or exposures) there are. ``exposures`` are the parts of the exposures behind
     particles, ``exposure_ids`` the generation that settled which exposures there are. ``output`` is the name of the output where a
     generation holds several of the type; ``place`` the generation of that step. ``threshold``: score above which the peaks of a birth
-    are accepted ("auto": that of each exposure).
+    are accepted ("auto": that of each exposure). ``optics``: the result, ``STEP@STAGE/KEY``, with which the optics of its exposures are
+    noted; empty: they are those of now.
     """
 
     type: str
@@ -35,6 +36,7 @@ class ProductRef(BaseModel):
     exposure_ids: str = ""
     threshold: float | str | None = None
     place: str = ""
+    optics: str = ""
 
     def places(self) -> set[str]:
         """All generations that its ids and parts lie in."""
@@ -68,13 +70,17 @@ class StepState(BaseModel):
 
 
 class Choice(BaseModel):
-    """Numbers of classes that a person chose, in a stage, from a step that classified, and the very result whose numbers they are."""
+    """Numbers of classes that a person chose, in a stage, from a step that classified, and the very result whose numbers they are.
+
+    ``earlier``: other results for which the same numbers were chosen before.
+    """
 
     values: list[int]
     place: str
     stage: str = ""
     part: str = ""
     label: str = ""
+    earlier: list[str] = Field(default_factory=list)
 
     @property
     def subject(self) -> str:
