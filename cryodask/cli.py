@@ -317,7 +317,8 @@ def main() -> None:
         app(standalone_mode=True)
     except CryodaskError as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
-        sys.exit(error.exit_status)
+        # only of a run does a supervisor ask whose fault it was
+        sys.exit(error.exit_status if sys.argv[1:2] == ["run"] else 2)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("cryodask"):
             raise
@@ -330,7 +331,7 @@ def main() -> None:
         reason = "it is missing, full, or belongs to somebody else"
         told = CryodaskError(f"{what}: {error.strerror or error}.", reason, "check the path, its permissions and the free space")
         typer.echo(f"{type(error).__name__}: {told}", err=True)
-        sys.exit(4 if error.errno in _OF_THE_DISK else 2)
+        sys.exit(4 if error.errno in _OF_THE_DISK and sys.argv[1:2] == ["run"] else 2)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from _particles import blob_map, ctf_columns, simulate
+from pydantic import ValidationError
 
 from cryodask.errors import InputError
 from cryodask.kernels import polar
@@ -113,8 +114,8 @@ def test_classes_that_do_not_exist_are_refused():
     common = {"class_number": np.array([1, 2]), "class_score": np.array([0.5, 0.5]), "class_probability": np.ones(2)}
     with pytest.raises(InputError, match=r"no classes \[7\]"):
         curate.process(CurateParams(keep=[1, 7]), **common)
-    with pytest.raises(InputError, match=r"no classes \[0\]"):
-        curate.process(CurateParams(keep=[0, 1]), **common)
+    with pytest.raises(ValidationError, match="greater than or equal to 1"):
+        CurateParams(keep=[0, 1])
     with pytest.raises(InputError, match="class 2 has no score"):
         curate.process(CurateParams(), **{**common, "class_score": np.array([0.5])})
 

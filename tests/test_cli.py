@@ -66,9 +66,11 @@ def test_the_exit_status_says_whose_fault_it_was(monkeypatch, capsys, error, sta
         raise error
 
     monkeypatch.setattr("cryodask.cli.app", fail)
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == status
+    for command, expected in (("run", status), ("info", 2)):
+        monkeypatch.setattr(sys, "argv", ["cryodask", command, "p"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == expected
     assert "Traceback" not in capsys.readouterr().err
 
 

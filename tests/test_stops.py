@@ -161,7 +161,7 @@ def test_a_project_that_becomes_read_only_stops_with_the_reason_and_goes_on_when
         # mounted on itself, for a mount with files that are open for writing cannot be made read-only
         mount("--bind", str(plan.folder), str(plan.folder))
         mount("-o", "remount,bind,ro", str(plan.folder))
-        assert driver.wait(timeout=60) == 2, (tmp_path / "said").read_text()
+        assert driver.wait(timeout=60) == 4, (tmp_path / "said").read_text()
         told = (tmp_path / "said").read_text()
         assert "cannot be written: Read-only file system" in told
         assert "Traceback" not in told
