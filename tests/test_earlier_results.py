@@ -155,7 +155,7 @@ def test_a_pinned_result_that_is_gone_is_refused_by_name_before_work(tmp_path, h
     with pytest.raises(ProjectFileError, match=rf"select: from.particles: toy_poses@{poses} rests on toy_extract@{full}, which gc"):
         run(folder, here, [*now, selected(f"toy_poses@{poses}")])
     Project(first.path).collect_garbage()
-    with pytest.raises(ProjectFileError, match=rf"toy_poses@{poses} names no results"):
+    with pytest.raises(ProjectFileError, match=rf"toy_poses@{poses} is gone: gc removed toy_poses@{poses} on "):
         run(folder, here, [*now, selected(f"toy_poses@{poses}")])
 
 
