@@ -170,11 +170,11 @@ def make_project(folder: Path, exposures: int, each: int) -> None:
     keys = Keys(plan, project, {})
     rng = np.random.default_rng(0)
 
-    def adopt(step: Any, key: str) -> None:
-        project.state.adopt(step.label, Refer(plan, project.state).state_of(step, key))
+    def adopt(step: Any, key: str, recipes: dict[str, str] | None = None) -> None:
+        project.state.adopt(step.label, Refer(plan, project.state).state_of(step, key, recipes))
 
     maps = [s for s in plan.steps if s.stage.shape == "map"]
-    maker = ChainMaker(plan, project, keys, project.items(), {}, frozenset(), adopt)
+    maker = ChainMaker(plan, project, keys, project.items(), {}, frozenset(), lambda step, target: adopt(step, target.key, target.recipes))
     chain = maker.chain(maps)
     for step, link in zip(maps, chain.links):
         _fill(project, step, link, each, rng)
@@ -223,9 +223,10 @@ def _fill(project: Any, step: Any, link: Any, each: int, rng: np.random.Generato
                 var = VARIABLES[name]
                 if var.kind != "bulk":
                     values[name] = rng.integers(1, 60, [lengths[d] for d in var.dims_in(per_item=True)]).astype(var.dtype)
-            made: dict[str, Any] = {}
+            made: dict[str, Any] = {"recipe": link.recipes[""]}
             if link.birth is not None:
                 values["pick_score"] = -np.sort(-rng.random(each).astype(np.float32)) + 0.5  # pickers give the best first
+                values |= {"pick_y": 10.0 * (np.arange(each) // 20), "pick_x": 10.0 * (np.arange(each) % 20)}  # no two at one place
                 found = {n: values[n] for n in ("pick_y", "pick_x", "pick_score")}
                 values |= born(Birth(link.birth.number), item.row, found, None)
                 values["pick_threshold"] = np.float64(0.0)
