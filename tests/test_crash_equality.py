@@ -153,7 +153,7 @@ def test_a_scheduler_that_is_gone_ends_the_driver_with_the_reason_and_the_next_r
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
             os.kill(cluster.scheduler, signal.SIGKILL)
-            assert driver.wait(timeout=90) == 2
+            assert driver.wait(timeout=90) == 3
         finally:
             driver.kill()
             driver.wait()

@@ -10,7 +10,7 @@ from cryodask.run.slices import Slices
 from cryodask.store.generation import Generation
 from cryodask.store.history import generation_folders
 from cryodask.store.lines import Record
-from cryodask.store.made import Made, settled
+from cryodask.store.made import Made, settled, settled_in
 from cryodask.store.project import Item, Project
 
 
@@ -57,14 +57,14 @@ class Known:
 
 def known(project: Project, generation: Generation, items: Sequence[Item], asked: Mapping[int, Made]) -> Known:
     """What is there already of what is due: in a generation (which need not exist yet), and in others of its stage."""
-    here = generation.records()
-    done, failed = settled(here, asked)
+    done, failed = settled_in(generation.table(()), asked)
     lacking = {item.row: item for item in items if item.row in asked and item.row not in done}
     linked = []
     for other in _others(project, generation) if lacking else ():
         records = other.committed()
         found, _ = settled({row: records[row] for row in lacking if row in records}, asked)
         if found:
+            here = generation.records()
             linked.append((other, [_as_linked(records[row], lacking.pop(row), here.get(row)) for row in sorted(found)]))
     return Known(done, failed, linked)
 

@@ -11,6 +11,7 @@ from cryodask.store.listing import Item
 
 if TYPE_CHECKING:
     from cryodask.store.project import Project
+    from cryodask.store.table import Table
 
 
 class Made(NamedTuple):
@@ -48,6 +49,13 @@ def settled(records: Mapping[int, Record], due: Mapping[int, Made]) -> tuple[set
         if same:
             (done if record["ok"] else failed).add(row)
     return done, failed
+
+
+def settled_in(table: Table, due: Mapping[int, Made]) -> tuple[set[int], set[int]]:
+    """The same from columns, which cost less than records where there are many."""
+    made = zip(table.row.tolist(), map(Made, table.input, table.recipe, table.slice))
+    done = {row for row, was in made if due.get(row) == was}
+    return done, settled(table.failures, due)[1]
 
 
 def shown(item: Item, recipes: Mapping[str, str], made_from: str | None, recipe: str | None) -> bool:
