@@ -229,7 +229,7 @@ class _Run(threading.Thread):
 
     def tells(self, pattern):
         """Wait until it says so."""
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         while not any(re.search(pattern, text) for text in list(self.said)):
             assert self.is_alive(), self.error
             assert time.monotonic() < deadline, self.said
