@@ -9,6 +9,7 @@ import _toy_stages  # noqa: F401  (registers the stages)
 import numpy as np
 import pytest
 import yaml
+from _told import Told
 from distributed import Client
 from test_counts import PIPELINE, made, renewed
 
@@ -16,7 +17,6 @@ from cryodask.formats.movies import write_mrc_movie
 from cryodask.formats.mrc import write_mrc
 from cryodask.run.execute import run_plan
 from cryodask.run.preview import Preview, preview
-from cryodask.run.progress import Progress
 from cryodask.run.recipe import draft_plan, make_plan
 from cryodask.run.watch import Until
 from cryodask.store.project import Project
@@ -57,17 +57,6 @@ def one(name: str = "one", place: str = "d1", **more) -> dict:
 
 def two(name: str = "two", place: str = "d2", **more) -> dict:
     return {"name": name, "movies": f"{place}/*.mrc", "microscope": optics(200, dose=2.0), **more}
-
-
-class Told(Progress):
-    """Keeps what is said."""
-
-    def __init__(self) -> None:
-        super().__init__(quiet=True)
-        self.said: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
 
 
 def write(folder: Path, inputs, pipeline) -> Path:

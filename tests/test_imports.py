@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from _told import Told
 from test_identity import write
 
 from cryodask.errors import MicrographError, ProjectFileError
@@ -15,7 +16,6 @@ from cryodask.formats.star import read_micrographs, read_particles
 from cryodask.interop import export_relion
 from cryodask.run.execute import check_inputs, run_plan
 from cryodask.run.preview import preview
-from cryodask.run.progress import Progress
 from cryodask.run.recipe import make_plan
 from cryodask.simulate import SessionParams, simulate_session
 from cryodask.store.generation import Generation
@@ -25,17 +25,6 @@ from cryodask.store.project import Project
 PARAMS = SessionParams(movies=4, height=448, width=448, frames=3, dose_per_frame=10, particles=8, truth_maps=())
 CLASSES = {"classify2d": {"classes": 2, "iterations": 1}}
 PICKED = [{"motion": {"patches": [1, 1]}}, "ctf", {"pick": {"diameter_angstrom": 180}}, {"extract": {"box": 128, "scale_to": 32}}]
-
-
-class Told(Progress):
-    """Keeps what a run says."""
-
-    def __init__(self) -> None:
-        super().__init__(quiet=True)
-        self.said: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
 
 
 @pytest.fixture(scope="module")

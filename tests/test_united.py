@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 import zarr
+from _told import Told
 from test_identity import ids, write
 
 from cryodask.errors import InputError
@@ -19,7 +20,6 @@ from cryodask.interop import export_relion
 from cryodask.report import write_report
 from cryodask.run.execute import run_plan
 from cryodask.run.preview import preview
-from cryodask.run.progress import Progress
 from cryodask.run.recipe import draft_plan, make_plan
 from cryodask.simulate import SessionParams, simulate_session
 from cryodask.stages.motion import motion
@@ -333,17 +333,6 @@ def _returned(exported: Path, folder: Path, client, change, pipeline=EDITED, nam
         shutil.copytree(exported, folder)
     _rows_changed(folder / "relion" / "particles.star", folder / "relion" / "w.star", change)
     return run_plan(make_plan(write(folder, [*pipeline, _back("relion/w.star")], name)), client, progress=progress)
-
-
-class Told(Progress):
-    """Keeps what a run says."""
-
-    def __init__(self) -> None:
-        super().__init__(quiet=True)
-        self.said: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
 
 
 def _moved(rows, at):
