@@ -167,6 +167,17 @@ def test_a_block_stage_gives_the_same_bits_with_one_and_with_four_threads(stage,
     assert set(map(str, left.values())) == {"{}"}, "nothing is kept once the run is over"
 
 
+def test_a_block_stage_that_fails_in_this_process_leaves_nothing_behind():
+    functions, params, of, inputs = particles("classify2d")
+
+    def stop(*iteration: Any) -> None:
+        raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        iterate_here(functions, params, of, inputs, on_iteration=stop)
+    assert RESIDENTS.bytes_by_client() == {}
+
+
 def test_runs_one_after_the_other_leave_the_worker_as_the_first_left_it(tmp_path):
     functions, params, of, inputs = particles("classify2d")
     with LaneCluster(n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster, Client(cluster) as client:

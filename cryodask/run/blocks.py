@@ -27,7 +27,7 @@ from cryodask.run.health import Watch
 from cryodask.run.isolation import blamed_at_first_death
 from cryodask.run.leaves import Leaf, cut_leaves, home_of_leaves, merges, settle
 from cryodask.run.particles import StoredParticles
-from cryodask.run.residents import RESIDENTS, Run, new_run, release, release_everywhere
+from cryodask.run.residents import RESIDENTS, Run, new_run, release_everywhere, run_here
 from cryodask.stage import Columns, Metrics, ParticleBlock, ParticleSet, State, Sums
 from cryodask.store.generation import disk_errors
 
@@ -115,22 +115,21 @@ def iterate_here(
 ) -> dict[str, Any]:
     """Run a blocks stage to its end in this process; same leaves, same tree, same bits as on workers with one thread."""
     job = BlockJob("here", functions, params, particles)
-    run = Run("", os.urandom(4).hex())
     leaves = cut_leaves(particles.set, functions.halves)
     state = functions.start(params, particles.set, inputs or {})
     columns: Columns = {}
-    while not functions.finished(params, state):
-        sums: dict[int, tuple[Sums, dict[int, Columns]]] = {}
-        for leaf in leaves:
-            previous = {name: values[leaf.index] for name, values in columns.items()}
-            sums[leaf.number] = _expect(job, run, state, leaf, previous, device)
-        for half in range(functions.halves):
-            for merge in merges(leaves, half):
-                sums[merge.left] = _merge(sums[merge.left], sums.pop(merge.right))
-        columns = _joined_columns(particles.set, leaves, {k: v for part in sums.values() for k, v in part[1].items()})
-        state, metrics = functions.maximise(params, state, [part[0] for part in sums.values()], device)
-        on_iteration(state, metrics, columns)
-    release(run)
+    with run_here() as run:
+        while not functions.finished(params, state):
+            sums: dict[int, tuple[Sums, dict[int, Columns]]] = {}
+            for leaf in leaves:
+                previous = {name: values[leaf.index] for name, values in columns.items()}
+                sums[leaf.number] = _expect(job, run, state, leaf, previous, device)
+            for half in range(functions.halves):
+                for merge in merges(leaves, half):
+                    sums[merge.left] = _merge(sums[merge.left], sums.pop(merge.right))
+            columns = _joined_columns(particles.set, leaves, {k: v for part in sums.values() for k, v in part[1].items()})
+            state, metrics = functions.maximise(params, state, [part[0] for part in sums.values()], device)
+            on_iteration(state, metrics, columns)
     return functions.result(params, state, columns)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import heapq
-import os
 import pickle
 import time
 from collections import Counter, deque
@@ -25,7 +24,7 @@ from cryodask.errors import CryodaskError
 from cryodask.run.devices import CPU_DEVICE, GPU, GPU_DEVICE, gpu_items, with_gpus
 from cryodask.run.health import Watch, scheduler_needed
 from cryodask.run.isolation import ItemDied, ItemFailure, blamed_at_first_death, in_child, time_limit
-from cryodask.run.residents import Run, in_run, keep, new_run, release, release_everywhere
+from cryodask.run.residents import Run, in_run, keep, new_run, release_everywhere, run_here
 from cryodask.store.project import Item
 
 PREFIX = "item"
@@ -325,13 +324,9 @@ def process_here(
     CryodaskError
         When an item meets an error that concerns all items (a full disk).
     """
-    run = Run("", os.urandom(4).hex())
-    try:
-        with in_run(run):
-            for number, item in enumerate(item for item in source if item is not None):
-                event(*_processed_here(job, item, first_attempt + number))
-    finally:
-        release(run)
+    with run_here():
+        for number, item in enumerate(item for item in source if item is not None):
+            event(*_processed_here(job, item, first_attempt + number))
 
 
 def _processed_here(job: Job, item: Item, attempt: int) -> tuple[str, Item, str]:

@@ -168,6 +168,17 @@ def in_run(run: Run) -> Iterator[None]:
         CURRENT.reset(token)
 
 
+@contextmanager
+def run_here() -> Iterator[Run]:
+    """A run in this process: what it keeps goes when it ends, however it ends."""
+    run = Run("", os.urandom(4).hex())
+    try:
+        with in_run(run):
+            yield run
+    finally:
+        release(run)
+
+
 def keep(key: Hashable, make: Callable[[], T]) -> T:
     """The thing under a key of the run whose task this is, made if it is not there."""
     return RESIDENTS.get(CURRENT.get(), key, make)
