@@ -57,17 +57,19 @@ class Load:
     def __post_init__(self) -> None:
         if self.megapixels is None and self.camera not in CAMERAS:
             raise ProjectFileError(
-                f"There is no camera {self.camera!r}.", "a typing error, or a new camera", f"use {', '.join(CAMERAS)}, or give megapixels"
+                f"There is no camera {self.camera!r}.",
+                "a typo in its name, or a new camera",
+                f"use {', '.join(CAMERAS)}, or give megapixels",
             )
         if self.compression not in ("lzw", "none"):
-            raise ProjectFileError(
-                f"There is no compression {self.compression!r}.", "a typing error", "use lzw or none, or movie_megabytes"
-            )
+            raise ProjectFileError(f"There is no compression {self.compression!r}.", "a typo", "use lzw or none, or movie_megabytes")
         wrong = [n for n, v in asdict(self).items() if isinstance(v, (int, float)) and not isinstance(v, bool) and not v > 0]
         wrong += [n for n, most in (("hours_per_day", 24), ("sorted_share", 1)) if getattr(self, n) > most]
         if wrong:
             raise ProjectFileError(
-                f"{', '.join(wrong)} is out of range.", "a typing error", "numbers are positive, a day has 24 hours, a share is at most 1"
+                f"{', '.join(wrong)} is out of range.",
+                "a typo, or another unit",
+                "numbers are positive, a day has 24 hours, a share is at most 1",
             )
 
 
@@ -91,7 +93,7 @@ class StageCost:
 
 @dataclass(frozen=True)
 class Costs:
-    """Measured seconds and bytes. ``particle_stages``: CPU seconds a particle by edge of its image, pixels, all iterations."""
+    """Measured seconds and bytes. ``particle_stages``: CPU seconds per particle by edge of its image, pixels, all iterations."""
 
     source: str
     map_stages: Mapping[str, StageCost]
@@ -111,7 +113,7 @@ class Costs:
         return {name: cost.fixed + cost.per_unit * units[cost.unit] for name, cost in self.map_stages.items()}
 
     def particle_seconds(self, stage: str, edge: int) -> float:
-        """CPU seconds a particle: a power of the image's edge through the two that were measured, never below the smaller one."""
+        """CPU seconds per particle: a power of the image's edge through the two that were measured, never below the smaller one."""
         known = self.particle_stages[stage]
         small, large = min(known), max(known)
         power = max(0.0, math.log(known[large] / known[small]) / math.log(large / small))

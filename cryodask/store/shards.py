@@ -27,7 +27,7 @@ from cryodask.store.files import fsync_folder, write_all
 
 _NO_CHUNK = np.iinfo(np.uint64).max
 _REPAIR = "cryodask verify --repair PROJECT  takes the commit of what is damaged back; then run again"
-_ANEW = "remove {} and run the project again: it is made anew"
+_RECOMPUTED = "remove {} and rerun the project: it is recomputed"
 _BLOCK = 1 << 16
 """Bytes read at a time for a checksum: small enough that the same memory serves all of them."""
 
@@ -69,9 +69,11 @@ class Layout:
                 tuple(meta["chunk_grid"]["configuration"]["chunk_shape"]) == made.padded and [c["name"] for c in inner["codecs"]] == codecs
             )
         except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
-            raise _damage(path, f"it does not say how the array is stored ({type(error).__name__})", _ANEW.format(folder.parent)) from error
+            raise _damage(
+                path, f"it does not say how the array is stored ({type(error).__name__})", _RECOMPUTED.format(folder.parent)
+            ) from error
         if not fits:
-            raise _damage(path, "it describes an array of another form than cryodask writes", _ANEW.format(folder.parent))
+            raise _damage(path, "it describes an array of another form than cryodask writes", _RECOMPUTED.format(folder.parent))
         return made
 
     @property
