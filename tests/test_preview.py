@@ -238,7 +238,7 @@ def test_a_step_over_a_set_scales_with_its_particles(session, done, client):
 
 
 def test_a_new_step_over_known_particles_takes_what_was_measured(session, done):
-    """stage_costs.json: 0.00778605493 CPU s per particle at 64 pixels (no less at 32); 0.0303 per movie, 0.034531 per megapixel of boxes."""
+    """stage_costs.json: 0.00778605493 CPU s per particle at 64 pixels (no less at 32); 0.0303 per movie, 0.034531 per megapixel."""
     wide = {"extract as wide": {"box": 96, "from": {"particles": "pick"}}}
     found = _ahead(session, [*PICKED, CUT, {"classify2d": CLASSES}, {"classify2d as more": {"classes": 3}}, wide])
     assert found["more"].cpu_seconds == pytest.approx(0.00778605493 * len(_ids(done, "extract")))
