@@ -83,7 +83,7 @@ import cryodask
 from cryodask.stage import load_stages
 load_stages()
 import pandas, xarray, scipy.spatial
-from cryodask.run.execute import run_plan
+from cryodask.run.session import run_plan
 from cryodask.run.recipe import make_plan
 if __name__ == "__main__":
     client = cryodask.connect("local", workers=1)

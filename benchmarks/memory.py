@@ -20,8 +20,8 @@ import scipy.ndimage
 from cryodask.cluster.connect import close, connect
 from cryodask.formats.movies import write_mrc_movie, write_tiff_movie
 from cryodask.formats.mrc import write_mrc
-from cryodask.run.execute import run_plan
 from cryodask.run.recipe import make_plan
+from cryodask.run.session import run_plan
 
 OUT = Path(__file__).parent / "out"
 PIXEL = 0.885

@@ -62,8 +62,8 @@ def _used() -> tuple[float, int]:
 
 def measure_movies(size: int, client: Any) -> dict[str, Any]:
     """Means over the movies of one size: CPU seconds by stage, bytes by stage, particles, peak memory."""
-    from cryodask.run.execute import run_plan
     from cryodask.run.recipe import make_plan
+    from cryodask.run.session import run_plan
 
     plan = make_plan(session(size))
     before = next(iter(client.run(_used).values()))[0]

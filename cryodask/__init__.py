@@ -7,6 +7,7 @@ project file, ``cryodask.stages`` holds the stages as functions on xarray Datase
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -43,20 +44,29 @@ def connect(where: str | os.PathLike[str] = "local", **options: Any) -> Client:
     return connect_(where, **options)
 
 
-def run_project(path: str | os.PathLike[str], client: Client | None = None, **options: Any) -> Project:
-    """Carry out a project file; see :func:`cryodask.run.execute.run_plan` for the options."""
-    from cryodask.cluster.connect import close
-    from cryodask.run.checks import Asked
-    from cryodask.run.execute import check_inputs, run_plan
-    from cryodask.run.recipe import make_plan
+def run_project(
+    path: str | os.PathLike[str], client: Client | None = None, *, listen: Iterable[Callable[[Any], None]] | None = None, **wanted: Any
+) -> Project:
+    """Carry out a project file, as ``cryodask run`` does; what is done already is kept.
 
-    plan = make_plan(os.fspath(path))
-    # the workers of a client are there already: what the project file says of a cluster does not count
-    check_inputs(plan, asked=Asked(cluster=str(client.scheduler_info()["address"])) if client else None)
-    own = client is None
-    client = client or connect(plan.cluster, workers=plan.file.workers)
-    try:
-        return run_plan(plan, client, **options)
-    finally:
-        if own:
-            close(client)
+    Parameters
+    ----------
+    path : path of the project file
+    client : distributed.Client, optional
+        Workers that are there; else those of the project file.
+    listen : iterable of callables, optional
+        Are told every event of the run (:mod:`cryodask.run.events`); lines and bars on standard output if not given.
+    **wanted
+        ``until, start_again_from, only, update, watch, force, retry_quarantined, strict, cluster, workers, lane``: see
+        :class:`cryodask.run.selection.Wanted`.
+
+    Raises
+    ------
+    CryodaskError
+        What stops a run; everything committed before stays, and the same call goes on from there.
+    """
+    from cryodask.run.progress import Terminal
+    from cryodask.run.selection import Wanted
+    from cryodask.run.session import run_session
+
+    return run_session(path, Wanted(**wanted), client=client, listen=[Terminal()] if listen is None else listen)

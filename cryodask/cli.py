@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import errno
-import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from cryodask import cli_cluster, cli_history, cli_plan
+from cryodask import __version__, cli_cluster, cli_history, cli_plan, cli_run
 from cryodask.cli_history import ProjectArgument, open_project
-from cryodask.errors import CryodaskError, ProjectFileError
+from cryodask.errors import CryodaskError, exit_status
 
 app = typer.Typer(
     name="cryodask",
@@ -20,9 +18,26 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"cryodask {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)] = False,
+) -> None:
+    """Cryo-EM from movies to maps, on Dask. Start with:  cryodask demo"""
+
+
 app.add_typer(cli_cluster.app)
+app.command()(cli_run.run)
+app.command()(cli_run.watch)
 app.command()(cli_cluster.submit)
 app.command()(cli_plan.plan)
 app.add_typer(cli_plan.blueprint, name="blueprint")
@@ -56,146 +71,6 @@ def simulate(
 
     path = simulate_folder(folder, movies=movies, size=size, frames=frames, particles=particles, seed=seed, mrc=mrc)
     typer.echo(f"Movies, gain and truth are in {folder}. Process them with:\n  cryodask run {path}")
-
-
-@app.command()
-def run(
-    project: Annotated[Path, typer.Argument(metavar="PROJECT.yaml", help="Project file.")],
-    until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
-    from_: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Compute this stage and all that follow anew.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, and show what would be computed and why.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print it as JSON.")] = False,
-    update: Annotated[
-        list[str] | None, typer.Option(metavar="STEP", help="Compute a step of an older version with this program's; may be repeated.")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Break the lock of another driver (be sure that it is gone).")] = False,
-    retry_quarantined: Annotated[bool, typer.Option("--retry-quarantined", help="Try quarantined micrographs again.")] = False,
-    workers: Annotated[int | None, typer.Option(help="Local worker processes; all cores if not given.", min=1)] = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Take movies as they arrive; a file called stop in the results ends it.")] = False,
-    until_idle: Annotated[
-        float | None, typer.Option(metavar="MINUTES", help="End --watch when nothing arrives for so long.", min=0)
-    ] = None,
-    until_movies: Annotated[int | None, typer.Option(metavar="N", help="End --watch when so many movies have arrived.", min=1)] = None,
-    cluster: Annotated[
-        str | None, typer.Option(metavar="NAME|FILE", help="A cluster that runs, or a cluster file; overrides the project file.")
-    ] = None,
-    lane: Annotated[str | None, typer.Option(help="Lane of its tasks; live for --watch, else batch, if not given.")] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="End with exit status 1 where exposures are quarantined.")] = False,
-) -> None:
-    """Carry out a project file; what is done already is kept, so the same command also resumes.
-
-    Exit status: 0 done, or waiting for a person; 1 with --strict, exposures are quarantined; 2 the project file, an input or an option is
-    wrong; 3 the cluster is gone or has no workers; 4 the disk with the project; 130 interrupted.
-    """
-    try:
-        ends = {"idle_seconds": None if until_idle is None else 60 * until_idle, "movies": until_movies}
-        if not watch and (until_idle is not None or until_movies is not None):
-            raise ProjectFileError("--until-idle and --until-movies end a watch.", "--watch was left out", "add --watch")
-        _run(
-            project,
-            until,
-            from_,
-            dry_run=dry_run,
-            as_json=as_json,
-            update=tuple(update or ()),
-            force=force,
-            retry_quarantined=retry_quarantined,
-            workers=workers,
-            watch=ends if watch else None,
-            cluster=cluster,
-            lane=lane,
-            strict=strict,
-        )
-    except KeyboardInterrupt:
-        typer.echo(f"\nStopped. What is finished is kept; go on with:\n  cryodask run {project}", err=True)
-        raise typer.Exit(130) from None
-
-
-def _run(
-    project: Path,
-    until: str | None,
-    from_: str | None,
-    *,
-    dry_run: bool,
-    as_json: bool,
-    update: tuple[str, ...],
-    force: bool,
-    retry_quarantined: bool,
-    workers: int | None,
-    watch: dict[str, Any] | None,
-    cluster: str | None,
-    lane: str | None,
-    strict: bool,
-) -> None:
-    from cryodask.run.checks import Asked
-    from cryodask.run.recipe import draft_plan, list_movies, make_plan, position
-
-    asked = Asked(cluster, workers, lane)
-    if dry_run:
-        try:
-            drafted = draft_plan(project)
-        except ProjectFileError as error:
-            if not as_json:
-                raise
-            typer.echo(json.dumps({"steps": [], "problems": [f"{error.what} {error.way_out}".strip()], "warnings": []}))
-            raise typer.Exit(2) from None
-        _dry_run(drafted, asked, as_json=as_json, update=update)
-        return
-    plan = make_plan(project)
-    for label in (until, from_, *update):
-        if label:
-            position(plan, label)
-    if watch is not None:
-        count = f"movies {', '.join(str(d.movies) for d in plan.data_sets.values())} as they arrive"
-    else:
-        movies = sum(len(list_movies(plan, name, needed=False)) for name in plan.data_sets)
-        count = f"{movies} movies" if plan.has_movies else "inputs of another program"
-    for warning in plan.graph.warnings:
-        typer.echo(f"warning: {warning}")
-    from cryodask.cluster.connect import close, connect
-    from cryodask.report import write_report
-    from cryodask.run.execute import check_inputs, run_plan
-    from cryodask.run.progress import Progress
-    from cryodask.run.watch import Until
-
-    for warning in check_inputs(plan, force=force, watch=watch is not None, asked=asked):
-        typer.echo(f"warning: {warning}")
-    typer.echo(f"{plan.file.name}: {count} -> {plan.folder}")
-    lane = lane or ("live" if watch is not None else "batch")
-    client = connect(cluster or plan.cluster, workers=workers or plan.file.workers, lane=lane, project=plan.file.name)
-    try:
-        typer.echo(f"Dask dashboard: {client.dashboard_link}")
-        done = run_plan(
-            plan,
-            client,
-            until=until,
-            start_again_from=from_,
-            force=force,
-            retry_quarantined=retry_quarantined,
-            watch=Until(**watch) if watch is not None else None,
-            update=update,
-            progress=Progress(),
-        )
-    finally:
-        close(client)
-    typer.echo(f"Report: {write_report(done)}")
-    if strict and done.failures():
-        typer.echo(f"{len(done.failures())} exposures are quarantined (cryodask info {plan.folder})", err=True)
-        raise typer.Exit(1)
-
-
-def _dry_run(plan: Any, asked: Any, *, as_json: bool, update: tuple[str, ...]) -> None:
-    from cryodask.run.preview import lines, preview
-
-    shown = preview(plan, frozenset(update), asked)
-    if as_json:
-        typer.echo(shown.as_json())
-    else:
-        typer.echo(f"{plan.file.name} -> {plan.folder}")
-        for line in lines(plan, shown):
-            typer.echo(line)
-    if shown.problems:
-        raise typer.Exit(2)
 
 
 @app.command()
@@ -308,17 +183,13 @@ def stages(
         typer.echo(f"  {field:<28} {default:<22} {about.description or ''}")
 
 
-_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE)
-
-
 def main() -> None:
     """Entry point: errors of ours are three sentences, not a traceback."""
     try:
         app(standalone_mode=True)
     except CryodaskError as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
-        # only of a run does a supervisor ask whose fault it was
-        sys.exit(error.exit_status if sys.argv[1:2] == ["run"] else 2)
+        sys.exit(_status(error))
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("cryodask"):
             raise
@@ -331,7 +202,12 @@ def main() -> None:
         reason = "it is missing, full, or belongs to somebody else"
         told = CryodaskError(f"{what}: {error.strerror or error}.", reason, "check the path, its permissions and the free space")
         typer.echo(f"{type(error).__name__}: {told}", err=True)
-        sys.exit(4 if error.errno in _OF_THE_DISK and sys.argv[1:2] == ["run"] else 2)
+        sys.exit(_status(error))
+
+
+def _status(error: Exception) -> int:
+    """Only of a run does a supervisor ask whose fault it was."""
+    return exit_status(error) if sys.argv[1:2] == ["run"] else 2
 
 
 if __name__ == "__main__":

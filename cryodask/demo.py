@@ -6,6 +6,8 @@ import json
 import os
 import resource
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,9 @@ import typer
 import yaml
 
 from cryodask.cluster.connect import close, connect
-from cryodask.report import write_report
-from cryodask.run.execute import run_plan
-from cryodask.run.progress import Progress
-from cryodask.run.recipe import make_plan
+from cryodask.run.events import Events, ExposureCommitted, StepFinished, StepStarted
+from cryodask.run.progress import Terminal
+from cryodask.run.session import run_session
 from cryodask.store.project import Project
 
 _DIAMETER_ANGSTROM = 180.0
@@ -71,10 +72,8 @@ def simulate_folder(folder: Path, *, movies: int, size: int, frames: int, partic
         dose_per_frame=dose,
         format="mrc" if mrc else "tif",
     )
-    with Progress() as progress:
-        progress.begin("simulate", movies)
-        simulate_session(folder, params, lambda done, total: progress.advance() if done else None, processes=os.cpu_count() or 1)
-        progress.end(f"{movies} movies")
+    with _simulating(movies, f"{movies} movies") as one_done:
+        simulate_session(folder, params, lambda done, total: one_done() if done else None, processes=os.cpu_count() or 1)
     return write_project_file(folder, params)
 
 
@@ -87,9 +86,7 @@ def run_demo(folder: Path, *, movies: int = 24, seed: int = 1, workers: int | No
     params = SessionParams(movies=movies, seed=seed, truth_maps=((_SCALED_BOX, voxel),))
     client = connect("local", workers=workers)
     try:
-        typer.echo(f"Dask dashboard: {client.dashboard_link}")
-        with Progress() as progress:
-            progress.begin("simulate", movies)
+        with _simulating(movies, f"{movies} movies of 1024 x 1024 x 24") as one_done:
             folder.mkdir(parents=True, exist_ok=True)
             prepare_session(folder, params)
             tasks = client.map(simulate_one, [str(folder)] * movies, [params] * movies, range(movies), pure=False)
@@ -97,10 +94,9 @@ def run_demo(folder: Path, *, movies: int = 24, seed: int = 1, workers: int | No
 
             for task in as_completed(tasks):
                 task.result()
-                progress.advance()
-            progress.end(f"{movies} movies of 1024 x 1024 x 24")
+                one_done()
         seconds = {"simulate": round(time.time() - started, 1)}
-        project = run_plan(make_plan(write_project_file(folder, params)), client, progress=Progress())
+        project = run_session(write_project_file(folder, params), client=client, listen=[Terminal()])
         peak = sum(client.run(_peak_memory).values()) + _peak_memory()
     finally:
         close(client)
@@ -111,8 +107,16 @@ def run_demo(folder: Path, *, movies: int = 24, seed: int = 1, workers: int | No
     summary["seconds_total"] = round(time.time() - started, 1)
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     typer.echo(json.dumps(summary, indent=1))
-    typer.echo(f"Report: {write_report(project)}")
     return summary
+
+
+@contextmanager
+def _simulating(movies: int, result: str) -> Iterator[Callable[[], None]]:
+    """Shows how far the simulation is; gives what is to be called when a movie is done."""
+    events, started = Events([Terminal()]), time.monotonic()
+    events.emit(StepStarted, step="simulate", steps=["simulate"], total=movies, kept=0)
+    yield lambda: events.emit(ExposureCommitted, step="simulate", row=0, name="")
+    events.emit(StepFinished, step="simulate", steps=["simulate"], result=result, seconds=time.monotonic() - started)
 
 
 def _peak_memory() -> int:

@@ -12,6 +12,8 @@
     │   │   └── DiskFullError
     │   └── LockedError
     ├── ClusterError              stops: workers cannot be started or are gone
+    ├── Stopped                   a person stopped the run
+    ├── Quarantined               at the end of a run that was to be strict: exposures are quarantined
     └── ItemError                 quarantines ONE item and goes on
         ├── MovieError            a movie that is missing, truncated or of another shape
         └── MicrographError       a micrograph that a stage cannot use (NaN pixels, box larger than it ...)
@@ -21,7 +23,10 @@ OSError and MemoryError raised inside an item are retried, then quarantined.
 
 from __future__ import annotations
 
+import errno
 from typing import Literal
+
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE)
 
 
 class CryodaskError(Exception):
@@ -39,7 +44,7 @@ class CryodaskError(Exception):
 
     on_failure: Literal["stop", "quarantine"] = "stop"
     exit_status: int = 2
-    """Of a run that this error ends: 2 what it was given is wrong, 3 the cluster, 4 the disk with the results."""
+    """Of a run that this error ends; see :func:`exit_status`."""
 
     def __init__(self, what: str, usual_reason: str = "", way_out: str = "") -> None:
         super().__init__(what, usual_reason, way_out)
@@ -94,6 +99,18 @@ class ClusterError(CryodaskError):
     exit_status = 3
 
 
+class Stopped(CryodaskError):
+    """A person stopped the run; it goes on with the same command."""
+
+    exit_status = 130
+
+
+class Quarantined(CryodaskError):
+    """A strict run is done, but not with every exposure."""
+
+    exit_status = 1
+
+
 class ItemError(CryodaskError):
     """One item cannot be processed; the run goes on without it."""
 
@@ -106,3 +123,16 @@ class MovieError(ItemError):
 
 class MicrographError(ItemError):
     """A micrograph cannot be used by a stage."""
+
+
+def exit_status(error: BaseException) -> int:
+    """Exit status of a run that ends with an error, by whose fault it was.
+
+    1 exposures are quarantined (only where a run is strict), 2 the project file, an input or an option, 3 the cluster, 4 the disk with
+    the results, 130 a person interrupted it.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, CryodaskError):
+        return error.exit_status
+    return 4 if isinstance(error, OSError) and error.errno in _OF_THE_DISK else 2

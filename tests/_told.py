@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from cryodask.run.progress import Progress
+from cryodask.run.events import Event
+from cryodask.run.progress import text_of
 
 
-class Told(Progress):
-    """Keeps what a run says."""
+class Told:
+    """Listener that keeps the lines that people read of a run, and all events."""
 
     def __init__(self) -> None:
-        super().__init__(quiet=True)
         self.said: list[str] = []
+        self.events: list[Event] = []
 
-    def say(self, text: str) -> None:
-        self.said.append(text)
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+        if text := text_of(event):
+            self.said.append(text)

@@ -23,8 +23,8 @@ from cryodask.formats import star
 from cryodask.formats.movies import write_mrc_movie, write_tiff_movie
 from cryodask.formats.mrc import write_mrc
 from cryodask.interop import export_relion
-from cryodask.run.execute import run_plan
 from cryodask.run.recipe import make_plan
+from cryodask.run.session import run_plan
 from cryodask.store.journal import content_crc
 from cryodask.store.project import Project
 

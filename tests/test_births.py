@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from _told import Told
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_counts import here, run, session  # noqa: F401
 
 from cryodask.formats.star import write_coordinates
 from cryodask.run.imports import rows_told
-from cryodask.run.progress import Progress
 from cryodask.stages.edit_picks import EditPicksParams, edit_picks
 from cryodask.store.births import Birth, born, known_of, with_ids
 from cryodask.store.claims import birth_marks
@@ -195,24 +195,20 @@ def test_an_edited_table_of_edits_deals_no_id_again(tmp_path: Path, here) -> Non
 def test_changed_files_of_picks_deal_no_id_again(tmp_path: Path, here) -> None:  # noqa: F811
     folder = session(tmp_path, 2)
     (folder / "picks").mkdir()
-    said: list[str] = []
-
-    class Told(Progress):
-        def say(self, text: str) -> None:
-            said.append(text)
+    told = Told()
 
     def imported(*places: tuple[float, float]) -> Any:
         for name in ("m000", "m001", "elsewhere"):
             write_coordinates(folder / "picks" / f"{name}.star", *np.array(places, float).T)
-        return who(run(folder, here, ["toy_motion", {"import_picks": {"folder": "picks"}}, "toy_extract"], progress=Told()), "import_picks")
+        return who(run(folder, here, ["toy_motion", {"import_picks": {"folder": "picks"}}, "toy_extract"], listen=[told]), "import_picks")
 
     known = imported((3, 3), (9, 4), (5, 12))
     for places in ([(5, 12), (3, 3)], [(11, 11), (9, 4), (9, 4), (5, 12), (3, 3)], [(9, 4)]):
         for place, identity in imported(*places).items():
             assert known.setdefault(place, identity) == identity
     assert len({one for one, _ in known.values()}) == len(known) == 8
-    assert "import_picks: 2 rows left out, for the particle is there already: m000 (1), m001 (1)" in said
-    assert any(s.startswith("import_picks: 1 row of 1 micrograph left out") and s.endswith("elsewhere.star (1)") for s in said)
+    assert "import_picks: 2 rows left out, for the particle is there already: m000 (1), m001 (1)" in told.said
+    assert any(s.startswith("import_picks: 1 row of 1 micrograph left out") and s.endswith("elsewhere.star (1)") for s in told.said)
     # a result of before that counts again, by a parameter that was changed and changed back, forgets nobody
     for number in (2, 1):
         pipeline = [{"toy_motion": {"number": number}}, {"import_picks": {"folder": "picks"}}, "toy_extract"]

@@ -18,8 +18,8 @@ from cryodask.errors import GainError, InputError, ItemError
 from cryodask.formats import star
 from cryodask.interop import export_relion
 from cryodask.report import write_report
-from cryodask.run.execute import run_plan
 from cryodask.run.recipe import make_plan
+from cryodask.run.session import run_plan
 from cryodask.simulate import SessionParams, simulate_session
 from cryodask.store.journal import content_crc
 from cryodask.store.project import Project

@@ -10,12 +10,13 @@ import _toy_stages as toys
 import numpy as np
 import pytest
 import yaml
+from _told import Told
 from distributed import Client
 
 from cryodask.formats.movies import write_mrc_movie
-from cryodask.run.execute import run_plan
 from cryodask.run.preview import preview
 from cryodask.run.recipe import draft_plan, make_plan
+from cryodask.run.session import run_plan
 from cryodask.store.births import Birth, born
 from cryodask.store.identity import half_sets
 from cryodask.store.project import Project
@@ -261,15 +262,9 @@ def test_a_step_that_was_killed_while_the_session_grew_finishes_its_set_first(tm
     monkeypatch.undo()
     for number in range(4, 7):
         movie(folder, number)
-    said: list[str] = []
-    from cryodask.run.progress import Progress
-
-    class Told(Progress):
-        def say(self, text):
-            said.append(text)
-
-    project = run(folder, here, PIPELINE[:8], progress=Told(quiet=True))
-    assert any("goes on with the 12 particles" in text for text in said), said
+    told = Told()
+    project = run(folder, here, PIPELINE[:8], listen=[told])
+    assert any("goes on with the 12 particles" in text for text in told.said), told.said
     finished = [m for m in project.history("toy_poses") if m.finished]
     assert len(finished) == 2
     assert len(project.particles("toy_poses")["particle_id"]) == 21

@@ -15,9 +15,9 @@ from test_counts import PIPELINE, made, renewed
 
 from cryodask.formats.movies import write_mrc_movie
 from cryodask.formats.mrc import write_mrc
-from cryodask.run.execute import run_plan
 from cryodask.run.preview import Preview, preview
 from cryodask.run.recipe import draft_plan, make_plan
+from cryodask.run.session import run_plan
 from cryodask.run.watch import Until
 from cryodask.store.project import Project
 
@@ -64,8 +64,8 @@ def write(folder: Path, inputs, pipeline) -> Path:
     return folder / "toy.yaml"
 
 
-def run(folder: Path, here, inputs, pipeline=STEPS, progress=None, **options) -> Project:
-    return run_plan(make_plan(write(folder, inputs, pipeline)), here, progress=progress, **options)
+def run(folder: Path, here, inputs, pipeline=STEPS, listen=(), **options) -> Project:
+    return run_plan(make_plan(write(folder, inputs, pipeline)), here, listen=listen, **options)
 
 
 def ahead(folder: Path, inputs, pipeline=STEPS) -> Preview:
@@ -186,7 +186,7 @@ def test_a_data_set_that_is_listed_no_longer_keeps_its_results_and_its_optics(fo
     assert todo(shown) == {}
     assert any(w.startswith(said) for w in shown.warnings)
     told = Told()
-    project = run(folder, here, [one()], progress=told)
+    project = run(folder, here, [one()], listen=[told])
     assert renewed(before, project) == {}
     assert sum(text.startswith(said) for text in told.said) == 1
     assert (project.failures(), len(project.items())) == ([], 6)
@@ -231,7 +231,7 @@ def test_a_set_keeps_its_optics_when_another_one_takes_its_name(folder, here, in
     said = "3 exposures belong to a former data set two (kept as two~1), no longer in the project file"
     assert any(w.startswith(said) for w in shown.warnings)
     told = Told()
-    project = run(folder, here, RENAMED, progress=told, **({"watch": Until(movies=3)} if watched else {}))
+    project = run(folder, here, RENAMED, listen=[told], **({"watch": Until(movies=3)} if watched else {}))
     assert any(text.startswith(said) for text in told.said)
     assert renewed(before, project) == {}
     assert project.scalars()["voltage_kv"].tolist() == [300] * 3 + [200] * 3

@@ -22,8 +22,8 @@ from cryodask.cli import app
 from cryodask.formats import star
 from cryodask.formats.movies import write_tiff_movie
 from cryodask.formats.mrc import write_mrc
-from cryodask.run.execute import run_plan
 from cryodask.run.recipe import draft_plan, make_plan, marked_fields
+from cryodask.run.session import run_plan
 from cryodask.stage import InputFileMark, SourceFileMark, load_stages
 
 DOCS = Path(__file__).parents[1] / "docs"

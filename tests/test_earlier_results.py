@@ -15,10 +15,10 @@ from test_counts import PIPELINE, here, movie, run, session, write  # noqa: F401
 from cryodask.cli import app
 from cryodask.cli_history import open_project
 from cryodask.errors import CryodaskError, InputError, ProjectFileError, StoreError
-from cryodask.run.execute import run_plan
 from cryodask.run.map import MapRunner
 from cryodask.run.preview import preview
 from cryodask.run.recipe import Plan, draft_plan, make_plan
+from cryodask.run.session import run_plan
 from cryodask.stages.select import class_numbers
 from cryodask.store.identity import birth_of
 from cryodask.store.project import Project

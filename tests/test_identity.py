@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import yaml
 
-from cryodask.run.execute import run_plan
 from cryodask.run.recipe import make_plan
+from cryodask.run.session import run_plan
 from cryodask.simulate import SessionParams, simulate_session
 from cryodask.store.identity import parse_id, row_of
 from cryodask.store.project import Project

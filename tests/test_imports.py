@@ -14,9 +14,9 @@ from test_identity import write
 from cryodask.errors import MicrographError, ProjectFileError
 from cryodask.formats.star import read_micrographs, read_particles
 from cryodask.interop import export_relion
-from cryodask.run.execute import check_inputs, run_plan
 from cryodask.run.preview import preview
 from cryodask.run.recipe import make_plan
+from cryodask.run.session import check_inputs, run_plan
 from cryodask.simulate import SessionParams, simulate_session
 from cryodask.store.generation import Generation
 from cryodask.store.layouts import Grid
@@ -46,7 +46,7 @@ def run(folder: Path, client, pipeline, name: str, *, movies: bool = False) -> t
     if not movies:
         path.write_text(yaml.safe_dump({"name": name, "pipeline": pipeline}))
     told = Told()
-    return run_plan(make_plan(path), client, progress=told), told.said
+    return run_plan(make_plan(path), client, listen=[told]), told.said
 
 
 def counts(project: Project, *labels: str) -> list[int]:

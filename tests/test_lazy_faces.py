@@ -12,8 +12,8 @@ from test_bad_input import PIXEL, frames_of, particle_project, star_of_particles
 from cryodask.formats import star
 from cryodask.formats.movies import write_tiff_movie
 from cryodask.formats.mrc import write_mrc
-from cryodask.run.execute import run_plan
 from cryodask.run.recipe import make_plan
+from cryodask.run.session import run_plan
 from cryodask.stage import find_stage, load_stages
 from cryodask.store.births import TABLE as BIRTH_TABLE
 from cryodask.store.project import Project

@@ -15,8 +15,8 @@ import yaml
 from distributed import Client
 
 from cryodask.formats.movies import write_mrc_movie
-from cryodask.run.execute import run_plan
 from cryodask.run.recipe import make_plan
+from cryodask.run.session import run_plan
 from cryodask.store.journal import content_crc
 from cryodask.store.project import Project
 

@@ -18,8 +18,8 @@ from cryodask.cli_plan import plan
 from cryodask.costs import Load, measured_costs
 from cryodask.errors import ProjectFileError
 from cryodask.plan import SHAPES, costs_of_project, plan_facility
-from cryodask.run.execute import run_plan
 from cryodask.run.recipe import make_plan
+from cryodask.run.session import run_plan
 from cryodask.simulate import SessionParams, simulate_session
 
 app = typer.Typer()

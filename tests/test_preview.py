@@ -16,10 +16,11 @@ from cryodask.cli import app
 from cryodask.errors import ProjectFileError
 from cryodask.formats.movies import write_tiff_movie
 from cryodask.formats.mrc import write_mrc
-from cryodask.run.checks import Asked
-from cryodask.run.execute import check_inputs, run_plan
 from cryodask.run.preview import lines, preview
 from cryodask.run.recipe import draft_plan, make_plan
+from cryodask.run.selection import Wanted
+from cryodask.run.session import check_inputs, run_plan
+from cryodask.run.watch import Until
 from cryodask.simulate import SessionParams, simulate_session
 from cryodask.stage import STAGES, Params, stage
 from cryodask.store.identity import row_of
@@ -54,7 +55,7 @@ def slurm(folder, **pools):
 
 
 def problems(path, cluster, **asked):
-    return preview(draft_plan(path), asked=Asked(cluster, **asked)).problems
+    return preview(draft_plan(path), Wanted(cluster=cluster, **asked)).problems
 
 
 # --- memory --------------------------------------------------------------------------------------------------------------------
@@ -78,7 +79,7 @@ def test_one_pool_that_can_hold_it_is_enough(tmp_path):
 @pytest.mark.parametrize(("workers", "fits"), [(1, True), (10_000_000, False)])
 def test_local_workers_share_the_machine(tmp_path, workers, fits):
     path = project_file(movies(tmp_path))
-    found = preview(draft_plan(path), asked=Asked(workers=workers)).problems
+    found = preview(draft_plan(path), Wanted(workers=workers)).problems
     assert found == [] if fits else [p.split()[0] for p in found] == ["motion", "ctf", "pick"]
     assert fits or "Take fewer workers" in found[0]
 
@@ -111,7 +112,7 @@ def test_a_run_stops_before_any_work_where_the_dry_run_finds_a_problem(tmp_path,
     (tmp_path / "cluster.yaml").write_text("kind: slum\n")
     path = project_file(movies(tmp_path), cluster="cluster.yaml")
     with pytest.raises(ProjectFileError, match="no kind of cluster 'slum'"):
-        check_inputs(make_plan(path), watch=watch)
+        check_inputs(make_plan(path), Wanted(watch=Until() if watch else None))
     assert "no kind of cluster 'slum'" in preview(draft_plan(path)).problems[0]
 
 
@@ -145,9 +146,9 @@ def test_a_lane_that_the_cluster_file_lacks_is_told_and_counts_as_the_default_on
     cluster = cluster_file(tmp_path, kind=kind, lanes={"live": 3, "hpda": 1}, default_lane="hpda", **more)
     path = project_file(movies(tmp_path))
     said = [f"{cluster} has no lane 'life': the work would count as 'hpda'. Its lanes are live, hpda."]
-    assert preview(draft_plan(path), asked=Asked(cluster, lane="life")).warnings == said
-    assert check_inputs(make_plan(path), asked=Asked(cluster, lane="life")) == said
-    assert check_inputs(make_plan(path), asked=Asked(cluster, lane="life"), watch=True) == said
+    assert preview(draft_plan(path), Wanted(cluster=cluster, lane="life")).warnings == said
+    assert check_inputs(make_plan(path), Wanted(cluster=cluster, lane="life")) == said
+    assert check_inputs(make_plan(path), Wanted(cluster=cluster, lane="life", watch=Until())) == said
     shown = CliRunner().invoke(app, ["run", str(path), "--cluster", cluster, "--lane", "life", "--dry-run"])
     assert shown.exit_code == 0
     assert f"warning: {said[0]}" in shown.stdout
@@ -156,13 +157,13 @@ def test_a_lane_that_the_cluster_file_lacks_is_told_and_counts_as_the_default_on
 @pytest.mark.parametrize("lane", ["live", "hpda", "rest", None])
 def test_lanes_that_there_are_and_the_default_one_are_fine(tmp_path, lane):
     cluster = cluster_file(tmp_path, kind="local", lanes={"live": 3, "hpda": 1}, default_lane="rest")
-    assert preview(draft_plan(project_file(movies(tmp_path))), asked=Asked(cluster, lane=lane)).warnings == []
+    assert preview(draft_plan(project_file(movies(tmp_path))), Wanted(cluster=cluster, lane=lane)).warnings == []
 
 
 def test_where_no_lanes_are_listed_every_name_is_a_lane(tmp_path):
     path = project_file(movies(tmp_path))
-    assert preview(draft_plan(path), asked=Asked(slurm(tmp_path, cpu={"memory": "4GiB"}), lane="anything")).warnings == []
-    assert preview(draft_plan(path), asked=Asked(lane="anything")).warnings == []
+    assert preview(draft_plan(path), Wanted(cluster=slurm(tmp_path, cpu={"memory": "4GiB"}), lane="anything")).warnings == []
+    assert preview(draft_plan(path), Wanted(lane="anything")).warnings == []
 
 
 # --- what it would take ----------------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ import pytest
 from cryodask.formats import star
 from cryodask.interop import export_relion, project_from_star
 from cryodask.kernels.fsc import fsc
-from cryodask.run.execute import run_plan
 from cryodask.run.recipe import make_plan
+from cryodask.run.session import run_plan
 
 COUNT = 700
 

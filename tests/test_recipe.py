@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from cryodask.errors import ProjectFileError, StarError
-from cryodask.run.execute import check_inputs
 from cryodask.run.recipe import make_plan, read_project_file
 from cryodask.run.refs import variable_sources
+from cryodask.run.session import check_inputs
 from cryodask.stage import load_stages
 
 GOOD = {

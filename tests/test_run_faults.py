@@ -26,11 +26,12 @@ from cryodask.cluster.settings import parse_settings
 from cryodask.cluster.tls import Authority, security
 from cryodask.formats.movies import write_mrc_movie
 from cryodask.run import execute, health
-from cryodask.run.execute import run_plan
+from cryodask.run.events import ExposureCommitted, ExposureQuarantined, Iteration
 from cryodask.run.health import Watch
 from cryodask.run.map import MapRunner
-from cryodask.run.progress import Progress
+from cryodask.run.progress import text_of
 from cryodask.run.recipe import make_plan
+from cryodask.run.session import run_plan
 from cryodask.run.status import status_sentence
 from cryodask.store.journal import content_crc
 from cryodask.store.project import Project
@@ -212,20 +213,16 @@ class _Run(threading.Thread):
         self.start()
 
     def run(self):
-        run = self
-
-        class Told(Progress):
-            def say(self, text):
-                run.said.append(text)
-
-            def advance(self, text="", steps=1):
-                run.done += steps
-
         try:
             with Client(self.cluster, name="hpda/anna", set_as_default=False) as client:
-                run_plan(make_plan(self.file), client, progress=Told(quiet=True))
+                run_plan(make_plan(self.file), client, listen=[self._listen])
         except BaseException as error:
             self.error = error
+
+    def _listen(self, event):
+        self.done += isinstance(event, ExposureCommitted | ExposureQuarantined | Iteration)
+        if text := text_of(event):
+            self.said.append(text)
 
     def tells(self, pattern):
         """Wait until it says so."""

@@ -19,26 +19,25 @@ from cryodask.errors import DiskFullError, InputError
 from cryodask.formats import star
 from cryodask.formats.movies import write_tiff_movie
 from cryodask.formats.mrc import write_mrc
-from cryodask.run.execute import run_plan
-from cryodask.run.progress import Progress
+from cryodask.run.events import Event, ExposureCommitted, ExposureQuarantined, Iteration
 from cryodask.run.recipe import make_plan
+from cryodask.run.session import run_plan
 from cryodask.store.project import Project
 
 MOVIES = 12
 
 
-class Trouble(Progress):
-    """Something happens when the ``after``-th item, or iteration, is done."""
+class Trouble:
+    """Listener; something happens when the ``after``-th item, or iteration, is done."""
 
     def __init__(self, after: int, happens: Callable[[], object]) -> None:
-        super().__init__(quiet=True)
         self.after, self.happens, self.steps = after, happens, 0
 
-    def advance(self, text: str = "", steps: int = 1) -> None:
-        super().advance(text, steps)
-        self.steps += 1
-        if self.steps == self.after:
-            self.happens()
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, ExposureCommitted | ExposureQuarantined | Iteration):
+            self.steps += 1
+            if self.steps == self.after:
+                self.happens()
 
 
 def mount(*words: str) -> None:
@@ -102,16 +101,16 @@ def test_a_disk_that_fills_between_iterations_costs_none_of_those_done(tmp_path,
     star_of_particles(tmp_path, count=200)
     plan = make_plan(particle_project(tmp_path, "classify2d: {classes: 2, iterations: 8}"))
     whole = Trouble(0, lambda: None)
-    expected = contents(run_plan(plan, client, progress=whole))
+    expected = contents(run_plan(plan, client, listen=[whole]))
     shutil.rmtree(plan.folder)
     tmpfs(plan.folder, "64m")
     full = Trouble(3 + 3, lambda: fill(plan.folder))  # three micrographs, three iterations
     with pytest.raises(DiskFullError, match="run the same command again"):
-        run_plan(plan, client, progress=full)
+        run_plan(plan, client, listen=[full])
     assert intact(plan.folder)
     (plan.folder / "ballast").unlink()
     again = Trouble(0, lambda: None)
-    assert contents(run_plan(plan, client, progress=again)) == expected
+    assert contents(run_plan(plan, client, listen=[again])) == expected
     assert again.steps == whole.steps - 6
     assert intact(plan.folder)
 
@@ -131,7 +130,7 @@ def test_a_disk_that_is_full_when_a_record_is_written_leaves_no_half_record(tmp_
     tmpfs(plan.folder, "16m")
     images = contents(run_plan(plan, client, until="import_micrographs"))  # from here on there are records only
     with pytest.raises(DiskFullError, match="run the same command again"):
-        run_plan(plan, client, progress=Trouble(5, lambda: fill(plan.folder)))
+        run_plan(plan, client, listen=[Trouble(5, lambda: fill(plan.folder))])
     half = contents(Project(plan.folder))
     assert 5 <= len(half) - len(images) < 40
     assert half.items() <= expected.items()
@@ -182,7 +181,7 @@ def test_a_movie_that_is_removed_before_its_turn_is_quarantined_and_the_others_a
     plan = of_movies(tmp_path, movies)
     last = tmp_path / "movies" / f"m{MOVIES - 1:02d}.tif"
     away = tmp_path / last.name
-    done = run_plan(plan, client, progress=Trouble(1, lambda: os.rename(last, away)))
+    done = run_plan(plan, client, listen=[Trouble(1, lambda: os.rename(last, away))])
     assert set(failures(done)) == {last.stem}
     assert "does not exist" in failures(done)[last.stem]
     assert done["extract"].sizes["micrograph"] == MOVIES - 1
@@ -203,7 +202,7 @@ def test_a_folder_of_inputs_that_vanishes_stops_the_run_and_no_movie_is_blamed(h
         gone, back = ["mv", str(here), str(away)], ["mv", str(away), str(here)]
     try:
         with pytest.raises(InputError, match="bring the folder back and run the same command again"):
-            run_plan(plan, client, progress=Trouble(1, lambda: subprocess.run(gone, check=True)))
+            run_plan(plan, client, listen=[Trouble(1, lambda: subprocess.run(gone, check=True))])
         assert failures(Project(plan.folder)) == {}
         assert intact(plan.folder)
         subprocess.run(back, check=True)

@@ -18,9 +18,9 @@ from cryodask.formats.mrc import write_mrc
 from cryodask.formats.star import read_particle_table
 from cryodask.interop import export_relion
 from cryodask.report import write_report
-from cryodask.run.execute import run_plan
 from cryodask.run.preview import preview
 from cryodask.run.recipe import draft_plan, make_plan
+from cryodask.run.session import run_plan
 from cryodask.simulate import SessionParams, simulate_session
 from cryodask.stages.motion import motion
 from cryodask.store.identity import birth_of, copy_of, half_sets, parent_of
@@ -328,11 +328,11 @@ def _back(star: str) -> dict:
 EDITED = [*PICKED, {"edit_picks": {"file": "edits.csv"}}, CUT]
 
 
-def _returned(exported: Path, folder: Path, client, change, pipeline=EDITED, name: str = "p", progress=None) -> Project:
+def _returned(exported: Path, folder: Path, client, change, pipeline=EDITED, name: str = "p", listen=()) -> Project:
     if not folder.exists():
         shutil.copytree(exported, folder)
     _rows_changed(folder / "relion" / "particles.star", folder / "relion" / "w.star", change)
-    return run_plan(make_plan(write(folder, [*pipeline, _back("relion/w.star")], name)), client, progress=progress)
+    return run_plan(make_plan(write(folder, [*pipeline, _back("relion/w.star")], name)), client, listen=listen)
 
 
 def _moved(rows, at):
@@ -389,7 +389,7 @@ def test_rows_added_by_hand_rows_twice_and_rows_of_other_micrographs(exported, c
             row[at["rlnMicrographName"]] = "micrographs/other.mrc"
         return [*rows[:4], *new, *rows[1:], *other]
 
-    project = _returned(exported, tmp_path / "s", client, change, progress=told)
+    project = _returned(exported, tmp_path / "s", client, change, listen=[told])
     got = ids(project, "back")
     assert project.failures() == []
     assert len(got) == len(want) + 2

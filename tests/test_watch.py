@@ -13,10 +13,11 @@ import pytest
 
 from cryodask.errors import ProjectFileError
 from cryodask.formats.movies import write_mrc_movie, write_tiff_movie
-from cryodask.run.execute import check_inputs, run_plan
+from cryodask.run.events import Counted, Event
 from cryodask.run.map import MapRunner
-from cryodask.run.progress import Progress
 from cryodask.run.recipe import make_plan
+from cryodask.run.selection import Wanted
+from cryodask.run.session import check_inputs, run_plan
 from cryodask.run.status import read_status, status_sentence
 from cryodask.run.watch import Arrivals, Until
 from cryodask.store.project import Project
@@ -152,25 +153,24 @@ def test_a_growing_file_keeps_the_session_open(tmp_path):
 def test_only_movies_can_be_watched_for(tmp_path):
     (tmp_path / "p.star").write_text("data_\n")
     plan = _plan(tmp_path)
-    check_inputs(plan, watch=True)
+    check_inputs(plan, Wanted(watch=Until()))
     for name in ("a", "b"):
         (tmp_path / f"{name}.mrc").write_bytes(b"a map")
     halves = "name: x\ninputs: {half_maps: [a.mrc, b.mrc]}\npipeline: [mask]\n"
     (tmp_path / "x.yaml").write_text(halves)
     with pytest.raises(ProjectFileError, match="Only movies"):
-        check_inputs(make_plan(tmp_path / "x.yaml"), watch=True)
+        check_inputs(make_plan(tmp_path / "x.yaml"), Wanted(watch=Until()))
 
 
-class _Noted(Progress):
-    """Keeps every account of the inputs, to be added up."""
+class _Noted:
+    """Listener that keeps every account of the inputs, to be added up."""
 
     def __init__(self) -> None:
-        super().__init__(quiet=True)
         self.accounts: list[dict] = []
 
-    def account(self, **counts) -> None:
-        self.accounts.append(counts)
-        super().account(**counts)
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Counted):
+            self.accounts.append(event.model_dump())
 
 
 def _adds_up(accounts: list[dict]) -> bool:
@@ -197,9 +197,9 @@ def test_forty_movies_are_processed_while_they_are_written_through_a_restart(tmp
     writer = threading.Thread(target=_write_slowly, args=(tmp_path, 40, 0.12))
     writer.start()
     first, second = _Noted(), _Noted()
-    run_plan(plan, client, watch=Until(movies=15), progress=first)
+    run_plan(plan, client, watch=Until(movies=15), listen=[first])
     before = {r: rec["time"] for r, rec in Project(plan.folder).generation("ingest").committed().items()}
-    project = run_plan(plan, client, watch=Until(movies=40), progress=second)
+    project = run_plan(plan, client, watch=Until(movies=40), listen=[second])
     writer.join()
     records = project.generation("ingest").committed()
     assert len(records) == len(project.generation("motion").committed()) == 40
@@ -227,11 +227,11 @@ def test_a_movie_that_is_written_again_during_the_session_is_processed_again(tmp
             time.sleep(0.05)
         time.sleep(1.0)
         write_mrc_movie(tmp_path / "movies" / "m2.mrc", _frames(77), 1.0)
-        (plan.folder / "stop").touch()
+        write_mrc_movie(tmp_path / "movies" / "m4.mrc", _frames(4), 1.0)
 
     writer = threading.Thread(target=again)
     writer.start()
-    project = run_plan(plan, client, watch=Until())
+    project = run_plan(plan, client, watch=Until(movies=5))
     writer.join()
     records = project.generation("ingest").committed()
     row = next(i.row for i in project.items() if i.name == "m2")

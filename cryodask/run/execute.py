@@ -4,86 +4,96 @@ from __future__ import annotations
 
 import os
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from distributed import Client
 
-from cryodask.errors import InputError, ProjectFileError
+from cryodask.errors import InputError
 from cryodask.run import sources
+from cryodask.run.backlog import Backlog
 from cryodask.run.blocks import iterate_on_workers
 from cryodask.run.chain import Chain
 from cryodask.run.chains import ChainMaker, Target, chains_of
-from cryodask.run.checks import Asked, look_ahead
 from cryodask.run.data_sets import data_sets, keep_former
-from cryodask.run.health import scheduler_needed
+from cryodask.run.events import Events, ExposureArrived, Iteration, Stalled, StepFinished, StepStarted
+from cryodask.run.health import Watch, scheduler_needed
 from cryodask.run.imports import left_out_text, nothing_fits, rows_told
 from cryodask.run.inputs import SHARED_REASONS, StepInputs, particle_set, step_inputs, whole_values
 from cryodask.run.keys import Keys
-from cryodask.run.map import PREFIX, MapRunner, process_here
+from cryodask.run.map import MapRunner, process_here
 from cryodask.run.people import check_choice, waiting
-from cryodask.run.progress import Progress, short, summary
-from cryodask.run.recipe import Plan, Step, position
+from cryodask.run.recipe import Plan, Step
 from cryodask.run.record import note_line
 from cryodask.run.refs import Refer
-from cryodask.run.results import freeze, frozen_ids, image_givers, run_set, settle_result, stored_variables
-from cryodask.run.watch import Arrivals, Until
+from cryodask.run.results import freeze, frozen_ids, image_givers, run_set, scalars, settle_result, stored_variables, summary
+from cryodask.run.selection import Wanted
+from cryodask.run.stopping import Stop
+from cryodask.run.tally import Tally
+from cryodask.run.watch import Arrivals
 from cryodask.run.whole import loaded, run_tournament, run_whole
-from cryodask.store.files import disk_errors, write_atomically
 from cryodask.store.generation import Generation
+from cryodask.store.history import generation_folders
 from cryodask.store.places import finish
 from cryodask.store.project import Arrival, Item, Project
 
 
 @dataclass
 class Execution:
-    """One run of a plan on the workers of a client; holds the project's lock (see :func:`run_plan`)."""
+    """One run of a plan on the workers of a client; whoever makes it holds the project's lock (see session.py)."""
 
     plan: Plan
     project: Project
     client: Client
-    progress: Progress
-    retry_quarantined: bool = False
-    until: Until | None = None
-    update: frozenset[str] = frozenset()
+    events: Events
+    wanted: Wanted
+    stop: Stop
     items: list[Item] = field(default_factory=list)
 
     # --- the whole run --------------------------------------------------------------------------------------------------------
-    def run(self, until: str | None, start_again_from: str | None) -> None:
-        """Carry out all steps up to ``until``; ``start_again_from`` computes that step and all that follow anew."""
+    def run(self) -> None:
+        """Carry out the steps that are wanted."""
         steps = self.plan.steps
-        end = position(self.plan, until) + 1 if until else len(steps)
         state = self.project.state
-        if start_again_from:
-            for step in steps[position(self.plan, start_again_from) :]:
-                state.again[step.label] = state.again.get(step.label, 0) + 1
+        self.update = frozenset(self.wanted.update)
+        self.wanted.count_anew(self.plan, state.again)
         state.home = os.path.relpath(self.plan.path.parent.resolve(), self.project.path.resolve())
         state.runs += 1
         state.reorder([s.label for s in steps])
         self.arrivals: Arrivals | None = None
-        if self.until is None:
+        if self.wanted.watch is None:
             listing = sources.list_exposures(self.plan, self.project)
             keep_former(self.plan, self.project, listing)
             self._look(listing, complete=True)
         else:
             keep_former(self.plan, self.project, None)
-            self.arrivals = Arrivals(self.plan, self.project, self.until, self.progress.say)
+            self.arrivals = Arrivals(self.plan, self.project, self.wanted.watch, self.events.say, self.stop)
             self.items = self.project.items()
             self._register(self.arrivals.in_other_sets())
             self._register(self.arrivals.first())
         self._settle_data_sets()
         waits = waiting(self.plan)
         for label, why in waits.items():
-            self.progress.say(f"{label}: {why}")
+            self.events.say(f"{label}: {why}")
         state.forget(waits)
-        for group in chains_of(self.plan, [s for s in steps[:end] if s.label not in waits]):
+        self.wanted.check_sources(self.plan, state)
+        for group in chains_of(self.plan, [s for s in self.wanted.steps(self.plan) if s.label not in waits]):
+            self.stop.check()
             if group[0].stage.shape == "map":
                 self._run_map(group)
             else:
                 self._run_single(group[0])
         self.project.save()
+
+    def _begin(self, name: str, steps: list[Step], total: int | None = None, kept: int = 0) -> None:
+        self.step, self._began = name, time.monotonic()
+        self.events.emit(StepStarted, step=name, steps=[s.label for s in steps], total=total, kept=kept)
+
+    def _end(self, steps: list[Step], result: str, **counts: int) -> None:
+        seconds = round(time.monotonic() - self._began, 3)
+        labels = [s.label for s in steps]
+        self.events.emit(StepFinished, step=self.step, steps=labels, result=result, seconds=seconds, **counts)
 
     def _settle_data_sets(self) -> None:
         """Optics and gains, and the keys that follow from them."""
@@ -92,15 +102,18 @@ class Execution:
         state = self.project.state
         state.constants, state.gain = found.constants, found.gains
         for sentence in found.said:
-            self.progress.say(sentence)
+            self.events.say(sentence)
         self.gains = {name: self.project.path / path for name, path in found.gains.items()}
         self.keys = Keys(self.plan, self.project, {name: path.stem for name, path in self.gains.items()})
 
     def _look(self, listing: list[Arrival], *, complete: bool) -> list[Item]:
         """Take a listing into the registry and say what has happened to exposures; returns those that are new or changed."""
         update = self.project.update_exposures(listing, complete=complete)
+        if not complete:
+            for item in update.new:
+                self.events.emit(ExposureArrived, name=item.name)
         for sentence in update.said:
-            self.progress.say(sentence)
+            self.events.say(sentence)
         self.items[:] = self.project.items()
         return update.new
 
@@ -147,11 +160,11 @@ class Execution:
         if self.arrivals is None:
             self._say_what_is_left_out(chain, items)
         maker.take_over(chain, steps, items)
-        todo = chain.unfinished(items, retry_quarantined=self.retry_quarantined)
+        todo = chain.unfinished(items, retry_quarantined=self.wanted.retry_quarantined)
         rows = {item.row for item in todo}
         names = " > ".join(s.label for s in steps)
-        self.progress.begin(names if len(names) < 40 else f"{steps[0].label} > ... > {steps[-1].label}", len(todo))
         before = len(items) - len(todo)
+        self._begin(names if len(names) < 40 else f"{steps[0].label} > ... > {steps[-1].label}", steps, len(items), before)
         if self.arrivals is not None and "movie" in steps[0].stage.gives:
             self._map_items(chain, self._live(maker, steps, chain, todo, self.arrivals), self.items)
             items = self.items
@@ -167,11 +180,12 @@ class Execution:
             self._say_what_is_left_out(chain, items)
         for step, known in zip(steps, records):
             for sentence in rows_told(step.label, [r for row, r in known.items() if row in rows]):
-                self.progress.say(sentence)
+                self.events.say(sentence)
         bad = {row for r in records for row, record in r.items() if not record["ok"]}
         done = len(items) - len(bad)
         kept = f", {before} of them from before" if before else ""
-        self.progress.end(f"{done} micrographs done{kept}" + (f", {len(bad)} quarantined (see cryodask info)" if bad else ""))
+        said = f"{done} micrographs done{kept}" + (f", {len(bad)} quarantined (see cryodask info)" if bad else "")
+        self._end(steps, said, done=done, quarantined=len(bad))
         if not done:
             failures = self.project.failures()
             first = str(failures[0]["message"]).splitlines()[0] if failures else "none is recorded"
@@ -191,58 +205,37 @@ class Execution:
             if whole and self.arrivals is None:
                 raise nothing_fits(label, missing)
             if missing:
-                self.progress.say(left_out_text(label, missing))
+                self.events.say(left_out_text(label, missing))
 
     def _map_items(self, chain: Chain, source: Iterator[Item | None], items: list[Item]) -> None:
-        bad = chain.quarantined(items) if not self.retry_quarantined else 0
-        known = len(items) - len(chain.unfinished(items, retry_quarantined=self.retry_quarantined))
-
-        runner: MapRunner | None = None
-
-        def on_event(kind: str, item: Item | None, text: str) -> None:
-            if kind == "done":
-                self.progress.advance()
-            elif kind == "quarantined" and item is not None:
-                self.progress.say(f"quarantined {item.name}: {text}")
-                self.progress.advance()
-            elif kind == "stalled":
-                self.progress.say(text)
-            elif kind == "looked" and self.arrivals is not None:
-                self.project.compact()
-            if runner is None:
-                return
-            counts = runner.counts()
-            done, quarantined = known - bad + counts["done"], bad + counts["quarantined"]
-            waiting = len(items) - done - quarantined - counts["running"]
-            if kind == "looked":
-                runner.watch.announce(PREFIX, waiting)
-            arriving = {"arriving": len(self.arrivals.pending)} if self.arrivals is not None else {}
-            self.progress.account(
-                seen=len(items),
-                done=done,
-                quarantined=quarantined,
-                running=counts["running"],
-                waiting=waiting,
-                workers=len(runner.watch.workers),
-                stall=runner.watch.stall,
-                **arriving,
-            )
-
+        bad = chain.quarantined(items) if not self.wanted.retry_quarantined else 0
+        done = len(items) - len(chain.unfinished(items, retry_quarantined=self.wanted.retry_quarantined)) - bad
+        tally = Tally(self.events, self.step, items, done, bad, self.arrivals)
+        first_attempt = self.project.state.runs * 1_000_000
         if all(link.stage.light(link.params) for link in chain.links):
-            process_here(chain, source, event=on_event, first_attempt=self.project.state.runs * 1_000_000)
-            return
-        runner = MapRunner(
-            self.client,
-            chain,
-            event=on_event,
-            limit_seconds=self.plan.file.item_limit_seconds,
-            first_attempt=self.project.state.runs * 1_000_000,
-        )
-        runner.run(source)
+            process_here(chain, source, event=tally, first_attempt=first_attempt, stopped=self._stopped)
+        else:
+            tally.runner = MapRunner(
+                self.client,
+                chain,
+                event=tally,
+                limit_seconds=self.plan.file.item_limit_seconds,
+                first_attempt=first_attempt,
+                live=self.arrivals is not None,
+                stopped=self._stopped,
+            )
+            tally.runner.run(source)
+            tally.count()
+        self.project.compact()
+        self.stop.check()
+
+    def _stopped(self) -> bool:
+        return self.stop.asked
 
     def _live(self, maker: ChainMaker, steps: list[Step], chain: Chain, todo: list[Item], arrivals: Arrivals) -> Iterator[Item | None]:
-        """Items of a session as their files become complete, first come first served; None while there is nothing new."""
-        waiting = deque(todo)
+        """Items of a session as their files become complete, the newest first; None while there is nothing new."""
+        made = self._made_before(steps) if todo else set()
+        backlog = Backlog([i for i in todo if i.row not in made], [i for i in todo if i.row in made])
         data_sets = {item.data_set for item in self.items}
         while True:
             if arrivals.due:
@@ -253,18 +246,22 @@ class Execution:
                 if fresh := {item.data_set for item in new} - data_sets:
                     maker.chain(steps)  # its images may have a size of their own
                     data_sets |= fresh
-                waiting.extend(new)
-                self.progress.expect(len(new))
-            if waiting:
-                yield waiting.popleft()
-            elif arrivals.over:
+                backlog.add(new)
+                self.project.compact()
+            item = backlog.take()
+            if item is None and arrivals.over:
                 return
-            else:
-                yield None
+            yield item
+
+    def _made_before(self, steps: list[Step]) -> set[int]:
+        """Rows of the exposures that have a result of these steps, made with whatever parameters."""
+        stages = {step.stage.name for step in steps} - {"ingest"}
+        folders = [path for path in generation_folders(self.project.path) if path.parent.name in stages]
+        return {row for path in folders for row in Generation(path).committed()}
 
     def _take_back_what_changed(self, step: Step) -> None:
         for problem in self._generation(step.label).check_files():
-            self.progress.say(f"{step.label}: {problem}; it is recomputed")
+            self.events.say(f"{step.label}: {problem}; it is recomputed")
 
     def _generation(self, label: str) -> Generation:
         return self.project.generation(label)
@@ -280,7 +277,7 @@ class Execution:
         old = frozen_ids(self.project, step, frame, key)
         if old is not None and inputs.ids is not None:
             before, ids = old
-            self.progress.say(f"{step.label}: goes on with the {len(ids)} particles with which it was started; the larger set comes after")
+            self.events.say(f"{step.label}: goes on with the {len(ids)} particles with which it was started; the larger set comes after")
             self._compute_single(step, inputs.only(ids), before, frame, version)
         self._compute_single(step, inputs, key, frame, version)
 
@@ -299,11 +296,11 @@ class Execution:
         generation = Generation.create(path, meta=meta, gives=gives, per_item=False)
         self._adopt(step, key)
         self._take_back_what_changed(step)
-        self.progress.begin(step.label, None)
+        self._begin(step.label, [step])
         if generation.committed():
             older = f" (version {version}; --update {step.label} computes it with version {step.stage.version})"
             self._finish(step)
-            self.progress.end("done before" + (older if version != step.stage.version else ""))
+            self._end([step], "done before" + (older if version != step.stage.version else ""))
             return
         if inputs.ids is not None:
             freeze(generation, inputs.ids)
@@ -313,17 +310,23 @@ class Execution:
         result = settle_result(self.project, step, inputs, result)
         generation.commit_result(result, seconds=round(time.time() - started, 3))
         self._finish(step)
-        self.progress.end(summary(result))
+        self._end([step], summary(result))
 
     def _compute(self, step: Step, inputs: StepInputs, generation: Generation) -> dict[str, Any]:
         stage = step.stage
         if stage.shape == "set":
             return run_set(self.plan, self.project, inputs, generation)
         values = whole_values(self.plan, self.project, inputs)
+
+        def tell(why: str) -> None:
+            self.events.emit(Stalled, step=step.label, why=why)
+
         if stage.shape == "blocks":
 
             def on_iteration(state: dict[str, Any], metrics: dict[str, Any]) -> None:
-                self.progress.advance(short(metrics))
+                number = int(state["iteration"])
+                self.events.emit(Iteration, step=step.label, iteration=number, of=None, figures=scalars(metrics))
+                self.stop.check()
 
             return iterate_on_workers(
                 self.client,
@@ -334,75 +337,13 @@ class Execution:
                 loaded(values),
                 generation.path / "checkpoints",
                 on_iteration=on_iteration,
-                tell=self.progress.say,
+                tell=tell,
             )
+        watch = Watch(self.client, tell, looked=self.stop.check)
         if stage.shape == "tournament":
-            particles = particle_set(self.project, inputs)
-            return run_tournament(self.client, stage.functions, step.params, particles, self.progress.advance, self.progress.say)
-        return run_whole(self.client, stage.name, step.params, values, self.progress.say)
 
+            def on_chain(number: int, of: int) -> None:
+                self.events.emit(Iteration, step=step.label, iteration=number, of=of, figures={})
 
-def check_inputs(plan: Plan, *, force: bool = False, watch: bool = False, asked: Asked | None = None) -> list[str]:
-    """Meet what can go wrong with folder, lock, inputs, gain, reference and cluster before any worker is started; returns warnings.
-
-    ``asked`` is what a command line says of cluster, workers and lane. Movies that are watched for are not looked at yet.
-
-    Raises
-    ------
-    CryodaskError
-    """
-    if plan.folder == plan.path.resolve().parent:
-        raise ProjectFileError(
-            f"The results of {plan.path} would go into the folder where it lies, among your own files.",
-            f"its name or folder is {plan.file.folder or plan.file.name!r}",
-            "give a folder of its own:  folder: results",
-        )
-    if watch and not plan.has_movies:
-        raise ProjectFileError(
-            "Only movies can be watched for.", f"{plan.path} starts from what another program made", "run it without --watch"
-        )
-    sources.load_gains(plan)
-    sources.check_files(plan)
-    project = Project.create(plan.folder, plan.file.name)
-    with project.lock(force=force):
-        pass  # refused now where another driver works or nothing may be written
-    listing = [] if watch else sources.list_exposures(plan, project)
-    sources.check_readable(plan, listing)
-    ahead = look_ahead(plan, project, listing, asked)
-    if ahead.problems:
-        raise ProjectFileError(f"{plan.path}: " + "\n".join(ahead.problems), "", "cryodask run --dry-run  shows the rest")
-    return ahead.warnings
-
-
-def run_plan(
-    plan: Plan,
-    client: Client,
-    *,
-    until: str | None = None,
-    start_again_from: str | None = None,
-    force: bool = False,
-    retry_quarantined: bool = False,
-    watch: Until | None = None,
-    update: Iterable[str] = (),
-    progress: Progress | None = None,
-) -> Project:
-    """Carry out a plan on the workers of ``client``; returns the project.
-
-    With ``watch`` the movies are taken as they arrive, until the session is over; then the steps after them follow. ``update`` names
-    steps whose results of an older version are computed again with this program's.
-
-    Raises
-    ------
-    CryodaskError
-        What stops a run; everything committed before stays, and the same call goes on from there.
-    """
-    for label in (until, start_again_from, *update):
-        if label:
-            position(plan, label)
-    with Project.create(plan.folder, plan.file.name).lock(force=force):
-        project = Project(plan.folder)  # as the driver before left it
-        with disk_errors(project.path):
-            write_atomically(project.path / "project.yaml", plan.path.read_text())
-        with progress or Progress(quiet=True) as shown, shown.recorded(project.path):
-            Execution(plan, project, client, shown, retry_quarantined, watch, frozenset(update)).run(until, start_again_from)
-    return project
+            return run_tournament(stage.functions, step.params, particle_set(self.project, inputs), watch, on_chain)
+        return run_whole(stage.name, step.params, values, watch)

@@ -50,10 +50,14 @@ class Watch:
     client : Client
     tell : callable
         Is given the sentence that explains a stall.
+    looked : callable
+        Called at each look; what it raises ends the waiting.
     """
 
-    def __init__(self, client: Client, tell: Callable[[str], None], patience_seconds: float = 30.0) -> None:
-        self.client, self.tell, self.patience = client, tell, patience_seconds
+    def __init__(
+        self, client: Client, tell: Callable[[str], None], patience_seconds: float = 30.0, *, looked: Callable[[], None] = lambda: None
+    ) -> None:
+        self.client, self.tell, self.patience, self._looking = client, tell, patience_seconds, looked
         self.workers: dict[str, dict[str, Any]] = {}
         self.missing = ""
         self.answers = True
@@ -84,6 +88,7 @@ class Watch:
             When the scheduler is gone for good.
         """
         self.check_client()
+        self._looking()
         asked = time.monotonic() - self._looked > _LOOK_SECONDS
         if asked:
             self._ask()

@@ -24,7 +24,7 @@ from cryodask.errors import CryodaskError
 from cryodask.run.devices import CPU_DEVICE, GPU, GPU_DEVICE, gpu_items, with_gpus
 from cryodask.run.health import Watch, scheduler_needed
 from cryodask.run.isolation import ItemDied, ItemFailure, blamed_at_first_death, in_child, time_limit
-from cryodask.run.residents import Run, in_run, keep, new_run, release_everywhere, run_here
+from cryodask.run.residents import Run, in_run, keep, new_run, release_everywhere, run_here, stop_everywhere, stopped_here
 from cryodask.store.project import Item
 
 PREFIX = "item"
@@ -33,6 +33,7 @@ PREFIX = "item"
 _TRIES = 3
 _LONELY_DEATHS = 10
 _GPU_PATIENCE_SECONDS = 30.0
+_AHEAD_SECONDS = 0.5
 _LOOK_SECONDS = 0.02
 _LOOK_SECONDS_AN_ITEM = 100e-6
 _RETRIED = (OSError, TimeoutError, MemoryError)
@@ -71,6 +72,8 @@ def attempt_item(run: Run, blob: bytes, item: Item, brief: Any, device: str, att
 
 def work(item: Item, brief: Any, *, run: Run, blob: bytes, device: str, isolated: bool, attempt: int, limit_seconds: float | None) -> None:
     """What a worker does with one item; the state of the future is the acknowledgement."""
+    if stopped_here(run):
+        raise ItemFailure("Stopped", "the run was stopped before it was begun", "retry")
     if isolated:
         failure = in_child((run, blob, item, brief, device, attempt), limit_seconds)
     else:
@@ -94,6 +97,10 @@ class MapRunner:
         An item that takes longer is quarantined; its worker's process is ended for it.
     first_attempt : int
         Attempts are counted from here: above all those of earlier runs.
+    live : bool
+        The source decides late which item is next: few are sent ahead of the workers.
+    stopped : callable
+        Asked again and again: once it says so nothing is begun any more, and :meth:`run` ends when what was begun is finished.
     """
 
     def __init__(
@@ -106,8 +113,11 @@ class MapRunner:
         backoff_seconds: float = 1.0,
         limit_seconds: float | None = None,
         first_attempt: int = 0,
+        live: bool = False,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         self.client, self.job, self.event = client, job, event
+        self.live, self.stopped = live, stopped
         self.backoff, self.limit_seconds, self.first_attempt = backoff_seconds, limit_seconds, first_attempt
         self.watch = Watch(client, lambda text: event("stalled", None, text), stall_after_seconds)
         self.blob = cloudpickle.dumps(job)
@@ -123,7 +133,9 @@ class MapRunner:
         self.counted: Counter[str] = Counter()
         self.window = 8
         self._sequence, self._run = 0, new_run(client)
-        self._ended = self._idle = False
+        self._ended = self._idle = self._stopping = False
+        self._told: list[Future] = []
+        self._finished_at: deque[float] = deque(maxlen=1000)
 
     def counts(self) -> dict[str, int]:
         """Seen = done + quarantined + running + waiting, at any moment."""
@@ -147,11 +159,13 @@ class MapRunner:
             with scheduler_needed(self.client):
                 while True:
                     if self.watch.look(f"{len(self.flying)} items are out"):
-                        # never 0: a cluster that scales by backlog must see one
-                        self.window = 4 * self.watch.slots + 8
+                        self.window = self._window()
                         self._look_at_gpus()
                         self.event("looked", None, "")
-                    self._refill(items)
+                    if not self._stopping and self.stopped():
+                        self._stop()
+                    if not self._stopping:
+                        self._refill(items)
                     if self._ended and not (self.flying or self.ready or self.later or self.suspects):
                         return self.counts()
                     if self._collect() or not self.flying:
@@ -164,6 +178,24 @@ class MapRunner:
             self.watch.announce(PREFIX, 0)
             release_everywhere(self.client, self._run, self.watch.workers)
 
+    def _window(self) -> int:
+        """How many items may be out. Never 0: a cluster that scales by backlog must see one."""
+        if not self.live:
+            return 4 * self.watch.slots + 8
+        recent = time.monotonic() - _AHEAD_SECONDS
+        return self.watch.slots + 2 + sum(moment > recent for moment in self._finished_at)
+
+    def _stop(self) -> None:
+        """Begin nothing more: what no worker has yet is taken back, and the workers refuse what they have not begun."""
+        self._stopping = self._ended = True
+        self.ready.clear()
+        self.later.clear()
+        self.suspects.clear()
+        self._told = stop_everywhere(self.client, self._run, self.watch.workers)
+        sent = self.watch.processing(self.watch.workers)
+        back = [key for key in self.flying if sent is not None and key not in sent]
+        self.client.cancel([self.flying.pop(key)[0] for key in back], force=True)
+
     def _refill(self, items: Iterator[Item | None]) -> None:
         now = time.monotonic()
         while self.later and self.later[0][0] <= now:
@@ -174,7 +206,7 @@ class MapRunner:
             self._send([self.suspects.popleft() for _ in range(min(max(1, room), len(self.suspects)))], isolated=True)
             room = self.window - len(self.flying)
         for_gpus = max(0, gpu_items(self.watch.workers, self.on_gpus) - len(self.for_gpus))
-        if room < self.window / 2 and len(self.flying) > 1:  # few large messages are cheaper than many small ones
+        if not self.live and room < self.window / 2 and len(self.flying) > 1:  # few large messages are cheaper than many small ones
             room = 0
         room = max(room, for_gpus)
         while len(self.ready) < room and not self._ended:
@@ -266,9 +298,12 @@ class MapRunner:
         status = future.status
         if status == "finished":
             self.counted["done"] += 1
+            self._finished_at.append(time.monotonic())
             self.event("done", item, "")
             return
         error = future.exception() if status == "error" else None
+        if self._stopping and not (isinstance(error, ItemFailure) and error.args[2] in ("quarantine", "stop")):
+            return  # whatever became of it, the next run finds it undone
         self.returned.add(item.row)
         if status != "error":  # cancelled or lost: nobody's fault
             self.watch.check_client()
@@ -316,6 +351,7 @@ def process_here(
     *,
     event: Callable[[str, Item | None, str], None] = lambda kind, item, text: None,
     first_attempt: int = 0,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> None:
     """Process and commit items in this process: for stages that cost less than the message to a worker.
 
@@ -326,6 +362,8 @@ def process_here(
     """
     with run_here():
         for number, item in enumerate(item for item in source if item is not None):
+            if stopped():
+                return
             event(*_processed_here(job, item, first_attempt + number))
 
 

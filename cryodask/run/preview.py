@@ -11,7 +11,7 @@ from typing import Any
 from cryodask.errors import CryodaskError
 from cryodask.run import sources
 from cryodask.run.chains import ChainMaker, Target, chains_of, stored_per_item
-from cryodask.run.checks import Asked, look_ahead
+from cryodask.run.checks import look_ahead
 from cryodask.run.data_sets import data_sets, keep_former
 from cryodask.run.due import Known
 from cryodask.run.estimate import Estimator, Source
@@ -20,9 +20,11 @@ from cryodask.run.keys import Keys
 from cryodask.run.people import check_choice, waiting
 from cryodask.run.recipe import Plan, Step
 from cryodask.run.refs import Refer, label_of
+from cryodask.run.selection import Wanted
 from cryodask.store.foreseen import Foreseen
 from cryodask.store.generation import Generation
 from cryodask.store.project import Arrival, Project
+from cryodask.store.state import ProjectState
 
 
 @dataclass
@@ -63,19 +65,24 @@ class Preview:
         return json.dumps({"steps": steps, "problems": self.problems, "warnings": self.warnings}, indent=1)
 
 
-def preview(plan: Plan, update: frozenset[str] = frozenset(), asked: Asked | None = None) -> Preview:
+def preview(plan: Plan, wanted: Wanted | None = None) -> Preview:
     """What a run of a plan would do now. Nothing is written, no stage is called."""
+    wanted = wanted or Wanted()
     out = Preview([], list(plan.graph.problems), list(plan.graph.warnings))
     blank = [StepPreview(s.label, s.stage.name, _sources(s), False, None, "new") for s in plan.steps]
     if out.problems:
         out.steps = blank
         return out
     try:
+        wanted.check(plan)
+        chosen = {step.label for step in wanted.steps(plan)}
+        blank = [shown for shown in blank if shown.step in chosen]
         sources.load_gains(plan)
         sources.check_files(plan)
         project = Project(plan.folder) if (plan.folder / "project.json").exists() else None
+        wanted.check_sources(plan, project.state if project is not None else ProjectState(name=plan.file.name))
         listing = sources.list_exposures(plan, project) if plan.steps else []
-        ahead = look_ahead(plan, project, listing, asked)
+        ahead = look_ahead(plan, project, listing, wanted.asked)
         out.problems += ahead.problems
         out.warnings += ahead.warnings
     except CryodaskError as error:
@@ -83,7 +90,7 @@ def preview(plan: Plan, update: frozenset[str] = frozenset(), asked: Asked | Non
         out.steps = blank
         return out
     if project is not None:
-        out.steps = _Looking(plan, project, listing, update, ahead.movie, out).steps()
+        out.steps = _Looking(plan, project, listing, wanted, ahead.movie, out).steps()
         return out
     out.steps = blank
     for shown in blank:
@@ -121,9 +128,11 @@ class _Looking:
     """
 
     def __init__(
-        self, plan: Plan, project: Project, listing: list[Arrival], update: frozenset[str], movie: tuple[int, int, int] | None, out: Preview
+        self, plan: Plan, project: Project, listing: list[Arrival], wanted: Wanted, movie: tuple[int, int, int] | None, out: Preview
     ) -> None:
-        self.plan, self.project, self.update, self.out = plan, project, update, out
+        self.plan, self.project, self.wanted, self.out = plan, project, wanted, out
+        self.update = frozenset(wanted.update)
+        wanted.count_anew(plan, project.state.again)
         self.before = {label: project.state.steps[label] for label in project.stages}
         self.estimator = Estimator(plan, project, movie, self.before)
         known_before = {item.row for item in project.items()}
@@ -135,7 +144,7 @@ class _Looking:
         project.state.constants = found.constants
         out.warnings += found.said
         self.keys = Keys(plan, project, {name: Path(path).stem for name, path in found.gains.items()})
-        self.maker = ChainMaker(plan, project, self.keys, self.items, {}, update, self._adopt)
+        self.maker = ChainMaker(plan, project, self.keys, self.items, {}, self.update, self._adopt)
         self.stale: dict[str, str] = {}
         self.settled: set[str] = set()
         self.lacking: dict[str, set[int]] = {}
@@ -148,9 +157,10 @@ class _Looking:
     def steps(self) -> list[StepPreview]:
         """All steps; where a run would be refused, that is a problem."""
         done: list[StepPreview] = []
-        groups = chains_of(self.plan, [s for s in self.plan.steps if s.label not in self.people])
+        chosen = self.wanted.steps(self.plan)
+        groups = chains_of(self.plan, [s for s in chosen if s.label not in self.people])
         shown = {one.step: one for group in groups for one in self._group(group)}
-        for step in self.plan.steps:
+        for step in chosen:
             done.append(shown[step.label] if step.label in shown else self._stale(step, self.people[step.label], None))
         return done
 

@@ -1,140 +1,182 @@
-"""Progress of a run: rate and time to go, as moving bars on a terminal, as a line now and then in a log file."""
+"""What people read of a run while it goes on: moving bars on a terminal, lines in a log, a log file in the project. Readers of events."""
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as RichProgress
+from rich.progress import Progress as Bars
 
-from cryodask.run.status import StatusFile
+from cryodask.run import events as of
+from cryodask.run.events import Event
 
 _LOG_EVERY_SECONDS = 60.0
 
 
-class Progress:
-    """Say what runs. ``begin`` a stage, ``advance`` it, ``end`` it; ``say`` a sentence at any time."""
-
-    def __init__(self, stream: TextIO | None = None, *, quiet: bool = False) -> None:
-        self.console = Console(file=stream or sys.stdout, quiet=quiet, highlight=False, soft_wrap=True)
-        self._moving = self.console.is_terminal and not quiet
-        self._bars: RichProgress | None = None
-        self._bar: TaskID | None = None
-        self._name, self._total, self._done, self._started, self._logged = "", 0, 0, 0.0, 0.0
-        self._status: StatusFile | None = None
-
-    def __enter__(self) -> Progress:
-        if self._moving:
-            columns = (
-                SpinnerColumn(),
-                TextColumn("{task.description:<12}"),
-                BarColumn(bar_width=30),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}"),
-                TimeElapsedColumn(),
-            )
-            self._bars = RichProgress(*columns, console=self.console)
-            self._bars.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._bars is not None:
-            self._bars.stop()
-
-    @contextmanager
-    def recorded(self, folder: Path) -> Iterator[None]:
-        """Within, ``status.json`` in the project's folder tells everybody what this run does; at its end, how it ended."""
-        self._status = StatusFile(folder)
-        try:
-            yield
-        except BaseException as error:
-            self._status.end(f"stopped: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
-            raise
-        finally:
-            self._status.end("finished")
-            self._status = None
-
-    def account(self, **counts: int | str) -> None:
-        """Every input at this moment: seen = done + quarantined + running + waiting."""
-        if self._status is not None:
-            self._status.update(**counts, rate=self.rate())
-
-    def say(self, text: str) -> None:
-        """One line."""
-        self.console.print(text, markup=False)
-
-    def begin(self, name: str, total: int | None) -> None:
-        """A stage starts; ``total`` None where its length is not known."""
-        self._name, self._total, self._done = name, total or 0, 0
-        self._started = self._logged = time.monotonic()
-        if self._bars is not None:
-            self._bar = self._bars.add_task(name, total=total, rate="")
-        if self._status is not None:
-            self._status.begin(name)
-
-    def expect(self, more: int) -> None:
-        """More of it has arrived."""
-        self._total += more
-        if self._bars is not None and self._bar is not None:
-            self._bars.update(self._bar, total=self._total)
-
-    def advance(self, text: str = "", steps: int = 1) -> None:
-        """Some of it is done."""
-        self._done += steps
-        note = "  ".join(t for t in (self.rate(), text) if t)
-        if self._status is not None and text:
-            self._status.update(iterations=self._done, note=text)
-        if self._bars is not None and self._bar is not None:
-            self._bars.update(self._bar, advance=steps, rate=note)
-        elif time.monotonic() - self._logged > _LOG_EVERY_SECONDS:
-            self._logged = time.monotonic()
-            of = f"/{self._total}" if self._total else ""
-            self.say(f"{self._name}: {self._done}{of}  {note}")
-
-    def end(self, text: str) -> None:
-        """It is done; ``text`` is the result in a sentence."""
-        if self._bars is not None and self._bar is not None:
-            self._bars.remove_task(self._bar)
-            self._bar = None
-        self.say(f"{self._name:<14} {text}  ({time.monotonic() - self._started:.1f} s)")
-
-    def rate(self) -> str:
-        """Rate so far and time to go."""
-        seconds = time.monotonic() - self._started
-        if not self._done or seconds <= 0:
-            return ""
-        rate = self._done / seconds
-        shown = f"{rate:.1f}/s" if rate >= 1 else f"{rate * 60:.1f}/min"
-        if not self._total:
-            return shown
-        left = (self._total - self._done) / rate
-        return f"{shown}, {left / 60:.0f} min to go" if left >= 120 else f"{shown}, {left:.0f} s to go"
+def text_of(event: Event, *, every_exposure: bool = False) -> str:
+    """An event as a line; empty for those that only move a bar."""
+    match event:
+        case of.RunStarted():
+            return f"{event.project}: {event.inputs} -> {event.folder}"
+        case of.Noted():
+            return event.text
+        case of.ExposureQuarantined():
+            return f"quarantined {event.name}: {event.message}"
+        case of.Stalled():
+            return event.why
+        case of.StepFinished():
+            return f"{event.step:<14} {event.result}  ({event.seconds:.1f} s)"
+        case of.RunEnded():
+            return "" if event.state == "finished" else event.state
+    if not every_exposure:
+        return ""
+    match event:
+        case of.ExposureArrived():
+            return f"arrived {event.name}"
+        case of.ExposureCommitted():
+            return f"done {event.name}"
+        case of.ExposureRetried():
+            return f"again {event.name}: {event.why}"
+        case of.StepStarted():
+            return f"{event.step} begins"
+        case of.Iteration():
+            return f"{event.step}: iteration {event.iteration}  {figures_text(event.figures)}".rstrip()
+    return ""
 
 
-def short(values: dict[str, Any]) -> str:
+def figures_text(figures: dict[str, Any]) -> str:
     """The first few numbers of an iteration, for the progress bar."""
-    shown = {k: v for k, v in values.items() if isinstance(v, int | float | str | np.floating)}
     return ", ".join(
-        f"{k.replace('_', ' ')} {v:.3g}" if isinstance(v, float | np.floating) else f"{k.replace('_', ' ')} {v}"
-        for k, v in list(shown.items())[:3]
+        f"{name.replace('_', ' ')} {value:.3g}" if isinstance(value, float) else f"{name.replace('_', ' ')} {value}"
+        for name, value in list(figures.items())[:3]
     )
 
 
-def summary(result: dict[str, Any]) -> str:
-    """What a finished step found, in a few words."""
-    if "resolution_angstrom" in result:
-        return f"resolution {float(result['resolution_angstrom']):.2f} A"
-    if len(result.get("dropped_id", ())):
-        kept = len(result["particle_id"])
-        return f"{kept} of {kept + len(result['dropped_id'])} particles kept"
-    if "class_share" in result:
-        return f"{len(result['class_share'])} classes"
-    return "done"
+class Pace:
+    """How far the step of now is, its rate and time to go; fed with all events."""
+
+    def __init__(self) -> None:
+        self.step, self.done, self.total, self._kept, self._started = "", 0, 0, 0, 0.0
+
+    def __call__(self, event: Event) -> None:
+        """Take an event in."""
+        match event:
+            case of.StepStarted():
+                self.step, self.total, self._started = event.step, event.total or 0, event.time
+                self.done = self._kept = event.kept
+            case of.ExposureCommitted() | of.ExposureQuarantined():
+                self.done += 1
+            case of.Counted():
+                self.done, self.total = event.done + event.quarantined, event.seen
+            case of.Iteration():
+                self.done, self.total = self.done + 1, event.of or 0
+
+    def text(self, now: float) -> str:
+        """Rate so far and time to go at a moment (seconds since 1970)."""
+        new, seconds = self.done - self._kept, now - self._started
+        if new <= 0 or seconds <= 0:
+            return ""
+        rate = new / seconds
+        shown = f"{rate:.1f}/s" if rate >= 1 else f"{rate * 60:.1f}/min"
+        if not self.total:
+            return shown
+        left = max(0, self.total - self.done) / rate
+        return f"{shown}, {left / 60:.0f} min to go" if left >= 120 else f"{shown}, {left:.0f} s to go"
+
+
+class Terminal:
+    """Listener for a person in front of a terminal, or for the log of a job.
+
+    Parameters
+    ----------
+    stream : text stream, optional
+        Standard output if not given. Bars move only on a terminal; elsewhere a line a minute tells how far a step is.
+    verbosity : int
+        0 lines and bars; 1 every exposure and iteration as well; -1 only what ended the run.
+    """
+
+    def __init__(self, stream: TextIO | None = None, *, verbosity: int = 0) -> None:
+        self.console = Console(file=stream or sys.stdout, quiet=verbosity < 0, highlight=False, soft_wrap=True)
+        self._verbose, self._moving = verbosity > 0, self.console.is_terminal and verbosity >= 0
+        self._pace, self._note, self._logged = Pace(), "", 0.0
+        self._bars: Bars | None = None
+        self._bar: TaskID | None = None
+
+    def __call__(self, event: Event) -> None:
+        """Show an event."""
+        self._pace(event)
+        if isinstance(event, of.StepFinished | of.RunEnded):
+            self.close()
+        if text := text_of(event, every_exposure=self._verbose):
+            self.console.print(text, markup=False)
+        if isinstance(event, of.StepStarted):
+            self._note, self._logged = "", event.time
+            if self._moving:
+                self._begin(event)
+        if isinstance(event, of.Iteration):
+            self._note = figures_text(event.figures)
+        if self._bars is not None and self._bar is not None:
+            self._bars.update(self._bar, completed=self._pace.done, total=self._pace.total or None, note=self._said(event.time))
+        elif self._pace.step and event.time - self._logged > _LOG_EVERY_SECONDS:
+            self._logged = event.time
+            of_all = f"/{self._pace.total}" if self._pace.total else ""
+            self.console.print(f"{self._pace.step}: {self._pace.done}{of_all}  {self._said(event.time)}", markup=False)
+
+    def _said(self, now: float) -> str:
+        return "  ".join(t for t in (self._pace.text(now), self._note) if t)
+
+    def _begin(self, event: of.StepStarted) -> None:
+        self.close()
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description:<12}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+        )
+        self._bars = Bars(*columns, console=self.console, transient=True)
+        self._bar = self._bars.add_task(event.step, total=event.total, note="")
+        self._bars.start()
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bars is not None:
+            self._bars.stop()
+        self._bars = self._bar = None
+
+
+class JsonLines:
+    """Listener that prints every event as one line of JSON."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stdout
+
+    def __call__(self, event: Event) -> None:
+        """Print an event."""
+        print(json.dumps(event.as_record()), file=self._stream, flush=True)
+
+
+class LogFile:
+    """Listener that writes ``logs/<run>.log`` in the project: every line with its time; a disk that refuses it disturbs nobody."""
+
+    def __init__(self, folder: Path, run: str) -> None:
+        self._path = folder / "logs" / f"{run}.log"
+
+    def __call__(self, event: Event) -> None:
+        """Write an event down."""
+        text = text_of(event, every_exposure=True)
+        if not text and not isinstance(event, of.RunEnded):
+            return
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(event.time))}  {text or 'finished'}\n"
+        try:
+            self._path.parent.mkdir(exist_ok=True)
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError:
+            return

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import psutil
-from distributed import Client, get_worker
+from distributed import Client, Future, get_worker
 from distributed.client import ClosedClientError
 
 from cryodask.cluster.memory import RESIDENTS_METRIC
@@ -89,6 +89,11 @@ class Residents:
             with self._lock:
                 del self._making[place]
             mine.set()
+
+    def holds(self, run: Run, key: Hashable) -> bool:
+        """Whether there is something under a key of a run."""
+        with self._lock:
+            return (run, key) in self._entries
 
     def _drop_idle(self) -> None:
         now = time.monotonic()
@@ -194,13 +199,22 @@ def release(run: Run) -> None:
     RESIDENTS.release(run)
 
 
+_STOPPED = "stopped"
+
+
+def _stop_here(run: Run) -> None:
+    RESIDENTS.get(run, _STOPPED, lambda: True)
+
+
+def stopped_here(run: Run) -> bool:
+    """Whether the driver of a run has asked this process to begin nothing more for it."""
+    return RESIDENTS.holds(run, _STOPPED)
+
+
 def release_everywhere(client: Client, run: Run, addresses: Iterable[str]) -> None:
     """Tell the workers that a run has ended. Those that are busy longer than a moment find out by themselves, after IDLE_SECONDS."""
-    with suppress(ClosedClientError, RuntimeError, OSError):  # the scheduler may be gone, too
-        told = [
-            client.submit(release, run, workers=[address], key=f"release-{run.token}-{address}", pure=False, retries=0, priority=1)
-            for address in addresses
-        ]
+    told = _tell_everywhere(client, release, run, addresses)
+    with suppress(ClosedClientError, RuntimeError, OSError):
         try:
             # distributed's wait() asks the default client, which may be another one
             until = time.monotonic() + _PATIENCE_SECONDS
@@ -210,3 +224,19 @@ def release_everywhere(client: Client, run: Run, addresses: Iterable[str]) -> No
             # a task for a worker that has gone would stay for ever, and keep a service from ending
             for future in told:
                 future.release()
+
+
+def stop_everywhere(client: Client, run: Run, addresses: Iterable[str]) -> list[Future]:
+    """Tell the workers to begin nothing more for a run; what they have begun goes on. The caller keeps what is returned."""
+    return _tell_everywhere(client, _stop_here, run, addresses)
+
+
+def _tell_everywhere(client: Client, what: Callable[[Run], None], run: Run, addresses: Iterable[str]) -> list[Future]:
+    """A task before all others on each worker."""
+    name = what.__name__.strip("_")
+    with suppress(ClosedClientError, RuntimeError, OSError):  # the scheduler may be gone, too
+        return [
+            client.submit(what, run, workers=[address], key=f"{name}-{run.token}-{address}", pure=False, retries=0, priority=2)
+            for address in addresses
+        ]
+    return []

@@ -163,3 +163,21 @@ def frozen_ids(project: Project, step: Step, recipe: str, key: str) -> tuple[str
         return None
     folder = max(found)[1]
     return folder.name, np.load(folder / _IDS)
+
+
+def scalars(metrics: dict[str, Any]) -> dict[str, float | int | str]:
+    """The plain numbers and words among the metrics of an iteration."""
+    plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in metrics.items()}
+    return {name: value for name, value in plain.items() if isinstance(value, int | float | str)}
+
+
+def summary(result: dict[str, Any]) -> str:
+    """What a finished step found, in a few words."""
+    if "resolution_angstrom" in result:
+        return f"resolution {float(result['resolution_angstrom']):.2f} A"
+    if len(result.get("dropped_id", ())):
+        kept = len(result["particle_id"])
+        return f"{kept} of {kept + len(result['dropped_id'])} particles kept"
+    if "class_share" in result:
+        return f"{len(result['class_share'])} classes"
+    return "done"

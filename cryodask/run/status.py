@@ -1,4 +1,4 @@
-"""``status.json``: what the driver of a project is doing now, for everybody who may read the folder."""
+"""``status.json``: what the driver of a project is doing now, for everybody who may read the folder; a reader of its events."""
 
 from __future__ import annotations
 
@@ -12,42 +12,49 @@ from typing import Any
 
 import psutil
 
+from cryodask.run import events as of
+from cryodask.run.events import Event
+from cryodask.run.progress import Pace, figures_text
+
 _NAME = "status.json"
 _EVERY_SECONDS = 1.0
 _SILENT_SECONDS = 60.0
 
 
 class StatusFile:
-    """Written by the driver at most once a second; a disk that refuses it never disturbs the run."""
+    """Listener that writes the state of the run, at most once a second; a disk that refuses it never disturbs the run."""
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / _NAME
-        self._facts: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "started": round(time.time(), 1)}
+        self._path, self._pace = folder / _NAME, Pace()
+        self._run: dict[str, Any] = {}
+        self._step: dict[str, Any] = {}
         self._written = float("-inf")
 
-    def begin(self, step: str) -> None:
-        """A step starts."""
-        kept = {k: v for k, v in self._facts.items() if k in ("host", "pid", "started")}
-        self._facts = {**kept, "state": "running", "step": step}
-        self._write()
+    def __call__(self, event: Event) -> None:
+        """Take an event in."""
+        self._pace(event)
+        match event:
+            case of.RunStarted():
+                self._run = {"run": event.run, "host": event.host, "pid": event.pid, "started": event.time}
+            case of.StepStarted():
+                self._step = {"state": "running", "step": event.step}
+            case of.Counted():
+                counts = event.model_dump(exclude={"time", "run", "step"}, exclude_none=True)
+                self._step |= counts | {"rate": self._pace.text(event.time), "stall": ""}
+            case of.Iteration():
+                self._step |= {"iterations": event.iteration, "note": figures_text(event.figures), "stall": ""}
+            case of.Stalled():
+                self._step["stall"] = event.why
+            case of.RunEnded():
+                self._step["state"] = event.state
+        if isinstance(event, of.StepStarted | of.Stalled | of.RunEnded) or time.monotonic() - self._written > _EVERY_SECONDS:
+            self._write(event.time)
 
-    def update(self, **facts: Any) -> None:
-        """What is known of the step now."""
-        self._facts |= facts
-        if time.monotonic() - self._written > _EVERY_SECONDS:
-            self._write()
-
-    def end(self, state: str) -> None:
-        """The run is over; the first word counts."""
-        if self._facts.get("state", "running") == "running":
-            self._facts["state"] = state
-            self._write()
-
-    def _write(self) -> None:
+    def _write(self, now: float) -> None:
         self._written = time.monotonic()
         part = self._path.with_name(f"{_NAME}.{os.getpid()}.part")
         with suppress(OSError):
-            part.write_text(json.dumps({**self._facts, "time": round(time.time(), 1)}))
+            part.write_text(json.dumps({**self._run, "state": "running", **self._step, "time": round(now, 1)}))
             os.rename(part, self._path)
 
 

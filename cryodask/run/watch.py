@@ -11,18 +11,18 @@ from pathlib import Path
 from cryodask.errors import CryodaskError
 from cryodask.run.recipe import Plan
 from cryodask.run.sources import Files
+from cryodask.run.stopping import Stop
 from cryodask.store.project import Arrival, Project
 
 _POLL_SECONDS = 2.0
 _SETTLED_SECONDS = 10.0
 _GIVEN_UP_SECONDS = 600.0
 _FIRST_MOVIES, _FIRST_SECONDS = 3, 60.0
-_STOP_FILE = "stop"
 
 
 @dataclass(frozen=True)
 class Until:
-    """When a watched session is over. A file called ``stop`` in the project's folder always ends it.
+    """When a watched session is over, so that the steps after its movies follow.
 
     ``idle_seconds``: no file appeared or grew for so long. ``movies``: so many movies are in the project.
     """
@@ -56,6 +56,7 @@ class Arrivals:
         project: Project,
         until: Until,
         say: Callable[[str], None],
+        stop: Stop | None = None,
         *,
         poll_seconds: float = _POLL_SECONDS,
         settled_seconds: float = _SETTLED_SECONDS,
@@ -68,7 +69,7 @@ class Arrivals:
         self._source = next((s.label for s in plan.steps if s.stage.name == "ingest"), "ingest")
         self._files = Files(plan, project)
         self._data_set: dict[str, str] = {}
-        self._stop = project.path / _STOP_FILE
+        self._stop = stop
         self._poll_seconds, self._next_poll = poll_seconds, 0.0
         # path of every movie that was handed on, by name, and the frames that they have
         self._taken = {i.name: str(project.value_of(i, "movie_path")) for i in project.items() if "movie_path" in i.inputs}
@@ -89,6 +90,8 @@ class Arrivals:
         if not self._taken:
             self.say(f"waiting for movies: {', '.join(self._patterns.values())}")
         while not self.over and len(self._taken) < _FIRST_MOVIES:
+            if self._stop is not None:
+                self._stop.check()
             if self.due:
                 found += self.poll()
             started = started or (time.monotonic() if found else None)
@@ -181,9 +184,7 @@ class Arrivals:
         return out
 
     def _is_over(self) -> bool:
-        if self._stop.exists():
-            self._stop.unlink(missing_ok=True)
-            self.say("the file stop was found: the session is over")
+        if self._stop is not None and self._stop.asked:
             return True
         if self.until.movies is not None and len(self._taken) >= self.until.movies:
             self.say(f"{len(self._taken)} movies have arrived: the session is over")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
 from distributed import Client, Future, KilledWorker
+from distributed.client import ClosedClientError
 
 from cryodask.errors import ClusterError
 from cryodask.run.devices import CPU_DEVICE, GPU, GPU_DEVICE, make_ready, with_gpus
@@ -39,10 +41,10 @@ def loaded(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: value.load() if isinstance(value, Stored) else value for name, value in inputs.items()}
 
 
-def run_whole(client: Client, stage_name: str, params: Any, inputs: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
-    """One call of a whole stage on a worker; ``tell`` is given the reason if it does not move."""
+def run_whole(stage_name: str, params: Any, inputs: dict[str, Any], watch: Watch) -> dict[str, Any]:
+    """One call of a whole stage on a worker."""
     blob = cloudpickle.dumps((stage_name, params, inputs))
-    return _results(Watch(client, tell), {0: lambda: _submit(client, _whole_task, blob)}, lambda: None)[0]
+    return _results(watch, {0: lambda: _submit(watch.client, _whole_task, blob)}, lambda number, of: None)[0]
 
 
 def _whole_task(blob: bytes) -> dict[str, Any]:
@@ -52,20 +54,14 @@ def _whole_task(blob: bytes) -> dict[str, Any]:
 
 
 def run_tournament(
-    client: Client,
-    functions: Any,
-    params: Any,
-    particles: StoredParticles,
-    advance: Callable[[], None],
-    tell: Callable[[str], None],
+    functions: Any, params: Any, particles: StoredParticles, watch: Watch, on_chain: Callable[[int, int], None]
 ) -> dict[str, Any]:
-    """All chains of a tournament, one task each; the stage chooses among them."""
+    """All chains of a tournament, one task each; the stage chooses among them. ``on_chain`` hears how many of how many are done."""
     index = functions.select(params, particles.set)
     blob = cloudpickle.dumps((functions, params, particles, index))
     seeds = functions.seeds(params)
-    watch = Watch(client, tell)
     tasks = {i: _submitter(watch, blob, seed) for i, seed in enumerate(seeds)}
-    chains = _results(watch, tasks, advance)
+    chains = _results(watch, tasks, on_chain)
     return functions.choose(params, [chains[i] for i in range(len(seeds))])
 
 
@@ -89,27 +85,32 @@ def _chain_task(blob: bytes, seed: int, device: str) -> dict[str, Any]:
     return functions.chain(params, particles.block(index), seed, device)
 
 
-def _results(watch: Watch, tasks: dict[int, Callable[[], Future]], advance: Callable[[], None]) -> dict[int, Any]:
-    """Results of tasks by number; a task whose worker died is sent again."""
+def _results(watch: Watch, tasks: dict[int, Callable[[], Future]], done: Callable[[int, int], None]) -> dict[int, Any]:
+    """Results of tasks by number; a task whose worker died is sent again. Those that are out are cancelled where the run ends."""
     watch.look()
     running = {number: submit() for number, submit in tasks.items()}
     tries = dict.fromkeys(tasks, 1)
     out: dict[int, Any] = {}
-    while running:
-        watch.wait(running.values(), f"{len(running)} tasks are out", first=True)
-        for number, future in [(n, f) for n, f in running.items() if f.done()]:
-            error = future.exception() if future.status == "error" else None
-            if future.status == "finished":
-                out[number] = future.result()
-                del running[number]
-                advance()
-                continue
-            if error is not None and not isinstance(error, KilledWorker):
-                raise error
-            tries[number] += isinstance(error, KilledWorker)
-            if tries[number] > _TRIES:
-                raise ClusterError(
-                    f"Workers died {_TRIES} times at the same task.", "not enough memory for it", "give the workers more memory"
-                )
-            running[number] = tasks[number]()
+    try:
+        while running:
+            watch.wait(running.values(), f"{len(running)} tasks are out", first=True)
+            for number, future in [(n, f) for n, f in running.items() if f.done()]:
+                error = future.exception() if future.status == "error" else None
+                if future.status == "finished":
+                    out[number] = future.result()
+                    del running[number]
+                    done(len(out), len(tasks))
+                    continue
+                if error is not None and not isinstance(error, KilledWorker):
+                    raise error
+                tries[number] += isinstance(error, KilledWorker)
+                if tries[number] > _TRIES:
+                    raise ClusterError(
+                        f"Workers died {_TRIES} times at the same task.", "not enough memory for it", "give the workers more memory"
+                    )
+                running[number] = tasks[number]()
+    except BaseException:
+        with suppress(ClosedClientError, RuntimeError):
+            watch.client.cancel(list(running.values()), force=True)
+        raise
     return out

@@ -34,8 +34,8 @@ def checked_line(record: Record) -> bytes:
     return b"%08x %s\n" % (google_crc32c.value(body), body)
 
 
-def parse_line(line: bytes) -> Record | None:
-    """The record of a line, None where it does not fit its checksum."""
+def parse_checked(line: bytes) -> Record | None:
+    """What a line says, None where it does not fit its checksum."""
     try:
         body = line[9:]
         if int(line[:8], 16) != google_crc32c.value(body):
@@ -43,7 +43,13 @@ def parse_line(line: bytes) -> Record | None:
         record = json.loads(body.decode())  # of bytes, json would first guess the encoding
     except ValueError:
         return None
-    return record if isinstance(record, dict) and "row" in record else None
+    return record if isinstance(record, dict) else None
+
+
+def parse_line(line: bytes) -> Record | None:
+    """The record of a row in a line, None where there is none or it does not fit its checksum."""
+    record = parse_checked(line)
+    return record if record is not None and "row" in record else None
 
 
 class LineFile:

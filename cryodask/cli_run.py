@@ -1,0 +1,135 @@
+"""Commands that carry out a project and follow it: ``run`` and ``watch``."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cryodask.cli_history import ProjectArgument, open_project
+from cryodask.errors import ProjectFileError, Stopped
+
+if TYPE_CHECKING:
+    from cryodask.run.selection import Wanted
+
+
+def run(
+    project: Annotated[Path, typer.Argument(metavar="PROJECT.yaml", help="Project file.")],
+    until: Annotated[str | None, typer.Option(metavar="STEP", help="Stop after this step.")] = None,
+    from_: Annotated[str | None, typer.Option("--from", metavar="STEP", help="Compute this step and all that follow anew.")] = None,
+    only: Annotated[str | None, typer.Option(metavar="STEP", help="Compute this step and nothing else.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, and show what would be computed and why.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print every event of the run as a line of JSON; with --dry-run, what it shows.")
+    ] = False,
+    update: Annotated[
+        list[str] | None, typer.Option(metavar="STEP", help="Compute a step of an older version with this program's; may be repeated.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Break the lock of another driver (be sure that it is gone).")] = False,
+    retry_quarantined: Annotated[bool, typer.Option("--retry-quarantined", help="Try quarantined micrographs again.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Local worker processes; all cores if not given.", min=1)] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Take movies as they arrive, the newest first.")] = False,
+    until_idle: Annotated[
+        float | None, typer.Option(metavar="MINUTES", help="End --watch when nothing arrives for so long.", min=0)
+    ] = None,
+    until_movies: Annotated[int | None, typer.Option(metavar="N", help="End --watch when so many movies have arrived.", min=1)] = None,
+    cluster: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE", help="A cluster that runs, or a cluster file; overrides the project file.")
+    ] = None,
+    lane: Annotated[str | None, typer.Option(help="Lane of its tasks; live for --watch, else batch, if not given.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="End with exit status 1 where exposures are quarantined.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show every exposure and iteration.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")] = False,
+) -> None:
+    """Carry out a project file; what is done already is kept, so the same command also resumes.
+
+    Ctrl-C, or a file called stop in the results, lets the exposures that are being processed finish, and begins nothing else.
+
+    Exit status: 0 done, or waiting for a person; 1 with --strict, exposures are quarantined; 2 the project file, an input or an option is
+    wrong; 3 the cluster is gone or has no workers; 4 the disk with the project; 130 stopped by a person.
+    """
+    if not watch and (until_idle is not None or until_movies is not None):
+        raise ProjectFileError("--until-idle and --until-movies end a watch.", "--watch was left out", "add --watch")
+    from cryodask.run.selection import Wanted
+    from cryodask.run.watch import Until
+
+    ends = Until(idle_seconds=None if until_idle is None else 60 * until_idle, movies=until_movies)
+    wanted = Wanted(
+        until=until,
+        start_again_from=from_,
+        only=only,
+        update=tuple(update or ()),
+        watch=ends if watch else None,
+        force=force,
+        retry_quarantined=retry_quarantined,
+        strict=strict,
+        cluster=cluster,
+        workers=workers,
+        lane=lane,
+    )
+    if dry_run:
+        _dry_run(project, wanted, as_json=as_json)
+        return
+    from cryodask.run.progress import JsonLines, Terminal
+    from cryodask.run.session import run_session
+
+    try:
+        run_session(project, wanted, listen=[JsonLines() if as_json else Terminal(verbosity=verbose - quiet)])
+    except (KeyboardInterrupt, Stopped) as error:
+        what = error.what if isinstance(error, Stopped) else "\nStopped. What is finished is kept."
+        typer.echo(f"{what} Go on with:\n  cryodask run {project}", err=True)
+        raise typer.Exit(130) from None
+
+
+def _dry_run(project: Path, wanted: Wanted, *, as_json: bool) -> None:
+    from cryodask.run.preview import lines, preview
+    from cryodask.run.recipe import draft_plan
+
+    try:
+        plan = draft_plan(project)
+    except ProjectFileError as error:
+        if not as_json:
+            raise
+        typer.echo(json.dumps({"steps": [], "problems": [f"{error.what} {error.way_out}".strip()], "warnings": []}))
+        raise typer.Exit(2) from None
+    shown = preview(plan, wanted)
+    if as_json:
+        typer.echo(shown.as_json())
+    else:
+        typer.echo(f"{plan.file.name} -> {plan.folder}")
+        for line in lines(plan, shown):
+            typer.echo(line)
+    if shown.problems:
+        raise typer.Exit(2)
+
+
+def watch(
+    project: ProjectArgument,
+    last: Annotated[int, typer.Option(metavar="N", help="Begin with so many events of before.", min=0)] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="Print every event as a line of JSON.")] = False,
+) -> None:
+    """Follow the run of a project from another terminal, until it ends; Ctrl-C leaves the run alone."""
+    from cryodask.run.event_log import follow
+    from cryodask.run.progress import JsonLines, text_of
+    from cryodask.run.status import status_sentence
+
+    folder = open_project(project).path
+    show = JsonLines()
+    told = ""
+    try:
+        for event in follow(folder, last):
+            if event is None:  # nothing new: is anybody there?
+                doing = status_sentence(folder)
+                if doing.startswith(("its process is gone", "no sign of life")) and doing != told:
+                    told = doing
+                    typer.echo(doing, err=True)
+                time.sleep(0.2)
+            elif as_json:
+                show(event)
+            elif text := text_of(event, every_exposure=True):
+                typer.echo(f"{time.strftime('%H:%M:%S', time.localtime(event.time))}  {text}")
+    except KeyboardInterrupt:
+        raise typer.Exit(0) from None

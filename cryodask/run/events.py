@@ -1,0 +1,217 @@
+"""What happens in a run, as one stream of events: progress, log file, ``status.json`` and pages are readers of it.
+
+An event is a frozen model with ``time`` (seconds since 1970) and the ``run`` to which it belongs; its kind is the name of its class.
+The driver emits, listeners are told at once. Results never depend on an event: what counts as done is in the journals.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from cryodask.errors import exit_status
+
+LOGGER = logging.getLogger("cryodask")
+
+
+class Event(BaseModel):
+    """Base of all events."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+    time: float
+    run: str
+
+    def as_record(self) -> dict[str, Any]:
+        """As it is written: its fields, and its kind under ``event``."""
+        return {"event": type(self).__name__, **self.__dict__}
+
+
+class RunStarted(Event):
+    """A run begins: what is to be done, and by which process."""
+
+    project: str
+    folder: str
+    inputs: str
+    steps: list[str]
+    host: str = ""
+    pid: int = 0
+    version: str = ""
+
+
+class Noted(Event):
+    """A sentence for whoever follows the run."""
+
+    text: str
+
+
+class ExposureArrived(Event):
+    """A movie is complete and was taken into the project."""
+
+    name: str
+
+
+class StepStarted(Event):
+    """A step, or a chain of per-exposure ``steps``, begins. ``total`` exposures are concerned, ``kept`` of them done before."""
+
+    step: str
+    steps: list[str]
+    total: int | None = None
+    kept: int = 0
+
+
+class ExposureCommitted(Event):
+    """An exposure went through all steps of a chain, and its results are safe."""
+
+    step: str
+    row: int
+    name: str
+
+
+class ExposureQuarantined(Event):
+    """An exposure cannot be processed; the run goes on without it."""
+
+    step: str
+    row: int
+    name: str
+    message: str
+
+
+class ExposureRetried(Event):
+    """An exposure is tried again."""
+
+    step: str
+    row: int
+    name: str
+    why: str
+
+
+class Counted(Event):
+    """Every exposure of a step at this moment: seen = done + quarantined + running + waiting."""
+
+    step: str
+    seen: int
+    done: int
+    quarantined: int
+    running: int
+    waiting: int
+    workers: int
+    arriving: int | None = None
+
+
+class Iteration(Event):
+    """An iteration of a step is done, or one of its ``of`` independent parts; ``figures`` are numbers worth following."""
+
+    step: str
+    iteration: int
+    of: int | None = None
+    figures: dict[str, Any] = {}
+
+
+class Stalled(Event):
+    """Nothing moves, and why."""
+
+    step: str
+    why: str
+
+
+class StepFinished(Event):
+    """A step is done; ``result`` says so in a sentence, which for steps over sets is the stage's own."""
+
+    step: str
+    steps: list[str]
+    result: str
+    seconds: float
+    done: int | None = None
+    quarantined: int | None = None
+
+
+class RunEnded(Event):
+    """A run is over: ``state`` is "finished" or the reason in a sentence, ``status`` the exit status of the command."""
+
+    state: str
+    status: int
+
+
+KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in Event.__subclasses__()}
+Listener = Callable[[Event], None]
+
+
+def event_of(record: dict[str, Any]) -> Event | None:
+    """The event of a record; None where this version does not know its kind."""
+    kind = KINDS.get(record.get("event", ""))
+    return kind.model_validate(record) if kind is not None else None
+
+
+def new_run_id() -> str:
+    """Name of a run: names sort by the time at which their runs began."""
+    return f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.urandom(3).hex()}"
+
+
+class Events:
+    """The stream of one run. Context manager: at its end everybody hears how the run ended.
+
+    Listeners may join later (:meth:`join`) and are told what they missed. One that fails is dropped: nobody who watches may stop a run.
+    """
+
+    def __init__(self, listeners: Iterable[Listener] = ()) -> None:
+        self.run = new_run_id()
+        self._listeners = list(listeners)
+        self._early: list[Event] | None = []
+        self._ended = False
+
+    def emit(self, kind: type[Event], **fields: Any) -> None:
+        """Tell all listeners. Fields are not checked here: the driver's own are right."""
+        event = kind.model_construct(time=round(time.time(), 3), run=self.run, **fields)
+        if self._early is not None:
+            self._early.append(event)
+        for listener in list(self._listeners):
+            self._tell(listener, event)
+
+    def say(self, text: str) -> None:
+        """A sentence."""
+        self.emit(Noted, text=text)
+
+    def join(self, *listeners: Listener) -> None:
+        """The listeners that belong to the project's folder, as soon as this driver may write there; nobody joins after them."""
+        for event in self._early or ():
+            for listener in listeners:
+                self._tell(listener, event)
+        self._listeners += listeners
+        self._early = None
+
+    def _tell(self, listener: Listener, event: Event) -> None:
+        try:
+            listener(event)
+        except Exception:
+            LOGGER.exception("A listener of the run failed and is told nothing more.")
+            if listener in self._listeners:
+                self._listeners.remove(listener)
+
+    def end(self, error: BaseException | None) -> None:
+        """The run is over, with an error or without; the first word counts."""
+        if self._ended:
+            return
+        self._ended = True
+        if error is None:
+            self.emit(RunEnded, state="finished", status=0)
+        else:
+            said = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self.emit(RunEnded, state=f"stopped: {said}", status=exit_status(error))
+
+    def __enter__(self) -> Events:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.end(error)
+
+
+def whereabouts() -> dict[str, Any]:
+    """Host and process of this driver, for :class:`RunStarted`."""
+    return {"host": socket.gethostname(), "pid": os.getpid()}

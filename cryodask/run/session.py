@@ -1,0 +1,175 @@
+"""One way to run: behind the command line, ``cryodask.run_project``, the demonstration, batch jobs and services.
+
+Check everything that can be checked, take the project's lock, find workers, carry out the steps, write the report; and tell one story of
+it, as events (see events.py).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from distributed import Client
+
+from cryodask.cluster.connect import close, connect
+from cryodask.errors import ProjectFileError, Quarantined
+from cryodask.report import write_report
+from cryodask.run import sources
+from cryodask.run.checks import look_ahead
+from cryodask.run.event_log import EventLog
+from cryodask.run.events import Events, Listener, RunStarted, whereabouts
+from cryodask.run.execute import Execution
+from cryodask.run.progress import LogFile
+from cryodask.run.recipe import Plan, list_movies, make_plan
+from cryodask.run.selection import Wanted
+from cryodask.run.status import StatusFile
+from cryodask.run.stopping import Stop
+from cryodask.store.files import disk_errors, write_atomically
+from cryodask.store.project import Project
+
+
+def run_session(
+    project_file: str | os.PathLike[str], wanted: Wanted | None = None, *, client: Client | None = None, listen: Iterable[Listener] = ()
+) -> Project:
+    """Carry out a project file; what is done already is kept, so the same call also resumes.
+
+    Parameters
+    ----------
+    project_file : path
+    wanted : Wanted, optional
+        Which steps, what anew, and with which workers.
+    client : distributed.Client, optional
+        Workers that are there; if not given, those of the project file are found or started, and left when the run ends.
+    listen : iterable of callables
+        Are told every event of the run.
+
+    Raises
+    ------
+    CryodaskError
+        What stops a run; everything committed before stays. Its exit status is that of the command line (``errors.exit_status``).
+    """
+    wanted = wanted or Wanted()
+    with Events(listen) as events:
+        plan = make_plan(Path(project_file))
+        wanted.check(plan)
+        if client is not None:  # its workers are there: what the project file says of a cluster does not count
+            wanted = replace(wanted, cluster=str(client.scheduler_info()["address"]))
+        warnings = check_inputs(plan, wanted)
+        with _driving(plan, wanted, events) as project:
+            for warning in (*plan.graph.warnings, *warnings):
+                events.say(f"warning: {warning}")
+            with _workers(plan, wanted, client) as workers:
+                events.say(f"Dask dashboard: {workers.dashboard_link}")
+                _execute(plan, project, workers, events, wanted)
+            events.say(f"Report: {write_report(project)}")
+            failures = project.failures()
+            if wanted.strict and failures:
+                raise Quarantined(
+                    f"{len(failures)} exposures are quarantined.", "", f"cryodask info {plan.folder}  names them, and says why"
+                )
+    return project
+
+
+def run_plan(plan: Plan, client: Client, *, listen: Iterable[Listener] = (), **wanted: Any) -> Project:
+    """Carry out a plan on the workers of a client, without checks before and without a report; options as of :class:`Wanted`.
+
+    Raises
+    ------
+    CryodaskError
+        What stops a run; everything committed before stays, and the same call goes on from there.
+    """
+    asked = Wanted(**wanted)
+    asked.check(plan)
+    with Events(listen) as events, _driving(plan, asked, events) as project:
+        _execute(plan, project, client, events, asked)
+    return project
+
+
+def _execute(plan: Plan, project: Project, client: Client, events: Events, wanted: Wanted) -> None:
+    with Stop(plan.folder).by_interrupt() as stop:
+        Execution(plan, project, client, events, wanted, stop).run()
+
+
+@contextmanager
+def _driving(plan: Plan, wanted: Wanted, events: Events) -> Iterator[Project]:
+    """Within, this process is the driver of the project, and writes down there what happens."""
+    with Project.create(plan.folder, plan.file.name).lock(force=wanted.force):
+        project = Project(plan.folder)  # as the driver before left it
+        with disk_errors(project.path):
+            write_atomically(project.path / "project.yaml", plan.path.read_text())
+        folder = project.path
+        events.join(EventLog(folder, events.run), StatusFile(folder), LogFile(folder, events.run))
+        events.emit(
+            RunStarted,
+            project=plan.file.name,
+            folder=str(plan.folder),
+            inputs=_inputs_text(plan, watch=wanted.watch is not None),
+            steps=[step.label for step in wanted.steps(plan)],
+            **whereabouts(),
+        )
+        try:
+            yield project
+        except BaseException as error:
+            events.end(error)  # while this process still holds the lock
+            raise
+        events.end(None)
+
+
+@contextmanager
+def _workers(plan: Plan, wanted: Wanted, client: Client | None) -> Iterator[Client]:
+    """The workers: those of a client that is given, or of a cluster that is left at the end."""
+    if client is not None:
+        yield client
+        return
+    lane = wanted.lane or ("live" if wanted.watch is not None else "batch")
+    own = connect(wanted.cluster or plan.cluster, workers=wanted.workers or plan.file.workers, lane=lane, project=plan.file.name)
+    try:
+        yield own
+    finally:
+        close(own)
+
+
+def _inputs_text(plan: Plan, *, watch: bool) -> str:
+    if watch:
+        return f"movies {', '.join(str(d.movies) for d in plan.data_sets.values())} as they arrive"
+    if not plan.has_movies:
+        return "inputs of another program"
+    return f"{sum(len(list_movies(plan, name, needed=False)) for name in plan.data_sets)} movies"
+
+
+def check_inputs(plan: Plan, wanted: Wanted | None = None) -> list[str]:
+    """Meet what can go wrong with folder, lock, inputs, gain, reference and cluster before any worker is started; returns warnings.
+
+    Movies that are watched for are not looked at yet.
+
+    Raises
+    ------
+    CryodaskError
+    """
+    wanted = wanted or Wanted()
+    watch = wanted.watch is not None
+    if plan.folder == plan.path.resolve().parent:
+        raise ProjectFileError(
+            f"The results of {plan.path} would go into the folder where it lies, among your own files.",
+            f"its name or folder is {plan.file.folder or plan.file.name!r}",
+            "give a folder of its own:  folder: results",
+        )
+    if watch and not plan.has_movies:
+        raise ProjectFileError(
+            "Only movies can be watched for.", f"{plan.path} starts from what another program made", "run it without --watch"
+        )
+    sources.load_gains(plan)
+    sources.check_files(plan)
+    project = Project.create(plan.folder, plan.file.name)
+    with project.lock(force=wanted.force):
+        pass  # refused now where another driver works or nothing may be written
+    listing = [] if watch else sources.list_exposures(plan, project)
+    sources.check_readable(plan, listing)
+    ahead = look_ahead(plan, project, listing, wanted.asked)
+    if ahead.problems:
+        raise ProjectFileError(f"{plan.path}: " + "\n".join(ahead.problems), "", "cryodask run --dry-run  shows the rest")
+    return ahead.warnings
