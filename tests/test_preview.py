@@ -355,7 +355,7 @@ def test_classes_that_were_chosen_from_another_classification_are_a_problem(tmp_
     shown = preview(draft_plan(tmp_path / "toy.yaml"))
     assert len(shown.problems) == 1
     assert shown.problems[0].startswith("curate: classes 1 were chosen from toy_classify@")
-    assert preview(draft_plan(tmp_path / "toy.yaml"), frozenset({"curate"})).problems == []
+    assert preview(draft_plan(tmp_path / "toy.yaml"), Wanted(update=("curate",))).problems == []
     with pytest.raises(ProjectFileError, match="classes 1 were chosen"):
         counts.run(tmp_path, here, other)
 

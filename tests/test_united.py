@@ -361,7 +361,7 @@ def test_ids_come_back_whatever_the_pipeline_is_now(exported, client, tmp_path):
 def test_ids_of_another_project_are_not_taken_for_own_ones(exported, client, tmp_path):
     other = [*PICKED[:2], {"pick": {"diameter_angstrom": 150}}, CUT]
     told = Told()
-    project = _returned(exported, tmp_path / "s", client, lambda rows, at: rows, other, "other", told)
+    project = _returned(exported, tmp_path / "s", client, lambda rows, at: rows, other, "other", [told])
     own, back = project.particles("pick"), project.particles("back")
     assert back.sizes["particle"] == len(ids(Project(exported / "p"), "extract"))
     _, i, j = np.intersect1d(own["particle_id"].values, back["particle_id"].values, return_indices=True)

@@ -127,7 +127,7 @@ def follow(folder: str | Path, last: int) -> Iterator[Event | None]:
     read = {path: path.stat().st_size for path in event_files(folder)}
     before = tail(folder, max(last, 1))
     yield from before[-last:] if last else []
-    if before and isinstance(before[-1], RunEnded):
+    if not before or isinstance(before[-1], RunEnded):
         return
     while True:
         new = list(_grown(folder, read))

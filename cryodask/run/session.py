@@ -68,8 +68,11 @@ def run_session(
             events.say(f"Report: {write_report(project)}")
             failures = project.failures()
             if wanted.strict and failures:
+                many = f"{len(failures)} exposures are" if len(failures) > 1 else "1 exposure is"
                 raise Quarantined(
-                    f"{len(failures)} exposures are quarantined.", "", f"cryodask info {plan.folder}  names them, and says why"
+                    f"{many} quarantined.",
+                    "",
+                    f"cryodask info {plan.folder}  names them, and says why",
                 )
     return project
 
