@@ -68,7 +68,7 @@ def run(
     update: Annotated[
         list[str] | None, typer.Option(metavar="STEP", help="Compute a step of an older version with this program's; may be repeated.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Break the lock of another driver (be sure that it is gone).")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Take the project over from another driver, which ends with exit status 5.")] = False,
     retry_quarantined: Annotated[bool, typer.Option("--retry-quarantined", help="Try quarantined micrographs again.")] = False,
     workers: Annotated[int | None, typer.Option(help="Local worker processes; all cores if not given.", min=1)] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Take movies as they arrive; a file called stop in the results ends it.")] = False,
@@ -85,7 +85,7 @@ def run(
     """Carry out a project file; what is done already is kept, so the same command also resumes.
 
     Exit status: 0 done, or waiting for a person; 1 with --strict, exposures are quarantined; 2 the project file, an input or an option is
-    wrong; 3 the cluster is gone or has no workers; 4 the disk with the project; 130 interrupted.
+    wrong; 3 the cluster is gone or has no workers; 4 the disk with the project; 5 another driver took over the project; 130 interrupted.
     """
     try:
         ends = {"idle_seconds": None if until_idle is None else 60 * until_idle, "movies": until_movies}

@@ -10,7 +10,8 @@
     ├── StoreError                stops: the project folder cannot be read or written
     │   ├── DiskError
     │   │   └── DiskFullError
-    │   └── LockedError
+    │   ├── LockedError
+    │   └── TakenOverError
     ├── ClusterError              stops: workers cannot be started or are gone
     └── ItemError                 quarantines ONE item and goes on
         ├── MovieError            a movie that is missing, truncated or of another shape
@@ -39,7 +40,7 @@ class CryodaskError(Exception):
 
     on_failure: Literal["stop", "quarantine"] = "stop"
     exit_status: int = 2
-    """Of a run that this error ends: 2 what it was given is wrong, 3 the cluster, 4 the disk with the results."""
+    """Of a run that this error ends: 2 what it was given is wrong, 3 the cluster, 4 the disk with the results, 5 another driver took over."""
 
     def __init__(self, what: str, usual_reason: str = "", way_out: str = "") -> None:
         super().__init__(what, usual_reason, way_out)
@@ -86,6 +87,12 @@ class DiskFullError(DiskError):
 
 class LockedError(StoreError):
     """Another driver works on this project."""
+
+
+class TakenOverError(StoreError):
+    """Another driver took over the project of this one, which was stopped or out of reach of its disk."""
+
+    exit_status = 5
 
 
 class ClusterError(CryodaskError):

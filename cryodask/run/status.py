@@ -12,6 +12,9 @@ from typing import Any
 
 import psutil
 
+from cryodask.errors import TakenOverError
+from cryodask.store.files import check_writable
+
 _NAME = "status.json"
 _EVERY_SECONDS = 1.0
 _SILENT_SECONDS = 60.0
@@ -46,7 +49,8 @@ class StatusFile:
     def _write(self) -> None:
         self._written = time.monotonic()
         part = self._path.with_name(f"{_NAME}.{os.getpid()}.part")
-        with suppress(OSError):
+        with suppress(OSError, TakenOverError):  # what another driver does now is not this one's to tell
+            check_writable(self._path)
             part.write_text(json.dumps({**self._facts, "time": round(time.time(), 1)}))
             os.rename(part, self._path)
 

@@ -1,0 +1,28 @@
+"""A process that dies with the one that started it, however that dies: no signal handler, thread or pipe has to be served for it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """From now on the kernel kills this process as soon as its parent is gone (Linux; elsewhere nothing happens).
+
+    Also where this process holds the interpreter, hangs in a library, or is stopped. To be precise, the kernel waits for the end of the
+    thread of the parent that started this process: it must live at least as long as this process is wanted.
+
+    Parameters
+    ----------
+    parent : int, optional
+        Process id of the parent as it was known when this process was started: if it is another one by now, it has died already.
+    """
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is None:
+        return
+    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent is not None and os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
