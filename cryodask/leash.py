@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import signal
+from typing import Any
 
 _PR_SET_PDEATHSIG = 1
 
@@ -26,3 +28,18 @@ def die_with_parent(parent: int | None = None) -> None:
     prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent is not None and os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_with_spawner() -> None:
+    """The same for a process that multiprocessing has started; nothing happens in any other one."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        die_with_parent(parent.pid)
+
+
+async def dask_setup(worker: Any) -> None:
+    """``preload`` of workers whose nanny lives in the driver.
+
+    distributed starts each worker in a thread that lives as long as the nanny wants the worker.
+    """
+    die_with_spawner()
