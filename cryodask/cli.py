@@ -68,7 +68,7 @@ def run(
     update: Annotated[
         list[str] | None, typer.Option(metavar="STEP", help="Compute a step of an older version with this program's; may be repeated.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Take the project over from another driver, which ends with exit status 5.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Take the project over from another driver, which then ends.")] = False,
     retry_quarantined: Annotated[bool, typer.Option("--retry-quarantined", help="Try quarantined micrographs again.")] = False,
     workers: Annotated[int | None, typer.Option(help="Local worker processes; all cores if not given.", min=1)] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Take movies as they arrive; a file called stop in the results ends it.")] = False,

@@ -40,7 +40,7 @@ class CryodaskError(Exception):
 
     on_failure: Literal["stop", "quarantine"] = "stop"
     exit_status: int = 2
-    """Of a run that this error ends: 2 what it was given is wrong, 3 the cluster, 4 the disk with the results, 5 another driver took over."""
+    """Of a run that this error ends: 2 what it was given is wrong, 3 the cluster, 4 the disk with the results, 5 another driver."""
 
     def __init__(self, what: str, usual_reason: str = "", way_out: str = "") -> None:
         super().__init__(what, usual_reason, way_out)

@@ -25,9 +25,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from cryodask.errors import InputError
-from cryodask.leash import die_with_spawner
 from cryodask.formats.movies import write_mrc_movie, write_tiff_movie
 from cryodask.formats.mrc import write_mrc
+from cryodask.leash import die_with_spawner
 from cryodask.simulate.model import beta_galactosidase, density_map
 from cryodask.simulate.movie import (
     Detector,

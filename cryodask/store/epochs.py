@@ -64,6 +64,9 @@ class Epochs:
         try:
             write_all(fd, who.encode())
             os.fsync(fd)
+        except OSError:
+            self.release(epoch)  # an epoch that does not say whose it is would keep everybody waiting
+            raise
         finally:
             os.close(fd)
         fsync_folder(self.folder)

@@ -113,19 +113,18 @@ class ProjectLock:
     # --- taking it --------------------------------------------------------------------------------------------------------------
     def _take(self) -> None:
         first = seen = self._look()
-        since = time.monotonic()
+        since = looked = time.monotonic()
         while True:
             state = _state_of(seen.holder, self.folder)
             free = seen.free or state == "gone" or (self.force and seen.epoch == first.epoch)
             if not free and (state == "alive" or seen.text != first.text):  # the beat moved, or another driver was faster
                 raise _locked(seen.holder, self.folder)
-            if free or time.monotonic() - since > _STILL_SECONDS:
-                if self._claim(seen.epoch + 1):
-                    return
-                seen = self._look(seen.epoch + 1)
-            else:
+            if (free or looked - since > _STILL_SECONDS) and self._claim(seen.epoch + 1):
+                return
+            if not free:
                 time.sleep(_LOOK_SECONDS)
-                seen = self._look(seen.epoch)
+            looked = time.monotonic()  # before the look: an observer that is itself stopped after it has not watched for that long
+            seen = self._look(max(seen.epoch, self.epoch))
 
     def _look(self, at_least: int = 0) -> _Seen:
         """The lock as it is now; ``at_least`` is an epoch that is known, whatever a network file system remembers of the folder."""
@@ -150,7 +149,12 @@ class ProjectLock:
         # a driver that was stopped on its way here comes late: the latest epoch counts
         if self.epochs.highest() > epoch:
             return False
-        self._show()
+        try:
+            with contextlib.suppress(FileNotFoundError):  # of the part, which a driver that takes over removes
+                self._show()
+        except BaseException:
+            self._give_back()
+            raise
         return self.epochs.highest() <= epoch
 
     def _shut_out(self) -> None:
@@ -235,7 +239,7 @@ class ProjectLock:
 
 # --- who holds it ---------------------------------------------------------------------------------------------------------------
 def _who(folder: Path) -> dict[str, Any]:
-    """This process, so that another one on this machine can tell whether it is still there."""
+    """What another process on this machine needs to tell whether this one is still there."""
     there = os.stat(folder)
     return {
         "host": socket.gethostname(),
