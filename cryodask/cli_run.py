@@ -28,7 +28,7 @@ def run(
     update: Annotated[
         list[str] | None, typer.Option(metavar="STEP", help="Compute a step of an older version with this program's; may be repeated.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Break the lock of another driver (be sure that it is gone).")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Take the project over from another driver, which then ends.")] = False,
     retry_quarantined: Annotated[bool, typer.Option("--retry-quarantined", help="Try quarantined micrographs again.")] = False,
     workers: Annotated[int | None, typer.Option(help="Local worker processes; all cores if not given.", min=1)] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Take movies as they arrive, the newest first.")] = False,
@@ -49,7 +49,8 @@ def run(
     Ctrl-C, or a file called stop in the results, lets the exposures that are being processed finish, and begins nothing else.
 
     Exit status: 0 done, or waiting for a person; 1 with --strict, exposures are quarantined; 2 the project file, an input or an option is
-    wrong; 3 the cluster is gone or has no workers; 4 the disk with the project; 130 stopped by a person.
+    wrong; 3 the cluster is gone or has no workers; 4 the disk with the project; 5 another driver took the project over; 130 stopped by a
+    person.
     """
     if not watch and (until_idle is not None or until_movies is not None):
         raise ProjectFileError("--until-idle and --until-movies end a watch.", "--watch was left out", "add --watch")

@@ -10,7 +10,8 @@
     ├── StoreError                stops: the project folder cannot be read or written
     │   ├── DiskError
     │   │   └── DiskFullError
-    │   └── LockedError
+    │   ├── LockedError
+    │   └── TakenOverError
     ├── ClusterError              stops: workers cannot be started or are gone
     ├── Stopped                   a person stopped the run
     ├── Quarantined               at the end of a run that was to be strict: exposures are quarantined
@@ -93,6 +94,12 @@ class LockedError(StoreError):
     """Another driver works on this project."""
 
 
+class TakenOverError(StoreError):
+    """Another driver took over the project of this one, which was stopped or out of reach of its disk."""
+
+    exit_status = 5
+
+
 class ClusterError(CryodaskError):
     """Workers cannot be started, or all are gone."""
 
@@ -129,7 +136,7 @@ def exit_status(error: BaseException) -> int:
     """Exit status of a run that ends with an error, by whose fault it was.
 
     1 exposures are quarantined (only where a run is strict), 2 the project file, an input or an option, 3 the cluster, 4 the disk with
-    the results, 130 a person interrupted it.
+    the results, 5 another driver took the project over, 130 a person interrupted it.
     """
     if isinstance(error, KeyboardInterrupt):
         return 130

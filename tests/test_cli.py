@@ -53,6 +53,7 @@ def test_errors_are_sentences_not_tracebacks(tmp_path):
         (errors.GainError("a"), 2),
         (errors.LockedError("a"), 2),
         (errors.StoreError("a"), 2),
+        (errors.TakenOverError("a"), 5),
         (errors.ClusterError("a"), 3),
         (errors.DiskError("a"), 4),
         (errors.DiskFullError("a"), 4),

@@ -215,7 +215,7 @@ def _interrupts_held_back() -> Iterator[list[int]]:
 
 
 class LaneCluster(LocalCluster):
-    """A ``LocalCluster`` whose scheduler has lanes.
+    """A ``LocalCluster`` whose scheduler has lanes, and whose worker processes die with this one, even if it is killed.
 
     ``lanes``, ``strict``, ``reserve``, ``default_lane`` and ``memory_share`` as of FairShareScheduler; ``gpus``: so many worker processes
     have one GPU each (the resource ``GPU``), the others see none; all other arguments as of ``LocalCluster``.
@@ -236,7 +236,8 @@ class LaneCluster(LocalCluster):
         self._sharing = {
             "lanes": lanes, "strict": tuple(strict), "reserve": reserve, "default_lane": default_lane, "memory_share": memory_share
         }  # fmt: skip
-        super().__init__(*args, **kwargs)
+        preload = kwargs.pop("preload", None) or dask.config.get("distributed.worker.preload")
+        super().__init__(*args, preload=[*preload, "cryodask.leash"], **kwargs)
 
     async def _start(self) -> None:
         if self.scheduler_spec["cls"] is not FairShareScheduler:

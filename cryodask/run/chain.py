@@ -89,6 +89,7 @@ class Chain:
     steps before the chain from which it reads. ``slices`` are
     the particles of each link that is given some from elsewhere, ``expected`` the digests of all slices as the project stands now,
     ``book`` the birth tables that exposures ever had, ``imports`` what other programs say of them. These four stay in the driver.
+    ``epoch`` is the driver's: what its workers commit is void once it was overtaken.
     """
 
     links: tuple[Link, ...]
@@ -100,6 +101,7 @@ class Chain:
     expected: dict[str, Slices] = field(default_factory=dict)
     book: BirthBook | None = None
     imports: dict[str, Import] = field(default_factory=dict)
+    epoch: int = 0
     _read: dict[str, Generation] = field(default_factory=dict)
     _fresh: dict[str, dict[int, Record]] = field(default_factory=dict)
 
@@ -247,7 +249,8 @@ class Chain:
                 fresh.append(({n: given[n] for n in KNOWN if n in given}, False))
             seconds = {"seconds": round(time.time() - started, 4), "cpu_seconds": round(time.process_time() - started_cpu, 4)}
             made = Made(item.fingerprint, link.recipes.get(item.data_set), digest).entries()
-            record = generation.commit(item.row, item.name, given, **made, **told, revision=item.revision, attempt=attempt, **seconds)
+            sent = {"revision": item.revision, "attempt": attempt, "epoch": self.epoch}
+            record = generation.commit(item.row, item.name, given, **made, **told, **sent, **seconds)
             records[link.label] = record
             values.update({f"{link.label}/{name}": value for name, value in given.items()})
             if "movie" in record["shards"]:

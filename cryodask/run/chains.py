@@ -24,6 +24,7 @@ from cryodask.run.slices import Slices
 from cryodask.run.whole import Stored
 from cryodask.store.birthbook import BirthBook
 from cryodask.store.births import TABLE, Birth
+from cryodask.store.files import holder_of
 from cryodask.store.generation import Generation
 from cryodask.store.history import births_on_disk
 from cryodask.store.layouts import Grid
@@ -111,6 +112,7 @@ class ChainMaker:
         earlier = {label: self._bare_link(label) for label in before}
         reopened = _labels(earlier.values()) - labels - set(earlier)
         earlier |= {label: self._bare_link(label) for label in reopened}
+        holder = holder_of(self.project.path)
         given = {s.label: self.slices(s) for s in steps if any(link.label == s.label and link.takes_particles for link in links)}
         return Chain(
             tuple(links),
@@ -122,6 +124,7 @@ class ChainMaker:
             expected=given,
             book=BirthBook(self.project),
             imports=self.imports(steps),
+            epoch=holder.epoch if holder is not None else 0,
         )
 
     def concerned(self, steps: list[Step], items: list[Item]) -> list[Item]:

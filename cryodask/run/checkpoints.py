@@ -13,8 +13,7 @@ import cloudpickle
 import numpy as np
 
 from cryodask.stage import Columns, State
-from cryodask.store.generation import disk_errors
-from cryodask.store.journal import fsync_folder
+from cryodask.store.files import disk_errors, write_atomically
 
 
 def write_checkpoint(folder: Path, state: State, columns: Columns) -> Path:
@@ -27,13 +26,7 @@ def write_checkpoint(folder: Path, state: State, columns: Columns) -> Path:
     arrays["plain"] = np.frombuffer(cloudpickle.dumps(plain), np.uint8)
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
     with disk_errors(folder):
-        part = path.with_suffix(f".{os.getpid()}.part")
-        with open(part, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(part, path)
-        fsync_folder(folder)
+        write_atomically(path, buffer.getbuffer())
     return path
 
 

@@ -12,6 +12,7 @@ from distributed import Client, Future, wait
 from distributed.client import ClosedClientError, FuturesCancelledError
 
 from cryodask.errors import ClusterError
+from cryodask.store.files import check_still_driving
 
 _LOOK_SECONDS = 2.0
 _ANSWER_SECONDS = 20.0
@@ -86,11 +87,14 @@ class Watch:
         ------
         ClusterError
             When the scheduler is gone for good.
+        TakenOverError
+            When another driver has the project now.
         """
         self.check_client()
         self._looking()
         asked = time.monotonic() - self._looked > _LOOK_SECONDS
         if asked:
+            check_still_driving()
             self._ask()
             self._looked = time.monotonic()
         still = time.monotonic() - self._moved

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import os
 import pickle
@@ -19,6 +18,8 @@ from typing import Any
 
 import dask
 from distributed import get_worker
+
+from cryodask.leash import die_with_parent
 
 Failure = tuple[str, str, str]
 _POLL_SECONDS = 0.1
@@ -92,7 +93,7 @@ def in_child(task: Any, limit_seconds: float | None) -> Failure | None:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     begun, tell_begun = os.pipe()
     try:
-        command = [sys.executable, "-W", "ignore", "-c", f"from cryodask.run.isolation import child; child({tell_begun})"]
+        command = [sys.executable, "-W", "ignore", "-c", f"from cryodask.run.isolation import child; child({tell_begun}, {os.getpid()})"]
         pipe = subprocess.PIPE
         process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=env, pass_fds=[tell_begun])
         out, log, taken = _watched(process, begun, pickle.dumps(task), limit_seconds, _memory_limit())
@@ -153,9 +154,9 @@ def _resident_bytes(pid: int) -> int:
 
 
 # --- in the child -------------------------------------------------------------------------------------------------------------
-def child(tell_begun: int) -> None:
+def child(tell_begun: int, worker: int) -> None:
     """What the child process runs: a pickled task on its standard input, the pickled outcome on its standard output."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # die with the worker (Linux: PR_SET_PDEATHSIG)
+    die_with_parent(worker)  # the thread that started this process waits for its end
     reply = os.dup(1)
     os.dup2(2, 1)  # what a stage prints must not get into the reply
     from cryodask.run.map import attempt_item

@@ -12,9 +12,11 @@ from typing import Any
 
 import psutil
 
+from cryodask.errors import TakenOverError
 from cryodask.run import events as of
 from cryodask.run.events import Event
 from cryodask.run.progress import Pace, figures_text
+from cryodask.store.files import check_writable
 
 _NAME = "status.json"
 _EVERY_SECONDS = 1.0
@@ -53,7 +55,8 @@ class StatusFile:
     def _write(self, now: float) -> None:
         self._written = time.monotonic()
         part = self._path.with_name(f"{_NAME}.{os.getpid()}.part")
-        with suppress(OSError):
+        with suppress(OSError, TakenOverError):  # what another driver does now is not this one's to tell
+            check_writable(self._path)
             part.write_text(json.dumps({**self._run, "state": "running", **self._step, "time": round(now, 1)}))
             os.rename(part, self._path)
 

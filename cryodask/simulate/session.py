@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from cryodask.errors import InputError
 from cryodask.formats.movies import write_mrc_movie, write_tiff_movie
 from cryodask.formats.mrc import write_mrc
+from cryodask.leash import die_with_spawner
 from cryodask.simulate.model import beta_galactosidase, density_map
 from cryodask.simulate.movie import (
     Detector,
@@ -237,7 +238,7 @@ def simulate_session(
                 progress(index + 1, params.movies)
         return load_truth(folder)
     # spawned, because forking a process that runs torch or Dask threads can hang
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_begin) as pool:
         waiting = [pool.submit(simulate_one, str(folder), params, index) for index in range(params.movies)]
         for done, future in enumerate(as_completed(waiting), 1):
             future.result()
@@ -246,7 +247,8 @@ def simulate_session(
     return load_truth(folder)
 
 
-def _one_thread() -> None:
+def _begin() -> None:
+    die_with_spawner()
     torch.set_num_threads(1)
 
 

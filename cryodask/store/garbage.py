@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cryodask.store.files import disk_errors
+from cryodask.store.files import check_writable, disk_errors
 from cryodask.store.generation import Generation
 from cryodask.store.history import generation_folders
 from cryodask.store.places import behind, read_lines
@@ -86,6 +86,7 @@ def collect_garbage(project: Project, *, last_results: bool = False) -> int:
 def _remove(folder: Path) -> int:
     freed = size_of(folder)
     with disk_errors(folder):
+        check_writable(folder)
         if folder.suffix != ".part":  # half a generation must never stand under its key
             folder = folder.rename(folder.with_name(f"{folder.name}.{time.time_ns()}.part"))
         shutil.rmtree(folder)

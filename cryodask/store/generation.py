@@ -22,7 +22,7 @@ import numpy as np
 
 from cryodask.errors import StoreError
 from cryodask.store import check
-from cryodask.store.files import disk_errors, fsync_folder, write_atomically
+from cryodask.store.files import check_writable, disk_errors, fsync_folder, write_atomically
 from cryodask.store.journal import Journal, content_crc, decode_value, encode_value
 from cryodask.store.layouts import Grid, as_stored, check_dimensions, create_array, fits, layout_of_value, layout_on, name_of_size
 from cryodask.store.lines import Record
@@ -104,7 +104,8 @@ class Generation:
                 for name in names:
                     fsync_folder(os.path.join(folder, name))
                 fsync_folder(folder)
-            if path.exists():  # what an interrupted removal left; gc takes it later
+            check_writable(path)
+            if path.exists() and not (path / "zarr.json").exists():  # what an interrupted removal left; gc takes it later
                 os.rename(path, path.with_name(f"{path.name}.{time.time_ns()}.part"))
             os.rename(part, path)
             fsync_folder(path.parent)
@@ -202,7 +203,16 @@ class Generation:
 
     # --- commit -------------------------------------------------------------------------------------------------------------
     def commit(self, row: int, name: str, values: dict[str, Any], **info: Any) -> Record:
-        """Write all bulk variables of an item, then its record: after this it exists, before it does not."""
+        """Write all bulk variables of an item, then its record: after this it exists, before it does not.
+
+        ``info`` goes into the record; a worker says there as ``epoch`` for which driver it works.
+
+        Raises
+        ------
+        TakenOverError
+            Where that driver was overtaken.
+        """
+        self.journal.refuse_void(info.get("epoch", 0))
         columns: dict[str, Any] = {}
         shards: dict[str, ShardFile] = {}
         layouts: dict[str, tuple[tuple[int, ...], str]] = {}
@@ -238,6 +248,7 @@ class Generation:
     def link(self, other: Generation, records: list[Record]) -> None:
         """Take items over from another generation of the same stage: hard links to its shards, one journal line each (driver only)."""
         with disk_errors(self.path):
+            check_writable(self.path)
             taken = [self._laid_out_here(other, record) for record in records]
             for theirs, record in zip(records, taken):
                 for name in record["shards"]:
@@ -286,6 +297,7 @@ class Generation:
         columns: dict[str, Any] = {}
         shards: dict[str, ShardFile] = {}
         with disk_errors(self.path):
+            check_writable(self.path)
             group = zarr.open_group(self.path, mode="a")
             for name, value in values.items():
                 var = VARIABLES[name]

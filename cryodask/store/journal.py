@@ -1,6 +1,7 @@
 """Commit records: one line an item, written after its data is safe; the only witness of what is done.
 
-Every process appends to a file of its own, so that no two writers ever share one. Nothing ever asks the file system what is done: it
+Every process appends to a file of its own, so that no two writers ever share one, and to another one in every epoch of the project (see
+epochs.py): what a driver that was overtaken still writes, or its workers do, is void. Nothing ever asks the file system what is done: it
 asks the journal.
 """
 
@@ -21,7 +22,9 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from cryodask.store.files import fsync_folder, write_all
+from cryodask.errors import TakenOverError
+from cryodask.store.epochs import Ends, journal_name
+from cryodask.store.files import fsync_folder, holder_of, write_all
 from cryodask.store.lines import LineFile, Record, checked_line, set_aside
 
 
@@ -93,7 +96,8 @@ class Journal:
         self.folder, self.start = Path(folder), dict(start or {})
         self._lock = threading.Lock()
         self._fd: int | None = None
-        self._pid = 0
+        self._pid = self._epoch = 0
+        self._ends = Ends(self.folder)
         self._file = self.folder
         self._reading = threading.Lock()
         self._forget()
@@ -111,16 +115,33 @@ class Journal:
         self.__init__(state["folder"], state["start"])  # type: ignore[misc]
 
     def append(self, *records: Record) -> None:
-        """Write records and wait until they are on the disk."""
+        """Write records, all of one epoch, and wait until they are on the disk.
+
+        In the process that holds the project's lock they are of its epoch; elsewhere they say themselves of which.
+
+        Raises
+        ------
+        TakenOverError
+            In a driver that has lost the lock; nothing is written.
+        """
+        holder = holder_of(self.folder)
+        if holder is not None:
+            records = tuple({**record, "epoch": holder.epoch} for record in records)
+        epoch = records[0].get("epoch", 0) if records else 0
         line = b"".join(map(checked_line, records))
         with self._lock:
+            if self._fd is not None and self._pid == os.getpid() and self._epoch != epoch:
+                os.close(self._fd)
+                self._fd = None
             if self._fd is None or self._pid != os.getpid() or not self._in_place(self._fd):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
+                name = journal_name(epoch, f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
                 self._file = self.folder / name
                 self._fd = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_EXCL, 0o644)
-                self._pid = os.getpid()
+                self._pid, self._epoch = os.getpid(), epoch
                 fsync_folder(self.folder)
+            if holder is not None:
+                holder.check()
             try:
                 write_all(self._fd, line)
                 os.fsync(self._fd)
@@ -129,6 +150,16 @@ class Journal:
                 os.close(self._fd)
                 self._fd = None
                 raise
+
+    def refuse_void(self, epoch: int) -> None:
+        """Spare a worker the work whose lines would be void, and its results those of the others.
+
+        Raises
+        ------
+        TakenOverError
+        """
+        if self._ends.is_closed(epoch):
+            raise TakenOverError(f"The driver of this work was overtaken by another one: {self.folder.parent} takes nothing more from it.")
 
     def _in_place(self, fd: int) -> bool:
         """Whether the open file is still the one under its name: a worker may outlive a generation that was removed and made anew."""
@@ -159,8 +190,9 @@ class Journal:
 
     def drop_damaged_lines(self) -> None:
         """Move lines that were whole once into ``damaged-lines.txt`` beside the journals; only while nobody writes."""
+        self._ends.look()
         for path in sorted(self.folder.glob("*.jsonl")):
-            set_aside(path, torn=False)
+            set_aside(path, torn=False, end=self._ends.end(path.name))
 
     def read(self) -> JournalContents:
         """What the journals say now. Only lines that came since the last call are parsed: that of an unchanged folder costs a listing."""
@@ -183,11 +215,15 @@ class Journal:
             names = []
         if any(name not in names for name in self._files):
             return None
+        self._ends.look()
         touched: set[int] = set()
         for name in names:
             file = self._files.setdefault(name, LineFile(self.folder / name, self.start.get(name, 0)))
+            end = self._ends.end(name)
+            if end is not None and file.offset > max(end, file.start):
+                return None  # its epoch was closed since, and lines that came too late were read
             try:
-                lines, replaced = file.grown()
+                lines, replaced = file.grown(end)
             except FileNotFoundError:
                 return None
             if replaced:

@@ -72,8 +72,10 @@ class LineFile:
         self.torn: list[int] = []
         self.ended = True
 
-    def grown(self) -> tuple[list[Line], bool]:
+    def grown(self, end: int | None = None) -> tuple[list[Line], bool]:
         """Lines that came since the last call; True with them if the file was replaced, so that those of before count no more.
+
+        What stands beyond the byte ``end`` counts for nothing.
 
         Raises
         ------
@@ -88,7 +90,7 @@ class LineFile:
             if replaced:
                 self._forget()
             file.seek(self.offset)
-            data = file.read()
+            data = file.read(-1 if end is None else max(0, end - self.offset))
         self._stamp = stamp
         lines: list[Line] = []
         self.torn = []
@@ -124,12 +126,12 @@ def mark_of(path: Path, offset: int) -> int:
     return google_crc32c.value(data) if len(data) == min(offset, _MARK) else -1
 
 
-def set_aside(path: Path, *, torn: bool, add: bytes = b"") -> None:
+def set_aside(path: Path, *, torn: bool, add: bytes = b"", end: int | None = None) -> None:
     """Move lines that cannot be read into ``damaged-lines.txt`` beside the file; a torn end only if asked. Only while nobody writes.
 
-    ``add`` are lines that come in their place, in the same instant.
+    ``add`` are lines that come in their place, in the same instant. What stands beyond the byte ``end`` counts for nothing, and goes.
     """
-    *whole, rest = path.read_bytes().split(b"\n")
+    *whole, rest = path.read_bytes()[:end].split(b"\n")
     if torn or parse_line(rest) is not None:
         whole, rest = [*whole, rest], b""
     bad = [line for line in whole if line and parse_line(line) is None]

@@ -1,4 +1,17 @@
-"""One project has one driver: a lock file that names its holder and beats while the holder lives."""
+"""One project has one driver: its lock, held across hosts and containers without comparing any clocks.
+
+Whoever made the file of the highest epoch (see epochs.py) holds the lock. ``driver.lock`` shows it: who that is, and a number that grows
+every two seconds, the beat. Whoever wants the lock takes the next epoch
+
+- at once, where the holder has ended in order, or where it was a process of the same boot, the same namespaces and this very folder,
+  and is gone;
+- otherwise when the beat stood still for eight seconds of the observer's own monotonic clock.
+
+A holder whose process is seen to be there is never overtaken, unless it is stopped (SIGSTOP, a suspended job): then its beat decides. It
+cannot know of it, so every write asks the lock first, and what slips through between the answer and the write is void: a journal line
+because its epoch is closed, a file that is replaced because its ``.part`` is gone, a line of the registry because the file was replaced
+by a copy. A lock file that somebody removes is put back by its holder, as long as nobody has taken the next epoch.
+"""
 
 from __future__ import annotations
 
@@ -8,98 +21,316 @@ import os
 import socket
 import threading
 import time
+import uuid
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any, Literal
 
-from cryodask.errors import LockedError
-from cryodask.store.files import disk_errors
+from cryodask.errors import LockedError, TakenOverError
+from cryodask.store.epochs import Epochs
+from cryodask.store.files import disk_errors, fsync_folder, register_holder, unregister_holder, write_all, write_atomically
 
-_BEAT_SECONDS = 5.0
-_DEAD_AFTER_SECONDS = 60.0
+_BEAT_SECONDS = 2.0
+_STILL_SECONDS = 8.0
+_LOOK_SECONDS = 0.2
+_LARGEST_BEAT = 10**12
+_LOOKS = 10
+_SELDOM_REPLACED = ("items.jsonl",)
+"""Files to which a driver appends."""
+_PARTS = ("*.part", "stages/*/*/*.part", "stages/*/*/checkpoints/*.part", "stages/*/*/journal/*.part")
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What an observer sees of the lock. ``text`` is another one whenever the holder has given a sign of life."""
+
+    epoch: int
+    text: str
+    holder: dict[str, Any]
+    free: bool
 
 
 class ProjectLock:
-    """Context manager: holds ``driver.lock`` of a project; breaks the lock of a holder that is seen dead."""
+    """Context manager: holds the lock of a project; takes over from a holder that is gone, or whose beat stands still.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the project.
+    force : bool
+        Take over whatever the holder does; one that lives ends as soon as it notices, before it writes again.
+
+    Raises
+    ------
+    LockedError
+        On entering, if another driver lives.
+    TakenOverError
+        From :meth:`check` and on leaving, if another driver has taken over.
+    """
 
     def __init__(self, folder: Path, *, force: bool = False) -> None:
-        self.path, self.force = folder / "driver.lock", force
+        self.folder, self.path, self.force = folder, folder / "driver.lock", force
+        self.epochs = Epochs(folder)
+        self.epoch = self.thread = 0
+        self._identity: dict[str, Any] = {}
+        self._beat = 0
+        self._lost = False
+        self._busy = threading.Lock()
         self._stop = threading.Event()
+        self._beating = threading.Thread(target=self._keep_beating, daemon=True, name="cryodask-lock")
 
     def __enter__(self) -> ProjectLock:
-        for _ in range(3):
-            with disk_errors(self.path):
-                try:
-                    fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-                except FileExistsError:
-                    self._remove_stale()
-                    continue
-                try:
-                    os.write(fd, self._identity().encode())
-                except OSError:
-                    self.path.unlink()  # a lock that does not say whose it is would keep everybody out
-                    raise
-                finally:
-                    os.close(fd)
-            threading.Thread(target=self._beat, daemon=True, name="cryodask-lock").start()
-            return self
-        raise LockedError(f"{self.path} keeps coming back.", "several drivers start at the same moment", "start only one")
+        with disk_errors(self.path):
+            self._take()
+            register_holder(self.folder, self)
+            try:
+                if self.epochs.close_before(self.epoch):
+                    self._shut_out()
+                self.epochs.trim()
+            except BaseException:
+                unregister_holder(self.folder, self)
+                self._give_back()
+                raise
+        self.thread = threading.get_ident()
+        self._beating.start()
+        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop.set()
-        with contextlib.suppress(OSError):
-            if self.path.read_text() == self._identity():
-                self.path.unlink()
+        self._beating.join(_STILL_SECONDS)
+        unregister_holder(self.folder, self)
+        try:
+            self.check()
+        except TakenOverError as lost:
+            if error is None or not isinstance(error, TakenOverError):
+                raise lost from error
+        except OSError:
+            pass  # the folder cannot be reached, or is gone: nobody can tell
+        else:
+            self._give_back()
 
-    @staticmethod
-    def _identity() -> str:
-        return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "start": _start_time(os.getpid())})
+    # --- taking it --------------------------------------------------------------------------------------------------------------
+    def _take(self) -> None:
+        first = seen = self._look()
+        since = looked = time.monotonic()
+        while True:
+            state = _state_of(seen.holder, self.folder)
+            free = seen.free or state == "gone" or (self.force and seen.epoch == first.epoch)
+            if not free and (state == "alive" or seen.text != first.text):  # the beat moved, or another driver was faster
+                raise _locked(seen.holder, self.folder)
+            if (free or looked - since > _STILL_SECONDS) and self._claim(seen.epoch + 1):
+                return
+            if not free:
+                time.sleep(_LOOK_SECONDS)
+            looked = time.monotonic()  # before the look: an observer that is itself stopped after it has not watched for that long
+            seen = self._look(max(seen.epoch, self.epoch))
 
-    def _beat(self) -> None:
-        while not self._stop.wait(_BEAT_SECONDS):
-            with contextlib.suppress(OSError):
-                os.utime(self.path)
+    def _look(self, at_least: int = 0) -> _Seen:
+        """The lock as it is now; ``at_least`` is an epoch that is known, whatever a network file system remembers of the folder."""
+        shown = _read(self.path)
+        epoch = max(self.epochs.highest(), at_least, _number(shown.get("epoch")), self._epoch_of_project())
+        claim = self.epochs.claimed_by(epoch)
+        if _number(shown.get("epoch")) != epoch:  # it does not show it yet, or was removed
+            shown = _parsed(claim)
+        free = not epoch or self.epochs.is_released(epoch) or not (shown or (self.epochs.folder / f"{epoch:06d}").exists())
+        return _Seen(epoch, json.dumps([epoch, shown]), shown, free)
 
-    def _judge(self) -> str:
-        """Raise if the holder may be alive (and not --force); returns what the lock says, nothing where there is none.
+    def _epoch_of_project(self) -> int:
+        """So that no number is given twice, even if the folder with the epochs is lost."""
+        return _number(_read(self.folder / "project.json").get("epoch"))
+
+    def _claim(self, epoch: int) -> bool:
+        """Take an epoch; False if another driver has taken it, or a later one."""
+        self.epoch, self._beat = epoch, 0
+        self._identity = {"epoch": epoch, "token": uuid.uuid4().hex, **_who(self.folder)}
+        if not self.epochs.claim(epoch, json.dumps(self._identity)):
+            return False
+        # a driver that was stopped on its way here comes late: the latest epoch counts
+        if self.epochs.highest() > epoch:
+            return False
+        try:
+            with contextlib.suppress(FileNotFoundError):  # of the part, which a driver that takes over removes
+                self._show()
+        except BaseException:
+            self._give_back()
+            raise
+        return self.epochs.highest() <= epoch
+
+    def _shut_out(self) -> None:
+        """Nothing that the overtaken driver has begun to write may arrive after this."""
+        for pattern in _PARTS:
+            for path in self.folder.glob(pattern):
+                if not path.is_dir():
+                    path.unlink(missing_ok=True)
+        for name in _SELDOM_REPLACED:
+            with contextlib.suppress(FileNotFoundError):
+                write_atomically(self.folder / name, (self.folder / name).read_bytes())
+
+    # --- holding it -------------------------------------------------------------------------------------------------------------
+    def check(self) -> None:
+        """Make sure that the lock is still this one's.
 
         Raises
         ------
-        LockedError
+        TakenOverError
         """
+        with self._busy:
+            if not self._lost:
+                self._lost = not self._is_mine(beat=False)
+            if self._lost:
+                raise _taken_over(_read(self.path), self.folder)
+
+    def _is_mine(self, *, beat: bool) -> bool:
+        """Look into the lock file, and write the next beat if asked; it is put back where it was removed, and replaced by none later."""
+        for _ in range(_LOOKS):
+            with contextlib.suppress(FileNotFoundError):
+                fd = os.open(self.path, os.O_RDWR if beat else os.O_RDONLY)
+                try:
+                    # through the open file: one that another driver puts under the name meanwhile is not touched
+                    if _parsed(os.pread(fd, 4096, 0).decode(errors="replace")).get("token") == self._identity["token"]:
+                        if beat:
+                            self._beat += 1
+                            os.pwrite(fd, self._line(), 0)
+                        return True
+                finally:
+                    os.close(fd)
+            if self.epochs.highest() > self.epoch:
+                return False
+            with contextlib.suppress(FileNotFoundError):  # of the part, which a driver that takes over removes
+                self.epochs.claim(self.epoch, json.dumps(self._identity))
+                self._show()
+        os.stat(self.folder)
+        return False
+
+    def _line(self) -> bytes:
+        """Who holds the lock and the beat, always of one length."""
+        longest = len(json.dumps({**self._identity, "beat": _LARGEST_BEAT}))
+        return json.dumps({**self._identity, "beat": self._beat}).ljust(longest).encode() + b"\n"
+
+    def _show(self) -> None:
+        part = self.path.with_name(f"{self.path.name}.{self._identity['token']}.part")
         try:
-            text = self.path.read_text()
-            age = time.time() - self.path.stat().st_mtime
-        except FileNotFoundError:
-            return ""
-        try:
-            holder = json.loads(text or "{}")
-        except ValueError:
-            holder = {}
-        here = holder.get("host") == socket.gethostname()
-        dead = (here and _start_time(int(holder.get("pid", 0))) != holder.get("start")) or (not here and age > _DEAD_AFTER_SECONDS)
-        if not dead and not self.force:
-            raise LockedError(
-                f"Process {holder.get('pid')} on {holder.get('host')} is working on {self.path.parent} (seen {age:.0f} s ago).",
-                "another cryodask run, or a notebook, drives this project",
-                "wait for it or stop it; if you are sure that it is gone, add --force",
-            )
-        return text
+            fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            try:
+                write_all(fd, self._line())
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.rename(part, self.path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                part.unlink()
+            raise
+        fsync_folder(self.folder)
 
-    def _remove_stale(self) -> None:
-        """Remove the lock of a dead holder; raise if it may be alive."""
-        text = self._judge()
-        aside = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(self.path, aside)
-            if aside.read_text() != text:  # another driver was faster, and this lock is its own
-                with contextlib.suppress(FileExistsError):
-                    os.link(aside, self.path)
-            aside.unlink()
+    def _keep_beating(self) -> None:
+        while not self._stop.wait(_BEAT_SECONDS):
+            with contextlib.suppress(OSError), self._busy:
+                self._lost = self._lost or not self._is_mine(beat=True)
+            if self._lost:
+                return
+
+    def _give_back(self) -> None:
+        with contextlib.suppress(OSError):
+            self.path.unlink(missing_ok=True)
+            self.epochs.release(self.epoch)
 
 
-def _start_time(pid: int) -> str | None:
-    """When a process of this machine started (clock ticks), or None if there is none: pids are re-used, pairs are not."""
+# --- who holds it ---------------------------------------------------------------------------------------------------------------
+def _who(folder: Path) -> dict[str, Any]:
+    """What another process on this machine needs to tell whether this one is still there."""
+    there = os.stat(folder)
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "start": _start_time(os.getpid()),
+        "namespaces": _namespaces(),
+        "boot": _boot(),
+        "folder": f"{there.st_dev}:{there.st_ino}",
+    }
+
+
+def _boot() -> str:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _namespaces() -> str:
+    """Those in which pids and start times mean what they mean here; empty where /proc shows the processes of other ones."""
+    try:
+        if os.readlink("/proc/self") != str(os.getpid()):
+            return ""
+        return " ".join(os.readlink(f"/proc/self/ns/{kind}") for kind in ("pid", "time") if os.path.lexists(f"/proc/self/ns/{kind}"))
+    except OSError:
+        return ""
+
+
+def _stat_of(pid: int) -> list[str]:
+    """Fields of /proc/PID/stat from the state on; empty if there are none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except (OSError, IndexError):
-        return None
+        return []
+
+
+def _start_time(pid: int) -> str:
+    """When a process started (clock ticks since the boot): pids are used again, pairs are not."""
+    return (_stat_of(pid) or [""] * 20)[19]
+
+
+def _state_of(holder: dict[str, Any], folder: Path) -> Literal["alive", "stopped", "gone", "unknown"]:
+    """What this machine's process table says of a holder; unknown of one in another container, of another boot, or of a copied folder."""
+    mine, pid = _who(folder), _number(holder.get("pid"))
+    if not pid or not all(mine[name] and holder.get(name) == mine[name] for name in ("boot", "namespaces", "folder")):
+        return "unknown"
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return "gone"
+    except PermissionError:
+        pass  # a process of somebody else, perhaps one that /proc does not show (hidepid)
+    found = _stat_of(pid)
+    if not found:
+        return "unknown"
+    if found[19] != holder.get("start") or found[0] in "ZX":
+        return "gone"
+    return "stopped" if found[0] in "Tt" else "alive"
+
+
+def _locked(holder: dict[str, Any], folder: Path) -> LockedError:
+    return LockedError(
+        f"Process {holder.get('pid', '?')} on {holder.get('host', 'another host')} is working on {folder}.",
+        "another cryodask run, or a notebook, drives this project",
+        "wait for it or stop it; --force takes the project away from it",
+    )
+
+
+def _taken_over(holder: dict[str, Any], folder: Path) -> TakenOverError:
+    by = f"Process {holder['pid']} on {holder.get('host')}" if "pid" in holder else "Another driver"
+    return TakenOverError(
+        f"{by} took over {folder}; this run ends, and what it would still write counts for nothing.",
+        "this process was suspended or could not reach the disk for some time, or the other was started with --force",
+        "nothing is lost: wait for the other driver, or stop it and run the same command again",
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return _parsed(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _number(value: Any) -> int:
+    return value if isinstance(value, int) else 0

@@ -4,6 +4,7 @@
 
     <project>/project.yaml     the project file as given
     <project>/project.json     name, optics, births, and which generation every step has now (see state.py)
+    <project>/driver.lock      who drives it now (see lock.py), and epochs/ what drivers before have left (see epochs.py)
     <project>/items.jsonl      registry: row <-> exposure, its content and what its input said about it (see registry.py)
     <project>/stages/<stage>/<key>/   one generation (see generation.py); steps are pointers to them
 """
@@ -64,14 +65,22 @@ class Project:
     # --- written by the driver --------------------------------------------------------------------------------------------
     @classmethod
     def create(cls, path: str | Path, name: str) -> Project:
-        """Open the project at ``path``, or make an empty one; births found on the disk keep their numbers."""
+        """Open the project at ``path``, or make an empty one; births found on the disk keep their numbers.
+
+        Raises
+        ------
+        LockedError
+            If another driver makes it at this moment.
+        """
         folder = Path(path)
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             if not (folder / "project.json").exists():
-                state = ProjectState(name=name)
-                state.births = history.births_on_disk(folder)
-                state.write(folder)
+                with ProjectLock(folder):
+                    if not (folder / "project.json").exists():
+                        state = ProjectState(name=name)
+                        state.births = history.births_on_disk(folder)
+                        state.write(folder)
         return cls(folder)
 
     def lock(self, *, force: bool = False) -> ProjectLock:

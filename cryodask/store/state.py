@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 
 from cryodask.errors import StoreError
-from cryodask.store.files import disk_errors, write_atomically
+from cryodask.store.files import disk_errors, holder_of, write_atomically
 from cryodask.store.identity import MOST_BIRTHS
 
 FORMAT = 2
@@ -102,7 +102,7 @@ class ProjectState(BaseModel):
     dose of each data set, by its name; ``gain`` the stored gain references. ``births`` are the numbers of births by identity key, given
     once. ``again`` counts how often a step was asked to be computed anew. ``kept`` are names that people gave to generations,
     ``removed`` when gc took others (seconds since 1970), ``choices`` numbers of classes that people chose. ``sources`` are the files of
-    imports by path.
+    imports by path. ``epoch`` is that of the driver which wrote it (see epochs.py).
     """
 
     format: int = FORMAT
@@ -110,6 +110,7 @@ class ProjectState(BaseModel):
     home: str = ".."
     seed: int = 0
     runs: int = 0
+    epoch: int = 0
     constants: dict[str, dict[str, Any]] = Field(default_factory=dict)
     gain: dict[str, str] = Field(default_factory=dict)
     births: dict[str, int] = Field(default_factory=dict)
@@ -203,6 +204,9 @@ class ProjectState(BaseModel):
 
     def write(self, folder: Path) -> None:
         """To ``project.json``, at once or not at all."""
+        holder = holder_of(folder)
+        if holder is not None:
+            self.epoch = holder.epoch
         with disk_errors(folder):
             write_atomically(folder / _FILE, self.model_dump_json(indent=1))
 

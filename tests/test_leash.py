@@ -1,0 +1,151 @@
+"""Processes that a driver has started end with it, even if it is killed: workers, what they have started, and those of a simulation."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cryodask.cluster.connect import close, connect
+
+PRELUDE = """
+import ctypes, os, sys, time
+from pathlib import Path
+here = Path(sys.argv[1])
+
+def begun(name):
+    (here / f"{name}-{os.getpid()}").touch()
+"""
+
+DRIVER = (
+    PRELUDE
+    + """
+from cryodask.cluster.connect import connect
+from cryodask.run.isolation import in_child
+from cryodask.run.residents import Run
+
+class Freezing:
+    \"\"\"A job that holds the interpreter for ever.\"\"\"
+
+    def run(self, item, brief, device, attempt):
+        begun("isolated")
+        ctypes.PyDLL(None).pause()
+
+def freeze():
+    begun("frozen")
+    ctypes.PyDLL(None).pause()
+
+def isolate():
+    import cloudpickle
+    return in_child((Run("", "here"), cloudpickle.dumps(Freezing()), None, None, "cpu", 1), None)
+
+def sleep():
+    begun("sleeping")
+    time.sleep(600)
+
+if __name__ == "__main__":
+    client = connect("local", workers=3)
+    futures = [client.submit(function, pure=False) for function in (freeze, isolate, sleep)]
+    time.sleep(600)
+"""
+)
+
+SIMULATION = (
+    PRELUDE
+    + """
+from cryodask.simulate import SessionParams, simulate_session
+
+if __name__ == "__main__":
+    small = SessionParams(movies=40, height=256, width=256, frames=2, particles=1, truth_maps=())
+    simulate_session(here / "session", small, processes=2, progress=lambda done, of: begun("simulated"))
+"""
+)
+
+
+def started(script: str, folder: Path) -> subprocess.Popen[bytes]:
+    path = folder / "driver.py"
+    path.write_text(textwrap.dedent(script))
+    return subprocess.Popen([sys.executable, str(path), str(folder)], start_new_session=True)
+
+
+def wait_for(driver: subprocess.Popen[bytes], condition) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert driver.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that are not dead; who collects the dead that have lost their parent is not this program's concern."""
+    left = []
+    for process in processes:
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE:
+                left.append(process)
+        except psutil.NoSuchProcess:
+            pass
+    return left
+
+
+def killed(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """Kill a driver; those that it started and that are alive five seconds later."""
+    below = psutil.Process(driver.pid).children(recursive=True)
+    try:
+        driver.kill()
+        driver.wait()
+        until = time.monotonic() + 5
+        while alive(below) and time.monotonic() < until:
+            time.sleep(0.05)
+        return alive(below)
+    finally:
+        for process in alive(below):
+            process.kill()
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_nothing_that_a_killed_driver_started_is_alive_after_five_seconds(stopped, tmp_path):
+    driver = started(DRIVER, tmp_path)
+    try:
+        wait_for(driver, lambda: {p.name.partition("-")[0] for p in tmp_path.glob("*-*")} == {"frozen", "isolated", "sleeping"})
+        if stopped:
+            for path in tmp_path.glob("*-*"):
+                os.kill(int(path.name.partition("-")[2]), signal.SIGSTOP)
+        assert len(psutil.Process(driver.pid).children(recursive=True)) >= 4
+        assert killed(driver) == []
+    finally:
+        driver.kill()
+
+
+def test_a_killed_simulation_leaves_no_process(tmp_path):
+    driver = started(SIMULATION, tmp_path)
+    try:
+        wait_for(driver, lambda: list(tmp_path.glob("simulated-*")))
+        assert len(psutil.Process(driver.pid).children(recursive=True)) >= 2
+        assert killed(driver) == []
+    finally:
+        driver.kill()
+
+
+def test_workers_outlive_the_thread_that_asked_for_them_and_are_replaced():
+    made: list = []
+    thread = threading.Thread(target=lambda: made.append(connect("local", workers=1)))
+    thread.start()
+    thread.join()
+    (client,) = made
+    try:
+        first = client.submit(os.getpid, pure=False).result(60)
+        time.sleep(1)
+        assert client.submit(os.getpid, pure=False).result(60) == first
+        os.kill(first, signal.SIGKILL)
+        assert client.submit(os.getpid, pure=False).result(60) != first
+    finally:
+        close(client)
