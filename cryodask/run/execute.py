@@ -28,7 +28,8 @@ from cryodask.run.progress import Progress, short, summary
 from cryodask.run.recipe import Plan, Step, position
 from cryodask.run.record import note_line
 from cryodask.run.refs import Refer
-from cryodask.run.results import freeze, frozen_ids, image_givers, run_set, settle_result, stored_variables
+from cryodask.run.results import freeze, frozen_ids, run_set, settle_result, stored_variables
+from cryodask.run.unions import image_givers
 from cryodask.run.watch import Arrivals, Until
 from cryodask.run.whole import loaded, run_tournament, run_whole
 from cryodask.store.files import disk_errors, write_atomically
