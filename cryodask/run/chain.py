@@ -14,6 +14,7 @@ import numpy as np
 from cryodask.errors import InputError, MicrographError
 from cryodask.run.devices import make_ready
 from cryodask.run.due import due, joined
+from cryodask.run.grids import brings_movies, mark
 from cryodask.run.imports import Import
 from cryodask.run.refs import INPUTS, PARTICLES
 from cryodask.run.residents import keep
@@ -24,6 +25,7 @@ from cryodask.store.birthbook import BirthBook
 from cryodask.store.births import KNOWN, TABLE, Birth, known_of, with_ids
 from cryodask.store.generation import Generation
 from cryodask.store.journal import Record
+from cryodask.store.layouts import Grid
 from cryodask.store.made import Made, settled
 from cryodask.store.project import Item
 
@@ -89,6 +91,7 @@ class Chain:
     steps before the chain from which it reads. ``slices`` are
     the particles of each link that is given some from elsewhere, ``expected`` the digests of all slices as the project stands now,
     ``book`` the birth tables that exposures ever had, ``imports`` what other programs say of them. These four stay in the driver.
+    ``grids`` are the sizes and types of the movies of each data set, where the chain brings movies.
     """
 
     links: tuple[Link, ...]
@@ -100,6 +103,7 @@ class Chain:
     expected: dict[str, Slices] = field(default_factory=dict)
     book: BirthBook | None = None
     imports: dict[str, Import] = field(default_factory=dict)
+    grids: dict[str, Grid] = field(default_factory=dict)
     _read: dict[str, Generation] = field(default_factory=dict)
     _fresh: dict[str, dict[int, Record]] = field(default_factory=dict)
 
@@ -153,7 +157,9 @@ class Chain:
             outdated = [crc for crc, old in lines if old["ok"] and old.get("revision", 0) == item.revision and Made.of(old) != made]
             if outdated:
                 generation.journal.undo(item.row, item.name, outdated, "made from other particles, another import, or in another data set")
-            generation.commit_failure(item.row, item.name, error, message, tries, **made.entries(), revision=item.revision)
+            grid = self._grid(link, item)
+            info = {**made.entries(), **({"grid": mark(grid)} if grid is not None else {})}
+            generation.commit_failure(item.row, item.name, error, message, tries, **info, revision=item.revision)
             generation.journal.close()
             self._undo_what_rests_on(link, item)
             return
@@ -247,11 +253,17 @@ class Chain:
                 fresh.append(({n: given[n] for n in KNOWN if n in given}, False))
             seconds = {"seconds": round(time.time() - started, 4), "cpu_seconds": round(time.process_time() - started_cpu, 4)}
             made = Made(item.fingerprint, link.recipes.get(item.data_set), digest).entries()
-            record = generation.commit(item.row, item.name, given, **made, **told, revision=item.revision, attempt=attempt, **seconds)
+            info = {**made, **told, **seconds}
+            grid = self._grid(link, item)
+            record = generation.commit(item.row, item.name, given, grid=grid, **info, revision=item.revision, attempt=attempt)
             records[link.label] = record
             values.update({f"{link.label}/{name}": value for name, value in given.items()})
             if "movie" in record["shards"]:
                 values[f"{link.label}/movie"] = generation.read(record, "movie")  # its codec decodes faster than LZW
+
+    def _grid(self, link: Link, item: Item) -> Grid | None:
+        """What the movie of an item has to be like: as most of its data set; None for what is no movie."""
+        return self.grids.get(item.data_set) if brings_movies(link.stage) else None
 
     def _inputs(self, item: Item) -> dict[str, Any]:
         """What the registry knows of an item, with absolute paths."""

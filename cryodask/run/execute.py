@@ -252,7 +252,7 @@ class Execution:
                     self._drop_dependents([link.label for link in chain.links])
                     self.project.save()
                 if fresh := {item.data_set for item in new} - data_sets:
-                    maker.chain(steps)  # its images may have a size of their own
+                    chain.grids |= maker.chain(steps).grids  # its images may have a size of their own
                     data_sets |= fresh
                 waiting.extend(new)
                 self.progress.expect(len(new))
