@@ -24,7 +24,7 @@ from cryodask.stage import Params, Stage, find_stage
 from cryodask.store.birthbook import BirthBook
 from cryodask.store.births import KNOWN, TABLE, Birth, known_of, with_ids
 from cryodask.store.generation import Generation
-from cryodask.store.journal import Record
+from cryodask.store.journal import Record, decode_value
 from cryodask.store.layouts import Grid
 from cryodask.store.made import Made, settled
 from cryodask.store.project import Item
@@ -320,8 +320,11 @@ class Chain:
     def _stored(self, label: str, name: str, item: Item, values: dict[str, Any], records: dict[str, Record]) -> Any:
         """A variable that another step gave, or the first of several (``A|B``) that has the exposure."""
         if "|" in label:
-            has = [one for one in label.split("|") if one in records or f"{one}/{name}" in values]
-            label = has[0] if has else label.partition("|")[0]
+            givers = label.split("|")
+            has = [one for one in givers if one in records or f"{one}/{name}" in values]
+            # a source that forgot an exposure has a record of it, and nothing in it
+            there = [one for one in has if _is_there(values.get(f"{one}/{name}"), name, records.get(one))]
+            label = (there or has or givers)[0]
         if f"{label}/{name}" in values:
             return values[f"{label}/{name}"]
         record = records.get(label)
@@ -334,6 +337,17 @@ class Chain:
         needs = {n: self._value(n, giver, item, values, records, None) for n in giver.stage.needs}
         needs |= {n: self._value(n, giver, item, values, records, None) for n in giver.stage.optional if n in giver.source}
         return giver.stage.process(giver.params, **needs)[name]
+
+
+def _is_there(value: Any, name: str, record: Record | None) -> bool:
+    """Whether a step gave a variable of an exposure: a number, or an image that is stored."""
+    if value is None and record is not None:
+        if name not in record["columns"]:
+            return name in record["shards"]
+        value = decode_value(record["columns"][name])
+    array = value if isinstance(value, np.ndarray) and value.ndim == 0 else None
+    number = float(array) if array is not None and array.dtype.kind == "f" else value
+    return bool(getattr(value, "stored", True)) and not (isinstance(number, float) and np.isnan(number))
 
 
 def _known(name: str, item: Item, values: dict[str, Any]) -> Any:

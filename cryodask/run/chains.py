@@ -204,7 +204,9 @@ class ChainMaker:
             found = {name: Grid({"slot": SLOTS, **sizes, **stage.sizes(step.params, sizes)}, {}) for name, sizes in needed.items()}
         else:
             there = (path / "zarr.json").exists()
-            known = self.project.generation_at(f"{stage.name}/{key}").grids if there and not brings_movies(stage) else self._grids(step, key)
+            known = (
+                self.project.generation_at(f"{stage.name}/{key}").grids if there and not brings_movies(stage) else self._grids(step, key)
+            )
             found = self._probed(step, known)
         grids[step.label] = found
         named = {d for v in bulk for dim in v.dims for d in (dim, f"{v.name}.{dim}")}

@@ -360,7 +360,11 @@ class ProjectImport:
             record = generation.records().get(other.row if other is not None else -1)
             if record is not None and record["ok"]:
                 own = {n: generation.layout(VARIABLES[n], record) for n in record["shards"] if n in usual}
-                return "" if all(layout == usual[n] for n, layout in own.items()) else str(sorted((n, i.shape, i.dtype) for n, i in own.items()))
+                return (
+                    ""
+                    if all(layout == usual[n] for n, layout in own.items())
+                    else str(sorted((n, i.shape, i.dtype) for n, i in own.items()))
+                )
         return ""
 
     def digest(self, item: Item) -> str:

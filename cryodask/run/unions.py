@@ -169,12 +169,14 @@ def _other_images(project: Project, a: _Source, b: _Source) -> int:
     same |= (first["recipe"] == second["recipe"]) & (first["box"] == second["box"]).all(1)
     rest = np.flatnonzero(~same)
     some = rest[np.unique(np.linspace(0, len(rest) - 1, min(len(rest), _LOOKED_AT)).astype(int))] if len(rest) else rest
-    pixels = [s.places(project, one[some]).read() for s, one in zip((a, b), at)] if len(some) else []
-    return len(rest) if pixels and not np.array_equal(*pixels) else 0
+    if not len(some):
+        return 0
+    ours, theirs = (s.places(project, one[some]).read() for s, one in zip((a, b), at))
+    return 0 if np.array_equal(ours, theirs) else len(rest)
 
 
 def _where(project: Project, source: _Source, at: np.ndarray, givers: list[str], ids: np.ndarray) -> dict[str, np.ndarray]:
-    """Of some images: extraction, row and slot `(n, 3)`, the recipe by which they were cut `(n,)`, and the places of their boxes `(n, 2)`."""
+    """Of some images: extraction, row and slot `(n, 3)`, recipe by which they were cut `(n,)`, places of their boxes `(n, 2)`."""
     giver, row = source.giver(givers)[at], source.images.row[at]
     recipe = np.empty(len(at), object)
     for number, place in enumerate(givers):
