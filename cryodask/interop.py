@@ -18,6 +18,8 @@ from cryodask.store.claims import birth_marks
 from cryodask.store.files import disk_errors
 from cryodask.store.identity import birth_of, parent_of, row_of
 from cryodask.store.project import Project
+from cryodask.store.sets import kept_rows
+from cryodask.store.state import ProductRef
 
 _PARTICLE_COLUMNS = (
     "defocus_u_angstrom",
@@ -41,6 +43,13 @@ _PARTICLE_COLUMNS = (
     "particle_id",
 )
 
+_OF_MICROGRAPHS = {
+    "ctf": ("defocus_u_angstrom", "defocus_v_angstrom", "defocus_angle_deg", "phase_shift_deg"),
+    "ctf_quality": ("ctf_resolution_angstrom", "ctf_figure_of_merit"),
+    "field": ("total_motion", "early_motion"),
+}
+"""Part -> numbers of it that are written for each micrograph."""
+
 
 def export_relion(project: Project, folder: str | Path) -> list[Path]:
     """Write what a project has as RELION 3.1 files; returns the paths written.
@@ -48,7 +57,8 @@ def export_relion(project: Project, folder: str | Path) -> list[Path]:
     ``micrographs_ctf.star`` with ``micrographs/*.mrc``, ``motion/*.star``, ``coordinates/*.star``, ``particles.star`` + ``.mrcs`` (the
     particles of the last refinement with their poses, else those of the last curation, else all), ``class_averages.mrcs`` + ``.star``,
     ``half1.mrc, half2.mrc`` (unmasked, unsharpened), ``map.mrc`` (sharpened where post-processing ran), ``mask.mrc``,
-    ``postprocess.star``. Everything is in the row frame of MRC files.
+    ``postprocess.star``. Everything is in the row frame of MRC files. Exposures are those behind the particles, without those that a
+    selection leaves out.
     """
     out = Path(folder)
     with disk_errors(out):
@@ -73,15 +83,44 @@ def _optics(project: Project) -> dict[str, dict[str, float]]:
     return out
 
 
+def _exposures(project: Project) -> ProductRef | None:
+    """The exposures that are written: those behind the particles that are written, else those of the last step that gives some."""
+    label = _label_of_particles(project)
+    behind = project.product(label, "particles") if label is not None else None
+    if behind is not None and "micrograph" in behind.exposures:
+        return behind.model_copy(update={"parts": behind.exposures, "ids": behind.exposure_ids})
+    given = (project.step(label).product("exposures") for label in reversed(project.stages))
+    return next((ref for ref in given if ref is not None and "micrograph" in ref.parts), None)
+
+
+def _rows(project: Project, exposures: ProductRef | None) -> dict[int, str]:
+    """Names of the exposures that the last selection keeps, by row."""
+    kept = kept_rows(project, exposures.ids) if exposures is not None else None
+    return {i.row: i.name for i in project.items() if kept is None or i.row in kept}
+
+
+def _givers(project: Project, exposures: ProductRef, part: str) -> list[str]:
+    """Steps that gave a part: one, or those of all sources of a union."""
+    labels = {project.step(label).place: label for label in project.stages}
+    given = [labels[place] for place in exposures.parts.get(part, "").split("|") if place in labels]
+    return given or [label for label in (project.latest("exposures", part),) if label is not None]
+
+
+def _figures(project: Project, exposures: ProductRef, part: str, name: str) -> dict[str, float]:
+    """A number of the exposures that has a part, by their names."""
+    known = project.sets.exposure_values(exposures.parts[part], name, exposures.optics) if part in exposures.parts else None
+    names = {item.row: item.name for item in project.items()}
+    return {names[r]: float(v) for r, v in zip(*(one.tolist() for one in known)) if r in names} if known is not None else {}
+
+
 def _micrographs(project: Project, out: Path) -> list[Path]:
-    image, ctf = project.latest("exposures", "micrograph"), project.latest("exposures", "ctf")
-    if image is None:
+    exposures = _exposures(project)
+    if exposures is None:
         return []
-    pictures = {str(n): d["micrograph_dw"].sel(micrograph=n) for d in project.by_image_size(image) for n in d["micrograph"].values}
-    values = _optics(project)
-    fits = project[ctf] if ctf is not None and "defocus_u_angstrom" in project[ctf] else None
-    figures = project[image]
-    names = [n for n in figures["micrograph"].values if fits is None or n in set(fits["micrograph"].values)]
+    every = [d for label in _givers(project, exposures, "micrograph") for d in project.by_image_size(label)]
+    pictures = {str(n): d["micrograph_dw"].sel(micrograph=n) for d in every for n in d["micrograph"].values}
+    values, fits = _optics(project), _figures(project, exposures, "ctf", "defocus_u_angstrom")
+    names = [n for n in _rows(project, exposures).values() if n in pictures and (not fits or n in fits)]
     (out / "micrographs").mkdir(exist_ok=True)
     for name in names:
         pixel = float(values["pixel_size_angstrom"][name])
@@ -89,17 +128,11 @@ def _micrographs(project: Project, out: Path) -> list[Path]:
     columns: dict[str, Any] = {"micrograph_name": np.array([f"micrographs/{n}.mrc" for n in names], dtype=object)}
     for name in ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast", "pixel_size_angstrom"):
         columns[name] = np.array([float(values[name][n]) for n in names])
-    chosen = fits.sel(micrograph=names) if fits is not None else None
-    for name in ("defocus_u_angstrom", "defocus_v_angstrom", "defocus_angle_deg", "phase_shift_deg", "ctf_resolution_angstrom"):
-        if chosen is not None and name in chosen:
-            columns[name] = chosen[name].values
-        elif name in values:
-            columns[name] = np.array([float(values[name][n]) for n in names])
-    if chosen is not None and "ctf_figure_of_merit" in chosen:
-        columns["ctf_figure_of_merit"] = chosen["ctf_figure_of_merit"].values
-    if "total_motion" in figures:
-        moved = figures.sel(micrograph=names)
-        columns |= {"total_motion": moved["total_motion"].values, "early_motion": moved["early_motion"].values}
+    for part, some in _OF_MICROGRAPHS.items():
+        for name in some:
+            found = {**values.get(name, {}), **_figures(project, exposures, part, name)}
+            if names and all(n in found for n in names):
+                columns[name] = np.array([found[n] for n in names])
     if "defocus_u_angstrom" not in columns:
         return []
     path = out / "micrographs_ctf.star"
@@ -108,14 +141,14 @@ def _micrographs(project: Project, out: Path) -> list[Path]:
 
 
 def _motion(project: Project, out: Path) -> list[Path]:
-    label = project.latest("exposures", "field")
+    exposures, label = _exposures(project), project.latest("exposures", "field")
     if label is None:
         return []
     (out / "motion").mkdir(exist_ok=True)
     items = {item.name: item for item in project.items()}
-    written = []
+    written, kept = [], set(_rows(project, exposures).values())
     motion = project.by_image_size(label)
-    for name, one in ((name, part.sel(micrograph=name)) for part in motion for name in part["micrograph"].values):
+    for name, one in ((n, part.sel(micrograph=n)) for part in motion for n in part["micrograph"].values if n in kept):
         path = out / "motion" / f"{name}.star"
         star.write_motion(
             path,
@@ -138,19 +171,40 @@ def _coordinates(project: Project, out: Path) -> list[Path]:
     if label is None or "pick_y" not in project.generation(label).meta["gives"]:
         return []
     (out / "coordinates").mkdir(exist_ok=True)
-    picks = project[label]
+    names = _rows(project, _exposures(project))
+    picks = _picks(project, label)
     written = []
-    for name in picks["micrograph"].values:
-        one = picks.sel(micrograph=name)
-        accepted = one["pick_accepted"].values > 0
-        path = out / "coordinates" / f"{name}.star"
-        star.write_coordinates(path, *(one[n].values[accepted] for n in ("pick_y", "pick_x", "pick_score")))
-        written.append(path)
+    for row, name in names.items():
+        if row in picks:
+            written.append(out / "coordinates" / f"{name}.star")
+            star.write_coordinates(written[-1], *picks[row])
     return written
 
 
+def _picks(project: Project, label: str) -> dict[int, tuple[np.ndarray, ...]]:
+    """Accepted places (y, x, pixels) and scores by row: of a picker for each of its exposures, of a union for those with particles."""
+    if project.generation(label).meta["per_item"]:
+        picks, rows = project[label], {item.name: item.row for item in project.items()}
+        out = {}
+        for name in picks["micrograph"].values:
+            one = picks.sel(micrograph=name)
+            out[rows[name]] = tuple(one[n].values[one["pick_accepted"].values > 0] for n in ("pick_y", "pick_x", "pick_score"))
+        return out
+    ref = project.product(label, "particles")
+    ids = project.sets.ids(ref)
+    known = project.sets.columns(ref, ids, ("position", "score"))
+    pixel = project.sets.of_exposures(ref, row_of(ids), ["pixel_size_angstrom"]).get("pixel_size_angstrom", np.ones(len(ids)))
+    score = known.get("pick_score", np.zeros(len(ids)))
+    values = (known["position_y_angstrom"] / pixel, known["position_x_angstrom"] / pixel, score)
+    return {row: tuple(v[row_of(ids) == row] for v in values) for row in np.unique(row_of(ids)).tolist()}
+
+
+def _label_of_particles(project: Project) -> str | None:
+    return project.latest("particles", "pose") or project.latest("particles")
+
+
 def _particles(project: Project, out: Path) -> list[Path]:
-    label = project.latest("particles", "pose") or project.latest("particles")
+    label = _label_of_particles(project)
     if label is None or "image" not in project.product(label, "particles").parts:
         return []
     particles = project.particles(label)

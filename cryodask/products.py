@@ -7,6 +7,7 @@ because types and columns alone cannot tell a wrong pipeline from a right one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -88,6 +89,19 @@ def columns_of(product: str, part: str) -> list[str]:
     return [v.name for v in VARIABLES.values() if v.part == f"{product}.{part}"]
 
 
+def place_named(name: str, names: Sequence[str]) -> int | None:
+    """Which of some products a name means, if it means one.
+
+    ``STEP.particles`` is ``STEP``; the key of an earlier result may be short, and left out where there is only one of the step.
+    """
+    step, _, key = name.strip().partition("@")
+    known = [(one.partition("@")[0].removesuffix(".particles"), one.partition("@")[2]) for one in names]
+    alike = [i for i, (label, _) in enumerate(known) if label == step.removesuffix(".particles")]
+    found = [i for i in alike if known[i][1].startswith(key) and bool(known[i][1]) == bool(key)]
+    found = found or (alike if not key else [])
+    return found[0] if len(found) == 1 else None
+
+
 @dataclass(frozen=True)
 class ImageFact:
     """What images of a set are: edge of the box in the micrograph, edge and pixel size of the images (None: as in the micrograph)."""
@@ -146,3 +160,8 @@ class Product:
     def ref(self) -> str:
         """``STEP``, or ``STEP.OUTPUT`` where the step gives several of the type."""
         return self.step if self.output == self.type else f"{self.step}.{self.output}"
+
+    @property
+    def name(self) -> str:
+        """The same, of an earlier result with its key: ``STEP@KEY``."""
+        return f"{self.ref}@{self.at[self.step].partition('/')[2]}" if self.pinned and self.step in self.at else self.ref

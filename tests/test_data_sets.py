@@ -143,7 +143,7 @@ def test_what_was_made_in_the_former_data_set_is_not_shown_where_the_new_one_fai
     assert run(tmp_path, here, sets, STEPS[:4]).failures() == []
     (tmp_path / "d1" / "m000.mrc").rename(tmp_path / "d2" / "m000.mrc")
     project = run(tmp_path, here, sets, STEPS[:4])
-    assert [(f["stage"], f["name"]) for f in project.failures()] == [("toy_motion", "m000")]
+    assert [(f["stage"], f["name"]) for f in project.failures()] == [("ingest", "m000")]
     assert set(project.particles("toy_extract")["micrograph"].values) == {"m001", "m002", "m003"}
     assert todo(ahead(tmp_path, sets, STEPS[:4])) == {}, "what is quarantined in one step of a chain goes no further"
 

@@ -147,7 +147,7 @@ def test_merge_refuses_different_values_of_one_particle() -> None:
 
 def test_merge_takes_the_values_of_the_preferred_source() -> None:
     sets = list(two_with_other_poses())
-    for prefer, expected in (("a", [1, 2, 3, 40]), ("b.class2", [1, 20, 3, 40]), ("b.class2@3f2a", [1, 20, 3, 40])):
+    for prefer, expected in (("a", [1, 2, 3, 40]), ("b.class2", [1, 20, 3, 40]), ("a.particles", [1, 2, 3, 40])):
         ids = run("merge", {"prefer": prefer}, particles=sets)["particle_id"]
         columns = merged_columns(sets, ids, ["pose"], prefer)
         assert columns["rot_deg"].tolist() == expected
@@ -638,7 +638,7 @@ def test_expanding_and_contracting_gives_the_particles_back(numbers: set[int], s
     assert run("contract", {}, particles=a_set("c", copies, pose={}))["particle_id"].tolist() == view.ids.tolist()
     some = copies[np.random.default_rng(seed).random(len(copies)) < 0.3]
     if len(some):
-        out = run("contract", {"keep": "best"}, particles=a_set("c", some, pose={}))
+        out = run("contract", {}, particles=a_set("c", some, pose={}))
         assert out["particle_id"].tolist() == sorted(set(parent_of(some).tolist()))
     with pytest.raises(InputError, match="copies already"):
         run("expand", {"symmetry": symmetry}, particles=a_set("c", copies, pose={}))

@@ -14,6 +14,7 @@ import numpy as np
 from cryodask.errors import InputError, MicrographError
 from cryodask.run.devices import make_ready
 from cryodask.run.due import due, joined
+from cryodask.run.grids import brings_movies, mark
 from cryodask.run.imports import Import
 from cryodask.run.refs import INPUTS, PARTICLES
 from cryodask.run.residents import keep
@@ -23,7 +24,8 @@ from cryodask.stage import Params, Stage, find_stage
 from cryodask.store.birthbook import BirthBook
 from cryodask.store.births import KNOWN, TABLE, Birth, known_of, with_ids
 from cryodask.store.generation import Generation
-from cryodask.store.journal import Record
+from cryodask.store.journal import Record, decode_value
+from cryodask.store.layouts import Grid
 from cryodask.store.made import Made, settled
 from cryodask.store.project import Item
 
@@ -90,6 +92,7 @@ class Chain:
     the particles of each link that is given some from elsewhere, ``expected`` the digests of all slices as the project stands now,
     ``book`` the birth tables that exposures ever had, ``imports`` what other programs say of them. These four stay in the driver.
     ``epoch`` is the driver's: what its workers commit is void once it was overtaken.
+    ``grids`` are the sizes and types of the movies of each data set, where the chain brings movies.
     """
 
     links: tuple[Link, ...]
@@ -102,6 +105,7 @@ class Chain:
     book: BirthBook | None = None
     imports: dict[str, Import] = field(default_factory=dict)
     epoch: int = 0
+    grids: dict[str, Grid] = field(default_factory=dict)
     _read: dict[str, Generation] = field(default_factory=dict)
     _fresh: dict[str, dict[int, Record]] = field(default_factory=dict)
 
@@ -155,7 +159,9 @@ class Chain:
             outdated = [crc for crc, old in lines if old["ok"] and old.get("revision", 0) == item.revision and Made.of(old) != made]
             if outdated:
                 generation.journal.undo(item.row, item.name, outdated, "made from other particles, another import, or in another data set")
-            generation.commit_failure(item.row, item.name, error, message, tries, **made.entries(), revision=item.revision)
+            grid = self._grid(link, item)
+            info = {**made.entries(), **({"grid": mark(grid)} if grid is not None else {})}
+            generation.commit_failure(item.row, item.name, error, message, tries, **info, revision=item.revision)
             generation.journal.close()
             self._undo_what_rests_on(link, item)
             return
@@ -249,12 +255,16 @@ class Chain:
                 fresh.append(({n: given[n] for n in KNOWN if n in given}, False))
             seconds = {"seconds": round(time.time() - started, 4), "cpu_seconds": round(time.process_time() - started_cpu, 4)}
             made = Made(item.fingerprint, link.recipes.get(item.data_set), digest).entries()
-            sent = {"revision": item.revision, "attempt": attempt, "epoch": self.epoch}
-            record = generation.commit(item.row, item.name, given, **made, **told, **sent, **seconds)
+            info = {**made, **told, **seconds, "revision": item.revision, "attempt": attempt, "epoch": self.epoch}
+            record = generation.commit(item.row, item.name, given, grid=self._grid(link, item), **info)
             records[link.label] = record
             values.update({f"{link.label}/{name}": value for name, value in given.items()})
             if "movie" in record["shards"]:
                 values[f"{link.label}/movie"] = generation.read(record, "movie")  # its codec decodes faster than LZW
+
+    def _grid(self, link: Link, item: Item) -> Grid | None:
+        """What the movie of an item has to be like: as most of its data set; None for what is no movie."""
+        return self.grids.get(item.data_set) if brings_movies(link.stage) else None
 
     def _inputs(self, item: Item) -> dict[str, Any]:
         """What the registry knows of an item, with absolute paths."""
@@ -311,8 +321,11 @@ class Chain:
     def _stored(self, label: str, name: str, item: Item, values: dict[str, Any], records: dict[str, Record]) -> Any:
         """A variable that another step gave, or the first of several (``A|B``) that has the exposure."""
         if "|" in label:
-            has = [one for one in label.split("|") if one in records or f"{one}/{name}" in values]
-            label = has[0] if has else label.partition("|")[0]
+            givers = label.split("|")
+            has = [one for one in givers if one in records or f"{one}/{name}" in values]
+            # a source that forgot an exposure has a record of it, and nothing in it
+            there = [one for one in has if _is_there(values.get(f"{one}/{name}"), name, records.get(one))]
+            label = (there or has or givers)[0]
         if f"{label}/{name}" in values:
             return values[f"{label}/{name}"]
         record = records.get(label)
@@ -325,6 +338,17 @@ class Chain:
         needs = {n: self._value(n, giver, item, values, records, None) for n in giver.stage.needs}
         needs |= {n: self._value(n, giver, item, values, records, None) for n in giver.stage.optional if n in giver.source}
         return giver.stage.process(giver.params, **needs)[name]
+
+
+def _is_there(value: Any, name: str, record: Record | None) -> bool:
+    """Whether a step gave a variable of an exposure: a number, or an image that is stored."""
+    if value is None and record is not None:
+        if name not in record["columns"]:
+            return name in record["shards"]
+        value = decode_value(record["columns"][name])
+    array = value if isinstance(value, np.ndarray) and value.ndim == 0 else None
+    number = float(array) if array is not None and array.dtype.kind == "f" else value
+    return bool(getattr(value, "stored", True)) and not (isinstance(number, float) and np.isnan(number))
 
 
 def _known(name: str, item: Item, values: dict[str, Any]) -> Any:

@@ -15,6 +15,7 @@ from cryodask.run import sources
 from cryodask.run.chain import Chain, Link
 from cryodask.run.due import Known, due, known
 from cryodask.run.graph_chain import is_pinned, label_of
+from cryodask.run.grids import brings_movies, known_grids, mark, stored_marks
 from cryodask.run.imports import Import, PicksImport, ProjectImport, imports_of
 from cryodask.run.inputs import exposure_rows
 from cryodask.run.keys import Keys
@@ -26,7 +27,7 @@ from cryodask.store.birthbook import BirthBook
 from cryodask.store.births import TABLE, Birth
 from cryodask.store.files import holder_of
 from cryodask.store.generation import Generation
-from cryodask.store.history import births_on_disk
+from cryodask.store.history import births_on_disk, generation_folders
 from cryodask.store.layouts import Grid
 from cryodask.store.project import Item, Project
 from cryodask.vocabulary import SLOTS, VARIABLES
@@ -108,6 +109,7 @@ class ChainMaker:
         for step in steps:
             links.append(self._link(step, {link.label for link in links}, grids))
         labels = {link.label for link in links}
+        movies = next((grids[step.label] for step in steps if brings_movies(step.stage)), {})
         before = _labels(links) - labels
         earlier = {label: self._bare_link(label) for label in before}
         reopened = _labels(earlier.values()) - labels - set(earlier)
@@ -125,6 +127,7 @@ class ChainMaker:
             book=BirthBook(self.project),
             imports=self.imports(steps),
             epoch=holder.epoch if holder is not None else 0,
+            grids=movies,
         )
 
     def concerned(self, steps: list[Step], items: list[Item]) -> list[Item]:
@@ -203,7 +206,10 @@ class ChainMaker:
             needed = needed or {"": {}}
             found = {name: Grid({"slot": SLOTS, **sizes, **stage.sizes(step.params, sizes)}, {}) for name, sizes in needed.items()}
         else:
-            known = self.project.generation_at(f"{stage.name}/{key}").grids if (path / "zarr.json").exists() else {}
+            there = (path / "zarr.json").exists()
+            known = (
+                self.project.generation_at(f"{stage.name}/{key}").grids if there and not brings_movies(stage) else self._grids(step, key)
+            )
             found = self._probed(step, known)
         grids[step.label] = found
         named = {d for v in bulk for dim in v.dims for d in (dim, f"{v.name}.{dim}")}
@@ -229,6 +235,39 @@ class ChainMaker:
                     place = f"{label}/{data_set}" if number else data_set
                     if sizes:
                         out.setdefault(place, {}).update(sizes)
+        return out
+
+    def _grids(self, step: Step, key: str) -> dict[str, Grid]:
+        """Sizes and types of the movies of the data sets of which some are stored: in a generation, else in others of the stage."""
+        if not brings_movies(step.stage):
+            return {}
+        own = self.project.path / "stages" / step.stage.name / key
+        folders = [f for f in generation_folders(self.project.path) if f.parent.name == step.stage.name]
+        found = sorted(folders, key=lambda folder: folder != own)
+        return known_grids((self.project.generation_at(f"{f.parent.name}/{f.name}") for f in found), self.items)
+
+    def _misplaced(self, step: Step, generation: Generation) -> set[int]:
+        """Rows whose movie is not of the size that its data set has now, and rows that failed in a data set of another size."""
+        if not brings_movies(step.stage):
+            return set()
+        stored = stored_marks(generation)
+        failed = {row: record["grid"] for row, record in generation.table(()).failures.items() if "grid" in record}
+        known = self._grids(step, generation.key) if stored or failed else {}
+        alike: dict[str, list[Item]] = {}
+        for item in self.items if failed else ():
+            alike.setdefault(item.data_set, []).append(item)
+        out = set()
+        for item in self.items:
+            was = stored.get(item.row) or failed.get(item.row)
+            if was is None:
+                continue
+            if item.data_set not in known and item.row in failed:
+                try:
+                    known[item.data_set] = sources.probe(step, self._source_values(alike[item.data_set], None))
+                except CryodaskError:  # none of them can be read
+                    continue
+            if item.data_set in known and mark(known[item.data_set]) != was:
+                out.add(item.row)
         return out
 
     def _probed(self, step: Step, known: dict[str, Grid]) -> dict[str, Grid]:
@@ -344,6 +383,10 @@ class ChainMaker:
         lacking: dict[str, set[int]] = {}
         for link, step in zip(chain.links, steps):
             generation = self.project.generation_at(f"{link.stage_name}/{link.folder.name}")
+            for row in self._misplaced(step, generation):
+                lines = generation.journal.read().lines.get(row, [])
+                name = str(lines[-1][1]["name"]) if lines else ""
+                generation.journal.undo(row, name, [crc for crc, _ in lines], "its data set has movies of another size")
             found = self.known(step, link.recipes, generation, items, lacking)
             for other, records in found.linked:
                 generation.link(other, records)
@@ -362,6 +405,8 @@ class ChainMaker:
             unsettled = {row for label in before for row in lacking.get(label, ())}
             asked |= {row: asked[row]._replace(slice="not known yet") for row in unsettled & asked.keys()}
         found = known(self.project, generation, items, asked)
+        if odd := self._misplaced(step, generation):
+            found = Known(found.done - odd, found.failed - odd, found.linked)
         lacking[step.label] = asked.keys() - found.done - found.failed - found.records.keys()
         return found
 

@@ -27,10 +27,11 @@ from cryodask.run.people import check_choice, waiting
 from cryodask.run.recipe import Plan, Step
 from cryodask.run.record import note_line
 from cryodask.run.refs import Refer
-from cryodask.run.results import freeze, frozen_ids, image_givers, run_set, scalars, settle_result, stored_variables, summary
+from cryodask.run.results import freeze, frozen_ids, run_set, scalars, settle_result, stored_variables, summary
 from cryodask.run.selection import Wanted
 from cryodask.run.stopping import Stop
 from cryodask.run.tally import Tally
+from cryodask.run.unions import image_givers
 from cryodask.run.watch import Arrivals
 from cryodask.run.whole import loaded, run_tournament, run_whole
 from cryodask.store.generation import Generation
@@ -244,7 +245,7 @@ class Execution:
                     self._drop_dependents([link.label for link in chain.links])
                     self.project.save()
                 if fresh := {item.data_set for item in new} - data_sets:
-                    maker.chain(steps)  # its images may have a size of their own
+                    chain.grids |= maker.chain(steps).grids  # its images may have a size of their own
                     data_sets |= fresh
                 backlog.add(new)
                 self.project.compact()

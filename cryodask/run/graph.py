@@ -33,7 +33,7 @@ from cryodask.run.graph_chain import (
 )
 from cryodask.run.graph_checks import check_input, check_step, lacking, of_another_table, unused
 from cryodask.run.graph_facts import give, order_of, point_group
-from cryodask.run.graph_from import check_form, read_from
+from cryodask.run.graph_from import check_form, read_from, refuse_twice
 from cryodask.run.graph_rules import FILLED_FIRST, missing, take
 from cryodask.stage import Output, Port, Stage
 
@@ -270,6 +270,7 @@ class _Reading:
                 draft.implicit.add(port.name)
             else:
                 found = [(self._as_it_was(draft, port, product, key), key) for product, key in found]
+                refuse_twice(f"{draft.label}: from.{port.name}", [product.name if key else product.ref for product, key in found])
             for product, _ in found:
                 check_input(self.chain, draft, port, product)
             draft.inputs[port.name] = tuple(product for product, _ in found)

@@ -146,6 +146,13 @@ def of_the_same_time(product: Product, at: Mapping[str, str]) -> bool:
     return all(product.at.get(label) == at[label] for label in labels_of(product.behind) | {product.step} if label in at)
 
 
+def as_now(products: Iterable[Product]) -> list[Product]:
+    """The same without what is there twice, as it was and as it is now: as it is now it counts."""
+    found = list(products)
+    now = {p.ref for p in found if not p.pinned}
+    return [p for p in found if not p.pinned or p.ref not in now]
+
+
 def labels_of(refs: Iterable[str]) -> set[str]:
     """Labels of the steps of references."""
     return {label_of(ref) for ref in refs}

@@ -12,6 +12,9 @@ from cryodask.run.graph_chain import (
     Draft,
     Step,
     WrongStep,
+    as_now,
+    is_pinned,
+    label_of,
     listed,
     main_port,
     map_ports,
@@ -192,7 +195,7 @@ def _check_union(chain: Chain, draft: Draft, outputs: Sequence[Output]) -> None:
             raise WrongStep(
                 f"{draft.label}: the images differ: {listed(_images(p) for p in known)}. Merge before extraction, or extract alike."
             )
-        apart = values_apart([p.exposures for p in sets if p.exposures is not None])
+        apart = values_apart(as_now([p.exposures for p in sets if p.exposures is not None]))
         if apart and draft.main("exposures") is None:
             where = sorted({p.exposures.ref for p in sets if p.exposures is not None})
             values = listed(f"{part} by {listed(sorted(givers))}" for part, givers in sorted(apart.items()))
@@ -200,11 +203,47 @@ def _check_union(chain: Chain, draft: Draft, outputs: Sequence[Output]) -> None:
                 f"{draft.label}: the sources hold different values for the same exposures ({values}). "
                 f"Say which count: from: {{exposures: {where[0]}}}."
             )
+        _check_images(chain, draft, sets)
         frames = sorted(frozenset[str]().union(*(p.pose_frames for p in sets)))
         if len(frames) > 1:
             chain.warnings.append(
                 f"{draft.label}: poses refer to {listed(frames)}. Steps that need one frame will refuse this set until it is refined again."
             )
+
+
+def _check_images(chain: Chain, draft: Draft, sets: Sequence[Product]) -> None:
+    """Two cuts of the same particles have two images of each. Where selections stand between, only a run knows whether they share any."""
+    if getattr(draft.params, "prefer", "") is not None:
+        return
+    for a, b in combinations(sets, 2):
+        x, y = (p.parts.get("image", "") for p in (a, b))
+        if x == y or not x or not y or is_pinned(x) or is_pinned(y) or not _share_particles(chain, a, b):
+            continue
+        first, second = (chain.by_label[label_of(ref)] for ref in (x, y))
+        if (first.stage, first.params) != (second.stage, second.params):
+            raise WrongStep(
+                f"{draft.label}: {a.ref} and {b.ref} have different images of the same particles, cut by {x} and by {y}. "
+                f"Say which count: {draft.stage.name}: {{prefer: {a.name}}} or {{prefer: {b.name}}}."
+            )
+
+
+def _share_particles(chain: Chain, a: Product, b: Product) -> bool:
+    """Whether one set is a cut of a set behind the other: a cut leaves out only what lies at a border."""
+    return any(_before(chain, one, cuts=True)[-1] in _before(chain, other, cuts=False) for one, other in ((a, b), (b, a)))
+
+
+def _before(chain: Chain, product: Product, *, cuts: bool) -> list[str]:
+    """References of a set and of those from which it was taken, one from one; ``cuts``: as long as it was only cut, not selected."""
+    found = [product.ref]
+    while not product.pinned:
+        giver = chain.by_label[product.step]
+        before = giver.inputs.get("particles", ())
+        selects = product.ids == product.ref and product.parts.get("image") != product.ref
+        if len(before) != 1 or (selects and cuts):
+            break
+        product = before[0]
+        found.append(product.ref)
+    return found
 
 
 def _images(product: Product) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from cryodask.products import COLLECTIONS, ImageFact, Product
-from cryodask.run.graph_chain import Chain, Draft, WrongStep, label_of, map_ports, near
+from cryodask.products import COLLECTIONS, ImageFact, Product, place_named
+from cryodask.run.graph_chain import Chain, Draft, WrongStep, as_now, label_of, labels_of, map_ports, near
 from cryodask.stage import Output
 
 _ORDER = {"exposures": 0, "map": 1, "particles": 2}
@@ -68,7 +68,8 @@ def _bare(chain: Chain, draft: Draft, out: Output, made: Mapping[tuple[str, str]
         line |= {whole.ref}
     settles = not base or len(base) > 1 or _on_a_list(draft, out) or out.subset or out.births or bool(out.copies)
     ids = "" if out.type not in COLLECTIONS else ref if settles else base[0].ids
-    at = {label: place for label, place in _places_of(base or taken).items() if label != draft.label}
+    places = _places_of(_by_preference(draft, base)) if len(base) > 1 else _places_of(base or taken)
+    at = {label: place for label, place in places.items() if label != draft.label}
     threshold = base[0].threshold if base and ids == base[0].ids else None
     return Product(
         out.type, draft.label, out.name, len(chain.steps), parts, ids, behind, line, partition=out.partition, at=at, threshold=threshold
@@ -76,11 +77,22 @@ def _bare(chain: Chain, draft: Draft, out: Output, made: Mapping[tuple[str, str]
 
 
 def _places_of(products: Sequence[Product]) -> dict[str, str]:
-    """Places of what stands pinned behind some products; where two differ, as it is behind the first."""
+    """Places of what stands pinned behind some products; where two differ, as it is behind the first.
+
+    What stands behind the first as it is now, is meant as it is now.
+    """
     out: dict[str, str] = {}
     for product in reversed(products):
-        out |= product.at
+        now = labels_of(product.behind) | {product.step}
+        out = {label: place for label, place in out.items() if label not in now} | product.at
     return out
+
+
+def _by_preference(draft: Draft, base: Sequence[Product]) -> list[Product]:
+    """Sets that are united, the preferred one first."""
+    prefer = getattr(draft.params, "prefer", None)
+    first = place_named(prefer, [p.name for p in base]) if prefer is not None else None
+    return [base[i] for i in sorted(range(len(base)), key=lambda i: i != first)]
 
 
 def _on_a_list(draft: Draft, out: Output) -> bool:
@@ -138,7 +150,7 @@ def _exposures_of_union(chain: Chain, draft: Draft, outputs: Sequence[Output]) -
         return None
     given = draft.main("exposures")
     behind = [p.exposures for p in _base(draft, out) if p.exposures is not None]
-    sets = list({(p.ref, *sorted(p.at.items())): p for p in behind}.values())
+    sets = list({(p.ref, *sorted(p.at.items())): p for p in as_now(behind)}.values())
     if given is not None or not sets:
         return given
     latest = max(sets, key=lambda p: p.index)

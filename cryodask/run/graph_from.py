@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from cryodask.products import Product
@@ -84,11 +84,15 @@ def _fill_port(chain: Chain, draft: Draft, port: Port, value: Any, later: Collec
     if not sources:
         raise WrongStep(f"{where} is an empty list. Say from: {{{port.name}: [STEP, STEP]}}.")
     found = [_find(chain, draft, port, text, later) for text in sources]
-    refs = [product.ref for product, _ in found]
-    if len(set(refs)) < len(refs):
-        twice = next(ref for ref in refs if refs.count(ref) > 1)
-        raise WrongStep(f"{where} names one source twice: {twice}.")
+    refuse_twice(where, [f"{product.ref}@{key}" if key else product.ref for product, key in found])
     return found
+
+
+def refuse_twice(where: str, names: Sequence[str]) -> None:
+    """Refuse a list that names one source twice; a result of now and an earlier one of its step are two."""
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise WrongStep(f"{where} names one source twice: {twice}.")
 
 
 def _named_step(chain: Chain, draft: Draft, where: str, text: Any, later: Collection[str]) -> tuple[Step, str, str]:

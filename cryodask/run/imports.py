@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,9 +14,11 @@ from cryodask.errors import InputError
 from cryodask.products import columns_of
 from cryodask.run.recipe import Step
 from cryodask.store.birthbook import BirthBook
-from cryodask.store.identity import birth_of, copy_of, make_ids, number_of, parent_of, place_of, row_of
+from cryodask.store.generation import Generation
+from cryodask.store.identity import birth_of, copy_of, make_ids, number_of, parent_of, row_of
 from cryodask.store.lines import Record
 from cryodask.store.project import Item, Project
+from cryodask.store.shards import Layout
 from cryodask.vocabulary import VARIABLES
 
 _WHOLE_BYTES = 1 << 22
@@ -269,7 +272,7 @@ class ProjectImport:
         self._exposure_parts = [p for p in EXPOSURE_PARTS if p in self.ref.exposures]
         self._row = row_of(self.ids)
         self._images = self.other.sets.images(self.ref.parts["image"]) if "image" in self.ref.parts else None
-        self._image_at = place_of(self.ids, self._images.ids) if self._images is not None else np.zeros(0, np.int64)
+        self._made_from: dict[str, dict[int, tuple[str, ...]]] = {}
 
     def exposures(self) -> list[Item]:
         """Exposures of the other project that have particles in the set."""
@@ -323,16 +326,19 @@ class ProjectImport:
         if out["placed"]:
             out["claimed_y"], out["claimed_x"] = self._born_at(other.row, ids, out["pick_y"], out["pick_x"])
         if self._images is not None and len(here):
-            places = image_places(self.other, self.ref, ids)
-            out["bulk"]["particle_image"] = (str(places.images[int(places.giver[0])].path), int(places.row[0]), places.slot, None)
-        given = self.ref.exposures.get("micrograph")
-        if given is not None:
-            generation = self.other.generation_at(given.partition("|")[0])
-            record = generation.committed().get(other.row, {"shards": {}})
-            for name in record["shards"]:
-                if name in self._names:
-                    out["bulk"][name] = (str(generation.path), other.row, None, generation.layout(VARIABLES[name], record))
+            out["bulk"]["particle_image"] = image_places(self.other, self.ref, ids)
+        for generation in self._givers("micrograph"):
+            record = generation.records().get(other.row)
+            if record is None or not record["ok"]:
+                continue
+            for name in (n for n in record["shards"] if n in self._names):
+                out["bulk"][name] = (str(generation.path), other.row, generation.layout(VARIABLES[name], record))
+            break
         return {"foreign_values": out}
+
+    def _givers(self, part: str) -> list[Generation]:
+        """Generations that gave a part of exposures there; several where sets were united: the first that has an exposure counts."""
+        return [self.other.generation_at(place) for place in self.ref.exposures.get(part, "").split("|") if place]
 
     def _born_at(self, row: int, ids: np.ndarray, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where particles were born there, pixels: a person may have moved them since; where they are, if no table says it."""
@@ -346,12 +352,20 @@ class ProjectImport:
         return places[:, 0], places[:, 1]
 
     def images_of(self, item: Item) -> str:
-        """Which size and type the images of the exposure have there: empty for those of the other project's first data set."""
-        other, place = self._rows.get(item.content), self.ref.exposures.get("micrograph")
-        if other is None or place is None:
-            return ""
-        table = self.other.generation_at(place.partition("|")[0]).table(())
-        return str(dict(zip(table.row.tolist(), table.layouts.tolist())).get(other.row, ""))
+        """Which sizes and types the images of the exposure have there: empty for those of the other project's first data set."""
+        other = self._rows.get(item.content)
+        usual: dict[str, Layout] = {}
+        for generation in self._givers("micrograph") if other is not None else ():
+            usual = usual or {v.name: generation.layout(v) for v in generation.gives if v.name in self._names and v.kind == "bulk"}
+            record = generation.records().get(other.row if other is not None else -1)
+            if record is not None and record["ok"]:
+                own = {n: generation.layout(VARIABLES[n], record) for n in record["shards"] if n in usual}
+                return (
+                    ""
+                    if all(layout == usual[n] for n, layout in own.items())
+                    else str(sorted((n, i.shape, i.dtype) for n, i in own.items()))
+                )
+        return ""
 
     def digest(self, item: Item) -> str:
         """Of the particles of the exposure, and of what gave their parts."""
@@ -360,7 +374,24 @@ class ProjectImport:
         digest = hashlib.blake2b(ids.tobytes(), digest_size=8)
         optics = [self.other.value_of(other, name) for name in columns_of("exposures", "optics")] if other is not None else []
         digest.update(repr((sorted(self.ref.parts.items()), sorted(self.ref.exposures.items()), optics)).encode())
+        if other is not None:
+            digest.update("".join(f"{place}:{self._made(place).get(other.row)};" for place in self._places).encode())
         return digest.hexdigest()
+
+    @functools.cached_property
+    def _places(self) -> list[str]:
+        """Generations there in which exposures have results of their own."""
+        given = {place for places in (*self.ref.parts.values(), *self.ref.exposures.values()) for place in places.split("|")}
+        given |= set(self._images.givers if self._images is not None else ())
+        return sorted(place for place in given if self.other.generation_at(place).meta["per_item"])
+
+    def _made(self, place: str) -> dict[int, tuple[str, ...]]:
+        """What the result of each exposure was made from there: it may be another one in the same generation, after a move or a repair."""
+        if place not in self._made_from:
+            table = self.other.table_at(place, ())
+            made = zip(*(getattr(table, name).astype(str).tolist() for name in ("input", "recipe", "slice")))
+            self._made_from[place] = dict(zip(table.row.tolist(), made))
+        return self._made_from[place]
 
 
 def _is_bulk(name: str) -> bool:

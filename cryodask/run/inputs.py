@@ -189,7 +189,7 @@ def set_views(plan: Plan, project: Project, inputs: StepInputs) -> dict[str, lis
         for product, (ref, ids) in zip(inputs.step.inputs.get(name, ()), sets):
             if name == "particles" and inputs.ids is not None and inputs.ref is not None:
                 ref, ids = inputs.ref, inputs.ids
-            views.append(SetView(product.ref, ids, tuple(ref.parts), _reader(project, ref, ids)))
+            views.append(SetView(product.name, ids, tuple(ref.parts), _reader(project, ref, ids)))
         out[name] = views
     exposures = inputs.step.inputs.get("exposures", ())
     if exposures and inputs.ids is None:

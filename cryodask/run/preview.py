@@ -21,6 +21,7 @@ from cryodask.run.people import check_choice, waiting
 from cryodask.run.recipe import Plan, Step
 from cryodask.run.refs import Refer, label_of
 from cryodask.run.selection import Wanted
+from cryodask.run.unions import check_images
 from cryodask.store.foreseen import Foreseen
 from cryodask.store.generation import Generation
 from cryodask.store.project import Arrival, Project
@@ -253,6 +254,7 @@ class _Looking:
         why = self._why(step) if not exists else "unfinished"
         self._adopt(step, Target(key, version, {}))
         if not exists:
+            check_images(self.project, inputs)
             self._foresee(Foreseen(generation.path, {"per_item": False, "gives": [], "version": version}, {}))
         if not exists or not generation.committed():
             return self._stale(step, why, count)

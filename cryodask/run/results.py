@@ -11,12 +11,12 @@ from cryodask.errors import InputError
 from cryodask.products import ORIGINS, columns_of
 from cryodask.run.inputs import EXPOSURE_LACKS, StepInputs, set_views
 from cryodask.run.recipe import Plan, Step
-from cryodask.run.refs import Refer, united_parts
+from cryodask.run.refs import united_parts
+from cryodask.run.unions import check_images, united_images
 from cryodask.stage import SetView
 from cryodask.store.files import disk_errors, write_atomically
 from cryodask.store.generation import Generation
 from cryodask.store.history import generation_folders
-from cryodask.store.identity import place_of
 from cryodask.store.project import Project
 from cryodask.store.sets import CTF_COLUMNS
 from cryodask.vocabulary import VARIABLES
@@ -72,6 +72,7 @@ _AS_STORED = {"half_set": "half_set", **{name: f"particle_{name}" for name in CT
 def run_set(plan: Plan, project: Project, inputs: StepInputs, generation: Generation) -> dict[str, Any]:
     """One call of a ``set`` stage, in this process; what is stored of it."""
     step = inputs.step
+    check_images(project, inputs)
     views = set_views(plan, project, inputs)
     result = dict(step.stage.functions(step.params, views))
     if "particle_id" not in result:
@@ -93,43 +94,8 @@ def run_set(plan: Plan, project: Project, inputs: StepInputs, generation: Genera
         known = {_AS_STORED.get(n, n): v for n, v in columns.items()}
         result |= {n: v for n, v in known.items() if n in stored_variables(step)}
         if "image" in united:
-            result |= _united_images(project, inputs, ids)
+            result |= united_images(project, inputs, ids)
     return result
-
-
-def image_givers(plan: Plan, project: Project, step: Step) -> list[str]:
-    """The extractions that hold the images of a union, where there are several."""
-    if "image" not in united_parts(step):
-        return []
-    refer = Refer(plan, project.state)
-    places = [refer.place(p.parts["image"]) for p in step.inputs.get("particles", ())]
-    return list(dict.fromkeys(places))
-
-
-def _united_images(project: Project, inputs: StepInputs, ids: np.ndarray) -> dict[str, Any]:
-    """Where the images of a union are stored, and their box positions: from the preferred source, else the first that has the particle."""
-    sets = list(zip(inputs.step.inputs["particles"], inputs.sets["particles"]))
-    givers = list(dict.fromkeys(ref.parts["image"] for _, (ref, _) in sets))
-    preferred = getattr(inputs.step.params, "prefer", None)
-    sets.sort(key=lambda entry: preferred is None or entry[0].ref != preferred)
-    names = ("particle_y", "particle_x")
-    out: dict[str, Any] = {name: np.full(len(ids), np.nan, np.float32) for name in names}
-    out |= {"image_giver": np.full(len(ids), -1, np.int16), "image_row": np.zeros(len(ids), np.int64)}
-    out |= {"image_slot": np.zeros(len(ids), np.int32), "particle_pixel_size_angstrom": np.nan}
-    for _, (ref, members) in reversed(sets):
-        here = np.flatnonzero(np.isin(ids, members))
-        if not len(here):
-            continue
-        images = project.sets.images(ref.parts["image"])
-        columns = project.sets.columns(ref, ids[here], ["image"])
-        at = place_of(ids[here], images.ids)
-        found = at >= 0
-        out["image_giver"][here[found]] = givers.index(ref.parts["image"])
-        out["image_row"][here[found]], out["image_slot"][here[found]] = images.row[at[found]], images.slot[at[found]]
-        for name in names:
-            out[name][here] = columns[name]
-        out["particle_pixel_size_angstrom"] = float(np.nanmax(columns["particle_pixel_size_angstrom"]))
-    return out
 
 
 # --- sets that grow while a step works on them -------------------------------------------------------------------------------

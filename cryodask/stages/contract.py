@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import Field
 
 from cryodask.errors import InputError
 from cryodask.products import Product
@@ -15,12 +14,7 @@ from cryodask.store.identity import parent_of
 
 
 class ContractParams(Params):
-    """Parameters of ``contract``."""
-
-    keep: Literal["first", "best"] = Field(
-        "first",
-        description="which copy stands for its particle; without effect on the result, because what was computed for copies is not kept",
-    )
+    """``contract`` has no parameters: what was computed for copies is not kept, so it is all the same which copies are left."""
 
 
 def _check(params: ContractParams, inputs: dict[str, list[Product]]) -> Iterator[str]:

@@ -12,6 +12,7 @@ from cryodask.errors import InputError, StoreError
 from cryodask.products import columns_of
 from cryodask.stage import Output, Params, SourceFile, stage
 from cryodask.store.generation import Generation
+from cryodask.store.particles import ImagePlaces
 from cryodask.store.shards import Layout
 from cryodask.vocabulary import VARIABLES
 
@@ -98,7 +99,7 @@ def import_project(params: ImportProjectParams, *, foreign_values: dict[str, Any
         var = VARIABLES[name]
         if var.kind == "bulk":
             place = foreign_values["bulk"].get(name)
-            out[name] = _read(name, *place) if place is not None else _NotStored(name)
+            out[name] = _read(name, place) if place is not None else _NotStored(name)
         elif name in foreign_values:
             out[name] = foreign_values[name]
         elif var.ragged:
@@ -110,9 +111,9 @@ def import_project(params: ImportProjectParams, *, foreign_values: dict[str, Any
     return out
 
 
-def _read(name: str, folder: str, row: int, slots: np.ndarray | None, layout: Layout | None) -> np.ndarray:
-    """An image of the other project, or some of the boxes of an exposure."""
-    generation = Generation(Path(folder))
-    reader = generation.shard(row, name, None if slots is None else int(slots.max(initial=-1)) + 1, layout)
-    images = reader.read()
-    return images if slots is None else images[slots]
+def _read(name: str, place: ImagePlaces | tuple[str, int, Layout]) -> np.ndarray:
+    """An image of an exposure of the other project, or its boxes, which several extractions may hold."""
+    if isinstance(place, ImagePlaces):
+        return place.read()
+    folder, row, layout = place
+    return np.asarray(Generation(Path(folder)).shard(row, name, None, layout).read())

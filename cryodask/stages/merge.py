@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import Field
 
 from cryodask.errors import InputError
-from cryodask.products import ORIGINS, Product
+from cryodask.products import ORIGINS, Product, place_named
 from cryodask.stage import Output, Params, SetView, port, stage
 from cryodask.stages._sets import exposures_of
 from cryodask.store.identity import MOST_BIRTHS, birth_of, place_of, row_of
@@ -23,7 +23,7 @@ _NOT_OF_A_PART = (*ORIGINS, "box_y_angstrom", "box_x_angstrom")
 """Columns that are computed when a set is read; no step gave them."""
 
 _WITHOUT_CONFLICTS = "image"
-"""Images are pixels in shards: the runner takes them from the first source that has them."""
+"""Images are pixels in shards: the runner compares and takes them."""
 
 
 class MergeParams(Params):
@@ -44,8 +44,8 @@ def _check(params: MergeParams, inputs: dict[str, list[Product]]) -> Iterator[st
     sets = inputs["particles"]
     if len(sets) < 2:
         yield "merge takes two sets or more: from: {particles: [a, b]}."
-    names = [s.ref for s in sets]
-    if params.prefer is not None and _place_of_name(params.prefer, names) is None:
+    names = [s.name for s in sets]
+    if params.prefer is not None and place_named(params.prefer, names) is None:
         yield f"prefer names {params.prefer!r}, which is not one of the sources: {', '.join(names)}."
     for place, a in enumerate(sets):
         for b in sets[place + 1 :]:
@@ -84,7 +84,7 @@ def merge(params: MergeParams, inputs: dict[str, list[SetView]]) -> dict[str, An
     sets = inputs["particles"]
     if not sets:
         raise InputError("merge was given no sets.", "", "name them: from: {particles: [a, b]}")
-    _by_preference(sets, params.prefer)
+    by_preference([s.name for s in sets], params.prefer)
     ids = np.unique(np.concatenate([s.ids for s in sets]))
     if not len(ids):
         raise InputError(
@@ -175,7 +175,7 @@ def merged_columns(sets: Sequence[SetView], ids: np.ndarray, parts: Sequence[str
         Under the names of particle sets. For each particle the values of a part come from one source, the first that has some; NaN,
         or -1 for integers, where none has.
     """
-    ordered = _by_preference(sets, prefer)
+    ordered = [sets[i] for i in by_preference([s.name for s in sets], prefer)]
     out: dict[str, np.ndarray] = {}
     for part in parts:
         read = [_Source(s, part) for s in ordered]
@@ -251,21 +251,20 @@ def _refuse(found: Sequence[Conflict]) -> None:
     )
 
 
-def _place_of_name(name: str, names: Sequence[str]) -> int | None:
-    """Which source a name means; ``STEP@KEY`` and ``STEP.particles`` are those of ``STEP``."""
-    plain = name.strip().partition("@")[0].removesuffix(".particles")
-    return next((i for i, known in enumerate(names) if plain == known.partition("@")[0].removesuffix(".particles")), None)
+def by_preference(names: Sequence[str], prefer: str | None) -> list[int]:
+    """Places of the sources of these names, that of the preferred one first.
 
-
-def _by_preference(sets: Sequence[SetView], prefer: str | None) -> list[SetView]:
-    """The sources, the preferred one first."""
+    Raises
+    ------
+    InputError
+        Where ``prefer`` does not name one of them.
+    """
     if prefer is None:
-        return list(sets)
-    names = [s.name for s in sets]
-    place = _place_of_name(prefer, names)
+        return list(range(len(names)))
+    place = place_named(prefer, names)
     if place is None:
         raise InputError(f"merge prefers {prefer!r}, which is not one of its sources.", "", f"name one of {', '.join(names)}")
-    return [sets[place], *(s for i, s in enumerate(sets) if i != place)]
+    return [place, *(i for i in range(len(names)) if i != place)]
 
 
 def _refuse_picked_apart(sets: Sequence[SetView]) -> None:

@@ -114,9 +114,7 @@ class Generation:
     def _admit(self, grids: Mapping[str, Grid]) -> None:
         """Arrays for data sets whose images have another size than those known so far."""
         known = self.grids
-        for name in grids.keys() & known.keys():
-            self._check_sizes(known[name].sizes, grids[name].sizes)
-        added = {name: grid for name, grid in grids.items() if name not in known}
+        added = {name: grid for name, grid in grids.items() if known.get(name) != grid}
         if not added:
             return
         import zarr
@@ -134,16 +132,6 @@ class Generation:
             document["attributes"]["cryodask"]["grids"] = {**known, **added}
             write_atomically(self.path / "zarr.json", json.dumps(document, indent=2).encode())
         self._meta = None
-
-    def _check_sizes(self, old: dict[str, int], new: dict[str, int]) -> None:
-        wrong = {k: (old[k], v) for k, v in new.items() if k in old and old[k] != v}
-        if wrong:
-            text = ", ".join(f"{k} {a} -> {b}" for k, (a, b) in wrong.items())
-            raise StoreError(
-                f"The inputs of stage {self.meta['stage']} changed their size ({text}).",
-                "movies of another camera or binning came into a data set",
-                "name them as a data set of their own under `inputs`",
-            )
 
     # --- what it is ---------------------------------------------------------------------------------------------------------
     @property
@@ -202,15 +190,18 @@ class Generation:
         return self.shard_path(array, record["row"], len(var.dims))
 
     # --- commit -------------------------------------------------------------------------------------------------------------
-    def commit(self, row: int, name: str, values: dict[str, Any], **info: Any) -> Record:
+    def commit(self, row: int, name: str, values: dict[str, Any], *, grid: Grid | None = None, **info: Any) -> Record:
         """Write all bulk variables of an item, then its record: after this it exists, before it does not.
 
-        ``info`` goes into the record; a worker says there as ``epoch`` for which driver it works.
+        ``grid``: the only sizes and types that count, where those of the item's data set are known. ``info`` goes into the record; a worker
+        says there as ``epoch`` for which driver it works.
 
         Raises
         ------
+        MicrographError
+            Where a value does not fit.
         TakenOverError
-            Where that driver was overtaken.
+            Where the driver was overtaken.
         """
         self.journal.refuse_void(info.get("epoch", 0))
         columns: dict[str, Any] = {}
@@ -223,7 +214,7 @@ class Generation:
                 if var.kind == "bulk":
                     if not getattr(value, "stored", True):
                         continue  # a movie that is used where it lies
-                    layout = self._layout_of_value(var, value)
+                    layout = layout_on(var, grid) if grid is not None else self._layout_of_value(var, value)
                     array = self.array_name(var, layout)
                     if array != var.name:
                         layouts[var.name] = (layout.shape, layout.dtype)

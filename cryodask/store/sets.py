@@ -258,12 +258,14 @@ def kept_rows(project: Project, place: str) -> np.ndarray | None:
 
 
 def _first_of(known: list[tuple[np.ndarray, np.ndarray] | None]) -> tuple[np.ndarray, np.ndarray] | None:
-    """Rows and values of several givers, sorted by row; of a row that several have, the first one's."""
+    """Rows and values of several givers, sorted by row; of a row that several have, the first one's that is a number."""
     found = [one for one in known if one is not None]
     if not found:
         return None
-    rows, first = np.unique(np.concatenate([rows for rows, _ in found]), return_index=True)
-    return rows, np.concatenate([values for _, values in found])[first]
+    rows, values = (np.concatenate([one[i] for one in found]) for i in (0, 1))
+    order = np.lexsort((np.arange(len(rows)), np.isnan(values), rows))
+    rows, first = np.unique(rows[order], return_index=True)
+    return rows, values[order][first]
 
 
 def lengths(table: Table, name: str) -> np.ndarray:

@@ -1,0 +1,70 @@
+"""Frame size, number of frames and pixel type of the movies of each data set: what most of its movies have that are stored already."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from cryodask.stage import Stage
+from cryodask.store.generation import Generation
+from cryodask.store.layouts import Grid, layout_on
+from cryodask.store.project import Item
+from cryodask.store.shards import Layout
+from cryodask.vocabulary import VARIABLES
+
+_MOVIE = "movie"
+
+
+def brings_movies(stage: Stage) -> bool:
+    """Whether movies come into a project by a stage."""
+    return _MOVIE in stage.gives and not stage.ports
+
+
+def mark(grid: Grid) -> str:
+    """Size and type of the movies of a data set, as a failure is recorded with it."""
+    return _text(layout_on(VARIABLES[_MOVIE], grid))
+
+
+def stored_marks(generation: Generation) -> dict[int, str]:
+    """Size and type of each stored movie, by row; movies that are read where they lie are not among them."""
+    table, var = generation.table(()), VARIABLES[_MOVIE]
+    if _MOVIE not in table.stored:
+        return {}
+    usual = _text(generation.layout(var))
+    own = {text: _text_in(json.loads(text)) for text in set(table.layouts.tolist()) if text}
+    stored = table.stored[_MOVIE]
+    return {row: own.get(text) or usual for row, text in zip(table.row[stored].tolist(), table.layouts[stored].tolist())}
+
+
+def _text(layout: Layout) -> str:
+    return f"{'x'.join(map(str, layout.shape))}.{layout.dtype}"
+
+
+def _text_in(layouts: Mapping[str, tuple[list[int], str]]) -> str:
+    own = layouts.get(_MOVIE)
+    return _text(Layout.of(tuple(own[0]), VARIABLES[_MOVIE].chunk, own[1])) if own is not None else ""
+
+
+def known_grids(generations: Iterable[Generation], items: Iterable[Item]) -> dict[str, Grid]:
+    """What most of the stored movies of each data set have; a data set without any is left out.
+
+    Parameters
+    ----------
+    generations : iterable of Generation
+        Of one stage; the first that holds an exposure counts.
+    items : iterable of Item
+        Exposures with the data sets to which they belong now.
+    """
+    data_sets = {item.row: item.data_set for item in items}
+    grids: dict[str, Grid] = {}
+    counts: dict[str, Counter[str]] = {}
+    for generation in generations:
+        if _MOVIE not in generation.meta["gives"]:
+            continue
+        grids |= {mark(grid): grid for grid in generation.grids.values() if "y" in grid.sizes}
+        for row, text in stored_marks(generation).items():
+            if row in data_sets:
+                counts.setdefault(data_sets.pop(row), Counter())[text] += 1
+    usual = {name: count.most_common(1)[0][0] for name, count in counts.items()}
+    return {name: grids[text] for name, text in usual.items() if text in grids}
