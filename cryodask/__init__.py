@@ -57,7 +57,8 @@ def run_project(
     listen : iterable of callables, optional
         Are told every event of the run (:mod:`cryodask.run.events`); lines and bars on standard output if not given.
     **wanted
-        ``until, start_again_from, only, update, watch, force, retry_quarantined, strict, cluster, workers, lane``: see
+        ``until, start_again_from, only, update, watch, force, retry_quarantined, strict, same_environment, cluster,
+        workers, lane``: see
         :class:`cryodask.run.selection.Wanted`.
 
     Raises

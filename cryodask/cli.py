@@ -74,9 +74,17 @@ def simulate(
 
 
 @app.command()
-def info(project: ProjectArgument) -> None:
+def info(
+    project: ProjectArgument,
+    environment: Annotated[bool, typer.Option("--environment", help="Show under which versions each step was computed.")] = False,
+) -> None:
     """Show what a project holds, stage by stage, and what was quarantined."""
     opened = open_project(project)
+    if environment:
+        from cryodask.run.made_in import lines
+
+        typer.echo("\n".join(lines({label: opened.generation(label) for label in opened.stages})))
+        return
     typer.echo(repr(opened))
     from cryodask.run.status import status_sentence
 

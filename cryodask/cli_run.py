@@ -41,6 +41,9 @@ def run(
     ] = None,
     lane: Annotated[str | None, typer.Option(help="Lane of its tasks; live for --watch, else batch, if not given.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="End with exit status 1 where exposures are quarantined.")] = False,
+    same_environment: Annotated[
+        bool, typer.Option("--same-environment", help="Refuse to add to results that were made under other versions.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show every exposure and iteration.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")] = False,
 ) -> None:
@@ -67,6 +70,7 @@ def run(
         force=force,
         retry_quarantined=retry_quarantined,
         strict=strict,
+        same_environment=same_environment,
         cluster=cluster,
         workers=workers,
         lane=lane,

@@ -32,6 +32,7 @@ from cryodask.run.recipe import draft_plan, make_plan
 from cryodask.run.session import run_plan
 from cryodask.run.watch import Until
 from cryodask.stage import Params, stage
+from cryodask.store import environments
 from cryodask.store.project import Item, Project
 
 COMMAND = [sys.executable, "-m", "cryodask.cli"]
@@ -254,3 +255,52 @@ def test_a_day_with_a_stall_of_ninety_minutes():
     assert newest.stale_share < 0.15 < 0.3 < oldest.stale_share
     assert newest.median_minutes < 2.5 < oldest.median_minutes
     assert newest.done == oldest.done
+
+
+# --- what made a result ---------------------------------------------------------------------------------------------------------
+def test_results_say_in_which_environment_they_were_made(tmp_path, client, monkeypatch):
+    path = session(tmp_path)
+    plan = make_plan(path)
+    project = run_plan(plan, client, until="motion")
+    made_in = environments.environment()
+    assert made_in["numpy"] == np.__version__
+    assert {"cryodask", "python", "torch", "numpy", "scipy", "zarr", "cpu"} <= set(made_in)
+    (name,) = environments.counts(project.records("motion").values())
+    assert environments.read(project.path, name) == made_in
+    shown = CliRunner().invoke(app, ["info", str(path), "--environment"]).stdout
+    assert f"motion         3 results: cryodask {cryodask.__version__}" in shown
+    # the same project under another numpy, as after an update
+    movie(tmp_path, 3)
+    file = project.path / "environments" / f"{name}.json"
+    file.write_text(json.dumps(made_in | {"numpy": "1.0"}))
+    with pytest.raises(StoreError, match=rf"numpy 1.0 -> {np.__version__}.*--same-environment"):
+        run_plan(plan, client, until="motion", same_environment=True)
+    assert len(Project(plan.folder).generation("motion").committed()) == 3
+    told = Told()
+    run_plan(plan, client, until="motion", listen=[told])
+    assert sum(f"numpy 1.0 -> {np.__version__}" in text for text in told.said) == 2, told.said  # ingest and motion
+    assert len(Project(plan.folder).generation("motion").committed()) == 4
+    told = Told()
+    run_plan(plan, client, until="motion", listen=[told])
+    assert not any("numpy" in text for text in told.said), "where nothing is added nothing is said"
+
+
+def test_a_step_over_a_set_that_went_on_under_other_versions_names_both(tmp_path, client):
+    star_of_particles(tmp_path, count=200)
+    plan = make_plan(particle_project(tmp_path, "classify2d: {classes: 2, iterations: 3}"))
+
+    def interrupt(event) -> None:
+        if type(event).__name__ == "Iteration" and event.iteration == 1:
+            (plan.folder / "stop").touch()
+            time.sleep(0.6)
+
+    with pytest.raises(Stopped):
+        run_plan(plan, client, listen=[interrupt])
+    (file,) = plan.folder.glob("stages/classify2d/*/checkpoints/environments.json")
+    (made_in,) = json.loads(file.read_text())
+    file.write_text(json.dumps([made_in | {"torch": "1.0"}]))
+    told = Told()
+    project = run_plan(plan, client, listen=[told])
+    assert any("torch 1.0 -> " in text for text in told.said)
+    (record,) = project.records("classify2d").values()
+    assert sorted(environments.read(project.path, name)["torch"] for name in record["made_in"]) == sorted(["1.0", made_in["torch"]])

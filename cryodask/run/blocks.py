@@ -29,6 +29,7 @@ from cryodask.run.leaves import Leaf, cut_leaves, home_of_leaves, merges, settle
 from cryodask.run.particles import StoredParticles
 from cryodask.run.residents import RESIDENTS, Run, new_run, release_everywhere, run_here
 from cryodask.stage import Columns, Metrics, ParticleBlock, ParticleSet, State, Sums
+from cryodask.store.environments import MADE_IN, environment
 from cryodask.store.generation import disk_errors
 
 _DEATHS_ALLOWED = 5
@@ -151,6 +152,7 @@ def _maximise_task(
     make_ready(device)
     job, before = _job_and_state(run, job_path, state_path)
     state, metrics = job.functions.maximise(job.params, before, [p[0] for p in parts], device)
+    metrics = {**metrics, MADE_IN: environment()}
     return state, metrics, {k: v for p in parts for k, v in p[1].items()}
 
 

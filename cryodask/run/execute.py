@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from cryodask.run.health import Watch, scheduler_needed
 from cryodask.run.imports import left_out_text, nothing_fits, rows_told
 from cryodask.run.inputs import SHARED_REASONS, StepInputs, particle_set, step_inputs, whole_values
 from cryodask.run.keys import Keys
+from cryodask.run.made_in import MadeIn, before_adding
 from cryodask.run.map import MapRunner, process_here
 from cryodask.run.people import check_choice, waiting
 from cryodask.run.recipe import Plan, Step
@@ -34,6 +35,7 @@ from cryodask.run.tally import Tally
 from cryodask.run.unions import image_givers
 from cryodask.run.watch import Arrivals
 from cryodask.run.whole import loaded, run_tournament, run_whole
+from cryodask.store.environments import MADE_IN, Environment, counts
 from cryodask.store.generation import Generation
 from cryodask.store.history import generation_folders
 from cryodask.store.places import finish
@@ -95,6 +97,11 @@ class Execution:
         seconds = round(time.monotonic() - self._began, 3)
         labels = [s.label for s in steps]
         self.events.emit(StepFinished, step=self.step, steps=labels, result=result, seconds=seconds, **counts)
+
+    def _note_environment(self, step: Step, before: Iterable[Environment | str]) -> None:
+        """Say so, or refuse, where results are added to those of other versions."""
+        if said := before_adding(step.label, self.project.path, before, same=self.wanted.same_environment):
+            self.events.say(said)
 
     def _settle_data_sets(self) -> None:
         """Optics and gains, and the keys that follow from them."""
@@ -163,6 +170,8 @@ class Execution:
         maker.take_over(chain, steps, items)
         todo = chain.unfinished(items, retry_quarantined=self.wanted.retry_quarantined)
         rows = {item.row for item in todo}
+        for step in steps if todo or self.arrivals is not None else ():
+            self._note_environment(step, counts(self.project.records(step.label).values()))
         names = " > ".join(s.label for s in steps)
         before = len(items) - len(todo)
         self._begin(names if len(names) < 40 else f"{steps[0].label} > ... > {steps[-1].label}", steps, len(items), before)
@@ -308,8 +317,9 @@ class Execution:
         started = time.time()
         with scheduler_needed(self.client):
             result = self._compute(step, inputs, generation)
+        made_in = result.pop(MADE_IN, ())
         result = settle_result(self.project, step, inputs, result)
-        generation.commit_result(result, seconds=round(time.time() - started, 3))
+        generation.commit_result(result, made_in, seconds=round(time.time() - started, 3))
         self._finish(step)
         self._end([step], summary(result))
 
@@ -323,13 +333,16 @@ class Execution:
             self.events.emit(Stalled, step=step.label, why=why)
 
         if stage.shape == "blocks":
+            made_in = MadeIn(generation)
+            self._note_environment(step, made_in.found)
 
             def on_iteration(state: dict[str, Any], metrics: dict[str, Any]) -> None:
+                made_in.add(metrics[MADE_IN])
                 number = int(state["iteration"])
                 self.events.emit(Iteration, step=step.label, iteration=number, of=None, figures=scalars(metrics))
                 self.stop.check()
 
-            return iterate_on_workers(
+            result = iterate_on_workers(
                 self.client,
                 step.label,
                 stage.functions,
@@ -340,6 +353,7 @@ class Execution:
                 on_iteration=on_iteration,
                 tell=tell,
             )
+            return {**result, MADE_IN: made_in.found}
         watch = Watch(self.client, tell, looked=self.stop.check)
         if stage.shape == "tournament":
 

@@ -34,6 +34,8 @@ class Wanted:
         Try quarantined exposures again.
     strict : bool
         Raise at the end where exposures are quarantined.
+    same_environment : bool
+        Raise before results are added to a generation that was begun under other versions of the programs; said only, if not given.
     cluster, workers, lane : optional
         Instead of what the project file says; ``lane`` is "live" for a watch and "batch" else, if not given.
     """
@@ -46,6 +48,7 @@ class Wanted:
     force: bool = False
     retry_quarantined: bool = False
     strict: bool = False
+    same_environment: bool = False
     cluster: str | None = None
     workers: int | None = None
     lane: str | None = None

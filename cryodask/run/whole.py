@@ -18,6 +18,7 @@ from cryodask.run.health import Watch
 from cryodask.run.isolation import blamed_at_first_death
 from cryodask.run.particles import StoredParticles
 from cryodask.stage import find_stage
+from cryodask.store.environments import MADE_IN, environment
 from cryodask.store.generation import Generation
 
 _TRIES = 3
@@ -44,13 +45,14 @@ def loaded(inputs: dict[str, Any]) -> dict[str, Any]:
 def run_whole(stage_name: str, params: Any, inputs: dict[str, Any], watch: Watch) -> dict[str, Any]:
     """One call of a whole stage on a worker."""
     blob = cloudpickle.dumps((stage_name, params, inputs))
-    return _results(watch, {0: lambda: _submit(watch.client, _whole_task, blob)}, lambda number, of: None)[0]
+    result = _results(watch, {0: lambda: _submit(watch.client, _whole_task, blob)}, lambda number, of: None)[0]
+    return {**result, MADE_IN: [result[MADE_IN]]}
 
 
 def _whole_task(blob: bytes) -> dict[str, Any]:
     make_ready(CPU_DEVICE)
     stage_name, params, inputs = cloudpickle.loads(blob)
-    return find_stage(stage_name).process(params, **loaded(inputs))
+    return {**find_stage(stage_name).process(params, **loaded(inputs)), MADE_IN: environment()}
 
 
 def run_tournament(
@@ -62,7 +64,8 @@ def run_tournament(
     seeds = functions.seeds(params)
     tasks = {i: _submitter(watch, blob, seed) for i, seed in enumerate(seeds)}
     chains = _results(watch, tasks, on_chain)
-    return functions.choose(params, [chains[i] for i in range(len(seeds))])
+    made_in = [chain.pop(MADE_IN) for chain in chains.values()]
+    return {**functions.choose(params, [chains[i] for i in range(len(seeds))]), MADE_IN: made_in}
 
 
 def _submitter(watch: Watch, blob: bytes, seed: int) -> Callable[[], Future]:
@@ -82,7 +85,7 @@ def _submit(client: Client, function: Callable[..., Any], *arguments: Any, resou
 def _chain_task(blob: bytes, seed: int, device: str) -> dict[str, Any]:
     make_ready(device)
     functions, params, particles, index = cloudpickle.loads(blob)
-    return functions.chain(params, particles.block(index), seed, device)
+    return {**functions.chain(params, particles.block(index), seed, device), MADE_IN: environment()}
 
 
 def _results(watch: Watch, tasks: dict[int, Callable[[], Future]], done: Callable[[int, int], None]) -> dict[int, Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import shutil
 import socket
 import time
@@ -21,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cryodask.errors import StoreError
-from cryodask.store import check
+from cryodask.store import check, environments
+from cryodask.store.environments import MADE_IN, Environment
 from cryodask.store.files import check_writable, disk_errors, fsync_folder, write_atomically
 from cryodask.store.journal import Journal, content_crc, decode_value, encode_value
 from cryodask.store.layouts import Grid, as_stored, check_dimensions, create_array, fits, layout_of_value, layout_on, name_of_size
@@ -90,7 +90,6 @@ class Generation:
                 "grids": grids,
                 "created": time.time(),
                 "host": socket.gethostname(),
-                "python": platform.python_version(),
             }
             part = path.with_name(f"{path.name}.{os.getpid()}.part")
             group = zarr.open_group(part, mode="w", attributes={"cryodask": attributes})
@@ -224,7 +223,8 @@ class Generation:
                     columns[var.name] = str(value)
                 else:
                     columns[var.name] = encode_value(np.asarray(value, dtype=var.dtype))
-            record = _record(row, name, columns, shards, {**info, **({"layouts": layouts} if layouts else {})})
+            made_in = {MADE_IN: [environments.note(self.project)]}
+            record = _record(row, name, columns, shards, {**info, **made_in, **({"layouts": layouts} if layouts else {})})
             self.journal.append(record)
         return record
 
@@ -281,8 +281,16 @@ class Generation:
                 }
             )
 
-    def commit_result(self, values: dict[str, Any], **info: Any) -> Record:
-        """Write the one result of a blocks, tournament or whole stage (driver only)."""
+    @property
+    def project(self) -> Path:
+        """Folder of the project."""
+        return self.path.parents[2]
+
+    def commit_result(self, values: dict[str, Any], made_in: Iterable[Environment] = (), **info: Any) -> Record:
+        """Write the one result of a blocks, tournament or whole stage (driver only).
+
+        ``made_in`` are the environments of the workers that computed it; that of this process if none is given.
+        """
         import zarr
 
         columns: dict[str, Any] = {}
@@ -312,7 +320,8 @@ class Generation:
                         overwrite=True,
                     )
                     shards[name] = write_shard(self.shard_path(name, 0, array.ndim), layout, array)
-            record = _record(0, self.meta["stage"], columns, shards, info)
+            names = sorted({environments.note(self.project, one) for one in made_in or [environments.environment()]})
+            record = _record(0, self.meta["stage"], columns, shards, {**info, MADE_IN: names})
             self.journal.append(record)
         return record
 

@@ -1,0 +1,89 @@
+"""What made a result: versions of the programs and instruction set of the CPU, noted with every record.
+
+The same movies, parameters and code give other last bits under another numpy or on another CPU. A record says in which environment it was
+made; the environments themselves stand once in ``<project>/environments/<id>.json``.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from cryodask.store.files import write_atomically
+
+PACKAGES = ("torch", "numpy", "scipy", "zarr")
+MADE_IN = "made_in"
+"""Of a record: ids of the environments in which it was made; several where workers differ."""
+_INSTRUCTION_SETS = ("avx512f", "avx2", "avx", "sse4_2", "sve", "asimd")
+Environment = Mapping[str, str]
+
+
+@functools.cache
+def environment() -> dict[str, str]:
+    """The environment of this process: versions by package, and ``cpu``, the widest instruction set that it offers."""
+    from cryodask import __version__
+
+    found = {"cryodask": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "-"
+    return {**found, "cpu": f"{platform.machine()} {_instruction_set()}".strip()}
+
+
+def _instruction_set() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+    lines = [line for line in text.splitlines() if line.lower().startswith(("flags", "features"))]
+    flags = set(lines[0].partition(":")[2].split()) if lines else set()
+    return next((name for name in _INSTRUCTION_SETS if name in flags), "")
+
+
+def id_of(made_in: Environment) -> str:
+    """Short name of an environment."""
+    return _id_of(tuple(sorted(made_in.items())))
+
+
+@functools.lru_cache(maxsize=64)
+def _id_of(items: tuple[tuple[str, str], ...]) -> str:
+    return hashlib.sha256(json.dumps(items).encode()).hexdigest()[:8]
+
+
+def note(project: Path, made_in: Environment | None = None) -> str:
+    """Write an environment (that of this process if none is given) down in a project, once; returns its id."""
+    made_in = environment() if made_in is None else dict(made_in)
+    name = id_of(made_in)
+    path = project / "environments" / f"{name}.json"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, json.dumps(made_in, indent=1))
+    return name
+
+
+def read(project: Path, name: str) -> dict[str, str]:
+    """The environment of an id; empty if it is not known."""
+    try:
+        return json.loads((project / "environments" / f"{name}.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def counts(records: Iterable[Mapping[str, object]]) -> Counter[str]:
+    """How many records were made in each environment, by id."""
+    made = (record.get(MADE_IN) for record in records if record.get("ok"))
+    return Counter(str(name) for names in made if isinstance(names, list) for name in names)
+
+
+def difference(before: Environment, now: Environment) -> str:
+    """What differs between two environments, as ``numpy 1.26.4 -> 2.3.0, cpu ...``."""
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return ", ".join(f"{name} {before.get(name, '-')} -> {now.get(name, '-')}" for name in names)
