@@ -143,7 +143,7 @@ def test_followers_see_old_events_and_each_new_one_until_the_end(tmp_path):
 def test_pace_and_lines_for_people():
     pace = Pace()
     for event in (
-        RunStarted(time=0.0, run="r", project="p", folder="f", inputs="9 movies", steps=["motion"]),
+        RunStarted(time=0.0, run="r", project="p", folder="f", inputs="9 movies", steps=["motion"], host="h", pid=1, version="1"),
         KINDS["StepStarted"](time=10.0, run="r", step="motion", steps=["motion"], total=9, kept=3),
         Counted(time=12.0, run="r", step="motion", seen=9, done=4, quarantined=1, running=2, waiting=2, workers=2),
     ):

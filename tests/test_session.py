@@ -46,17 +46,17 @@ MICROSCOPE = {
 STEPS = [{"motion": {"patches": [1, 1]}}, {"pick": {"diameter_angstrom": 20}}, {"extract": {"box": 16}}]
 
 
-def session(folder: Path, movies: int = 3, pipeline=STEPS, **more) -> Path:
+def session(folder: Path, movies: int = 3, pipeline=STEPS, size: int = 128, **more) -> Path:
     (folder / "movies").mkdir(parents=True, exist_ok=True)
     for number in range(movies):
-        movie(folder, number)
-    content = {"name": "p", "inputs": {"movies": "movies/*.tif"}, "microscope": MICROSCOPE, "pipeline": pipeline, "workers": 2, **more}
+        movie(folder, number, size)
+    content = {"name": "p", "inputs": {"movies": "movies/*.tif"}, "microscope": MICROSCOPE, "pipeline": pipeline, **{"workers": 2, **more}}
     (folder / "p.yaml").write_text(yaml.safe_dump(content))
     return folder / "p.yaml"
 
 
-def movie(folder: Path, number: int) -> None:
-    frames = np.random.default_rng(number).poisson(1.0, (3, 128, 128)).astype(np.uint8)
+def movie(folder: Path, number: int, size: int = 128) -> None:
+    frames = np.random.default_rng(number).poisson(1.0, (3, size, size)).astype(np.uint8)
     part = folder / f"m{number:03d}.part"
     write_tiff_movie(part, frames, 1.0)
     os.rename(part, folder / "movies" / f"m{number:03d}.tif")

@@ -40,9 +40,9 @@ class RunStarted(Event):
     folder: str
     inputs: str
     steps: list[str]
-    host: str = ""
-    pid: int = 0
-    version: str = ""
+    host: str
+    pid: int
+    version: str
 
 
 class Noted(Event):

@@ -32,7 +32,7 @@ def text_of(event: Event, *, every_exposure: bool = False) -> str:
         case of.StepFinished():
             return f"{event.step:<14} {event.result}  ({event.seconds:.1f} s)"
         case of.RunEnded():
-            return "" if event.state == "finished" else event.state
+            return event.state if event.state != "finished" or every_exposure else ""
     if not every_exposure:
         return ""
     match event:
@@ -171,9 +171,9 @@ class LogFile:
     def __call__(self, event: Event) -> None:
         """Write an event down."""
         text = text_of(event, every_exposure=True)
-        if not text and not isinstance(event, of.RunEnded):
+        if not text:
             return
-        line = f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(event.time))}  {text or 'finished'}\n"
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(event.time))}  {text}\n"
         try:
             self._path.parent.mkdir(exist_ok=True)
             with open(self._path, "a", encoding="utf-8") as file:

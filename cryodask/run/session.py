@@ -15,6 +15,7 @@ from typing import Any
 
 from distributed import Client
 
+from cryodask import __version__
 from cryodask.cluster.connect import close, connect
 from cryodask.errors import ProjectFileError, Quarantined
 from cryodask.report import write_report
@@ -112,6 +113,7 @@ def _driving(plan: Plan, wanted: Wanted, events: Events) -> Iterator[Project]:
             folder=str(plan.folder),
             inputs=_inputs_text(plan, watch=wanted.watch is not None),
             steps=[step.label for step in wanted.steps(plan)],
+            version=__version__,
             **whereabouts(),
         )
         try:

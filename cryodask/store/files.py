@@ -110,7 +110,7 @@ def write_atomically(path: Path, data: str | bytes | memoryview) -> None:
     Whoever takes a project over removes the ``.part`` files first. So the lock is asked when the part is there: a driver that is stopped
     between the answer and the rename no longer has anything to rename when it wakes.
     """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident():x}.part")
     try:
         fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
