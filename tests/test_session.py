@@ -50,7 +50,7 @@ def session(folder: Path, movies: int = 3, pipeline=STEPS, size: int = 128, **mo
     (folder / "movies").mkdir(parents=True, exist_ok=True)
     for number in range(movies):
         movie(folder, number, size)
-    content = {"name": "p", "inputs": {"movies": "movies/*.tif"}, "microscope": MICROSCOPE, "pipeline": pipeline, **{"workers": 2, **more}}
+    content = {"name": "p", "inputs": {"movies": "movies/*.tif"}, "microscope": MICROSCOPE, "pipeline": pipeline, "workers": 2, **more}
     (folder / "p.yaml").write_text(yaml.safe_dump(content))
     return folder / "p.yaml"
 
