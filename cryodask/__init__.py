@@ -10,12 +10,14 @@ import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from cryodask.version import VERSION
+
 if TYPE_CHECKING:
     from distributed import Client
 
     from cryodask.store.project import Project
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = ["connect", "open", "run_project"]
 
 

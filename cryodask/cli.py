@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
-from cryodask import __version__, cli_cluster, cli_history, cli_plan, cli_run
+from cryodask import cli_cluster, cli_history, cli_plan, cli_run
 from cryodask.cli_history import ProjectArgument, open_project
 from cryodask.errors import CryodaskError, exit_status
+from cryodask.version import VERSION
 
 app = typer.Typer(
     name="cryodask",
@@ -24,7 +25,7 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
-        typer.echo(f"cryodask {__version__}")
+        typer.echo(f"cryodask {VERSION}")
         raise typer.Exit
 
 

@@ -20,15 +20,11 @@ from cryodask.store.identity import birth_of, parent_of, row_of
 from cryodask.store.project import Project
 from cryodask.store.sets import kept_rows
 from cryodask.store.state import ProductRef
+from cryodask.vocabulary import CTF_COLUMNS, OPTICS
 
 _PARTICLE_COLUMNS = (
-    "defocus_u_angstrom",
-    "defocus_v_angstrom",
-    "defocus_angle_deg",
-    "phase_shift_deg",
-    "voltage_kv",
-    "spherical_aberration_mm",
-    "amplitude_contrast",
+    *CTF_COLUMNS,
+    *OPTICS,
     "particle_y",
     "particle_x",
     "rot_deg",
@@ -44,7 +40,7 @@ _PARTICLE_COLUMNS = (
 )
 
 _OF_MICROGRAPHS = {
-    "ctf": ("defocus_u_angstrom", "defocus_v_angstrom", "defocus_angle_deg", "phase_shift_deg"),
+    "ctf": CTF_COLUMNS,
     "ctf_quality": ("ctf_resolution_angstrom", "ctf_figure_of_merit"),
     "field": ("total_motion", "early_motion"),
 }

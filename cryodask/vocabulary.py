@@ -205,6 +205,11 @@ register(
     "particles.ctf",
 )
 
+CTF_COLUMNS = ("defocus_u_angstrom", "defocus_v_angstrom", "defocus_angle_deg", "phase_shift_deg")
+"""What describes the CTF of one exposure or particle, beside the optics."""
+OPTICS = ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast")
+"""What the exposures of a data set share."""
+
 # --- particle sets: one value per particle
 register(
     [

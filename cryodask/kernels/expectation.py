@@ -23,6 +23,7 @@ from cryodask.kernels.ctf import ctf
 from cryodask.kernels.fourier import soft_sphere
 from cryodask.kernels.orientations import euler_to_matrix, healpix_angles, in_plane_rotations
 from cryodask.kernels.projection import FourierVolume, half_plane, image_transforms, pixels_within, shift_phases, slices
+from cryodask.vocabulary import CTF_COLUMNS, OPTICS
 
 _MOST_TOGETHER = 16
 _SCORES_TOGETHER = 2**20
@@ -56,21 +57,13 @@ class Particles:
         return self.grid.box
 
 
-CTF_COLUMNS = (
-    "defocus_u_angstrom",
-    "defocus_v_angstrom",
-    "defocus_angle_deg",
-    "phase_shift_deg",
-    "voltage_kv",
-    "spherical_aberration_mm",
-    "amplitude_contrast",
-)
+_OF_THE_CTF = (*CTF_COLUMNS, *OPTICS)
 
 
 def ctf_values(columns: Mapping[str, np.ndarray], ky: Tensor, kx: Tensor, length_angstrom: float) -> Tensor:
     """CTF `(n, ...)` of particles at frequencies `(...)` in cycles a box of ``length_angstrom``; columns as in the vocabulary."""
     u, v, angle, phase, kv, cs, contrast = (
-        torch.as_tensor(np.asarray(columns[name], np.float64), device=ky.device).reshape(-1, *[1] * ky.dim()) for name in CTF_COLUMNS
+        torch.as_tensor(np.asarray(columns[name], np.float64), device=ky.device).reshape(-1, *[1] * ky.dim()) for name in _OF_THE_CTF
     )
     # the phase grows to hundreds of radians: frequencies in float64 until the sine is taken
     return ctf(
@@ -112,7 +105,7 @@ def load_particles(
     for start in range(0, len(images), 256):
         lot = slice(start, start + 256)
         x = torch.as_tensor(np.ascontiguousarray(images[lot], dtype=np.float32), device=device)
-        some = {name: columns[name][lot] for name in CTF_COLUMNS}
+        some = {name: columns[name][lot] for name in _OF_THE_CTF}
         transform = image_transforms(x, radius)
         power = torch.zeros(len(x), radius + 1, device=device).index_add_(1, plane.shell.clamp(max=radius), transform.abs() ** 2)
         parts.append((

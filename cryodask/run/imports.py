@@ -19,7 +19,7 @@ from cryodask.store.identity import birth_of, copy_of, make_ids, number_of, pare
 from cryodask.store.lines import Record
 from cryodask.store.project import Item, Project
 from cryodask.store.shards import Layout
-from cryodask.vocabulary import VARIABLES
+from cryodask.vocabulary import CTF_COLUMNS, VARIABLES
 
 _WHOLE_BYTES = 1 << 22
 _PIECES, _PIECE_BYTES = 8, 1 << 16
@@ -303,7 +303,7 @@ class ProjectImport:
         births, ids = self._births(), self.ids[here]
         own = np.array([births[int(b)] for b in birth_of(ids)], np.int64)
         out: dict[str, Any] = {"claimed_id": make_ids(own, item.row, number_of(ids), copy_of(ids)), "bulk": {}}
-        stored = {**{f"particle_{n}": n for n in ("defocus_u_angstrom", "defocus_v_angstrom", "defocus_angle_deg", "phase_shift_deg")}}
+        stored = {f"particle_{name}": name for name in CTF_COLUMNS}
         for name in (*self._particle_names, "half_set"):
             column = self._columns.get(stored.get(name, name))
             if column is not None:

@@ -13,7 +13,7 @@ from cryodask.run.refs import Refer
 from cryodask.store import places
 from cryodask.store.places import Line, Optics
 from cryodask.store.project import Project
-from cryodask.store.sets import OPTICS
+from cryodask.vocabulary import OPTICS
 
 
 def note_line(plan: Plan, project: Project, step: Step, key: str, *, again: bool, origin: Any) -> None:

@@ -18,8 +18,7 @@ from cryodask.store.files import disk_errors, write_atomically
 from cryodask.store.generation import Generation
 from cryodask.store.history import generation_folders
 from cryodask.store.project import Project
-from cryodask.store.sets import CTF_COLUMNS
-from cryodask.vocabulary import VARIABLES
+from cryodask.vocabulary import CTF_COLUMNS, VARIABLES
 
 _IDS = "ids.npy"
 

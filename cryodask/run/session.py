@@ -15,7 +15,6 @@ from typing import Any
 
 from distributed import Client
 
-from cryodask import __version__
 from cryodask.cluster.connect import close, connect
 from cryodask.errors import ProjectFileError, Quarantined
 from cryodask.report import write_report
@@ -31,6 +30,7 @@ from cryodask.run.status import StatusFile
 from cryodask.run.stopping import Stop
 from cryodask.store.files import disk_errors, write_atomically
 from cryodask.store.project import Project
+from cryodask.version import VERSION
 
 
 def run_session(
@@ -113,7 +113,7 @@ def _driving(plan: Plan, wanted: Wanted, events: Events) -> Iterator[Project]:
             folder=str(plan.folder),
             inputs=_inputs_text(plan, watch=wanted.watch is not None),
             steps=[step.label for step in wanted.steps(plan)],
-            version=__version__,
+            version=VERSION,
             **whereabouts(),
         )
         try:

@@ -15,13 +15,12 @@ from cryodask.errors import InputError, MicrographError
 from cryodask.formats.mrc import open_mrc
 from cryodask.formats.star import ParticleTable, find_beside, read_labels, read_particle_table
 from cryodask.stage import Output, Params, SourceFile, stage
+from cryodask.vocabulary import CTF_COLUMNS, OPTICS
 
-_CTF = ("defocus_u_angstrom", "defocus_v_angstrom", "defocus_angle_deg", "phase_shift_deg")
-_OPTICS = ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast")
 _ANGLES = ("rot_deg", "tilt_deg", "psi_deg")
 _ORIGINS = ("origin_y_angstrom", "origin_x_angstrom")
 _NEEDED = (
-    *(*_CTF, *_OPTICS, *_ANGLES, *_ORIGINS, "particle_y", "particle_x", "half_set", "class_number", "log_likelihood"),
+    *(*CTF_COLUMNS, *OPTICS, *_ANGLES, *_ORIGINS, "particle_y", "particle_x", "half_set", "class_number", "log_likelihood"),
     *("particle_pixel_size_angstrom", "pixel_size_angstrom", "particle_id", "birth_y", "birth_x"),
 )
 
@@ -158,7 +157,7 @@ def import_particles(
         "class_number": np.asarray(rows.get("class_number", np.zeros(count)), np.int32),
         "class_probability": np.ones(count, np.float32),
         "pixel_size_angstrom": pixel,
-        **{name: float(column(name)[0]) if count else np.nan for name in _OPTICS},
+        **{name: float(column(name)[0]) if count else np.nan for name in OPTICS},
     }
 
 

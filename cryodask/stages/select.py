@@ -15,8 +15,7 @@ from cryodask.errors import InputError
 from cryodask.products import ORIGINS, PARTS, Product, columns_of
 from cryodask.stage import ChoiceMark, Output, Params, SetView, port, stage
 from cryodask.stages._sets import kept_and_dropped
-from cryodask.store.sets import CTF_COLUMNS, OPTICS
-from cryodask.vocabulary import VARIABLES
+from cryodask.vocabulary import CTF_COLUMNS, OPTICS, VARIABLES
 
 REASONS = {1: "the expression does not hold for it"}
 """Meaning of the numbers in ``removal_reason``."""

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from cryodask.store.files import write_atomically
+from cryodask.version import VERSION
 
 PACKAGES = ("torch", "numpy", "scipy", "zarr")
 MADE_IN = "made_in"
@@ -27,9 +28,7 @@ Environment = Mapping[str, str]
 @functools.cache
 def environment() -> dict[str, str]:
     """The environment of this process: versions by package, and ``cpu``, the widest instruction set that it offers."""
-    from cryodask import __version__
-
-    found = {"cryodask": __version__, "python": platform.python_version()}
+    found = {"cryodask": VERSION, "python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

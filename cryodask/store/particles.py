@@ -13,8 +13,8 @@ from cryodask.errors import StoreError
 from cryodask.store.datasets import describe
 from cryodask.store.generation import Generation
 from cryodask.store.identity import place_of, row_of, row_runs, same_ids
-from cryodask.store.sets import CTF_COLUMNS, OPTICS, runs
-from cryodask.vocabulary import VARIABLES
+from cryodask.store.sets import runs
+from cryodask.vocabulary import CTF_COLUMNS, OPTICS, VARIABLES
 
 if TYPE_CHECKING:
     import xarray as xr

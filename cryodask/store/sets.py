@@ -14,15 +14,13 @@ from cryodask.store.births import accepted
 from cryodask.store.identity import aligned, births_text, checked, place_of, row_runs, same_ids
 from cryodask.store.places import line_of
 from cryodask.store.table import Table
-from cryodask.vocabulary import VARIABLES
+from cryodask.vocabulary import CTF_COLUMNS, OPTICS, VARIABLES
 
 if TYPE_CHECKING:
     from cryodask.store.generation import Generation
     from cryodask.store.project import Item, Project
     from cryodask.store.state import ProductRef
 
-CTF_COLUMNS = ("defocus_u_angstrom", "defocus_v_angstrom", "defocus_angle_deg", "phase_shift_deg")
-OPTICS = ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast")
 _AS_SET = {f"particle_{name}": name for name in CTF_COLUMNS} | {"particle_half": "half_set"}
 """What a column of an exposure is called in a set."""
 _IMAGE_PLACES = ("image_giver", "image_row", "image_slot")

@@ -12,11 +12,13 @@ import pandas as pd
 from cryodask.errors import StarError
 from cryodask.formats.star.names import ALIASES, COLUMNS, OPTICS, Column
 from cryodask.formats.star.tables import write_tables
+from cryodask.vocabulary import CTF_COLUMNS
+from cryodask.vocabulary import OPTICS as GROUP_OPTICS
 
 
 def write_micrographs_ctf(path: str | Path, columns: Mapping[str, Any]) -> None:
     """Micrographs with their CTF, as RELION's ``micrographs_ctf.star``; columns as :func:`read_micrographs` gives them."""
-    _need(path, columns, ("micrograph_name", "pixel_size_angstrom", *_CTF, *_LENS))
+    _need(path, columns, ("micrograph_name", "pixel_size_angstrom", *CTF_COLUMNS[:3], *GROUP_OPTICS))
     optics, table = _relion_tables(path, columns, len(np.atleast_1d(columns["micrograph_name"])))
     table["rlnCtfAstigmatism"] = table["rlnDefocusU"] - table["rlnDefocusV"]
     optics["rlnMicrographOriginalPixelSize"] = optics["rlnMicrographPixelSize"]
@@ -29,7 +31,7 @@ def write_particles(path: str | Path, columns: Mapping[str, Any]) -> None:
     ``particle_id`` is written exactly, as ``_cryodaskParticleId``, which RELION passes on. Rows with equal optics share a group,
     numbered in the order in which they appear. ``box`` is the size of the images, pixels.
     """
-    _need(path, columns, ("image_index", "image_stack", "particle_pixel_size_angstrom", "box", *_LENS))
+    _need(path, columns, ("image_index", "image_stack", "particle_pixel_size_angstrom", "box", *GROUP_OPTICS))
     _check_ids(path, columns.get("particle_id"))
     count = len(np.atleast_1d(columns["image_index"]))
     named = {k: v for k, v in columns.items() if k not in ("image_index", "image_stack")}
@@ -141,10 +143,6 @@ def write_motion(
     if hot_pixel is not None and len(hot_pixel):
         tables["hot_pixels"] = pd.DataFrame({"rlnCoordinateX": hot_pixel[:, 1], "rlnCoordinateY": hot_pixel[:, 0]}, dtype=np.float64)
     write_tables(path, tables)
-
-
-_LENS = ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast")
-_CTF = ("defocus_u_angstrom", "defocus_v_angstrom", "defocus_angle_deg")
 
 
 def _need(path: str | Path, columns: Mapping[str, Any], names: Iterable[str]) -> None:
