@@ -222,7 +222,8 @@ class Poses:
     """Weighted poses of a few particles.
 
     ``rotations`` `(n, pose, 3, 3)`; ``weights`` `(n, pose)`, sum 1, zero = unused; ``shift_weights`` `(n, pose, shift)`, sum over
-    shifts = weight; shift s of particle i is ``centres_px[i] + offsets_px[s]`` (y, x); ``best_px`` `(n, 2)` the shift of pose 0;
+    shifts = weight; shift s of particle i is ``centres_px[i] + offsets_px[s]`` (y, x); ``best_px`` `(n, 2)` the shift of pose 0,
+    ``mean_px`` the expected shift, which does not lie on the grid of the search;
     ``log_likelihood`` `(n,)` of the sum over all poses, gain over an empty image.
     """
 
@@ -233,6 +234,11 @@ class Poses:
     offsets_px: Tensor
     best_px: Tensor
     log_likelihood: Tensor
+
+    @property
+    def mean_px(self) -> Tensor:
+        """Expected shift `(n, 2)`, over poses and shifts."""
+        return self.centres_px + self.shift_weights.sum(1) @ self.offsets_px
 
 
 def shift_log_prior(centres_px: Tensor, offsets_px: Tensor, sigma_px: float) -> Tensor:

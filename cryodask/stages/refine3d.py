@@ -240,7 +240,7 @@ class refine3d:
         if state["recentre"] and previous:
             centres = torch.from_numpy(np.stack([previous["origin_y_angstrom"], previous["origin_x_angstrom"]], -1) / pixel)
             centres = centres.float().to(device)
-        rotations, origins, likelihood = [], [], []
+        rotations, best, origins, likelihood = [], [], [], []
         bank, table = shared.banks[0], expectation.whole_table(shared.banks[0])
         offsets = expectation.shift_grid(bank.level.step_px, bank.level.reach_px, device)
         for rows in expectation.chunks(count, bank, len(offsets), device):
@@ -255,7 +255,9 @@ class refine3d:
             pj.insert_slices(accumulator, parts[0], plane.ky, plane.kx, parts[1], parts[2])
             residual += expectation.residual_power(block, rows, found, shared.volume, state["rings"])
             rotations.append(found.rotations[:, 0])
-            origins.append(found.best_px * pixel)
+            best.append(found.best_px * pixel)
+            # a drawn shift is one of the posterior's, its mean would be too narrow; the best one lies on the grid of the search
+            origins.append(best[-1] if state["sampling"] else found.mean_px * pixel)
             likelihood.append(found.log_likelihood)
         angles = [torch.rad2deg(a) for a in matrix_to_euler(torch.cat(rotations))]
         origin = torch.cat(origins)
@@ -265,7 +267,7 @@ class refine3d:
             "accumulator": pj.fold_accumulator(accumulator).cpu().numpy(),
             "power": residual.cpu().numpy(),
             "count": count,
-            "shift_square": float(origin.double().square().sum()),
+            "shift_square": float(torch.cat(best).double().square().sum()),
             "log_likelihood": float(columns["log_likelihood"].astype(np.float64).sum()),
         }
         return sums, columns
