@@ -113,27 +113,28 @@ class Chain:
 
     # --- in the driver ----------------------------------------------------------------------------------------------------------
     def unfinished(self, items: list[Item], *, retry_quarantined: bool = False) -> list[Item]:
-        """Items that are not committed in every stage, and not quarantined in one (unless asked to try those again)."""
-        done, failed = self._done(items)
-        if retry_quarantined:
-            return [item for item in items if done.get(item.row, 0) < len(self.links)]
-        return [item for item in items if done.get(item.row, 0) < len(self.links) and item.row not in failed]
+        """Items that are not committed in every stage, and not quarantined in the first that lacks them (unless asked to try again)."""
+        lacking, failed = self._lacking(items)
+        return [item for item in items if item.row in lacking and (retry_quarantined or item.row not in failed)]
 
     def quarantined(self, items: list[Item]) -> int:
         """How many of the items are quarantined in one of the stages."""
-        return len(self._done(items)[1])
+        return len(self._lacking(items)[1])
 
-    def _done(self, items: list[Item]) -> tuple[dict[int, int], set[int]]:
-        """In how many stages each row is done with its present input and particles, and the rows that are quarantined in one."""
-        done: dict[int, int] = {}
+    def _lacking(self, items: list[Item]) -> tuple[set[int], set[int]]:
+        """Rows that are not done in every stage with their present input and particles; those that failed in the first that lacks them.
+
+        A failure in a later stage says nothing while an earlier one is to be done: its input will be another one.
+        """
+        lacking: set[int] = set()
         failed: set[int] = set()
+        rows = {item.row for item in items}
         for link in self.links:
             records = self._journals(link).records()
             here, bad = settled(records, self.due(link, [item for item in items if item.row in records]))
-            failed |= bad
-            for row in here:
-                done[row] = done.get(row, 0) + 1
-        return done, failed
+            failed |= bad - lacking
+            lacking |= rows - here
+        return lacking, failed
 
     def due(self, link: Link, items: Iterable[Item]) -> dict[int, Made]:
         """What the result of each item has to be made from in a link, as the project stands now."""

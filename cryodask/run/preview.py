@@ -174,7 +174,11 @@ class _Looking:
             self.out.problems.append(f"{error.what} {error.way_out}".strip())
             for step in (s for s in group if s.label not in shown and s.label not in seen):
                 shown[step.label] = self._stale(step, "a run would be refused", None)
-        failed = {row for one in seen.values() for row in one.known.failed}
+        failed: set[int] = set()
+        before: set[int] = set()
+        for label, one in seen.items():  # a failure says nothing while an earlier step of the exposure is to be done
+            failed |= one.known.failed - before
+            before |= self.lacking[label]
         shown |= {label: self._per_exposure(self.plan.graph.step(label), one, failed) for label, one in seen.items()}
         return [shown[step.label] for step in group]
 
