@@ -13,7 +13,7 @@ import numpy as np
 
 from cryodask.errors import InputError, MicrographError
 from cryodask.run.devices import make_ready
-from cryodask.run.due import due, joined
+from cryodask.run.due import Said, due, joined, said_of
 from cryodask.run.grids import brings_movies, mark
 from cryodask.run.imports import Import
 from cryodask.run.refs import INPUTS, PARTICLES
@@ -90,7 +90,8 @@ class Chain:
     of inputs are relative to ``home``. ``earlier`` are
     steps before the chain from which it reads. ``slices`` are
     the particles of each link that is given some from elsewhere, ``expected`` the digests of all slices as the project stands now,
-    ``book`` the birth tables that exposures ever had, ``imports`` what other programs say of them. These four stay in the driver.
+    ``book`` the birth tables that exposures ever had, ``imports`` what other programs say of them, ``origins`` what other projects gave them
+    that a link reads. These five stay in the driver.
     ``grids`` are the sizes and types of the movies of each data set, where the chain brings movies.
     """
 
@@ -103,12 +104,13 @@ class Chain:
     expected: dict[str, Slices] = field(default_factory=dict)
     book: BirthBook | None = None
     imports: dict[str, Import] = field(default_factory=dict)
+    origins: dict[str, Said] = field(default_factory=dict)
     grids: dict[str, Grid] = field(default_factory=dict)
     _read: dict[str, Generation] = field(default_factory=dict)
     _fresh: dict[str, dict[int, Record]] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        here = ("_read", "_fresh", "slices", "expected", "imports")
+        here = ("_read", "_fresh", "slices", "expected", "imports", "origins")
         return {**self.__dict__, **{name: {} for name in here}, "book": None}
 
     # --- in the driver ----------------------------------------------------------------------------------------------------------
@@ -138,7 +140,10 @@ class Chain:
 
     def due(self, link: Link, items: Iterable[Item]) -> dict[int, Made]:
         """What the result of each item has to be made from in a link, as the project stands now."""
-        return due(items, link.recipes, self.expected[link.label] if link.takes_particles else None, self.imports.get(link.label))
+        return due(items, link.recipes, self.expected[link.label] if link.takes_particles else None, *self._said(link.label))
+
+    def _said(self, label: str) -> tuple[Said | None, Said | None]:
+        return self.imports.get(label), self.origins.get(label)
 
     def quarantine(self, item: Item, error: str, message: str, tries: int) -> None:
         """Record the failure with the first stage that lacks the item; a result from other particles counts no more.
@@ -190,7 +195,7 @@ class Chain:
             particles = self._particles(link, item, Brief(records), values, records)
         except MicrographError:  # the birth itself is not done
             return made
-        said = self.imports[link.label].digest(item) if link.label in self.imports else None
+        said = said_of(item, *self._said(link.label))
         return made._replace(slice=joined(slice_digest(particles), said)) if particles is not None else made
 
     def brief(self, item: Item, again: bool) -> Brief:
@@ -212,7 +217,8 @@ class Chain:
                 claimed = self.imports[link.label].claims() if link.label in self.imports else frozenset[int]()
                 births[link.label] = self.book.at(item.row, link.birth.number, claimed, again=again or item.revision > 0)
         values = {label: given.values(item) for label, given in self.imports.items()}
-        digests = {label: given.digest(item) for label, given in self.imports.items()}
+        said = {link.label: said_of(item, *self._said(link.label)) for link in self.links}
+        digests = {label: digest for label, digest in said.items() if digest is not None}
         return Brief(records, slices, births, values, digests)
 
     @staticmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from cryodask.run.grids import brings_movies, known_grids, mark, stored_marks
 from cryodask.run.imports import Import, PicksImport, ProjectImport, imports_of
 from cryodask.run.inputs import exposure_rows
 from cryodask.run.keys import Keys
+from cryodask.run.origins import Origins, origins_of
 from cryodask.run.recipe import Plan, Step
 from cryodask.run.refs import INPUTS, PARTICLES, Refer, parts_used, pinned_place, stage_of, variable_sources
 from cryodask.run.slices import Slices
@@ -100,6 +101,7 @@ class ChainMaker:
     gains: dict[str, Path]
     update: frozenset[str]
     adopt: Callable[[Step, Target], None]
+    _projects: dict[str, ProjectImport] = field(default_factory=dict)
 
     def chain(self, steps: list[Step]) -> Chain:
         """The chain, ready to be sent."""
@@ -124,6 +126,7 @@ class ChainMaker:
             expected=given,
             book=BirthBook(self.project),
             imports=self.imports(steps),
+            origins={step.label: found for step in steps if (found := self.origins(step)) is not None},
             grids=movies,
         )
 
@@ -342,6 +345,16 @@ class ChainMaker:
                 one.claims()  # its births are numbered now, so that the numbers are saved before work begins
         return found
 
+    def origins(self, step: Step) -> Origins | None:
+        """What other projects gave the exposures of a step that it reads; None where it reads nothing of that kind."""
+        found = origins_of(self.plan, step)
+        labels = {label for _, some in found for label in some}
+        if not labels:
+            return None
+        for one in (self.plan.graph.step(label) for label in labels - self._projects.keys()):
+            self._projects[one.label] = ProjectImport(one, self.project)
+        return Origins([(part, tuple(self._projects[label] for label in some)) for part, some in found])
+
     def _source_values(self, items: list[Item], imported: Import | None) -> Iterator[dict[str, Any]]:
         for item in items:
             constants = self.project.state.constants.get(item.data_set, {})
@@ -396,7 +409,7 @@ class ChainMaker:
         ``lacking`` are the rows that steps before it have yet to do, whose particles are not known; the step's own are put in.
         """
         given = self.slices(step) if PARTICLES in variable_sources(self.plan, step).values() else None
-        asked = due(items, recipes, given, self.imports([step]).get(step.label))
+        asked = due(items, recipes, given, self.imports([step]).get(step.label), self.origins(step))
         if given is not None:
             before = {label_of(ref) for p in step.inputs.get("particles", ()) for ref in (p.ids, *p.parts.values())}
             unsettled = {row for label in before for row in lacking.get(label, ())}

@@ -263,8 +263,7 @@ class ProjectImport:
         self.other, self.ref = opened(step.params)
         self.ids = self.other.sets.ids(self.ref)
         self._book = BirthBook(self.other)
-        # with those that it has forgotten: they have no particles in the set, but are what they were
-        self._rows = {item.content: item for item in (*self.other.registered().values(), *self.other.items())}
+        self._rows = {item.content: item for item in self.other.items()}
         self._names = OF_EXPOSURES
         parts = [p for p in PARTICLE_PARTS if p in self.ref.parts]
         self._columns = self.other.sets.columns(self.ref, self.ids, parts)
@@ -377,6 +376,18 @@ class ProjectImport:
         if other is not None:
             digest.update("".join(f"{place}:{self._made(place).get(other.row)};" for place in self._places).encode())
         return digest.hexdigest()
+
+    def has(self, item: Item) -> bool:
+        """Whether the exposure counts there."""
+        return item.content in self._rows
+
+    def digest_of(self, part: str, item: Item) -> str:
+        """Of a part of an exposure as it is there, whatever particles it has."""
+        other = self._rows[item.content]
+        values = [self.other.value_of(other, name) for name in columns_of("exposures", part)]
+        places = [place for place in self.ref.exposures.get(part, "").split("|") if place]
+        made = [self._made(place).get(other.row) for place in places if self.other.generation_at(place).meta["per_item"]]
+        return repr((places, values, made))
 
     @functools.cached_property
     def _places(self) -> list[str]:
