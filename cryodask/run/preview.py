@@ -247,8 +247,9 @@ class _Looking:
         exists = (generation.path / "zarr.json").exists()
         why = self._why(step) if not exists else "unfinished"
         self._adopt(step, Target(key, version, {}))
-        if not exists:
+        if not exists or not generation.committed():
             check_images(self.project, inputs)
+        if not exists:
             self._foresee(Foreseen(generation.path, {"per_item": False, "gives": [], "version": version}, {}))
         if not exists or not generation.committed():
             return self._stale(step, why, count)
