@@ -86,13 +86,11 @@ class Brief:
 class Chain:
     """A job of the map runner.
 
-    ``constants`` are what the exposures of a data set share (optics), ``gains`` its gain reference, mapped from its file. Paths
-    of inputs are relative to ``home``. ``earlier`` are
-    steps before the chain from which it reads. ``slices`` are
-    the particles of each link that is given some from elsewhere, ``expected`` the digests of all slices as the project stands now,
-    ``book`` the birth tables that exposures ever had, ``imports`` what other programs say of them, ``origins`` what other projects gave them
-    that a link reads. These five stay in the driver.
-    ``grids`` are the sizes and types of the movies of each data set, where the chain brings movies.
+    ``constants`` are what the exposures of a data set share (optics), ``gains`` its gain reference, mapped from its file, ``grids`` the size
+    and type of its movies where the chain brings some. Paths of inputs are relative to ``home``. ``earlier`` are steps before the chain
+    from which it reads. ``slices`` are the particles of each link that is given some from elsewhere, ``expected`` the digests of all
+    slices as the project stands now, ``book`` the birth tables that exposures ever had, ``imports`` what other programs say of them, and
+    ``origins`` what other projects gave them that a link reads. These five stay in the driver.
     """
 
     links: tuple[Link, ...]
@@ -115,7 +113,7 @@ class Chain:
 
     # --- in the driver ----------------------------------------------------------------------------------------------------------
     def unfinished(self, items: list[Item], *, retry_quarantined: bool = False) -> list[Item]:
-        """Items that are not committed in every stage, and not quarantined in the first that lacks them (unless asked to try again)."""
+        """Items that are not committed in every stage, and not quarantined in the first that lacks them (unless asked to retry)."""
         lacking, failed = self._lacking(items)
         return [item for item in items if item.row in lacking and (retry_quarantined or item.row not in failed)]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from cryodask.run import sources
 from cryodask.run.chain import Chain, Link
 from cryodask.run.due import Known, due, known
 from cryodask.run.graph_chain import is_pinned, label_of
-from cryodask.run.grids import brings_movies, known_grids, mark, stored_marks
-from cryodask.run.imports import Import, PicksImport, ProjectImport, imports_of
+from cryodask.run.grids import brings_movies, known_grids, misplaced
+from cryodask.run.imports import Import, PicksImport, imports_of
 from cryodask.run.inputs import exposure_rows
 from cryodask.run.keys import Keys
 from cryodask.run.origins import Origins, origins_of
+from cryodask.run.project_import import ProjectImport
 from cryodask.run.recipe import Plan, Step
 from cryodask.run.refs import INPUTS, PARTICLES, Refer, parts_used, pinned_place, stage_of, variable_sources
 from cryodask.run.slices import Slices
@@ -31,54 +32,6 @@ from cryodask.store.history import births_on_disk, generation_folders
 from cryodask.store.layouts import Grid
 from cryodask.store.project import Item, Project
 from cryodask.vocabulary import SLOTS, VARIABLES
-
-
-def chains_of(plan: Plan, steps: Sequence[Step]) -> Iterator[list[Step]]:
-    """Consecutive per-exposure steps as one chain, others alone.
-
-    A step that is given particles of which a step of the chain has cut or selected some begins a new chain: which these are is known
-    only when that step is done. So does a step on exposures of other sources.
-    """
-    chain: list[Step] = []
-    for step in steps:
-        if step.stage.shape != "map" or _waits_for(plan, step, chain) or (chain and _sources_of(step) != _sources_of(chain[0])):
-            if chain:
-                yield chain
-            chain = []
-        if step.stage.shape != "map":
-            yield [step]
-        else:
-            chain.append(step)
-    if chain:
-        yield chain
-
-
-def _sources_of(step: Step) -> frozenset[str]:
-    """Where the exposures of a step come from."""
-    exposures = next(iter(step.inputs.get("exposures", ())), None) or step.outputs.get(("exposures", "exposures"))
-    return exposures.sources if exposures is not None else frozenset()
-
-
-def _waits_for(plan: Plan, step: Step, chain: list[Step]) -> bool:
-    here = {s.label for s in chain}
-    for product in step.inputs.get("particles", ()):
-        given = (product.ids, *(product.parts[p] for p in product.parts if p in _used(step)))
-        refs = {label_of(ref) for ref in given if not is_pinned(ref)}
-        if any(label in here and not _is_pure_birth(plan.graph.step(label)) for label in refs):
-            return True
-        if len(refs & here) and not refs <= here:
-            return True
-    return False
-
-
-def _is_pure_birth(step: Step) -> bool:
-    """Whether the particles of a step are all born in it: then a worker knows them as soon as it has the exposure."""
-    return step.stage.gives_birth(step.params) and not step.inputs.get("particles")
-
-
-def _used(step: Step) -> tuple[str, ...]:
-    port = step.stage.port("particles")
-    return parts_used(step, port) if port is not None else ()
 
 
 @dataclass(frozen=True)
@@ -250,25 +203,14 @@ class ChainMaker:
         """Rows whose movie is not of the size that its data set has now, and rows that failed in a data set of another size."""
         if not brings_movies(step.stage):
             return set()
-        stored = stored_marks(generation)
-        failed = {row: record["grid"] for row, record in generation.table(()).failures.items() if "grid" in record}
-        known = self._grids(step, generation.key) if stored or failed else {}
-        alike: dict[str, list[Item]] = {}
-        for item in self.items if failed else ():
-            alike.setdefault(item.data_set, []).append(item)
-        out = set()
-        for item in self.items:
-            was = stored.get(item.row) or failed.get(item.row)
-            if was is None:
-                continue
-            if item.data_set not in known and item.row in failed:
-                try:
-                    known[item.data_set] = sources.probe(step, self._source_values(alike[item.data_set], None))
-                except CryodaskError:  # none of them can be read
-                    continue
-            if item.data_set in known and mark(known[item.data_set]) != was:
-                out.add(item.row)
-        return out
+
+        def look(items: list[Item]) -> Grid | None:
+            try:
+                return sources.probe(step, self._source_values(items, None))
+            except CryodaskError:  # none of them can be read
+                return None
+
+        return misplaced(generation, self.items, lambda: self._grids(step, generation.key), look)
 
     def _probed(self, step: Step, known: dict[str, Grid]) -> dict[str, Grid]:
         """Sizes and types of what a source gives, by data set: as they are known, or from the first inputs that can be read."""

@@ -15,9 +15,10 @@ from cryodask.errors import InputError, ProjectFileError
 from cryodask.run import sources
 from cryodask.run.blocks import iterate_on_workers
 from cryodask.run.chain import Chain
-from cryodask.run.chains import ChainMaker, Target, chains_of
+from cryodask.run.chains import ChainMaker, Target
 from cryodask.run.checks import Asked, look_ahead
 from cryodask.run.data_sets import data_sets, keep_former
+from cryodask.run.groups import chains_of
 from cryodask.run.health import scheduler_needed
 from cryodask.run.imports import left_out_text, nothing_fits, rows_told
 from cryodask.run.inputs import SHARED_REASONS, StepInputs, particle_set, step_inputs, whole_values

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cryodask.run.graph_chain import is_pinned, label_of
-from cryodask.run.imports import ProjectImport
+from cryodask.run.project_import import ProjectImport
 from cryodask.run.recipe import Plan, Step
 from cryodask.run.refs import givers_of, parts_used
 from cryodask.store.project import Item

@@ -10,11 +10,12 @@ from typing import Any
 
 from cryodask.errors import CryodaskError
 from cryodask.run import sources
-from cryodask.run.chains import ChainMaker, Target, chains_of, stored_per_item
+from cryodask.run.chains import ChainMaker, Target, stored_per_item
 from cryodask.run.checks import Asked, look_ahead
 from cryodask.run.data_sets import data_sets, keep_former
 from cryodask.run.due import Known
 from cryodask.run.estimate import Estimator, Source
+from cryodask.run.groups import chains_of
 from cryodask.run.inputs import step_inputs
 from cryodask.run.keys import Keys
 from cryodask.run.people import check_choice, waiting
