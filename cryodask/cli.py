@@ -137,7 +137,7 @@ def _run(
         except ProjectFileError as error:
             if not as_json:
                 raise
-            typer.echo(json.dumps({"steps": [], "problems": [f"{error.what} {error.way_out}".strip()], "warnings": []}))
+            typer.echo(json.dumps({"steps": [], "problems": [error.problem], "warnings": []}))
             raise typer.Exit(2) from None
         _dry_run(drafted, asked, as_json=as_json, update=update)
         return

@@ -50,7 +50,7 @@ def look_ahead(plan: Plan, project: Project | None, listing: list[Arrival], aske
     try:
         settings = _settings(where)
     except CryodaskError as error:
-        out.problems.append(f"{error.what} {error.way_out}".strip())
+        out.problems.append(error.problem)
         settings = None
     out.warnings += _wrong_lane(settings, where, asked.lane)
     out.problems += _unknown_exposures(plan, project, listing)

@@ -81,7 +81,7 @@ def preview(plan: Plan, update: frozenset[str] = frozenset(), asked: Asked | Non
         out.problems += ahead.problems
         out.warnings += ahead.warnings
     except CryodaskError as error:
-        out.problems.append(f"{error.what} {error.way_out}".strip())
+        out.problems.append(error.problem)
         out.steps = blank
         return out
     if project is not None:
@@ -172,7 +172,7 @@ class _Looking:
                 else:
                     shown[step.label] = self._over_set(step)
         except CryodaskError as error:
-            self.out.problems.append(f"{error.what} {error.way_out}".strip())
+            self.out.problems.append(error.problem)
             for step in (s for s in group if s.label not in shown and s.label not in seen):
                 shown[step.label] = self._stale(step, "a run would be refused", None)
         failed: set[int] = set()
