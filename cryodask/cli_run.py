@@ -98,7 +98,7 @@ def _dry_run(project: Path, wanted: Wanted, *, as_json: bool) -> None:
     except ProjectFileError as error:
         if not as_json:
             raise
-        typer.echo(json.dumps({"steps": [], "problems": [f"{error.what} {error.way_out}".strip()], "warnings": []}))
+        typer.echo(json.dumps({"steps": [], "problems": [error.problem], "warnings": []}))
         raise typer.Exit(2) from None
     shown = preview(plan, wanted)
     if as_json:

@@ -51,6 +51,12 @@ class CryodaskError(Exception):
         super().__init__(what, usual_reason, way_out)
         self.what, self.usual_reason, self.way_out = what, usual_reason, way_out
 
+    @property
+    def problem(self) -> str:
+        """What happened and what to do, in one line."""
+        end = "" if self.what.endswith((".", "!", "?", ":")) else "."
+        return f"{self.what}{end} {self.way_out}".strip()
+
     def __str__(self) -> str:
         lines = [self.what]
         if self.usual_reason:

@@ -282,3 +282,52 @@ def test_only_the_exposures_of_the_set_that_changed_are_cut_again(folder, here, 
     # undone, all is found
     assert todo(ahead(folder, [one(), two()], steps)) == {}
     assert made(run(folder, here, [one(), two()], steps)) == first
+
+
+def processed(project: Project) -> tuple[set[str], set[str]]:
+    """Names of the exposures with particles, and of those that failed."""
+    return set(project.particles("toy_extract")["micrograph"].values), {f["name"] for f in project.failures()}
+
+
+def test_a_movie_of_another_size_has_its_place_in_a_set_of_its_own(tmp_path, here):
+    """What its message says to do is done; optics are those of the other set."""
+    for number in range(4):
+        movie(tmp_path, "d1", number, edge=20 if number == 3 else 16)
+    assert processed(run(tmp_path, here, [one()], STEPS[:4])) == ({"m000", "m001", "m002"}, {"m003"})
+    (tmp_path / "d2").mkdir()
+    (tmp_path / "d1" / "m003.mrc").rename(tmp_path / "d2" / "m003.mrc")
+    sets = [one(), {**two(), "microscope": optics()}]
+    assert todo(ahead(tmp_path, sets, STEPS[:4])) == dict.fromkeys(PER_EXPOSURE[:5], 1)
+    assert processed(run(tmp_path, here, sets, STEPS[:4])) == ({f"m00{n}" for n in range(4)}, set())
+
+
+@pytest.mark.parametrize("name", ["m009", "m003"], ids=["new", "known"])
+def test_a_movie_in_the_wrong_set_is_quarantined_as_from_scratch(tmp_path, here, name):
+    """Another set of the project has movies of its size; moved home it counts again."""
+    sets = [one(), {**two(), "microscope": optics()}]
+    for number in range(5):
+        movie(tmp_path, f"d{number // 3 + 1}", number, edge=16 if number < 3 else 20)
+    everything, _ = processed(run(tmp_path, here, sets, STEPS[:4]))
+    home, wrong = (tmp_path / place / f"{name}.mrc" for place in ("d2", "d1"))
+    if name not in everything:
+        movie(tmp_path, "d2", 9, edge=20)
+    home.rename(wrong)
+    assert todo(ahead(tmp_path, sets, STEPS[:4]))["ingest"] == 1
+    found = processed(run(tmp_path, here, sets, STEPS[:4]))
+    assert found == (everything - {name}, {name})
+    assert todo(ahead(tmp_path, sets, STEPS[:4])) == {}
+    shutil.rmtree(tmp_path / "toy")
+    assert processed(run(tmp_path, here, sets, STEPS[:4])) == found
+    wrong.rename(home)
+    assert processed(run(tmp_path, here, sets, STEPS[:4])) == (everything | {name}, set())
+
+
+def test_sets_of_two_sizes_that_swap_their_names_compute_nothing(tmp_path, here):
+    for number in range(4):
+        movie(tmp_path, f"d{number // 2 + 1}", number, edge=16 if number < 2 else 20)
+    before = made(run(tmp_path, here, [one(), two()], STEPS[:4]))
+    swapped = [one("two"), two("one")]
+    assert todo(ahead(tmp_path, swapped, STEPS[:4])) == {}
+    project = run(tmp_path, here, swapped, STEPS[:4])
+    assert renewed(before, project) == {}
+    assert project.failures() == []

@@ -75,7 +75,7 @@ def test_a_pooled_project_follows_its_source_that_forgets_an_exposure(folder, cl
     project, said = run(folder, client, pipeline, "pool")
     assert counts(project, "a", "classify2d") == [left, left]
     assert project.failures() == []
-    assert any("movie_0003" in line and "no particles of it now" in line for line in said)
+    assert any("movie_0003" in line and "no longer" in line for line in said)
     project = Project(folder / "p")
     project.forget_exposures(["movie_0003"], undo=True)
     everything = counts(run_plan(make_plan(folder / "p.yaml"), client), "extract")
@@ -118,9 +118,9 @@ def test_a_table_that_lost_a_micrograph_has_no_particles_there(folder, client):
     project, said = run(folder, client, pipeline, "w")
     assert counts(project, "import_particles", "classify2d") == [left, left]
     assert project.failures() == []
-    assert any("movie_0001" in line and "no particles of it now" in line for line in said)
+    assert any("movie_0001" in line and "no longer" in line for line in said)
     _, said = run(folder, client, pipeline, "w")
-    assert not any("no particles of it now" in line for line in said), "said once"
+    assert not any("no longer" in line for line in said), "said once"
 
 
 def test_an_exposure_that_fails_in_its_birth_has_no_particles_later(folder, client):
@@ -212,3 +212,34 @@ def test_a_value_of_another_number_of_dimensions_is_refused_at_the_commit(tmp_pa
         generation.commit(0, "m1", {"voltage_kv": np.zeros(0)})
     generation.commit(1, "m2", {"voltage_kv": 300.0})
     assert generation.table()["voltage_kv"].tolist() == [300.0]
+
+
+def exported(project: Project, folder: Path) -> dict[str, set[str]]:
+    """Names of the exposures in each part of an export."""
+    export_relion(project, folder)
+    found = {
+        name: {p.stem for p in (folder / name).iterdir()} for name in ("micrographs", "motion", "coordinates") if (folder / name).is_dir()
+    }
+    tables = {"micrographs_ctf": read_micrographs(folder / "micrographs_ctf.star"), "particles": read_particles(folder / "particles.star")}
+    return found | {name: {Path(str(m)).stem for m in table["micrograph_name"]} for name, table in tables.items()}
+
+
+def test_an_export_has_the_exposures_of_its_particles_only(folder, client):
+    selected = [*PICKED[:3], {"select_exposures": {"leave_out": ["movie_0002"]}}, PICKED[3]]
+    found = exported(run(folder, client, selected, "p", movies=True)[0], folder / "selected")
+    assert len(found) == 5
+    assert all(names == {"movie_0001", "movie_0003", "movie_0004"} for names in found.values())
+
+
+def test_a_union_is_exported_with_the_micrographs_of_all_its_sources(folder, client):
+    """One source has forgotten what the other one has."""
+    write(folder, PICKED, "other")
+    shutil.copytree(folder / "p", folder / "other")
+    forget(folder, client, "movie_0003")
+    Project(folder / "other").forget_exposures(["movie_0001"])
+    run_plan(make_plan(folder / "other.yaml"), client)
+    pipeline = [{f"import_project as {n}": {"project": p, "step": "extract"}} for n, p in (("a", "p"), ("b", "other"))]
+    pipeline += [{"merge": {"nearer_than_angstrom": 90, "from": {"particles": ["a", "b"]}}}, CLASSES]
+    found = exported(run(folder, client, pipeline, "pool")[0], folder / "union")
+    assert found.keys() == {"micrographs", "coordinates", "micrographs_ctf", "particles"}
+    assert all(names == {f"movie_000{n}" for n in range(1, 5)} for names in found.values())

@@ -13,7 +13,7 @@ import numpy as np
 
 from cryodask.errors import InputError, MicrographError
 from cryodask.run.devices import make_ready
-from cryodask.run.due import due, joined
+from cryodask.run.due import Said, due, joined, said_of
 from cryodask.run.grids import brings_movies, mark
 from cryodask.run.imports import Import
 from cryodask.run.refs import INPUTS, PARTICLES
@@ -86,13 +86,12 @@ class Brief:
 class Chain:
     """A job of the map runner.
 
-    ``constants`` are what the exposures of a data set share (optics), ``gains`` its gain reference, mapped from its file. Paths
-    of inputs are relative to ``home``. ``earlier`` are
-    steps before the chain from which it reads. ``slices`` are
-    the particles of each link that is given some from elsewhere, ``expected`` the digests of all slices as the project stands now,
-    ``book`` the birth tables that exposures ever had, ``imports`` what other programs say of them. These four stay in the driver.
-    ``epoch`` is the driver's: what its workers commit is void once it was overtaken.
-    ``grids`` are the sizes and types of the movies of each data set, where the chain brings movies.
+    ``constants`` are what the exposures of a data set share (optics), ``gains`` its gain reference, mapped from its file, ``grids`` the
+    size and type of its movies where the chain brings some. Paths of inputs are relative to ``home``. ``earlier`` are steps before the
+    chain from which it reads. ``slices`` are the particles of each link that is given some from elsewhere, ``expected`` the digests of
+    all slices as the project stands now, ``book`` the birth tables that exposures ever had, ``imports`` what other programs say of
+    them, and ``origins`` what other projects gave them that a link reads. These five stay in the driver. ``epoch`` is the driver's:
+    what its workers commit is void once it was overtaken.
     """
 
     links: tuple[Link, ...]
@@ -105,41 +104,46 @@ class Chain:
     book: BirthBook | None = None
     imports: dict[str, Import] = field(default_factory=dict)
     epoch: int = 0
+    origins: dict[str, Said] = field(default_factory=dict)
     grids: dict[str, Grid] = field(default_factory=dict)
     _read: dict[str, Generation] = field(default_factory=dict)
     _fresh: dict[str, dict[int, Record]] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        here = ("_read", "_fresh", "slices", "expected", "imports")
+        here = ("_read", "_fresh", "slices", "expected", "imports", "origins")
         return {**self.__dict__, **{name: {} for name in here}, "book": None}
 
     # --- in the driver ----------------------------------------------------------------------------------------------------------
     def unfinished(self, items: list[Item], *, retry_quarantined: bool = False) -> list[Item]:
-        """Items that are not committed in every stage, and not quarantined in one (unless asked to try those again)."""
-        done, failed = self._done(items)
-        if retry_quarantined:
-            return [item for item in items if done.get(item.row, 0) < len(self.links)]
-        return [item for item in items if done.get(item.row, 0) < len(self.links) and item.row not in failed]
+        """Items that are not committed in every stage, and not quarantined in the first that lacks them (unless asked to retry)."""
+        lacking, failed = self._lacking(items)
+        return [item for item in items if item.row in lacking and (retry_quarantined or item.row not in failed)]
 
     def quarantined(self, items: list[Item]) -> int:
         """How many of the items are quarantined in one of the stages."""
-        return len(self._done(items)[1])
+        return len(self._lacking(items)[1])
 
-    def _done(self, items: list[Item]) -> tuple[dict[int, int], set[int]]:
-        """In how many stages each row is done with its present input and particles, and the rows that are quarantined in one."""
-        done: dict[int, int] = {}
+    def _lacking(self, items: list[Item]) -> tuple[set[int], set[int]]:
+        """Rows that are not done in every stage with their present input and particles; those that failed in the first that lacks them.
+
+        A failure in a later stage says nothing while an earlier one is to be done: its input will be another one.
+        """
+        lacking: set[int] = set()
         failed: set[int] = set()
+        rows = {item.row for item in items}
         for link in self.links:
             records = self._journals(link).records()
             here, bad = settled(records, self.due(link, [item for item in items if item.row in records]))
-            failed |= bad
-            for row in here:
-                done[row] = done.get(row, 0) + 1
-        return done, failed
+            failed |= bad - lacking
+            lacking |= rows - here
+        return lacking, failed
 
     def due(self, link: Link, items: Iterable[Item]) -> dict[int, Made]:
         """What the result of each item has to be made from in a link, as the project stands now."""
-        return due(items, link.recipes, self.expected[link.label] if link.takes_particles else None, self.imports.get(link.label))
+        return due(items, link.recipes, self.expected[link.label] if link.takes_particles else None, *self._said(link.label))
+
+    def _said(self, label: str) -> tuple[Said | None, Said | None]:
+        return self.imports.get(label), self.origins.get(label)
 
     def quarantine(self, item: Item, error: str, message: str, tries: int) -> None:
         """Record the failure with the first stage that lacks the item; a result from other particles counts no more.
@@ -191,7 +195,7 @@ class Chain:
             particles = self._particles(link, item, Brief(records), values, records)
         except MicrographError:  # the birth itself is not done
             return made
-        said = self.imports[link.label].digest(item) if link.label in self.imports else None
+        said = said_of(item, *self._said(link.label))
         return made._replace(slice=joined(slice_digest(particles), said)) if particles is not None else made
 
     def brief(self, item: Item, again: bool) -> Brief:
@@ -213,7 +217,8 @@ class Chain:
                 claimed = self.imports[link.label].claims() if link.label in self.imports else frozenset[int]()
                 births[link.label] = self.book.at(item.row, link.birth.number, claimed, again=again or item.revision > 0)
         values = {label: given.values(item) for label, given in self.imports.items()}
-        digests = {label: given.digest(item) for label, given in self.imports.items()}
+        said = {link.label: said_of(item, *self._said(link.label)) for link in self.links}
+        digests = {label: digest for label, digest in said.items() if digest is not None}
         return Brief(records, slices, births, values, digests)
 
     @staticmethod

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ from cryodask.run import sources
 from cryodask.run.chain import Chain, Link
 from cryodask.run.due import Known, due, known
 from cryodask.run.graph_chain import is_pinned, label_of
-from cryodask.run.grids import brings_movies, known_grids, mark, stored_marks
-from cryodask.run.imports import Import, PicksImport, ProjectImport, imports_of
+from cryodask.run.grids import brings_movies, known_grids, misplaced
+from cryodask.run.imports import Import, PicksImport, imports_of
 from cryodask.run.inputs import exposure_rows
 from cryodask.run.keys import Keys
+from cryodask.run.origins import Origins, origins_of
+from cryodask.run.project_import import ProjectImport
 from cryodask.run.recipe import Plan, Step
 from cryodask.run.refs import INPUTS, PARTICLES, Refer, parts_used, pinned_place, stage_of, variable_sources
 from cryodask.run.slices import Slices
@@ -31,54 +33,6 @@ from cryodask.store.history import births_on_disk, generation_folders
 from cryodask.store.layouts import Grid
 from cryodask.store.project import Item, Project
 from cryodask.vocabulary import SLOTS, VARIABLES
-
-
-def chains_of(plan: Plan, steps: Sequence[Step]) -> Iterator[list[Step]]:
-    """Consecutive per-exposure steps as one chain, others alone.
-
-    A step that is given particles of which a step of the chain has cut or selected some begins a new chain: which these are is known
-    only when that step is done. So does a step on exposures of other sources.
-    """
-    chain: list[Step] = []
-    for step in steps:
-        if step.stage.shape != "map" or _waits_for(plan, step, chain) or (chain and _sources_of(step) != _sources_of(chain[0])):
-            if chain:
-                yield chain
-            chain = []
-        if step.stage.shape != "map":
-            yield [step]
-        else:
-            chain.append(step)
-    if chain:
-        yield chain
-
-
-def _sources_of(step: Step) -> frozenset[str]:
-    """Where the exposures of a step come from."""
-    exposures = next(iter(step.inputs.get("exposures", ())), None) or step.outputs.get(("exposures", "exposures"))
-    return exposures.sources if exposures is not None else frozenset()
-
-
-def _waits_for(plan: Plan, step: Step, chain: list[Step]) -> bool:
-    here = {s.label for s in chain}
-    for product in step.inputs.get("particles", ()):
-        given = (product.ids, *(product.parts[p] for p in product.parts if p in _used(step)))
-        refs = {label_of(ref) for ref in given if not is_pinned(ref)}
-        if any(label in here and not _is_pure_birth(plan.graph.step(label)) for label in refs):
-            return True
-        if len(refs & here) and not refs <= here:
-            return True
-    return False
-
-
-def _is_pure_birth(step: Step) -> bool:
-    """Whether the particles of a step are all born in it: then a worker knows them as soon as it has the exposure."""
-    return step.stage.gives_birth(step.params) and not step.inputs.get("particles")
-
-
-def _used(step: Step) -> tuple[str, ...]:
-    port = step.stage.port("particles")
-    return parts_used(step, port) if port is not None else ()
 
 
 @dataclass(frozen=True)
@@ -101,6 +55,7 @@ class ChainMaker:
     gains: dict[str, Path]
     update: frozenset[str]
     adopt: Callable[[Step, Target], None]
+    _projects: dict[str, ProjectImport] = field(default_factory=dict)
 
     def chain(self, steps: list[Step]) -> Chain:
         """The chain, ready to be sent."""
@@ -127,6 +82,7 @@ class ChainMaker:
             book=BirthBook(self.project),
             imports=self.imports(steps),
             epoch=holder.epoch if holder is not None else 0,
+            origins={step.label: found for step in steps if (found := self.origins(step)) is not None},
             grids=movies,
         )
 
@@ -250,25 +206,14 @@ class ChainMaker:
         """Rows whose movie is not of the size that its data set has now, and rows that failed in a data set of another size."""
         if not brings_movies(step.stage):
             return set()
-        stored = stored_marks(generation)
-        failed = {row: record["grid"] for row, record in generation.table(()).failures.items() if "grid" in record}
-        known = self._grids(step, generation.key) if stored or failed else {}
-        alike: dict[str, list[Item]] = {}
-        for item in self.items if failed else ():
-            alike.setdefault(item.data_set, []).append(item)
-        out = set()
-        for item in self.items:
-            was = stored.get(item.row) or failed.get(item.row)
-            if was is None:
-                continue
-            if item.data_set not in known and item.row in failed:
-                try:
-                    known[item.data_set] = sources.probe(step, self._source_values(alike[item.data_set], None))
-                except CryodaskError:  # none of them can be read
-                    continue
-            if item.data_set in known and mark(known[item.data_set]) != was:
-                out.add(item.row)
-        return out
+
+        def look(items: list[Item]) -> Grid | None:
+            try:
+                return sources.probe(step, self._source_values(items, None))
+            except CryodaskError:  # none of them can be read
+                return None
+
+        return misplaced(generation, self.items, lambda: self._grids(step, generation.key), look)
 
     def _probed(self, step: Step, known: dict[str, Grid]) -> dict[str, Grid]:
         """Sizes and types of what a source gives, by data set: as they are known, or from the first inputs that can be read."""
@@ -345,6 +290,16 @@ class ChainMaker:
                 one.claims()  # its births are numbered now, so that the numbers are saved before work begins
         return found
 
+    def origins(self, step: Step) -> Origins | None:
+        """What other projects gave the exposures of a step that it reads; None where it reads nothing of that kind."""
+        found = origins_of(self.plan, step)
+        labels = {label for _, some in found for label in some}
+        if not labels:
+            return None
+        for one in (self.plan.graph.step(label) for label in labels - self._projects.keys()):
+            self._projects[one.label] = ProjectImport(one, self.project)
+        return Origins([(part, tuple(self._projects[label] for label in some)) for part, some in found])
+
     def _source_values(self, items: list[Item], imported: Import | None) -> Iterator[dict[str, Any]]:
         for item in items:
             constants = self.project.state.constants.get(item.data_set, {})
@@ -399,7 +354,7 @@ class ChainMaker:
         ``lacking`` are the rows that steps before it have yet to do, whose particles are not known; the step's own are put in.
         """
         given = self.slices(step) if PARTICLES in variable_sources(self.plan, step).values() else None
-        asked = due(items, recipes, given, self.imports([step]).get(step.label))
+        asked = due(items, recipes, given, self.imports([step]).get(step.label), self.origins(step))
         if given is not None:
             before = {label_of(ref) for p in step.inputs.get("particles", ()) for ref in (p.ids, *p.parts.values())}
             unsettled = {row for label in before for row in lacking.get(label, ())}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from cryodask.run.imports import Import
 from cryodask.run.slices import Slices
 from cryodask.store.generation import Generation
 from cryodask.store.history import generation_folders
@@ -14,7 +14,20 @@ from cryodask.store.made import Made, settled, settled_in
 from cryodask.store.project import Item, Project
 
 
-def due(items: Iterable[Item], recipes: Mapping[str, str], given: Slices | None, imported: Import | None) -> dict[int, Made]:
+class Said(Protocol):
+    """Something that says more of an exposure: an import, or what another project gave it before."""
+
+    def digest(self, item: Item) -> str:
+        """Changes when what is said of this exposure changes."""
+        ...
+
+
+def said_of(item: Item, *said: Said | None) -> str | None:
+    """Digest of all that is said of an exposure; None where nothing is."""
+    return "-".join(one.digest(item) for one in said if one is not None) or None
+
+
+def due(items: Iterable[Item], recipes: Mapping[str, str], given: Slices | None, *said: Said | None) -> dict[int, Made]:
     """What the result of each item has to be made from, as the project stands now.
 
     Parameters
@@ -24,15 +37,15 @@ def due(items: Iterable[Item], recipes: Mapping[str, str], given: Slices | None,
         The recipe of the step for each data set.
     given : Slices or None
         The particles that the step is given; None where it takes none.
-    imported : Import or None
-        What an import says of the exposures; None where the step is none.
+    *said : Said or None
+        What an import says of the exposures, and what other projects gave them that the step reads.
     """
     items = list(items)
     slices: dict[int, str] | None = given.digests(item.row for item in items) if given is not None else None
     out = {}
     for item in items:
-        said = imported.digest(item) if imported is not None else None
-        out[item.row] = Made(item.fingerprint, recipes.get(item.data_set), said if slices is None else joined(slices[item.row], said))
+        more = said_of(item, *said)
+        out[item.row] = Made(item.fingerprint, recipes.get(item.data_set), more if slices is None else joined(slices[item.row], more))
     return out
 
 

@@ -15,9 +15,10 @@ from cryodask.run import sources
 from cryodask.run.backlog import Backlog
 from cryodask.run.blocks import iterate_on_workers
 from cryodask.run.chain import Chain
-from cryodask.run.chains import ChainMaker, Target, chains_of
+from cryodask.run.chains import ChainMaker, Target
 from cryodask.run.data_sets import data_sets, keep_former
 from cryodask.run.events import Events, ExposureArrived, Iteration, Stalled, StepFinished, StepStarted
+from cryodask.run.groups import chains_of
 from cryodask.run.health import Watch, scheduler_needed
 from cryodask.run.imports import left_out_text, nothing_fits, rows_told
 from cryodask.run.inputs import SHARED_REASONS, StepInputs, particle_set, step_inputs, whole_values

@@ -95,6 +95,7 @@ def _without_part(chain: Chain, draft: Draft, port: Port, product: Product, part
 
 def check_step(chain: Chain, draft: Draft, outputs: Sequence[Output]) -> None:
     """Refuse sources that do not fit each other, then ask the stage's own check."""
+    _check_movies_come_once(chain, draft)
     _check_frames_of_poses(chain, draft)
     _check_frame_of_mask(chain, draft)
     _check_frame_of_model(draft, outputs)
@@ -104,6 +105,13 @@ def check_step(chain: Chain, draft: Draft, outputs: Sequence[Output]) -> None:
         for sentence in draft.stage.check(draft.params, inputs):
             raise WrongStep(f"{draft.label}: {sentence}")
     _check_union(chain, draft, outputs)
+
+
+def _check_movies_come_once(chain: Chain, draft: Draft) -> None:
+    """All movies of `inputs` come in by one step."""
+    first = next((s for s in chain.steps if s.stage is draft.stage), None)
+    if first is not None and not draft.stage.ports and "movie" in draft.stage.gives:
+        raise WrongStep(f"{draft.label}: all movies of inputs come in by {first.label} already. Remove this step.")
 
 
 def _check_frames_of_poses(chain: Chain, draft: Draft) -> None:

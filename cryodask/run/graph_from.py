@@ -23,8 +23,10 @@ def check_form(label: str, stage: Stage, wanted: Any) -> None:
         return
     ports = [p.name for p in stage.ports]
     if isinstance(wanted, (list, tuple)):
-        lists = [p.name for p in stage.ports if p.many] or ports[:1] or ["input"]
-        raise WrongStep(f"{label}: from is a list; write from: STEP or from: {{{lists[0]}: {written(wanted)}}}.")
+        lists = [p.name for p in stage.ports if p.many]
+        one_step = written(wanted[0]) if len(wanted) == 1 else "STEP"
+        several = f" or from: {{{lists[0]}: {written(wanted)}}}" if lists else ""
+        raise WrongStep(f"{label}: from is a list; write from: {one_step}{several}.")
     if not isinstance(wanted, Mapping):
         raise WrongStep(f"{label}: from is {shown(wanted)}; write from: STEP or from: {{input: STEP}}.")
     for name in wanted:
@@ -80,6 +82,8 @@ def _fill_port(chain: Chain, draft: Draft, port: Port, value: Any, later: Collec
                 f"{where}: {len(sources)} sources are given; {draft.stage.name} takes one set. Merge them first:  "
                 f"- merge: {{from: {{particles: {written(value)}}}}}"
             )
+        if len(sources) == 1:
+            raise WrongStep(f"{where} is a list; write from: {{{port.name}: {written(sources[0])}}}.")
         raise WrongStep(f"{where}: {len(sources)} sources are given; {draft.stage.name} takes one.")
     if not sources:
         raise WrongStep(f"{where} is an empty list. Say from: {{{port.name}: [STEP, STEP]}}.")

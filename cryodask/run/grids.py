@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from cryodask.stage import Stage
 from cryodask.store.generation import Generation
@@ -68,3 +68,38 @@ def known_grids(generations: Iterable[Generation], items: Iterable[Item]) -> dic
                 counts.setdefault(data_sets.pop(row), Counter())[text] += 1
     usual = {name: count.most_common(1)[0][0] for name, count in counts.items()}
     return {name: grids[text] for name, text in usual.items() if text in grids}
+
+
+def misplaced(
+    generation: Generation, items: Iterable[Item], known: Callable[[], dict[str, Grid]], look: Callable[[list[Item]], Grid | None]
+) -> set[int]:
+    """Rows whose stored movie is not like those of its data set now, and rows that failed in a data set of another size.
+
+    Parameters
+    ----------
+    generation : Generation
+        Of a stage that brings movies.
+    items : iterable of Item
+        All exposures.
+    known : callable ``() -> grids``
+        As :func:`known_grids` has them; called only if there is something to compare.
+    look : callable ``(items) -> grid or None``
+        What the files of a data set have of which no movie is stored.
+    """
+    stored = stored_marks(generation)
+    failed = {row: record["grid"] for row, record in generation.table(()).failures.items() if "grid" in record}
+    if not stored and not failed:
+        return set()
+    grids: dict[str, Grid | None] = {**known()}
+    alike: dict[str, list[Item]] = {}
+    for item in items:
+        alike.setdefault(item.data_set, []).append(item)
+    out = set()
+    for name, some in alike.items():
+        if name not in grids and any(item.row in failed for item in some):
+            grids[name] = look(some)
+        grid = grids.get(name)
+        if grid is not None:
+            usual = mark(grid)
+            out |= {item.row for item in some if (stored.get(item.row) or failed.get(item.row) or usual) != usual}
+    return out

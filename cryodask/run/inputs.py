@@ -142,8 +142,8 @@ def particle_set(project: Project, inputs: StepInputs) -> StoredParticles:
     if len(pixels) > 1 and pixels[-1] > 1.0005 * pixels[0]:
         raise InputError(
             f"The particles of step {label} have images of {' and '.join(f'{p:g}' for p in pixels)} A per pixel.",
-            "their exposures have several pixel sizes, and extract was given a box in pixels",
-            "give extract box_angstrom and pixel_size_angstrom",
+            "their exposures have several pixel sizes, and extract was given a box in pixels; or a table has several optics groups",
+            "give extract box_angstrom and pixel_size_angstrom; import each pixel size from a table of its own",
         )
     columns["micrograph"] = row_of(inputs.ids)
     columns.setdefault("half_set", np.zeros(len(inputs.ids), np.int8))

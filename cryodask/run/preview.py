@@ -10,11 +10,12 @@ from typing import Any
 
 from cryodask.errors import CryodaskError
 from cryodask.run import sources
-from cryodask.run.chains import ChainMaker, Target, chains_of, stored_per_item
+from cryodask.run.chains import ChainMaker, Target, stored_per_item
 from cryodask.run.checks import look_ahead
 from cryodask.run.data_sets import data_sets, keep_former
 from cryodask.run.due import Known
 from cryodask.run.estimate import Estimator, Source
+from cryodask.run.groups import chains_of
 from cryodask.run.inputs import step_inputs
 from cryodask.run.keys import Keys
 from cryodask.run.people import check_choice, waiting
@@ -87,7 +88,7 @@ def preview(plan: Plan, wanted: Wanted | None = None) -> Preview:
         out.problems += ahead.problems
         out.warnings += ahead.warnings
     except CryodaskError as error:
-        out.problems.append(f"{error.what} {error.way_out}".strip())
+        out.problems.append(error.problem)
         out.steps = blank
         return out
     if project is not None:
@@ -181,10 +182,14 @@ class _Looking:
                 else:
                     shown[step.label] = self._over_set(step)
         except CryodaskError as error:
-            self.out.problems.append(f"{error.what} {error.way_out}".strip())
+            self.out.problems.append(error.problem)
             for step in (s for s in group if s.label not in shown and s.label not in seen):
                 shown[step.label] = self._stale(step, "a run would be refused", None)
-        failed = {row for one in seen.values() for row in one.known.failed}
+        failed: set[int] = set()
+        before: set[int] = set()
+        for label, one in seen.items():  # a failure says nothing while an earlier step of the exposure is to be done
+            failed |= one.known.failed - before
+            before |= self.lacking[label]
         shown |= {label: self._per_exposure(self.plan.graph.step(label), one, failed) for label, one in seen.items()}
         return [shown[step.label] for step in group]
 
@@ -253,8 +258,9 @@ class _Looking:
         exists = (generation.path / "zarr.json").exists()
         why = self._why(step) if not exists else "unfinished"
         self._adopt(step, Target(key, version, {}))
-        if not exists:
+        if not exists or not generation.committed():
             check_images(self.project, inputs)
+        if not exists:
             self._foresee(Foreseen(generation.path, {"per_item": False, "gives": [], "version": version}, {}))
         if not exists or not generation.committed():
             return self._stale(step, why, count)

@@ -184,7 +184,7 @@ def parse(where: str) -> ast.expr:
         _check(tree)
     except SyntaxError as error:
         near = f" near {text[max(error.offset - 6, 0) : error.offset + 6]!r}" if error.offset else ""
-        raise ValueError(f"where: {text!r} is not an expression: {error.msg}{near}") from error
+        raise ValueError(f"{text!r} is not an expression: {error.msg}{near}") from error
     except (RecursionError, MemoryError) as error:
         raise ValueError("where is nested too deeply") from error
     return tree
@@ -207,13 +207,13 @@ def _operands(node: ast.expr) -> list[ast.expr]:
     match node:
         case ast.Name(id=name):
             if name in _FUNCTIONS:
-                raise ValueError(f"where: {name} is a function; write {name}(column)")
+                raise ValueError(f"{name} is a function; write {name}(column)")
             return []
         case ast.Constant(value=value):
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ValueError(f"where: {value!r} is not a number")
+                raise ValueError(f"{value!r} is not a number")
             if abs(value) > 1e300:
-                raise ValueError("where: a number is too large")
+                raise ValueError("a number is too large")
             return []
         case ast.BoolOp(values=values):
             return values
@@ -226,22 +226,22 @@ def _operands(node: ast.expr) -> list[ast.expr]:
             for comparison, other in zip(ops, others):
                 if isinstance(comparison, (ast.In, ast.NotIn)):
                     if not isinstance(other, ast.Tuple) or not other.elts:
-                        raise ValueError(f"where: after `in` stands a list of values, say (1, 3) or (1,), not {ast.unparse(other)}")
+                        raise ValueError(f"after `in` stands a list of values, say (1, 3) or (1,), not {ast.unparse(other)}")
                     out += other.elts
                 elif type(comparison) in _COMPARISONS:
                     out.append(other)
                 else:
-                    raise ValueError(f"where: {ast.unparse(node)} uses `is`; write ==")
+                    raise ValueError(f"{ast.unparse(node)} uses `is`; write ==")
             return _only_at_the_end(out, ops, node)
         case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in _FUNCTIONS and not isinstance(argument, ast.Starred):
             return [argument]
-    raise ValueError(f"where: {ast.unparse(node)} is not allowed; an expression is made of {_LANGUAGE}")
+    raise ValueError(f"{ast.unparse(node)} is not allowed; an expression is made of {_LANGUAGE}")
 
 
 def _only_at_the_end(operands: list[ast.expr], ops: list[ast.cmpop], node: ast.expr) -> list[ast.expr]:
     """A tuple is no number: `in` may only end a chain of comparisons."""
     if any(isinstance(op, (ast.In, ast.NotIn)) for op in ops[:-1]):
-        raise ValueError(f"where: nothing can be compared with the list in {ast.unparse(node)}; join comparisons with `and`")
+        raise ValueError(f"nothing can be compared with the list in {ast.unparse(node)}; join comparisons with `and`")
     return operands
 
 
@@ -325,7 +325,7 @@ def _value(node: ast.expr, columns: Mapping[str, np.ndarray]) -> Any:
             return _compared(left, ops, others, columns)
         case ast.Call(func=ast.Name(id=name), args=[argument]):
             return _FUNCTIONS[name](_number(_value(argument, columns)))
-    raise ValueError(f"where: {ast.unparse(node)} is not allowed")
+    raise ValueError(f"{ast.unparse(node)} is not allowed")
 
 
 def _compared(left: ast.expr, ops: list[ast.cmpop], others: list[ast.expr], columns: Mapping[str, np.ndarray]) -> Any:

@@ -92,11 +92,20 @@ def as_stored(var: Var, layout: Layout, value: Any, name: str) -> Any:
     MicrographError
         Where it does not fit the layout.
     """
-    if not _has_shape(var, value, layout):
+    boxes = var.dims[0] == "slot"
+    if boxes and len(value) > layout.shape[0]:
         raise MicrographError(
-            f"{var.name} of {name} has shape {tuple(value.shape)}, not {layout.shape} as most of its data set.",
-            "movies of different cameras, binnings or frame numbers in one folder, or more than 4096 picks",
-            "name them as a data set of their own under `inputs`",
+            f"{name} has {len(value):,} particles; an exposure can hold {layout.shape[0]:,}.",
+            "a threshold that accepts noise, or a table whose rows all name one micrograph",
+            "raise the threshold, or import the images of each micrograph under its name",
+        )
+    if not _has_shape(var, value, layout):
+        shapes = (tuple(value.shape)[boxes:], layout.shape[boxes:])
+        found, usual = (" x ".join(map(str, shape)) for shape in shapes)
+        raise MicrographError(
+            f"{var.name} of {name} is {found}, not {usual} as most of its {'table' if boxes else 'data set'}.",
+            "images of several boxes in one table" if boxes else "movies of different cameras, binnings or frame numbers in one folder",
+            "import each size from a table of its own" if boxes else "name them as a data set of their own under `inputs`",
         )
     if not _has_type(value, layout):
         raise MicrographError(

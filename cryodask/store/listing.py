@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from cryodask.errors import InputError
 
 _WHERE_AND_WHEN = ("size", "mtime", "stat", "source", "data_set")
+_FILES = ("movie_path", "micrograph_path")
 _SHOWN = 3
 _ENCODER = json.JSONEncoder(sort_keys=True)
 
@@ -195,7 +196,8 @@ class Comparison:
             item = old.item
             if item.content in self.names or item.name in self.placed:
                 continue
-            gone = row not in keep
+            # what an import names is nothing beside it; the results of a file of one's own stay
+            gone = row not in keep or not _has_a_file(item)
             entry = Entry(replace(item, there=False) if item.there else item, gone, old.forgotten)
             if entry != old:
                 self.changed[row] = entry
@@ -204,8 +206,13 @@ class Comparison:
                 lost += gone
         if left:
             was = "it was" if len(left) == 1 else "they were"
-            stay = f"the results of {len(left) - lost} stay, {lost} had none and no longer count" if lost else "the results stay"
+            stay = f"the results of {len(left) - lost} stay, {lost} no longer count" if lost else "the results stay"
             self.said.append(f"{_are(left)} no longer where {was} ({_some(left)}): {stay}")
+
+
+def _has_a_file(item: Item) -> bool:
+    """Whether an exposure is a movie or a micrograph, not only what a table or another project speaks of."""
+    return any(name in item.inputs for name in _FILES) or "source" not in item.inputs
 
 
 def _by_name(listing: list[Arrival]) -> dict[str, Arrival]:
