@@ -139,6 +139,52 @@ def test_killed_ten_times_in_map_and_block_stages_and_resumed_gives_the_same_bit
     assert len(chaos.log) >= 10
 
 
+def test_a_run_that_was_stopped_and_overtaken_ends_with_its_own_status_and_changes_no_bit(session, cluster, undisturbed, tmp_path):
+    folder = prepared(session, tmp_path, cluster)
+    drivers: list[subprocess.Popen[bytes]] = []
+
+    def start() -> subprocess.Popen[bytes]:
+        with open(folder / f"said-{len(drivers)}", "wb") as said:
+            drivers.append(subprocess.Popen(COMMAND, cwd=folder, stdout=said, stderr=said))
+        return drivers[-1]
+
+    def wait(condition) -> None:
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert [driver.poll() for driver in drivers] == [None] * len(drivers)
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def holder() -> dict:
+        try:
+            return json.loads((folder / "tiny" / "driver.lock").read_text())
+        except (OSError, ValueError):
+            return {}
+
+    try:
+        first = start()
+        wait(lambda: place(folder) == "map")
+        first.send_signal(signal.SIGSTOP)
+        stopped = holder()
+        assert stopped["pid"] == first.pid
+        second = start()
+        # the first taking only tries whether anything may be written
+        wait(lambda: holder().get("pid") == second.pid and holder()["epoch"] >= stopped["epoch"] + 2)
+        first.send_signal(signal.SIGCONT)
+        assert first.wait(60) == 5
+        assert second.wait(300) == 0
+    finally:
+        for driver in drivers:
+            driver.kill()
+            driver.wait()
+    told = (folder / "said-0").read_text()
+    assert "TakenOverError: " in told
+    assert "Traceback" not in told
+    assert failures(folder) == []
+    assert contents(folder) == undisturbed
+    assert [p for p in Project(folder / "tiny").verify() if "harmless" not in p] == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["map", "blocks"])
 def test_a_scheduler_that_is_gone_ends_the_driver_with_the_reason_and_the_next_run_goes_on(where, session, undisturbed, tmp_path):

@@ -185,15 +185,15 @@ def test_a_beat_at_the_last_moment_is_enough(folder, clock):
 def test_an_observer_that_was_itself_stopped_does_not_take_that_for_the_silence_of_the_driver(folder, clock, monkeypatch):
     with Driver(folder, apart=True) as first:
         first.says()
-        look = ProjectLock._look
+        look, looks = ProjectLock._look, []
 
         def stopped_after(self, at_least=0):
-            seen = look(self, at_least)
+            looks.append(look(self, at_least))
             clock.seconds += 60
-            return seen
+            return looks[-1]
 
         monkeypatch.setattr(ProjectLock, "_look", stopped_after)
-        clock.meanwhile = lambda: time.sleep(3)
+        clock.meanwhile = lambda: time.sleep(3 if len(looks) > 1 else 0)
         with pytest.raises(LockedError), Project(folder).lock():
             pass
 
@@ -506,6 +506,44 @@ def test_of_many_drivers_that_start_at_the_same_moment_one_at_a_time_has_the_pro
     epochs = sorted(int(line.split()[0]) for line in lines)
     assert [line for line in lines if not line.endswith("alone")] == []
     assert len(epochs) == len(set(epochs)) == 12
+
+
+def test_a_driver_that_is_stopped_while_it_takes_the_lock_and_overtaken_gives_way(folder, monkeypatch):
+    show, others = ProjectLock._show, []
+
+    def late(self) -> None:
+        if not others:
+            others.append(Driver(folder, force=True))
+            assert others[0].says() == "held 3"
+        show(self)
+
+    monkeypatch.setattr(ProjectLock, "_show", late)
+    try:
+        with pytest.raises(LockedError), Project(folder).lock():
+            pass
+        assert others[0].ask("write") == "wrote"
+        assert json.loads((folder / "driver.lock").read_text())["epoch"] == 3
+    finally:
+        others[0].__exit__()
+
+
+def test_a_project_that_is_being_made_is_not_made_by_another_driver(tmp_path, monkeypatch):
+    code = """
+import sys
+from cryodask.store.project import Project
+project = Project.create(sys.argv[1], "p")
+project.state.removed["by the other"] = 1.0
+project.save()
+"""
+    said = []
+
+    def meanwhile(folder) -> dict[str, int]:
+        said.append(subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False).stderr)
+        return {}
+
+    monkeypatch.setattr("cryodask.store.history.births_on_disk", meanwhile)
+    Project.create(tmp_path / "p", "p")
+    assert "LockedError" in said[0]
 
 
 def test_drivers_that_make_a_project_at_the_same_moment_lose_nothing_of_each_other(tmp_path):
