@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from cryodask.errors import InputError, MicrographError
-from cryodask.run.devices import make_ready
+from cryodask.programs import Program
+from cryodask.run.devices import on_device
 from cryodask.run.due import due, joined
 from cryodask.run.imports import Import
 from cryodask.run.refs import INPUTS, PARTICLES
@@ -35,7 +36,7 @@ class Link:
     ``source`` says of each variable: ``inputs``, ``particles``, or the label of the step that gives it. ``whole`` are variables of maps and
     masks, the same for every exposure. ``within`` is the step of this chain in which the particles are born that the stage is given
     (empty: they are sent along), ``threshold`` what settles which of them are accepted. ``birth``: particles are born here. ``recipes``
-    say how each data set is processed.
+    say how each data set is processed. ``programs`` are those that the stage runs, with the versions in its key.
     """
 
     label: str
@@ -48,6 +49,7 @@ class Link:
     threshold: Any = None
     birth: Birth | None = None
     recipes: dict[str, str] = field(default_factory=dict)
+    programs: dict[Program, str] = field(default_factory=dict)
 
     @property
     def stage(self) -> Stage:
@@ -222,7 +224,6 @@ class Chain:
     # --- in a worker --------------------------------------------------------------------------------------------------------------
     def run(self, item: Item, brief: Brief, device: str, attempt: int) -> None:
         """Process and commit one item: the stages that have it already are read, not repeated."""
-        make_ready(device)
         values: dict[str, Any] = {**self.constants.get(item.data_set, {}), **self._inputs(item)}
         records = dict(brief.records)
         fresh: list[tuple[dict[str, Any], bool]] = []
@@ -238,7 +239,8 @@ class Chain:
             needs = {n: self._value(n, link, item, known, records, particles) for n in link.stage.needs}
             needs |= {n: self._value(n, link, item, known, records, particles) if n in link.source else None for n in link.stage.optional}
             started, started_cpu = time.time(), time.process_time()
-            given = link.stage.process(link.params, device=device, **needs)
+            with on_device(device, log=generation.path / "logs" / f"{item.name}-{item.row}.log", programs=link.programs) as context:
+                given = link.stage.process(link.params, context=context, **needs)
             _refuse_nonsense(link, item, given)
             told: dict[str, int] = {}
             if link.birth is not None:

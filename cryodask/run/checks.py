@@ -168,13 +168,13 @@ def _too_large(plan: Plan, project: Project | None, movie: tuple[int, int, int] 
     if not memory:
         return
     for step in plan.steps:
-        if not step.stage.states_memory:
+        if step.stage.resources.memory is None:
             continue
         sizes = step_sizes(plan, project, step, movie)
         if not sizes:
             continue
         try:
-            needed = float(step.stage.memory(step.params, sizes))
+            needed = float(step.stage.resources.memory(step.params, sizes))
         except KeyError:  # it speaks of sizes that nobody knows yet
             continue
         if needed > max(memory.values()):

@@ -339,7 +339,7 @@ class Execution:
         if stage.shape == "tournament":
             particles = particle_set(self.project, inputs)
             return run_tournament(self.client, stage.functions, step.params, particles, self.progress.advance, self.progress.say)
-        return run_whole(self.client, stage.name, step.params, values, self.progress.say)
+        return run_whole(self.client, stage.name, step.params, values, self.progress.say, generation.path / "logs" / "result.log")
 
 
 def check_inputs(plan: Plan, *, force: bool = False, watch: bool = False, asked: Asked | None = None) -> list[str]:

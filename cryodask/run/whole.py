@@ -11,7 +11,7 @@ import cloudpickle
 from distributed import Client, Future, KilledWorker
 
 from cryodask.errors import ClusterError
-from cryodask.run.devices import CPU_DEVICE, GPU, GPU_DEVICE, make_ready, with_gpus
+from cryodask.run.devices import CPU_DEVICE, GPU, GPU_DEVICE, on_device, with_gpus
 from cryodask.run.health import Watch
 from cryodask.run.isolation import blamed_at_first_death
 from cryodask.run.particles import StoredParticles
@@ -39,16 +39,18 @@ def loaded(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: value.load() if isinstance(value, Stored) else value for name, value in inputs.items()}
 
 
-def run_whole(client: Client, stage_name: str, params: Any, inputs: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
-    """One call of a whole stage on a worker; ``tell`` is given the reason if it does not move."""
-    blob = cloudpickle.dumps((stage_name, params, inputs))
+def run_whole(
+    client: Client, stage_name: str, params: Any, inputs: dict[str, Any], tell: Callable[[str], None], log: Path
+) -> dict[str, Any]:
+    """One call of a whole stage on a worker; ``tell`` is given the reason if it does not move, ``log`` keeps what programs print."""
+    blob = cloudpickle.dumps((stage_name, params, inputs, log, find_stage(stage_name).program_versions()))
     return _results(Watch(client, tell), {0: lambda: _submit(client, _whole_task, blob)}, lambda: None)[0]
 
 
 def _whole_task(blob: bytes) -> dict[str, Any]:
-    make_ready(CPU_DEVICE)
-    stage_name, params, inputs = cloudpickle.loads(blob)
-    return find_stage(stage_name).process(params, **loaded(inputs))
+    stage_name, params, inputs, log, programs = cloudpickle.loads(blob)
+    with on_device(CPU_DEVICE, log=log, programs=programs) as context:
+        return find_stage(stage_name).process(params, context=context, **loaded(inputs))
 
 
 def run_tournament(
@@ -84,9 +86,9 @@ def _submit(client: Client, function: Callable[..., Any], *arguments: Any, resou
 
 
 def _chain_task(blob: bytes, seed: int, device: str) -> dict[str, Any]:
-    make_ready(device)
     functions, params, particles, index = cloudpickle.loads(blob)
-    return functions.chain(params, particles.block(index), seed, device)
+    with on_device(device) as context:
+        return functions.chain(params, particles.block(index), seed, context)
 
 
 def _results(watch: Watch, tasks: dict[int, Callable[[], Future]], advance: Callable[[], None]) -> dict[int, Any]:

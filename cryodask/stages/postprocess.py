@@ -6,13 +6,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from pydantic import Field
 
 from cryodask.errors import InputError
-from cryodask.kernels.fsc import corrected_fsc, shell_resolutions, supported_resolution
-from cryodask.kernels.sharpening import fit_b_factor, sharpen
-from cryodask.stage import Output, Params, Picture, Sizes, stage
+from cryodask.stage import Context, Output, Params, Picture, Resources, Sizes, stage
 from cryodask.stages.mask import check_half_maps
 
 if TYPE_CHECKING:
@@ -54,7 +51,7 @@ def _memory(params: PostprocessParams, sizes: Sizes) -> float:
         "sharpened_map",
     ],
     sizes=_sizes,
-    memory=_memory,
+    resources=Resources(memory=_memory),
 )
 def postprocess(
     params: PostprocessParams,
@@ -62,7 +59,7 @@ def postprocess(
     half_map: np.ndarray,
     solvent_mask: np.ndarray,
     map_pixel_size_angstrom: float,
-    device: str = "cpu",
+    context: Context,
 ) -> dict[str, Any]:
     """Measure the resolution of the half-maps under the mask and sharpen their mean.
 
@@ -74,6 +71,11 @@ def postprocess(
     than three shells between ``fit_from_angstrom`` and the resolution there is nothing to fit, and the B-factor is 0. No MTF of a
     detector is divided out.
     """
+    import torch
+
+    from cryodask.kernels.fsc import corrected_fsc, shell_resolutions, supported_resolution
+    from cryodask.kernels.sharpening import fit_b_factor, sharpen
+
     check_half_maps(half_map)
     if solvent_mask.shape != half_map.shape[1:]:
         raise InputError(
@@ -84,8 +86,8 @@ def postprocess(
     if not np.isfinite(solvent_mask).all() or solvent_mask.min() < -1e-3 or solvent_mask.max() > 1 + 1e-3 or not solvent_mask.any():
         raise InputError("the mask is not between 0 and 1, or is empty", "a map was given in its place", "give a mask")
     pixel, n = float(map_pixel_size_angstrom), half_map.shape[-1]
-    maps = torch.from_numpy(np.asarray(half_map, np.float32)).to(device)
-    soft = torch.from_numpy(np.asarray(solvent_mask, np.float32)).to(device)
+    maps = torch.from_numpy(np.asarray(half_map, np.float32)).to(context.device)
+    soft = torch.from_numpy(np.asarray(solvent_mask, np.float32)).to(context.device)
     curves = corrected_fsc(maps[0], maps[1], soft, seed=params.seed, randomise_below_fsc=params.randomise_below_fsc)
     resolution = supported_resolution(maps[0], maps[1], soft, curves, 0.143, pixel, seed=params.seed)
     mean = maps.mean(0)
