@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 import inspect
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +35,7 @@ from pydantic import BaseModel, ConfigDict
 
 from cryodask.context import Context
 from cryodask.errors import PluginError
+from cryodask.plugins import Plugins
 from cryodask.ports import Check, Output, Outputs, Port, derived_outputs, derived_ports, port
 from cryodask.programs import Program
 from cryodask.signatures import problems
@@ -289,13 +289,20 @@ def stage(
         name = target.__name__
         unknown = [v for v in (*needs, *optional, *gives) if v not in VARIABLES]
         if unknown:
-            raise ValueError(f"stage {name!r} speaks of variables that the vocabulary lacks: {unknown}")
+            raise PluginError(
+                f"Stage {name!r} of {target.__module__} speaks of variables that the vocabulary lacks: {', '.join(unknown)}.",
+                "",
+                "register them first (cryodask.vocabulary.register)",
+            )
         model = params
         if model is None:
             first = next(iter(inspect.signature(target).parameters))
             model = typing.get_type_hints(target)[first]
         if not inspect.getdoc(target):
-            raise ValueError(f"stage {name!r} has no docstring")
+            raise PluginError(f"Stage {name!r} of {target.__module__} has no docstring.", "", "its first line is shown by cryodask stages")
+        before = STAGES.get(name)
+        if before is not None and before.home != target.__module__:
+            raise PluginError(f"Two stages are called {name!r}: of {before.home} and of {target.__module__}.", "", "rename one of them")
         made = Stage(
             name,
             version,
@@ -327,8 +334,6 @@ def stage(
         if sizes:
             made.sizes = sizes
         made.resources, made.programs = resources or Resources(), tuple(programs)
-        if name in STAGES and STAGES[name].home != made.home:
-            raise PluginError(f"Two stages are called {name!r}: of {STAGES[name].home} and of {made.home}.", "", "rename one of them")
         STAGES[name] = made
         return made
 
@@ -337,6 +342,10 @@ def stage(
 
 _HOME = "cryodask.stages"
 """Package whose modules are the stages of cryodask; found by name like those of others, so that this module stays below it."""
+
+
+OTHERS = Plugins(_HOME)
+"""Stages of other packages: to load one registers it."""
 
 
 def find_stage(name: str) -> Stage:
@@ -350,6 +359,5 @@ def load_stages() -> dict[str, Stage]:
     """All stages: the ones of cryodask and those of installed packages (entry points of the group ``cryodask.stages``)."""
     for name in importlib.import_module(_HOME).NAMES:
         importlib.import_module(f"{_HOME}.{name}")
-    for entry in importlib.metadata.entry_points(group=_HOME):
-        entry.load()
+    OTHERS.load()
     return STAGES

@@ -11,7 +11,7 @@ from typing import Any
 
 from cryodask.cluster import service
 from cryodask.cluster.connect import local_memory
-from cryodask.cluster.settings import AddressSettings, LocalSettings, Settings, SlurmSettings, read_cluster_file
+from cryodask.cluster.settings import AddressSettings, LocalSettings, PluginSettings, Settings, SlurmSettings, read_cluster_file
 from cryodask.cluster.whereabouts import folder_of, settings_of
 from cryodask.errors import CryodaskError
 from cryodask.run.known import movie_header, step_sizes
@@ -124,7 +124,8 @@ def _settings(where: str) -> Settings | None:
             service.find(where)  # refuses it, as the run would
         folder = folder_of(where)
         return settings_of(folder) if (folder / "settings.json").is_file() else None
-    return read_cluster_file(where)
+    settings = read_cluster_file(where)
+    return None if isinstance(settings, PluginSettings) else settings
 
 
 def _with_workers(settings: Settings, workers: int | None) -> Settings:
@@ -133,7 +134,7 @@ def _with_workers(settings: Settings, workers: int | None) -> Settings:
 
 def _wrong_lane(settings: Settings | None, where: str, lane: str | None) -> Iterator[str]:
     """A scheduler with lanes counts a client of any other lane as one of its default lane, and says nothing."""
-    if settings is None or isinstance(settings, AddressSettings) or lane is None or not settings.lanes:
+    if settings is None or isinstance(settings, AddressSettings | PluginSettings) or lane is None or not settings.lanes:
         return
     if lane not in (*settings.lanes, settings.default_lane):
         yield (

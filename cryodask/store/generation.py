@@ -28,7 +28,7 @@ from cryodask.store.layouts import Grid, as_stored, check_dimensions, create_arr
 from cryodask.store.lines import Record
 from cryodask.store.shards import Layout, ShardFile, ShardReader, write_shard
 from cryodask.store.table import Table, TableReader, write_compaction
-from cryodask.vocabulary import VARIABLES, Var
+from cryodask.vocabulary import VARIABLES, Var, described, recall
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -84,6 +84,7 @@ class Generation:
             attributes = {
                 **meta,
                 "gives": list(gives),
+                "variables": described(gives),
                 "per_item": per_item,
                 "sizes": first.sizes,
                 "dtypes": first.dtypes,
@@ -157,6 +158,7 @@ class Generation:
                     "the folder was removed or changed by hand",
                     "remove this folder and run the project again: it is made anew",
                 ) from error
+            recall(self._meta.get("variables", {}))
         return self._meta
 
     @property
