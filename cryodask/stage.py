@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from cryodask.context import Context
-from cryodask.errors import PluginError
+from cryodask.errors import PluginError, ProgramMissingError
 from cryodask.plugins import Plugins
 from cryodask.ports import Check, Output, Outputs, Port, derived_outputs, derived_ports, port
 from cryodask.programs import Program
@@ -65,6 +65,8 @@ if TYPE_CHECKING:
 
 Shape = Literal["map", "blocks", "tournament", "whole", "set"]
 Sizes = dict[str, int]
+Version = int | str
+"""Of a stage; a text where the versions of programs are part of it."""
 
 
 class InputFileMark:
@@ -197,6 +199,24 @@ class Stage:
         )
         return next(marked, None)
 
+    def version_here(self) -> Version:
+        """Version in the keys of what is computed here: its own, with those of the programs that it runs.
+
+        Raises
+        ------
+        ProgramMissingError
+        """
+        programs = ", ".join(f"{program.name} {version}" for program, version in self.program_versions().items())
+        return f"{self.version} with {programs}" if programs else self.version
+
+    def newer(self, version: Version) -> Version | None:
+        """Version that would be computed here in place of one; None if that is the same, or nothing can be computed here."""
+        try:
+            here = self.version_here()
+        except ProgramMissingError:
+            return None
+        return here if here != version else None
+
     def gives_birth(self, params: Any) -> bool:
         """Whether particles are born in this stage."""
         return any(output.births for output in self.outputs(params))
@@ -230,6 +250,7 @@ STAGES: dict[str, Stage] = {}
 def stage(
     *,
     version: int,
+    name: str | None = None,
     needs: Sequence[str],
     gives: Sequence[str],
     shape: Shape = "map",
@@ -248,12 +269,14 @@ def stage(
     reasons: dict[int, str] | None = None,
     light: Callable[[Any], bool] | None = None,
 ) -> Callable[[Any], Stage]:
-    """Register a function (map, whole) or a class of static functions (blocks, tournament) as a stage of the same name.
+    """Register a function (map, whole) or a class of static functions (blocks, tournament) as a stage.
 
     Parameters
     ----------
     version : int
         Raise it when results change: it is part of the key of a generation.
+    name : str, optional
+        By default that of the function; a dot puts it into a family (``external.relion_postprocess``).
     needs, optional, gives : names of the vocabulary
         ``optional`` needs are passed as None where nothing gives them.
     params : type, optional
@@ -286,11 +309,11 @@ def stage(
     """
 
     def register(target: Any) -> Stage:
-        name = target.__name__
+        called = name or target.__name__
         unknown = [v for v in (*needs, *optional, *gives) if v not in VARIABLES]
         if unknown:
             raise PluginError(
-                f"Stage {name!r} of {target.__module__} speaks of variables that the vocabulary lacks: {', '.join(unknown)}.",
+                f"Stage {called!r} of {target.__module__} speaks of variables that the vocabulary lacks: {', '.join(unknown)}.",
                 "",
                 "register them first (cryodask.vocabulary.register)",
             )
@@ -299,12 +322,14 @@ def stage(
             first = next(iter(inspect.signature(target).parameters))
             model = typing.get_type_hints(target)[first]
         if not inspect.getdoc(target):
-            raise PluginError(f"Stage {name!r} of {target.__module__} has no docstring.", "", "its first line is shown by cryodask stages")
-        before = STAGES.get(name)
+            raise PluginError(
+                f"Stage {called!r} of {target.__module__} has no docstring.", "", "its first line is shown by cryodask stages"
+            )
+        before = STAGES.get(called)
         if before is not None and before.home != target.__module__:
-            raise PluginError(f"Two stages are called {name!r}: of {before.home} and of {target.__module__}.", "", "rename one of them")
+            raise PluginError(f"Two stages are called {called!r}: of {before.home} and of {target.__module__}.", "", "rename one of them")
         made = Stage(
-            name,
+            called,
             version,
             shape,
             tuple(needs),
@@ -334,7 +359,7 @@ def stage(
         if sizes:
             made.sizes = sizes
         made.resources, made.programs = resources or Resources(), tuple(programs)
-        STAGES[name] = made
+        STAGES[called] = made
         return made
 
     return register

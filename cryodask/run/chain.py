@@ -239,16 +239,19 @@ class Chain:
             needs = {n: self._value(n, link, item, known, records, particles) for n in link.stage.needs}
             needs |= {n: self._value(n, link, item, known, records, particles) if n in link.source else None for n in link.stage.optional}
             started, started_cpu = time.time(), time.process_time()
-            with on_device(device, log=generation.path / "logs" / f"{item.name}-{item.row}.log", programs=link.programs) as context:
+            log = f"logs/{item.name}-{item.row}.log"
+            with on_device(device, log=generation.path / log, programs=link.programs) as context:
                 given = link.stage.process(link.params, context=context, **needs)
             _refuse_nonsense(link, item, given)
-            told: dict[str, int] = {}
+            told: dict[str, Any] = {}
             if link.birth is not None:
                 before = [(brief.births[link.label], True)] if link.label in brief.births else []
                 given, told = with_ids(link.birth, item.row, given, known_of([*before, *fresh]))
                 fresh.append(({n: given[n] for n in KNOWN if n in given}, False))
             seconds = {"seconds": round(time.time() - started, 4), "cpu_seconds": round(time.process_time() - started_cpu, 4)}
             made = Made(item.fingerprint, link.recipes.get(item.data_set), digest).entries()
+            if link.programs and (generation.path / log).exists():
+                told = {**told, "log": log}
             record = generation.commit(item.row, item.name, given, **made, **told, revision=item.revision, attempt=attempt, **seconds)
             records[link.label] = record
             values.update({f"{link.label}/{name}": value for name, value in given.items()})

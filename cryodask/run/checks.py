@@ -13,7 +13,7 @@ from cryodask.cluster import service
 from cryodask.cluster.connect import local_memory
 from cryodask.cluster.settings import AddressSettings, LocalSettings, PluginSettings, Settings, SlurmSettings, read_cluster_file
 from cryodask.cluster.whereabouts import folder_of, settings_of
-from cryodask.errors import CryodaskError
+from cryodask.errors import CryodaskError, ProgramMissingError
 from cryodask.run.known import movie_header, step_sizes
 from cryodask.run.recipe import Plan, Step
 from cryodask.store.project import Arrival, Project
@@ -54,6 +54,7 @@ def look_ahead(plan: Plan, project: Project | None, listing: list[Arrival], aske
         settings = None
     out.warnings += _wrong_lane(settings, where, asked.lane)
     out.problems += _unknown_exposures(plan, project, listing)
+    out.problems += _missing_programs(plan, project)
     found = movie_header(plan, listing)
     if found is not None:
         first, out.movie, pixel = found
@@ -104,6 +105,19 @@ def _unknown_exposures(plan: Plan, project: Project | None, listing: list[Arriva
                 f"{step.label} names the exposure {first!r}{more}, which the inputs do not have."
                 + (f" Did you mean {near[0]!r}?" if near else "")
             )
+
+
+def _missing_programs(plan: Plan, project: Project | None) -> Iterator[str]:
+    """Programs that steps run and that are not here; a finished step over a set needs none any more."""
+    for step in plan.steps:
+        before = project.state.steps.get(step.label) if project is not None else None
+        over_set = before is not None and before.stage == step.stage.name and step.stage.shape != "map"
+        if over_set and project is not None and before is not None and project.generation_at(before.place).committed():
+            continue
+        try:
+            step.stage.program_versions()
+        except ProgramMissingError as error:
+            yield f"{step.label}: {error.what} What to do: {error.way_out}."
 
 
 # --- the cluster ---------------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from cryodask.run.refs import Refer
 from cryodask.run.results import freeze, frozen_ids, image_givers, run_set, settle_result, stored_variables
 from cryodask.run.watch import Arrivals, Until
 from cryodask.run.whole import loaded, run_tournament, run_whole
+from cryodask.stage import Version
 from cryodask.store.files import disk_errors, write_atomically
 from cryodask.store.generation import Generation
 from cryodask.store.places import finish
@@ -284,7 +285,7 @@ class Execution:
             self._compute_single(step, inputs.only(ids), before, frame, version)
         self._compute_single(step, inputs, key, frame, version)
 
-    def _compute_single(self, step: Step, inputs: StepInputs, key: str, frame: str, version: int) -> None:
+    def _compute_single(self, step: Step, inputs: StepInputs, key: str, frame: str, version: Version) -> None:
         path = self.project.path / "stages" / step.stage.name / key
         meta = {
             "stage": step.stage.name,
@@ -301,9 +302,10 @@ class Execution:
         self._take_back_what_changed(step)
         self.progress.begin(step.label, None)
         if generation.committed():
-            older = f" (version {version}; --update {step.label} computes it with version {step.stage.version})"
+            newer = step.stage.newer(version)
+            older = f" (version {version}; --update {step.label} computes it with version {newer})" if newer is not None else ""
             self._finish(step)
-            self.progress.end("done before" + (older if version != step.stage.version else ""))
+            self.progress.end(f"done before{older}")
             return
         if inputs.ids is not None:
             freeze(generation, inputs.ids)

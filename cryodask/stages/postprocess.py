@@ -121,6 +121,16 @@ _CURVES = {
 @postprocess.figures
 def draw(ds: xr.Dataset) -> Iterator[Picture]:
     """FSC curves; sections and projections of the sharpened map."""
+    yield draw_fsc(
+        ds,
+        "the first crossing of 0.143 by the corrected curve, interpolated between shells, within the range where the curve without a mask "
+        "is above noise (Chen et al. 2013: phases randomised beyond where the unmasked curve falls below the limit set).",
+    )
+    yield draw_sharpened(ds)
+
+
+def draw_fsc(ds: xr.Dataset, how: str) -> Picture:
+    """The FSC curves; ``how`` the resolution was found ends the caption."""
     from matplotlib.figure import Figure
 
     frequency = 1.0 / ds["shell_resolution_angstrom"].values
@@ -137,11 +147,15 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
     axes.legend(frameon=False)
     caption = (
         f"Fourier shell correlation of the two half-maps of this run, as they are and under the soft mask of stage mask. Resolution "
-        f"{resolution:.2f} Å: the first crossing of 0.143 by the corrected curve, interpolated between shells, "
-        "within the range where the curve without a mask is above noise "
-        "(Chen et al. 2013: phases randomised beyond where the unmasked curve falls below the limit set)."
+        f"{resolution:.2f} Å: {how}"
     )
-    yield Picture("Fourier shell correlation", caption, figure)
+    return Picture("Fourier shell correlation", caption, figure)
+
+
+def draw_sharpened(ds: xr.Dataset) -> Picture:
+    """Sections and projections of the sharpened map."""
+    from matplotlib.figure import Figure
+
     volume = ds["sharpened_map"].values
     n = volume.shape[0]
     figure = Figure(figsize=(9, 6), layout="constrained")
@@ -155,4 +169,4 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
             axes.set_axis_off()
     b_factor = float(ds["b_factor_angstrom2"])
     caption = f"Mean of the half-maps, sharpened with a B-factor of {b_factor:.0f} Å² and cut at its resolution; not masked."
-    yield Picture("Sharpened map", caption, figure)
+    return Picture("Sharpened map", caption, figure)

@@ -15,6 +15,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -251,6 +252,10 @@ class Generation:
                     except OSError:  # a file system without hard links
                         shutil.copy2(source, part)
                     os.replace(part, target)
+                if "log" in record:
+                    (self.path / "logs").mkdir(exist_ok=True)
+                    with suppress(FileNotFoundError):
+                        shutil.copy2(other.path / record["log"], self.path / record["log"])
             if taken:
                 linked = ({**r, **_where(), "linked": other.key, "computed": r.get("computed", r["time"])} for r in taken)
                 self.journal.append(*linked)
