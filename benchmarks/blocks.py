@@ -33,7 +33,7 @@ from cryodask.run.blocks import iterate_on_workers
 from cryodask.run.checkpoints import read_state
 from cryodask.run.leaves import cut_leaves, home_of_leaves, settle, traffic
 from cryodask.run.particles import StoredParticles
-from cryodask.stage import Columns, ParticleBlock, ParticleSet, State, Sums
+from cryodask.stage import Columns, Context, ParticleBlock, ParticleSet, State, Sums
 from cryodask.stages.classify2d import Classify2DParams, classify2d
 from cryodask.store.generation import Generation
 from cryodask.store.identity import make_ids
@@ -63,16 +63,16 @@ class Counted:
         with open(self.log, "ab", buffering=0) as file:
             file.write(json.dumps({**what, "pid": os.getpid()}).encode() + b"\n")
 
-    def load(self, params: Any, state: State, block: ParticleBlock, device: str) -> Any:
+    def load(self, params: Any, state: State, block: ParticleBlock, context: Context) -> Any:
         """As the stage's, noted."""
         self.note(event="load", first=int(block.index[0]), iteration=state["iteration"])
-        return classify2d.functions.load(params, state, block, device)
+        return classify2d.functions.load(params, state, block, context)
 
-    def expect(self, params: Any, state: State, shared: Any, block: Any, previous: Columns, device: str) -> tuple[Sums, Columns]:
+    def expect(self, params: Any, state: State, shared: Any, block: Any, previous: Columns, context: Context) -> tuple[Sums, Columns]:
         """As the stage's, noted before and after."""
         self.note(event="expect", first=int(block.index[0]), iteration=state["iteration"])
         cpu = time.process_time()
-        sums, columns = classify2d.functions.expect(params, state, shared, block, previous, device)
+        sums, columns = classify2d.functions.expect(params, state, shared, block, previous, context)
         size = sum(int(getattr(v, "nbytes", 8)) for v in sums.values())
         each = sum(v.nbytes for v in columns.values()) // len(block.index)
         self.note(event="done", first=int(block.index[0]), iteration=state["iteration"], sums=size, columns=each,

@@ -10,7 +10,7 @@ import typer
 
 from cryodask import cli_cluster, cli_history, cli_plan, cli_run
 from cryodask.cli_history import ProjectArgument, open_project
-from cryodask.errors import CryodaskError, exit_status
+from cryodask.errors import CryodaskError, ProjectFileError, exit_status
 from cryodask.version import VERSION
 
 app = typer.Typer(
@@ -138,12 +138,21 @@ def import_(
 @app.command()
 def export(
     project: ProjectArgument,
-    relion: Annotated[Path, typer.Option("--relion", metavar="DIR", help="Folder for RELION 3.1 STAR files, stacks and maps.")],
+    relion: Annotated[
+        Path | None, typer.Option("--relion", metavar="DIR", help="Folder for RELION 3.1 STAR files, stacks and maps.")
+    ] = None,
+    to: Annotated[
+        tuple[str, Path] | None,
+        typer.Option("--to", metavar="NAME DIR", help="The same for a program that an installed package writes for."),
+    ] = None,
 ) -> None:
     """Write a project for other programs: STAR files, particle stacks, class averages, half-maps, map and mask."""
-    from cryodask.interop import export_relion
+    from cryodask.interop import export as write
 
-    for path in export_relion(open_project(project), relion):
+    name, folder = to or ("relion", relion)
+    if folder is None or (to and relion):
+        raise ProjectFileError("Say for which program, and into which folder.", "", "--relion DIR, or --to NAME DIR")
+    for path in write(open_project(project), name, folder):
         typer.echo(str(path))
 
 
@@ -163,7 +172,7 @@ def stages(
     name: Annotated[str | None, typer.Argument(metavar="STAGE", help="Explain this stage and its parameters.")] = None,
 ) -> None:
     """List the stages, or explain one."""
-    from cryodask.stage import load_stages
+    from cryodask.stage import OTHERS, load_stages
 
     known = load_stages()
     if name is None:
@@ -175,7 +184,7 @@ def stages(
 
         near = difflib.get_close_matches(name, known, n=1)
         raise CryodaskError(
-            f"There is no stage {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""),
+            f"There is no stage {name!r}." + (f" Did you mean {near[0]!r}?" if near else "") + OTHERS.hint(name),
             "a typo",
             "cryodask stages  lists them",
         )

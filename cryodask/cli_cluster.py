@@ -35,7 +35,7 @@ def start(
 ) -> None:
     """Start a cluster that lives on."""
     from cryodask.cluster import service
-    from cryodask.cluster.settings import AddressSettings, read_cluster_file
+    from cryodask.cluster.settings import AddressSettings, PluginSettings, read_cluster_file
 
     if cluster == "local":
         raise ProjectFileError(
@@ -44,6 +44,12 @@ def start(
             "give a cluster file with  kind: local, see configs/clusters/local.yaml",
         )
     settings = service.settings_of(service.folder_of(cluster)) if cluster in service.known() else read_cluster_file(cluster)
+    if isinstance(settings, PluginSettings):
+        raise ProjectFileError(
+            f"Workers of kind {settings.kind} end with the program that started them; there is nothing to start.",
+            "",
+            "give the file to  cryodask run --cluster  or  connect()",
+        )
     if isinstance(settings, AddressSettings):
         raise ProjectFileError(
             f"{cluster} names a scheduler that runs already.", "kind: address", "connect to it; there is nothing to start"

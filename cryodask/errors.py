@@ -7,6 +7,8 @@
     ├── InputError                stops: an input that all items share is wrong (gain, reference, mask, STAR file)
     │   ├── GainError
     │   └── StarError
+    ├── ProgramMissingError       stops: a program that a step runs is not here (found before any work)
+    ├── PluginError               stops: a stage, reader ... of another package cannot be used as it is
     ├── StoreError                stops: the project folder cannot be read or written
     │   ├── DiskError
     │   │   └── DiskFullError
@@ -17,7 +19,8 @@
     ├── Quarantined               at the end of a run that was to be strict: exposures are quarantined
     └── ItemError                 quarantines ONE item and goes on
         ├── MovieError            a movie that is missing, truncated or of another shape
-        └── MicrographError       a micrograph that a stage cannot use (NaN pixels, box larger than it ...)
+        ├── MicrographError       a micrograph that a stage cannot use (NaN pixels, box larger than it ...)
+        └── ProgramError          a program failed, took too long, or left no result
 
 OSError and MemoryError raised inside an item are retried, then quarantined.
 """
@@ -82,6 +85,14 @@ class StarError(InputError):
     """A STAR file lacks what is needed or cannot be parsed."""
 
 
+class ProgramMissingError(CryodaskError):
+    """A program that a step runs is not installed here, or does not say its version."""
+
+
+class PluginError(CryodaskError):
+    """A part of another package (stage, reader, exporter, kind of pool) cannot be used as it is."""
+
+
 class StoreError(CryodaskError):
     """The project folder is not what is needed: another format, no such result."""
 
@@ -136,6 +147,10 @@ class MovieError(ItemError):
 
 class MicrographError(ItemError):
     """A micrograph cannot be used by a stage."""
+
+
+class ProgramError(ItemError):
+    """A program that a stage ran failed, took too long, or left no result."""
 
 
 def exit_status(error: BaseException) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import yaml
 from cryodask.errors import ProjectFileError, StarError
 from cryodask.formats import star
 from cryodask.formats.mrc import write_mrc
+from cryodask.plugins import Plugins
 from cryodask.products import columns_of
 from cryodask.store.birthbook import BirthBook
 from cryodask.store.claims import birth_marks
@@ -45,6 +47,44 @@ _OF_MICROGRAPHS = {
     "field": ("total_motion", "early_motion"),
 }
 """Part -> numbers of it that are written for each micrograph."""
+
+
+def _refused(name: str, exporter: object) -> str:
+    """Why an exporter of another package cannot be used."""
+    if name == "relion" or not callable(exporter):
+        return "relion is cryodask's own" if name == "relion" else f"it is a {type(exporter).__name__}, not a function (project, folder)"
+    try:
+        inspect.signature(exporter).bind("project", "folder")
+    except TypeError as error:
+        return f"it is called as {name}(project, folder): {error}"
+    return ""
+
+
+OTHERS = Plugins("cryodask.exporters", _refused)
+"""Programs for which other packages write."""
+
+
+def export(project: Project, name: str, folder: str | Path) -> list[Path]:
+    """Write a project for another program; returns the paths written.
+
+    Parameters
+    ----------
+    name : str
+        ``relion``, or the name of an exporter of another package (entry points of the group ``cryodask.exporters``).
+
+    Raises
+    ------
+    ProjectFileError
+        There is no such exporter.
+    """
+    if name == "relion":
+        return export_relion(project, folder)
+    known = OTHERS.load()
+    if name not in known:
+        raise ProjectFileError(
+            f"There is no exporter {name!r}.{OTHERS.hint(name)}", "", f"use one of these: {', '.join(['relion', *sorted(known)])}"
+        )
+    return [Path(path) for path in known[name](project, Path(folder))]
 
 
 def export_relion(project: Project, folder: str | Path) -> list[Path]:

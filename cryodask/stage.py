@@ -4,42 +4,69 @@ A stage is a frozen parameter model, the variables it needs and gives, and pure 
 steps and gives to them, see products.py) follow from these variables unless they are stated. Its shape says which functions:
 
 ``map``
-    ``process(params, *, device="cpu", **needs) -> dict`` : one exposure in, its products out. A stage that takes particles is given
+    ``process(params, *, context, needs ...) -> dict`` : one exposure in, its products out. A stage that takes particles is given
     those of the exposure, and maps whole.
 ``blocks``
     a class of static functions for iterations over particle blocks (expectation maximisation and its kin), see :class:`BlockFunctions`.
 ``tournament``
     a class of static functions for independent restarts of one algorithm, see :class:`TournamentFunctions`.
 ``whole``
-    ``process(params, *, device="cpu", **needs) -> dict`` : all of what earlier stages gave in, one result out.
+    ``process(params, *, context, needs ...) -> dict`` : all of what earlier stages gave in, one result out.
 ``set``
     ``process(params, inputs) -> dict`` : sets of particles or exposures in (:class:`SetView`, :class:`ExposureView`, by port), a set out.
     It works on columns only and runs in the driver.
+
+``context`` (see :class:`cryodask.context.Context`) is the device, threads, scratch folder, random numbers and programs of a call.
+A module that declares a stage is imported wherever stages are listed. What only the computation needs, torch first of all, is imported
+inside the function, or by the module that ``functions`` names.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
-import importlib.metadata
 import inspect
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from cryodask.context import Context
+from cryodask.errors import PluginError, ProgramMissingError
+from cryodask.plugins import Plugins
 from cryodask.ports import Check, Output, Outputs, Port, derived_outputs, derived_ports, port
+from cryodask.programs import Program
+from cryodask.signatures import problems
+from cryodask.stage_functions import (
+    BlockFunctions,
+    Columns,
+    ExposureView,
+    Frames,
+    Metrics,
+    ParticleBlock,
+    ParticleSet,
+    Picture,
+    SetView,
+    State,
+    Sums,
+    TournamentFunctions,
+)
 from cryodask.vocabulary import VARIABLES, Var
 
-__all__ = ["Output", "Params", "Port", "Stage", "port", "stage"]
+__all__ = [
+    "BlockFunctions", "Columns", "Context", "ExposureView", "Frames", "Metrics", "Output", "Params", "ParticleBlock", "ParticleSet",
+    "Picture", "Port", "Program", "Resources", "SetView", "Stage", "State", "Sums", "TournamentFunctions", "port", "stage",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     import xarray as xr
 
 Shape = Literal["map", "blocks", "tournament", "whole", "set"]
 Sizes = dict[str, int]
+Version = int | str
+"""Of a stage; a text where the versions of programs are part of it."""
 
 
 class InputFileMark:
@@ -79,174 +106,17 @@ class Params(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-@runtime_checkable
-class Frames(Protocol):
-    """A movie, frame by frame: met by file readers, by the shard reader and (through numpy) by arrays."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(frame, y, x)."""
-        ...
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Type of the counts."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        """Frame ``index``, `(y, x)`."""
-        ...
-
-
 @dataclass(frozen=True)
-class ParticleSet:
-    """What the start of an iteration sees: every column of the set, no images.
+class Resources:
+    """What one call of a stage takes.
 
-    ``columns`` hold one value per particle, in the order of their ids: ``defocus_u_angstrom, defocus_v_angstrom, defocus_angle_deg,
-    phase_shift_deg, voltage_kv, spherical_aberration_mm, amplitude_contrast, micrograph`` (row), ``half_set`` (0 or 1), and the other
-    parts that the stage takes (``rot_deg`` ...).
+    Parameters
+    ----------
+    memory : callable ``(params, sizes of the needs) -> bytes``, optional
+        Peak memory. A run whose workers have less is refused before work.
     """
 
-    count: int
-    box: int
-    pixel_size_angstrom: float
-    columns: dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class SetView:
-    """A set of particles as a ``set`` stage sees it: sorted ``ids`` `(n,)` int64; columns of a part are read when they are asked for.
-
-    ``read(parts)`` gives the columns of some parts (all if None) in the order of the ids, under the names of particle sets, with
-    ``position_y_angstrom``, ``position_x_angstrom`` and ``half_set`` in part ``position``.
-    """
-
-    name: str
-    ids: np.ndarray
-    parts: tuple[str, ...]
-    read: Callable[[Sequence[str] | None], dict[str, np.ndarray]]
-
-
-@dataclass(frozen=True)
-class ExposureView:
-    """Exposures as a ``set`` stage sees them.
-
-    ``rows`` `(n,)` and ``names`` of the exposures; ``read(variable)`` gives one value each, NaN where there is none.
-    """
-
-    name: str
-    rows: np.ndarray
-    names: tuple[str, ...]
-    read: Callable[[str], np.ndarray]
-
-
-@dataclass(frozen=True)
-class ParticleBlock:
-    """Some particles of a set, with their images.
-
-    ``index`` `(n,)` int64 is the place in the set, ``images`` `(n, y, x)` float32, ``columns`` as in :class:`ParticleSet`.
-    ``half``: the half-set to which ALL particles of the block belong (0 where a stage has no halves).
-    """
-
-    index: np.ndarray
-    images: np.ndarray
-    columns: dict[str, np.ndarray]
-    pixel_size_angstrom: float
-    half: int = 0
-
-
-State = dict[str, Any]
-"""Of arrays and scalars (numpy or Python): travels to the workers and into the checkpoint."""
-Sums = dict[str, Any]
-"""Of numpy arrays or numbers of fixed shape: added pairwise in a fixed tree."""
-Columns = dict[str, np.ndarray]
-"""One value a particle of the block, first axis = particle."""
-Metrics = dict[str, Any]
-
-
-class BlockFunctions(Protocol):
-    """The functions of a ``blocks`` stage. ``halves`` = 2 keeps the half-sets in separate blocks."""
-
-    halves: int
-
-    @staticmethod
-    def start(params: Any, particles: ParticleSet, inputs: dict[str, Any]) -> State:
-        """State before the first iteration; ``inputs`` are the other variables that the stage needs."""
-        ...
-
-    @staticmethod
-    def load(params: Any, state: State, block: ParticleBlock, device: str) -> Any:
-        """What a worker keeps of a block; made again when ``cache_key(params, state)`` changes."""
-        ...
-
-    @staticmethod
-    def cache_key(params: Any, state: State) -> Any:
-        """What of the state the loaded block depends on (say, a ring limit); hashable."""
-        ...
-
-    @staticmethod
-    def prepare(params: Any, state: State, half: int, device: str) -> Any:
-        """What all blocks of a half share in an iteration, made once a worker (a bank of projections)."""
-        ...
-
-    @staticmethod
-    def expect(params: Any, state: State, shared: Any, block: Any, previous: Columns, device: str) -> tuple[Sums, Columns]:
-        """Expectation step of one block. ``previous``: its columns of the last iteration (empty in the first)."""
-        ...
-
-    @staticmethod
-    def maximise(params: Any, state: State, sums: list[Sums], device: str) -> tuple[State, Metrics]:
-        """Maximisation step; ``sums`` has one entry a half. The new state counts ``state["iteration"]`` up."""
-        ...
-
-    @staticmethod
-    def finished(params: Any, state: State) -> bool:
-        """Whether the last iteration is done."""
-        ...
-
-    @staticmethod
-    def result(params: Any, state: State, columns: Columns) -> dict[str, Any]:
-        """The variables that the stage gives; ``columns`` of all particles in the order of the set."""
-        ...
-
-
-class TournamentFunctions(Protocol):
-    """The functions of a ``tournament`` stage: independent chains, the best one wins."""
-
-    @staticmethod
-    def select(params: Any, particles: ParticleSet) -> np.ndarray:
-        """Indices of the particles that the chains use."""
-        ...
-
-    @staticmethod
-    def seeds(params: Any) -> list[int]:
-        """One seed a chain."""
-        ...
-
-    @staticmethod
-    def chain(params: Any, particles: ParticleBlock, seed: int, device: str) -> dict[str, Any]:
-        """One restart; returns arrays and numbers."""
-        ...
-
-    @staticmethod
-    def choose(params: Any, chains: list[dict[str, Any]]) -> dict[str, Any]:
-        """The variables that the stage gives."""
-        ...
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One figure of the report; ``figure`` is a matplotlib figure."""
-
-    title: str
-    caption: str
-    figure: Any
-
-
-def _unstated(params: Any, sizes: Sizes) -> float:
-    return 0.0
+    memory: Callable[[Any, Sizes], float] | None = None
 
 
 @dataclass(repr=False)
@@ -260,10 +130,12 @@ class Stage:
     optional: tuple[str, ...]
     gives: tuple[str, ...]
     params: type[Params]
-    functions: Any
+    target: Any
     doc: str
+    functions_in: str | None = None
     sizes: Callable[[Any, Sizes], Sizes] = field(default=lambda params, sizes: sizes)
-    memory: Callable[[Any, Sizes], float] = field(default=_unstated)
+    resources: Resources = Resources()
+    programs: tuple[Program, ...] = ()
     reasons: dict[int, str] = field(default_factory=dict)
     draw: Callable[[xr.Dataset], Iterator[Picture]] | None = None
     ports: tuple[Port, ...] = ()
@@ -274,10 +146,50 @@ class Stage:
     exposures_named: Callable[[Any], Sequence[str]] = field(default=lambda params: ())
     light: Callable[[Any], bool] = field(default=lambda params: False)
 
+    @functools.cached_property
+    def functions(self) -> Any:
+        """The function, or the class or module with the functions; imported now where it lies in a module of its own.
+
+        Raises
+        ------
+        PluginError
+            Where the runners cannot call them.
+        """
+        if self.functions_in is None:
+            return self.target
+        module = importlib.import_module(self.functions_in)
+        self._refuse_if_it_cannot_be_called(module)
+        return module
+
     @property
-    def process(self) -> Callable[..., dict[str, Any]]:
-        """The pure function of a map or whole stage."""
-        return self.functions
+    def home(self) -> str:
+        """Name of the module that declares it."""
+        return str(self.target.__module__)
+
+    def _refuse_if_it_cannot_be_called(self, functions: Any) -> None:
+        found = list(problems(self.shape, functions, self.needs, self.optional))
+        if found:
+            raise PluginError(
+                f"Stage {self.name} of {functions.__name__ if self.functions_in else self.home} cannot be called: {'; '.join(found)}.",
+                "",
+                f"change its signature; {__name__} says what the functions of a {self.shape} stage are given",
+            )
+
+    def process(self, params: Any, *, context: Context | None = None, **needs: Any) -> dict[str, Any]:
+        """One call of a map or whole stage; without a ``context`` on the CPU, with a scratch folder that goes when it returns."""
+        if context is not None:
+            return self.functions(params, context=context, **needs)
+        with Context(programs=self.program_versions()) as own:
+            return self.functions(params, context=own, **needs)
+
+    def program_versions(self) -> dict[Program, str]:
+        """Versions of the programs that it runs, on this machine.
+
+        Raises
+        ------
+        ProgramMissingError
+        """
+        return {program: program.version() for program in self.programs}
 
     @property
     def threshold(self) -> str | None:
@@ -287,10 +199,23 @@ class Stage:
         )
         return next(marked, None)
 
-    @property
-    def states_memory(self) -> bool:
-        """Whether it says what memory one call takes."""
-        return self.memory is not _unstated
+    def version_here(self) -> Version:
+        """Version in the keys of what is computed here: its own, with those of the programs that it runs.
+
+        Raises
+        ------
+        ProgramMissingError
+        """
+        programs = ", ".join(f"{program.name} {version}" for program, version in self.program_versions().items())
+        return f"{self.version} with {programs}" if programs else self.version
+
+    def newer(self, version: Version) -> Version | None:
+        """Version that would be computed here in place of one; None if that is the same, or nothing can be computed here."""
+        try:
+            here = self.version_here()
+        except ProgramMissingError:
+            return None
+        return here if here != version else None
 
     def gives_birth(self, params: Any) -> bool:
         """Whether particles are born in this stage."""
@@ -325,13 +250,16 @@ STAGES: dict[str, Stage] = {}
 def stage(
     *,
     version: int,
+    name: str | None = None,
     needs: Sequence[str],
     gives: Sequence[str],
     shape: Shape = "map",
     optional: Sequence[str] = (),
     params: type[Params] | None = None,
     sizes: Callable[[Any, Sizes], Sizes] | None = None,
-    memory: Callable[[Any, Sizes], float] | None = None,
+    resources: Resources | None = None,
+    programs: Sequence[Program] = (),
+    functions: str | None = None,
     ports: Sequence[str | Port] | None = None,
     outputs: Sequence[Output] | Outputs | None = None,
     check: Check | None = None,
@@ -341,20 +269,27 @@ def stage(
     reasons: dict[int, str] | None = None,
     light: Callable[[Any], bool] | None = None,
 ) -> Callable[[Any], Stage]:
-    """Register a function (map, whole) or a class of static functions (blocks, tournament) as a stage of the same name.
+    """Register a function (map, whole) or a class of static functions (blocks, tournament) as a stage.
 
     Parameters
     ----------
     version : int
         Raise it when results change: it is part of the key of a generation.
+    name : str, optional
+        By default that of the function; a dot puts it into a family (``external.relion_postprocess``).
     needs, optional, gives : names of the vocabulary
         ``optional`` needs are passed as None where nothing gives them.
     params : type, optional
         The parameter model; by default the annotation of the function's first argument.
     sizes : callable ``(params, sizes of the needs) -> sizes of the gives``
         Needed where an output has a dimension that no input has, or of another length.
-    memory : callable ``(params, sizes of the needs) -> bytes``
-        Peak memory of one call.
+    resources : Resources
+        What one call takes.
+    programs : sequence of Program
+        Programs of others that it runs (``context.run``). Their versions are part of the key; without them it is refused before work.
+    functions : str, optional
+        Name of the module with the functions of a ``blocks`` or ``tournament`` stage, where the class has none: it is imported when they
+        are first called, so that listing stages does not import what they compute with.
     ports : sequence of Port or of the short form of :func:`port`
         What it takes from other steps; by default one port per type of product among the needs.
     outputs : sequence of Output, or callable ``(params) -> tuple of Output``
@@ -374,18 +309,27 @@ def stage(
     """
 
     def register(target: Any) -> Stage:
-        name = target.__name__
+        called = name or target.__name__
         unknown = [v for v in (*needs, *optional, *gives) if v not in VARIABLES]
         if unknown:
-            raise ValueError(f"stage {name!r} speaks of variables that the vocabulary lacks: {unknown}")
+            raise PluginError(
+                f"Stage {called!r} of {target.__module__} speaks of variables that the vocabulary lacks: {', '.join(unknown)}.",
+                "",
+                "register them first (cryodask.vocabulary.register)",
+            )
         model = params
         if model is None:
             first = next(iter(inspect.signature(target).parameters))
             model = typing.get_type_hints(target)[first]
         if not inspect.getdoc(target):
-            raise ValueError(f"stage {name!r} has no docstring")
+            raise PluginError(
+                f"Stage {called!r} of {target.__module__} has no docstring.", "", "its first line is shown by cryodask stages"
+            )
+        before = STAGES.get(called)
+        if before is not None and before.home != target.__module__:
+            raise PluginError(f"Two stages are called {called!r}: of {before.home} and of {target.__module__}.", "", "rename one of them")
         made = Stage(
-            name,
+            called,
             version,
             shape,
             tuple(needs),
@@ -394,7 +338,10 @@ def stage(
             model,
             target,
             inspect.getdoc(target) or "",
+            functions,
         )
+        if functions is None:
+            made._refuse_if_it_cannot_be_called(target)
         made.ports = derived_ports(needs, optional) if ports is None else tuple(port(p) if isinstance(p, str) else p for p in ports)
         if outputs is None:
             derived = derived_outputs(gives, made.ports)
@@ -411,11 +358,8 @@ def stage(
             made.exposures_named = exposures_named
         if sizes:
             made.sizes = sizes
-        if memory:
-            made.memory = memory
-        if name in STAGES and STAGES[name].functions.__module__ != target.__module__:
-            raise ValueError(f"two stages are called {name!r}: {STAGES[name].functions.__module__} and {target.__module__}")
-        STAGES[name] = made
+        made.resources, made.programs = resources or Resources(), tuple(programs)
+        STAGES[called] = made
         return made
 
     return register
@@ -423,6 +367,10 @@ def stage(
 
 _HOME = "cryodask.stages"
 """Package whose modules are the stages of cryodask; found by name like those of others, so that this module stays below it."""
+
+
+OTHERS = Plugins(_HOME)
+"""Stages of other packages: to load one registers it."""
 
 
 def find_stage(name: str) -> Stage:
@@ -436,6 +384,5 @@ def load_stages() -> dict[str, Stage]:
     """All stages: the ones of cryodask and those of installed packages (entry points of the group ``cryodask.stages``)."""
     for name in importlib.import_module(_HOME).NAMES:
         importlib.import_module(f"{_HOME}.{name}")
-    for entry in importlib.metadata.entry_points(group=_HOME):
-        entry.load()
+    OTHERS.load()
     return STAGES

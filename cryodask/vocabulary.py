@@ -7,9 +7,9 @@ columns are in the frame of MRC files (TIFF pages are flipped in y on reading, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 SLOTS = 4096
 """Most picks a micrograph may have."""
@@ -50,14 +50,31 @@ class Var:
 
 
 VARIABLES: dict[str, Var] = {}
+_RECALLED: set[str] = set()
 
 
 def register(variables: Iterable[Var], part: str = "") -> None:
     """Add variables to the vocabulary, as columns of ``part``; a second definition of a name must equal the first."""
     for var in variables:
         var = replace(var, part=var.part or part)
+        if var.name in _RECALLED:
+            _RECALLED.discard(var.name)
+            del VARIABLES[var.name]
         if VARIABLES.setdefault(var.name, var) != var:
             raise ValueError(f"variable {var.name!r} is already defined otherwise: {VARIABLES[var.name]}")
+
+
+def described(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Variables as a stored generation describes them."""
+    return {name: asdict(VARIABLES[name]) for name in names}
+
+
+def recall(descriptions: Mapping[str, Mapping[str, Any]]) -> None:
+    """Take variables from a stored generation whose stage is not installed here; a definition of a package always goes first."""
+    for name, about in descriptions.items():
+        if name not in VARIABLES:
+            VARIABLES[name] = Var(**{**about, "dims": tuple(about["dims"]), "chunk": tuple(about["chunk"])})
+            _RECALLED.add(name)
 
 
 def _scalars(rows: Iterable[tuple[str, str, str]], dtype: str = "f8") -> list[Var]:

@@ -240,7 +240,7 @@ def outputs_of(stage: Stage) -> list[tuple[Output, frozenset[str]]]:
 # --- stages -----------------------------------------------------------------------------------------------------------------------------
 def own_stages() -> list[Stage]:
     """The stages of cryodask itself by name, without those of other packages."""
-    return [s for name, s in sorted(load_stages().items()) if s.functions.__module__.startswith("cryodask.stages.")]
+    return [s for name, s in sorted(load_stages().items()) if s.home.startswith("cryodask.stages.")]
 
 
 def _prose(doc: str) -> str:

@@ -33,7 +33,7 @@ class ToyReferenceParams(ToyParams):
     gives=["micrograph_sum", "total_motion"],
     sizes=lambda params, sizes: {"y": sizes["y"], "x": sizes["x"]},
 )
-def toy_motion(params: ToyParams, *, movie, pixel_size_angstrom, dose_per_frame, gain=None, device="cpu") -> dict[str, Any]:
+def toy_motion(params: ToyParams, *, movie, pixel_size_angstrom, dose_per_frame, gain=None, context) -> dict[str, Any]:
     """Sums the frames."""
     total = sum(np.asarray(movie[i], np.float32) for i in range(len(movie))) * (1 if gain is None else gain)
     return {"micrograph_sum": (total * params.number * dose_per_frame).astype(np.float32), "total_motion": pixel_size_angstrom}
@@ -44,14 +44,14 @@ def toy_motion(params: ToyParams, *, movie, pixel_size_angstrom, dose_per_frame,
     needs=["micrograph_sum", "pixel_size_angstrom", "voltage_kv"],
     gives=["defocus_u_angstrom", "defocus_v_angstrom", "defocus_angle_deg", "phase_shift_deg"],
 )
-def toy_ctf(params: ToyParams, *, micrograph_sum, pixel_size_angstrom, voltage_kv, device="cpu") -> dict[str, Any]:
+def toy_ctf(params: ToyParams, *, micrograph_sum, pixel_size_angstrom, voltage_kv, context) -> dict[str, Any]:
     """Calls the mean defocus."""
     value = float(micrograph_sum.mean()) * params.number * voltage_kv
     return {"defocus_u_angstrom": value, "defocus_v_angstrom": value, "defocus_angle_deg": 0.0, "phase_shift_deg": 0.0}
 
 
 @stage(version=1, needs=["micrograph_sum"], gives=["pick_y", "pick_x"])
-def toy_pick(params: ToyReferenceParams, *, micrograph_sum, device="cpu") -> dict[str, Any]:
+def toy_pick(params: ToyReferenceParams, *, micrograph_sum, context) -> dict[str, Any]:
     """Finds three particles everywhere."""
     place = np.array([4.0, 8.0, 10.0], np.float32)
     return {"pick_y": place, "pick_x": place}
@@ -65,7 +65,7 @@ def toy_pick(params: ToyReferenceParams, *, micrograph_sum, device="cpu") -> dic
     sizes=lambda params, sizes: {"y": BOX, "x": BOX},
 )
 def toy_extract(
-    params: ToyParams, *, micrograph_sum, particle_id, position_y_angstrom, position_x_angstrom, pixel_size_angstrom, device="cpu"
+    params: ToyParams, *, micrograph_sum, particle_id, position_y_angstrom, position_x_angstrom, pixel_size_angstrom, context
 ) -> dict[str, Any]:
     """Cuts them out."""
     pick_y, pick_x = (p / pixel_size_angstrom for p in (position_y_angstrom, position_x_angstrom))
@@ -90,7 +90,7 @@ class _Once:
         return {"iteration": 0, "sum": np.zeros(1)}
 
     @staticmethod
-    def load(params, state, block, device):
+    def load(params, state, block, context):
         return block
 
     @staticmethod
@@ -98,15 +98,15 @@ class _Once:
         return 0
 
     @staticmethod
-    def prepare(params, state, half, device):
+    def prepare(params, state, half, context):
         return None
 
     @staticmethod
-    def expect(params, state, shared, block, previous, device):
+    def expect(params, state, shared, block, previous, context):
         return {"sum": block.images.sum(dtype=np.float64).reshape(1)}, {"class_number": np.ones(len(block.index), np.int32)}
 
     @staticmethod
-    def maximise(params, state, sums, device):
+    def maximise(params, state, sums, context):
         return {"iteration": state["iteration"] + 1, "sum": sums[0]["sum"]}, {}
 
     @staticmethod
@@ -147,7 +147,7 @@ class toy_refine(_Once):
 
 
 @stage(version=1, shape="whole", needs=["half_map"], gives=["solvent_mask"])
-def toy_mask(params: ToyReferenceParams, *, half_map, device="cpu") -> dict[str, Any]:
+def toy_mask(params: ToyReferenceParams, *, half_map, context) -> dict[str, Any]:
     """All is molecule."""
     return {"solvent_mask": np.ones((BOX, BOX, BOX), np.float32)}
 
@@ -159,7 +159,7 @@ def toy_mask(params: ToyReferenceParams, *, half_map, device="cpu") -> dict[str,
     gives=["sharpened_map"],
     outputs=[Output("map", "map", ("view",), on="map", frame="same")],
 )
-def toy_postprocess(params: ToyParams, *, half_map, solvent_mask, device="cpu") -> dict[str, Any]:
+def toy_postprocess(params: ToyParams, *, half_map, solvent_mask, context) -> dict[str, Any]:
     """The mean of the half-maps."""
     return {"sharpened_map": half_map.mean(0) * solvent_mask * np.float32(params.number)}
 
@@ -180,7 +180,7 @@ class ToySeedParams(ToyParams):
     outputs=[Output("particles", "particles", on="particles", subset=True)],
     reasons={1: "it lies too low"},
 )
-def toy_curate(params: ToySeedParams, *, class_number, position_y_angstrom, particle_id, device="cpu") -> dict[str, Any]:
+def toy_curate(params: ToySeedParams, *, class_number, position_y_angstrom, particle_id, context) -> dict[str, Any]:
     """Keeps what lies high enough, without some: a curation by a limit and by hand."""
     kept = (np.asarray(position_y_angstrom) <= params.leave_out_above) & ~np.isin(particle_id, params.leave_out)
     return {"particle_kept": kept, "removal_reason": (~kept).astype(np.int8)}
@@ -190,14 +190,14 @@ class _OnceWithPoses(_Once):
     halves = 2
 
     @staticmethod
-    def expect(params, state, shared, block, previous, device):
+    def expect(params, state, shared, block, previous, context):
         count = len(block.index)
         columns = {n: np.zeros(count, np.float32) for n in ("rot_deg", "tilt_deg", "psi_deg", "log_likelihood")}
         columns |= {"origin_y_angstrom": np.full(count, 0.75, np.float32), "origin_x_angstrom": np.full(count, -0.5, np.float32)}
         return {"sum": block.images.sum(dtype=np.float64).reshape(1)}, columns
 
     @staticmethod
-    def maximise(params, state, sums, device):
+    def maximise(params, state, sums, context):
         return {"iteration": state["iteration"] + 1, "sum": sums[0]["sum"] + sums[1]["sum"]}, {}
 
 
@@ -230,7 +230,7 @@ class toy_poses(_OnceWithPoses):
     ports=["exposures[frames]", "particles[pose]", "map[final]"],
     outputs=[Output("particles", "particles", ("note",), on="particles")],
 )
-def toy_polish(params: ToyParams, *, movie, particle_id, centre_y_angstrom, centre_x_angstrom, final_map, device="cpu") -> dict[str, Any]:
+def toy_polish(params: ToyParams, *, movie, particle_id, centre_y_angstrom, centre_x_angstrom, final_map, context) -> dict[str, Any]:
     """One number per particle from the frames, its refined centre and the map."""
     total = sum(np.asarray(movie[i], np.float64) for i in range(len(movie)))
     y, x = (np.clip(np.round(c).astype(int), 0, n - 1) for c, n in zip((centre_y_angstrom, centre_x_angstrom), total.shape))

@@ -12,7 +12,7 @@ from cryodask.kernels.ab_initio import Schedule, working_box
 from cryodask.kernels.fourier import soft_sphere
 from cryodask.kernels.projection import cut_map
 from cryodask.kernels.symmetry import permute_grid, symmetry_operators
-from cryodask.stage import ParticleBlock, ParticleSet
+from cryodask.stage import Context, ParticleBlock, ParticleSet
 from cryodask.stages.ab_initio import AbInitioParams, ab_initio
 
 functions = ab_initio.functions
@@ -39,7 +39,7 @@ def test_a_tournament_finds_the_molecule_and_knows_it():
     params = AbInitioParams(symmetry="D2", mask_diameter_angstrom=190.0, restarts=2, shift_range_angstrom=8.0, steps=30)
     index = functions.select(params, particles)
     block = ParticleBlock(index, images[index], {k: v[index] for k, v in particles.columns.items()}, pixel)
-    chains = [functions.chain(params, block, seed, "cpu") for seed in functions.seeds(params)]
+    chains = [functions.chain(params, block, seed, Context()) for seed in functions.seeds(params)]
     right = [best_correlation(torch.from_numpy(c["map"]), truth, 13.0) for c in chains]
     result = functions.choose(params, chains)
     assert best_correlation(torch.from_numpy(result["final_map"]), truth, 13.0) > 0.9, right

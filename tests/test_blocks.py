@@ -40,11 +40,11 @@ class Slow:
     def __init__(self, log: Path, pause_seconds: float) -> None:
         self.log, self.pause_seconds = log, pause_seconds
 
-    def expect(self, params: Any, state: Any, shared: Any, block: Any, previous: Any, device: str) -> Any:
+    def expect(self, params: Any, state: Any, shared: Any, block: Any, previous: Any, context: Any) -> Any:
         with open(self.log, "a") as file:
             file.write(f"{os.getpid()} {state['iteration']} {block.index[0]}\n")
         time.sleep(self.pause_seconds)
-        return classify2d.functions.expect(params, state, shared, block, previous, device)
+        return classify2d.functions.expect(params, state, shared, block, previous, context)
 
 
 def done(log: Path) -> list[tuple[int, ...]]:

@@ -11,7 +11,8 @@ from cryodask.kernels import polar
 from cryodask.kernels.classify2d import modes_to_half_circle
 from cryodask.run.blocks import ParticlesInMemory, iterate_here
 from cryodask.stage import ParticleSet
-from cryodask.stages.classify2d import Classify2DParams, class_scores, classify2d
+from cryodask.stages._classify2d import class_scores
+from cryodask.stages.classify2d import Classify2DParams, classify2d
 from cryodask.stages.curate import CurateParams, curate, good_classes
 
 BOX, PIXEL = 40, 5.0

@@ -123,6 +123,39 @@ def test_dry_run_shows_the_plan_and_makes_nothing(tmp_path):
     assert not (tmp_path / "p").exists()
 
 
+_WITHOUT_TORCH = """
+import sys
+
+class Refused:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "scipy", "matplotlib", "xarray"):
+            raise RuntimeError(f"{name} was imported")
+
+sys.meta_path.insert(0, Refused())
+from cryodask.cli import main
+
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    "words", ["--help", "stages", "stages motion", "stages refine3d", "run p.yaml --dry-run", "run p.yaml --dry-run --json"]
+)
+def test_commands_that_only_look_import_nothing_that_computes(tmp_path, words):
+    (tmp_path / "movies").mkdir()
+    write_mrc(tmp_path / "movies" / "m.mrc", np.ones((3, 64, 64), np.float32), 1.0, stack=True)
+    (tmp_path / "p.yaml").write_text(
+        "name: p\ninputs: {movies: movies/*.mrc}\nmicroscope: {voltage_kv: 300, spherical_aberration_mm: 2.7, pixel_size_angstrom: 1}\n"
+        "pipeline: [motion, ctf, {pick: {diameter_angstrom: 20}}, {extract: {box_angstrom: 32, pixel_size_angstrom: 1.1}}, classify2d,"
+        " curate, ab_initio, {refine3d: {symmetry: D2}}, mask, postprocess, {expand: {symmetry: D2, from: {particles: refine3d}}}]\n"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_TORCH, *words.split()], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert len(shown.stdout.splitlines()) > (0 if "--json" in words else 8)
+
+
 def test_verify_says_whether_all_is_intact(tmp_path):
     Project.create(tmp_path / "p", "p")
     result = CliRunner().invoke(app, ["verify", str(tmp_path / "p")])

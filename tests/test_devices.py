@@ -19,7 +19,7 @@ from cryodask.cluster.pools import PoolCluster
 from cryodask.cluster.settings import parse_settings
 from cryodask.errors import ClusterError, ProjectFileError
 from cryodask.run.blocks import ParticlesInMemory, iterate_on_workers
-from cryodask.run.devices import gpu_items, make_ready, with_gpus
+from cryodask.run.devices import gpu_items, on_device, with_gpus
 from cryodask.run.map import MapRunner
 from cryodask.stages.classify2d import Classify2DParams, classify2d
 from cryodask.store.journal import Journal
@@ -106,8 +106,8 @@ def test_a_worker_whose_torch_sees_no_gpu_says_so_and_stops_the_run():
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(ClusterError, match="its torch sees no GPU") as raised:
-        make_ready("cuda")
+    with pytest.raises(ClusterError, match="its torch sees no GPU") as raised, on_device("cuda") as context:
+        torch.zeros(1, device=context.device)
     assert raised.value.on_failure == "stop"
 
 

@@ -56,7 +56,7 @@ def test_the_reference_is_what_the_models_say():
     page = module("make_reference").page()
     assert PROJECT_FILE.read_text() == page, "run  python docs/make_reference.py"
     for stage in load_stages().values():
-        if stage.functions.__module__.startswith("cryodask.stages."):
+        if stage.home.startswith("cryodask.stages."):
             section = page.partition(f"\n### {stage.name}\n")[2].partition("\n### ")[0]
             assert all(f"| `{name}` |" in section for name in stage.params.model_fields), stage.name
             assert all(f"`{port.name}`" in section for port in stage.ports), stage.name
@@ -181,11 +181,7 @@ def test_comments_of_the_from_example_are_true(tmp_path):
 
 
 def test_every_set_stage_has_an_example():
-    sets = {
-        s.name
-        for s in load_stages().values()
-        if s.shape == "set" and not s.person and s.functions.__module__.startswith("cryodask.stages.")
-    }
+    sets = {s.name for s in load_stages().values() if s.shape == "set" and not s.person and s.home.startswith("cryodask.stages.")}
     used = {
         str(next(iter(s)) if isinstance(s, dict) else s).partition(" as ")[0] for s in yaml.safe_load(blocks(STEPS, "yaml")[2])["pipeline"]
     }

@@ -22,7 +22,7 @@ from cryodask.run.selection import Wanted
 from cryodask.run.session import check_inputs, run_plan
 from cryodask.run.watch import Until
 from cryodask.simulate import SessionParams, simulate_session
-from cryodask.stage import STAGES, Params, stage
+from cryodask.stage import STAGES, Params, Resources, stage
 from cryodask.store.identity import row_of
 from cryodask.store.project import Project
 
@@ -258,13 +258,13 @@ class CountedParams(Params):
 def greedy():
     """A stage that wants a gigabyte for each pixel of each of its particles."""
 
-    def all_images(params: CountedParams, *, particle_image, device="cpu") -> dict[str, np.ndarray]:
+    def all_images(params: CountedParams, *, particle_image, context) -> dict[str, np.ndarray]:
         """Keeps everything."""
 
     def memory(params, sizes):
         return 1e9 * sizes["slot"] * sizes["y"] * sizes["x"]
 
-    yield stage(version=1, shape="whole", needs=["particle_image"], gives=["annotation"], memory=memory)(all_images)
+    yield stage(version=1, shape="whole", needs=["particle_image"], gives=["annotation"], resources=Resources(memory=memory))(all_images)
     del STAGES["all_images"]
 
 

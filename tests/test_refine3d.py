@@ -15,7 +15,7 @@ from cryodask.kernels.orientations import angular_error_deg, euler_to_matrix
 from cryodask.kernels.projection import cut_map
 from cryodask.kernels.symmetry import symmetry_operators
 from cryodask.run.blocks import ParticlesInMemory, iterate_here
-from cryodask.stage import ParticleBlock, ParticleSet
+from cryodask.stage import Context, ParticleBlock, ParticleSet
 from cryodask.stages.refine3d import Refine3DParams, refine3d
 
 BOX, PIXEL = 48, 4.0
@@ -88,12 +88,12 @@ def test_scores_do_not_depend_on_how_particles_are_divided(tmp_path):
     params = Refine3DParams(reference=write_map(tmp_path / "start.mrc", volume), mask_diameter_angstrom=140.0, symmetry="D2")
     state = functions.start(params, particles, {})
     state |= {"phase": "search", "noise_power": np.full(BOX // 2, 1.0)}
-    shared = functions.prepare(params, state, 0, "cpu")
+    shared = functions.prepare(params, state, 0, Context())
 
     def expect(index):
         columns = {k: v[index] for k, v in particles.columns.items()}
-        block = functions.load(params, state, ParticleBlock(index, images[index], columns, PIXEL, 0), "cpu")
-        return functions.expect(params, state, shared, block, {}, "cpu")
+        block = functions.load(params, state, ParticleBlock(index, images[index], columns, PIXEL, 0), Context())
+        return functions.expect(params, state, shared, block, {}, Context())
 
     whole_sums, whole = expect(np.arange(96))
     parts = [expect(some) for some in (np.arange(37), np.arange(37, 96))]

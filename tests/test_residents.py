@@ -237,3 +237,7 @@ def test_a_task_keeps_things_for_its_own_run(tmp_path: Path):
         assert residents.keep("x", lambda: 2) == 2
     residents.release(RUN)
     residents.release(OTHER)
+
+
+def test_code_counts_for_nothing():
+    assert size_of({"functions": refine3d.functions, "kind": Refine3DParams, "image": np.zeros(10)}) == 80

@@ -64,7 +64,7 @@ class GatedParams(Params):
     gives=["micrograph_sum", "total_motion"],
     sizes=lambda params, sizes: {"y": sizes["y"], "x": sizes["x"]},
 )
-def gated(params: GatedParams, *, movie, pixel_size_angstrom, device="cpu"):
+def gated(params: GatedParams, *, movie, pixel_size_angstrom, context):
     "Sums the frames."
     while os.path.isdir(params.gate) and not let_through(params.gate):
         time.sleep(0.02)
@@ -78,16 +78,6 @@ def let_through(gate):
             os.unlink(os.path.join(gate, name))
             return True
     return False
-"""
-
-# the real one takes seconds to import in every worker and in every child of one, and nothing here computes with it
-_TORCH = """
-class cuda:
-    is_available = staticmethod(lambda: False)
-
-
-def set_num_threads(count):
-    pass
 """
 
 
@@ -112,8 +102,6 @@ def session(tmp_path_factory):
     (package / "gated.py").write_text(_STAGE)
     (package / "gated-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: gated\nVersion: 1.0\n")
     (package / "gated-1.0.dist-info" / "entry_points.txt").write_text("[cryodask.stages]\ngated = gated\n")
-    (folder / "quick").mkdir()
-    (folder / "quick" / "torch.py").write_text(_TORCH)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(package))
         patch.setenv("PYTHONPATH", str(package), prepend=os.pathsep)
@@ -186,10 +174,9 @@ def on_slurm(slurm, session):
 
 
 def content_of(session, folder, pools):
-    """A cluster file; ``pools`` are their differences from one with single cores and a torch that is none."""
-    one = {**_ONE, "environment": [f"export PYTHONPATH={session}/quick:$PYTHONPATH"]}
+    """A cluster file; ``pools`` are their differences from one with single cores."""
     options = {"kind": "slurm", "interface": "lo", "poll_seconds": 0.5, "logs": str(folder / "logs"), "lanes": {"live": 3, "hpda": 1}}
-    return {**options, "pools": {name: {**one, **more} for name, more in pools.items()}}
+    return {**options, "pools": {name: {**_ONE, **more} for name, more in pools.items()}}
 
 
 def settings(session, folder, **pools):

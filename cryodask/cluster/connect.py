@@ -26,7 +26,7 @@ from distributed.worker_memory import parse_memory_limit
 
 from cryodask.cluster.environment import ALLOCATOR, ONE_THREAD, SETTINGS
 from cryodask.cluster.fairshare import FairShareScheduler
-from cryodask.cluster.settings import AddressSettings, LocalSettings, SlurmSettings, read_cluster_file
+from cryodask.cluster.settings import AddressSettings, LocalSettings, PluginSettings, SlurmSettings, read_cluster_file
 from cryodask.cluster.slurm import new_cluster_id, owner_is_dead
 from cryodask.cluster.tls import Authority, connection_errors
 from cryodask.cluster.versions import RELEASE
@@ -75,6 +75,8 @@ def connect(where: str | os.PathLike[str] = "local", *, workers: int | None = No
     settings = read_cluster_file(where)
     if isinstance(settings, AddressSettings):
         return _of_address(name, settings)
+    if isinstance(settings, PluginSettings):
+        return _of_plugin(name, settings)
     found = service.of_file(settings, where)
     if found is not None:
         return _existing(name, address=found.address, security=found.security)
@@ -92,6 +94,17 @@ def _of_address(name: str, settings: AddressSettings) -> Client:
         return _of_scheduler_file(name, settings.scheduler_file)
     shared = service.find(str(Path(settings.invitation or "").expanduser()))
     return _existing(name, address=shared.address, security=shared.security)
+
+
+def _of_plugin(name: str, settings: PluginSettings) -> Client:
+    cluster = settings.open()
+    try:
+        client = Client(cluster, name=name)
+    except BaseException:
+        cluster.close()
+        raise
+    _OWN_CLUSTERS[id(client)] = (cluster, None)
+    return client
 
 
 def _of_scheduler_file(name: str, file: str) -> Client:

@@ -23,7 +23,15 @@ from distributed.core import rpc
 
 from cryodask.cluster import batch, slurm, tls
 from cryodask.cluster.batch import SubmittedRun, submit
-from cryodask.cluster.settings import AddressSettings, LocalSettings, ServiceSettings, Settings, SlurmSettings, read_cluster_file
+from cryodask.cluster.settings import (
+    AddressSettings,
+    LocalSettings,
+    PluginSettings,
+    ServiceSettings,
+    Settings,
+    SlurmSettings,
+    read_cluster_file,
+)
 from cryodask.cluster.whereabouts import (
     Whereabouts,
     address_file,
@@ -220,7 +228,7 @@ def of_word_or_file(where: str | Path) -> tuple[Service | None, Settings | None]
         found = find(word)
         return found, settings_of(found.folder) if found.folder else None
     settings = read_cluster_file(word)
-    if isinstance(settings, AddressSettings):
+    if isinstance(settings, AddressSettings | PluginSettings):
         return None, settings
     return of_file(settings, word), settings
 

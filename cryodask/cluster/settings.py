@@ -8,7 +8,7 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
 import yaml
 from dask.utils import parse_bytes
@@ -25,6 +25,10 @@ from pydantic import (
 )
 
 from cryodask.errors import ProjectFileError
+from cryodask.plugins import Plugins
+
+if TYPE_CHECKING:
+    from distributed.deploy.cluster import Cluster
 
 _NETWORK = {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb3", "afs", "glusterfs", "pvfs2", "wekafs", "panfs", "9p"}
 _NETWORK_FUSE = ("fuse.ceph", "fuse.gluster", "fuse.sshfs", "fuse.juicefs")
@@ -303,7 +307,32 @@ class SlurmSettings(_Sharing):
         return self
 
 
-Settings = LocalSettings | AddressSettings | SlurmSettings
+class PluginSettings(_Section):
+    """A kind of workers that another package starts (entry points of the group ``cryodask.pool_kinds``, named as ``kind``).
+
+    A subclass has the settings that a cluster file may give, and ``open``.
+    """
+
+    kind: str
+
+    def open(self) -> Cluster:
+        """Start a scheduler with workers; it is closed with the client that is made on it."""
+        raise NotImplementedError
+
+
+def _refused(name: str, kind: object) -> str:
+    """Why a kind of another package cannot be used."""
+    if name in _KINDS:
+        return f"{name} is a kind of cryodask's own"
+    if not (isinstance(kind, type) and issubclass(kind, PluginSettings) and kind.open is not PluginSettings.open):
+        return f"it is not a subclass of {PluginSettings.__module__}.PluginSettings with a function open"
+    return ""
+
+
+OTHERS = Plugins("cryodask.pool_kinds", _refused)
+"""Kinds of workers of other packages."""
+
+Settings = LocalSettings | AddressSettings | SlurmSettings | PluginSettings
 _KINDS: dict[str, type[LocalSettings] | type[AddressSettings] | type[SlurmSettings]] = {
     "local": LocalSettings,
     "address": AddressSettings,
@@ -345,12 +374,15 @@ def parse_settings(content: object, where: str = "the cluster settings") -> Sett
             f"{where} is no list of names and values.", "wrong indentation or another kind of file", "begin with  kind: local"
         )
     kind = content.get("kind", "local")
-    if kind not in _KINDS:
+    kinds: dict[str, Any] = dict(_KINDS) if kind in _KINDS else {**_KINDS, **OTHERS.load()}
+    if kind not in kinds:
         raise ProjectFileError(
-            f"{where}: there is no kind of cluster {kind!r}{_nearest(str(kind), _KINDS)}.", "a typing error", f"use {' or '.join(_KINDS)}"
+            f"{where}: there is no kind of cluster {kind!r}{_nearest(str(kind), kinds)}.{OTHERS.hint(str(kind))}",
+            "",
+            f"use {' or '.join(kinds)}",
         )
     try:
-        return _KINDS[kind].model_validate(dict(content))
+        return cast(Settings, kinds[kind].model_validate(dict(content)))
     except ValidationError as error:
         raise ProjectFileError(
             f"{where}: {'; '.join(_problem(p, kind) for p in error.errors())}.",
@@ -382,7 +414,7 @@ def _problem(problem: Any, kind: str) -> str:
             ("service", 2): ServiceSettings,
             ("driver", 2): JobSettings,
         }
-        model = inside.get((names[0], len(names)), _KINDS[kind])
+        model = inside.get((names[0], len(names))) or _KINDS.get(kind) or OTHERS.load()[kind]
         return f"unknown name {'.'.join(names)!r}{_nearest(names[-1], model.model_fields)}"
     said = str(problem["msg"]).removeprefix("Value error, ").rstrip(".")
     given = "" if problem["type"] == "missing" or isinstance(problem["input"], (Mapping, BaseModel)) else f" (given: {problem['input']!r})"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from cryodask.cluster import slurm, tls
-from cryodask.cluster.settings import AddressSettings, LocalSettings, SlurmSettings, parse_settings
+from cryodask.cluster.settings import AddressSettings, LocalSettings, PluginSettings, SlurmSettings, parse_settings
 from cryodask.errors import ClusterError
 
 T = TypeVar("T")
@@ -120,7 +120,7 @@ def known() -> list[str]:
 def settings_of(folder: Path) -> LocalSettings | SlurmSettings:
     """Settings of the service in a folder."""
     settings = parse_settings(json.loads(tls.read_secret(folder / "settings.json"))["settings"], str(folder / "settings.json"))
-    assert not isinstance(settings, AddressSettings)
+    assert not isinstance(settings, AddressSettings | PluginSettings)
     return settings
 
 

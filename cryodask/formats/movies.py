@@ -6,6 +6,8 @@ top, then flipped. `best_gain_orientation` finds the turn that fits the movies.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -15,6 +17,7 @@ import numpy as np
 from cryodask.errors import GainError, MovieError
 from cryodask.formats.mrc import open_mrc, write_mrc
 from cryodask.formats.tiff import open_tiff, write_tiff
+from cryodask.plugins import Plugins
 
 TIFF_ENDINGS = (".tif", ".tiff")
 MRC_ENDINGS = (".mrc", ".mrcs", ".st")
@@ -53,6 +56,47 @@ class MovieFile(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Reader:
+    """A format of movies.
+
+    Parameters
+    ----------
+    endings : tuple of str
+        Of its files, lower case with the dot.
+    open : callable ``(path) -> MovieFile``
+        Reads the header and keeps no file open; what it returns may be pickled. Raises MovieError for a file that is no good movie.
+    """
+
+    endings: tuple[str, ...]
+    open: Callable[[str | Path], MovieFile]
+
+
+def _refused(name: str, reader: object) -> str:
+    """Why a reader of another package cannot be used."""
+    if not isinstance(reader, Reader) or not callable(reader.open):
+        return f"it is a {type(reader).__name__}, not a {Reader.__module__}.Reader"
+    if wrong := [e for e in reader.endings if not e.startswith(".") or e != e.lower() or e in MOVIE_ENDINGS]:
+        return f"{', '.join(wrong)} is no ending that it may have: lower case with the dot, and not one that cryodask reads itself"
+    try:
+        inspect.signature(reader.open).bind("path")
+    except TypeError as error:
+        return f"open is called as open(path): {error}"
+    return ""
+
+
+OTHERS = Plugins("cryodask.readers", _refused)
+"""Formats that other packages read."""
+
+
+def _reader(ending: str) -> Reader | None:
+    if ending in TIFF_ENDINGS:
+        return Reader(TIFF_ENDINGS, lambda path: open_tiff(path, MovieError))
+    if ending in MRC_ENDINGS:
+        return Reader(MRC_ENDINGS, lambda path: open_mrc(path, MovieError))
+    return next((reader for reader in OTHERS.load().values() if ending in reader.endings), None)
+
+
 def open_movie(path: str | Path) -> MovieFile:
     """Open a movie for reading frame by frame.
 
@@ -60,7 +104,7 @@ def open_movie(path: str | Path) -> MovieFile:
     ----------
     path : str or Path
         ``.tif, .tiff`` (any compression that tifffile reads; rows are flipped into the MRC frame), ``.mrc, .mrcs, .st``
-        (modes 0, 1, 2, 6, 12, 101).
+        (modes 0, 1, 2, 6, 12, 101), and what installed packages read (entry points of the group ``cryodask.readers``).
 
     Returns
     -------
@@ -73,17 +117,15 @@ def open_movie(path: str | Path) -> MovieFile:
     MovieError
         Missing, empty, truncated, of another format, or no greyscale movie.
     """
-    ending = Path(path).suffix.lower()
-    if ending in TIFF_ENDINGS:
-        movie: MovieFile = open_tiff(path, MovieError)
-    elif ending in MRC_ENDINGS:
-        movie = open_mrc(path, MovieError)
-    else:
+    reader = _reader(Path(path).suffix.lower())
+    if reader is None:
+        endings = [*MOVIE_ENDINGS, *(ending for other in OTHERS.load().values() for ending in other.endings)]
         raise MovieError(
-            f"{path} is not of a movie format that is read ({', '.join(MOVIE_ENDINGS)})",
+            f"{path} is not of a movie format that is read ({', '.join(endings)}).{OTHERS.hint('')}",
             "another kind of file is among the movies, or a camera format such as .eer or .dm4",
-            "narrow the pattern of the movies, or convert them to TIFF or MRC",
+            "narrow the pattern of the movies, install a package that reads the format, or convert them to TIFF or MRC",
         )
+    movie = reader.open(path)
     if min(movie.shape[1:]) < 4 or movie.dtype.kind not in "uif":
         raise MovieError(
             f"{path} is no movie: frames of {movie.shape[1]} x {movie.shape[2]} pixels of type {movie.dtype}",

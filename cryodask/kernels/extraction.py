@@ -86,20 +86,3 @@ def extract_particles(
         boxes = boxes[:, edge : edge + size, edge : edge + size]
         out[part] = normalise_background(boxes, background_radius_px, ramp=ramp)
     return out
-
-
-def common_scale(pixel_size_angstrom: float, wanted_angstrom: float, size: int) -> tuple[int, int]:
-    """Box to cut and edge to reduce it to, both even, so that pixels of a micrograph become pixels of a wanted size.
-
-    Fourier reduction scales by a ratio of whole numbers: a somewhat larger box is cut whose ratio is right to 1 part in 10,000, or the best
-    there is, and the middle of the reduced image is kept.
-    """
-    best = (float("inf"), 0, 0)
-    for reduced in range(size, size + 130, 2):
-        box = 2 * round(reduced * wanted_angstrom / pixel_size_angstrom / 2)
-        error = abs(box * pixel_size_angstrom / reduced / wanted_angstrom - 1.0)
-        if error < best[0]:
-            best = (error, box, reduced)
-        if error < 1e-4:
-            break
-    return best[1], best[2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cryodask.stage import STAGES, Picture, Stage, load_stages
+from cryodask.stage import OTHERS, STAGES, Picture, Stage, load_stages
 from cryodask.store.files import disk_errors
 from cryodask.store.generation import Generation
 from cryodask.store.project import Project
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shown:
-    """A figure as the page holds it."""
+    """A figure as the page holds it; one without ``png`` failed, for the reason in its caption."""
 
     title: str
     caption: str
@@ -94,7 +95,7 @@ def facts(project: Project) -> list[tuple[str, str]]:
 def resolution_sentences(project: Project) -> list[str]:
     """What the resolution is, of which maps, under which mask; and what is not known."""
     out: list[str] = []
-    post = next((s for s in reversed(project.stages) if _stage(project, s).name == "postprocess"), None)
+    post = next((s for s in reversed(project.stages) if _name(project, s) == "postprocess"), None)
     if post is not None and project.generation(post).committed():
         step = project.step(post)
         place = step.inputs["map"][0].parts["half_maps"]  # an earlier result is no step's present one
@@ -106,13 +107,13 @@ def resolution_sentences(project: Project) -> list[str]:
             "randomisation), within the shells where the unmasked FSC stands out from noise. It compares the two unmasked, unsharpened "
             f"half-maps of step “{maps}”, which were refined apart from each other and never joined, under the soft mask of step “{mask}”."
         )
-    if any(_stage(project, s).name == "ab_initio" for s in project.stages):
+    if any(_name(project, s) == "ab_initio" for s in project.stages):
         out.append("The map began ab initio, so its hand is unknown: the mirror image fits the particles as well. Look for helices.")
     return out
 
 
-def _stage(project: Project, label: str) -> Stage:
-    return STAGES[project.generation(label).meta["stage"]]
+def _name(project: Project, label: str) -> str:
+    return str(project.generation(label).meta["stage"])
 
 
 def _latest(project: Project, kind: str, part: str) -> xr.Dataset | None:
@@ -122,13 +123,29 @@ def _latest(project: Project, kind: str, part: str) -> xr.Dataset | None:
 
 def _section(project: Project, label: str) -> Section:
     generation = project.generation(label)
-    stage = _stage(project, label)
+    name = _name(project, label)
+    stage = STAGES.get(name)
     records = project.records(label).values()
     done = sum(r["ok"] for r in records)
     seconds = sum(float(r.get("seconds", 0.0)) for r in records if r["ok"])
-    shown = [Shown(p.title, p.caption, _png(p)) for p in _pictures(project, label, generation, stage)] if done else []
+    shown = list(_shown(project, label, generation, stage)) if done and stage is not None else []
     count = f"{done} micrographs" if generation.meta["per_item"] else ("done" if done else "not finished")
-    return Section(label, stage.name, stage.doc.splitlines()[0], generation.meta["params"], count, seconds, shown)
+    sentence = (
+        stage.doc.splitlines()[0]
+        if stage is not None
+        else f"There is no stage {name} here: its results without figures.{OTHERS.hint(name)}"
+    )
+    return Section(label, name, sentence, generation.meta["params"], count, seconds, shown)
+
+
+def _shown(project: Project, label: str, generation: Generation, stage: Stage) -> Iterator[Shown]:
+    """Figures of a step; one that fails is a box with its error, and the rest of the page is as it would be."""
+    try:
+        for picture in _pictures(project, label, generation, stage):
+            yield Shown(picture.title, picture.caption, _png(picture))
+    except Exception as error:  # the figures of others may raise anything
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        yield Shown("A figure failed", f"{type(error).__name__}: {error} ({Path(at.filename).name}, line {at.lineno})", "")
 
 
 def _pictures(project: Project, label: str, generation: Generation, stage: Stage) -> Iterator[Picture]:

@@ -22,13 +22,13 @@ from distributed.client import FuturesCancelledError
 
 from cryodask.errors import ClusterError, InputError
 from cryodask.run.checkpoints import last_checkpoint, read_state, write_checkpoint
-from cryodask.run.devices import CPU_DEVICE, GPU, GPU_DEVICE, make_ready, with_gpus
+from cryodask.run.devices import CPU_DEVICE, GPU, GPU_DEVICE, on_device, with_gpus
 from cryodask.run.health import Watch
 from cryodask.run.isolation import blamed_at_first_death
 from cryodask.run.leaves import Leaf, cut_leaves, home_of_leaves, merges, settle
 from cryodask.run.particles import StoredParticles
 from cryodask.run.residents import RESIDENTS, Run, new_run, release_everywhere, run_here
-from cryodask.stage import Columns, Metrics, ParticleBlock, ParticleSet, State, Sums
+from cryodask.stage import Columns, Context, Metrics, ParticleBlock, ParticleSet, State, Sums
 from cryodask.store.environments import MADE_IN, environment
 from cryodask.store.generation import disk_errors
 
@@ -72,15 +72,15 @@ class BlockJob:
 
 
 # --- the arithmetic of an iteration, the same in a worker and in this process ----------------------------------------------
-def _expect(job: BlockJob, run: Run, state: State, leaf: Leaf, previous: Columns, device: str) -> tuple[Sums, dict[int, Columns]]:
+def _expect(job: BlockJob, run: Run, state: State, leaf: Leaf, previous: Columns, context: Context) -> tuple[Sums, dict[int, Columns]]:
     f, p = job.functions, job.params
-    iteration = int(state["iteration"]), device
-    shared = RESIDENTS.get(run, ("shared", leaf.half), lambda: f.prepare(p, state, leaf.half, device), stamp=iteration)
-    loaded = f.cache_key(p, state), device
+    iteration = int(state["iteration"]), context.device
+    shared = RESIDENTS.get(run, ("shared", leaf.half), lambda: f.prepare(p, state, leaf.half, context), stamp=iteration)
+    loaded = f.cache_key(p, state), context.device
     block = RESIDENTS.get(
-        run, ("leaf", leaf.number), lambda: f.load(p, state, job.particles.block(leaf.index, leaf.half), device), stamp=loaded
+        run, ("leaf", leaf.number), lambda: f.load(p, state, job.particles.block(leaf.index, leaf.half), context), stamp=loaded
     )
-    sums, columns = f.expect(p, state, shared, block, previous, device)
+    sums, columns = f.expect(p, state, shared, block, previous, context)
     return sums, {leaf.number: columns}
 
 
@@ -111,7 +111,7 @@ def iterate_here(
     particles: Particles,
     inputs: dict[str, Any] | None = None,
     *,
-    device: str = "cpu",
+    context: Context | None = None,
     on_iteration: Callable[[State, Metrics, Columns], None] = lambda state, metrics, columns: None,
 ) -> dict[str, Any]:
     """Run a blocks stage to its end in this process; same leaves, same tree, same bits as on workers with one thread."""
@@ -119,17 +119,17 @@ def iterate_here(
     leaves = cut_leaves(particles.set, functions.halves)
     state = functions.start(params, particles.set, inputs or {})
     columns: Columns = {}
-    with run_here() as run:
+    with run_here() as run, context or Context() as context:
         while not functions.finished(params, state):
             sums: dict[int, tuple[Sums, dict[int, Columns]]] = {}
             for leaf in leaves:
                 previous = {name: values[leaf.index] for name, values in columns.items()}
-                sums[leaf.number] = _expect(job, run, state, leaf, previous, device)
+                sums[leaf.number] = _expect(job, run, state, leaf, previous, context)
             for half in range(functions.halves):
                 for merge in merges(leaves, half):
                     sums[merge.left] = _merge(sums[merge.left], sums.pop(merge.right))
             columns = _joined_columns(particles.set, leaves, {k: v for part in sums.values() for k, v in part[1].items()})
-            state, metrics = functions.maximise(params, state, [part[0] for part in sums.values()], device)
+            state, metrics = functions.maximise(params, state, [part[0] for part in sums.values()], context)
             on_iteration(state, metrics, columns)
     return functions.result(params, state, columns)
 
@@ -141,18 +141,18 @@ def _job_and_state(run: Run, job_path: str, state_path: str) -> tuple[BlockJob, 
 
 
 def _expect_task(run: Run, job_path: str, state_path: str, device: str, leaf: Leaf, previous: Columns) -> tuple[Sums, dict[int, Columns]]:
-    make_ready(device)
-    job, state = _job_and_state(run, job_path, state_path)
-    return _expect(job, run, state, leaf, previous, device)
+    with on_device(device) as context:
+        job, state = _job_and_state(run, job_path, state_path)
+        return _expect(job, run, state, leaf, previous, context)
 
 
 def _maximise_task(
     run: Run, job_path: str, state_path: str, device: str, *parts: tuple[Sums, dict[int, Columns]]
 ) -> tuple[State, Metrics, dict[int, Columns]]:
-    make_ready(device)
-    job, before = _job_and_state(run, job_path, state_path)
-    state, metrics = job.functions.maximise(job.params, before, [p[0] for p in parts], device)
-    metrics = {**metrics, MADE_IN: environment()}
+    with on_device(device) as context:
+        job, before = _job_and_state(run, job_path, state_path)
+        state, metrics = job.functions.maximise(job.params, before, [p[0] for p in parts], context)
+        metrics = {**metrics, MADE_IN: environment()}
     return state, metrics, {k: v for p in parts for k, v in p[1].items()}
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from cryodask.errors import InputError, MicrographError
-from cryodask.run.devices import make_ready
+from cryodask.programs import Program
+from cryodask.run.devices import on_device
 from cryodask.run.due import Said, due, joined, said_of
 from cryodask.run.grids import brings_movies, mark
 from cryodask.run.imports import Import
@@ -37,7 +38,7 @@ class Link:
     ``source`` says of each variable: ``inputs``, ``particles``, or the label of the step that gives it. ``whole`` are variables of maps and
     masks, the same for every exposure. ``within`` is the step of this chain in which the particles are born that the stage is given
     (empty: they are sent along), ``threshold`` what settles which of them are accepted. ``birth``: particles are born here. ``recipes``
-    say how each data set is processed.
+    say how each data set is processed. ``programs`` are those that the stage runs, with the versions in its key.
     """
 
     label: str
@@ -50,6 +51,7 @@ class Link:
     threshold: Any = None
     birth: Birth | None = None
     recipes: dict[str, str] = field(default_factory=dict)
+    programs: dict[Program, str] = field(default_factory=dict)
 
     @property
     def stage(self) -> Stage:
@@ -235,7 +237,6 @@ class Chain:
     # --- in a worker --------------------------------------------------------------------------------------------------------------
     def run(self, item: Item, brief: Brief, device: str, attempt: int) -> None:
         """Process and commit one item: the stages that have it already are read, not repeated."""
-        make_ready(device)
         values: dict[str, Any] = {**self.constants.get(item.data_set, {}), **self._inputs(item)}
         records = dict(brief.records)
         fresh: list[tuple[dict[str, Any], bool]] = []
@@ -251,15 +252,19 @@ class Chain:
             needs = {n: self._value(n, link, item, known, records, particles) for n in link.stage.needs}
             needs |= {n: self._value(n, link, item, known, records, particles) if n in link.source else None for n in link.stage.optional}
             started, started_cpu = time.time(), time.process_time()
-            given = link.stage.process(link.params, device=device, **needs)
+            log = f"logs/{item.name}-{item.row}.log"
+            with on_device(device, log=generation.path / log, programs=link.programs) as context:
+                given = link.stage.process(link.params, context=context, **needs)
             _refuse_nonsense(link, item, given)
-            told: dict[str, int] = {}
+            told: dict[str, Any] = {}
             if link.birth is not None:
                 before = [(brief.births[link.label], True)] if link.label in brief.births else []
                 given, told = with_ids(link.birth, item.row, given, known_of([*before, *fresh]))
                 fresh.append(({n: given[n] for n in KNOWN if n in given}, False))
             seconds = {"seconds": round(time.time() - started, 4), "cpu_seconds": round(time.process_time() - started_cpu, 4)}
             made = Made(item.fingerprint, link.recipes.get(item.data_set), digest).entries()
+            if link.programs and (generation.path / log).exists():
+                told = {**told, "log": log}
             info = {**made, **told, **seconds, "revision": item.revision, "attempt": attempt, "epoch": self.epoch}
             record = generation.commit(item.row, item.name, given, grid=self._grid(link, item), **info)
             records[link.label] = record

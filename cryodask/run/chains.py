@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cryodask.errors import CryodaskError, MovieError, StoreError
+from cryodask.errors import CryodaskError, MovieError, ProgramMissingError, StoreError
 from cryodask.products import COLLECTIONS, part_of
+from cryodask.programs import Program
 from cryodask.run import sources
 from cryodask.run.chain import Chain, Link
 from cryodask.run.due import Known, due, known
@@ -25,6 +27,7 @@ from cryodask.run.recipe import Plan, Step
 from cryodask.run.refs import INPUTS, PARTICLES, Refer, parts_used, pinned_place, stage_of, variable_sources
 from cryodask.run.slices import Slices
 from cryodask.run.whole import Stored
+from cryodask.stage import Version
 from cryodask.store.birthbook import BirthBook
 from cryodask.store.births import TABLE, Birth
 from cryodask.store.files import holder_of
@@ -40,7 +43,7 @@ class Target:
     """Where the results of a per-exposure step belong now: key and version of the generation, and the recipe of each data set."""
 
     key: str
-    version: int
+    version: Version
     recipes: dict[str, str]
 
 
@@ -120,7 +123,15 @@ class ChainMaker:
             threshold=refer.threshold(particles[0]) if birthplace in here else None,
             birth=Birth(birth["number"], self.project.state.seed) if birth else None,
             recipes=self.project.state.steps[step.label].recipes,
+            programs=self._programs(step),
         )
+
+    @staticmethod
+    def _programs(step: Step) -> dict[Program, str]:
+        # where one is missing nothing is left to compute: target() refuses anything else
+        with suppress(ProgramMissingError):
+            return step.stage.program_versions()
+        return {}
 
     def _bare_link(self, source: str) -> Link:
         """A step before the chain, or an earlier result, from which it reads."""
@@ -241,7 +252,7 @@ class ChainMaker:
         stage = step.stage
         meta: dict[str, Any] = {
             "stage": stage.name,
-            "version": stage.version,
+            "version": target.version,
             "params": step.params.model_dump(mode="json"),
             "recipes": target.recipes,
             "inputs": {name: [p.ref for p in products] for name, products in step.inputs.items()},
@@ -260,25 +271,28 @@ class ChainMaker:
         key, version = self._key(step)
         return Target(key, version, self.keys.recipes(step, version))
 
-    def _key(self, step: Step) -> tuple[str, int]:
-        key = self.keys.of_exposures(step, step.stage.version), step.stage.version
+    def _key(self, step: Step) -> tuple[str, Version]:
         current = self.project.state.steps.get(step.label)
-        if current is None or current.stage != step.stage.name or current.key == key[0] or step.label in self.update:
-            return key
+        if current is None or current.stage != step.stage.name or step.label in self.update:
+            return self._key_here(step)
         generation = self.project.generation_at(current.place)
-        version = int(generation.meta["version"])
+        version: Version = generation.meta["version"]
         if version == step.stage.version or self.keys.of_exposures(step, version) != current.key:
-            return key
+            return self._key_here(step)
         done = set(generation.table(()).row.tolist()) | set(generation.records())
         missing = [item for item in self.items if item.row not in done]
-        if missing:
+        if missing and (here := step.stage.version_here()) != version:
             raise StoreError(
                 f"Step {step.label} was computed with version {version} of {step.stage.name}, this program has version "
-                f"{step.stage.version}: {len(missing)} new exposures would be of another version than {len(done)} old ones.",
+                f"{here}: {len(missing)} new exposures would be of another version than {len(done)} old ones.",
                 "cryodask was upgraded during the session",
                 f"--update {step.label} computes all {len(self.items)} again; or go on with the version of before",
             )
         return current.key, version
+
+    def _key_here(self, step: Step) -> tuple[str, Version]:
+        here = step.stage.version_here()
+        return self.keys.of_exposures(step, here), here
 
     def imports(self, steps: list[Step]) -> dict[str, Import]:
         """What the imports among some steps say of the exposures."""

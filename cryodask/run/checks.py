@@ -11,9 +11,9 @@ from typing import Any
 
 from cryodask.cluster import service
 from cryodask.cluster.connect import local_memory
-from cryodask.cluster.settings import AddressSettings, LocalSettings, Settings, SlurmSettings, read_cluster_file
+from cryodask.cluster.settings import AddressSettings, LocalSettings, PluginSettings, Settings, SlurmSettings, read_cluster_file
 from cryodask.cluster.whereabouts import folder_of, settings_of
-from cryodask.errors import CryodaskError
+from cryodask.errors import CryodaskError, ProgramMissingError
 from cryodask.run.known import movie_header, step_sizes
 from cryodask.run.recipe import Plan, Step
 from cryodask.store.project import Arrival, Project
@@ -54,6 +54,7 @@ def look_ahead(plan: Plan, project: Project | None, listing: list[Arrival], aske
         settings = None
     out.warnings += _wrong_lane(settings, where, asked.lane)
     out.problems += _unknown_exposures(plan, project, listing)
+    out.problems += _missing_programs(plan, project)
     found, beyond = movie_header(plan, listing), list[str]()
     if found is not None:
         first, out.movie, pixel = found
@@ -128,6 +129,19 @@ def _larger_than_a_frame(plan: Plan, frame: tuple[int, ...], pixel: float | None
                 return
 
 
+def _missing_programs(plan: Plan, project: Project | None) -> Iterator[str]:
+    """Programs that steps run and that are not here; a finished step over a set needs none any more."""
+    for step in plan.steps:
+        before = project.state.steps.get(step.label) if project is not None else None
+        over_set = before is not None and before.stage == step.stage.name and step.stage.shape != "map"
+        if over_set and project is not None and before is not None and project.generation_at(before.place).committed():
+            continue
+        try:
+            step.stage.program_versions()
+        except ProgramMissingError as error:
+            yield f"{step.label}: {error.what} What to do: {error.way_out}."
+
+
 # --- the cluster ---------------------------------------------------------------------------------------------------------------
 def _settings(where: str) -> Settings | None:
     """What is known of a cluster before anybody connects; None for one that others run.
@@ -146,7 +160,8 @@ def _settings(where: str) -> Settings | None:
             service.find(where)  # refuses it, as the run would
         folder = folder_of(where)
         return settings_of(folder) if (folder / "settings.json").is_file() else None
-    return read_cluster_file(where)
+    settings = read_cluster_file(where)
+    return None if isinstance(settings, PluginSettings) else settings
 
 
 def _with_workers(settings: Settings, workers: int | None) -> Settings:
@@ -155,7 +170,7 @@ def _with_workers(settings: Settings, workers: int | None) -> Settings:
 
 def _wrong_lane(settings: Settings | None, where: str, lane: str | None) -> Iterator[str]:
     """A scheduler with lanes counts a client of any other lane as one of its default lane, and says nothing."""
-    if settings is None or isinstance(settings, AddressSettings) or lane is None or not settings.lanes:
+    if settings is None or isinstance(settings, AddressSettings | PluginSettings) or lane is None or not settings.lanes:
         return
     if lane not in (*settings.lanes, settings.default_lane):
         yield (
@@ -190,13 +205,13 @@ def _too_large(plan: Plan, project: Project | None, movie: tuple[int, int, int] 
     if not memory:
         return
     for step in plan.steps:
-        if not step.stage.states_memory:
+        if step.stage.resources.memory is None:
             continue
         sizes = step_sizes(plan, project, step, movie)
         if not sizes:
             continue
         try:
-            needed = float(step.stage.memory(step.params, sizes))
+            needed = float(step.stage.resources.memory(step.params, sizes))
         except KeyError:  # it speaks of sizes that nobody knows yet
             continue
         if needed > max(memory.values()):

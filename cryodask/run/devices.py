@@ -1,4 +1,4 @@
-"""CPU or GPU: which workers have a device, how many of them are free, and torch made ready for it.
+"""CPU or GPU: which workers have a device, how many of them are free, and what is made ready for a stage function on one.
 
 A worker process with a device has the resource ``GPU=1`` and sees no other device (``cluster/slurm.py``). Results of both kinds agree to
 rounding, not in their bits.
@@ -6,34 +6,54 @@ rounding, not in their bits.
 
 from __future__ import annotations
 
+import os
 import socket
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from cryodask.context import Context
 from cryodask.errors import ClusterError
+from cryodask.programs import Program
 
 GPU = "GPU"
 CPU_DEVICE, GPU_DEVICE = "cpu", "cuda"
 _AHEAD = 2
 
 
-def make_ready(device: str) -> None:
-    """Before torch is used in a worker.
+@contextmanager
+def on_device(device: str, *, log: Path | None = None, programs: Mapping[Program, str] | None = None) -> Iterator[Context]:
+    """The context of a stage function in a worker: one thread, its device; what it left in scratch goes when it has returned.
 
     Raises
     ------
     ClusterError
-        Where torch sees no GPU on a worker that was given one; it stops the run, because every item would meet it.
+        Where a function failed and torch sees no GPU on a worker that was given one; it stops the run, because every item would meet it.
     """
-    import torch
-
-    torch.set_num_threads(1)
-    if device != CPU_DEVICE and not torch.cuda.is_available():
+    _one_thread()
+    try:
+        with Context(device, 1, log, programs or {}) as context:
+            yield context
+    except Exception as error:
+        cuda = getattr(sys.modules.get("torch"), "cuda", None)
+        if device == CPU_DEVICE or cuda is None or cuda.is_available():
+            raise
         raise ClusterError(
             f"A worker on {socket.gethostname()} has the resource {GPU}, but its torch sees no GPU.",
             "torch was installed in its build for CPUs, or the driver does not fit it",
             "install the other build in the workers' environment, or set gpus: 0 in the cluster file",
-        )
+        ) from error
+
+
+def _one_thread() -> None:
+    """Torch takes one thread, whether it is imported already or will be by a stage that uses it."""
+    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+    # while another thread imports it, it has no such attribute yet, and goes by the environment
+    limit = getattr(sys.modules.get("torch"), "set_num_threads", None)
+    if limit is not None:
+        limit(1)
 
 
 def with_gpus(workers: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:

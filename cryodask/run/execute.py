@@ -36,6 +36,7 @@ from cryodask.run.tally import Tally
 from cryodask.run.unions import image_givers
 from cryodask.run.watch import Arrivals
 from cryodask.run.whole import loaded, run_tournament, run_whole
+from cryodask.stage import Version
 from cryodask.store.environments import MADE_IN, Environment, counts
 from cryodask.store.generation import Generation
 from cryodask.store.history import generation_folders
@@ -292,7 +293,7 @@ class Execution:
             self._compute_single(step, inputs.only(ids), before, frame, version)
         self._compute_single(step, inputs, key, frame, version)
 
-    def _compute_single(self, step: Step, inputs: StepInputs, key: str, frame: str, version: int) -> None:
+    def _compute_single(self, step: Step, inputs: StepInputs, key: str, frame: str, version: Version) -> None:
         path = self.project.path / "stages" / step.stage.name / key
         meta = {
             "stage": step.stage.name,
@@ -309,9 +310,10 @@ class Execution:
         self._take_back_what_changed(step)
         self._begin(step.label, [step])
         if generation.committed():
-            older = f" (version {version}; --update {step.label} computes it with version {step.stage.version})"
+            newer = step.stage.newer(version)
+            older = f" (version {version}; --update {step.label} computes it with version {newer})" if newer is not None else ""
             self._finish(step)
-            self._end([step], "done before" + (older if version != step.stage.version else ""))
+            self._end([step], f"done before{older}")
             return
         if inputs.ids is not None:
             freeze(generation, inputs.ids)
@@ -362,4 +364,4 @@ class Execution:
                 self.events.emit(Iteration, step=step.label, iteration=number, of=of, figures={})
 
             return run_tournament(stage.functions, step.params, particle_set(self.project, inputs), watch, on_chain)
-        return run_whole(stage.name, step.params, values, watch)
+        return run_whole(stage.name, step.params, values, watch, generation.path / "logs" / "result.log")

@@ -35,7 +35,7 @@ from cryodask.run.graph_checks import check_input, check_step, lacking, of_anoth
 from cryodask.run.graph_facts import give, order_of, point_group
 from cryodask.run.graph_from import check_form, read_from, refuse_twice
 from cryodask.run.graph_rules import FILLED_FIRST, missing, take
-from cryodask.stage import Output, Port, Stage
+from cryodask.stage import OTHERS, Output, Port, Stage
 
 __all__ = ["Graph", "Step", "order_of", "point_group", "resolve"]
 
@@ -223,7 +223,7 @@ class _Reading:
         if name not in stages:
             raise WrongStep(
                 f"There is no stage {shown(name)}.{near(name, stages)} `cryodask stages` lists them; "
-                "a stage of another package needs that package installed."
+                f"a stage of another package needs that package installed.{OTHERS.hint(name)}"
             )
         if not _LABEL.fullmatch(label):
             raise WrongStep(

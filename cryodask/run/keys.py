@@ -27,7 +27,7 @@ from cryodask.run.inputs import StepInputs
 from cryodask.run.recipe import Plan, Step, marked_fields
 from cryodask.run.refs import INPUTS, Refer, givers_of, parts_used, pinned_place, united_parts, variable_sources
 from cryodask.run.sources import source_name
-from cryodask.stage import SourceFileMark
+from cryodask.stage import SourceFileMark, Version
 from cryodask.store.generation import generation_key
 from cryodask.store.identity import rows_in
 from cryodask.store.places import line_of
@@ -84,7 +84,7 @@ class Keys:
         return {"again": count} if count else {}
 
     # --- per exposure ---------------------------------------------------------------------------------------------------------
-    def recipes(self, step: Step, version: int) -> dict[str, str]:
+    def recipes(self, step: Step, version: Version) -> dict[str, str]:
         """How an exposure is processed by this step, for each data set: their optics and gains differ."""
         shared = {"stage": step.stage.name, "version": version, "params": self.params(step), **self.again(step)}
         used = [(port, p, parts_used(step, port)) for port in step.stage.ports for p in step.inputs.get(port.name, ())]
@@ -111,7 +111,7 @@ class Keys:
         read = {n: values[n] for n, source in sources.items() if source == INPUTS and n in values}
         return {**read, **({"gain": self.gains.get(name)} if "gain" in sources else {})}
 
-    def of_exposures(self, step: Step, version: int) -> str:
+    def of_exposures(self, step: Step, version: Version) -> str:
         """Key of a per-exposure step."""
         upstream: dict[str, Any] = {}
         for port in step.stage.ports:
@@ -169,7 +169,7 @@ class Keys:
         return self._origin(step) if step.stage.shape == "map" else None
 
     # --- over a set -----------------------------------------------------------------------------------------------------------
-    def of_set(self, version: int, inputs: StepInputs) -> str:
+    def of_set(self, version: Version, inputs: StepInputs) -> str:
         """Key of a step over sets of particles, over exposures, or over neither."""
         step = inputs.step
         upstream: dict[str, Any] = {"ids": ids_digest(inputs.ids if inputs.ids is not None else inputs.rows)}
@@ -191,17 +191,23 @@ class Keys:
         parts = {"stage": step.stage.name, "version": version, "params": self.params(step), "upstream": upstream}
         return generation_key({**parts, **self.again(step)})
 
-    def version_of_set(self, step: Step, inputs: StepInputs, current: StepState | None, update: Container[str]) -> int:
-        """Version whose result counts: that of a finished current one, until somebody asks for this program's."""
+    def version_of_set(self, step: Step, inputs: StepInputs, current: StepState | None, update: Container[str]) -> Version:
+        """Version whose result counts: that of a finished current one, until somebody asks for this program's.
+
+        Raises
+        ------
+        ProgramMissingError
+            A program that the step runs is not here, and it has no finished result.
+        """
         if current is None or step.label in update or current.stage != step.stage.name:
-            return step.stage.version
+            return step.stage.version_here()
         generation = self.project.generation_at(current.place)
-        version = int(generation.meta["version"])
+        version: Version = generation.meta["version"]
         older = version != step.stage.version and bool(generation.committed())
         unchanged = older and self.of_set(version, inputs) == current.key
-        return version if unchanged else step.stage.version
+        return version if unchanged else step.stage.version_here()
 
-    def frame_of_set(self, step: Step, version: int) -> str:
+    def frame_of_set(self, step: Step, version: Version) -> str:
         """The same without the ids and items: what an unfinished generation must share to be finished first."""
         upstream: dict[str, Any] = {}
         for port in step.stage.ports:

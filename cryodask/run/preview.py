@@ -23,6 +23,7 @@ from cryodask.run.recipe import Plan, Step
 from cryodask.run.refs import Refer, label_of
 from cryodask.run.selection import Wanted
 from cryodask.run.unions import check_images
+from cryodask.stage import Version
 from cryodask.store.foreseen import Foreseen
 from cryodask.store.generation import Generation
 from cryodask.store.project import Arrival, Project
@@ -231,8 +232,7 @@ class _Looking:
         lacking = self.lacking[step.label] - failed
         if not lacking:
             self.stale.pop(step.label, None)
-            version = seen.target.version
-            why = f"version {step.stage.version} (done with {version})" if version != step.stage.version else ""
+            why = _of_version(step, seen.target.version)
             return StepPreview(step.label, step.stage.name, _sources(step), True, 0, why)
         if lacking <= self.new:
             why = "new exposures"
@@ -264,7 +264,7 @@ class _Looking:
             self._foresee(Foreseen(generation.path, {"per_item": False, "gives": [], "version": version}, {}))
         if not exists or not generation.committed():
             return self._stale(step, why, count)
-        why = f"version {step.stage.version} (done with {version})" if version != step.stage.version else ""
+        why = _of_version(step, version)
         return StepPreview(step.label, step.stage.name, _sources(step), True, 0, why)
 
     def _why(self, step: Step) -> str:
@@ -275,14 +275,20 @@ class _Looking:
         if self.project.state.again.get(step.label):
             return "asked to be computed anew"
         generation = self.project.generation_at(current.place)
-        if int(generation.meta["version"]) != step.stage.version:
-            return f"version {step.stage.version} (done with {generation.meta['version']})"
+        if why := _of_version(step, generation.meta["version"]):
+            return why
         old, new = generation.meta["params"], step.params.model_dump(mode="json")
         changed = [n for n in new if n != step.stage.threshold and old.get(n) != new[n]]
         if changed:
             return f"parameter {', '.join(changed)}"
         computed = sorted(self.plan.graph.rests_on(step) & set(self.stale))
         return f"input {computed[0]} is computed first" if computed else "input changed"
+
+
+def _of_version(step: Step, version: Version) -> str:
+    """Where a result is of another version than would be computed here."""
+    newer = step.stage.newer(version)
+    return f"version {newer} (done with {version})" if newer is not None else ""
 
 
 def lines(plan: Plan, shown: Preview) -> list[str]:

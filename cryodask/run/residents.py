@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
 import psutil
@@ -136,9 +137,9 @@ class Residents:
 
 
 def size_of(value: Any, seen: set[int] | None = None) -> int:
-    """Bytes of the arrays and tensors in a value, each once."""
+    """Bytes of the arrays and tensors in a value, each once; code (classes, modules) is no part of it."""
     seen = set() if seen is None else seen
-    if id(value) in seen or isinstance(value, str | bytes | int | float | type(None)):
+    if id(value) in seen or isinstance(value, str | bytes | int | float | type(None) | type | ModuleType):
         return len(value) if isinstance(value, bytes) else 0
     seen.add(id(value))
     size = getattr(value, "nbytes", None)

@@ -13,7 +13,7 @@ from distributed import Client, Future, KilledWorker
 from distributed.client import ClosedClientError
 
 from cryodask.errors import ClusterError
-from cryodask.run.devices import CPU_DEVICE, GPU, GPU_DEVICE, make_ready, with_gpus
+from cryodask.run.devices import CPU_DEVICE, GPU, GPU_DEVICE, on_device, with_gpus
 from cryodask.run.health import Watch
 from cryodask.run.isolation import blamed_at_first_death
 from cryodask.run.particles import StoredParticles
@@ -42,17 +42,17 @@ def loaded(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: value.load() if isinstance(value, Stored) else value for name, value in inputs.items()}
 
 
-def run_whole(stage_name: str, params: Any, inputs: dict[str, Any], watch: Watch) -> dict[str, Any]:
-    """One call of a whole stage on a worker."""
-    blob = cloudpickle.dumps((stage_name, params, inputs))
+def run_whole(stage_name: str, params: Any, inputs: dict[str, Any], watch: Watch, log: Path) -> dict[str, Any]:
+    """One call of a whole stage on a worker; ``log`` keeps what programs print."""
+    blob = cloudpickle.dumps((stage_name, params, inputs, log, find_stage(stage_name).program_versions()))
     result = _results(watch, {0: lambda: _submit(watch.client, _whole_task, blob)}, lambda number, of: None)[0]
     return {**result, MADE_IN: [result[MADE_IN]]}
 
 
 def _whole_task(blob: bytes) -> dict[str, Any]:
-    make_ready(CPU_DEVICE)
-    stage_name, params, inputs = cloudpickle.loads(blob)
-    return {**find_stage(stage_name).process(params, **loaded(inputs)), MADE_IN: environment()}
+    stage_name, params, inputs, log, programs = cloudpickle.loads(blob)
+    with on_device(CPU_DEVICE, log=log, programs=programs) as context:
+        return {**find_stage(stage_name).process(params, context=context, **loaded(inputs)), MADE_IN: environment()}
 
 
 def run_tournament(
@@ -83,9 +83,9 @@ def _submit(client: Client, function: Callable[..., Any], *arguments: Any, resou
 
 
 def _chain_task(blob: bytes, seed: int, device: str) -> dict[str, Any]:
-    make_ready(device)
     functions, params, particles, index = cloudpickle.loads(blob)
-    return {**functions.chain(params, particles.block(index), seed, device), MADE_IN: environment()}
+    with on_device(device) as context:
+        return {**functions.chain(params, particles.block(index), seed, context), MADE_IN: environment()}
 
 
 def _results(watch: Watch, tasks: dict[int, Callable[[], Future]], done: Callable[[int, int], None]) -> dict[int, Any]:

@@ -12,7 +12,8 @@ from typing import Any
 
 from cryodask.stage import STAGES
 
-NAMES = [m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")]
+NAMES = [m.name for m in pkgutil.iter_modules(__path__) if not (m.name.startswith("_") or m.ispkg)]
+NAMES += [f"external.{m.name}" for m in pkgutil.iter_modules([f"{folder}/external" for folder in __path__])]
 
 
 class _Stages(ModuleType):

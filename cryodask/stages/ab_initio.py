@@ -6,14 +6,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from pydantic import Field
 
 from cryodask.errors import InputError
-from cryodask.kernels.ab_initio import Schedule, run_chain, working_box
-from cryodask.kernels.expectation import load_particles
-from cryodask.kernels.fourier import resize_images, resize_map
-from cryodask.stage import Output, Params, ParticleBlock, ParticleSet, Picture, stage
+from cryodask.stage import Context, Output, Params, ParticleBlock, ParticleSet, Picture, stage
 from cryodask.stages._symmetry import PointGroup
 
 if TYPE_CHECKING:
@@ -73,8 +69,14 @@ class ab_initio:
         return [params.seed + i for i in range(params.restarts)]
 
     @staticmethod
-    def chain(params: AbInitioParams, particles: ParticleBlock, seed: int, device: str) -> dict[str, Any]:
+    def chain(params: AbInitioParams, particles: ParticleBlock, seed: int, context: Context) -> dict[str, Any]:
         """One restart."""
+        import torch
+
+        from cryodask.kernels.ab_initio import Schedule, run_chain, working_box
+        from cryodask.kernels.expectation import load_particles
+        from cryodask.kernels.fourier import resize_images
+
         box = particles.images.shape[-1]
         length = box * particles.pixel_size_angstrom
         diameter = params.mask_diameter_angstrom or 0.75 * length
@@ -92,7 +94,7 @@ class ab_initio:
             pixel_size_angstrom=length / small,
             radius=small // 2 - 1,
             mask_radius_angstrom=diameter / 2,
-            device=device,
+            device=context.device,
         )
         volume, score, trace = run_chain(
             data,
@@ -102,7 +104,7 @@ class ab_initio:
             shift_range_angstrom=params.shift_range_angstrom or 0.1 * diameter,
             schedule=schedule,
             seed=seed,
-            device=device,
+            device=context.device,
         )
         return {
             "map": volume.cpu().numpy(),
@@ -115,6 +117,10 @@ class ab_initio:
     @staticmethod
     def choose(params: AbInitioParams, chains: list[dict[str, Any]]) -> dict[str, Any]:
         """The likeliest map, at the box of the particles."""
+        import torch
+
+        from cryodask.kernels.fourier import resize_map
+
         scores = np.array([c["score"] for c in chains])
         best = chains[int(np.argmax(scores))]
         volume = resize_map(torch.from_numpy(np.array(best["map"], np.float32)), int(best["box"]))

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import xarray as xr
 from pydantic import Field, model_validator
 
 from cryodask.errors import MicrographError
-from cryodask.kernels.ctf_cells import lens_of
-from cryodask.kernels.ctf_fit import fit_ctf
-from cryodask.kernels.spectrum import Spectrum, log_power_image, power_spectrum
 from cryodask.products import Product
-from cryodask.stage import Params, Picture, Sizes, stage
+from cryodask.stage import Context, Params, Picture, Resources, Sizes, stage
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from cryodask.kernels.spectrum import Spectrum
 
 SHELLS = 192
 _COARSEST_PIXELS = 1.5 * 2.7
@@ -84,7 +84,7 @@ def _check(params: CtfParams, inputs: dict[str, list[Product]]) -> Iterator[str]
         "spectrum_image",
     ],
     sizes=_sizes,
-    memory=_memory,
+    resources=Resources(memory=_memory),
 )
 def ctf(
     params: CtfParams,
@@ -94,7 +94,7 @@ def ctf(
     voltage_kv: float,
     spherical_aberration_mm: float,
     amplitude_contrast: float,
-    device: str = "cpu",
+    context: Context,
 ) -> dict[str, Any]:
     """Fit defocus and astigmatism to the rings of the micrograph's power spectrum.
 
@@ -104,6 +104,12 @@ def ctf(
     refined by Whittle's likelihood of the whole spectrum, one smooth background and a flexible ring strength, in which the lobes of the
     particles' own form factor do not pass for rings. Defocus is positive below focus; the angle runs from +x to +y.
     """
+    import torch
+
+    from cryodask.kernels.ctf_cells import lens_of
+    from cryodask.kernels.ctf_fit import fit_ctf
+    from cryodask.kernels.spectrum import log_power_image, power_spectrum
+
     image = np.asarray(micrograph_sum, np.float32)
     check_micrograph(image)
     pixel = float(pixel_size_angstrom)
@@ -117,7 +123,7 @@ def ctf(
             "bin less, or leave the micrograph out",
         )
     lens = lens_of(float(voltage_kv), float(spherical_aberration_mm), float(amplitude_contrast), math.radians(params.phase_shift_deg))
-    tensor = torch.from_numpy(image).to(device)
+    tensor = torch.from_numpy(image).to(context.device)
 
     def fitted(tile: float) -> tuple[Spectrum, Any]:
         spectrum = power_spectrum(tensor, pixel_size_angstrom=pixel, tile_angstrom=tile, finest_angstrom=finest)

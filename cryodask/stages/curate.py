@@ -10,7 +10,7 @@ from pydantic import Field
 
 from cryodask.errors import InputError
 from cryodask.products import Product
-from cryodask.stage import ChoiceMark, Output, Params, Picture, port, stage
+from cryodask.stage import ChoiceMark, Context, Output, Params, Picture, port, stage
 from cryodask.stages._sets import beyond
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def curate(
     class_average: np.ndarray | None = None,
     class_share: np.ndarray | None = None,
     class_resolution_angstrom: np.ndarray | None = None,
-    device: str = "cpu",
+    context: Context,
 ) -> dict[str, Any]:
     """Decides which particles and classes later stages use, by class and by simple limits.
 

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from cryodask.errors import InputError
 from cryodask.products import Product
-from cryodask.stage import Output, Params, SourceFile, stage
+from cryodask.stage import Context, Output, Params, SourceFile, stage
 from cryodask.store.claims import SAME_PLACE_PX
 from cryodask.store.identity import parse_id
 
@@ -118,7 +118,7 @@ def edit_picks(
     pixel_size_angstrom: float,
     pick_score: np.ndarray | None = None,
     pick_edits: list[Edit] | None = None,
-    device: str = "cpu",
+    context: Context,
 ) -> dict[str, Any]:
     """Applies the edits of a person to the picks of an exposure.
 

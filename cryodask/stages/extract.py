@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import xarray as xr
 from pydantic import Field, model_validator
 
 from cryodask.errors import MicrographError
-from cryodask.kernels.extraction import common_scale, extract_particles
 from cryodask.products import Product
-from cryodask.stage import Output, Params, Picture, Sizes, port, stage
+from cryodask.stage import Context, Output, Params, Picture, Resources, Sizes, port, stage
 from cryodask.stages.ctf import check_micrograph
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 _EDGE = 0.4
 """Least distance of a particle from the border, background diameters: that of the picker."""
@@ -62,6 +62,23 @@ class ExtractParams(Params):
             return self.box, self.size, pixel_size_angstrom * self.box / self.size
         wanted = float(self.pixel_size_angstrom or 0.0)
         return (*common_scale(pixel_size_angstrom, wanted, self.size), wanted)
+
+
+def common_scale(pixel_size_angstrom: float, wanted_angstrom: float, size: int) -> tuple[int, int]:
+    """Box to cut and edge to reduce it to, both even, so that pixels of a micrograph become pixels of a wanted size.
+
+    Fourier reduction scales by a ratio of whole numbers: a somewhat larger box is cut whose ratio is right to 1 part in 10,000, or the best
+    there is, and the middle of the reduced image is kept.
+    """
+    best = (float("inf"), 0, 0)
+    for reduced in range(size, size + 130, 2):
+        box = 2 * round(reduced * wanted_angstrom / pixel_size_angstrom / 2)
+        error = abs(box * pixel_size_angstrom / reduced / wanted_angstrom - 1.0)
+        if error < best[0]:
+            best = (error, box, reduced)
+        if error < 1e-4:
+            break
+    return best[1], best[2]
 
 
 def _sizes(params: ExtractParams, sizes: Sizes) -> Sizes:
@@ -114,7 +131,7 @@ def _check(params: ExtractParams, inputs: dict[str, list[Product]]) -> Iterator[
     check=_check,
     reasons=REASONS,
     sizes=_sizes,
-    memory=_memory,
+    resources=Resources(memory=_memory),
 )  # fmt: skip
 def extract(
     params: ExtractParams,
@@ -128,7 +145,7 @@ def extract(
     centre_x_angstrom: np.ndarray | None = None,
     class_centre_y_angstrom: np.ndarray | None = None,
     class_centre_x_angstrom: np.ndarray | None = None,
-    device: str = "cpu",
+    context: Context,
 ) -> dict[str, Any]:
     """Cut particles from the dose-weighted micrograph, as RELION does.
 
@@ -138,6 +155,10 @@ def extract(
     filled with the mirrored micrograph. Boxes are inverted to white protein, reduced in Fourier space, freed of a plane, and given
     mean 0 and standard deviation 1 outside ``background_diameter_angstrom``.
     """
+    import torch
+
+    from cryodask.kernels.extraction import extract_particles
+
     image = np.asarray(micrograph_dw, np.float32)
     check_micrograph(image)
     pixel = float(pixel_size_angstrom)
@@ -171,9 +192,9 @@ def extract(
     whole = known & (pixels >= reach).all(1) & (pixels <= size - 1 - reach).all(1)
     rows, columns = pixels[whole].T.copy()
     particles = extract_particles(
-        torch.from_numpy(image).to(device),
-        torch.from_numpy(rows).to(device),
-        torch.from_numpy(columns).to(device),
+        torch.from_numpy(image).to(context.device),
+        torch.from_numpy(rows).to(context.device),
+        torch.from_numpy(columns).to(context.device),
         box=box,
         size=params.size,
         reduced=reduced,

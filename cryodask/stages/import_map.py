@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from cryodask.errors import InputError
 from cryodask.formats.mrc import read_mrc
-from cryodask.stage import InputFile, Output, Params, stage
+from cryodask.stage import Context, InputFile, Output, Params, stage
 from cryodask.stages._symmetry import PointGroup
 
 
@@ -34,7 +34,7 @@ def _outputs(params: ImportMapParams) -> tuple[Output, ...]:
 
 
 @stage(version=1, shape="whole", needs=[], outputs=_outputs, gives=["half_map", "final_map", "map_pixel_size_angstrom"])
-def import_map(params: ImportMapParams, *, device: str = "cpu") -> dict[str, Any]:
+def import_map(params: ImportMapParams, *, context: Context) -> dict[str, Any]:
     """Read a map, or two unmasked, unsharpened half-maps for masks, post-processing and refinement.
 
     The map of two half-maps is their mean.

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from cryodask.errors import InputError
 from cryodask.formats.mrc import read_mrc
-from cryodask.stage import InputFile, Output, Params, stage
+from cryodask.stage import Context, InputFile, Output, Params, stage
 
 _TOLERANCE = 0.01
 
@@ -27,7 +27,7 @@ class ImportMaskParams(Params):
     gives=["solvent_mask"],
     outputs=[Output("mask", "mask", ("mask",), frame="same")],
 )
-def import_mask(params: ImportMaskParams, *, final_map: np.ndarray, map_pixel_size_angstrom: float, device: str = "cpu") -> dict[str, Any]:
+def import_mask(params: ImportMaskParams, *, final_map: np.ndarray, map_pixel_size_angstrom: float, context: Context) -> dict[str, Any]:
     """Read a soft mask that lies on the grid of a map: the same box and voxel size, values from 0 to 1."""
     data, voxel = read_mrc(params.file)
     mask, pixel = np.array(data, np.float32), float(map_pixel_size_angstrom)

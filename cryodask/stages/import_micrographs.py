@@ -11,7 +11,7 @@ from pydantic import Field
 from cryodask.errors import InputError, MicrographError
 from cryodask.formats.mrc import read_mrc
 from cryodask.formats.star import read_labels
-from cryodask.stage import Output, Params, SourceFile, stage
+from cryodask.stage import Context, Output, Params, SourceFile, stage
 
 
 class ImportMicrographsParams(Params):
@@ -27,7 +27,7 @@ def _outputs(params: ImportMicrographsParams) -> tuple[Output, ...]:
 
 
 @stage(version=1, needs=["micrograph_path"], ports=[], outputs=_outputs, gives=["micrograph_sum", "micrograph_dw"])
-def import_micrographs(params: ImportMicrographsParams, *, micrograph_path: str, device: str = "cpu") -> dict[str, Any]:
+def import_micrographs(params: ImportMicrographsParams, *, micrograph_path: str, context: Context) -> dict[str, Any]:
     """Read motion-corrected micrographs (MRC) that a STAR file lists.
 
     The image serves as sum and as dose-weighted sum alike: which of the two it is, the file does not say.

@@ -14,7 +14,7 @@ from pydantic import Field
 from cryodask.errors import InputError, MicrographError
 from cryodask.formats.mrc import open_mrc
 from cryodask.formats.star import ParticleTable, find_beside, read_labels, read_particle_table
-from cryodask.stage import Output, Params, SourceFile, stage
+from cryodask.stage import Context, Output, Params, SourceFile, stage
 from cryodask.vocabulary import CTF_COLUMNS, OPTICS
 
 _ANGLES = ("rot_deg", "tilt_deg", "psi_deg")
@@ -103,7 +103,7 @@ def import_particles(
     particles_path: str,
     micrograph_name: str,
     particle_rows: dict[str, Any] | None = None,
-    device: str = "cpu",
+    context: Context,
 ) -> dict[str, Any]:
     """Read the particles of one micrograph from a RELION STAR file and its stacks, each with its own defocus, pose and half-set.
 

@@ -12,7 +12,7 @@ from pydantic import Field
 from cryodask.errors import MicrographError, StarError
 from cryodask.formats.star import read_coordinates
 from cryodask.products import Product
-from cryodask.stage import Output, Params, SourceFile, stage
+from cryodask.stage import Context, Output, Params, SourceFile, stage
 
 
 class ImportPicksParams(Params):
@@ -38,7 +38,7 @@ def _check(params: ImportPicksParams, inputs: dict[str, list[Product]]) -> Itera
     check=_check,
     light=lambda params: True,
 )
-def import_picks(params: ImportPicksParams, *, coordinates_path: str, device: str = "cpu") -> dict[str, Any]:
+def import_picks(params: ImportPicksParams, *, coordinates_path: str, context: Context) -> dict[str, Any]:
     """Read the picks of a micrograph from a RELION coordinate STAR file; all of them count as accepted.
 
     A pick is known again by its place, within 1 pixel. One that is listed twice counts once.

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from cryodask.errors import InputError, StoreError
 from cryodask.products import columns_of
-from cryodask.stage import Output, Params, SourceFile, stage
+from cryodask.stage import Context, Output, Params, SourceFile, stage
 from cryodask.store.generation import Generation
 from cryodask.store.particles import ImagePlaces
 from cryodask.store.shards import Layout
@@ -84,7 +84,7 @@ class _NotStored:
     outputs=_outputs,
     gives=[*OF_EXPOSURES, *OF_PARTICLES],
 )
-def import_project(params: ImportProjectParams, *, foreign_values: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
+def import_project(params: ImportProjectParams, *, foreign_values: dict[str, Any], context: Context) -> dict[str, Any]:
     """Take the exposures and particles of a step of another project, with their CTF, classes, poses and images.
 
     A particle is known by the content of its exposure, how it was picked, its number, and its place: projects that share movies, and

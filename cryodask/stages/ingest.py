@@ -9,7 +9,7 @@ from pydantic import Field
 
 from cryodask.errors import MovieError
 from cryodask.formats.movies import MovieFile, open_movie
-from cryodask.stage import Output, Params, stage
+from cryodask.stage import Context, Output, Params, stage
 
 
 class IngestParams(Params):
@@ -41,7 +41,7 @@ class _InPlace:
     gives=["movie", "mean_count"],
     outputs=[Output("exposures", "exposures", ("frames", "optics", "dose"))],
 )
-def ingest(params: IngestParams, *, movie_path: str, device: str = "cpu") -> dict[str, Any]:
+def ingest(params: IngestParams, *, movie_path: str, context: Context) -> dict[str, Any]:
     """Open a movie (TIFF, MRC), check that it is whole, and take it into the project.
 
     Chunked storage writes one compressed chunk a frame (blosc zstd-1 with bitshuffle), streamed: no movie is ever held in memory.

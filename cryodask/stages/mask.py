@@ -6,12 +6,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from pydantic import Field
 
 from cryodask.errors import InputError
-from cryodask.kernels.masking import density_threshold, low_pass, soft_mask
-from cryodask.stage import Params, Picture, Sizes, stage
+from cryodask.stage import Context, Params, Picture, Resources, Sizes, stage
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -30,17 +28,21 @@ def _memory(params: MaskParams, sizes: Sizes) -> float:
     return 40.0 * sizes["z"] * sizes["y"] * sizes["x"]
 
 
-@stage(version=1, shape="whole", needs=["half_map", "map_pixel_size_angstrom"], gives=["solvent_mask"], memory=_memory)
-def mask(params: MaskParams, *, half_map: np.ndarray, map_pixel_size_angstrom: float, device: str = "cpu") -> dict[str, Any]:
+@stage(version=1, shape="whole", needs=["half_map", "map_pixel_size_angstrom"], gives=["solvent_mask"], resources=Resources(memory=_memory))
+def mask(params: MaskParams, *, half_map: np.ndarray, map_pixel_size_angstrom: float, context: Context) -> dict[str, Any]:
     """Make a soft mask round the molecule from the mean of the half-maps.
 
     The mean map is low-passed and thresholded (by default at 30 % of the density inside the molecule, or 4 standard deviations of the
     solvent where that is more), regions under 5 % of the largest are left out, the rest grows by ``extend_angstrom`` and falls to zero
     over ``edge_angstrom`` as a raised cosine.
     """
+    import torch
+
+    from cryodask.kernels.masking import density_threshold, low_pass, soft_mask
+
     check_half_maps(half_map)
     pixel = float(map_pixel_size_angstrom)
-    mean = torch.from_numpy(np.asarray(half_map, np.float32)).to(device).mean(0)
+    mean = torch.from_numpy(np.asarray(half_map, np.float32)).to(context.device).mean(0)
     smooth = low_pass(mean, pixel, max(params.low_pass_angstrom, 2.0 * pixel)).cpu().numpy()
     threshold = density_threshold(smooth) if params.threshold is None else params.threshold
     soft = soft_mask(

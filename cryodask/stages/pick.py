@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-import torch
-import xarray as xr
 from pydantic import Field
 
 from cryodask.errors import MicrographError
-from cryodask.kernels.picking import SUPPORT, pick_particles
 from cryodask.products import Product
-from cryodask.stage import Params, Picture, Sizes, ThresholdMark, stage
+from cryodask.stage import Context, Params, Picture, Resources, Sizes, ThresholdMark, stage
 from cryodask.stages.ctf import check_micrograph
 from cryodask.vocabulary import SLOTS
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 PROFILE_POINTS = 32
 _LEAST_WIDTH_PX = 4.0
@@ -56,9 +56,9 @@ def _check(params: PickParams, inputs: dict[str, list[Product]]) -> Iterator[str
     gives=["pick_y", "pick_x", "pick_score", "pick_threshold", "pick_profile"],
     check=_check,
     sizes=_sizes,
-    memory=_memory,
+    resources=Resources(memory=_memory),
 )
-def pick(params: PickParams, *, micrograph_dw: np.ndarray, pixel_size_angstrom: float, device: str = "cpu") -> dict[str, Any]:
+def pick(params: PickParams, *, micrograph_dw: np.ndarray, pixel_size_angstrom: float, context: Context) -> dict[str, Any]:
     """Pick particles without templates: a radial profile is learnt from each micrograph, starting from the diameter.
 
     The micrograph, reduced until the particle is 16 pixels wide, band-passed and locally normalised, is correlated with a disk and a
@@ -68,6 +68,10 @@ def pick(params: PickParams, *, micrograph_dw: np.ndarray, pixel_size_angstrom: 
     takes for this micrograph. The dose-weighted sum is used because particles are cut from it, and
     because it shows them best; the resolution used, an eighth of the diameter, is the same in both sums.
     """
+    import torch
+
+    from cryodask.kernels.picking import pick_particles
+
     image = np.asarray(micrograph_dw, np.float32)
     check_micrograph(image)
     diameter = params.diameter_angstrom / float(pixel_size_angstrom)
@@ -77,7 +81,7 @@ def pick(params: PickParams, *, micrograph_dw: np.ndarray, pixel_size_angstrom: 
             "the diameter was given in pixels or nanometres, or the pixel size is wrong",
             "give pick.diameter_angstrom in Angstrom and check the pixel size",
         )
-    picks = pick_particles(torch.from_numpy(image).to(device), diameter, rounds=params.rounds, profile_points=PROFILE_POINTS)
+    picks = pick_particles(torch.from_numpy(image).to(context.device), diameter, rounds=params.rounds, profile_points=PROFILE_POINTS)
     y, x, score = (t[:SLOTS].cpu().numpy().astype(np.float32) for t in (picks.y, picks.x, picks.score))
     return {
         "pick_y": y,
@@ -92,6 +96,8 @@ def pick(params: PickParams, *, micrograph_dw: np.ndarray, pixel_size_angstrom: 
 def draw(ds: xr.Dataset) -> Iterator[Picture]:
     """Scores of all peaks, picks a micrograph, learnt profiles, and the places in one micrograph."""
     from matplotlib.figure import Figure
+
+    from cryodask.kernels.picking import SUPPORT
 
     counts = ds["pick_count"].values
     scores, accepted = _flat(ds["pick_score"]), _flat(ds["pick_accepted"])

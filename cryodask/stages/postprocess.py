@@ -6,13 +6,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from pydantic import Field
 
 from cryodask.errors import InputError
-from cryodask.kernels.fsc import corrected_fsc, shell_resolutions, supported_resolution
-from cryodask.kernels.sharpening import fit_b_factor, sharpen
-from cryodask.stage import Output, Params, Picture, Sizes, stage
+from cryodask.stage import Context, Output, Params, Picture, Resources, Sizes, stage
 from cryodask.stages.mask import check_half_maps
 
 if TYPE_CHECKING:
@@ -54,7 +51,7 @@ def _memory(params: PostprocessParams, sizes: Sizes) -> float:
         "sharpened_map",
     ],
     sizes=_sizes,
-    memory=_memory,
+    resources=Resources(memory=_memory),
 )
 def postprocess(
     params: PostprocessParams,
@@ -62,7 +59,7 @@ def postprocess(
     half_map: np.ndarray,
     solvent_mask: np.ndarray,
     map_pixel_size_angstrom: float,
-    device: str = "cpu",
+    context: Context,
 ) -> dict[str, Any]:
     """Measure the resolution of the half-maps under the mask and sharpen their mean.
 
@@ -74,6 +71,11 @@ def postprocess(
     than three shells between ``fit_from_angstrom`` and the resolution there is nothing to fit, and the B-factor is 0. No MTF of a
     detector is divided out.
     """
+    import torch
+
+    from cryodask.kernels.fsc import corrected_fsc, shell_resolutions, supported_resolution
+    from cryodask.kernels.sharpening import fit_b_factor, sharpen
+
     check_half_maps(half_map)
     if solvent_mask.shape != half_map.shape[1:]:
         raise InputError(
@@ -84,8 +86,8 @@ def postprocess(
     if not np.isfinite(solvent_mask).all() or solvent_mask.min() < -1e-3 or solvent_mask.max() > 1 + 1e-3 or not solvent_mask.any():
         raise InputError("the mask is not between 0 and 1, or is empty", "a map was given in its place", "give a mask")
     pixel, n = float(map_pixel_size_angstrom), half_map.shape[-1]
-    maps = torch.from_numpy(np.asarray(half_map, np.float32)).to(device)
-    soft = torch.from_numpy(np.asarray(solvent_mask, np.float32)).to(device)
+    maps = torch.from_numpy(np.asarray(half_map, np.float32)).to(context.device)
+    soft = torch.from_numpy(np.asarray(solvent_mask, np.float32)).to(context.device)
     curves = corrected_fsc(maps[0], maps[1], soft, seed=params.seed, randomise_below_fsc=params.randomise_below_fsc)
     resolution = supported_resolution(maps[0], maps[1], soft, curves, 0.143, pixel, seed=params.seed)
     mean = maps.mean(0)
@@ -119,6 +121,16 @@ _CURVES = {
 @postprocess.figures
 def draw(ds: xr.Dataset) -> Iterator[Picture]:
     """FSC curves; sections and projections of the sharpened map."""
+    yield draw_fsc(
+        ds,
+        "the first crossing of 0.143 by the corrected curve, interpolated between shells, within the range where the curve without a mask "
+        "is above noise (Chen et al. 2013: phases randomised beyond where the unmasked curve falls below the limit set).",
+    )
+    yield draw_sharpened(ds)
+
+
+def draw_fsc(ds: xr.Dataset, how: str) -> Picture:
+    """The FSC curves; ``how`` the resolution was found ends the caption."""
     from matplotlib.figure import Figure
 
     frequency = 1.0 / ds["shell_resolution_angstrom"].values
@@ -135,11 +147,15 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
     axes.legend(frameon=False)
     caption = (
         f"Fourier shell correlation of the two half-maps of this run, as they are and under the soft mask of stage mask. Resolution "
-        f"{resolution:.2f} Å: the first crossing of 0.143 by the corrected curve, interpolated between shells, "
-        "within the range where the curve without a mask is above noise "
-        "(Chen et al. 2013: phases randomised beyond where the unmasked curve falls below the limit set)."
+        f"{resolution:.2f} Å: {how}"
     )
-    yield Picture("Fourier shell correlation", caption, figure)
+    return Picture("Fourier shell correlation", caption, figure)
+
+
+def draw_sharpened(ds: xr.Dataset) -> Picture:
+    """Sections and projections of the sharpened map."""
+    from matplotlib.figure import Figure
+
     volume = ds["sharpened_map"].values
     n = volume.shape[0]
     figure = Figure(figsize=(9, 6), layout="constrained")
@@ -153,4 +169,4 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
             axes.set_axis_off()
     b_factor = float(ds["b_factor_angstrom2"])
     caption = f"Mean of the half-maps, sharpened with a B-factor of {b_factor:.0f} Å² and cut at its resolution; not masked."
-    yield Picture("Sharpened map", caption, figure)
+    return Picture("Sharpened map", caption, figure)

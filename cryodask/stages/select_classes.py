@@ -10,7 +10,7 @@ from pydantic import Field
 
 from cryodask.errors import InputError
 from cryodask.products import Product
-from cryodask.stage import ChoiceMark, Output, Params, port, stage
+from cryodask.stage import ChoiceMark, Context, Output, Params, port, stage
 from cryodask.stages._sets import beyond
 
 REASONS = {1: "its class was not chosen", 2: "it was never classified"}
@@ -52,7 +52,7 @@ def select_classes(
     class_share: np.ndarray,
     class_resolution_angstrom: np.ndarray | None = None,
     class_score: np.ndarray | None = None,
-    device: str = "cpu",
+    context: Context,
 ) -> dict[str, Any]:
     """Keeps the particles of the classes that a person has chosen; without a choice the step waits and the run goes on beside it.
 

@@ -14,6 +14,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ from cryodask.store.layouts import Grid, as_stored, check_dimensions, create_arr
 from cryodask.store.lines import Record
 from cryodask.store.shards import Layout, ShardFile, ShardReader, write_shard
 from cryodask.store.table import Table, TableReader, write_compaction
-from cryodask.vocabulary import VARIABLES, Var
+from cryodask.vocabulary import VARIABLES, Var, described, recall
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -84,6 +85,7 @@ class Generation:
             attributes = {
                 **meta,
                 "gives": list(gives),
+                "variables": described(gives),
                 "per_item": per_item,
                 "sizes": first.sizes,
                 "dtypes": first.dtypes,
@@ -145,6 +147,7 @@ class Generation:
                     "the folder was removed or changed by hand",
                     "remove this folder and run the project again: it is made anew",
                 ) from error
+            recall(self._meta.get("variables", {}))
         return self._meta
 
     @property
@@ -251,6 +254,10 @@ class Generation:
                     except OSError:  # a file system without hard links
                         shutil.copy2(source, part)
                     os.replace(part, target)
+                if "log" in record:
+                    (self.path / "logs").mkdir(exist_ok=True)
+                    with suppress(FileNotFoundError):
+                        shutil.copy2(other.path / record["log"], self.path / record["log"])
             if taken:
                 linked = ({**r, **_where(), "linked": other.key, "computed": r.get("computed", r["time"])} for r in taken)
                 self.journal.append(*linked)

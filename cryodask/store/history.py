@@ -37,7 +37,7 @@ class Made:
     finished: bool
     items: int
     created: float
-    version: int
+    version: int | str
     per_exposure: bool
     params: dict[str, Any]
     inputs: dict[str, list[str]]
@@ -124,7 +124,7 @@ def _made(project: Project, place: str, steps: tuple[str, ...], label: str | Non
         finished=any(one.finished for one in lines.values()) if meta["per_item"] and lines else bool(committed),
         items=len(committed),
         created=float(meta["created"]),
-        version=int(meta["version"]),
+        version=meta["version"],
         per_exposure=bool(meta["per_item"]),
         params=meta["params"],
         inputs={port: _names(refs) for port, refs in line.inputs.items()} if line is not None else meta.get("inputs", {}),

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cryodask.errors import StoreError
-from cryodask.store.datasets import describe
 from cryodask.store.generation import Generation
 from cryodask.store.identity import place_of, row_of, row_runs, same_ids
 from cryodask.store.sets import runs
@@ -128,6 +127,8 @@ def _lazy(places: ImagePlaces) -> Any:
 def particle_dataset(project: Project, label: str | None = None) -> xr.Dataset:
     """The particles of a step as one Dataset with dimension ``particle``; see ``Project.particles``."""
     import xarray as xr
+
+    from cryodask.store.datasets import describe
 
     label = label or _last(project)
     if label is None:

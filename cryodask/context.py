@@ -1,0 +1,215 @@
+"""What a stage function is given besides its parameters and data: a device, threads, a scratch folder, random numbers, other programs."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+import numpy as np
+
+from cryodask.errors import ProgramError
+from cryodask.programs import Program, check_same_version, path_of
+
+_PREFIX = "cryodask-scratch-"
+_LINES_QUOTED, _CHARACTERS_QUOTED = 12, 1200
+
+
+def _ignored(fraction: float, figures: dict[str, float]) -> None:
+    """Where reports go while nobody listens."""
+
+
+@dataclass
+class Context:
+    """Where and how a stage function runs.
+
+    Used as a context manager, or closed: the scratch folder goes then.
+
+    Parameters
+    ----------
+    device : str
+        ``"cpu"`` or ``"cuda"``, where tensors belong.
+    threads : int
+        Threads that the function may use.
+    log : Path, optional
+        File that keeps what programs print; without one it goes with the scratch folder.
+    programs : mapping of Program to str
+        Programs that the stage declares, with the versions that are part of its key.
+    on_report : callable ``(fraction, figures)``
+        Is handed what the function reports.
+    """
+
+    device: str = "cpu"
+    threads: int = 1
+    log: Path | None = None
+    programs: Mapping[Program, str] = field(default_factory=dict)
+    on_report: Callable[[float, dict[str, float]], None] = _ignored
+    _scratch: _Scratch | None = field(default=None, init=False, repr=False)
+    _ran: int = field(default=0, init=False, repr=False)
+
+    @property
+    def scratch(self) -> Path:
+        """An empty folder on a disk of this machine, made when it is first asked for and removed when the function has returned.
+
+        It is in Dask's ``temporary-directory`` where that is set, else where ``TMPDIR`` says.
+        """
+        if self._scratch is None:
+            self._scratch = _Scratch()
+        return self._scratch.path
+
+    def rng(self, *seeds: int) -> np.random.Generator:
+        """Random numbers that depend on the seeds alone: the same for every worker, order of items and repetition.
+
+        Give what tells the draws apart, for example ``context.rng(params.seed, row)``. Any integers will do.
+        """
+        return np.random.default_rng([seed % 2**64 for seed in seeds])
+
+    def report(self, fraction: float, **figures: float) -> None:
+        """Say how much is done, from 0 to 1, with figures of interest (``resolution_angstrom=4.2``)."""
+        if not 0.0 <= fraction <= 1.0:
+            raise ValueError(f"a fraction of {fraction} was reported; it goes from 0 to 1")
+        self.on_report(fraction, figures)
+
+    def run(
+        self, program: str, arguments: Sequence[str | Path | float], *, outputs: Sequence[str] = (), timeout_seconds: float | None = None
+    ) -> str:
+        """Run a program that the stage declares, in the scratch folder; returns what it printed.
+
+        Parameters
+        ----------
+        program : str
+            Name of one of the programs in ``@stage(programs=...)``.
+        arguments : sequence
+            Of its command line; no shell reads them.
+        outputs : sequence of str
+            Files in the scratch folder that it must leave there, not empty.
+        timeout_seconds : float, optional
+            It is ended, with all that it started, when it takes longer.
+
+        Raises
+        ------
+        ProgramError
+            It failed, took too long, or an output is missing: the last lines of its output are part of the message.
+        ClusterError
+            This machine has no such program, or another version than the one in the key of the result.
+        """
+        declared = {known.name: known for known in self.programs}
+        if program not in declared:
+            raise ValueError(f"{program} is not among the programs of this stage ({', '.join(declared) or 'none'}): @stage(programs=...)")
+        check_same_version(declared[program], self.programs[declared[program]])
+        command = [path_of(program) or program, *map(str, arguments)]
+        kept = self.log or self.scratch.with_name(self.scratch.name + ".output")
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with kept.open("ab" if self._ran else "wb") as log:
+            self._ran += 1
+            log.write(f"$ {' '.join([program, *command[1:]])}\n".encode())
+            log.flush()
+            start = log.tell()
+            status = self._finished(command, log, timeout_seconds)
+        printed = kept.read_bytes()[start:].decode(errors="replace")
+        kept_at = f"; all of its output is in {self.log}" if self.log else ""
+        told = f"its last lines{kept_at}:\n{_last_lines(printed)}" if printed.strip() else "it printed nothing"
+        if status is None:
+            raise ProgramError(f"{program} took longer than {timeout_seconds:g} s and was ended; {told}")
+        if status:
+            ended = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"failed with exit status {status}"
+            raise ProgramError(f"{program} {ended}; {told}")
+        missing = [name for name in outputs if not ((self.scratch / name).is_file() and (self.scratch / name).stat().st_size)]
+        if missing:
+            raise ProgramError(f"{program} ended well, but did not write {', '.join(missing)}; {told}")
+        return printed
+
+    def _finished(self, command: list[str], log: IO[bytes], timeout_seconds: float | None) -> int | None:
+        """Exit status of a command that was run to its end; None if it took too long. Nothing that it started goes on."""
+        threads = {name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+        # a program must not outlive a worker that is killed; a function between fork and exec is not safe in a process with threads
+        wrapper = [path] if (path := shutil.which("setpriv")) else []
+        process = subprocess.Popen(
+            [*wrapper, *(["--pdeathsig", "KILL"] if wrapper else []), *command],
+            cwd=self.scratch,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **threads},
+            start_new_session=True,
+        )
+        try:
+            return process.wait(timeout_seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def close(self) -> None:
+        """Remove the scratch folder."""
+        if self._scratch is not None:
+            self._scratch.remove()
+            self._scratch = None
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _last_lines(text: str) -> str:
+    lines = text.replace("\r", "\n").strip().splitlines()[-_LINES_QUOTED:]
+    return "\n".join("  | " + line for line in lines)[-_CHARACTERS_QUOTED:]
+
+
+class _Scratch:
+    """A folder that goes when it is removed; what killed processes left is removed by the next one.
+
+    A lock, which the kernel lifts when a process dies, says whether a folder is in use; its file lies beside the folder, so that there
+    is never a folder without one.
+    """
+
+    def __init__(self) -> None:
+        home = _scratch_home()
+        home.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f"{_PREFIX}{os.getuid()}-", suffix=".lock", dir=home)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        self.lock, self.handle = Path(name), handle
+        for other in home.glob(f"{_PREFIX}{os.getuid()}-*.lock"):
+            _remove_if_left(other)
+        self.path = self.lock.with_suffix("")
+        self.path.mkdir(mode=0o700)
+
+    def remove(self) -> None:
+        _remove(self.lock)
+        os.close(self.handle)
+
+
+def _scratch_home() -> Path:
+    import dask
+
+    return Path(dask.config.get("temporary-directory", None) or tempfile.gettempdir())
+
+
+def _remove_if_left(lock: Path) -> None:
+    with suppress(OSError):
+        handle = os.open(lock, os.O_RDWR)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(lock)
+        finally:
+            os.close(handle)
+
+
+def _remove(lock: Path) -> None:
+    folder = lock.with_suffix("")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.with_name(folder.name + ".output").unlink(missing_ok=True)
+    lock.unlink(missing_ok=True)

@@ -1,0 +1,74 @@
+"""What other packages add, found by their entry points: one registry for each kind of thing.
+
+A package that cannot be loaded, or whose thing cannot be used as it is, is left out with one warning; nothing else changes.
+
+=======================  ==========================================================================================
+group of entry points    what it names
+=======================  ==========================================================================================
+``cryodask.stages``      a module with stages (``@stage``), or one stage
+``cryodask.readers``     a :class:`cryodask.formats.movies.Reader`: a format of movies
+``cryodask.exporters``   a function ``(project, folder) -> paths written``, for ``cryodask export --to NAME FOLDER``
+``cryodask.pool_kinds``  a subclass of :class:`cryodask.cluster.settings.PluginSettings`: ``kind: NAME`` of cluster files
+=======================  ==========================================================================================
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from cryodask.errors import CryodaskError, PluginError
+
+
+class PluginWarning(UserWarning):
+    """A part of another package is left out."""
+
+
+class Plugins:
+    """Things of one kind from other packages, by name of their entry point; loaded when they are first asked for.
+
+    Parameters
+    ----------
+    group : str
+        Of entry points.
+    refused : callable ``(name, thing) -> sentence``
+        Why a thing cannot be used; empty if it can.
+    """
+
+    def __init__(self, group: str, refused: Callable[[str, Any], str] = lambda name, thing: "") -> None:
+        self.group, self.refused = group, refused
+        self.broken: dict[str, str] = {}
+        self._loaded: dict[str, Any] | None = None
+
+    def load(self) -> dict[str, Any]:
+        """All that can be used; of the others ``broken`` says why not."""
+        if self._loaded is None:
+            self._loaded = {}
+            for entry in importlib.metadata.entry_points(group=self.group):
+                try:
+                    self._loaded[entry.name] = self._checked(entry)
+                except (Exception, SystemExit) as error:  # whatever the code of others raises must not stop what does not need it
+                    self.broken[entry.name] = _said(entry, error)
+                    warnings.warn(f"{self.broken[entry.name]} It is left out.", PluginWarning, stacklevel=2)
+        return self._loaded
+
+    def _checked(self, entry: importlib.metadata.EntryPoint) -> Any:
+        if entry.name in (self._loaded or {}):
+            raise PluginError(f"Another package has a {entry.group} of that name.", "", "")
+        thing = entry.load()
+        if sentence := self.refused(entry.name, thing):
+            raise PluginError(sentence)
+        return thing
+
+    def hint(self, name: str) -> str:
+        """The end of a message about an unknown name: what could not be loaded and may have had it."""
+        found = [said for entry, said in self.broken.items() if entry == name] or list(self.broken.values())
+        return " " + " ".join(found) if found else ""
+
+
+def _said(entry: importlib.metadata.EntryPoint, error: BaseException) -> str:
+    package = f"{entry.dist.name} {entry.dist.version}" if entry.dist is not None else entry.value
+    reason = error.what if isinstance(error, CryodaskError) else f"{type(error).__name__}: {error}"
+    return f"{entry.name} ({entry.group}) of the package {package} cannot be loaded: {reason.rstrip('.')}."

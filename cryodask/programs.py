@@ -1,0 +1,93 @@
+"""Programs of others that stages run: where they are, and which version."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryodask.errors import ClusterError, ProgramMissingError
+
+_PATIENCE_SECONDS = 60.0
+_VERSIONS: dict[tuple[str, int, str], str] = {}
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program that a stage needs.
+
+    Parameters
+    ----------
+    name : str
+        As it is on the PATH.
+    version_arguments : tuple of str
+        With which it prints its version.
+    version_pattern : str
+        Regular expression whose first group is the version in what it prints.
+    install : str
+        How one gets it; the end of the sentence that refuses a run without it.
+    """
+
+    name: str
+    version_arguments: tuple[str, ...] = ("--version",)
+    version_pattern: str = r"(\d+\.\d+[\w.+-]*)"
+    install: str = "install it, or load its module, before the command"
+
+    def version(self) -> str:
+        """Version of the program on this machine; it is run once for each file.
+
+        Raises
+        ------
+        ProgramMissingError
+            It is not on the PATH, cannot be started, or says no version.
+        """
+        path = path_of(self.name)
+        if path is None:
+            raise ProgramMissingError(f"{self.name} is not on the PATH of {socket.gethostname()}.", "", f"{self.install}")
+        key = str(path), Path(path).stat().st_mtime_ns, self.version_pattern
+        if key not in _VERSIONS:
+            _VERSIONS[key] = self._asked(path)
+        return _VERSIONS[key]
+
+    def _asked(self, path: str) -> str:
+        command = [path, *self.version_arguments]
+        try:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=_PATIENCE_SECONDS, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise ProgramMissingError(f"{path} cannot be started: {error}.", "", self.install) from error
+        printed = done.stdout.decode(errors="replace")
+        found = re.search(self.version_pattern, printed)
+        if not found:
+            raise ProgramMissingError(
+                f"{' '.join(command)} says no version: {printed.strip()[-300:] or 'it prints nothing'}",
+                "a library that it needs is missing, or it is another program of that name",
+                self.install,
+            )
+        return found.group(1)
+
+
+def path_of(name: str) -> str | None:
+    """Where a program is, None where the PATH has none."""
+    return shutil.which(name)
+
+
+def check_same_version(program: Program, wanted: str) -> None:
+    """Refuse to run another version of a program than the one in the key of the result (on a worker).
+
+    Raises
+    ------
+    ClusterError
+        It stops the run: every item would meet it.
+    """
+    here, way_out = socket.gethostname(), "give the workers the PATH of the driver (module load in their job, or the same container)"
+    try:
+        found = program.version()
+    except ProgramMissingError as error:
+        raise ClusterError(f"A worker cannot run {program.name}. {error.what}", "", way_out) from error
+    if found != wanted:
+        raise ClusterError(f"The worker on {here} has {program.name} {found}, this run was planned with {wanted}.", "", way_out)

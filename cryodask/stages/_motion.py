@@ -1,0 +1,209 @@
+"""Alignment and summation of the frames of a movie, on tensors: what stage ``motion`` computes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cryodask.errors import MicrographError
+from cryodask.kernels.dose import filtered_sum, low_rank_weights
+from cryodask.kernels.motion_align import align_frames
+from cryodask.kernels.motion_frames import (
+    Repair,
+    bin_gain,
+    bin_mask,
+    find_defects,
+    plan_repair,
+    repair_frame,
+    survey,
+    transform_frames,
+)
+from cryodask.kernels.motion_model import FittedField, relion_polynomial
+from cryodask.kernels.motion_patches import choose_patches, crop_for_patches, cut_patches, fit_local_motion
+from cryodask.kernels.warp import add_warped, stripe_field
+from cryodask.stage import Frames
+from cryodask.stages.motion import NODES
+
+if TYPE_CHECKING:
+    from cryodask.stages.motion import MotionParams
+
+_STRIPE = 64
+_BATCH = 8
+_MOST_ALIGNED = 64
+"""Movies of more frames are aligned in groups of neighbours, and the trajectory interpolated in between."""
+
+
+class _Source:
+    """Reads frames as tensors: kept if they fit, repaired once the defects are known."""
+
+    def __init__(self, movie: Frames, device: str, budget_mb: int) -> None:
+        self.movie, self.device = movie, device
+        self.kind = _working_type(np.dtype(movie.dtype))
+        # one block for all frames: kept one by one, they leave holes in the heap of their own size
+        fits = int(np.prod(movie.shape)) * self.kind.itemsize <= budget_mb * 2**20
+        self.kept = torch.empty(movie.shape, dtype=_TORCH[self.kind.name], device=device) if fits else None
+        self.known: set[int] = set()
+        self.repair: Repair | None = None
+        self.repaired: set[int] = set()
+
+    def __call__(self, index: int) -> Tensor:
+        if self.kept is None:
+            # a frame of an array in memory is a view of it, which repair must not change
+            frame = torch.from_numpy(np.array(self.movie[index], self.kind)).to(self.device)
+        else:
+            frame = self.kept[index]
+            if index not in self.known:
+                frame.copy_(torch.from_numpy(np.require(self.movie[index], self.kind, ["C", "W"])))
+                self.known.add(index)
+        if self.repair is not None and index not in self.repaired:
+            repair_frame(frame, self.repair, index)
+            if self.kept is not None:
+                self.repaired.add(index)
+        return frame
+
+
+_TORCH = {"uint8": torch.uint8, "int8": torch.int8, "int16": torch.int16, "float32": torch.float32}
+
+
+def _working_type(stored: np.dtype) -> np.dtype:
+    """The type that torch computes with: integers of 8 bits and int16 as they are, all others float32 (exact below 2^24)."""
+    return np.dtype(stored.name if stored.name in _TORCH else np.float32)
+
+
+def corrected(
+    params: MotionParams,
+    movie: Frames,
+    gain: np.ndarray | None,
+    *,
+    pixel_size_angstrom: float,
+    dose_per_frame: float,
+    pre_exposure: float,
+    voltage_kv: float,
+    device: str,
+) -> dict[str, Any]:
+    """What stage ``motion`` gives for a movie `(frame, y, x)` whose gain `(y, x)` has its shape."""
+    frames, height, width = movie.shape
+    shape = (height, width)
+    source = _Source(movie, device, params.frames_in_memory_mb)
+    # never written to: the gain that all movies of a worker share is not copied
+    factor = None if gain is None else torch.from_numpy(np.require(gain, np.float32, ["C", "W"])).to(device)
+    node_shift, track, defects = _measure(params, source, frames, shape, factor, pixel_size_angstrom, dose_per_frame)
+    plain, weighted = _sum_frames(
+        source, frames, shape, factor, node_shift / pixel_size_angstrom, pixel_size_angstrom, dose_per_frame, pre_exposure, voltage_kv
+    )
+    position = _nodes(shape)
+    steps = np.linalg.norm(np.diff(track, axis=0), axis=1)
+    middle = pre_exposure + (np.arange(frames) + 0.5) * dose_per_frame
+    early = np.clip((4.0 - middle[:-1]) / max(dose_per_frame, 1e-9), 0.0, 1.0)
+    return {
+        "micrograph_sum": plain,
+        "micrograph_dw": weighted,
+        "frame_shift": track.astype(np.float32),
+        "patch_position": position.astype(np.float32),
+        "patch_shift": node_shift.astype(np.float32),
+        "motion_polynomial": relion_polynomial(position, node_shift, track, shape, pixel_size_angstrom),
+        "total_motion": float(steps.sum()),
+        "early_motion": float((steps * early).sum()),
+        "hot_pixel_count": int(defects),
+    }
+
+
+def _nodes(shape: tuple[int, int]) -> np.ndarray:
+    y, x = np.linspace(0.0, shape[0] - 1.0, NODES), np.linspace(0.0, shape[1] - 1.0, NODES)
+    return np.stack(np.meshgrid(y, x, indexing="ij"), -1).reshape(-1, 2)
+
+
+def _measure(
+    params: MotionParams, source: _Source, frames: int, shape: tuple[int, int], gain: Tensor | None, pixel: float, dose: float
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Displacement `(node, frame, 2)` and track `(frame, 2)` in Angstrom, and the number of defects."""
+    binning = max(1, min(int(params.alignment_resolution_angstrom / (2.8 * pixel)), min(shape) // 32))
+    group = -(-frames // _MOST_ALIGNED)
+    seen = survey(source, frames, shape, binning, group)
+    if not bool(torch.isfinite(seen.total.sum(dtype=torch.float64))):
+        raise MicrographError("the movie has pixels that are not finite", "it was written by a failed conversion", "write it again")
+    if not bool((seen.total != 0).any()):
+        raise MicrographError("the movie has no counts at all", "the beam was blanked, or the camera failed", "remove it")
+    defects = find_defects(seen.total, gain)
+    source.repair = plan_repair(defects.cpu().numpy())
+    binned, counts = seen.binned, seen.mean_count
+    del seen
+    nodes = _nodes(shape)
+    still = np.zeros((len(nodes), frames, 2)), np.zeros((frames, 2)), int(defects.sum())
+    groups = len(binned)
+    if groups < 2 or min(shape) < 64:
+        return still
+    transform = transform_frames(
+        binned,
+        None if gain is None else bin_gain(gain, defects, binning),
+        bin_mask(defects, binning),
+        binning=binning,
+        pixel_size_angstrom=pixel,
+        resolution_angstrom=max(params.alignment_resolution_angstrom, 2.0 * binning * pixel),
+    )
+    del binned, defects
+    members = [np.arange(g * group, min(frames, (g + 1) * group)) for g in range(groups)]
+    exposure = np.array([(m.mean() + 0.5) * dose for m in members])
+    mean_count = np.array([counts[m].sum() for m in members])
+    whole = align_frames(transform, mean_count, exposure, pixel)
+    count = choose_patches(params.patches, shape, whole, groups, pixel)
+    field: FittedField | None = None
+    if count is not None:
+        # what patches use no longer goes first: together they would be the peak of the stage
+        transform = crop_for_patches(transform, whole, pixel)
+        patches = cut_patches(transform, whole, count, shape, pixel)
+        del transform
+        field = fit_local_motion(patches, whole, mean_count, exposure, pixel)
+        del patches
+    track = whole.shift * pixel
+    displacement = np.repeat(track[None], len(nodes), 0)
+    if field is not None:
+        displacement = displacement + field.at(nodes * pixel)
+    if group > 1:
+        at, centres = np.arange(frames), np.array([m.mean() for m in members])
+        displacement = _interpolate(at, centres, displacement)
+    displacement -= displacement.mean(1, keepdims=True)
+    return displacement, displacement.mean(0), still[2]
+
+
+def _interpolate(at: np.ndarray, centres: np.ndarray, displacement: np.ndarray) -> np.ndarray:
+    """From groups to frames, linear, and on beyond the first and last centre: `(node, frame, 2)`."""
+    left = np.clip(np.searchsorted(centres, at, side="right") - 1, 0, len(centres) - 2)
+    share = ((at - centres[left]) / (centres[left + 1] - centres[left]))[None, :, None]
+    return displacement[:, left] * (1.0 - share) + displacement[:, left + 1] * share
+
+
+def _sum_frames(
+    source: _Source,
+    frames: int,
+    shape: tuple[int, int],
+    gain: Tensor | None,
+    node_shift_px: np.ndarray,
+    pixel: float,
+    dose: float,
+    pre_exposure: float,
+    voltage_kv: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Plain and exposure-weighted sums of the frames read at their displacement, `(y, x)` float32."""
+    coefficients, filters, k = low_rank_weights(pixel, frames, dose, pre_exposure, voltage_kv)
+    rank = len(coefficients)
+    every = np.concatenate([coefficients, np.ones((1, frames))]).astype(np.float32)
+    device = source.device
+    sums = torch.zeros(rank + 1, *shape, device=device)
+    for start in range(0, frames, _BATCH):
+        members = range(start, min(frames, start + _BATCH))
+        batch = [source(f) for f in members]
+        nodes = torch.from_numpy(node_shift_px[:, list(members)].astype(np.float32)).to(device)
+        nodes = nodes.permute(1, 2, 0).reshape(len(batch), 2, NODES, NODES)
+        shift_y, shift_x = (stripe_field(nodes[:, axis], shape, _STRIPE) for axis in (0, 1))
+        part = torch.from_numpy(every[:, list(members)].copy()).to(device)
+        add_warped(sums, part, batch, gain, shift_y, shift_x, stripe=_STRIPE)
+    # the raw frames make room for the transforms
+    batch.clear()
+    source.kept = None
+    plain = sums[rank].cpu().numpy().copy()
+    weighted = filtered_sum(sums[:rank], filters, k, pixel)
+    return plain, weighted.cpu().numpy()

@@ -1,0 +1,1 @@
+"""Stages that run programs of others, one file each; ``external.NAME`` in a pipeline."""
