@@ -165,7 +165,7 @@ class SlowParams(Params):
 
 
 @stage(version=1, needs=["movie", "pixel_size_angstrom"], gives=["micrograph_sum"], sizes=lambda params, sizes: {n: sizes[n] for n in "yx"})
-def slow_sum(params: SlowParams, *, movie, pixel_size_angstrom, device="cpu"):
+def slow_sum(params: SlowParams, *, movie, pixel_size_angstrom, context):
     """Sums the frames, and takes its time."""
     Path(os.environ["CRYODASK_TEST_BEGUN"], f"{time.monotonic_ns()}-{os.getpid()}").touch()
     time.sleep(1.0)
