@@ -21,7 +21,7 @@ import psutil
 import yaml
 
 from cryodask.cluster import close, connect
-from cryodask.cluster.pools import PoolCluster
+from cryodask.cluster.slurm.pools import PoolCluster
 from cryodask.testing.slurm import TinySlurm, missing_programs
 
 

@@ -28,8 +28,8 @@ from cryodask.cluster.settings import Line, Memory, SlurmSettings, network_file_
 from cryodask.errors import ClusterError, ProjectFileError, StoreError
 
 if TYPE_CHECKING:
-    from cryodask.cluster.batch import SubmittedRun
-    from cryodask.cluster.service import Service
+    from cryodask.cluster.service.batch import SubmittedRun
+    from cryodask.cluster.service.service import Service
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
@@ -345,8 +345,9 @@ def check(blueprint: Blueprint) -> Iterator[str]:
     CryodaskError
         What is wrong with the blueprint, its projects included.
     """
-    from cryodask.cluster import batch, slurm
-    from cryodask.cluster.whereabouts import encrypted, folder_of
+    from cryodask.cluster.service import batch
+    from cryodask.cluster.service.whereabouts import encrypted, folder_of
+    from cryodask.cluster.slurm import slurm
     from cryodask.run.recipe import make_plan
 
     for folder in (blueprint.storage.raw, blueprint.storage.projects):
@@ -398,8 +399,9 @@ def start(blueprint: Blueprint) -> Started:
     ------
     CryodaskError
     """
-    from cryodask.cluster import service, slurm
-    from cryodask.cluster.whereabouts import encrypted, in_thread
+    from cryodask.cluster.service import service
+    from cryodask.cluster.service.whereabouts import encrypted, in_thread
+    from cryodask.cluster.slurm import slurm
 
     for folder in (blueprint.storage.raw, blueprint.storage.projects):
         make_folder(folder)
@@ -442,8 +444,8 @@ def invite_people(blueprint: Blueprint) -> dict[str, Path]:
     ------
     ClusterError
     """
-    from cryodask.cluster import service
-    from cryodask.cluster.whereabouts import folder_of, owner_of
+    from cryodask.cluster.service import service
+    from cryodask.cluster.service.whereabouts import folder_of, owner_of
 
     authority, made = service.authority_of(blueprint.name), {}
     owner, invited = owner_of(folder_of(blueprint.name)), authority.people()

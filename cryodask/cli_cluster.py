@@ -34,7 +34,7 @@ def start(
     wait: Annotated[float, typer.Option(metavar="SECONDS", help="How long to wait until it answers.")] = 120,
 ) -> None:
     """Start a cluster that lives on."""
-    from cryodask.cluster import service
+    from cryodask.cluster.service import service
     from cryodask.cluster.settings import AddressSettings, PluginSettings, read_cluster_file
 
     if cluster == "local":
@@ -62,7 +62,7 @@ def start(
     if foreground:
         with service.prepared(settings, called) as folder:
             pass
-        os.execv(sys.executable, [sys.executable, "-m", "cryodask.cluster.serving", str(folder)])
+        os.execv(sys.executable, [sys.executable, "-m", "cryodask.cluster.service.serving", str(folder)])
     started = service.start(settings, called, wait_seconds=wait)
     now = started.status()
     typer.echo(f"The cluster {called} runs at {started.address}, {_place(now)}.")
@@ -74,8 +74,9 @@ def start(
 
 
 def _print_scripts(name: str, settings: Any) -> None:
-    from cryodask.cluster import batch, service, slurm
+    from cryodask.cluster.service import batch, service
     from cryodask.cluster.settings import LocalSettings, ServiceSettings
+    from cryodask.cluster.slurm import slurm
 
     if isinstance(settings, LocalSettings):
         typer.echo(f"# {name} would start worker processes on this machine; there are no job scripts")
@@ -97,7 +98,7 @@ def status(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="All clusters if not given.")] = None, as_json: JsonOption = False
 ) -> None:
     """Show pools, jobs, why they wait, and lanes."""
-    from cryodask.cluster import service
+    from cryodask.cluster.service import service
 
     if name is None:
         _list_all(as_json=as_json)
@@ -110,7 +111,7 @@ def status(
 
 
 def _list_all(*, as_json: bool) -> None:
-    from cryodask.cluster import service
+    from cryodask.cluster.service import service
 
     found: dict[str, Any] = {}
     for name in service.known():
@@ -187,7 +188,7 @@ def scale(
 
     Results on workers that leave go to others first.
     """
-    from cryodask.cluster import service
+    from cryodask.cluster.service import service
 
     wanted = {}
     for word in jobs:
@@ -216,7 +217,7 @@ def stop(
 
     Of one that has died, what it left is cleared away.
     """
-    from cryodask.cluster import service
+    from cryodask.cluster.service import service
 
     if hand_over:
         service.find(name).hand_over()
@@ -244,8 +245,8 @@ def usage(
     as_json: JsonOption = False,
 ) -> None:
     """Show who used how much."""
-    from cryodask.cluster import service
-    from cryodask.cluster.accounting import read_usage
+    from cryodask.cluster.accounting.accounting import read_usage
+    from cryodask.cluster.service import service
 
     since, keys = None if hours is None else time.time() - 3600 * hours, tuple(part.strip() for part in by.split(",") if part.strip())
     wrong = [key for key in keys if key not in ("lane", "user", "project", "pool")]
@@ -282,7 +283,7 @@ def invite(
     revoke: Annotated[bool, typer.Option("--revoke", help="Take the invitation back instead.")] = False,
 ) -> None:
     """Make a file that lets a person in, or take it back."""
-    from cryodask.cluster import service
+    from cryodask.cluster.service import service
 
     if revoke:
         service.authority_of(name).revoke(user)
@@ -304,7 +305,7 @@ def submit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job script.")] = False,
 ) -> None:
     """Send a run to Slurm: a job drives it on the workers of a cluster, and goes on when the cluster hands over."""
-    from cryodask.cluster import service
+    from cryodask.cluster.service import service
     from cryodask.cluster.settings import JobSettings, SlurmSettings, changed_job
     from cryodask.run.recipe import make_plan
 

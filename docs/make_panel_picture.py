@@ -20,7 +20,7 @@ from distributed import Client
 from tornado.websocket import websocket_connect
 
 from cryodask.cluster import LaneCluster
-from cryodask.cluster.accounting import Accounting
+from cryodask.cluster.accounting.accounting import Accounting
 
 OUT = Path(__file__).parent / "images" / "lanes-panel.png"
 WIDTH, HEIGHT = 1100, 655

@@ -11,7 +11,7 @@ from typing import Any
 import dask
 from distributed import Client, Worker
 
-from cryodask.cluster import tls
+from cryodask.cluster.access import tls
 from cryodask.cluster.guard import GuardedScheduler, GuardedWorker
 
 OWNER = "service"

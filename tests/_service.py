@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from cryodask.cluster.whereabouts import Whereabouts, folder_of
+from cryodask.cluster.service.whereabouts import Whereabouts, folder_of
 
 COMMAND = [sys.executable, "-m", "cryodask.cli"]
 

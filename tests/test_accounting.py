@@ -18,8 +18,8 @@ from distributed import Client, Reschedule, get_client, get_task_stream, secede
 from distributed.utils import open_port
 
 from cryodask.cluster import LaneCluster
-from cryodask.cluster.accounting import Accounting, read_usage
-from cryodask.cluster.journal import DAY, HOUR, UsageJournal
+from cryodask.cluster.accounting.accounting import Accounting, read_usage
+from cryodask.cluster.accounting.journal import DAY, HOUR, UsageJournal
 
 NAMES = ("lane", "user", "project", "pool")
 
@@ -211,7 +211,7 @@ def test_a_late_report_of_another_run_takes_nothing_off_the_one_that_runs(cluste
 
 
 def test_names_without_end_are_counted_as_others_and_the_sums_stay_right(cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr("cryodask.cluster.accounting.MOST_KEYS", 6)
+    monkeypatch.setattr("cryodask.cluster.accounting.accounting.MOST_KEYS", 6)
     accounting = attached(cluster, tmp_path)
 
     async def write():
@@ -306,7 +306,7 @@ def test_a_scheduler_that_is_killed_forgets_five_seconds_at_most(tmp_path):
     port = open_port()
     preload = tmp_path / "preload.py"
     preload.write_text(
-        "from cryodask.cluster import fairshare\nfrom cryodask.cluster.accounting import Accounting\n"
+        "from cryodask.cluster import fairshare\nfrom cryodask.cluster.accounting.accounting import Accounting\n"
         "async def dask_setup(scheduler):\n    await fairshare.dask_setup(scheduler)\n"
         f"    Accounting.attach(scheduler, {str(tmp_path / 'books')!r})\n"
     )

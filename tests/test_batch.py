@@ -12,9 +12,9 @@ import pytest
 import yaml
 from _service import COMMAND, cryodask, environment_of_tests
 
-from cryodask.cluster import batch, service
-from cryodask.cluster.driver import drive
-from cryodask.cluster.service import submit
+from cryodask.cluster.service import batch, service
+from cryodask.cluster.service.driver import drive
+from cryodask.cluster.service.service import submit
 from cryodask.cluster.settings import JobSettings
 from cryodask.errors import ClusterError
 
@@ -83,7 +83,7 @@ def test_the_driver_of_a_cluster_that_this_account_does_not_know_fails_at_once(h
     with pytest.raises(ClusterError, match="There is no cluster nosuch"):
         drive(["true"], "nosuch", 5)
     done = subprocess.run(
-        [sys.executable, "-m", "cryodask.cluster.driver", "5", "true"],
+        [sys.executable, "-m", "cryodask.cluster.service.driver", "5", "true"],
         env={**os.environ, "CRYODASK_CLUSTER": str(home / "absent.invite")},
         capture_output=True,
         text=True,

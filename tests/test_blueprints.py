@@ -18,7 +18,7 @@ import yaml
 
 from cryodask import blueprints
 from cryodask.blueprints import Folder, check, invite_people, make_folder, read_blueprint, striping
-from cryodask.cluster import service
+from cryodask.cluster.service import service
 from cryodask.errors import ProjectFileError, StoreError
 from cryodask.formats.star import read_particles
 from cryodask.simulate import simulate_particles

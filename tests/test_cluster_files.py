@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cryodask.cluster.allocation import allocation_script
-from cryodask.cluster.pool_state import PoolState, PoolStatus, missing
-from cryodask.cluster.pools import PoolCluster
+from cryodask.cluster.access.tls import Authority
 from cryodask.cluster.settings import AddressSettings, LocalSettings, SlurmSettings, parse_settings, read_cluster_file
-from cryodask.cluster.slurm import QueuedJob, dry_run, is_full, new_cluster_id, owner_is_dead, walltime_seconds
-from cryodask.cluster.tls import Authority
+from cryodask.cluster.slurm.allocation import allocation_script
+from cryodask.cluster.slurm.pool_state import PoolState, PoolStatus, missing
+from cryodask.cluster.slurm.pools import PoolCluster
+from cryodask.cluster.slurm.slurm import QueuedJob, dry_run, is_full, new_cluster_id, owner_is_dead, walltime_seconds
 from cryodask.errors import ClusterError, ProjectFileError
 
 _CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "clusters"
@@ -197,7 +197,7 @@ def test_a_users_own_settings_of_dask_jobqueue_do_not_leak_into_the_scripts(tmp_
         "jobqueue:\n  slurm:\n    queue: theirs\n    walltime: '0:01:00'\n    job-extra-directives: [--x]\n"
     )
     code = (
-        "from cryodask.cluster.slurm import dry_run\nfrom cryodask.cluster.settings import parse_settings\n"
+        "from cryodask.cluster.slurm.slurm import dry_run\nfrom cryodask.cluster.settings import parse_settings\n"
         f"print(dry_run(parse_settings({slurm()!r}))['cpu'])"
     )
     out = subprocess.run([sys.executable, "-c", code], env={"DASK_CONFIG": str(tmp_path), "HOME": "/"}, capture_output=True, text=True)
@@ -208,7 +208,7 @@ def test_a_users_own_settings_of_dask_jobqueue_do_not_leak_into_the_scripts(tmp_
 
 _CTRL_C = """
 import signal, sys, threading
-from cryodask.cluster.slurm import load_jobqueue
+from cryodask.cluster.slurm.slurm import load_jobqueue
 from cryodask.errors import ClusterError
 if sys.argv[1] == "thread":
     def first():

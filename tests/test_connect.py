@@ -15,7 +15,7 @@ import yaml
 import cryodask
 from cryodask.cluster import connect
 from cryodask.cluster.connect import _folder_for_certificates
-from cryodask.cluster.slurm import new_cluster_id
+from cryodask.cluster.slurm.slurm import new_cluster_id
 from cryodask.errors import ClusterError
 
 

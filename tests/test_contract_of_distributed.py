@@ -18,9 +18,9 @@ from distributed import Client, Scheduler
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.scheduler import TaskPrefix, TaskState, WorkerState
 
+from cryodask.cluster.access.gate import OWNER_OPS, USER_OPS, WORKER_OPS
 from cryodask.cluster.fairshare import FairShareScheduler
-from cryodask.cluster.gate import OWNER_OPS, USER_OPS, WORKER_OPS
-from cryodask.cluster.lanes import LaneQueue
+from cryodask.cluster.sharing.lanes import LaneQueue
 
 PARAMETERS = {
     "_transition_waiting_processing": ["self", "key", "stimulus_id"],

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 import cryodask.run.map as map_module
 from cryodask.cluster import LaneCluster, connect
 from cryodask.cluster.connect import close
-from cryodask.cluster.pools import PoolCluster
 from cryodask.cluster.settings import parse_settings
+from cryodask.cluster.slurm.pools import PoolCluster
 from cryodask.errors import ClusterError, ProjectFileError
 from cryodask.run.blocks import ParticlesInMemory, iterate_on_workers
 from cryodask.run.devices import gpu_items, on_device, with_gpus

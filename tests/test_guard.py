@@ -21,8 +21,8 @@ from distributed.diagnostics.plugin import NannyPlugin, SchedulerPlugin, WorkerP
 from distributed.versions import get_versions
 
 import cryodask
-from cryodask.cluster import tls
-from cryodask.cluster.gate import FORWARDED, OWNER_OPS, USER_ON_WORKER, USER_OPS, WORKER_OPS
+from cryodask.cluster.access import tls
+from cryodask.cluster.access.gate import FORWARDED, OWNER_OPS, USER_ON_WORKER, USER_OPS, WORKER_OPS
 from cryodask.cluster.guard import GuardedScheduler, GuardedWorker
 from cryodask.errors import ClusterError
 
@@ -393,7 +393,7 @@ def test_a_worker_with_another_release_of_cryodask_is_refused_and_a_client_witho
     async def run():
         folder = authority(tmp_path / "a", anna=["hpda"]).folder
         async with guarded(folder) as scheduler, person(scheduler, folder, "anna") as anna:
-            monkeypatch.setattr("cryodask.cluster.gate.RELEASE", "0.0.9")
+            monkeypatch.setattr("cryodask.cluster.access.gate.RELEASE", "0.0.9")
             with pytest.raises(RuntimeError) as refused:
                 await GuardedWorker(scheduler.address, host="127.0.0.1", security=tls.security(folder, "worker"))
             assert f"cryodask 0.0.9 (here {cryodask.__version__})" in str(refused.value.__cause__)

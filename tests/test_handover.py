@@ -13,12 +13,13 @@ import pytest
 from _service import environment_of_tests, holder, wait
 from distributed import Client
 
-from cryodask.cluster import batch, connect, handover, service
-from cryodask.cluster.handover import HandingOver
-from cryodask.cluster.serving import Serving
+from cryodask.cluster import connect
+from cryodask.cluster.service import batch, handover, service
+from cryodask.cluster.service.handover import HandingOver
+from cryodask.cluster.service.serving import Serving
+from cryodask.cluster.service.whereabouts import Whereabouts, folder_of
 from cryodask.cluster.settings import parse_settings
-from cryodask.cluster.slurm import new_cluster_id
-from cryodask.cluster.whereabouts import Whereabouts, folder_of
+from cryodask.cluster.slurm.slurm import new_cluster_id
 from cryodask.errors import ClusterError
 
 BOX = {"kind": "local", "workers": 1}

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cryodask.cluster.lanes import LaneOptions, LaneQueue, Share
+from cryodask.cluster.sharing.lanes import LaneOptions, LaneQueue, Share
 
 
 @dataclass(frozen=True)

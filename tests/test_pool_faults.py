@@ -14,9 +14,9 @@ import dask.array as da
 import pytest
 from distributed import Client, get_worker
 
-from cryodask.cluster import pool_jobs
-from cryodask.cluster.pools import PoolCluster, open_pools
 from cryodask.cluster.settings import parse_settings
+from cryodask.cluster.slurm import pool_jobs
+from cryodask.cluster.slurm.pools import PoolCluster, open_pools
 
 pytestmark = pytest.mark.slurm
 

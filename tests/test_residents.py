@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from cryodask.cluster import LaneCluster
 from cryodask.cluster.connect import connect
-from cryodask.cluster.memory import RESIDENTS_METRIC
+from cryodask.cluster.sharing.memory import RESIDENTS_METRIC
 from cryodask.run import residents
 from cryodask.run.blocks import ParticlesInMemory, iterate_here, iterate_on_workers
 from cryodask.run.residents import RESIDENTS, Residents, Run, size_of

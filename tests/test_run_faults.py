@@ -21,9 +21,9 @@ import pytest
 import yaml
 from distributed import Client
 
-from cryodask.cluster.pools import PoolCluster, open_pools
+from cryodask.cluster.access.tls import Authority, security
 from cryodask.cluster.settings import parse_settings
-from cryodask.cluster.tls import Authority, security
+from cryodask.cluster.slurm.pools import PoolCluster, open_pools
 from cryodask.formats.movies import write_mrc_movie
 from cryodask.run import execute, health
 from cryodask.run.events import ExposureCommitted, ExposureQuarantined, Iteration

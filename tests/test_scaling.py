@@ -21,9 +21,9 @@ from distributed import Client
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cryodask.cluster.pools import PoolCluster, open_pools
-from cryodask.cluster.scaling import PoolShape, Recent, Work, jobs_wanted, work_of
 from cryodask.cluster.settings import parse_settings
+from cryodask.cluster.slurm.pools import PoolCluster, open_pools
+from cryodask.cluster.slurm.scaling import PoolShape, Recent, Work, jobs_wanted, work_of
 from cryodask.errors import ClusterError
 
 GIB = 2**30

@@ -22,11 +22,12 @@ from _service import begun, cryodask, environment_of_tests, holder, journal, ope
 from distributed import Client
 from distributed.core import Server
 
-from cryodask.cluster import close, connect, service
-from cryodask.cluster.handover import HandingOver
+from cryodask.cluster import close, connect
+from cryodask.cluster.service import service
+from cryodask.cluster.service.handover import HandingOver
+from cryodask.cluster.service.whereabouts import Whereabouts, address_file, folder_of
 from cryodask.cluster.settings import parse_settings
-from cryodask.cluster.slurm import new_cluster_id
-from cryodask.cluster.whereabouts import Whereabouts, address_file, folder_of
+from cryodask.cluster.slurm.slurm import new_cluster_id
 from cryodask.errors import ClusterError, ProjectFileError
 
 

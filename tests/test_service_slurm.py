@@ -19,11 +19,12 @@ import pytest
 import yaml
 from _service import begun, cryodask, environment_of_tests, holder, journal, open_to_others, program, running, wait
 
-from cryodask.cluster import batch, close, connect, service
-from cryodask.cluster.service import submit
+from cryodask.cluster import close, connect
+from cryodask.cluster.service import batch, service
+from cryodask.cluster.service.service import submit
+from cryodask.cluster.service.whereabouts import in_thread
 from cryodask.cluster.settings import JobSettings, parse_settings
-from cryodask.cluster.slurm import cancel_of
-from cryodask.cluster.whereabouts import in_thread
+from cryodask.cluster.slurm.slurm import cancel_of
 from cryodask.errors import ClusterError
 from cryodask.formats.movies import write_tiff_movie
 
@@ -119,7 +120,7 @@ def test_its_log_is_for_its_account_alone_and_it_knows_when_slurm_ends_it(mixed,
 
 def test_nothing_of_it_listens_beyond_this_machine_without_tls(mixed, client, slurm):
     client.submit(sum, [1]).result(60)
-    ours = running(slurm.processes(), "cryodask.cluster.serving", "dask_worker", "spawn_main")
+    ours = running(slurm.processes(), "cryodask.cluster.service.serving", "dask_worker", "spawn_main")
     assert len(ours) >= 3
     assert open_to_others(ours) == set()
     assert all(address.startswith("tls://") for address in [mixed.address, *client.nthreads()])
@@ -240,7 +241,7 @@ def test_a_project_is_submitted_and_the_user_told_how_to_follow_it(mixed, slurm,
     for i in range(3):
         write_tiff_movie(tmp_path / "movies" / f"m{i}.tif", random.poisson(3, (3, 192, 192)).astype(np.uint8), 2.0)
     (tmp_path / "tiny.yaml").write_text(PROJECT)
-    assert "cryodask.cluster.driver 5" in cryodask("submit", str(tmp_path / "tiny.yaml"), "--cluster", "mixed", "--dry-run")
+    assert "cryodask.cluster.service.driver 5" in cryodask("submit", str(tmp_path / "tiny.yaml"), "--cluster", "mixed", "--dry-run")
     said = cryodask("submit", str(tmp_path / "tiny.yaml"), "--cluster", "mixed", "--lane", "live", "--partition", "cpu")
     (job,) = re.findall(r"Slurm job (\d+)", said)
     for words in ("tail -F", f"squeue -j {job}", f"scancel {job}", f"cryodask info {tmp_path / 'tiny.yaml'}"):

@@ -20,10 +20,10 @@ from _service import running
 from distributed import Client
 
 from cryodask.cluster import close, connect
-from cryodask.cluster.allocation import allocation_script
-from cryodask.cluster.pools import PoolCluster, open_pools
+from cryodask.cluster.access.tls import Authority, security
 from cryodask.cluster.settings import parse_settings
-from cryodask.cluster.tls import Authority, security
+from cryodask.cluster.slurm.allocation import allocation_script
+from cryodask.cluster.slurm.pools import PoolCluster, open_pools
 from cryodask.errors import ClusterError
 from cryodask.testing.slurm import TinySlurm, missing_programs
 
@@ -304,7 +304,7 @@ def test_a_job_is_replaced_before_its_walltime_ends_and_nothing_is_lost(on_slurm
 
 _DRIVER = """
 import sys, time
-from cryodask.cluster.pools import open_pools
+from cryodask.cluster.slurm.pools import open_pools
 from cryodask.cluster.settings import parse_settings
 if __name__ == "__main__":
     one = {"memory": "800MiB", "partition": "cpu"}

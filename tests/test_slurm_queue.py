@@ -11,9 +11,10 @@ import pytest
 import yaml
 from distributed import Client
 
-from cryodask.cluster import connect, pool_jobs, pool_state, pools
-from cryodask.cluster.pools import PoolCluster, open_pools
+from cryodask.cluster import connect
 from cryodask.cluster.settings import parse_settings
+from cryodask.cluster.slurm import pool_jobs, pool_state, pools
+from cryodask.cluster.slurm.pools import PoolCluster, open_pools
 from cryodask.errors import ClusterError
 
 pytestmark = pytest.mark.slurm

@@ -10,7 +10,7 @@ from _lanes import client, cluster, run, sleep, until
 from distributed import Worker
 from distributed.diagnostics.plugin import SchedulerPlugin
 
-from cryodask.cluster import streams
+from cryodask.cluster.sharing import streams
 
 
 def numbers(count: int) -> list[int]:

@@ -18,7 +18,7 @@ from _secure import OWNER, authority, guarded, person, warned
 from distributed import Client, Scheduler, Security, Worker, get_client, worker_client
 from distributed.core import rpc
 
-from cryodask.cluster import tls
+from cryodask.cluster.access import tls
 from cryodask.cluster.guard import GuardedWorker
 from cryodask.errors import ClusterError
 
@@ -404,7 +404,18 @@ def test_worker_and_scheduler_with_open_pages_do_not_start(tmp_path):
 def test_process_whose_guard_cannot_be_set_up_ends_instead_of_going_on_without(tmp_path):
     folder = authority(tmp_path / "a").folder
     certificate = ["--tls-ca-file", folder / "ca.pem", "--tls-cert", folder / "scheduler.pem", "--tls-key", folder / "scheduler-key.pem"]
-    scheduler = [sys.executable, "-m", "dask", "scheduler", "--preload", "cryodask.cluster.guard", "--host", "127.0.0.1", "--port", "0"]
+    scheduler = [
+        sys.executable,
+        "-m",
+        "dask",
+        "scheduler",
+        "--preload",
+        "cryodask.cluster.guard",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "0",
+    ]
     ended = subprocess.run([*scheduler, *certificate, "--dashboard-address", "0.0.0.0:0"], capture_output=True, text=True, timeout=60)
     assert ended.returncode != 0
     assert "The guard could not be set up" in ended.stderr

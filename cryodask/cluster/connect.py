@@ -24,12 +24,12 @@ from distributed.comm import parse_host_port
 from distributed.deploy.cluster import Cluster
 from distributed.worker_memory import parse_memory_limit
 
+from cryodask.cluster.access.tls import Authority, connection_errors
+from cryodask.cluster.access.versions import RELEASE
 from cryodask.cluster.environment import ALLOCATOR, ONE_THREAD, SETTINGS
 from cryodask.cluster.fairshare import FairShareScheduler
 from cryodask.cluster.settings import AddressSettings, LocalSettings, PluginSettings, SlurmSettings, read_cluster_file
-from cryodask.cluster.slurm import new_cluster_id, owner_is_dead
-from cryodask.cluster.tls import Authority, connection_errors
-from cryodask.cluster.versions import RELEASE
+from cryodask.cluster.slurm.slurm import new_cluster_id, owner_is_dead
 from cryodask.errors import ClusterError
 
 # clusters that live in this process, each with the folder of its certificates
@@ -67,7 +67,7 @@ def connect(where: str | os.PathLike[str] = "local", *, workers: int | None = No
         return _running(name, where)
     if where.endswith(".json"):
         return _of_scheduler_file(name, where)
-    from cryodask.cluster import service
+    from cryodask.cluster.service import service
 
     if where.endswith(".invite") or service.is_name(where):
         shared = service.find(where)
@@ -86,7 +86,7 @@ def connect(where: str | os.PathLike[str] = "local", *, workers: int | None = No
 
 
 def _of_address(name: str, settings: AddressSettings) -> Client:
-    from cryodask.cluster import service
+    from cryodask.cluster.service import service
 
     if settings.address:
         return _running(name, settings.address)
@@ -162,7 +162,7 @@ def _reach(address: str, named: str = "") -> None:
 
 
 def _of_pools(name: str, settings: SlurmSettings) -> Client:
-    from cryodask.cluster.pools import open_pools
+    from cryodask.cluster.slurm.pools import open_pools
 
     if settings.single_allocation:
         raise ClusterError(

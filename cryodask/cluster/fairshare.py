@@ -20,10 +20,10 @@ from distributed import Scheduler
 from distributed.scheduler import TaskState, WorkerState
 from tornado.ioloop import PeriodicCallback
 
-from cryodask.cluster.charging import FIRST, Flight
-from cryodask.cluster.lanes import Place, Share
-from cryodask.cluster.owners import THREADS
-from cryodask.cluster.reserving import ReservingScheduler, load
+from cryodask.cluster.sharing.charging import FIRST, Flight
+from cryodask.cluster.sharing.lanes import Place, Share
+from cryodask.cluster.sharing.owners import THREADS
+from cryodask.cluster.sharing.reserving import ReservingScheduler, load
 
 _TICK_MILLISECONDS = 250
 _PRUNE_SECONDS = 60.0

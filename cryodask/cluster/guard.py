@@ -19,8 +19,7 @@ from distributed import Scheduler, Worker
 from distributed.core import Server, error_message
 
 from cryodask.cluster import fairshare
-from cryodask.cluster.fairshare import FairShareScheduler
-from cryodask.cluster.gate import (
+from cryodask.cluster.access.gate import (
     FORWARDED,
     USER_OPS,
     USER_STREAM,
@@ -36,7 +35,8 @@ from cryodask.cluster.gate import (
     refused_worker,
     too_large,
 )
-from cryodask.cluster.lanes import Owner
+from cryodask.cluster.fairshare import FairShareScheduler
+from cryodask.cluster.sharing.lanes import Owner
 
 __all__ = ["GuardedNanny", "GuardedScheduler", "GuardedWorker"]
 

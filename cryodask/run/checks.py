@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cryodask.cluster import service
 from cryodask.cluster.connect import local_memory
+from cryodask.cluster.service import service
+from cryodask.cluster.service.whereabouts import folder_of, settings_of
 from cryodask.cluster.settings import AddressSettings, LocalSettings, PluginSettings, Settings, SlurmSettings, read_cluster_file
-from cryodask.cluster.whereabouts import folder_of, settings_of
 from cryodask.errors import CryodaskError, ProgramMissingError
 from cryodask.run.known import movie_header, step_sizes
 from cryodask.run.recipe import Plan, Step

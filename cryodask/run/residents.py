@@ -22,7 +22,7 @@ import psutil
 from distributed import Client, Future, get_worker
 from distributed.client import ClosedClientError
 
-from cryodask.cluster.memory import RESIDENTS_METRIC
+from cryodask.cluster.sharing.memory import RESIDENTS_METRIC
 
 T = TypeVar("T")
 

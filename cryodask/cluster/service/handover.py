@@ -15,12 +15,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cryodask.cluster import batch, slurm, tls
+from cryodask.cluster.access import tls
+from cryodask.cluster.service import batch
+from cryodask.cluster.service.whereabouts import Whereabouts, address_file, make_passable
 from cryodask.cluster.settings import LocalSettings, ServiceSettings, SlurmSettings
-from cryodask.cluster.whereabouts import Whereabouts, address_file, make_passable
+from cryodask.cluster.slurm import slurm
 from cryodask.errors import ClusterError
 
-logger = logging.getLogger("cryodask.cluster.service")
+logger = logging.getLogger("cryodask.cluster.service.service")
 
 _LOOK_SECONDS = 0.2
 _LIFE_LOOKS = 25

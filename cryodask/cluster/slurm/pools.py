@@ -13,14 +13,15 @@ from typing import Any
 import dask
 import psutil
 
-from cryodask.cluster import slurm, tls
-from cryodask.cluster.accounting import KEYS, Accounting
+from cryodask.cluster.access import tls
+from cryodask.cluster.accounting.accounting import KEYS, Accounting
 from cryodask.cluster.environment import SETTINGS
 from cryodask.cluster.fairshare import FairShareScheduler
 from cryodask.cluster.guard import GuardedScheduler
-from cryodask.cluster.pool_jobs import PoolJobs
-from cryodask.cluster.pool_state import PoolStatus, missing
 from cryodask.cluster.settings import SlurmSettings
+from cryodask.cluster.slurm import slurm
+from cryodask.cluster.slurm.pool_jobs import PoolJobs
+from cryodask.cluster.slurm.pool_state import PoolStatus, missing
 from cryodask.errors import ClusterError
 
 _ALLOWED_FAILURES = 3

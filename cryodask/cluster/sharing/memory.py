@@ -10,8 +10,8 @@ from distributed import Scheduler
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.scheduler import TaskState
 
-from cryodask.cluster.charging import ChargingScheduler
-from cryodask.cluster.lanes import LaneQueue, Share
+from cryodask.cluster.sharing.charging import ChargingScheduler
+from cryodask.cluster.sharing.lanes import LaneQueue, Share
 
 RESIDENTS_METRIC = "cryodask-residents"
 """What worker processes keep between tasks, in the heartbeats of workers: bytes by client."""

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from distributed import Scheduler
 from distributed.scheduler import TaskState, WorkerState
 
-from cryodask.cluster.lanes import Place, Share
-from cryodask.cluster.memory import CappingScheduler
+from cryodask.cluster.sharing.lanes import Place, Share
+from cryodask.cluster.sharing.memory import CappingScheduler
 
 
 class ReservingScheduler(CappingScheduler):

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cryodask.cluster.accounting import pool_of
+from cryodask.cluster.accounting.accounting import pool_of
 from cryodask.cluster.fairshare import FairShareScheduler
-from cryodask.cluster.owners import is_bound
 from cryodask.cluster.settings import PoolSettings, SlurmSettings
+from cryodask.cluster.sharing.owners import is_bound
 
 Needs = tuple[tuple[str, float], ...]
 """Resources that a task asks for, sorted by name; empty for a thread alone."""

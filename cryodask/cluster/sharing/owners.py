@@ -15,9 +15,9 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.scheduler import TaskState, WorkerState
 from distributed.versions import get_versions
 
-from cryodask.cluster.lanes import LaneOptions, LaneQueue, Owner, Share
-from cryodask.cluster.streams import GatheringScheduler
-from cryodask.cluster.versions import RELEASE, why_refused
+from cryodask.cluster.access.versions import RELEASE, why_refused
+from cryodask.cluster.sharing.lanes import LaneOptions, LaneQueue, Owner, Share
+from cryodask.cluster.sharing.streams import GatheringScheduler
 
 THREADS = "threads"
 _SAMPLED = 200

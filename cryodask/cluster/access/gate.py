@@ -17,7 +17,7 @@ from distributed import Nanny, Worker
 from distributed.comm import Comm
 from distributed.core import Server, error_message
 
-from cryodask.cluster.versions import RELEASE
+from cryodask.cluster.access.versions import RELEASE
 from cryodask.errors import ClusterError
 
 logger = logging.getLogger(__name__)
@@ -193,7 +193,7 @@ def check_sockets(server: Any) -> None:
             raise ClusterError(
                 f"{address} would be open to other machines without TLS.",
                 "no certificates were given, or the dashboard's address was left at its default",
-                "start it with certificates (cryodask.cluster.tls), or with  host: 127.0.0.1  and  dashboard address: 127.0.0.1:0",
+                "start it with certificates (cryodask.cluster.access.tls), or with  host: 127.0.0.1  and  dashboard address: 127.0.0.1:0",
             )
 
 

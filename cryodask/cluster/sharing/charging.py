@@ -8,8 +8,8 @@ from typing import Any
 
 from distributed.scheduler import TaskState, WorkerState
 
-from cryodask.cluster.lanes import Share
-from cryodask.cluster.owners import LanedScheduler
+from cryodask.cluster.sharing.lanes import Share
+from cryodask.cluster.sharing.owners import LanedScheduler
 
 FIRST = -math.inf
 """Rank on a worker of what must not wait there."""

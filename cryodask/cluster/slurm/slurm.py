@@ -22,7 +22,7 @@ import dask
 import psutil
 from distributed.deploy.spec import ProcessInterface
 
-from cryodask.cluster import tls
+from cryodask.cluster.access import tls
 from cryodask.cluster.environment import ALLOCATOR, ONE_THREAD, SETTINGS
 from cryodask.cluster.settings import PoolSettings, SlurmSettings
 from cryodask.errors import ClusterError
@@ -53,7 +53,7 @@ def load_jobqueue() -> Any:
             raise ClusterError(
                 "Slurm pools cannot be opened first in a thread.",
                 "dask-jobqueue, which submits the jobs, must be imported in the main thread",
-                "call  cryodask.cluster.slurm.load_jobqueue()  at the start of the program",
+                "call  cryodask.cluster.slurm.slurm.load_jobqueue()  at the start of the program",
             )
         handler = signal.getsignal(signal.SIGINT)
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from cryodask.cluster import slurm, tls
+from cryodask.cluster.access import tls
 from cryodask.cluster.settings import AddressSettings, LocalSettings, PluginSettings, SlurmSettings, parse_settings
+from cryodask.cluster.slurm import slurm
 from cryodask.errors import ClusterError
 
 T = TypeVar("T")

@@ -19,11 +19,12 @@ from pathlib import Path
 
 import psutil
 
-from cryodask.cluster import slurm, tls
-from cryodask.cluster.allocation import allocation_script
+from cryodask.cluster.access import tls
 from cryodask.cluster.environment import ONE_THREAD
+from cryodask.cluster.service.whereabouts import encrypted, in_thread, state_folder
 from cryodask.cluster.settings import JobSettings, LocalSettings, ServiceSettings, SlurmSettings
-from cryodask.cluster.whereabouts import encrypted, in_thread, state_folder
+from cryodask.cluster.slurm import slurm
+from cryodask.cluster.slurm.allocation import allocation_script
 from cryodask.errors import ClusterError
 
 # a job that submits jobs must not hand its own shape down to them
@@ -179,7 +180,7 @@ def _taken_before(after: str) -> str | None:
 
 
 def _service_words(folder: Path, after: str) -> list[str]:
-    return ["-m", "cryodask.cluster.serving", str(folder), *([after] if after else [])]
+    return ["-m", "cryodask.cluster.service.serving", str(folder), *([after] if after else [])]
 
 
 def _service_log(folder: Path) -> Path:
@@ -252,7 +253,7 @@ def submit(
     ClusterError, ProjectFileError
         Where there is no Slurm, it refuses the job, or the cluster is out of reach of its jobs.
     """
-    from cryodask.cluster import service
+    from cryodask.cluster.service import service
 
     shared, settings = service.of_word_or_file(cluster)
     # a word of sbatch's options, of a comment with colons, and of a file's name
@@ -290,7 +291,7 @@ def submit(
 def driver_script(job: JobSettings, command: Sequence[str], cluster: str, *, lane: str, name: str, log: str | Path, times: int = 5) -> str:
     """The job script of a batch run on a cluster of that name or file; ``times`` is 0 where nothing can bring the cluster back."""
     exports = f"export CRYODASK_CLUSTER={shlex.quote(cluster)} CRYODASK_LANE={shlex.quote(lane)}\n"
-    again = f"{shlex.quote(job.python or sys.executable)} -m cryodask.cluster.driver {times} " if times else ""
+    again = f"{shlex.quote(job.python or sys.executable)} -m cryodask.cluster.service.driver {times} " if times else ""
     line = f"{exports}exec {again}{_in_shell(command)}"
     return job_script(job, line, name=f"cryodask-{name}", log=str(log), comment=f"cryodask:run:{name}")
 

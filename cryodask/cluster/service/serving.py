@@ -1,4 +1,4 @@
-"""The process of a service: ``python -m cryodask.cluster.serving FOLDER [ID]``, started by ``service.py``.
+"""The process of a service: ``python -m cryodask.cluster.service.serving FOLDER [ID]``, started by ``service.py``.
 
 It owns the scheduler and the workers' jobs, answers what the owner and those invited ask, and hands over to a successor before Slurm ends
 it, or when it is sent SIGUSR1. A successor (``ID`` is the cluster that it follows) starts its scheduler beside the old one and takes over
@@ -20,15 +20,17 @@ from typing import Any
 
 import dask
 
-from cryodask.cluster import batch, slurm, tls
+from cryodask.cluster.access import tls
 from cryodask.cluster.connect import local_cluster, local_environment
-from cryodask.cluster.handover import HandingOver
-from cryodask.cluster.pools import PoolCluster
+from cryodask.cluster.service import batch
+from cryodask.cluster.service.handover import HandingOver
+from cryodask.cluster.service.whereabouts import Whereabouts, encrypted, owner_of, settings_of
 from cryodask.cluster.settings import SlurmSettings
-from cryodask.cluster.whereabouts import Whereabouts, encrypted, owner_of, settings_of
+from cryodask.cluster.slurm import slurm
+from cryodask.cluster.slurm.pools import PoolCluster
 from cryodask.errors import ClusterError
 
-logger = logging.getLogger("cryodask.cluster.service")
+logger = logging.getLogger("cryodask.cluster.service.service")
 
 _SAMPLE_SECONDS = 2.0
 _SHARE_SECONDS = 300.0
@@ -100,7 +102,7 @@ class Serving(HandingOver):
             self._say(str(refused))
 
     def _attach_accounting(self) -> None:
-        from cryodask.cluster.accounting import Accounting
+        from cryodask.cluster.accounting.accounting import Accounting
 
         self._accounting = Accounting.attach(self.cluster.scheduler, self.folder)
 

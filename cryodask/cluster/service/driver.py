@@ -1,4 +1,4 @@
-"""A command inside a batch job, run again when its cluster was replaced: ``python -m cryodask.cluster.driver TIMES WORD...``.
+"""A command inside a batch job, run again when its cluster was replaced: ``python -m cryodask.cluster.service.driver TIMES WORD...``.
 
 The cluster is named by ``$CRYODASK_CLUSTER``. A command that fails while its scheduler lives has failed by itself, and is not repeated.
 """
@@ -12,7 +12,7 @@ import sys
 import time
 from types import FrameType
 
-from cryodask.cluster.service import Service, find, is_known
+from cryodask.cluster.service.service import Service, find, is_known
 from cryodask.errors import ClusterError
 
 _WAIT_SECONDS = 6 * 3600.0

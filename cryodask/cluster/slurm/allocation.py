@@ -6,9 +6,9 @@ import math
 import shlex
 from pathlib import Path
 
-from cryodask.cluster import tls
+from cryodask.cluster.access import tls
 from cryodask.cluster.settings import SlurmSettings
-from cryodask.cluster.slurm import (
+from cryodask.cluster.slurm.slurm import (
     COMMENT,
     DEATH_SECONDS,
     directives_of,

@@ -21,18 +21,10 @@ from typing import Any
 from distributed import Security
 from distributed.core import rpc
 
-from cryodask.cluster import batch, slurm, tls
-from cryodask.cluster.batch import SubmittedRun, submit
-from cryodask.cluster.settings import (
-    AddressSettings,
-    LocalSettings,
-    PluginSettings,
-    ServiceSettings,
-    Settings,
-    SlurmSettings,
-    read_cluster_file,
-)
-from cryodask.cluster.whereabouts import (
+from cryodask.cluster.access import tls
+from cryodask.cluster.service import batch
+from cryodask.cluster.service.batch import SubmittedRun, submit
+from cryodask.cluster.service.whereabouts import (
     Whereabouts,
     address_file,
     encrypted,
@@ -45,6 +37,16 @@ from cryodask.cluster.whereabouts import (
     settings_of,
     state_folder,
 )
+from cryodask.cluster.settings import (
+    AddressSettings,
+    LocalSettings,
+    PluginSettings,
+    ServiceSettings,
+    Settings,
+    SlurmSettings,
+    read_cluster_file,
+)
+from cryodask.cluster.slurm import slurm
 from cryodask.errors import ClusterError
 
 __all__ = ["Service", "SubmittedRun", "find", "invite", "known", "name_for", "start", "submit"]

@@ -15,8 +15,8 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.scheduler import WorkerState
 from tornado.ioloop import PeriodicCallback
 
+from cryodask.cluster.accounting.journal import Sums, UsageJournal, add, bucket_start
 from cryodask.cluster.fairshare import FairShareScheduler
-from cryodask.cluster.journal import Sums, UsageJournal, add, bucket_start
 
 logger = logging.getLogger("cryodask.cluster")
 
@@ -118,7 +118,7 @@ class Accounting(SchedulerPlugin):
         scheduler.add_plugin(accounting)
         ticking = scheduler.periodic_callbacks["accounting"] = PeriodicCallback(accounting.tick, _TICK_SECONDS * 1000)
         ticking.start()
-        from cryodask.cluster.panel import add_pages
+        from cryodask.cluster.accounting.panel import add_pages
 
         add_pages(scheduler, accounting)
         return accounting

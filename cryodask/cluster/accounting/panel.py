@@ -11,7 +11,7 @@ from typing import Any
 from tornado import web
 from tornado.ioloop import IOLoop
 
-from cryodask.cluster.accounting import KEYS, NO_POOL, Accounting, Sample
+from cryodask.cluster.accounting.accounting import KEYS, NO_POOL, Accounting, Sample
 from cryodask.cluster.fairshare import FairShareScheduler
 
 _STEP_SECONDS = 10.0

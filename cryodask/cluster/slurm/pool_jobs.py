@@ -16,10 +16,10 @@ from distributed.core import Status
 from distributed.deploy.cluster import Cluster
 from distributed.deploy.spec import ProcessInterface, SpecCluster
 
-from cryodask.cluster import slurm
-from cryodask.cluster.pool_state import FAILED_STARTS, PoolState
-from cryodask.cluster.scaling import Scaler
 from cryodask.cluster.settings import SlurmSettings
+from cryodask.cluster.slurm import slurm
+from cryodask.cluster.slurm.pool_state import FAILED_STARTS, PoolState
+from cryodask.cluster.slurm.scaling import Scaler
 from cryodask.errors import ClusterError
 
 logger = logging.getLogger("cryodask.cluster")
@@ -33,7 +33,7 @@ _NANNY_SECONDS = 15.0
 
 
 class PoolJobs(SpecCluster):
-    """The part of a :class:`~cryodask.cluster.pools.PoolCluster` that deals with Slurm and with workers that come and go."""
+    """The part of a :class:`~cryodask.cluster.slurm.pools.PoolCluster` that deals with Slurm and with workers that come and go."""
 
     scheduler: Any
     workers: dict[str, Any]

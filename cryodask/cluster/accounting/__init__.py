@@ -1,0 +1,5 @@
+"""Who used how much of the workers, and the pages that show it."""
+
+from cryodask.cluster.accounting.accounting import Accounting, read_usage
+
+__all__ = ["Accounting", "read_usage"]
