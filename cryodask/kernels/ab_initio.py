@@ -166,7 +166,7 @@ def _random_poses(count: int, generator: torch.Generator, device: str) -> expect
     rotations = random_rotations(count * DRAWS, generator).reshape(count, DRAWS, 3, 3).to(device)
     weights = torch.full((count, DRAWS), 1.0 / DRAWS, device=device)
     zero = torch.zeros(count, 2, device=device)
-    return expectation.Poses(rotations, weights, weights[..., None], zero, zero[:1], zero, zero[:, 0])
+    return expectation.Poses(rotations, weights, weights[..., None], zero, zero[:1], zero, zero, zero[:, 0])
 
 
 def _draw(

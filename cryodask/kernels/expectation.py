@@ -23,6 +23,7 @@ from cryodask.kernels.ctf import ctf
 from cryodask.kernels.fourier import soft_sphere
 from cryodask.kernels.orientations import euler_to_matrix, healpix_angles, in_plane_rotations
 from cryodask.kernels.projection import FourierVolume, half_plane, image_transforms, pixels_within, shift_phases, slices
+from cryodask.kernels.subpixel import top_between
 from cryodask.vocabulary import CTF_COLUMNS, OPTICS
 
 _MOST_TOGETHER = 16
@@ -223,7 +224,7 @@ class Poses:
 
     ``rotations`` `(n, pose, 3, 3)`; ``weights`` `(n, pose)`, sum 1, zero = unused; ``shift_weights`` `(n, pose, shift)`, sum over
     shifts = weight; shift s of particle i is ``centres_px[i] + offsets_px[s]`` (y, x); ``best_px`` `(n, 2)` the shift of pose 0,
-    ``mean_px`` the expected shift, which does not lie on the grid of the search;
+    ``top_px`` the same between the points of the search's grid;
     ``log_likelihood`` `(n,)` of the sum over all poses, gain over an empty image.
     """
 
@@ -233,12 +234,8 @@ class Poses:
     centres_px: Tensor
     offsets_px: Tensor
     best_px: Tensor
+    top_px: Tensor
     log_likelihood: Tensor
-
-    @property
-    def mean_px(self) -> Tensor:
-        """Expected shift `(n, 2)`, over poses and shifts."""
-        return self.centres_px + self.shift_weights.sum(1) @ self.offsets_px
 
 
 def shift_log_prior(centres_px: Tensor, offsets_px: Tensor, sigma_px: float) -> Tensor:
@@ -324,7 +321,7 @@ def sample_poses(
     shift_weights = torch.zeros(n, draws, len(offsets_px), device=scores.device).scatter_(2, shift[..., None], 1.0 / draws)
     rotations = psi_rotation(angle, scores.shape[-1]) @ bank.rotations[view]
     best = centres_px + offsets_px[shift[:, 0]]
-    return Poses(rotations, weights, shift_weights, centres_px, offsets_px, best, total)
+    return Poses(rotations, weights, shift_weights, centres_px, offsets_px, best, best, total)
 
 
 def search_poses(
@@ -376,10 +373,12 @@ def search_poses(
     weights = weights * (weights > threshold)
     weights = weights / weights.sum(1, keepdim=True)
     by_shift = full.permute(0, 2, 3, 1).reshape(n, -1, len(offsets))
-    shift_weights = torch.softmax(by_shift.gather(1, place[..., None].expand(-1, -1, len(offsets))), -1) * weights[..., None]
+    of_poses = by_shift.gather(1, place[..., None].expand(-1, -1, len(offsets)))
+    shift_weights = torch.softmax(of_poses, -1) * weights[..., None]
     rotations = psi_rotation(place % count, count) @ bank.rotations[view.gather(1, place // count)]
     best_px = centres + offsets[shift_weights[:, 0].argmax(-1)]
-    return Poses(rotations, weights, shift_weights, centres, offsets, best_px, total)
+    top_px = centres + top_between(of_poses[:, 0], offsets)
+    return Poses(rotations, weights, shift_weights, centres, offsets, best_px, top_px, total)
 
 
 def weighted_slices(data: Particles, rows: Tensor, found: Poses, radius: int, noise_power: Tensor) -> tuple[Tensor, Tensor, Tensor]:

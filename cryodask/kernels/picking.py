@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cryodask.kernels.spectrum import fast_even_size
+from cryodask.kernels.subpixel import vertex
 
 DIAMETER_PX = 16.0
 """Diameter of a particle in the reduced image in which everything happens."""
@@ -226,16 +227,10 @@ def _peaks(field: _Field, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     height = scores[rows, columns]
     order = torch.argsort(height, descending=True, stable=True)
     rows, columns, height = rows[order], columns[order], height[order]
-    y = rows + _vertex(scores[rows - 1, columns], height, scores[rows + 1, columns])
-    x = columns + _vertex(scores[rows, columns - 1], height, scores[rows, columns + 1])
+    y = rows + vertex(scores[rows - 1, columns], height, scores[rows + 1, columns])
+    x = columns + vertex(scores[rows, columns - 1], height, scores[rows, columns + 1])
     keep = _apart(y, x, SPACING * field.diameter)
     return y[keep], x[keep], height[keep]
-
-
-def _vertex(before: Tensor, middle: Tensor, after: Tensor) -> Tensor:
-    """Place of the top of a parabola through three samples, -0.5 to 0.5."""
-    bend = (before - 2.0 * middle + after).clamp(max=-1e-12)
-    return (0.5 * (before - after) / bend).clamp(-0.5, 0.5)
 
 
 def _apart(y: Tensor, x: Tensor, distance: float) -> Tensor:

@@ -203,8 +203,7 @@ def expect(
         residual += expectation.residual_power(block, rows, found, shared.volume, state["rings"])
         rotations.append(found.rotations[:, 0])
         best.append(found.best_px * pixel)
-        # a drawn shift is one of the posterior's, its mean would be too narrow; the best one lies on the grid of the search
-        origins.append(best[-1] if state["sampling"] else found.mean_px * pixel)
+        origins.append(found.top_px * pixel)
         likelihood.append(found.log_likelihood)
     angles = [torch.rad2deg(a) for a in matrix_to_euler(torch.cat(rotations))]
     origin = torch.cat(origins)
