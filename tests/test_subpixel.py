@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cryodask.kernels.expectation import shift_grid
@@ -12,6 +12,7 @@ from cryodask.kernels.subpixel import top_between
 STEP = 1.3
 
 
+@settings(deadline=None)
 @given(st.floats(-1.9, 1.9), st.floats(-1.9, 1.9), st.floats(0.1, 30.0))
 def test_the_top_of_a_paraboloid_is_found_between_the_samples(y, x, bend):
     offsets = shift_grid(STEP, 4.0 * STEP)
