@@ -59,10 +59,9 @@ def check_input(chain: Chain, draft: Draft, port: Port, product: Product) -> Non
             f"Take the particles from before {product.subtracted}, or extract them again."
         )
     if product.type == "particles" and len(product.pose_frames) > 1 and "pose" in port.parts:
-        raise WrongStep(
-            f"{draft.label}: the poses of {product.ref} refer to {listed(sorted(product.pose_frames))}: they do not overlay. "
-            "Bring them into one frame with align_maps before they are united, or refine the set first."
-        )
+        align = "Bring them into one frame with align_maps before they are united, or refine" if "align_maps" in chain.stages else "Refine"
+        frames = listed(sorted(product.pose_frames))
+        raise WrongStep(f"{draft.label}: the poses of {product.ref} refer to {frames}: they do not overlay. {align} the set first.")
     if product.type == "weights" and None not in (draft.stage.purpose, product.purpose) and product.purpose != draft.stage.purpose:
         raise wrong_purpose(chain, draft, product)
 
@@ -139,7 +138,9 @@ def _check_frames_of_poses(chain: Chain, draft: Draft) -> None:
         if other.pose_frames == particles.pose_frames:
             continue
         if not any(map(is_unknown, particles.pose_frames | other.pose_frames)):
-            raise WrongStep(f"{text}: they cannot be compared. Bring one of them into the frame of the other with align_maps.")
+            refine = "Refine one of them against the map of the other first."
+            align = "Bring one of them into the frame of the other with align_maps." if "align_maps" in chain.stages else refine
+            raise WrongStep(f"{text}: they cannot be compared. {align}")
         chain.warnings.append(f"{text}: whether they can be compared is checked on the first particles.")
 
 

@@ -31,7 +31,7 @@ class Refine3DParams(Params):
 
 
 @stage(
-    version=1,
+    version=2,
     shape="blocks",
     needs=["particle_image", "final_map", "map_pixel_size_angstrom"],
     ports=[
