@@ -259,7 +259,7 @@ class Generation:
                     with suppress(FileNotFoundError):
                         shutil.copy2(other.path / record["log"], self.path / record["log"])
             if taken:
-                linked = ({**r, **_where(), "linked": other.key, "computed": r.get("computed", r["time"])} for r in taken)
+                linked = ({**r, **_where(), "epoch": 0, "linked": other.key, "computed": r.get("computed", r["time"])} for r in taken)
                 self.journal.append(*linked)
 
     def _laid_out_here(self, other: Generation, record: Record) -> Record:

@@ -36,7 +36,7 @@ _STILL_SECONDS = 8.0
 _LOOK_SECONDS = 0.2
 _LARGEST_BEAT = 10**12
 _LOOKS = 10
-_SELDOM_REPLACED = ("items.jsonl",)
+_APPENDED = ("items.jsonl",)
 """Files to which a driver appends."""
 _PARTS = ("*.part", "stages/*/*/*.part", "stages/*/*/checkpoints/*.part", "stages/*/*/journal/*.part")
 
@@ -105,8 +105,9 @@ class ProjectLock:
         except TakenOverError as lost:
             if error is None or not isinstance(error, TakenOverError):
                 raise lost from error
-        except OSError:
-            pass  # the folder cannot be reached, or is gone: nobody can tell
+        except OSError:  # the folder cannot be reached, or is gone: nobody can tell whose it is, but its epoch has ended
+            with contextlib.suppress(OSError):
+                self.epochs.release(self.epoch)
         else:
             self._give_back()
 
@@ -130,11 +131,9 @@ class ProjectLock:
         """The lock as it is now; ``at_least`` is an epoch that is known, whatever a network file system remembers of the folder."""
         shown = _read(self.path)
         epoch = max(self.epochs.highest(), at_least, _number(shown.get("epoch")), self._epoch_of_project())
-        claim = self.epochs.claimed_by(epoch)
         if _number(shown.get("epoch")) != epoch:  # it does not show it yet, or was removed
-            shown = _parsed(claim)
-        free = not epoch or self.epochs.is_released(epoch) or not (shown or (self.epochs.folder / f"{epoch:06d}").exists())
-        return _Seen(epoch, json.dumps([epoch, shown]), shown, free)
+            shown = _parsed(self.epochs.claimed_by(epoch))
+        return _Seen(epoch, json.dumps([epoch, shown]), shown, not epoch or self.epochs.is_released(epoch))
 
     def _epoch_of_project(self) -> int:
         """So that no number is given twice, even if the folder with the epochs is lost."""
@@ -163,7 +162,7 @@ class ProjectLock:
             for path in self.folder.glob(pattern):
                 if not path.is_dir():
                     path.unlink(missing_ok=True)
-        for name in _SELDOM_REPLACED:
+        for name in _APPENDED:
             with contextlib.suppress(FileNotFoundError):
                 write_atomically(self.folder / name, (self.folder / name).read_bytes())
 
