@@ -138,6 +138,7 @@ class Stage:
     programs: tuple[Program, ...] = ()
     reasons: dict[int, str] = field(default_factory=dict)
     draw: Callable[[xr.Dataset], Iterator[Picture]] | None = None
+    says: Callable[[Mapping[str, Any]], str] | None = None
     ports: tuple[Port, ...] = ()
     outputs: Outputs = field(default=lambda params: ())
     check: Check | None = None
@@ -236,6 +237,11 @@ class Stage:
         """Decorator: the stage's section of the report, from the Dataset that the store gives back."""
         self.draw = draw
         return draw
+
+    def sentence(self, says: Callable[[Mapping[str, Any]], str]) -> Callable[[Mapping[str, Any]], str]:
+        """Decorator: what a finished step says of its result, in a few words."""
+        self.says = says
+        return says
 
     def __call__(self, dataset: xr.Dataset, **params: Any) -> xr.Dataset:
         """Apply the stage lazily to a Dataset: same functions, same bits as the runner (map stages only)."""

@@ -29,7 +29,7 @@ from cryodask.run.people import check_choice, waiting
 from cryodask.run.recipe import Plan, Step
 from cryodask.run.record import note_line
 from cryodask.run.refs import Refer
-from cryodask.run.results import freeze, frozen_ids, run_set, scalars, settle_result, stored_variables, summary
+from cryodask.run.results import freeze, frozen_ids, run_set, scalars, sentence_of, settle_result, stored_variables
 from cryodask.run.selection import Wanted
 from cryodask.run.stopping import Stop
 from cryodask.run.tally import Tally
@@ -324,7 +324,7 @@ class Execution:
         result = settle_result(self.project, step, inputs, result)
         generation.commit_result(result, made_in, seconds=round(time.time() - started, 3))
         self._finish(step)
-        self._end([step], summary(result))
+        self._end([step], sentence_of(step, result))
 
     def _compute(self, step: Step, inputs: StepInputs, generation: Generation) -> dict[str, Any]:
         stage = step.stage

@@ -136,13 +136,11 @@ def scalars(metrics: dict[str, Any]) -> dict[str, float | int | str]:
     return {name: value for name, value in plain.items() if isinstance(value, int | float | str)}
 
 
-def summary(result: dict[str, Any]) -> str:
-    """What a finished step found, in a few words."""
-    if "resolution_angstrom" in result:
-        return f"resolution {float(result['resolution_angstrom']):.2f} A"
+def sentence_of(step: Step, result: dict[str, Any]) -> str:
+    """What a finished step found, in a few words: the stage's own, or how many particles it kept."""
+    if step.stage.says is not None:
+        return step.stage.says(result)
     if len(result.get("dropped_id", ())):
         kept = len(result["particle_id"])
         return f"{kept} of {kept + len(result['dropped_id'])} particles kept"
-    if "class_share" in result:
-        return f"{len(result['class_share'])} classes"
     return "done"

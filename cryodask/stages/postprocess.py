@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -116,6 +116,12 @@ _CURVES = {
     "fsc_randomised": ("masked, phases random", "#d62728"),
     "fsc_corrected": ("corrected", "black"),
 }
+
+
+@postprocess.sentence
+def says(result: Mapping[str, Any]) -> str:
+    """The figure that people ask for first."""
+    return f"resolution {float(result['resolution_angstrom']):.2f} A"
 
 
 @postprocess.figures

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -61,6 +61,12 @@ class refine3d:
     scored, so that the correlation of the half-maps there is honest; it alone decides how far the next iteration looks. The
     correlation below the low-pass limit of the start map is high by construction.
     """
+
+
+@refine3d.sentence  # type: ignore[attr-defined]  # mypy does not see what class decorators return
+def says(result: Mapping[str, Any]) -> str:
+    """The figure that people ask for first."""
+    return f"resolution {float(result['resolution_angstrom']):.2f} A"
 
 
 @refine3d.figures  # type: ignore[attr-defined]  # mypy does not see what class decorators return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,6 +121,12 @@ def _read_star(path: Path) -> dict[str, Any]:
         }
     except (StarError, KeyError, ValueError, TypeError) as error:
         raise ProgramError(f"relion_postprocess wrote a STAR file that cannot be read: {type(error).__name__}: {error}") from error
+
+
+@relion_postprocess.sentence
+def says(result: Mapping[str, Any]) -> str:
+    """The figure that people ask for first."""
+    return f"resolution {float(result['resolution_angstrom']):.2f} A"
 
 
 @relion_postprocess.figures
