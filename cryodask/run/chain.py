@@ -87,8 +87,8 @@ class Chain:
     """A job of the map runner.
 
     ``constants`` are what the exposures of a data set share (optics), ``gains`` its gain reference, mapped from its file, ``grids`` the
-    size and type of its movies where the chain brings some. Paths of inputs are relative to ``home``. ``earlier`` are steps before the chain
-    from which it reads. ``slices`` are the particles of each link that is given some from elsewhere, ``expected`` the digests of all
+    size and type of its movies where the chain brings some. Paths of inputs are relative to ``home``. ``earlier`` are steps before the
+    chain from which it reads. ``slices`` are the particles of each link that is given some from elsewhere, ``expected`` the digests of all
     slices as the project stands now, ``book`` the birth tables that exposures ever had, ``imports`` what other programs say of them, and
     ``origins`` what other projects gave them that a link reads. These five stay in the driver.
     """
