@@ -464,6 +464,19 @@ WRONG: list[tuple[str, list[Any], str, Any]] = [
     wrong("merge twice the same", [*MAP, {"merge": source(particles=["curate", "curate"])}], "one source twice"),
     wrong("merge without sources", [*MAP, "merge"], "has no default"),
     wrong(
+        "merge of two cuts of the same particles",
+        [
+            *MAP,
+            {"extract as centred": {"box": 160, "recentre": True}},
+            {"extract as again": {"box": 160, **source(particles="refine3d")}},
+            {"merge": source(particles=["centred", "again"])},
+        ],
+        "different images of the same particles, cut by centred and by again. Say which count: merge: {prefer: centred} or {prefer: again}",
+    ),
+    wrong("list of one step", [*MAP, {"refine3d as b": {"from": ["curate"]}}], "write from: curate."),
+    wrong("list of one map", [*MAP, {"refine3d as b": source(map=["ab_initio"])}], "write from: {map: ab_initio}."),
+    wrong("movies brought in twice", [{"ingest as more": {}}, "motion"], "come in by ingest already. Remove this step."),
+    wrong(
         "two pickers merged without a distance",
         ["motion", "ctf", {"pick": {"diameter_angstrom": 180}}, "external.topaz", {"merge": source(particles=["pick", "topaz"])}],
         "nearer_than_angstrom",

@@ -11,7 +11,7 @@ import yaml
 from _told import Told
 from test_identity import write
 
-from cryodask.errors import MicrographError, ProjectFileError
+from cryodask.errors import InputError, MicrographError, ProjectFileError
 from cryodask.formats.star import read_micrographs, read_particles
 from cryodask.interop import export_relion
 from cryodask.run.preview import preview
@@ -243,3 +243,18 @@ def test_a_union_is_exported_with_the_micrographs_of_all_its_sources(folder, cli
     found = exported(run(folder, client, pipeline, "pool")[0], folder / "union")
     assert found.keys() == {"micrographs", "coordinates", "micrographs_ctf", "particles"}
     assert all(names == {f"movie_000{n}" for n in range(1, 5)} for names in found.values())
+
+
+def test_images_of_other_pixel_sizes_are_not_united(folder, client):
+    """Two tables that share no particle."""
+    star = folder / "relion/particles.star"
+    for name in ("a", "b"):
+        without(star, folder / f"relion/{name}.star", "movie_0001" if name == "a" else "movie_0002")
+    other = folder / "relion/b.star"
+    for number in (3, 4):
+        without(other, other, f"movie_000{number}")
+    other.write_text(other.read_text().replace("\t7.08\t", "\t8.00\t"))
+    pipeline = [{f"import_particles as {n}": {"star": f"relion/{n}.star"}} for n in ("a", "b")]
+    pipeline += [{"merge": {"from": {"particles": ["a", "b"]}}}, CLASSES]
+    with pytest.raises(InputError, match=r"pixel sizes cannot be united: 7\.08 A in a and 8 A in b"):
+        run(folder, client, pipeline, "sizes")

@@ -55,7 +55,7 @@ def look_ahead(plan: Plan, project: Project | None, listing: list[Arrival], aske
     out.warnings += _wrong_lane(settings, where, asked.lane)
     out.problems += _unknown_exposures(plan, project, listing)
     out.problems += _missing_programs(plan, project)
-    found, beyond = movie_header(plan, listing), list[str]()
+    found = movie_header(plan, listing)
     if found is not None:
         first, out.movie, pixel = found
         stated = plan.constants.get(str(first.inputs.get("data_set", "")), {}).get("pixel_size_angstrom")
@@ -64,11 +64,9 @@ def look_ahead(plan: Plan, project: Project | None, listing: list[Arrival], aske
                 f"{first.name} says that its pixels are {pixel:.3f} A, the project file says {stated:g} A. Check "
                 "microscope.pixel_size_angstrom (a super-resolution movie has half the physical pixel size)."
             )
-        beyond = list(_larger_than_a_frame(plan, out.movie[1:], stated or pixel))
-        out.problems += beyond
         known = {item.content for item in project.items()} if project is not None else set()
         _check_disk(plan, [a for a in listing if a.content not in known], out.movie, out.problems)
-    if settings is not None and not beyond:
+    if settings is not None:
         out.problems += _too_large(plan, project, out.movie, _with_workers(settings, asked.workers or plan.file.workers), where)
     return out
 
@@ -107,26 +105,6 @@ def _unknown_exposures(plan: Plan, project: Project | None, listing: list[Arriva
                 f"{step.label} names the exposure {first!r}{more}, which the inputs do not have."
                 + (f" Did you mean {near[0]!r}?" if near else "")
             )
-
-
-_LENGTHS = {"diameter_angstrom": (2.0, True), "box_angstrom": (1.0, True), "box": (1.0, False)}
-"""Parameters that are lengths in a micrograph: how often it has to hold them, and whether they are in Angstrom."""
-
-
-def _larger_than_a_frame(plan: Plan, frame: tuple[int, ...], pixel: float | None) -> Iterator[str]:
-    """Boxes and diameters that no micrograph can hold, as the first movie tells."""
-    for step in (s for s in plan.steps if s.stage.shape == "map"):
-        for name, (times, angstrom) in _LENGTHS.items():
-            value = getattr(step.params, name, None)
-            if not isinstance(value, (int, float)) or (angstrom and not pixel):
-                continue
-            width = value / (pixel or 1.0) if angstrom else value
-            if times * width > min(frame):
-                yield (
-                    f"{step.label}: {name} {value:g} is {width:.0f} pixels, too much for movies of {frame[0]} x {frame[1]} pixels. "
-                    "Check its unit and the pixel size."
-                )
-                return
 
 
 def _missing_programs(plan: Plan, project: Project | None) -> Iterator[str]:

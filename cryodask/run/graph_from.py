@@ -24,7 +24,7 @@ def check_form(label: str, stage: Stage, wanted: Any) -> None:
     ports = [p.name for p in stage.ports]
     if isinstance(wanted, (list, tuple)):
         lists = [p.name for p in stage.ports if p.many]
-        one_step = written(wanted[0]) if len(wanted) == 1 else "STEP"
+        one_step = wanted[0] if len(wanted) == 1 and isinstance(wanted[0], str) else "STEP"
         several = f" or from: {{{lists[0]}: {written(wanted)}}}" if lists else ""
         raise WrongStep(f"{label}: from is a list; write from: {one_step}{several}.")
     if not isinstance(wanted, Mapping):
@@ -82,8 +82,8 @@ def _fill_port(chain: Chain, draft: Draft, port: Port, value: Any, later: Collec
                 f"{where}: {len(sources)} sources are given; {draft.stage.name} takes one set. Merge them first:  "
                 f"- merge: {{from: {{particles: {written(value)}}}}}"
             )
-        if len(sources) == 1:
-            raise WrongStep(f"{where} is a list; write from: {{{port.name}: {written(sources[0])}}}.")
+        if len(sources) == 1 and isinstance(sources[0], str):
+            raise WrongStep(f"{where} is a list; write from: {{{port.name}: {sources[0]}}}.")
         raise WrongStep(f"{where}: {len(sources)} sources are given; {draft.stage.name} takes one.")
     if not sources:
         raise WrongStep(f"{where} is an empty list. Say from: {{{port.name}: [STEP, STEP]}}.")

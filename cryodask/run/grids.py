@@ -6,6 +6,8 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
+import numpy as np
+
 from cryodask.stage import Stage
 from cryodask.store.generation import Generation
 from cryodask.store.layouts import Grid, layout_on
@@ -29,7 +31,7 @@ def mark(grid: Grid) -> str:
 def stored_marks(generation: Generation) -> dict[int, str]:
     """Size and type of each stored movie, by row; movies that are read where they lie are not among them."""
     table, var = generation.table(()), VARIABLES[_MOVIE]
-    if _MOVIE not in table.stored:
+    if not table.stored.get(_MOVIE, np.zeros(0)).any() or "y" not in generation.meta["sizes"]:
         return {}
     usual = _text(generation.layout(var))
     own = {text: _text_in(json.loads(text)) for text in set(table.layouts.tolist()) if text}

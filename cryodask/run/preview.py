@@ -234,8 +234,11 @@ class _Looking:
             self.stale.pop(step.label, None)
             why = _of_version(step, seen.target.version)
             return StepPreview(step.label, step.stage.name, _sources(step), True, 0, why)
+        before = [label for label in sorted(self.plan.graph.rests_on(step)) if self.lacking.get(label)]
         if lacking <= self.new:
             why = "new exposures"
+        elif seen.exists and lacking <= set[int]().union(*(self.lacking[label] for label in before)):
+            why = f"input {before[0]} is computed first"
         elif not seen.exists:
             why = self._why(step)
         else:

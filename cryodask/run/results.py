@@ -71,9 +71,9 @@ _AS_STORED = {"half_set": "half_set", **{name: f"particle_{name}" for name in CT
 def run_set(plan: Plan, project: Project, inputs: StepInputs, generation: Generation) -> dict[str, Any]:
     """One call of a ``set`` stage, in this process; what is stored of it."""
     step = inputs.step
-    check_images(project, inputs)
     views = set_views(plan, project, inputs)
     result = dict(step.stage.functions(step.params, views))
+    check_images(project, inputs)
     if "particle_id" not in result:
         return result
     ids = np.asarray(result["particle_id"], np.int64)

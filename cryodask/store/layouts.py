@@ -100,10 +100,9 @@ def as_stored(var: Var, layout: Layout, value: Any, name: str) -> Any:
             "raise the threshold, or import the images of each micrograph under its name",
         )
     if not _has_shape(var, value, layout):
-        shapes = (tuple(value.shape)[boxes:], layout.shape[boxes:])
-        found, usual = (" x ".join(map(str, shape)) for shape in shapes)
+        found, usual = tuple(value.shape)[boxes:], layout.shape[boxes:]
         raise MicrographError(
-            f"{var.name} of {name} is {found}, not {usual} as most of its {'table' if boxes else 'data set'}.",
+            f"{var.name} of {name} has shape {found}, not {usual} as most of its {'table' if boxes else 'data set'}.",
             "images of several boxes in one table" if boxes else "movies of different cameras, binnings or frame numbers in one folder",
             "import each size from a table of its own" if boxes else "name them as a data set of their own under `inputs`",
         )
