@@ -120,9 +120,8 @@ class Context:
         told = f"its last lines{kept_at}:\n{_last_lines(printed)}" if printed.strip() else "it printed nothing"
         way_out = "look at its output; run it by hand with the command in the first line of the log"
         if status is None:
-            raise ProgramError(
-                f"{program} took longer than {timeout_seconds:g} s and was ended; {told}", "", f"raise the limit, or {way_out}"
-            )
+            what = f"{program} took longer than {timeout_seconds:g} s and was ended; {told}"
+            raise ProgramError(what, "", f"raise the limit, or {way_out}")
         if status:
             ended = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"failed with exit status {status}"
             raise ProgramError(f"{program} {ended}; {told}", "", way_out)

@@ -114,9 +114,13 @@ class Resources:
     ----------
     memory : callable ``(params, sizes of the needs) -> bytes``, optional
         Peak memory. A run whose workers have less is refused before work.
+    gpus : 0 or 1
+        1: a call (of a map or whole stage) needs a GPU to itself, and sees no other; a run is refused before work where no worker has one.
+        0: it takes one where one is free, and does without.
     """
 
     memory: Callable[[Any, Sizes], float] | None = None
+    gpus: Literal[0, 1] = 0
 
 
 @dataclass(repr=False)
@@ -359,6 +363,9 @@ def stage(
         if sizes:
             made.sizes = sizes
         made.resources, made.programs = resources or Resources(), tuple(programs)
+        if made.resources.gpus not in ((0, 1) if shape in ("map", "whole") else (0,)):
+            what = f"Stage {called!r} asks for {made.resources.gpus} GPUs: one is for map and whole stages, others take what there is."
+            raise PluginError(what, "", "give gpus=0 or gpus=1, or leave it out")
         STAGES[called] = made
         return made
 

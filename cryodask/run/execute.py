@@ -238,6 +238,7 @@ class Execution:
             event=on_event,
             limit_seconds=self.plan.file.item_limit_seconds,
             first_attempt=self.project.state.runs * 1_000_000,
+            needs_gpu=any(link.stage.resources.gpus for link in chain.links),
         )
         runner.run(source)
 

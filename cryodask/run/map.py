@@ -94,6 +94,8 @@ class MapRunner:
         An item that takes longer is quarantined; its worker's process is ended for it.
     first_attempt : int
         Attempts are counted from here: above all those of earlier runs.
+    needs_gpu : bool
+        Items go to workers with GPUs only; otherwise to one where one is free.
     """
 
     def __init__(
@@ -106,7 +108,9 @@ class MapRunner:
         backoff_seconds: float = 1.0,
         limit_seconds: float | None = None,
         first_attempt: int = 0,
+        needs_gpu: bool = False,
     ) -> None:
+        self.needs_gpu = needs_gpu
         self.client, self.job, self.event = client, job, event
         self.backoff, self.limit_seconds, self.first_attempt = backoff_seconds, limit_seconds, first_attempt
         self.watch = Watch(client, lambda text: event("stalled", None, text), stall_after_seconds)
@@ -170,8 +174,9 @@ class MapRunner:
             self.ready.appendleft(heapq.heappop(self.later)[2])
         self._idle = False
         room = self.window - len(self.flying)
+        usual = GPU_DEVICE if self.needs_gpu else CPU_DEVICE
         if self.suspects:
-            self._send([self.suspects.popleft() for _ in range(min(max(1, room), len(self.suspects)))], isolated=True)
+            self._send([self.suspects.popleft() for _ in range(min(max(1, room), len(self.suspects)))], isolated=True, device=usual)
             room = self.window - len(self.flying)
         for_gpus = max(0, gpu_items(self.watch.workers, self.on_gpus) - len(self.for_gpus))
         if room < self.window / 2 and len(self.flying) > 1:  # few large messages are cheaper than many small ones
@@ -190,7 +195,7 @@ class MapRunner:
             self.ready.append(item)
         chosen = [self.ready.popleft() for _ in range(min(room, len(self.ready)))]
         self._send(chosen[:for_gpus], isolated=False, device=GPU_DEVICE)
-        self._send(chosen[for_gpus:], isolated=False)
+        self._send(chosen[for_gpus:], isolated=False, device=usual)
 
     def _send(self, items: list[Item], *, isolated: bool, device: str = CPU_DEVICE) -> None:
         if not items:
@@ -225,6 +230,8 @@ class MapRunner:
 
     def _look_at_gpus(self) -> None:
         """Which items run on GPUs; those that wait for one which others keep for long go to a CPU."""
+        if self.needs_gpu:
+            return
         gpus = with_gpus(self.watch.workers)
         begun = self.watch.processing(gpus) if self.for_gpus and gpus else set()
         if begun is None:

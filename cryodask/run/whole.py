@@ -43,13 +43,15 @@ def run_whole(
     client: Client, stage_name: str, params: Any, inputs: dict[str, Any], tell: Callable[[str], None], log: Path
 ) -> dict[str, Any]:
     """One call of a whole stage on a worker; ``tell`` is given the reason if it does not move, ``log`` keeps what programs print."""
-    blob = cloudpickle.dumps((stage_name, params, inputs, log, find_stage(stage_name).program_versions()))
-    return _results(Watch(client, tell), {0: lambda: _submit(client, _whole_task, blob)}, lambda: None)[0]
+    stage = find_stage(stage_name)
+    blob = cloudpickle.dumps((stage_name, params, inputs, log, stage.program_versions()))
+    device, needs = (GPU_DEVICE, {GPU: 1}) if stage.resources.gpus else (CPU_DEVICE, None)
+    return _results(Watch(client, tell), {0: lambda: _submit(client, _whole_task, blob, device, resources=needs)}, lambda: None)[0]
 
 
-def _whole_task(blob: bytes) -> dict[str, Any]:
+def _whole_task(blob: bytes, device: str) -> dict[str, Any]:
     stage_name, params, inputs, log, programs = cloudpickle.loads(blob)
-    with on_device(CPU_DEVICE, log=log, programs=programs) as context:
+    with on_device(device, log=log, programs=programs) as context:
         return find_stage(stage_name).process(params, context=context, **loaded(inputs))
 
 

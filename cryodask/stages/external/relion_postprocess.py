@@ -123,7 +123,7 @@ def _read_star(path: Path) -> dict[str, Any]:
         raise ProgramError(
             f"relion_postprocess wrote a STAR file that cannot be read: {type(error).__name__}: {error}",
             "it is a version that nobody has tried with cryodask",
-            "look at its output in the folder logs of the result; take RELION 3.1, 4 or 5",
+            "look at its output in the folder logs of the result; RELION 3.1 is what this step was tested with",
         ) from error
 
 
