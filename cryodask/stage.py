@@ -363,9 +363,10 @@ def stage(
         if sizes:
             made.sizes = sizes
         made.resources, made.programs = resources or Resources(), tuple(programs)
-        if made.resources.gpus not in ((0, 1) if shape in ("map", "whole") else (0,)):
-            what = f"Stage {called!r} asks for {made.resources.gpus} GPUs: one is for map and whole stages, others take what there is."
-            raise PluginError(what, "", "give gpus=0 or gpus=1, or leave it out")
+        if made.resources.gpus not in (0, 1) or (shape not in ("map", "whole") and (made.resources.gpus or made.programs)):
+            asked = f"{made.resources.gpus} GPUs and {len(made.programs)} programs"
+            what = f"Stage {called!r} asks for {asked}: one GPU, and programs, are for map and whole stages."
+            raise PluginError(what, "", "leave gpus and programs out; blocks and tournaments take the GPUs that there are")
         STAGES[called] = made
         return made
 

@@ -26,7 +26,7 @@ from cryodask.run.devices import gpu_items, on_device, with_gpus
 from cryodask.run.execute import check_inputs, run_plan
 from cryodask.run.map import MapRunner
 from cryodask.run.recipe import make_plan
-from cryodask.stage import STAGES, Context, Params, Resources, stage
+from cryodask.stage import STAGES, Context, Params, Program, Resources, stage
 from cryodask.stages.classify2d import Classify2DParams, classify2d
 from cryodask.store.journal import Journal
 from cryodask.store.project import Item
@@ -225,11 +225,12 @@ def test_items_that_need_a_gpu_go_to_no_other_worker_also_when_they_are_tried_ag
     assert {(r["device"], r["gpu"]) for r in records} == {("cuda", "0")}
 
 
-@pytest.mark.parametrize(("shape", "gpus"), [("map", 2), ("set", 1)])
-def test_what_no_runner_can_place_is_refused_when_it_is_registered(shape, gpus):
+@pytest.mark.parametrize(("shape", "gpus", "programs"), [("map", 2, 0), ("set", 1, 0), ("set", 0, 1)])
+def test_what_no_runner_can_place_is_refused_when_it_is_registered(shape, gpus, programs):
     def wrong(params: NoParams, inputs=None, *, context=None, particle_id=None):
         """Nothing."""
 
-    with pytest.raises(PluginError, match=f"asks for {gpus} GPUs"):
-        stage(version=1, shape=shape, needs=["particle_id"], gives=["particle_id"], resources=Resources(gpus=gpus))(wrong)
+    with pytest.raises(PluginError, match=f"asks for {gpus} GPUs and {programs} programs"):
+        options = {"resources": Resources(gpus=gpus), "programs": [Program("ls")] * programs}
+        stage(version=1, shape=shape, needs=["particle_id"], gives=["particle_id"], **options)(wrong)
     assert "wrong" not in STAGES
