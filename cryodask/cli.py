@@ -176,8 +176,9 @@ def stages(
 
     known = load_stages()
     if name is None:
+        wide = max(map(len, known))
         for stage in known.values():
-            typer.echo(f"{stage.name:<20} {stage.doc.splitlines()[0]}")
+            typer.echo(f"{stage.name:<{wide}} {stage.doc.splitlines()[0]}")
         return
     if name not in known:
         import difflib

@@ -118,14 +118,16 @@ class Context:
         printed = kept.read_bytes()[start:].decode(errors="replace")
         kept_at = f"; all of its output is in {self.log}" if self.log else ""
         told = f"its last lines{kept_at}:\n{_last_lines(printed)}" if printed.strip() else "it printed nothing"
+        way_out = "look at its output; run it by hand with the command in the first line of the log"
         if status is None:
-            raise ProgramError(f"{program} took longer than {timeout_seconds:g} s and was ended; {told}")
+            what = f"{program} took longer than {timeout_seconds:g} s and was ended; {told}"
+            raise ProgramError(what, "", f"raise the limit, or {way_out}")
         if status:
             ended = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"failed with exit status {status}"
-            raise ProgramError(f"{program} {ended}; {told}")
+            raise ProgramError(f"{program} {ended}; {told}", "", way_out)
         missing = [name for name in outputs if not ((self.scratch / name).is_file() and (self.scratch / name).stat().st_size)]
         if missing:
-            raise ProgramError(f"{program} ended well, but did not write {', '.join(missing)}; {told}")
+            raise ProgramError(f"{program} ended well, but did not write {', '.join(missing)}; {told}", "", way_out)
         return printed
 
     def _finished(self, command: list[str], log: IO[bytes], timeout_seconds: float | None) -> int | None:

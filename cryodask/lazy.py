@@ -44,10 +44,11 @@ def apply_lazily(made: Any, dataset: xr.Dataset, params: Any) -> xr.Dataset:
     if "input" in dtypes.values():
         dtypes |= {name: given[name].dtype.str for name, dtype in dtypes.items() if dtype == "input"}
 
-    def one(*arrays: Any) -> tuple[np.ndarray, ...]:
+    def one(*arrays: Any) -> tuple[np.ndarray, ...] | np.ndarray:
         given = made.process(params, **_whole_ones(dict(zip(names, map(_plain, arrays)))))
         shapes = [tuple(sizes[d] for d in v.dims_in(per_item=True)) for v in outs]
-        return tuple(_filled(v, np.asarray(given[v.name], dtypes[v.name]), shape) for v, shape in zip(outs, shapes))
+        found = tuple(_filled(v, np.asarray(given[v.name], dtypes[v.name]), shape) for v, shape in zip(outs, shapes))
+        return found if len(found) > 1 else found[0]  # numpy.vectorize takes a tuple of one for a value
 
     inputs = []
     for name in names:

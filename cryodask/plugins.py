@@ -56,10 +56,10 @@ class Plugins:
 
     def _checked(self, entry: importlib.metadata.EntryPoint) -> Any:
         if entry.name in (self._loaded or {}):
-            raise PluginError(f"Another package has a {entry.group} of that name.", "", "")
+            raise PluginError(f"Another package has one of that name for {entry.group}.", "", "remove one of the two packages")
         thing = entry.load()
         if sentence := self.refused(entry.name, thing):
-            raise PluginError(sentence)
+            raise PluginError(sentence, "", f"{__name__} says what an entry point of {entry.group} names")
         return thing
 
     def hint(self, name: str) -> str:

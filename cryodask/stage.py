@@ -114,9 +114,13 @@ class Resources:
     ----------
     memory : callable ``(params, sizes of the needs) -> bytes``, optional
         Peak memory. A run whose workers have less is refused before work.
+    gpus : 0 or 1
+        1: a call (of a map or whole stage) needs a GPU to itself, and sees no other; a run is refused before work where no worker has one.
+        0: it takes one where one is free, and does without.
     """
 
     memory: Callable[[Any, Sizes], float] | None = None
+    gpus: Literal[0, 1] = 0
 
 
 @dataclass(repr=False)
@@ -365,6 +369,10 @@ def stage(
         if sizes:
             made.sizes = sizes
         made.resources, made.programs = resources or Resources(), tuple(programs)
+        if made.resources.gpus not in (0, 1) or (shape not in ("map", "whole") and (made.resources.gpus or made.programs)):
+            asked = f"{made.resources.gpus} GPUs and {len(made.programs)} programs"
+            what = f"Stage {called!r} asks for {asked}: one GPU, and programs, are for map and whole stages."
+            raise PluginError(what, "", "leave gpus and programs out; blocks and tournaments take the GPUs that there are")
         STAGES[called] = made
         return made
 

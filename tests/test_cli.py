@@ -128,7 +128,7 @@ import sys
 
 class Refused:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("torch", "scipy", "matplotlib", "xarray"):
+        if name.partition(".")[0] in ("torch", "scipy", "matplotlib", "xarray", "pandas"):
             raise RuntimeError(f"{name} was imported")
 
 sys.meta_path.insert(0, Refused())

@@ -6,9 +6,10 @@ import os
 import signal
 import time
 
+import numpy as np
 import pytest
 from _particles import blob_map, simulate
-from distributed import Client
+from distributed import Client, LocalCluster
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,10 +18,15 @@ from cryodask.cluster import LaneCluster, connect
 from cryodask.cluster.connect import close
 from cryodask.cluster.settings import parse_settings
 from cryodask.cluster.slurm.pools import PoolCluster
-from cryodask.errors import ClusterError, ProjectFileError
+from cryodask.errors import ClusterError, PluginError, ProjectFileError
+from cryodask.formats.mrc import write_mrc
 from cryodask.run.blocks import ParticlesInMemory, iterate_on_workers
 from cryodask.run.devices import gpu_items, on_device, with_gpus
 from cryodask.run.map import MapRunner
+from cryodask.run.recipe import make_plan
+from cryodask.run.selection import Wanted
+from cryodask.run.session import check_inputs, run_plan
+from cryodask.stage import STAGES, Context, Params, Program, Resources, stage
 from cryodask.stages.classify2d import Classify2DParams, classify2d
 from cryodask.store.journal import Journal
 from cryodask.store.project import Item
@@ -172,3 +178,59 @@ def test_blocks_go_to_the_workers_with_gpus_which_say_so_when_torch_sees_none(gp
     params = Classify2DParams(classes=2, resolution_angstrom=16.0, iterations=1)
     with pytest.raises(ClusterError, match="its torch sees no GPU"):
         iterate_on_workers(gpu_client, "classify2d", classify2d.functions, params, ParticlesInMemory(of, images), {}, tmp_path / "points")
+
+
+# --- stages that need one ----------------------------------------------------------------------------------------------------------
+class NoParams(Params):
+    """None."""
+
+
+@pytest.fixture
+def on_gpu():
+    """A stage that needs a GPU and gives a mask from where it ran."""
+
+    def needs_gpu(params: NoParams, *, half_map, context: Context):
+        """Says where it ran."""
+        return {"solvent_mask": np.full(half_map.shape[1:], float(context.device == "cuda"), np.float32)}
+
+    made = stage(version=1, shape="whole", needs=["half_map"], gives=["solvent_mask"], resources=Resources(gpus=1))(needs_gpu)
+    yield made
+    del STAGES["needs_gpu"]
+
+
+def test_a_stage_that_needs_a_gpu_is_refused_before_work_where_no_worker_has_one_and_goes_to_one_that_has(on_gpu, tmp_path):
+    for name in ("half1", "half2"):
+        write_mrc(tmp_path / f"{name}.mrc", np.random.default_rng(0).normal(size=(8, 8, 8)).astype(np.float32), 1.0)
+    (tmp_path / "p.yaml").write_text("name: p\ninputs: {half_maps: [half1.mrc, half2.mrc]}\npipeline: [needs_gpu]\n")
+    plan = make_plan(tmp_path / "p.yaml")
+    with pytest.raises(ProjectFileError, match="needs_gpu needs a GPU, and no worker of local has one"):
+        check_inputs(plan)
+    (tmp_path / "gpus.yaml").write_text("kind: local\nworkers: 1\ngpus: 1\n")
+    assert check_inputs(plan, Wanted(cluster=str(tmp_path / "gpus.yaml"))) == []
+    with LocalCluster(1, threads_per_worker=1, processes=False, dashboard_address=None, resources={"GPU": 1}) as cluster:
+        with Client(cluster) as client:
+            assert float(run_plan(plan, client)["needs_gpu"]["solvent_mask"].min()) == 1.0
+
+
+def test_items_that_need_a_gpu_go_to_no_other_worker_also_when_they_are_tried_again(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(map_module, "_GPU_PATIENCE_SECONDS", 0.0)
+    with LaneCluster(n_workers=2, gpus=1) as cluster, Client(cluster, name="batch/anna") as client:
+        client.wait_for_workers(2)
+        job = FaultyJob(tmp_path, {5: "os-error-once", 7: "raise"}, seconds=0.05)
+        items = [Item(row, f"item{row}", f"content {row}") for row in range(20)]
+        counts = MapRunner(client, job, needs_gpu=True).run(iter(items))
+    assert (counts["done"], counts["quarantined"]) == (19, 1)
+    records = [r for r in _records(tmp_path) if r["ok"]]
+    assert {(r["device"], r["gpu"]) for r in records} == {("cuda", "0")}
+
+
+@pytest.mark.parametrize(("shape", "gpus", "programs"), [("map", 2, 0), ("set", 1, 0), ("set", 0, 1)])
+def test_what_no_runner_can_place_is_refused_when_it_is_registered(shape, gpus, programs):
+    def wrong(params: NoParams, inputs=None, *, context=None, particle_id=None):
+        """Nothing."""
+
+    options = {"resources": Resources(gpus=gpus), "programs": [Program("ls")] * programs}
+    with pytest.raises(PluginError, match=f"asks for {gpus} GPUs and {programs} programs"):
+        stage(version=1, shape=shape, needs=["particle_id"], gives=["particle_id"], **options)(wrong)
+    assert "wrong" not in STAGES

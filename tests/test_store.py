@@ -15,6 +15,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cryodask import vocabulary
 from cryodask.errors import DiskFullError, LockedError, MicrographError, StoreError
 from cryodask.store.generation import Generation, disk_errors, generation_key
 from cryodask.store.journal import Journal, content_crc, decode_value, encode_value
@@ -311,3 +312,39 @@ def test_crc_of_a_shard_covers_its_index(tmp_path):
     (tmp_path / "s").write_bytes(raw[:-10] + bytes([raw[-10] ^ 1]) + raw[-9:])
     with pytest.raises(StoreError, match="checksum"):
         ShardReader(tmp_path / "s", layout).read()
+
+
+def test_the_log_of_an_item_is_taken_over_with_it(tmp_path):
+    one, other = _generation(tmp_path / "one"), _generation(tmp_path / "other")
+    values = {"micrograph_sum": np.ones((6, 8), np.float32), "total_motion": 1.0}
+    records = []
+    for row in range(2):
+        (one.path / "logs").mkdir(exist_ok=True)
+        (one.path / f"logs/m{row}.log").write_text(f"of {row}")
+        records.append(one.commit(row, f"m{row}", values, log=f"logs/m{row}.log"))
+    (one.path / "logs" / "m0.log").unlink()  # somebody tidied up
+    other.link(one, records)
+    assert {row: r["log"] for row, r in other.committed().items()} == {0: "logs/m0.log", 1: "logs/m1.log"}
+    assert [path.read_text() for path in (other.path / "logs").iterdir()] == ["of 1"]
+
+
+def test_a_generation_describes_its_variables_for_those_who_do_not_know_them(tmp_path):
+    """As it is where the package with the stage is not installed; a definition of a package goes first, whenever it comes."""
+    vocabulary.register([vocabulary.Var("ice_thickness", (), "f8", "nm", "thickness of the ice")], "exposures.ctf_quality")
+    try:
+        made = Generation.create(tmp_path / "g", meta={"stage": "ice", "version": 1, "params": {}}, gives=("ice_thickness",), per_item=True)
+        made.commit(0, "m0", {"ice_thickness": 30.0})
+    finally:
+        known = vocabulary.VARIABLES.pop("ice_thickness")
+    try:
+        again = Generation(tmp_path / "g").dataset()["ice_thickness"]
+        assert (again.attrs, again.values.tolist()) == ({"units": "nm", "long_name": "thickness of the ice"}, [30.0])
+        assert vocabulary.VARIABLES["ice_thickness"] == known
+        vocabulary.register(
+            [vocabulary.Var("ice_thickness", (), "f8", "nm", "thickness, as a later release says")], "exposures.ctf_quality"
+        )
+        assert Generation(tmp_path / "g").dataset()["ice_thickness"].attrs["long_name"] == "thickness, as a later release says"
+        with pytest.raises(ValueError, match="already defined otherwise"):
+            vocabulary.register([vocabulary.Var("ice_thickness", (), "f4", "nm", "")])
+    finally:
+        del vocabulary.VARIABLES["ice_thickness"]

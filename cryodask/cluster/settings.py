@@ -378,7 +378,7 @@ def parse_settings(content: object, where: str = "the cluster settings") -> Sett
     if kind not in kinds:
         raise ProjectFileError(
             f"{where}: there is no kind of cluster {kind!r}{_nearest(str(kind), kinds)}.{OTHERS.hint(str(kind))}",
-            "",
+            "a typo, or the package that has this kind is not installed",
             f"use {' or '.join(kinds)}",
         )
     try:

@@ -67,6 +67,7 @@ def look_ahead(plan: Plan, project: Project | None, listing: list[Arrival], aske
         known = {item.content for item in project.items()} if project is not None else set()
         _check_disk(plan, [a for a in listing if a.content not in known], out.movie, out.problems)
     if settings is not None:
+        out.problems += _without_gpu(plan, settings, where)
         out.problems += _too_large(plan, project, out.movie, _with_workers(settings, asked.workers or plan.file.workers), where)
     return out
 
@@ -175,6 +176,17 @@ def _check_disk(plan: Plan, fresh: list[Arrival], shape: tuple[int, ...], proble
 
 def _dims(step: Any) -> set[str]:
     return {d for v in step.stage.gives_variables() if v.kind == "bulk" for d in v.dims}
+
+
+def _without_gpu(plan: Plan, settings: Settings, where: str) -> Iterator[str]:
+    """Steps that need a GPU where no worker can have one."""
+    if isinstance(settings, LocalSettings):
+        there = settings.gpus > 0
+    else:
+        there = not isinstance(settings, SlurmSettings) or any(pool.gpus for pool in settings.pools.values())
+    for step in plan.steps:
+        if step.stage.resources.gpus and not there:
+            yield f"{step.label} needs a GPU, and no worker of {where} has one. Give a cluster file with gpus: N (configs/clusters)."
 
 
 def _too_large(plan: Plan, project: Project | None, movie: tuple[int, int, int] | None, settings: Settings, where: str) -> Iterator[str]:

@@ -235,6 +235,7 @@ class Execution:
                 first_attempt=first_attempt,
                 live=self.arrivals is not None,
                 stopped=self._stopped,
+                needs_gpu=any(link.stage.resources.gpus for link in chain.links),
             )
             tally.runner.run(source)
             tally.count()

@@ -101,6 +101,8 @@ class MapRunner:
         The source decides late which item is next: few are sent ahead of the workers.
     stopped : callable
         Asked again and again: once it says so nothing is begun any more, and :meth:`run` ends when what was begun is finished.
+    needs_gpu : bool
+        Items go to workers with GPUs only; otherwise to one where one is free.
     """
 
     def __init__(
@@ -115,7 +117,9 @@ class MapRunner:
         first_attempt: int = 0,
         live: bool = False,
         stopped: Callable[[], bool] = lambda: False,
+        needs_gpu: bool = False,
     ) -> None:
+        self.needs_gpu = needs_gpu
         self.client, self.job, self.event = client, job, event
         self.live, self.stopped = live, stopped
         self.backoff, self.limit_seconds, self.first_attempt = backoff_seconds, limit_seconds, first_attempt
@@ -202,8 +206,9 @@ class MapRunner:
             self.ready.appendleft(heapq.heappop(self.later)[2])
         self._idle = False
         room = self.window - len(self.flying)
+        usual = GPU_DEVICE if self.needs_gpu else CPU_DEVICE
         if self.suspects:
-            self._send([self.suspects.popleft() for _ in range(min(max(1, room), len(self.suspects)))], isolated=True)
+            self._send([self.suspects.popleft() for _ in range(min(max(1, room), len(self.suspects)))], isolated=True, device=usual)
             room = self.window - len(self.flying)
         for_gpus = max(0, gpu_items(self.watch.workers, self.on_gpus) - len(self.for_gpus))
         if not self.live and room < self.window / 2 and len(self.flying) > 1:  # few large messages are cheaper than many small ones
@@ -222,7 +227,7 @@ class MapRunner:
             self.ready.append(item)
         chosen = [self.ready.popleft() for _ in range(min(room, len(self.ready)))]
         self._send(chosen[:for_gpus], isolated=False, device=GPU_DEVICE)
-        self._send(chosen[for_gpus:], isolated=False)
+        self._send(chosen[for_gpus:], isolated=False, device=usual)
 
     def _send(self, items: list[Item], *, isolated: bool, device: str = CPU_DEVICE) -> None:
         if not items:
@@ -257,6 +262,8 @@ class MapRunner:
 
     def _look_at_gpus(self) -> None:
         """Which items run on GPUs; those that wait for one which others keep for long go to a CPU."""
+        if self.needs_gpu:
+            return
         gpus = with_gpus(self.watch.workers)
         begun = self.watch.processing(gpus) if self.for_gpus and gpus else set()
         if begun is None:

@@ -44,14 +44,17 @@ def loaded(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def run_whole(stage_name: str, params: Any, inputs: dict[str, Any], watch: Watch, log: Path) -> dict[str, Any]:
     """One call of a whole stage on a worker; ``log`` keeps what programs print."""
-    blob = cloudpickle.dumps((stage_name, params, inputs, log, find_stage(stage_name).program_versions()))
-    result = _results(watch, {0: lambda: _submit(watch.client, _whole_task, blob)}, lambda number, of: None)[0]
+    stage = find_stage(stage_name)
+    blob = cloudpickle.dumps((stage_name, params, inputs, log, stage.program_versions()))
+    device, needs = (GPU_DEVICE, {GPU: 1}) if stage.resources.gpus else (CPU_DEVICE, None)
+    tasks = {0: lambda: _submit(watch.client, _whole_task, blob, device, resources=needs)}
+    result = _results(watch, tasks, lambda number, of: None)[0]
     return {**result, MADE_IN: [result[MADE_IN]]}
 
 
-def _whole_task(blob: bytes) -> dict[str, Any]:
+def _whole_task(blob: bytes, device: str) -> dict[str, Any]:
     stage_name, params, inputs, log, programs = cloudpickle.loads(blob)
-    with on_device(CPU_DEVICE, log=log, programs=programs) as context:
+    with on_device(device, log=log, programs=programs) as context:
         return {**find_stage(stage_name).process(params, context=context, **loaded(inputs)), MADE_IN: environment()}
 
 

@@ -1,6 +1,7 @@
 """The stages, one file each. ``cryodask.stages.motion(dataset, patches=(5, 5))`` is the lazy face of stage ``motion``.
 
-A stage has the name of its module, and the attribute of that name is the stage, not the module. Modules are imported when they are
+A stage has the name of its module, and the attribute of that name is the stage, not the module; those of the package ``external``, which
+run programs of others, are called ``external.NAME``. Modules are imported when they are
 asked for: a worker that corrects motion does not load the refinement.
 """
 

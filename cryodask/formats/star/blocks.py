@@ -9,13 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from cryodask.formats.star.names import PARTICLE_ID, TEXT, WHOLE
 from cryodask.formats.star.texts import Coded, Coder, Images, split_image_names
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Loop = dict[str, Any]
 """A table: RELION's name to numbers, to :class:`Coded` texts, or to :class:`Images`."""
@@ -176,6 +178,8 @@ def _read_loop(file: IO[bytes], labels: list[str], wanted: frozenset[str], split
 
 def _pieces(file: IO[bytes], labels: list[str], wanted: frozenset[str]) -> Iterator[pd.DataFrame]:
     """Rows of a table, some thousands at a time: the wanted columns, the last one and what follows it."""
+    import pandas as pd
+
     names = [*labels, _END]
     use = [i for i, name in enumerate(names) if name in wanted or i >= len(labels) - 1]
     types = {names[i]: _dtype(names[i], wanted) for i in use}
@@ -217,6 +221,8 @@ class _Column:
 
     def add(self, values: np.ndarray) -> None:
         """Append the values of some rows."""
+        import pandas as pd
+
         if not len(values):
             return
         if self._image:

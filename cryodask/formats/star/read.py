@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from cryodask.errors import StarError
 from cryodask.formats.star.blocks import Loop, scan
@@ -111,6 +110,8 @@ def _decoded(values: np.ndarray | Coded | Images) -> np.ndarray:
 
 def _tables(path: Path, wanted: Iterable[str], *, split_images: bool = False) -> dict[str, Loop | None]:
     """The wanted columns of every table, and None for every list of pairs; what is not regular is read in full."""
+    import pandas as pd
+
     fast = scan(path, wanted, split_images=split_images)
     if fast is not None:
         return fast
@@ -192,6 +193,8 @@ def _shifted(path: Path, what: str) -> StarError:
 
 
 def _spread_optics(path: Path, optics: Loop, columns: Read) -> Read:
+    import pandas as pd
+
     groups = dict(_translate(path, optics, (Column("optics_group", "rlnOpticsGroup", "i8"), *OPTICS)))
     if "optics_group" not in groups or "optics_group" not in columns:
         raise missing_column(path, "rlnOpticsGroup")

@@ -6,14 +6,15 @@ import linecache
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
-import starfile
 
 from cryodask.errors import StarError
 from cryodask.formats.star.names import TEXT
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Tables = dict[str, "pd.DataFrame | dict[str, Any]"]
 
@@ -26,6 +27,8 @@ def read_tables(path: str | Path) -> Tables:
     StarError
         The file is missing, holds no block, or a row is longer or shorter than its header.
     """
+    import starfile
+
     path = Path(path)
     try:
         lines = path.read_text().splitlines()
@@ -50,6 +53,9 @@ def write_tables(path: str | Path, tables: Mapping[str, pd.DataFrame | Mapping[s
     StarError
         A text is empty, or holds blanks, quotes or `#`, none of which RELION can read; or a number is NaN.
     """
+    import pandas as pd
+    import starfile
+
     for block, table in tables.items():
         columns: Iterable[tuple[Any, Any]] = table.items()
         for name, values in columns:

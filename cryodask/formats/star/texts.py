@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 _AT, _ZERO = ord("@"), ord("0")
@@ -54,6 +53,8 @@ class Coder:
 
 def encode(texts: Iterable[Any]) -> Coded:
     """A text column from its values; anything but a text is taken as it prints."""
+    import pandas as pd
+
     codes, names = pd.factorize(np.array([str(t) for t in texts], dtype=object))
     return Coded(codes.astype(np.int32), [str(n) for n in names])
 
@@ -98,6 +99,8 @@ def _whole_numbers(letters: np.ndarray) -> np.ndarray | None:
 
 def _distinct(letters: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Codes and distinct texts, in order of first appearance, of rows of letters padded with 0 to whole 8-byte words."""
+    import pandas as pd
+
     words = letters.view(np.uint64)
     mixed = np.zeros(len(words), dtype=np.uint64)
     for word in words.T:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from cryodask.errors import StarError
 from cryodask.formats.star.names import ALIASES, COLUMNS, OPTICS, Column
 from cryodask.formats.star.tables import write_tables
 from cryodask.vocabulary import CTF_COLUMNS
 from cryodask.vocabulary import OPTICS as GROUP_OPTICS
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def write_micrographs_ctf(path: str | Path, columns: Mapping[str, Any]) -> None:
@@ -47,6 +49,8 @@ def write_particles(path: str | Path, columns: Mapping[str, Any]) -> None:
 
 def write_coordinates(path: str | Path, pick_y: np.ndarray, pick_x: np.ndarray, pick_score: np.ndarray | None = None) -> None:
     """Picks of one micrograph, pixels from 0 in the MRC row frame, as RELION's ``*_autopick.star``."""
+    import pandas as pd
+
     table = pd.DataFrame({"rlnCoordinateX": np.asarray(pick_x, np.float64), "rlnCoordinateY": np.asarray(pick_y, np.float64)})
     if pick_score is not None:
         table["rlnAutopickFigureOfMerit"] = np.asarray(pick_score, np.float64)
@@ -67,6 +71,8 @@ def write_postprocess(
     mask_name: str = "mask.mrc",
 ) -> None:
     """FSC curves `(shell,)` and result of post-processing as RELION's ``postprocess.star``; shell 0 may have resolution inf."""
+    import pandas as pd
+
     angstrom = np.where(np.isfinite(shell_resolution_angstrom), shell_resolution_angstrom, 999.0)
     general = {
         "rlnFinalResolution": float(resolution_angstrom),
@@ -115,6 +121,8 @@ def write_motion(
     hot_pixel : array, `(n, 2)`, optional
         (y, x) of repaired pixels.
     """
+    import pandas as pd
+
     correction = -(np.asarray(frame_shift, np.float64) - frame_shift[:1]) / pixel_size_angstrom + 0.0
     general: dict[str, Any] = {
         "rlnImageSizeX": width,
@@ -166,6 +174,8 @@ def _check_ids(path: str | Path, ids: Any) -> None:
 
 def _relion_tables(path: str | Path, columns: Mapping[str, Any], count: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Optics and main table under RELION's names; names that RELION lacks are refused, scalars spread over the rows."""
+    import pandas as pd
+
     ours = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
     columns = {ours.get(name, name): values for name, values in columns.items()}
     known = {c.name for c in (*COLUMNS, *OPTICS)}

@@ -120,7 +120,11 @@ def _read_star(path: Path) -> dict[str, Any]:
             "b_factor_angstrom2": float(general["rlnBfactorUsedForSharpening"]),
         }
     except (StarError, KeyError, ValueError, TypeError) as error:
-        raise ProgramError(f"relion_postprocess wrote a STAR file that cannot be read: {type(error).__name__}: {error}") from error
+        raise ProgramError(
+            f"relion_postprocess wrote a STAR file that cannot be read: {type(error).__name__}: {error}",
+            "it is a version that nobody has tried with cryodask",
+            "look at its output in the folder logs of the result; RELION 3.1 is what this step was tested with",
+        ) from error
 
 
 @relion_postprocess.sentence
