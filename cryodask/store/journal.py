@@ -159,7 +159,11 @@ class Journal:
         TakenOverError
         """
         if self._ends.is_closed(epoch):
-            raise TakenOverError(f"The driver of this work was overtaken by another one: {self.folder.parent} takes nothing more from it.")
+            raise TakenOverError(
+                f"Another driver has the project of {self.folder.parent} now; nothing more is taken from the one that sent this work.",
+                "that one was suspended or could not reach the disk for some time, or the other was started with --force",
+                "nothing is lost: the other driver computes it",
+            )
 
     def _in_place(self, fd: int) -> bool:
         """Whether the open file is still the one under its name: a worker may outlive a generation that was removed and made anew."""
