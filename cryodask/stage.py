@@ -183,9 +183,9 @@ class Stage:
     def process(self, params: Any, *, context: Context | None = None, **needs: Any) -> dict[str, Any]:
         """One call of a map or whole stage; without a ``context`` on the CPU, with a scratch folder that goes when it returns."""
         if context is not None:
-            return self.functions(params, context=context, **needs)
+            return dict(self.functions(params, context=context, **needs))
         with Context(programs=self.program_versions()) as own:
-            return self.functions(params, context=own, **needs)
+            return dict(self.functions(params, context=own, **needs))
 
     def program_versions(self) -> dict[Program, str]:
         """Versions of the programs that it runs, on this machine.

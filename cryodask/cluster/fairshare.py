@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from time import monotonic
-from typing import Any
+from typing import Any, cast
 
 import dask
 from distributed import Scheduler
@@ -269,25 +269,25 @@ class FairShareScheduler(ReservingScheduler):
         """The task that a free slot of this worker goes to."""
         first = clock.next_leaf()
         if first is not None and not self._reserved and (ts := self._held.best_at(first, ws.address)) is not None:
-            return ts
+            return cast("TaskState", ts)
         for leaf in clock.leaves_in_turn():
             if not self._reserved or self.has_room(ws, leaf.lane, self.WORKER_SATURATION):
                 ts = self._held.best_at(leaf, ws.address)
                 if ts is not None:
-                    return ts
+                    return cast("TaskState", ts)
         if len(ws.processing) - len(ws.long_running) < ws.nthreads:  # a thread is idle: take what waits for a busy worker
             for leaf in clock.leaves_in_turn():
                 if not self._reserved or self.has_room(ws, leaf.lane, self.WORKER_SATURATION):
                     for place in [p for p in leaf.heaps if type(p) is str]:
                         entry = self._held.top(leaf, place)
                         if entry is not None and self._sooner_here(leaf, place, entry[2], ws):
-                            return entry[2]
+                            return cast("TaskState", entry[2])
                 elif self.is_closed(ws, leaf.lane):
                     for several in list(leaf.several):  # what can run nowhere else
                         if ws.address in several and all(self.is_closed(self.workers.get(a), leaf.lane) for a in several):
                             entry = self._held.top(leaf, several)
                             if entry is not None:
-                                return entry[2]
+                                return cast("TaskState", entry[2])
         return None
 
     def _sooner_here(self, leaf: Share, place: str, ts: TaskState, ws: WorkerState) -> bool:

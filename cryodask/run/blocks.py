@@ -131,7 +131,8 @@ def iterate_here(
             columns = _joined_columns(particles.set, leaves, {k: v for part in sums.values() for k, v in part[1].items()})
             state, metrics = functions.maximise(params, state, [part[0] for part in sums.values()], context)
             on_iteration(state, metrics, columns)
-    return functions.result(params, state, columns)
+    result: dict[str, Any] = functions.result(params, state, columns)
+    return result
 
 
 # --- on workers ------------------------------------------------------------------------------------------------------------------
@@ -206,7 +207,7 @@ def iterate_on_workers(
             on_iteration(state, metrics)
     finally:
         release_everywhere(client, run, watch.workers)
-    result = functions.result(params, state, columns)
+    result: dict[str, Any] = functions.result(params, state, columns)
     job_path.unlink(missing_ok=True)
     return result
 
@@ -222,7 +223,7 @@ class _Iteration:
         self.watch, self.owner, self.job, self.state = watch, owner, job, state
         self.leaves, self.columns, self.halves = leaves, columns, halves
         self.token, self.sent = f"{state.stem}-{os.urandom(3).hex()}", 0
-        self.parts: dict[int, Future] = {}
+        self.parts: dict[int, Future[Any]] = {}
         self.at: dict[Any, str] = {}  # address of the worker by key
         self.device = CPU_DEVICE
 
@@ -237,7 +238,7 @@ class _Iteration:
                 self._send_leaf(leaf, address_of[homes[leaf.number]])
             tree = self._send_tree()
             if self._all_done([*self.parts.values(), *tree]):
-                found = tree[-1].result()
+                found: tuple[State, Metrics, dict[int, Columns]] = tree[-1].result()
                 self._release([*self.parts.values(), *tree])
                 return found
             self._release(tree)
@@ -254,7 +255,7 @@ class _Iteration:
                     "give the workers more memory, or use a smaller box; the iterations done so far are kept",
                 )
 
-    def _send(self, kind: str, address: str, function: Callable[..., Any], *arguments: Any) -> Future:
+    def _send(self, kind: str, address: str, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         self.sent += 1
         key = f"{kind}-{self.token}-{self.sent}"
         self.at[key] = address
@@ -271,9 +272,9 @@ class _Iteration:
             "expect", address, _expect_task, self.owner, str(self.job), str(self.state), self.device, leaf, previous
         )
 
-    def _send_tree(self) -> list[Future]:
+    def _send_tree(self) -> list[Future[Any]]:
         """All additions, each where its left part lies, and the maximisation, which is the last."""
-        tree: list[Future] = []
+        tree: list[Future[Any]] = []
         sums = dict(self.parts)
         for half in range(self.halves):
             for merge in merges(self.leaves, half):
@@ -298,7 +299,7 @@ class _Iteration:
         named = {str(worker["name"]): address for address, worker in (chosen or self.watch.workers).items()}
         return {name: named[name] for name in sorted(named, key=lambda n: (len(n), n))}
 
-    def _all_done(self, futures: list[Future]) -> bool:
+    def _all_done(self, futures: list[Future[Any]]) -> bool:
         """Wait until all are done (True) or one is lost with its worker (False). The one place where an iteration waits."""
         done = -1
         while not any(self._is_lost(future) for future in futures):
@@ -313,12 +314,12 @@ class _Iteration:
         return False
 
     @staticmethod
-    def _release(futures: list[Future]) -> None:
+    def _release(futures: list[Future[Any]]) -> None:
         # now, and not when the last reference is collected: until then Dask keeps the sums, and computes them again if their worker dies
         for future in futures:
             future.release()
 
-    def _is_lost(self, future: Future) -> bool:
+    def _is_lost(self, future: Future[Any]) -> bool:
         """Whether a future died with its worker, or waits for one that is gone; an exception of the stage itself is raised here."""
         status = future.status
         if status == "error":

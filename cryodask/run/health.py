@@ -104,7 +104,7 @@ class Watch:
             self.tell(self.stall)
         return asked
 
-    def wait(self, futures: Iterable[Future], waiting_for: str = "", *, first: bool = False) -> None:
+    def wait(self, futures: Iterable[Future[Any]], waiting_for: str = "", *, first: bool = False) -> None:
         """Wait until all futures (or the ``first``) are finished, lost or in error, and say why it takes long.
 
         Raises

@@ -107,7 +107,8 @@ def in_child(task: Any, limit_seconds: float | None) -> Failure | None:
         why = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         tail = log.decode(errors="replace").strip()[-300:]
         raise ItemDied("ProcessDied", f"the process that worked on it died: {why}. {tail}", "quarantine")
-    return pickle.loads(out)
+    failure: tuple[str, str, str] | None = pickle.loads(out)
+    return failure
 
 
 def _watched(

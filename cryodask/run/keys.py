@@ -68,7 +68,7 @@ class Keys:
 
     def params(self, step: Step) -> dict[str, Any]:
         """Parameters as they enter a key: files by content, sources by name, without what moves no identity."""
-        out = step.params.model_dump(mode="json")
+        out: dict[str, Any] = step.params.model_dump(mode="json")
         for name, paths in self.plan.input_files(step).items():
             out[name] = [content_hash(p) for p in paths]
         for name in marked_fields(type(step.params), SourceFileMark):

@@ -125,7 +125,7 @@ class MapRunner:
         self.backoff, self.limit_seconds, self.first_attempt = backoff_seconds, limit_seconds, first_attempt
         self.watch = Watch(client, lambda text: event("stalled", None, text), stall_after_seconds)
         self.blob = cloudpickle.dumps(job)
-        self.flying: dict[str, tuple[Future, Item, bool]] = {}
+        self.flying: dict[str, tuple[Future[Any], Item, bool]] = {}
         self.for_gpus: dict[str, float] = {}  # when sent
         self.on_gpus = 0
         self.ready: deque[Item] = deque()
@@ -138,7 +138,7 @@ class MapRunner:
         self.window = 8
         self._sequence, self._run = 0, new_run(client)
         self._ended = self._idle = self._stopping = False
-        self._told: list[Future] = []
+        self._told: list[Future[Any]] = []
         self._finished_at: deque[float] = deque(maxlen=1000)
 
     def counts(self) -> dict[str, int]:
@@ -386,7 +386,7 @@ def _processed_here(job: Job, item: Item, attempt: int) -> tuple[str, Item, str]
     return "done", item, ""
 
 
-def _release(futures: list[Future]) -> None:
+def _release(futures: list[Future[Any]]) -> None:
     """In the event loop of the client, where it costs least."""
     for future in futures:
         future.release()

@@ -72,7 +72,8 @@ class Residents:
                 if entry is not None and entry.stamp == stamp:
                     self._entries.move_to_end(place)
                     entry.used = time.monotonic()
-                    return entry.value
+                    kept: T = entry.value
+                    return kept
                 others = self._making.get(place)
                 if others is None:
                     mine = self._making[place] = threading.Event()
@@ -227,12 +228,12 @@ def release_everywhere(client: Client, run: Run, addresses: Iterable[str]) -> No
                 future.release()
 
 
-def stop_everywhere(client: Client, run: Run, addresses: Iterable[str]) -> list[Future]:
+def stop_everywhere(client: Client, run: Run, addresses: Iterable[str]) -> list[Future[Any]]:
     """Tell the workers to begin nothing more for a run; what they have begun goes on. The caller keeps what is returned."""
     return _tell_everywhere(client, _stop_here, run, addresses)
 
 
-def _tell_everywhere(client: Client, what: Callable[[Run], None], run: Run, addresses: Iterable[str]) -> list[Future]:
+def _tell_everywhere(client: Client, what: Callable[[Run], None], run: Run, addresses: Iterable[str]) -> list[Future[Any]]:
     """A task before all others on each worker."""
     name = what.__name__.strip("_")
     with suppress(ClosedClientError, RuntimeError, OSError):  # the scheduler may be gone, too

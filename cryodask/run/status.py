@@ -64,9 +64,10 @@ class StatusFile:
 def read_status(folder: str | Path) -> dict[str, Any]:
     """The last status of a project, empty if there was none."""
     try:
-        return json.loads((Path(folder) / _NAME).read_text())
+        found: dict[str, Any] = json.loads((Path(folder) / _NAME).read_text())
     except (OSError, ValueError):
         return {}
+    return found
 
 
 def status_sentence(folder: str | Path) -> str:

@@ -64,7 +64,7 @@ class _Source:
 
     def giver(self, givers: list[str]) -> np.ndarray:
         """Number among some extractions of the one that holds each image."""
-        return np.array([givers.index(place) for place in self.extractions], np.int16)[self._giver()]
+        return np.asarray(np.array([givers.index(place) for place in self.extractions], np.int16)[self._giver()])
 
     def _giver(self) -> np.ndarray:
         return self.images.giver if self.images.giver is not None else np.zeros(len(self.images.ids), np.int16)

@@ -71,8 +71,8 @@ def run_tournament(
     return {**functions.choose(params, [chains[i] for i in range(len(seeds))]), MADE_IN: made_in}
 
 
-def _submitter(watch: Watch, blob: bytes, seed: int) -> Callable[[], Future]:
-    def submit() -> Future:
+def _submitter(watch: Watch, blob: bytes, seed: int) -> Callable[[], Future[Any]]:
+    def submit() -> Future[Any]:
         on_gpu = bool(with_gpus(watch.workers))
         device, needs = (GPU_DEVICE, {GPU: 1}) if on_gpu else (CPU_DEVICE, None)
         return _submit(watch.client, _chain_task, blob, seed, device, resources=needs)
@@ -80,7 +80,7 @@ def _submitter(watch: Watch, blob: bytes, seed: int) -> Callable[[], Future]:
     return submit
 
 
-def _submit(client: Client, function: Callable[..., Any], *arguments: Any, resources: dict[str, int] | None = None) -> Future:
+def _submit(client: Client, function: Callable[..., Any], *arguments: Any, resources: dict[str, int] | None = None) -> Future[Any]:
     with blamed_at_first_death():
         return client.submit(function, *arguments, resources=resources, pure=False)
 
@@ -91,7 +91,7 @@ def _chain_task(blob: bytes, seed: int, device: str) -> dict[str, Any]:
         return {**functions.chain(params, particles.block(index), seed, context), MADE_IN: environment()}
 
 
-def _results(watch: Watch, tasks: dict[int, Callable[[], Future]], done: Callable[[int, int], None]) -> dict[int, Any]:
+def _results(watch: Watch, tasks: dict[int, Callable[[], Future[Any]]], done: Callable[[int, int], None]) -> dict[int, Any]:
     """Results of tasks by number; a task whose worker died is sent again. Those that are out are cancelled where the run ends."""
     watch.look()
     running = {number: submit() for number, submit in tasks.items()}

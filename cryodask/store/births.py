@@ -212,4 +212,4 @@ def _halves(birth: Birth, ids: np.ndarray, given: np.ndarray, known: Mapping[str
 def accepted(score: np.ndarray, threshold: float | np.ndarray | None) -> np.ndarray:
     """Mask of the particles of a birth table that count: still found, and with a score above the threshold (None: all of them)."""
     alive = np.isfinite(score)
-    return alive if threshold is None else alive & (score > threshold)
+    return alive if threshold is None else np.asarray(alive & (score > threshold))

@@ -71,9 +71,10 @@ def note(project: Path, made_in: Environment | None = None) -> str:
 def read(project: Path, name: str) -> dict[str, str]:
     """The environment of an id; empty if it is not known."""
     try:
-        return json.loads((project / "environments" / f"{name}.json").read_text())
+        found: dict[str, str] = json.loads((project / "environments" / f"{name}.json").read_text())
     except (OSError, ValueError):
         return {}
+    return found
 
 
 def counts(records: Iterable[Mapping[str, object]]) -> Counter[str]:

@@ -141,7 +141,7 @@ def place_of(wanted: np.ndarray, ids: np.ndarray) -> np.ndarray:
 def aligned(values: np.ndarray, at: np.ndarray) -> np.ndarray:
     """Values at places; NaN, or -1 for integers, where the place is -1."""
     if (at >= 0).all():
-        return values[at]
+        return np.asarray(values[at])
     out = np.full((len(at), *values.shape[1:]), -1 if values.dtype.kind in "iu" else np.nan, values.dtype)
     out[at >= 0] = values[at[at >= 0]]
     return out

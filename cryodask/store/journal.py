@@ -53,7 +53,7 @@ def decode_value(value: Any) -> Any:
 def content_crc(record: Record) -> int:
     """Checksum of what a record says about its item (row, columns, shards), not of when and where it was made."""
     content = {k: record[k] for k in ("row", "ok", "columns", "shards") if k in record}
-    return google_crc32c.value(json.dumps(content, sort_keys=True).encode())
+    return int(google_crc32c.value(json.dumps(content, sort_keys=True).encode()))
 
 
 def rank(record: Record) -> tuple[int, bool, int, float]:

@@ -209,7 +209,7 @@ class ShardReader:
         if not 0 <= i < len(self):
             raise IndexError(i)
         step = self.layout.chunk[0]
-        return self.slab(i // step)[i % step]
+        return np.asarray(self.slab(i // step)[i % step])
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self[i] for i in range(len(self)))
