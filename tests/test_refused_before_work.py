@@ -9,7 +9,7 @@ import pytest
 import yaml
 from test_identity import write
 
-from cryodask.errors import ProjectFileError
+from cryodask.errors import InputError, ProjectFileError
 from cryodask.run.preview import preview
 from cryodask.run.recipe import draft_plan
 
@@ -151,3 +151,10 @@ def test_an_unknown_point_group_is_told(tmp_path):
         (tmp_path / "p.yaml").write_text(yaml.safe_dump({**PROJECT, "pipeline": steps}))
         warnings = draft_plan(tmp_path / "p.yaml").graph.warnings
         assert ("refine3d: nothing says the point group of import_map, so C1 is taken. Give symmetry, be it C1." in warnings) == told
+
+
+def test_a_problem_in_one_line_is_two_sentences():
+    assert InputError("rlnDefocusU is not a number in row 1", "", "leave the row out").problem == (
+        "rlnDefocusU is not a number in row 1. leave the row out"
+    )
+    assert InputError("There is no file.").problem == "There is no file."
