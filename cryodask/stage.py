@@ -100,6 +100,10 @@ class ThresholdMark:
     """
 
 
+class EffortMark:
+    """Marks a parameter that settles how much time or memory a result may take, not the result: it is no part of the key."""
+
+
 class Params(BaseModel):
     """Base of the parameters of every stage: frozen, and unknown names are refused."""
 

@@ -270,7 +270,11 @@ def page() -> str:
     sections.append("## Keys")
     sections += [f"### {_title(model)}\n\n{text}\n\n{table_of(model)}" for model, text in about.items()]
     stages = own_stages()
-    lines = ["| stage | |", "|---|---|", *(f"| [{s.name}](#{s.name}) | {_cell(_prose(s.doc.splitlines()[0]))} |" for s in stages)]
+    lines = [
+        "| stage | |",
+        "|---|---|",
+        *(f"| [{s.name}](#{s.name.replace('.', '')}) | {_cell(_prose(s.doc.splitlines()[0]))} |" for s in stages),
+    ]
     sections.append("## Stages\n\n`cryodask stages` lists them, `cryodask stages pick` explains one.\n\n" + "\n".join(lines))
     sections.append(TAIL_OF_PORTS.rstrip("\n"))
     sections += [stage_section(s).rstrip("\n") for s in stages]

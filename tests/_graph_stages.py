@@ -327,7 +327,7 @@ declare("dock", ["map[final]", "model[atoms]"], [Output("model", "model", ("atom
 declare("model_map", ["map[fsc]", "model[atoms]"], [])
 
 # --- adapters and others -----------------------------------------------------------------------------------------------------------------
-declare("external.relion_postprocess", ["map[half_maps]", RELATED_MASK], [M("fsc view", on="map")])
+existing("external.relion_postprocess")
 declare(
     "external.relion_refine3d",
     [WITH_CTF, "particles[image, ctf?]", "map[final]", MASK],

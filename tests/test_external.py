@@ -168,6 +168,9 @@ def test_another_version_never_computes_unasked_and_has_a_key_of_its_own(before,
     fake("4.0.1", lines_that_work(before))
     first = run_plan(plan, threads).generation("relion_postprocess").path
     fake("5.0", "exit 9")
+    patient = make_plan(write(before, [{"external.relion_postprocess": {**RUN["external.relion_postprocess"], "timeout_seconds": 99}}]))
+    assert run_plan(patient, threads).generation("relion_postprocess").path == first, "a limit is no part of the key"
+    plan = make_plan(write(before, [RUN]))
     told = Told()
     project = run_plan(plan, threads, progress=told)
     assert project.generation("relion_postprocess").path == first

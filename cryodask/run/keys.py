@@ -27,7 +27,7 @@ from cryodask.run.inputs import StepInputs
 from cryodask.run.recipe import Plan, Step, marked_fields
 from cryodask.run.refs import INPUTS, Refer, givers_of, parts_used, pinned_place, united_parts, variable_sources
 from cryodask.run.sources import source_name
-from cryodask.stage import SourceFileMark, Version
+from cryodask.stage import EffortMark, SourceFileMark, Version
 from cryodask.store.generation import generation_key
 from cryodask.store.identity import rows_in
 from cryodask.store.places import line_of
@@ -74,8 +74,8 @@ class Keys:
         for name in marked_fields(type(step.params), SourceFileMark):
             if out.get(name):
                 out[name] = source_name(self.plan, self.project.state, out[name])
-        if step.stage.threshold:
-            out.pop(step.stage.threshold, None)
+        for moves_nothing in (step.stage.threshold, *marked_fields(type(step.params), EffortMark)):
+            out.pop(moves_nothing, None)
         return out
 
     def again(self, step: Step) -> dict[str, Any]:

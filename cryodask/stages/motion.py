@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from pydantic import Field
 
 from cryodask.errors import GainError
-from cryodask.stage import Context, Frames, Params, Picture, Resources, Sizes, stage
+from cryodask.stage import Context, EffortMark, Frames, Params, Picture, Resources, Sizes, stage
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -30,7 +30,7 @@ class MotionParams(Params):
     alignment_resolution_angstrom: float = Field(
         default=8.0, gt=2.0, le=40.0, description="finest detail used to measure motion, Angstrom; weights fall off by themselves"
     )
-    frames_in_memory_mb: int = Field(
+    frames_in_memory_mb: Annotated[int, EffortMark] = Field(
         default=512, ge=0, description="raw frames of a movie are kept in memory up to this many megabytes, else read twice"
     )
 

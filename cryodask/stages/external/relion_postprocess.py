@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from pydantic import Field
 
 from cryodask.errors import ProgramError, StarError
 from cryodask.formats.mrc import read_mrc, write_mrc
-from cryodask.stage import Context, InputFile, Output, Params, Picture, Program, Resources, Sizes, stage
+from cryodask.stage import Context, EffortMark, InputFile, Output, Params, Picture, Program, Resources, Sizes, stage
 from cryodask.stages.mask import check_half_maps
 from cryodask.stages.postprocess import draw_fsc, draw_sharpened
 
@@ -40,7 +40,7 @@ class RelionPostprocessParams(Params):
     mtf: InputFile | None = Field(None, description="STAR file with the MTF of the detector")
     randomise_below_fsc: float = Field(0.8, description="phases are randomised from where the unmasked FSC falls below this", gt=0, lt=1)
     seed: int = Field(0, description="seed of the random phases", ge=0)
-    timeout_seconds: float = Field(3600.0, description="the program is ended when it takes longer, s", gt=0)
+    timeout_seconds: Annotated[float, EffortMark] = Field(3600.0, description="the program is ended when it takes longer, s", gt=0)
 
 
 def _sizes(params: RelionPostprocessParams, sizes: Sizes) -> Sizes:
