@@ -74,7 +74,8 @@ class Keys:
         for name in marked_fields(type(step.params), SourceFileMark):
             if out.get(name):
                 out[name] = source_name(self.plan, self.project.state, out[name])
-        for moves_nothing in (step.stage.threshold, *marked_fields(type(step.params), EffortMark)):
+        effort = marked_fields(type(step.params), EffortMark)
+        for moves_nothing in [*effort, step.stage.threshold] if step.stage.threshold else effort:
             out.pop(moves_nothing, None)
         return out
 
