@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import socket
 import ssl
@@ -18,6 +19,7 @@ import psutil
 import pytest
 import yaml
 from _service import begun, cryodask, environment_of_tests, holder, journal, open_to_others, program, running, wait
+from test_session import keys, story
 
 from cryodask.cluster import close, connect
 from cryodask.cluster.service import batch, service
@@ -27,6 +29,7 @@ from cryodask.cluster.settings import JobSettings, parse_settings
 from cryodask.cluster.slurm.slurm import cancel_of
 from cryodask.errors import ClusterError
 from cryodask.formats.movies import write_tiff_movie
+from cryodask.run.event_log import tail
 
 pytestmark = pytest.mark.slurm
 
@@ -251,6 +254,17 @@ def test_a_project_is_submitted_and_the_user_told_how_to_follow_it(mixed, slurm,
     assert "3 micrographs done" in log, log
     assert "motion" in cryodask("info", str(tmp_path / "tiny.yaml"))
     assert "live on one machine" in cryodask("submit", str(tmp_path / "tiny.yaml"), code=2)
+    # the same by hand, on the same service: equal results, and the same story
+    again = tmp_path / "by-hand"
+    shutil.copytree(tmp_path / "movies", again / "movies")
+    (again / "tiny.yaml").write_text(PROJECT)
+    cryodask("run", str(again / "tiny.yaml"), "--cluster", "mixed", "--lane", "live")
+    folders = [next(folder.glob("*/project.json")).parent for folder in (tmp_path, again)]
+    assert keys(folders[0]) == keys(folders[1])
+    stories = [story(tail(folder, 1000)) for folder in folders]
+    assert stories[0] == stories[1]
+    assert stories[0][-1]["status"] == 0
+    assert all((folder / "report.html").exists() for folder in folders)
 
 
 def test_an_invitation_is_as_good_in_an_address_file_and_in_a_batch_job(home, mixed, slurm, tmp_path, monkeypatch):
