@@ -4,8 +4,7 @@
 
 The same project (2D classes, then a refinement; 400 simulated particles of 48 pixels) is run again and again on one worker, each time in a
 folder of its own: resident memory of the worker's process after each run, against that after the first. Then once more on a worker with
-one thread and on one with four: bits that differ in any result of the two steps. The memory that glibc's allocator keeps counts as the
-worker's: nothing is trimmed before it is read.
+one thread and on one with four: bits that differ in any result of the two steps.
 """
 
 from __future__ import annotations

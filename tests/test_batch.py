@@ -30,8 +30,9 @@ _BARE = """
 import sys
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "torch":
-            raise ModuleNotFoundError("No module named 'torch'", name="torch")
+        name = name.split(".")[0]
+        if name in {"gemmi", "imagecodecs", "jinja2", "matplotlib", "mrcfile", "scipy", "starfile", "tifffile", "torch"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Blocked())
 from cryodask.cli import main
 main()

@@ -7,6 +7,7 @@ was used for a while (its driver is dead). The scheduler hears of the bytes by h
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 import time
@@ -197,8 +198,11 @@ def new_run(client: Client) -> Run:
 
 
 def release(run: Run) -> None:
-    """Drop what this process keeps for a run."""
+    """Drop what this process keeps for a run, and give its memory back to the system."""
     RESIDENTS.release(run)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # glibc keeps what is freed, and grows from run to run
+        trim(0)
 
 
 _STOPPED = "stopped"
