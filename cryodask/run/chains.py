@@ -276,6 +276,8 @@ class ChainMaker:
         if current is None or current.stage != step.stage.name or step.label in self.update:
             return self._key_here(step)
         generation = self.project.generation_at(current.place)
+        if not (generation.path / "zarr.json").exists():  # the folder was removed: it is made again
+            return self._key_here(step)
         version: Version = generation.meta["version"]
         if version == step.stage.version or self.keys.of_exposures(step, version) != current.key:
             return self._key_here(step)

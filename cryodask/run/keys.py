@@ -203,6 +203,8 @@ class Keys:
         if current is None or step.label in update or current.stage != step.stage.name:
             return step.stage.version_here()
         generation = self.project.generation_at(current.place)
+        if not (generation.path / "zarr.json").exists():  # the folder was removed: it is made again
+            return step.stage.version_here()
         version: Version = generation.meta["version"]
         older = version != step.stage.version and bool(generation.committed())
         unchanged = older and self.of_set(version, inputs) == current.key
