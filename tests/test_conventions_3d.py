@@ -11,11 +11,12 @@ import torch
 from _particles import blob_map, ctf_columns, project
 
 from cryodask.kernels import projection as pj
-from cryodask.kernels.expectation import CTF_COLUMNS, Poses, load_particles, weighted_slices
+from cryodask.kernels.expectation import Poses, load_particles, weighted_slices
 from cryodask.kernels.fourier import soft_sphere
 from cryodask.kernels.fsc import fsc
 from cryodask.kernels.orientations import euler_to_matrix, matrix_to_euler, random_rotations
 from cryodask.kernels.symmetry import symmetry_operators
+from cryodask.vocabulary import CTF_COLUMNS, OPTICS
 
 BOX, PIXEL = 48, 3.0
 BLOBS = ((6.0, 2.0, -4.0, 1.0), (-5.0, 7.0, 3.0, 0.7), (1.0, -7.0, 7.0, 0.5), (0.0, 0.0, 0.0, 0.3))
@@ -82,7 +83,7 @@ def our_reconstruction(images, columns, rotations, origins_px, symmetry):
         images, columns, np.arange(len(images)), pixel_size_angstrom=PIXEL, radius=radius, mask_radius_angstrom=0.45 * BOX * PIXEL
     )
     ones = torch.ones(len(images), 1)
-    found = Poses(rotations[:, None], ones, ones[..., None], origins_px, torch.zeros(1, 2), origins_px, ones[:, 0])
+    found = Poses(rotations[:, None], ones, ones[..., None], origins_px, torch.zeros(1, 2), origins_px, origins_px, ones[:, 0])
     parts = weighted_slices(data, torch.arange(len(images)), found, radius, torch.ones(radius + 1))
     plane, accumulator = pj.half_plane(radius), pj.empty_accumulator(radius)
     pj.insert_slices(accumulator, parts[0], plane.ky, plane.kx, parts[1], parts[2])
@@ -149,6 +150,6 @@ def test_reconstruction_from_true_poses_returns_the_map():
     g = torch.Generator().manual_seed(5)
     rotations, origins, columns = random_rotations(400, g), torch.randn(400, 2, generator=g), ctf_columns(400, 2)
     images = project(blobs(), rotations, origins, columns, PIXEL)
-    ours = our_reconstruction(images, {k: columns[k] for k in CTF_COLUMNS}, rotations, origins, "C1")
+    ours = our_reconstruction(images, {k: columns[k] for k in (*CTF_COLUMNS, *OPTICS)}, rotations, origins, "C1")
     mask = soft_sphere(BOX, PIXEL, 55.0, 10.0)
     assert float(fsc(ours * mask, blobs() * mask)[1:18].min()) > 0.97

@@ -20,9 +20,9 @@ from distributed import Client, LocalCluster
 
 from cryodask.errors import ProgramError, ProjectFileError
 from cryodask.formats.mrc import write_mrc
-from cryodask.run.execute import check_inputs, run_plan
 from cryodask.run.preview import preview
 from cryodask.run.recipe import make_plan
+from cryodask.run.session import check_inputs, run_plan
 from cryodask.store.project import Project
 
 N, PIXEL = 48, 4.0
@@ -172,7 +172,7 @@ def test_another_version_never_computes_unasked_and_has_a_key_of_its_own(before,
     assert run_plan(patient, threads).generation("relion_postprocess").path == first, "a limit is no part of the key"
     plan = make_plan(write(before, [RUN]))
     told = Told()
-    project = run_plan(plan, threads, progress=told)
+    project = run_plan(plan, threads, listen=[told])
     assert project.generation("relion_postprocess").path == first
     assert any(
         "version 1 with relion_postprocess 4.0.1; --update relion_postprocess computes it with version 1 with relion_postprocess 5.0"

@@ -12,9 +12,9 @@ import yaml
 from test_counts import PIPELINE, here, movie, session, write  # noqa: F401  here is a fixture
 
 from cryodask.formats.mrc import write_mrc
-from cryodask.run.execute import run_plan
 from cryodask.run.preview import preview
 from cryodask.run.recipe import draft_plan, make_plan
+from cryodask.run.session import run_plan
 from cryodask.store.project import Project
 
 SOURCE = PIPELINE[:5]

@@ -49,7 +49,7 @@ FIRST = Step("a:A b:B", "0:a:A 1:b:B", new="a b")
 AGAIN = "{0} was collected again: it is a new exposure; the results of the former one are kept as {0}~{1}".format
 COPY = "{} is a copy of {} and is left out".format
 LEFT = "1 exposure is no longer where it was ({}): the results stay".format
-LOST = "1 exposure is no longer where it was ({}): the results of 0 stay, 1 had none and no longer count".format
+LOST = "1 exposure is no longer where it was ({}): the results of 0 stay, 1 no longer count".format
 BACK = "1 exposure is there again ({})".format
 
 SCENARIOS: dict[str, list[Step]] = {
@@ -124,7 +124,7 @@ SCENARIOS: dict[str, list[Step]] = {
         Step(
             "",
             "0:a:A?",
-            ("2 exposures are no longer where they were (a, b): the results of 1 stay, 1 had none and no longer count",),
+            ("2 exposures are no longer where they were (a, b): the results of 1 stay, 1 no longer count",),
             keep=[0],
         ),
         Step("c:C", "0:a:A? 2:c:C", new="c", keep=[0]),

@@ -139,6 +139,8 @@ class MapRunner:
         self._sequence, self._run = 0, new_run(client)
         self._ended = self._idle = self._stopping = False
         self._told: list[Future[Any]] = []
+        self._told_of_stop: set[str] = set()
+        self._unsent: set[str] = set()
         self._finished_at: deque[float] = deque(maxlen=1000)
 
     def counts(self) -> dict[str, int]:
@@ -166,6 +168,8 @@ class MapRunner:
                         self.window = self._window()
                         self._look_at_gpus()
                         self.event("looked", None, "")
+                        if self._stopping:
+                            self._take_back()
                     if not self._stopping and self.stopped():
                         self._stop()
                     if not self._stopping:
@@ -190,15 +194,26 @@ class MapRunner:
         return self.watch.slots + 2 + sum(moment > recent for moment in self._finished_at)
 
     def _stop(self) -> None:
-        """Begin nothing more: what no worker has yet is taken back, and the workers refuse what they have not begun."""
+        """Begin nothing more: the workers refuse what they have not begun, as soon as they hear of it."""
         self._stopping = self._ended = True
         self.ready.clear()
         self.later.clear()
         self.suspects.clear()
-        self._told = stop_everywhere(self.client, self._run, self.watch.workers)
+        self._tell_new_workers()
+
+    def _tell_new_workers(self) -> None:
+        new = set(self.watch.workers) - self._told_of_stop
+        self._told_of_stop |= new
+        self._told += stop_everywhere(self.client, self._run, new)
+
+    def _take_back(self) -> None:
+        """Cancel what no worker has had since the last look; what comes to a worker meanwhile is refused there."""
+        self._tell_new_workers()
         sent = self.watch.processing(self.watch.workers)
-        back = [key for key in self.flying if sent is not None and key not in sent]
-        self.client.cancel([self.flying.pop(key)[0] for key in back], force=True)
+        unsent = set(self.flying) - sent if sent is not None else set()
+        back = [self.flying.pop(key)[0] for key in unsent & self._unsent]
+        self._unsent = unsent
+        self.client.cancel(back, force=True)
 
     def _refill(self, items: Iterator[Item | None]) -> None:
         now = time.monotonic()

@@ -360,10 +360,17 @@ class Generation:
         reader = self.bulk_reader(record, name)
         return reader if var.dims[0] == "frame" else reader.read()
 
+    def _variable(self, name: str) -> Var:
+        """A variable; in a process that lacks the package which defines it, as the generation describes it."""
+        if name not in VARIABLES:
+            recall(self.meta.get("variables", {}))
+        return VARIABLES[name]
+
     def shard(self, row: int, name: str, length: int | None = None, layout: Layout | None = None) -> ShardReader:
         """Reader of an item's shard; ``length`` cuts a ragged item to its own, ``layout`` is its own (by default the usual one)."""
-        layout = layout or self.layout(VARIABLES[name])
-        array = self.array_name(VARIABLES[name], layout)
+        var = self._variable(name)
+        layout = layout or self.layout(var)
+        array = self.array_name(var, layout)
         return ShardReader(self.shard_path(array, row, len(layout.shape)), layout, length)
 
     def bulk_reader(self, record: Record, name: str) -> ShardReader:
