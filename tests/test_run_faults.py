@@ -51,7 +51,7 @@ from contextlib import suppress
 import numpy as np
 from pydantic import Field
 
-from cryodask.stage import Params, stage
+from cryodask.stage import OTHERS, Params, stage
 
 
 class GatedParams(Params):
@@ -105,6 +105,7 @@ def session(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(package))
         patch.setenv("PYTHONPATH", str(package), prepend=os.pathsep)
+        patch.setattr(OTHERS, "_loaded", None)  # other tests of this process may have looked before the package was there
         yield folder
 
 
