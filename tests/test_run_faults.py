@@ -33,6 +33,7 @@ from cryodask.run.progress import text_of
 from cryodask.run.recipe import make_plan
 from cryodask.run.session import run_plan
 from cryodask.run.status import status_sentence
+from cryodask.stage import OTHERS
 from cryodask.store.journal import content_crc
 from cryodask.store.project import Project
 
@@ -51,7 +52,7 @@ from contextlib import suppress
 import numpy as np
 from pydantic import Field
 
-from cryodask.stage import OTHERS, Params, stage
+from cryodask.stage import Params, stage
 
 
 class GatedParams(Params):
