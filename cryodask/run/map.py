@@ -34,6 +34,8 @@ _TRIES = 3
 _LONELY_DEATHS = 10
 _GPU_PATIENCE_SECONDS = 30.0
 _AHEAD_SECONDS = 0.5
+_ANSWER_SECONDS = 10.0
+_DONE, _NOT_BEGUN = "done", "not begun"
 _LOOK_SECONDS = 0.02
 _LOOK_SECONDS_AN_ITEM = 100e-6
 _RETRIED = (OSError, TimeoutError, MemoryError)
@@ -70,10 +72,10 @@ def attempt_item(run: Run, blob: bytes, item: Item, brief: Any, device: str, att
     return None
 
 
-def work(item: Item, brief: Any, *, run: Run, blob: bytes, device: str, isolated: bool, attempt: int, limit_seconds: float | None) -> None:
-    """What a worker does with one item; the state of the future is the acknowledgement."""
+def work(item: Item, brief: Any, *, run: Run, blob: bytes, device: str, isolated: bool, attempt: int, limit_seconds: float | None) -> str:
+    """What a worker does with one item; the state of the future is the acknowledgement, and only of a stopped run the word is read."""
     if stopped_here(run):
-        raise ItemFailure("Stopped", "the run was stopped before it was begun", "retry")
+        return _NOT_BEGUN
     if isolated:
         failure = in_child((run, blob, item, brief, device, attempt), limit_seconds)
     else:
@@ -81,6 +83,7 @@ def work(item: Item, brief: Any, *, run: Run, blob: bytes, device: str, isolated
             failure = attempt_item(run, blob, item, brief, device, attempt)
     if failure:
         raise ItemFailure(*failure)
+    return _DONE
 
 
 class MapRunner:
@@ -318,7 +321,7 @@ class MapRunner:
         future, item, isolated = self.flying.pop(key)
         self.for_gpus.pop(key, None)
         status = future.status
-        if status == "finished":
+        if status == "finished" and (not self._stopping or _word_of(future) == _DONE):
             self.counted["done"] += 1
             self._finished_at.append(time.monotonic())
             self.event("done", item, "")
@@ -399,6 +402,14 @@ def _processed_here(job: Job, item: Item, attempt: int) -> tuple[str, Item, str]
         job.quarantine(item, type(error).__name__, str(error)[:2000], 1)
         return "quarantined", item, f"{type(error).__name__}: {error}"
     return "done", item, ""
+
+
+def _word_of(future: Future[Any]) -> str:
+    """What :func:`work` returned; nothing where its worker has gone meanwhile."""
+    try:
+        return str(future.result(timeout=_ANSWER_SECONDS))
+    except Exception:  # whatever became of it, the next run asks the journal
+        return ""
 
 
 def _release(futures: list[Future[Any]]) -> None:
