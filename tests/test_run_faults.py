@@ -276,7 +276,10 @@ def drain(slurm, job, worker):
 
 
 def down(slurm, job, worker):
-    slurm.down(slurm.jobs()[job][2])
+    node = slurm.jobs()[job][2]
+    for other in {"c0", "c1"} - {node}:
+        slurm.drain(other)  # the next job waits: else its worker might be there before the run had told of anything
+    slurm.down(node)
 
 
 def preempt(slurm, job, worker):
