@@ -2,7 +2,7 @@
 
 ``python benchmarks/live_order.py [--seeds 5]``
 
-About 3,800 movies arrive in 24 h (183 an hour, with pauses at new squares); four slots take 48 to 75 s a movie; nothing is processed from
+About 3,800 movies arrive in 24 h (183 an hour, with pauses at new squares); four slots take 48 to 75 s per movie; processing stops from
 10:00 to 11:30, and half the slots are lost from 15:00 to 18:00. "oldest" takes the movies in the order of their arrival, "newest" is
 ``cryodask.run.backlog``; with ``again``, 600 movies are put back at noon by a changed parameter. Latency is from arrival to result; a
 moment is stale when the newest result is of a movie that arrived more than 5 minutes before the newest one.

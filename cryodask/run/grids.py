@@ -29,7 +29,7 @@ def mark(grid: Grid) -> str:
 
 
 def stored_marks(generation: Generation) -> dict[int, str]:
-    """Size and type of each stored movie, by row; movies that are read where they lie are not among them."""
+    """Size and type of each stored movie, by row; movies that are read in place are not included."""
     table, var = generation.table(()), VARIABLES[_MOVIE]
     if not table.stored.get(_MOVIE, np.zeros(0)).any() or "y" not in generation.meta["sizes"]:
         return {}

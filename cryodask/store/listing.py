@@ -211,7 +211,7 @@ class Comparison:
 
 
 def _has_a_file(item: Item) -> bool:
-    """Whether an exposure is a movie or a micrograph, not only what a table or another project speaks of."""
+    """Whether an exposure has a movie or micrograph file, rather than only an entry in a table or another project."""
     return any(name in item.inputs for name in _FILES) or "source" not in item.inputs
 
 
