@@ -75,7 +75,7 @@ def test_recentred_boxes_have_the_refined_centre_at_their_origin_between_pixels_
 
 
 def test_a_box_moved_between_pixels_keeps_its_noise_and_its_edges():
-    """A box at a whole pixel is the one that is only cut. Half a pixel away, white noise keeps its variance up to Nyquist (to 2 percent)."""
+    """A box at a whole pixel is the one that is only cut. Half a pixel away, white noise keeps its variance (to 2 percent)."""
     image = torch.from_numpy(noise((400, 400)))
     whole = cut_boxes_between_pixels(image, torch.tensor([200.0], dtype=torch.float64), torch.tensor([180.0], dtype=torch.float64), 256)
     assert whole.numpy() == pytest.approx(cut_boxes(image, torch.tensor([200]), torch.tensor([180]), 256).numpy(), abs=1e-3)
