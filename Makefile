@@ -58,20 +58,20 @@ test-newest-here: $(NEWEST)/.ready
 	PATH=$(abspath $(NEWEST)/bin):$$PATH $(NEWEST)/bin/python -m pytest $(TOGETHER) $(FAST)
 	rm -rf $(NEWEST)/demo && $(NEWEST)/bin/cryodask demo $(NEWEST)/demo --movies 6
 
-# torch is that of constraints.txt here too: its other builds bring gigabytes of CUDA
+# torch first: what uv would take by itself is a build for CUDA, of gigabytes, where there is another
 define packages
-	$(BIN)/python -m pip --python $(1)/bin/python install --quiet --no-compile $(shell grep '^torch==' constraints.txt) $(TORCH_INDEX)
+	$(BIN)/python -m pip --python $(1)/bin/python install --quiet --no-compile --no-deps $(3) $(TORCH_INDEX)
 	$(BIN)/uv pip install --quiet --python $(1)/bin/python --resolution $(2) --editable '.[test,notebook]'
 	touch $(1)/.ready
 endef
 
 $(OLDEST)/.ready: pyproject.toml | venv
 	$(BIN)/python -m venv --clear --without-pip $(OLDEST)
-	$(call packages,$(OLDEST),lowest-direct)
+	$(call packages,$(OLDEST),lowest-direct,$(shell grep '^torch==' constraints.txt))
 
 $(NEWEST)/.ready: pyproject.toml | venv
 	$(NEWEST_PYTHON) -m venv --clear --without-pip $(NEWEST)
-	$(call packages,$(NEWEST),highest)
+	$(call packages,$(NEWEST),highest,torch)
 
 test-all: venv system check
 	$(BIN)/python -m pytest $(TOGETHER)
