@@ -29,12 +29,11 @@ import inspect
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-from pydantic import BaseModel, ConfigDict
+from typing import TYPE_CHECKING, Any, Literal
 
 from cryodask.context import Context
 from cryodask.errors import PluginError, ProgramMissingError
+from cryodask.parameters import ChoiceMark, EffortMark, InputFile, InputFileMark, Params, SourceFile, SourceFileMark, ThresholdMark
 from cryodask.plugins import Plugins
 from cryodask.ports import Check, Output, Outputs, Port, derived_outputs, derived_ports, port
 from cryodask.programs import Program
@@ -56,8 +55,9 @@ from cryodask.stage_functions import (
 from cryodask.vocabulary import VARIABLES, Var
 
 __all__ = [
-    "BlockFunctions", "Columns", "Context", "ExposureView", "Frames", "Metrics", "Output", "Params", "ParticleBlock", "ParticleSet",
-    "Picture", "Port", "Program", "Resources", "SetView", "Stage", "State", "Sums", "TournamentFunctions", "port", "stage",
+    "BlockFunctions", "ChoiceMark", "Columns", "Context", "EffortMark", "ExposureView", "Frames", "InputFile", "InputFileMark", "Metrics",
+    "Output", "Params", "ParticleBlock", "ParticleSet", "Picture", "Port", "Program", "Resources", "SetView", "SourceFile",
+    "SourceFileMark", "Stage", "State", "Sums", "ThresholdMark", "TournamentFunctions", "port", "stage",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -67,47 +67,6 @@ Shape = Literal["map", "blocks", "tournament", "whole", "set"]
 Sizes = dict[str, int]
 Version = int | str
 """Of a stage; a text where the versions of programs are part of it."""
-
-
-class InputFileMark:
-    """Marks a parameter that names a file: its content, not its name, enters the key of a generation."""
-
-
-InputFile = Annotated[str, InputFileMark()]
-
-
-class SourceFileMark:
-    """Marks a parameter that names a file or folder of which the plan makes exposures or particles: its name enters the key."""
-
-
-SourceFile = Annotated[str, SourceFileMark()]
-
-
-@dataclass(frozen=True)
-class ChoiceMark:
-    """Marks a parameter with numbers of classes that a person has chosen: they belong to one classification.
-
-    ``numbers`` finds them in a value that is no list: part of the particles (``class2d``, ``class3d``) -> numbers.
-    """
-
-    numbers: Callable[[Any], Mapping[str, Sequence[int]]] | None = None
-
-
-class ThresholdMark:
-    """Marks the parameter of a picker that settles which peaks are accepted: a score, or "auto" for ``pick_threshold`` of the exposure.
-
-    Peaks are stored with their scores whatever it is, so it moves no identity and is no part of the key.
-    """
-
-
-class EffortMark:
-    """Marks a parameter that settles how much time or memory a result may take, not the result: it is no part of the key."""
-
-
-class Params(BaseModel):
-    """Base of the parameters of every stage: frozen, and unknown names are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 @dataclass(frozen=True)
