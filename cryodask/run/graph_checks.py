@@ -226,11 +226,9 @@ def _check_union(chain: Chain, draft: Draft, outputs: Sequence[Output]) -> None:
                 f"{draft.label}: {refs} cannot be united: the images are not alike, because signal was subtracted from some only. "
                 "Take the sets from before the subtraction, or subtract from the united set."
             )
-        known = [p for p in sets if p.image is not None and p.image.kind != (None, None, None)]
-        if len({p.image.kind for p in known if p.image is not None}) > 1:
-            raise WrongStep(
-                f"{draft.label}: the images differ: {listed(_images(p) for p in known)}. Merge before extraction, or extract alike."
-            )
+        if any(a.image and b.image and not a.image.is_like(b.image) for a, b in combinations(sets, 2)):
+            known = listed(_images(p) for p in sets if p.image is not None)
+            raise WrongStep(f"{draft.label}: the images differ: {known}. Merge before extraction, or extract alike.")
         apart = values_apart(as_now([p.exposures for p in sets if p.exposures is not None]))
         if apart and draft.main("exposures") is None:
             where = sorted({p.exposures.ref for p in sets if p.exposures is not None})
