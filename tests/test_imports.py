@@ -254,8 +254,8 @@ def test_images_of_other_pixel_sizes_are_not_united(folder, client):
     for number in (3, 4):
         without(other, other, f"movie_000{number}")
     # the plan reads the head of a table: here the optics come later
-    first = "data_else\n\nloop_\n_one #1\n_two #2\n1 2\n\n"
-    other.write_text(first + other.read_text().replace("\t7.08\t", "\t8.00\t"))
+    head, rows = other.read_text().replace("\t7.08\t", "\t8.00\t").split("data_particles")
+    other.write_text(f"data_particles{rows}\n{head}\n")
     pipeline = [{f"import_particles as {n}": {"star": f"relion/{n}.star"}} for n in ("a", "b")]
     pipeline += [{"merge": {"from": {"particles": ["a", "b"]}}}, CLASSES]
     with pytest.raises(InputError, match=r"pixel sizes cannot be united: 7\.08 A in a and 8 A in b"):
