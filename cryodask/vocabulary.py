@@ -1,7 +1,7 @@
-"""Every quantity that is ever stored, registered once: name, dimensions, type, unit and a sentence.
+"""Registry of every stored quantity: name, dimensions, type, unit and description.
 
 Dimension words are the same everywhere: ``micrograph`` (one exposure: its movie and its sum), ``frame, y, x, z, axis`` (y, x),
-``patch, slot`` (a particle within its micrograph), ``particle, class, half, shell`` and so on. Arrays run ``(..., y, x)``; rows and
+``patch, slot`` (a particle within its micrograph), ``particle, class, half, shell`` and so on. Arrays are ``(..., y, x)``; rows and
 columns are in the frame of MRC files (TIFF pages are flipped in y on reading, as RELION does), pixel 0 is the centre of the first.
 """
 
@@ -12,16 +12,16 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 SLOTS = 4096
-"""Most picks a micrograph may have."""
+"""Maximum number of picks per micrograph."""
 
 
 @dataclass(frozen=True)
 class Var:
     """One variable of the vocabulary.
 
-    ``kind``: a ``column`` (at most 8 KiB an item) and a ``table`` (up to 256 KiB) ride in the commit record, ``bulk`` is a shard file.
+    ``kind``: a ``column`` (at most 8 KiB per item) and a ``table`` (up to 256 KiB) are in the commit record, ``bulk`` is in a shard file.
     ``chunk``: inner chunk of a bulk variable, 0 = the whole axis. ``dtype`` "input" = that of the first item read.
-    A column with dimension ``slot`` is ragged: it has its own length in every micrograph.
+    A column with dimension ``slot`` is ragged: its length differs from micrograph to micrograph.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Var:
     kind: Literal["column", "table", "bulk"] = "column"
     chunk: tuple[int, ...] = ()
     part: str = ""
-    """``product.part`` that it belongs to (see products.py); empty for what the registry knows of an exposure."""
+    """``product.part`` that it belongs to (see products.py); empty for registry facts of an exposure."""
 
     @property
     def ragged(self) -> bool:
@@ -45,7 +45,7 @@ class Var:
         return self.dims[:1] == ("particle",)
 
     def dims_in(self, *, per_item: bool) -> tuple[str, ...]:
-        """Its dimensions in a generation: particles are slots of their exposure, or one row after the other in a set."""
+        """Its dimensions in a result: particles are slots of their exposure (per item), or rows of a set."""
         return (("slot" if per_item else "particle"), *self.dims[1:]) if self.ragged else self.dims
 
 
@@ -61,16 +61,16 @@ def register(variables: Iterable[Var], part: str = "") -> None:
             _RECALLED.discard(var.name)
             del VARIABLES[var.name]
         if VARIABLES.setdefault(var.name, var) != var:
-            raise ValueError(f"variable {var.name!r} is already defined otherwise: {VARIABLES[var.name]}")
+            raise ValueError(f"variable {var.name!r} is already defined differently: {VARIABLES[var.name]}")
 
 
 def described(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Variables as a stored generation describes them."""
+    """Variables as a stored result describes them."""
     return {name: asdict(VARIABLES[name]) for name in names}
 
 
 def recall(descriptions: Mapping[str, Mapping[str, Any]]) -> None:
-    """Take variables from a stored generation whose stage is not installed here; a definition of a package always goes first."""
+    """Register variables of a stored result whose stage is not installed; a package's own definition takes precedence."""
     for name, about in descriptions.items():
         if name not in VARIABLES:
             VARIABLES[name] = Var(**{**about, "dims": tuple(about["dims"]), "chunk": tuple(about["chunk"])})
@@ -223,7 +223,7 @@ register(
 )
 
 CTF_COLUMNS = ("defocus_u_angstrom", "defocus_v_angstrom", "defocus_angle_deg", "phase_shift_deg")
-"""What describes the CTF of one exposure or particle, beside the optics."""
+"""What describes the CTF of an exposure or particle, apart from the optics."""
 OPTICS = ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast")
 """What the exposures of a data set share."""
 

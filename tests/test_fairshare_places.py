@@ -273,7 +273,7 @@ def test_a_reduction_above_the_cap_of_its_lane_comes_to_its_end_all_the_same():
             blocks = [a.submit(block, i, key=f"block-{i}") for i in range(count)]
             future = a.submit(total, blocks, key="total")
             del blocks
-            with pytest.warns(UserWarning, match="holds more than its"):
+            with pytest.warns(UserWarning, match="has more than its"):
                 assert await asyncio.wait_for(future, 60) == count * 1_000_000
 
     run(scenario)
