@@ -102,7 +102,7 @@ def test_a_wrong_pipeline_is_found_by_checking(tmp_path):
 def test_a_profile_or_file_that_does_not_exist_is_said(tmp_path):
     with pytest.raises(ProjectFileError, match="no profile 'tset'"):
         read_blueprint(CONFIGS / "mixed.yaml", "tset")
-    with pytest.raises(ProjectFileError, match="is no blueprint"):
+    with pytest.raises(ProjectFileError, match="is not a valid blueprint"):
         read_blueprint(tmp_path / "none.yaml")
 
 
@@ -130,7 +130,7 @@ def test_a_folder_of_the_site_is_left_as_it_is_and_what_differs_is_said(tmp_path
     after = raw.stat()
     assert (after.st_mode, after.st_gid) == (before.st_mode, before.st_gid)
     made = read_blueprint(CONFIGS / "mixed.yaml", "test", tmp_path)
-    assert "its mode is 2755 and not" in "\n".join(check(made))
+    assert "its mode is 2755, not" in "\n".join(check(made))
 
 
 # --- people ------------------------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def test_a_scheduler_file_that_does_not_exist_is_said_at_once(as_path, tmp_path)
     absent = tmp_path / "absent.json"
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({"kind": "address", "scheduler_file": str(absent)}))
     for where in (absent, tmp_path / "c.yaml"):
-        assert refused(where if as_path else str(where)) == f"There is no scheduler file {absent}."
+        assert refused(where if as_path else str(where)) == f"There is not a scheduler file {absent}."
 
 
 def test_a_scheduler_file_of_one_that_has_ended_is_said_at_once(tmp_path, free_port):
@@ -55,7 +55,7 @@ def test_a_scheduler_file_of_one_that_has_ended_is_said_at_once(tmp_path, free_p
 
 def test_a_scheduler_file_that_is_none_and_an_address_without_port_are_said(tmp_path):
     (tmp_path / "other.json").write_text('{"name": "x"}')
-    assert "is no scheduler file" in refused(tmp_path / "other.json")
+    assert "is not a scheduler file" in refused(tmp_path / "other.json")
     assert "tcp://somewhere is not a valid address" in refused("tcp://somewhere")
 
 

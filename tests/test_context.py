@@ -162,7 +162,7 @@ def test_only_programs_that_the_stage_declares_run_for_their_version_is_part_of_
             context.run("ls", [])
         program = tmp_path / "bin" / "says"
         program.write_text(_SAYS.replace("1.2.3", "1.3.0"))
-        with pytest.raises(ClusterError, match=r"has says 1.3.0, this run was planned with 1.2.3"):
+        with pytest.raises(ClusterError, match=r"has says 1.3.0, but this run was planned with 1.2.3"):
             context.run("says", [])
         program.unlink()
         with pytest.raises(ClusterError, match=r"A worker cannot run says\. says is not on the PATH"):

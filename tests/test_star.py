@@ -235,7 +235,7 @@ _rlnDefocusU #3
         ("a.mrc 1 inf\n", "not a number in row 1"),
         ("a.mrc 1 10000\nb.mrc 1 eleven\n", "not numeric"),
         ("a.mrc 2 10000\n", "optics group 2 is not in"),
-        ("a.mrc 1.5 10000\n", "not whole"),
+        ("a.mrc 1.5 10000\n", "not integers"),
         ("'a.mrc 1 10000\n", "closing quotation|unclosed"),
     ],
 )
