@@ -193,7 +193,7 @@ def test_a_package_that_cannot_be_imported_warns_once_and_breaks_nothing_else(us
             r"hides its arguments behind \*\*given; spell them out",
         ),
         ("*, context: Context,", "*, context: Context, threshold,", "missing a required argument: 'threshold'"),
-        ('gives=["ice_ring_strength"]', 'gives=["ice_strength"]', "variables that the vocabulary lacks: ice_strength"),
+        ('gives=["ice_ring_strength"]', 'gives=["ice_strength"]', "variables that are not in the vocabulary: ice_strength"),
         ("def ice_ring(", "def motion(", "Two stages are called 'motion'"),
     ],
 )

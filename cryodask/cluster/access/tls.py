@@ -131,7 +131,11 @@ class Authority:
         """Revoke an invitation: the scheduler refuses that user from now on."""
         people = self.people()
         if people.pop(user, None) is None:
-            raise ClusterError(f"{user} is not invited to {self.cluster}.", "the invitation was revoked, or never made", f"invited are {', '.join(sorted(people))}")
+            raise ClusterError(
+                f"{user} is not invited to {self.cluster}.",
+                "the invitation was revoked, or never made",
+                f"invited are {', '.join(sorted(people))}",
+            )
         self._write_people(people)
 
     def people(self) -> dict[str, dict[str, Any]]:
