@@ -249,7 +249,7 @@ def test_what_waits_on_a_worker_is_not_charged_as_if_it_ran():
             assert len(next(iter(scheduler.workers.values())).processing) > 2, "some are sent ahead"
             await b.submit(sleep, 0, 0.1, key="B-task")
             await asyncio.sleep(0.7)
-            used, elapsed = scheduler._clocks["threads"].kids["A"].virtual, time.monotonic() - begin
+            used, elapsed = scheduler._clocks["threads"].children["A"].virtual, time.monotonic() - begin
             assert 0.3 < used < elapsed + 0.5, (used, elapsed)
             await a.cancel(kept)
             del kept, given

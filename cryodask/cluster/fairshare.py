@@ -75,7 +75,7 @@ class FairShareScheduler(ReservingScheduler):
         memory_share: Mapping[str, float] | None = None,
     ) -> None:
         """Start sharing; parameters as for the class."""
-        self.know_lanes(lanes, strict, default_lane)
+        self.configure_lanes(lanes, strict, default_lane)
         self.reserve_threads(reserve)
         unknown = [n for n in (*self._strict, *self._reserve, *(memory_share or {})) if self._options and n not in self._options]
         if unknown:

@@ -33,8 +33,8 @@ class ProcessCluster:
 
     Notes
     -----
-    Linux only. A killed process stays dead until :meth:`replace`; a killed worker is restarted by its nanny. When the scheduler dies, workers
-    and nannies leave, as in any Dask cluster.
+    Linux only. A killed process stays dead until :meth:`replace`; a killed worker is restarted by its nanny. When the scheduler dies,
+    workers and nannies leave, as in any Dask cluster.
     """
 
     def __init__(self, workers: int = 2, *, memory: str = "auto") -> None:

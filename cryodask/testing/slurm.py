@@ -81,7 +81,7 @@ def missing_programs() -> list[str]:
 
 
 def slurm_for_tests() -> Iterator[TinySlurm]:
-    """Make a session fixture with ``slurm = pytest.fixture(scope="session")(slurm_for_tests)``. Warns and skips if Slurm is not installed."""
+    """Make a session fixture with ``slurm = pytest.fixture(scope="session")(slurm_for_tests)``. Warns and skips if Slurm is missing."""
     import pytest
 
     if missing := missing_programs():

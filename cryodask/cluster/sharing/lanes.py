@@ -13,7 +13,7 @@ from itertools import count
 from operator import attrgetter
 from typing import Any
 
-_turn = attrgetter("late", "virtual")
+_turn = attrgetter("low_priority", "virtual")
 """Sort key of waiting nodes; the smallest is served first."""
 
 Place = str | frozenset[str] | tuple[Any, ...] | None
@@ -28,17 +28,17 @@ class Share:
     """
 
     __slots__ = (
-        "begun", "clock", "flying", "heaps", "held", "kids", "lane", "late", "line", "name", "parent", "settled", "several", "tag",
-        "virtual", "waiting", "weight",
+        "ancestors", "begun", "children", "clock", "flying", "heaps", "held", "lane", "low_priority", "name", "parent", "settled",
+        "several", "tag", "virtual", "waiting", "weight",
     )  # fmt: skip
 
     def __init__(self, name: str, weight: float = 1.0, parent: Share | None = None, *, strict: bool = False) -> None:
-        self.name, self.weight, self.parent, self.late = name, weight, parent, not strict
+        self.name, self.weight, self.parent, self.low_priority = name, weight, parent, not strict
         # clock -> lane -> user -> project
         self.clock: Share = self if parent is None else parent.clock
         self.lane: Share = self if parent is None or parent.parent is None else parent.lane
-        self.line: tuple[Share, ...] = () if parent is None else (self, *parent.line)  # up to the lane
-        self.kids: dict[str, Share] = {}
+        self.ancestors: tuple[Share, ...] = () if parent is None else (self, *parent.ancestors)  # itself first, up to the lane
+        self.children: dict[str, Share] = {}
         self.waiting: list[Share] = []
         self.virtual = self.settled = self.begun = self.tag = 0.0
         self.held = self.flying = 0
@@ -63,7 +63,7 @@ class Share:
     def is_next(self) -> bool:
         """Whether this waiting leaf is next: at no level is a waiting sibling to be served before it."""
         above = self.clock
-        for node in reversed(self.line):
+        for node in reversed(self.ancestors):
             if len(above.waiting) > 1 and _turn(node) > min(map(_turn, above.waiting)):
                 return False
             above = node
@@ -71,20 +71,20 @@ class Share:
 
     def leaves_in_turn(self) -> Iterator[Share]:
         """Waiting leaves below this node, in the order of service."""
-        for kid in list(self.in_turn()):
-            if kid.kids:
-                yield from kid.leaves_in_turn()
+        for child in list(self.in_turn()):
+            if child.children:
+                yield from child.leaves_in_turn()
             else:
-                yield kid
+                yield child
 
     def charge(self, seconds: float) -> None:
         """Charge time of tasks on workers to a leaf and all its ancestors."""
-        for node in self.line:
+        for node in self.ancestors:
             node.virtual += seconds / node.weight
 
     def launch(self, seconds: float) -> None:
         """A task is sent to a worker: charge its estimate to a leaf and its ancestors, and count it at the leaf and the clock."""
-        for node in self.line:
+        for node in self.ancestors:
             node.begun = node.virtual
             node.virtual += seconds / node.weight
         self.flying += 1
@@ -92,7 +92,7 @@ class Share:
 
     def land(self, correction: float, settled: float) -> None:
         """A task has left its worker: correct its charge, and stop counting it."""
-        for node in self.line:
+        for node in self.ancestors:
             node.virtual += correction / node.weight
             node.settled += settled / node.weight
         self.flying -= 1
@@ -110,8 +110,8 @@ class Share:
         node = self
         while (above := node.parent) is not None:
             if anew or not node.held:
-                rivals = [k for k in above.waiting if k is not node] or ([] if above.held else list(above.kids.values()))
-                rivals = [k for k in rivals if k is not node and k.late == node.late]
+                rivals = [k for k in above.waiting if k is not node] or ([] if above.held else list(above.children.values()))
+                rivals = [k for k in rivals if k is not node and k.low_priority == node.low_priority]
                 floor = min(max(k.settled for k in rivals), max(k.begun for k in rivals)) if rivals else 0.0
                 if node.virtual < floor:
                     node.settled += floor - node.virtual
@@ -135,14 +135,14 @@ class Share:
     def forget(self) -> None:
         """Reset all counts, here and below."""
         self.virtual = self.settled = self.begun = self.tag = 0.0
-        for kid in self.kids.values():
-            kid.forget()
+        for child in self.children.values():
+            child.forget()
 
     def detach(self) -> None:
         """Remove this node, and parents without other children; lanes stay, with their usage."""
         node = self
-        while node.parent is not None and node is not node.lane and not node.kids:
-            del node.parent.kids[node.name]
+        while node.parent is not None and node is not node.lane and not node.children:
+            del node.parent.children[node.name]
             node = node.parent
 
     def start_tag(self) -> float:

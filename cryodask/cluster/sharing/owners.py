@@ -43,7 +43,7 @@ class _NewGraph(SchedulerPlugin):
 class LanedScheduler(GatheringScheduler):
     """A scheduler that knows the owner of every task, with a queue of tasks waiting in lanes."""
 
-    def know_lanes(self, lanes: Mapping[str, Any] | None, strict: Iterable[str], default_lane: str) -> None:
+    def configure_lanes(self, lanes: Mapping[str, Any] | None, strict: Iterable[str], default_lane: str) -> None:
         """Start recording owners; parameters as for FairShareScheduler."""
         self._options = {name: LaneOptions.parse(name, given) for name, given in (lanes or {}).items()}
         self._strict, self._default_lane = set(strict), default_lane
@@ -151,9 +151,9 @@ class LanedScheduler(GatheringScheduler):
         node = self._clocks[clock]
         weights = (options.weight, options.users.get(user, 1.0), options.projects.get(project, 1.0))
         for name, weight in zip(path, weights):
-            if name not in node.kids:
-                node.kids[name] = Share(name, weight, node, strict=node.parent is None and name in self._strict)
-            node = node.kids[name]
+            if name not in node.children:
+                node.children[name] = Share(name, weight, node, strict=node.parent is None and name in self._strict)
+            node = node.children[name]
         return node
 
     def _leaf(self, ts: TaskState) -> Share:
@@ -245,7 +245,7 @@ class LanedScheduler(GatheringScheduler):
             if client != "fire-and-forget":
                 lane(self.path_of_client(client)[0])["clients"] += 1
         for clock in self._clocks.values():
-            for name, share in clock.kids.items():
+            for name, share in clock.children.items():
                 if share.held:
                     lane(name)["waiting"] += share.held
         for ws in self.workers.values():
