@@ -62,7 +62,7 @@ class Execution:
         steps = self.plan.steps
         state = self.project.state
         self.update = frozenset(self.wanted.update)
-        self.wanted.count_anew(self.plan, state.again)
+        self.wanted.count_recomputations(self.plan, state.again)
         state.home = os.path.relpath(self.plan.path.parent.resolve(), self.project.path.resolve())
         state.runs += 1
         state.reorder([s.label for s in steps])

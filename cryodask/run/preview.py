@@ -135,7 +135,7 @@ class _Looking:
     ) -> None:
         self.plan, self.project, self.wanted, self.out = plan, project, wanted, out
         self.update = frozenset(wanted.update)
-        wanted.count_anew(plan, project.state.again)
+        wanted.count_recomputations(plan, project.state.again)
         self.before = {label: project.state.steps[label] for label in project.stages}
         self.estimator = Estimator(plan, project, movie, self.before)
         known_before = {item.row for item in project.items()}

@@ -83,7 +83,7 @@ class Wanted:
             return [plan.graph.step(self.only)]
         return list(plan.steps[: position(plan, self.until) + 1]) if self.until else list(plan.steps)
 
-    def count_anew(self, plan: Plan, again: dict[str, int]) -> None:
+    def count_recomputations(self, plan: Plan, again: dict[str, int]) -> None:
         """Increment the count of the steps to recompute; it is part of their keys."""
         if self.start_again_from:
             for step in plan.steps[position(plan, self.start_again_from) :]:

@@ -98,18 +98,18 @@ class Share:
         self.flying -= 1
         self.clock.flying -= 1
 
-    def hold(self, *, anew: bool = False) -> None:
+    def hold(self, *, first_in_place: bool = False) -> None:
         """Add a waiting task. A node that becomes active gets neither credit nor debt for the time before.
 
         It starts level with the active nodes: at what the others have settled, or at the last start tag if tasks of one of them
         took far longer than estimated, which is that node's debt alone. Start tags alone are not enough, because they count estimates.
 
-        ``anew``: it is the first task of its leaf in its place. Tasks that waited until then may have been bound to busy workers, and being
-        behind for that reason gives no credit either.
+        ``first_in_place``: it is the first task of its leaf in its place. Tasks that waited until then may have been bound to busy
+        workers, and being behind for that reason gives no credit either.
         """
         node = self
         while (above := node.parent) is not None:
-            if anew or not node.held:
+            if first_in_place or not node.held:
                 rivals = [k for k in above.waiting if k is not node] or ([] if above.held else list(above.children.values()))
                 rivals = [k for k in rivals if k is not node and k.low_priority == node.low_priority]
                 floor = min(max(k.settled for k in rivals), max(k.begun for k in rivals)) if rivals else 0.0
@@ -219,7 +219,7 @@ class LaneQueue:
         """Add a waiting task."""
         number = next(self._sequence)
         heap = leaf.heaps.get(place)
-        anew = heap is None
+        first_in_place = heap is None
         if heap is None:
             heap = leaf.heaps[place] = []
             if type(place) is frozenset:
@@ -230,7 +230,7 @@ class LaneQueue:
             self.near += 1
         elif type(place) is frozenset:
             self._bound.add(task)
-        leaf.hold(anew=anew)
+        leaf.hold(first_in_place=first_in_place)
 
     def discard(self, task: Any) -> None:
         """Remove a task; its dead entry leaves the heap when it reaches the top."""
