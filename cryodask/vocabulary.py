@@ -107,7 +107,7 @@ register(
         [
             ("voltage_kv", "kV", "acceleration voltage"),
             ("spherical_aberration_mm", "mm", "spherical aberration Cs"),
-            ("amplitude_contrast", "1", "share of amplitude contrast Q"),
+            ("amplitude_contrast", "1", "amplitude contrast Q, as a fraction"),
             ("pixel_size_angstrom", "angstrom", "pixel size of the micrograph"),
         ]
     ),
@@ -135,7 +135,7 @@ register(
         Var("patch_position", ("patch", "axis"), "f4", "pixel", "centres of the local-motion grid, rows and columns"),
         Var("patch_shift", ("patch", "frame", "axis"), "f4", "angstrom", "displacement of the specimen at the patches, mean zero", "table"),
         Var("motion_polynomial", ("coefficient",), "f8", "pixel", "RELION's 2 x 18 coefficients of the local motion, X first"),
-        Var("total_motion", (), "f8", "angstrom", "length of the whole-frame trajectory"),
+        Var("total_motion", (), "f8", "angstrom", "path length of the whole-frame trajectory"),
         Var("early_motion", (), "f8", "angstrom", "its length in the first 4 electrons per square angstrom"),
         Var("hot_pixel_count", (), "i8", "1", "defect pixels repaired"),
     ],
@@ -175,7 +175,7 @@ register(
     [
         Var("particle_id", ("slot",), "i8", "1", "identity of the particle (birth, exposure, number, copy), kept for ever"),
         Var("particle_half", ("slot",), "i1", "1", "half-set of the gold standard, 0 or 1, given at birth"),
-        Var("natural_key", ("slot",), "i8", "1", "hash of the name that the particle has where it comes from"),
+        Var("natural_key", ("slot",), "i8", "1", "hash of the particle's name in its source"),
         Var("pick_y", ("slot",), "f4", "pixel", "row of the particle's centre in the micrograph"),
         Var("pick_x", ("slot",), "f4", "pixel", "column of the particle's centre in the micrograph"),
     ],
@@ -205,7 +205,7 @@ register(
         Var("particle_y", ("slot",), "f4", "pixel", "row of the box's centre in the micrograph"),
         Var("particle_x", ("slot",), "f4", "pixel", "column of the box's centre in the micrograph"),
         Var("image_giver", ("particle",), "i2", "1", "which of several extractions holds the image"),
-        Var("image_row", ("particle",), "i8", "1", "row of the exposure in whose shard the image lies"),
+        Var("image_row", ("particle",), "i8", "1", "row of the exposure whose shard has the image"),
         Var("image_slot", ("particle",), "i4", "1", "its place in that shard"),
         Var("particle_count", (), "i8", "1", "particles extracted"),
         Var("particle_pixel_size_angstrom", (), "f8", "angstrom", "pixel size of the particle images"),
@@ -308,7 +308,7 @@ register([Var("half_map", ("half", "z", "y", "x"), "f4", "1", "unmasked, unsharp
 register(
     [
         Var("shell_resolution_angstrom", ("shell",), "f8", "angstrom", "resolution of each Fourier shell"),
-        Var("fsc_unmasked", ("shell",), "f8", "1", "FSC of the half-maps as they are"),
+        Var("fsc_unmasked", ("shell",), "f8", "1", "FSC of the unmasked half-maps"),
         Var("fsc_masked", ("shell",), "f8", "1", "FSC of the masked half-maps"),
         Var("fsc_randomised", ("shell",), "f8", "1", "FSC of the masked half-maps with random phases"),
         Var("fsc_corrected", ("shell",), "f8", "1", "FSC corrected for the mask (Chen et al. 2013)"),
@@ -317,7 +317,7 @@ register(
             (),
             "f8",
             "angstrom",
-            "first interpolated crossing of 0.143 by the corrected FSC, within what stands out from noise",
+            "first interpolated crossing of 0.143 by the corrected FSC, within the shells that exceed noise",
         ),
         Var("iteration_resolution_angstrom", ("iteration",), "f8", "angstrom", "supported resolution after each iteration"),
     ],
