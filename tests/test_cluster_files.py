@@ -385,9 +385,9 @@ def test_a_job_that_completes_has_lost_its_workers_and_a_pending_one_has_not():
 
 def test_nothing_listens_beyond_this_machine_without_certificates():
     for settings in ({**slurm(), "interface": "ib0"}, slurm(), {**slurm(interface="ib0"), "interface": "lo"}):
-        with pytest.raises(ClusterError, match="ot be encrypted"):
+        with pytest.raises(ClusterError, match="be encrypted"):
             PoolCluster(parse_settings(settings))
-    with pytest.raises(ClusterError, match="ot be encrypted"):
+    with pytest.raises(ClusterError, match="be encrypted"):
         allocation_script(parse_settings({**slurm(count=2), "single_allocation": True}), "true")
 
 

@@ -41,7 +41,7 @@ def test_a_scheduler_file_that_does_not_exist_is_said_at_once(as_path, tmp_path)
     absent = tmp_path / "absent.json"
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({"kind": "address", "scheduler_file": str(absent)}))
     for where in (absent, tmp_path / "c.yaml"):
-        assert refused(where if as_path else str(where)) == f"There is not a scheduler file {absent}."
+        assert refused(where if as_path else str(where)) == f"There is no scheduler file {absent}."
 
 
 def test_a_scheduler_file_of_one_that_has_ended_is_said_at_once(tmp_path, free_port):

@@ -297,10 +297,10 @@ def test_names_cannot_be_mistaken(tmp_path, here, capsys):  # noqa: F811
     project = run(folder, here, PIPELINE[:8])
     path = str(project.path)
     for which, name, said in (
-        ("toy_pick", "toy_extract", "ooks like a step"),
-        ("toy_extract", "toy_extract", "ooks like a step"),
-        ("toy_pick", "full", "ooks like a step"),
-        ("toy_pick", "toy_pick@12", "ooks like a step"),
+        ("toy_pick", "toy_extract", "looks like a step"),
+        ("toy_extract", "toy_extract", "looks like a step"),
+        ("toy_pick", "full", "looks like a step"),
+        ("toy_pick", "toy_pick@12", "looks like a step"),
         ("toy_extract@", "kept", "No key follows the @"),
     ):
         assert cli(["keep", path, which, name]) == 2

@@ -557,7 +557,7 @@ WRONG: list[tuple[str, list[Any], str, Any]] = [
             {"refine3d as rb": source(particles="curate", map="b")},
             {"postprocess": source(map="rb", mask="ma")},
         ],
-        "ake a mask from rb",
+        "Make a mask from rb",
     ),
     wrong(
         "mask of another map, by default",
@@ -1098,12 +1098,12 @@ MORE_WRONG: list[tuple[str, list[Any], str, Any]] = [
             {"refine3d as y": {"from": "ab_initio.class2"}},
             {"postprocess": source(mask="mx")},
         ],
-        "ake a mask from y",
+        "Make a mask from y",
     ),
     wrong(
         "explicit mask of another start in a refinement",
         [*TWO_STARTS, {"mask as ma": source(map="ra")}, {"refine3d as z": source(particles="rb", map="rb", mask="ma")}],
-        "ake a mask from rb",
+        "Make a mask from rb",
     ),
     wrong("model of the other hand", [*MAP, *MODEL, {"hand": source(model="dock")}, "model_map"], "is not in the frame of the map"),
     wrong("copies merged with contracted", [*EXPANDED, "contract", {"merge": source(particles=["expand", "contract"])}], "Contract first"),

@@ -154,7 +154,7 @@ def test_an_unknown_point_group_is_told(tmp_path):
 
 
 def test_a_problem_in_one_line_is_two_sentences():
-    assert InputError("rlnDefocusU is not a number in row 1", "", "lemove the row").problem == (
-        "rlnDefocusU is not a number in row 1. lemove the row"
+    assert InputError("rlnDefocusU is not a number in row 1", "", "remove the row").problem == (
+        "rlnDefocusU is not a number in row 1. remove the row"
     )
     assert InputError("There is no file.").problem == "There is no file."

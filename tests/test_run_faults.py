@@ -292,14 +292,14 @@ class Fault:
 
     strike: object
     tells: str = _COME
-    event: str = r"Slurm (o longer shows it|says it is [A-Z_]+)"
+    event: str = r"Slurm (no longer shows it|says it is [A-Z_]+)"
     pool: str = "cpu"
 
 
 FAULTS = [
     Fault(cancel),
     Fault(kill_worker, event=""),
-    Fault(kill_nanny, event=r"(Slurm (o longer shows it|says it is [A-Z_]+)|runs on c\d, but worker cpu-\d+ and its nanny are gone)"),
+    Fault(kill_nanny, event=r"(Slurm (no longer shows it|says it is [A-Z_]+)|runs on c\d, but worker cpu-\d+ and its nanny are gone)"),
     Fault(drain, tells=r"pool {pool}: jobs are pending \(1 [\w, ]*(DRAINED|UnavailableNodes)[\w, ]*\)"),
     Fault(down),
     Fault(preempt, tells=r"pool {pool}: jobs are pending \(1 Resources\)", pool="cheap"),

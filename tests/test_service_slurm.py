@@ -253,7 +253,7 @@ def test_a_project_is_submitted_and_the_user_told_how_to_follow_it(mixed, slurm,
     log = Path(re.findall(r"tail -F (\S+)", said)[0]).read_text()
     assert "3 micrographs done" in log, log
     assert "motion" in cryodask("info", str(tmp_path / "tiny.yaml"))
-    assert "lre on one machine" in cryodask("submit", str(tmp_path / "tiny.yaml"), code=2)
+    assert "are on one machine" in cryodask("submit", str(tmp_path / "tiny.yaml"), code=2)
     # the same by hand, on the same service: equal results, and the same story
     again = tmp_path / "by-hand"
     shutil.copytree(tmp_path / "movies", again / "movies")
@@ -418,13 +418,13 @@ def test_one_whose_jobs_are_all_refused_says_so_in_slurms_words(home):
 
 
 def test_a_batch_run_is_refused_where_its_workers_are_out_of_reach(home, tmp_path, monkeypatch):
-    with pytest.raises(ClusterError, match="lre on one machine"):
+    with pytest.raises(ClusterError, match="are on one machine"):
         submit(["true"], "local")
     own = own_file(home)
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ClusterError, match="Slurm is not available: sbatch is not on the PATH"):
         submit(["true"], own)
-    with pytest.raises(ClusterError, match=r"(?s)lre on one machine.*Slurm, which runs batch jobs, is not available"):
+    with pytest.raises(ClusterError, match=r"(?s)are on one machine.*Slurm, which runs batch jobs, is not available"):
         submit(["true"], "local")
 
 

@@ -53,7 +53,7 @@ def test_every_file_of_an_authority_is_for_its_account_alone(tmp_path):
 def test_authority_whose_files_others_can_read_is_refused(tmp_path, name):
     folder = authority(tmp_path / "a").folder
     (folder / name).chmod(0o640)
-    with pytest.raises(ClusterError, match=r"cs readable by others \(mode 640\)") as error:
+    with pytest.raises(ClusterError, match=r"is readable by others \(mode 640\)") as error:
         tls.Authority.open(folder)
     assert f"chmod 600 {folder / name}" in str(error.value)
 
@@ -67,7 +67,7 @@ def test_certificate_invitation_and_people_that_others_can_read_are_refused(tmp_
         (invitation, lambda: tls.Invitation.read(invitation)),
     ):
         path.chmod(0o604)
-        with pytest.raises(ClusterError, match="cs readable by others"):
+        with pytest.raises(ClusterError, match="is readable by others"):
             read()
         path.chmod(0o600)
         read()
