@@ -1,4 +1,4 @@
-"""What the benchmarks of lanes share: a scheduler and workers in processes apart, and who had how much time, by the workers' clocks.
+"""Shared by the lane benchmarks: a scheduler and workers in separate processes, and usage by the workers' clocks.
 
 Worker processes live on from one scheduler to the next, because starting them takes longer than most measurements. As a script this
 module is such a process: ``python benchmarks/_lanes.py scheduler|worker`` (started by the functions below).

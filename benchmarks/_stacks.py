@@ -1,4 +1,4 @@
-"""Particle stacks of the benchmarks: made once, kept under benchmarks/out; and a serial loop over a ``blocks`` stage."""
+"""Particle stacks for the benchmarks, made once and kept under benchmarks/out; and a serial loop over a ``blocks`` stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Iterations over blocks: same bits for any number of workers, what a death costs, and what moves between workers.
+"""Iterations over blocks: bit-identity for any number of workers, the cost of a worker's death, and traffic between workers.
 
 ``python benchmarks/blocks.py [--quick]``: 20,000 simulated particles of 32 px in a store, classify2d on 1, 2 and 4 local workers, and
 once more on 4 of which one is killed (kill -9) in mid-iteration. Every expectation and every loading of a block is counted where it
@@ -189,7 +189,7 @@ def run(particles: StoredParticles, params: Classify2DParams, workers: int, fold
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="2,000 particles on 1 and 2 workers, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="2,000 particles on 1 and 2 workers, as a smoke test")
     arguments = parser.parse_args()
     count, numbers = (2000, (1, 2)) if arguments.quick else (20_000, (1, 2, 4))
     params = Classify2DParams(classes=32, resolution_angstrom=14.0, shift_range_angstrom=20.0, iterations=2)

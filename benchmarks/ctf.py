@@ -91,7 +91,7 @@ def main() -> None:
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shared", type=Path, default=Path(__file__).parents[2] / "shared")
-    parser.add_argument("--small", type=int, default=16, help="how many micrographs of 1024 x 1024 pixels")
+    parser.add_argument("--small", type=int, default=16, help="number of micrographs of 1024 x 1024 pixels")
     args = parser.parse_args()
     print("11 real spectra, 200 kV, 1.4 A a pixel, against the tutorial's values (Angstrom)")
     real, vector = real_spectra(args.shared / "data" / "betagal_10204")

@@ -1,4 +1,4 @@
-"""What the data model costs on a large project: opening, showing, viewing particles, planning, importing.
+"""Cost of the data model on a large project: opening, displaying, viewing particles, planning, importing.
 
 ``python benchmarks/datamodel.py [--quick]`` makes a project of 10,000 exposures and 2,000,000 particles in seven steps (columns only, no
 images: the journals as workers would have left them), and a STAR file of 1,000,000 particles in 5,000 micrographs. Each figure is CPU
@@ -99,7 +99,7 @@ if __name__ == "__main__":
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--quick", action="store_true", help="a hundredth of it, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="a hundredth of the size, as a smoke test")
     quick = parser.parse_args().quick
     exposures, each, micrographs, rows = (100, 200, 50, 10_000) if quick else (10_000, 200, 5_000, 1_000_000)
     figures: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""What the event stream costs: reading its end, and writing it.
+"""Cost of the event stream: reading its end, and writing it.
 
 ``python benchmarks/events.py [--quick] [--events 1000000]``
 

@@ -1,4 +1,4 @@
-"""Does every lane get its share of the workers, whoever came first and whatever the tasks are like? Plain Dask beside it.
+"""Does every lane get its share of the workers, for any order of arrival and any kind of tasks? Compared with plain Dask.
 
 ``python benchmarks/fairshare.py [--quick] [--loads roots shuffle] [--weights 1:1 1:2:3]``: 16 slots (2 worker processes of 8 threads)
 with tasks that sleep. One client floods 5,000 tasks first, the others follow 1 s later. A share is the part of the workers' time, by
@@ -27,7 +27,7 @@ from distributed import Client
 SECONDS, FIRST, LATER = 0.1, 5000, 2500
 SLOTS = WORKERS * THREADS
 Flood = Callable[[Client, float], Any]
-"""Sends tasks; gets the part of all slots (0 to 1) that its lane is to have, and gives what must be kept alive."""
+"""Sends tasks; takes the fraction of all slots (0 to 1) that its lane should get, and returns what must be kept alive."""
 
 
 def flood(client: Client, wanted: float, count: int = LATER, seconds: float = SECONDS) -> Any:
@@ -188,9 +188,9 @@ def measure(workers: Workers, kind: str, load: Load, weights: str, tasks: int) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="1:3 on four loads and windows of 20 tasks, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="1:3 on four loads and windows of 20 tasks, as a smoke test")
     parser.add_argument("--loads", nargs="+", choices=LOADS, default=list(LOADS), metavar="LOAD", help=", ".join(LOADS))
-    parser.add_argument("--weights", nargs="+", default=["1:1", "1:3", "3:1", "1:2:3"], help="of those that a load has")
+    parser.add_argument("--weights", nargs="+", default=["1:1", "1:3", "3:1", "1:2:3"], help="weights to run, of those defined for a load")
     parser.add_argument("--no-plain", action="store_true", help="without plain Dask")
     arguments = parser.parse_args()
     names, chosen, tasks = arguments.loads, arguments.weights, 50

@@ -1,4 +1,4 @@
-"""How long does a live item take while others saturate the cluster?
+"""Latency of a live item while others saturate the cluster.
 
 ``python benchmarks/live_latency.py [--quick] [--items 100]``: 16 slots (2 worker processes of 8 threads). HPDA floods tasks of 0.4 s that
 sleep, without inputs (roots) or with inputs in memory. Meanwhile live items of 0.2 s are submitted, one when the one before is back, and
@@ -68,7 +68,7 @@ def measure(workers: Workers, setting: str, flood: str | None, items: int, burst
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="12 items, without strict, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="12 items, without strict, as a smoke test")
     parser.add_argument("--items", type=int, default=100)
     parser.add_argument("--threads", type=int, default=8, help="threads of each of the two workers")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Which movie first? A day of a watched session in a model, with the product's own order of work.
+"""Order of movies: a model of one day of a watched session, with cryodask's own order of work.
 
 ``python benchmarks/live_order.py [--seeds 5]``
 

@@ -101,8 +101,8 @@ def _pid() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="movies of 512 x 480 x 8, to see that it runs")
-    parser.add_argument("--movies", type=int, default=2, help="movies a format")
+    parser.add_argument("--quick", action="store_true", help="movies of 512 x 480 x 8, as a smoke test")
+    parser.add_argument("--movies", type=int, default=2, help="movies per format")
     parser.add_argument("--formats", default="tif,mrcs")
     arguments = parser.parse_args()
     shape = (8, 480, 512) if arguments.quick else (32, 3710, 3838)

@@ -1,4 +1,4 @@
-"""Motion correction against RELION 3.1.3 on one large movie of known motion.
+"""Motion correction compared with RELION 3.1.3 on one large movie of known motion.
 
 ``python benchmarks/motion.py [--seed 2] [--fresh]``: a 3838 x 3710 x 32 movie by peers/make_movie.py (not of our own simulator),
 RELION's own motion correction (5 x 5 patches, one thread) and ours, both from the TIFF file, decoding and sums included.

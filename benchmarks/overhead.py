@@ -1,4 +1,4 @@
-"""What the runner and the store cost: CPU of all processes against a plain loop, and a hundred thousand items through the window.
+"""Cost of the runner and the store: CPU of all processes against a plain loop, and a hundred thousand items through the window.
 
 ``python benchmarks/overhead.py [--quick] [--items 100000]``
 
@@ -282,9 +282,9 @@ def in_a_process(how: str, items: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few short items, to see that it runs")
-    parser.add_argument("--items", type=int, default=100_000, help="items that do nothing")
-    parser.add_argument("--only", choices=["second", "many"], help="one part")
+    parser.add_argument("--quick", action="store_true", help="few short items, as a smoke test")
+    parser.add_argument("--items", type=int, default=100_000, help="number of empty items")
+    parser.add_argument("--only", choices=["second", "many"], help="run only this part")
     parser.add_argument("--plain", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--many", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Picking from the diameter alone, against hand-made picks of apoferritin and against simulated truth.
+"""Picking from the diameter alone, against manual picks of apoferritin and against simulated ground truth.
 
     python benchmarks/picking.py [--shared ../shared] [--simulated 16]
 

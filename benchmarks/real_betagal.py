@@ -1,4 +1,4 @@
-"""Real particles: 2374 unselected picks of EMPIAR-10204 (junk included), D2, from a map of others at 40 A.
+"""Real particles: 2374 unselected picks of EMPIAR-10204 (junk included), D2, from another group's map at 40 A.
 
 The half-maps of RELION's poses (1459 selected particles) correlate 0.715 and 0.502 at 9.06 and 7.55 A, in a sphere of 95 A. Also
 classifies the particles in two dimensions and saves the averages.

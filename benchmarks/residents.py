@@ -1,4 +1,4 @@
-"""What runs leave in a worker, and whether threads change a bit.
+"""What runs leave in a worker's memory, and whether the number of threads changes a bit.
 
 ``python benchmarks/residents.py [--quick] [--runs 20]``
 

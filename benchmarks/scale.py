@@ -1,4 +1,4 @@
-"""Two hundred workers and fifty thousand items: does the runner's window keep pace, and what does the scheduler hold meanwhile?
+"""Two hundred workers and fifty thousand items: does the runner's window keep pace, and how many tasks are on the scheduler meanwhile?
 
 ``python benchmarks/scale.py [--quick] [--pairs 1] [--workers 200] [--items 50000]``: each run is a process of its own that holds a
 scheduler, 200 workers of one thread and the client. Items do nothing. Ours: ``MapRunner`` on a scheduler with lanes; plain: ``client.map``
@@ -114,7 +114,7 @@ _KEPT: list[Worker] = []
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="20 workers and 2,000 items once, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="20 workers and 2,000 items once, as a smoke test")
     parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--workers", type=int, default=200)
     parser.add_argument("--items", type=int, default=50_000)

@@ -1,4 +1,4 @@
-"""What lanes cost: CPU of the scheduler process, and the speed and the transfers of dask.array, against plain Dask.
+"""Cost of lanes: CPU of the scheduler process, and speed and transfers of dask.array, against plain Dask.
 
 ``python benchmarks/scheduler_cost.py [--quick] [--pairs 7] [--only cpu]``
 
@@ -36,7 +36,7 @@ NAMES = {"one_lane": ("A/x",), "two_lanes": ("A/x", "B/x")}
 
 
 Send = Callable[[Client, int], list[Any]]
-"""Sends so many tasks."""
+"""Sends this many tasks."""
 
 
 def noop(value: Any) -> Any:
@@ -139,9 +139,9 @@ def compute(made: Cluster, build: Callable[[int], da.Array]) -> tuple[float, flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one pair of 2,000 tasks, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="one pair of 2,000 tasks, as a smoke test")
     parser.add_argument("--pairs", type=int, default=7, help="pairs of clusters of each kind")
-    parser.add_argument("--only", choices=["cpu", "array"], help="one part")
+    parser.add_argument("--only", choices=["cpu", "array"], help="run only this part")
     arguments = parser.parse_args()
     pairs, tasks, turns = (1, 2000, 1) if arguments.quick else (arguments.pairs, 20_000, 9)
     workers = {kind: Workers(threads=4) for kind in KINDS}

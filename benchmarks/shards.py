@@ -1,4 +1,4 @@
-"""A movie into a shard: our writer against the bare loop over its codec, and read back by plain zarr.
+"""Writing a movie into a shard: cryodask's writer against a bare loop over its codec, and reading it back with plain zarr.
 
 ``python benchmarks/shards.py [--quick]``: 3838 x 3710 x 32 uint8 counts (Poisson, one a pixel). Both arms compress each frame with the same
 codec and write it, and end with an fsync; the writer also makes the shard's index and its crc32c, renames the file and syncs the folder.
@@ -81,7 +81,7 @@ def _status(name: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a movie of 512 x 480 x 8 and two pairs, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="a movie of 512 x 480 x 8 and two pairs, as a smoke test")
     parser.add_argument("--stream", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.stream:

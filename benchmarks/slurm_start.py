@@ -1,4 +1,4 @@
-"""How long from ``connect()`` to the first result on Slurm, and what is computed again when a pool shrinks?
+"""Time from ``connect()`` to the first result on Slurm, and what is recomputed when a pool shrinks.
 
 ``python benchmarks/slurm_start.py [--times 5]``: a real Slurm in a temporary folder (``cryodask.testing.slurm``), pools with certificates
 on a network interface of this machine. Twenty results on three jobs, then two of the jobs are let go: each task leaves a line in a file
@@ -41,7 +41,7 @@ def interface() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="once, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="once, as a smoke test")
     arguments = parser.parse_args()
     if missing := missing_programs():
         raise SystemExit(f"Slurm is absent: {', '.join(missing)}")

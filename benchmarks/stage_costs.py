@@ -1,4 +1,4 @@
-"""What a movie and a particle cost: CPU seconds and bytes of every stage, for ``cryodask plan``.
+"""Cost of a movie and of a particle: CPU seconds and bytes of every stage, for ``cryodask plan``.
 
 ``python benchmarks/stage_costs.py [--write]``: simulated movies of 2048 x 2048 and 4096 x 4096 pixels (40 frames, LZW TIFF) go through the
 runner on one worker; 2D classification and refinement take 2400 simulated particles with one thread in this process. What the

@@ -1,7 +1,7 @@
 """cryodask: cryo-EM from movies to maps on Dask.
 
-``open(path)`` gives a finished or growing project, ``connect()`` a Dask client with workers, ``run_project(path)`` carries out a
-project file, ``cryodask.stages`` holds the stages as functions on xarray Datasets.
+``open(path)`` opens a finished or growing project, ``connect()`` returns a Dask client with workers, ``run_project(path)`` runs a
+project file, and ``cryodask.stages`` holds the stages as functions on xarray Datasets.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ def connect(where: str | os.PathLike[str] = "local", **options: Any) -> Client:
 def run_project(
     path: str | os.PathLike[str], client: Client | None = None, *, listen: Iterable[Callable[[Any], None]] | None = None, **wanted: Any
 ) -> Project:
-    """Carry out a project file, as ``cryodask run`` does; what is done already is kept.
+    """Run a project file, as ``cryodask run`` does; finished results are kept.
 
     Parameters
     ----------
     path : path of the project file
     client : distributed.Client, optional
-        Workers that are there; else those of the project file.
+        Workers to use; by default those that the project file names.
     listen : iterable of callables, optional
-        Are told every event of the run (:mod:`cryodask.run.events`); lines and bars on standard output if not given.
+        Called with every event of the run (:mod:`cryodask.run.events`); by default, lines and bars on standard output.
     **wanted
         ``until, start_again_from, only, update, watch, force, retry_quarantined, strict, same_environment, cluster,
         workers, lane``: see
@@ -66,7 +66,7 @@ def run_project(
     Raises
     ------
     CryodaskError
-        What stops a run; everything committed before stays, and the same call goes on from there.
+        Whatever stops a run. Everything committed before stays, and the same call resumes from there.
     """
     from cryodask.run.progress import Terminal
     from cryodask.run.selection import Wanted

@@ -1,6 +1,6 @@
 """A facility in one file: its cluster with lanes, its folders, its people, and the sessions that run on it.
 
-A blueprint (``configs/blueprints``) may have ``profiles``: what they say replaces what the blueprint says, name by name; null removes.
+A blueprint (``configs/blueprints``) may have ``profiles``: their values replace those of the blueprint, key by key; null removes a key.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Stripe(_Section):
 
 
 class Folder(_Section):
-    """A folder that all nodes see. ``mode`` in octal; files in it get its group where the first digit is 2."""
+    """A folder that all nodes can see. ``mode`` is octal; new files inherit the group of the folder where the first digit is 2."""
 
     path: Line
     mode: str = Field("2770", pattern=r"^[0-7]{3,4}$")
@@ -56,14 +56,14 @@ class Folder(_Section):
 
 
 class Scratch(_Section):
-    """Where workers spill: a disk of the node. A network file system is refused unless ``network`` asks for it."""
+    """Where workers spill: a node-local disk. A network file system is refused unless ``network`` is set."""
 
     path: Line = "${TMPDIR:-/tmp}"
     network: bool = False
 
 
 class Storage(_Section):
-    """``raw``: what the microscopes write, a folder a session. ``projects``: project files and results."""
+    """``raw``: what the microscopes write, one folder per session. ``projects``: project files and results."""
 
     raw: Folder
     projects: Folder
@@ -78,16 +78,16 @@ class Simulated(_Section):
 
 
 class Watch(_Section):
-    """When a session of arriving movies is over, besides a file ``stop`` in its results."""
+    """When a watched session ends, apart from a file ``stop`` in its results."""
 
     movies: int | None = Field(None, ge=1)
     idle_minutes: float | None = Field(None, gt=0)
 
 
 class Session(_Section):
-    """What runs in a job of its own on the cluster: a project (``inputs``, ``microscope``, ``pipeline`` of a project file), or a command.
+    """What runs as a separate job on the cluster: a project (``inputs``, ``microscope``, ``pipeline`` of a project file), or a command.
 
-    In all texts ``{raw}`` and ``{projects}`` are the folders, ``{name}`` is the session.
+    In every string, ``{raw}`` and ``{projects}`` stand for the folders and ``{name}`` for the session.
     """
 
     lane: str
@@ -99,12 +99,12 @@ class Session(_Section):
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
         if (self.project is None) == (self.command is None):
-            raise ValueError("give a project, or a command")
+            raise ValueError("give either a project or a command")
         return self
 
 
 class Blueprint(_Section):
-    """A blueprint as it stands on disk, its profile put in. ``people``: the lanes that each may use."""
+    """A blueprint as stored on disk, with its profile applied. ``people``: the lanes that each person may use."""
 
     name: Name
     about: str = ""
@@ -133,7 +133,7 @@ class Blueprint(_Section):
 
 @dataclass(frozen=True)
 class Started:
-    """What :func:`start` set going; ``invitations`` are those of people who had none."""
+    """What :func:`start` started; ``invitations`` holds the new ones, for people who had none."""
 
     service: Service
     runs: dict[str, SubmittedRun | str]
@@ -142,7 +142,7 @@ class Started:
 
 # --- reading ---------------------------------------------------------------------------------------------------------------------
 def read_blueprint(path: str | Path, profile: str | None = None, folder: str | Path = ".") -> Blueprint:
-    """A checked blueprint. Relative folders lie in ``folder``.
+    """Read and check a blueprint. Relative folders are resolved against ``folder``.
 
     Raises
     ------
@@ -152,16 +152,16 @@ def read_blueprint(path: str | Path, profile: str | None = None, folder: str | P
         content = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ProjectFileError(
-            f"{path} is no blueprint: {error}", "a typing error in its name, or wrong indentation", "see configs/blueprints"
+            f"{path} is not a valid blueprint: {error}", "wrong indentation", "compare it with configs/blueprints"
         ) from None
     if not isinstance(content, dict) or "cluster" not in content or "storage" not in content:
         raise ProjectFileError(
-            f"{path} is no blueprint: it lacks cluster or storage.", "it is another kind of file", "see configs/blueprints"
+            f"{path} is not a blueprint: it has no cluster or no storage.", "it is another kind of file", "see configs/blueprints"
         )
     profiles = content.pop("profiles", {})
     if profile is not None:
         if profile not in profiles:
-            raise ProjectFileError(f"{path} has no profile {profile!r}.", "a typing error", f"it has {', '.join(profiles) or 'none'}")
+            raise ProjectFileError(f"{path} has no profile {profile!r}.", "", f"it has {', '.join(profiles) or 'none'}")
         content = _merged(content, profiles[profile])
     storage = content["storage"]
     for name in ("raw", "projects"):
@@ -179,11 +179,11 @@ def read_blueprint(path: str | Path, profile: str | None = None, folder: str | P
         said = "; ".join(
             ": ".join(filter(None, (".".join(map(str, p["loc"])), p["msg"].removeprefix("Value error, ")))) for p in error.errors()
         )
-        raise ProjectFileError(f"{path}: {said}", "a typing error", "see the blueprints in configs/blueprints") from None
+        raise ProjectFileError(f"{path}: {said}", "", "see the blueprints in configs/blueprints") from None
 
 
 def _merged(below: Any, above: Any) -> Any:
-    """``above`` put over ``below``: mappings name by name, all else as a whole; null removes."""
+    """Merge ``above`` into ``below``: mappings key by key, everything else as a whole; null removes a key."""
     if not isinstance(below, Mapping) or not isinstance(above, Mapping):
         return copy.deepcopy(above)
     out = dict(copy.deepcopy(below))
@@ -197,7 +197,7 @@ def _merged(below: Any, above: Any) -> Any:
 
 # --- folders ---------------------------------------------------------------------------------------------------------------------
 def striping(folder: Folder) -> list[str] | None:
-    """The command that sets the stripes of a folder; None where the folder is not on Lustre, or there is no ``lfs``."""
+    """The command that sets the striping of a folder; None if the folder is not on Lustre or ``lfs`` is not installed."""
     above = Path(folder.path)
     while not above.exists():
         above = above.parent
@@ -213,7 +213,7 @@ def striping(folder: Folder) -> list[str] | None:
 
 
 def make_folder(folder: Folder) -> None:
-    """Make a folder with its mode, group and stripes. One that is there stays as it is; where it is otherwise, a warning says so.
+    """Make a folder with its mode, group and striping. An existing one is left as it is; a warning lists what differs.
 
     Raises
     ------
@@ -235,20 +235,20 @@ def make_folder(folder: Folder) -> None:
             if command and done and done.returncode:
                 raise StoreError(
                     f"{' '.join(command)} failed: {(done.stderr or done.stdout).strip()}",
-                    "more targets than there are, or a pool that does not exist",
-                    "change stripe in the blueprint's storage",
+                    "the stripe count exceeds the number of targets, or the pool does not exist",
+                    "change stripe under storage in the blueprint",
                 )
     except OSError as error:
         raise StoreError(
-            f"The folder {path} cannot be made as the blueprint says: {error.strerror}.",
-            "this account may not write there, or is not in that group",
-            "run this with the account of the service, or change storage",
+            f"The folder {path} cannot be created as the blueprint describes it: {error.strerror}.",
+            "this account has no write permission there, or is not a member of the group",
+            "run this from the service account, or change storage",
         ) from None
 
 
 @contextmanager
 def _removed_if_it_fails(folder: Path) -> Iterator[None]:
-    """The next attempt would take what is left for a folder of the site's."""
+    """Remove the folder if the block fails; the next attempt would mistake it for one that belongs to the site."""
     try:
         yield
     except BaseException:
@@ -257,13 +257,13 @@ def _removed_if_it_fails(folder: Path) -> Iterator[None]:
 
 
 def _different(folder: Folder) -> str:
-    """In what a folder that is there is not as the blueprint says; empty if it is."""
+    """How an existing folder differs from the blueprint; empty if it does not."""
     there = Path(folder.path).stat()
     words = []
     if stat.S_IMODE(there.st_mode) != int(folder.mode, 8):
-        words.append(f"its mode is {stat.S_IMODE(there.st_mode):o} and not {folder.mode}")
+        words.append(f"its mode is {stat.S_IMODE(there.st_mode):o}, not {folder.mode}")
     if folder.group and there.st_gid != _group(folder.group):
-        words.append(f"its group is {_name_of(there.st_gid)} and not {folder.group}")
+        words.append(f"its group is {_name_of(there.st_gid)}, not {folder.group}")
     return ", ".join(words)
 
 
@@ -279,7 +279,7 @@ def _group(name: str) -> int:
         return grp.getgrnam(name).gr_gid
     except KeyError:
         raise StoreError(
-            f"This machine knows no group {name}.", "a typing error, or it is made elsewhere only", "see  getent group"
+            f"The group {name} does not exist on this machine.", "it is defined on other machines only", "list groups with  getent group"
         ) from None
 
 
@@ -309,7 +309,7 @@ def write_project_file(blueprint: Blueprint, name: str, folder: Path) -> Path:
 
 
 def command_of(blueprint: Blueprint, name: str, project_file: Path) -> list[str]:
-    """Words of a session's command; ``{cluster}`` and ``{lane}`` are put in by the job."""
+    """Words of a session's command; the job substitutes ``{cluster}`` and ``{lane}``."""
     session = blueprint.sessions[name]
     if session.command is not None:
         return ["bash", "-c", _placed(session.command, _words(blueprint, name))]
@@ -325,7 +325,7 @@ def command_of(blueprint: Blueprint, name: str, project_file: Path) -> list[str]
 def _simulate(blueprint: Blueprint, name: str) -> None:
     made, folder = blueprint.sessions[name].simulate, Path(blueprint.storage.raw.path) / name
     if folder.exists() and any(folder.iterdir()):
-        return  # a session that runs must not see its movies change
+        return  # the movies must not change under a running session
     if made.movies is not None:
         from cryodask.simulate import SessionParams, simulate_session
 
@@ -338,7 +338,7 @@ def _simulate(blueprint: Blueprint, name: str) -> None:
 
 # --- what users call -------------------------------------------------------------------------------------------------------------
 def check(blueprint: Blueprint) -> Iterator[str]:
-    """What :func:`start` would do, in sentences and job scripts; nothing is made.
+    """What :func:`start` would do, as sentences and job scripts; nothing is created.
 
     Raises
     ------
@@ -352,18 +352,18 @@ def check(blueprint: Blueprint) -> Iterator[str]:
 
     for folder in (blueprint.storage.raw, blueprint.storage.projects):
         new = not Path(folder.path).exists()
-        there = "would be made" if new else "is there"
+        there = "would be created" if new else "exists"
         yield f"folder {folder.path} {there}, mode {folder.mode}" + (f", group {folder.group}" if folder.group else "")
         try:
             if folder.group:
                 _group(folder.group)
             if not new and (different := _different(folder)):
-                yield f"  it is left as it is: {different}"
+                yield f"  left as it is: {different}"
         except StoreError as error:
             yield f"  {error.what} {error.way_out}"
         if folder.stripe and new:
             command = striping(folder)
-            yield "  " + (" ".join(command) if command else "its stripes are left as they are: it is not on Lustre, or there is no lfs")
+            yield "  " + (" ".join(command) if command else "striping unchanged: not on Lustre, or lfs is not installed")
     lanes = {n: lane["weight"] if isinstance(lane, dict) else lane for n, lane in blueprint.cluster.lanes.items()}
     yield f"cluster {blueprint.name} with the lanes {', '.join(f'{n} {w:g}' for n, w in lanes.items())}"
     for person, allowed in blueprint.people.items():
@@ -391,9 +391,9 @@ def check(blueprint: Blueprint) -> Iterator[str]:
 
 
 def start(blueprint: Blueprint) -> Started:
-    """Make the folders, start the cluster (or find it, if it runs), invite its people, and submit every session as a job of its own.
+    """Make the folders, start the cluster (or find it if it is running), invite its people, and submit each session as a separate job.
 
-    Sessions that wait or run already are left alone, and so are invitations that people have.
+    Sessions that are pending or running are left alone, and so are existing invitations.
 
     Raises
     ------
@@ -419,15 +419,15 @@ def start(blueprint: Blueprint) -> Started:
     queue = in_thread(slurm.squeue())
     if queue is None:
         raise ClusterError(
-            "Slurm does not answer, so nobody knows which sessions run already.",
-            "its controller is away, or overworked",
-            "try again when  squeue --me  answers: what was made stays, and no session is submitted twice",
+            "Slurm does not answer, so it is unknown which sessions are running already.",
+            "its controller is down or overloaded",
+            "try again when  squeue --me  answers: what was created stays, and no session is submitted twice",
         )
     there = {job.name: job.job_id for job in queue if job.cluster_id == "run" and job.alive}
     for name, session in blueprint.sessions.items():
         called = f"{blueprint.name}-{name}"
         if called in there:
-            runs[name] = f"Slurm job {there[called]} has it already"
+            runs[name] = f"already running as Slurm job {there[called]}"
             continue
         file = write_project_file(blueprint, name, projects) if session.project is not None else projects / name
         command = command_of(blueprint, name, file)
@@ -436,9 +436,9 @@ def start(blueprint: Blueprint) -> Started:
 
 
 def invite_people(blueprint: Blueprint) -> dict[str, Path]:
-    """Invite those of a blueprint's people who have no invitation to its cluster, or one that has expired.
+    """Invite those of a blueprint's people who have no valid invitation to its cluster.
 
-    Another invitation would make the one before worthless, so of all others only the lanes are set; the owner needs none.
+    A new invitation would invalidate the old one, so for everybody else only the lanes are updated. The owner needs none.
 
     Raises
     ------

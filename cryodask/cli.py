@@ -1,4 +1,4 @@
-"""The command line. It asks and shows; the work is done by the layers below, which are imported when a command needs them."""
+"""The command line: options and output only. The layers below do the work and are imported when a command needs them."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ app.add_typer(cli_plan.blueprint, name="blueprint")
 
 @app.command()
 def demo(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where the simulated session and its results go.")] = Path("demo"),
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the simulated session and its results.")] = Path("demo"),
     movies: Annotated[int, typer.Option(help="Movies to simulate.", min=2)] = 24,
     seed: Annotated[int, typer.Option(help="Seed of the simulation.")] = 1,
-    workers: Annotated[int | None, typer.Option(help="Worker processes; all cores if not given.", min=1)] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes; by default one per core.", min=1)] = None,
 ) -> None:
     """Simulate a small beta-galactosidase session and process it from movies to map, in a few minutes."""
     from cryodask.demo import run_demo
@@ -59,15 +59,15 @@ def demo(
 
 @app.command()
 def simulate(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where movies, gain and truth are written.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for movies, gain and ground truth.")],
     movies: Annotated[int, typer.Option(help="Movies.", min=1)] = 24,
     size: Annotated[int, typer.Option(help="Rows and columns of a frame.", min=128)] = 1024,
-    frames: Annotated[int, typer.Option(help="Frames a movie.", min=1)] = 24,
-    particles: Annotated[int, typer.Option(help="Particles a movie.", min=0)] = 40,
+    frames: Annotated[int, typer.Option(help="Frames per movie.", min=1)] = 24,
+    particles: Annotated[int, typer.Option(help="Particles per movie.", min=0)] = 40,
     seed: Annotated[int, typer.Option(help="Seed; the same seed gives the same movies.")] = 1,
     mrc: Annotated[bool, typer.Option("--mrc", help="Write MRC movies instead of TIFF.")] = False,
 ) -> None:
-    """Make movies of beta-galactosidase with known truth, and a project file for them."""
+    """Simulate movies of beta-galactosidase with known ground truth, and write a project file for them."""
     from cryodask.demo import simulate_folder
 
     path = simulate_folder(folder, movies=movies, size=size, frames=frames, particles=particles, seed=seed, mrc=mrc)
@@ -77,9 +77,11 @@ def simulate(
 @app.command()
 def info(
     project: ProjectArgument,
-    environment: Annotated[bool, typer.Option("--environment", help="Show under which versions each step was computed.")] = False,
+    environment: Annotated[
+        bool, typer.Option("--environment", help="Show the software versions that each step was computed with.")
+    ] = False,
 ) -> None:
-    """Show what a project holds, stage by stage, and what was quarantined."""
+    """Show what a project contains, stage by stage, and what was quarantined."""
     opened = open_project(project)
     if environment:
         from cryodask.run.made_in import lines
@@ -99,9 +101,9 @@ def info(
 @app.command()
 def verify(
     project: ProjectArgument,
-    repair: Annotated[bool, typer.Option("--repair", help="Take back the commits of what is damaged; the next run recomputes it.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Invalidate damaged results; the next run recomputes them.")] = False,
 ) -> None:
-    """Read everything again and compare it with its checksums; ends with 1 if anything is damaged."""
+    """Reread everything and compare it with its checksums. The exit status is 1 if anything is damaged."""
     opened = open_project(project)
     problems = opened.verify()
     for problem in problems:
@@ -113,8 +115,8 @@ def verify(
     if repair:
         with opened.lock():
             for item in open_project(project).repair():
-                typer.echo(f"taken back: {item}")
-        typer.echo("Nothing was deleted. Run the project again: it recomputes these.")
+                typer.echo(f"invalidated: {item}")
+        typer.echo("Nothing was deleted. Run the project again to recompute these.")
     else:
         typer.echo(f"{len(damaged)} problems. Repair them with:  cryodask verify --repair {project}  and run the project again.")
     raise typer.Exit(1)
@@ -126,10 +128,10 @@ for _command in (cli_history.gc, cli_history.history, cli_history.keep, cli_hist
 
 @app.command("import")
 def import_(
-    star: Annotated[Path, typer.Argument(metavar="STAR", help="RELION STAR file of micrographs or particles.")],
+    star: Annotated[Path, typer.Argument(metavar="STAR", help="RELION STAR file that lists micrographs or particles.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Project file to write.")] = Path("project.yaml"),
 ) -> None:
-    """Write a project file that starts from what another program made."""
+    """Write a project file that starts from another program's results."""
     from cryodask.interop import project_from_star
 
     typer.echo(f"Wrote {project_from_star(star, output)}. Look it over, then:  cryodask run {output}")
@@ -143,15 +145,15 @@ def export(
     ] = None,
     to: Annotated[
         tuple[str, Path] | None,
-        typer.Option("--to", metavar="NAME DIR", help="The same for a program that an installed package writes for."),
+        typer.Option("--to", metavar="NAME DIR", help="Write for another program, with an exporter of an installed package."),
     ] = None,
 ) -> None:
-    """Write a project for other programs: STAR files, particle stacks, class averages, half-maps, map and mask."""
+    """Export a project to other programs: STAR files, particle stacks, class averages, half-maps, map and mask."""
     from cryodask.interop import export as write
 
     name, folder = to or ("relion", relion)
     if folder is None or (to and relion):
-        raise ProjectFileError("Say for which program, and into which folder.", "", "--relion DIR, or --to NAME DIR")
+        raise ProjectFileError("No program and folder were given.", "", "use --relion DIR, or --to NAME DIR")
     for path in write(open_project(project), name, folder):
         typer.echo(str(path))
 
@@ -159,7 +161,9 @@ def export(
 @app.command()
 def report(
     project: ProjectArgument,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="The page; report.html in the project if not given.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="HTML file to write; by default report.html in the project.")
+    ] = None,
 ) -> None:
     """Write the report: one self-contained HTML page."""
     from cryodask.report import write_report
@@ -186,8 +190,8 @@ def stages(
         near = difflib.get_close_matches(name, known, n=1)
         raise CryodaskError(
             f"There is no stage {name!r}." + (f" Did you mean {near[0]!r}?" if near else "") + OTHERS.hint(name),
-            "a typo",
-            "cryodask stages  lists them",
+            "",
+            "list them with  cryodask stages",
         )
     stage = known[name]
     from cryodask.run.graph_chain import default_outputs
@@ -203,7 +207,7 @@ def stages(
 
 
 def main() -> None:
-    """Entry point: errors of ours are three sentences, not a traceback."""
+    """Entry point: cryodask's own errors are printed as three sentences, not as a traceback."""
     try:
         app(standalone_mode=True)
     except CryodaskError as error:
@@ -212,20 +216,20 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("cryodask"):
             raise
-        reason = "cryodask was installed without what works on images; clusters need nothing of it"
-        told = CryodaskError(f"This command needs a package that is missing: {error}.", reason, 'pip install "cryodask[em]"')
+        reason = "cryodask was installed without the packages for image processing, which clusters do not need"
+        told = CryodaskError(f"This command needs a package that is not installed: {error}.", reason, 'pip install "cryodask[em]"')
         typer.echo(f"{type(error).__name__}: {told}", err=True)
         sys.exit(2)
     except OSError as error:
         what = f"{error.filename} cannot be read or written" if error.filename else "A file cannot be read or written"
-        reason = "it is missing, full, or belongs to somebody else"
+        reason = "it is missing, the disk is full, or this account has no permission"
         told = CryodaskError(f"{what}: {error.strerror or error}.", reason, "check the path, its permissions and the free space")
         typer.echo(f"{type(error).__name__}: {told}", err=True)
         sys.exit(_status(error))
 
 
 def _status(error: Exception) -> int:
-    """Only of a run does a supervisor ask whose fault it was."""
+    """Exit status by cause for ``run``, where a supervisor needs it; 1 for all other commands."""
     return exit_status(error) if sys.argv[1:2] == ["run"] else 2
 
 

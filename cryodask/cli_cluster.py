@@ -16,32 +16,34 @@ from cryodask.errors import ClusterError, ProjectFileError
 
 app = typer.Typer(
     name="cluster",
-    help="A cluster that lives on and that several people share.\n\nStart with:  cryodask cluster start CLUSTER.yaml",
+    help="A long-lived cluster that several people share.\n\nStart with:  cryodask cluster start CLUSTER.yaml",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of the cluster.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="For programs.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()
 def start(
-    cluster: Annotated[str, typer.Argument(metavar="FILE", help="Cluster file (.yaml), or the name of a cluster that ran before.")],
-    name: Annotated[str | None, typer.Option(help="Its name; service.name of the file, or that of the file, if not given.")] = None,
+    cluster: Annotated[str, typer.Argument(metavar="FILE", help="Cluster file (.yaml), or the name of an earlier cluster.")],
+    name: Annotated[
+        str | None, typer.Option(help="Name of the cluster; by default service.name in the file, else the file's name.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print every job script that would be submitted.")] = False,
-    foreground: Annotated[bool, typer.Option("--foreground", help="Serve in this process, for systemd and containers.")] = False,
-    wait: Annotated[float, typer.Option(metavar="SECONDS", help="How long to wait until it answers.")] = 120,
+    foreground: Annotated[bool, typer.Option("--foreground", help="Run the service in this process, for systemd and containers.")] = False,
+    wait: Annotated[float, typer.Option(metavar="SECONDS", help="How long to wait for it to answer.")] = 120,
 ) -> None:
-    """Start a cluster that lives on."""
+    """Start a long-lived cluster."""
     from cryodask.cluster.service import service
     from cryodask.cluster.settings import AddressSettings, PluginSettings, read_cluster_file
 
     if cluster == "local":
         raise ProjectFileError(
-            "local is a word for workers that end with their program, so there is nothing to start.",
-            "it was meant for  cryodask run  or  connect()",
-            "give a cluster file with  kind: local, see configs/clusters/local.yaml",
+            "'local' stands for workers that end with their program, so there is nothing to start.",
+            "it is meant for  cryodask run  and  connect()",
+            "give a cluster file with  kind: local, such as configs/clusters/local.yaml",
         )
     settings = service.settings_of(service.folder_of(cluster)) if cluster in service.known() else read_cluster_file(cluster)
     if isinstance(settings, PluginSettings):
@@ -52,7 +54,7 @@ def start(
         )
     if isinstance(settings, AddressSettings):
         raise ProjectFileError(
-            f"{cluster} names a scheduler that runs already.", "kind: address", "connect to it; there is nothing to start"
+            f"{cluster} names a scheduler that is already running.", "its kind is address", "connect to it; there is nothing to start"
         )
     called = name or (cluster if cluster in service.known() else service.name_for(settings, cluster))
     if dry_run:
@@ -65,12 +67,12 @@ def start(
         os.execv(sys.executable, [sys.executable, "-m", "cryodask.cluster.service.serving", str(folder)])
     started = service.start(settings, called, wait_seconds=wait)
     now = started.status()
-    typer.echo(f"The cluster {called} runs at {started.address}, {_place(now)}.")
+    typer.echo(f"The cluster {called} is running at {started.address}, {_place(now)}.")
     typer.echo(f"  connect:  client = cryodask.connect({called!r}, lane=...)")
-    typer.echo(f"  look:     cryodask cluster status {called}, dashboard {now['dashboard']} (through ssh -L from elsewhere)")
-    typer.echo(f"  end:      cryodask cluster stop {called}")
+    typer.echo(f"  status:   cryodask cluster status {called}, dashboard {now['dashboard']} (use ssh -L from another machine)")
+    typer.echo(f"  stop:     cryodask cluster stop {called}")
     if now["missing"]:
-        typer.echo(f"It waits for workers: {now['missing']}.")
+        typer.echo(f"No workers yet: {now['missing']}.")
 
 
 def _print_scripts(name: str, settings: Any) -> None:
@@ -86,7 +88,7 @@ def _print_scripts(name: str, settings: Any) -> None:
         typer.echo(f"# --- the scheduler\n{batch.service_script(service.folder_of(name), chosen)}")
     certificates = service.folder_of(name) / "authority" if service.encrypted(settings) else None
     if certificates and not (certificates / "worker.pem").exists():
-        typer.echo("# (without the lines on certificates, which are made at the first start)\n")
+        typer.echo("# (without the certificate lines; certificates are made at the first start)\n")
         certificates = None
     for pool in settings.pools:
         script = slurm.job_script(settings, pool, scheduler="SCHEDULER", name=f"{pool}-0", cluster_id="CLUSTER", certificates=certificates)
@@ -95,9 +97,9 @@ def _print_scripts(name: str, settings: Any) -> None:
 
 @app.command()
 def status(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="All clusters if not given.")] = None, as_json: JsonOption = False
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="By default all clusters.")] = None, as_json: JsonOption = False
 ) -> None:
-    """Show pools, jobs, why they wait, and lanes."""
+    """Show pools, jobs, why jobs are pending, and lanes."""
     from cryodask.cluster.service import service
 
     if name is None:
@@ -153,7 +155,7 @@ def _show(name: str, now: Mapping[str, Any]) -> None:
     ]
     _table(("lane", "weight", "share, last 5 min", "waiting", "on workers", "clients"), rows)
     if now["missing"]:
-        typer.echo(f"Waits for workers: {now['missing']}.")
+        typer.echo(f"Missing workers: {now['missing']}.")
     for when, text in now["events"][-5:]:
         typer.echo(f"  {_when(when)}  {text}")
 
@@ -175,18 +177,18 @@ def _table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
         table.add_column(column)
     for row in rows:
         table.add_row(*map(str, row))
-    # a file or a pipe has no width to fit into
+    # a file or a pipe has no width
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200, soft_wrap=not sys.stdout.isatty()).print(table)
 
 
 @app.command()
 def scale(
     name: NameArgument,
-    jobs: Annotated[list[str], typer.Argument(metavar="POOL=JOBS...", help="cpu=4 gpu=1; of a local cluster workers=4.")],
+    jobs: Annotated[list[str], typer.Argument(metavar="POOL=JOBS...", help="For example cpu=4 gpu=1; for a local cluster workers=4.")],
 ) -> None:
-    """Ask for more or fewer jobs of a pool.
+    """Change the number of jobs of a pool.
 
-    Results on workers that leave go to others first.
+    Workers that leave first move their results to others.
     """
     from cryodask.cluster.service import service
 
@@ -194,7 +196,7 @@ def scale(
     for word in jobs:
         pool, _, count = word.partition("=")
         if not count.isdigit():
-            raise ProjectFileError(f"{word!r} does not say how many jobs.", "a typing error", "write  cpu=4")
+            raise ProjectFileError(f"{word!r} gives no number of jobs.", "", "write it as  cpu=4")
         wanted[pool] = int(count)
     found = service.find(name)
     found.scale(**wanted)
@@ -207,24 +209,24 @@ def scale(
 @app.command()
 def stop(
     name: NameArgument,
-    drain: Annotated[float, typer.Option(metavar="SECONDS", help="Let tasks that run finish, for at most so long.", min=0)] = 0,
-    hand_over: Annotated[bool, typer.Option("--hand-over", help="Start a successor first, as at the end of a walltime.")] = False,
+    drain: Annotated[float, typer.Option(metavar="SECONDS", help="Wait for running tasks to finish, at most this long.", min=0)] = 0,
+    hand_over: Annotated[bool, typer.Option("--hand-over", help="Start a successor first, as at the end of the walltime.")] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Of one that is known to be gone: clear away what it left, though its machine is out of reach.")
+        bool, typer.Option("--force", help="Clean up after a cluster that is known to be gone although its machine cannot be reached.")
     ] = False,
 ) -> None:
-    """End a cluster and its jobs.
+    """Stop a cluster and its jobs.
 
-    Of one that has died, what it left is cleared away.
+    If it has died, what it left behind is cleaned up.
     """
     from cryodask.cluster.service import service
 
     if hand_over:
         service.find(name).hand_over()
-        typer.echo(f"{name} starts its successor, lets what runs finish, and ends. See  cryodask cluster status {name}")
+        typer.echo(f"{name} starts its successor, lets running tasks finish, and ends. See  cryodask cluster status {name}")
         return
     if name not in service.known():
-        service.find(name)  # says what there is
+        service.find(name)  # its error lists the clusters there are
     try:
         found = service.find(name)
     except ClusterError as error:
@@ -234,14 +236,14 @@ def stop(
             typer.echo(f"  {what}")
         return
     found.stop(drain_seconds=drain)
-    typer.echo(f"{name} has ended, and its jobs with it.")
+    typer.echo(f"{name} and its jobs have ended.")
 
 
 @app.command()
 def usage(
     name: NameArgument,
-    hours: Annotated[float | None, typer.Option(help="Of the last hours only.", min=0)] = None,
-    by: Annotated[str, typer.Option(help="What to tell apart, with commas: lane, user, project, pool.")] = "lane,user",
+    hours: Annotated[float | None, typer.Option(help="Only the last hours.", min=0)] = None,
+    by: Annotated[str, typer.Option(help="Columns to group by, separated by commas: lane, user, project, pool.")] = "lane,user",
     as_json: JsonOption = False,
 ) -> None:
     """Show who used how much."""
@@ -251,13 +253,13 @@ def usage(
     since, keys = None if hours is None else time.time() - 3600 * hours, tuple(part.strip() for part in by.split(",") if part.strip())
     wrong = [key for key in keys if key not in ("lane", "user", "project", "pool")]
     if wrong or not keys:
-        raise ProjectFileError(f"Usage cannot be told apart by {by!r}.", "a typing error", "use lane, user, project or pool")
+        raise ProjectFileError(f"Usage cannot be grouped by {by!r}.", "", "use lane, user, project or pool")
     try:
         rows = service.find(name).usage(since, keys)
     except ClusterError:
         if name not in service.known():
             raise
-        rows = read_usage(service.folder_of(name), since, keys)  # the journal of one that has ended
+        rows = read_usage(service.folder_of(name), since, keys)  # the journal of a cluster that has ended
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
@@ -277,34 +279,40 @@ def usage(
 @app.command()
 def invite(
     name: NameArgument,
-    user: Annotated[str, typer.Argument(metavar="USER", help="Account of the person.")],
-    lanes: Annotated[str, typer.Option(help="Lanes for them, with commas; all if not given. The first is the default.")] = "",
-    days: Annotated[float, typer.Option(help="How long the invitation is good.", min=0)] = 365,
-    revoke: Annotated[bool, typer.Option("--revoke", help="Take the invitation back instead.")] = False,
+    user: Annotated[str, typer.Argument(metavar="USER", help="Account name.")],
+    lanes: Annotated[
+        str, typer.Option(help="Lanes they may use, separated by commas; by default all. The first is their default lane.")
+    ] = "",
+    days: Annotated[float, typer.Option(help="How long the invitation is valid.", min=0)] = 365,
+    revoke: Annotated[bool, typer.Option("--revoke", help="Revoke the invitation instead.")] = False,
 ) -> None:
-    """Make a file that lets a person in, or take it back."""
+    """Make an invitation file that gives a user access, or revoke it."""
     from cryodask.cluster.service import service
 
     if revoke:
         service.authority_of(name).revoke(user)
-        typer.echo(f"{user} is no longer let into {name}.")
+        typer.echo(f"{user} no longer has access to {name}.")
         return
     path = service.invite(name, user, [lane.strip() for lane in lanes.split(",") if lane.strip()], days=days)
-    typer.echo(f"{path}\nIt is a password: send it so, and let {user} keep it as ~/.config/cryodask/{name}.invite (mode 600). Then\n")
+    typer.echo(
+        f"{path}\nTreat this file as a password. {user} keeps it as ~/.config/cryodask/{name}.invite (mode 600), and then connects with\n"
+    )
     typer.echo(f"  client = cryodask.connect({name!r})")
 
 
 def submit(
     project: Annotated[Path, typer.Argument(metavar="PROJECT.yaml", help="Project file.")],
     cluster: Annotated[
-        str | None, typer.Option(metavar="NAME|FILE", help="A cluster that runs, or a cluster file; that of the project file if not given.")
+        str | None, typer.Option(metavar="NAME|FILE", help="A running cluster or a cluster file; by default the one in the project file.")
     ] = None,
-    lane: Annotated[str, typer.Option(help="Lane of its tasks.")] = "batch",
-    partition: Annotated[str | None, typer.Option(help="Of the job that drives the run; driver: of the cluster file if not given.")] = None,
-    walltime: Annotated[str | None, typer.Option(metavar="H:MM:SS", help="Of that job.")] = None,
+    lane: Annotated[str, typer.Option(help="Lane of the run's tasks.")] = "batch",
+    partition: Annotated[
+        str | None, typer.Option(help="Partition of the driver job; by default the one under driver: in the cluster file.")
+    ] = None,
+    walltime: Annotated[str | None, typer.Option(metavar="H:MM:SS", help="Walltime of the driver job.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job script.")] = False,
 ) -> None:
-    """Send a run to Slurm: a job drives it on the workers of a cluster, and goes on when the cluster hands over."""
+    """Submit a run to Slurm: a job drives it on the workers of a cluster, and continues when the cluster hands over."""
     from cryodask.cluster.service import service
     from cryodask.cluster.settings import JobSettings, SlurmSettings, changed_job
     from cryodask.run.recipe import make_plan

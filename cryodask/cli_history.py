@@ -1,4 +1,4 @@
-"""Commands about what a project has computed: its generations, one particle, and exposures that are left out on purpose."""
+"""Commands about what a project has computed: its results, single particles, and exposures that were excluded on purpose."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ProjectArgument = Annotated[Path, typer.Argument(metavar="PROJECT", help="Projec
 
 
 def open_project(path: Path) -> Any:
-    """The project in a folder, or of a project file."""
+    """Open the project in a folder or that of a project file."""
     from cryodask.run.recipe import project_folder
     from cryodask.store.project import Project
 
@@ -22,10 +22,10 @@ def gc(
     project: ProjectArgument,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be removed.")] = False,
     last_results: Annotated[
-        bool, typer.Option("--last-results", help="Also the last finished results of steps whose present one is not finished.")
+        bool, typer.Option("--last-results", help="Also remove the last finished result of steps whose current one is unfinished.")
     ] = False,
 ) -> None:
-    """Remove results that no step uses any more; those with a name and each step's last finished one stay, with what they rest on."""
+    """Remove results that no step uses any more. Named results and each step's last finished one stay, with all that they depend on."""
     from cryodask.store.garbage import listed
 
     opened = open_project(project)
@@ -34,7 +34,7 @@ def gc(
             typer.echo(f"would remove {line}")
         return
     with opened.lock():
-        opened = open_project(project)  # as the driver before left it
+        opened = open_project(project)  # in the state the previous driver left
         for line in listed(opened.superseded(last_results=last_results)):
             typer.echo(f"removing {line}")
         typer.echo(f"{opened.collect_garbage(last_results=last_results) / 1e6:.1f} MB freed")
@@ -42,9 +42,9 @@ def gc(
 
 def history(
     project: ProjectArgument,
-    step: Annotated[str | None, typer.Argument(metavar="STEP", help="Only generations of this step.")] = None,
+    step: Annotated[str | None, typer.Argument(metavar="STEP", help="Only results of this step.")] = None,
 ) -> None:
-    """List every generation that was computed: when, from what, its figures, and its name."""
+    """List every result that was computed: when, from what, its figures, and its name."""
     from datetime import datetime
 
     for made in open_project(project).history(step):
@@ -61,23 +61,23 @@ def history(
 
 def keep(
     project: ProjectArgument,
-    which: Annotated[str, typer.Argument(metavar="STEP[@KEY]", help="A generation; the current one of the step without @KEY.")],
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Its name; an empty one removes the name.")],
+    which: Annotated[str, typer.Argument(metavar="STEP[@KEY]", help="A result; without @KEY the current one of the step.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Its name; an empty string removes the name.")],
 ) -> None:
-    """Give a generation a name, so that gc keeps it and all that it rests on."""
+    """Name a result, so that gc keeps it and all that it depends on."""
     opened = open_project(project)
     with opened.lock():
         place = open_project(project).keep(which, name).replace("/", "@")
-    typer.echo(f"{place} is kept as {name.strip()!r}" if name.strip() else f"{place} has no name any more")
+    typer.echo(f"{place} is kept as {name.strip()!r}" if name.strip() else f"{place} no longer has a name")
 
 
 def compare(
     project: ProjectArgument,
-    first: Annotated[str, typer.Argument(metavar="STEP[@KEY]", help="Or a name that was given to a result.")],
+    first: Annotated[str, typer.Argument(metavar="STEP[@KEY]", help="A result, or its name.")],
     second: Annotated[str, typer.Argument(metavar="STEP[@KEY]")],
     plot: Annotated[Path | None, typer.Option(help="Save the FSC curves of both in one plot (PNG, SVG).")] = None,
 ) -> None:
-    """Show the parameters, inputs and figures in which two generations differ, and their FSC curves in one plot."""
+    """Show the parameters, inputs and figures in which two results differ, and their FSC curves in one plot."""
     opened = open_project(project)
     table = opened.compare(first, second)
     typer.echo(table.to_string() if len(table) else f"{first} and {second} do not differ: parameters, inputs and figures are the same.")
@@ -90,13 +90,13 @@ def compare(
 def forget(
     project: ProjectArgument,
     names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Exposures, by name.")],
-    undo: Annotated[bool, typer.Option("--undo", help="Take them in again.")] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Include them again.")] = False,
 ) -> None:
-    """Take exposures out of a project on purpose; their results stay, and --undo brings them back."""
+    """Exclude exposures from a project. Their results stay, and --undo brings them back."""
     opened = open_project(project)
     with opened.lock():
         changed = open_project(project).forget_exposures(names, undo=undo)
-    typer.echo(f"{len(changed)} exposures {'taken in again' if undo else 'left out from now on'}")
+    typer.echo(f"{len(changed)} exposures {'included again' if undo else 'excluded from now on'}")
 
 
 def where(

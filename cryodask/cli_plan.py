@@ -11,34 +11,34 @@ import typer
 blueprint = typer.Typer(help="A facility in one file: cluster, folders, lanes and sessions.", no_args_is_help=True, rich_markup_mode=None)
 
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="Blueprint (.yaml, see configs/blueprints).")]
-ProfileOption = Annotated[str | None, typer.Option(metavar="NAME", help="A profile of the blueprint, say test.")]
-FolderOption = Annotated[Path, typer.Option(metavar="DIR", help="Where folders lie that the blueprint does not give from the root.")]
+ProfileOption = Annotated[str | None, typer.Option(metavar="NAME", help="A profile of the blueprint, for example test.")]
+FolderOption = Annotated[Path, typer.Option(metavar="DIR", help="Base of the blueprint's relative folders.")]
 
 
 def plan(
     microscopes: Annotated[int, typer.Option(help="Microscopes that record at the same time.", min=1)] = 1,
-    movies_per_hour: Annotated[float, typer.Option(help="Movies an hour of ONE microscope.")] = 300.0,
+    movies_per_hour: Annotated[float, typer.Option(help="Movies per hour and microscope.")] = 300.0,
     blueprint: Annotated[str, typer.Option(help="preprocessing, image-analysis or mixed.")] = "mixed",
     camera: Annotated[str, typer.Option(help="k2, k3, k3-super or falcon.")] = "k3",
-    megapixels: Annotated[float | None, typer.Option(help="Millions of pixels of a frame, instead of a camera.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames of a movie.")] = None,
-    compression: Annotated[str, typer.Option(help="How the camera's files are packed: lzw, or none (a byte a count).")] = "lzw",
+    megapixels: Annotated[float | None, typer.Option(help="Megapixels per frame, instead of a camera.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames per movie.")] = None,
+    compression: Annotated[str, typer.Option(help="Compression of the camera's files: lzw, or none (one byte per count).")] = "lzw",
     movie_megabytes: Annotated[float | None, typer.Option(help="Size of a movie file, if you know it.")] = None,
-    in_place: Annotated[bool, typer.Option("--in-place", help="Movies are read where they lie, not copied into the project.")] = False,
-    particles: Annotated[int | None, typer.Option(help="Particles a micrograph.")] = None,
-    box: Annotated[int | None, typer.Option(help="Edge of their boxes in the micrograph, pixels.")] = None,
-    scale_to: Annotated[int | None, typer.Option(help="Edge of their images as kept, pixels; half the box if not given.")] = None,
-    repeats: Annotated[int, typer.Option(help="How often a particle goes through 2D classes and refinement.")] = 2,
-    sorted_share: Annotated[float, typer.Option(help="Share of the particles that is refined.")] = 0.5,
-    hours_per_day: Annotated[float, typer.Option(help="Hours of recording a day.")] = 24.0,
+    in_place: Annotated[bool, typer.Option("--in-place", help="Read movies in place instead of copying them into the project.")] = False,
+    particles: Annotated[int | None, typer.Option(help="Particles per micrograph.")] = None,
+    box: Annotated[int | None, typer.Option(help="Box size in the micrograph, pixels.")] = None,
+    scale_to: Annotated[int | None, typer.Option(help="Box size of the stored images, pixels; by default half the box.")] = None,
+    repeats: Annotated[int, typer.Option(help="How often each particle goes through 2D classification and refinement.")] = 2,
+    sorted_share: Annotated[float, typer.Option(help="Fraction of the particles that is refined.")] = 0.5,
+    hours_per_day: Annotated[float, typer.Option(help="Hours of recording per day.")] = 24.0,
     days_raw: Annotated[float, typer.Option(help="Days for which movies are kept.")] = 14.0,
     days_results: Annotated[float, typer.Option(help="Days for which results are kept.")] = 30.0,
     from_: Annotated[
-        Path | None, typer.Option("--from", metavar="PROJECT", help="Use seconds and bytes that this project really took.")
+        Path | None, typer.Option("--from", metavar="PROJECT", help="Use the seconds and bytes measured in this project.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what cores, memory, disks and network a facility's load needs, and what that rests on."""
+    """Estimate the cores, memory, disks and network that a facility's load needs, and list the assumptions."""
     from cryodask.costs import Load, measured_costs
     from cryodask.plan import costs_of_project, plan_facility
 
@@ -69,19 +69,19 @@ def plan(
         typer.echo(json.dumps(made.as_json(), indent=1))
         return
     what = (
-        f"{microscopes} x {movies_per_hour:g} movies an hour"
+        f"{microscopes} x {movies_per_hour:g} movies per hour"
         if blueprint != "image-analysis"
-        else f"particles of {microscopes} x {movies_per_hour:g} movies an hour"
+        else f"particles of {microscopes} x {movies_per_hour:g} movies per hour"
     )
     typer.echo(f"{blueprint}: {what}\n")
     _table(("needed", "", "why"), [(n.name, f"{_short(n.value)} {n.unit}".strip(), n.why) for n in made.needs])
-    typer.echo("\nThis rests on:\n")
+    typer.echo("\nAssumptions:\n")
     _table(("assumed", "", "source"), [(a.name, a.value, a.source) for a in made.assumptions])
 
 
 @blueprint.command()
 def check(file: FileArgument, profile: ProfileOption = None, folder: FolderOption = Path(".")) -> None:
-    """Check a blueprint, and say what starting it would do: folders, lanes, sessions, and every job script."""
+    """Check a blueprint and show what starting it would do: folders, lanes, sessions, and every job script."""
     from cryodask.blueprints import check as checked
     from cryodask.blueprints import read_blueprint
 
@@ -93,17 +93,17 @@ def check(file: FileArgument, profile: ProfileOption = None, folder: FolderOptio
 
 @blueprint.command()
 def start(file: FileArgument, profile: ProfileOption = None, folder: FolderOption = Path(".")) -> None:
-    """Make its folders, start its cluster, invite its people, and submit its sessions."""
+    """Create the folders, start the cluster, invite the people, and submit the sessions."""
     from cryodask.blueprints import read_blueprint
     from cryodask.blueprints import start as started
 
     made = started(read_blueprint(file, profile, folder))
-    typer.echo(f"The cluster {made.service.name} runs at {made.service.address}.")
+    typer.echo(f"The cluster {made.service.name} is running at {made.service.address}.")
     for person, path in made.invitations.items():
         typer.echo(f"invitation for {person}: {path}")
     for name, run in made.runs.items():
         typer.echo(f"{name}: {run}")
-    typer.echo(f"look:  cryodask cluster status {made.service.name}\nend:   cryodask cluster stop {made.service.name}")
+    typer.echo(f"status:  cryodask cluster status {made.service.name}\nstop:    cryodask cluster stop {made.service.name}")
 
 
 def _short(value: float) -> str:

@@ -1,4 +1,4 @@
-"""Commands that carry out a project and follow it: ``run`` and ``watch``."""
+"""Commands that run a project and follow a run: ``run`` and ``watch``."""
 
 from __future__ import annotations
 
@@ -19,44 +19,45 @@ if TYPE_CHECKING:
 def run(
     project: Annotated[Path, typer.Argument(metavar="PROJECT.yaml", help="Project file.")],
     until: Annotated[str | None, typer.Option(metavar="STEP", help="Stop after this step.")] = None,
-    from_: Annotated[str | None, typer.Option("--from", metavar="STEP", help="Compute this step and all that follow anew.")] = None,
-    only: Annotated[str | None, typer.Option(metavar="STEP", help="Compute this step and nothing else.")] = None,
+    from_: Annotated[str | None, typer.Option("--from", metavar="STEP", help="Recompute this step and all later ones.")] = None,
+    only: Annotated[str | None, typer.Option(metavar="STEP", help="Run this step and nothing else.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, and show what would be computed and why.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print every event of the run as a line of JSON; with --dry-run, what it shows.")
     ] = False,
     update: Annotated[
-        list[str] | None, typer.Option(metavar="STEP", help="Compute a step of an older version with this program's; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="STEP", help="Recompute a step that an older version of its stage computed; may be repeated."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Take the project over from another driver, which then ends.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Take the project over from another driver, which then stops.")] = False,
     retry_quarantined: Annotated[bool, typer.Option("--retry-quarantined", help="Try quarantined micrographs again.")] = False,
-    workers: Annotated[int | None, typer.Option(help="Local worker processes; all cores if not given.", min=1)] = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Take movies as they arrive, the newest first.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Local worker processes; by default one per core.", min=1)] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Process movies as they arrive, newest first.")] = False,
     until_idle: Annotated[
-        float | None, typer.Option(metavar="MINUTES", help="End --watch when nothing arrives for so long.", min=0)
+        float | None, typer.Option(metavar="MINUTES", help="End --watch when nothing has arrived for this long.", min=0)
     ] = None,
-    until_movies: Annotated[int | None, typer.Option(metavar="N", help="End --watch when so many movies have arrived.", min=1)] = None,
+    until_movies: Annotated[int | None, typer.Option(metavar="N", help="End --watch when this many movies have arrived.", min=1)] = None,
     cluster: Annotated[
-        str | None, typer.Option(metavar="NAME|FILE", help="A cluster that runs, or a cluster file; overrides the project file.")
+        str | None, typer.Option(metavar="NAME|FILE", help="A running cluster or a cluster file; overrides the project file.")
     ] = None,
-    lane: Annotated[str | None, typer.Option(help="Lane of its tasks; live for --watch, else batch, if not given.")] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="End with exit status 1 where exposures are quarantined.")] = False,
+    lane: Annotated[str | None, typer.Option(help="Lane of the run's tasks; by default live with --watch, else batch.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with status 1 if exposures are quarantined.")] = False,
     same_environment: Annotated[
-        bool, typer.Option("--same-environment", help="Refuse to add to results that were made under other versions.")
+        bool, typer.Option("--same-environment", help="Refuse to add to results that were computed with other versions.")
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show every exposure and iteration.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")] = False,
 ) -> None:
-    """Carry out a project file; what is done already is kept, so the same command also resumes.
+    """Run a project file. Finished results are kept, so the same command also resumes.
 
-    Ctrl-C, or a file called stop in the results, lets the exposures that are being processed finish, and begins nothing else.
+    Ctrl-C, or a file called stop in the results, lets the exposures in flight finish and starts nothing else.
 
     Exit status: 0 done, or waiting for a person; 1 with --strict, exposures are quarantined; 2 the project file, an input or an option is
-    wrong; 3 the cluster is gone or has no workers; 4 the disk with the project; 5 another driver took the project over; 130 stopped by a
-    person.
+    wrong; 3 the cluster is gone or has no workers; 4 the project's disk is full or cannot be written; 5 another driver took the project
+    over; 130 stopped by a person.
     """
     if not watch and (until_idle is not None or until_movies is not None):
-        raise ProjectFileError("--until-idle and --until-movies end a watch.", "--watch was left out", "add --watch")
+        raise ProjectFileError("--until-idle and --until-movies need --watch.", "", "add --watch")
     from cryodask.run.selection import Wanted
     from cryodask.run.watch import Until
 
@@ -84,8 +85,8 @@ def run(
     try:
         run_session(project, wanted, listen=[JsonLines() if as_json else Terminal(verbosity=verbose - quiet)])
     except (KeyboardInterrupt, Stopped) as error:
-        what = error.what if isinstance(error, Stopped) else "\nStopped. What is finished is kept."
-        typer.echo(f"{what} Go on with:\n  cryodask run {project}", err=True)
+        what = error.what if isinstance(error, Stopped) else "\nStopped. Finished results are kept."
+        typer.echo(f"{what} Resume with:\n  cryodask run {project}", err=True)
         raise typer.Exit(130) from None
 
 
@@ -113,10 +114,10 @@ def _dry_run(project: Path, wanted: Wanted, *, as_json: bool) -> None:
 
 def watch(
     project: ProjectArgument,
-    last: Annotated[int, typer.Option(metavar="N", help="Begin with so many events of before.", min=0)] = 20,
+    last: Annotated[int, typer.Option(metavar="N", help="Begin with this many earlier events.", min=0)] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="Print every event as a line of JSON.")] = False,
 ) -> None:
-    """Follow the run of a project from another terminal, until it ends; Ctrl-C leaves the run alone."""
+    """Follow a run from another terminal until it ends. Ctrl-C does not affect the run."""
     from cryodask.run.event_log import follow
     from cryodask.run.progress import JsonLines, text_of
     from cryodask.run.status import status_sentence
@@ -126,7 +127,7 @@ def watch(
     told = ""
     try:
         for event in follow(folder, last):
-            if event is None:  # nothing new: is anybody there?
+            if event is None:  # nothing new: is the driver still alive?
                 doing = status_sentence(folder)
                 if doing.startswith(("its process is gone", "no sign of life")) and doing != told:
                     told = doing

@@ -1,4 +1,4 @@
-"""What a stage function is given besides its parameters and data: a device, threads, a scratch folder, random numbers, other programs."""
+"""What a stage function gets besides its parameters and data: a device, threads, a scratch folder, random numbers, other programs."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ _LINES_QUOTED, _CHARACTERS_QUOTED = 12, 1200
 
 
 def _ignored(fraction: float, figures: dict[str, float]) -> None:
-    """Where reports go while nobody listens."""
+    """Default ``on_report``: discard the report."""
 
 
 @dataclass
 class Context:
     """Where and how a stage function runs.
 
-    Used as a context manager, or closed: the scratch folder goes then.
+    The scratch folder is removed on :meth:`close`, or when the ``with`` block ends.
 
     Parameters
     ----------
     device : str
-        ``"cpu"`` or ``"cuda"``, where tensors belong.
+        ``"cpu"`` or ``"cuda"``: where to put tensors.
     threads : int
-        Threads that the function may use.
+        Number of threads that the function may use.
     log : Path, optional
-        File that keeps what programs print; without one it goes with the scratch folder.
+        File for the output of programs; by default it is kept in the scratch folder and removed with it.
     programs : mapping of Program to str
-        Programs that the stage declares, with the versions that are part of its key.
+        Programs that the stage declares, with the versions in its key.
     on_report : callable ``(fraction, figures)``
-        Is handed what the function reports.
+        Called with each report of the function.
     """
 
     device: str = "cpu"
@@ -58,53 +58,55 @@ class Context:
 
     @property
     def scratch(self) -> Path:
-        """An empty folder on a disk of this machine, made when it is first asked for and removed when the function has returned.
+        """An empty folder on a local disk, made on first use and removed when the function has returned.
 
-        It is in Dask's ``temporary-directory`` where that is set, else where ``TMPDIR`` says.
+        It is in Dask's ``temporary-directory`` if that is set, else in ``TMPDIR``.
         """
         if self._scratch is None:
             self._scratch = _Scratch()
         return self._scratch.path
 
     def rng(self, *seeds: int) -> np.random.Generator:
-        """Random numbers that depend on the seeds alone: the same for every worker, order of items and repetition.
+        """A random generator that depends on the seeds alone: the same for every worker, order of items and repetition.
 
-        Give what tells the draws apart, for example ``context.rng(params.seed, row)``. Any integers will do.
+        Pass whatever distinguishes the draws, for example ``context.rng(params.seed, row)``. Any integers will do.
         """
         return np.random.default_rng([seed % 2**64 for seed in seeds])
 
     def report(self, fraction: float, **figures: float) -> None:
-        """Say how much is done, from 0 to 1, with figures of interest (``resolution_angstrom=4.2``)."""
+        """Report progress from 0 to 1, with figures of interest (``resolution_angstrom=4.2``)."""
         if not 0.0 <= fraction <= 1.0:
-            raise ValueError(f"a fraction of {fraction} was reported; it goes from 0 to 1")
+            raise ValueError(f"a fraction of {fraction} was reported; it must be between 0 and 1")
         self.on_report(fraction, figures)
 
     def run(
         self, program: str, arguments: Sequence[str | Path | float], *, outputs: Sequence[str] = (), timeout_seconds: float | None = None
     ) -> str:
-        """Run a program that the stage declares, in the scratch folder; returns what it printed.
+        """Run a program that the stage declares in the scratch folder; return its output.
 
         Parameters
         ----------
         program : str
             Name of one of the programs in ``@stage(programs=...)``.
         arguments : sequence
-            Of its command line; no shell reads them.
+            Command-line arguments, passed as they are, without a shell.
         outputs : sequence of str
-            Files in the scratch folder that it must leave there, not empty.
+            Files that it must write into the scratch folder, and not leave empty.
         timeout_seconds : float, optional
-            It is ended, with all that it started, when it takes longer.
+            After this time it is killed together with all processes that it started.
 
         Raises
         ------
         ProgramError
-            It failed, took too long, or an output is missing: the last lines of its output are part of the message.
+            It failed, took too long, or an output is missing. The message contains the last lines of its output.
         ClusterError
-            This machine has no such program, or another version than the one in the key of the result.
+            The program is not on this machine, or its version differs from the one in the key of the result.
         """
         declared = {known.name: known for known in self.programs}
         if program not in declared:
-            raise ValueError(f"{program} is not among the programs of this stage ({', '.join(declared) or 'none'}): @stage(programs=...)")
+            raise ValueError(
+                f"{program} is not declared by this stage ({', '.join(declared) or 'none'} declared): add it to @stage(programs=...)"
+            )
         check_same_version(declared[program], self.programs[declared[program]])
         command = [path_of(program) or program, *map(str, arguments)]
         kept = self.log or self.scratch.with_name(self.scratch.name + ".output")
@@ -116,24 +118,24 @@ class Context:
             start = log.tell()
             status = self._finished(command, log, timeout_seconds)
         printed = kept.read_bytes()[start:].decode(errors="replace")
-        kept_at = f"; all of its output is in {self.log}" if self.log else ""
+        kept_at = f"; the full output is in {self.log}" if self.log else ""
         told = f"its last lines{kept_at}:\n{_last_lines(printed)}" if printed.strip() else "it printed nothing"
-        way_out = "look at its output; run it by hand with the command in the first line of the log"
+        way_out = "check its output; rerun it by hand with the command in the first line of the log"
         if status is None:
-            what = f"{program} took longer than {timeout_seconds:g} s and was ended; {told}"
+            what = f"{program} took longer than {timeout_seconds:g} s and was killed; {told}"
             raise ProgramError(what, "", f"raise the limit, or {way_out}")
         if status:
-            ended = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"failed with exit status {status}"
+            ended = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"failed with exit status {status}"
             raise ProgramError(f"{program} {ended}; {told}", "", way_out)
         missing = [name for name in outputs if not ((self.scratch / name).is_file() and (self.scratch / name).stat().st_size)]
         if missing:
-            raise ProgramError(f"{program} ended well, but did not write {', '.join(missing)}; {told}", "", way_out)
+            raise ProgramError(f"{program} exited with status 0, but did not write {', '.join(missing)}; {told}", "", way_out)
         return printed
 
     def _finished(self, command: list[str], log: IO[bytes], timeout_seconds: float | None) -> int | None:
-        """Exit status of a command that was run to its end; None if it took too long. Nothing that it started goes on."""
+        """Run a command; return its exit status, or None if it took too long. No process that it started survives."""
         threads = {name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-        # a program must not outlive a worker that is killed; a function between fork and exec is not safe in a process with threads
+        # the program must not outlive a killed worker, and preexec_fn is not safe in a process with threads
         wrapper = [path] if (path := shutil.which("setpriv")) else []
         process = subprocess.Popen(
             [*wrapper, *(["--pdeathsig", "KILL"] if wrapper else []), *command],
@@ -172,10 +174,10 @@ def _last_lines(text: str) -> str:
 
 
 class _Scratch:
-    """A folder that goes when it is removed; what killed processes left is removed by the next one.
+    """A temporary folder; those that killed processes left behind are removed when the next one is made.
 
-    A lock, which the kernel lifts when a process dies, says whether a folder is in use; its file lies beside the folder, so that there
-    is never a folder without one.
+    A file lock, which the kernel releases when the process dies, marks a folder as in use. Its file is beside the folder, so that there
+    is never a folder without a lock.
     """
 
     def __init__(self) -> None:

@@ -1,6 +1,6 @@
-"""What a movie and a particle cost: seconds and bytes that were measured, and the arithmetic that scales them to a load.
+"""Cost of a movie and of a particle: measured seconds and bytes, and the arithmetic that scales them to a load.
 
-The numbers lie in ``stage_costs.json`` (``benchmarks/stage_costs.py`` writes it). ``cryodask plan`` and the dry run use them.
+The numbers are in ``stage_costs.json``, written by ``benchmarks/stage_costs.py``. ``cryodask plan`` and the dry run use them.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from importlib import resources
 from cryodask.errors import ProjectFileError
 
 CAMERAS = {"k2": 3838 * 3710 / 1e6, "k3": 5760 * 4092 / 1e6, "k3-super": 11520 * 8184 / 1e6, "falcon": 4096 * 4096 / 1e6}
-"""Pixels of a frame, millions."""
+"""Megapixels per frame."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """What comes in.
+    """The load of a facility.
 
-    ``movies_per_hour`` is that of ONE microscope. ``movie_megabytes`` replaces what camera, frames and compression would give.
-    ``box`` and ``scale_to`` are edges in pixels of an extracted particle, before and after it is reduced. ``sorted_share`` of the particles
-    is refined.
+    ``movies_per_hour`` is per microscope. ``movie_megabytes`` overrides the size computed from camera, frames and compression.
+    ``box`` and ``scale_to`` are the box sizes of a particle in pixels, before and after downscaling. ``sorted_share`` is the
+    fraction of the particles that is refined.
     """
 
     microscopes: int = 1
@@ -46,36 +46,36 @@ class Load:
 
     @property
     def frame_megapixels(self) -> float:
-        """Millions of counts of a movie."""
+        """Megapixels per movie, all frames together."""
         return self.pixels * self.frames
 
     @property
     def pixels(self) -> float:
-        """Millions of pixels of a frame."""
+        """Megapixels per frame."""
         return self.megapixels or CAMERAS[self.camera]
 
     def __post_init__(self) -> None:
         if self.megapixels is None and self.camera not in CAMERAS:
             raise ProjectFileError(
                 f"There is no camera {self.camera!r}.",
-                "a typo in its name, or a new camera",
+                "",
                 f"use {', '.join(CAMERAS)}, or give megapixels",
             )
         if self.compression not in ("lzw", "none"):
-            raise ProjectFileError(f"There is no compression {self.compression!r}.", "a typo", "use lzw or none, or movie_megabytes")
+            raise ProjectFileError(f"There is no compression {self.compression!r}.", "", "use lzw or none, or give movie_megabytes")
         wrong = [n for n, v in asdict(self).items() if isinstance(v, (int, float)) and not isinstance(v, bool) and not v > 0]
         wrong += [n for n, most in (("hours_per_day", 24), ("sorted_share", 1)) if getattr(self, n) > most]
         if wrong:
             raise ProjectFileError(
                 f"{', '.join(wrong)} is out of range.",
-                "a typo, or another unit",
-                "numbers are positive, a day has 24 hours, a share is at most 1",
+                "a value in another unit",
+                "use positive numbers, at most 24 hours per day, and shares of at most 1",
             )
 
 
 @dataclass(frozen=True)
 class Assumption:
-    """A number that the plan rests on, and where it is from."""
+    """An assumption of the plan, and its source."""
 
     name: str
     value: str
@@ -84,7 +84,7 @@ class Assumption:
 
 @dataclass(frozen=True)
 class StageCost:
-    """CPU seconds of one thread: ``fixed`` for a movie, and ``per_unit``."""
+    """CPU seconds of one thread: ``fixed`` per movie, plus ``per_unit``."""
 
     unit: str
     fixed: float
@@ -93,7 +93,7 @@ class StageCost:
 
 @dataclass(frozen=True)
 class Costs:
-    """Measured seconds and bytes. ``particle_stages``: CPU seconds per particle by edge of its image, pixels, all iterations."""
+    """Measured seconds and bytes. ``particle_stages``: CPU seconds per particle for all iterations, by box size in pixels."""
 
     source: str
     map_stages: Mapping[str, StageCost]
@@ -104,7 +104,7 @@ class Costs:
     notes: tuple[Assumption, ...] = ()
 
     def movie_seconds(self, load: Load) -> dict[str, float]:
-        """CPU seconds of a movie by stage."""
+        """CPU seconds per movie, by stage."""
         units = {
             "frame megapixel": load.frame_megapixels,
             "megapixel": load.pixels,
@@ -113,7 +113,7 @@ class Costs:
         return {name: cost.fixed + cost.per_unit * units[cost.unit] for name, cost in self.map_stages.items()}
 
     def particle_seconds(self, stage: str, edge: int) -> float:
-        """CPU seconds per particle: a power of the image's edge through the two that were measured, never below the smaller one."""
+        """CPU seconds per particle: a power law in box size through the two measured sizes, never below the smaller one."""
         known = self.particle_stages[stage]
         small, large = min(known), max(known)
         power = max(0.0, math.log(known[large] / known[small]) / math.log(large / small))
@@ -122,7 +122,7 @@ class Costs:
 
 @functools.cache
 def measured_costs() -> Costs:
-    """Costs that were measured with this version's stages (``benchmarks/stage_costs.py``); they lie in the package."""
+    """Costs measured with the stages of this version (``benchmarks/stage_costs.py``); they are part of the package."""
     data = json.loads(resources.files("cryodask").joinpath("stage_costs.json").read_text())
     return Costs(
         source=f"measured {data['measured']} on {data['machine']}; {data['movies']}",

@@ -1,4 +1,4 @@
-"""The demonstration: a simulated session, processed from movies to map and held against its truth."""
+"""The demo: a simulated session, processed from movies to map and compared with the ground truth."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _BOX, _SCALED_BOX = 160, 96
 
 
 def write_project_file(folder: Path, params: Any) -> Path:
-    """A project file for a simulated session."""
+    """Write a project file for a simulated session."""
     content = {
         "name": "betagal",
         "inputs": {"movies": f"movies/*.{params.format}", "gain": "gain.mrc"},
@@ -78,7 +78,7 @@ def simulate_folder(folder: Path, *, movies: int, size: int, frames: int, partic
 
 
 def run_demo(folder: Path, *, movies: int = 24, seed: int = 1, workers: int | None = None) -> dict[str, Any]:
-    """Simulate, process, score; writes ``summary.json`` into ``folder`` and returns it."""
+    """Simulate a session, process it and score the results; write ``summary.json`` into ``folder`` and return its content."""
     from cryodask.simulate import SessionParams, load_truth, prepare_session, simulate_one
 
     started = time.time()
@@ -112,7 +112,7 @@ def run_demo(folder: Path, *, movies: int = 24, seed: int = 1, workers: int | No
 
 @contextmanager
 def _simulating(movies: int, result: str) -> Iterator[Callable[[], None]]:
-    """Shows how far the simulation is; gives what is to be called when a movie is done."""
+    """Show the progress of the simulation; yields a function to call after each movie."""
     events, started = Events([Terminal()]), time.monotonic()
     events.emit(StepStarted, step="simulate", steps=["simulate"], total=movies, kept=0)
     yield lambda: events.emit(ExposureCommitted, step="simulate", row=0, name="")
@@ -125,7 +125,7 @@ def _peak_memory() -> int:
 
 
 def stage_seconds(project: Project) -> dict[str, float]:
-    """Seconds of work in each stage: over all micrographs for map stages, wall time for the others."""
+    """Seconds spent in each stage: summed over all micrographs for map stages, wall time for the others."""
     out = {}
     for label in project.stages:
         records = project.generation(label).committed().values()
@@ -134,7 +134,7 @@ def stage_seconds(project: Project) -> dict[str, float]:
 
 
 def score(project: Project, truth: Any) -> dict[str, Any]:
-    """Figures of a processed session against its truth (a :class:`cryodask.simulate.Truth`)."""
+    """Compare a processed session with its ground truth (a :class:`cryodask.simulate.Truth`)."""
     import torch
 
     from cryodask.formats.mrc import read_mrc
@@ -194,7 +194,7 @@ def score(project: Project, truth: Any) -> dict[str, Any]:
 
 
 def _true_poses(project: Project, truth: Any, positions: list[np.ndarray], row_of: dict[str, int]) -> Any:
-    """The refined particles that are true ones, with their true poses."""
+    """Refined particles that match a simulated one, with their true poses."""
     from cryodask.simulate.score import TruePoses, match_picks
 
     particles = project.particles("refine3d").load()

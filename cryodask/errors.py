@@ -1,4 +1,4 @@
-"""Every error of cryodask: what happened, the usual reason, the way out.
+"""All exceptions of cryodask. Each says what happened, the usual reason, and what to do.
 
 ::
 
@@ -7,20 +7,20 @@
     ├── InputError                stops: an input that all items share is wrong (gain, reference, mask, STAR file)
     │   ├── GainError
     │   └── StarError
-    ├── ProgramMissingError       stops: a program that a step runs is not here (found before any work)
-    ├── PluginError               stops: a stage, reader ... of another package cannot be used as it is
+    ├── ProgramMissingError       stops: a program that a step runs is not installed (found before any work)
+    ├── PluginError               stops: a stage, reader ... of another package cannot be used
     ├── StoreError                stops: the project folder cannot be read or written
     │   ├── DiskError
     │   │   └── DiskFullError
     │   ├── LockedError
     │   └── TakenOverError
     ├── ClusterError              stops: workers cannot be started or are gone
-    ├── Stopped                   a person stopped the run
-    ├── Quarantined               at the end of a run that was to be strict: exposures are quarantined
-    └── ItemError                 quarantines ONE item and goes on
-        ├── MovieError            a movie that is missing, truncated or of another shape
-        ├── MicrographError       a micrograph that a stage cannot use (NaN pixels, box larger than it ...)
-        └── ProgramError          a program failed, took too long, or left no result
+    ├── Stopped                   the user stopped the run
+    ├── Quarantined               at the end of a strict run: exposures are quarantined
+    └── ItemError                 quarantines ONE item; the run continues
+        ├── MovieError            the movie is missing, truncated or has another shape
+        ├── MicrographError       a stage cannot use the micrograph (NaN pixels, box too large ...)
+        └── ProgramError          a program failed, took too long, or wrote no result
 
 OSError and MemoryError raised inside an item are retried, then quarantined.
 """
@@ -34,21 +34,21 @@ _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG,
 
 
 class CryodaskError(Exception):
-    """Base of all errors: three sentences instead of one.
+    """Base of all exceptions, with a message of up to three sentences.
 
     Parameters
     ----------
     what : str
-        What happened, to what, with the numbers.
+        What happened to what, with the numbers.
     usual_reason : str
-        Why this usually happens.
+        The usual cause; empty if there is none.
     way_out : str
-        What the user can do about it.
+        What the user can do.
     """
 
     on_failure: Literal["stop", "quarantine"] = "stop"
     exit_status: int = 2
-    """Of a run that this error ends; see :func:`exit_status`."""
+    """Exit status of a run that this error ends; see :func:`exit_status`."""
 
     def __init__(self, what: str, usual_reason: str = "", way_out: str = "") -> None:
         super().__init__(what, usual_reason, way_out)
@@ -74,90 +74,90 @@ class ProjectFileError(CryodaskError):
 
 
 class InputError(CryodaskError):
-    """An input that all items share is missing or does not fit the others."""
+    """An input that all items share is missing or does not match the others."""
 
 
 class GainError(InputError):
-    """The gain reference does not fit the movies."""
+    """The gain reference does not match the movies."""
 
 
 class StarError(InputError):
-    """A STAR file lacks what is needed or cannot be parsed."""
+    """A STAR file cannot be parsed or lacks required columns."""
 
 
 class ProgramMissingError(CryodaskError):
-    """A program that a step runs is not installed here, or does not say its version."""
+    """A program that a step runs is not installed here, or does not report its version."""
 
 
 class PluginError(CryodaskError):
-    """A part of another package (stage, reader, exporter, kind of pool) cannot be used as it is."""
+    """A stage, reader, exporter or pool kind of another package cannot be used."""
 
 
 class StoreError(CryodaskError):
-    """The project folder is not what is needed: another format, no such result."""
+    """The project folder cannot be used: another format, or no such result."""
 
 
 class DiskError(StoreError):
-    """The disk with the project cannot be read or written, or has lost bytes."""
+    """The project's disk cannot be read or written, or data on it are damaged."""
 
     exit_status = 4
 
 
 class DiskFullError(DiskError):
-    """No space is left where the project lies."""
+    """No space is left on the project's disk."""
 
 
 class LockedError(StoreError):
-    """Another driver works on this project."""
+    """Another driver is working on this project."""
 
 
 class TakenOverError(StoreError):
-    """Another driver took over the project of this one, which was stopped or out of reach of its disk."""
+    """Another driver took the project over, because this one was suspended or lost access to the disk."""
 
     exit_status = 5
 
 
 class ClusterError(CryodaskError):
-    """Workers cannot be started, or all are gone."""
+    """Workers cannot be started, or all of them are gone."""
 
     exit_status = 3
 
 
 class Stopped(CryodaskError):
-    """A person stopped the run; it goes on with the same command."""
+    """The user stopped the run; the same command resumes it."""
 
     exit_status = 130
 
 
 class Quarantined(CryodaskError):
-    """A strict run is done, but not with every exposure."""
+    """A strict run has finished, but exposures are quarantined."""
 
     exit_status = 1
 
 
 class ItemError(CryodaskError):
-    """One item cannot be processed; the run goes on without it."""
+    """One item cannot be processed; the run continues without it."""
 
     on_failure = "quarantine"
 
 
 class MovieError(ItemError):
-    """A movie is missing, truncated or of another shape than the rest."""
+    """A movie is missing, truncated or differs in shape from the rest."""
 
 
 class MicrographError(ItemError):
-    """A micrograph cannot be used by a stage."""
+    """A stage cannot use a micrograph."""
 
 
 class ProgramError(ItemError):
-    """A program that a stage ran failed, took too long, or left no result."""
+    """A program that a stage ran failed, took too long, or wrote no result."""
 
 
 def exit_status(error: BaseException) -> int:
-    """Exit status of a run that ends with an error, by whose fault it was.
+    """Exit status of a run that ends with an error, by cause.
 
-    1 exposures are quarantined (only where a run is strict), 2 the project file, an input or an option, 3 the cluster, 4 the disk with
-    the results, 5 another driver took the project over, 130 a person interrupted it.
+    1 exposures are quarantined (strict runs only), 2 the project file, an input or an option, 3 the cluster, 4 the project's disk,
+    5 another driver took the project over, 130 the user interrupted it.
     """
     if isinstance(error, KeyboardInterrupt):
         return 130

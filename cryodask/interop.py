@@ -1,4 +1,4 @@
-"""To and from other programs: a project as RELION 3.1 files, and a project file from a STAR file."""
+"""Exchange with other programs: export to RELION 3.1, and project files from STAR files."""
 
 from __future__ import annotations
 
@@ -46,13 +46,17 @@ _OF_MICROGRAPHS = {
     "ctf_quality": ("ctf_resolution_angstrom", "ctf_figure_of_merit"),
     "field": ("total_motion", "early_motion"),
 }
-"""Part -> numbers of it that are written for each micrograph."""
+"""Part -> its numbers that are written per micrograph."""
 
 
 def _refused(name: str, exporter: object) -> str:
-    """Why an exporter of another package cannot be used."""
+    """Why an exporter of another package cannot be used; empty if it can."""
     if name == "relion" or not callable(exporter):
-        return "relion is cryodask's own" if name == "relion" else f"it is a {type(exporter).__name__}, not a function (project, folder)"
+        return (
+            "the name relion is taken by cryodask"
+            if name == "relion"
+            else f"it is a {type(exporter).__name__}, not a function (project, folder)"
+        )
     try:
         inspect.signature(exporter).bind("project", "folder")
     except TypeError as error:
@@ -61,11 +65,11 @@ def _refused(name: str, exporter: object) -> str:
 
 
 OTHERS = Plugins("cryodask.exporters", _refused)
-"""Programs for which other packages write."""
+"""Exporters of other packages, by program."""
 
 
 def export(project: Project, name: str, folder: str | Path) -> list[Path]:
-    """Write a project for another program; returns the paths written.
+    """Export a project to another program; return the paths written.
 
     Parameters
     ----------
@@ -88,13 +92,13 @@ def export(project: Project, name: str, folder: str | Path) -> list[Path]:
 
 
 def export_relion(project: Project, folder: str | Path) -> list[Path]:
-    """Write what a project has as RELION 3.1 files; returns the paths written.
+    """Export a project as RELION 3.1 files; return the paths written.
 
     ``micrographs_ctf.star`` with ``micrographs/*.mrc``, ``motion/*.star``, ``coordinates/*.star``, ``particles.star`` + ``.mrcs`` (the
     particles of the last refinement with their poses, else those of the last curation, else all), ``class_averages.mrcs`` + ``.star``,
     ``half1.mrc, half2.mrc`` (unmasked, unsharpened), ``map.mrc`` (sharpened where post-processing ran), ``mask.mrc``,
-    ``postprocess.star``. Everything is in the row frame of MRC files. Exposures are those behind the particles, without those that a
-    selection leaves out.
+    ``postprocess.star``. Everything is in the row order of MRC files. The exposures are those that the particles come from, without those
+    that a selection excludes.
     """
     out = Path(folder)
     with disk_errors(out):
@@ -104,7 +108,7 @@ def export_relion(project: Project, folder: str | Path) -> list[Path]:
 
 
 def _optics(project: Project) -> dict[str, dict[str, float]]:
-    """Numbers of exposures by name: what the registry has, and optics that steps gave (those of an import are its columns)."""
+    """Optics of the exposures by name: from the registry, and from steps such as imports."""
     items, out = project.items(), dict[str, dict[str, float]]()
     for variable in (str(n) for n, v in project.micrographs().data_vars.items() if v.dims == ("micrograph",) and v.dtype.kind == "f"):
         out[variable] = {item.name: float(v) for item in items if (v := project.value_of(item, variable)) is not None}
@@ -120,7 +124,7 @@ def _optics(project: Project) -> dict[str, dict[str, float]]:
 
 
 def _exposures(project: Project) -> ProductRef | None:
-    """The exposures that are written: those behind the particles that are written, else those of the last step that gives some."""
+    """The exposures to write: those that the exported particles come from, else those of the last step that gives any."""
     label = _label_of_particles(project)
     behind = project.product(label, "particles") if label is not None else None
     if behind is not None and "micrograph" in behind.exposures:
@@ -136,14 +140,14 @@ def _rows(project: Project, exposures: ProductRef | None) -> dict[int, str]:
 
 
 def _givers(project: Project, exposures: ProductRef, part: str) -> list[str]:
-    """Steps that gave a part: one, or those of all sources of a union."""
+    """Steps that gave a part: one, or for a union those of all its sources."""
     labels = {project.step(label).place: label for label in project.stages}
     given = [labels[place] for place in exposures.parts.get(part, "").split("|") if place in labels]
     return given or [label for label in (project.latest("exposures", part),) if label is not None]
 
 
 def _figures(project: Project, exposures: ProductRef, part: str, name: str) -> dict[str, float]:
-    """A number of the exposures that has a part, by their names."""
+    """Values of a variable by the names of the exposures that have it."""
     known = project.sets.exposure_values(exposures.parts[part], name, exposures.optics) if part in exposures.parts else None
     names = {item.row: item.name for item in project.items()}
     return {names[r]: float(v) for r, v in zip(*(one.tolist() for one in known)) if r in names} if known is not None else {}
@@ -218,7 +222,7 @@ def _coordinates(project: Project, out: Path) -> list[Path]:
 
 
 def _picks(project: Project, label: str) -> dict[int, tuple[np.ndarray, ...]]:
-    """Accepted places (y, x, pixels) and scores by row: of a picker for each of its exposures, of a union for those with particles."""
+    """Accepted positions (y, x, pixels) and scores by row: for every exposure of a picker, or for those with particles of a union."""
     if project.generation(label).meta["per_item"]:
         picks, rows = project[label], {item.name: item.row for item in project.items()}
         out = {}
@@ -274,7 +278,7 @@ def _particles(project: Project, out: Path) -> list[Path]:
 
 
 def _births(project: Project, particles: Any, pixel: np.ndarray | None) -> dict[str, np.ndarray]:
-    """Where the particles were born, pixels: by this an id that comes back is known to be of this project."""
+    """Positions at birth, pixels. They prove that an id in a reimported STAR file belongs to this project."""
     if "position_y_angstrom" in particles and pixel is not None:
         return {f"birth_{axis}": particles[f"position_{axis}_angstrom"].values / pixel for axis in "yx"}
     ids, book = parent_of(particles["particle_id"].values), BirthBook(project)
@@ -345,8 +349,8 @@ def project_from_star(path: str | Path, output: str | Path) -> Path:
     path, output = Path(path), Path(output)
     if output.exists():
         raise ProjectFileError(
-            f"{output} exists, and is not overwritten.",
-            "it was written by an earlier import",
+            f"{output} exists and is not overwritten.",
+            "an earlier import wrote it",
             "choose another name with --output, or remove it",
         )
     tables = star.read_tables(path)
@@ -366,7 +370,11 @@ def project_from_star(path: str | Path, output: str | Path) -> Path:
         content["pipeline"] += [{"classify2d": {"classes": 20}}, {"curate": {"keep": "auto"}}]
         count = f"{len(columns['micrograph_name'])} micrographs"
     else:
-        raise StarError(f"{path} lists neither micrographs nor particles.", "it is a STAR file of another kind", "give one of these")
+        raise StarError(
+            f"{path} lists neither micrographs nor particles.",
+            "it is another kind of STAR file",
+            "give one that lists micrographs or particles",
+        )
     content["cluster"] = "local"
     with disk_errors(output.parent):
         output.write_text(f"# {count} from {path.name}\n" + yaml.safe_dump(content, sort_keys=False))

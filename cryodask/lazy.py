@@ -1,4 +1,4 @@
-"""The lazy face: a per-exposure stage applied to an xarray Dataset, the same functions and the same bits as on the workers."""
+"""Per-exposure stages as lazy functions on xarray Datasets, bit-identical to the results of a run."""
 
 from __future__ import annotations
 
@@ -13,28 +13,30 @@ if TYPE_CHECKING:
     import xarray as xr
 
 _RAGGED = ("slot", "left_out")
-"""Dimensions that have a length of their own in every micrograph."""
+"""Dimensions whose length differs from micrograph to micrograph."""
 
 
 def apply_lazily(made: Any, dataset: xr.Dataset, params: Any) -> xr.Dataset:
-    """Apply a per-exposure stage to a Dataset by micrograph: a lazy Dataset of what it gives.
+    """Apply a per-exposure stage to each micrograph of a Dataset; returns a lazy Dataset of its outputs.
 
-    Particles of an exposure come from ``particle_id, position_y_angstrom, position_x_angstrom`` of the Dataset, or from its picks.
+    The particles of an exposure come from ``particle_id, position_y_angstrom, position_x_angstrom`` of the Dataset, or from its picks.
     """
     import xarray as xr
 
     if made.shape != "map":
-        raise TypeError(f"{made.name} is a {made.shape} stage: it has no lazy face; run it with cryodask.run_project()")
+        raise TypeError(f"{made.name} is a {made.shape} stage and cannot be applied to a Dataset; run it with cryodask.run_project()")
     if "position_y_angstrom" in made.needs and "position_y_angstrom" not in dataset and "pick_y" in dataset:
         dataset = _with_positions(dataset)
     names = [n for n in (*made.needs, *made.optional) if n in dataset]
     missing = [n for n in made.needs if n not in dataset]
     if missing:
-        raise KeyError(f"{made.name} needs {', '.join(missing)}, which the Dataset lacks; project.joined() has what earlier stages gave")
+        raise KeyError(
+            f"{made.name} needs {', '.join(missing)}, which the Dataset lacks; project.joined() has the outputs of all earlier stages"
+        )
     own = {d: n for name in names for d, n in zip(VARIABLES[name].dims, dataset[name].shape[-len(VARIABLES[name].dims) :])}
     sizes = {**own, **made.sizes(params, own)}
     outs = made.gives_variables()
-    # probing one item settles what the definition leaves open: lengths, and the type of what is stored as it comes
+    # one item shows what the definition leaves open: lengths, and the dtype of variables stored with the dtype of the input
     dtypes = {v.name: v.dtype for v in outs}
     if "input" in dtypes.values() or any(d not in sizes for v in outs for d in v.dims):
         first = dataset[names].isel(micrograph=0) if "micrograph" in dataset.dims else dataset[names]
@@ -48,14 +50,14 @@ def apply_lazily(made: Any, dataset: xr.Dataset, params: Any) -> xr.Dataset:
         given = made.process(params, **_whole_ones(dict(zip(names, map(_plain, arrays)))))
         shapes = [tuple(sizes[d] for d in v.dims_in(per_item=True)) for v in outs]
         found = tuple(_filled(v, np.asarray(given[v.name], dtypes[v.name]), shape) for v, shape in zip(outs, shapes))
-        return found if len(found) > 1 else found[0]  # numpy.vectorize takes a tuple of one for a value
+        return found if len(found) > 1 else found[0]  # numpy.vectorize treats a 1-tuple as a value
 
     inputs = []
     for name in names:
         core = {d: -1 for d in dataset[name].dims if d != "micrograph"}
         array = dataset[name]
         inputs.append(array.chunk({**core, **({"micrograph": 1} if "micrograph" in array.dims else {})}))
-    # the core dimensions of the outputs get names of their own, so that a stage may change the size of y and x
+    # output core dimensions get separate names, so that a stage may change the size of y and x
     results = xr.apply_ufunc(
         one,
         *inputs,
@@ -78,7 +80,7 @@ def _named(var: Var, array: xr.DataArray) -> xr.DataArray:
 
 
 def _with_positions(dataset: xr.Dataset) -> xr.Dataset:
-    """Picks as particles: those that are accepted keep their place, the others become NaN (id -1) and are left out."""
+    """Picks as particles: accepted ones keep their slot, the others become NaN (id -1) and are ignored."""
     accepted = dataset["pick_accepted"] > 0 if "pick_accepted" in dataset else dataset["pick_y"].notnull()
     places = {
         f"position_{axis}_angstrom": (dataset[f"pick_{axis}"].astype(np.float64) * dataset["pixel_size_angstrom"]).where(accepted)
@@ -89,7 +91,7 @@ def _with_positions(dataset: xr.Dataset) -> xr.Dataset:
 
 
 def _whole_ones(values: dict[str, Any]) -> dict[str, Any]:
-    """Arguments without the padding of ragged columns, particles in the order of their ids."""
+    """Remove the padding of ragged columns, and sort particles by id."""
     if "particle_id" not in values:
         return values
     there = np.flatnonzero(np.asarray(values["particle_id"]) >= 0)
@@ -98,20 +100,20 @@ def _whole_ones(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers and text of a Dataset as Python's own; arrays as kernels may have them, for torch refuses read-only ones."""
+    """Scalars as Python types; arrays writable, because torch refuses read-only ones."""
     array = np.asarray(value)
     return array.item() if array.ndim == 0 else np.require(array, requirements="W")
 
 
 def _filled(var: Var, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A ragged output brought to the length of its dimension: NaN, or -1 for integers."""
+    """Pad a ragged output to the length of its dimension with NaN, or -1 for integers."""
     if array.shape == shape:
         return array
     if next(iter(var.dims_in(per_item=True)), "") not in _RAGGED or array.shape[1:] != shape[1:]:
         raise MicrographError(
             f"{var.name} has shape {array.shape} here and {shape} for the first micrograph.",
-            "movies of different cameras, binnings or frame numbers in one Dataset",
-            "choose those of one kind",
+            "the Dataset mixes movies of different cameras, binning or numbers of frames",
+            "select movies of one kind",
         )
     out = np.full(shape, np.nan if array.dtype.kind == "f" else -1, array.dtype)
     out[tuple(slice(0, n) for n in array.shape)] = array

@@ -1,4 +1,4 @@
-"""A process that dies with the one that started it, however that dies: no signal handler, thread or pipe has to be served for it."""
+"""Processes that die with their parent, however it dies; no signal handler, thread or pipe is needed."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """From now on the kernel kills this process as soon as its parent is gone (Linux; elsewhere nothing happens).
+    """Have the kernel kill this process as soon as its parent is gone (Linux; a no-op elsewhere).
 
-    Also where this process holds the interpreter, hangs in a library, or is stopped. To be precise, the kernel waits for the end of the
-    thread of the parent that started this process: it must live at least as long as this process is wanted.
+    This works even if the process holds the GIL, hangs in a library, or is stopped. Strictly, the kernel watches the parent's thread that
+    started this process: that thread must live as long as this process is wanted.
 
     Parameters
     ----------
     parent : int, optional
-        Process id of the parent as it was known when this process was started: if it is another one by now, it has died already.
+        Process id of the parent when this process was started. If the parent is another one by now, the original has died already.
     """
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is None:
@@ -31,15 +31,15 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 def die_with_spawner() -> None:
-    """The same for a process that multiprocessing has started; nothing happens in any other one."""
+    """Like :func:`die_with_parent`, for a process started by multiprocessing; a no-op in any other process."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         die_with_parent(parent.pid)
 
 
 async def dask_setup(worker: Any) -> None:
-    """``preload`` of workers whose nanny lives in the driver.
+    """``preload`` for workers whose nanny runs in the driver.
 
-    distributed starts each worker in a thread that lives as long as the nanny wants the worker.
+    distributed starts each worker in a thread that lives as long as the worker is wanted.
     """
     die_with_spawner()

@@ -11,14 +11,14 @@ from pydantic import BaseModel, ConfigDict
 
 
 class InputFileMark:
-    """Marks a parameter that names a file: its content, not its name, enters the key of a generation."""
+    """Marks a parameter that names a file whose content, not name, enters the key."""
 
 
 InputFile = Annotated[str, InputFileMark()]
 
 
 class SourceFileMark:
-    """Marks a parameter that names a file or folder of which the plan makes exposures or particles: its name enters the key."""
+    """Marks a parameter that names a file or folder from which the plan makes exposures or particles; its name enters the key."""
 
 
 SourceFile = Annotated[str, SourceFileMark()]
@@ -26,23 +26,23 @@ SourceFile = Annotated[str, SourceFileMark()]
 
 @dataclass(frozen=True)
 class ChoiceMark:
-    """Marks a parameter with numbers of classes that a person has chosen: they belong to one classification.
+    """Marks a parameter with manually chosen class numbers, which belong to one classification.
 
-    ``numbers`` finds them in a value that is no list: part of the particles (``class2d``, ``class3d``) -> numbers.
+    ``numbers`` extracts them from a value that is not a list: part of the particles (``class2d``, ``class3d``) -> numbers.
     """
 
     numbers: Callable[[Any], Mapping[str, Sequence[int]]] | None = None
 
 
 class ThresholdMark:
-    """Marks the parameter of a picker that settles which peaks are accepted: a score, or "auto" for ``pick_threshold`` of the exposure.
+    """Marks the parameter of a picker that decides which peaks are accepted: a score, or "auto" for ``pick_threshold`` of the exposure.
 
-    Peaks are stored with their scores whatever it is, so it moves no identity and is no part of the key.
+    All peaks are stored with their scores, so it changes no identity and is not part of the key.
     """
 
 
 class EffortMark:
-    """Marks a parameter that settles how much time or memory a result may take, not the result: it is no part of the key."""
+    """Marks a parameter that limits time or memory but does not affect the result; it is not part of the key."""
 
 
 def marked_fields(model: type[BaseModel], mark: type) -> list[str]:

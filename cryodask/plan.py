@@ -1,6 +1,6 @@
-"""What a facility needs for its load: cores, memory, disks and network, from seconds and bytes that were measured.
+"""Cores, memory, disks and network that a facility needs for its load, from measured seconds and bytes.
 
-Pure arithmetic on :class:`Load` and :class:`Costs`. Every number that was not measured is an :class:`Assumption`, which is shown.
+Pure arithmetic on :class:`Load` and :class:`Costs`. Every number that was not measured is an :class:`Assumption`, and is shown.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _DAY = 86400.0
 
 @dataclass(frozen=True)
 class Need:
-    """One thing that is needed, and how it comes about."""
+    """One requirement, and how it was computed."""
 
     name: str
     value: float
@@ -38,7 +38,7 @@ class Need:
 
 @dataclass(frozen=True)
 class FacilityPlan:
-    """What a load needs."""
+    """Requirements of a load."""
 
     load: Load
     blueprint: str
@@ -50,20 +50,20 @@ class FacilityPlan:
         return next(n.value for n in self.needs if n.name == name)
 
     def as_json(self) -> dict[str, Any]:
-        """For other programs."""
+        """The plan as JSON-serialisable data."""
         return asdict(self)
 
 
 def costs_of_project(path: str | Path) -> tuple[Costs, dict[str, Any]]:
-    """Costs as a project of the user really had them, and what its movies are like (fields of :class:`Load`).
+    """Costs measured in a project of the user, and a description of its movies (fields of :class:`Load`).
 
-    Seconds of the stages are the CPU seconds in the records of its items, bytes those of its files. What no project records (the time for
-    storing, memory, the stages that take all particles) stays as measured by us; the notes say so.
+    The seconds of the stages are the CPU seconds in the records of its items, the bytes are those of its files. What no project records
+    (the time for storing, memory, stages that take all particles) stays at cryodask's own measurements; the notes say so.
 
     Raises
     ------
     ProjectFileError
-        If it did not start from movies, or records no seconds.
+        If it did not start from movies, or has recorded no seconds.
     """
     from cryodask.run.recipe import project_folder
     from cryodask.store.project import Project
@@ -74,9 +74,9 @@ def costs_of_project(path: str | Path) -> tuple[Costs, dict[str, Any]]:
     timed = {n: [r["cpu_seconds"] for r in found.values() if r["ok"] and "cpu_seconds" in r] for n, found in records.items()}
     if not timed.get("ingest") or not timed.get("motion"):
         raise ProjectFileError(
-            f"{path} does not say what its movies took.",
-            "it starts from what another program made, or no movie is finished yet",
-            "leave --from out, or run a session from its movies first",
+            f"{path} has no record of what its movies cost.",
+            "it starts from another program's results, or no movie is finished yet",
+            "leave out --from, or first run a session that starts from movies",
         )
     sizes = project.generation(by_stage["ingest"]).meta["sizes"]
     motion = project.generation(by_stage["motion"]).meta["sizes"]
@@ -109,7 +109,7 @@ def costs_of_project(path: str | Path) -> tuple[Costs, dict[str, Any]]:
         Assumption(
             f"{', '.join(n for n in timed if timed[n])}", "as in the project", f"CPU seconds and bytes of {len(timed['motion'])} movies"
         ),
-        Assumption(f"{', '.join(kept)}, particle stages, memory", "as measured by us", "a project does not record them"),
+        Assumption(f"{', '.join(kept)}, particle stages, memory", "measured by cryodask", "a project does not record them"),
     )
     source = f"project {project.name}; what it does not record: {ours.source}"
     return replace(ours, source=source, map_stages=stages, bytes=sizes_of, notes=notes), load
@@ -122,7 +122,7 @@ def _mean(values: list[float]) -> float:
 def plan_facility(
     load: Load, blueprint: str = "mixed", costs: Costs | None = None, *, busy: float = 0.7, peak: float = 2.0
 ) -> FacilityPlan:
-    """Cores, memory, storage and network for a load.
+    """Estimate cores, memory, storage and network for a load.
 
     Parameters
     ----------
@@ -130,18 +130,18 @@ def plan_facility(
     blueprint : str
         One of :data:`SHAPES`.
     costs : Costs, optional
-        :func:`measured_costs` if left out.
+        By default :func:`measured_costs`.
     busy : float
-        Share of the time in which a core works: the rest is for pauses that are caught up, retries, and lost jobs.
+        Fraction of the time in which a core is busy; the rest is for catching up after pauses, retries, and lost jobs.
     peak : float
-        Largest rate of reading and writing over the mean one.
+        Peak rate of reading and writing relative to the mean.
 
     Raises
     ------
     ProjectFileError
     """
     if blueprint not in SHAPES:
-        raise ProjectFileError(f"There is no blueprint {blueprint!r}.", "a typing error", f"use {', '.join(SHAPES)}")
+        raise ProjectFileError(f"There is no blueprint {blueprint!r}.", "", f"use {', '.join(SHAPES)}")
     costs = costs or measured_costs()
     from_movies, analysis = blueprint != "image-analysis", blueprint != "preprocessing"
     per_second = load.microscopes * load.movies_per_hour / 3600.0
@@ -162,7 +162,7 @@ def plan_facility(
     cores = math.ceil(max((live + batch) / (1 - beside), least))
     gpus = 1 if "learning" in weights else 0
 
-    # --- memory: a worker process with one thread a core
+    # --- memory: one single-threaded worker process per core
     scale = max(1.0, load.pixels / costs.memory_megapixels) if from_movies else 1.0
     worker = math.ceil(costs.memory_bytes * scale / 0.9 * 1.5 / _GIB)
 
@@ -188,19 +188,19 @@ def plan_facility(
     work = " + ".join(f"{n} {s:.1f}" for n, s in movie_seconds.items() if s >= 0.05)
     needs = [
         Need("cores for batch", batch, "cores",
-            f"{particles_a_day / 1e6:.2f} million particles a day x {load.repeats} x "
+            f"{particles_a_day / 1e6:.2f} million particles per day x {load.repeats} x "
             f"{sum(used.values()):.3f} CPU s ({', '.join(f'{n} {s:.3f}' for n, s in used.items())}) / {busy:g}"),
         Need("cores", cores, "cores", f"{beside:.0%} of them for other lanes{by_weight}"),
-        Need("GPUs", gpus, "", "for the lane learning; no stage of ours needs one" if gpus else "no stage of ours needs one"),
+        Need("GPUs", gpus, "", "for the lane learning; no stage needs one" if gpus else "no stage needs one"),
         Need("memory of a worker", worker, "GiB", f"{peak_said}, x 1.5, a tenth left free"),
-        Need("memory", worker * cores, "GiB", "one worker process a core"),
-        Need("node-local scratch", 2 * worker * cores, "GiB", "twice the memory, on disks of the nodes: results that spill"),
-        Need("raw movies", raw / 1e12, "TB", f"{movies_a_day:,.0f} movies a day x {movie / 1e6:.0f} MB x {load.days_raw:g} days"),
-        Need("results", kept / 1e12, "TB", f"{kept_day / movies_a_day / 1e6:.0f} MB a movie x {load.days_results:g} days"),
-        Need("storage", (raw + kept) / 1e12, "TB", "usable, without spare room for the file system"),
+        Need("memory", worker * cores, "GiB", "one worker process per core"),
+        Need("node-local scratch", 2 * worker * cores, "GiB", "twice the memory, on node-local disks, for spilled results"),
+        Need("raw movies", raw / 1e12, "TB", f"{movies_a_day:,.0f} movies per day x {movie / 1e6:.0f} MB x {load.days_raw:g} days"),
+        Need("results", kept / 1e12, "TB", f"{kept_day / movies_a_day / 1e6:.0f} MB per movie x {load.days_results:g} days"),
+        Need("storage", (raw + kept) / 1e12, "TB", "usable space, without reserve for the file system"),
         Need("writing", write_rate / 1e9, "GB/s", f"movies, their copies, sums, particles; x {peak:g}"),
         Need("reading", read_rate / 1e9, "GB/s", f"movies, their copies, particles in batch; x {peak:g}"),
-        Need("network", 8 * (write_rate + read_rate) / 1e9, "Gbit/s", "all of it, to and from the shared file system; nodes share it"),
+        Need("network", 8 * (write_rate + read_rate) / 1e9, "Gbit/s", "total, to and from the shared file system; all nodes share it"),
     ]  # fmt: skip
     if from_movies:
         why = f"{per_second:.3f} movies/s x {sum(movie_seconds.values()):.1f} CPU s ({work}) / {busy:g}"
@@ -213,27 +213,27 @@ def _assumptions(load: Load, blueprint: str, costs: Costs, busy: float, peak: fl
     size = (
         "as given"
         if load.movie_megabytes
-        else f"{load.compression}; {costs.bytes['lzw_movie_per_count']:.3f} bytes a count with lzw, measured"
+        else f"{load.compression}; {costs.bytes['lzw_movie_per_count']:.3f} bytes per count with lzw, measured"
     )
     rows = [
         ("seconds and bytes", "see docs/planning.md", costs.source),
-        ("other machines", "as fast as that one", "run  python benchmarks/stage_costs.py  on yours, or give --from PROJECT"),
-        ("other sizes", "a line in pixels and frames; a power of the box", "two sizes of each were measured"),
-        ("movies", f"{shape}, {load.frames} frames", "given, or our default"),
-        ("bytes of a movie", size, "counts of about one a pixel and frame"),
+        ("other machines", "as fast as that one", "run  python benchmarks/stage_costs.py  on yours, or use --from PROJECT"),
+        ("other sizes", "linear in pixels and frames; a power law in the box size", "two sizes of each were measured"),
+        ("movies", f"{shape}, {load.frames} frames", "given, or the default"),
+        ("bytes of a movie", size, "about one count per pixel and frame"),
         ("copy in the project", "no (in place)" if load.in_place else "yes (chunked)", "stage ingest: storage"),
-        ("hours of recording", f"{load.hours_per_day:g} a day", "given, or the worst case"),
-        ("particles", f"{load.particles} a micrograph, box {load.box}, kept at {load.scale_to} pixels", "given, or our default"),
+        ("hours of recording", f"{load.hours_per_day:g} per day", "given, or the worst case"),
+        ("particles", f"{load.particles} per micrograph, box {load.box}, kept at {load.scale_to} pixels", "given, or the default"),
         (
             "batch work",
             f"every particle {load.repeats} times, {load.sorted_share:.0%} of them refined",
-            "given, or assumed: people try again",
+            "given, or assumed: people rerun their processing",
         ),
         ("2D and 3D", "linear in particles; refinement measured with D2: C1 needs more", "measured on 2400 particles"),
-        ("busy", f"{busy:.0%} of a core's time", "assumed: pauses are caught up, jobs are lost"),
+        ("busy", f"{busy:.0%} of a core's time", "assumed: catching up after pauses, lost jobs"),
         ("peaks", f"{peak:g} x the mean of reading and writing", "assumed"),
         ("lanes", ", ".join(f"{n} {w:g}" for n, w in SHAPES[blueprint].items()), f"blueprint {blueprint}"),
-        ("GPUs", "none for the stages", "they were measured on CPUs only; one for training is assumed in mixed"),
-        ("kept", f"movies {load.days_raw:g} days, results {load.days_results:g} days", "given, or our default"),
+        ("GPUs", "none for the stages", "they were measured on CPUs only; mixed assumes one GPU for training"),
+        ("kept", f"movies {load.days_raw:g} days, results {load.days_results:g} days", "given, or the default"),
     ]
     return (*(Assumption(*row) for row in rows), *costs.notes)

@@ -1,4 +1,4 @@
-"""Inputs and outputs of stages: which products a stage takes, with which parts, and what it gives."""
+"""Inputs and outputs of stages: the products that a stage takes, their parts, and what it gives."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from cryodask.products import COLLECTIONS, PARTS, Product, part_of
 class Port:
     """An input of a stage: one product of a type, with the parts it must have.
 
-    ``also``: parts that are used where they are there, and count in the key. ``default``: "related" (found by the rules of run/graph.py),
+    ``also``: parts that are used if present, and then count in the key. ``default``: "related" (found by the rules of run/graph.py),
     "explicit" (only by ``from``) or "none" (stays empty unless ``from`` fills it). ``many``: takes a list. ``copies``: whether the copies
-    of a symmetry expansion are taken; ``subtracted``: whether images are from which signal was subtracted. ``whole``: classes are taken
-    all together without being asked which. ``unless``: parameter that takes the place of this input. ``also_if``: parameter without which
+    of a symmetry expansion are accepted; ``subtracted``: whether images after signal subtraction are. ``whole``: all classes are taken
+    together, none need be chosen. ``unless``: parameter that replaces this input. ``also_if``: parameter without which
     the parts ``also`` are not used, or such a parameter for some of them.
     """
 
@@ -38,8 +38,8 @@ class Port:
 class Output:
     """A product that a stage gives.
 
-    ``on``: port whose product it extends or takes from (None: it is new, for particles: they are born here). ``subset``: some of the
-    particles or exposures of ``on``. ``partition``: all of them, in classes: a step after it must say which. ``copies``: "expand" or
+    ``on``: port whose product it extends or takes from (None: it is new; particles are born here). ``subset``: some of the
+    particles or exposures of ``on``. ``partition``: all of them, in classes; a later step must say which. ``copies``: "expand" or
     "contract". ``frame``: "same" (as port ``map``, else as the poses), "new", "unknown", "flipped", "to" (that of port ``to``), or
     "as:STEP". ``drops``: parts that no longer hold. What files say before they are imported: ``pixel_sizes`` of the micrographs,
     Angstrom, and the ``image`` of all particles (edge in pixels, pixel size in Angstrom).
@@ -65,9 +65,9 @@ Check = Callable[[Any, dict[str, list[Product]]], Iterator[str]]
 
 
 def port(spec: str, **options: Any) -> Port:
-    """A port from its short form: ``name:type[part, part?]``; the name may be left out where it is the type's.
+    """Parse the short form of a port, ``name:type[part, part?]``; the name may be omitted if it equals the type.
 
-    After the name ``?`` means optional, ``*`` a list, ``!`` only by ``from``; after a part ``?`` means used where it is there.
+    After the name, ``?`` means optional, ``*`` a list, ``!`` only by ``from``; after a part, ``?`` means used if present.
     """
     name, _, rest = spec.replace(" ", "").partition(":") if ":" in spec else (spec.replace(" ", "").partition("[")[0], "", "")
     rest = rest or spec.replace(" ", "")
@@ -93,7 +93,7 @@ def port(spec: str, **options: Any) -> Port:
 
 
 def derived_ports(needs: Sequence[str], optional: Sequence[str]) -> tuple[Port, ...]:
-    """One port per type of product that the variables belong to."""
+    """One port per product type of the variables."""
     parts: dict[str, dict[str, bool]] = {}
     for name in (*needs, *optional):
         place = part_of(name)
@@ -114,7 +114,7 @@ def derived_ports(needs: Sequence[str], optional: Sequence[str]) -> tuple[Port, 
 
 
 def derived_outputs(gives: Sequence[str], ports: Sequence[Port]) -> tuple[Output, ...]:
-    """One output per type of product: collections extend what the stage takes; particles without a port for them are born."""
+    """One output per product type: collections extend what the stage takes; particles without a port are born here."""
     parts: dict[str, dict[str, None]] = {}
     for name in gives:
         place = part_of(name)

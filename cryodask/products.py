@@ -1,8 +1,8 @@
-"""What steps give each other: seven types of product, their parts, and the facts that the plan compares.
+"""What steps pass to each other: seven product types, their parts, and the facts that the plan compares.
 
-A *part* is a group of columns or arrays that only make sense together and that one step gives as a whole. A port asks for parts, a view
-takes each part from one step. *Facts* (frame, point group, births, copies ...) travel along the chain and are compared before any work,
-because types and columns alone cannot tell a wrong pipeline from a right one.
+A *part* is a group of columns or arrays that only make sense together and that one step gives as a whole. A port asks for parts; a view
+takes each part from one step. *Facts* (frame, point group, births, copies ...) are passed along the chain and compared before any work,
+because types and columns alone cannot tell a valid pipeline from an invalid one.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ PARTS: dict[str, dict[str, str]] = {
         "dose": "exposure of a frame",
         "micrograph": "aligned sums",
         "halves": "sums of the odd and of the even frames",
-        "denoised": "denoised sum; never overwrites the micrograph",
+        "denoised": "denoised sum; never replaces the micrograph",
         "field": "motion of the specimen",
         "ctf": "CTF of the micrograph",
-        "ctf_quality": "how good the CTF fit is",
+        "ctf_quality": "quality of the CTF fit",
         "aberrations": "beam tilt, trefoil, tetrafoil and magnification of an optics group",
         "kept": "a selection of exposures, with reasons",
-        "mask2d": "regions that are not to be picked",
+        "mask2d": "regions excluded from picking",
     },
     "particles": {
-        "position": "places in the exposure, given at birth",
+        "position": "positions in the exposure, assigned at birth",
         "score": "score of the picker",
-        "image": "boxes cut out of the micrographs",
+        "image": "boxes extracted from the micrographs",
         "ctf": "CTF of the particle itself",
         "alignment2d": "in-plane pose against its 2D class",
         "class2d": "2D class; numbers of one classification",
@@ -42,20 +42,20 @@ PARTS: dict[str, dict[str, str]] = {
         "pose": "orientation and centre in one frame",
         "components": "coordinates along the components of one variability analysis",
         "quality": "score of a sorter",
-        "note": "columns of one's own",
+        "note": "user-defined columns",
     },
     "classes": {"averages": "2D class averages", "scores": "quality of each class"},
     "map": {
         "final": "unsharpened map of all particles, with voxel size and point group",
         "half_maps": "two independent unfiltered half-maps",
-        "fsc": "corrected FSC, and the mask for which it holds",
-        "view": "sharpened or locally filtered map: to look at, dock and build in; never a reference",
+        "fsc": "corrected FSC, and the mask it applies to",
+        "view": "sharpened or locally filtered map for viewing, docking and model building; never a reference",
     },
     "mask": {"mask": "soft mask on the grid of a map"},
     "model": {"atoms": "atomic coordinates in the frame of a map"},
-    "weights": {"weights": "a trained network, with what it was trained for"},
+    "weights": {"weights": "a trained network, with its purpose"},
 }
-"""Parts of each type of product with a sentence; plug-ins add theirs with :func:`register_part`."""
+"""Parts of each product type with a description; plug-ins add theirs with :func:`register_part`."""
 
 COLLECTIONS = ("exposures", "particles")
 
@@ -65,19 +65,19 @@ ORIGINS = {
     "class_origin_y_angstrom": "class_centre_y_angstrom",
     "class_origin_x_angstrom": "class_centre_x_angstrom",
 }
-"""Shifts against a box, as block stages find them, and the places in the exposure as which they are stored."""
+"""Shifts relative to a box, as block stages find them, and the positions in the exposure as which they are stored."""
 
 
 def register_part(product: str, name: str, doc: str) -> None:
-    """Add a part to a type of product; a second definition must equal the first."""
+    """Add a part to a product type; a second definition must equal the first."""
     if product not in PARTS:
         raise ValueError(f"there is no product type {product!r}; there are {', '.join(PARTS)}")
     if PARTS[product].setdefault(name, doc) != doc:
-        raise ValueError(f"part {product}.{name} is already defined otherwise: {PARTS[product][name]}")
+        raise ValueError(f"part {product}.{name} is already defined differently: {PARTS[product][name]}")
 
 
 def part_of(variable: str) -> tuple[str, str] | None:
-    """(product, part) of a variable; None for what the registry knows of an exposure, and for bookkeeping."""
+    """(product, part) of a variable; None for registry facts of an exposure, and for bookkeeping."""
     part = VARIABLES[variable].part
     if not part:
         return None
@@ -91,9 +91,9 @@ def columns_of(product: str, part: str) -> list[str]:
 
 
 def place_named(name: str, names: Sequence[str]) -> int | None:
-    """Which of some products a name means, if it means one.
+    """Index of the product that a name refers to, or None.
 
-    ``STEP.particles`` is ``STEP``; the key of an earlier result may be short, and left out where there is only one of the step.
+    ``STEP.particles`` means ``STEP``; the key of an earlier result may be abbreviated, and omitted if the step has only one.
     """
     step, _, key = name.strip().partition("@")
     known = [(one.partition("@")[0].removesuffix(".particles"), one.partition("@")[2]) for one in names]
@@ -105,7 +105,7 @@ def place_named(name: str, names: Sequence[str]) -> int | None:
 
 @dataclass(frozen=True)
 class ImageFact:
-    """What images of a set are: edge of the box in the micrograph, edge and pixel size of the images (None: as in the micrograph)."""
+    """Images of a set: box size in the micrograph, box size and pixel size of the images (None: as in the micrograph)."""
 
     source: str
     box: float | None
@@ -113,7 +113,7 @@ class ImageFact:
     pixel_size_angstrom: float | None
 
     def is_like(self, other: ImageFact) -> bool:
-        """Whether images of two sets can be one stack, as far as is known of both."""
+        """Whether images of two sets can form one stack, as far as known."""
         ours, theirs = ((i.box, i.size or i.box, i.pixel_size_angstrom) for i in (self, other))
         return all(a is None or b is None or math.isclose(a, b, rel_tol=1e-3) for a, b in zip(ours, theirs))
 
@@ -122,13 +122,13 @@ class ImageFact:
 class Product:
     """A product on the chain of a plan, with its facts.
 
-    ``ref`` is how the project file names it. ``parts``: part -> ref of what gave it. ``ids``: ref of what last settled which particles
-    (or exposures) there are. ``behind``: refs of all that it was made from; ``line``: of those, its own collection only. ``count``: number
-    of classes, where the plan knows it.
+    ``ref`` is its name in the project file. ``parts``: part -> ref of the step that gave it. ``ids``: ref of the step that last set which
+    particles (or exposures) there are. ``behind``: refs of all its ancestors; ``line``: those of its own collection only. ``count``: number
+    of classes, if the plan knows it.
 
-    Of an earlier result (``STEP@KEY``) parts and ids are ``LABEL@STAGE/KEY``: exact places. ``pinned``: it is such a result itself. ``at``:
-    places, by label, of all steps behind it that are meant as they were then. ``threshold``: the one that held for its ids then.
-    ``optics``: of exposures, the result (``LABEL@STAGE/KEY``) whose optics of then are meant; empty: those of now.
+    For an earlier result (``STEP@KEY``), parts and ids are ``LABEL@STAGE/KEY``: exact results. ``pinned``: it is such a result itself.
+    ``at``: results, by label, of all earlier steps as they were then. ``threshold``: the picking threshold that applied to its ids then.
+    ``optics``: for exposures, the result (``LABEL@STAGE/KEY``) whose optics of that time apply; empty: the current ones.
     """
 
     type: str
@@ -164,5 +164,5 @@ class Product:
 
     @property
     def name(self) -> str:
-        """The same, of an earlier result with its key: ``STEP@KEY``."""
+        """Like ``ref``; for an earlier result with its key, ``STEP@KEY``."""
         return f"{self.ref}@{self.at[self.step].partition('/')[2]}" if self.pinned and self.step in self.at else self.ref

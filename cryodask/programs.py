@@ -1,4 +1,4 @@
-"""Programs of others that stages run: where they are, and which version."""
+"""External programs that stages run: where they are, and their versions."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ class Program:
     Parameters
     ----------
     name : str
-        As it is on the PATH.
+        Name on the PATH.
     version_arguments : tuple of str
-        With which it prints its version.
+        Arguments that make it print its version.
     version_pattern : str
-        Regular expression whose first group is the version in what it prints.
+        Regular expression whose first group matches the version in its output.
     install : str
-        How one gets it; the end of the sentence that refuses a run without it.
+        How to install it; ends the message that refuses a run without it.
     """
 
     name: str
     version_arguments: tuple[str, ...] = ("--version",)
     version_pattern: str = r"(\d+\.\d+[\w.+-]*)"
-    install: str = "install it, or load its module, before the command"
+    install: str = "install it, or load its module first"
 
     def version(self) -> str:
-        """Version of the program on this machine; it is run once for each file.
+        """Version of the program on this machine; the program is run once per executable file.
 
         Raises
         ------
         ProgramMissingError
-            It is not on the PATH, cannot be started, or says no version.
+            It is not on the PATH, cannot be started, or reports no version.
         """
         path = path_of(self.name)
         if path is None:
@@ -64,30 +64,30 @@ class Program:
         found = re.search(self.version_pattern, printed)
         if not found:
             raise ProgramMissingError(
-                f"{' '.join(command)} says no version: {printed.strip()[-300:] or 'it prints nothing'}",
-                "a library that it needs is missing, or it is another program of that name",
+                f"{' '.join(command)} reports no version: {printed.strip()[-300:] or 'it prints nothing'}",
+                "a library it needs is missing, or it is another program of the same name",
                 self.install,
             )
         return found.group(1)
 
 
 def path_of(name: str) -> str | None:
-    """Where a program is, None where the PATH has none."""
+    """Path of a program; None if it is not on the PATH."""
     return shutil.which(name)
 
 
 def check_same_version(program: Program, wanted: str) -> None:
-    """Refuse to run another version of a program than the one in the key of the result (on a worker).
+    """On a worker: refuse to run a program whose version differs from the one in the key of the result.
 
     Raises
     ------
     ClusterError
-        It stops the run: every item would meet it.
+        It stops the run, because every item would fail.
     """
-    here, way_out = socket.gethostname(), "give the workers the PATH of the driver (module load in their job, or the same container)"
+    here, way_out = socket.gethostname(), "give the workers the driver's PATH (module load in their job, or the same container)"
     try:
         found = program.version()
     except ProgramMissingError as error:
         raise ClusterError(f"A worker cannot run {program.name}. {error.what}", "", way_out) from error
     if found != wanted:
-        raise ClusterError(f"The worker on {here} has {program.name} {found}, this run was planned with {wanted}.", "", way_out)
+        raise ClusterError(f"The worker on {here} has {program.name} {found}, but this run was planned with {wanted}.", "", way_out)

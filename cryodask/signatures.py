@@ -1,4 +1,4 @@
-"""Whether the runners can call the functions of a stage: asked when it is registered, not when a worker meets it."""
+"""Check that the runners can call the functions of a stage, when it is registered rather than on a worker."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TOURNAMENT = {
 
 
 def problems(shape: str, functions: Any, needs: Sequence[str], optional: Sequence[str]) -> Iterator[str]:
-    """What keeps a runner from calling the functions of a stage of this shape, a sentence each."""
+    """What keeps a runner from calling the functions of a stage of this shape, one sentence each."""
     if shape in ("map", "whole"):
         yield from _of_function(functions, ("params",), ("context", *needs, *optional))
     elif shape == "set":
@@ -44,15 +44,15 @@ def problems(shape: str, functions: Any, needs: Sequence[str], optional: Sequenc
 
 
 def _of_function(function: Callable[..., Any], positional: Sequence[str], named: Sequence[str]) -> Iterator[str]:
-    """A function is called with some values by position and others by name."""
+    """Problems of a function that is called with some values by position and others by name."""
     called = f"{function.__name__}({', '.join([*positional, *(['*'] if named else []), *named])})"
     signature = inspect.signature(function)
     hidden = [str(p) for p in signature.parameters.values() if p.kind in _HIDDEN]
     if hidden:
-        # what a stage takes is part of its documentation, and a typo in a name would pass unseen
-        yield f"{function.__name__} hides its arguments behind {' and '.join(hidden)}; write them out: {called}"
+        # the arguments of a stage are part of its documentation, and a misspelt name would pass unnoticed
+        yield f"{function.__name__} hides its arguments behind {' and '.join(hidden)}; spell them out: {called}"
         return
     try:
         signature.bind(*positional, **dict.fromkeys(named))
     except TypeError as error:
-        yield f"it is called as {called}, and {function.__name__}{signature} does not take that: {error}"
+        yield f"it is called as {called}, and {function.__name__}{signature} cannot be called like that: {error}"

@@ -1,17 +1,17 @@
-"""What a stage is: ONE definition that drives the store, the runners, the lazy face, the command line, the docs and the report.
+"""Definition of a stage: ONE definition drives the store, the runners, lazy evaluation, the command line, the docs and the report.
 
 A stage is a frozen parameter model, the variables it needs and gives, and pure functions. Its ports and outputs (what it takes from other
-steps and gives to them, see products.py) follow from these variables unless they are stated. Its shape says which functions:
+steps and gives to them, see products.py) follow from these variables unless they are declared. Its shape determines the functions:
 
 ``map``
-    ``process(params, *, context, needs ...) -> dict`` : one exposure in, its products out. A stage that takes particles is given
-    those of the exposure, and maps whole.
+    ``process(params, *, context, needs ...) -> dict`` : one exposure in, its products out. A stage that takes particles gets
+    those of the exposure; maps are passed as a whole.
 ``blocks``
-    a class of static functions for iterations over particle blocks (expectation maximisation and its kin), see :class:`BlockFunctions`.
+    a class of static functions for iterations over particle blocks (such as expectation maximisation), see :class:`BlockFunctions`.
 ``tournament``
     a class of static functions for independent restarts of one algorithm, see :class:`TournamentFunctions`.
 ``whole``
-    ``process(params, *, context, needs ...) -> dict`` : all of what earlier stages gave in, one result out.
+    ``process(params, *, context, needs ...) -> dict`` : complete outputs of earlier stages in, one result out.
 ``set``
     ``process(params, inputs) -> dict`` : sets of particles or exposures in (:class:`SetView`, :class:`ExposureView`, by port), a set out.
     It works on columns only and runs in the driver.
@@ -66,20 +66,20 @@ if TYPE_CHECKING:
 Shape = Literal["map", "blocks", "tournament", "whole", "set"]
 Sizes = dict[str, int]
 Version = int | str
-"""Of a stage; a text where the versions of programs are part of it."""
+"""Version of a stage; a string if it includes versions of programs."""
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one call of a stage takes.
+    """Resources of one call of a stage.
 
     Parameters
     ----------
     memory : callable ``(params, sizes of the needs) -> bytes``, optional
-        Peak memory. A run whose workers have less is refused before work.
+        Peak memory. A run whose workers have less is refused before any work.
     gpus : 0 or 1
-        1: a call (of a map or whole stage) needs a GPU to itself, and sees no other; a run is refused before work where no worker has one.
-        0: it takes one where one is free, and does without.
+        1: a call (of a map or whole stage) needs a GPU to itself, and sees no other; a run is refused before any work if no worker has one.
+        0: it uses a GPU if one is free, and else a CPU.
     """
 
     memory: Callable[[Any, Sizes], float] | None = None
@@ -88,7 +88,7 @@ class Resources:
 
 @dataclass(repr=False)
 class Stage:
-    """A registered stage; calling it on a Dataset is its lazy face (map stages)."""
+    """A registered stage; map stages can be called on a Dataset, lazily."""
 
     name: str
     version: int
@@ -116,12 +116,12 @@ class Stage:
 
     @functools.cached_property
     def functions(self) -> Any:
-        """The function, or the class or module with the functions; imported now where it lies in a module of its own.
+        """The function, or the class or module with the functions; a separate module is imported now.
 
         Raises
         ------
         PluginError
-            Where the runners cannot call them.
+            If the runners cannot call them.
         """
         if self.functions_in is None:
             return self.target
@@ -131,7 +131,7 @@ class Stage:
 
     @property
     def home(self) -> str:
-        """Name of the module that declares it."""
+        """Name of the declaring module."""
         return str(self.target.__module__)
 
     def _refuse_if_it_cannot_be_called(self, functions: Any) -> None:
@@ -140,18 +140,18 @@ class Stage:
             raise PluginError(
                 f"Stage {self.name} of {functions.__name__ if self.functions_in else self.home} cannot be called: {'; '.join(found)}.",
                 "",
-                f"change its signature; {__name__} says what the functions of a {self.shape} stage are given",
+                f"change its signature; {__name__} describes the arguments of the functions of a {self.shape} stage",
             )
 
     def process(self, params: Any, *, context: Context | None = None, **needs: Any) -> dict[str, Any]:
-        """One call of a map or whole stage; without a ``context`` on the CPU, with a scratch folder that goes when it returns."""
+        """Call a map or whole stage once; without a ``context``, on the CPU with a temporary scratch folder."""
         if context is not None:
             return dict(self.functions(params, context=context, **needs))
         with Context(programs=self.program_versions()) as own:
             return dict(self.functions(params, context=own, **needs))
 
     def program_versions(self) -> dict[Program, str]:
-        """Versions of the programs that it runs, on this machine.
+        """Versions on this machine of the programs that it runs.
 
         Raises
         ------
@@ -161,14 +161,14 @@ class Stage:
 
     @property
     def threshold(self) -> str | None:
-        """Name of the parameter that settles which peaks are accepted (see :class:`ThresholdMark`)."""
+        """Name of the parameter that decides which peaks are accepted (see :class:`ThresholdMark`)."""
         marked = (
             n for n, f in self.params.model_fields.items() if any(m is ThresholdMark or isinstance(m, ThresholdMark) for m in f.metadata)
         )
         return next(marked, None)
 
     def version_here(self) -> Version:
-        """Version in the keys of what is computed here: its own, with those of the programs that it runs.
+        """Version in the keys of results computed here: its own, with those of the programs that it runs.
 
         Raises
         ------
@@ -178,7 +178,7 @@ class Stage:
         return f"{self.version} with {programs}" if programs else self.version
 
     def newer(self, version: Version) -> Version | None:
-        """Version that would be computed here in place of one; None if that is the same, or nothing can be computed here."""
+        """Version that would be computed here instead of a given one; None if it is the same, or cannot be computed here."""
         try:
             here = self.version_here()
         except ProgramMissingError:
@@ -194,24 +194,24 @@ class Stage:
         return next((p for p in self.ports if p.name == name), None)
 
     def gives_variables(self) -> list[Var]:
-        """Vocabulary entries of what the stage gives."""
+        """Vocabulary entries of the stage's outputs."""
         return [VARIABLES[name] for name in self.gives]
 
     def __repr__(self) -> str:
         return f"<stage {self.name}: {', '.join(self.needs)} -> {', '.join(self.gives)}>"
 
     def figures(self, draw: Callable[[xr.Dataset], Iterator[Picture]]) -> Callable[[xr.Dataset], Iterator[Picture]]:
-        """Decorator: the stage's section of the report, from the Dataset that the store gives back."""
+        """Decorator: draws the stage's section of the report from its stored Dataset."""
         self.draw = draw
         return draw
 
     def sentence(self, says: Callable[[Mapping[str, Any]], str]) -> Callable[[Mapping[str, Any]], str]:
-        """Decorator: what a finished step says of its result, in a few words."""
+        """Decorator: a few words about the result of a finished step."""
         self.says = says
         return says
 
     def __call__(self, dataset: xr.Dataset, **params: Any) -> xr.Dataset:
-        """Apply the stage lazily to a Dataset: same functions, same bits as the runner (map stages only)."""
+        """Apply the stage lazily to a Dataset, bit-identical to the runner (map stages only)."""
         from cryodask.lazy import apply_lazily
 
         return apply_lazily(self, dataset, self.params(**params))
@@ -247,36 +247,36 @@ def stage(
     Parameters
     ----------
     version : int
-        Raise it when results change: it is part of the key of a generation.
+        Raise it when results change; it is part of the key.
     name : str, optional
-        By default that of the function; a dot puts it into a family (``external.relion_postprocess``).
+        By default that of the function; a dot puts it into a group (``external.relion_postprocess``).
     needs, optional, gives : names of the vocabulary
-        ``optional`` needs are passed as None where nothing gives them.
+        ``optional`` needs are None if nothing gives them.
     params : type, optional
         The parameter model; by default the annotation of the function's first argument.
     sizes : callable ``(params, sizes of the needs) -> sizes of the gives``
-        Needed where an output has a dimension that no input has, or of another length.
+        Required if an output has a dimension that no input has, or one of another length.
     resources : Resources
-        What one call takes.
+        Resources of one call.
     programs : sequence of Program
-        Programs of others that it runs (``context.run``). Their versions are part of the key; without them it is refused before work.
+        External programs that it runs (``context.run``). Their versions are part of the key; without them a run is refused before any work.
     functions : str, optional
-        Name of the module with the functions of a ``blocks`` or ``tournament`` stage, where the class has none: it is imported when they
-        are first called, so that listing stages does not import what they compute with.
+        Name of the module with the functions of a ``blocks`` or ``tournament`` stage, if they are not in the class. It is imported on first
+        use, so that listing stages does not import numerical packages.
     ports : sequence of Port or of the short form of :func:`port`
         What it takes from other steps; by default one port per type of product among the needs.
     outputs : sequence of Output, or callable ``(params) -> tuple of Output``
         What it gives; by default one output per type of product among the gives.
     check : callable ``(params, inputs by port) -> iterator of sentences``
-        What is wrong with these inputs, beyond types, parts and frames; the plan refuses the step with the first sentence.
+        Problems of the inputs beyond types, parts and frames; the plan refuses the step with the first sentence.
     person : bool
-        A decision that a person makes: the step waits until it is there.
+        A manual decision: the step waits until it is made.
     purpose : str, optional
-        What the weights that it gives were trained for, or must have been trained for.
+        What the weights it gives are trained for, or the weights it takes must be trained for.
     exposures_named : callable ``(params) -> names``
-        Exposures that the parameters name: one that the inputs do not have is refused before work.
+        Exposures named in the parameters; one that is not among the inputs is refused before any work.
     light : callable ``(params) -> bool``
-        Of a map stage: whether it only moves a few columns, so that the driver does it itself instead of sending it to workers.
+        For a map stage: whether it only handles a few columns, so that the driver runs it itself instead of sending it to workers.
     reasons : dict, optional
         Meaning of the numbers in ``removal_reason`` or ``left_out_reason``.
     """
@@ -286,7 +286,7 @@ def stage(
         unknown = [v for v in (*needs, *optional, *gives) if v not in VARIABLES]
         if unknown:
             raise PluginError(
-                f"Stage {called!r} of {target.__module__} speaks of variables that the vocabulary lacks: {', '.join(unknown)}.",
+                f"Stage {called!r} of {target.__module__} uses variables that are not in the vocabulary: {', '.join(unknown)}.",
                 "",
                 "register them first (cryodask.vocabulary.register)",
             )
@@ -296,11 +296,11 @@ def stage(
             model = typing.get_type_hints(target)[first]
         if not inspect.getdoc(target):
             raise PluginError(
-                f"Stage {called!r} of {target.__module__} has no docstring.", "", "its first line is shown by cryodask stages"
+                f"Stage {called!r} of {target.__module__} has no docstring.", "", "add one; its first line is shown by cryodask stages"
             )
         before = STAGES.get(called)
         if before is not None and before.home != target.__module__:
-            raise PluginError(f"Two stages are called {called!r}: of {before.home} and of {target.__module__}.", "", "rename one of them")
+            raise PluginError(f"Two stages are called {called!r}: in {before.home} and in {target.__module__}.", "", "rename one of them")
         made = Stage(
             called,
             version,
@@ -334,8 +334,8 @@ def stage(
         made.resources, made.programs = resources or Resources(), tuple(programs)
         if made.resources.gpus not in (0, 1) or (shape not in ("map", "whole") and (made.resources.gpus or made.programs)):
             asked = f"{made.resources.gpus} GPUs and {len(made.programs)} programs"
-            what = f"Stage {called!r} asks for {asked}: one GPU, and programs, are for map and whole stages."
-            raise PluginError(what, "", "leave gpus and programs out; blocks and tournaments take the GPUs that there are")
+            what = f"Stage {called!r} asks for {asked}, but a GPU and programs are only for map and whole stages."
+            raise PluginError(what, "", "leave out gpus and programs; blocks and tournaments use the available GPUs")
         STAGES[called] = made
         return made
 
@@ -343,22 +343,22 @@ def stage(
 
 
 _HOME = "cryodask.stages"
-"""Package whose modules are the stages of cryodask; found by name like those of others, so that this module stays below it."""
+"""Package with cryodask's own stages, imported by name so that this module does not depend on it."""
 
 
 OTHERS = Plugins(_HOME)
-"""Stages of other packages: to load one registers it."""
+"""Stages of other packages; loading one registers it."""
 
 
 def find_stage(name: str) -> Stage:
-    """One stage by name; of cryodask's own only its module is imported."""
+    """One stage by name; for cryodask's own stages only its module is imported."""
     if name not in STAGES and name in importlib.import_module(_HOME).NAMES:
         importlib.import_module(f"{_HOME}.{name}")
     return STAGES[name] if name in STAGES else load_stages()[name]
 
 
 def load_stages() -> dict[str, Stage]:
-    """All stages: the ones of cryodask and those of installed packages (entry points of the group ``cryodask.stages``)."""
+    """All stages: those of cryodask and of installed packages (entry points of the group ``cryodask.stages``)."""
     for name in importlib.import_module(_HOME).NAMES:
         importlib.import_module(f"{_HOME}.{name}")
     OTHERS.load()

@@ -1,4 +1,4 @@
-"""What the functions of stages are given and what they give: movies, sets and blocks of particles, states and sums, figures."""
+"""Types that the functions of stages take and return: movies, sets and blocks of particles, states and sums, figures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cryodask.context import Context
 
 @runtime_checkable
 class Frames(Protocol):
-    """A movie, frame by frame: met by file readers, by the shard reader and (through numpy) by arrays."""
+    """A movie, frame by frame. File readers, the shard reader and numpy arrays satisfy this protocol."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -22,7 +22,7 @@ class Frames(Protocol):
 
     @property
     def dtype(self) -> np.dtype:
-        """Type of the counts."""
+        """Dtype of the counts."""
         ...
 
     def __len__(self) -> int: ...
@@ -34,7 +34,7 @@ class Frames(Protocol):
 
 @dataclass(frozen=True)
 class ParticleSet:
-    """What the start of an iteration sees: every column of the set, no images.
+    """What the start of an iteration gets: all columns of the set, no images.
 
     ``columns`` hold one value per particle, in the order of their ids: ``defocus_u_angstrom, defocus_v_angstrom, defocus_angle_deg,
     phase_shift_deg, voltage_kv, spherical_aberration_mm, amplitude_contrast, micrograph`` (row), ``half_set`` (0 or 1), and the other
@@ -49,9 +49,9 @@ class ParticleSet:
 
 @dataclass(frozen=True)
 class SetView:
-    """A set of particles as a ``set`` stage sees it: sorted ``ids`` `(n,)` int64; columns of a part are read when they are asked for.
+    """A set of particles as a ``set`` stage sees it: sorted ``ids`` `(n,)` int64; the columns of a part are read on demand.
 
-    ``read(parts)`` gives the columns of some parts (all if None) in the order of the ids, under the names of particle sets, with
+    ``read(parts)`` returns the columns of some parts (all if None) in the order of the ids, under the names of particle sets, with
     ``position_y_angstrom``, ``position_x_angstrom`` and ``half_set`` in part ``position``.
     """
 
@@ -65,7 +65,7 @@ class SetView:
 class ExposureView:
     """Exposures as a ``set`` stage sees them.
 
-    ``rows`` `(n,)` and ``names`` of the exposures; ``read(variable)`` gives one value each, NaN where there is none.
+    ``rows`` `(n,)` and ``names`` of the exposures; ``read(variable)`` returns one value per exposure, NaN where there is none.
     """
 
     name: str
@@ -78,8 +78,8 @@ class ExposureView:
 class ParticleBlock:
     """Some particles of a set, with their images.
 
-    ``index`` `(n,)` int64 is the place in the set, ``images`` `(n, y, x)` float32, ``columns`` as in :class:`ParticleSet`.
-    ``half``: the half-set to which ALL particles of the block belong (0 where a stage has no halves).
+    ``index`` `(n,)` int64 is the index in the set, ``images`` is `(n, y, x)` float32, ``columns`` as in :class:`ParticleSet`.
+    ``half``: the half-set that ALL particles of the block belong to (0 if the stage has no halves).
     """
 
     index: np.ndarray
@@ -90,11 +90,11 @@ class ParticleBlock:
 
 
 State = dict[str, Any]
-"""Of arrays and scalars (numpy or Python): travels to the workers and into the checkpoint."""
+"""Arrays and scalars (numpy or Python); sent to the workers and stored in the checkpoint."""
 Sums = dict[str, Any]
-"""Of numpy arrays or numbers of fixed shape: added pairwise in a fixed tree."""
+"""Numpy arrays or numbers of fixed shape; added pairwise in a fixed tree."""
 Columns = dict[str, np.ndarray]
-"""One value a particle of the block, first axis = particle."""
+"""One value per particle of the block; the first axis is the particle."""
 Metrics = dict[str, Any]
 
 
@@ -105,22 +105,22 @@ class BlockFunctions(Protocol):
 
     @staticmethod
     def start(params: Any, particles: ParticleSet, inputs: dict[str, Any]) -> State:
-        """State before the first iteration; ``inputs`` are the other variables that the stage needs."""
+        """State before the first iteration; ``inputs`` holds the other variables that the stage needs."""
         ...
 
     @staticmethod
     def load(params: Any, state: State, block: ParticleBlock, context: Context) -> Any:
-        """What a worker keeps of a block; made again when ``cache_key(params, state)`` changes."""
+        """What a worker keeps of a block; recomputed when ``cache_key(params, state)`` changes."""
         ...
 
     @staticmethod
     def cache_key(params: Any, state: State) -> Any:
-        """What of the state the loaded block depends on (say, a ring limit); hashable."""
+        """What the loaded block depends on in the state (such as a ring limit); hashable."""
         ...
 
     @staticmethod
     def prepare(params: Any, state: State, half: int, context: Context) -> Any:
-        """What all blocks of a half share in an iteration, made once a worker (a bank of projections)."""
+        """What all blocks of a half share in an iteration, made once per worker (a bank of projections)."""
         ...
 
     @staticmethod
@@ -130,7 +130,7 @@ class BlockFunctions(Protocol):
 
     @staticmethod
     def maximise(params: Any, state: State, sums: list[Sums], context: Context) -> tuple[State, Metrics]:
-        """Maximisation step; ``sums`` has one entry a half. The new state counts ``state["iteration"]`` up."""
+        """Maximisation step; ``sums`` has one entry per half. The new state increments ``state["iteration"]``."""
         ...
 
     @staticmethod
@@ -140,12 +140,12 @@ class BlockFunctions(Protocol):
 
     @staticmethod
     def result(params: Any, state: State, columns: Columns) -> dict[str, Any]:
-        """The variables that the stage gives; ``columns`` of all particles in the order of the set."""
+        """The variables that the stage gives; ``columns`` holds those of all particles in the order of the set."""
         ...
 
 
 class TournamentFunctions(Protocol):
-    """The functions of a ``tournament`` stage: independent chains, the best one wins."""
+    """The functions of a ``tournament`` stage: independent chains, of which the best is kept."""
 
     @staticmethod
     def select(params: Any, particles: ParticleSet) -> np.ndarray:
@@ -154,12 +154,12 @@ class TournamentFunctions(Protocol):
 
     @staticmethod
     def seeds(params: Any) -> list[int]:
-        """One seed a chain."""
+        """One seed per chain."""
         ...
 
     @staticmethod
     def chain(params: Any, particles: ParticleBlock, seed: int, context: Context) -> dict[str, Any]:
-        """One restart; returns arrays and numbers."""
+        """Run one restart; returns arrays and numbers."""
         ...
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The version, alone: what every layer may ask for."""
+"""The version, in a module that every layer may import."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Every quantity that is ever stored, registered once: name, dimensions, type, unit and a sentence.
+"""Registry of every stored quantity: name, dimensions, type, unit and description.
 
 Dimension words are the same everywhere: ``micrograph`` (one exposure: its movie and its sum), ``frame, y, x, z, axis`` (y, x),
-``patch, slot`` (a particle within its micrograph), ``particle, class, half, shell`` and so on. Arrays run ``(..., y, x)``; rows and
+``patch, slot`` (a particle within its micrograph), ``particle, class, half, shell`` and so on. Arrays are ``(..., y, x)``; rows and
 columns are in the frame of MRC files (TIFF pages are flipped in y on reading, as RELION does), pixel 0 is the centre of the first.
 """
 
@@ -12,16 +12,16 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 SLOTS = 4096
-"""Most picks a micrograph may have."""
+"""Maximum number of picks per micrograph."""
 
 
 @dataclass(frozen=True)
 class Var:
     """One variable of the vocabulary.
 
-    ``kind``: a ``column`` (at most 8 KiB an item) and a ``table`` (up to 256 KiB) ride in the commit record, ``bulk`` is a shard file.
+    ``kind``: a ``column`` (at most 8 KiB per item) and a ``table`` (up to 256 KiB) are in the commit record, ``bulk`` is in a shard file.
     ``chunk``: inner chunk of a bulk variable, 0 = the whole axis. ``dtype`` "input" = that of the first item read.
-    A column with dimension ``slot`` is ragged: it has its own length in every micrograph.
+    A column with dimension ``slot`` is ragged: its length differs from micrograph to micrograph.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Var:
     kind: Literal["column", "table", "bulk"] = "column"
     chunk: tuple[int, ...] = ()
     part: str = ""
-    """``product.part`` that it belongs to (see products.py); empty for what the registry knows of an exposure."""
+    """``product.part`` that it belongs to (see products.py); empty for registry facts of an exposure."""
 
     @property
     def ragged(self) -> bool:
@@ -45,7 +45,7 @@ class Var:
         return self.dims[:1] == ("particle",)
 
     def dims_in(self, *, per_item: bool) -> tuple[str, ...]:
-        """Its dimensions in a generation: particles are slots of their exposure, or one row after the other in a set."""
+        """Its dimensions in a result: particles are slots of their exposure (per item), or rows of a set."""
         return (("slot" if per_item else "particle"), *self.dims[1:]) if self.ragged else self.dims
 
 
@@ -61,16 +61,16 @@ def register(variables: Iterable[Var], part: str = "") -> None:
             _RECALLED.discard(var.name)
             del VARIABLES[var.name]
         if VARIABLES.setdefault(var.name, var) != var:
-            raise ValueError(f"variable {var.name!r} is already defined otherwise: {VARIABLES[var.name]}")
+            raise ValueError(f"variable {var.name!r} is already defined differently: {VARIABLES[var.name]}")
 
 
 def described(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Variables as a stored generation describes them."""
+    """Variables as a stored result describes them."""
     return {name: asdict(VARIABLES[name]) for name in names}
 
 
 def recall(descriptions: Mapping[str, Mapping[str, Any]]) -> None:
-    """Take variables from a stored generation whose stage is not installed here; a definition of a package always goes first."""
+    """Register variables of a stored result whose stage is not installed; a package's own definition takes precedence."""
     for name, about in descriptions.items():
         if name not in VARIABLES:
             VARIABLES[name] = Var(**{**about, "dims": tuple(about["dims"]), "chunk": tuple(about["chunk"])})
@@ -107,7 +107,7 @@ register(
         [
             ("voltage_kv", "kV", "acceleration voltage"),
             ("spherical_aberration_mm", "mm", "spherical aberration Cs"),
-            ("amplitude_contrast", "1", "share of amplitude contrast Q"),
+            ("amplitude_contrast", "1", "amplitude contrast Q, as a fraction"),
             ("pixel_size_angstrom", "angstrom", "pixel size of the micrograph"),
         ]
     ),
@@ -135,7 +135,7 @@ register(
         Var("patch_position", ("patch", "axis"), "f4", "pixel", "centres of the local-motion grid, rows and columns"),
         Var("patch_shift", ("patch", "frame", "axis"), "f4", "angstrom", "displacement of the specimen at the patches, mean zero", "table"),
         Var("motion_polynomial", ("coefficient",), "f8", "pixel", "RELION's 2 x 18 coefficients of the local motion, X first"),
-        Var("total_motion", (), "f8", "angstrom", "length of the whole-frame trajectory"),
+        Var("total_motion", (), "f8", "angstrom", "path length of the whole-frame trajectory"),
         Var("early_motion", (), "f8", "angstrom", "its length in the first 4 electrons per square angstrom"),
         Var("hot_pixel_count", (), "i8", "1", "defect pixels repaired"),
     ],
@@ -175,7 +175,7 @@ register(
     [
         Var("particle_id", ("slot",), "i8", "1", "identity of the particle (birth, exposure, number, copy), kept for ever"),
         Var("particle_half", ("slot",), "i1", "1", "half-set of the gold standard, 0 or 1, given at birth"),
-        Var("natural_key", ("slot",), "i8", "1", "hash of the name that the particle has where it comes from"),
+        Var("natural_key", ("slot",), "i8", "1", "hash of the particle's name in its source"),
         Var("pick_y", ("slot",), "f4", "pixel", "row of the particle's centre in the micrograph"),
         Var("pick_x", ("slot",), "f4", "pixel", "column of the particle's centre in the micrograph"),
     ],
@@ -205,7 +205,7 @@ register(
         Var("particle_y", ("slot",), "f4", "pixel", "row of the box's centre in the micrograph"),
         Var("particle_x", ("slot",), "f4", "pixel", "column of the box's centre in the micrograph"),
         Var("image_giver", ("particle",), "i2", "1", "which of several extractions holds the image"),
-        Var("image_row", ("particle",), "i8", "1", "row of the exposure in whose shard the image lies"),
+        Var("image_row", ("particle",), "i8", "1", "row of the exposure whose shard has the image"),
         Var("image_slot", ("particle",), "i4", "1", "its place in that shard"),
         Var("particle_count", (), "i8", "1", "particles extracted"),
         Var("particle_pixel_size_angstrom", (), "f8", "angstrom", "pixel size of the particle images"),
@@ -223,7 +223,7 @@ register(
 )
 
 CTF_COLUMNS = ("defocus_u_angstrom", "defocus_v_angstrom", "defocus_angle_deg", "phase_shift_deg")
-"""What describes the CTF of one exposure or particle, beside the optics."""
+"""What describes the CTF of an exposure or particle, apart from the optics."""
 OPTICS = ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast")
 """What the exposures of a data set share."""
 
@@ -308,7 +308,7 @@ register([Var("half_map", ("half", "z", "y", "x"), "f4", "1", "unmasked, unsharp
 register(
     [
         Var("shell_resolution_angstrom", ("shell",), "f8", "angstrom", "resolution of each Fourier shell"),
-        Var("fsc_unmasked", ("shell",), "f8", "1", "FSC of the half-maps as they are"),
+        Var("fsc_unmasked", ("shell",), "f8", "1", "FSC of the unmasked half-maps"),
         Var("fsc_masked", ("shell",), "f8", "1", "FSC of the masked half-maps"),
         Var("fsc_randomised", ("shell",), "f8", "1", "FSC of the masked half-maps with random phases"),
         Var("fsc_corrected", ("shell",), "f8", "1", "FSC corrected for the mask (Chen et al. 2013)"),
@@ -317,7 +317,7 @@ register(
             (),
             "f8",
             "angstrom",
-            "first interpolated crossing of 0.143 by the corrected FSC, within what stands out from noise",
+            "first interpolated crossing of 0.143 by the corrected FSC, within the shells that exceed noise",
         ),
         Var("iteration_resolution_angstrom", ("iteration",), "f8", "angstrom", "supported resolution after each iteration"),
     ],

@@ -29,7 +29,7 @@ BOX_WIDTH, BOX_HEIGHT, ROW, LANE, FIRST_LANE = 3.3, 0.62, 0.92, 0.26, 0.34
 
 @dataclass
 class Bus:
-    """A product on its way: from the row of the step that gives it to the rows of those that take it."""
+    """A product line, from the row of the step that gives it to the rows of the steps that take it."""
 
     type: str
     giver: int
@@ -38,7 +38,7 @@ class Bus:
 
 
 def buses_of(graph: Graph) -> list[Bus]:
-    """One for each product that some step takes, the near ones first."""
+    """One line per product that some step takes, short ones first."""
     row = {step.label: i for i, step in enumerate(graph.steps)}
     found: dict[tuple[str, str], Bus] = {}
     for step in graph.steps:
@@ -50,7 +50,7 @@ def buses_of(graph: Graph) -> list[Bus]:
 
 
 def give_lanes(buses: Iterable[Bus]) -> None:
-    """Put each into the first lane that is free from its giver to its last taker."""
+    """Assign each line to the first track that is free from its giver to its last taker."""
     lanes: list[list[tuple[int, int]]] = []
     for bus in buses:
         span = bus.giver, bus.takers[-1]
@@ -62,7 +62,7 @@ def give_lanes(buses: Iterable[Bus]) -> None:
 
 
 def draw(graph: Graph, output: Path) -> None:
-    """Particles run down the left side, everything else down the right."""
+    """Particles are drawn on the left side, everything else on the right."""
     buses = buses_of(graph)
     sides = {-1: [b for b in buses if b.type == "particles"], 1: [b for b in buses if b.type != "particles"]}
     for side in sides.values():
@@ -94,7 +94,7 @@ def draw(graph: Graph, output: Path) -> None:
 
 
 def _taps(sides: dict[int, list[Bus]]) -> dict[tuple[int, int, int], float]:
-    """Height at which each product leaves or meets a box: what comes in is above what goes out."""
+    """Height at which each product leaves or enters a box; inputs are above outputs."""
     out: dict[tuple[int, int, int], float] = {}
     for side, some in sides.items():
         rows = {row for bus in some for row in (bus.giver, *bus.takers)}
@@ -132,7 +132,7 @@ def _box(ax: object, row: int, step: Step) -> None:
 
 
 def example() -> str:
-    """The first whole project file of ``docs/steps.md``."""
+    """The first complete project file in ``docs/steps.md``."""
     blocks = re.findall(r"^```yaml\n(.*?)^```", (DOCS / "steps.md").read_text(), re.MULTILINE | re.DOTALL)
     return next(b for b in blocks if b.startswith("name:"))
 

@@ -1,4 +1,4 @@
-"""``docs/images/lanes-panel.png``: four lanes on 16 sleeping slots for seven minutes, and the dashboard's page as Chromium shows it.
+"""``docs/images/lanes-panel.png``: four lanes on 16 sleeping slots for seven minutes, and the dashboard page as rendered by Chromium.
 
 ``python docs/make_panel_picture.py [--seconds 420]``; needs ``chromium`` on the PATH and the extra ``dashboard``.
 """
@@ -41,7 +41,7 @@ def nap(i: int, seconds: float) -> None:
 
 
 async def screenshot(url: str) -> bytes:
-    """A page as a browser shows it after it had time to draw. Chromium's own ``--screenshot`` does not wait for web sockets."""
+    """Screenshot of a page once it has been drawn; Chromium's own ``--screenshot`` does not wait for web sockets."""
     with tempfile.TemporaryDirectory() as profile:
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", "--remote-allow-origins=*"]
         command = ["chromium", *options, f"--user-data-dir={profile}"]
@@ -71,7 +71,7 @@ async def screenshot(url: str) -> bytes:
 
 
 def main(seconds: float) -> None:
-    """Let the lanes work for so long, and take the picture."""
+    """Let the lanes work for this long, then take the picture."""
     with LaneCluster(n_workers=2, threads_per_worker=8, dashboard_address="127.0.0.1:0", lanes=LANES, silence_logs=50) as cluster:
 
         async def count() -> None:

@@ -1,4 +1,4 @@
-"""The README's picture, from a finished demonstration: python docs/make_pictures.py demo docs/images/demo.png."""
+"""The picture in the README, from a finished demo: python docs/make_pictures.py demo docs/images/demo.png."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import cryodask
 
 
 def main(folder: str, output: str) -> None:
-    """Draw the picture of a demonstration's folder."""
+    """Draw the picture from a demo folder."""
     project = cryodask.open(Path(folder) / "betagal")
     motion, picks = project["motion"].isel(micrograph=3), project["pick"].isel(micrograph=3)
     classes, post = project["classify2d"].load(), project["postprocess"].load()

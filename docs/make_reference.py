@@ -35,7 +35,7 @@ script, and run `python docs/make_reference.py`; tests/test_docs.py compares thi
 
 A project file says where the data are, how they were recorded, and which steps to run. It is YAML. `cryodask run`
 checks the whole file before it starts anything: an unknown key, a wrong value, a missing file or an input that no
-step gives is refused with the reason. `cryodask run PROJECT.yaml --dry-run` does only that, and shows what would be
+step gives is refused with the reason. `cryodask run PROJECT.yaml --dry-run` only does that, and shows what would be
 computed. How steps find their inputs is explained in [Particles and steps](steps.md).
 
 The shortest project file has a name, its inputs, the microscope and a pipeline:
@@ -49,7 +49,7 @@ pipeline:
   - ctf
 ```
 
-One with two data sets of different pixel sizes, and every key of the file that has a use here:
+A project file with two data sets of different pixel sizes, and every key that applies here:
 
 ```yaml
 name: betagal
@@ -63,7 +63,7 @@ inputs:                                     # a list of data sets; a single one 
   - name: glacios
     movies: "glacios/*.tif"
     microscope: {voltage_kv: 200, spherical_aberration_mm: 2.7, pixel_size_angstrom: 1.1, dose_per_frame: 1.3}
-microscope:                                 # of every data set without its own
+microscope:                                 # for every data set without its own
   voltage_kv: 300
   spherical_aberration_mm: 2.7
   amplitude_contrast: 0.1
@@ -71,7 +71,7 @@ microscope:                                 # of every data set without its own
   dose_per_frame: 1.2
   pre_exposure: 0
 pipeline:
-  - ingest: {storage: in_place}             # a step `ingest` is put first if the list has none
+  - ingest: {storage: in_place}             # a step `ingest` is added at the front if the list has none
   - motion: {patches: [5, 5]}
   - ctf: {}
   - pick: {diameter_angstrom: 180}
@@ -94,17 +94,17 @@ Paths are relative to the project file. Lengths are in angstrom unless a descrip
 |---|---|
 | `STAGE`, all parameters at their defaults | `- ctf` |
 | `STAGE: {PARAMETER: VALUE, ...}` | `- pick: {diameter_angstrom: 180}` |
-| `STAGE as NAME: {...}`, where a stage comes twice | `- extract as full: {box: 320}` |
+| `STAGE as NAME: {...}`, if a stage is used twice | `- extract as full: {box: 320}` |
 
-Names consist of letters, digits, `-` and `_`, and are not those of a stage. Besides its parameters a step can have
+Names consist of letters, digits, `-` and `_`, and must differ from those of stages. Besides its parameters a step can have
 `from`, which names the steps that its inputs come from ([forms of `from`](steps.md#from)).
 
 """
 
 TAIL_OF_PORTS = """\
-In *takes* and *gives*, brackets hold the parts of a product. A part with `?` is used where it is there (of an import:
-there if the file has it). "only by `from`" marks an input that no rule fills; "list" one that takes several sources.
-What a part is, and where an input comes from by default, is explained in [Particles and steps](steps.md).
+In *takes* and *gives*, the parts of a product are in brackets. A part with `?` is used if present (for an import:
+present if the file has it). "only by `from`" marks an input that no rule fills; "list" one that takes several sources.
+Where an input comes from by default is explained in [Particles and steps](steps.md).
 """
 
 _COUNT = {1: "one", 2: "two", 3: "three"}
@@ -251,7 +251,7 @@ def _prose(doc: str) -> str:
 
 def stage_section(stage: Stage) -> str:
     """A stage with what it takes, gives and can be told."""
-    takes = "; ".join(map(port_text, stage.ports)) or "the files that its parameters or `inputs` name"
+    takes = "; ".join(map(port_text, stage.ports)) or "the files named by its parameters or `inputs`"
     gives = "; ".join(output_text(o, always) for o, always in outputs_of(stage))
     facts = f"*Takes* {takes}.  \n*Gives* {gives}.  \n*Version* {stage.version}."
     parameters = table_of(stage.params, "parameter") if stage.params.model_fields else "It has no parameters."
@@ -263,8 +263,8 @@ def page() -> str:
     sections = [HEAD.rstrip("\n")]
     about = {
         ProjectFile: "The keys of the project file.",
-        Inputs: "The key `inputs` where it is no list. Exactly one of `movies`, `micrographs`, `particles` and `half_maps` is given.",
-        DataSet: "One item of `inputs` where it is a list.",
+        Inputs: "The key `inputs`, if it is not a list. Exactly one of `movies`, `micrographs`, `particles` and `half_maps` is given.",
+        DataSet: "One item of `inputs`, if it is a list.",
         Microscope: "The key `microscope` of the file or of a data set. Projects that start from movies need it.",
     }
     sections.append("## Keys")
@@ -275,7 +275,7 @@ def page() -> str:
         "|---|---|",
         *(f"| [{s.name}](#{s.name.replace('.', '')}) | {_cell(_prose(s.doc.splitlines()[0]))} |" for s in stages),
     ]
-    sections.append("## Stages\n\n`cryodask stages` lists them, `cryodask stages pick` explains one.\n\n" + "\n".join(lines))
+    sections.append("## Stages\n\nList them with `cryodask stages`; show one with `cryodask stages pick`.\n\n" + "\n".join(lines))
     sections.append(TAIL_OF_PORTS.rstrip("\n"))
     sections += [stage_section(s).rstrip("\n") for s in stages]
     return "\n\n".join(sections) + "\n"

@@ -119,7 +119,7 @@ def is_clean(scheduler: FairShareScheduler) -> None:
         while nodes:
             node = nodes.pop()
             assert (node.held, node.flying, node.waiting, node.heaps) == (0, 0, [], {})
-            nodes += node.kids.values()
+            nodes += node.children.values()
 
 
 async def until_clean(scheduler: FairShareScheduler) -> None:

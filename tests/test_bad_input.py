@@ -96,7 +96,6 @@ def refused(monkeypatch, capsys):
                 cli.main()
         said = capsys.readouterr().err
         assert stopped.value.code == status, said
-        assert "Usual reason: " in said
         assert "What to do: " in said
         return said
 
@@ -133,7 +132,7 @@ def test_two_movies_of_one_name_are_refused_for_one_would_be_lost(project, refus
     (project.folder / "movies" / "again").mkdir()
     shutil.copy(project.folder / "movies" / "m1.tif", project.folder / "movies" / "again")
     project(("movies/*", "movies/**/*.tif"))
-    assert "both be called m1" in refused("run", project.folder / "p.yaml")
+    assert "same name m1" in refused("run", project.folder / "p.yaml")
 
 
 def test_bad_movies_are_quarantined_with_the_reason_and_the_good_ones_go_on(project, client):
@@ -253,7 +252,7 @@ def test_a_stack_that_is_missing_or_too_short_is_refused_before_a_cluster_starts
     star_of_particles(tmp_path)
     file = particle_project(tmp_path, "classify2d")
     write_mrc(tmp_path / "s.mrcs", np.zeros((5, 32, 32), np.float32), 4.0, stack=True)
-    assert "holds 5 images" in refused("run", file)
+    assert "has 5 images" in refused("run", file)
     (tmp_path / "s.mrcs").write_bytes((tmp_path / "s.mrcs").read_bytes()[:9000])
     assert "truncated" in refused("run", file)
     (tmp_path / "s.mrcs").unlink()
@@ -386,7 +385,7 @@ def test_a_full_disk_stops_with_the_reason_and_the_run_resumes_when_there_is_spa
     try:
         with pytest.raises(CryodaskError, match="No space is left") as stopped:
             run_plan(project(), client)
-        assert "run the same command again" in str(stopped.value)
+        assert "rerun the same command" in str(stopped.value)
         assert [p for p in Project(folder).verify() if "harmless" not in p] == []
         mount("-o", "remount,size=64m", str(folder))
         assert contents(run_plan(project(), client)) == undisturbed
@@ -409,7 +408,7 @@ def test_a_limit_on_the_size_of_files_is_told_like_a_full_disk(tmp_path):
         "except DiskFullError as error:\n    print(error)\n"
     )
     told = subprocess.run([sys.executable, "-c", code, str(tmp_path / "g")], capture_output=True, text=True, check=True).stdout
-    assert "limit on the size of files" in told
+    assert "file size limit" in told
     assert not list((tmp_path / "g").rglob("*.part"))
 
 
@@ -504,12 +503,12 @@ def test_damage_is_found_and_what_is_taken_back_is_made_again(project, client, u
     sorted(done.generation("extract").path.glob("particle_image/c/*/0/0/0"))[2].unlink()
     code, said = verified(done.path, capsys)
     assert code == 1
-    assert said.count("damaged, its bytes") == 2
+    assert said.count("damaged, its ") == 2
     assert said.count("missing, though") == 1
     code, said = verified(done.path, capsys, "--repair")
     assert code == 1
-    assert {line for line in said.splitlines() if line.startswith("taken back")} == {
-        "taken back: ingest: m2", "taken back: motion: m1", "taken back: extract: m3",
+    assert {line for line in said.splitlines() if line.startswith("invalidated")} == {
+        "invalidated: ingest: m2", "invalidated: motion: m1", "invalidated: extract: m3",
     }  # fmt: skip
     assert len(Project(done.path)["motion"]["micrograph"]) == 2
     again = run_plan(project(), client)
@@ -556,7 +555,7 @@ def test_a_damaged_movie_in_the_store_is_made_again_before_it_is_used(project, c
 def test_damaged_project_files_are_named(project, client, refused):
     done = run_plan(project(), client, until="motion")
     shutil.rmtree(done.generation("motion").path)
-    assert "run the project again" in refused("info", done.path)
+    assert "rerun the project" in refused("info", done.path)
     assert run_plan(project(), client, until="motion")["motion"].sizes["micrograph"] == 3
     state = (done.path / "project.json").read_text()
     (done.path / "project.json").write_text(state[:50])
@@ -591,7 +590,7 @@ def test_gc_removes_what_is_superseded_and_nothing_else(project, client, undistu
 
 def test_results_never_go_among_the_users_own_files(project, refused):
     project(("name: p", "name: p\nfolder: ."))
-    assert "among your own files" in refused("run", project.folder / "p.yaml")
+    assert "among your files" in refused("run", project.folder / "p.yaml")
 
 
 def test_every_error_of_the_package_says_what_happened_and_what_to_do():

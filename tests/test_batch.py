@@ -125,6 +125,6 @@ def test_a_batch_job_that_comes_on_top_of_too_many_is_told_to_wait(home, monkeyp
     (home / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: AssocMaxSubmitJobLimit' >&2\nexit 1\n")
     (home / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", f"{home}:{os.environ['PATH']}")
-    with pytest.raises(ClusterError, match="takes no more jobs for now: AssocMaxSubmitJobLimit") as refused:
+    with pytest.raises(ClusterError, match="accepts no more jobs for now: AssocMaxSubmitJobLimit") as refused:
         batch.sbatch(batch.driver_script(JobSettings(), ["true"], "mixed", lane="batch", name="n", log="/dev/null"))
     assert "try again when some have ended" in refused.value.way_out

@@ -207,7 +207,7 @@ def test_changed_files_of_picks_deal_no_id_again(tmp_path: Path, here) -> None: 
         for place, identity in imported(*places).items():
             assert known.setdefault(place, identity) == identity
     assert len({one for one, _ in known.values()}) == len(known) == 8
-    assert "import_picks: 2 rows left out, for the particle is there already: m000 (1), m001 (1)" in told.said
+    assert "import_picks: 2 rows left out, because the particle is present already: m000 (1), m001 (1)" in told.said
     assert any(s.startswith("import_picks: 1 row of 1 micrograph left out") and s.endswith("elsewhere.star (1)") for s in told.said)
     # a result of before that counts again, by a parameter that was changed and changed back, forgets nobody
     for number in (2, 1):
@@ -239,7 +239,7 @@ def test_edits_of_particles_that_are_not_there_are_counted_and_told() -> None:
     table, told = with_ids(Birth(9), 3, made, None)
     assert told == {"unmatched": 2}
     assert rows_told("edit_picks", [{"name": "m1", **told}]) == [
-        "edit_picks: 2 rows without effect, for the particle is not there (another picking, or it is not accepted): m1 (2)"
+        "edit_picks: 2 rows without effect, because the particle does not exist (another picking run, or not accepted): m1 (2)"
     ]
     assert set(table["particle_id"].tolist()) >= set(make_ids(1, 3, np.array([0, 2])).tolist())
 

@@ -73,7 +73,7 @@ def test_scratch_of_the_storage_is_that_of_all_pools_and_never_a_network_file_sy
     made = read_blueprint(written(tmp_path, **content), folder=tmp_path)
     assert made.cluster.pools["cpu"].scratch == "/fast"
     monkeypatch.setattr("cryodask.cluster.settings.network_file_system", lambda path: "nfs4" if path == "/fast" else "")
-    with pytest.raises(ProjectFileError, match="scratch /fast lies on a network file system"):
+    with pytest.raises(ProjectFileError, match="scratch /fast is on a network file system"):
         read_blueprint(tmp_path / "b.yaml", folder=tmp_path)
     content["storage"]["scratch"] = {"path": "/fast", "network": True}
     assert read_blueprint(written(tmp_path, **content), folder=tmp_path).cluster.pools["cpu"].network_scratch
@@ -85,7 +85,7 @@ def test_scratch_of_the_storage_is_that_of_all_pools_and_never_a_network_file_sy
         ({"people": {"anna": ["lvie"]}}, "people.anna names the lane 'lvie'; there are live, batch"),
         ({"cluster": {"kind": "local"}}, "pools of Slurm jobs"),
         ({"sesions": {}}, "sesions: Extra inputs"),
-        ({"sessions": {"krios1": {"lane": "live"}}}, "give a project, or a command"),
+        ({"sessions": {"krios1": {"lane": "live"}}}, "give either a project or a command"),
     ],
 )
 def test_mistakes_are_named(change, said, tmp_path):
@@ -102,7 +102,7 @@ def test_a_wrong_pipeline_is_found_by_checking(tmp_path):
 def test_a_profile_or_file_that_does_not_exist_is_said(tmp_path):
     with pytest.raises(ProjectFileError, match="no profile 'tset'"):
         read_blueprint(CONFIGS / "mixed.yaml", "tset")
-    with pytest.raises(ProjectFileError, match="is no blueprint"):
+    with pytest.raises(ProjectFileError, match="is not a valid blueprint"):
         read_blueprint(tmp_path / "none.yaml")
 
 
@@ -112,7 +112,7 @@ def test_folders_have_their_mode_and_hand_on_their_group(tmp_path, recwarn):
     assert stat.S_IMODE((tmp_path / "a" / "raw").stat().st_mode) == 0o2770
     make_folder(Folder(path=str(tmp_path / "a" / "raw"), mode="2770"))
     assert not recwarn.list
-    with pytest.raises(StoreError, match="knows no group nobody-has-this"):
+    with pytest.raises(StoreError, match="The group nobody-has-this does not exist"):
         make_folder(Folder(path=str(tmp_path / "b"), group="nobody-has-this"))
     assert not (tmp_path / "b").exists()
 
@@ -125,12 +125,12 @@ def test_a_folder_of_the_site_is_left_as_it_is_and_what_differs_is_said(tmp_path
     another = next(group.gr_name for group in grp.getgrall() if group.gr_gid != before.st_gid)
     folder = Folder(path=str(raw), mode="2770", group=another)
     owner = grp.getgrgid(before.st_gid).gr_name
-    with pytest.warns(UserWarning, match=f"its mode is 2755 and not 2770, its group is {owner} and not {another}"):
+    with pytest.warns(UserWarning, match=f"its mode is 2755, not 2770, its group is {owner}, not {another}"):
         make_folder(folder)
     after = raw.stat()
     assert (after.st_mode, after.st_gid) == (before.st_mode, before.st_gid)
     made = read_blueprint(CONFIGS / "mixed.yaml", "test", tmp_path)
-    assert "its mode is 2755 and not" in "\n".join(check(made))
+    assert "its mode is 2755, not" in "\n".join(check(made))
 
 
 # --- people ------------------------------------------------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ def test_preprocessing_takes_movies_of_two_microscopes_to_sorted_particles(facil
     said = facility("preprocessing")
     assert "krios1: Slurm job" in said
     again = facility("preprocessing")
-    assert "has it already" in again
+    assert "already running as Slurm job" in again
     assert "follow:" not in again
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller' >&2\nexit 1\n")

@@ -119,7 +119,14 @@ def test_export_is_what_relion_reads(done, tmp_path):
 
 def test_report_is_one_page_that_says_what_it_must(done, tmp_path):
     page = write_report(done, tmp_path / "r.html").read_text()
-    for text in ("never joined", "hand is unknown", "first interpolated crossing", "refine3d", "timings", "None: every input"):
+    for text in (
+        "refined independently",
+        "handedness is undetermined",
+        "first interpolated crossing",
+        "refine3d",
+        "timings",
+        "None: every input",
+    ):
         assert text in page
     assert not re.search(r'(src|href)="(?!data:|#)', page)
     assert page.count("data:image/png;base64") >= 12

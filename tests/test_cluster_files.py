@@ -67,18 +67,18 @@ def test_every_line_that_is_commented_out_in_the_shipped_files_may_be_said():
         (slurm(walltime="12:00"), 'minutes and seconds: write "12:00:00" if these are hours, "0:12:00" if not'),
         ({**slurm(), "driver": {"walltime": "30:00"}}, r"driver.walltime.*minutes and seconds"),
         (slurm(memory="much"), "a number with a unit"),
-        (slurm(count=2, maximum=4), "give count, or minimum and maximum"),
+        (slurm(count=2, maximum=4), "give either count, or minimum and maximum"),
         (slurm(minimum=4, maximum=2), "below minimum"),
-        (slurm(gpus=2, processes=3, cores=4), "one process for each of its gpus"),
+        (slurm(gpus=2, processes=3, cores=4), "one process per GPU"),
         (slurm(gpus=4), "4 processes need as many cores, not 1"),
-        (slurm(directives=["--exclusive\nrm -r ~"]), "one line"),
+        (slurm(directives=["--exclusive\nrm -r ~"]), "single line"),
         ({"kind": "slurm", "pools": {"CPU nodes": {"memory": "1GiB"}}}, "pattern"),
         ({**slurm(), "lanes": {"live": 3}, "reserve": {"liev": 1}}, "did you mean 'live'"),
         ({**slurm(), "single_allocation": True}, "one pool, with a count"),
         ({"kind": "address"}, "tcp://host:port"),
         ({"kind": "address", "address": "tcp://a:1", "invitation": "a.invite"}, "tcp://host:port"),
         ({"kind": "address", "invitation": "a.json"}, r"invitation.*invite"),
-        (["local"], "no list of names and values"),
+        (["local"], "not a mapping of names to values"),
     ],
 )
 def test_what_a_file_may_not_say_is_refused_in_three_sentences(content, says):
@@ -230,7 +230,9 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.parametrize(("where", "says"), [("main", ""), ("thread", "refused: Slurm pools cannot be opened first in a thread.\n")])
+@pytest.mark.parametrize(
+    ("where", "says"), [("main", ""), ("thread", "refused: Slurm pools cannot be opened in a thread before dask-jobqueue is imported.\n")]
+)
 def test_ctrl_c_is_still_ctrl_c_after_dask_jobqueue_came(where, says):
     out = subprocess.run([sys.executable, "-c", _CTRL_C, where], capture_output=True, text=True)
     assert out.stdout == says + "KeyboardInterrupt\n", out.stderr
@@ -277,7 +279,7 @@ def test_the_owner_of_a_cluster_is_known_to_live_or_to_be_dead():
 def test_lines_for_sbatch_that_would_undo_ours_are_refused_with_the_reason(line, ours):
     jobs = [slurm(directives=[line]), *({**slurm(), job: {"directives": [line]}} for job in ("driver", "service"))]
     for content in jobs:
-        with pytest.raises(ProjectFileError, match=rf"directives.*leave --{ours} to cryodask: \w+"):
+        with pytest.raises(ProjectFileError, match=rf"directives.*--{ours} is set by cryodask: \w+"):
             parse_settings(content)
 
 
@@ -301,7 +303,7 @@ def test_a_job_whose_scratch_turns_out_to_be_on_a_network_ends_with_a_sentence(k
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "TMPDIR": f"{tmp_path}/not/made/yet"}
     done = subprocess.run(["bash", "-c", f"{line}\necho went on"], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == ((1, "") if ends else (0, "went on\n"))
-    assert (f"scratch folder {tmp_path}/not/made/yet lies on a network file system" in done.stderr) == ends
+    assert (f"scratch folder {tmp_path}/not/made/yet is on a network file system" in done.stderr) == ends
     assert "stat -f" not in script({**content, "pools": {"cpu": {"memory": "4GiB", "count": 1, "network_scratch": True}}})
 
 
@@ -358,7 +360,7 @@ def test_what_is_missing_is_said_in_one_sentence():
         "preemptible": PoolStatus(0, 0, 0, 0, {}, "", 3),
     }
     assert missing(status, settings, slurm_answers=False) == (
-        "pool cpu: jobs wait in the queue (1 Resources); pool gpu: 2 workers of 1 running jobs have come;"
+        "pool cpu: jobs are pending (1 Resources); pool gpu: 2 workers of 1 running jobs have connected;"
         " pool highmem: Invalid partition; Slurm does not answer"
     )
 
@@ -371,7 +373,7 @@ def test_a_queue_that_takes_no_more_is_said_and_asked_later_and_later():
     assert pauses == [15, 30, 60]
     status = {"cpu": PoolStatus(4, 2, 0, 8, {}, "", 0, pool.full)}
     settings = read_cluster_file(_CONFIGS / "mixed.yaml").pools
-    assert missing(status, settings, slurm_answers=True) == "pool cpu: Slurm takes no more jobs for now (AssocMaxSubmitJobLimit)"
+    assert missing(status, settings, slurm_answers=True) == "pool cpu: Slurm accepts no more jobs for now (AssocMaxSubmitJobLimit)"
     pool.aim(4)
     assert (pool.full, pool.not_before) == ("", 0)
 
@@ -383,9 +385,9 @@ def test_a_job_that_completes_has_lost_its_workers_and_a_pending_one_has_not():
 
 def test_nothing_listens_beyond_this_machine_without_certificates():
     for settings in ({**slurm(), "interface": "ib0"}, slurm(), {**slurm(interface="ib0"), "interface": "lo"}):
-        with pytest.raises(ClusterError, match="clear text"):
+        with pytest.raises(ClusterError, match="be encrypted"):
             PoolCluster(parse_settings(settings))
-    with pytest.raises(ClusterError, match="clear text"):
+    with pytest.raises(ClusterError, match="be encrypted"):
         allocation_script(parse_settings({**slurm(count=2), "single_allocation": True}), "true")
 
 

@@ -166,7 +166,7 @@ def test_a_torn_journal_line_is_no_commit_and_no_damage(tmp_path):
     journal = project.generation("motion").journal
     line = checked_line({"row": 1, "name": "m1", "ok": True, "columns": {}, "shards": {}, "attempt": 5})
     (journal.folder / "dead-1-torn.jsonl").write_bytes(line[:-20])
-    assert any("never finished, harmless" in p for p in project.verify())
+    assert any("incomplete, harmless" in p for p in project.verify())
     assert damage(project) == []
     assert shown(project)["m1"] == 1.0
 
@@ -200,8 +200,8 @@ def test_truncated_flipped_and_missing_shards_are_found_and_made_again(tmp_path,
     shard(project, 2).unlink()
     found = damage(project)
     assert len(found) == 3
-    assert "another length" in found[0]
-    assert "do not fit the record of m1" in found[1]
+    assert "its length does not match" in found[0]
+    assert "do not match the record of m1" in found[1]
     assert "missing, though m2 is committed" in found[2]
     assert sorted(mended(project)) == ["motion: m0", "motion: m1", "motion: m2"]
     assert first.exists()
@@ -262,7 +262,7 @@ def test_a_straggler_that_renames_late_is_found_and_its_whole_record_counts_agai
     assert generation.committed()[1]["columns"]["total_motion"] == 11.0
     found = damage(project)
     assert len(found) == 2
-    assert all("another attempt made of m1" in p for p in found)
+    assert all("another attempt at m1" in p for p in found)
     assert len(generation.check_files()) == 1
     assert damage(project) == []
     assert shown(project) == {"m0": 0.0, "m1": 22.0, "m2": 2.0}
@@ -272,7 +272,7 @@ def test_a_straggler_that_dies_after_its_rename_costs_the_item_which_is_made_aga
     project = made(tmp_path)
     generation = project.generation("motion")
     write_shard(shard(project, 1), generation.layout(generation.gives[0]), image(22.0))
-    assert ["bytes do not fit the record of m1" in p for p in damage(project)] == [True]
+    assert ["bytes do not match the record of m1" in p for p in damage(project)] == [True]
     assert len(Project(project.path).generation("motion").check_files()) == 1
     assert sorted(shown(project)) == ["m0", "m2"]
     assert mended(project) == []
@@ -328,7 +328,7 @@ def test_a_damaged_compaction_is_told_and_harms_nobody(tmp_path):
         assert shown(project) == {"m0": 0.0, "m1": 1.0, "m2": 2.0}
         assert damage(project) == []
     file.write_bytes(whole[: len(whole) // 2])
-    assert any("columns.npz: damaged" in p and "made again" in p for p in project.verify())
+    assert any("columns.npz: damaged" in p and "rebuilt" in p for p in project.verify())
     assert shown(project) == {"m0": 0.0, "m1": 1.0, "m2": 2.0}
     Project(project.path).generation("motion").compact()
     assert project.verify() == []

@@ -102,7 +102,7 @@ def test_reports_are_handed_on_and_a_fraction_is_one():
     context.report(0.25, resolution_angstrom=7.5)
     Context().report(1.0)
     assert told == [(0.25, {"resolution_angstrom": 7.5})]
-    with pytest.raises(ValueError, match="goes from 0 to 1"):
+    with pytest.raises(ValueError, match="must be between 0 and 1"):
         context.report(25)
 
 
@@ -134,20 +134,20 @@ def test_a_program_that_fails_is_an_error_of_the_item_with_the_last_lines_of_its
         assert raised.value.on_failure == "quarantine"
         assert "| 50" not in str(raised.value)
         assert str(tmp_path / "log") in str(raised.value)
-    with says("kill -SEGV $$") as context, pytest.raises(ProgramError, match="was ended by SIGSEGV; it printed nothing"):
+    with says("kill -SEGV $$") as context, pytest.raises(ProgramError, match="was killed by SIGSEGV; it printed nothing"):
         context.run("says", [])
     assert not list(home.iterdir())
 
 
 def test_a_missing_or_empty_output_is_an_error_of_the_item(says):
     with says("touch empty; echo x > there; echo done") as context:
-        with pytest.raises(ProgramError, match=r"ended well, but did not write empty, absent; (?s:.*)done"):
+        with pytest.raises(ProgramError, match=r"exited with status 0, but did not write empty, absent; (?s:.*)done"):
             context.run("says", [], outputs=["there", "empty", "absent"])
 
 
 def test_a_program_that_takes_too_long_ends_with_all_that_it_started(says, tmp_path):
     with says(f"sleep 1000 & echo $! > {tmp_path}/child; echo begun; wait") as context:
-        with pytest.raises(ProgramError, match=r"took longer than 0.5 s and was ended; (?s:.*)begun"):
+        with pytest.raises(ProgramError, match=r"took longer than 0.5 s and was killed; (?s:.*)begun"):
             context.run("says", [], timeout_seconds=0.5)
     child = int((tmp_path / "child").read_text())
     deadline = time.monotonic() + 20
@@ -158,11 +158,11 @@ def test_a_program_that_takes_too_long_ends_with_all_that_it_started(says, tmp_p
 
 def test_only_programs_that_the_stage_declares_run_for_their_version_is_part_of_the_key(says, tmp_path):
     with says("echo") as context:
-        with pytest.raises(ValueError, match=r"ls is not among the programs of this stage \(says\)"):
+        with pytest.raises(ValueError, match=r"ls is not declared by this stage \(says declared\)"):
             context.run("ls", [])
         program = tmp_path / "bin" / "says"
         program.write_text(_SAYS.replace("1.2.3", "1.3.0"))
-        with pytest.raises(ClusterError, match=r"has says 1.3.0, this run was planned with 1.2.3"):
+        with pytest.raises(ClusterError, match=r"has says 1.3.0, but this run was planned with 1.2.3"):
             context.run("says", [])
         program.unlink()
         with pytest.raises(ClusterError, match=r"A worker cannot run says\. says is not on the PATH"):
@@ -175,7 +175,7 @@ def test_a_program_that_says_no_version_is_as_good_as_missing(tmp_path, monkeypa
         Program("nothing_of_the_kind", install="load its module").version()
     (tmp_path / "odd").write_text("#!/bin/sh\necho libodd.so.3: cannot open shared object file; exit 127\n")
     (tmp_path / "odd").chmod(0o755)
-    with pytest.raises(ProgramMissingError, match=r"says no version: libodd\.so\.3: cannot open"):
+    with pytest.raises(ProgramMissingError, match=r"reports no version: libodd\.so\.3: cannot open"):
         Program("odd").version()
 
 

@@ -264,7 +264,7 @@ def test_a_step_that_was_killed_while_the_session_grew_finishes_its_set_first(tm
         movie(folder, number)
     told = Told()
     project = run(folder, here, PIPELINE[:8], listen=[told])
-    assert any("goes on with the 12 particles" in text for text in told.said), told.said
+    assert any("resumes with the 12 particles" in text for text in told.said), told.said
     finished = [m for m in project.history("toy_poses") if m.finished]
     assert len(finished) == 2
     assert len(project.particles("toy_poses")["particle_id"]) == 21

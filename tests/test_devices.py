@@ -100,10 +100,10 @@ def test_local_workers_have_a_gpu_each_or_see_none(tmp_path, monkeypatch, visibl
 
 
 def test_more_gpus_than_workers_or_devices_are_refused(monkeypatch):
-    with pytest.raises(ProjectFileError, match="each of the 4 gpus has a worker of its own"):
+    with pytest.raises(ProjectFileError, match="each of the 4 gpus needs its own worker"):
         parse_settings({"kind": "local", "workers": 3, "gpus": 4})
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    with pytest.raises(ValueError, match="gpus is 2, but CUDA_VISIBLE_DEVICES leaves this process only 3"):
+    with pytest.raises(ValueError, match="gpus is 2, but CUDA_VISIBLE_DEVICES gives this process only 3"):
         LaneCluster(n_workers=2, gpus=2)
 
 
@@ -168,7 +168,7 @@ def test_items_that_wait_for_gpus_which_others_keep_go_to_a_cpu_while_a_session_
         counts = runner.run(session())
         assert counts == {"seen": 8, "done": 8, "quarantined": 0, "running": 0, "waiting": 0}
         assert {r["device"] for r in _records(tmp_path)} == {"cpu"}
-        assert "no GPU became free: it goes to a CPU" in said
+        assert "no GPU became free; it runs on a CPU" in said
         del kept
 
 
@@ -203,7 +203,7 @@ def test_a_stage_that_needs_a_gpu_is_refused_before_work_where_no_worker_has_one
         write_mrc(tmp_path / f"{name}.mrc", np.random.default_rng(0).normal(size=(8, 8, 8)).astype(np.float32), 1.0)
     (tmp_path / "p.yaml").write_text("name: p\ninputs: {half_maps: [half1.mrc, half2.mrc]}\npipeline: [needs_gpu]\n")
     plan = make_plan(tmp_path / "p.yaml")
-    with pytest.raises(ProjectFileError, match="needs_gpu needs a GPU, and no worker of local has one"):
+    with pytest.raises(ProjectFileError, match="needs_gpu needs a GPU, but no worker of local has one"):
         check_inputs(plan)
     (tmp_path / "gpus.yaml").write_text("kind: local\nworkers: 1\ngpus: 1\n")
     assert check_inputs(plan, Wanted(cluster=str(tmp_path / "gpus.yaml"))) == []

@@ -152,7 +152,7 @@ def test_a_pinned_result_that_is_gone_is_refused_by_name_before_work(tmp_path, h
     now = [*PIPELINE[:6], {"toy_extract as full": {"number": 7}}, "toy_poses"]
     run(folder, here, now)
     shutil.rmtree(first.path / "stages" / "toy_extract" / full)
-    with pytest.raises(ProjectFileError, match=rf"select: from.particles: toy_poses@{poses} rests on toy_extract@{full}, which gc"):
+    with pytest.raises(ProjectFileError, match=rf"select: from.particles: toy_poses@{poses} depends on toy_extract@{full}, which was"):
         run(folder, here, [*now, selected(f"toy_poses@{poses}")])
     Project(first.path).collect_garbage()
     with pytest.raises(ProjectFileError, match=rf"toy_poses@{poses} is gone: gc removed toy_poses@{poses} on "):
@@ -297,11 +297,11 @@ def test_names_cannot_be_mistaken(tmp_path, here, capsys):  # noqa: F811
     project = run(folder, here, PIPELINE[:8])
     path = str(project.path)
     for which, name, said in (
-        ("toy_pick", "toy_extract", "reads like a step"),
-        ("toy_extract", "toy_extract", "reads like a step"),
-        ("toy_pick", "full", "reads like a step"),
-        ("toy_pick", "toy_pick@12", "reads like a step"),
-        ("toy_extract@", "kept", "No key stands after the @"),
+        ("toy_pick", "toy_extract", "looks like a step"),
+        ("toy_extract", "toy_extract", "looks like a step"),
+        ("toy_pick", "full", "looks like a step"),
+        ("toy_pick", "toy_pick@12", "looks like a step"),
+        ("toy_extract@", "kept", "No key follows the @"),
     ):
         assert cli(["keep", path, which, name]) == 2
         assert said in capsys.readouterr().err
@@ -322,7 +322,7 @@ def test_names_cannot_be_mistaken(tmp_path, here, capsys):  # noqa: F811
     place = project.step("best").place
     shutil.rmtree(project.path / "stages" / place / "journal")
     (project.path / "stages" / place / "journal").mkdir()
-    with pytest.raises(StoreError, match="holds nothing that could be kept"):
+    with pytest.raises(StoreError, match="cannot be kept"):
         Project(project.path).keep("best", "empty")
 
 
@@ -341,7 +341,7 @@ def test_where_refuses_nonsense_and_knows_rows_that_lost_their_name(tmp_path, he
     movie(other, 9)
     (other / "movies" / "m009.mrc").rename(folder / "movies" / "m001.mrc")
     project = run(folder, here, PIPELINE[:4])
-    assert project.where("1.1.0")[0][1].endswith("of exposure m001~1, which does not count now")
+    assert project.where("1.1.0")[0][1].endswith("of exposure m001~1, which is not active now")
 
 
 # --- choices --------------------------------------------------------------------------------------------------------------------

@@ -175,7 +175,7 @@ def test_another_version_never_computes_unasked_and_has_a_key_of_its_own(before,
     project = run_plan(plan, threads, listen=[told])
     assert project.generation("relion_postprocess").path == first
     assert any(
-        "version 1 with relion_postprocess 4.0.1; --update relion_postprocess computes it with version 1 with relion_postprocess 5.0"
+        "version 1 with relion_postprocess 4.0.1; --update relion_postprocess recomputes it with version 1 with relion_postprocess 5.0"
         in text
         for text in told.said
     ), told.said
@@ -197,7 +197,7 @@ def test_another_version_never_computes_unasked_and_has_a_key_of_its_own(before,
         ("seq 50; echo 'ERROR: half-maps of another box'; exit 3", r"failed with exit status 3; (?s:.*)\| 50\n.*half-maps of another box"),
         ("cp half1.mrc out/relion.mrc; echo wrote half of it", r"did not write out/relion.star; (?s:.*)wrote half of it"),
         ("cp half1.mrc out/relion.mrc; echo nonsense > out/relion.star", "wrote a STAR file that cannot be read"),
-        ("echo waiting; sleep 100", r"took longer than 2 s and was ended; (?s:.*)waiting"),
+        ("echo waiting; sleep 100", r"took longer than 2 s and was killed; (?s:.*)waiting"),
     ],
 )
 def test_what_fails_ends_with_the_last_lines_of_the_log_and_the_next_run_goes_on(here, threads, fake, lines, said):

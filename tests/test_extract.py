@@ -156,7 +156,7 @@ def test_boxes_and_diameters_that_cannot_be_are_refused():
         ({"box": 32, "scale_to": 64}, "must not exceed"),
         ({"box_angstrom": 300.0}, "together"),
         ({"box": 32, "pixel_size_angstrom": 2.0}, "together"),
-        ({"box_angstrom": 300.0, "pixel_size_angstrom": 2.0, "scale_to": 64}, "scale_to goes with box"),
+        ({"box_angstrom": 300.0, "pixel_size_angstrom": 2.0, "scale_to": 64}, "scale_to is only for box"),
         ({"box": 32, "colour": 1}, "Extra inputs"),
     ):
         with pytest.raises(ValidationError, match=message):

@@ -370,12 +370,12 @@ def test_owners_without_tasks_are_forgotten_and_their_lanes_keep_what_they_used(
                 async with client(scheduler, f"A/visitor{number}") as a:
                     await a.submit(sleep, 1, 0.02, pure=False)
             await until(lambda: not any("visitor" in name for name in scheduler.clients))
-            used = scheduler._clocks["threads"].kids["A"].settled
+            used = scheduler._clocks["threads"].children["A"].settled
             assert used > 0
             scheduler.prune()
             assert {path[:2] for path in scheduler._owners} == {("B", "stays")}
-            assert scheduler._clocks["threads"].kids["A"].kids == {}
-            assert scheduler._clocks["threads"].kids["A"].settled == used
+            assert scheduler._clocks["threads"].children["A"].children == {}
+            assert scheduler._clocks["threads"].children["A"].settled == used
             assert await b.gather(kept) == list(range(20))
             async with client(scheduler, "A/visitor0") as a:
                 assert await a.submit(sleep, 7, 0.0, pure=False) == 7

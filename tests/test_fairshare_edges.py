@@ -96,7 +96,7 @@ def test_stolen_tasks_are_charged_once_and_to_their_own_lane():
                 async with Worker(scheduler.address, nthreads=4, name="late", host="127.0.0.1", dashboard=False):
                     await a.gather(futures[0])
                     await b.gather(futures[1])
-                    kids = scheduler._clocks["threads"].kids
+                    kids = scheduler._clocks["threads"].children
                     ran = {lane: sum(stop - start for name, start, stop in LOG if name[0] == lane) for lane in "AB"}
                     assert kids["B"].settled == pytest.approx(ran["B"], rel=0.15)
                     # what A had on workers before B came is nobody's debt

@@ -249,7 +249,7 @@ def test_what_waits_on_a_worker_is_not_charged_as_if_it_ran():
             assert len(next(iter(scheduler.workers.values())).processing) > 2, "some are sent ahead"
             await b.submit(sleep, 0, 0.1, key="B-task")
             await asyncio.sleep(0.7)
-            used, elapsed = scheduler._clocks["threads"].kids["A"].virtual, time.monotonic() - begin
+            used, elapsed = scheduler._clocks["threads"].children["A"].virtual, time.monotonic() - begin
             assert 0.3 < used < elapsed + 0.5, (used, elapsed)
             await a.cancel(kept)
             del kept, given
@@ -273,7 +273,7 @@ def test_a_reduction_above_the_cap_of_its_lane_comes_to_its_end_all_the_same():
             blocks = [a.submit(block, i, key=f"block-{i}") for i in range(count)]
             future = a.submit(total, blocks, key="total")
             del blocks
-            with pytest.warns(UserWarning, match="holds more than its"):
+            with pytest.warns(UserWarning, match="has more than its"):
                 assert await asyncio.wait_for(future, 60) == count * 1_000_000
 
     run(scenario)

@@ -142,7 +142,7 @@ def test_broken_maps_and_masks_are_refused():
     nan[1, 3, 3, 3] = np.nan
     zero = good.copy()
     zero[0] = 0
-    for halves, message in ((nan, "half-map 2 holds NaN"), (zero, "half-map 1 is zero"), (good[:1], "not two equal cubes")):
+    for halves, message in ((nan, "half-map 2 has NaN"), (zero, "half-map 1 is zero"), (good[:1], "not two equal cubes")):
         with pytest.raises(InputError, match=message):
             mask.process(MaskParams(), half_map=halves, map_pixel_size_angstrom=PIXEL)
         with pytest.raises(InputError, match=message):
@@ -150,7 +150,7 @@ def test_broken_maps_and_masks_are_refused():
     with pytest.raises(InputError, match="the mask is"):
         postprocess.process(PostprocessParams(), half_map=good, solvent_mask=whole[:16, :16, :16], map_pixel_size_angstrom=PIXEL)
     for bad in (5 * whole, 0 * whole, np.nan * whole):
-        with pytest.raises(InputError, match="not between 0 and 1"):
+        with pytest.raises(InputError, match="outside 0 to 1"):
             postprocess.process(PostprocessParams(), half_map=good, solvent_mask=bad, map_pixel_size_angstrom=PIXEL)
     with pytest.raises(InputError, match="no voxel"):
         mask.process(MaskParams(threshold=1e9), half_map=good, map_pixel_size_angstrom=PIXEL)

@@ -444,7 +444,7 @@ WRONG: list[tuple[str, list[Any], str, Any]] = [
     wrong("unknown parameter", ["motion", {"ctf": {"finest": 3}}], "Did you mean 'finest_angstrom'"),
     wrong("input given as parameter", [*MAP, {"refine3d as b": {"map": "ab_initio"}}], "is an input, not a parameter"),
     wrong("unknown label", [*MAP, {"refine3d as b": source(particles="curat")}], "Did you mean 'curate'"),
-    wrong("label of a later step", [*CLEAN, {"refine3d as b": source(map="ab_initio")}, "ab_initio"], "stands after this step"),
+    wrong("label of a later step", [*CLEAN, {"refine3d as b": source(map="ab_initio")}, "ab_initio"], "comes after this step"),
     wrong("its own result", [*MAP, {"refine3d as b": source(map="b")}], "own result"),
     wrong("unknown port", [*MAP, {"refine3d as b": source(volume="ab_initio")}], "has no input 'volume'"),
     wrong("wrong type", [*MAP, {"refine3d as b": source(map="curate")}], "gives classes and particles, not a map"),
@@ -471,11 +471,11 @@ WRONG: list[tuple[str, list[Any], str, Any]] = [
             {"extract as again": {"box": 160, **source(particles="refine3d")}},
             {"merge": source(particles=["centred", "again"])},
         ],
-        "different images of the same particles, cut by centred and by again. Say which count: merge: {prefer: centred} or {prefer: again}",
+        "images of the same particles, extracted by centred and by again. Choose one: merge: {prefer: centred} or {prefer: again}",
     ),
     wrong("list of one step", [*MAP, {"refine3d as b": {"from": ["curate"]}}], "write from: curate."),
     wrong("list of one map", [*MAP, {"refine3d as b": source(map=["ab_initio"])}], "write from: {map: ab_initio}."),
-    wrong("movies brought in twice", [{"ingest as more": {}}, "motion"], "come in by ingest already. Remove this step."),
+    wrong("movies brought in twice", [{"ingest as more": {}}, "motion"], "ingest already reads all movies of inputs. Remove this step."),
     wrong(
         "two pickers merged without a distance",
         ["motion", "ctf", {"pick": {"diameter_angstrom": 180}}, "external.topaz", {"merge": source(particles=["pick", "topaz"])}],
@@ -557,7 +557,7 @@ WRONG: list[tuple[str, list[Any], str, Any]] = [
             {"refine3d as rb": source(particles="curate", map="b")},
             {"postprocess": source(map="rb", mask="ma")},
         ],
-        "Make a mask of rb",
+        "Make a mask from rb",
     ),
     wrong(
         "mask of another map, by default",
@@ -570,7 +570,7 @@ WRONG: list[tuple[str, list[Any], str, Any]] = [
             {"refine3d as rb": source(particles="curate", map="b")},
             "postprocess",
         ],
-        "no mask lies in the frame",
+        "no mask is in the frame",
     ),
     wrong("polish before any refinement", [*CLEAN, "ab_initio", "polish"], "polish needs pose"),
     wrong("polish with an ab initio map", [*MAP, {"polish": source(map="ab_initio")}], "half-maps"),
@@ -614,7 +614,7 @@ WRONG: list[tuple[str, list[Any], str, Any]] = [
     wrong(
         "CTF refinement of subtracted images",
         [*MAP, {"import_mask as m": {"file": "m.mrc"}}, {"subtract": source(mask="m")}, "ctf_refine"],
-        "needs whole images",
+        "needs unsubtracted images",
     ),
     wrong("subtract without a mask", [*MAP, "subtract"], "has no default"),
     wrong("subtract takes the nearest mask", [*MAP, "mask", "subtract"], "has no default"),
@@ -638,7 +638,7 @@ WRONG: list[tuple[str, list[Any], str, Any]] = [
         ],
         "hold different particles",
     ),
-    wrong("consensus with itself", [*MAP, {"consensus": source(other="refine3d")}], "both sets are"),
+    wrong("consensus with itself", [*MAP, {"consensus": source(other="refine3d")}], "both sets come from"),
     wrong("consensus without the other", [*MAP, "consensus"], "has no default"),
     wrong("box in pixels, two pixel sizes", PRE, "pixel sizes", TWO),
     wrong("odd box", ["motion", "ctf", {"pick": {"diameter_angstrom": 180}}, {"extract": {"box": 161}}], "must be even"),
@@ -678,7 +678,7 @@ WRONG: list[tuple[str, list[Any], str, Any]] = [
     ),
     wrong("exposures as particles", [*MAP, {"refine3d as b": source(particles="ctf")}], "gives exposures, not particles"),
     wrong("list of maps for one", [*MAP, {"refine3d as b": source(map=["ab_initio", "refine3d"])}], "takes one"),
-    wrong("from a step that gives nothing of it", [*MAP, {"refine3d as b": {"from": "mask"}}, "mask"], "stands after this step"),
+    wrong("from a step that gives nothing of it", [*MAP, {"refine3d as b": {"from": "mask"}}, "mask"], "comes after this step"),
 ]
 
 WARNED: list[tuple[str, list[Any], str]] = [
@@ -692,12 +692,12 @@ WARNED: list[tuple[str, list[Any], str]] = [
             {"extract": {"box": 160}},
             "classify2d",
         ],
-        "Nothing takes the particles of pick",
+        "Nothing uses the particles of pick",
     ),
     (
         "ctf2 on another branch",
         [*PRE, {"motion as rigid": source(exposures="ingest")}, {"ctf as ctf2": {}}, "classify2d"],
-        "Nothing takes the exposures of ctf2",
+        "Nothing uses the exposures of ctf2",
     ),
     (
         "two ab initio side by side",
@@ -1087,7 +1087,7 @@ MORE_WRONG: list[tuple[str, list[Any], str, Any]] = [
     wrong(
         "mask of the other hand",
         [*MAP, *POST, *MODEL, {"hand": source(model="dock")}, {"postprocess as p2": {}}],
-        "no mask lies in the frame of hand",
+        "no mask is in the frame of hand",
     ),
     wrong(
         "mask of another class",
@@ -1098,14 +1098,14 @@ MORE_WRONG: list[tuple[str, list[Any], str, Any]] = [
             {"refine3d as y": {"from": "ab_initio.class2"}},
             {"postprocess": source(mask="mx")},
         ],
-        "Make a mask of y",
+        "Make a mask from y",
     ),
     wrong(
         "explicit mask of another start in a refinement",
         [*TWO_STARTS, {"mask as ma": source(map="ra")}, {"refine3d as z": source(particles="rb", map="rb", mask="ma")}],
-        "Make a mask of rb",
+        "Make a mask from rb",
     ),
-    wrong("model of the other hand", [*MAP, *MODEL, {"hand": source(model="dock")}, "model_map"], "does not lie in the map"),
+    wrong("model of the other hand", [*MAP, *MODEL, {"hand": source(model="dock")}, "model_map"], "is not in the frame of the map"),
     wrong("copies merged with contracted", [*EXPANDED, "contract", {"merge": source(particles=["expand", "contract"])}], "Contract first"),
     wrong("expanded twice", [*EXPANDED, {"expand as again": {}}], "symmetry copies"),
     wrong("first map of copies", [*EXPANDED, {"ab_initio as n": {}}], "symmetry copies"),
@@ -1116,17 +1116,19 @@ MORE_WRONG: list[tuple[str, list[Any], str, Any]] = [
         "signal was subtracted",
     ),
     wrong(
-        "2D classes of subtracted images", [*MAP, *FOCUS, {"subtract": source(mask="focus")}, {"classify2d as c": {}}], "needs whole images"
+        "2D classes of subtracted images",
+        [*MAP, *FOCUS, {"subtract": source(mask="focus")}, {"classify2d as c": {}}],
+        "needs unsubtracted images",
     ),
     wrong("network of another purpose, by name", [*PRE, "train_denoiser", {"junk": source(weights="train_denoiser")}], "not to junk"),
     wrong("no network", [*PRE, "junk"], "Stages that give weights"),
     wrong("averages of an import", [{"import_project": {"project": "x"}}, "curate"], "gives no class averages", BARE),
-    wrong("view as a reference", [*MAP, "variability", {"refine3d as r": source(map="variability.series")}], "Take the map before it"),
+    wrong("view as a reference", [*MAP, "variability", {"refine3d as r": source(map="variability.series")}], "Use the map before it"),
     wrong("half-maps of an imported map", [{"import_map": {"file": "x.mrc"}}, "mask"], "half-maps", BARE),
     wrong(
         "two pixel sizes, curated box",
         ["motion", {"pick": {}}, {"extract": {"box_angstrom": 300}}],
-        "Give box_angstrom and pixel_size_angstrom",
+        "give box_angstrom and pixel_size_angstrom",
         TWO,
     ),
     wrong("frame of a later step", [{"import_map": {"file": "x", "frame_of": "refine"}}], "no earlier step has that name", BARE),
@@ -1147,7 +1149,7 @@ MORE_WRONG: list[tuple[str, list[Any], str, Any]] = [
     wrong("label that is a number", [*MAP, {"refine3d as 2": {}}], "cannot be the name"),
     wrong("a name without as", [*MAP, {"refine3d fine": {}}], "refine3d as fine"),
     wrong("no key after the @", [*MAP, {"mask": source(map="refine3d@")}], "is not the key of a result"),
-    wrong("no output after the dot", [*MAP, {"mask": source(map="refine3d.")}], "no output is named"),
+    wrong("no output after the dot", [*MAP, {"mask": source(map="refine3d.")}], "no output name follows"),
     wrong("nothing under a port", [*MAP, {"mask": source(map=None)}], "is not the name of a step"),
     wrong("an empty name", [*MAP, {"mask": {"from": ""}}], "is not the name of a step"),
     wrong("a port of a number", [*MAP, {"mask": {"from": {7: "refine3d"}}}], "has no input 7"),
@@ -1202,21 +1204,21 @@ def test_what_is_probably_not_meant_is_accepted_with_a_warning(name: str, pipeli
 
 
 MORE_WARNED: list[tuple[str, list[Any], str]] = [
-    ("a mask that nobody takes", [*MAP, {"mask as m1": {}}, "mask", "postprocess"], "Nothing takes the mask of m1"),
+    ("a mask that nobody takes", [*MAP, {"mask as m1": {}}, "mask", "postprocess"], "Nothing uses the mask of m1"),
     (
         "a first map that nobody takes",
         [*CLEAN, {"import_map as emdb": {"file": "x"}}, {"ab_initio": {}}, "refine3d"],
-        "Nothing takes the map of emdb",
+        "Nothing uses the map of emdb",
     ),
     (
         "a selection that is passed over",
         [*CLEAN, {"select as good": {"where": "x"}}, {"select as other": source(particles="curate")}, "ab_initio"],
-        "Nothing takes the particles of good",
+        "Nothing uses the particles of good",
     ),
     (
         "exposures that were selected on another branch",
         [*PRE, "select_exposures", {"ctf as c2": source(exposures="ctf")}, "classify2d"],
-        "Nothing takes the exposures of select_exposures",
+        "Nothing uses the exposures of select_exposures",
     ),
     ("annotated classes refined together", [*MAP, K3, "annotate", {"refine3d as r": source(map="refine3d")}], "all classes of classify3d"),
     (

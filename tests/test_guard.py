@@ -140,7 +140,7 @@ def test_the_same_calls_sent_straight_to_a_worker_are_refused_to_a_guest(tmp_pat
             address = scheduler.workers[scheduler.aliases["w0"]].address
             for op, arguments in STRAIGHT.items():
                 async with rpc(address, connection_args=tls.security(folder, "anna").get_connection_args("client")) as straight:
-                    with pytest.raises(PermissionError, match=f"{op} sent straight to a guardedworker is refused to anna"):
+                    with pytest.raises(PermissionError, match=f"{op} sent directly to a guardedworker is refused to anna"):
                         await getattr(straight, op)(**arguments)
                     assert (await straight.identity())["type"] == "GuardedWorker"
                     assert list(await straight.keys()) == ["kept"]
@@ -273,7 +273,7 @@ def test_lane_and_user_are_those_of_the_certificate_and_the_client_is_told(tmp_p
         async with guarded(folder, lanes=lanes) as scheduler:
             secure = {"folder": folder, "name": "anna"}
             async with person(scheduler, lane="live/bert", **secure) as anna, person(scheduler, lane="batch", **secure) as second:
-                with warned("may not use the lane 'live' here: the work counts as 'hpda'. Allowed are hpda, batch"):
+                with warned("may not use the lane 'live': the work is charged to 'hpda'. Allowed lanes: hpda, batch"):
                     first = anna.submit(time.sleep, 0.3, key="first")
                     await asyncio.sleep(0.2)
                     assert scheduler.owner_of("first").path[:2] == ("hpda", "anna")
@@ -329,7 +329,7 @@ def test_graph_of_too_many_bytes_is_refused_before_it_is_unpickled(tmp_path):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # dask's own about large graphs
                 future = anna.submit(str, Unpickled(), key="large")
-                with pytest.raises(ValueError, match=r"A graph of 19\d.* kiB is refused: this scheduler takes at most 97.66 kiB"):
+                with pytest.raises(ValueError, match=r"A graph of 19\d.* kiB is refused: this scheduler accepts at most 97.66 kiB"):
                     await future
             assert Unpickled.seen == 0
             assert "large" not in scheduler.tasks
@@ -342,7 +342,7 @@ def test_graph_of_too_many_tasks_is_refused_and_nothing_of_it_is_taken_up(tmp_pa
     async def run():
         folder = authority(tmp_path / "a", anna=["hpda"]).folder
         async with guarded(folder, max_graph_tasks=1000) as scheduler, person(scheduler, folder, "anna") as anna:
-            with pytest.raises(ValueError, match=r"A graph of \d+ tasks is refused: this scheduler takes at most 1000"):
+            with pytest.raises(ValueError, match=r"A graph of \d+ tasks is refused: this scheduler accepts at most 1000"):
                 await anna.compute(da.ones((64, 64), chunks=1).sum())
             assert not scheduler.tasks
             assert await anna.submit(sum, [1, 2]) == 3
@@ -374,13 +374,13 @@ def test_client_and_worker_of_another_version_are_refused_with_both_versions_nam
             monkeypatch.setattr("distributed.client.version_module.get_versions", lambda: other)
             monkeypatch.setattr("distributed.worker.get_versions", lambda: other)
             start = time.monotonic()
-            with pytest.raises(ClusterError, match=rf"This client has other versions than the scheduler: {package} .* \(here"):
+            with pytest.raises(ClusterError, match=rf"The versions of this client differ from the scheduler's: {package} .* \(here"):
                 with tls.connection_errors(scheduler.address):
                     await attempt(person(scheduler, folder, "anna"))
             assert time.monotonic() - start < 8  # of the 30 that a connection is tried for
             with pytest.raises(RuntimeError) as refused:
                 await GuardedWorker(scheduler.address, host="127.0.0.1", security=tls.security(folder, "worker"))
-            assert f"This worker has other versions than the scheduler: {package}" in str(refused.value.__cause__)
+            assert f"The versions of this worker differ from the scheduler's: {package}" in str(refused.value.__cause__)
             assert len(scheduler.workers) == 2
             monkeypatch.undo()
             async with person(scheduler, folder, "anna") as anna:
@@ -430,7 +430,7 @@ def test_lane_above_its_share_of_memory_waits_while_others_go_on_and_goes_on_whe
         options = {"lanes": {"hpda": 1, "batch": 1}, "memory_share": {"hpda": 0.01}}
         async with guarded(folder, memory_limit=1 << 30, **options) as scheduler:
             async with person(scheduler, folder, "anna") as anna, person(scheduler, folder, "bert", "batch") as bert:
-                with warned("Lane 'hpda' holds more than its 20.48 MiB of results in memory"):
+                with warned("Lane 'hpda' has more than its 20.48 MiB of results in memory"):
                     hog = anna.map(_block, range(60))
                     for _ in range(200):
                         await asyncio.sleep(0.02)
@@ -512,7 +512,7 @@ def test_guarded_scheduler_does_not_open_to_other_machines_without_certificates(
             async with GuardedScheduler(port=0, **options):
                 pass
         assert isinstance(refused.value.__cause__, ClusterError)
-        assert "open to other machines without TLS" in str(refused.value.__cause__)
+        assert "reachable from other machines without TLS" in str(refused.value.__cause__)
 
     asyncio.run(run(host="0.0.0.0"))
     asyncio.run(run(host="127.0.0.1", dashboard_address=":0"))

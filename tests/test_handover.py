@@ -93,7 +93,7 @@ def test_when_the_successor_dies_before_it_has_taken_over_the_service_goes_on(dr
     assert task.result(60) == "finished"
     assert held.result(60) == 3  # it sends tasks again
     assert holder("relay").pid == old.pid
-    for words in ("the successor ended before it took over", "no successor came, so this service goes on"):
+    for words in ("the successor ended before it took over", "no successor was ready, so this service continues"):
         wait(lambda words=words: words in [text for _, text in service.find("relay").status()["events"]], words)
 
 
@@ -112,7 +112,7 @@ def test_stop_while_it_hands_over_ends_the_successor_too(draining):
     service.find("relay").stop()
     wait(lambda: gone(old) and gone(successor), "the end of both")
     assert not [file for file in ("scheduler.json", "successor.json", "launched.json") if (folder_of("relay") / file).exists()]
-    with pytest.raises(ClusterError, match="does not run"):
+    with pytest.raises(ClusterError, match="is not running"):
         service.find("relay")
 
 

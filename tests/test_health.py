@@ -138,7 +138,7 @@ def test_what_pools_wait_for_is_told_in_their_own_words_and_nothing_of_it_where_
     watch = Watch(client, print)
     watch.look()
     assert watch.reason() == "1 workers are busy"
-    watch.missing = "pool huge: jobs wait in the queue (2 PartitionConfig)"  # as a scheduler with pools answers
+    watch.missing = "pool huge: jobs are pending (2 PartitionConfig)"  # as a scheduler with pools answers
     assert watch.reason() == f"1 workers are busy; {watch.missing}"
     watch.workers = {}
     assert watch.reason() == f"there are no workers: {watch.missing}"
@@ -177,4 +177,4 @@ def test_a_scheduler_that_is_gone_ends_the_run_with_the_way_out(client, cluster,
     os.kill(cluster.scheduler, signal.SIGKILL)
     with pytest.raises(ClusterError, match="The scheduler is gone") as error:
         run.ended()
-    assert "run the same command again" in str(error.value)
+    assert "rerun the same command" in str(error.value)

@@ -112,7 +112,7 @@ def test_one_particle_is_followed_through_all_steps(done):
     story = dict(done.where(int(dropped[0])))
     assert story["pick"] == story["extract"] == story["classify2d"] == "there"
     assert story["curate"] == "left out: its class is not wanted"
-    assert story["fine"] == "not there"
+    assert story["fine"] == "not present"
     assert parse_id(story[""].split()[1]) == dropped[0]
 
 

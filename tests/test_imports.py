@@ -131,7 +131,7 @@ def test_an_exposure_that_fails_in_its_birth_has_no_particles_later(folder, clie
     everything = counts(run(folder, client, pipeline, "own", movies=True)[0], *labels)
     (picks / "movie_0002.star").rename(folder / "aside.star")
     project, _ = run(folder, client, pipeline, "own", movies=True)
-    assert project.failures()[0]["message"].startswith("There is no file of picks for movie_0002.")
+    assert project.failures()[0]["message"].startswith("There is no picks file for movie_0002.")
     found = counts(project, *labels)
     assert found == counts(run(folder, client, pipeline, "scratch", movies=True)[0], *labels)
     assert found[0] < everything[0]
@@ -148,7 +148,7 @@ def test_a_micrograph_whose_folder_is_called_otherwise_is_the_same(folder, clien
     found = project.particles("import_particles")["particle_id"].values
     star.write_text(star.read_text().replace("micrographs/", "MotionCorr/job002/micrographs/"))
     project, said = run(folder, client, pipeline, "w")
-    assert not any("collected again" in line or "no longer" in line for line in said)
+    assert not any("recorded again" in line or "no longer" in line for line in said)
     assert len(project.registered()) == PARAMS.movies
     assert (project.particles("import_particles")["particle_id"].values == found).all()
     assert {label: [r["time"] for r in project.records(label).values()] for label in project.stages} == before
@@ -189,7 +189,7 @@ def test_a_dry_run_knows_exposures_by_the_names_that_a_run_will_know(folder, cli
     refused("which was forgotten")
     project.forget_exposures(["movie_0002"], undo=True)
     (folder / "movies/movie_0002.tif").rename(folder / "movies/other.tif")
-    refused("'movie_0002', which is called 'other' now")
+    refused("'movie_0002', which is now called 'other'")
 
 
 def test_a_pooled_project_is_exported_as_its_source(folder, client):
@@ -258,7 +258,7 @@ def test_images_of_other_pixel_sizes_are_not_united(folder, client):
     other.write_text(f"data_particles{rows}\n{head}\n")
     pipeline = [{f"import_particles as {n}": {"star": f"relion/{n}.star"}} for n in ("a", "b")]
     pipeline += [{"merge": {"from": {"particles": ["a", "b"]}}}, CLASSES]
-    with pytest.raises(InputError, match=r"pixel sizes cannot be united: 7\.08 A in a and 8 A in b"):
+    with pytest.raises(InputError, match=r"pixel sizes cannot be merged: 7\.08 A in a and 8 A in b"):
         run(folder, client, pipeline, "sizes")
 
 

@@ -21,9 +21,9 @@ def _tree(weights: dict[str, float]) -> tuple[Share, dict[str, Share], LaneQueue
     root = Share("threads")
     leaves = {}
     for name, weight in weights.items():
-        lane = root.kids[name] = Share(name, weight, root)
-        user = lane.kids["u"] = Share("u", 1.0, lane)
-        leaves[name] = user.kids[""] = Share("", 1.0, user)
+        lane = root.children[name] = Share(name, weight, root)
+        user = lane.children["u"] = Share("u", 1.0, lane)
+        leaves[name] = user.children[""] = Share("", 1.0, user)
     return root, leaves, LaneQueue(lambda task: leaves[task.name[0]])
 
 
@@ -114,11 +114,11 @@ def test_a_lane_that_comes_anew_shares_at_once_whatever_the_tasks_of_another_too
 
 def test_strict_lanes_go_first_and_inside_a_lane_users_share():
     root = Share("threads")
-    live = root.kids["live"] = Share("live", 1.0, root, strict=True)
+    live = root.children["live"] = Share("live", 1.0, root, strict=True)
     users = {}
-    for lane, user in ((live, "x"), (root.kids.setdefault("hpda", Share("hpda", 9.0, root)), "y")):
-        mid = lane.kids[user] = Share(user, 1.0, lane)
-        users[user] = mid.kids[""] = Share("", 1.0, mid)
+    for lane, user in ((live, "x"), (root.children.setdefault("hpda", Share("hpda", 9.0, root)), "y")):
+        mid = lane.children[user] = Share(user, 1.0, lane)
+        users[user] = mid.children[""] = Share("", 1.0, mid)
     queue = LaneQueue(lambda task: users["x"])
     for number in range(3):
         queue.put(Task(f"x{number}"), users["x"], None)

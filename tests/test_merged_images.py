@@ -30,7 +30,7 @@ def test_two_cuts_of_the_same_particles_are_refused_before_work(tmp_path):
     for particles in ("toy_pick", "toy_curate"):
         pipeline = [*CUT, "toy_curate", cut("other", 2, particles), union("toy_classify", "other")]
         (said,) = problems(folder, pipeline)
-        assert "different images of the same particles, cut by toy_extract and by other" in said
+        assert "different images of the same particles, extracted by toy_extract and by other" in said
         assert "merge: {prefer: toy_classify} or {prefer: other}" in said
     alike = [*CUT, cut("other", 1, "toy_pick"), union("toy_classify", "other")]
     assert problems(folder, alike) == [], "cut alike, they are the same images"
@@ -62,7 +62,7 @@ def test_selections_that_share_particles_are_refused_once_that_is_known(tmp_path
 
     project = run(folder, here, steps(5, 2))
     assert factors(project, "merge") == [2.0, 3.0, 3.0] * 2
-    with pytest.raises(InputError, match="2 particles have other images in small than in large"):
+    with pytest.raises(InputError, match="2 particles have different images in small and large"):
         run(folder, here, steps(9, 2))
     (said,) = problems(folder, steps(9, 2))
     assert "prefer: small" in said

@@ -79,7 +79,7 @@ cp in.mrc out.mrc
     (failure,) = project.failures()
     assert failure["error"] == "ProgramError"
     assert re.search(
-        r"failed with exit status 4; its last lines; all of its output is in .*\.log:\n  \| ERROR: lost its licence", failure["message"]
+        r"failed with exit status 4; its last lines; the full output is in .*\.log:\n  \| ERROR: lost its licence", failure["message"]
     )
     assert project["relion_lowpass"].sizes["micrograph"] == 2
     assert len(logs(project)) == 3, "that of the failure is kept"

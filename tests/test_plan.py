@@ -188,5 +188,5 @@ def test_a_project_without_movies_is_refused(tmp_path):
     from cryodask.store.project import Project
 
     Project.create(tmp_path / "empty", "empty").save()
-    with pytest.raises(ProjectFileError, match="does not say what its movies took"):
+    with pytest.raises(ProjectFileError, match="has no record of what its movies cost"):
         costs_of_project(tmp_path / "empty")

@@ -139,7 +139,7 @@ assert "icewatch" not in sys.modules
     shown = shell("cryodask report session --output without.html", used)
     assert shown.returncode == 0, shown.stderr
     page = (used / "without.html").read_text()
-    assert "There is no stage ice_ring here: its results without figures." in page
+    assert "The stage ice_ring is not installed, so its figures are missing." in page
     assert "Motion over the session" in page
 
 
@@ -147,7 +147,7 @@ def test_what_needs_the_package_says_so_where_it_is_not_installed(used):
     shown = shell("cryodask run session.yaml --dry-run", used)
     assert shown.returncode == 2
     assert "There is no stage 'ice_ring'" in shown.stdout
-    assert "a stage of another package needs that package installed" in shown.stdout
+    assert "a stage of another package needs that package to be installed" in shown.stdout
     shown = shell("cryodask export session --to csv tables2", used)
     assert "There is no exporter 'csv'" in shown.stderr
     assert "use one of these: relion" in shown.stderr
@@ -190,10 +190,10 @@ def test_a_package_that_cannot_be_imported_warns_once_and_breaks_nothing_else(us
         (
             "def ice_ring(params: IceRingParams, *, context: Context, micrograph_sum: np.ndarray, pixel_size_angstrom: float)",
             "def ice_ring(params: IceRingParams, **given)",
-            r"hides its arguments behind \*\*given; write them out",
+            r"hides its arguments behind \*\*given; spell them out",
         ),
         ("*, context: Context,", "*, context: Context, threshold,", "missing a required argument: 'threshold'"),
-        ('gives=["ice_ring_strength"]', 'gives=["ice_strength"]', "variables that the vocabulary lacks: ice_strength"),
+        ('gives=["ice_ring_strength"]', 'gives=["ice_strength"]', "variables that are not in the vocabulary: ice_strength"),
         ("def ice_ring(", "def motion(", "Two stages are called 'motion'"),
     ],
 )
@@ -210,7 +210,7 @@ def test_a_stage_that_the_runner_cannot_call_is_refused_when_it_is_registered(us
     ("old", "new", "line", "said"),
     [
         ('NPY = Reader((".npy",), open_npy)', "NPY = open_npy", "", "it is a function, not a cryodask.formats.movies.Reader"),
-        ('Reader((".npy",)', 'Reader((".tif",)', "", r"\.tif is no ending that it may have"),
+        ('Reader((".npy",)', 'Reader((".tif",)', "", r"\.tif is not a valid extension"),
         ("def open_npy(path)", "def open_npy()", "", r"open is called as open\(path\)"),
         (
             "def write_csv(project, folder)",
@@ -280,7 +280,7 @@ def test_a_package_is_loaded_once_and_warns_once(tmp_path, monkeypatch):
     (tmp_path / "worse.py").write_text("raise SystemExit('I end programs')")
     monkeypatch.syspath_prepend(str(tmp_path))
     things = Plugins("cryodask.nothing")
-    with pytest.warns(PluginWarning, match="bad .* of the package worse 2.0 cannot be loaded: SystemExit: I end programs. It is left out"):
+    with pytest.warns(PluginWarning, match="bad .* of the package worse 2.0 cannot be loaded: SystemExit: I end programs. It is skipped"):
         assert set(things.load()) == {"good"}
     with warnings.catch_warnings():
         warnings.simplefilter("error")

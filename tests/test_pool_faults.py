@@ -70,7 +70,9 @@ def test_workers_that_find_a_full_scratch_say_so(on_slurm, small_disk, tmp_path)
     with PoolCluster(settings(tmp_path, {"cpu": {**_ONE, "scratch": str(small_disk)}})) as cluster:
         cluster.scale_pool(cpu=1)
         wait(lambda: cluster.pool_status()["cpu"].problem, "giving up", 90)
-        assert re.search(r"pool cpu: 3 jobs in a row ended before a worker came\. .*No space left on device", cluster.what_is_missing())
+        assert re.search(
+            r"pool cpu: 3 jobs in a row ended before a worker connected\. .*No space left on device", cluster.what_is_missing()
+        )
         assert cluster.pool_status()["cpu"].target == 0
 
 
@@ -147,11 +149,11 @@ def test_every_lost_job_is_told_with_its_number_and_replaced(on_slurm, tmp_path)
             while now().workers == 0:
                 told.add(cluster.what_is_missing())
             # while a job waits, or its worker has not come yet, it is told for what
-            known = r"pool cheap: (jobs wait in the queue \(1 [\w, ]+\)|0 workers of \d running jobs have come)"
+            known = r"pool cheap: (jobs are pending \(1 [\w, ]+\)|0 workers of \d running jobs have connected)"
             assert any(re.fullmatch(known, text) for text in told), (fault, told)
             assert future.result(60) is None
             (text,) = [text for _, pool, text in cluster.events if pool == "cheap" and f"({job})" in text]
-            assert re.fullmatch(rf"job cheap-\d+ \({job}\): Slurm (shows it no more|says it is [A-Z_]+)", text)
+            assert re.fullmatch(rf"job cheap-\d+ \({job}\): Slurm (no longer shows it|says it is [A-Z_]+)", text)
             on_slurm.resume("p0")
         assert now().lost == 4
 
@@ -161,7 +163,7 @@ def test_a_run_starts_with_the_workers_that_came_and_ends_without_the_others(on_
     with open_pools(settings(tmp_path, pools)) as cluster, Client(cluster, name="hpda/anna") as client:
         cluster.wait_for_first(60)
         assert client.gather(client.map(abs, range(30))) == list(range(30))
-        wait(lambda: cluster.what_is_missing() == "pool huge: jobs wait in the queue (2 PartitionConfig)", "Slurm's reason")
+        wait(lambda: cluster.what_is_missing() == "pool huge: jobs are pending (2 PartitionConfig)", "Slurm's reason")
 
 
 def held_back(until):
@@ -218,7 +220,7 @@ def test_when_all_pools_are_to_have_no_jobs_they_go_with_their_results_and_say_s
         assert held.result(30) == 8
         cluster.scale_pool(cpu=0)
         wait(lambda: not cluster.pool_status()["cpu"].workers and not on_slurm.jobs(), "the end of the job")
-        assert any("1 of its results are lost, nobody can take them" in text for _, _, text in cluster.events)
+        assert any("1 of its results are lost, no other worker can take them" in text for _, _, text in cluster.events)
 
 
 def test_a_watcher_that_loses_a_cancellation_ends_all_the_same():

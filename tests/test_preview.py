@@ -63,8 +63,8 @@ def problems(path, cluster, **asked):
 def test_a_step_that_no_pool_can_hold_is_refused_with_the_memory_of_each(tmp_path):
     path, cluster = project_file(movies(tmp_path)), slurm(tmp_path, cpu=SMALL, gpu={"memory": "500MiB", "cores": 2, "gpus": 2})
     said = (
-        "motion needs about 0.25 GB for an exposure of 6 x 64 x 64, and no pool has workers with so much memory: cpu 0.24 GB, gpu 0.24 GB "
-        f"a worker. Give a pool of {cluster} more memory, or fewer processes."
+        "motion needs about 0.25 GB for an exposure of 6 x 64 x 64, but no pool has workers with that much: cpu 0.24 GB, gpu 0.24 GB "
+        f"per worker. Give a pool of {cluster} more memory, or fewer processes."
     )
     assert problems(path, cluster) == [said]
     assert problems(project_file(tmp_path, cluster="cluster.yaml"), None) == [said]
@@ -81,7 +81,7 @@ def test_local_workers_share_the_machine(tmp_path, workers, fits):
     path = project_file(movies(tmp_path))
     found = preview(draft_plan(path), Wanted(workers=workers)).problems
     assert found == [] if fits else [p.split()[0] for p in found] == ["motion", "ctf", "pick"]
-    assert fits or "Take fewer workers" in found[0]
+    assert fits or "Use fewer workers" in found[0]
 
 
 def test_local_workers_whose_memory_the_file_says_need_more_of_it(tmp_path):
@@ -96,7 +96,7 @@ def test_steps_over_maps_are_checked_with_the_edge_of_an_imported_map(tmp_path):
         write_mrc(tmp_path / name, np.random.default_rng(1).normal(size=(64, 64, 64)).astype(np.float32), 2.0)
     path = project_file(tmp_path, ["mask", "postprocess"], inputs={"half_maps": ["a.mrc", "b.mrc"]})
     (found,) = problems(path, slurm(tmp_path, cpu={"memory": "12MiB"}))
-    assert found.startswith("postprocess needs about 0.02 GB for 64 pixels, and no pool has workers with so much memory: cpu 0.01 GB")
+    assert found.startswith("postprocess needs about 0.02 GB for 64 pixels, but no pool has workers with that much: cpu 0.01 GB")
 
 
 def test_steps_over_maps_are_checked_with_the_edge_of_the_particles(tmp_path):
@@ -145,7 +145,7 @@ def test_a_lane_that_the_cluster_file_lacks_is_told_and_counts_as_the_default_on
     more = {"pools": {"cpu": {"memory": "4GiB"}}} if kind == "slurm" else {}
     cluster = cluster_file(tmp_path, kind=kind, lanes={"live": 3, "hpda": 1}, default_lane="hpda", **more)
     path = project_file(movies(tmp_path))
-    said = [f"{cluster} has no lane 'life': the work would count as 'hpda'. Its lanes are live, hpda."]
+    said = [f"{cluster} has no lane 'life': the work would be charged to 'hpda'. Its lanes are live, hpda."]
     assert preview(draft_plan(path), Wanted(cluster=cluster, lane="life")).warnings == said
     assert check_inputs(make_plan(path), Wanted(cluster=cluster, lane="life")) == said
     assert check_inputs(make_plan(path), Wanted(cluster=cluster, lane="life", watch=Until())) == said
@@ -272,7 +272,7 @@ def greedy():
 def test_a_stage_over_particles_is_checked_with_the_particles_that_the_project_has(session, done, tmp_path):
     count, cluster = len(_ids(done, "extract")), slurm(tmp_path, cpu={"memory": "1GiB"})
     (found,) = problems(project_file(session, [*PICKED, CUT, "all_images"]), cluster)
-    assert found.startswith(f"all_images needs about {32 * 32 * count}.0 GB for {count} particles of 32 pixels, and no pool")
+    assert found.startswith(f"all_images needs about {32 * 32 * count}.0 GB for {count} particles of 32 pixels, but no pool")
     unknown = project_file(tmp_path, [*PICKED, CUT, "all_images"], inputs={"movies": str(session / "movies" / "*.tif")})
     assert problems(unknown, cluster) == [], "without a project nobody knows how many there are"
 

@@ -154,7 +154,7 @@ def test_bad_maps_are_refused(tmp_path):
     particles = ParticleSet(40, BOX, PIXEL, {})
     for data, pixel, message in (
         (np.ones((BOX, BOX, BOX // 2)), PIXEL, "not a cube"),
-        (np.zeros((BOX, BOX, BOX)), PIXEL, "empty or holds NaN"),
+        (np.zeros((BOX, BOX, BOX)), PIXEL, "empty or contains NaN"),
         (np.random.default_rng(0).random((BOX + 2,) * 3), 0.0, "no voxel size"),
     ):
         path = write_map(tmp_path / "bad.mrc", data, pixel)

@@ -44,7 +44,7 @@ def said(folder: Path, pipeline: list | None = None, **changes) -> str:
             {"movies": "m", "particles": "x"},
             "inputs: give exactly one of movies, micrographs, particles, half_maps (given: movies, particles)",
         ),
-        ({"movies": "m", "coordinates": "x"}, "coordinates belong to micrographs; beside movies write a step  import_picks"),
+        ({"movies": "m", "coordinates": "x"}, "coordinates need micrographs; with movies, write a step  import_picks"),
         ([{"name": "a", "movies": "m"}, {"name": "a", "movies": "n"}], "two data sets are called 'a'"),
         ([{"name": "a", "moves": "m"}], "unknown name 'inputs.0.moves'. Did you mean 'movies'?"),
         ([{"name": "a", "movies": "m", "gain_rotate": 45}], "inputs.0.gain_rotate: Input should be 0, 90, 180 or 270 (given: 45)"),
@@ -53,7 +53,7 @@ def said(folder: Path, pipeline: list | None = None, **changes) -> str:
 def test_a_wrong_input_is_one_sentence_without_the_words_of_a_library(tmp_path, inputs, expected):
     text = said(tmp_path, inputs=inputs)
     assert text.startswith(expected) or f": {expected}" in text
-    assert ";" not in text.replace("micrographs; beside", "")
+    assert ";" not in text.replace("micrographs; with", "")
     assert "function-" not in text
     assert "Value error" not in text
 
@@ -66,8 +66,8 @@ def test_a_wrong_input_is_one_sentence_without_the_words_of_a_library(tmp_path, 
         ({"curate": {"keep": [1, 7]}}, "there is no class 7: classify2d has 5, numbered from 1"),
         ({"select_classes": {"keep": [6, 9]}}, "there is no class 6, 9: classify2d has 5, numbered from 1"),
         ({"select": {"where": "class_numbr == 1"}}, "'class_numbr', which is not a column of particles. Did you mean 'class_number'?"),
-        ({"select": {"where": "ctf_resolution_angstrom < 5"}}, "ctf_resolution_angstrom, a figure of exposures. select_exposures"),
-        ({"select": {"where": "rot_deg < 5"}}, "where uses rot_deg, and classify2d has no pose"),
+        ({"select": {"where": "ctf_resolution_angstrom < 5"}}, "ctf_resolution_angstrom, which belongs to exposures. Set"),
+        ({"select": {"where": "rot_deg < 5"}}, "where uses rot_deg, but classify2d has no pose"),
         ({"import_picks": {"folder": "empty"}}, "There is no STAR file in"),
         ({"import_picks": {"folder": "p.yaml"}}, "p.yaml is a file. Give the folder"),
         ({"contract": {"from": "posed"}}, "posed has no symmetry copies, so there is nothing to contract"),
@@ -95,12 +95,12 @@ HEADER = "micrograph,action,y,x,particle_id\n"
     ("table", "expected"),
     [
         (HEADER + "m1,remvoe,,,1.0.0\n", "line 2: 'remvoe' is not an edit of picks. Write remove."),
-        (HEADER + "m1,add,5,5,\nm1,add,5,\n", "line 3: add has no place. Give y and x in pixels of the exposure."),
-        (HEADER + "m1,add,-5,5,\n", "line 2: y -5, x 5 does not lie in an exposure."),
-        (HEADER + "m1,add,nan,5,\n", "does not lie in an exposure"),
-        (HEADER + "m1,remove,,,\n", "line 2: remove does not say which particle."),
+        (HEADER + "m1,add,5,5,\nm1,add,5,\n", "line 3: add has no position. Give y and x in pixels of the exposure."),
+        (HEADER + "m1,add,-5,5,\n", "line 2: y -5, x 5 is outside any exposure."),
+        (HEADER + "m1,add,nan,5,\n", "is outside any exposure"),
+        (HEADER + "m1,remove,,,\n", "line 2: remove names no particle."),
         (HEADER + "m1,remove,,,one\n", "line 2: "),
-        ("micrograph,action,y,x\nm1,remove,5,5\n", "remove does not say which particle"),
+        ("micrograph,action,y,x\nm1,remove,5,5\n", "remove names no particle"),
         ("micrograph;action;y;x\nm1;add;5;5\n", "has the columns micrograph;action;y;x. Name its columns micrograph, action"),
         ("", "has the columns of an empty file"),
     ],
@@ -132,9 +132,9 @@ def test_exposures_that_nobody_knows_are_refused_before_work(tmp_path):
     for step, expected in (
         (
             {"select_exposures": {"leave_out": ["movie_2.tif"]}},
-            "select_exposures names the exposure 'movie_2.tif', which the inputs do not have. Did you mean 'movie_2'?",
+            "select_exposures names the exposure 'movie_2.tif', which is not among the inputs. Did you mean 'movie_2'?",
         ),
-        ({"edit_picks": {"file": "edits.csv"}}, "edit_picks names the exposure 'movie_3', which the inputs do not have."),
+        ({"edit_picks": {"file": "edits.csv"}}, "edit_picks names the exposure 'movie_3', which is not among the inputs."),
     ):
         write(tmp_path, [*PICKED, step], **gainless)
         problems = preview(draft_plan(tmp_path / "p.yaml")).problems
@@ -150,11 +150,11 @@ def test_an_unknown_point_group_is_told(tmp_path):
         steps = [*CLASSES, {"import_map": {"half_maps": ["a.mrc", "a.mrc"], **more}}, "refine3d"]
         (tmp_path / "p.yaml").write_text(yaml.safe_dump({**PROJECT, "pipeline": steps}))
         warnings = draft_plan(tmp_path / "p.yaml").graph.warnings
-        assert ("refine3d: nothing says the point group of import_map, so C1 is taken. Give symmetry, be it C1." in warnings) == told
+        assert ("refine3d: the point group of import_map is unknown, so C1 is assumed. Set symmetry, even if it is C1." in warnings) == told
 
 
 def test_a_problem_in_one_line_is_two_sentences():
-    assert InputError("rlnDefocusU is not a number in row 1", "", "leave the row out").problem == (
-        "rlnDefocusU is not a number in row 1. leave the row out"
+    assert InputError("rlnDefocusU is not a number in row 1", "", "remove the row").problem == (
+        "rlnDefocusU is not a number in row 1. remove the row"
     )
     assert InputError("There is no file.").problem == "There is no file."

@@ -46,11 +46,11 @@ class Step(NamedTuple):
 
 
 FIRST = Step("a:A b:B", "0:a:A 1:b:B", new="a b")
-AGAIN = "{0} was collected again: it is a new exposure; the results of the former one are kept as {0}~{1}".format
-COPY = "{} is a copy of {} and is left out".format
+AGAIN = "{0} was recorded again: it is a new exposure; the results of the former one are kept as {0}~{1}".format
+COPY = "{} is a copy of {} and is skipped".format
 LEFT = "1 exposure is no longer where it was ({}): the results stay".format
 LOST = "1 exposure is no longer where it was ({}): the results of 0 stay, 1 no longer count".format
-BACK = "1 exposure is there again ({})".format
+BACK = "1 exposure is back ({})".format
 
 SCENARIOS: dict[str, list[Step]] = {
     "the order of the listing is the order of new rows": [Step("b:B a:A", "0:b:B 1:a:A", new="b a"), Step("a:A b:B", "0:b:B 1:a:A")],
@@ -60,7 +60,7 @@ SCENARIOS: dict[str, list[Step]] = {
     "renamed when its file had left": [
         FIRST,
         Step("a:A", "0:a:A 1:b:B?", (LEFT("b"),)),
-        Step("a:A c:B", "0:a:A 1:c:B", ("b is there again as c",), new="c"),
+        Step("a:A c:B", "0:a:A 1:c:B", ("b is back as c",), new="c"),
     ],
     "a copy of a registered one is left out, wherever it stands": [
         FIRST,
@@ -83,14 +83,14 @@ SCENARIOS: dict[str, list[Step]] = {
         FIRST,
         Step("a:C b:B", "1:b:B 2:a:C", (AGAIN("a", 0),), new="a"),
         Step("a:D b:B", "1:b:B 3:a:D", (AGAIN("a", 2),), new="a"),
-        Step("a:A b:B", "0:a:A 1:b:B", ("a~0 is there again as a; the results of the former a are kept as a~3",), new="a"),
-        Step("a:A b:B c:C", "0:a:A 1:b:B 2:c:C", ("a~2 is there again as c",), new="c"),
+        Step("a:A b:B", "0:a:A 1:b:B", ("a~0 is back as a; the results of the former a are kept as a~3",), new="a"),
+        Step("a:A b:B c:C", "0:a:A 1:b:B 2:c:C", ("a~2 is back as c",), new="c"),
     ],
     "collected again in a live session": [FIRST, Step("a:C", "1:b:B 2:a:C", (AGAIN("a", 0),), new="a", complete=False)],
     "collected again after it left without results": [
         FIRST,
         Step("a:A", "0:a:A", (LOST("b"),), keep=()),
-        Step("a:A b:C", "0:a:A 2:b:C", ("b was collected again: it is a new exposure",), new="b", keep=()),
+        Step("a:A b:C", "0:a:A 2:b:C", ("b was recorded again: it is a new exposure",), new="b", keep=()),
     ],
     "collected again, and the former one kept under another name": [
         FIRST,
@@ -117,7 +117,7 @@ SCENARIOS: dict[str, list[Step]] = {
     "many left, with results": [
         Step("a:A b:B c:C d:D", "0:a:A 1:b:B 2:c:C 3:d:D", new="a b c d"),
         Step("", "0:a:A? 1:b:B? 2:c:C? 3:d:D?", ("4 exposures are no longer where they were (a, b, c, ...): the results stay",)),
-        Step("a:A b:B c:C d:D", "0:a:A 1:b:B 2:c:C 3:d:D", ("4 exposures are there again (a, b, c, ...)",), new="a b c d"),
+        Step("a:A b:B c:C d:D", "0:a:A 1:b:B 2:c:C 3:d:D", ("4 exposures are back (a, b, c, ...)",), new="a b c d"),
     ],
     "left, one without results, and back with its row": [
         FIRST,
@@ -142,7 +142,7 @@ SCENARIOS: dict[str, list[Step]] = {
     "back in a live session": [
         FIRST,
         Step("a:A", "0:a:A 1:b:B?", (LEFT("b"),)),
-        Step("z:B", "0:a:A 1:z:B", ("b is there again as z",), new="z", complete=False),
+        Step("z:B", "0:a:A 1:z:B", ("b is back as z",), new="z", complete=False),
     ],
     "rows that others know of are not given": [
         FIRST._replace(least_row=5, present="5:a:A 6:b:B"),
@@ -212,7 +212,7 @@ def test_former_ones_are_all_listed_by_name_and_row(tmp_path):
 
 def test_two_files_of_one_name_are_refused_and_nothing_is_written(tmp_path):
     both = [Arrival("a", "A", {"movie_path": "/x/a.tif"}), Arrival("b", "B"), Arrival("a", "A", {"movie_path": "/y/a.tif"})]
-    with pytest.raises(InputError, match=r"Two exposures would both be called a: /x/a.tif and /y/a.tif\.") as error:
+    with pytest.raises(InputError, match=r"Two exposures have the same name a: /x/a.tif and /y/a.tif\.") as error:
         Registry(tmp_path).update(both, complete=True)
     assert error.value.usual_reason
     assert error.value.way_out
@@ -327,7 +327,7 @@ def test_the_name_of_a_forgotten_one_can_be_taken_by_another(tmp_path):
     assert checked_update(tmp_path, listing("a:B"), complete=True).said == [AGAIN("a", 0)]
     Registry(tmp_path).remember(["a~0"])
     assert written(Registry(tmp_path).present()) == "1:a:B"
-    assert checked_update(tmp_path, listing("a:B b:A"), complete=True).said == ["a~0 is there again as b"]
+    assert checked_update(tmp_path, listing("a:B b:A"), complete=True).said == ["a~0 is back as b"]
     assert written(Registry(tmp_path).present()) == "0:b:A 1:a:B"
 
 
@@ -336,7 +336,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(what, tmp_path):
     with pytest.raises(InputError, match="run the project first"):
         getattr(Registry(tmp_path), what)(["x"])
     Registry(tmp_path).update(listing("grid1_0001:A grid2_0007:B"), complete=True)
-    with pytest.raises(InputError, match=r"no exposure called grid2_007\..*\n.*\n.*nearest is grid2_0007"):
+    with pytest.raises(InputError, match=r"no exposure called grid2_007\..*\n.*\n.*closest is grid2_0007"):
         getattr(Registry(tmp_path), what)(["grid1_0001", "grid2_007"])
     assert written(Registry(tmp_path).present()) == "0:grid1_0001:A 1:grid2_0007:B"
 
@@ -357,7 +357,7 @@ def test_a_damaged_row_is_restored_and_taken_by_its_file(number, tmp_path):
     seen = {0: ("a", 3), 1: ("b", 3), 2: ("c", 3)}
     registry = Registry(tmp_path)
     assert registry.unreadable
-    assert registry.damaged(seen) == [f"items.jsonl: the line of row {number} is damaged; the next run writes it again"]
+    assert registry.damaged(seen) == [f"items.jsonl: the line of row {number} is damaged; the next run rewrites it"]
     registry.repair(seen)
     assert not registry.unreadable
     assert number not in registry.present()
@@ -399,7 +399,7 @@ def test_mending_keeps_who_has_which_name(tmp_path):
     before = registry.present(), {row: replace(i, revision=5) for row, i in registry.all().items()}
     with open(registry.path, "ab") as file:
         file.write(b"0123")
-    assert registry.damaged({}) == ["items.jsonl: line 13 was never finished, harmless: it counts for nothing"]
+    assert registry.damaged({}) == ["items.jsonl: line 13 is incomplete, harmless: it is ignored"]
     registry.repair({row: (i.name, 5) for row, i in registry.all().items()})
     after = Registry(tmp_path)
     assert (list(after.present()), after.all()) == (list(before[0]), before[1])

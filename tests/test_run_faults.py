@@ -41,7 +41,7 @@ pytestmark = pytest.mark.slurm
 
 MOVIES, FIRST = 24, 4
 _ONE = {"memory": "900MiB", "partition": "cpu", "count": 0}
-_COME = r"pool {pool}: (0 workers of \d running jobs have come|jobs wait in the queue \(1 [\w, ]+\))"
+_COME = r"pool {pool}: (0 workers of \d running jobs have connected|jobs are pending \(1 [\w, ]+\))"
 
 # a stage of another package, so that every process finds it by itself, the children that suspects are tried in too
 _STAGE = """
@@ -292,17 +292,17 @@ class Fault:
 
     strike: object
     tells: str = _COME
-    event: str = r"Slurm (shows it no more|says it is [A-Z_]+)"
+    event: str = r"Slurm (no longer shows it|says it is [A-Z_]+)"
     pool: str = "cpu"
 
 
 FAULTS = [
     Fault(cancel),
     Fault(kill_worker, event=""),
-    Fault(kill_nanny, event=r"(Slurm (shows it no more|says it is [A-Z_]+)|runs on c\d, but worker cpu-\d+ and its nanny are gone)"),
-    Fault(drain, tells=r"pool {pool}: jobs wait in the queue \(1 [\w, ]*(DRAINED|UnavailableNodes)[\w, ]*\)"),
+    Fault(kill_nanny, event=r"(Slurm (no longer shows it|says it is [A-Z_]+)|runs on c\d, but worker cpu-\d+ and its nanny are gone)"),
+    Fault(drain, tells=r"pool {pool}: jobs are pending \(1 [\w, ]*(DRAINED|UnavailableNodes)[\w, ]*\)"),
     Fault(down),
-    Fault(preempt, tells=r"pool {pool}: jobs wait in the queue \(1 Resources\)", pool="cheap"),
+    Fault(preempt, tells=r"pool {pool}: jobs are pending \(1 Resources\)", pool="cheap"),
 ]
 
 
@@ -334,9 +334,9 @@ def test_a_run_whose_jobs_wait_gives_slurms_own_reason_and_goes_on_with_the_firs
     pools.scale_pool(cpu=0, cheap=0, huge=2)
     wait(lambda: not any(now.workers for now in pools.pool_status().values()), "no workers")
     run = _Run(project_file(session, tmp_path), pools)
-    run.tells(r"there are no workers: pool huge: jobs wait in the queue \(2 PartitionConfig\) \(\d+ items are out\)$")
+    run.tells(r"there are no workers: pool huge: jobs are pending \(2 PartitionConfig\) \(\d+ items are in flight\)$")
     wait(
-        lambda: "pool huge: jobs wait in the queue (2 PartitionConfig)" in status_sentence(tmp_path / "toy"),
+        lambda: "pool huge: jobs are pending (2 PartitionConfig)" in status_sentence(tmp_path / "toy"),
         "the same for all others to read",
     )
     pools.scale_pool(cpu=1)
@@ -353,7 +353,7 @@ def test_those_who_are_invited_are_told_the_reason_too(session, on_slurm, tmp_pa
         anna = security(tmp_path / "ca", "anna")
         with Client(cluster.scheduler_address, name="hpda/anna", security=anna, set_as_default=False) as client:
             Watch(client, told.append, patience_seconds=0.0).look("1 task is out")
-    assert "there are no workers: pool huge: jobs wait in the queue (1 PartitionConfig) (1 task is out)" in told[0]
+    assert "there are no workers: pool huge: jobs are pending (1 PartitionConfig) (1 task is out)" in told[0]
 
 
 @pytest.mark.slow
@@ -368,7 +368,7 @@ def test_a_controller_that_is_away_for_long_costs_no_item_and_is_named_when_work
         gate.let(2)
         wait(lambda: run.done == FIRST + 2 or run.error, "items meanwhile")
         kill_nanny(on_slurm, "", worker)
-        run.tells(r"there are no workers: pool cpu: 0 workers of 1 running jobs have come; Slurm does not answer")
+        run.tells(r"there are no workers: pool cpu: 0 workers of 1 running jobs have connected; Slurm does not answer")
         wait(lambda: time.monotonic() - away > 20, "an outage that is long")
         assert run.is_alive()
     finally:
@@ -441,7 +441,7 @@ def test_a_scratch_that_fills_up_harms_no_item_and_is_named_when_no_worker_can_s
         fill(small_disk)
         for node in ("c0", "c1"):
             on_slurm.resume(node)
-        run.tells(r"there are no workers: pool cpu: 3 jobs in a row ended before a worker came\. .*No space left on device")
+        run.tells(r"there are no workers: pool cpu: 3 jobs in a row ended before a worker connected\. .*No space left on device")
         shutil.rmtree(small_disk / "ballast")
         gate.open()
         cluster.scale_pool(cpu=1)

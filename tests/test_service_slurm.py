@@ -133,7 +133,7 @@ def test_status_shows_why_jobs_wait(mixed, client):
     said = cryodask("cluster", "scale", "mixed", "huge=1")
     wait(lambda: any(job["reason"] == "PartitionConfig" for job in mixed.status()["jobs"]), "Slurm's reason")
     said = cryodask("cluster", "status", "mixed")
-    for words in ("huge-0", "PartitionConfig", "hands over at", "Waits for workers: pool huge: jobs wait in the queue"):
+    for words in ("huge-0", "PartitionConfig", "hands over at", "Missing workers: pool huge: jobs are pending"):
         assert words in said, said
     now = json.loads(cryodask("cluster", "status", "mixed", "--json"))
     assert now["pools"]["huge"]["waiting"] == {"PartitionConfig": 1}
@@ -196,7 +196,7 @@ def test_before_its_walltime_ends_it_hands_over_and_invitations_stay_good(home, 
         assert running.result(60) == "finished"
         wait(lambda: service.find("mixed").address != before, "the successor")
         wait(lambda: anna.status != "running", "the end of the old one")
-    assert any("connect again" in str(w.message) for w in seen)
+    assert any("reconnect" in str(w.message) for w in seen)
     anna.close()
     after = service.find("mixed")
     assert after.status()["slurm_job"] != job
@@ -219,7 +219,7 @@ def test_a_submitted_run_goes_on_with_the_successor(home, mixed, slurm, tmp_path
     wait(lambda: service.find("mixed").address != before, "the successor")
     wait(lambda: sent.job_id not in slurm.jobs(), "the end of the run", 120)
     said = sent.log.read_text()
-    assert "the scheduler of mixed was lost; waits for the cluster, then runs the command again (2 of 5)" in said
+    assert "the scheduler of mixed was lost; waiting for the cluster, then rerunning the command (2 of 5)" in said
     assert {record["row"] for record in journal(folder)} == set(range(40))
     assert state_of(slurm, sent.job_id) == "COMPLETED"
 
@@ -253,7 +253,7 @@ def test_a_project_is_submitted_and_the_user_told_how_to_follow_it(mixed, slurm,
     log = Path(re.findall(r"tail -F (\S+)", said)[0]).read_text()
     assert "3 micrographs done" in log, log
     assert "motion" in cryodask("info", str(tmp_path / "tiny.yaml"))
-    assert "live on one machine" in cryodask("submit", str(tmp_path / "tiny.yaml"), code=2)
+    assert "are on one machine" in cryodask("submit", str(tmp_path / "tiny.yaml"), code=2)
     # the same by hand, on the same service: equal results, and the same story
     again = tmp_path / "by-hand"
     shutil.copytree(tmp_path / "movies", again / "movies")
@@ -296,7 +296,7 @@ def test_a_submitted_run_that_is_cancelled_says_that_it_can_go_on(mixed, slurm):
     wait(lambda: sent.log.exists() and "begun" in sent.log.read_text(), "its start")
     slurm.run("scancel", sent.job_id)
     wait(lambda: sent.job_id not in slurm.jobs(), "the end")
-    assert "submitted again, a run goes on" in sent.log.read_text()
+    assert "submit the run again to resume it" in sent.log.read_text()
     assert sent.log.read_text().count("begun") == 1
 
 
@@ -326,16 +326,16 @@ def test_a_killed_scheduler_takes_its_workers_along_and_its_jobs_are_cancelled_a
 def test_stop_cancels_every_job(home, mixed, slurm):
     assert "has ended" in cryodask("cluster", "stop", "mixed")
     wait(lambda: not slurm.jobs(), "an empty queue")
-    assert "does not run" in cryodask("cluster", "status", "mixed", code=2)
+    assert "is not running" in cryodask("cluster", "status", "mixed", code=2)
 
 
 def test_one_that_waits_in_the_queue_says_so_and_can_be_stopped(home, slurm):
     waiting = settings(home, service={"where": "slurm", "cores": 64, "certificates": True})
     with pytest.raises(ClusterError, match=r"Slurm job \d+ is pending, reason PartitionConfig"):
         service.start(parse_settings(waiting), "late", wait_seconds=2)
-    with pytest.raises(ClusterError, match="it is being started: Slurm job"):
+    with pytest.raises(ClusterError, match="it is starting: Slurm job"):
         service.find("late")
-    with pytest.raises(ClusterError, match="is on its way"):
+    with pytest.raises(ClusterError, match="is starting"):
         service.start(parse_settings(waiting), "late")
     assert "ended" in cryodask("cluster", "stop", "late")
     wait(lambda: not slurm.jobs(), "an empty queue")
@@ -418,13 +418,13 @@ def test_one_whose_jobs_are_all_refused_says_so_in_slurms_words(home):
 
 
 def test_a_batch_run_is_refused_where_its_workers_are_out_of_reach(home, tmp_path, monkeypatch):
-    with pytest.raises(ClusterError, match="live on one machine"):
+    with pytest.raises(ClusterError, match="are on one machine"):
         submit(["true"], "local")
     own = own_file(home)
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(ClusterError, match="no Slurm here: sbatch is not on the PATH"):
+    with pytest.raises(ClusterError, match="Slurm is not available: sbatch is not on the PATH"):
         submit(["true"], own)
-    with pytest.raises(ClusterError, match=r"(?s)live on one machine.*there is no Slurm here"):
+    with pytest.raises(ClusterError, match=r"(?s)are on one machine.*Slurm, which runs batch jobs, is not available"):
         submit(["true"], "local")
 
 

@@ -146,7 +146,7 @@ def test_until_from_and_only_mean_the_same_in_a_run_and_in_its_preview(tmp_path,
         return ran
 
     assert both(until="motion") == ["ingest", "motion"]
-    with pytest.raises(StoreError, match="extract takes what pick gives"):
+    with pytest.raises(StoreError, match="extract needs the result of pick"):
         run_plan(plan, client, only="extract")
     assert both(only="pick") == ["pick"]
     assert "extract" not in Project(plan.folder).stages

@@ -140,7 +140,7 @@ def two_with_other_poses() -> tuple[SetView, SetView]:
 def test_merge_refuses_different_values_of_one_particle() -> None:
     with pytest.raises(InputError) as error:
         run("merge", {}, particles=list(two_with_other_poses()))
-    assert error.value.what == "1 particles have different values of pose in a and in b.class2."
+    assert error.value.what == "1 particles have different values of pose in a and b.class2."
     assert "prefer: a}" in error.value.way_out
     assert "prefer: b.class2}" in error.value.way_out
 
@@ -249,7 +249,7 @@ def test_after_a_merge_no_two_sources_hold_one_particle(seed: int) -> None:
 def test_merge_is_refused_by_the_plan_where_it_cannot_be_right() -> None:
     a, b = product("a"), product("b", births=frozenset({"topaz"}))
     assert refusals("merge", {}, particles=[a])[0].startswith("merge takes two sets or more")
-    assert "were picked apart in the same exposures" in refusals("merge", {}, particles=[a, b])[0]
+    assert "were picked independently in the same exposures" in refusals("merge", {}, particles=[a, b])[0]
     assert "have none" in refusals("merge", {"nearer_than_angstrom": 50}, particles=[a, b])[0]
     assert "prefer names 'c'" in refusals("merge", {"prefer": "c"}, particles=[a, product("b")])[0]
     assert refusals("merge", {"prefer": "b"}, particles=[a, product("b")]) == []
@@ -299,9 +299,9 @@ def test_orientations_that_the_point_group_makes_equivalent_agree(symmetry: str)
     ids = ids_of(0, np.arange(40))
     a, b = a_set("a", ids, pose=posed(first)), a_set("b", ids, pose=posed(first @ mates))
     assert len(run("consensus", {"largest_degrees": 0.01, "symmetry": symmetry}, particles=a, other=b)["particle_id"]) == 40
-    with pytest.raises(InputError, match="consensus left no particles of 40"):
+    with pytest.raises(InputError, match="consensus kept none of 40 particles"):
         run("consensus", {"largest_degrees": 0.01}, particles=a, other=b)
-    with pytest.raises(InputError, match="left no particles"):  # the other side is another symmetry
+    with pytest.raises(InputError, match="kept none"):  # the other side is another symmetry
         run("consensus", {"largest_degrees": 0.01, "symmetry": symmetry}, particles=a, other=a_set("b", ids, pose=posed(mates @ first)))
 
 
@@ -313,7 +313,7 @@ def test_consensus_without_centres_refuses_to_compare_them() -> None:
 
 
 def test_consensus_of_different_picks_is_refused_by_the_plan() -> None:
-    assert refusals("consensus", {}, particles=product("a"), other=product("a")) == ["both sets are those of a."]
+    assert refusals("consensus", {}, particles=product("a"), other=product("a")) == ["both sets come from a."]
     apart = refusals("consensus", {}, particles=product("a"), other=product("b", births=frozenset({"topaz"})))
     assert "hold different particles (picked by pick and by topaz)" in apart[0]
 
@@ -356,7 +356,7 @@ def test_jittered_picks_are_matched_one_to_one(seed: int) -> None:
 
 def test_match_without_any_partner_says_so() -> None:
     own, to = a_set("own", ids_of(0, [0]), position=at([[0, 0]])), a_set("to", ids_of(1, [0]), position=at([[0, 90]]))
-    with pytest.raises(InputError, match="match left no particles of 1"):
+    with pytest.raises(InputError, match="match kept none of 1 particles"):
         run("match", {"nearer_than_angstrom": 30.0}, particles=own, to=to)
     elsewhere = product("b", births=frozenset({"topaz"}), sources=frozenset({"import"}))
     assert "different exposures" in refusals("match", {"nearer_than_angstrom": 3}, particles=product("a"), to=elsewhere)[0]
@@ -518,7 +518,7 @@ def test_select_reads_the_parts_it_needs() -> None:
     run("select", {"where": "mine == 1"}, particles=view)
     with pytest.raises(InputError, match="class_number, defocus_u_angstrom, mine"):
         run("select", {"where": "rot_deg == 1"}, particles=view)
-    with pytest.raises(InputError, match="select left no particles of 2"):
+    with pytest.raises(InputError, match="select kept none of 2 particles"):
         run("select", {"where": "class_number == 9"}, particles=view)
     assert asked == [["ctf"], None, None, ["class2d"]]
 
@@ -559,14 +559,14 @@ def test_exposures_within_limits_are_kept(params: dict[str, Any], kept: list[int
 def test_wrong_limits_of_exposures_are_refused() -> None:
     with pytest.raises(InputError, match="did you mean 'm2'"):
         run("select_exposures", {"leave_out": ["m22"]}, exposures=exposures())
-    with pytest.raises(InputError, match="left no exposures of 5"):
+    with pytest.raises(InputError, match="kept none of 5 exposures"):
         run("select_exposures", {"worst_ctf_resolution_angstrom": 1.0}, exposures=exposures())
     with pytest.raises(ValidationError, match="must not exceed"):
         find_stage("select_exposures").params(least_defocus_angstrom=2.0, largest_defocus_angstrom=1.0)
     given = Product("exposures", "motion", "exposures", 0, parts={"field": "motion"})
     said = refusals("select_exposures", {"worst_ctf_resolution_angstrom": 5, "largest_motion_angstrom": 5}, exposures=given)
     assert len(said) == 1
-    assert said[0].startswith("worst_ctf_resolution_angstrom needs the quality of the CTF fits, and motion does not give it.")
+    assert said[0].startswith("worst_ctf_resolution_angstrom needs the quality of the CTF fits, which motion does not give.")
 
 
 # --- expand and contract ---------------------------------------------------------------------------------------------------------------
@@ -615,7 +615,7 @@ def test_unknown_poses_stay_unknown_and_missing_columns_missing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("symmetry", "says"), [("C1", "nothing to expand"), ("D64", "128 operators"), (None, "does not know the point group")]
+    ("symmetry", "says"), [("C1", "nothing to expand"), ("D64", "128 operators"), (None, "point group to expand is unknown")]
 )
 def test_what_cannot_be_expanded_is_refused(symmetry: str | None, says: str) -> None:
     with pytest.raises(InputError, match=says):

@@ -235,13 +235,13 @@ def test_a_missing_partition_is_refused_at_once_with_slurms_words(pools):
 def test_a_job_that_can_never_run_says_why(pools):
     pools.scale_pool(huge=1)
     wait(lambda: pools.pool_status()["huge"].waiting == {"PartitionConfig": 1}, "Slurm's reason")
-    assert pools.what_is_missing() == "pool huge: jobs wait in the queue (1 PartitionConfig)"
+    assert pools.what_is_missing() == "pool huge: jobs are pending (1 PartitionConfig)"
 
 
 def test_a_pool_whose_jobs_end_before_a_worker_comes_gives_up(pools):
     pools.scale_pool(broken=1)
     wait(lambda: pools.pool_status()["broken"].problem, "giving up")
-    assert "3 jobs in a row ended before a worker came" in pools.what_is_missing()
+    assert "3 jobs in a row ended before a worker connected" in pools.what_is_missing()
     assert pools.pool_status()["broken"].target == 0
 
 
@@ -275,7 +275,7 @@ def test_with_certificates_scheduler_and_workers_speak_tls_and_are_guarded(on_sl
             assert all(address.startswith("tls://") for address in owner.nthreads())
             with pytest.raises(PermissionError, match="anna"):
                 anna.run(os.getpid)
-            with pytest.raises(ValueError, match=r"takes at most 1.00 MiB"):
+            with pytest.raises(ValueError, match=r"accepts at most 1.00 MiB"):
                 anna.submit(len, bytes(2_000_000)).result(60)
             assert len(owner.run(os.getpid)) == 3
         at_loopback = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}

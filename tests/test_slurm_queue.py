@@ -46,12 +46,12 @@ def test_connect_says_now_and_then_why_no_worker_comes(on_slurm, tmp_path, monke
     (tmp_path / "huge.yaml").write_text(yaml.safe_dump(content(tmp_path, cores=64, count=1)))
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        with pytest.raises(ClusterError, match=r"No worker has come: .*1 PartitionConfig"):
+        with pytest.raises(ClusterError, match=r"No worker has connected: .*1 PartitionConfig"):
             connect(tmp_path / "huge.yaml")
-    said = [str(w.message) for w in seen if "No worker has come" in str(w.message)]
+    said = [str(w.message) for w in seen if "No worker has connected" in str(w.message)]
     # after 3 s, and 6 s later; the next would come 12 s after that
-    assert [text.split(" s,")[0] for text in said] == ["No worker has come for 3", "No worker has come for 9"]
-    assert all("pool cpu: jobs wait in the queue (1 PartitionConfig)" in text for text in said)
+    assert [text.split(" s,")[0] for text in said] == ["No worker has connected for 3", "No worker has connected for 9"]
+    assert all("pool cpu: jobs are pending (1 PartitionConfig)" in text for text in said)
     assert on_slurm.jobs() == {}
 
 
@@ -60,7 +60,7 @@ def test_no_word_is_said_where_workers_come_in_time(on_slurm, tmp_path):
         warnings.simplefilter("always")
         with open_pools(parse_settings(content(tmp_path, count=1))) as cluster:
             cluster.wait_for_first(60)
-    assert not [w for w in seen if "No worker has come for" in str(w.message)]
+    assert not [w for w in seen if "No worker has connected for" in str(w.message)]
 
 
 def test_a_limit_on_the_number_of_jobs_is_waited_for_and_said(on_slurm, tmp_path, monkeypatch):
@@ -74,7 +74,7 @@ def test_a_limit_on_the_number_of_jobs_is_waited_for_and_said(on_slurm, tmp_path
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     asked = lambda: len(tries.read_text().splitlines())  # noqa: E731
     with open_pools(parse_settings(content(tmp_path, count=3))) as cluster:
-        assert cluster.what_is_missing().startswith("pool cpu: Slurm takes no more jobs for now (QOSMaxSubmitJobPerUserLimit;")
+        assert cluster.what_is_missing().startswith("pool cpu: Slurm accepts no more jobs for now (QOSMaxSubmitJobPerUserLimit;")
         now = cluster.pool_status()["cpu"]
         assert (now.target, now.problem, now.lost, asked()) == (3, "", 0, 3)
         wait(lambda: asked() == 5, "two more attempts, of one job each")

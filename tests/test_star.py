@@ -235,7 +235,7 @@ _rlnDefocusU #3
         ("a.mrc 1 inf\n", "not a number in row 1"),
         ("a.mrc 1 10000\nb.mrc 1 eleven\n", "not numeric"),
         ("a.mrc 2 10000\n", "optics group 2 is not in"),
-        ("a.mrc 1.5 10000\n", "not whole"),
+        ("a.mrc 1.5 10000\n", "not integers"),
         ("'a.mrc 1 10000\n", "closing quotation|unclosed"),
     ],
 )
@@ -269,7 +269,7 @@ def test_missing_file_missing_columns_and_unwritable_text_are_refused(tmp_path):
     with pytest.raises(StarError, match="without"):
         star.write_particles(tmp_path / "p.star", {"image_index": [0]})
     for name in ("a b.mrc", "", "a'b.mrc"):
-        with pytest.raises(StarError, match="cannot hold"):
+        with pytest.raises(StarError, match="cannot contain"):
             star.write_tables(tmp_path / "t.star", {"": pd.DataFrame({"rlnMicrographName": [name]})})
     with pytest.raises(StarError, match="NaN"):
         star.write_tables(tmp_path / "t.star", {"": pd.DataFrame({"rlnDefocusU": [np.nan]})})

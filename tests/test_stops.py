@@ -105,7 +105,7 @@ def test_a_disk_that_fills_between_iterations_costs_none_of_those_done(tmp_path,
     shutil.rmtree(plan.folder)
     tmpfs(plan.folder, "64m")
     full = Trouble(3 + 3, lambda: fill(plan.folder))  # three micrographs, three iterations
-    with pytest.raises(DiskFullError, match="run the same command again"):
+    with pytest.raises(DiskFullError, match="rerun the same command"):
         run_plan(plan, client, listen=[full])
     assert intact(plan.folder)
     (plan.folder / "ballast").unlink()
@@ -129,7 +129,7 @@ def test_a_disk_that_is_full_when_a_record_is_written_leaves_no_half_record(tmp_
     shutil.rmtree(plan.folder)
     tmpfs(plan.folder, "16m")
     images = contents(run_plan(plan, client, until="import_micrographs"))  # from here on there are records only
-    with pytest.raises(DiskFullError, match="run the same command again"):
+    with pytest.raises(DiskFullError, match="rerun the same command"):
         run_plan(plan, client, listen=[Trouble(5, lambda: fill(plan.folder))])
     half = contents(Project(plan.folder))
     assert 5 <= len(half) - len(images) < 40
@@ -201,7 +201,7 @@ def test_a_folder_of_inputs_that_vanishes_stops_the_run_and_no_movie_is_blamed(h
     else:
         gone, back = ["mv", str(here), str(away)], ["mv", str(away), str(here)]
     try:
-        with pytest.raises(InputError, match="bring the folder back and run the same command again"):
+        with pytest.raises(InputError, match="restore the folder and rerun the same command"):
             run_plan(plan, client, listen=[Trouble(1, lambda: subprocess.run(gone, check=True))])
         assert failures(Project(plan.folder)) == {}
         assert intact(plan.folder)

@@ -344,7 +344,7 @@ def test_a_generation_describes_its_variables_for_those_who_do_not_know_them(tmp
             [vocabulary.Var("ice_thickness", (), "f8", "nm", "thickness, as a later release says")], "exposures.ctf_quality"
         )
         assert Generation(tmp_path / "g").dataset()["ice_thickness"].attrs["long_name"] == "thickness, as a later release says"
-        with pytest.raises(ValueError, match="already defined otherwise"):
+        with pytest.raises(ValueError, match="already defined differently"):
             vocabulary.register([vocabulary.Var("ice_thickness", (), "f4", "nm", "")])
     finally:
         del vocabulary.VARIABLES["ice_thickness"]

@@ -126,7 +126,7 @@ def test_exposures_that_are_left_out_take_their_particles_along(session, client)
     assert len(names) == PARAMS.movies - 1
     gone = project.particles("extract")
     one = gone["particle_id"].values[gone["micrograph"].values == "movie_0002"][0]
-    assert dict(project.where(int(one)))["classify2d"] == "left out: its exposure is missing, or lacks what the step needs"
+    assert dict(project.where(int(one)))["classify2d"] == "left out: its exposure is missing, or lacks data that the step needs"
 
 
 def test_selecting_by_an_expression(session, client):
@@ -222,7 +222,7 @@ def _first_data_set(folder: Path, client) -> dict[str, float]:
 def _images_exist_once_per_size(project: Project) -> None:
     """512 x 512 in 4 frames beside 576 x 640 in 5: arrays side by side, each readable by any Zarr library, and lazily the same bits."""
     assert "micrograph_dw" not in project["motion"]
-    assert project["motion"].attrs["images"].startswith("of 2 sizes")
+    assert project["motion"].attrs["images"].startswith("2 sizes")
     small, large = project.by_image_size("motion")
     assert (small.sizes["micrograph"], small.sizes["y"], small.sizes["x"]) == (8, 512, 512)
     assert (large.sizes["micrograph"], large.sizes["y"], large.sizes["x"]) == (4, 576, 640)
@@ -368,7 +368,7 @@ def test_ids_of_another_project_are_not_taken_for_own_ones(exported, client, tmp
     apart = np.hypot(*(own[f"position_{a}_angstrom"].values[i] - back[f"position_{a}_angstrom"].values[j] for a in "yx"))
     assert (apart < 2 * 1.77).all(), "same number and same place, or another particle"
     assert len(i) < len(back["particle_id"]) / 2 + 1
-    assert any("with an id that is not of this project" in text for text in told.said)
+    assert any("with an id from another project" in text for text in told.said)
 
 
 def test_rows_added_by_hand_rows_twice_and_rows_of_other_micrographs(exported, client, tmp_path):
@@ -394,8 +394,8 @@ def test_rows_added_by_hand_rows_twice_and_rows_of_other_micrographs(exported, c
     assert project.failures() == []
     assert len(got) == len(want) + 2
     assert np.isin(want, got).all()
-    assert "back: 3 rows left out, for the particle is there already: movie_0001 (3)" in told.said
-    expected = "back: 3 rows of 1 micrograph left out, not among the exposures of this step: micrographs/other.mrc (3)"
+    assert "back: 3 rows left out, because the particle is present already: movie_0001 (3)" in told.said
+    expected = "back: 3 rows of 1 micrograph left out, because they are not among the exposures of this step: micrographs/other.mrc (3)"
     assert expected in told.said
     assert project.step("back").left_out == {"micrographs/other.mrc": 3}
     assert project.records("back")[0]["twice"] == 3
@@ -405,7 +405,7 @@ def test_rows_added_by_hand_rows_twice_and_rows_of_other_micrographs(exported, c
             row[at["rlnMicrographName"]] = "micrographs/other.mrc"
         return rows
 
-    with pytest.raises(InputError, match="These are all rows of its file"):
+    with pytest.raises(InputError, match="These are all the rows of its file"):
         _returned(exported, tmp_path / "s", client, elsewhere)
 
 
@@ -434,7 +434,7 @@ def test_projects_of_another_pixel_size_share_only_particles_at_the_same_place(s
     assert len(places) > parts["one"].particles("extract").sizes["particle"]
     both = {"merge": {"prefer": "one", "from": {"particles": ["one", "two"]}}}
     (folder / "pooled.yaml").write_text(yaml.safe_dump({"name": "pooled", "pipeline": [*steps, both]}))
-    with pytest.raises(InputError, match="were picked or imported apart and share"):
+    with pytest.raises(InputError, match="were picked or imported independently and share"):
         run_plan(make_plan(folder / "pooled.yaml"), client)
     (folder / "pooled.yaml").write_text(yaml.safe_dump({"name": "pooled", "pipeline": steps}))
     again = run_plan(make_plan(folder / "pooled.yaml"), client, start_again_from="one")
@@ -560,7 +560,7 @@ def test_tables_of_the_same_stacks_are_of_the_same_exposures_and_a_moved_table_c
     assert project.failures() == []
     assert sorted(item.name for item in project.items()) == ["m0", "m1", "m2"]
     assert [project.particles(label).sizes["particle"] for label in ("first", "second", "select")] == [9, 6, 6]
-    with pytest.raises(InputError, match="first and second were picked or imported apart and share 2 exposures"):
+    with pytest.raises(InputError, match="first and second were picked or imported independently and share 2 exposures"):
         done(tmp_path / "there", [{"merge": {"from": {"particles": ["first", "second"]}}}])
     before = {label: (project.state.steps[label].place, ids(project, label).tolist()) for label in project.stages}
     times = {label: {r["name"]: r["time"] for r in project.records(label).values()} for label in project.stages}
@@ -577,4 +577,4 @@ def test_tables_of_two_sessions_with_the_same_names_are_not_taken_for_one(tmp_pa
     (tmp_path / "p.yaml").write_text(yaml.safe_dump({"name": "p", "pipeline": [*both, {"merge": {"from": {"particles": ["a", "b"]}}}]}))
     said = preview(make_plan(tmp_path / "p.yaml")).problems
     assert len(said) == 1
-    assert "Two inputs would both be called m0" in said[0]
+    assert "Two inputs have the same name m0" in said[0]

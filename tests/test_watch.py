@@ -158,7 +158,7 @@ def test_only_movies_can_be_watched_for(tmp_path):
         (tmp_path / f"{name}.mrc").write_bytes(b"a map")
     halves = "name: x\ninputs: {half_maps: [a.mrc, b.mrc]}\npipeline: [mask]\n"
     (tmp_path / "x.yaml").write_text(halves)
-    with pytest.raises(ProjectFileError, match="Only movies"):
+    with pytest.raises(ProjectFileError, match="--watch needs movies"):
         check_inputs(make_plan(tmp_path / "x.yaml"), Wanted(watch=Until()))
 
 

@@ -1,4 +1,4 @@
-"""Where it runs: workers, pools, lanes. Knows nothing of cryo-EM, and serves any user of Dask."""
+"""Workers, pools and lanes. Independent of cryo-EM; usable with any Dask program."""
 
 from cryodask.cluster.connect import LaneCluster, close, connect
 from cryodask.cluster.fairshare import FairShareScheduler

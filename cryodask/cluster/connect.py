@@ -1,4 +1,4 @@
-"""A client on workers from a word or a file: ``local``, a cluster file, or the address of a running scheduler."""
+"""A client on workers from ``local``, a cluster file, or the address of a running scheduler."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ from cryodask.cluster.settings import AddressSettings, LocalSettings, PluginSett
 from cryodask.cluster.slurm.slurm import new_cluster_id, owner_is_dead
 from cryodask.errors import ClusterError
 
-# clusters that live in this process, each with the folder of its certificates
+# clusters in this process, each with the folder of its certificates
 _OWN_CLUSTERS: dict[int, tuple[Cluster, Path | None]] = {}
 
 _REACH_SECONDS = 5.0
-# Dask writes a scheduler file in place: it may be seen half-written
+# Dask writes a scheduler file in place, so it may be read half-written
 _FILE_LOOKS = 10
 
 
 def connect(where: str | os.PathLike[str] = "local", *, workers: int | None = None, lane: str = "batch", project: str = "") -> Client:
-    """A plain ``distributed.Client`` on the workers that ``where`` describes.
+    """Connect a plain ``distributed.Client`` to the workers that ``where`` describes.
 
     Parameters
     ----------
     where : str or path
-        ``local`` (one worker process a core); a cluster file (YAML, see ``configs/clusters``: local workers, pools of Slurm jobs, or a
-        scheduler that runs already), which leads to the service that was started from it, if one was; the name of a service (``cryodask
-        cluster start``), of this account or that it is invited to (``~/.config/cryodask/NAME.invite``); an invitation's file
+        ``local`` (one worker process per core); a cluster file (YAML, see ``configs/clusters``: local workers, pools of Slurm jobs, or a
+        running scheduler), which connects to the service started from it, if there is one; the name of a service (``cryodask
+        cluster start``) of this account, or to which it is invited (``~/.config/cryodask/NAME.invite``); an invitation file
         (``.invite``), a scheduler file (``.json``), or an address ``tcp://...``.
     workers : int, optional
-        Local workers; overrides the file.
+        Number of local workers; overrides the file.
     lane, project : str
-        Who pays for the tasks of this client, with the name of the user: they make up the client's name ``lane/user/project``.
+        What the tasks of this client are charged to, together with the user: the client is named ``lane/user/project``.
 
     Raises
     ------
@@ -119,7 +119,7 @@ def _running(name: str, address: str) -> Client:
 
 
 def _address_in(path: Path) -> str:
-    """The address in a scheduler file; a Client by itself would wait for ever for a file that does not come."""
+    """The address in a scheduler file; a Client itself would wait for ever for a missing file."""
     said: object = ""
     for _ in range(_FILE_LOOKS):
         try:
@@ -127,25 +127,27 @@ def _address_in(path: Path) -> str:
         except FileNotFoundError:
             raise ClusterError(
                 f"There is no scheduler file {path}.",
-                "its scheduler has not started or has ended, or a typing error",
-                f"start it with  dask scheduler --scheduler-file {path}, and connect then",
+                "its scheduler has not started, or has ended",
+                f"start it with  dask scheduler --scheduler-file {path}, then connect",
             ) from None
         except (OSError, ValueError, TypeError, KeyError) as error:
             said = error
         time.sleep(0.05)
     raise ClusterError(
-        f"{path} is no scheduler file: {said}", "it is another kind of file", "give the file that  dask scheduler --scheduler-file  wrote"
+        f"{path} is not a scheduler file: {said}",
+        "it is another kind of file",
+        "give the file that  dask scheduler --scheduler-file  wrote",
     )
 
 
 def _reach(address: str, named: str = "") -> None:
-    """Refuse an address where nobody listens, but for one that is just starting: a Client tries for much longer than that takes to see."""
+    """Refuse an address where nothing listens, with some patience for a starting scheduler; a Client would try for much longer."""
     if not re.match(r"^(tcp|tls)://", address):
         return
     try:
         host, port = parse_host_port(address.partition("://")[2])
     except ValueError as error:
-        raise ClusterError(f"{address}{named} is no address: {error}.", "a typing error", "write  tcp://host:port") from None
+        raise ClusterError(f"{address}{named} is not a valid address: {error}.", "", "write  tcp://host:port") from None
     deadline = time.monotonic() + _REACH_SECONDS
     while True:
         try:
@@ -155,8 +157,8 @@ def _reach(address: str, named: str = "") -> None:
             if time.monotonic() > deadline:
                 raise ClusterError(
                     f"No scheduler answers at {address}{named}: {error}.",
-                    "it has ended, or a firewall is between",
-                    "start it again and connect to its new address",
+                    "it has ended, or a firewall is in between",
+                    "restart it and connect to its new address",
                 ) from None
         time.sleep(0.2)
 
@@ -166,13 +168,13 @@ def _of_pools(name: str, settings: SlurmSettings) -> Client:
 
     if settings.single_allocation:
         raise ClusterError(
-            "A cluster file with single_allocation describes one batch job, which holds scheduler, workers and driver.",
-            "it was given to a program that runs outside of that job",
-            "leave single_allocation out to have pools of jobs",
+            "A cluster file with single_allocation describes one batch job with scheduler, workers and driver.",
+            "it was given to a program outside that job",
+            "leave out single_allocation to get pools of jobs",
         )
     folder: Path | None = None
     owner = getpass.getuser()
-    if settings.interface != "lo":  # beyond this machine nothing is said in clear text
+    if settings.interface != "lo":  # nothing is unencrypted beyond this machine
         folder = _folder_for_certificates()
         Authority.create(folder, owner=owner)
     try:
@@ -192,7 +194,7 @@ def _of_pools(name: str, settings: SlurmSettings) -> Client:
 
 
 def _folder_for_certificates() -> Path:
-    """A new folder, named after this process; those that killed processes of this machine have left are removed."""
+    """A new folder named after this process; removes those left by killed processes on this machine."""
     home = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "cryodask" / "certificates"
     for left in home.glob("cluster-*"):
         if owner_is_dead(left.name.removeprefix("cluster-")):
@@ -213,11 +215,11 @@ def _local(name: str, settings: LocalSettings) -> Client:
 
 @contextmanager
 def _interrupts_held_back() -> Iterator[list[int]]:
-    """Within, Ctrl-C is only noted, and processes started here never see it: a terminal sends it to all of them, the driver decides."""
+    """Context manager: Ctrl-C is only recorded, and child processes ignore it. A terminal sends it to all; only the driver decides."""
     noted: list[int] = []
     in_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number)) if in_main_thread else None
-    resource_tracker.ensure_running()  # its start would lift the mask
+    resource_tracker.ensure_running()  # starting it later would lift the mask
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited by threads and processes
     try:
         yield noted
@@ -230,8 +232,8 @@ def _interrupts_held_back() -> Iterator[list[int]]:
 class LaneCluster(LocalCluster):
     """A ``LocalCluster`` whose scheduler has lanes, and whose worker processes die with this one, even if it is killed.
 
-    ``lanes``, ``strict``, ``reserve``, ``default_lane`` and ``memory_share`` as of FairShareScheduler; ``gpus``: so many worker processes
-    have one GPU each (the resource ``GPU``), the others see none; all other arguments as of ``LocalCluster``.
+    ``lanes``, ``strict``, ``reserve``, ``default_lane`` and ``memory_share`` as in FairShareScheduler; ``gpus``: this many worker processes
+    have one GPU each (the resource ``GPU``), the others see none; all other arguments as in ``LocalCluster``.
     """
 
     def __init__(
@@ -261,14 +263,14 @@ class LaneCluster(LocalCluster):
         await super()._start()
 
     def _hand_out_gpus(self) -> None:
-        """One to each of the first workers, in the environment of its process: torch looks there once."""
+        """Assign one GPU to each of the first workers through the environment of the process, which torch reads once."""
         names = list(self.worker_spec)
         if self._gpus > len(names) or any(spec["cls"] is not Nanny for spec in self.worker_spec.values()):
-            raise ValueError(f"{self._gpus} GPUs need as many worker processes of their own, and there are {len(names)} workers")
+            raise ValueError(f"{self._gpus} GPUs need one worker process each, but there are {len(names)} workers")
         here = os.environ.get("CUDA_VISIBLE_DEVICES")
         devices = here.split(",") if here else list(map(str, range(self._gpus)))
         if len(devices) < self._gpus:
-            raise ValueError(f"gpus is {self._gpus}, but CUDA_VISIBLE_DEVICES leaves this process only {here}")
+            raise ValueError(f"gpus is {self._gpus}, but CUDA_VISIBLE_DEVICES gives this process only {here}")
         given: list[str | None] = [*devices[: self._gpus], *[None] * (len(names) - self._gpus)]
         for name, device in zip(names, given):
             spec = self.worker_spec[name]
@@ -279,7 +281,7 @@ class LaneCluster(LocalCluster):
 
 
 class _PlainHeartbeats(WorkerPlugin):
-    """A worker that ends while it reports itself says so in a line, without the traceback that Dask prints on the user's terminal."""
+    """A worker that ends during a heartbeat logs one line, without the traceback that Dask prints on the user's terminal."""
 
     name = "cryodask-plain-heartbeats"
 
@@ -294,22 +296,22 @@ def _without_traceback_of_heartbeats(record: logging.LogRecord) -> bool:
 
 
 def local_environment() -> dict[str, Any]:
-    """Settings of Dask under which :func:`local_cluster` starts its workers."""
+    """Dask settings with which :func:`local_cluster` starts its workers."""
     return {**SETTINGS, "distributed.nanny.pre-spawn-environ": {**ONE_THREAD, **ALLOCATOR, "PYTHONDONTWRITEBYTECODE": ""}}
 
 
 def local_workers(settings: LocalSettings) -> int:
-    """Worker processes of a local cluster."""
+    """Number of worker processes of a local cluster."""
     return settings.workers or max(os.cpu_count() or 1, settings.gpus)
 
 
 def local_memory(settings: LocalSettings) -> int | None:
-    """Memory limit of a local worker, bytes: as the file says, else an equal share of the machine; None for no limit."""
+    """Memory limit of a local worker, bytes: from the file, else an equal share of the machine; None for no limit."""
     return parse_memory_limit(settings.memory or "auto", 1, local_workers(settings), logger=logging.getLogger("distributed.worker"))
 
 
 def local_cluster(settings: LocalSettings, *, asynchronous: bool = False) -> LaneCluster:
-    """Worker processes of one thread each on this machine, on a scheduler with lanes in this process."""
+    """Start single-threaded worker processes on this machine, with a scheduler with lanes in this process."""
     return LaneCluster(
         n_workers=local_workers(settings),
         threads_per_worker=1,
@@ -329,7 +331,7 @@ def local_cluster(settings: LocalSettings, *, asynchronous: bool = False) -> Lan
 def _started(name: str, settings: LocalSettings) -> Client:
     with dask.config.set(local_environment()):
         cluster = local_cluster(settings)
-        # the settings must outlive this block in this process, where the scheduler lives
+        # the settings must outlive this block, because the scheduler is in this process
     dask.config.set(SETTINGS)
     client = Client(cluster, name=name)
     client.register_plugin(_PlainHeartbeats())
@@ -344,9 +346,9 @@ def _existing(name: str, **where: Any) -> Client:
     if release not in (None, RELEASE):
         client.close()
         raise ClusterError(
-            f"The scheduler has cryodask {release}, and this process {RELEASE}.",
-            "one of them was updated while the other ran, or another environment is active",
-            "use the same release on both sides; start the cluster again after an update",
+            f"The scheduler has cryodask {release}, but this process has {RELEASE}.",
+            "one was updated while the other was running, or another environment is active",
+            "use the same release on both sides; restart the cluster after an update",
         )
     return client
 

@@ -1,11 +1,11 @@
-"""A Dask scheduler that gives every lane its share of the workers.
+"""A Dask scheduler that shares the workers between lanes.
 
-A lane is a group of clients: live processing, batch runs, notebooks. Tasks that are ready wait on the scheduler, and every slot that opens
-goes to the lane that is furthest behind its share (``lanes.py``). Inside a lane, users and their projects share in the same way; inside
-a project Dask's own order holds. Nobody's share is kept for those who do not use it.
+A lane is a group of clients: live processing, batch runs, notebooks. Ready tasks wait on the scheduler, and every free slot goes to the
+lane that is furthest behind its share (``lanes.py``). Within a lane, users and their projects share in the same way; within
+a project tasks run in Dask's own order. Unused shares are redistributed.
 
-Works for any Dask: ``LaneCluster`` is a ``LocalCluster`` with it, ``SpecCluster`` takes it as ``{"cls": FairShareScheduler}``; there are
-our pools, and ``dask scheduler --preload cryodask.cluster.fairshare``.
+Works with any Dask deployment: ``LaneCluster`` is a ``LocalCluster`` with it, ``SpecCluster`` takes it as ``{"cls": FairShareScheduler}``,
+cryodask's pools use it, and so does ``dask scheduler --preload cryodask.cluster.fairshare``.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ class FairShareScheduler(ReservingScheduler):
     Parameters
     ----------
     lanes : mapping of str to number or mapping, optional
-        Weight of each lane, or ``{"weight": 3, "users": {"anna": 2}, "projects": {"p1": 2}}``. A lane that is not named here cannot be
-        asked for, its tasks go to ``default_lane``. Without ``lanes`` every name is a lane of weight 1.
+        Weight of each lane, or ``{"weight": 3, "users": {"anna": 2}, "projects": {"p1": 2}}``. Tasks for a lane that is not listed
+        go to ``default_lane``. Without ``lanes`` every name is a lane of weight 1.
     strict : iterable of str
-        Lanes that always go before the others.
+        Lanes that are always served before the others.
     reserve : mapping of str to int
-        Threads that are kept free for a lane.
+        Number of threads kept free for a lane.
     default_lane : str
-        Lane of clients that name none.
+        Lane of clients that do not name one.
     memory_share : mapping of str to float, optional
-        Share of the workers' memory that results of a lane may fill; above it, its tasks without inputs wait.
+        Fraction of the workers' memory that results of a lane may fill; above it, its tasks without inputs wait.
 
     Notes
     -----
@@ -74,8 +74,8 @@ class FairShareScheduler(ReservingScheduler):
         default_lane: str = "default",
         memory_share: Mapping[str, float] | None = None,
     ) -> None:
-        """Begin to share; parameters as of the class."""
-        self.know_lanes(lanes, strict, default_lane)
+        """Start sharing; parameters as for the class."""
+        self.configure_lanes(lanes, strict, default_lane)
         self.reserve_threads(reserve)
         unknown = [n for n in (*self._strict, *self._reserve, *(memory_share or {})) if self._options and n not in self._options]
         if unknown:
@@ -87,17 +87,17 @@ class FairShareScheduler(ReservingScheduler):
         self._target: WorkerState | None = None
         self._fresh = self._dispatching = False
         self.draining = False
-        """Nothing is sent to workers any more."""
+        """Whether nothing is sent to workers any more."""
         if math.isinf(self.WORKER_SATURATION):
-            self.WORKER_SATURATION = 1.1  # without a bound on what lies on workers there is nothing to share
+            self.WORKER_SATURATION = 1.1  # without a bound on the tasks queued on workers there is nothing to share
         self.periodic_callbacks["fairshare"] = PeriodicCallback(self._tick, _TICK_MILLISECONDS)
         if (stealing := self.extensions.get("stealing")) is not None:
-            # a theft leaves what a task uses booked on its victim, for ever: tasks with resources stay where they were sent
+            # work stealing leaves a task's resources booked on the victim for ever, so tasks with resources stay where they were sent
             put = stealing.put_key_in_stealable
             stealing.put_key_in_stealable = lambda ts: None if ts.resource_restrictions else put(ts)
 
     def drain(self) -> None:
-        """Send nothing more to workers: ready tasks wait, what runs goes on to its end."""
+        """Send nothing more to workers: ready tasks wait, running tasks finish."""
         self.draining = True
 
     def resume_dispatch(self) -> None:
@@ -149,7 +149,7 @@ class FairShareScheduler(ReservingScheduler):
             return needs, frozenset(ts.worker_restrictions or ()), frozenset(ts.host_restrictions or ())
         if ts.worker_restrictions or ts.host_restrictions:
             able = frozenset(ws.address for ws in self.valid_workers(ts) or ())
-            # tasks that would only rather run there (allow_other_workers) run anywhere once none of these workers is left
+            # tasks that merely prefer these workers (allow_other_workers) run anywhere once none of them is left
             return able if able or not ts.loose_restrictions else None
         return None
 
@@ -176,7 +176,7 @@ class FairShareScheduler(ReservingScheduler):
     }
 
     def validate_queued(self, key: Any) -> None:
-        """As distributed's, where any ready task may wait, not those of large groups alone."""
+        """Like distributed's, but any ready task may wait, not only those of large groups."""
         ts = self.tasks[key]
         assert ts in self._held
         assert not ts.waiting_on
@@ -185,7 +185,7 @@ class FairShareScheduler(ReservingScheduler):
         assert not ts.actor
 
     def workers_changed(self, gone: str | None = None) -> None:
-        """Find new places for held tasks that were bound to workers, and new threads to reserve."""
+        """Reassign held tasks that were bound to workers, and choose new threads to reserve."""
         self._sort_again([*(self._held.tasks_at(gone) if gone else ()), *self._held.restricted()])
         if gone:
             self._finished.pop(gone, None)
@@ -203,19 +203,19 @@ class FairShareScheduler(ReservingScheduler):
             if place != self._held.place_of(ts):
                 self._fresh = True
                 self._held.discard(ts)
-                if place == frozenset():  # bound to workers of which none is left
+                if place == frozenset():  # bound to workers that are all gone
                     ts.state = "no-worker"
                     self.unrunnable[ts] = monotonic()
                 else:
                     self._held.put(ts, self._leaf(ts), place)
 
     def set_restrictions(self, worker: dict[Any, Any]) -> None:
-        """As distributed's, for tasks that wait here, too."""
+        """Like distributed's, but also for tasks that wait here."""
         super().set_restrictions(worker)
         self._sort_again([ts for ts in map(self.tasks.__getitem__, worker) if ts in self._held])
 
     def handle_worker_status_change(self, status: Any, worker: str | WorkerState, stimulus_id: str) -> None:
-        """As distributed's; one that pauses is no place for anybody."""
+        """Like distributed's, but also reassigns tasks that wait for a paused worker."""
         super().handle_worker_status_change(status, worker, stimulus_id)
         ws = self.workers.get(worker) if isinstance(worker, str) else worker
         if ws not in self.running:
@@ -224,13 +224,13 @@ class FairShareScheduler(ReservingScheduler):
 
     # --- a slot opens ------------------------------------------------------------------------------------------------------------
     def transitions(self, recommendations: Any, stimulus_id: str) -> None:
-        """As distributed's; then what was held by it may find a free slot, for no other event may come."""
+        """Like distributed's, but then also sends tasks to slots that opened, because no other event may follow."""
         super().transitions(recommendations, stimulus_id)
         if self._fresh and not self._dispatching:
             self.stimulus_queue_slots_maybe_opened(stimulus_id=stimulus_id)
 
     def stimulus_queue_slots_maybe_opened(self, *, stimulus_id: str) -> None:
-        """Send held tasks to workers that have room, in the order of their lanes."""
+        """Send held tasks to workers with free slots, in the order of their lanes."""
         self._fresh = False
         if self._dispatching or self.draining or not self._held:
             return
@@ -266,7 +266,7 @@ class FairShareScheduler(ReservingScheduler):
                 self._send(ts, ws, stimulus_id)
 
     def _choose(self, clock: Share, ws: WorkerState) -> TaskState | None:
-        """The task that a free slot of this worker goes to."""
+        """The task for a free slot of this worker."""
         first = clock.next_leaf()
         if first is not None and not self._reserved and (ts := self._held.best_at(first, ws.address)) is not None:
             return cast("TaskState", ts)
@@ -275,7 +275,7 @@ class FairShareScheduler(ReservingScheduler):
                 ts = self._held.best_at(leaf, ws.address)
                 if ts is not None:
                     return cast("TaskState", ts)
-        if len(ws.processing) - len(ws.long_running) < ws.nthreads:  # a thread is idle: take what waits for a busy worker
+        if len(ws.processing) - len(ws.long_running) < ws.nthreads:  # a thread is idle: take tasks that wait for a busy worker
             for leaf in clock.leaves_in_turn():
                 if not self._reserved or self.has_room(ws, leaf.lane, self.WORKER_SATURATION):
                     for place in [p for p in leaf.heaps if type(p) is str]:
@@ -283,7 +283,7 @@ class FairShareScheduler(ReservingScheduler):
                         if entry is not None and self._sooner_here(leaf, place, entry[2], ws):
                             return cast("TaskState", entry[2])
                 elif self.is_closed(ws, leaf.lane):
-                    for several in list(leaf.several):  # what can run nowhere else
+                    for several in list(leaf.several):  # tasks that can run nowhere else
                         if ws.address in several and all(self.is_closed(self.workers.get(a), leaf.lane) for a in several):
                             entry = self._held.top(leaf, several)
                             if entry is not None:
@@ -301,9 +301,9 @@ class FairShareScheduler(ReservingScheduler):
             self._send(*found, stimulus_id)
 
     def _overtake(self, stimulus_id: str) -> None:
-        """Send the first tasks of a lane that comes anew at once, on full workers ahead of what waits there.
+        """Send the first tasks of a lane that becomes active at once, on full workers ahead of the tasks queued there.
 
-        Otherwise they would wait for two tasks of others: the one that runs, and the one sent ahead to follow it.
+        Otherwise they would wait for two tasks of others: the running one and the one queued behind it.
         """
         arrived, self._arrived = self._arrived, []
         for leaf in arrived:
@@ -321,9 +321,9 @@ class FairShareScheduler(ReservingScheduler):
         return self._flights.get(ts.key)
 
     def _worker_to_overtake(self, leaf: Share) -> WorkerState | None:
-        """Of those where its tasks may go, one with an idle thread; else that with the fewest tasks of this lane.
+        """Among the allowed workers, one with an idle thread; else the one with the fewest tasks of this lane.
 
-        Of several, that with the fewest tasks that overtake others already; then the one likely to finish its next task first.
+        Among several, the one with the fewest overtaking tasks, then the one likely to finish its next task first.
         """
         best: tuple[bool, int, int, float] | None = None
         found: WorkerState | None = None
@@ -341,7 +341,7 @@ class FairShareScheduler(ReservingScheduler):
         return found
 
     def handle_task_finished(self, key: Any, worker: str, stimulus_id: str, **message: Any) -> None:
-        """As distributed's, with its time charged first; a worker of a lone lane gets its next task at once."""
+        """Like distributed's, but charges the task's time first; with a single active lane the worker gets its next task at once."""
         self.charge_finished(key, worker, message)
         Scheduler.handle_task_finished(self, key, worker, stimulus_id, **message)
         if self._held.near:
@@ -360,7 +360,7 @@ class FairShareScheduler(ReservingScheduler):
             self._send(ts, ws, stimulus_id)
 
     def _ahead(self, leaf: Share) -> float:
-        """Tasks a thread that may be on a worker when one of this leaf is sent there: more while nobody else has any."""
+        """Tasks per thread allowed on a worker when one of this leaf is sent there; more while nobody else has tasks."""
         return self.WORKER_SATURATION if self._others and leaf.clock.flying != leaf.flying else self.AHEAD
 
     # --- now and then ---------------------------------------------------------------------------------------------------------------
@@ -377,12 +377,12 @@ class FairShareScheduler(ReservingScheduler):
 
 
 async def dask_setup(scheduler: Scheduler) -> None:
-    """``dask scheduler --preload cryodask.cluster.fairshare``: options stand in Dask's configuration under ``cryodask.fairshare``."""
+    """``dask scheduler --preload cryodask.cluster.fairshare``: options are in Dask's configuration under ``cryodask.fairshare``."""
     scheduler.__class__ = FairShareScheduler
     assert isinstance(scheduler, FairShareScheduler)
     scheduler.share(**(dask.config.get("cryodask.fairshare", {}) or {}))
     scheduler.periodic_callbacks["fairshare"].start()
     for table in (scheduler.handlers, scheduler.stream_handlers):
         for operation, function in table.items():
-            if getattr(function, "__self__", None) is scheduler:  # bound to the class that it was
+            if getattr(function, "__self__", None) is scheduler:  # bound to its former class
                 table[operation] = getattr(scheduler, function.__name__)

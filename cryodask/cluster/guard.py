@@ -1,7 +1,7 @@
-"""A scheduler that one notebook cannot harm, and workers that refuse the same calls sent straight to them.
+"""A scheduler that a single notebook cannot disrupt, and workers that refuse the same calls sent directly to them.
 
-Identity is the name in the peer's certificate (``tls.py``). Without TLS nobody can be told apart on a request: what is kept for the owner
-is then refused to all, and lanes follow the name that a client gives itself. This is protection of people who work together from each
+Identity is the name in the peer's certificate (``tls.py``). Without TLS requests cannot be attributed: requests reserved for the owner
+are then refused to everybody, and lanes follow the name that a client gives itself. This protects people who work together from each
 other's mistakes. It is not isolation: a task is a program that runs in the workers' account (docs/security.md).
 """
 
@@ -51,20 +51,20 @@ class GuardedScheduler(FairShareScheduler):
     Parameters
     ----------
     owner : str, optional
-        Who may restart, retire, run and register things; the name in a certificate with the role ``owner``. Without an owner everybody
+        Who may restart, retire, run and register things: the name in a certificate with the role ``owner``. Without an owner everybody
         may.
     users : mapping or path, optional
-        ``{"anna": {"lanes": ["hpda"]}}``: who may connect, into which lanes (all if none are named; the first one counts where another
-        was asked for). A path is an authority's ``people.json``, read again when it changes. Without it every certificate is good
+        ``{"anna": {"lanes": ["hpda"]}}``: who may connect, into which lanes (all if none are named; a request for any other lane
+        counts as the first one). A path is an authority's ``people.json``, reread when it changes. Without it every certificate is valid
         for every lane.
     max_graph_bytes : int or str
-        Largest graph as sent, refused before it is unpickled; and ``max_graph_tasks``, refused before the scheduler takes up any of it.
+        Size limit of a graph as sent, enforced before it is unpickled; ``max_graph_tasks`` is enforced before the scheduler adds any task.
 
     Notes
     -----
-    ``allowed_failures`` is 3 (``ALLOWED_FAILURES``) if not given, whatever the configuration says: on a shared worker a task dies with its
-    neighbour's crash, so it is tried on three other workers before it is blamed. Web pages are on loopback if not told otherwise. All
-    other parameters as of FairShareScheduler.
+    ``allowed_failures`` defaults to 3 (``ALLOWED_FAILURES``), whatever the configuration says: on a shared worker a task may die in its
+    neighbour's crash, so it is retried on three other workers before it is blamed. Web pages are on loopback by default. All
+    other parameters as for FairShareScheduler.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class GuardedScheduler(FairShareScheduler):
         max_graph_bytes: int | str = "256 MiB",
         max_graph_tasks: int = 2_000_000,
     ) -> None:
-        """Begin to guard; parameters as of the class."""
+        """Start guarding; parameters as for the class."""
         self._master, self._users = owner, users
         self._read_users: tuple[float, int, dict[str, Any]] = (-1.0, 0, {})
         self._max_bytes, self._max_tasks = parse_bytes(max_graph_bytes), max_graph_tasks
@@ -97,13 +97,13 @@ class GuardedScheduler(FairShareScheduler):
 
     # --- who is it, and are they (still) invited ---------------------------------------------------------------------------------
     def people(self) -> Mapping[str, Any] | None:
-        """Who may connect; None if everybody with a certificate may."""
+        """Who may connect; None if everybody with a valid certificate may."""
         if self._users is None or isinstance(self._users, Mapping):
             return self._users
         looked, changed, known = self._read_users
         if monotonic() - looked > 1:
             path = Path(self._users)
-            found = path.stat().st_mtime_ns if path.exists() else 0  # nobody is invited yet
+            found = path.stat().st_mtime_ns if path.exists() else 0  # nobody has been invited yet
             if found != changed:
                 known = json.loads(path.read_text()) if found else {}
             self._read_users = monotonic(), found, known
@@ -118,7 +118,7 @@ class GuardedScheduler(FairShareScheduler):
                 return
             raise PermissionError(
                 f"{peer.name} is not invited to this cluster with that certificate.\n"
-                "  Usual reason: the invitation was taken back, or replaced by a newer one\n"
+                "  Usual reason: the invitation was revoked, or replaced by a newer one\n"
                 f"  What to do: ask {self._master or 'its owner'} for an invitation"
             )
 
@@ -132,7 +132,7 @@ class GuardedScheduler(FairShareScheduler):
 
     # --- requests ----------------------------------------------------------------------------------------------------------------
     def admit(self, gate: Gate, message: dict[str, Any]) -> None:
-        """Raise PermissionError if this request is not for this peer."""
+        """Raise PermissionError if this peer may not make this request."""
         op, peer = message["op"], gate.peer
         if op == "register-client":
             try:
@@ -143,7 +143,7 @@ class GuardedScheduler(FairShareScheduler):
             self._check_invited(peer)
         if not self._is_owner(peer) and op not in USER_OPS and peer.role != "scheduler" and op != "close":
             from_worker = peer.role in ("worker", None) and op in WORKER_OPS
-            # a worker leaves by retiring itself, and nobody else
+            # a worker leaves by retiring itself and no other
             leaving = peer.role == "worker" and op == "retire_workers" and message.get("close_workers") is False
             if not from_worker and not (leaving and len(message.get("workers") or ()) == 1):
                 no = refused(op, peer, self._master)
@@ -176,7 +176,7 @@ class GuardedScheduler(FairShareScheduler):
         elif op == "log_event":
             topics = message.get("topic") or ()
             taken = [t for t in ([topics] if isinstance(topics, str) else topics) if t in _EVERYBODY_READS or t in self.workers]
-            # clients unpickle what comes under print and warn
+            # clients unpickle events under print and warn
             if taken and peer.role != "worker":
                 raise refused(f"An event under {taken[0]!r}, which every client reads,", peer, self._master)
         elif op == "set_metadata":
@@ -197,7 +197,7 @@ class GuardedScheduler(FairShareScheduler):
 
     # --- messages of a client's stream -------------------------------------------------------------------------------------------
     def admit_to_stream(self, gate: Gate, message: dict[str, Any]) -> bool:
-        """Whether a message goes on; the client is told if not."""
+        """Whether a message is passed on; the client is told if not."""
         op, peer, client = message["op"], gate.peer, str(gate.client)
         try:
             self._check_invited(peer)
@@ -232,7 +232,7 @@ class GuardedScheduler(FairShareScheduler):
         if message.get("client", client) != client:
             raise refused(f"A graph in the name of {message['client']}", gate.peer, None)
         if gate.peer.role not in ("worker", None):
-            message["submitting_task"] = None  # tasks submit tasks in the lane they run in, and only workers run tasks
+            message["submitting_task"] = None  # only workers run tasks, whose subtasks stay in the same lane
         frames = getattr(message.get("expr_ser"), "frames", ())
         size = sum(memoryview(frame).nbytes for frame in frames)
         if size <= self._max_bytes:
@@ -252,7 +252,7 @@ class GuardedScheduler(FairShareScheduler):
 
     # --- lanes -------------------------------------------------------------------------------------------------------------------
     def path_of_client(self, client: str) -> tuple[str, str, str]:
-        """From the name that a client was given; the person and the lanes are those of its certificate."""
+        """Lane, user and project from the client's name; user and lanes are those of its certificate."""
         lane, user, project = super().path_of_client(client)
         peer = self._peers.get(client, Peer())
         if peer.role == "worker":
@@ -262,12 +262,12 @@ class GuardedScheduler(FairShareScheduler):
         return lane if not lanes or lane in lanes else lanes[0], user, project
 
     def owner_of_client(self, client: str) -> Owner:
-        """As of FairShareScheduler; who asked for a lane of others is told."""
+        """Like FairShareScheduler's, but warns a client that asked for a lane it may not use."""
         self._permitted(client, self.path_of_client(client)[1], super().path_of_client(client)[0])
         return super().owner_of_client(client)
 
     def _lanes_of(self, client: str, user: str) -> list[str]:
-        """Lanes that a person may use; empty for all."""
+        """Lanes that a user may use; empty for all."""
         if self._peers.get(client, Peer()).role in ("owner", "worker"):
             return []
         return list((self.people() or {}).get(user, {}).get("lanes") or ())
@@ -276,14 +276,14 @@ class GuardedScheduler(FairShareScheduler):
         lanes = self._lanes_of(client, user)
         if not lanes or lane in lanes:
             return lane
-        if lane != self._default_lane:  # somebody who named no lane is told nothing
+        if lane != self._default_lane:  # no warning for a client that named no lane
             self.tell(
-                client, f"{user} may not use the lane {lane!r} here: the work counts as {lanes[0]!r}. Allowed are {', '.join(lanes)}."
+                client, f"{user} may not use the lane {lane!r}: the work is charged to {lanes[0]!r}. Allowed lanes: {', '.join(lanes)}."
             )
         return lanes[0]
 
     def take_graph(self, client: str, keys: list[Any], lanes: Mapping[Any, str]) -> None:
-        """As of FairShareScheduler, with annotated lanes held to those that the person may use."""
+        """Like FairShareScheduler's, but restricts annotated lanes to those that the user may use."""
         if lanes and client in self._peers and self._peers[client].role != "worker":
             user = self.owner_of_client(client).user
             allowed = {lane: self._permitted(client, user, lane) for lane in set(lanes.values())}
@@ -294,13 +294,13 @@ class GuardedScheduler(FairShareScheduler):
 async def dask_setup(server: Server) -> None:
     """``--preload cryodask.cluster.guard`` for scheduler and worker, ``--preload-nanny cryodask.cluster.guard`` for the nanny.
 
-    A scheduler's options stand in Dask's configuration under ``cryodask.guard`` and ``cryodask.fairshare``.
+    A scheduler's options are in Dask's configuration under ``cryodask.guard`` and ``cryodask.fairshare``.
     """
     try:
         await _guard_running(server)
     except Exception as error:
-        # of a preload that fails distributed only writes a line into the log, and goes on without it
-        raise SystemExit(f"The guard could not be set up, so this process ends. {type(error).__name__}: {error}") from error
+        # distributed would only log a failing preload and continue without it
+        raise SystemExit(f"The guard could not be installed, so this process ends. {type(error).__name__}: {error}") from error
 
 
 async def _guard_running(server: Server) -> None:
@@ -319,4 +319,4 @@ async def _guard_running(server: Server) -> None:
     for listener in server.listeners:
         listener.comm_handler = server.handle_comm  # type: ignore[union-attr]
     for comm in list(server._comms):
-        comm.abort()  # came before the gate
+        comm.abort()  # connected before the gate

@@ -1,4 +1,4 @@
-"""What a cluster file (YAML) may say, and its checks."""
+"""The settings of a cluster file (YAML), and their checks."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def _memory(text: str) -> str:
     except ValueError:
         fits = False
     if not fits:
-        raise ValueError("memory is a number with a unit: 64GiB, 4000MB")
+        raise ValueError("memory needs a number with a unit, such as 64GiB or 4000MB")
     return text
 
 
 def _walltime(given: object) -> object:
-    # YAML reads an unquoted 12:00:00 as the number 43200, which Slurm would take for minutes
+    # YAML reads an unquoted 12:00:00 as the number 43200, which Slurm would interpret as minutes
     said = str(given)
     if not isinstance(given, (int, float)) and re.fullmatch(r"\d+:\d\d", said):
-        raise ValueError(f'Slurm takes two numbers for minutes and seconds: write "{said}:00" if these are hours, "0:{said}" if not')
+        raise ValueError(f'Slurm reads two numbers as minutes and seconds: write "{said}:00" if these are hours, "0:{said}" if not')
     if isinstance(given, (int, float)) or not re.fullmatch(r"\d+-\d+:\d\d(:\d\d)?|\d+:\d\d:\d\d", said):
         raise ValueError('write it in quotes, as "hours:minutes:seconds" or "days-hours:minutes:seconds"')
     return given
@@ -56,20 +56,20 @@ def _walltime(given: object) -> object:
 
 def _one_line(text: str) -> str:
     if "\n" in text:
-        raise ValueError("one line, please")
+        raise ValueError("must be a single line")
     return text
 
 
-# lines of a cluster file come after ours, and the last one counts
+# lines of a cluster file come after cryodask's own, and the last one counts
 _OUR_DIRECTIVES = {
-    "comment": "by it a job is found in the queue and told from those of others",
-    "job-name": "the log of a job is found by it",
-    "output": "it is the log in which a job that fails says why; logs: of the cluster file sets its folder",
-    "error": "it would take away from the log why a job failed",
-    "open-mode": "it would let a job empty a log that is written already",
-    "array": "each job has names of its own; count: says how many there are",
-    "requeue": "a job that is lost is replaced at once, under a new name",
-    "no-requeue": "a job that is lost is replaced at once, under a new name",
+    "comment": "it identifies cryodask's jobs in the queue",
+    "job-name": "it identifies the log of a job",
+    "output": "the log shows why a job failed; set its folder with logs: in the cluster file",
+    "error": "the log would no longer show why a job failed",
+    "open-mode": "it would let a job overwrite an existing log",
+    "array": "each job has its own names; count: sets the number of jobs",
+    "requeue": "a lost job is replaced at once, under a new name",
+    "no-requeue": "a lost job is replaced at once, under a new name",
     "export": "jobs need the environment in which they were submitted; environment: adds to it",
     "wrap": "a job has a script already",
 }
@@ -79,10 +79,10 @@ _SHORT = {"-J": "job-name", "-o": "output", "-e": "error", "-a": "array"}
 def _directive(line: str) -> str:
     for word in shlex.split(_one_line(line)):
         long = word.removeprefix("--").partition("=")[0] if word.startswith("--") else ""
-        # sbatch knows a long option by its beginning
+        # sbatch accepts abbreviated long options
         ours = next((name for name in _OUR_DIRECTIVES if long and name.startswith(long)), None) or _SHORT.get(word[:2])
         if ours:
-            raise ValueError(f"leave --{ours} to cryodask: {_OUR_DIRECTIVES[ours]}")
+            raise ValueError(f"--{ours} is set by cryodask: {_OUR_DIRECTIVES[ours]}")
     return line
 
 
@@ -111,16 +111,16 @@ class _Sharing(_Section):
     def _lanes_exist(self) -> Self:
         unknown = [n for n in (*self.strict, *self.reserve, *self.memory_share) if n not in self.lanes]
         if unknown:
-            raise ValueError(f"strict, reserve and memory_share name {unknown}, which lanes does not{_nearest(unknown[0], self.lanes)}")
+            raise ValueError(f"strict, reserve and memory_share name {unknown}, not listed under lanes{_nearest(unknown[0], self.lanes)}")
         return self
 
     def sharing(self) -> dict[str, Any]:
-        """The parameters of ``FairShareScheduler`` besides those of Dask's own."""
+        """The parameters of ``FairShareScheduler`` beyond those of Dask's scheduler."""
         return self.model_dump(include=set(_Sharing.model_fields))
 
 
 class JobSettings(_Section):
-    """A Slurm job without workers: that of a service's scheduler, or of a driver. ``partition``, ``account`` and ``qos`` as of a pool."""
+    """A Slurm job without workers: a service's scheduler or a driver. ``partition``, ``account`` and ``qos`` as in a pool."""
 
     partition: Line | None = None
     account: Line | None = None
@@ -134,15 +134,15 @@ class JobSettings(_Section):
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of the job."""
+        """Memory of the job, bytes."""
         return int(parse_bytes(self.memory))
 
 
 class ServiceSettings(JobSettings):
-    """Where the scheduler of a shared cluster lives: a ``process`` of its own on this machine, or its own job on ``slurm``.
+    """Where the scheduler of a shared cluster runs: as a ``process`` on this machine, or as a job on ``slurm``.
 
-    ``certificates`` asks for TLS on the loopback interface, too, for machines that several people use. ``address_file`` is where those who
-    are invited find the present address, if not in the account's own state folder; it holds no secret.
+    ``certificates`` enables TLS on the loopback interface as well, for machines that several people use. ``address_file`` is where
+    invited users find the current address, by default in the account's state folder; it contains no secret.
     """
 
     where: Literal["process", "slurm"] = "process"
@@ -152,7 +152,7 @@ class ServiceSettings(JobSettings):
 
 
 class LocalSettings(_Sharing):
-    """Worker processes on this machine, with one thread each; so many of them as it has ``gpus`` have one each, bound to it."""
+    """Single-threaded worker processes on this machine; the first ``gpus`` of them are bound to one GPU each."""
 
     kind: Literal["local"] = "local"
     workers: PositiveInt | None = None
@@ -164,18 +164,18 @@ class LocalSettings(_Sharing):
     @model_validator(mode="after")
     def _a_worker_for_each_gpu(self) -> Self:
         if self.workers is not None and self.gpus > self.workers:
-            raise ValueError(f"each of the {self.gpus} gpus has a worker of its own: {self.workers} workers are too few")
+            raise ValueError(f"each of the {self.gpus} gpus needs its own worker: {self.workers} workers are too few")
         return self
 
     @model_validator(mode="after")
     def _service_is_here(self) -> Self:
         if self.service and (self.service.where == "slurm" or self.service.certificates):
-            raise ValueError("workers of kind local live with their scheduler, in one account: leave service.where and certificates out")
+            raise ValueError("workers of kind local run beside their scheduler in one account: leave out service.where and certificates")
         return self
 
 
 class AddressSettings(_Section):
-    """A scheduler that somebody else runs: its address, its scheduler file, or an invitation to a cluster (a file ``.invite``)."""
+    """An existing scheduler: its address, its scheduler file, or an invitation to a cluster (a ``.invite`` file)."""
 
     kind: Literal["address"]
     address: str | None = None
@@ -185,15 +185,15 @@ class AddressSettings(_Section):
     @model_validator(mode="after")
     def _one_of_three(self) -> AddressSettings:
         if sum(given is not None for given in (self.address, self.scheduler_file, self.invitation)) != 1:
-            raise ValueError("give address: tcp://host:port, or scheduler_file: a path, or invitation: the path of a file .invite")
+            raise ValueError("give one of address: tcp://host:port, scheduler_file: PATH, or invitation: PATH (a .invite file)")
         return self
 
 
 class PoolSettings(_Section):
-    """Jobs of one kind. ``cores``, ``memory`` and ``gpus`` are those of ONE job; ``resources`` those of one worker process.
+    """Jobs of one kind. ``cores``, ``memory`` and ``gpus`` are per job, ``resources`` per worker process.
 
-    A job with ``gpus`` has a worker process for each of them, bound to it. ``memory`` is what Slurm is asked for: the workers' own limits
-    stay a tenth below, since Slurm kills whole jobs.
+    A job with ``gpus`` has one worker process bound to each of them. ``memory`` is requested from Slurm: the workers' own limits
+    are a tenth lower, since Slurm kills whole jobs.
     """
 
     partition: Line | None = None
@@ -218,22 +218,22 @@ class PoolSettings(_Section):
 
     @property
     def wanted(self) -> int:
-        """Jobs at the start."""
+        """Number of jobs at the start."""
         return self.minimum if self.count is None else self.count
 
     @property
     def workers_per_job(self) -> int:
-        """Worker processes of one job."""
+        """Number of worker processes per job."""
         return self.gpus or self.processes
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of one job."""
+        """Memory of one job, bytes."""
         return int(parse_bytes(self.memory))
 
     @property
     def limit_bytes(self) -> int:
-        """Bytes that the workers of one job may fill together: Slurm kills the whole job where it asks for more than it was given."""
+        """Total memory limit of the workers of one job, bytes: Slurm kills the whole job if it exceeds its memory."""
         return int(0.9 * self.memory_bytes)
 
     @property
@@ -244,17 +244,17 @@ class PoolSettings(_Section):
     @model_validator(mode="after")
     def _fits(self) -> PoolSettings:
         if self.count is not None and (self.minimum or self.maximum is not None):
-            raise ValueError("give count, or minimum and maximum")
+            raise ValueError("give either count, or minimum and maximum")
         if self.maximum is not None and self.maximum < self.minimum:
             raise ValueError(f"maximum {self.maximum} is below minimum {self.minimum}")
         if self.gpus and self.processes not in (1, self.gpus):
-            raise ValueError("a job has one process for each of its gpus: leave processes out")
+            raise ValueError("a job has one process per GPU: leave out processes")
         if self.cores < self.workers_per_job:
             raise ValueError(f"{self.workers_per_job} processes need as many cores, not {self.cores}")
         if not self.network_scratch and (kind := network_file_system(self.scratch)):
             raise ValueError(
-                f"scratch {self.scratch} lies on a network file system ({kind}), which spilling workers bring to its knees;"
-                " name a disk of the node, or set network_scratch: true"
+                f"scratch {self.scratch} is on a network file system ({kind}), which spilling workers would overload;"
+                " use a node-local disk, or set network_scratch: true"
             )
         return self
 
@@ -262,12 +262,12 @@ class PoolSettings(_Section):
 class SlurmSettings(_Sharing):
     """Pools of Slurm jobs on one scheduler, shared by lanes (see ``FairShareScheduler``).
 
-    ``interface`` and ``port`` are the scheduler's; ``service`` says where it lives if others share it (``cryodask cluster start``), and
-    ``driver`` what a batch run's own job needs (``cryodask submit``). With ``single_allocation`` one batch job holds scheduler, workers
-    and driver.
+    ``interface`` and ``port`` are the scheduler's; ``service`` says where it runs if it is shared (``cryodask cluster start``), and
+    ``driver`` what the driver job of a batch run needs (``cryodask submit``). With ``single_allocation`` one batch job contains scheduler,
+    workers and driver.
 
-    Pools with a ``maximum`` get as many jobs as would do the waiting work in ``catch_up_minutes``; a job that was not needed for
-    ``idle_minutes`` is let go. ``floor`` gives a lane a number of threads that are there while it has clients. A guarded scheduler
+    Pools with a ``maximum`` get as many jobs as are needed to do the pending work in ``catch_up_minutes``; a job that was not needed for
+    ``idle_minutes`` is released. ``floor`` guarantees a lane a number of threads while it has clients. A guarded scheduler
     refuses graphs above ``max_graph_bytes`` (as sent) or ``max_graph_tasks``.
     """
 
@@ -288,49 +288,49 @@ class SlurmSettings(_Sharing):
     driver: JobSettings = JobSettings()
 
     def graph_limits(self) -> dict[str, Any]:
-        """The parameters of ``GuardedScheduler`` for graphs that are too large."""
+        """The graph limits of ``GuardedScheduler``."""
         return self.model_dump(include={"max_graph_bytes", "max_graph_tasks"})
 
     @model_validator(mode="after")
     def _floors_have_lanes(self) -> SlurmSettings:
         unknown = [name for name in self.floor if self.lanes and name not in self.lanes]
         if unknown or min(self.floor.values(), default=0) < 0:
-            raise ValueError(f"floor gives lanes a number of threads: {unknown or self.floor} is not of that kind")
+            raise ValueError(f"floor maps lanes to numbers of threads; {unknown or self.floor} is not valid")
         return self
 
     @model_validator(mode="after")
     def _one_allocation(self) -> SlurmSettings:
         if self.single_allocation and (len(self.pools) != 1 or not next(iter(self.pools.values())).wanted):
-            raise ValueError("single_allocation takes one pool, with a count")
+            raise ValueError("single_allocation needs exactly one pool, with a count")
         if self.single_allocation and self.service:
-            raise ValueError("single_allocation holds its own scheduler: leave service out")
+            raise ValueError("single_allocation has its own scheduler: leave out service")
         return self
 
 
 class PluginSettings(_Section):
-    """A kind of workers that another package starts (entry points of the group ``cryodask.pool_kinds``, named as ``kind``).
+    """A kind of workers from another package (entry points of the group ``cryodask.pool_kinds``, named like ``kind``).
 
-    A subclass has the settings that a cluster file may give, and ``open``.
+    A subclass defines the settings of the cluster file, and ``open``.
     """
 
     kind: str
 
     def open(self) -> Cluster:
-        """Start a scheduler with workers; it is closed with the client that is made on it."""
+        """Start a scheduler with workers; it is closed together with its client."""
         raise NotImplementedError
 
 
 def _refused(name: str, kind: object) -> str:
-    """Why a kind of another package cannot be used."""
+    """Why a kind of another package cannot be used; empty if it can."""
     if name in _KINDS:
-        return f"{name} is a kind of cryodask's own"
+        return f"the name {name} is taken by cryodask"
     if not (isinstance(kind, type) and issubclass(kind, PluginSettings) and kind.open is not PluginSettings.open):
         return f"it is not a subclass of {PluginSettings.__module__}.PluginSettings with a function open"
     return ""
 
 
 OTHERS = Plugins("cryodask.pool_kinds", _refused)
-"""Kinds of workers of other packages."""
+"""Kinds of workers from other packages."""
 
 Settings = LocalSettings | AddressSettings | SlurmSettings | PluginSettings
 _KINDS: dict[str, type[LocalSettings] | type[AddressSettings] | type[SlurmSettings]] = {
@@ -341,7 +341,7 @@ _KINDS: dict[str, type[LocalSettings] | type[AddressSettings] | type[SlurmSettin
 
 
 def read_cluster_file(path: str | Path) -> Settings:
-    """The settings in a cluster file.
+    """Read and check a cluster file.
 
     Raises
     ------
@@ -352,12 +352,12 @@ def read_cluster_file(path: str | Path) -> Settings:
     except FileNotFoundError:
         raise ProjectFileError(
             f"There is no cluster file {path}.",
-            "a typing error in its name",
-            "give the path of a .yaml file; configs/clusters has some to copy",
+            "",
+            "give the path of a .yaml file; configs/clusters has examples",
         ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ProjectFileError(
-            f"{path} is no cluster file: {error}", "wrong indentation or another kind of file", "write  kind: local  and what belongs to it"
+            f"{path} is not a valid cluster file: {error}", "wrong indentation, or another kind of file", "compare it with configs/clusters"
         ) from None
     return parse_settings(content or {}, str(path))
 
@@ -371,14 +371,14 @@ def parse_settings(content: object, where: str = "the cluster settings") -> Sett
     """
     if not isinstance(content, Mapping):
         raise ProjectFileError(
-            f"{where} is no list of names and values.", "wrong indentation or another kind of file", "begin with  kind: local"
+            f"{where} is not a mapping of names to values.", "wrong indentation, or another kind of file", "begin with  kind: local"
         )
     kind = content.get("kind", "local")
     kinds: dict[str, Any] = dict(_KINDS) if kind in _KINDS else {**_KINDS, **OTHERS.load()}
     if kind not in kinds:
         raise ProjectFileError(
             f"{where}: there is no kind of cluster {kind!r}{_nearest(str(kind), kinds)}.{OTHERS.hint(str(kind))}",
-            "a typo, or the package that has this kind is not installed",
+            "the package that provides this kind is not installed",
             f"use {' or '.join(kinds)}",
         )
     try:
@@ -386,13 +386,13 @@ def parse_settings(content: object, where: str = "the cluster settings") -> Sett
     except ValidationError as error:
         raise ProjectFileError(
             f"{where}: {'; '.join(_problem(p, kind) for p in error.errors())}.",
-            "a typing error, or a setting that belongs to another section",
-            f"correct these lines; configs/clusters/{kind}.yaml shows what there is",
+            "a setting is misspelt, or belongs to another section",
+            f"correct these lines; see configs/clusters/{kind}.yaml for all settings",
         ) from None
 
 
 def changed_job(job: JobSettings, **given: str) -> JobSettings:
-    """A job's settings with some replaced, as from a command line.
+    """A job's settings with some replaced, for the command line.
 
     Raises
     ------
@@ -402,7 +402,7 @@ def changed_job(job: JobSettings, **given: str) -> JobSettings:
         return JobSettings.model_validate({**job.model_dump(), **given})
     except ValidationError as error:
         raise ProjectFileError(
-            f"{'; '.join(_problem(p, 'slurm') for p in error.errors())}.", "a typing error", "correct it, or set driver in the cluster file"
+            f"{'; '.join(_problem(p, 'slurm') for p in error.errors())}.", "", "correct it, or set driver in the cluster file"
         ) from None
 
 
@@ -427,7 +427,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 def network_file_system(path: str) -> str:
-    """Kind of the network file system that holds a path on this machine; empty for a local one, and for what only a node can tell."""
+    """Type of the network file system of a path on this machine; empty for a local one, or if only the node can tell."""
     if "$" in path:
         return ""
     try:

@@ -1,1 +1,1 @@
-"""Other people's files: movies, images, maps and tables. Readers return arrays in the MRC row frame, and raise before work begins."""
+"""File formats of movies, images, maps and tables. Readers return arrays in MRC row order, and raise before work begins."""

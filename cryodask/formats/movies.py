@@ -1,7 +1,7 @@
-"""Movies and their gain, whatever the container: ``open_movie`` gives frames one by one, in the MRC row frame.
+"""Movies and gain references in any container: ``open_movie`` gives frames one by one, in MRC row order.
 
-A gain MULTIPLIES the raw counts, and is turned as in RELION: first by quarter turns, clockwise when row 0 is drawn at the
-top, then flipped. `best_gain_orientation` finds the turn that fits the movies.
+A gain MULTIPLIES the raw counts, and is oriented as in RELION: first rotated by quarter turns, clockwise when row 0 is drawn at the
+top, then flipped. `best_gain_orientation` finds the orientation that fits the movies.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FLIPS: tuple[Flip, ...] = ("none", "up-down", "left-right")
 
 
 class MovieFile(Protocol):
-    """Frames of a movie file: what stages call ``Frames``, and where they come from."""
+    """A movie file: the ``Frames`` of the stages, with path and pixel size."""
 
     @property
     def path(self) -> str:
@@ -36,7 +36,7 @@ class MovieFile(Protocol):
 
     @property
     def pixel_size_angstrom(self) -> float | None:
-        """Pixel size in the header, None where it says nothing sensible."""
+        """Pixel size in the header; None if the header has no plausible value."""
         ...
 
     @property
@@ -46,26 +46,26 @@ class MovieFile(Protocol):
 
     @property
     def dtype(self) -> np.dtype:
-        """Type of the counts."""
+        """Dtype of the counts."""
         ...
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """Frame ``index``, `(y, x)`, in the MRC row frame."""
+        """Frame ``index``, `(y, x)`, in MRC row order."""
         ...
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A format of movies.
+    """A movie format.
 
     Parameters
     ----------
     endings : tuple of str
-        Of its files, lower case with the dot.
+        File extensions, lower case with the dot.
     open : callable ``(path) -> MovieFile``
-        Reads the header and keeps no file open; what it returns may be pickled. Raises MovieError for a file that is no good movie.
+        Reads the header and keeps no file open; the result can be pickled. Raises MovieError for a file that is not a valid movie.
     """
 
     endings: tuple[str, ...]
@@ -73,11 +73,11 @@ class Reader:
 
 
 def _refused(name: str, reader: object) -> str:
-    """Why a reader of another package cannot be used."""
+    """Why a reader of another package cannot be used; empty if it can."""
     if not isinstance(reader, Reader) or not callable(reader.open):
         return f"it is a {type(reader).__name__}, not a {Reader.__module__}.Reader"
     if wrong := [e for e in reader.endings if not e.startswith(".") or e != e.lower() or e in MOVIE_ENDINGS]:
-        return f"{', '.join(wrong)} is no ending that it may have: lower case with the dot, and not one that cryodask reads itself"
+        return f"{', '.join(wrong)} is not a valid extension: use lower case with the dot, and none that cryodask reads itself"
     try:
         inspect.signature(reader.open).bind("path")
     except TypeError as error:
@@ -86,7 +86,7 @@ def _refused(name: str, reader: object) -> str:
 
 
 OTHERS = Plugins("cryodask.readers", _refused)
-"""Formats that other packages read."""
+"""Readers of other packages."""
 
 
 def _reader(ending: str) -> Reader | None:
@@ -103,32 +103,32 @@ def open_movie(path: str | Path) -> MovieFile:
     Parameters
     ----------
     path : str or Path
-        ``.tif, .tiff`` (any compression that tifffile reads; rows are flipped into the MRC frame), ``.mrc, .mrcs, .st``
-        (modes 0, 1, 2, 6, 12, 101), and what installed packages read (entry points of the group ``cryodask.readers``).
+        ``.tif, .tiff`` (any compression that tifffile reads; rows are flipped into MRC order), ``.mrc, .mrcs, .st``
+        (modes 0, 1, 2, 6, 12, 101), and formats of installed packages (entry points of the group ``cryodask.readers``).
 
     Returns
     -------
     MovieFile
-        ``len``, ``shape`` `(frame, y, x)`, ``dtype``, ``[i]`` `(y, x)` decoded on access, ``pixel_size_angstrom`` (None where
-        the header does not tell), ``path``. No open file is kept: it may be pickled.
+        ``len``, ``shape`` `(frame, y, x)`, ``dtype``, ``[i]`` `(y, x)` decoded on access, ``pixel_size_angstrom`` (None if
+        not in the header), ``path``. No file is kept open, so it can be pickled.
 
     Raises
     ------
     MovieError
-        Missing, empty, truncated, of another format, or no greyscale movie.
+        If the file is missing, empty, truncated, of another format, or not a greyscale movie.
     """
     reader = _reader(Path(path).suffix.lower())
     if reader is None:
         endings = [*MOVIE_ENDINGS, *(ending for other in OTHERS.load().values() for ending in other.endings)]
         raise MovieError(
-            f"{path} is not of a movie format that is read ({', '.join(endings)}).{OTHERS.hint('')}",
-            "another kind of file is among the movies, or a camera format such as .eer or .dm4",
+            f"{path} is not in a supported movie format ({', '.join(endings)}).{OTHERS.hint('')}",
+            "another kind of file is among the movies, or they have a camera format such as .eer or .dm4",
             "narrow the pattern of the movies, install a package that reads the format, or convert them to TIFF or MRC",
         )
     movie = reader.open(path)
     if min(movie.shape[1:]) < 4 or movie.dtype.kind not in "uif":
         raise MovieError(
-            f"{path} is no movie: frames of {movie.shape[1]} x {movie.shape[2]} pixels of type {movie.dtype}",
+            f"{path} is not a valid movie: its frames have {movie.shape[1]} x {movie.shape[2]} pixels of type {movie.dtype}",
             "another kind of file is among the movies",
             "remove it from the folder, or narrow the pattern of the movies",
         )
@@ -136,19 +136,19 @@ def open_movie(path: str | Path) -> MovieFile:
 
 
 def write_tiff_movie(path: str | Path, frames: np.ndarray, pixel_size_angstrom: float | None = None) -> None:
-    """Write a movie `(frame, y, x)` in the MRC frame as LZW TIFF (integers as they are)."""
+    """Write a movie `(frame, y, x)` in MRC row order as LZW TIFF (integers keep their dtype)."""
     write_tiff(path, frames, pixel_size_angstrom)
 
 
 def write_mrc_movie(path: str | Path, frames: np.ndarray, pixel_size_angstrom: float) -> None:
-    """Write a movie `(frame, y, x)` as an MRC stack; counts above 127 make it 16 bits a pixel."""
+    """Write a movie `(frame, y, x)` as an MRC stack; with counts above 127 it has 16 bits per pixel."""
     write_mrc(path, frames, pixel_size_angstrom, stack=True)
 
 
 def read_gain(path: str | Path, rotate: int = 0, flip: Flip | int = "none") -> np.ndarray:
-    """Gain reference `(y, x)` float32, in the MRC frame, turned by `orient_gain`.
+    """Gain reference `(y, x)` float32, in MRC row order, oriented by `orient_gain`.
 
-    ``.mrc`` as it lies, ``.tif, .tiff, .gain`` (EER gains are TIFF files) with rows flipped.
+    ``.mrc`` is read unchanged, ``.tif, .tiff, .gain`` (EER gains are TIFF files) with rows flipped.
     """
     ending = Path(path).suffix.lower()
     if ending in (*TIFF_ENDINGS, ".gain"):
@@ -156,21 +156,21 @@ def read_gain(path: str | Path, rotate: int = 0, flip: Flip | int = "none") -> n
     elif ending in MRC_ENDINGS:
         stack = open_mrc(path, GainError)
     else:
-        raise GainError(f"{path} is not of a gain format that is read (.mrc, .tif, .gain)", "a camera's own format", "convert it to MRC")
+        raise GainError(f"{path} is not in a supported gain format (.mrc, .tif, .gain)", "it has a camera format", "convert it to MRC")
     if len(stack) != 1:
-        raise GainError(f"{path} has {len(stack)} sections: a gain has one", "a movie was given as gain", "check the path")
+        raise GainError(f"{path} has {len(stack)} sections, but a gain has one", "it is a movie", "check the path")
     gain = stack[0].astype(np.float32)
     if not np.isfinite(gain).all() or gain.min() < 0 or not gain.any():
         raise GainError(
-            f"{path} has values that are no gain (minimum {gain.min():g}, maximum {gain.max():g})",
-            "a dark reference or a damaged file",
+            f"{path} has values that are not valid for a gain (minimum {gain.min():g}, maximum {gain.max():g})",
+            "it is a dark reference, or damaged",
             "give the reference that multiplies the counts: about 1, and 0 at dead pixels",
         )
     return orient_gain(gain, rotate, flip)
 
 
 def orient_gain(gain: np.ndarray, rotate_deg: int = 0, flip: Flip | int = "none") -> np.ndarray:
-    """Turn a gain as RELION does: ``rotate_deg`` (0, 90, 180, 270) clockwise with row 0 at the top, then ``flip``.
+    """Orient a gain as RELION does: rotate by ``rotate_deg`` (0, 90, 180, 270) clockwise with row 0 at the top, then ``flip``.
 
     Parameters
     ----------
@@ -182,10 +182,10 @@ def orient_gain(gain: np.ndarray, rotate_deg: int = 0, flip: Flip | int = "none"
     RELION's ``--gain_rot 1`` is 90 degrees and ``--gain_flip 1`` up-down (both compared with RELION 3.1.3's sums).
     """
     if rotate_deg % 90:
-        raise GainError(f"a gain can be turned by 0, 90, 180 or 270 degrees, not {rotate_deg}", "a typing error", "choose one of them")
+        raise GainError(f"a gain cannot be rotated by {rotate_deg} degrees", "", "choose 0, 90, 180 or 270")
     name = FLIPS[flip] if isinstance(flip, int) and 0 <= flip < 3 else flip
     if name not in FLIPS:
-        raise GainError(f"flip {flip!r} is not known", "a typing error", f"choose one of {', '.join(FLIPS)}")
+        raise GainError(f"flip {flip!r} does not exist", "", f"choose one of {', '.join(FLIPS)}")
     turned = np.rot90(gain, -(rotate_deg // 90) % 4)
     if name == "up-down":
         turned = turned[::-1]
@@ -196,7 +196,7 @@ def orient_gain(gain: np.ndarray, rotate_deg: int = 0, flip: Flip | int = "none"
 
 @dataclass(frozen=True)
 class GainOrientation:
-    """One of the eight turns: ``rotate_deg``, ``flip``, and the roughness of the corrected sum (lower is better)."""
+    """One of the eight orientations: ``rotate_deg``, ``flip``, and the roughness of the corrected sum (lower is better)."""
 
     rotate_deg: int
     flip: Flip
@@ -207,24 +207,24 @@ EIGHT_TURNS: tuple[tuple[int, Flip], ...] = tuple((r, f) for f in ("none", "up-d
 
 
 def best_gain_orientation(frames_sum: np.ndarray, gain: np.ndarray) -> list[GainOrientation]:
-    """Rank the eight turns of a gain by how flat they make a sum of frames.
+    """Rank the eight orientations of a gain by how flat they make a sum of frames.
 
     Parameters
     ----------
     frames_sum : `(y, x)`
-        Unaligned, uncorrected sum of frames, of one movie or (better) of several.
+        Unaligned, uncorrected sum of the frames of one movie or (better) of several.
     gain : `(y, x)` float32
-        As given; turns whose shape does not fit are left out.
+        As given; orientations with the wrong shape are left out.
 
     Returns
     -------
     list of GainOrientation
-        Best first. The score is the variance of the high-passed corrected sum over its squared mean: a fitting gain removes
-        the pattern that is fixed to the detector, a wrong one adds a second pattern.
+        Best first. The score is the variance of the high-passed corrected sum over its squared mean: the right orientation removes
+        the fixed pattern of the detector, a wrong one adds a second pattern.
     """
     raw = np.asarray(frames_sum, np.float32)
     usual = np.median(raw)
-    raw = np.minimum(raw, 3.0 * usual)  # a few hot pixels would drown the pattern
+    raw = np.minimum(raw, 3.0 * usual)  # a few hot pixels would dominate the pattern
     ranking = []
     for rotate, flip in EIGHT_TURNS:
         turned = orient_gain(gain, rotate, flip)
@@ -236,7 +236,7 @@ def best_gain_orientation(frames_sum: np.ndarray, gain: np.ndarray) -> list[Gain
 def _roughness(raw: np.ndarray, gain: np.ndarray) -> float:
     corrected = raw * gain
     good = (gain > 0) & (raw > 0)
-    # differences of neighbours: drop drift of the illumination, keep pixel gains; two directions against column patterns
+    # differences of neighbours suppress illumination gradients and keep pixel gains; two directions against column patterns
     squares, pairs = 0.0, 0
     for axis in (0, 1):
         ahead, behind = np.delete(good, 0, axis), np.delete(good, -1, axis)
@@ -249,26 +249,26 @@ def _roughness(raw: np.ndarray, gain: np.ndarray) -> float:
 
 
 def check_gain(frames_sum: np.ndarray, gain: np.ndarray, name: str = "the gain", margin: float = 1.02) -> None:
-    """Raise GainError where the gain cannot belong to the movies as it is turned.
+    """Raise GainError if the gain does not fit the movies in its orientation.
 
     Parameters
     ----------
     frames_sum : `(y, x)`
         Uncorrected sum of the frames of the first movie or movies.
     gain : `(y, x)`
-        As it is to be used, turned already.
+        As used, in its final orientation.
     margin : float
-        Another turn must leave less roughness by this factor to be called better.
+        Factor by which another orientation must be less rough to count as better.
 
     Raises
     ------
     GainError
-        Wrong shape (naming the turn that fits), or another turn fits clearly better.
+        If the shape is wrong (the message names the orientation that fits), or another orientation fits clearly better.
     """
     ranking = best_gain_orientation(frames_sum, gain)
     rows, columns = np.shape(frames_sum)
     if gain.shape != (rows, columns):
-        fits = f'Turned by "rotate {ranking[0].rotate_deg}, flip {ranking[0].flip}" it fits best.' if ranking else ""
+        fits = f'With "rotate {ranking[0].rotate_deg}, flip {ranking[0].flip}" it fits best.' if ranking else ""
         raise GainError(
             f"{name} is {gain.shape[0]} x {gain.shape[1]} pixels, the movies are {rows} x {columns}",
             f"the gain was saved in the camera's orientation. {fits}" if ranking else "it belongs to another camera mode",
@@ -278,11 +278,11 @@ def check_gain(frames_sum: np.ndarray, gain: np.ndarray, name: str = "the gain",
     if given.score > margin * ranking[0].score:
         better = ranking[0]
         raise GainError(
-            f"{name} makes the movies rougher than it does when turned (roughness {given.score:.3g} against {better.score:.3g})",
+            f"{name} fits the movies worse than in another orientation (roughness {given.score:.3g} against {better.score:.3g})",
             "it was saved in another orientation: TIFF movies are flipped in y against MRC gains",
             _turn_advice(better),
         )
 
 
 def _turn_advice(turn: GainOrientation) -> str:
-    return f"add to the present setting: rotate the gain by {turn.rotate_deg} degrees, then flip: {turn.flip}"
+    return f"in addition to the present setting, rotate the gain by {turn.rotate_deg} degrees, then flip: {turn.flip}"

@@ -1,6 +1,6 @@
 """MRC files: images, stacks, maps and movies (MRC2014, modes 0, 1, 2, 6, 12 and the 4-bit mode 101 of SerialEM).
 
-Arrays are returned as they lie in the file: first row first, `(y, x)` or `(z, y, x)`.
+Arrays have the order of the file: first row first, `(y, x)` or `(z, y, x)`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _IMOD_SIGNED_BYTES = 1
 
 @dataclass(frozen=True)
 class MrcStack:
-    """A stack of sections, read one at a time; it holds no open file and may be sent to another process.
+    """A stack of sections, read one at a time; it keeps no file open and can be pickled.
 
-    Sections are read with plain reads and not through a memory map: a file that shrinks while it is mapped kills
+    Sections are read with plain reads rather than a memory map: a file that shrinks while it is mapped kills
     the process, and mapped pages of a whole movie count as memory of the worker.
     """
 
@@ -45,7 +45,7 @@ class MrcStack:
     def section_bytes(self) -> int:
         """Bytes of one section in the file."""
         _, rows, columns = self.shape
-        if self.file_dtype.names:  # two pixels a byte, every row begins at a byte
+        if self.file_dtype.names:  # two pixels per byte, every row starts at a byte
             return rows * ((columns + 1) // 2)
         return rows * columns * self.file_dtype.itemsize
 
@@ -60,7 +60,7 @@ class MrcStack:
         count = self.section_bytes // kind.itemsize
         data = np.fromfile(self.path, kind, count, offset=self.offset + at * self.section_bytes)
         if data.size < count:
-            raise InputError(f"{self.path}: section {at} of {n} ends too early", "the file was cut short", "copy the file again")
+            raise InputError(f"{self.path}: section {at} of {n} ends too early", "the file is truncated", "copy it again")
         if four_bit:
             pairs = data.reshape(rows, -1)
             section = np.empty((rows, 2 * pairs.shape[1]), np.uint8)
@@ -85,7 +85,7 @@ def open_mrc(path: str | Path, error: type[CryodaskError] = InputError) -> MrcSt
     Returns
     -------
     MrcStack
-        Shape `(z, y, x)`; an image has one section. ``pixel_size_angstrom`` is None where the header says nothing sensible.
+        Shape `(z, y, x)`; an image has one section. ``pixel_size_angstrom`` is None if the header has no plausible value.
     """
     path = str(path)
     try:
@@ -93,28 +93,30 @@ def open_mrc(path: str | Path, error: type[CryodaskError] = InputError) -> MrcSt
         with open(path, "rb") as file:
             header = file.read(HEADER_BYTES)
     except FileNotFoundError:
-        raise error(f"{path} does not exist", "it was moved, or its name is mistyped", "check the path") from None
+        raise error(f"{path} does not exist", "it was moved or renamed", "check the path") from None
     except IsADirectoryError:
-        raise error(f"{path} is a folder, not an MRC file", "the file's name was left out", "give the file's path") from None
+        raise error(f"{path} is a folder, not an MRC file", "", "give the path of the file") from None
     if size == 0:
-        raise error(f"{path} is empty (0 bytes)", "the transfer has not begun, or the disk was full", "copy it again")
+        raise error(f"{path} is empty (0 bytes)", "the transfer has not started, or the disk was full", "copy it again")
     if len(header) < HEADER_BYTES:
-        raise error(f"{path} has {size} bytes, less than an MRC header", "the file was cut short", "copy it again")
+        raise error(f"{path} has {size} bytes, less than an MRC header", "the file is truncated", "copy it again")
     order = _byte_order(header)
     if order is None:
-        raise error(f"{path} is not an MRC file: its header makes no sense", "another format with this ending", "check the file")
+        raise error(
+            f"{path} is not an MRC file: its header is invalid", "it has another format in spite of its extension", "check the file"
+        )
     integers = np.frombuffer(header, order + "i4", 256)
     floats = np.frombuffer(header, order + "f4", 256)
     columns, rows, sections, mode = (int(v) for v in integers[:4])
     if mode not in _DTYPES:
         raise error(
-            f"{path} has data mode {mode}, which is not read",
-            "complex or colour data",
+            f"{path} has data mode {mode}, which is not supported",
+            "it has complex or colour data",
             f"convert it to one of the modes {sorted(_DTYPES)}",
         )
     file_dtype = _NIBBLES if mode == FOUR_BIT else np.dtype(order + _DTYPES[mode])
     if mode == 0 and integers[38] == _IMOD_STAMP and not integers[39] & _IMOD_SIGNED_BYTES:
-        file_dtype = np.dtype("u1")  # IMOD's way to say that bytes are unsigned, as SerialEM's movies
+        file_dtype = np.dtype("u1")  # IMOD's flag for unsigned bytes, used in SerialEM's movies
     dtype = np.dtype("u1") if mode == FOUR_BIT else file_dtype.newbyteorder("=")
     offset = HEADER_BYTES + max(0, int(integers[23]))
     pixel = float(floats[10]) / float(integers[7]) if integers[7] > 0 else 0.0
@@ -125,15 +127,15 @@ def open_mrc(path: str | Path, error: type[CryodaskError] = InputError) -> MrcSt
     if size < needed:
         whole = max(0, (size - offset) // stack.section_bytes)
         raise error(
-            f"{path} is truncated: {size} bytes where its header says {needed} ({whole} of {sections} sections are whole)",
-            "the transfer was cut short, or is still going on",
+            f"{path} is truncated: {size} bytes where its header says {needed} ({whole} of {sections} sections are complete)",
+            "the transfer was interrupted, or is not finished yet",
             "copy it again, or remove it from the folder",
         )
     return stack
 
 
 def _byte_order(header: bytes) -> str | None:
-    """'<' or '>', judged by which order gives sensible sizes (machine stamps are often wrong), or None."""
+    """'<' or '>', whichever gives plausible sizes (machine stamps are often wrong), or None."""
     for order in ("<", ">"):
         columns, rows, sections, mode = np.frombuffer(header, order + "i4", 4)
         if min(columns, rows, sections) > 0 and max(columns, rows, sections) < 10**7 and 0 <= mode < 1000:
@@ -142,12 +144,12 @@ def _byte_order(header: bytes) -> str | None:
 
 
 def read_mrc(path: str | Path, error: type[CryodaskError] = InputError) -> tuple[np.ndarray, float | None]:
-    """All of an MRC file.
+    """Read an MRC file.
 
     Returns
     -------
     data : `(y, x)` for one section, else `(z, y, x)`
-        In the file's type; 4-bit data as uint8.
+        In the dtype of the file; 4-bit data as uint8.
     pixel_size_angstrom : float or None
     """
     stack = open_mrc(path, error)
@@ -160,7 +162,7 @@ def read_mrc(path: str | Path, error: type[CryodaskError] = InputError) -> tuple
 
 
 def mrc_header(shape: tuple[int, ...], dtype: np.dtype, pixel_size_angstrom: float, *, stack: bool, statistics: tuple[float, ...]) -> bytes:
-    """The 1024 bytes before the data. ``stack``: images (space group 0) and not a volume (1); ``statistics``: min, max, mean, sd."""
+    """The 1024 bytes before the data. ``stack``: images (space group 0) rather than a volume (1); ``statistics``: min, max, mean, sd."""
     sections, rows, columns = (1, *shape) if len(shape) == 2 else shape
     header = np.zeros(256, "<i4")
     real = header.view("<f4")
@@ -182,8 +184,8 @@ def mrc_header(shape: tuple[int, ...], dtype: np.dtype, pixel_size_angstrom: flo
 def write_mrc(path: str | Path, data: np.ndarray, pixel_size_angstrom: float, *, stack: bool = False) -> None:
     """Write an image `(y, x)`, a map `(z, y, x)` or, with ``stack``, a stack of images.
 
-    float64 is stored as float32, int32 and int64 too (they have no mode), uint8 as int16 where a value exceeds 127.
-    The file appears under its name only when it is whole.
+    float64, int32 and int64 are stored as float32 (MRC has no mode for them), uint8 as int16 if a value exceeds 127.
+    The file appears under its name only when it is complete.
     """
     path = Path(path)
     array = np.asarray(data)

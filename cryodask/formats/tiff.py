@@ -1,6 +1,6 @@
-"""TIFF movies and gains. Page row r is row ``height - 1 - r`` of the MRC frame: rows are flipped on reading and on writing.
+"""TIFF movies and gains. Page row r is row ``height - 1 - r`` in MRC order: rows are flipped on reading and on writing.
 
-RELION, IMOD, SerialEM and MotionCor2 do the same; a program that does not will find its gain upside down.
+RELION, IMOD, SerialEM and MotionCor2 do the same; in a program that does not, the gain is upside down.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _RESOLUTION_UNIT_ANGSTROM = {2: 2.54e8, 3: 1.0e8}  # inch, centimetre
 
 @dataclass(frozen=True)
 class TiffStack:
-    """The pages of a TIFF file, one decoded on each access; no open file is kept, so it may be sent to another process."""
+    """The pages of a TIFF file, decoded on access; it keeps no file open and can be pickled."""
 
     path: str
     shape: tuple[int, int, int]
@@ -33,7 +33,7 @@ class TiffStack:
         return self.shape[0]
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """Page ``index``, `(y, x)`, its rows in the MRC frame."""
+        """Page ``index``, `(y, x)`, in MRC row order."""
         n = self.shape[0]
         at = index + n if index < 0 else index
         if not 0 <= at < n:
@@ -44,20 +44,20 @@ class TiffStack:
         except (ValueError, RuntimeError, EOFError, IndexError, tifffile.TiffFileError) as cause:
             raise self.error(
                 f"{self.path}: page {at + 1} of {n} cannot be decoded ({cause})",
-                "the transfer was cut short, or the disk damaged the file",
+                "the transfer was interrupted, or the disk damaged the file",
                 "copy it again, or remove it from the folder",
             ) from cause
         if page.shape != self.shape[1:]:
             raise self.error(
                 f"{self.path}: page {at + 1} is {page.shape[0]} x {page.shape[1:]}, the first {self.shape[1]} x {self.shape[2]}",
-                "not a movie, or a thumbnail among the frames",
-                "write the movie with frames of one size",
+                "it is not a movie, or has a thumbnail among the frames",
+                "write the movie with frames of equal size",
             )
         return np.ascontiguousarray(page[::-1])
 
 
 def open_tiff(path: str | Path, error: type[CryodaskError] = InputError) -> TiffStack:
-    """Read the directory of a TIFF file and check that all pages lie within the file.
+    """Read the directory of a TIFF file and check that the file contains all pages.
 
     Parameters
     ----------
@@ -68,7 +68,7 @@ def open_tiff(path: str | Path, error: type[CryodaskError] = InputError) -> Tiff
     Returns
     -------
     TiffStack
-        Shape `(page, y, x)`. ``pixel_size_angstrom`` from the resolution tags where they are of atomic scale, else None.
+        Shape `(page, y, x)`. ``pixel_size_angstrom`` is from the resolution tags if they have a plausible scale, else None.
     """
     path = str(path)
     pages = count_pages(path, error)
@@ -80,43 +80,45 @@ def open_tiff(path: str | Path, error: type[CryodaskError] = InputError) -> Tiff
             shape, dtype, tags = first.shape, first.dtype, first.tags
             scale = _pixel_size(tags)
     except (ValueError, RuntimeError, IndexError, KeyError, struct.error, tifffile.TiffFileError) as cause:
-        raise error(f"{path} cannot be read as TIFF ({cause})", "the file is damaged or no TIFF", "copy it again, or remove it") from cause
+        raise error(
+            f"{path} cannot be read as TIFF ({cause})", "it is damaged, or not a TIFF file", "copy it again, or remove it"
+        ) from cause
     if len(shape) != 2 or dtype is None:
         raise error(
             f"{path} is a colour image ({' x '.join(map(str, shape))}), not a movie",
-            "a screenshot or a preview has got among the movies",
+            "a screenshot or a preview is among the movies",
             "remove it from the folder, or narrow the pattern of the movies",
         )
     if ends and max(ends) > os.path.getsize(path):
         raise error(
             f"{path} is truncated: its last page ends at byte {max(ends)}, the file at {os.path.getsize(path)}",
-            "the transfer was cut short, or is still going on",
+            "the transfer was interrupted, or is not finished yet",
             "copy it again, or remove it from the folder",
         )
     return TiffStack(path, (pages, *shape), np.dtype(dtype), scale, error)
 
 
 def count_pages(path: str, error: type[CryodaskError] = InputError) -> int:
-    """Follow the chain of page directories to its end: the number of pages, or an error where it leads out of the file.
+    """Number of pages, from following the chain of page directories; raises an error if it leads out of the file.
 
-    tifffile stops silently at a broken link, so that a movie cut short would pass for a shorter movie.
+    tifffile stops silently at a broken link, so that a truncated movie would be taken for a shorter one.
     """
     try:
         size = os.path.getsize(path)
         file = open(path, "rb")  # noqa: SIM115
     except FileNotFoundError:
-        raise error(f"{path} does not exist", "it was moved, or its name is mistyped", "check the path") from None
+        raise error(f"{path} does not exist", "it was moved or renamed", "check the path") from None
     except IsADirectoryError:
-        raise error(f"{path} is a folder, not a TIFF file", "the file's name was left out", "give the file's path") from None
+        raise error(f"{path} is a folder, not a TIFF file", "", "give the path of the file") from None
     if size == 0:
         file.close()
-        raise error(f"{path} is empty (0 bytes)", "the transfer has not begun, or the disk was full", "copy it again")
+        raise error(f"{path} is empty (0 bytes)", "the transfer has not started, or the disk was full", "copy it again")
     with file:
         head = file.read(16)
         order = {b"II": "<", b"MM": ">"}.get(head[:2])
         version = struct.unpack(order + "H", head[2:4])[0] if order and len(head) >= 8 else 0
         if order is None or version not in (42, 43) or (version == 43 and len(head) < 16):
-            raise error(f"{path} is not a TIFF file", "another format with this ending", "check the file")
+            raise error(f"{path} is not a TIFF file", "it has another format in spite of its extension", "check the file")
         big = version == 43
         count_format, entry, link_format = (order + "Q", 20, order + "Q") if big else (order + "H", 12, order + "I")
         count_bytes, link_bytes = struct.calcsize(count_format), struct.calcsize(link_format)
@@ -129,7 +131,7 @@ def count_pages(path: str, error: type[CryodaskError] = InputError) -> int:
             if len(raw) < count_bytes or end + link_bytes > size or link in seen:
                 raise error(
                     f"{path} is truncated: page {pages + 1} should begin at byte {link}, the file has {size} bytes",
-                    "the transfer was cut short, or is still going on",
+                    "the transfer was interrupted, or is not finished yet",
                     "copy it again, or remove it from the folder",
                 )
             seen.add(link)
@@ -137,12 +139,12 @@ def count_pages(path: str, error: type[CryodaskError] = InputError) -> int:
             link = struct.unpack(link_format, file.read(link_bytes))[0]
             pages += 1
     if not pages:
-        raise error(f"{path} has no pages", "writing was interrupted before the end", "copy it again, or remove it")
+        raise error(f"{path} has no pages", "writing it was interrupted", "copy it again, or remove it")
     return pages
 
 
 def _pixel_size(tags: tifffile.TiffTags) -> float | None:
-    """Pixel size from the resolution tags, Angstrom; None unless it is of the scale of electron microscopy."""
+    """Pixel size from the resolution tags, Angstrom; None unless it is plausible for electron microscopy."""
     resolution, unit = tags.get("XResolution"), tags.get("ResolutionUnit")
     if resolution is None or unit is None or not resolution.value[0]:
         return None
@@ -151,7 +153,7 @@ def _pixel_size(tags: tifffile.TiffTags) -> float | None:
 
 
 def write_tiff(path: str | Path, frames: np.ndarray, pixel_size_angstrom: float | None = None) -> None:
-    """Write frames `(frame, y, x)` in the MRC frame as LZW pages, rows flipped. The file appears when it is whole."""
+    """Write frames `(frame, y, x)` in MRC row order as LZW pages, rows flipped. The file appears when it is complete."""
     path = Path(path)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     tags: dict[str, Any] = {}

@@ -1,1 +1,1 @@
-"""Numerical kernels: tensors in, tensors out. They know torch and numpy, and nothing of files, Dask or the store."""
+"""Numerical kernels: tensors in, tensors out. They use torch, numpy and scipy, and are independent of files, Dask and the store."""

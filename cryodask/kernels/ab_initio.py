@@ -1,9 +1,9 @@
-"""A first map from nothing: online expectation maximisation with drawn poses (one chain of a tournament).
+"""An initial map without a reference: online expectation maximisation with sampled poses (one chain of a tournament).
 
-Every step takes a small batch of particles, draws a few poses of each from its whole posterior against the current map, and lets the
-accumulators forget the past exponentially: there is no gradient and no step length. The noise of the draws anneals by itself as the map
-gains contrast. The point group is imposed from the first step. The hand of the map remains unknown: mirror images explain projections
-equally well.
+Every step takes a small batch of particles, samples a few poses of each from its whole posterior against the current map, and lets the
+accumulators forget the past exponentially: there is no gradient and no step length. The sampling noise anneals by itself as the map
+gains contrast. The point group is imposed from the first step. The handedness of the map is undetermined: mirror images explain
+projections equally well.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from cryodask.kernels.symmetry import symmetry_operators
 
 DRAWS = 4
 NOISE_RATE = 0.15
-"""Share of a batch's residual in the running noise power."""
+"""Weight of a batch's residual in the running noise power."""
 PRIOR_FACTOR = 4.0
-"""The prior variance of the map is so many times its own shell power: halves, which would tell, do not exist yet."""
+"""Prior variance of the map relative to its own shell power; there are no half-maps yet that could determine it."""
 CLIP = 0.3
-"""Negative density is clipped at so many standard deviations: protein is denser than water everywhere."""
+"""Negative density is clipped at this many standard deviations, because protein is denser than water everywhere."""
 LAST_STEPS = 6
 """Steps whose mean log-likelihood is the score of a chain."""
 
@@ -54,11 +54,11 @@ class Schedule:
         return min(1.0, step / (0.8 * self.steps))
 
     def batch(self, step: int) -> int:
-        """Particles of a step."""
+        """Number of particles of a step."""
         return int(self.first_batch + (self.last_batch - self.first_batch) * self.ramp(step))
 
     def rings(self, step: int, length_angstrom: float) -> int:
-        """Highest ring of a step."""
+        """Highest ring used in a step."""
         first, last = (length_angstrom / r for r in (self.first_resolution_angstrom, self.last_resolution_angstrom))
         return max(4, round(first + (last - first) * self.ramp(step)))
 
@@ -88,7 +88,7 @@ def run_chain(
     volume : Tensor, `(z, y, x)`, float32
         At the working box.
     score : float
-        Mean log-likelihood gain a particle in the last steps: compares chains of the same particles.
+        Mean log-likelihood gain per particle in the last steps, for comparing chains of the same particles.
     trace : list of float
         The same for every step.
     """
@@ -155,7 +155,7 @@ def _plane_counts(radius: int, device: str) -> Tensor:
 
 
 def _mean_power(data: expectation.Particles) -> Tensor:
-    """Mean power of the images a shell `(radius + 1,)`: the first guess of the noise, signal included, which makes a soft start."""
+    """Mean power of the images per shell `(radius + 1,)`: the first guess of the noise, including signal, for a soft start."""
     device = str(data.shell_power.device)
     out = (data.shell_power.double().mean(0) / _plane_counts(data.radius, device)).float()
     out[0] = out[1]
@@ -173,9 +173,9 @@ def _draw(
     data: expectation.Particles, rows: Tensor, fourier: pj.FourierVolume, rings: int, noise: Tensor, operators: np.ndarray,
     generator: torch.Generator, *, inverse_temperature: float, mask_diameter_px: float, shift_range_px: float,
 ) -> list[tuple[Tensor, expectation.Poses]]:  # fmt: skip
-    """Poses of a batch from the tempered posterior: chunks of rows with theirs."""
+    """Sample poses of a batch from the tempered posterior; returns chunks of rows with their poses."""
     device = str(noise.device)
-    # order 2 (14.7 degrees) does while the arc at the particle's rim stays below half a resolution element
+    # order 2 (14.7 degrees) suffices while the arc at the particle's rim stays below half a resolution element
     order = 2 if data.box / rings >= 0.45 * healpix_step_rad(2) * mask_diameter_px else 3
     pixels = asymmetric_unit(order, operators)
     level = expectation.Level(order, rings, data.box / rings / 3.0, shift_range_px, 0)
@@ -195,7 +195,7 @@ def _draw(
 
 
 def _own_ssnr(numerator: Tensor, weight: Tensor, limit: int) -> Tensor:
-    """Mean weight x prior variance of a shell `(limit + 1,)`, with the prior from the map's own power."""
+    """Mean weight x prior variance per shell `(limit + 1,)`, with the prior from the map's own power."""
     shells = pj.grid_shells(weight.shape[0], weight.device).clamp(max=limit + 1).reshape(-1)
     counts = torch.bincount(shells, minlength=limit + 2).clamp(min=1)
     mean = torch.bincount(shells, weight.reshape(-1).double(), limit + 2) / counts

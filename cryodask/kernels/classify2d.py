@@ -1,4 +1,4 @@
-"""Two-dimensional classification in polar coordinates: averages, their references, and the scores that tell protein from junk.
+"""Two-dimensional classification in polar coordinates: averages, references, and scores that distinguish protein from junk.
 
 Everything an image needs is a table of angular modes (:mod:`cryodask.kernels.polar`): rotations are phases of modes, so that averages
 are sums in mode space. Averages of the two parities of particles are kept apart: their correlation is the resolution of a class.
@@ -36,7 +36,7 @@ def modes_to_half_circle(modes: Tensor, angle_count: int) -> Tensor:
 def class_sums(
     data: Particles, rows: Tensor, classes: Tensor, shifts_px: Tensor, angle_rad: Tensor, weights: Tensor, count: int
 ) -> tuple[Tensor, Tensor]:
-    """Sums of CTF-weighted images moved by ``shifts_px`` and turned by ``angle_rad``, and of CTF^2, in mode space.
+    """Sums of CTF-weighted images shifted by ``shifts_px`` and rotated by ``angle_rad``, and of CTF^2, in mode space.
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ def class_sums(
     Returns
     -------
     numerator, weight : Tensor, `(2, class, mode, ring)`, complex64
-        Apart for particles of even and odd index in their set.
+        Separate for particles of even and odd index in their set.
     """
     grid = data.grid
     rings = grid.rings
@@ -183,7 +183,7 @@ def class_resolution(correlation: Tensor, length_angstrom: float, threshold: flo
 
 
 def compactness(images: Tensor, pixel_size_angstrom: float, diameter_angstrom: float) -> Tensor:
-    """Share `(class,)` of an average's variance within 0.7 of the mask's radius: low for off-centre, cut or empty classes."""
+    """Fraction `(class,)` of an average's variance within 0.7 of the mask radius: low for off-centre, truncated or empty classes."""
     core = soft_sphere(
         images.shape[-1], pixel_size_angstrom, 0.35 * diameter_angstrom, 0.1 * diameter_angstrom, dims=2, device=images.device
     )

@@ -21,7 +21,7 @@ def bands_of(k2: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 class Banded(NamedTuple):
-    """Cells with the band of each, the place within it, an orthonormal background `(cell, 3)` of the bands and the log power free of it."""
+    """Cells with the band of each, the position within it, an orthonormal background `(cell, 3)` and the log power without it."""
 
     cells: Cells
     band: Tensor
@@ -32,7 +32,7 @@ class Banded(NamedTuple):
 
 
 def band_count(cells: Cells, lens: Lens, defocus: float) -> int:
-    """Bands of about two rings at this defocus, 3 to 16."""
+    """Number of bands, about two rings wide at this defocus, 3 to 16."""
     rings = lens.wavelength_angstrom * defocus * float(cells.k2.max() - cells.k2.min())
     return int(min(16, max(3, rings / 2)))
 
@@ -58,7 +58,7 @@ def _sum(values: Tensor, band: Tensor, count: int) -> Tensor:
 
 
 def free_of_background(data: Banded, values: Tensor) -> Tensor:
-    """What the parabolas of the bands leave of ``values`` `(cell,)`."""
+    """Residual of ``values`` `(cell,)` after removing the parabolas of the bands."""
     share = _sum(data.background * (data.cells.weight * values)[:, None], data.band, data.bands)
     return values - (data.background * share[data.band]).sum(1)
 

@@ -1,4 +1,4 @@
-"""A power spectrum as a table of cells, sectors of equal angle by rings one step wide: all that a smooth CTF can tell, in little room."""
+"""A power spectrum as a table of cells, sectors of equal angle by rings one step wide: compact, yet complete for a smooth CTF."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Lens(NamedTuple):
 
 
 class Cells(NamedTuple):
-    """Cells of the polar table that hold pixels, `(cell,)` float64.
+    """Non-empty cells of the polar table, `(cell,)` float64.
 
     ``log_power`` is free of a polynomial over all rings, ``weight`` is the number of pixels, ``k2`` their mean k^2 (1/Angstrom^2),
     ``cos2, sin2`` of twice their direction; ``sector`` (of SEARCH_SECTORS) and ``ring`` are indices; ``noise`` is the variance of the
@@ -80,7 +80,7 @@ def polar_cells(spectrum: Spectrum, least_k: float, largest_k: float, ring_step:
     where = torch.nonzero(filled)[:, 0]
     log_power = log_power - _polynomial(torch.sqrt(k2_mean), log_power, n, degree=5)
     search_sector = (where % SECTORS) * SEARCH_SECTORS // SECTORS
-    # neighbours in a ring differ by noise alone
+    # neighbours in a ring differ only by noise
     same = (where[1:] // SECTORS) == (where[:-1] // SECTORS)
     noise = float(((log_power[1:] - log_power[:-1]) ** 2 / (1 / n[1:] + 1 / n[:-1]))[same].mean())
     return Cells(log_power, n, k2_mean, cos2 / length, sin2 / length, search_sector, where // SECTORS, noise)

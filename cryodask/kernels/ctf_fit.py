@@ -62,7 +62,7 @@ def fit_ctf(
     least_defocus_angstrom, largest_defocus_angstrom : float
         Range of the mean defocus; underfocus is positive.
     expected_astigmatism_angstrom : float
-        Standard deviation of a prior on the astigmatism: it decides where noise hides it, and hardly counts elsewhere.
+        Standard deviation of a prior on the astigmatism, which matters only where noise hides it.
     ring_step : float
         Width of the rings in which the spectrum is averaged, 1/Angstrom.
 
@@ -77,7 +77,7 @@ def fit_ctf(
         cells, lens, least_defocus_angstrom, largest_defocus_angstrom, largest_astigmatism_angstrom, expected_astigmatism_angstrom
     )
     refined = [_refine(cells, lens, c, expected_astigmatism_angstrom) for c in candidates]
-    # what the refinement has carried out of the range is dropped
+    # drop maxima that the refinement has moved out of the range
     slack = 100.0
     inside = [p for p in refined if least_defocus_angstrom - slack <= float(p[0]) <= largest_defocus_angstrom + slack] or refined
     inside.sort(key=lambda p: -log_likelihood(cells, lens, p, expected_astigmatism_angstrom))

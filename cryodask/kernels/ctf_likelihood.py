@@ -28,7 +28,7 @@ def refine_by_likelihood(cells: Cells, lens: Lens, start: Tensor, expected_astig
     Parameters
     ----------
     expected_astigmatism_angstrom : float
-        Standard deviation of a Gaussian prior on the astigmatism: it decides where noise hides it, and hardly counts elsewhere.
+        Standard deviation of a Gaussian prior on the astigmatism, which matters only where noise hides it.
     """
     power = torch.exp(cells.log_power)
     k = torch.sqrt(cells.k2)
@@ -48,7 +48,7 @@ def refine_by_likelihood(cells: Cells, lens: Lens, start: Tensor, expected_astig
 
 
 def log_likelihood(cells: Cells, lens: Lens, parameters: Tensor, expected_astigmatism_angstrom: float, spacing: float = 0.12) -> float:
-    """Log-likelihood of (z0, u, v), up to what all have in common, with the same few knots for any defocus.
+    """Log-likelihood of (z0, u, v), up to a common constant, with the same few knots for any defocus.
 
     Knots of the strength stand ``spacing`` (1/Angstrom) apart whatever the defocus, so that no candidate has more freedom than another;
     a strength below zero, which is how rings of a wrong defocus would come to fit, is set to zero.
@@ -61,7 +61,7 @@ def log_likelihood(cells: Cells, lens: Lens, parameters: Tensor, expected_astigm
     square = sine_square(cells, lens, parameters)
     penalty = _penalty(background.shape[1], count, 0.0)
     strength = _fit(background, rings, penalty, weight, power, square)[1][background.shape[1] :].clamp(min=0.0)
-    # the background takes up what the clamped strengths have left
+    # the background absorbs the residual of the clamped strengths
     rest = power - rings @ strength * square
     normal = background.T @ (background * weight[:, None])
     smooth = background @ torch.linalg.solve(normal, background.T @ (weight * rest))
@@ -106,7 +106,7 @@ def _penalty(background: int, knots: int, stiffness: float) -> Tensor:
 def _fit(
     background: Tensor, rings: Tensor, penalty: Tensor, weight: Tensor, power: Tensor, square: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted least squares: design, coefficients, and what they explain."""
+    """Weighted least squares: design, coefficients, and the explained sum of squares."""
     design = torch.cat([background, rings * square[:, None]], 1)
     right = design.T @ (weight * power)
     normal = design.T @ (design * weight[:, None]) + penalty

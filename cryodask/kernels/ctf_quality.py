@@ -1,4 +1,4 @@
-"""What a CTF fit is worth: the resolution to which rings and fit agree, and the curves to look at."""
+"""Quality of a CTF fit: the resolution to which rings and fit agree, and curves for inspection."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def _voltage_factor(voltage_kv: float) -> float:
 
 
 def amplitude_after_exposure(k: np.ndarray, exposure: np.ndarray, voltage_kv: float = 300.0) -> np.ndarray:
-    """Amplitude that is left, exp(-N / (2 Ne)), `(frame, frequency)`; ``exposure`` `(frame,)` in e/A^2."""
+    """Remaining amplitude, exp(-N / (2 Ne)), `(frame, frequency)`; ``exposure`` `(frame,)` in e/A^2."""
     return np.exp(-0.5 * np.asarray(exposure)[:, None] / critical_exposure(np.asarray(k), voltage_kv)[None])
 
 
@@ -64,7 +64,7 @@ def filtered_sum(sums: Tensor, filters: np.ndarray, k: np.ndarray, pixel_size_an
     Parameters
     ----------
     sums : `(rank, y, x)` float32
-        Used up: their memory may be overwritten.
+        Consumed: their memory may be overwritten.
     filters : `(rank, frequency)` at the equally spaced frequencies ``k``, 1/Angstrom
 
     Returns

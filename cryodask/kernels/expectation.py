@@ -28,16 +28,16 @@ from cryodask.vocabulary import CTF_COLUMNS, OPTICS
 
 _MOST_TOGETHER = 16
 _SCORES_TOGETHER = 2**20
-"""Scores of a chunk: 4 MB, so that passes over them stay in the cache (a chunk of 16 MB takes twice the time)."""
+"""Bytes of scores per chunk: 4 MB, so that passes over them stay in the cache (a chunk of 16 MB takes twice the time)."""
 _BANK_LIMIT = 600e6
-"""Bytes of a reference bank above which views are sliced when they are asked for."""
+"""Bytes of a reference bank above which views are sliced on demand."""
 
 
 @dataclass(frozen=True)
 class Particles:
     """Particle images ready for scoring (polar) and for insertion (half plane).
 
-    ``index`` `(n,)` numpy int64, place in the set; ``polar_images`` `(n, ring, half angle)` complex64 of masked images;
+    ``index`` `(n,)` numpy int64, index in the set; ``polar_images`` `(n, ring, half angle)` complex64 of masked images;
     ``polar_ctf`` the CTF there; ``transforms`` `(n, pixel)` complex64 of whole images on ``half_plane(radius)``; ``plane_ctf`` the CTF
     there; ``shell_power`` `(n, radius + 1)`, sums of |X|^2 over the shells; ``half`` their half-set.
     """
@@ -54,7 +54,7 @@ class Particles:
 
     @property
     def box(self) -> int:
-        """Edge of the images, pixels."""
+        """Box size of the images, pixels."""
         return self.grid.box
 
 
@@ -62,7 +62,7 @@ _OF_THE_CTF = (*CTF_COLUMNS, *OPTICS)
 
 
 def ctf_values(columns: Mapping[str, np.ndarray], ky: Tensor, kx: Tensor, length_angstrom: float) -> Tensor:
-    """CTF `(n, ...)` of particles at frequencies `(...)` in cycles a box of ``length_angstrom``; columns as in the vocabulary."""
+    """CTF `(n, ...)` of particles at frequencies `(...)` in cycles per box of ``length_angstrom``; columns as in the vocabulary."""
     u, v, angle, phase, kv, cs, contrast = (
         torch.as_tensor(np.asarray(columns[name], np.float64), device=ky.device).reshape(-1, *[1] * ky.dim()) for name in _OF_THE_CTF
     )
@@ -94,7 +94,7 @@ def load_particles(
 ) -> Particles:
     """Transform particle images `(n, y, x)` for the search.
 
-    ``radius`` is the highest frequency that will be asked for, cycles a box. Scoring sees the images through a soft disk, insertion
+    ``radius`` is the highest frequency needed, cycles per box. Scoring sees the images through a soft disk, insertion
     sees all of them (a mask would convolve the slices).
     """
     box = images.shape[-1]
@@ -127,7 +127,7 @@ def shift_grid(step_px: float, radius_px: float, device: str = "cpu") -> Tensor:
 
 
 def _thinned(half: Tensor, rings: int) -> Tensor:
-    """The first rings, with no more angles than their modes need."""
+    """The first rings, with only as many angles as their modes need."""
     count = half.shape[-1]
     need = polar.mode_limit(rings) + 1
     stride = max(s for s in range(1, count + 1) if count % s == 0 and count // s >= need)
@@ -214,7 +214,7 @@ def _look_up(bank: Bank, rows: Tensor, volume: FourierVolume, grid: polar.PolarG
 
 
 def psi_count(rings: int) -> int:
-    """In-plane angles scored up to a ring limit."""
+    """Number of in-plane angles scored up to a ring limit."""
     return polar.fast_even(2 * polar.mode_limit(rings) + 2)
 
 
@@ -339,7 +339,7 @@ def search_poses(
     pixels : Tensor, `(view,)`
         Nested pixels of the coarsest bank, in its order.
     poses, threshold
-        At most so many (view, psi) are kept a particle, and those above ``threshold`` times the best.
+        At most ``poses`` (view, psi) are kept per particle, and only those above ``threshold`` times the best.
     """
     first = banks[0]
     device = noise_power.device
@@ -382,7 +382,7 @@ def search_poses(
 
 
 def weighted_slices(data: Particles, rows: Tensor, found: Poses, radius: int, noise_power: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What a chunk adds to the accumulator: rotations `(k, 3, 3)`, numerators and weights `(k, pixel)` on ``half_plane(radius)``."""
+    """Contribution of a chunk to the accumulator: rotations `(k, 3, 3)`, numerators and weights `(k, pixel)` on ``half_plane(radius)``."""
     device = str(noise_power.device)
     plane = half_plane(radius, device)
     select = pixels_within(data.radius, radius, device)

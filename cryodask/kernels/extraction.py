@@ -1,4 +1,4 @@
-"""Boxes cut from a micrograph, reduced and normalised as RELION does it."""
+"""Particle boxes extracted from a micrograph, downscaled and normalised as in RELION."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _MARGIN_PX = 8
 
 
 def cut_boxes(image: Tensor, rows: Tensor, columns: Tensor, box: int) -> Tensor:
-    """Boxes `(particle, box, box)` of an image `(y, x)` whose pixel ``rows, columns`` (int64) lands at index box // 2.
+    """Boxes `(particle, box, box)` of an image `(y, x)` centred on the pixels ``rows, columns`` (int64), which are at index box // 2.
 
-    What lies beyond the border is the image mirrored at it, which keeps the noise what it is.
+    Pixels beyond the border are mirrored, which preserves the noise statistics.
     """
     offset = torch.arange(box, device=image.device) - box // 2
     y = _mirrored(rows[:, None] + offset, image.shape[0])
@@ -42,18 +42,18 @@ def _mirrored(index: Tensor, length: int) -> Tensor:
 
 
 def normalise_background(images: Tensor, radius_px: float, *, ramp: bool = True) -> Tensor:
-    """Give what lies outside ``radius_px`` of the centre (index n // 2) mean 0 and standard deviation 1.
+    """Normalise the background outside ``radius_px`` of the centre (index n // 2) to mean 0 and standard deviation 1.
 
     Parameters
     ----------
     images : Tensor, `(particle, y, x)`, float32
     ramp : bool
-        Take away the plane through the background first.
+        First subtract a plane fitted to the background.
 
     Returns
     -------
     Tensor, the same shape
-        An image whose background is constant is only freed of its mean.
+        From an image with constant background only the mean is subtracted.
     """
     n = images.shape[-1]
     x = torch.arange(n, device=images.device, dtype=torch.float32) - n // 2
@@ -85,11 +85,11 @@ def extract_particles(
     reduced: int | None = None,
     batch: int = 64,
 ) -> Tensor:
-    """Cut boxes, invert, reduce to ``size`` pixels in Fourier space (origin stays at n // 2) and normalise, `(particle, size, size)`.
+    """Cut boxes, invert, downscale to ``size`` pixels in Fourier space (origin stays at n // 2) and normalise, `(particle, size, size)`.
 
-    ``rows, columns`` are pixels (int64), or places between them (float64), which cost a pair of Fourier transforms per box.
-    Where the scale needs it, boxes are reduced to ``reduced`` pixels first, of which the middle ``size`` are kept.
-    ``background_radius_px`` is in pixels of the reduced image; ``box``, ``size`` and ``reduced`` are even.
+    ``rows, columns`` are pixels (int64), or subpixel positions (float64), which cost a pair of Fourier transforms per box.
+    If the scale needs it, boxes are first downscaled to ``reduced`` pixels, of which the central ``size`` are kept.
+    ``background_radius_px`` is in pixels of the downscaled image; ``box``, ``size`` and ``reduced`` are even.
     """
     edge = 0 if reduced is None else (reduced - size) // 2
     out = torch.empty(len(rows), size, size, dtype=torch.float32, device=image.device)
@@ -97,7 +97,7 @@ def extract_particles(
         part = slice(start, start + batch)
         cut = cut_boxes_between_pixels if rows.is_floating_point() else cut_boxes
         boxes = cut(image, rows[part], columns[part], box)
-        # the mean goes first: float32 transforms of large counts would lose digits
+        # subtract the mean first: float32 transforms of large counts would lose digits
         boxes = boxes - boxes.mean(dim=(1, 2), keepdim=True)
         boxes = resize_images(-boxes if invert else boxes, reduced or size)
         boxes = boxes[:, edge : edge + size, edge : edge + size]

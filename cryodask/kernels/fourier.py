@@ -1,7 +1,7 @@
 """Fourier helpers shared by the kernels.
 
 Real-space origin of images and maps is index n // 2 (RELION). Two-dimensional transforms of particles are DFT / n, so that white
-noise of variance s2 a pixel has E|N_k|^2 = s2.
+noise of variance s2 per pixel has E|N_k|^2 = s2.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def frequencies(shape: tuple[int, ...], device: torch.device | str = "cpu") -> list[Tensor]:
-    """Integer Fourier indices of a full FFT along each axis, shaped to broadcast (list of one tensor an axis)."""
+    """Integer Fourier indices of a full FFT along each axis, shaped to broadcast (one tensor per axis)."""
     out = []
     for axis, n in enumerate(shape):
         k = torch.fft.fftfreq(n, d=1.0 / n, device=device)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 _END_OF_STRONG_SHELLS = 0.4
-"""Unmasked FSC at which shells cease to be strong."""
+"""Unmasked FSC below which shells are no longer strong."""
 
 
 class FscCurves(NamedTuple):
@@ -34,7 +34,7 @@ def half_radius(n: int, device: torch.device | str = "cpu") -> Tensor:
 
 
 def half_shells(n: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Shell `(n, n, n // 2 + 1)` int64 of each point of a real FFT, and how often it counts `(n // 2 + 1,)`: twice off the edges."""
+    """Shell `(n, n, n // 2 + 1)` int64 of each point of a real FFT, and its multiplicity `(n // 2 + 1,)`: two off the edges."""
     shells = half_radius(n, device).round().long()
     weight = torch.full((n // 2 + 1,), 2.0, device=device)
     weight[0] = 1.0
@@ -79,7 +79,7 @@ def randomise_phases(transform: Tensor, radius: Tensor, first: float, generator:
 def corrected_fsc(
     first: Tensor, second: Tensor, mask: Tensor, *, seed: int = 0, randomise_below_fsc: float = 0.8, repeats: int = 3, margin: int = 2
 ) -> FscCurves:
-    """FSC of masked half-maps, freed from what the mask itself contributes.
+    """FSC of masked half-maps, corrected for the contribution of the mask.
 
     The phases of both maps are randomised, independently, from the first shell on where the unmasked FSC is below
     ``randomise_below_fsc``; what FSC_n is left after masking comes from the mask. From ``margin`` shells further out on,
@@ -92,7 +92,7 @@ def corrected_fsc(
     mask : Tensor, `(z, y, x)`
         From 0 to 1.
     repeats : int
-        Draws of the random phases, whose FSC_n are averaged: a small mask leaves few independent coefficients in a shell.
+        Number of phase randomisations whose FSC_n are averaged: a small mask leaves few independent coefficients in a shell.
 
     Notes
     -----
@@ -136,7 +136,7 @@ def resolution_at(curve: Tensor, threshold: float, n: int, pixel_size_angstrom: 
 
 
 def noise_redundancy(unmasked: Tensor) -> float:
-    """How many times fewer independent coefficients a shell has than points, from the roughness of an unmasked FSC curve; at least 1.
+    """Number of points of a shell per independent coefficient, from the roughness of an unmasked FSC curve; at least 1.
 
     The correlation F of a shell of r points' radius scatters by (1 - F^2) / sqrt(4 pi r^2 / redundancy). Point groups multiply the
     redundancy by their order, empty space about the particle by what it leaves of the box: neither is known of maps from elsewhere.
@@ -151,9 +151,9 @@ def noise_redundancy(unmasked: Tensor) -> float:
 
 
 def last_significant_shell(unmasked: Tensor, *, deviations: float = 3.0, window: float = 0.85) -> int:
-    """Last shell up to which an unmasked FSC stands out of noise without a gap, at least 1.
+    """Last shell up to which an unmasked FSC exceeds noise without a gap, at least 1.
 
-    A shell r stands out when the mean of the curve from ``window`` r to r, weighted by the size of the shells, exceeds ``deviations``
+    A shell r exceeds noise when the mean of the curve from ``window`` r to r, weighted by the size of the shells, exceeds ``deviations``
     standard deviations of that of noise. One shell alone would be too weak a test for a small symmetric molecule in a large box,
     whose unmasked FSC is a hundredth where the masked one is 0.143.
     """
@@ -164,7 +164,7 @@ def last_significant_shell(unmasked: Tensor, *, deviations: float = 3.0, window:
     for r in range(1, len(f)):
         some = slice(max(1, math.ceil(window * r)), r + 1)
         size = points[some].sum()
-        # the innermost shells of a high point group hold hardly one coefficient: no more than 0.9 is asked of them
+        # the innermost shells of a high point group have hardly one coefficient: require no more than 0.9 of them
         least = min(0.9, deviations * math.sqrt(redundancy / float(size)))
         if float((points[some] * f[some]).sum() / size) < least and r > 2:
             break
@@ -177,10 +177,10 @@ def supported_resolution(
 ) -> float:
     """Resolution, Angstrom, of half-maps `(z, y, x)` under a mask: where the corrected FSC first falls below ``threshold``.
 
-    Two things are not believed that the corrected curve alone would let pass. Nothing counts beyond :func:`last_significant_shell` of
-    the unmasked curve: a mask made from the maps themselves finds the places where their noise agrees, and random phases do not take
-    that away. And the crossing must last when phases are randomised from the end of the strong shells on, without a margin: where
-    signal ends abruptly, the mask carries the last strong shell into the next ones, which an earlier start cannot show.
+    There are two restrictions beyond the corrected curve. Nothing counts beyond :func:`last_significant_shell` of
+    the unmasked curve: a mask made from the maps themselves selects regions where their noise agrees, and phase randomisation does not
+    remove that. And the crossing must persist when phases are randomised from the end of the strong shells on, without a margin: where
+    signal ends abruptly, the mask smears the last strong shell into the next ones, which an earlier start cannot show.
     """
     n = first.shape[-1]
     late = corrected_fsc(first, second, mask, seed=seed, randomise_below_fsc=_END_OF_STRONG_SHELLS, margin=0)

@@ -1,4 +1,4 @@
-"""A soft mask round a molecule: low-pass, threshold, leave out specks, extend, soften."""
+"""A soft mask around a molecule: low-pass, threshold, remove small regions, extend, soften."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cryodask.kernels.fsc import half_radius
 
 
 def low_pass(volume: Tensor, pixel_size_angstrom: float, resolution_angstrom: float, edge_shells: float = 2.0) -> Tensor:
-    """Cut a cubic map `(z, y, x)` at a resolution, with a raised cosine ``edge_shells`` wide about it."""
+    """Low-pass filter a cubic map `(z, y, x)` at a resolution, with a raised-cosine edge ``edge_shells`` wide."""
     n = volume.shape[-1]
     factor = low_pass_factor(half_radius(n, volume.device), n * pixel_size_angstrom / resolution_angstrom, edge_shells)
     return torch.fft.irfftn(torch.fft.rfftn(volume) * factor, s=volume.shape)
@@ -25,11 +25,11 @@ def low_pass_factor(radius: Tensor, cut_shell: float, edge_shells: float = 2.0) 
 
 
 def density_threshold(volume: np.ndarray) -> float:
-    """Density that parts a molecule from its solvent, for a low-passed map `(z, y, x)`.
+    """Density threshold between molecule and solvent, for a low-pass filtered map `(z, y, x)`.
 
     The larger of 30 % of the density inside the molecule (median above Otsu's threshold) and 4 standard deviations of the solvent
-    (from the median absolute deviation over the inscribed sphere, most of which is solvent). The first rules in good maps, where ripples
-    round the molecule exceed the noise; the second in noisy ones.
+    (from the median absolute deviation over the inscribed sphere, most of which is solvent). The first applies to good maps, where ripples
+    around the molecule exceed the noise; the second to noisy ones.
     """
     n = volume.shape[0]
     x = np.arange(n) - n // 2
@@ -42,7 +42,7 @@ def density_threshold(volume: np.ndarray) -> float:
 
 
 def otsu_threshold(values: np.ndarray, bins: int = 512) -> float:
-    """Value that parts ``values`` into two classes of least variance (Otsu 1979); their largest value if all are equal."""
+    """Threshold that separates ``values`` into two classes of least variance (Otsu 1979); their maximum if all are equal."""
     counts, edges = np.histogram(values, bins)
     centres = 0.5 * (edges[1:] + edges[:-1])
     below = np.cumsum(counts)
@@ -64,7 +64,7 @@ def soft_mask(
     edge_angstrom: float,
     smallest_share: float = 0.05,
 ) -> np.ndarray:
-    """Mask of what exceeds ``threshold`` in a map `(z, y, x)`, float32 from 0 to 1; all zero if nothing does.
+    """Soft mask of the region above ``threshold`` in a map `(z, y, x)`, float32 from 0 to 1; all zero if there is none.
 
     Parameters
     ----------
@@ -73,7 +73,7 @@ def soft_mask(
     edge_angstrom : float
         Width of the raised cosine outside it.
     smallest_share : float
-        Regions smaller than this share of the largest are left out.
+        Regions smaller than this fraction of the largest are dropped.
     """
     labels, count = ndimage.label(volume > threshold)
     if not count:

@@ -1,4 +1,4 @@
-"""What two half-maps support: shell correlations, their significance, and how far the next search may look.
+"""What two half-maps support: shell correlations, their significance, and the resolution limit of the next search.
 
 The rule is strict because it must not be fooled by noise: the halves share the low-resolution start, and a soft mask smears its strong
 shells into the next ones. A shell counts as supported when the masked correlation, corrected by phase randomisation (Chen et al. 2013),
@@ -17,7 +17,7 @@ from torch import Tensor
 from cryodask.kernels.fsc import fsc, half_radius, randomise_phases
 
 SIGNIFICANCE = 3.0
-"""Standard deviations by which a correlation must exceed what noise gives."""
+"""Number of standard deviations by which a correlation must exceed noise."""
 _RANDOM_DRAWS = 2
 
 
@@ -55,8 +55,8 @@ def measure_support(
     inserted : int
         Last shell to which slices were inserted.
     common : int
-        Last shell of the map from which both halves started: correlated by construction, so that only 0.143 is asked of it and phases
-        are randomised beyond it at the earliest.
+        Last shell of the map from which both halves started: correlated by construction, so that only 0.143 is required of it and phases
+        are randomised only beyond it.
     operators : int
         Order of the point group.
     """

@@ -1,4 +1,4 @@
-"""How far each frame has moved: correlation to find it, then maximum likelihood to measure it.
+"""Whole-frame motion: found by correlation, then measured by maximum likelihood.
 
 A displacement is that of the specimen, in pixels of the movie, (y, x): content that lies at p in the reference is at p + d in the
 frame; multiplying the frame's transform by exp(2 pi i f d) brings it back. Means over frames are zero.
@@ -22,7 +22,7 @@ from cryodask.kernels.motion_frames import MovieTransform, crop_transform
 from cryodask.kernels.motion_model import drift_priors, fit_field
 
 _LOWEST_ANGSTROM = 400.0
-"""Coarser than this there is illumination, not specimen."""
+"""Coarsest resolution used; beyond it there is illumination rather than specimen."""
 _SIGNIFICANT_PEAK = 6.0
 
 
@@ -106,7 +106,7 @@ def align_frames(
     ----------
     transform : MovieTransform
     mean_count : `(frame,)`
-        Of each frame: empty ones must not count as "did not move".
+        Per frame; empty frames must not count as "did not move".
     exposure : `(frame,)`
         At mid-frame, e/A^2.
     """
@@ -163,9 +163,9 @@ def _likelihood(transform: MovieTransform, shift: Tensor, total: Tensor, spectru
 
 
 def _coarse(transform: MovieTransform, pixel_size_angstrom: float) -> Tensor:
-    """Shifts `(frame, 2)` to a pixel or so, by peaks of the correlation of each frame with the sum of the others.
+    """Shifts `(frame, 2)` to about a pixel, from peaks of the correlation of each frame with the sum of the others.
 
-    Where peaks do not stand out from the noise, neighbouring frames are added up first; what is never found is interpolated.
+    If peaks do not exceed the noise, neighbouring frames are summed first; shifts that are never found are interpolated.
     """
     frames = transform.values.shape[0]
     shift = torch.zeros(frames, 2, device=transform.values.device)

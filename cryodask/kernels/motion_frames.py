@@ -1,4 +1,4 @@
-"""From raw counts to what motion is estimated on: defects, binned frames, their transforms at low resolution.
+"""From raw counts to the input of motion estimation: defects, binned frames, their transforms at low resolution.
 
 Frames come one by one and are never all held as floating point: binning sums counts, so white noise stays white and no transform
 of full size is needed.
@@ -52,7 +52,7 @@ def survey(read: Callable[[int], Tensor], frames: int, shape: tuple[int, int], b
             short = small and group * binning**2 * 255 < 2**15
             groups = (frames + group - 1) // group
             binned = torch.zeros(groups, h, w, dtype=torch.int16 if short else exact, device=frame.device)
-        total += frame.to(total.dtype)  # adding unlike types is three times slower
+        total += frame.to(total.dtype)  # adding mixed dtypes is three times slower
         rows = frame[0 : h * binning : binning].to(binned.dtype)
         for i in range(1, binning):
             rows += frame[i : h * binning : binning]
@@ -67,13 +67,13 @@ def survey(read: Callable[[int], Tensor], frames: int, shape: tuple[int, int], b
 
 
 def find_defects(total: Tensor, gain: Tensor | None) -> Tensor:
-    """Mask `(y, x)` of pixels that cannot be trusted: gain 0, hot (6 standard deviations above the mean), or dead.
+    """Mask `(y, x)` of defect pixels: gain 0, hot (6 standard deviations above the mean), or dead.
 
     ``total`` is the unaligned sum of counts of the movie.
     """
     corrected = total.float() if gain is None else total * gain
     mean, deviation = _level(corrected[::4], float("inf"))
-    # what is that hot itself widens the distribution: judge once more without it
+    # very hot pixels widen the distribution: repeat without them
     mean, deviation = _level(corrected[::4], mean + HOT_SIGMA * deviation)
     mask = corrected > mean + HOT_SIGMA * deviation
     if gain is not None:
@@ -95,7 +95,7 @@ def _level(values: Tensor, limit: float) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Repair:
-    """Where defects are and which good pixels may stand in: flat indices `(defect,)`, candidates `(defect, 24)`, their number."""
+    """Defects and good pixels that can replace them: flat indices `(defect,)`, candidates `(defect, 24)`, their number."""
 
     pixels: np.ndarray
     candidates: np.ndarray
@@ -103,7 +103,7 @@ class Repair:
 
 
 def plan_repair(mask: np.ndarray) -> Repair:
-    """Candidates of every defect: the good pixels within two rows and columns. Defects without any are left as they are."""
+    """Candidates of every defect: the good pixels within two rows and columns. Defects without any are left unchanged."""
     height, width = mask.shape
     y, x = np.nonzero(mask)
     step = np.array([(a, b) for a in range(-2, 3) for b in range(-2, 3) if a or b])
@@ -118,7 +118,7 @@ def plan_repair(mask: np.ndarray) -> Repair:
 
 
 def repair_frame(frame: Tensor, repair: Repair, index: int) -> None:
-    """Give every defect, in place, the count of a good neighbour drawn at random: the noise stays Poisson.
+    """Replace every defect, in place, by the count of a random good neighbour, so that the noise stays Poisson.
 
     The draw depends on ``index`` only, so a frame read twice is repaired alike.
     """
@@ -149,7 +149,7 @@ class MovieTransform:
     """Transforms of binned frames, cropped to what alignment can use.
 
     ``values`` `(frame, row, column)` complex64, half planes, zero frequency first. ``fy`` `(row, 1)`, ``fx`` `(1, column)`:
-    frequencies in cycles a PIXEL OF THE MOVIE, so that displacements are in those pixels. ``k`` 1/Angstrom. ``extent`` (y, x): pixels
+    frequencies in cycles per PIXEL OF THE MOVIE, so that displacements are in those pixels. ``k`` 1/Angstrom. ``extent`` (y, x): pixels
     of the movie that the transform's period spans. ``size`` (rows, columns) of its real-space image.
     """
 
@@ -169,7 +169,7 @@ def transform_frames(
     Parameters
     ----------
     binned : `(frame, h, w)`
-        Counts; bins with defects (``mask``) take the counts of a neighbour.
+        Counts; bins with defects (``mask``) are replaced by the counts of a neighbour.
     gain : `(h, w)`, optional
         From `bin_gain`.
 

@@ -1,8 +1,8 @@
-"""The prior on motion and what follows from it: a Gaussian process in position and exposure.
+"""The prior on motion and its consequences: a Gaussian process in position and exposure.
 
 Velocity at two exposures t, t' covaries as v(t) v(t') exp(-|t - t'| / tau), v decaying from an early burst; at two places as
 exp(-r / s) (the form of Zivanov, Nakane & Scheres 2019, IUCrJ 6, 5-17). All its constants are chosen for each movie by marginal
-likelihood, "no motion" among them, so a movie that says nothing about local motion gets none. Everything is small: numpy, float64.
+likelihood, including "no motion", so a movie without information on local motion gets none. Everything is small: numpy, float64.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def fit_field(
     Parameters
     ----------
     observed : `(place, frame, 2)`
-        Measured displacements, each place with an unknown constant of its own.
+        Measured displacements, each position with its own unknown constant.
     variance : (y, x)
         Variance of a measurement is ``variance[axis] * place_factor[place] * frame_factor[frame]``.
     positions : `(place, 2)`
@@ -91,7 +91,7 @@ def fit_field(
 
     Notes
     -----
-    The noise factorises, and so does the prior: in the eigenvectors of both, whitened, every candidate costs a division a number.
+    The noise factorises, and so does the prior: in the eigenvectors of both, whitened, every candidate costs one division per number.
     The unknown constants are projected out (restricted likelihood).
     """
     places = len(observed)
@@ -100,7 +100,7 @@ def fit_field(
     whiten_time = frame_root[:, None] * no_constant
     white = np.einsum("pfa,p,fg->apg", observed, place_root, whiten_time)
     time_parts = []
-    # many candidates differ by a factor only: they share their eigenvectors
+    # many candidates differ only by a factor and share their eigenvectors
     shapes: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
     for covariance in time_covariances:
         size = float(np.trace(covariance))

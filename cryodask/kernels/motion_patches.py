@@ -1,7 +1,7 @@
 """Local motion: the likelihood of `motion_align` in overlapping patches, and a Gaussian process through all of them.
 
-No peak is picked in a patch: each gives a Newton step of known variance about the present model, and a patch without particles is
-only a noisy one. So there are no outliers to reject, and weak patches cost nothing but their noise.
+No peak is picked in a patch: each gives a Newton step of known variance around the current model, and a patch without particles is
+just a noisy one. So there are no outliers to reject, and weak patches only add their noise.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Patches:
 def choose_patches(
     most: tuple[int, int], shape: tuple[int, int], motion: GlobalMotion, frames: int, pixel_size_angstrom: float
 ) -> tuple[int, int] | None:
-    """How many patches (down, across) the movie carries, at most ``most``; None where local motion cannot be measured.
+    """How many patches (down, across) the movie supports, at most ``most``; None if local motion cannot be measured.
 
     Patches shrink until a shift in one frame would have a deviation of 4 Angstrom: beyond that a step of the likelihood is no
     longer a small one.
@@ -73,7 +73,7 @@ def informative_resolution(spectrum: Spectrum, frames: int) -> float:
 
 
 def crop_for_patches(transform: MovieTransform, motion: GlobalMotion, pixel_size_angstrom: float) -> MovieTransform:
-    """The frames with the frequencies that say something about shifts."""
+    """The frames with only the frequencies that are informative about shifts."""
     assert motion.spectrum is not None
     return crop_transform(transform, informative_resolution(motion.spectrum, transform.values.shape[0]), pixel_size_angstrom)
 
@@ -141,7 +141,7 @@ def fit_local_motion(
         if curvature.min() <= 0.0:
             continue
         gradient, amount = _patch_gradients(patches, local, weight, ratio, noise)
-        # a patch with less signal than the average says less; one with none must not say "here nothing moves"
+        # a patch with less signal than average is less informative; one without signal must not count as "no motion"
         steady = np.maximum(amount, 0.1)
         place_factor = steady / np.maximum(amount, 0.01) ** 2
         step = gradient / curvature / steady[:, None, None] / np.maximum(share, 0.05)[:, None]
@@ -197,7 +197,7 @@ def _patch_gradients(patches: Patches, local: np.ndarray, weight: Tensor, ratio:
         gradient[p, :, 1] = -projected[:, :, 1].sum(1).double().cpu().numpy()
         power = patches.power[p][rows, :columns]
         amount[p] = float((expected * (total.abs() ** 2 - power)).sum()) / max(expected_total, 1e-30)
-    # the amounts are measured with an error of their own: what a movie of weak patches shows is mostly that
+    # the signal powers have measurement errors, which dominate in movies with weak patches
     spread = float((expected**2 * 2.0 * frames * (frames - 1) * (noise * (1.0 + ratio)) ** 2).sum(dtype=torch.float64))
     error = math.sqrt(spread) / max(expected_total, 1e-30)
     return gradient, np.clip(1.0 + (amount - 1.0) / (1.0 + (error / 0.5) ** 2), 0.01, 4.0)

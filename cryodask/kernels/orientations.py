@@ -16,7 +16,7 @@ from torch import Tensor
 _FACE_ROW = np.array([2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4])
 _FACE_COLUMN = np.array([1, 3, 5, 7, 0, 2, 4, 6, 1, 3, 5, 7])
 _GENERIC_DIRECTION = np.array([0.32, 0.21, 0.92])
-"""In no mirror plane or axis of any point group here: the side of it decides between equivalent views."""
+"""A generic direction, off all mirror planes and axes of the point groups; decides between equivalent views."""
 
 
 def euler_to_matrix(rot_rad: Tensor, tilt_rad: Tensor, psi_rad: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def asymmetric_unit(order: int, operators: np.ndarray) -> np.ndarray:
     """Nested HEALPix pixels, one of each set of views that the point group makes equivalent.
 
     A view is kept if it is nearer to a generic direction than all its mates. Pixels on the border may lose a little coverage: a grid
-    that is turned at random in every iteration makes up for it.
+    that is rotated at random in every iteration compensates for it.
     """
     views = directions(*healpix_angles(order))
     generic = _GENERIC_DIRECTION / np.linalg.norm(_GENERIC_DIRECTION)

@@ -17,20 +17,20 @@ from cryodask.kernels.spectrum import fast_even_size
 from cryodask.kernels.subpixel import vertex
 
 DIAMETER_PX = 16.0
-"""Diameter of a particle in the reduced image in which everything happens."""
+"""Diameter of a particle in the downscaled image that is used throughout, pixels."""
 SUPPORT = 0.9
 """Radius of the template, diameters."""
 SPACING = 0.75
-"""Least distance of two picks, diameters."""
+"""Smallest distance between two picks, diameters."""
 MARGIN = 0.4
-"""Picks nearer to the border, diameters, are dropped."""
+"""Picks closer than this to the border, diameters, are dropped."""
 _CLEAR_SKEW = 0.5
 _LEAST_GROUP = 3
 _LEAST_SPREAD = 0.15
 
 
 class Picks(NamedTuple):
-    """Peaks in falling order of score: places `(peak,)` in pixels of the image given, scores, and what they were found with.
+    """Peaks in descending order of score: positions `(peak,)` in pixels of the input image, scores, and how they were found.
 
     ``profile`` `(radius,)` runs from 0 to SUPPORT diameters, positive = brighter than the surroundings; ``threshold`` is the automatic
     one; ``skew`` is the third moment of the score map, ``null_skew`` that of an image of noise with the same power spectrum.
@@ -46,9 +46,9 @@ class Picks(NamedTuple):
 
 
 class _Field(NamedTuple):
-    """Reduced, normalised image with a mirrored border, and what is needed to correlate with it; lengths in its pixels.
+    """Downscaled, normalised image with a mirrored border, and what is needed to correlate with it; lengths in its pixels.
 
-    ``inner`` is the part that is not border, ``origin, scale`` (rows, columns) lead back to pixels of the image given.
+    ``inner`` is the part without the border; ``origin, scale`` (rows, columns) convert back to pixels of the input image.
     """
 
     image: Tensor
@@ -69,18 +69,18 @@ def pick_particles(image: Tensor, diameter_px: float, *, rounds: int = 3, profil
     image : Tensor, `(y, x)`, float32
         Either contrast.
     diameter_px : float
-        Of the particle, pixels; right to about 20 %.
+        Particle diameter, pixels; accurate to about 20 %.
     rounds : int
-        How often the profile is learnt anew.
+        Number of times the profile is relearnt.
     seed : int
-        For the phases of the noise image that sets the level of chance.
+        Seed for the phases of the noise image, which sets the chance level.
 
     Returns
     -------
     Picks
-        Scores are in standard deviations of the score map. The threshold parts the scores of the peaks into two groups with least
-        error (Kittler & Illingworth 1986). Chance has a say too: the same procedure runs on noise of the same power spectrum, and
-        unless the score map is clearly more skewed than that of the noise, the threshold lies above all peaks of the noise.
+        Scores are in standard deviations of the score map. The threshold separates the scores of the peaks into two groups with minimum
+        error (Kittler & Illingworth 1986). As a control, the same procedure runs on noise with the same power spectrum, and
+        unless the score map is clearly more skewed than that of the noise, the threshold is above all peaks of the noise.
     """
     field = _field(image, diameter_px)
     skew, template, scores = max((_learn(field, start, rounds) for start in _starts(field)), key=lambda r: r[0])
@@ -102,10 +102,10 @@ def pick_particles(image: Tensor, diameter_px: float, *, rounds: int = 3, profil
 
 
 def _field(image: Tensor, diameter_px: float) -> _Field:
-    """Reduce until a particle is DIAMETER_PX wide, band-pass (0.05 to 1 diameter), divide by the local standard deviation.
+    """Downscale until a particle is DIAMETER_PX wide, band-pass (0.05 to 1 diameter), divide by the local standard deviation.
 
-    A border of 1.5 diameters is mirrored, so that a gradient over the image makes no step where the Fourier transform closes upon
-    itself.
+    A border of 1.5 diameters is mirrored, so that a gradient over the image makes no step at the periodic boundary of the Fourier
+    transform.
     """
     middle = image.median()
     spread = 1.4826 * (image - middle).abs().median().clamp(min=1e-12)
@@ -162,7 +162,7 @@ def _random_phases(field: _Field, seed: int) -> _Field:
 
 
 def _starts(field: _Field) -> list[Tensor]:
-    """Profiles, one value a pixel of radius, of a disk and a ring, bright and dark."""
+    """Profiles, one value per pixel of radius, of a disk and a ring, bright and dark."""
     r = torch.arange(math.ceil(SUPPORT * field.diameter) + 3, device=field.image.device).float()
 
     def inside(radius: float) -> Tensor:
@@ -198,7 +198,7 @@ def _mean_profile(field: _Field, rows: Tensor, columns: Tensor, length: int) -> 
 
 
 def _scores(field: _Field, profile: Tensor) -> Tensor:
-    """Correlation of every place with the template, in standard deviations of the map."""
+    """Correlation of every position with the template, in standard deviations of the map."""
     template = _interpolate(profile, field.radius)
     template = (template - (template * field.support).sum() / field.support.sum()) * field.support
     scores = torch.fft.irfft2(field.transform * torch.fft.rfft2(template).conj(), s=field.image.shape)
@@ -216,7 +216,7 @@ def _interpolate(profile: Tensor, radius: Tensor) -> Tensor:
 
 
 def _peaks(field: _Field, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, columns (to a fraction of a pixel) and heights of the positive peaks, highest first, no two nearer than SPACING."""
+    """Rows, columns (to a fraction of a pixel) and heights of the positive peaks, highest first, no two closer than SPACING."""
     reach = max(1, int(0.5 * SPACING * field.diameter))
     highest = torch.nn.functional.max_pool2d(scores[None, None], 2 * reach + 1, 1, reach)[0, 0]
     edge = max(1, math.floor(MARGIN * field.diameter))
@@ -234,7 +234,7 @@ def _peaks(field: _Field, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _apart(y: Tensor, x: Tensor, distance: float) -> Tensor:
-    """Indices that remain when each point, best first, removes what is nearer than ``distance``."""
+    """Indices that remain when each point, best first, removes all others closer than ``distance``."""
     near = (y[:, None] - y[None]) ** 2 + (x[:, None] - x[None]) ** 2 < distance**2
     alive = torch.ones(len(y), dtype=torch.bool, device=y.device)
     for i in range(len(y)):
@@ -244,17 +244,17 @@ def _apart(y: Tensor, x: Tensor, distance: float) -> Tensor:
 
 
 def _threshold(score: Tensor, null: Tensor, clear: bool) -> float:
-    """Threshold for falling ``score``; ``null`` are the peaks of noise, ``clear`` whether there is more than noise at all."""
+    """Threshold for descending ``score``; ``null``: the peaks of noise, ``clear``: whether there is more than noise."""
     chance = float(null.max()) if len(null) else 0.0
     if len(score) < 2 * _LEAST_GROUP:
         return chance
     parted = _least_error(score)
-    # a field of particles alone would be parted in its middle: what chance never reaches is taken in any case
+    # particles alone would be split in the middle: scores that noise never reaches are accepted in any case
     return min(parted, chance) if clear else max(parted, chance)
 
 
 def _least_error(score: Tensor) -> float:
-    """Value that parts ``score`` into two normal distributions with least error (Kittler & Illingworth 1986)."""
+    """Threshold that separates ``score`` into two normal distributions with minimum error (Kittler & Illingworth 1986)."""
     s, n = score.double().flip(0), len(score)
     count = torch.arange(1, n, dtype=torch.float64, device=s.device)
     first, second = torch.cumsum(s, 0), torch.cumsum(s * s, 0)

@@ -31,7 +31,7 @@ _GATHER_PADDING = 2
 class PolarGrid:
     """Rings 1 .. ``rings`` of images of ``box`` pixels, ``angle_count`` (even) samples on the whole circle.
 
-    ``ky, kx`` float32 `(ring, half angle)` are the frequencies of the stored half circle, cycles a box.
+    ``ky, kx`` float32 `(ring, half angle)` are the frequencies of the stored half circle, cycles per box.
     """
 
     box: int
@@ -125,7 +125,7 @@ def polar_transforms(images: Tensor, grid: PolarGrid) -> Tensor:
     Parameters
     ----------
     images : Tensor, `(n, y, x)`, float32
-        Masked beforehand: what lies near the border has more angular modes than are kept.
+        Masked beforehand, because regions near the border have more angular modes than are kept.
 
     Returns
     -------

@@ -1,8 +1,8 @@
 """Central slices of a map, their insertion into a Fourier grid, and the way back to a map.
 
 Units: a slice is the two-dimensional transform, divided by the box size n, of the plain sum of voxels along the view; white noise of
-variance s2 a pixel then has E|N_k|^2 = s2. Fourier frequencies are integers k (cycles a box), so maps of any box that span the same
-length give the same slices: a map of b voxels an edge holds all of a map of n voxels below k = b/2.
+variance s2 per pixel then has E|N_k|^2 = s2. Fourier frequencies are integers k (cycles per box), so maps of any box that span the same
+length give the same slices: a map with an edge of b voxels contains all of a map of n voxels below k = b/2.
 
 Maps are zero-padded before their transform (factor 2: trilinear slices within 3 % of the exact transform) and divided by the
 transform of the trilinear kernel. Conventions were checked against relion_project 3.1.3.
@@ -75,7 +75,7 @@ class FourierVolume:
 
     @property
     def side(self) -> int:
-        """Points an edge."""
+        """Number of points per edge."""
         return 2 * self.half + 1
 
 
@@ -92,7 +92,7 @@ def grid_half(radius: int) -> int:
 
 
 def fourier_volume(volume: Tensor, radius: int, image_box: int | None = None) -> FourierVolume:
-    """Make a map ready for :func:`slices` up to ``radius``.
+    """Prepare a map for :func:`slices` up to ``radius``.
 
     Parameters
     ----------
@@ -212,7 +212,7 @@ def reconstruct(numerator: Tensor, weight: Tensor, radius: int, map_box: int, *,
     image_box : int
         Box of the images that were inserted (their grey scale).
     ssnr : Tensor, `(>= radius + 1,)`, optional
-        Spectral signal-to-noise ratio of the map a shell: the prior adds mean(weight) / ssnr (Wiener filter). Without it a ridge of
+        Spectral signal-to-noise ratio of the map per shell: the prior adds mean(weight) / ssnr (Wiener filter). Without it a ridge of
         a thousandth of the shell's mean weight guards empty voxels.
 
     Returns
@@ -248,7 +248,7 @@ def reconstruct(numerator: Tensor, weight: Tensor, radius: int, map_box: int, *,
 
 
 def cut_map(volume: Tensor, radius: float) -> Tensor:
-    """Set a map's transform to zero beyond ``radius`` (cycles a box), strictly."""
+    """Set a map's transform to exactly zero beyond ``radius`` (cycles per box)."""
     box = volume.shape[-1]
     k = torch.fft.fftfreq(box, d=1.0 / box, device=volume.device)
     kx = torch.arange(box // 2 + 1, device=volume.device)

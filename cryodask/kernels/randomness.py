@@ -20,7 +20,7 @@ def uniforms(seed: int, iteration: int, index: np.ndarray, count: int) -> np.nda
     Parameters
     ----------
     index : `(n,)` int
-        Place of the particle in its set.
+        Index of the particle in its set.
     """
     with np.errstate(over="ignore"):
         stream = _mix(np.array([seed], np.uint64) * _GOLDEN_GAMMA + np.uint64(iteration + 1))

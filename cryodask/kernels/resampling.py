@@ -1,4 +1,4 @@
-"""A map of any box and voxel size on the grid of another."""
+"""Resampling a map of any box and voxel size onto the grid of another."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from cryodask.kernels.projection import cut_map
 
 
 def resample_map(volume: Tensor, voxel_angstrom: float, box: int, target_voxel_angstrom: float, *, cut_angstrom: float) -> Tensor:
-    """The map at ``box`` voxels of ``target_voxel_angstrom``, origins n // 2 on one another, zero where it does not reach.
+    """Resample a map to ``box`` voxels of ``target_voxel_angstrom``, with aligned origins n // 2, zero outside the input.
 
     Parameters
     ----------
     volume : Tensor, `(z, y, x)`, float32, cubic
     cut_angstrom : float
-        Resolution beyond which the map is cut first, so that cubic interpolation neither aliases nor blurs what is left; coarser than
-        two voxels of either grid is raised to that.
+        Resolution to which the map is low-pass filtered first, so that cubic interpolation neither aliases nor blurs; at least
+        2.2 voxels of either grid.
     """
     size = volume.shape[-1]
     if abs(voxel_angstrom / target_voxel_angstrom - 1.0) < 1e-3:

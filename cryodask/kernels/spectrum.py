@@ -36,13 +36,13 @@ def fast_even_size(size: float) -> int:
 
 
 def power_spectrum(image: Tensor, *, pixel_size_angstrom: float, tile_angstrom: float, finest_angstrom: float) -> Spectrum:
-    """Mean power of tiles that overlap by half, under a sine window.
+    """Mean power of half-overlapping tiles under a sine window.
 
     Parameters
     ----------
     image : Tensor, `(y, x)`, float32
     tile_angstrom : float
-        Length of a tile: frequencies come in steps of its inverse. Not more than the image is used.
+        Edge of a tile; frequencies come in steps of its inverse. Limited by the size of the image.
     finest_angstrom : float
         The spectrum is cut at this resolution, or at Nyquist.
 
@@ -55,7 +55,7 @@ def power_spectrum(image: Tensor, *, pixel_size_angstrom: float, tile_angstrom: 
     side = min(height, width)
     n = fast_even_size(tile_angstrom / pixel_size_angstrom)
     if side < 3 * n:
-        # few tiles of a small image would leave its borders, a large share, out of the mean: one large tile with a steep edge does not
+        # a few tiles of a small image would omit its borders, a large fraction, from the mean: use one large tile with a steep edge
         n = next(m for m in range(side, 0, -1) if fast_even_size(m) == m)
         ramp = n / 10.0
     else:
@@ -86,7 +86,7 @@ def _starts(length: int, tile: int) -> list[int]:
 
 
 def spectrum_of_amplitudes(amplitude: Tensor, step: float) -> Spectrum:
-    """Half plane of the power of a full square amplitude spectrum `(n, n)` with zero frequency at n // 2, ``step`` 1/Angstrom a pixel."""
+    """Half plane of the power of a full square amplitude spectrum `(n, n)` with zero frequency at n // 2, ``step`` 1/Angstrom per pixel."""
     n = amplitude.shape[0]
     half = n // 2
     power = torch.fft.ifftshift(amplitude).float() ** 2
@@ -94,9 +94,9 @@ def spectrum_of_amplitudes(amplitude: Tensor, step: float) -> Spectrum:
 
 
 def log_power_image(spectrum: Spectrum, size: int, largest_k: float) -> Tensor:
-    """Full plane of the log power `(size, size)` for the eye, zero frequency at size // 2, ``largest_k`` (1/Angstrom) at the edge.
+    """Full plane of the log power `(size, size)` for display, zero frequency at size // 2, ``largest_k`` (1/Angstrom) at the edge.
 
-    The mean over directions, smoothed over a tenth of the range, is subtracted, and what lies within 1/60 A of the centre is 0.
+    The mean over directions, smoothed over a tenth of the range, is subtracted, and everything within 1/60 A of the centre is set to 0.
     """
     half = spectrum.power.shape[1] - 1
     log_power = torch.log(spectrum.power.clamp(min=1e-30)).float()
@@ -116,7 +116,7 @@ def log_power_image(spectrum: Spectrum, size: int, largest_k: float) -> Tensor:
     blur = 2 * shrink + 1
     if blur < 2 * half:
         flat = torch.nn.functional.avg_pool2d(flat[None, None], blur, 1, blur // 2, count_include_pad=False)[0, 0]
-    # pixel of the picture -> pixel of the plane, in the units of grid_sample with aligned corners
+    # pixel of the image -> pixel of the plane, in the units of grid_sample with aligned corners
     k = (torch.arange(size, device=full.device) - size // 2) / (size // 2) * largest_k / spectrum.step
     place = (k + half) / (2 * half - 1) * 2.0 - 1.0
     grid = torch.stack(torch.meshgrid(place, place, indexing="ij")[::-1], -1)

@@ -1,4 +1,4 @@
-"""Places of maxima between the samples of a grid."""
+"""Positions of maxima between grid samples."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from torch import Tensor
 
 
 def vertex(before: Tensor, middle: Tensor, after: Tensor) -> Tensor:
-    """Place of the top of a parabola through three samples, -0.5 to 0.5 of their distance from the middle one."""
+    """Position of the vertex of a parabola through three samples, -0.5 to 0.5 of their spacing from the middle one."""
     bend = (before - 2.0 * middle + after).clamp(max=-1e-12)
     return (0.5 * (before - after) / bend).clamp(-0.5, 0.5)
 
 
 def top_between(values: Tensor, offsets: Tensor) -> Tensor:
-    """Offset `(n, 2)` of the maximum of functions that are known on a square grid, by a parabola along each axis.
+    """Offset `(n, 2)` of the maximum of functions sampled on a square grid, by a parabola along each axis.
 
-    Near its maximum the logarithm of a likelihood is a parabola. Where a neighbour is missing (the rim of the grid) the sample itself is
-    the place along that axis.
+    Near its maximum the logarithm of a likelihood is a parabola. If a neighbour is missing (at the rim of the grid), the sample itself is
+    the position along that axis.
 
     Parameters
     ----------
     values : Tensor, `(n, offset)`
     offsets : Tensor, `(offset, 2)`
-        Places of the samples; the smallest distance between two of them is the step of the grid.
+        Positions of the samples; the smallest distance between two of them is the grid spacing.
     """
     best = values.argmax(1)
     place = offsets[best]

@@ -30,7 +30,7 @@ _TALL = {
 
 
 def rotation_about(axis: tuple[float, float, float], angle_rad: float) -> np.ndarray:
-    """Matrix `(3, 3)` that turns vectors (x, y, z) about ``axis`` (Rodrigues)."""
+    """Matrix `(3, 3)` that rotates vectors (x, y, z) about ``axis`` (Rodrigues)."""
     x, y, z = np.asarray(axis, float) / np.linalg.norm(axis)
     cross = np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])
     return np.eye(3) + math.sin(angle_rad) * cross + (1.0 - math.cos(angle_rad)) * cross @ cross
@@ -61,8 +61,8 @@ def symmetry_operators(name: str) -> np.ndarray:
         generators = [rotation_about(axis, 2.0 * math.pi / n) for n, axis in _TALL["I2" if key == "I" else key]]
     else:
         raise InputError(
-            f"{name!r} is not a point group that is known here",
-            "a typing error, or a group with mirrors (proteins have none) or of helices",
+            f"{name!r} is not a supported point group",
+            "it is a group with mirrors (which proteins do not have) or a helical group",
             "use Cn, Dn (n from 1), T, O, I, I1, I2, I3 or I4, as RELION names them",
         )
     return _closure(generators)

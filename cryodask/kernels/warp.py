@@ -1,6 +1,6 @@
 """Moving images by a smooth displacement field: separable Kaiser-windowed sinc, stripe by stripe, fused with gain and sums.
 
-A stripe of rows has one displacement a column and not one a pixel: over half a stripe real local motion changes by less than
+A stripe of rows has one displacement per column rather than per pixel: over half a stripe real local motion changes by less than
 0.02 pixel. Within a stripe all arithmetic runs over contiguous rows that fit the cache, and frames are added to the sums
 several at a time as one matrix product, so that no Fourier transform of a frame is ever needed.
 """
@@ -40,7 +40,7 @@ def upsample_field(nodes: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     ----------
     nodes : `(frame, gy, gx)` float32
     rows, columns : `(r,)` and `(c,)`
-        Positions as a share of the image, 0 = first and 1 = last pixel.
+        Positions as a fraction of the image, 0 = first and 1 = last pixel.
 
     Returns
     -------
@@ -101,7 +101,7 @@ def _taps(shift: Tensor, taps: int) -> tuple[int, Tensor]:
     first = low - taps // 2 + 1
     if low == high:
         return first, weights
-    # where the shift passes an integer the kernel slides by a pixel: one more tap serves the whole row
+    # where the shift crosses an integer the kernel slides by a pixel: one more tap covers the whole row
     spread = torch.zeros(taps + high - low, len(shift), device=shift.device)
     place = (whole.long() - low) + torch.arange(taps, device=shift.device)[:, None]
     return first, spread.scatter_(0, place, weights)
@@ -116,7 +116,7 @@ def warp_rows(image: Tensor, gain: Tensor | None, first: int, last: int, shift_y
     gain : `(y, x)` float32, optional
         Multiplied in before interpolation.
     shift_y, shift_x : `(x,)` float32, pixels
-        One displacement a column. Outside the image its border continues.
+        One displacement per column. Outside the image the border pixels are repeated.
 
     Returns
     -------

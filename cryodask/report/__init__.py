@@ -1,4 +1,4 @@
-"""The report of a project: one HTML page with all its pictures inside; and curves of several results in one plot."""
+"""The report of a project: one self-contained HTML page; and FSC curves of several results in one plot."""
 
 from cryodask.report.curves import plot_curves
 from cryodask.report.page import write_report

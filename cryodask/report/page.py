@@ -1,4 +1,4 @@
-"""Collects what the page shows: figures of the stages, sentences on the resolution, failures and timings."""
+"""Collects the content of the page: figures of the stages, sentences on the resolution, failures and timings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shown:
-    """A figure as the page holds it; one without ``png`` failed, for the reason in its caption."""
+    """A figure on the page; without ``png`` it failed, for the reason in its caption."""
 
     title: str
     caption: str
@@ -70,7 +70,7 @@ def write_report(project: Project, output: str | Path | None = None) -> Path:
 
 
 def facts(project: Project) -> list[tuple[str, str]]:
-    """The few numbers at the head of the page."""
+    """The key numbers at the top of the page."""
     out = [("micrographs", str(len(project.items()))), ("quarantined", str(len(project.failures())))]
     found = _latest(project, "particles", "position")
     if found is not None and "pick_count" in found:
@@ -93,22 +93,22 @@ def facts(project: Project) -> list[tuple[str, str]]:
 
 
 def resolution_sentences(project: Project) -> list[str]:
-    """What the resolution is, of which maps, under which mask; and what is not known."""
+    """The resolution with its maps and mask, and what is undetermined."""
     out: list[str] = []
     post = next((s for s in reversed(project.stages) if _name(project, s) == "postprocess"), None)
     if post is not None and project.generation(post).committed():
         step = project.step(post)
-        place = step.inputs["map"][0].parts["half_maps"]  # an earlier result is no step's present one
+        place = step.inputs["map"][0].parts["half_maps"]  # an earlier result is not the current one of a step
         maps = next((label for label in project.stages if project.step(label).place == place), place.replace("/", "@"))
         mask = step.inputs["mask"][0].step
         value = float(project[post]["resolution_angstrom"])
         out.append(
             f"The resolution is {value:.2f} Å: the first interpolated crossing of 0.143 by the FSC corrected for the mask (phase "
             "randomisation), within the shells where the unmasked FSC stands out from noise. It compares the two unmasked, unsharpened "
-            f"half-maps of step “{maps}”, which were refined apart from each other and never joined, under the soft mask of step “{mask}”."
+            f"half-maps of step “{maps}”, which were refined independently, under the soft mask of step “{mask}”."
         )
     if any(_name(project, s) == "ab_initio" for s in project.stages):
-        out.append("The map began ab initio, so its hand is unknown: the mirror image fits the particles as well. Look for helices.")
+        out.append("The map began ab initio, so its handedness is undetermined: the mirror image fits equally well. Check the helices.")
     return out
 
 
@@ -133,17 +133,17 @@ def _section(project: Project, label: str) -> Section:
     sentence = (
         stage.doc.splitlines()[0]
         if stage is not None
-        else f"There is no stage {name} here: its results without figures.{OTHERS.hint(name)}"
+        else f"The stage {name} is not installed, so its figures are missing.{OTHERS.hint(name)}"
     )
     return Section(label, name, sentence, generation.meta["params"], count, seconds, shown)
 
 
 def _shown(project: Project, label: str, generation: Generation, stage: Stage) -> Iterator[Shown]:
-    """Figures of a step; one that fails is a box with its error, and the rest of the page is as it would be."""
+    """Figures of a step; one that fails becomes a box with its error and does not affect the rest of the page."""
     try:
         for picture in _pictures(project, label, generation, stage):
             yield Shown(picture.title, picture.caption, _png(picture))
-    except Exception as error:  # the figures of others may raise anything
+    except Exception as error:  # figures of plug-ins may raise anything
         at = traceback.extract_tb(error.__traceback__)[-1]
         yield Shown("A figure failed", f"{type(error).__name__}: {error} ({Path(at.filename).name}, line {at.lineno})", "")
 
@@ -163,7 +163,7 @@ def _pictures(project: Project, label: str, generation: Generation, stage: Stage
 
 
 def _with_what_they_saw(project: Project, label: str) -> Iterator[xr.Dataset]:
-    """The exposures of a step by size of image, with the images that it worked on: picks are shown on micrographs."""
+    """The exposures of a step by image size, with the images that it processed, because picks are shown on micrographs."""
     step = project.step(label)
     places = {ref.parts.get("micrograph") for ref in step.inputs.get("exposures", ())}
     givers = [giver for giver in project.stages if project.step(giver).place in places and giver != label]
@@ -174,7 +174,7 @@ def _with_what_they_saw(project: Project, label: str) -> Iterator[xr.Dataset]:
 
 
 def _beside(dataset: xr.Dataset, image: xr.DataArray) -> xr.Dataset | None:
-    """The exposures that have the image, with it; None where it has another size than the step's own images."""
+    """The exposures that have the image, together with it; None if its size differs from the step's own images."""
     if any(dataset.sizes.get(d, n) != n for d, n in image.sizes.items() if d != "micrograph"):
         return None
     shared = np.intersect1d(dataset["micrograph"].values, image["micrograph"].values)

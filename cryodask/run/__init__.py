@@ -1,1 +1,1 @@
-"""What runs when: project file -> plan -> runners."""
+"""From project file to plan to runners: what runs, and when."""

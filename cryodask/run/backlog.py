@@ -1,4 +1,4 @@
-"""Which movie a watched session begins next: the newest, now and then the oldest, and what is made again after all that is new."""
+"""Order of movies in a watched session: newest first, every fourth start the oldest; movies to recompute come after new ones."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _AGAIN_EVERY = 10
 
 
 class Backlog:
-    """The movies that wait. People look at the newest result: it must not wait for a backlog, and no movie may wait for ever.
+    """Pending movies. People look at the newest result, so it must not wait for a backlog; and no movie may wait for ever.
 
-    Every fourth start is the oldest one; every tenth, while there are new movies, one that was processed before and is to be made again
-    with other parameters.
+    Every fourth start is the oldest movie. While there are new movies, every tenth is one that was processed before and is recomputed with
+    other parameters.
 
     Parameters
     ----------
     waiting, again : iterables of Item
-        Movies without any result, and those that have one of before; both in the order of their arrival.
+        Movies without any result, and movies with an outdated one; both in order of arrival.
     """
 
     def __init__(self, waiting: Iterable[Item] = (), again: Iterable[Item] = ()) -> None:
@@ -31,11 +31,11 @@ class Backlog:
         return len(self._new) + len(self._again)
 
     def add(self, items: Iterable[Item]) -> None:
-        """Movies that have just arrived, oldest first."""
+        """Add movies that have just arrived, oldest first."""
         self._new.extend(items)
 
     def take(self) -> Item | None:
-        """The next one; None where none waits."""
+        """The next movie; None if none is pending."""
         if not self:
             return None
         self._starts += 1

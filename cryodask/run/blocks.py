@@ -1,8 +1,8 @@
-"""The block runner: iterations over blocks of particles, the same bits for any number of workers and after any death.
+"""The block runner: iterations over blocks of particles, bit-identical for any number of workers and after any worker's death.
 
 An iteration is: expectation tasks on leaves (fixed runs of particles, cached on the worker where they live), sums added in a tree whose
-shape depends on the number of leaves only, one maximisation task, a checkpoint. The state reaches the workers through the checkpoint
-file, so that nothing is lost with a worker. What an iteration moves is written down in :func:`cryodask.run.leaves.traffic`.
+shape depends on the number of leaves only, one maximisation task, a checkpoint. Workers read the state from the checkpoint file, so
+that nothing is lost with a worker. :func:`cryodask.run.leaves.traffic` records the bytes that an iteration moves.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _DEATHS_ALLOWED = 5
 
 
 class Particles(Protocol):
-    """What the runner needs of a particle set: :class:`StoredParticles`, or a stack in memory."""
+    """What the runner needs from a particle set: :class:`StoredParticles`, or a stack in memory."""
 
     @property
     def set(self) -> ParticleSet:
-        """Every column of the set."""
+        """All columns of the set."""
         ...
 
     def block(self, index: np.ndarray, half: int = 0) -> ParticleBlock:
@@ -63,7 +63,7 @@ class ParticlesInMemory:
 
 @dataclass(frozen=True)
 class BlockJob:
-    """What every task of a run needs; pickled once, unpickled once a process."""
+    """What every task of a run needs; pickled once, unpickled once per process."""
 
     name: str
     functions: Any
@@ -114,7 +114,7 @@ def iterate_here(
     context: Context | None = None,
     on_iteration: Callable[[State, Metrics, Columns], None] = lambda state, metrics, columns: None,
 ) -> dict[str, Any]:
-    """Run a blocks stage to its end in this process; same leaves, same tree, same bits as on workers with one thread."""
+    """Run a blocks stage to its end in this process; same leaves and tree, bit-identical to workers with one thread."""
     job = BlockJob("here", functions, params, particles)
     leaves = cut_leaves(particles.set, functions.halves)
     state = functions.start(params, particles.set, inputs or {})
@@ -169,21 +169,21 @@ def iterate_on_workers(
     on_iteration: Callable[[State, Metrics], None] = lambda state, metrics: None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Run a blocks stage to its end on the workers of ``client``, with a checkpoint an iteration in ``folder``.
+    """Run a blocks stage to its end on the workers of ``client``, with a checkpoint per iteration in ``folder``.
 
-    A run that was killed goes on from its last checkpoint. ``tell`` is given the reason when nothing moves.
+    A killed run resumes from its last checkpoint. ``tell`` is called with the reason when the run stalls.
 
     Raises
     ------
     ClusterError
-        When the workers die again and again, or the scheduler is gone.
+        When workers die repeatedly, or the scheduler is gone.
     """
     leaves = cut_leaves(particles.set, functions.halves)
     if len({leaf.half for leaf in leaves}) < functions.halves:
         raise InputError(
-            f"Stage {name} has {particles.set.count} particles: not one for each of its {functions.halves} half-sets.",
-            "almost nothing was picked (wrong diameter or threshold), or curation removed it",
-            "look at the picks in the report, change pick or curate, and run again",
+            f"Stage {name} got {particles.set.count} particles, fewer than one for each of its {functions.halves} half-sets.",
+            "almost nothing was picked (wrong diameter or threshold), or curation removed nearly everything",
+            "check the picks in the report, change pick or curate, and run again",
         )
     job_path = folder / f"job-{os.urandom(4).hex()}.pickle"
     with disk_errors(folder):
@@ -213,10 +213,10 @@ def iterate_on_workers(
 
 
 class _Iteration:
-    """One iteration on the workers: every task has its worker, and what died with one is sent to another.
+    """One iteration on the workers: every task is bound to a worker; tasks lost with a worker are sent to another.
 
-    The workers are given strictly. A preference would let Dask steal blocks for any worker that is idle for a moment; their images would
-    be loaded again there, and what moves would depend on chance.
+    The binding is strict. With a mere preference Dask would steal blocks for any worker that is idle for a moment: their images would
+    be loaded again there, and the traffic would depend on chance.
     """
 
     def __init__(self, watch: Watch, owner: Run, job: Path, state: Path, leaves: list[Leaf], columns: Columns, halves: int) -> None:
@@ -228,7 +228,7 @@ class _Iteration:
         self.device = CPU_DEVICE
 
     def run(self, places: list[str]) -> tuple[State, Metrics, dict[int, Columns]]:
-        """Carry it out; ``places`` (see :func:`settle`) is brought up to date."""
+        """Run the iteration; ``places`` (see :func:`settle`) is updated in place."""
         todo, deaths, finished = self.leaves, 0, 0
         while True:
             address_of = self._workers()
@@ -242,7 +242,7 @@ class _Iteration:
                 self._release([*self.parts.values(), *tree])
                 return found
             self._release(tree)
-            while not self.watch.look():  # who is left, and who is new
+            while not self.watch.look():  # refresh the list of workers
                 time.sleep(0.1)
             todo = [leaf for leaf in self.leaves if self._is_lost(self.parts[leaf.number])]
             self._release([self.parts[leaf.number] for leaf in todo])
@@ -250,9 +250,9 @@ class _Iteration:
             deaths = 1 if finished > before else deaths + 1
             if deaths > _DEATHS_ALLOWED:
                 raise ClusterError(
-                    f"Workers died {deaths} times in one iteration, and no block was finished in between.",
-                    "they run out of memory (a box too large for the memory of a worker), or their jobs are killed",
-                    "give the workers more memory, or use a smaller box; the iterations done so far are kept",
+                    f"Workers died {deaths} times in one iteration without finishing a block.",
+                    "they run out of memory (the box is too large for a worker), or their jobs are killed",
+                    "give the workers more memory, or use a smaller box; finished iterations are kept",
                 )
 
     def _send(self, kind: str, address: str, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
@@ -273,7 +273,7 @@ class _Iteration:
         )
 
     def _send_tree(self) -> list[Future[Any]]:
-        """All additions, each where its left part lies, and the maximisation, which is the last."""
+        """Send all additions, each to the worker that holds its left operand, and last the maximisation."""
         tree: list[Future[Any]] = []
         sums = dict(self.parts)
         for half in range(self.halves):
@@ -286,9 +286,9 @@ class _Iteration:
         return tree
 
     def _workers(self) -> dict[str, str]:
-        """Address of each worker by its name, which it keeps when its nanny starts it again; waits until there is one.
+        """Address of each worker by name, which survives a restart by the nanny; waits until there is a worker.
 
-        Where some have GPUs, those: a block takes many times as long without, and the others would be waited for.
+        If some have GPUs, only those: a block takes many times as long on a CPU, and the iteration would wait for it.
         """
         self.watch.look()
         while not self.watch.workers:
@@ -310,17 +310,17 @@ class _Iteration:
                 return True
             with suppress(TimeoutError, FuturesCancelledError):
                 wait(futures, timeout=1.0)
-            self.watch.look(f"{len(futures) - done} tasks of an iteration are out")
+            self.watch.look(f"{len(futures) - done} tasks of an iteration are pending")
         return False
 
     @staticmethod
     def _release(futures: list[Future[Any]]) -> None:
-        # now, and not when the last reference is collected: until then Dask keeps the sums, and computes them again if their worker dies
+        # now rather than at garbage collection: until then Dask keeps the sums, and recomputes them if their worker dies
         for future in futures:
             future.release()
 
     def _is_lost(self, future: Future[Any]) -> bool:
-        """Whether a future died with its worker, or waits for one that is gone; an exception of the stage itself is raised here."""
+        """Whether a future was lost with its worker, or waits for a worker that is gone; raises an exception of the stage itself."""
         status = future.status
         if status == "error":
             error = future.exception()

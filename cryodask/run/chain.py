@@ -35,10 +35,10 @@ from cryodask.store.project import Item
 class Link:
     """One stage of the chain: where its needs come from and where its results go.
 
-    ``source`` says of each variable: ``inputs``, ``particles``, or the label of the step that gives it. ``whole`` are variables of maps and
-    masks, the same for every exposure. ``within`` is the step of this chain in which the particles are born that the stage is given
-    (empty: they are sent along), ``threshold`` what settles which of them are accepted. ``birth``: particles are born here. ``recipes``
-    say how each data set is processed. ``programs`` are those that the stage runs, with the versions in its key.
+    ``source`` maps each variable to ``inputs``, ``particles``, or the label of the step that gives it. ``whole``: variables of maps and
+    masks, the same for every exposure. ``within``: the step of this chain in which the particles of the stage are born (empty: they are
+    sent along), ``threshold``: what decides which of them are accepted. ``birth``: particles are born here. ``recipes``: how each data set
+    is processed. ``programs``: those that the stage runs, with the versions in its key.
     """
 
     label: str
@@ -60,21 +60,21 @@ class Link:
 
     @property
     def takes_particles(self) -> bool:
-        """Whether the stage is given the particles of the exposure."""
+        """Whether the stage takes the particles of the exposure."""
         return PARTICLES in self.source.values()
 
     @property
     def particle_columns(self) -> list[str]:
-        """Names of the columns of particles that it is given."""
+        """Names of the particle columns that it takes."""
         return [name for name, source in self.source.items() if source == PARTICLES]
 
 
 @dataclass(frozen=True)
 class Brief:
-    """What travels with an exposure.
+    """What is sent along with an exposure.
 
-    Its records in the stages that have it, the particles of each stage that is given some, the birth tables that it ever had, and what
-    imports say of it (values, and their digest).
+    Its records in the stages that have it, the particles for each stage that takes some, all birth tables that it ever had, and its
+    imported values with their digest.
     """
 
     records: dict[str, Record]
@@ -88,12 +88,12 @@ class Brief:
 class Chain:
     """A job of the map runner.
 
-    ``constants`` are what the exposures of a data set share (optics), ``gains`` its gain reference, mapped from its file, ``grids`` the
-    size and type of its movies where the chain brings some. Paths of inputs are relative to ``home``. ``earlier`` are steps before the
-    chain from which it reads. ``slices`` are the particles of each link that is given some from elsewhere, ``expected`` the digests of
-    all slices as the project stands now, ``book`` the birth tables that exposures ever had, ``imports`` what other programs say of
-    them, and ``origins`` what other projects gave them that a link reads. These five stay in the driver. ``epoch`` is the driver's:
-    what its workers commit is void once it was overtaken.
+    ``constants``: what the exposures of a data set share (optics). ``gains``: its gain reference, memory-mapped. ``grids``: size and type
+    of its movies, if the chain reads movies. Paths of inputs are relative to ``home``. ``earlier``: steps before the chain from which it
+    reads. ``slices``: the particles of each link that takes some from outside the chain. ``expected``: the digests of all slices in the
+    current state of the project. ``book``: all birth tables that exposures ever had. ``imports``: values of the exposures from other
+    programs. ``origins``: values from other projects that a link reads. These five stay in the driver. ``epoch`` is the driver's: commits
+    of its workers are void once another driver took the project over.
     """
 
     links: tuple[Link, ...]
@@ -117,7 +117,7 @@ class Chain:
 
     # --- in the driver ----------------------------------------------------------------------------------------------------------
     def unfinished(self, items: list[Item], *, retry_quarantined: bool = False) -> list[Item]:
-        """Items that are not committed in every stage, and not quarantined in the first that lacks them (unless asked to retry)."""
+        """Items that are not committed in every stage and not quarantined in the first stage that lacks them (unless retried)."""
         lacking, failed = self._lacking(items)
         return [item for item in items if item.row in lacking and (retry_quarantined or item.row not in failed)]
 
@@ -126,9 +126,9 @@ class Chain:
         return len(self._lacking(items)[1])
 
     def _lacking(self, items: list[Item]) -> tuple[set[int], set[int]]:
-        """Rows that are not done in every stage with their present input and particles; those that failed in the first that lacks them.
+        """Rows that lack a current result in some stage; of these, the rows that failed in the first such stage.
 
-        A failure in a later stage says nothing while an earlier one is to be done: its input will be another one.
+        A failure in a later stage does not count while an earlier one is pending, because its input will change.
         """
         lacking: set[int] = set()
         failed: set[int] = set()
@@ -141,19 +141,19 @@ class Chain:
         return lacking, failed
 
     def due(self, link: Link, items: Iterable[Item]) -> dict[int, Made]:
-        """What the result of each item has to be made from in a link, as the project stands now."""
+        """What the result of each item in a link must be made from, in the current state of the project."""
         return due(items, link.recipes, self.expected[link.label] if link.takes_particles else None, *self._said(link.label))
 
     def _said(self, label: str) -> tuple[Said | None, Said | None]:
         return self.imports.get(label), self.origins.get(label)
 
     def quarantine(self, item: Item, error: str, message: str, tries: int) -> None:
-        """Record the failure with the first stage that lacks the item; a result from other particles counts no more.
+        """Record the failure with the first stage that lacks the item; a result from other particles is invalidated.
 
         Raises
         ------
         InputError
-            When it is not the item that is missing but all of its folder: that blames no movie, it stops the run.
+            When the whole folder of the item is missing: that is no fault of the movie, and stops the run.
         """
         _stop_if_the_folder_is_gone(item, self._inputs(item), message)
         for link in self.links:
@@ -173,7 +173,7 @@ class Chain:
             return
 
     def _undo_what_rests_on(self, failed: Link, item: Item) -> None:
-        """Results of later stages from what the failed one gave before: without its result they would not be there."""
+        """Invalidate results of later stages that were made from an earlier result of the failed one."""
         without = {failed.label}
         for link in self.links[self.links.index(failed) + 1 :]:
             taken = {label for source in link.source.values() for label in source.split("|")}
@@ -183,11 +183,11 @@ class Chain:
             journal = self._journals(link).journal
             crcs = [crc for crc, old in journal.read().lines.get(item.row, []) if old["ok"]]
             if crcs:
-                journal.undo(item.row, item.name, crcs, f"step {failed.label}, on which it rests, failed")
+                journal.undo(item.row, item.name, crcs, f"step {failed.label}, on which it depends, failed")
                 journal.close()
 
     def _due_now(self, link: Link, item: Item) -> Made:
-        """What the result of an item has to be made from, with what this run has done already."""
+        """What the result of an item must be made from, including what this run has computed so far."""
         if not link.within:
             return self.due(link, [item])[item.row]
         made = Made(item.fingerprint, link.recipes.get(item.data_set))
@@ -195,13 +195,13 @@ class Chain:
         values = {**self.constants.get(item.data_set, {}), **self._inputs(item)}
         try:
             particles = self._particles(link, item, Brief(records), values, records)
-        except MicrographError:  # the birth itself is not done
+        except MicrographError:  # the birth itself is pending
             return made
         said = said_of(item, *self._said(link.label))
         return made._replace(slice=joined(slice_digest(particles), said)) if particles is not None else made
 
     def brief(self, item: Item, again: bool) -> Brief:
-        """What travels with an item: a worker reads no journals."""
+        """What is sent along with an item, so that a worker reads no journals."""
         if again:
             self._fresh = {}
         for link in (*self.links, *self.earlier.values()):
@@ -215,7 +215,7 @@ class Chain:
             if link.label in self.slices:
                 slices[link.label] = self.slices[link.label].at(item.row)
             if link.birth is not None and self.book is not None:
-                # whatever the reason for which particles are born again: a record that is there may be outdated
+                # particles are born again, for whatever reason: an existing record may be outdated
                 claimed = self.imports[link.label].claims() if link.label in self.imports else frozenset[int]()
                 births[link.label] = self.book.at(item.row, link.birth.number, claimed, again=again or item.revision > 0)
         values = {label: given.values(item) for label, given in self.imports.items()}
@@ -225,18 +225,18 @@ class Chain:
 
     @staticmethod
     def _is_of_now(link: Link, item: Item, record: Record) -> bool:
-        """Whether a record was made from the exposure as it is, by the recipe of now; an earlier result (no recipes) counts as it was."""
+        """Whether a record was made from the current exposure by the current recipe; an earlier result (no recipes) always counts."""
         recipe = link.recipes.get(item.data_set) if link.recipes else record.get("recipe")
-        # what their slices are is compared where they are used
+        # slices are compared where they are used
         return Made.of(record)._replace(slice=None) == Made(item.fingerprint, recipe)
 
     def _journals(self, link: Link) -> Generation:
-        # kept: its journals are read on from where they were read to
+        # kept, because its journals are read incrementally
         return self._read.setdefault(link.label, Generation(link.folder))
 
     # --- in a worker --------------------------------------------------------------------------------------------------------------
     def run(self, item: Item, brief: Brief, device: str, attempt: int) -> None:
-        """Process and commit one item: the stages that have it already are read, not repeated."""
+        """Process and commit one item. Stages that have it already are read, not repeated."""
         values: dict[str, Any] = {**self.constants.get(item.data_set, {}), **self._inputs(item)}
         records = dict(brief.records)
         fresh: list[tuple[dict[str, Any], bool]] = []
@@ -273,11 +273,11 @@ class Chain:
                 values[f"{link.label}/movie"] = generation.read(record, "movie")  # its codec decodes faster than LZW
 
     def _grid(self, link: Link, item: Item) -> Grid | None:
-        """What the movie of an item has to be like: as most of its data set; None for what is no movie."""
+        """Size and type that the movie of an item must have, those of most of its data set; None if it is not a movie."""
         return self.grids.get(item.data_set) if brings_movies(link.stage) else None
 
     def _inputs(self, item: Item) -> dict[str, Any]:
-        """What the registry knows of an item, with absolute paths."""
+        """Registry facts of an item, with absolute paths."""
         return {n: str(self.home / v) if n.endswith("_path") else v for n, v in item.inputs.items()}
 
     def _generation(self, label: str) -> Generation:
@@ -289,7 +289,7 @@ class Chain:
     def _particles(
         self, link: Link, item: Item, brief: Brief, values: dict[str, Any], records: dict[str, Record]
     ) -> dict[str, np.ndarray] | None:
-        """Particles of the exposure that a stage is given; None where it takes none."""
+        """Particles of the exposure for a stage; None if it takes none."""
         if not link.takes_particles:
             return None
         if not link.within:
@@ -333,7 +333,7 @@ class Chain:
         if "|" in label:
             givers = label.split("|")
             has = [one for one in givers if one in records or f"{one}/{name}" in values]
-            # a source that forgot an exposure has a record of it, and nothing in it
+            # a source that forgot an exposure has an empty record of it
             there = [one for one in has if _is_there(values.get(f"{one}/{name}"), name, records.get(one))]
             label = (there or has or givers)[0]
         if f"{label}/{name}" in values:
@@ -343,7 +343,7 @@ class Chain:
             raise _not_finished(item, name, label)
         if name in record["columns"] or name in record["shards"]:
             return self._generation(label).read(record, name)
-        # a movie that is read in place was not stored: its stage opens it again
+        # a movie that is read in place was not stored; its stage opens it again
         giver = self._link(label)
         needs = {n: self._value(n, giver, item, values, records, None) for n in giver.stage.needs}
         needs |= {n: self._value(n, giver, item, values, records, None) for n in giver.stage.optional if n in giver.source}
@@ -351,7 +351,7 @@ class Chain:
 
 
 def _is_there(value: Any, name: str, record: Record | None) -> bool:
-    """Whether a step gave a variable of an exposure: a number, or an image that is stored."""
+    """Whether a step gave a variable of an exposure: a number, or a stored image."""
     if value is None and record is not None:
         if name not in record["columns"]:
             return name in record["shards"]
@@ -364,9 +364,9 @@ def _is_there(value: Any, name: str, record: Record | None) -> bool:
 def _known(name: str, item: Item, values: dict[str, Any]) -> Any:
     if name not in values and name == "coordinates_path":
         raise MicrographError(
-            f"There is no file of picks for {item.name}.",
-            "it was removed or renamed, or nothing was picked there",
-            "put the file into the folder of picks, as NAME.star or NAME_anything.star; without it the exposure has no particles",
+            f"There is no picks file for {item.name}.",
+            "it was removed or renamed, or nothing was picked in this exposure",
+            "put it into the folder of picks as NAME.star or NAME_anything.star; without it the exposure has no particles",
         )
     if name not in values:
         raise MicrographError(f"{item.name} has no {name}.", "its row of the STAR file is incomplete", "complete or remove the row")
@@ -374,7 +374,7 @@ def _known(name: str, item: Item, values: dict[str, Any]) -> Any:
 
 
 def _not_finished(item: Item, name: str, label: str) -> MicrographError:
-    return MicrographError(f"{item.name} has no {name}: step {label} did not finish with it.", "it was quarantined there", "see the report")
+    return MicrographError(f"{item.name} has no {name}: step {label} did not finish it.", "it was quarantined there", "see the report")
 
 
 def _generation_at(folder: Path) -> Generation:
@@ -392,14 +392,14 @@ def _refuse_nonsense(link: Link, item: Item, given: dict[str, Any]) -> None:
             raise MicrographError(
                 f"{name} of {item.name} has {int((~np.isfinite(value)).sum())} pixels that are NaN or infinite after stage {link.label}.",
                 "the input holds NaN pixels",
-                "look at the input; the other micrographs go on",
+                "check the input; the other micrographs are processed",
             )
 
 
 def _stop_if_the_folder_is_gone(item: Item, inputs: dict[str, Any], message: str) -> None:
-    """Raise where the folder of an item's input is missing or empty: an unmounted disk must not send a session into quarantine."""
+    """Raise if the folder of an item's input is missing or empty: an unmounted disk must not quarantine a whole session."""
     for name, value in inputs.items():
-        # of an archived movie nothing else than its file is missed
+        # an archived movie leaves its folder behind
         if not name.endswith("_path") or os.path.exists(str(value)) or Path(str(value)).name not in message:
             continue
         folder = Path(str(value)).parent
@@ -409,7 +409,7 @@ def _stop_if_the_folder_is_gone(item: Item, inputs: dict[str, Any], message: str
             gone = True
         if gone:
             raise InputError(
-                f"The folder {folder} with the inputs is missing, empty or cannot be read; {item.name} was to be read from it.",
-                "the disk is not mounted any more, or the folder was moved or renamed",
-                "bring the folder back and run the same command again: it goes on where it stopped, nothing was quarantined for this",
+                f"The input folder {folder} is missing, empty or unreadable; {item.name} was to be read from it.",
+                "the disk is no longer mounted, or the folder was moved or renamed",
+                "restore the folder and rerun the same command: it resumes where it stopped, and nothing was quarantined",
             )

@@ -1,4 +1,4 @@
-"""Chains of per-exposure steps: their generations, the particles that they are given, and what is taken over from other generations."""
+"""Chains of per-exposure steps: their generations, their particles, and results reused from other generations."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from cryodask.vocabulary import SLOTS, VARIABLES
 
 @dataclass(frozen=True)
 class Target:
-    """Where the results of a per-exposure step belong now: key and version of the generation, and the recipe of each data set."""
+    """Where the results of a per-exposure step belong: key and version of the generation, and the recipe of each data set."""
 
     key: str
     version: Version
@@ -49,7 +49,7 @@ class Target:
 
 @dataclass
 class ChainMaker:
-    """Makes the chain of consecutive steps: opens or creates their generations, in order, and adopts each as it goes."""
+    """Builds the chain of consecutive steps: opens or creates their generations in order, and adopts each."""
 
     plan: Plan
     project: Project
@@ -90,7 +90,7 @@ class ChainMaker:
         )
 
     def concerned(self, steps: list[Step], items: list[Item]) -> list[Item]:
-        """The items that a chain works on: those of its sources, and of a selection those that it keeps."""
+        """The items that a chain processes: those of its sources, and those that a selection keeps."""
         exposures = next((s.outputs[key] for s in steps for key in (("exposures", "exposures"),) if key in s.outputs), None)
         exposures = exposures or next((p for s in steps for p in s.inputs.get("exposures", ())), None)
         if exposures is None:
@@ -99,7 +99,7 @@ class ChainMaker:
         ref = Refer(self.plan, self.project.state).product(taken or exposures)
         rows = set(exposure_rows(self.project, ref, exposures.sources).tolist())
         for step in (s for s in steps if not s.inputs and s.stage.gives_birth(s.params)):
-            # what it gave of an exposure that its file has no longer must be told that nothing is left
+            # an exposure that its file no longer lists must be recorded as empty
             rows |= set(self.project.generation(step.label).committed())
         return [i for i in items if i.row in rows]
 
@@ -128,7 +128,7 @@ class ChainMaker:
 
     @staticmethod
     def _programs(step: Step) -> dict[Program, str]:
-        # where one is missing nothing is left to compute: target() refuses anything else
+        # if a program is missing, nothing is left to compute: target() refuses anything else
         with suppress(ProgramMissingError):
             return step.stage.program_versions()
         return {}
@@ -141,7 +141,7 @@ class ChainMaker:
             recipes = self.project.state.steps[source].recipes
             return Link(source, step.stage.name, step.params, variable_sources(self.plan, step), generation.path, recipes=recipes)
         stage = stage_of(self.plan, source)
-        # a source whose movies lie where they were is read with what it was given; all others have stored what they gave
+        # a source that reads movies in place is read with its own inputs; all others have stored their outputs
         given = {} if stage.ports else dict.fromkeys((*stage.needs, *stage.optional), INPUTS)
         return Link(source, stage.name, stage.params.model_validate(generation.meta["params"]), given, generation.path)
 
@@ -149,7 +149,7 @@ class ChainMaker:
         return self.project.generation_at(pinned_place(source)) if is_pinned(source) else self.project.generation(source)
 
     def _whole(self, step: Step) -> dict[str, Stored]:
-        """Variables of maps, masks and classes that every exposure is given."""
+        """Variables of maps, masks and classes that every exposure gets."""
         refer = Refer(self.plan, self.project.state)
         out = {}
         for name in (*step.stage.needs, *step.stage.optional):
@@ -186,7 +186,7 @@ class ChainMaker:
         return generation
 
     def _needed_sizes(self, source: dict[str, str], grids: dict[str, dict[str, Grid]]) -> dict[str, dict[str, int]]:
-        """Lengths of the dimensions of what a step takes from others, by data set."""
+        """Lengths of the dimensions of a step's inputs, by data set."""
         given: dict[str, list[tuple[str, dict[str, Grid]]]] = {}
         for name, labels in source.items():
             for label in labels.split("|"):
@@ -205,7 +205,7 @@ class ChainMaker:
         return out
 
     def _grids(self, step: Step, key: str) -> dict[str, Grid]:
-        """Sizes and types of the movies of the data sets of which some are stored: in a generation, else in others of the stage."""
+        """Sizes and types of the movies by data set, from movies stored in this generation, else in others of the stage."""
         if not brings_movies(step.stage):
             return {}
         own = self.project.path / "stages" / step.stage.name / key
@@ -214,7 +214,7 @@ class ChainMaker:
         return known_grids((self.project.generation_at(f"{f.parent.name}/{f.name}") for f in found), self.items)
 
     def _misplaced(self, step: Step, generation: Generation) -> set[int]:
-        """Rows whose movie is not of the size that its data set has now, and rows that failed in a data set of another size."""
+        """Rows whose movie differs in size from its current data set, and rows that failed in a data set of another size."""
         if not brings_movies(step.stage):
             return set()
 
@@ -227,7 +227,7 @@ class ChainMaker:
         return misplaced(generation, self.items, lambda: self._grids(step, generation.key), look)
 
     def _probed(self, step: Step, known: dict[str, Grid]) -> dict[str, Grid]:
-        """Sizes and types of what a source gives, by data set: as they are known, or from the first inputs that can be read."""
+        """Sizes and types of the outputs of a source, by data set: known ones, else from the first readable inputs."""
         found = dict(known)
         failure: CryodaskError | None = None
         imported = self.imports([step]).get(step.label)
@@ -244,11 +244,11 @@ class ChainMaker:
                 continue
             self._check_gain(step, name, found[name].sizes, self._source_values(alike[name], imported))
         if not found:
-            raise failure or MovieError("There is nothing to process.", "the folder is empty", "check inputs in the project file")
+            raise failure or MovieError("There is nothing to process.", "the input folder is empty", "check inputs in the project file")
         return found
 
     def meta(self, step: Step, target: Target) -> dict[str, Any]:
-        """What a new generation of a step says of itself."""
+        """Metadata of a new generation of a step."""
         stage = step.stage
         meta: dict[str, Any] = {
             "stage": stage.name,
@@ -267,7 +267,7 @@ class ChainMaker:
         return meta
 
     def target(self, step: Step) -> Target:
-        """Where a step belongs; that of an older version where its results are current and complete, and nobody asked for an update."""
+        """Target of a step. An older version is kept if its results are current and complete and no update was requested."""
         key, version = self._key(step)
         return Target(key, version, self.keys.recipes(step, version))
 
@@ -276,7 +276,7 @@ class ChainMaker:
         if current is None or current.stage != step.stage.name or step.label in self.update:
             return self._key_here(step)
         generation = self.project.generation_at(current.place)
-        if not (generation.path / "zarr.json").exists():  # the folder was removed: it is made again
+        if not (generation.path / "zarr.json").exists():  # the folder was removed, so it is recomputed
             return self._key_here(step)
         version: Version = generation.meta["version"]
         if version == step.stage.version or self.keys.of_exposures(step, version) != current.key:
@@ -286,9 +286,9 @@ class ChainMaker:
         if missing and (here := step.stage.version_here()) != version:
             raise StoreError(
                 f"Step {step.label} was computed with version {version} of {step.stage.name}, this program has version "
-                f"{here}: {len(missing)} new exposures would be of another version than {len(done)} old ones.",
+                f"{here}: {len(missing)} new exposures would have another version than the {len(done)} old ones.",
                 "cryodask was upgraded during the session",
-                f"--update {step.label} computes all {len(self.items)} again; or go on with the version of before",
+                f"recompute all {len(self.items)} with --update {step.label}, or go back to the earlier version of cryodask",
             )
         return current.key, version
 
@@ -297,17 +297,17 @@ class ChainMaker:
         return self.keys.of_exposures(step, here), here
 
     def imports(self, steps: list[Step]) -> dict[str, Import]:
-        """What the imports among some steps say of the exposures."""
+        """The imports among some steps."""
         found = imports_of(self.project, steps)
         for one in found.values():
             if isinstance(one, PicksImport):
                 one.settle(item.name for item in self.items)
             elif isinstance(one, ProjectImport):
-                one.claims()  # its births are numbered now, so that the numbers are saved before work begins
+                one.claims()  # number its births now, so that the numbers are saved before work begins
         return found
 
     def origins(self, step: Step) -> Origins | None:
-        """What other projects gave the exposures of a step that it reads; None where it reads nothing of that kind."""
+        """Values from other projects that a step reads; None if it reads none."""
         found = origins_of(self.plan, step)
         labels = {label for _, some in found for label in some}
         if not labels:
@@ -322,7 +322,7 @@ class ChainMaker:
             yield {**constants, **sources.absolute(self.plan, item.inputs), **(imported.values(item) if imported else {})}
 
     def _check_gain(self, step: Step, data_set: str, sizes: dict[str, int], values: Iterator[dict[str, Any]]) -> None:
-        """Refuse a gain of another shape or orientation, before the first movie is corrected with it."""
+        """Refuse a gain of the wrong shape or orientation before the first movie is corrected with it."""
         if "movie" not in step.stage.gives or data_set not in self.gains:
             return
         from cryodask.formats.movies import check_gain
@@ -333,7 +333,7 @@ class ChainMaker:
 
     # --- particles ------------------------------------------------------------------------------------------------------------
     def slices(self, step: Step) -> Slices:
-        """The particles that a step is given, exposure by exposure, as the project stands now."""
+        """The particles of a step, exposure by exposure, in the current state of the project."""
         refer = Refer(self.plan, self.project.state)
         ref = refer.product(step.inputs["particles"][0])
         exposures = step.inputs.get("exposures", ())
@@ -347,9 +347,9 @@ class ChainMaker:
         return Slices.of(ids, {n: v for n, v in columns.items() if n in wanted})
 
     def take_over(self, chain: Chain, steps: list[Step], items: list[Item]) -> None:
-        """Link what other generations have computed by the same recipe, from the same exposure and particles.
+        """Link results of other generations that were made by the same recipe from the same exposure and particles.
 
-        One step after the other: what is linked of a birth is given to the steps that follow.
+        Steps are linked in order, because later steps take the linked particles of a birth.
         """
         lacking: dict[str, set[int]] = {}
         for link, step in zip(chain.links, steps):
@@ -365,9 +365,9 @@ class ChainMaker:
                 chain.expected[link.label] = self.slices(step)
 
     def known(self, step: Step, recipes: dict[str, str], generation: Generation, items: list[Item], lacking: dict[str, set[int]]) -> Known:
-        """What is there already of a step, as a run would link it.
+        """What a step has already, as a run would link it.
 
-        ``lacking`` are the rows that steps before it have yet to do, whose particles are not known; the step's own are put in.
+        ``lacking``: rows that earlier steps have not done yet, so that their particles are unknown; the step's own are added.
         """
         given = self.slices(step) if PARTICLES in variable_sources(self.plan, step).values() else None
         asked = due(items, recipes, given, self.imports([step]).get(step.label), self.origins(step))
@@ -383,7 +383,7 @@ class ChainMaker:
 
 
 def _labels(links: Iterable[Link]) -> set[str]:
-    """Steps from which some links read."""
+    """Labels of the steps that some links read."""
     return {label for link in links for source in link.source.values() for label in source.split("|")} - {INPUTS, PARTICLES}
 
 

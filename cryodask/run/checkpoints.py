@@ -1,4 +1,4 @@
-"""Checkpoints of the block runner: state and columns of an iteration in one file that appears only when it is whole on the disk."""
+"""Checkpoints of the block runner: state and columns of an iteration in one file, renamed into place once it is safely on disk."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write_checkpoint(folder: Path, state: State, columns: Columns) -> Path:
 
 
 def last_checkpoint(folder: Path) -> tuple[Path | None, State, Columns]:
-    """The last checkpoint that can be read; a damaged one is set aside."""
+    """The last readable checkpoint; damaged ones are set aside."""
     for path in sorted(folder.glob("iteration-*.npz"), reverse=True):
         try:
             return path, *read_checkpoint(path)
@@ -48,7 +48,7 @@ def read_checkpoint(path: Path) -> tuple[State, Columns]:
 
 
 def read_state(path: Path) -> State:
-    """State of a checkpoint; its columns are not read."""
+    """State of a checkpoint, without reading its columns."""
     with np.load(path) as stored:
         state: State = cloudpickle.loads(stored["plain"].tobytes())
         return state | {name.removeprefix("state/"): stored[name] for name in stored.files if name.startswith("state/")}

@@ -1,4 +1,4 @@
-"""What can be known before any work: cluster file and lanes, room on the disk, memory of the workers, what a movie says of itself."""
+"""Checks before any work: cluster file and lanes, disk space, memory of the workers, movie headers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cryodask.run.recipe import Plan, Step
 from cryodask.store.project import Arrival, Project
 
 _STORED_SHARE = 0.5
-"""A chunked movie takes at least this share of its file: counts of good TIFF files are compressed already."""
+"""A chunked movie takes at least this fraction of its file size, because well-packed TIFF files are compressed already."""
 _SUM_BYTES = 8.0
 """Two sums in float32 for each pixel of a movie."""
 _PIXEL_TOLERANCE = 0.02
@@ -27,7 +27,7 @@ _PIXEL_TOLERANCE = 0.02
 
 @dataclass(frozen=True)
 class Asked:
-    """What a command line asks for instead of what the project file says; ``lane`` only where somebody named one."""
+    """Command-line overrides of the project file; ``lane`` only if one was given."""
 
     cluster: str | None = None
     workers: int | None = None
@@ -36,7 +36,7 @@ class Asked:
 
 @dataclass
 class Ahead:
-    """What was seen: sentences, and the shape (frame, y, x) of the first movie, if it can be read."""
+    """Problems, warnings, and the shape (frame, y, x) of the first movie if it can be read."""
 
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -44,7 +44,7 @@ class Ahead:
 
 
 def look_ahead(plan: Plan, project: Project | None, listing: list[Arrival], asked: Asked | None = None) -> Ahead:
-    """Problems and warnings that the files themselves tell of; nothing is written."""
+    """Problems and warnings found in the files; nothing is written."""
     asked, out = asked or Asked(), Ahead()
     where = asked.cluster or plan.cluster
     try:
@@ -61,7 +61,7 @@ def look_ahead(plan: Plan, project: Project | None, listing: list[Arrival], aske
         stated = plan.constants.get(str(first.inputs.get("data_set", "")), {}).get("pixel_size_angstrom")
         if pixel and stated and abs(pixel / stated - 1.0) > _PIXEL_TOLERANCE:
             out.warnings.append(
-                f"{first.name} says that its pixels are {pixel:.3f} A, the project file says {stated:g} A. Check "
+                f"The header of {first.name} gives a pixel size of {pixel:.3f} A, the project file {stated:g} A. Check "
                 "microscope.pixel_size_angstrom (a super-resolution movie has half the physical pixel size)."
             )
         known = {item.content for item in project.items()} if project is not None else set()
@@ -73,21 +73,21 @@ def look_ahead(plan: Plan, project: Project | None, listing: list[Arrival], aske
 
 
 def _unknown_exposures(plan: Plan, project: Project | None, listing: list[Arrival]) -> Iterator[str]:
-    """Exposures that parameters name and that the run will not know by that name."""
+    """Exposures named in parameters that the run will not know by that name."""
     named = {step.label: step.stage.exposures_named(step.params) for step in plan.steps}
     if not any(named.values()):
         return
     known, forgotten = {a.name for a in listing}, set[str]()
     former: dict[str, str] = {}
     if project is not None:
-        after = Project(project.path)  # it shows the listing, and the other one must not
+        after = Project(project.path)  # a copy, because the listing must not be applied to the original
         if listing:
             after.foresee_exposures(listing)
         names = {item.row: item.name for item in after.items()}
         known, forgotten = set(names.values()), after.forgotten()
         former = {name: names[row] for name, row in after.former_names().items() if row in names}
     for step in plan.steps:
-        reads = step.stage.shape == "map"  # a file of its own, which may be older than the names of now
+        reads = step.stage.shape == "map"  # it reads a separate file, which may use former names
         unknown = [name for name in named[step.label] if name not in known and not (reads and name in former)]
         if not unknown or not known:
             continue
@@ -96,20 +96,20 @@ def _unknown_exposures(plan: Plan, project: Project | None, listing: list[Arriva
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         if first in forgotten:
             yield (
-                f"{step.label} names the exposure {first!r}{more}, which was forgotten: it is left out anyway. Remove the name, or "
-                "take the exposure in again with cryodask forget --undo."
+                f"{step.label} names the exposure {first!r}{more}, which was forgotten and is excluded anyway. Remove the name, or "
+                "include the exposure again with cryodask forget --undo."
             )
         elif first in former:
-            yield f"{step.label} names the exposure {first!r}{more}, which is called {former[first]!r} now. Write that name."
+            yield f"{step.label} names the exposure {first!r}{more}, which is now called {former[first]!r}. Use that name."
         else:
             yield (
-                f"{step.label} names the exposure {first!r}{more}, which the inputs do not have."
+                f"{step.label} names the exposure {first!r}{more}, which is not among the inputs."
                 + (f" Did you mean {near[0]!r}?" if near else "")
             )
 
 
 def _missing_programs(plan: Plan, project: Project | None) -> Iterator[str]:
-    """Programs that steps run and that are not here; a finished step over a set needs none any more."""
+    """Missing programs of steps; a finished step over a set no longer needs its program."""
     for step in plan.steps:
         before = project.state.steps.get(step.label) if project is not None else None
         over_set = before is not None and before.stage == step.stage.name and step.stage.shape != "map"
@@ -123,12 +123,12 @@ def _missing_programs(plan: Plan, project: Project | None) -> Iterator[str]:
 
 # --- the cluster ---------------------------------------------------------------------------------------------------------------
 def _settings(where: str) -> Settings | None:
-    """What is known of a cluster before anybody connects; None for one that others run.
+    """Settings of a cluster, before connecting; None for an external scheduler.
 
     Raises
     ------
     CryodaskError
-        Where a run would be refused, because there is no such file or name.
+        If there is no such file or name, so that a run would be refused.
     """
     if where == "local":
         return LocalSettings()
@@ -136,7 +136,7 @@ def _settings(where: str) -> Settings | None:
         return None
     if where.endswith(".invite") or service.is_name(where):
         if not service.is_known(where):
-            service.find(where)  # refuses it, as the run would
+            service.find(where)  # raises the same error as the run
         folder = folder_of(where)
         return settings_of(folder) if (folder / "settings.json").is_file() else None
     settings = read_cluster_file(where)
@@ -148,18 +148,19 @@ def _with_workers(settings: Settings, workers: int | None) -> Settings:
 
 
 def _wrong_lane(settings: Settings | None, where: str, lane: str | None) -> Iterator[str]:
-    """A scheduler with lanes counts a client of any other lane as one of its default lane, and says nothing."""
+    """Problem of an unknown lane, which the scheduler would silently treat as its default lane."""
     if settings is None or isinstance(settings, AddressSettings | PluginSettings) or lane is None or not settings.lanes:
         return
     if lane not in (*settings.lanes, settings.default_lane):
         yield (
-            f"{where} has no lane {lane!r}: the work would count as {settings.default_lane!r}. Its lanes are {', '.join(settings.lanes)}."
+            f"{where} has no lane {lane!r}: the work would be charged to {settings.default_lane!r}. "
+            f"Its lanes are {', '.join(settings.lanes)}."
         )
 
 
 # --- room ------------------------------------------------------------------------------------------------------------------------
 def _check_disk(plan: Plan, fresh: list[Arrival], shape: tuple[int, ...], problems: list[str]) -> None:
-    """Room for the movies and sums of new exposures, at the least."""
+    """Check that there is space for at least the movies and sums of new exposures."""
     steps = {s.stage.name: s for s in plan.steps}
     chunked = "ingest" in steps and getattr(steps["ingest"].params, "storage", "") == "chunked"
     movies = sum(float(a.inputs.get("size", 0)) for a in fresh) * _STORED_SHARE if chunked else 0.0
@@ -169,7 +170,7 @@ def _check_disk(plan: Plan, fresh: list[Arrival], shape: tuple[int, ...], proble
     if movies + sums > free:
         problems.append(
             f"{folder} has {free / 1e9:.1f} GB left, and the results of {len(fresh)} new exposures take at least "
-            f"{(movies + sums) / 1e9:.1f} GB. Free some room, give another `folder`, or read movies in place: "
+            f"{(movies + sums) / 1e9:.1f} GB. Free some space, set another `folder`, or read movies in place: "
             "ingest: {storage: in_place}."
         )
 
@@ -179,18 +180,18 @@ def _dims(step: Any) -> set[str]:
 
 
 def _without_gpu(plan: Plan, settings: Settings, where: str) -> Iterator[str]:
-    """Steps that need a GPU where no worker can have one."""
+    """Steps that need a GPU if no worker can have one."""
     if isinstance(settings, LocalSettings):
         there = settings.gpus > 0
     else:
         there = not isinstance(settings, SlurmSettings) or any(pool.gpus for pool in settings.pools.values())
     for step in plan.steps:
         if step.stage.resources.gpus and not there:
-            yield f"{step.label} needs a GPU, and no worker of {where} has one. Give a cluster file with gpus: N (configs/clusters)."
+            yield f"{step.label} needs a GPU, but no worker of {where} has one. Use a cluster file with gpus: N (configs/clusters)."
 
 
 def _too_large(plan: Plan, project: Project | None, movie: tuple[int, int, int] | None, settings: Settings, where: str) -> Iterator[str]:
-    """Steps that state more memory than any worker has that could take them: one item of a per-exposure stage, or one call."""
+    """Steps whose declared memory (per item of a per-exposure stage, or per call) exceeds that of every worker that could run them."""
     memory = _worker_memory(settings)
     if not memory:
         return
@@ -202,10 +203,10 @@ def _too_large(plan: Plan, project: Project | None, movie: tuple[int, int, int] 
             continue
         try:
             needed = float(step.stage.resources.memory(step.params, sizes))
-        except KeyError:  # it speaks of sizes that nobody knows yet
+        except KeyError:  # it depends on sizes that are not known yet
             continue
         if needed > max(memory.values()):
-            yield f"{step.label} needs about {_gb(needed)} {_for(step, sizes)}, and {_offered(settings, memory, where)}"
+            yield f"{step.label} needs about {_gb(needed)} {_for(step, sizes)}, but {_offered(settings, memory, where)}"
 
 
 def _for(step: Step, sizes: dict[str, int]) -> str:
@@ -218,8 +219,8 @@ def _for(step: Step, sizes: dict[str, int]) -> str:
 def _offered(settings: Settings, memory: dict[str, float], where: str) -> str:
     if isinstance(settings, SlurmSettings):
         each = ", ".join(f"{name} {_gb(has)}" for name, has in memory.items())
-        return f"no pool has workers with so much memory: {each} a worker. Give a pool of {where} more memory, or fewer processes."
-    way_out = "Take fewer workers (workers: N in the project file), or workers with more memory."
+        return f"no pool has workers with that much: {each} per worker. Give a pool of {where} more memory, or fewer processes."
+    way_out = "Use fewer workers (workers: N in the project file), or workers with more memory."
     if isinstance(settings, LocalSettings) and settings.memory:
         way_out = f"Raise memory in {where}."
     return f"each worker has {_gb(next(iter(memory.values())))}. {way_out}"
@@ -230,7 +231,7 @@ def _gb(size: float) -> str:
 
 
 def _worker_memory(settings: Settings) -> dict[str, float]:
-    """Memory limit of a worker in bytes, by pool; empty where there is none, or it is not known before workers start."""
+    """Memory limit of a worker in bytes, by pool; empty if there is none, or it is unknown before workers start."""
     if isinstance(settings, SlurmSettings):
         return {name: float(pool.worker_bytes) for name, pool in settings.pools.items()}
     has = local_memory(settings) if isinstance(settings, LocalSettings) else None

@@ -1,8 +1,8 @@
-"""Optics and gain of the data sets: those of the project file, and of sets that it lists no longer as they were.
+"""Optics and gain of the data sets: those in the project file, and those of data sets that it no longer lists.
 
-An exposure leaves a project only by ``forget``. One whose data set was taken out of ``inputs`` keeps its results, so optics and gain of
-that set are kept as well. The name of a set is a label: a set that is renamed is listed under its new name, and nothing stays of the old
-one. Where another set has taken the name of one that left, the one that left is kept under a name of its own, ``NAME~NUMBER``.
+An exposure leaves a project only by ``forget``. One whose data set was removed from ``inputs`` keeps its results, so the optics and gain
+of that data set are kept as well. The name of a data set is a label: a renamed one is listed under its new name only. If another data
+set reuses the name of a removed one, the removed one is kept as ``NAME~NUMBER``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cryodask.store.project import Arrival, Item, Project
 
 @dataclass(frozen=True)
 class DataSets:
-    """``constants``: optics and dose by data set. ``gains``: stored gain references, seen from the project. ``said``: lines for people."""
+    """``constants``: optics and dose by data set. ``gains``: paths of gain references, relative to the project. ``said``: messages."""
 
     constants: dict[str, dict[str, Any]]
     gains: dict[str, str]
@@ -28,7 +28,7 @@ class DataSets:
 
 
 def data_sets(plan: Plan, project: Project, gains: Mapping[str, str]) -> DataSets:
-    """All data sets that the project has exposures of, once the listing is known; ``gains`` are those of the project file."""
+    """All data sets of the project's exposures, once the listing is known; ``gains`` are those in the project file."""
     state = project.state
     left = sorted(name for name in project.known_data_sets() - set(plan.constants) if name in state.constants)
     counts = Counter(item.data_set for item in project.items())
@@ -41,16 +41,16 @@ def data_sets(plan: Plan, project: Project, gains: Mapping[str, str]) -> DataSet
 
 
 def keep_former(plan: Plan, project: Project, listing: Iterable[Arrival] | None, *, foresee: bool = False) -> None:
-    """Keep exposures apart whose data set left and whose name another data set has now, before a listing is registered.
+    """Before a listing is registered, rename a removed data set whose name another one now has.
 
     Parameters
     ----------
     plan : Plan
     project : Project
     listing : iterable of Arrival or None
-        All that is there; None for a session that is watched: then the patterns of the data sets say what they list.
+        All files present; None for a watched session, where the patterns of the data sets decide what they list.
     foresee : bool
-        Only this object knows of it, nothing is written.
+        Change this object only; write nothing.
     """
     if not any(name in project.state.constants for name in plan.data_sets):
         return
@@ -59,9 +59,9 @@ def keep_former(plan: Plan, project: Project, listing: Iterable[Arrival] | None,
     listed = _listed(known, patterns, listing)
     met = Counter(name for name in listed.values())
     stayed = Counter(name for row, name in listed.items() if known[row].data_set == name)
-    # a set whose files moved is the same set: most of what it lists, it listed before
+    # a data set whose files moved is the same one if most of what it lists was listed before
     other = {name for name in patterns if name in project.state.constants and 2 * stayed[name] < max(met[name], 1)}
-    # what was archived out of a folder belongs to the set that lists this folder
+    # files archived out of a folder belong to the data set that lists this folder
     apart = {r: i for r, i in known.items() if i.data_set in other and r not in listed and not patterns[i.data_set].lists(i)}
     if not apart:
         return
@@ -72,7 +72,7 @@ def keep_former(plan: Plan, project: Project, listing: Iterable[Arrival] | None,
         if name in state.gain:
             state.gain[own] = state.gain[name]
     if not foresee:
-        project.save()  # first: exposures of a set whose optics are lost could not be processed
+        project.save()  # first, because exposures of a data set without optics could not be processed
     project.rename_data_sets({row: names[item.data_set] for row, item in apart.items()}, foresee=foresee)
 
 
@@ -84,12 +84,12 @@ class _Pattern:
         self._pattern = os.path.normpath(plan.resolve(pattern)).replace("**/", "*")
 
     def lists(self, item: Item) -> bool:
-        """Whether an exposure lies, or lay, where the pattern looks."""
+        """Whether an exposure is, or was, in a place that matches the pattern."""
         return fnmatch.fnmatchcase(os.path.normpath(self._home / str(item.inputs["movie_path"])), self._pattern)
 
 
 def _listed(known: Mapping[int, Item], patterns: Mapping[str, _Pattern], listing: Iterable[Arrival] | None) -> dict[int, str]:
-    """In which data set known exposures are listed now, by row."""
+    """Data set that lists each known exposure now, by row."""
     if listing is None:
         found = {row: [name for name, pattern in patterns.items() if pattern.lists(item)] for row, item in known.items()}
         return {row: names[0] for row, names in found.items() if names}
@@ -98,7 +98,7 @@ def _listed(known: Mapping[int, Item], patterns: Mapping[str, _Pattern], listing
 
 
 def _name_of_its_own(plan: Plan, project: Project, name: str) -> str:
-    """``NAME~NUMBER``: that of a former set with the same optics and gain, else one that no set ever had."""
+    """``NAME~NUMBER``: the name of a former data set with the same optics and gain, else an unused one."""
     state = project.state
     taken = {*project.known_data_sets(), *state.constants, *plan.constants}
     number = 1
@@ -117,6 +117,6 @@ def _said(name: str, count: int) -> str:
         which = f"a former {which} (kept as {name})"
     some = "1 exposure belongs" if count == 1 else f"{count} exposures belong"
     return (
-        f"{some} to {which}, no longer in the project file: results, optics and gain stay as they were "
-        "(cryodask forget leaves exposures out)"
+        f"{some} to {which}, which is no longer in the project file: results, optics and gain stay as they were "
+        "(cryodask forget excludes exposures)"
     )

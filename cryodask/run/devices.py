@@ -1,7 +1,7 @@
-"""CPU or GPU: which workers have a device, how many of them are free, and what is made ready for a stage function on one.
+"""CPU or GPU: which workers have a device, how many are free, and the set-up of a stage function on one.
 
-A worker process with a device has the resource ``GPU=1`` and sees no other device (``cluster/slurm.py``). Results of both kinds agree to
-rounding, not in their bits.
+A worker process with a device has the resource ``GPU=1`` and sees no other device (``cluster/slurm/slurm.py``). CPU and GPU results agree
+to rounding; they are not bit-identical.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _AHEAD = 2
 
 @contextmanager
 def on_device(device: str, *, log: Path | None = None, programs: Mapping[Program, str] | None = None) -> Iterator[Context]:
-    """The context of a stage function in a worker: one thread, its device; what it left in scratch goes when it has returned.
+    """The context of a stage function in a worker: one thread, its device, a scratch folder that is removed afterwards.
 
     Raises
     ------
     ClusterError
-        Where a function failed and torch sees no GPU on a worker that was given one; it stops the run, because every item would meet it.
+        If a function failed and torch sees no GPU on a worker that has one. It stops the run, because every item would fail.
     """
     _one_thread()
     try:
@@ -42,39 +42,39 @@ def on_device(device: str, *, log: Path | None = None, programs: Mapping[Program
             raise
         raise ClusterError(
             f"A worker on {socket.gethostname()} has the resource {GPU}, but its torch sees no GPU.",
-            "torch was installed in its build for CPUs, or the driver does not fit it",
-            "install the other build in the workers' environment, or set gpus: 0 in the cluster file",
+            "the CPU-only build of torch is installed, or the GPU driver does not match it",
+            "install the CUDA build in the workers' environment, or set gpus: 0 in the cluster file",
         ) from error
 
 
 def _one_thread() -> None:
-    """Torch takes one thread, whether it is imported already or will be by a stage that uses it."""
+    """Limit torch to one thread, whether it is imported already or later by a stage."""
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
-    # while another thread imports it, it has no such attribute yet, and goes by the environment
+    # while another thread is importing torch the attribute is missing, and torch reads the environment
     limit = getattr(sys.modules.get("torch"), "set_num_threads", None)
     if limit is not None:
         limit(1)
 
 
 def with_gpus(workers: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """Of the workers, as the scheduler describes them by address, those that have a device."""
+    """Those of the workers (by address, as the scheduler describes them) that have a device."""
     return {address: worker for address, worker in workers.items() if (worker.get("resources") or {}).get(GPU)}
 
 
 def gpu_items(workers: Mapping[str, Mapping[str, Any]], running: int) -> int:
-    """How many items one run should have on GPUs or waiting for them, from what is free now.
+    """How many items a run should have running on GPUs or queued for them, from what is free now.
 
     Parameters
     ----------
     workers : mapping
-        As the scheduler describes them by address.
+        By address, as the scheduler describes them.
     running : int
-        Items of this run that run on GPUs.
+        Items of this run that are on GPUs.
 
     Notes
     -----
-    Two for each device that others leave us, so that none is idle between two items. Where others have them all, one item waits: that is
-    how a lane's share is claimed, and as it is granted the number grows.
+    Two per device that others leave free, so that none is idle between two items. If others use all of them, one item is queued: that
+    claims the lane's share, and the number grows as the share is granted.
     """
     some = with_gpus(workers).values()
     devices = sum(int(worker["resources"][GPU]) for worker in some)

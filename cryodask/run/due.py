@@ -1,4 +1,4 @@
-"""What is due of each exposure in a per-exposure step, and which of it other generations hold. A run and a dry run both ask here."""
+"""What is due for each exposure in a per-exposure step, and what other generations have of it; for runs and dry runs."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from cryodask.store.project import Item, Project
 
 
 class Said(Protocol):
-    """Something that says more of an exposure: an import, or what another project gave it before."""
+    """A further source of facts about an exposure: an import, or another project."""
 
     def digest(self, item: Item) -> str:
-        """Changes when what is said of this exposure changes."""
+        """Digest of the facts about this exposure."""
         ...
 
 
 def said_of(item: Item, *said: Said | None) -> str | None:
-    """Digest of all that is said of an exposure; None where nothing is."""
+    """Digest of all further facts about an exposure; None if there are none."""
     return "-".join(one.digest(item) for one in said if one is not None) or None
 
 
 def due(items: Iterable[Item], recipes: Mapping[str, str], given: Slices | None, *said: Said | None) -> dict[int, Made]:
-    """What the result of each item has to be made from, as the project stands now.
+    """What the result of each item must be made from, in the current state of the project.
 
     Parameters
     ----------
@@ -36,9 +36,9 @@ def due(items: Iterable[Item], recipes: Mapping[str, str], given: Slices | None,
     recipes : mapping
         The recipe of the step for each data set.
     given : Slices or None
-        The particles that the step is given; None where it takes none.
+        The particles of the step; None if it takes none.
     *said : Said or None
-        What an import says of the exposures, and what other projects gave them that the step reads.
+        Imported values of the exposures, and values from other projects that the step reads.
     """
     items = list(items)
     slices: dict[int, str] | None = given.digests(item.row for item in items) if given is not None else None
@@ -50,13 +50,13 @@ def due(items: Iterable[Item], recipes: Mapping[str, str], given: Slices | None,
 
 
 def joined(given: str, imported: str | None) -> str:
-    """Digest of the particles that an exposure brings along, and of what an import says of it."""
+    """Combined digest of the particles given with an exposure and of its imported values."""
     return f"{given}-{imported}" if imported is not None else given
 
 
 @dataclass(frozen=True)
 class Known:
-    """Rows that a generation has ``done`` or quarantined (``failed``), and what others hold of the rest, as it would be linked."""
+    """Rows that a generation has ``done`` or quarantined (``failed``), and what others have of the rest, as it would be linked."""
 
     done: set[int]
     failed: set[int]
@@ -69,7 +69,7 @@ class Known:
 
 
 def known(project: Project, generation: Generation, items: Sequence[Item], asked: Mapping[int, Made]) -> Known:
-    """What is there already of what is due: in a generation (which need not exist yet), and in others of its stage."""
+    """What exists already of what is due, in a generation (which need not exist yet) and in others of its stage."""
     done, failed = settled_in(generation.table(()), asked)
     lacking = {item.row: item for item in items if item.row in asked and item.row not in done}
     linked = []
@@ -83,7 +83,7 @@ def known(project: Project, generation: Generation, items: Sequence[Item], asked
 
 
 def _as_linked(record: Record, item: Item, here: Record | None) -> Record:
-    """The record of another generation; of two of one row that which was sent later counts, so it must not be below one that is here."""
+    """The record of another generation, numbered above the existing one: of two records of a row, the later attempt counts."""
     attempt = max(int(r.get("attempt", 0)) for r in (record, here or {}))
     return {**record, "revision": item.revision, "name": item.name, **({"attempt": attempt} if attempt else {})}
 

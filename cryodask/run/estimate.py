@@ -1,4 +1,4 @@
-"""CPU seconds that a step would take: from the project's own records, else from costs that were measured on other data."""
+"""Estimated CPU seconds of a step: from the project's own records, else from costs measured on other data."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from cryodask.store.state import StepState
 Source = Literal["records", "stage_costs"]
 
 _RECORDS = 200
-"""So many records say what an exposure takes."""
+"""Number of records that are averaged."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of one thread, and where they come from."""
+    """CPU seconds of one thread, and their source."""
 
     seconds: float
     source: Source
@@ -34,7 +34,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Estimator:
-    """Estimates for the steps of a plan. ``before``: the steps as they stand; ``movie``: shape (frame, y, x) of the first movie."""
+    """Estimates for the steps of a plan. ``before``: the current state of the steps; ``movie``: shape (frame, y, x) of the first movie."""
 
     plan: Plan
     project: Project | None
@@ -42,11 +42,11 @@ class Estimator:
     before: Mapping[str, StepState] = field(default_factory=dict)
 
     def of(self, step: Step, todo: int | None) -> Estimate | None:
-        """The estimate for so many exposures or particles; None where neither records nor costs say anything.
+        """Estimate for a number of exposures or particles; None if neither records nor costs are available.
 
         Notes
         -----
-        A step over a set records how long it ran, on however many workers there were.
+        A step over a set records its wall time, for whatever number of workers it had.
         """
         recorded = self._recorded(step, todo)
         if recorded is not None:
@@ -82,7 +82,7 @@ class Estimator:
                 return None
             load = Load(megapixels=y * x / 1e6, frames=frames, particles=particles, box=box)
         each = costs.movie_seconds(load)
-        # what a worker spends on decoding, compressing and writing grows with the movie: it counts where the movie comes in
+        # decoding, compressing and writing scale with the movie, so they are counted in the step that reads movies
         stored = each["store"] if "movie" in step.stage.gives else 0.0
         return (each[step.stage.name] + stored) * todo
 
@@ -93,7 +93,7 @@ class Estimator:
         return measured_costs().particle_seconds(step.stage.name, edge) * todo
 
     def _particles_an_exposure(self, step: Step) -> int | None:
-        """Mean number of particles in an exposure that has any, as the project has them."""
+        """Mean number of particles per exposure that has any."""
         if self.project is None or not step.inputs.get("particles"):
             return None
         try:
@@ -104,10 +104,10 @@ class Estimator:
 
 
 def _box(step: Step) -> int | None:
-    """Edge of the boxes that a step cuts, pixels of the exposure."""
+    """Box size of a step that extracts, in pixels of the exposure."""
     image = next((p.image for p in step.outputs.values() if p.image is not None), None)
     exposures = step.inputs.get("exposures", ())
-    # a box in angstrom is so many pixels only where all exposures have the same
+    # a box in angstrom has one size in pixels only if all exposures have the same pixel size
     if image is None or image.box is None or not exposures or len(exposures[0].pixel_sizes) != 1:
         return None
     return round(image.box)

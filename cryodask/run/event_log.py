@@ -1,6 +1,6 @@
 """The events of a run on disk: ``<project>/events/<run>-0001.jsonl``, checked lines; written by the driver, read from the end.
 
-Events are for people and pages. They are not waited for on the disk, and a disk that refuses them never disturbs the run.
+Events are for display. They are written without fsync, and a disk that rejects them never disturbs the run.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _FILE_BYTES = 64 << 20
 _BUFFER_SECONDS = 0.5
 _COUNT_SECONDS = 5.0
 _PATIENT = (Counted, ExposureArrived, ExposureCommitted, ExposureRetried)
-"""Events of which there may be thousands a second: they wait for one another, and are written together."""
+"""Frequent events (up to thousands per second), which are buffered and written together."""
 _TAIL_BYTES = 1 << 16
 
 
 class EventLog:
-    """Listener that appends the events of its run to files, and begins a new one where a file is full or a line was torn."""
+    """Listener that appends the events of its run to files; starts a new file when one is full or a line was torn."""
 
     def __init__(self, folder: Path, run: str, *, file_bytes: int = _FILE_BYTES) -> None:
         self._folder, self._run, self._file_bytes = folder / FOLDER, run, file_bytes
@@ -34,7 +34,7 @@ class EventLog:
         self._written = self._counted = float("-inf")
 
     def __call__(self, event: Event) -> None:
-        """Write an event, soon."""
+        """Write an event, possibly buffered."""
         now = time.monotonic()
         if isinstance(event, Counted):
             if now - self._counted < _COUNT_SECONDS:
@@ -54,7 +54,7 @@ class EventLog:
             self._write(b"".join(self._buffer))
         except OSError:
             self._lost += len(self._buffer)
-            self.close()  # what may be torn ends its file
+            self.close()  # a possibly torn line must be the last of its file
         self._buffer = []
 
     def _write(self, data: bytes) -> None:
@@ -76,7 +76,7 @@ class EventLog:
 
 
 def event_files(folder: str | Path, run: str = "") -> list[Path]:
-    """Files of events in a project, oldest first; of all runs, or of one."""
+    """Event files of a project, oldest first; of all runs, or of one."""
     try:
         names = sorted(n for n in os.listdir(Path(folder) / FOLDER) if n.endswith(".jsonl") and n.startswith(run))
     except FileNotFoundError:
@@ -85,13 +85,13 @@ def event_files(folder: str | Path, run: str = "") -> list[Path]:
 
 
 def last_run(folder: str | Path) -> str:
-    """Name of the run that began last; empty if there was none."""
+    """Name of the latest run; empty if there was none."""
     files = event_files(folder)
     return files[-1].name.rsplit("-", 1)[0] if files else ""
 
 
 def tail(folder: str | Path, count: int, run: str = "") -> list[Event]:
-    """The last ``count`` events of a project, or of one run, oldest first; only the ends of files are read."""
+    """The last ``count`` events of a project or of one run, oldest first; reads only the ends of files."""
     found: list[Event] = []
     for path in reversed(event_files(folder, run)):
         for line in _lines_from_end(path):
@@ -105,7 +105,7 @@ def tail(folder: str | Path, count: int, run: str = "") -> list[Event]:
 
 
 def _lines_from_end(path: Path) -> Iterator[bytes]:
-    """Lines of a file, last first; an end without its newline is a line as well."""
+    """Lines of a file, last first, including an unterminated last line."""
     with open(path, "rb") as file:
         end = file.seek(0, os.SEEK_END)
         rest = b""
@@ -120,9 +120,9 @@ def _lines_from_end(path: Path) -> Iterator[bytes]:
 
 
 def follow(folder: str | Path, last: int) -> Iterator[Event | None]:
-    """Events of a project's runs: the ``last`` ones of before, then each as it is written; None where there is nothing new.
+    """Yield the ``last`` earlier events of a project, then each new one as it is written; None when there is nothing new.
 
-    Ends with the end of the run that is going on, at once if none is.
+    Ends when the current run ends; at once if there is none.
     """
     read = {path: path.stat().st_size for path in event_files(folder)}
     before = tail(folder, max(last, 1))
@@ -139,7 +139,7 @@ def follow(folder: str | Path, last: int) -> Iterator[Event | None]:
 
 
 def _grown(folder: str | Path, read: dict[Path, int]) -> Iterator[Event]:
-    """Events beyond the places up to which files were ``read``, which are moved; a line whose end is not there yet waits."""
+    """Events beyond the offsets in ``read``, which are advanced; incomplete lines are left for later."""
     for path in event_files(folder):
         begin = read.get(path, 0)
         if path.stat().st_size == begin:

@@ -1,7 +1,7 @@
-"""What happens in a run, as one stream of events: progress, log file, ``status.json`` and pages are readers of it.
+"""The event stream of a run, read by the progress display, the log file, ``status.json`` and others.
 
-An event is a frozen model with ``time`` (seconds since 1970) and the ``run`` to which it belongs; its kind is the name of its class.
-The driver emits, listeners are told at once. Results never depend on an event: what counts as done is in the journals.
+An event is a frozen model with its ``time`` (seconds since 1970) and its ``run``; its kind is the name of its class. The driver emits
+events and calls listeners at once. Results never depend on events: the journals alone say what is done.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class Event(BaseModel):
     run: str
 
     def as_record(self) -> dict[str, Any]:
-        """As it is written: its fields, and its kind under ``event``."""
+        """The event as it is written: its fields, and its kind under ``event``."""
         return {"event": type(self).__name__, **self.__dict__}
 
 
 class RunStarted(Event):
-    """A run begins: what is to be done, and by which process."""
+    """A run starts: what is to be done, and by which process."""
 
     project: str
     folder: str
@@ -46,19 +46,19 @@ class RunStarted(Event):
 
 
 class Noted(Event):
-    """A sentence for whoever follows the run."""
+    """A message for people who follow the run."""
 
     text: str
 
 
 class ExposureArrived(Event):
-    """A movie is complete and was taken into the project."""
+    """A movie is complete and was added to the project."""
 
     name: str
 
 
 class StepStarted(Event):
-    """A step, or a chain of per-exposure ``steps``, begins. ``total`` exposures are concerned, ``kept`` of them done before."""
+    """A step, or a chain of per-exposure ``steps``, starts. Of ``total`` exposures, ``kept`` were done before."""
 
     step: str
     steps: list[str]
@@ -67,7 +67,7 @@ class StepStarted(Event):
 
 
 class ExposureCommitted(Event):
-    """An exposure went through all steps of a chain, and its results are safe."""
+    """An exposure has passed all steps of a chain, and its results are committed."""
 
     step: str
     row: int
@@ -75,7 +75,7 @@ class ExposureCommitted(Event):
 
 
 class ExposureQuarantined(Event):
-    """An exposure cannot be processed; the run goes on without it."""
+    """An exposure cannot be processed; the run continues without it."""
 
     step: str
     row: int
@@ -84,7 +84,7 @@ class ExposureQuarantined(Event):
 
 
 class ExposureRetried(Event):
-    """An exposure is tried again."""
+    """An exposure is retried."""
 
     step: str
     row: int
@@ -93,7 +93,7 @@ class ExposureRetried(Event):
 
 
 class Counted(Event):
-    """Every exposure of a step at this moment: seen = done + quarantined + running + waiting."""
+    """Counts of a step's exposures at this moment: seen = done + quarantined + running + waiting."""
 
     step: str
     seen: int
@@ -106,7 +106,7 @@ class Counted(Event):
 
 
 class Iteration(Event):
-    """An iteration of a step is done, or one of its ``of`` independent parts; ``figures`` are numbers worth following."""
+    """One of ``of`` iterations or independent parts of a step is done; ``figures`` are numbers of interest."""
 
     step: str
     iteration: int
@@ -115,14 +115,14 @@ class Iteration(Event):
 
 
 class Stalled(Event):
-    """Nothing moves, and why."""
+    """The run is stalled, and why."""
 
     step: str
     why: str
 
 
 class StepFinished(Event):
-    """A step is done; ``result`` says so in a sentence, which for steps over sets is the stage's own."""
+    """A step is done; ``result`` is a sentence about it, which stages over sets provide themselves."""
 
     step: str
     steps: list[str]
@@ -133,7 +133,7 @@ class StepFinished(Event):
 
 
 class RunEnded(Event):
-    """A run is over: ``state`` is "finished" or the reason in a sentence, ``status`` the exit status of the command."""
+    """A run has ended: ``state`` is "finished" or the reason in a sentence, ``status`` the exit status of the command."""
 
     state: str
     status: int
@@ -144,20 +144,20 @@ Listener = Callable[[Event], None]
 
 
 def event_of(record: dict[str, Any]) -> Event | None:
-    """The event of a record; None where this version does not know its kind."""
+    """The event of a record; None if this version does not know its kind."""
     kind = KINDS.get(record.get("event", ""))
     return kind.model_validate(record) if kind is not None else None
 
 
 def new_run_id() -> str:
-    """Name of a run: names sort by the time at which their runs began."""
+    """Name for a new run; names sort by start time."""
     return f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.urandom(3).hex()}"
 
 
 class Events:
-    """The stream of one run. Context manager: at its end everybody hears how the run ended.
+    """The event stream of one run. A context manager: on exit it emits how the run ended.
 
-    Listeners may join later (:meth:`join`) and are told what they missed. One that fails is dropped: nobody who watches may stop a run.
+    Listeners may join later (:meth:`join`) and get the events they missed. One that fails is dropped: a listener must not stop a run.
     """
 
     def __init__(self, listeners: Iterable[Listener] = ()) -> None:
@@ -167,7 +167,7 @@ class Events:
         self._ended = False
 
     def emit(self, kind: type[Event], **fields: Any) -> None:
-        """Tell all listeners. Fields are not checked here: the driver's own are right."""
+        """Call all listeners. Fields are not validated, because only the driver emits events."""
         event = kind.model_construct(time=round(time.time(), 3), run=self.run, **fields)
         if self._early is not None:
             self._early.append(event)
@@ -175,11 +175,11 @@ class Events:
             self._tell(listener, event)
 
     def say(self, text: str) -> None:
-        """A sentence."""
+        """Emit a :class:`Noted` message."""
         self.emit(Noted, text=text)
 
     def join(self, *listeners: Listener) -> None:
-        """The listeners that belong to the project's folder, as soon as this driver may write there; nobody joins after them."""
+        """Add the listeners that write into the project folder, once this driver may write there; none can join later."""
         for event in self._early or ():
             for listener in listeners:
                 self._tell(listener, event)
@@ -190,12 +190,12 @@ class Events:
         try:
             listener(event)
         except Exception:
-            LOGGER.exception("A listener of the run failed and is told nothing more.")
+            LOGGER.exception("A listener of the run failed and was dropped.")
             if listener in self._listeners:
                 self._listeners.remove(listener)
 
     def end(self, error: BaseException | None) -> None:
-        """The run is over, with an error or without; the first word counts."""
+        """Emit the end of the run, with or without an error; only the first call counts."""
         if self._ended:
             return
         self._ended = True

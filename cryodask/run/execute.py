@@ -1,4 +1,4 @@
-"""A plan, carried out: exposures registered, generations made, runners called, results committed; resumed wherever it was left."""
+"""Execution of a plan: registers exposures, makes generations, calls the runners, commits results; resumes wherever it stopped."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from cryodask.store.project import Arrival, Item, Project
 
 @dataclass
 class Execution:
-    """One run of a plan on the workers of a client; whoever makes it holds the project's lock (see session.py)."""
+    """One run of a plan on the workers of a client; the caller holds the project's lock (see session.py)."""
 
     plan: Plan
     project: Project
@@ -58,11 +58,11 @@ class Execution:
 
     # --- the whole run --------------------------------------------------------------------------------------------------------
     def run(self) -> None:
-        """Carry out the steps that are wanted."""
+        """Run the requested steps."""
         steps = self.plan.steps
         state = self.project.state
         self.update = frozenset(self.wanted.update)
-        self.wanted.count_anew(self.plan, state.again)
+        self.wanted.count_recomputations(self.plan, state.again)
         state.home = os.path.relpath(self.plan.path.parent.resolve(), self.project.path.resolve())
         state.runs += 1
         state.reorder([s.label for s in steps])
@@ -101,12 +101,12 @@ class Execution:
         self.events.emit(StepFinished, step=self.step, steps=labels, result=result, seconds=seconds, **counts)
 
     def _note_environment(self, step: Step, before: Iterable[Environment | str]) -> None:
-        """Say so, or refuse, where results are added to those of other versions."""
+        """Report, or refuse, adding to results that were computed with other versions."""
         if said := before_adding(step.label, self.project.path, before, same=self.wanted.same_environment):
             self.events.say(said)
 
     def _settle_data_sets(self) -> None:
-        """Optics and gains, and the keys that follow from them."""
+        """Set optics and gains, and the keys that follow from them."""
         stored = sources.store_gains(self.plan, self.project.path)
         found = data_sets(self.plan, self.project, {name: str(path.relative_to(self.project.path)) for name, path in stored.items()})
         state = self.project.state
@@ -117,7 +117,7 @@ class Execution:
         self.keys = Keys(self.plan, self.project, {name: path.stem for name, path in self.gains.items()})
 
     def _look(self, listing: list[Arrival], *, complete: bool) -> list[Item]:
-        """Take a listing into the registry and say what has happened to exposures; returns those that are new or changed."""
+        """Register a listing and report what has changed; returns new and changed exposures."""
         update = self.project.update_exposures(listing, complete=complete)
         if not complete:
             for item in update.new:
@@ -128,11 +128,11 @@ class Execution:
         return update.new
 
     def _register(self, arrived: list[Arrival]) -> list[Item]:
-        """Take movies that have arrived into the registry."""
+        """Register movies that have arrived."""
         return self._look(arrived, complete=False) if arrived else []
 
     def _adopt(self, step: Step, key: str, recipes: dict[str, str] | None = None) -> None:
-        """Make ``key`` the current generation of a step; what was computed from another one is no longer current."""
+        """Make ``key`` the current generation of a step; results computed from another one are no longer current."""
         again = self.project.state.adopt(step.label, Refer(self.plan, self.project.state).state_of(step, key, recipes))
         note_line(self.plan, self.project, step, key, again=again, origin=self.keys.origin(step))
         if again:
@@ -145,7 +145,7 @@ class Execution:
             finish(self._generation(step.label).path, step.label)
 
     def _drop_dependents(self, labels: list[str]) -> None:
-        """Steps over sets that rest on others which change now are not current any more; their generations stay."""
+        """Mark steps over sets that depend on changed steps as not current; their generations stay."""
         changed = set(labels)
         for step in self.plan.steps:
             if self.plan.graph.rests_on(step) & changed and step.label not in changed:
@@ -180,7 +180,7 @@ class Execution:
         if self.arrivals is not None and "movie" in steps[0].stage.gives:
             self._map_items(chain, self._live(maker, steps, chain, todo, self.arrivals), self.items)
             items = self.items
-            todo = chain.unfinished(self._register(self.arrivals.changed()))  # files that were written again meanwhile
+            todo = chain.unfinished(self._register(self.arrivals.changed()))  # files that were rewritten meanwhile
         if todo:
             self._drop_dependents([s.label for s in steps])
             self.project.save()
@@ -202,15 +202,15 @@ class Execution:
             failures = self.project.failures()
             first = str(failures[0]["message"]).splitlines()[0] if failures else "none is recorded"
             raise InputError(
-                f"Not one of {len(items)} micrographs could be processed. The first failure: {first}",
-                "an option does not fit the data (pixel size, diameter, box), or the files are of another kind",
-                "fix it and run again",
+                f"None of {len(items)} micrographs could be processed. The first failure: {first}",
+                "a parameter does not match the data (pixel size, diameter, box), or the files are of another kind",
+                "fix it and rerun",
             )
         if all(item.row in bad or all(item.row in r for r in records) for item in items):
             self._finish(*steps)
 
     def _say_what_is_left_out(self, chain: Chain, items: list[Item]) -> None:
-        """Rows of imported files whose exposures are not here; refused where that is all of them, unless they may still arrive."""
+        """Report rows of imported files without an exposure; refuse if that is all of them, unless exposures may still arrive."""
         for label, said in chain.imports.items():
             missing, whole = said.left_out(items)
             self.project.state.steps[label].left_out = missing
@@ -246,7 +246,7 @@ class Execution:
         return self.stop.asked
 
     def _live(self, maker: ChainMaker, steps: list[Step], chain: Chain, todo: list[Item], arrivals: Arrivals) -> Iterator[Item | None]:
-        """Items of a session as their files become complete, the newest first; None while there is nothing new."""
+        """Items of a watched session as their files become complete, newest first; None while there is nothing new."""
         made = self._made_before(steps) if todo else set()
         backlog = Backlog([i for i in todo if i.row not in made], [i for i in todo if i.row in made])
         data_sets = {item.data_set for item in self.items}
@@ -257,7 +257,7 @@ class Execution:
                     self._drop_dependents([link.label for link in chain.links])
                     self.project.save()
                 if fresh := {item.data_set for item in new} - data_sets:
-                    chain.grids |= maker.chain(steps).grids  # its images may have a size of their own
+                    chain.grids |= maker.chain(steps).grids  # its images may differ in size
                     data_sets |= fresh
                 backlog.add(new)
                 self.project.compact()
@@ -267,7 +267,7 @@ class Execution:
             yield item
 
     def _made_before(self, steps: list[Step]) -> set[int]:
-        """Rows of the exposures that have a result of these steps, made with whatever parameters."""
+        """Rows of the exposures that have a result of these steps, with any parameters."""
         stages = {step.stage.name for step in steps} - {"ingest"}
         folders = [path for path in generation_folders(self.project.path) if path.parent.name in stages]
         return {row for path in folders for row in Generation(path).committed()}
@@ -281,7 +281,7 @@ class Execution:
 
     # --- over a set -------------------------------------------------------------------------------------------------------------
     def _run_single(self, step: Step) -> None:
-        """A step over a set; an unfinished one whose set has grown meanwhile is finished first."""
+        """Run a step over a set; an unfinished result whose set has grown meanwhile is finished first."""
         check_choice(self.plan, self.project, step, confirmed=step.label in self.update)
         inputs = step_inputs(self.plan, self.project, step)
         version = self.keys.version_of_set(step, inputs, self.project.state.steps.get(step.label), self.update)
@@ -290,7 +290,7 @@ class Execution:
         old = frozen_ids(self.project, step, frame, key)
         if old is not None and inputs.ids is not None:
             before, ids = old
-            self.events.say(f"{step.label}: goes on with the {len(ids)} particles with which it was started; the larger set comes after")
+            self.events.say(f"{step.label}: resumes with the {len(ids)} particles it was started with; the larger set follows")
             self._compute_single(step, inputs.only(ids), before, frame, version)
         self._compute_single(step, inputs, key, frame, version)
 
@@ -312,7 +312,7 @@ class Execution:
         self._begin(step.label, [step])
         if generation.committed():
             newer = step.stage.newer(version)
-            older = f" (version {version}; --update {step.label} computes it with version {newer})" if newer is not None else ""
+            older = f" (version {version}; --update {step.label} recomputes it with version {newer})" if newer is not None else ""
             self._finish(step)
             self._end([step], f"done before{older}")
             return

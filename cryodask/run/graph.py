@@ -1,10 +1,10 @@
-"""The one resolver: the list of steps in the project file -> each step with its sources, its products, and what is wrong.
+"""The resolver: turns the list of steps in the project file into steps with their sources, products, and problems.
 
 Pure: no Dask, no disk. The rules are those of the documentation: a step works on the nearest particles above it; everything else that
-it needs is what belongs to those particles; ``from`` says otherwise. Whatever the list holds, it is never an exception but a problem.
+it needs is what belongs to those particles; ``from`` overrides this. A wrong list gives problems, never an exception.
 
-``graph_from`` reads ``from`` (rule 1), ``graph_rules`` finds what it does not say (rules 2 to 6), ``graph_checks`` compares the sources of
-a step, ``graph_facts`` derives what it gives.
+``graph_from`` reads ``from`` (rule 1), ``graph_rules`` finds all other sources (rules 2 to 6), ``graph_checks`` compares the sources of
+a step, ``graph_facts`` derives its products.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = ["Graph", "Step", "order_of", "point_group", "resolve"]
 MakeParams = Callable[[Stage, str, dict[str, Any]], Any]
 
 NOT_PARAMETERS = ("from", "live")
-"""Words of a step that its stage never sees."""
+"""Keys of a step that are not parameters of its stage."""
 
 _STEP = re.compile(r"\s*(\S+)(?:\s+as(?:\s+(.*?))?)?\s*", re.DOTALL)
 _LABEL = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
@@ -50,7 +50,7 @@ _LABEL = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 
 @dataclass(frozen=True)
 class Graph:
-    """The steps that could be resolved, and what is wrong with the pipeline. A graph with problems is not run."""
+    """The steps that could be resolved, and the problems of the pipeline. A graph with problems is not run."""
 
     steps: tuple[Step, ...]
     problems: tuple[str, ...]
@@ -69,9 +69,9 @@ class Graph:
         raise KeyError(f"no step is called {label!r}.{near(label, [s.label for s in self.steps])}")
 
     def rests_on(self, step: Step) -> frozenset[str]:
-        """Labels of the steps whose results a step reads, and on which its key depends: not of those that lie between.
+        """Labels of the steps whose results a step reads and on which its key depends; steps in between do not count.
 
-        Givers of the parts that its ports declare, of whole products, and whatever settled which particles or exposures there are.
+        These are the givers of the parts that its ports declare, of whole products, and of the set of particles or exposures.
         """
         products = {(p.type, p.ref): p for s in self.steps for p in s.outputs.values()}
         found: set[str] = set()
@@ -92,18 +92,18 @@ class Graph:
 
 
 def _settled_by(products: Mapping[tuple[str, str], Product], product: Product) -> set[str]:
-    """Labels of the steps that settled which particles (or exposures) a set holds: births, subsets, unions, copies."""
+    """Labels of the steps that determined which particles (or exposures) are in a set: births, subsets, unions, copies."""
     line = (products.get((product.type, ref)) for ref in (*product.line, product.ref))
     return {p.step for p in line if p is not None and p.ids == p.ref and p.step not in product.at}
 
 
 def _givers(refs: Iterable[str]) -> set[str]:
-    """Labels of the steps of references that follow their step: a pinned result does not change."""
+    """Labels of the steps of all references that are not pinned."""
     return labels_of(ref for ref in refs if not is_pinned(ref))
 
 
 def _united_parts(sets: Sequence[Product]) -> set[str]:
-    """Labels of the givers of the parts that a union takes from several steps, so that they become its own."""
+    """Labels of the givers of the parts that a union takes from several steps and stores itself."""
     shared = set(sets[0].parts).intersection(*(p.parts for p in sets[1:])) if sets else set()
     givers = ({p.parts[part] for p in sets} for part in shared)
     return set().union(*(_givers(g) for g in givers if len(g) > 1))
@@ -124,18 +124,18 @@ def resolve(
     entries : sequence
         The pipeline of the project file: names of stages, or mappings of one name (``STAGE`` or ``STAGE as LABEL``) to parameters.
     stages : mapping
-        By name.
+        Stages by name.
     make_params : callable ``(stage, label, values) -> parameters``
-        Raises CryodaskError; its ``what`` is the problem.
+        Raises CryodaskError, whose ``what`` becomes the problem.
     pixel_sizes : mapping
         Label of a step that brings exposures -> pixel sizes of its data sets, Angstrom.
     pinned : callable ``(step, product, key) -> product``, optional
-        What ``STEP@KEY`` means; without it the product of now, with the key in ``pins``.
+        Looks up ``STEP@KEY``; by default the current product is used, with the key in ``pins``.
 
     Returns
     -------
     Graph
-        With problems, one for each wrong step, instead of exceptions. After the first wrong source later steps are checked for names
+        With one problem per wrong step instead of exceptions. After the first wrong source, later steps are checked for names
         and parameters only, because their sources would be guesses.
     """
     if not isinstance(entries, (list, tuple)):
@@ -153,7 +153,7 @@ def resolve(
 
 
 def _labels(entries: Sequence[Any]) -> frozenset[str]:
-    """Labels of all steps, as far as they can be read."""
+    """Labels of all steps that can be parsed."""
     found = set()
     for entry in entries:
         try:
@@ -193,7 +193,7 @@ def read_entry(entry: Any) -> tuple[str, str, dict[str, Any]]:
 
 @dataclass
 class _Reading:
-    """Reads the list from above, with what the steps so far have given."""
+    """Reads the list from the top, with the products of the steps so far."""
 
     chain: Chain
     make_params: MakeParams
@@ -202,7 +202,7 @@ class _Reading:
     read: set[str] = field(default_factory=set)
 
     def add(self, entry: Any, *, resolving: bool) -> None:
-        """Read a step, and find its sources unless an earlier step was wrong."""
+        """Read a step; find its sources unless an earlier step was wrong."""
         name, label, values = read_entry(entry)
         stage = self._named(name, label)
         wanted = values.get("from")
@@ -218,12 +218,12 @@ class _Reading:
         self.chain.add(Step(label, stage, params, draft.inputs, frozenset(draft.implicit), made, draft.pins))
 
     def _named(self, name: str, label: str) -> Stage:
-        """The stage of a step; its label must be good, and its own."""
+        """The stage of a step; checks that its label is valid and unique."""
         stages = self.chain.stages
         if name not in stages:
             raise WrongStep(
-                f"There is no stage {shown(name)}.{near(name, stages)} `cryodask stages` lists them; "
-                f"a stage of another package needs that package installed.{OTHERS.hint(name)}"
+                f"There is no stage {shown(name)}.{near(name, stages)} List them with `cryodask stages`; "
+                f"a stage of another package needs that package to be installed.{OTHERS.hint(name)}"
             )
         if not _LABEL.fullmatch(label):
             raise WrongStep(
@@ -231,7 +231,7 @@ class _Reading:
             )
         own = name.rpartition(".")[2]
         if label != own and (label == "inputs" or label in stages or label in {s.rpartition(".")[2] for s in stages}):
-            taken = "is a word of the project file" if label == "inputs" else "has the name of a stage"
+            taken = "is a reserved word of the project file" if label == "inputs" else "has the name of a stage"
             raise WrongStep(f"Step {label!r} {taken}. Choose another one after `as`.")
         if label in self.read:
             raise WrongStep(f"Two steps are called {label!r}. Name one of them:  - {name} as {label}2: {{...}}")
@@ -251,7 +251,7 @@ class _Reading:
             raise WrongStep(error.what) from error
 
     def _fill(self, draft: Draft, wanted: Any) -> None:
-        """Sources that ``from`` names, then those that the rules find, the particles first: the others belong to them."""
+        """Fill in the sources named by ``from``, then those that the rules find; particles first, because the others depend on them."""
         explicit = read_from(self.chain, draft, wanted, self.labels)
         ports = sorted(draft.stage.ports, key=lambda p: FILLED_FIRST.index(p.type) if p.type in FILLED_FIRST else len(FILLED_FIRST))
         for port in ports:
@@ -283,7 +283,7 @@ class _Reading:
             raise WrongStep(f"{draft.label}: from.{port.name}: {problem}") from problem
 
     def _beside_pinned(self, draft: Draft, port: Port, product: Product) -> Product:
-        """What a rule found, as it was when the step's particles (or, without any, its map) were made, where these are pinned."""
+        """What a rule found, as it was when the pinned particles (or, without any, the map) of the step were made."""
         main = draft.main("particles") or draft.main("map")
         try:
             return self.chain.beside_pinned(product, main.at) if main is not None else product
@@ -292,12 +292,12 @@ class _Reading:
 
 
 def _key_of(product: Product) -> str:
-    """Key of an earlier result that a rule took; "" where a step is meant as it is now."""
+    """Key of an earlier result that a rule took; "" for the current result of a step."""
     return product.at.get(product.step, "").partition("/")[2] if product.pinned else ""
 
 
 def _outputs(stage: Stage, label: str, params: Any) -> tuple[Output, ...]:
-    """What a step gives; that of an import follows from its file."""
+    """Outputs of a step; those of an import follow from its file."""
     try:
         return tuple(stage.outputs(params))
     except CryodaskError as error:

@@ -1,4 +1,4 @@
-"""What the rules of the graph share: a step with its sources, the chain of the steps so far, and the words of the messages."""
+"""Shared by the rules of the graph: steps with their sources, the chain of steps so far, and phrases of the messages."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ FIRST_CHOICE = {
     "map.half_maps": "refine3d",
     "map.fsc": "refine3d",
 }
-"""Part -> the stage that is advised first where several give it; one that is not installed is never named."""
+"""Part -> the stage to suggest first if several give it; stages that are not installed are never suggested."""
 
 
 class WrongStep(Exception):
-    """What is wrong with a step: the text of a problem."""
+    """A problem of a step."""
 
 
 @dataclass(frozen=True)
 class Step:
     """A step of the pipeline with its sources.
 
-    ``inputs``: by port. ``implicit``: ports that a rule filled, not ``from``. ``outputs``: by (name, type). ``pins``: for each port of
-    ``inputs`` the keys that ``STEP@KEY`` gave, one per source; "" where none was given.
+    ``inputs``: products by port. ``implicit``: ports filled by a rule rather than ``from``. ``outputs``: products by (name, type).
+    ``pins``: for each port of ``inputs`` the keys given as ``STEP@KEY``, one per source; "" if none was given.
     """
 
     label: str
@@ -60,7 +60,7 @@ class Step:
     pins: dict[str, tuple[str, ...]]
 
     def given(self, type_: str) -> list[Product]:
-        """Its products of a type; the one that carries the name of the type, and so stands for the step, first."""
+        """Its products of a type; first the one named after the type, which represents the step."""
         found = [p for (_, kind), p in self.outputs.items() if kind == type_]
         return sorted(found, key=lambda p: p.output != type_)
 
@@ -84,14 +84,14 @@ class Draft:
 
 
 Pinned = Callable[[Step, Product, str], Product]
-"""(step, its product as the list gives it, key or place of an earlier result) -> that product as it was; raises WrongStep."""
+"""(step, its current product, key or place of an earlier result) -> that product as it was; raises WrongStep."""
 
 
 @dataclass
 class Chain:
-    """What the steps so far have given, in the order of the list.
+    """The products of the steps so far, in the order of the list.
 
-    ``beside``: maps that a warning has named already. ``pinned`` looks up earlier results; without it all are taken as they are now.
+    ``beside``: maps that a warning has named already. ``pinned`` looks up earlier results; without it current results are used.
     """
 
     stages: Mapping[str, Stage]
@@ -103,13 +103,13 @@ class Chain:
     pinned: Pinned | None = None
 
     def add(self, step: Step) -> None:
-        """Append a step whose sources were found."""
+        """Append a step whose sources are known."""
         self.steps.append(step)
         self.by_label[step.label] = step
         self.products |= {(p.type, p.ref): p for p in step.outputs.values()}
 
     def given(self, type_: str) -> list[Product]:
-        """Products of a type, those of the nearest step first."""
+        """Products of a type, nearest step first."""
         return [p for step in reversed(self.steps) for p in step.given(type_)]
 
     def giver(self, product: Product) -> Step:
@@ -122,12 +122,12 @@ class Chain:
         Raises
         ------
         WrongStep
-            Where there is none, or what it rests on is gone.
+            If there is none, or something that it depends on is gone.
         """
         return product if self.pinned is None else self.pinned(self.giver(product), product, key)
 
     def beside_pinned(self, product: Product, at: Mapping[str, str]) -> Product:
-        """A product as it belongs to what is pinned: that of the same time, where its step is among those ``at`` places."""
+        """The product that belongs to a pinned one: that of the same time, if its step is in ``at``."""
         return product if product.pinned or product.step not in at else self.as_it_was(product, at[product.step])
 
 
@@ -137,17 +137,17 @@ def label_of(ref: str) -> str:
 
 
 def is_pinned(ref: str) -> bool:
-    """Whether a reference says the exact place (``LABEL@STAGE/KEY``), so that it does not follow the step."""
+    """Whether a reference is an exact place (``LABEL@STAGE/KEY``) that does not follow the step."""
     return "@" in ref
 
 
 def of_the_same_time(product: Product, at: Mapping[str, str]) -> bool:
-    """Whether a product was made from what ``at`` places, as far as it rests on these steps at all."""
+    """Whether a product was made from the results in ``at``, as far as it depends on these steps at all."""
     return all(product.at.get(label) == at[label] for label in labels_of(product.behind) | {product.step} if label in at)
 
 
 def as_now(products: Iterable[Product]) -> list[Product]:
-    """The same without what is there twice, as it was and as it is now: as it is now it counts."""
+    """Drop earlier results of products whose current result is present as well."""
     found = list(products)
     now = {p.ref for p in found if not p.pinned}
     return [p for p in found if not p.pinned or p.ref not in now]
@@ -159,7 +159,7 @@ def labels_of(refs: Iterable[str]) -> set[str]:
 
 
 def main_port(stage: Stage, type_: str) -> Port | None:
-    """The port for the product of a type that the stage works on: the one that is named after it, else the one with a default."""
+    """The port for the product of a type that the stage works on: the one named after the type, else the one with a default."""
     named = stage.port(type_)
     if named is not None and named.type == type_ and not named.many:
         return named
@@ -167,14 +167,14 @@ def main_port(stage: Stage, type_: str) -> Port | None:
 
 
 def replaced(port: Port, params: Any) -> bool:
-    """Whether a parameter takes the place of an input (``refine3d: {reference: FILE}``)."""
+    """Whether a parameter replaces an input (``refine3d: {reference: FILE}``)."""
     return port.unless is not None and _is_set(params, port.unless)
 
 
 def used_parts(port: Port, params: Any) -> tuple[str, ...]:
-    """Parts that a port reads: those that must be there, and those that are read where they are there.
+    """Parts that a port reads: the required ones, and those that are read if present.
 
-    ``also_if`` names the parameter without which the latter are not read: one for all of them, or part -> parameter.
+    ``also_if`` names the parameter without which the latter are not read: one for all, or part -> parameter.
     """
     needed: Any = port.also_if
     if needed is None:
@@ -189,7 +189,7 @@ def _is_set(params: Any, name: str) -> bool:
 
 
 def uses_poses(stage: Stage, params: Any, particles: Product) -> bool:
-    """Whether a step reads the poses of its particles as those against a map; a selection by a column, or a new cut, does not."""
+    """Whether a step uses the poses of its particles relative to a map; selecting by a column or extracting does not."""
     port = main_port(stage, "particles")
     if port is None:
         return False
@@ -198,12 +198,12 @@ def uses_poses(stage: Stage, params: Any, particles: Product) -> bool:
 
 
 def map_ports(stage: Stage) -> list[Port]:
-    """Ports whose maps lie in the frame of the poses: all but the map ``to`` whose frame a step goes."""
+    """Ports whose maps are in the frame of the poses: all but ``to``, the map into whose frame a step transforms."""
     return [p for p in stage.ports if p.type == "map" and p.name != "to"]
 
 
 def default_outputs(stage: Stage) -> tuple[Output, ...]:
-    """What a stage gives when nothing is said; empty where that depends on a parameter without a default."""
+    """Outputs of a stage with default parameters; empty if they depend on a required parameter."""
     try:
         return tuple(stage.outputs(stage.params.model_construct()))
     except (CryodaskError, AttributeError, KeyError, OSError, TypeError, ValueError):
@@ -211,7 +211,7 @@ def default_outputs(stage: Stage) -> tuple[Output, ...]:
 
 
 def stages_that_give(stages: Mapping[str, Stage], type_: str, part: str = "") -> list[str]:
-    """Names of the stages that give a part of a product, or a new product; those of other programs and packages last."""
+    """Names of the stages that give a part of a product, or a new product; external and third-party ones last."""
     found = []
     for name, stage in stages.items():
         outputs = [o for o in default_outputs(stage) if o.type == type_]
@@ -226,7 +226,7 @@ def stages_that_give(stages: Mapping[str, Stage], type_: str, part: str = "") ->
 
 
 def _extends(stage: Stage, out: Output) -> bool:
-    """Whether an output is a product that the stage takes, with more to it."""
+    """Whether an output extends a product that the stage takes."""
     port = stage.port(out.on) if out.on is not None else None
     return port is not None and port.type == out.type
 
@@ -263,20 +263,20 @@ def near(word: Any, words: Iterable[str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value from the project file, short."""
+    """A value from the project file, abbreviated."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def written(value: Any) -> str:
-    """A source as it stands in the project file."""
+    """A source as written in the project file."""
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(written(v) for v in value)}]" if len(value) < 20 else shown(value)
     return value if isinstance(value, str) and len(value) < 60 else shown(value)
 
 
 def who_gives(chain: Chain, draft: Draft, type_: str) -> str:
-    """`` Maps come from refine3d.``, or the stages that would give one."""
+    """`` Maps come from refine3d.``, or the stages that could give one."""
     givers = [s.label for s in chain.steps if s.given(type_)]
     if givers:
         return f" {several(type_).capitalize()} come from {listed(givers[-6:])}."

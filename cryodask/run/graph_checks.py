@@ -1,4 +1,4 @@
-"""What types and columns do not tell: whether the sources of a step fit each other. And what a plan warns of."""
+"""Checks beyond types and columns: whether the sources of a step are consistent; and warnings of a plan."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from cryodask.stage import Output, Port
 
 
 def lacking(draft: Draft, port: Port, product: Product) -> str | None:
-    """The first part that a port needs and a product does not have. A part of the particles serves for that of their exposures."""
+    """The first part that a port needs and a product lacks. A part of the particles can stand in for that of their exposures."""
     particles = draft.main("particles")
     for part in port.parts:
         of_particles = product.type == "exposures" and particles is not None and part in PARTS["particles"] and part in particles.parts
@@ -39,30 +39,30 @@ def lacking(draft: Draft, port: Port, product: Product) -> str | None:
 
 
 def of_another_table(draft: Draft, port: Port, product: Product) -> bool:
-    """Whether the exposures stand for the rows of another import's table: particles that are imported beside them are not theirs."""
+    """Whether the exposures come from the table of another import, so that the imported particles do not belong to them."""
     born_here = draft.stage.port("particles") is None and draft.stage.gives_birth(draft.params)
     return born_here and port.type == "exposures" and not {"frames", "micrograph"} & set(product.parts)
 
 
 def check_input(chain: Chain, draft: Draft, port: Port, product: Product) -> None:
-    """Refuse a product that lacks a part, or is not of the kind that the port takes."""
+    """Refuse a product that lacks a part or is of a kind that the port does not take."""
     part = lacking(draft, port, product)
     if part is not None:
         raise _without_part(chain, draft, port, product, part)
     if product.type == "particles" and product.copies > 1 and not port.copies:
         raise WrongStep(
-            f"{draft.label} takes each particle once, and {product.ref} holds {product.copies} symmetry copies of each. "
+            f"{draft.label} takes each particle once, but {product.ref} holds {product.copies} symmetry copies of each. "
             "Add  - contract  before it, or take the set before the expansion."
         )
     if product.type == "particles" and product.subtracted and "image" in port.parts and not port.subtracted:
         raise WrongStep(
-            f"{draft.label} needs whole images; signal was subtracted from those of {product.ref}. "
+            f"{draft.label} needs unsubtracted images, but signal was subtracted from those of {product.ref}. "
             f"Take the particles from before {product.subtracted}, or extract them again."
         )
     if product.type == "particles" and len(product.pose_frames) > 1 and "pose" in port.parts:
         align = "Bring them into one frame with align_maps before they are united, or refine" if "align_maps" in chain.stages else "Refine"
         frames = listed(sorted(product.pose_frames))
-        raise WrongStep(f"{draft.label}: the poses of {product.ref} refer to {frames}: they do not overlay. {align} the set first.")
+        raise WrongStep(f"{draft.label}: the poses of {product.ref} refer to {frames}, which do not overlay. {align} the set first.")
     if product.type == "weights" and None not in (draft.stage.purpose, product.purpose) and product.purpose != draft.stage.purpose:
         raise wrong_purpose(chain, draft, product)
 
@@ -75,13 +75,13 @@ def _without_part(chain: Chain, draft: Draft, port: Port, product: Product, part
         if part in ("half_maps", "fsc"):
             way = f" {listed(stages[:3])} give them." if len(stages) > 1 else f" {stages[0]} gives them." if stages else ""
         else:
-            way = " Take the map before it."
+            way = " Use the map before it."
         return WrongStep(f"{draft.label} needs the {part.replace('_', '-')} of a map {what}; {product.ref} has none.{way}")
     givers = [s.label for s in chain.steps if any(part in p.parts and p.parts[part] == p.ref for p in s.given(product.type))]
     if givers:
         return WrongStep(
             f"{draft.label} needs {part} {what}; the {product.type} of {product.ref} do not have it. {listed(givers)} "
-            f"{'gives' if len(givers) == 1 else 'give'} it on another branch or too late: say from: {{{port.name}: {givers[-1]}}}, "
+            f"{'gives' if len(givers) == 1 else 'give'} it on another branch or too late: write from: {{{port.name}: {givers[-1]}}}, "
             f"or move it before {product.ref}."
         )
     first = FIRST_CHOICE.get(f"{product.type}.{part}")
@@ -94,7 +94,7 @@ def _without_part(chain: Chain, draft: Draft, port: Port, product: Product, part
 
 
 def check_step(chain: Chain, draft: Draft, outputs: Sequence[Output]) -> None:
-    """Refuse sources that do not fit each other, then ask the stage's own check."""
+    """Refuse inconsistent sources, then call the stage's own check."""
     _check_movies_come_once(chain, draft)
     _check_frames_of_poses(chain, draft)
     _check_frame_of_mask(chain, draft)
@@ -134,14 +134,14 @@ def _check_chosen_classes(chain: Chain, draft: Draft) -> None:
 
 
 def _check_movies_come_once(chain: Chain, draft: Draft) -> None:
-    """All movies of `inputs` come in by one step."""
+    """Only one step may read the movies of `inputs`."""
     first = next((s for s in chain.steps if s.stage is draft.stage), None)
     if first is not None and not draft.stage.ports and "movie" in draft.stage.gives:
-        raise WrongStep(f"{draft.label}: all movies of inputs come in by {first.label} already. Remove this step.")
+        raise WrongStep(f"{draft.label}: {first.label} already reads all movies of inputs. Remove this step.")
 
 
 def _check_frames_of_poses(chain: Chain, draft: Draft) -> None:
-    """Poses and map, and the poses of two sets that are compared, must refer to one frame."""
+    """Poses and map, and the poses of two compared sets, must refer to one frame."""
     particles = draft.main("particles")
     if particles is None or not uses_poses(draft.stage, draft.params, particles) or not particles.pose_frames:
         return
@@ -152,7 +152,9 @@ def _check_frames_of_poses(chain: Chain, draft: Draft) -> None:
         if particles.pose_frames == {m.frame}:
             continue
         if not any(map(is_unknown, (str(m.frame), *particles.pose_frames))):
-            raise WrongStep(f"{text}: they do not overlay. Take both from one refinement, or refine {particles.ref} against {m.ref} first.")
+            raise WrongStep(
+                f"{text}, which do not overlay. Take both from one refinement, or refine {particles.ref} against {m.ref} first."
+            )
         chain.warnings.append(
             f"{text}: whether they overlay is checked on the first particles. "
             f"Give import_map: {{frame_of: {particles.parts.get('pose', particles.ref)}}} where they come from one refinement."
@@ -179,32 +181,34 @@ def _other_posed_sets(draft: Draft) -> Iterator[Product]:
 
 
 def _check_frame_of_mask(chain: Chain, draft: Draft) -> None:
-    """A mask must lie on the map of the step."""
+    """A mask must be in the frame of the step's map."""
     base = draft.main("map")
     for port in draft.stage.ports:
         for mask in draft.inputs.get(port.name, ()) if port.type == "mask" and base is not None else ():
             if base is None or mask.frame == base.frame or mask.frame is None or base.frame is None:
                 continue
             made_on = f"was made on the map of {mask.frame}"
-            text = f"{draft.label}: the mask of {mask.ref} {made_on}, and {base.ref} lies in the frame of {base.frame}."
+            text = f"{draft.label}: the mask of {mask.ref} {made_on}, but {base.ref} is in the frame of {base.frame}."
             if not is_unknown(mask.frame) and not is_unknown(base.frame):
-                raise WrongStep(f"{text} Make a mask of {base.ref}.")
+                raise WrongStep(f"{text} Make a mask from {base.ref}.")
             chain.warnings.append(f"{text} Whether they overlay is checked when the step starts.")
 
 
 def _check_frame_of_model(draft: Draft, outputs: Sequence[Output]) -> None:
-    """A model must lie in the map of the step, except where it is brought there."""
+    """A model must be in the frame of the step's map, except in a step that docks it."""
     base = draft.main("map")
     if base is None or any(o.type == "model" for o in outputs):
         return
     for port in draft.stage.ports:
         for model in draft.inputs.get(port.name, ()) if port.type == "model" else ():
             if model.frame != base.frame:
-                raise WrongStep(f"{draft.label}: the model of {model.ref} does not lie in the map of {base.ref}. Add  - dock  before it.")
+                raise WrongStep(
+                    f"{draft.label}: the model of {model.ref} is not in the frame of the map of {base.ref}. Add  - dock  before it."
+                )
 
 
 def _check_exposures_of_particles(draft: Draft) -> None:
-    """Particles are looked up in the exposures where they were picked."""
+    """Particles must come from the exposures in which they were picked."""
     exposures, particles = draft.main("exposures"), draft.main("particles")
     if exposures is not None and particles is not None and not exposures.sources & particles.sources:
         raise WrongStep(
@@ -214,28 +218,30 @@ def _check_exposures_of_particles(draft: Draft) -> None:
 
 
 def _check_union(chain: Chain, draft: Draft, outputs: Sequence[Output]) -> None:
-    """Sets that are united must be alike: copies, images, and the values of the exposures that they share."""
+    """Merged sets must agree in copies, images, and the values of shared exposures."""
     lists = [p.name for p in draft.stage.ports if p.many and p.type == "particles" and any(o.on == p.name for o in outputs)]
     for name in lists:
         sets = draft.inputs.get(name, ())
         refs = listed(p.ref for p in sets)
         if len({p.copies for p in sets}) > 1:
-            raise WrongStep(f"{draft.label}: {refs} cannot be united: one holds symmetry copies, the other does not. Contract first.")
+            raise WrongStep(f"{draft.label}: {refs} cannot be merged: one holds symmetry copies, the other does not. Contract first.")
         if len({p.subtracted for p in sets}) > 1:
             raise WrongStep(
-                f"{draft.label}: {refs} cannot be united: the images are not alike, because signal was subtracted from some only. "
-                "Take the sets from before the subtraction, or subtract from the united set."
+                f"{draft.label}: {refs} cannot be merged, because signal was subtracted from the images of some only. "
+                "Take the sets from before the subtraction, or subtract from the merged set."
             )
         if any(a.image and b.image and not a.image.is_like(b.image) for a, b in combinations(sets, 2)):
             known = listed(_images(p) for p in sets if p.image is not None)
-            raise WrongStep(f"{draft.label}: the images differ: {known}. Merge before extraction, or extract alike.")
+            raise WrongStep(
+                f"{draft.label}: the images differ: {known}. Merge before extraction, or extract both with the same parameters."
+            )
         apart = values_apart(as_now([p.exposures for p in sets if p.exposures is not None]))
         if apart and draft.main("exposures") is None:
             where = sorted({p.exposures.ref for p in sets if p.exposures is not None})
             values = listed(f"{part} by {listed(sorted(givers))}" for part, givers in sorted(apart.items()))
             raise WrongStep(
                 f"{draft.label}: the sources hold different values for the same exposures ({values}). "
-                f"Say which count: from: {{exposures: {where[0]}}}."
+                f"Choose one: from: {{exposures: {where[0]}}}."
             )
         _check_images(chain, draft, sets)
         frames = sorted(frozenset[str]().union(*(p.pose_frames for p in sets)))
@@ -246,7 +252,7 @@ def _check_union(chain: Chain, draft: Draft, outputs: Sequence[Output]) -> None:
 
 
 def _check_images(chain: Chain, draft: Draft, sets: Sequence[Product]) -> None:
-    """Two cuts of the same particles have two images of each. Where selections stand between, only a run knows whether they share any."""
+    """Two extractions of the same particles give two images of each. After selections, only a run knows whether particles are shared."""
     if getattr(draft.params, "prefer", "") is not None:
         return
     for a, b in combinations(sets, 2):
@@ -256,18 +262,18 @@ def _check_images(chain: Chain, draft: Draft, sets: Sequence[Product]) -> None:
         first, second = (chain.by_label[label_of(ref)] for ref in (x, y))
         if (first.stage, first.params) != (second.stage, second.params):
             raise WrongStep(
-                f"{draft.label}: {a.ref} and {b.ref} have different images of the same particles, cut by {x} and by {y}. "
-                f"Say which count: {draft.stage.name}: {{prefer: {a.name}}} or {{prefer: {b.name}}}."
+                f"{draft.label}: {a.ref} and {b.ref} have different images of the same particles, extracted by {x} and by {y}. "
+                f"Choose one: {draft.stage.name}: {{prefer: {a.name}}} or {{prefer: {b.name}}}."
             )
 
 
 def _share_particles(chain: Chain, a: Product, b: Product) -> bool:
-    """Whether one set is a cut of a set behind the other: a cut leaves out only what lies at a border."""
+    """Whether one set was extracted from an ancestor of the other; extraction only drops particles at the border."""
     return any(_before(chain, one, cuts=True)[-1] in _before(chain, other, cuts=False) for one, other in ((a, b), (b, a)))
 
 
 def _before(chain: Chain, product: Product, *, cuts: bool) -> list[str]:
-    """References of a set and of those from which it was taken, one from one; ``cuts``: as long as it was only cut, not selected."""
+    """References of a set and its single-parent ancestors; with ``cuts``, only as far as it was extracted and not selected."""
     found = [product.ref]
     while not product.pinned:
         giver = chain.by_label[product.step]
@@ -289,7 +295,7 @@ def _images(product: Product) -> str:
 
 
 def values_apart(sets: Sequence[Product]) -> dict[str, set[str]]:
-    """Parts of exposures for which two branches hold different values of the same exposures, with their givers."""
+    """Parts for which two branches have different values of the same exposures, with their givers."""
     apart: dict[str, set[str]] = {}
     for a, b in combinations(sets, 2):
         in_line = (a.ref in b.line | {b.ref} or b.ref in a.line) and a.at == b.at
@@ -305,7 +311,7 @@ def values_apart(sets: Sequence[Product]) -> dict[str, set[str]]:
 
 
 def unused(chain: Chain) -> Iterator[str]:
-    """Rule 9: a birth, a selection, exposures, a mask or a first map that nothing uses, although a later step takes others of its type."""
+    """Rule 9: a birth, selection, exposures, mask or first map that nothing uses although a later step takes another of its type."""
     for place, step in enumerate(chain.steps):
         later = chain.steps[place + 1 :]
         taken = {(p.type, p.ref) for t in later for products in t.inputs.values() for p in products}
@@ -318,8 +324,8 @@ def unused(chain: Chain) -> Iterator[str]:
             if found is not None:
                 t, port, p = found
                 yield (
-                    f"Nothing takes the {type_} of {step.label}: {t.label} takes {'those' if type_ in COLLECTIONS else 'that'} of {p.ref}. "
-                    f"Say from: {{{port}: {step.label}}} if {'they were' if type_ in COLLECTIONS else 'it was'} meant."
+                    f"Nothing uses the {type_} of {step.label}: {t.label} uses {'those' if type_ in COLLECTIONS else 'that'} of {p.ref}. "
+                    f"Write from: {{{port}: {step.label}}} if you meant {'these' if type_ in COLLECTIONS else 'this one'}."
                 )
 
 

@@ -1,4 +1,4 @@
-"""What a step gives: its products with their parts and facts, from what it took."""
+"""The products of a step with their parts and facts, derived from its inputs."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from cryodask.run.graph_chain import Chain, Draft, WrongStep, as_now, label_of, 
 from cryodask.stage import Output
 
 _ORDER = {"exposures": 0, "map": 1, "particles": 2}
-"""Particles are made after what their facts come from."""
+"""Order of derivation: particles after the products that their facts come from."""
 
 
 def give(
     chain: Chain, draft: Draft, declared: Sequence[Output], pixel_sizes: Mapping[str, frozenset[float]]
 ) -> dict[tuple[str, str], Product]:
-    """Products of a step by (output, type), in the order in which they are declared."""
+    """Products of a step by (output, type), in the order of declaration."""
     outputs = [o for o in declared if _is_given(draft, o)]
     made: dict[tuple[str, str], Product] = {}
     union = _exposures_of_union(chain, draft, outputs)
@@ -37,7 +37,7 @@ def give(
 
 
 def _is_given(draft: Draft, out: Output) -> bool:
-    """An output on an optional input is there only if the input is; exposures of an import only if it was not given some."""
+    """Whether an output exists: one on an optional input needs that input; exposures of an import only if it was given none."""
     if out.on is not None:
         return bool(draft.inputs.get(out.on))
     return out.type != "exposures" or draft.main("exposures") is None
@@ -48,14 +48,14 @@ def _base(draft: Draft, out: Output) -> tuple[Product, ...]:
 
 
 def _partition_of(draft: Draft, out: Output, made: Mapping[tuple[str, str], Product]) -> Product | None:
-    """For one class of particles: the set of all classes that the same step gives."""
+    """For a single class of particles: the set of all classes from the same step."""
     if out.type != "particles" or not out.subset:
         return None
     return next((p for (_, t), p in made.items() if t == "particles" and p.partition and p.step == draft.label), None)
 
 
 def _bare(chain: Chain, draft: Draft, out: Output, made: Mapping[tuple[str, str], Product]) -> Product:
-    """A product with its parts and its place on the chain."""
+    """A product with its parts and its position in the chain."""
     ref = draft.label if out.name == out.type else f"{draft.label}.{out.name}"
     taken = [p for products in draft.inputs.values() for p in products]
     behind = frozenset[str]().union(*(p.behind | {p.ref} for p in taken)) if taken else frozenset()
@@ -77,9 +77,9 @@ def _bare(chain: Chain, draft: Draft, out: Output, made: Mapping[tuple[str, str]
 
 
 def _places_of(products: Sequence[Product]) -> dict[str, str]:
-    """Places of what stands pinned behind some products; where two differ, as it is behind the first.
+    """Places of all pinned ancestors of some products; where two differ, that of the first product.
 
-    What stands behind the first as it is now, is meant as it is now.
+    Ancestors that the first product uses in their current state are not pinned.
     """
     out: dict[str, str] = {}
     for product in reversed(products):
@@ -89,7 +89,7 @@ def _places_of(products: Sequence[Product]) -> dict[str, str]:
 
 
 def _by_preference(draft: Draft, base: Sequence[Product]) -> list[Product]:
-    """Sets that are united, the preferred one first."""
+    """Merged sets, preferred one first."""
     prefer = getattr(draft.params, "prefer", None)
     first = place_named(prefer, [p.name for p in base]) if prefer is not None else None
     return [base[i] for i in sorted(range(len(base)), key=lambda i: i != first)]
@@ -101,14 +101,14 @@ def _on_a_list(draft: Draft, out: Output) -> bool:
 
 
 def _inherited_parts(chain: Chain, base: Sequence[Product], out: Output, ref: str) -> dict[str, str]:
-    """Parts of what an output extends; of several sets those that all of them have; of copies those that do not belong to a copy."""
+    """Parts inherited from what an output extends: the common ones of several sets; for copies, those that do not belong to a copy."""
     if out.copies == "contract":
         return _parts_without_copies(chain, base, ref)
     return _common_parts(base, ref)
 
 
 def _common_parts(base: Sequence[Product], ref: str) -> dict[str, str]:
-    """Parts that all sets have; one that several steps gave is the union's own."""
+    """Parts that all sets have; a part given by several steps becomes the union's own."""
     if not base:
         return {}
     common = [part for part in base[0].parts if all(part in b.parts for b in base)]
@@ -116,12 +116,12 @@ def _common_parts(base: Sequence[Product], ref: str) -> dict[str, str]:
 
 
 def _parts_without_copies(chain: Chain, base: Sequence[Product], ref: str) -> dict[str, str]:
-    """Parts as they were before the expansion: what was computed for copies (subtracted images, classes) does not hold for the parent."""
+    """Parts from before the expansion: what was computed for copies (subtracted images, classes) does not hold for the parent."""
     return _common_parts(originals(chain, base), ref)
 
 
 def originals(chain: Chain, base: Sequence[Product]) -> list[Product]:
-    """The sets that were expanded into the copies of these ones; the sets themselves where there are no copies."""
+    """The sets before symmetry expansion; the sets themselves if there are no copies."""
     found: dict[str, Product] = {}
     for product in base:
         for ref in (*sorted(product.line), product.ref):
@@ -144,7 +144,7 @@ def _with_facts_of_exposures(draft: Draft, out: Output, product: Product, pixel_
 
 
 def _exposures_of_union(chain: Chain, draft: Draft, outputs: Sequence[Output]) -> Product | None:
-    """Exposures behind a union of particle sets: those of ``from``, those that all sets share, or the union of several."""
+    """Exposures of a union of particle sets: those given by ``from``, those that all sets share, or the union of several."""
     out = next((o for o in outputs if o.type == "particles" and _on_a_list(draft, o)), None)
     if out is None:
         return None
@@ -173,7 +173,7 @@ def _exposures_of_union(chain: Chain, draft: Draft, outputs: Sequence[Output]) -
 
 
 def _parts_of_united_exposures(chain: Chain, sets: Sequence[Product], ref: str) -> dict[str, str]:
-    """Parts that all sets have, or that were given for all exposures of all sets; the latest giver of such a part counts."""
+    """Parts that all sets have, or that were given for all exposures of all sets (from the latest giver)."""
     parts: dict[str, str] = {}
     for part in dict.fromkeys(part for p in sets for part in p.parts):
         holders = sorted((p for p in sets if part in p.parts), key=lambda p: p.index)
@@ -226,7 +226,7 @@ def _with_facts_of_particles(
 def _pose_frames(
     chain: Chain, draft: Draft, out: Output, product: Product, before: Sequence[Product], made: Mapping[tuple[str, str], Product]
 ) -> frozenset[str]:
-    """The frames to which the poses of a set refer: one, or several after a union."""
+    """The frames that the poses of a set refer to: one, or several after a union."""
     if "pose" not in product.parts:
         return frozenset()
     whole = _partition_of(draft, out, made)
@@ -251,7 +251,7 @@ def _pose_frames(
 
 
 def _image(draft: Draft, out: Output, before: Sequence[Product], exposures: Product | None) -> ImageFact | None:
-    """What the images are: cut by this step, or those of the set that it extends."""
+    """Image facts: of this step's extraction, or of the set that it extends."""
     inherited = next((b.image for b in before if b.image is not None), None)
     if "image" not in out.parts or out.subtracted:
         return inherited
@@ -307,7 +307,7 @@ def _frame(chain: Chain, draft: Draft, out: Output, outputs: Sequence[Output]) -
     references = _reference_frames(draft)
     if len(references) == 1:
         return next(iter(references))
-    if references:  # several references, one class each
+    if references:  # several references: one class each
         maps = [m for port in map_ports(draft.stage) for m in draft.inputs.get(port.name, ())]
         place = [o.name for o in outputs if o.type == out.type].index(out.name)
         return (maps[place].frame if place < len(maps) else None) or ref
@@ -318,7 +318,7 @@ def _frame(chain: Chain, draft: Draft, out: Output, outputs: Sequence[Output]) -
 
 
 def _frame_named(draft: Draft, frame: str, ref: str) -> str:
-    """A frame that is born here (each class has its own), not known, mirrored, or that of the input ``to``."""
+    """A frame that is new (each class has its own), unknown, mirrored, or that of the input ``to``."""
     if frame == "to":
         to = draft.inputs.get("to", ())
         frames = {f for p in to for f in ((p.frame,) if p.frame else p.pose_frames)}
@@ -340,7 +340,7 @@ def _frame_as(chain: Chain, draft: Draft, label: str) -> str:
 
 
 def point_group(draft: Draft) -> str | None:
-    """Rule 7: ``symmetry`` left out means the point group of the map, without one that of the poses; copies of an expansion have C1."""
+    """Rule 7: ``symmetry`` defaults to the point group of the map, else that of the poses; copies of an expansion have C1."""
     given: Any = getattr(draft.params, "symmetry", None)
     if given:
         return str(given)

@@ -1,4 +1,4 @@
-"""Rule 1: what ``from`` says. Names that are wrong are refused with the names that there are."""
+"""Rule 1: ``from``. Wrong names are refused with a list of the valid ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Found = dict[str, list[tuple[Product, str]]]
 
 
 def check_form(label: str, stage: Stage, wanted: Any) -> None:
-    """Refuse a ``from`` that no pipeline could make right: of the wrong kind, or for an input that the stage does not have."""
+    """Refuse a ``from`` that is wrong in any pipeline: of the wrong form, or for an input that the stage does not have."""
     if wanted is None or isinstance(wanted, str):
         return
     ports = [p.name for p in stage.ports]
@@ -36,7 +36,7 @@ def check_form(label: str, stage: Stage, wanted: Any) -> None:
 
 
 def read_from(chain: Chain, draft: Draft, wanted: Any, later: Collection[str]) -> Found:
-    """Sources that ``from`` names. ``later``: labels of steps below."""
+    """Sources named by ``from``. ``later``: labels of the steps below."""
     check_form(draft.label, draft.stage, wanted)
     if wanted is None:
         return {}
@@ -50,7 +50,7 @@ def _port(draft: Draft, name: str) -> Port:
 
 
 def _fill_what_it_can(chain: Chain, draft: Draft, text: str, later: Collection[str]) -> Found:
-    """``from: STEP``: every port that the step can fill, but none that is only filled by name."""
+    """``from: STEP``: fills every port that the step can fill, except those filled by name only."""
     giver, output, _ = _named_step(chain, draft, "from", text, later)
     found: Found = {}
     only_by_name: list[Port] = []
@@ -64,7 +64,7 @@ def _fill_what_it_can(chain: Chain, draft: Draft, text: str, later: Collection[s
         return found
     if only_by_name:
         names = ", ".join(f"{p.name}: {f'[{text}, ...]' if p.many else text}" for p in only_by_name[:1])
-        raise WrongStep(f"{draft.label}: input {only_by_name[0].name} has no default and is filled by name only. Say from: {{{names}}}.")
+        raise WrongStep(f"{draft.label}: input {only_by_name[0].name} has no default and is filled by name only. Write from: {{{names}}}.")
     if output and not any(p.output == output for p in giver.outputs.values()):
         raise WrongStep(f"{draft.label}: from: {_no_such_output(giver, output, None)}")
     gives = listed(sorted({t for _, t in giver.outputs})) if giver.outputs else "nothing"
@@ -86,14 +86,14 @@ def _fill_port(chain: Chain, draft: Draft, port: Port, value: Any, later: Collec
             raise WrongStep(f"{where} is a list; write from: {{{port.name}: {sources[0]}}}.")
         raise WrongStep(f"{where}: {len(sources)} sources are given; {draft.stage.name} takes one.")
     if not sources:
-        raise WrongStep(f"{where} is an empty list. Say from: {{{port.name}: [STEP, STEP]}}.")
+        raise WrongStep(f"{where} is an empty list. Write from: {{{port.name}: [STEP, STEP]}}.")
     found = [_find(chain, draft, port, text, later) for text in sources]
     refuse_twice(where, [f"{product.ref}@{key}" if key else product.ref for product, key in found])
     return found
 
 
 def refuse_twice(where: str, names: Sequence[str]) -> None:
-    """Refuse a list that names one source twice; a result of now and an earlier one of its step are two."""
+    """Refuse a list that names one source twice; the current and an earlier result of a step are two sources."""
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise WrongStep(f"{where} names one source twice: {twice}.")
@@ -110,19 +110,19 @@ def _named_step(chain: Chain, draft: Draft, where: str, text: Any, later: Collec
         if label == draft.label:
             raise WrongStep(f"{place}: a step cannot take its own result.")
         if label in later:
-            raise WrongStep(f"{place}: {label!r} stands after this step. Move it up, or name an earlier step.")
+            raise WrongStep(f"{place}: {label!r} comes after this step. Move it up, or name an earlier step.")
         if f"{label}.{output}" in chain.stages:
             raise WrongStep(f"{place}: no step is called {label!r}. The step of {label}.{output} is called {output!r}.")
         raise WrongStep(f"{place}: no step is called {label!r}.{near(label, chain.by_label)}")
     if key is not None and not _KEY.fullmatch(key):
         raise WrongStep(f"{place}: {shown(key)} is not the key of a result. Write {label}@KEY, letters and digits only.")
     if output == "":
-        raise WrongStep(f"{place}: no output is named after the dot of {shown(text)}.")
+        raise WrongStep(f"{place}: no output name follows the dot of {shown(text)}.")
     return chain.by_label[label], output or "", key or ""
 
 
 def _find(chain: Chain, draft: Draft, port: Port, text: Any, later: Collection[str]) -> tuple[Product, str]:
-    """The product that a source names for a port, and the key that it pins."""
+    """The product that a source names for a port, and the pinned key."""
     where = f"from.{port.name}"
     giver, output, key = _named_step(chain, draft, where, text, later)
     same = giver.given(port.type)
@@ -137,7 +137,7 @@ def _find(chain: Chain, draft: Draft, port: Port, text: Any, later: Collection[s
     if same:
         raise WrongStep(
             f"{place}: {giver.label} gives several {several(port.type)}: {listed(p.ref for p in same)}. "
-            f"Say which: from: {{{port.name}: {same[0].ref}}}."
+            f"Choose one: from: {{{port.name}: {same[0].ref}}}."
         )
     gives = listed(sorted({t for _, t in giver.outputs})) if giver.outputs else "nothing"
     raise WrongStep(f"{place}: {giver.label} gives {gives}, not {one(port.type)}.{who_gives(chain, draft, port.type)}")

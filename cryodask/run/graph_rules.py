@@ -1,4 +1,4 @@
-"""Rules 2 to 6: where an input comes from when ``from`` does not say. One function per type of product.
+"""Rules 2 to 6: where an input comes from without ``from``. One function per product type.
 
 A step works on the nearest particles above it; everything else that it needs is what belongs to those particles.
 """
@@ -26,11 +26,11 @@ from cryodask.run.graph_chain import (
 from cryodask.stage import Port
 
 FILLED_FIRST = ("particles", "exposures", "map")
-"""Order in which ports are filled: the rules for the others look at these."""
+"""Order in which ports are filled, because later rules depend on the earlier ports."""
 
 
 def take(chain: Chain, draft: Draft, port: Port) -> Product | None:
-    """The product that a port takes by default; None where there is none, or where the port has no default."""
+    """The product that a port takes by default; None if there is none, or if the port has no default."""
     if port.many or port.default != "related":
         return None
     return _RULES.get(port.type, nearest)(chain, draft, port)
@@ -43,7 +43,7 @@ def nearest(chain: Chain, draft: Draft, port: Port) -> Product | None:
 
 
 def nearest_particles(chain: Chain, draft: Draft, port: Port) -> Product | None:
-    """Rule 2: the particles of the nearest step above; of a step that gives classes, ``from`` must say which."""
+    """Rule 2: the particles of the nearest step above; if that step gives classes, ``from`` must choose."""
     given = chain.given("particles")
     if not given:
         return None
@@ -57,16 +57,16 @@ def nearest_particles(chain: Chain, draft: Draft, port: Port) -> Product | None:
     all_of_them = f"{giver.label} for all" if whole is not None else ""
     if not names:
         raise WrongStep(
-            f"{draft.label}: which particles? {giver.label} gives classes. Say from: {{{port.name}: {giver.label}}} for all of them."
+            f"{draft.label}: which particles? {giver.label} gives classes. Write from: {{{port.name}: {giver.label}}} for all of them."
         )
     raise WrongStep(
         f"{draft.label}: which particles? {giver.label} gives {'all of them and ' if all_of_them else ''}{listed(names)}. "
-        f"Say from: {{{port.name}: {names[0]}}}{f', or {all_of_them}' if all_of_them else ''}."
+        f"Write from: {{{port.name}: {names[0]}}}{f', or {all_of_them}' if all_of_them else ''}."
     )
 
 
 def _warn_of_classes_passed_on(chain: Chain, draft: Draft, port: Port, particles: Product) -> None:
-    """Warn where a step (``annotate``, ``variability``) passed on all classes without being asked which, and this one takes them."""
+    """Warn if a step (``annotate``, ``variability``) passed on all classes by default, and this step takes them."""
     if port.whole:
         return
     product = particles
@@ -79,13 +79,13 @@ def _warn_of_classes_passed_on(chain: Chain, draft: Draft, port: Port, particles
         if product.partition:
             chain.warnings.append(
                 f"{draft.label}: takes the particles of {particles.ref}, which are all classes of {product.ref}. "
-                f"Say from: {{{port.name}: ...}} if one class is meant."
+                f"Write from: {{{port.name}: ...}} if you meant one class."
             )
             return
 
 
 def exposures_of_particles(chain: Chain, draft: Draft, port: Port) -> Product | None:
-    """Rule 3: the exposures behind the particles, with what later steps added to exactly these without looking at particles or maps."""
+    """Rule 3: the exposures of the particles, with what later steps added to exactly these without using particles or maps."""
     particles = draft.main("particles")
     if particles is None:
         return nearest(chain, draft, port)
@@ -100,7 +100,7 @@ def exposures_of_particles(chain: Chain, draft: Draft, port: Port) -> Product | 
 
 
 def _adds_to(chain: Chain, product: Product, base: Product) -> bool:
-    """Whether exposures are ``base`` with what steps added that read exposures (and networks) only."""
+    """Whether exposures are ``base`` plus additions of steps that read exposures (and networks) only."""
     while product.ref != base.ref:
         giver = chain.giver(product)
         taken = [p for products in giver.inputs.values() for p in products]
@@ -121,13 +121,13 @@ def classes_of_particles(chain: Chain, draft: Draft, port: Port) -> Product | No
     if not found and numbered is not None and not port.optional:
         raise WrongStep(
             f"{draft.label}: the 2D class numbers of {particles.ref} come from {numbered}, which gives no class averages. "
-            "Classify the particles first, or say from: {" + port.name + ": ...}."
+            "Classify the particles first, or write from: {" + port.name + ": ...}."
         )
     return found[0] if found else None
 
 
 def related_map(chain: Chain, draft: Draft, port: Port) -> Product | None:
-    """Rule 5: the map that belongs to the particles; without particles the nearest."""
+    """Rule 5: the map that belongs to the particles; without particles the nearest one."""
     particles = draft.main("particles")
     at = particles.at if particles is not None else {}
     maps = [m for m in chain.given("map") if {"final", "half_maps"} & m.parts.keys() and (m.step in at or of_the_same_time(m, at))]
@@ -148,8 +148,8 @@ def related_map(chain: Chain, draft: Draft, port: Port) -> Product | None:
         if plain:
             where = " in the frame of their poses" if with_poses else ""
             raise WrongStep(
-                f"{draft.label}: no map was made from the particles of {particles.ref}, or from those behind them{where}. "
-                f"Say which one to use: from: {{{port.name}: ...}}; there are {listed(m.ref for m in plain)}."
+                f"{draft.label}: no map was made from the particles of {particles.ref} or their ancestors{where}. "
+                f"Choose one: from: {{{port.name}: ...}}; there are {listed(m.ref for m in plain)}."
             )
         return None
     _refuse_several(chain, draft, port, related, particles)
@@ -161,18 +161,18 @@ def _which_class(draft: Draft, port: Port, of_a_class: list[Product], plain: lis
     giver = of_a_class[0].step
     names = [m.ref for m in of_a_class if m.step == giver]
     return WrongStep(
-        f"{draft.label}: which map? {giver} gives {listed(names)}. Say from: {{{port.name}: {names[-1]}}}"
+        f"{draft.label}: which map? {giver} gives {listed(names)}. Write from: {{{port.name}: {names[-1]}}}"
         + (f", or {plain[0].ref}." if plain else ".")
     )
 
 
 def _is_of_a_class(chain: Chain, product: Product) -> bool:
-    """Whether a map is one of several of its step, and does not stand for the step."""
+    """Whether a map is one of several of its step and does not represent the step."""
     return product.output != "map" and sum("final" in m.parts for m in chain.giver(product).given("map")) > 1
 
 
 def _belongs_to(chain: Chain, product: Product, particles: Product) -> bool:
-    """Whether a map stands behind the particles, was made from them or from a set behind them, or was brought from elsewhere."""
+    """Whether a map is an ancestor of the particles, was made from them or their ancestors, or was imported."""
     line = particles.line | {particles.ref}
     while product.ref not in particles.behind:
         giver = chain.giver(product)
@@ -188,7 +188,7 @@ def _belongs_to(chain: Chain, product: Product, particles: Product) -> bool:
 
 
 def _in_frame_of_poses(chain: Chain, plain: list[Product], related: list[Product], particles: Product) -> list[Product]:
-    """Of the related maps the one that the poses refer to, those made from it without particles, those reconstructed with these poses."""
+    """Of the related maps: the one that the poses refer to, those made from it without particles, those reconstructed with these poses."""
     anchor = _map_of_poses(chain, particles)
     if anchor is not None:
         candidates = [m for m in plain if m.ref == anchor.ref or any(m is r for r in related)]
@@ -198,17 +198,17 @@ def _in_frame_of_poses(chain: Chain, plain: list[Product], related: list[Product
     overlaid = [m for m in related if m.frame in particles.pose_frames]
     if overlaid or anchor is not None or not all(is_unknown(f) for f in particles.pose_frames):
         return overlaid
-    # imported poses beside imported maps: whether they overlay is checked by their data
+    # imported poses with imported maps: the data show later whether they overlay
     return [m for m in related if m.frame is not None and is_unknown(m.frame)]
 
 
 def is_unknown(frame: str) -> bool:
-    """Whether a frame is that of an import, of which nothing is known."""
+    """Whether a frame is that of an import, and therefore unknown."""
     return "(unknown)" in frame
 
 
 def _map_of_poses(chain: Chain, particles: Product) -> Product | None:
-    """The map that the poses refer to: of the step that gave them, or the one which that step took."""
+    """The map that the poses refer to: that of the step that gave them, or the one that this step took."""
     giver = chain.by_label.get(label_of(particles.parts.get("pose", "")))
     if giver is None:
         return None
@@ -220,7 +220,7 @@ def _map_of_poses(chain: Chain, particles: Product) -> Product | None:
 
 
 def _with_these_poses(chain: Chain, product: Product, anchor: Product, particles: Product) -> bool:
-    """Whether a map is ``anchor``, was made from it without particles, or was reconstructed with the very poses of the particles."""
+    """Whether a map is ``anchor``, was made from it without particles, or was reconstructed with exactly these poses."""
     while product.ref != anchor.ref:
         giver = chain.giver(product)
         sets = giver.inputs.get("particles", ())
@@ -236,7 +236,7 @@ def _with_these_poses(chain: Chain, product: Product, anchor: Product, particles
 
 
 def _refuse_several(chain: Chain, draft: Draft, port: Port, related: list[Product], particles: Product) -> None:
-    """Maps side by side behind one set (a merged one): the step must say which."""
+    """Refuse several unrelated maps behind one (merged) set: the step must choose."""
     before = particles.behind | {particles.ref}
     if related[0].ref not in before:
         return
@@ -250,13 +250,13 @@ def _refuse_several(chain: Chain, draft: Draft, port: Port, related: list[Produc
     if len(rivals) > 1:
         names = sorted(m.ref for m in rivals)
         raise WrongStep(
-            f"{draft.label}: which map? Behind the particles of {particles.ref} stand {listed(names)}. "
-            f"Say from: {{{port.name}: {rivals[0].ref}}}."
+            f"{draft.label}: which map? The particles of {particles.ref} come from {listed(names)}. "
+            f"Write from: {{{port.name}: {rivals[0].ref}}}."
         )
 
 
 def _made_from(chain: Chain, product: Product) -> set[str]:
-    """References of what a product was made from; not of what its step compared it with (inputs that are filled by name only)."""
+    """References of what a product was made from; not of inputs for comparison (filled by name only)."""
     found: set[str] = set()
     waiting = [product]
     while waiting:
@@ -273,7 +273,7 @@ def _made_from(chain: Chain, product: Product) -> set[str]:
 
 
 def _warn_of_twins(chain: Chain, draft: Draft, port: Port, related: list[Product], particles: Product) -> None:
-    """Warn where a map beside the chosen one was made alike from the same set."""
+    """Warn if another map was made in the same way from the same set as the chosen one."""
     chosen = related[0]
     if chosen.step in labels_of(particles.behind):
         return
@@ -294,7 +294,7 @@ def _warn_of_twins(chain: Chain, draft: Draft, port: Port, related: list[Product
 
 
 def _set_of_map(chain: Chain, product: Product) -> str:
-    """Reference of the particles from which a map, or the map that it was made from, was computed; "" for one from elsewhere."""
+    """Reference of the particles that a map, or the map it was made from, was computed from; "" for an imported map."""
     while True:
         giver = chain.giver(product)
         sets = giver.inputs.get("particles", ())
@@ -313,14 +313,14 @@ def mask_in_frame(chain: Chain, draft: Draft, port: Port) -> Product | None:
     fitting = [m for m in given if base is None or m.frame == base.frame]
     if given and not fitting and base is not None and not port.optional:
         raise WrongStep(
-            f"{draft.label}: no mask lies in the frame of {base.ref}. {given[0].ref} belongs to another map. "
+            f"{draft.label}: no mask is in the frame of {base.ref}. {given[0].ref} belongs to another map. "
             f"Make one:  - mask: {{from: {{map: {base.ref}}}}}"
         )
     return fitting[0] if fitting else None
 
 
 def weights_of_purpose(chain: Chain, draft: Draft, port: Port) -> Product | None:
-    """Rule 6: the nearest network that was trained for the purpose of the stage."""
+    """Rule 6: the nearest network trained for the purpose of the stage."""
     given = chain.given("weights")
     purpose = draft.stage.purpose
     fitting = [w for w in given if purpose is None or w.purpose == purpose]
@@ -330,30 +330,30 @@ def weights_of_purpose(chain: Chain, draft: Draft, port: Port) -> Product | None
 
 
 def wrong_purpose(chain: Chain, draft: Draft, weights: Product) -> WrongStep:
-    """Problem of a network that was trained for something else."""
+    """Problem of a network trained for another purpose."""
     trainers = [name for name, stage in chain.stages.items() if stage.purpose == draft.stage.purpose and name != draft.stage.name]
     train = f"Add {trainers[0]} before it." if trainers else "Train one first."
     return WrongStep(f"{draft.label}: {weights.ref} was trained to {weights.purpose}, not to {draft.stage.purpose}. {train}")
 
 
 def missing(chain: Chain, draft: Draft, port: Port) -> WrongStep:
-    """Rule 9: nothing falls back silently. Problem of a required input for which a rule found nothing."""
+    """Rule 9, no silent fallback: the problem of a required input for which no rule found a source."""
     who = who_gives(chain, draft, port.type)
     if port.default != "related" or port.many:
         example = "[STEP, STEP]" if port.many else "STEP"
-        return WrongStep(f"{draft.label}: input {port.name} has no default. Say from: {{{port.name}: {example}}}.{who}")
+        return WrongStep(f"{draft.label}: input {port.name} has no default. Write from: {{{port.name}: {example}}}.{who}")
     particles = draft.main("particles")
     if port.type == "exposures" and particles is not None:
         return WrongStep(
-            f"{draft.label} needs exposures, and the particles of {particles.ref} were imported without their micrographs. "
-            "Import these first."
+            f"{draft.label} needs exposures, but the particles of {particles.ref} were imported without their micrographs. "
+            "Import the micrographs first."
         )
     if chain.given(port.type):
         owner = f" of {particles.ref}" if particles is not None else ""
         kind = several(port.type)
-        return WrongStep(f"{draft.label}: no {kind} belong to the particles{owner}. Say from: {{{port.name}: STEP}}.{who}")
+        return WrongStep(f"{draft.label}: no {kind} belong to the particles{owner}. Write from: {{{port.name}: STEP}}.{who}")
     none = "one" if port.type in ("map", "mask", "model") else "any"
-    return WrongStep(f"{draft.label} needs {one(port.type)}, and no earlier step gives {none}.{who}")
+    return WrongStep(f"{draft.label} needs {one(port.type)}, but no earlier step gives {none}.{who}")
 
 
 _RULES: dict[str, Callable[[Chain, Draft, Port], Product | None]] = {

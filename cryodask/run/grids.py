@@ -1,4 +1,4 @@
-"""Frame size, number of frames and pixel type of the movies of each data set: what most of its movies have that are stored already."""
+"""Frame size, number of frames and pixel type of the movies of each data set, by majority of its stored movies."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _MOVIE = "movie"
 
 
 def brings_movies(stage: Stage) -> bool:
-    """Whether movies come into a project by a stage."""
+    """Whether a stage reads movies into a project."""
     return _MOVIE in stage.gives and not stage.ports
 
 
 def mark(grid: Grid) -> str:
-    """Size and type of the movies of a data set, as a failure is recorded with it."""
+    """Size and type of the movies of a data set, in the form recorded with a failure."""
     return _text(layout_on(VARIABLES[_MOVIE], grid))
 
 
@@ -49,14 +49,14 @@ def _text_in(layouts: Mapping[str, tuple[list[int], str]]) -> str:
 
 
 def known_grids(generations: Iterable[Generation], items: Iterable[Item]) -> dict[str, Grid]:
-    """What most of the stored movies of each data set have; a data set without any is left out.
+    """Size and type of most stored movies of each data set; data sets without stored movies are left out.
 
     Parameters
     ----------
     generations : iterable of Generation
-        Of one stage; the first that holds an exposure counts.
+        Generations of one stage; the first one that has an exposure counts.
     items : iterable of Item
-        Exposures with the data sets to which they belong now.
+        Exposures with their current data sets.
     """
     data_sets = {item.row: item.data_set for item in items}
     grids: dict[str, Grid] = {}
@@ -75,7 +75,7 @@ def known_grids(generations: Iterable[Generation], items: Iterable[Item]) -> dic
 def misplaced(
     generation: Generation, items: Iterable[Item], known: Callable[[], dict[str, Grid]], look: Callable[[list[Item]], Grid | None]
 ) -> set[int]:
-    """Rows whose stored movie is not like those of its data set now, and rows that failed in a data set of another size.
+    """Rows whose stored movie differs from those of its current data set, and rows that failed in a data set of another size.
 
     Parameters
     ----------
@@ -84,9 +84,9 @@ def misplaced(
     items : iterable of Item
         All exposures.
     known : callable ``() -> grids``
-        As :func:`known_grids` has them; called only if there is something to compare.
+        As from :func:`known_grids`; called only if there is something to compare.
     look : callable ``(items) -> grid or None``
-        What the files of a data set have of which no movie is stored.
+        Reads size and type from the files of a data set that has no stored movie.
     """
     stored = stored_marks(generation)
     failed = {row: record["grid"] for row, record in generation.table(()).failures.items() if "grid" in record}

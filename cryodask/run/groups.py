@@ -1,4 +1,4 @@
-"""Which steps an exposure goes through in one task: consecutive ones, as long as what they need of it is known."""
+"""Groups consecutive per-exposure steps into one task, as long as their inputs are known."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from cryodask.run.refs import parts_used
 
 
 def chains_of(plan: Plan, steps: Sequence[Step]) -> Iterator[list[Step]]:
-    """Consecutive per-exposure steps as one chain, others alone.
+    """Yield consecutive per-exposure steps as one chain, and all other steps singly.
 
-    A step that is given particles of which a step of the chain has cut or selected some begins a new chain: which these are is known
-    only when that step is done. So does a step on exposures of other sources.
+    A step whose particles were extracted or selected by a step of the chain starts a new chain, because they are known only
+    when that step is done. So does a step on exposures of other sources.
     """
     chain: list[Step] = []
     for step in steps:
@@ -30,7 +30,7 @@ def chains_of(plan: Plan, steps: Sequence[Step]) -> Iterator[list[Step]]:
 
 
 def _sources_of(step: Step) -> frozenset[str]:
-    """Where the exposures of a step come from."""
+    """Sources of the exposures of a step."""
     exposures = next(iter(step.inputs.get("exposures", ())), None) or step.outputs.get(("exposures", "exposures"))
     return exposures.sources if exposures is not None else frozenset()
 
@@ -48,7 +48,7 @@ def _waits_for(plan: Plan, step: Step, chain: list[Step]) -> bool:
 
 
 def _is_pure_birth(step: Step) -> bool:
-    """Whether the particles of a step are all born in it: then a worker knows them as soon as it has the exposure."""
+    """Whether all particles of a step are born in it, so that a worker knows them once it has the exposure."""
     return step.stage.gives_birth(step.params) and not step.inputs.get("particles")
 
 

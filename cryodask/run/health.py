@@ -1,4 +1,4 @@
-"""Is anything moving, and if not, why: the scheduler asked now and then, and a stall explained in a sentence."""
+"""Progress monitoring: polls the scheduler and explains a stall in one sentence."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def _gone(client: Client) -> ClusterError:
     return ClusterError(
         f"The scheduler is gone (client {client.status}).",
         "it was stopped, or its machine went down",
-        "run the same command again: everything committed is kept and it resumes",
+        "rerun the same command: everything committed is kept, and the run resumes",
     )
 
 
 @contextmanager
 def scheduler_needed(client: Client) -> Iterator[None]:
-    """Work that no client can do which has closed itself since its scheduler is gone.
+    """Context manager for work that fails if the client has closed because its scheduler is gone.
 
     Raises
     ------
     ClusterError
-        As soon as something is to be sent to the scheduler.
+        As soon as something is sent to the scheduler.
     """
     try:
         yield
@@ -44,15 +44,15 @@ def scheduler_needed(client: Client) -> Iterator[None]:
 
 
 class Watch:
-    """Looks at the workers, and tells of a stall: once after ``patience_seconds``, then after twice as long, and so on.
+    """Monitors the workers and reports a stall after ``patience_seconds``, then after twice that time, and so on.
 
     Parameters
     ----------
     client : Client
     tell : callable
-        Is given the sentence that explains a stall.
+        Called with the sentence that explains a stall.
     looked : callable
-        Called at each look; what it raises ends the waiting.
+        Called at each check; an exception from it ends the waiting.
     """
 
     def __init__(
@@ -69,26 +69,26 @@ class Watch:
 
     @property
     def slots(self) -> int:
-        """Threads of all workers."""
+        """Total number of worker threads."""
         return sum(int(w["nthreads"]) for w in self.workers.values())
 
     def moved(self) -> None:
-        """Something was finished, or there is nothing to wait for."""
+        """Record progress, or that there is nothing to wait for."""
         self._moved, self._told_after, self.stall = time.monotonic(), self.patience, ""
 
     def still_for(self, seconds: float) -> bool:
-        """Whether nothing was finished for so long."""
+        """Whether nothing was finished for this long."""
         return time.monotonic() - self._moved > seconds
 
     def look(self, waiting_for: str = "") -> bool:
-        """Ask the scheduler if the last answer is old; tell of a stall. Returns whether it asked.
+        """Poll the scheduler if the last answer is old; report a stall. Returns whether it polled.
 
         Raises
         ------
         ClusterError
             When the scheduler is gone for good.
         TakenOverError
-            When another driver has the project now.
+            When another driver has taken the project over.
         """
         self.check_client()
         self._looking()
@@ -105,7 +105,7 @@ class Watch:
         return asked
 
     def wait(self, futures: Iterable[Future[Any]], waiting_for: str = "", *, first: bool = False) -> None:
-        """Wait until all futures (or the ``first``) are finished, lost or in error, and say why it takes long.
+        """Wait until all futures (or the ``first`` one) are finished, lost or erred; report stalls.
 
         Raises
         ------
@@ -116,7 +116,7 @@ class Watch:
         left = futures
         self.moved()
         while left and not (first and len(left) < len(futures)):
-            # futures that were cancelled with their scheduler raise here; each tells its own story to whoever reads it
+            # futures cancelled with their scheduler raise here; the caller meets each error when it reads the future
             with suppress(TimeoutError, FuturesCancelledError):
                 wait(left, timeout=_LOOK_SECONDS, return_when="FIRST_COMPLETED" if first else "ALL_COMPLETED")
             before, left = len(left), [f for f in left if not f.done()]
@@ -125,7 +125,7 @@ class Watch:
             self.look(waiting_for)
 
     def announce(self, prefix: str, tasks: int) -> None:
-        """Tell a scheduler with lanes how many tasks of a kind are yet to be sent: pools of workers follow the work that waits."""
+        """Announce to a scheduler with lanes how many tasks of a kind are still to be sent; pools scale with the pending work."""
         scheduler = self.client.scheduler
         if self.lanes and scheduler and self.client.status == "running" and tasks != self._announced:
             with suppress(OSError, TimeoutError):
@@ -135,7 +135,7 @@ class Watch:
                 self._announced = tasks
 
     def processing(self, addresses: Iterable[str]) -> set[str] | None:
-        """Keys of the tasks that these workers have now; None if the scheduler does not answer."""
+        """Keys of the tasks currently on these workers; None if the scheduler does not answer."""
         scheduler = self.client.scheduler
         try:
             found = self.client.sync(scheduler.processing, workers=list(addresses), callback_timeout=_ANSWER_SECONDS) if scheduler else {}
@@ -144,7 +144,7 @@ class Watch:
         return {str(key) for keys in found.values() for key in keys}
 
     def reason(self) -> str:
-        """Why nothing moves, as far as the scheduler knows; of jobs in a queue with the queue's own reason."""
+        """Why the run is stalled, as far as the scheduler knows; for queued jobs with the queue's own reason."""
         if self.client.status == "connecting" or not self.answers:
             return "the scheduler does not answer"
         if not self.workers:
@@ -165,8 +165,8 @@ class Watch:
     def check_client(self) -> None:
         """Raise ClusterError when the scheduler is gone for good.
 
-        A client that has lost its scheduler tries for half a minute to come back, then closes. But where it meets anything else than a
-        refused connection, what tries dies, and the client stays "connecting" for ever.
+        A client that has lost its scheduler tries to reconnect for half a minute, then closes. But on any error other than a refused
+        connection the reconnecting task dies, and the client stays "connecting" for ever.
         """
         trying: asyncio.Task[None] | None = self.client._handle_report_task
         given_up = self.client.status == "connecting" and trying is not None and trying.done()
@@ -176,11 +176,11 @@ class Watch:
     def _ask(self) -> None:
         scheduler = self.client.scheduler
         try:
-            # scheduler_info() would wait for ever for a scheduler that hangs
+            # scheduler_info() would block for ever on a hanging scheduler
             answer = self.client.sync(scheduler.identity, n_workers=-1, callback_timeout=_ANSWER_SECONDS) if scheduler else None
         except (OSError, TimeoutError):
             answer = None
         self.answers = answer is not None
         if answer is not None:
             self.workers, self.lanes = answer["workers"], bool(answer.get("lanes"))
-            self.missing = str(answer.get("missing", ""))  # only schedulers with pools know
+            self.missing = str(answer.get("missing", ""))  # set only by schedulers with pools

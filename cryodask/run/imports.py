@@ -1,4 +1,4 @@
-"""What other programs say of an exposure: rows of a particle table, a file of picks. The driver reads them; items carry their own part."""
+"""Imported data of exposures: rows of a particle table, picks files, edits. The driver reads them; each item carries its own part."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PIECES, _PIECE_BYTES = 8, 1 << 16
 
 
 def content_id(path: Path, size: int) -> str:
-    """Identity of the bytes of a file: its size, and the checksum of all of it up to 4 MiB, of 8 pieces spread over a larger one."""
+    """Identity of a file's content: its size and a checksum of the whole file up to 4 MiB, or of 8 pieces of a larger one."""
     import google_crc32c
 
     whole = size <= _WHOLE_BYTES
@@ -38,22 +38,22 @@ def content_id(path: Path, size: int) -> str:
 
 
 class Import(Protocol):
-    """What a step that imports gives each exposure."""
+    """What an import step gives each exposure."""
 
     def values(self, item: Item) -> dict[str, Any]:
-        """Values that the stage needs of this exposure; they travel with it and are not stored."""
+        """Values of this exposure for the stage; they are sent with it and not stored."""
         ...
 
     def digest(self, item: Item) -> str:
-        """Changes when what is said of this exposure changes."""
+        """Digest of the imported data of this exposure."""
         ...
 
     def claims(self) -> frozenset[int]:
-        """Births of this project whose particles may come back with it."""
+        """Births of this project whose particles may be reimported."""
         ...
 
     def left_out(self, items: Iterable[Item]) -> tuple[dict[str, int], bool]:
-        """Rows of exposures that are not among `items`, by the name that the file gives them; and whether these are all of its rows."""
+        """Rows of exposures that are not among `items`, by their name in the file; and whether these are all of its rows."""
         ...
 
 
@@ -74,7 +74,7 @@ def imports_of(project: Project, steps: Iterable[Step]) -> dict[str, Import]:
 
 
 class Former:
-    """What exposures were called before: a file that was written then speaks of them by these names."""
+    """Former names of exposures, which older files may use."""
 
     def __init__(self, project: Project | None = None) -> None:
         self._names: dict[int, list[str]] = {}
@@ -82,16 +82,16 @@ class Former:
             self._names.setdefault(row, []).append(name)
 
     def names(self, item: Item) -> list[str]:
-        """All names of an exposure, the present one first, then the latest."""
+        """All names of an exposure, the current one first, then the latest."""
         return [item.name, *reversed(self._names.get(item.row, ()))]
 
     def all(self) -> set[str]:
-        """All names that an exposure had before."""
+        """All former names of exposures."""
         return {name for names in self._names.values() for name in names}
 
 
 class TableImport:
-    """Rows of a particle table, by micrograph; each travels with its exposure, so that no worker reads the table."""
+    """Rows of a particle table by micrograph; they are sent with the exposure, so that no worker reads the table."""
 
     def __init__(self, step: Step, former: Former | None = None) -> None:
         from cryodask.formats.star import find_beside
@@ -110,7 +110,7 @@ class TableImport:
             self._contents = [content_id(p, p.stat().st_size) if p else n for p, n in zip(self._stacks, self.table.stacks)]
 
     def stack_of(self, code: int) -> Path | None:
-        """A stack that holds images of a micrograph, where one was found."""
+        """A stack with images of a micrograph, if one was found."""
         used = np.unique(self.table.stack[self.table.rows_of(code)]).tolist() if self._stacks else []
         return next((self._stacks[i] for i in used if self._stacks[i] is not None), None)
 
@@ -123,12 +123,12 @@ class TableImport:
         return self.table.rows_of(code) if code is not None else np.zeros(0, np.int64)
 
     def claims(self) -> frozenset[int]:
-        """Births that the ids of the table name."""
+        """Births named by the ids in the table."""
         ids = self.table.particle_id
         return frozenset(np.unique(birth_of(ids[ids > 0])).tolist()) if ids is not None else frozenset()
 
     def left_out(self, items: Iterable[Item]) -> tuple[dict[str, int], bool]:
-        """Rows of micrographs that are none of these exposures."""
+        """Rows of micrographs that are not among these exposures."""
         used = {self._code(item) for item in items}
         counts = np.diff(self.table.start)
         unknown = [code for code in range(len(counts)) if counts[code] and code not in used]
@@ -142,7 +142,7 @@ class TableImport:
         return {"particles_path": self.path, "micrograph_name": name, "particle_rows": rows_of(self.table, self._rows(item))}
 
     def digest(self, item: Item) -> str:
-        """Of the rows, whatever their order, and of the stacks that hold their images."""
+        """Digest of the rows in any order, and of the stacks with their images."""
         rows = self._rows(item)
         digest = hashlib.blake2b(np.sort(self._digests[rows]).tobytes(), digest_size=8)
         if self._images:
@@ -151,12 +151,12 @@ class TableImport:
 
 
 def row_digests(table: Any) -> np.ndarray:
-    """A number per row of a particle table: changes with any of its values, whatever its place in the file."""
+    """One hash per row of a particle table: depends on all its values, not on its position in the file."""
     total = np.zeros(len(table), np.uint64)
     with np.errstate(over="ignore"):
         columns = [*(v for _, v in sorted(table.columns.items())), table.image_index.astype(np.float64)]
         for i, values in enumerate(columns):
-            exact = np.asarray(values, np.int64 if values.dtype == np.int64 else np.float64)  # an id is more than a float holds
+            exact = np.asarray(values, np.int64 if values.dtype == np.int64 else np.float64)  # an id does not fit into a float
             z = np.ascontiguousarray(exact).view(np.uint64) + np.uint64(0x9E3779B97F4A7C15) * np.uint64(2 * i + 1)
             z = (z ^ (z >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
             total += z ^ (z >> np.uint64(29))
@@ -164,18 +164,18 @@ def row_digests(table: Any) -> np.ndarray:
 
 
 class PicksImport:
-    """STAR files of picks: ``NAME.star`` or ``NAME_anything.star`` of each micrograph, never that of a longer name."""
+    """STAR files of picks: ``NAME.star`` or ``NAME_anything.star`` for each micrograph, unless it belongs to a longer name."""
 
     def __init__(self, folder: Path, former: Former | None = None) -> None:
         self._former = former or Former()
         self._files = sorted(folder.glob("*.star"), reverse=True)
         if not self._files:
-            raise InputError(f"There is no STAR file in {folder}.", "a typo in the path", "give the folder with the picks")
+            raise InputError(f"There is no STAR file in {folder}.", "", "give the folder with the picks")
         self._known: dict[frozenset[str], dict[str, Path]] = {}
         self._names: frozenset[str] = frozenset()
 
     def among(self, names: Iterable[str]) -> dict[str, Path]:
-        """File of each of some micrographs."""
+        """Picks files of some micrographs."""
         known = frozenset(names)
         if known not in self._known:
             out: dict[str, Path] = {}
@@ -189,7 +189,7 @@ class PicksImport:
         return self._known[known]
 
     def settle(self, names: Iterable[str]) -> None:
-        """Names of all micrographs of the project: a file belongs to the longest that fits."""
+        """Set the names of all micrographs of the project: a file belongs to the longest one that matches."""
         self._names = frozenset(names) | self._former.all()
 
     def _file(self, item: Item) -> Path | None:
@@ -197,28 +197,28 @@ class PicksImport:
         return next((found[name] for name in self._former.names(item) if name in found), None)
 
     def values(self, item: Item) -> dict[str, Any]:
-        """Path of the exposure's file of picks, where it has one."""
+        """Path of the exposure's picks file, if it has one."""
         path = self._file(item)
         return {"coordinates_path": str(path)} if path is not None else {}
 
     def claims(self) -> frozenset[int]:
-        """None: files of picks carry no ids."""
+        """Empty: picks files carry no ids."""
         return frozenset()
 
     def left_out(self, items: Iterable[Item]) -> tuple[dict[str, int], bool]:
-        """Files of micrographs that are none of these exposures."""
+        """Files of micrographs that are not among these exposures."""
         known = {self._file(item) for item in items}
         unknown = [path for path in self._files if path not in known]
         return {path.name: 1 for path in unknown}, len(unknown) == len(self._files)
 
     def digest(self, item: Item) -> str:
-        """Of the file's content."""
+        """Digest of the file's content."""
         path = self._file(item)
         return content_id(path, path.stat().st_size) if path is not None else "none"
 
 
 class EditsImport:
-    """Edits of picks by a person, by micrograph."""
+    """Manual edits of picks, by micrograph."""
 
     def __init__(self, path: Path, former: Former) -> None:
         from cryodask.stages.edit_picks import read_edits
@@ -233,49 +233,49 @@ class EditsImport:
         return {"pick_edits": self._of(item)}
 
     def claims(self) -> frozenset[int]:
-        """None: the picks that pass are given with their ids."""
+        """Empty: accepted picks keep their own ids."""
         return frozenset()
 
     def left_out(self, items: Iterable[Item]) -> tuple[dict[str, int], bool]:
-        """Edits of micrographs that are none of these exposures."""
+        """Edits of micrographs that are not among these exposures."""
         names = {name for item in items for name in self._former.names(item)}
         unknown = {name: len(edits) for name, edits in self._edits.items() if name not in names}
         return unknown, bool(unknown) and len(unknown) == len(self._edits)
 
     def digest(self, item: Item) -> str:
-        """Of these edits."""
+        """Digest of these edits."""
         edits = self._of(item)
         return hashlib.blake2b(repr(edits).encode(), digest_size=8).hexdigest() if edits else "none"
 
 
 # --- what goes nowhere -------------------------------------------------------------------------------------------------------
 def left_out_text(label: str, missing: dict[str, int]) -> str:
-    """A line for the run: rows of exposures that the step does not have."""
+    """Message about rows of exposures that the step does not have."""
     return (
-        f"{label}: {_several(sum(missing.values()), 'row')} of {_several(len(missing), 'micrograph')} left out, not among the exposures "
-        f"of this step: {_named(missing)}"
+        f"{label}: {_several(sum(missing.values()), 'row')} of {_several(len(missing), 'micrograph')} left out, because they "
+        f"are not among the exposures of this step: {_named(missing)}"
     )
 
 
 def nothing_fits(label: str, missing: dict[str, int]) -> InputError:
-    """The refusal where all rows are of exposures that the step does not have."""
+    """Error for a file whose rows all belong to exposures that the step does not have."""
     return InputError(
-        f"{left_out_text(label, missing)}. These are all rows of its file.",
+        f"{left_out_text(label, missing)}. These are all the rows of its file.",
         "the file belongs to another session, or its micrographs were renamed",
-        "give the file of this session; a micrograph is known by its name without folder and ending",
+        "give the file of this session; micrographs are matched by name, without folder and extension",
     )
 
 
 _TOLD = {
-    "twice": "left out, for the particle is there already",
-    "unmatched": "without effect, for the particle is not there (another picking, or it is not accepted)",
-    "unproven": "with an id that is not of this project, or names another particle here: born again with an id of this step",
-    "none_left": "no longer in its source: these exposures have no particles of it now",
+    "twice": "left out, because the particle is present already",
+    "unmatched": "without effect, because the particle does not exist (another picking run, or not accepted)",
+    "unproven": "with an id from another project, or of another particle here: imported as new particles of this step",
+    "none_left": "no longer in the source: these exposures have no particles from it now",
 }
 
 
 def rows_told(label: str, records: Sequence[Record]) -> list[str]:
-    """Lines for the run: what became of rows in some records of a step."""
+    """Messages about what happened to the rows in some records of a step."""
     out = []
     for kind, text in _TOLD.items():
         counts = {str(r["name"]): int(r[kind]) for r in records if r.get(kind)}

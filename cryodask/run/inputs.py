@@ -1,4 +1,4 @@
-"""What a step over a set works on: its particles, its other inputs, and which particles cannot be used."""
+"""Inputs of a step over a set: its particles, its other inputs, and the particles that cannot be used."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from cryodask.store.state import ProductRef
 from cryodask.vocabulary import VARIABLES
 
 EXPOSURE_LACKS = 101
-"""``removal_reason`` of particles whose exposure is not among the exposures of the step, or lacks what the step needs."""
-SHARED_REASONS = {EXPOSURE_LACKS: "its exposure is missing, or lacks what the step needs"}
+"""``removal_reason`` of particles whose exposure is not in the step's input, or lacks something that the step needs."""
+SHARED_REASONS = {EXPOSURE_LACKS: "its exposure is missing, or lacks data that the step needs"}
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class StepInputs:
     """Inputs of a step over sets.
 
     ``sets``: for each port that takes particles the sets, as references and sorted ids. ``ids``: the particles of the main port that the
-    step works on (None: it takes none), ``left_out`` those that it cannot use, ``ref`` their reference with the exposures that the step
-    takes. ``rows``: exposures of these particles, or those that the step works on.
+    step processes (None: it takes none); ``left_out``: those that it cannot use; ``ref``: their reference, with the exposures that the step
+    takes. ``rows``: exposures of these particles, or those that the step processes.
     """
 
     step: Step
@@ -44,12 +44,12 @@ class StepInputs:
     rows: np.ndarray
 
     def only(self, ids: np.ndarray) -> StepInputs:
-        """The same with other particles."""
+        """A copy with other particles."""
         return replace(self, ids=ids, left_out=self.left_out[:0], rows=rows_in(ids))
 
 
 def step_inputs(plan: Plan, project: Project, step: Step) -> StepInputs:
-    """Which particles a step works on now: of its set those whose exposure has what the step needs."""
+    """The current inputs of a step; its particles are those whose exposure has all that the step needs."""
     refer = Refer(plan, project.state)
     sets: dict[str, list[tuple[ProductRef, np.ndarray]]] = {}
     for port in step.stage.ports:
@@ -78,13 +78,13 @@ def step_inputs(plan: Plan, project: Project, step: Step) -> StepInputs:
 
 
 def selected_rows(project: Project, ref: ProductRef) -> np.ndarray:
-    """Rows of the exposures behind a set that count: present, and kept by the last selection of exposures."""
+    """Rows of the exposures of a set that are present and kept by the last exposure selection."""
     rows = np.array([item.row for item in project.items()], np.int64)
     return _kept_rows(project, ref.exposure_ids, rows)
 
 
 def exposure_rows(project: Project, ref: ProductRef, sources: frozenset[str]) -> np.ndarray:
-    """Rows of an exposures product: of its sources, and kept by the last selection."""
+    """Rows of an exposures product: from its sources, and kept by the last selection."""
     items = project.items()
     several = len({str(i.inputs.get("source", "")) for i in items}) > 1
     rows = np.array([i.row for i in items if not several or sources & set(str(i.inputs.get("source", "")).split("|"))], np.int64)
@@ -111,21 +111,21 @@ def _has(project: Project, ref: ProductRef, part: str, rows: np.ndarray) -> np.n
 
 
 def particle_set(project: Project, inputs: StepInputs) -> StoredParticles:
-    """The particles of a step that works on their images.
+    """The particle set of a step that reads images.
 
     Raises
     ------
     InputError
-        Where there are none, or nothing gives their CTF or optics.
+        If there are none, or their CTF or optics are missing.
     """
     label = inputs.step.label
     assert inputs.ids is not None
     assert inputs.ref is not None
     if not len(inputs.ids):
         raise InputError(
-            f"Step {label} has no particles to work on.",
+            f"Step {label} has no particles.",
             "nothing was picked (wrong diameter or threshold), or curation removed everything",
-            "look at the picks in the report, change pick or curate, and run again",
+            "check the picks in the report, change pick or curate, and run again",
         )
     port = inputs.step.stage.port("particles")
     used = parts_used(inputs.step, port) if port is not None else ()
@@ -133,7 +133,7 @@ def particle_set(project: Project, inputs: StepInputs) -> StoredParticles:
     lacking = [n for n, values in columns.items() if n.startswith("defocus") and np.isnan(values).any()]
     if lacking:
         raise InputError(
-            f"Step {label} needs {lacking[0]} of the particles, which {int(np.isnan(columns[lacking[0]]).sum())} of them lack.",
+            f"Step {label} needs {lacking[0]}, which {int(np.isnan(columns[lacking[0]]).sum())} particles lack.",
             "their micrographs have no CTF",
             "add a ctf step, or give the CTF in the STAR file",
         )
@@ -142,8 +142,8 @@ def particle_set(project: Project, inputs: StepInputs) -> StoredParticles:
     if len(pixels) > 1 and pixels[-1] > 1.0005 * pixels[0]:
         raise InputError(
             f"The particles of step {label} have images of {' and '.join(f'{p:g}' for p in pixels)} A per pixel.",
-            "their exposures have several pixel sizes, and extract was given a box in pixels; or a table has several optics groups",
-            "give extract box_angstrom and pixel_size_angstrom; import each pixel size from a table of its own",
+            "the exposures have several pixel sizes and the box of extract is in pixels; or a table has several optics groups",
+            "set box_angstrom and pixel_size_angstrom in extract; import each pixel size from a separate table",
         )
     columns["micrograph"] = row_of(inputs.ids)
     columns.setdefault("half_set", np.zeros(len(inputs.ids), np.int8))
@@ -152,7 +152,7 @@ def particle_set(project: Project, inputs: StepInputs) -> StoredParticles:
 
 
 def whole_values(plan: Plan, project: Project, inputs: StepInputs) -> dict[str, Any]:
-    """The other variables that a stage needs, by name; what is stored is read where it is used."""
+    """The other variables that a stage needs, by name; stored ones are read where they are used."""
     step, refer = inputs.step, Refer(plan, project.state)
     out: dict[str, Any] = {}
     ports = {port.type: port for port in reversed(step.stage.ports)}
@@ -182,7 +182,7 @@ def whole_values(plan: Plan, project: Project, inputs: StepInputs) -> dict[str, 
 
 # --- steps that work on sets alone ---------------------------------------------------------------------------------------------
 def set_views(plan: Plan, project: Project, inputs: StepInputs) -> dict[str, list[SetView | ExposureView]]:
-    """What a ``set`` stage is given, by port."""
+    """The inputs of a ``set`` stage, by port."""
     out: dict[str, list[SetView | ExposureView]] = {}
     for name, sets in inputs.sets.items():
         views: list[SetView | ExposureView] = []

@@ -1,4 +1,4 @@
-"""An item in a process of its own, and limits on what one item may take: time, and the memory of a worker."""
+"""Running one item in its own process, and limits per item: time, and the memory of a worker."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def blamed_at_first_death() -> AbstractContextManager[None]:
-    """Around ``submit()`` and ``map()``: these tasks are given back as soon as a worker dies under them.
+    """Context manager around ``submit()`` and ``map()``: these tasks fail on the first death of their worker.
 
-    The runners send them again, suspects in processes of their own; tried on other workers by the scheduler, as it does with the tasks of
-    other people, a task that kills would take three more workers with it. Needs a scheduler with lanes, others use their own number.
+    The runners resubmit them, suspects each in its own process. If the scheduler retried them on other workers, as it does by default, a
+    task that kills its worker would kill three more. Needs a scheduler with lanes; others use their own number of retries.
     """
     around: AbstractContextManager[None] = dask.annotate(allowed_failures=0)
     return around
 
 
 class ItemFailure(Exception):
-    """(class name, message, "retry" | "quarantine" | "stop"): plain values, so that any stage's exception survives the way back."""
+    """(class name, message, "retry" | "quarantine" | "stop"): plain values, so that any stage's exception can be unpickled."""
 
 
 class ItemDied(ItemFailure):
-    """The child process of an isolated item died: that item is guilty beyond doubt."""
+    """The child process of an isolated item died, so the item itself caused it."""
 
 
 # --- in a worker ------------------------------------------------------------------------------------------------------------
@@ -52,10 +52,10 @@ _DEADLINES_LOCK = threading.Lock()
 
 @contextmanager
 def time_limit(seconds: float | None) -> Iterator[None]:
-    """End this process if what runs within takes longer.
+    """Context manager that ends this process if its body takes longer.
 
-    Nothing less ends code that hangs in a library or on a disk. The watchdog needs no Python: it works while the interpreter is held,
-    and leaves the stacks of all threads in the worker's log.
+    Nothing less ends code that hangs in a library or on a disk. The watchdog does not run Python code: it works while the GIL is held,
+    and writes the stacks of all threads to the worker's log.
     """
     if seconds is None:
         yield
@@ -69,7 +69,7 @@ def time_limit(seconds: float | None) -> Iterator[None]:
 
 
 def _set_deadline(thread: int, when: float | None) -> None:
-    # the process has one watchdog, a worker may have several threads: it is set to the nearest deadline
+    # there is one watchdog per process, but a worker may have several threads: set it to the nearest deadline
     with _DEADLINES_LOCK:
         _DEADLINES.pop(thread, None)
         if when is not None:
@@ -82,14 +82,14 @@ def _set_deadline(thread: int, when: float | None) -> None:
 
 
 def in_child(task: Any, limit_seconds: float | None) -> Failure | None:
-    """Carry out ``attempt_item(*task)`` in a child process; a child that dies, or takes too much, convicts its item.
+    """Run ``attempt_item(*task)`` in a child process; if the child dies or exceeds a limit, its item is to blame.
 
     Raises
     ------
     ItemDied
-        With the signal or exit code and the last words of the child.
+        With the signal or exit code and the last output of the child.
     """
-    # multiprocessing cannot do it: Dask's workers are daemonic
+    # not multiprocessing, because Dask's workers are daemonic
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     begun, tell_begun = os.pipe()
     try:
@@ -106,7 +106,7 @@ def in_child(task: Any, limit_seconds: float | None) -> Failure | None:
         code = process.returncode
         why = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         tail = log.decode(errors="replace").strip()[-300:]
-        raise ItemDied("ProcessDied", f"the process that worked on it died: {why}. {tail}", "quarantine")
+        raise ItemDied("ProcessDied", f"the process that was processing it died: {why}. {tail}", "quarantine")
     failure: tuple[str, str, str] | None = pickle.loads(out)
     return failure
 
@@ -114,9 +114,9 @@ def in_child(task: Any, limit_seconds: float | None) -> Failure | None:
 def _watched(
     process: subprocess.Popen[bytes], begun: int, message: bytes, limit_seconds: float | None, limit_bytes: int | None
 ) -> tuple[bytes, bytes, Failure | None]:
-    """Wait for a child; kill it when it takes more time or memory than it may. Returns its output, its log, and what it took too much.
+    """Wait for a child; kill it when it exceeds its time or memory limit. Returns its output, its log, and the exceeded limit.
 
-    Its time counts from when it says that it begins: the start of an interpreter is not the item's.
+    The time starts when the child reports that it begins, so that the start of the interpreter does not count.
     """
     started, first = time.monotonic() + _START_SECONDS, True
     while True:
@@ -129,7 +129,7 @@ def _watched(
             started = time.monotonic()
         taken: Failure | None = None
         if limit_seconds is not None and time.monotonic() - started > limit_seconds:
-            taken = ("TimeLimit", f"took longer than {limit_seconds:g} s, the limit of the project file for one item", "quarantine")
+            taken = ("TimeLimit", f"took longer than {limit_seconds:g} s, the limit per item in the project file", "quarantine")
         elif limit_bytes is not None and _resident_bytes(process.pid) > limit_bytes:
             taken = ("MemoryLimit", f"needs more memory than a worker has ({limit_bytes / 1e9:.2f} GB)", "quarantine")
         if taken:
@@ -139,7 +139,7 @@ def _watched(
 
 
 def _memory_limit() -> int | None:
-    """Bytes that this worker may use; the nanny counts the worker's own process only, not its children."""
+    """Memory limit of this worker in bytes; the nanny watches the worker's own process only, not its children."""
     try:
         limit = get_worker().memory_manager.memory_limit
     except ValueError:
@@ -156,10 +156,10 @@ def _resident_bytes(pid: int) -> int:
 
 # --- in the child -------------------------------------------------------------------------------------------------------------
 def child(tell_begun: int, worker: int) -> None:
-    """What the child process runs: a pickled task on its standard input, the pickled outcome on its standard output."""
-    die_with_parent(worker)  # the thread that started this process waits for its end
+    """Entry point of the child process: reads a pickled task from standard input, writes the pickled outcome to standard output."""
+    die_with_parent(worker)  # the thread that started this process is waiting for it
     reply = os.dup(1)
-    os.dup2(2, 1)  # what a stage prints must not get into the reply
+    os.dup2(2, 1)  # output of a stage must not get into the reply
     from cryodask.run.map import attempt_item
 
     task = pickle.load(sys.stdin.buffer)

@@ -1,13 +1,13 @@
-"""Keys: hashes of everything that a result depends on, and of nothing else.
+"""Keys: hashes of everything a result depends on, and of nothing else.
 
 The *recipe* of a per-exposure step says how the exposures of a data set are processed: stage, version, parameters, content of parameter
-files, optics and gain, the recipes of what they went through before, whole products. The name of the data set is a label and no part of it,
-nor is which exposures or particles there are. Its *key*, the name of the generation, holds the recipes of all data sets and adds the
-generations that its particles come from. The record of an item has the recipe of its data set. An item is known again by its recipe, its
-content and the digest of its particles (see due.py), so it is taken over from another generation instead of being computed.
+files, optics and gain, recipes of earlier steps, whole products. The name of the data set is a label and not part of it, nor is the set
+of exposures or particles. The *key* of the step, which names the generation, combines the recipes of all data sets with the
+generations that its particles come from. The record of an item has the recipe of its data set. An item is recognised by its recipe, its
+content and the digest of its particles (see due.py), so it is linked from another generation instead of being recomputed.
 
-The key of a step over a set adds to stage, version and parameters the digest of the ids and, for each part that the stage declares, the
-digest of what gave it.
+The key of a step over a set combines stage, version and parameters with the digest of the ids and, for each part that the stage declares,
+the digest of what gave it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _KEPT: dict[tuple[str, int, int], str] = {}
 
 
 def content_hash(path: str | Path) -> str:
-    """Hash of a file's content; read again only when size or time have changed."""
+    """Hash of a file's content; reread only when its size or time has changed."""
     from cryodask.run.sources import read_content_hash
 
     stat = Path(path).stat()
@@ -57,7 +57,7 @@ def ids_digest(ids: np.ndarray) -> str:
 
 @dataclass(frozen=True)
 class Keys:
-    """Keys of the steps of a plan, as the project stands now. ``gains`` are digests of the gain references by data set."""
+    """Keys of the steps of a plan, in the current state of the project. ``gains``: digests of the gain references by data set."""
 
     plan: Plan
     project: Project
@@ -68,7 +68,7 @@ class Keys:
         return Refer(self.plan, self.project.state)
 
     def params(self, step: Step) -> dict[str, Any]:
-        """Parameters as they enter a key: files by content, sources by name, without what moves no identity."""
+        """Parameters as they enter a key: files by content, sources by name, without those that do not affect results."""
         out: dict[str, Any] = step.params.model_dump(mode="json")
         for name, paths in self.plan.input_files(step).items():
             out[name] = [content_hash(p) for p in paths]
@@ -81,7 +81,7 @@ class Keys:
         return out
 
     def again(self, step: Step) -> dict[str, Any]:
-        """How often the step was asked to be computed anew, where it was."""
+        """How often a recomputation of the step was requested; empty if never."""
         count = self.project.state.again.get(step.label)
         return {"again": count} if count else {}
 
@@ -107,7 +107,7 @@ class Keys:
         return out
 
     def _of_data_set(self, step: Step, name: str) -> dict[str, Any]:
-        """Optics and gain of a data set, as far as the stage reads them."""
+        """Optics and gain of a data set that the stage reads."""
         values = self.project.state.constants.get(name, {})
         sources = variable_sources(self.plan, step)
         read = {n: values[n] for n, source in sources.items() if source == INPUTS and n in values}
@@ -121,21 +121,21 @@ class Keys:
                 if port.type in COLLECTIONS:
                     upstream[port.name] = {part: self._refer.places_of(product, part) for part in parts_used(step, port)}
                 if port.type == "particles":
-                    # with another threshold it is another generation: undone, the former one is found with all that it holds
+                    # another threshold gives another generation; when it is changed back, the former one is found complete
                     upstream["ids"] = [self._refer.ids_of(product), self._refer.threshold(product)]
         return generation_key({"recipes": self._used(self.recipes(step, version)), "upstream": upstream})
 
     def _used(self, recipes: dict[str, str]) -> list[str]:
-        """The recipes that some data set of the project has, whatever it is called."""
+        """The recipes of the project's data sets, whatever their names."""
         used = [r for n, r in recipes.items() if n in self.project.state.constants]
         return sorted(set(used or recipes.values()))
 
     def _recipe(self, place: str, name: str) -> Any:
-        """How a generation processes a data set; of one result its key."""
+        """How a generation processes a data set; the key of a single result."""
         recipes = self.project.state.recipes_at(place)
         if recipes:
             return recipes.get(name) or recipes[""]
-        # of an earlier generation its records know it: data sets may have had other names then
+        # for an earlier generation it is in the records, because data sets may have had other names
         generation = self.project.generation_at(place)
         if not generation.meta["per_item"]:
             return generation.key
@@ -144,11 +144,11 @@ class Keys:
         return found if len(found) > 1 else found[0] if found else generation.key
 
     def identity(self, step: Step) -> str:
-        """Identity key of a birth: what makes its particles those particles, however often and wherever they are computed."""
+        """Identity key of a birth: identifies its particles however often and wherever they are computed."""
         return generation_key({"version": step.stage.version, "origin": self._origin(step)})
 
     def _origin(self, step: Step) -> dict[str, Any]:
-        """A step with its parameters, and those of what gave it what it reads; versions and repetitions do not count."""
+        """A step with its parameters and those of the steps it reads from, without versions and repetitions."""
         labels = {
             part: givers_of(self.plan, product.parts[part], part)
             for port in step.stage.ports
@@ -159,7 +159,7 @@ class Keys:
         return {"stage": step.stage.name, "params": self.params(step), "upstream": upstream}
 
     def _origin_at(self, ref: str) -> Any:
-        """The same of the step that a reference names; of an earlier result as it was recorded with it."""
+        """Like :meth:`_origin`, for the step that a reference names; for an earlier result as recorded with it."""
         if not is_pinned(ref):
             return self._origin(self.plan.graph.step(label_of(ref)))
         place = pinned_place(ref)
@@ -167,7 +167,7 @@ class Keys:
         return line.origin if line is not None and line.origin is not None else place
 
     def origin(self, step: Step) -> Any:
-        """What a birth is known by that reads what a per-exposure step gives; None for another step."""
+        """What identifies a per-exposure step to a birth that reads from it; None for another step."""
         return self._origin(step) if step.stage.shape == "map" else None
 
     # --- over a set -----------------------------------------------------------------------------------------------------------
@@ -194,17 +194,17 @@ class Keys:
         return generation_key({**parts, **self.again(step)})
 
     def version_of_set(self, step: Step, inputs: StepInputs, current: StepState | None, update: Container[str]) -> Version:
-        """Version whose result counts: that of a finished current one, until somebody asks for this program's.
+        """Version whose result counts: that of a finished current one, until an update is requested.
 
         Raises
         ------
         ProgramMissingError
-            A program that the step runs is not here, and it has no finished result.
+            A program that the step runs is not installed, and there is no finished result.
         """
         if current is None or step.label in update or current.stage != step.stage.name:
             return step.stage.version_here()
         generation = self.project.generation_at(current.place)
-        if not (generation.path / "zarr.json").exists():  # the folder was removed: it is made again
+        if not (generation.path / "zarr.json").exists():  # the folder was removed, so it is recomputed
             return step.stage.version_here()
         version: Version = generation.meta["version"]
         older = version != step.stage.version and bool(generation.committed())
@@ -212,7 +212,7 @@ class Keys:
         return version if unchanged else step.stage.version_here()
 
     def frame_of_set(self, step: Step, version: Version) -> str:
-        """The same without the ids and items: what an unfinished generation must share to be finished first."""
+        """The key without ids and items: an unfinished generation with the same value is finished first."""
         upstream: dict[str, Any] = {}
         for port in step.stage.ports:
             for product in step.inputs.get(port.name, ()):
@@ -226,12 +226,12 @@ class Keys:
         return generation_key({"stage": step.stage.name, "version": version, "params": self.params(step), "upstream": upstream})
 
     def _recipe_at(self, place: str) -> str:
-        """How a generation was made, whatever exposures and particles it holds."""
+        """How a generation was made, regardless of its exposures and particles."""
         recipes = self.project.state.recipes_at(place)
         return str(self._used(recipes) if recipes else self.project.generation_at(place).meta.get("recipe") or place)
 
     def _given(self, place: str, part: str, kind: str, rows: np.ndarray, optics: str) -> Any:
-        """Digest of what a generation gives some exposures; of one result its key."""
+        """Digest of what a generation gives some exposures; for a single result its key."""
         generation = self.project.generation_at(place)
         if not generation.meta["per_item"]:
             return place
@@ -246,7 +246,7 @@ class Keys:
         return digest.hexdigest()
 
     def _values(self, names: set[str], rows: np.ndarray, optics: str) -> Any:
-        """Digest of what the registry and the data sets say of some exposures."""
+        """Digest of registry and data-set values of some exposures."""
         wanted = set(rows.tolist())
         items = [i for i in self.project.items() if i.row in wanted]
         values = {n: self.project.sets.known_outside(items, n, optics) for n in sorted(names)}
@@ -254,6 +254,6 @@ class Keys:
 
 
 def _once(values: list[Any]) -> list[Any]:
-    """The same, but what all have is said once."""
+    """Collapse a list of equal values to one."""
     first = str(values[0]) if values else ""
     return values[:1] if all(one is values[0] or str(one) == first for one in values) else values

@@ -1,4 +1,4 @@
-"""What is known of a step's sizes before any work: the header of the first movie, boxes that the plan settles, sets of the last run."""
+"""Sizes known before any work: from the header of the first movie, from boxes in the plan, from sets of the last run."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from cryodask.vocabulary import SLOTS, VARIABLES
 
 
 def movie_header(plan: Plan, listing: list[Arrival]) -> tuple[Arrival, tuple[int, int, int], float | None] | None:
-    """The first movie, its shape (frame, y, x), and the pixel size that it states, Angstrom; None without one that can be read."""
+    """The first movie, its shape (frame, y, x), and the pixel size in its header, Angstrom; None if no movie can be read."""
     first = next((a for a in listing if "movie_path" in a.inputs), None)
     if first is None:
         return None
     try:
         movie = open_movie(os.path.join(plan.path.parent.resolve(), str(first.inputs["movie_path"])))
     except (CryodaskError, OSError):
-        return None  # its stage says what is wrong with it
+        return None  # its stage reports the error
     frames, y, x = movie.shape
     return first, (frames, y, x), movie.pixel_size_angstrom
 
 
 def step_sizes(plan: Plan, project: Project | None, step: Step, movie: tuple[int, int, int] | None) -> Sizes:
-    """Lengths of the dimensions of what a step needs, as far as they are known; what is not known is left out."""
+    """Known lengths of the dimensions of a step's inputs."""
     if step.stage.shape == "map":
         return {} if movie is None else {"frame": movie[0], "y": movie[1], "x": movie[2], "slot": SLOTS // 4}
     dims = {d for name in (*step.stage.needs, *step.stage.optional) for d in VARIABLES[name].dims}
@@ -47,18 +47,18 @@ def step_sizes(plan: Plan, project: Project | None, step: Step, movie: tuple[int
 
 
 def particle_count(plan: Plan, project: Project | None, step: Step) -> int | None:
-    """Particles that a step works on, as the project has them; None where they are not known, or it takes none."""
+    """Current number of particles of a step; None if unknown, or if it takes none."""
     if project is None:
         return None
     try:
         ids = step_inputs(plan, project, step).ids
-    except (KeyError, CryodaskError):  # a step before it has no result, or what is wrong with it the run says
+    except (KeyError, CryodaskError):  # an earlier step has no result, or an error that the run will report
         return None
     return None if ids is None else len(ids)
 
 
 def image_edge(plan: Plan, project: Project | None, step: Step) -> int | None:
-    """Edge of the images of a step's particles, pixels."""
+    """Box size of a step's particle images, pixels."""
     found = {_edge(plan, project, p) for p in step.inputs.get("particles", ())}
     return found.pop() if len(found) == 1 else None
 
@@ -86,7 +86,7 @@ def _edge(plan: Plan, project: Project | None, particles: Product) -> int | None
 
 
 def _map_edge(plan: Plan, project: Project | None, product: Product) -> int | None:
-    """Edge of a map, voxels: that of its file, of the particles that it is made of, or of the map before it."""
+    """Edge of a map, voxels: from its file, from the particles it is made from, or from the map before it."""
     giver = plan.graph.step(product.step)
     if giver.inputs.get("particles"):
         return image_edge(plan, project, giver)
@@ -95,6 +95,6 @@ def _map_edge(plan: Plan, project: Project | None, product: Product) -> int | No
     for path in (path for paths in plan.input_files(giver).values() for path in paths):
         try:
             return int(open_mrc(path).shape[-1])
-        except (CryodaskError, OSError):  # its stage says what is wrong with it
+        except (CryodaskError, OSError):  # its stage reports the error
             return None
     return None

@@ -1,7 +1,7 @@
-"""Leaves of particles: how a set is cut, in which tree their sums are added, on which worker each lives, and what that costs.
+"""Leaves of particles: how a set is split, the tree in which sums are added, the worker of each leaf, and the traffic.
 
-Cut and tree depend on the particles alone, so the bits of a result do not depend on the workers. Places depend on the workers: neighbours
-in the tree live together, so that a worker adds up its own sums first and sends one of them on.
+Split and tree depend on the particles alone, so results are bit-identical for any workers. Placement depends on the workers: neighbours
+in the tree share a worker, so that it adds up its own sums first and sends only one of them on.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Merge:
-    """One addition of the tree: what stands at leaf ``right`` and all that it has taken up is added to what stands at leaf ``left``."""
+    """One addition of the tree: the partial sum at leaf ``right`` is added to the one at leaf ``left``."""
 
     left: int
     right: int
 
 
 def cut_leaves(particles: ParticleSet, halves: int) -> list[Leaf]:
-    """Leaves from the particles alone, never from the workers: at least four a half-set, at most 2000 particles each.
+    """Split a set into leaves, independently of the workers: at least four per half-set, at most 2000 particles each.
 
-    Their number is a power of two where the set is large enough: then the branches of the tree fit 2, 4, 8 ... workers.
+    The number is a power of two if the set is large enough, so that the branches of the tree fit 2, 4, 8 ... workers.
     """
     half_of = particles.columns["half_set"] if halves == 2 else np.zeros(particles.count, np.int8)
     leaves: list[Leaf] = []
@@ -54,7 +54,7 @@ def cut_leaves(particles: ParticleSet, halves: int) -> list[Leaf]:
 
 
 def merges(leaves: Sequence[Leaf], half: int) -> Iterator[Merge]:
-    """The additions of a half-set in their order: neighbours in pairs, then pairs of pairs; the last result stands at its first leaf."""
+    """The additions of a half-set in order: neighbours in pairs, then pairs of pairs; the total ends at the first leaf."""
     level = [leaf.number for leaf in leaves if leaf.half == half]
     while len(level) > 1:
         yield from (Merge(*level[j : j + 2]) for j in range(0, len(level) - 1, 2))
@@ -62,10 +62,10 @@ def merges(leaves: Sequence[Leaf], half: int) -> Iterator[Merge]:
 
 
 def settle(places: Sequence[str], alive: Sequence[str]) -> list[str]:
-    """Names of workers in the order in which they hold runs of leaves, carried over from ``places`` of the iteration before.
+    """Names of workers in the order of their runs of leaves, carried over from ``places`` of the previous iteration.
 
-    A worker that is gone keeps its place, because it may come back; a new one takes the place of one that is gone. When there are more
-    workers than places, all are dealt out anew.
+    A lost worker keeps its place, because it may come back; a new worker takes the place of a lost one. When there are more
+    workers than places, all places are reassigned.
     """
     new = [name for name in alive if name not in places]
     kept = [new.pop(0) if name not in alive and new else name for name in places]
@@ -73,7 +73,7 @@ def settle(places: Sequence[str], alive: Sequence[str]) -> list[str]:
 
 
 def home_of_leaves(leaves: int, places: Sequence[str], alive: Sequence[str]) -> list[str]:
-    """Name of the worker of each leaf: runs of neighbours; the leaves of those who are not ``alive`` are dealt out to the others."""
+    """Name of the worker of each leaf: runs of neighbours; leaves of workers that are not ``alive`` go to the others."""
     others = cycle(alive)
     homes = (places[number * len(places) // leaves] for number in range(leaves))
     return [home if home in alive else next(others) for home in homes]
@@ -83,8 +83,8 @@ def home_of_leaves(leaves: int, places: Sequence[str], alive: Sequence[str]) -> 
 class Traffic:
     """Bytes of one iteration.
 
-    ``state_read``: of the state, read by the workers from the checkpoint (a file, no network of ours). ``between_workers``: sums, and the
-    columns that ride with them. ``down``: to the workers, columns of the last iteration. ``up``: to the driver, state and columns.
+    ``state_read``: the state, which workers read from the checkpoint file. ``between_workers``: sums, with their
+    columns. ``down``: columns of the last iteration, to the workers. ``up``: state and columns, to the driver.
     """
 
     state_read: int
@@ -104,16 +104,17 @@ def traffic(
     homes : sequence of str
         Worker of each leaf.
     sums_bytes : int
-        Size of the sums of one leaf; every partial sum has the same.
+        Size of the sums of one leaf; every partial sum has the same size.
     state_bytes : int
         Size of the state, read once by each worker.
     up_bytes, down_bytes : int
-        Columns of ONE particle that an iteration gives, and that it is given with its place in the set (the same and 8 bytes if None).
+        Columns per particle that an iteration returns, and that it gets together with the index in the set (``up_bytes + 8`` if None).
 
     Notes
     -----
-    An addition happens where its left part lies; a right part that lies elsewhere is sent with its columns. When W workers hold whole
-    branches, W - 1 sums move, in log2(W) steps. The last sums of a second half-set are sent to the worker of the first, which maximises.
+    An addition runs on the worker with its left operand; a right operand on another worker is sent with its columns. When W workers hold
+    whole branches, W - 1 sums move, in log2(W) steps. The last sums of a second half-set are sent to the worker of the first, which
+    maximises.
     """
     share = {leaf.number: len(leaf.index) for leaf in leaves}
     particles = sum(share.values())

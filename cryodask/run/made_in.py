@@ -1,4 +1,4 @@
-"""Under which versions a step was begun: said where a run goes on under others, refused where that was asked."""
+"""Software versions that a step was computed with: a run that continues with others warns, or is refused if so requested."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cryodask.store.generation import Generation
 
 
 class MadeIn:
-    """The environments of the iterations of a step, beside its checkpoints: it may be interrupted and go on under another one."""
+    """The environments of the iterations of a step, stored with its checkpoints: it may resume in another environment."""
 
     def __init__(self, generation: Generation) -> None:
         self._path = generation.path / "checkpoints" / "environments.json"
@@ -25,7 +25,7 @@ class MadeIn:
             self.found = json.loads(self._path.read_text())
 
     def add(self, made_in: dict[str, str]) -> None:
-        """An iteration was computed there."""
+        """Record the environment of an iteration."""
         if made_in not in self.found:
             self.found.append(made_in)
             with disk_errors(self._path):
@@ -33,34 +33,34 @@ class MadeIn:
 
 
 def before_adding(label: str, project: Path, before: Iterable[Environment | str], *, same: bool) -> str:
-    """A sentence where results of ``before`` (environments, or their ids) were made under other versions than those of now.
+    """A sentence if results of ``before`` (environments, or their ids) were computed with versions other than the current ones.
 
     Raises
     ------
     StoreError
-        Where they have to be the ``same``.
+        If they are required to be the ``same``.
     """
     now = environments.environment()
     known = (environments.read(project, one) if isinstance(one, str) else one for one in before)
     others = [one for one in known if one and one != now]
     if not others:
         return ""
-    what = f"{label}: its results so far were made under other versions ({environments.difference(others[0], now)})"
+    what = f"{label}: its results so far were computed with other versions ({environments.difference(others[0], now)})"
     if same:
         raise StoreError(
-            f"{what}, and --same-environment was asked for.",
-            "the program or a library was updated, or this is another machine",
-            f"run it where it was begun, or compute it anew with  --from {label}",
+            f"{what}, and --same-environment was given.",
+            "cryodask or a library was updated, or this is another machine",
+            f"run it in the original environment, or recompute it with  --from {label}",
         )
-    return f"{what}; new ones may differ from them in the last digits"
+    return f"{what}; new ones may differ in the last digits"
 
 
 def lines(generations: dict[str, Generation]) -> list[str]:
-    """Every environment of some steps, with how many results it made; for ``cryodask info --environment``."""
+    """Every environment of some steps, with its number of results; for ``cryodask info --environment``."""
     out = []
     for label, generation in generations.items():
         for name, count in environments.counts(generation.records().values()).most_common():
             made_in: dict[str, Any] = environments.read(generation.project, name)
-            said = ", ".join(f"{key} {value}" for key, value in made_in.items()) or f"environment {name}, which is not described"
+            said = ", ".join(f"{key} {value}" for key, value in made_in.items()) or f"environment {name}, whose description is missing"
             out.append(f"{label:<14} {count} {'result' if count == 1 else 'results'}: {said}")
     return out

@@ -1,8 +1,8 @@
-"""The map runner: every item of a source goes through one fused task that commits it; any worker, item or driver may die at any time.
+"""The map runner: processes and commits each item of a source in one fused task; any worker, item or driver may die at any time.
 
 States of an item: waiting (source, ready, backoff, suspect) -> running (-> isolated) -> done | quarantined. Results are never gathered: a
-task returns after its commit, and the journal knows what is done. When a worker dies, Dask blames every task that was sent to it; those
-items are run again in child processes, so that a guilty one is convicted by its own signal and the innocent ones are committed.
+task returns after its commit, and the journal records what is done. When a worker dies, Dask blames every task that was sent to it; those
+items are rerun in child processes, so that the one that crashed its process is quarantined and the others are committed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from cryodask.run.residents import Run, in_run, keep, new_run, release_everywher
 from cryodask.store.project import Item
 
 PREFIX = "item"
-"""By which Dask knows how long items take."""
+"""Key prefix by which Dask learns how long items take."""
 
 _TRIES = 3
 _LONELY_DEATHS = 10
@@ -42,23 +42,23 @@ _RETRIED = (OSError, TimeoutError, MemoryError)
 
 
 class Job(Protocol):
-    """What is done with the items. Travels pickled, is unpickled once a process; ``run`` processes AND commits."""
+    """What is done with the items. Sent pickled, unpickled once per process; ``run`` processes AND commits."""
 
     def brief(self, item: Item, again: bool) -> Any:
-        """What travels with an item (in the driver); ``again``: it was sent before in this run and did not come back done."""
+        """What is sent along with an item (called in the driver); ``again``: an earlier attempt in this run did not succeed."""
         ...
 
     def run(self, item: Item, brief: Any, device: str, attempt: int) -> None:
-        """Process and commit one item (in a worker); ``attempt`` grows with every sending of an item, across runs too."""
+        """Process and commit one item (in a worker); ``attempt`` grows with every submission of an item, also across runs."""
         ...
 
     def quarantine(self, item: Item, error: str, message: str, tries: int) -> None:
-        """Record in the driver that an item failed for good."""
+        """Record in the driver that an item failed finally."""
         ...
 
 
 def attempt_item(run: Run, blob: bytes, item: Item, brief: Any, device: str, attempt: int) -> tuple[str, str, str] | None:
-    """Process and commit one item in this process; what went wrong as plain values, None if nothing did."""
+    """Process and commit one item in this process; returns the failure as plain values, or None."""
     try:
         with in_run(run):
             job: Job = keep("job", lambda: pickle.loads(blob))
@@ -67,13 +67,13 @@ def attempt_item(run: Run, blob: bytes, item: Item, brief: Any, device: str, att
         return type(error).__name__, str(error)[:2000], error.on_failure
     except _RETRIED as error:
         return type(error).__name__, str(error)[:2000], "retry"
-    except Exception as error:  # the runner's single edge: whatever a stage raises ends as a record
+    except Exception as error:  # the one place that catches everything: whatever a stage raises is recorded
         return type(error).__name__, str(error)[:2000], "quarantine"
     return None
 
 
 def work(item: Item, brief: Any, *, run: Run, blob: bytes, device: str, isolated: bool, attempt: int, limit_seconds: float | None) -> str:
-    """What a worker does with one item; the state of the future is the acknowledgement, and only of a stopped run the word is read."""
+    """Task for one item on a worker; the state of the future is the acknowledgement, its value is read only when a run is stopped."""
     if stopped_here(run):
         return _NOT_BEGUN
     if isolated:
@@ -87,25 +87,25 @@ def work(item: Item, brief: Any, *, run: Run, blob: bytes, device: str, isolated
 
 
 class MapRunner:
-    """Send items to the workers through a sliding window, and account for every one of them.
+    """Send items to the workers through a sliding window, and account for each of them.
 
     Parameters
     ----------
     client : Client
     job : Job
     event : callable ``(kind, item or None, text)``
-        Told of every item that is ``done``, ``quarantined`` or tried ``again``, of a stall (``stalled``), and every two seconds
+        Called for every item that is ``done``, ``quarantined`` or retried (``again``), on a stall (``stalled``), and every two seconds
         (``looked``).
     limit_seconds : float, optional
-        An item that takes longer is quarantined; its worker's process is ended for it.
+        An item that takes longer is quarantined; the worker process is killed.
     first_attempt : int
-        Attempts are counted from here: above all those of earlier runs.
+        First attempt number, above those of all earlier runs.
     live : bool
-        The source decides late which item is next: few are sent ahead of the workers.
+        The source decides late which item is next, so few items are queued on the workers.
     stopped : callable
-        Asked again and again: once it says so nothing is begun any more, and :meth:`run` ends when what was begun is finished.
+        Polled; once it returns true nothing new is started, and :meth:`run` returns when the items in flight have finished.
     needs_gpu : bool
-        Items go to workers with GPUs only; otherwise to one where one is free.
+        Items go only to workers with GPUs; otherwise a GPU is used if one is free.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class MapRunner:
         self.watch = Watch(client, lambda text: event("stalled", None, text), stall_after_seconds)
         self.blob = cloudpickle.dumps(job)
         self.flying: dict[str, tuple[Future[Any], Item, bool]] = {}
-        self.for_gpus: dict[str, float] = {}  # when sent
+        self.for_gpus: dict[str, float] = {}  # time of submission
         self.on_gpus = 0
         self.ready: deque[Item] = deque()
         self.later: list[tuple[float, int, Item]] = []
@@ -147,27 +147,27 @@ class MapRunner:
         self._finished_at: deque[float] = deque(maxlen=1000)
 
     def counts(self) -> dict[str, int]:
-        """Seen = done + quarantined + running + waiting, at any moment."""
+        """Counts of items; seen = done + quarantined + running + waiting at any moment."""
         waiting = len(self.ready) + len(self.later) + len(self.suspects)
         fixed = {k: self.counted[k] for k in ("seen", "done", "quarantined")}
         return {**fixed, "running": len(self.flying), "waiting": waiting}
 
     def run(self, source: Iterable[Item | None]) -> dict[str, int]:
-        """Process all items of a source; ``None`` from a live source means nothing now.
+        """Process all items of a source; ``None`` from a live source means that none is ready now.
 
         Raises
         ------
         ClusterError
-            When the scheduler is gone; what was committed stays, start again.
+            When the scheduler is gone; committed results stay, and the run can be restarted.
         CryodaskError
-            When an item meets an error that concerns all items (a full disk).
+            If an error affects all items (a full disk).
         """
         items = iter(source)
         self._ended = False
         try:
             with scheduler_needed(self.client):
                 while True:
-                    if self.watch.look(f"{len(self.flying)} items are out"):
+                    if self.watch.look(f"{len(self.flying)} items are in flight"):
                         self.window = self._window()
                         self._look_at_gpus()
                         self.event("looked", None, "")
@@ -182,7 +182,7 @@ class MapRunner:
                     if self._collect() or not self.flying:
                         self.watch.moved()
         except BaseException:
-            with contextlib.suppress(ClosedClientError, RuntimeError):  # a client that has closed, or its event loop, cancels nothing
+            with contextlib.suppress(ClosedClientError, RuntimeError):  # a closed client or event loop cannot cancel
                 self.client.cancel([f for f, _, _ in self.flying.values()], force=True)
             raise
         finally:
@@ -190,14 +190,14 @@ class MapRunner:
             release_everywhere(self.client, self._run, self.watch.workers)
 
     def _window(self) -> int:
-        """How many items may be out. Never 0: a cluster that scales by backlog must see one."""
+        """How many items may be in flight. Never 0: a cluster that scales by backlog must see one."""
         if not self.live:
             return 4 * self.watch.slots + 8
         recent = time.monotonic() - _AHEAD_SECONDS
         return self.watch.slots + 2 + sum(moment > recent for moment in self._finished_at)
 
     def _stop(self) -> None:
-        """Begin nothing more: the workers refuse what they have not begun, as soon as they hear of it."""
+        """Start nothing more: workers refuse items that they have not started, once they are told."""
         self._stopping = self._ended = True
         self.ready.clear()
         self.later.clear()
@@ -210,7 +210,7 @@ class MapRunner:
         self._told += stop_everywhere(self.client, self._run, new)
 
     def _take_back(self) -> None:
-        """Cancel what no worker has had since the last look; what comes to a worker meanwhile is refused there."""
+        """Cancel items that have reached no worker since the last check; those that reach one meanwhile are refused there."""
         self._tell_new_workers()
         sent = self.watch.processing(self.watch.workers)
         unsent = set(self.flying) - sent if sent is not None else set()
@@ -229,7 +229,7 @@ class MapRunner:
             self._send([self.suspects.popleft() for _ in range(min(max(1, room), len(self.suspects)))], isolated=True, device=usual)
             room = self.window - len(self.flying)
         for_gpus = max(0, gpu_items(self.watch.workers, self.on_gpus) - len(self.for_gpus))
-        if not self.live and room < self.window / 2 and len(self.flying) > 1:  # few large messages are cheaper than many small ones
+        if not self.live and room < self.window / 2 and len(self.flying) > 1:  # a few large messages are cheaper than many small ones
             room = 0
         room = max(room, for_gpus)
         while len(self.ready) < room and not self._ended:
@@ -251,11 +251,11 @@ class MapRunner:
         if not items:
             return
         self._sequence += 1
-        # a new key each try: an erred key would answer at once
+        # a new key per attempt: an erred key would return its error at once
         keys = [f"{PREFIX}-{self._run.token}-{item.row}-{self._sequence}" for item in items]
         with blamed_at_first_death():
             futures = self.client.map(
-                # one object for all items: arguments by keyword would be walked through by Dask for each
+                # one object for all items, because Dask traverses keyword arguments for each item
                 functools.partial(
                     work,
                     run=self._run,
@@ -279,7 +279,7 @@ class MapRunner:
             self.flying[str(future.key)] = (future, item, isolated)
 
     def _look_at_gpus(self) -> None:
-        """Which items run on GPUs; those that wait for one which others keep for long go to a CPU."""
+        """Track which items run on GPUs; those that have waited too long for one go to a CPU."""
         if self.needs_gpu:
             return
         gpus = with_gpus(self.watch.workers)
@@ -295,13 +295,13 @@ class MapRunner:
             del self.flying[key], self.for_gpus[key]
             future.cancel()
             self._send([item], isolated=False)
-            self.event("again", item, "no GPU became free: it goes to a CPU")
+            self.event("again", item, "no GPU became free; it runs on a CPU")
 
     def _collect(self) -> bool:
-        """Settle what has finished; False if nothing has."""
+        """Handle finished futures; False if there are none."""
         until = time.monotonic() + (0.2 if (self._idle or self.later or not self.flying) else 1.0)
         while True:
-            # a callback at each future would cost a coroutine and two changes of thread an item
+            # a callback per future would cost a coroutine and two thread switches per item
             time.sleep(_LOOK_SECONDS + _LOOK_SECONDS_AN_ITEM * len(self.flying))
             finished = [key for key, (future, _, _) in self.flying.items() if future.status != "pending"]
             if finished:
@@ -328,20 +328,20 @@ class MapRunner:
             return
         error = future.exception() if status == "error" else None
         if self._stopping and not (isinstance(error, ItemFailure) and error.args[2] in ("quarantine", "stop")):
-            return  # whatever became of it, the next run finds it undone
+            return  # whatever happened, the next run finds it pending
         self.returned.add(item.row)
-        if status != "error":  # cancelled or lost: nobody's fault
+        if status != "error":  # cancelled or lost: not the item's fault
             self.watch.check_client()
             self.ready.append(item)
             self.event("again", item, str(status))
         elif isinstance(error, KilledWorker) and (not isolated or self._died_beside(item)):
             self.suspects.append(item)
-            self.event("again", item, "its worker died; it is tried in a process of its own")
+            self.event("again", item, "its worker died; it is retried in its own process")
         else:
             self._settle_failure(item, error)
 
     def _died_beside(self, item: Item) -> bool:
-        """Whether the death of a worker beside an isolated item may have had another cause: it always may, but not ten times."""
+        """Whether a worker's death may have had a cause other than its isolated item: always possible, but not ten times."""
         self.lonely_deaths[item.row] += 1
         return self.lonely_deaths[item.row] < _LONELY_DEATHS
 
@@ -350,7 +350,7 @@ class MapRunner:
             name, message, action = error.args
         elif isinstance(error, KilledWorker):
             name, action = "KilledWorker", "quarantine"
-            message = f"its worker died {_LONELY_DEATHS} times beside it, though it ran in a process of its own (a limit on both together?)"
+            message = f"its worker died {_LONELY_DEATHS} times, although the item ran in its own process (a limit on both together?)"
         else:
             name, message, action = type(error).__name__, str(error)[:2000], "quarantine"
         if action == "stop":
@@ -383,7 +383,7 @@ def process_here(
     Raises
     ------
     CryodaskError
-        When an item meets an error that concerns all items (a full disk).
+        If an error affects all items (a full disk).
     """
     with run_here():
         for number, item in enumerate(item for item in source if item is not None):
@@ -393,10 +393,10 @@ def process_here(
 
 
 def _processed_here(job: Job, item: Item, attempt: int) -> tuple[str, Item, str]:
-    """Carry out one item; what the runner would be told of it."""
+    """Process one item; returns the event for it."""
     try:
         job.run(item, job.brief(item, False), CPU_DEVICE, attempt)
-    except Exception as error:  # as on a worker: whatever a stage raises ends as a record
+    except Exception as error:  # as on a worker: whatever a stage raises is recorded
         if isinstance(error, CryodaskError) and error.on_failure == "stop":
             raise
         job.quarantine(item, type(error).__name__, str(error)[:2000], 1)
@@ -405,21 +405,21 @@ def _processed_here(job: Job, item: Item, attempt: int) -> tuple[str, Item, str]
 
 
 def _word_of(future: Future[Any]) -> str:
-    """What :func:`work` returned; nothing where its worker has gone meanwhile."""
+    """What :func:`work` returned; empty if its worker is gone."""
     try:
         return str(future.result(timeout=_ANSWER_SECONDS))
-    except Exception:  # whatever became of it, the next run asks the journal
+    except Exception:  # whatever happened, the next run asks the journal
         return ""
 
 
 def _release(futures: list[Future[Any]]) -> None:
-    """In the event loop of the client, where it costs least."""
+    """Release futures in the client's event loop, where it is cheapest."""
     for future in futures:
         future.release()
 
 
 def _revived(name: str, message: str) -> CryodaskError:
-    """An error that stops the run, in its own class again."""
+    """Rebuild an error that stops the run in its own class."""
     import cryodask.errors as errors
 
     kind = getattr(errors, name, CryodaskError)

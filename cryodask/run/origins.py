@@ -1,4 +1,4 @@
-"""What other projects gave the exposures that a step reads: it may change while nothing changes in this project."""
+"""Values of exposures that a step reads from other projects; they may change while this project does not."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from cryodask.store.project import Item
 
 @dataclass(frozen=True)
 class Origins:
-    """For each part the imports that give it: of an exposure that several have, the first one counts."""
+    """For each part the imports that give it; for an exposure in several of them, the first one counts."""
 
     given: Sequence[tuple[str, Sequence[ProjectImport]]]
 
     def digest(self, item: Item) -> str:
-        """Of what the step reads of an exposure, as the other projects have it now."""
+        """Digest of what the step reads of an exposure, in the current state of the other projects."""
         first = ((part, next((one for one in some if one.has(item)), None)) for part, some in self.given)
         text = ";".join(one.digest_of(part, item) if one is not None else "" for part, one in first)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def origins_of(plan: Plan, step: Step) -> list[tuple[str, tuple[str, ...]]]:
-    """Parts of exposures that ``import_project`` steps give, and on which a per-exposure step rests; each with the labels of these."""
+    """Parts of exposures from ``import_project`` steps that a per-exposure step depends on, each with the labels of these steps."""
     found: dict[tuple[str, tuple[str, ...]], None] = {}
     waiting, seen = [step], set()
     while waiting:

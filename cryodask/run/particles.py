@@ -1,4 +1,4 @@
-"""Particle sets as the stages see them: which particles, in which order, with which columns, and how their images are read."""
+"""Particle sets as stages see them: ids, order, columns, and reading of images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cryodask.store.particles import ImagePlaces
 
 @dataclass(frozen=True)
 class StoredParticles:
-    """A particle set and where its images lie; ``ids`` `(n,)` int64, sorted, say who its particles are."""
+    """A particle set and the location of its images; ``ids`` `(n,)` int64, sorted, identify its particles."""
 
     set: ParticleSet
     ids: np.ndarray

@@ -1,4 +1,4 @@
-"""Decisions of people: steps that wait for one, and numbers of classes that belong to the classification they were chosen from."""
+"""Manual decisions: steps that wait for one, and class numbers, which belong to the classification they were chosen from."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from cryodask.store.state import Choice
 
 
 def decided(step: Step) -> bool:
-    """Whether the decision that a step waits for is there: any parameter is given."""
+    """Whether the manual decision of a step has been made: any parameter is given."""
     return not step.stage.person or step.params != type(step.params)()
 
 
 def waiting(plan: Plan) -> dict[str, str]:
-    """Steps that cannot run for want of a decision, and why: those of a person, and what is made from them."""
+    """Steps that cannot run without a manual decision, and why: manual steps, and those that depend on them."""
     out: dict[str, str] = {}
     for step in plan.steps:
         taken = [p for products in step.inputs.values() for p in products]
@@ -35,18 +35,18 @@ def waiting(plan: Plan) -> dict[str, str]:
 
 
 def check_choice(plan: Plan, project: Project, step: Step, *, confirmed: bool) -> None:
-    """Numbers of classes that a person chose must be those of the classification of now.
+    """Check that manually chosen class numbers belong to the current classification.
 
     Raises
     ------
     ProjectFileError
-        When it was computed again since, naming the classes that hold most of the particles of those that were chosen.
+        If it was recomputed since; the message names the classes that now hold most particles of the chosen ones.
     """
     for choice in _choices(plan, project, step):
         before = _before(plan, project, choice)
         if before is None or choice.place in {before.place, *before.earlier} or confirmed:
             if before is not None:
-                # where a classification is undone, these numbers were chosen for it already
+                # when a classification is changed back, the numbers were chosen for it before
                 choice.earlier = [p for p in dict.fromkeys([*before.earlier, before.place]) if p != choice.place]
                 project.state.choices.pop(before.subject, None)
             project.state.choices[choice.subject] = choice
@@ -54,25 +54,25 @@ def check_choice(plan: Plan, project: Project, step: Step, *, confirmed: bool) -
         raise ProjectFileError(
             f"{step.label}: classes {', '.join(map(str, choice.values))} were chosen from {before.place.replace('/', '@')}; {choice.label} "
             f"is now {choice.place.replace('/', '@')}. {_nearest(project, before.place, choice.place, choice.values)}".strip(),
-            "the classification was computed again, and its numbers have other meanings now",
-            f"look at the classes and give their numbers anew; if the same numbers are meant:  cryodask run --update {step.label}",
+            "the classification was recomputed, and the numbers now mean other classes",
+            f"check the classes and give the new numbers; to keep the same numbers:  cryodask run --update {step.label}",
         )
 
 
 def _choices(plan: Plan, project: Project, step: Step) -> list[Choice]:
-    """What the parameters of a step choose of the classifications behind its particles."""
+    """Choices that the parameters of a step make in the classifications behind its particles."""
     particles = step.inputs.get("particles", ())
     parts = particles[0].parts if particles else {}
     refer = Refer(plan, project.state)
     return [
         Choice(values=sorted(set(values)), place=refer.place(parts[part]), stage=step.stage.name, part=part, label=label_of(parts[part]))
         for part, values in chosen_classes(step.params, parts).items()
-        if part in parts and not is_pinned(parts[part])  # whose numbers those of an earlier result are is said with its key
+        if part in parts and not is_pinned(parts[part])  # for an earlier result its key identifies the classification
     ]
 
 
 def _before(plan: Plan, project: Project, choice: Choice) -> Choice | None:
-    """The same choice as it was made: also where the step that classified had a name then that no step has now."""
+    """The choice as it was made originally, even if the classification step has been renamed since."""
     known = project.state.choices
     if choice.subject in known:
         return known[choice.subject]
@@ -89,7 +89,7 @@ def _before(plan: Plan, project: Project, choice: Choice) -> Choice | None:
 
 
 def _nearest(project: Project, old: str, new: str, values: Sequence[int]) -> str:
-    """Where the particles of the chosen classes are now, in words."""
+    """A sentence about where the particles of the chosen classes are now."""
     try:
         numbers = []
         for place in (old, new):

@@ -1,4 +1,4 @@
-"""``STEP@KEY``: an earlier result as it was, with the ids, the parts and the facts of its time."""
+"""``STEP@KEY``: an earlier result as it was, with its ids, parts and facts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cryodask.store.places import Line
 from cryodask.store.state import ProductRef, ProjectState
 
 FACTS = ("frame", "point_group", "copies", "subtracted", "purpose")
-"""Facts that parameters of its time have settled. Sources, births and pixel sizes are those of the project."""
+"""Facts that its parameters determined. Sources, births and pixel sizes are those of the project."""
 
 
 @dataclass(frozen=True)
@@ -29,32 +29,34 @@ class Pins:
         Parameters
         ----------
         step : Step
-            As the pipeline has it now.
+            In the current pipeline.
         product : Product
-            The same product as the step gives it now.
+            The step's current product.
         key : str
-            Key of the result (its beginning is enough), or ``STAGE/KEY``.
+            Key of the result (a prefix is enough), or ``STAGE/KEY``.
 
         Raises
         ------
         WrongStep
-            Where there is no such result, it is unfinished, or something that it rests on is gone.
+            If there is no such result, it is unfinished, or something that it depends on is gone.
         """
         place = key if "/" in key else self._place(step, key)
         name = f"{step.label}@{place.partition('/')[2]}"
         folder = self.folder / "stages" / place
         if not (folder / "zarr.json").is_file():
-            raise WrongStep(f"{name} is not in the project any more: gc, or somebody, removed it. Take another result, or that of now.")
+            raise WrongStep(
+                f"{name} is no longer in the project: it was removed, by gc or by hand. Use another result, or the current one."
+            )
         line = places.line_of(folder, step.label)
         ref = line.products.get(f"{product.output}:{product.type}") if line is not None else None
         if line is None or ref is None:
-            raise WrongStep(f"{name} does not say where its {product.type} came from: it was made otherwise. Take another result.")
+            raise WrongStep(f"{name} has no record of where its {product.type} came from: it was made in another way. Use another result.")
         gone = sorted(p for p in ref.places() if not (self.folder / "stages" / p / "zarr.json").is_file())
         if gone:
             what = ", ".join(p.replace("/", "@") for p in gone)
-            raise WrongStep(f"{name} rests on {what}, which gc or somebody removed. Take another result, or that of now.")
+            raise WrongStep(f"{name} depends on {what}, which was removed, by gc or by hand. Use another result, or the current one.")
         if not line.finished and not Generation(folder).committed():
-            raise WrongStep(f"{name} is not finished: its run was stopped. Take another result, or that of now.")
+            raise WrongStep(f"{name} is not finished: its run was stopped. Use another result, or the current one.")
         return _as_it_was(product, ref, line, f"{step.label}@{place}")
 
     def _place(self, step: Step, key: str) -> str:
@@ -63,14 +65,14 @@ class Pins:
         found = [k for k in there if k.startswith(key)]
         if not found and (days := self._gone(stage, key)):
             when = "; ".join(f"gc removed {step.label}@{k} on {day}" for k, day in days.items())
-            raise WrongStep(f"{step.label}@{key} is gone: {when}. Take another result, or that of now.")
+            raise WrongStep(f"{step.label}@{key} is gone: {when}. Use another result, or the current one.")
         if len(found) != 1:
             known = ", ".join(f"{step.label}@{k}" for k in there) or "none"
-            raise WrongStep(f"{step.label}@{key} names {len(found) or 'no'} results. There are {known}.")
+            raise WrongStep(f"{step.label}@{key} matches {len(found) or 'no'} results. There are {known}.")
         return f"{stage}/{found[0]}"
 
     def _gone(self, stage: str, key: str) -> dict[str, str]:
-        """Keys that begin so of results that gc removed, and the day."""
+        """Keys with this prefix of results that gc removed, with the date."""
         if not (self.folder / "project.json").is_file():
             return {}
         removed = {tuple(place.split("/")): when for place, when in ProjectState.read(self.folder).removed.items()}
@@ -116,7 +118,7 @@ def _refs(given: dict[str, str], line: Line) -> dict[str, str]:
 
 
 def _ref(place: str, line: Line) -> str:
-    """``LABEL@PLACE``; the label is for people."""
+    """``LABEL@PLACE``; the label is for display only."""
     if not place:
         return ""
     first = place.partition("|")[0]
@@ -124,5 +126,5 @@ def _ref(place: str, line: Line) -> str:
 
 
 def _among(refs: frozenset[str], labels: set[str]) -> frozenset[str]:
-    """Of what stands behind a product now, what stood behind it then."""
+    """Those of the current ancestors of a product that were its ancestors then."""
     return frozenset(ref for ref in refs if labels_of([ref]) <= labels)

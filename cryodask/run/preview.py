@@ -1,4 +1,4 @@
-"""What a run would do, without doing any of it: the graph, what is done, what would be computed, why, and how long that takes."""
+"""Dry run: the graph, what is done, what would be computed and why, and an estimate of the cost."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class StepPreview:
     cpu_seconds_from: Source | None = None
 
     def estimate(self, estimator: Estimator, step: Step) -> StepPreview:
-        """Put in what it would take; returns itself."""
+        """Add the estimated cost; returns itself."""
         found = estimator.of(step, self.todo)
         if found is not None:
             self.cpu_seconds, self.cpu_seconds_from = found.seconds, found.source
@@ -63,13 +63,13 @@ class Preview:
     warnings: list[str] = field(default_factory=list)
 
     def as_json(self) -> str:
-        """As ``cryodask run --dry-run --json`` prints it."""
+        """The output of ``cryodask run --dry-run --json``."""
         steps = [{k: v for k, v in vars(s).items() if not k.startswith("cpu_seconds") or v is not None} for s in self.steps]
         return json.dumps({"steps": steps, "problems": self.problems, "warnings": self.warnings}, indent=1)
 
 
 def preview(plan: Plan, wanted: Wanted | None = None) -> Preview:
-    """What a run of a plan would do now. Nothing is written, no stage is called."""
+    """Preview what a run of a plan would do now. Nothing is written, no stage is called."""
     wanted = wanted or Wanted()
     out = Preview([], list(plan.graph.problems), list(plan.graph.warnings))
     blank = [StepPreview(s.label, s.stage.name, _sources(s), False, None, "new") for s in plan.steps]
@@ -105,7 +105,7 @@ def preview(plan: Plan, wanted: Wanted | None = None) -> Preview:
 
 
 def _sources(step: Step) -> dict[str, str | list[str]]:
-    """Where each input comes from, as the project file would name it."""
+    """Source of each input, in the notation of the project file."""
     out: dict[str, str | list[str]] = {}
     for name, products in step.inputs.items():
         keys = step.pins.get(name, ())
@@ -117,7 +117,7 @@ def _sources(step: Step) -> dict[str, str | list[str]]:
 
 @dataclass(frozen=True)
 class _Seen:
-    """A per-exposure step as a run would find it: what is there of it, and whether its generation exists."""
+    """A per-exposure step as a run would find it: its existing results, and whether its generation exists."""
 
     target: Target
     known: Known
@@ -125,9 +125,9 @@ class _Seen:
 
 
 class _Looking:
-    """Goes through the steps as a run would, on a copy of the project's state that is never written.
+    """Goes through the steps like a run, on a copy of the project's state that is never written.
 
-    What is there, what would be linked and what is due of each exposure is asked of the code that a run asks.
+    It uses the same code as a run to find what exists, what would be linked, and what is due for each exposure.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class _Looking:
     ) -> None:
         self.plan, self.project, self.wanted, self.out = plan, project, wanted, out
         self.update = frozenset(wanted.update)
-        wanted.count_anew(plan, project.state.again)
+        wanted.count_recomputations(plan, project.state.again)
         self.before = {label: project.state.steps[label] for label in project.stages}
         self.estimator = Estimator(plan, project, movie, self.before)
         known_before = {item.row for item in project.items()}
@@ -158,7 +158,7 @@ class _Looking:
         self.settled.add(step.label)
 
     def steps(self) -> list[StepPreview]:
-        """All steps; where a run would be refused, that is a problem."""
+        """All steps; whatever would refuse a run is a problem."""
         done: list[StepPreview] = []
         chosen = self.wanted.steps(self.plan)
         groups = chains_of(self.plan, [s for s in chosen if s.label not in self.people])
@@ -168,7 +168,7 @@ class _Looking:
         return done
 
     def _group(self, group: list[Step]) -> list[StepPreview]:
-        """Steps that a run carries out together: an exposure that is quarantined in one of them goes no further."""
+        """Preview steps that a run executes together: an exposure quarantined in one of them goes no further."""
         seen: dict[str, _Seen] = {}
         shown = {}
         try:
@@ -188,7 +188,7 @@ class _Looking:
                 shown[step.label] = self._stale(step, "a run would be refused", None)
         failed: set[int] = set()
         before: set[int] = set()
-        for label, one in seen.items():  # a failure says nothing while an earlier step of the exposure is to be done
+        for label, one in seen.items():  # a failure does not count while an earlier step of the exposure is pending
             failed |= one.known.failed - before
             before |= self.lacking[label]
         shown |= {label: self._per_exposure(self.plan.graph.step(label), one, failed) for label, one in seen.items()}
@@ -201,7 +201,7 @@ class _Looking:
 
     # --- per exposure ---------------------------------------------------------------------------------------------------------
     def _there(self, step: Step, seen: Mapping[str, _Seen], group: list[Step]) -> _Seen:
-        """What a run would find of a step; from here on the project shows the step as it would be after that."""
+        """What a run would find of a step; afterwards the project shows the step as it would be after the run."""
         target = self.maker.target(step)
         place = f"{step.stage.name}/{target.key}"
         generation = self.project.generation_at(place)
@@ -247,7 +247,7 @@ class _Looking:
 
     # --- over a set -----------------------------------------------------------------------------------------------------------
     def _check_choice(self, step: Step) -> None:
-        """Numbers of classes must be those of the classification of now, as far as its key is known."""
+        """Check that class numbers belong to the current classification, if its key is known."""
         named = {label_of(p.parts[n]) for p in step.inputs.get("particles", ()) for n in ("class2d", "class3d") if n in p.parts}
         if named and named <= self.settled:
             check_choice(self.plan, self.project, step, confirmed=step.label in self.update)
@@ -271,12 +271,12 @@ class _Looking:
         return StepPreview(step.label, step.stage.name, _sources(step), True, 0, why)
 
     def _why(self, step: Step) -> str:
-        """Why there is no result of a step: what has changed since the last one."""
+        """Why a step has no current result: what has changed since the last one."""
         current = self.before.get(step.label)
         if current is None or current.stage != step.stage.name:
             return "new"
         if self.project.state.again.get(step.label):
-            return "asked to be computed anew"
+            return "recomputation requested"
         generation = self.project.generation_at(current.place)
         if why := _of_version(step, generation.meta["version"]):
             return why
@@ -289,13 +289,13 @@ class _Looking:
 
 
 def _of_version(step: Step, version: Version) -> str:
-    """Where a result is of another version than would be computed here."""
+    """Note for a result whose version differs from the one that would be computed here."""
     newer = step.stage.newer(version)
     return f"version {newer} (done with {version})" if newer is not None else ""
 
 
 def lines(plan: Plan, shown: Preview) -> list[str]:
-    """The preview for people."""
+    """The preview as text."""
     width = max((len(s.step) for s in shown.steps), default=4)
     states = [_state(plan, step) for step in shown.steps]
     wide = max((len(state) for state in states), default=0)
@@ -322,7 +322,7 @@ _SOURCES: dict[Source, str] = {
 
 
 def _total(shown: Preview) -> list[str]:
-    """One line: what all steps together would take, where that comes from, and how many steps are not in it."""
+    """One line: the total cost, its sources, and how many steps have no estimate."""
     sums: dict[Source, float] = {}
     for step in shown.steps:
         if step.cpu_seconds is not None and step.cpu_seconds_from is not None:

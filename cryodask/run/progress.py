@@ -1,4 +1,4 @@
-"""What people read of a run while it goes on: moving bars on a terminal, lines in a log, a log file in the project. Readers of events."""
+"""Progress display of a run: bars on a terminal, lines in a log, a log file in the project. All read the events."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LOG_EVERY_SECONDS = 60.0
 
 
 def text_of(event: Event, *, every_exposure: bool = False) -> str:
-    """An event as a line; empty for those that only move a bar."""
+    """An event as a line of text; empty if it only advances a bar."""
     match event:
         case of.RunStarted():
             return f"{event.project}: {event.inputs} -> {event.folder}"
@@ -58,13 +58,13 @@ def figures_text(figures: dict[str, Any]) -> str:
 
 
 class Pace:
-    """How far the step of now is, its rate and time to go; fed with all events."""
+    """Progress, rate and remaining time of the current step; fed with all events."""
 
     def __init__(self) -> None:
         self.step, self.done, self.total, self._kept, self._started = "", 0, 0, 0, 0.0
 
     def __call__(self, event: Event) -> None:
-        """Take an event in."""
+        """Process an event."""
         match event:
             case of.StepStarted():
                 self.step, self.total, self._started = event.step, event.total or 0, event.time
@@ -77,7 +77,7 @@ class Pace:
                 self.done, self.total = self.done + 1, event.of or 0
 
     def text(self, now: float) -> str:
-        """Rate so far and time to go at a moment (seconds since 1970)."""
+        """Rate so far and remaining time at a moment (seconds since 1970)."""
         new, seconds = self.done - self._kept, now - self._started
         if new <= 0 or seconds <= 0:
             return ""
@@ -90,14 +90,14 @@ class Pace:
 
 
 class Terminal:
-    """Listener for a person in front of a terminal, or for the log of a job.
+    """Listener that prints to a terminal or to the log of a job.
 
     Parameters
     ----------
     stream : text stream, optional
-        Standard output if not given. Bars move only on a terminal; elsewhere a line a minute tells how far a step is.
+        By default standard output. Bars are shown only on a terminal; elsewhere one line per minute shows the progress of a step.
     verbosity : int
-        0 lines and bars; 1 every exposure and iteration as well; -1 only what ended the run.
+        0: lines and bars; 1: also every exposure and iteration; -1: only the error that ended the run.
     """
 
     def __init__(self, stream: TextIO | None = None, *, verbosity: int = 0) -> None:
@@ -145,7 +145,7 @@ class Terminal:
         self._bars.start()
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bars is not None:
             self._bars.stop()
         self._bars = self._bar = None
@@ -163,13 +163,13 @@ class JsonLines:
 
 
 class LogFile:
-    """Listener that writes ``logs/<run>.log`` in the project: every line with its time; a disk that refuses it disturbs nobody."""
+    """Listener that writes ``logs/<run>.log`` in the project, with timestamps; a disk that rejects it never disturbs the run."""
 
     def __init__(self, folder: Path, run: str) -> None:
         self._path = folder / "logs" / f"{run}.log"
 
     def __call__(self, event: Event) -> None:
-        """Write an event down."""
+        """Write an event."""
         text = text_of(event, every_exposure=True)
         if not text:
             return

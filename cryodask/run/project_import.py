@@ -1,4 +1,4 @@
-"""What another project says of an exposure that it has, too: its particles, their images and the CTF, as ``import_project`` takes them."""
+"""Data of another project for an exposure: particles, their images and the CTF, as ``import_project`` takes them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cryodask.vocabulary import CTF_COLUMNS, VARIABLES
 
 
 class ProjectImport:
-    """Exposures and particles of another project; a particle is named by the content of its exposure, its birth's identity and number."""
+    """Exposures and particles of another project; a particle is named by the content of its exposure, its birth's identity, and number."""
 
     def __init__(self, step: Step, project: Project | None) -> None:
         from cryodask.stages.import_project import EXPOSURE_PARTS, OF_EXPOSURES, OF_PARTICLES, PARTICLE_PARTS, opened
@@ -45,22 +45,22 @@ class ProjectImport:
         return [item for item in self.other.items() if item.row in wanted]
 
     def _births(self) -> dict[int, int]:
-        """Number here of each birth there, by the identity of the birth."""
+        """Number in this project of each birth of the other project, matched by identity."""
         there = {number: identity for identity, number in self.other.state.births.items()}
         found = sorted(set(birth_of(self.ids).tolist()))
         assert self._here is not None
         return {number: self._here.state.birth_number(there[number]) for number in found}
 
     def claims(self) -> frozenset[int]:
-        """Births of the set, as they are numbered here."""
+        """Births of the set, with their numbers in this project."""
         return frozenset(self._births().values())
 
     def left_out(self, items: Iterable[Item]) -> tuple[dict[str, int], bool]:
-        """Nothing: its exposures are those of the other project."""
+        """Empty: its exposures are those of the other project."""
         return {}, False
 
     def values(self, item: Item) -> dict[str, Any]:
-        """Columns of the exposure and of its particles, and where their images lie."""
+        """Columns of the exposure and of its particles, and the location of their images."""
         from cryodask.store.particles import image_places
 
         other = self._rows.get(item.content)
@@ -78,7 +78,7 @@ class ProjectImport:
                 known = self.other.sets.of_exposures(self.ref, np.array([other.row]), [name])
                 if name in known:
                     out[name] = float(known[name][0])
-        # one number of the exposure, also where the other project has none of its particles now
+        # one value per exposure, even if the other project has no particles of it now
         image_pixel = out.pop("particle_pixel_size_angstrom", here[:0])
         out["particle_pixel_size_angstrom"] = float(image_pixel[0]) if len(image_pixel) else np.nan
         pixel = float(out.get("pixel_size_angstrom", 1.0))
@@ -102,11 +102,11 @@ class ProjectImport:
         return {"foreign_values": out}
 
     def _givers(self, part: str) -> list[Generation]:
-        """Generations that gave a part of exposures there; several where sets were united: the first that has an exposure counts."""
+        """Generations that gave a part of exposures there; several after a merge: the first that has an exposure counts."""
         return [self.other.generation_at(place) for place in self.ref.exposures.get(part, "").split("|") if place]
 
     def _born_at(self, row: int, ids: np.ndarray, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where particles were born there, pixels: a person may have moved them since; where they are, if no table says it."""
+        """Positions at birth in the other project, pixels (picks may have been moved since); current positions if not recorded."""
         born: dict[int, tuple[float, float]] = {}
         for birth in np.unique(birth_of(ids)).tolist():
             known = self._book.at(row, birth)
@@ -117,7 +117,7 @@ class ProjectImport:
         return places[:, 0], places[:, 1]
 
     def images_of(self, item: Item) -> str:
-        """Which sizes and types the images of the exposure have there: empty for those of the other project's first data set."""
+        """Sizes and types of the exposure's images in the other project; empty for its first data set."""
         other = self._rows.get(item.content)
         usual: dict[str, Layout] = {}
         for generation in self._givers("micrograph") if other is not None else ():
@@ -133,7 +133,7 @@ class ProjectImport:
         return ""
 
     def digest(self, item: Item) -> str:
-        """Of the particles of the exposure, and of what gave their parts."""
+        """Digest of the particles of the exposure, and of what gave their parts."""
         other = self._rows.get(item.content)
         ids = self.ids[self._row == other.row] if other is not None else self.ids[:0]
         digest = hashlib.blake2b(ids.tobytes(), digest_size=8)
@@ -144,11 +144,11 @@ class ProjectImport:
         return digest.hexdigest()
 
     def has(self, item: Item) -> bool:
-        """Whether the exposure counts there."""
+        """Whether the exposure is active in the other project."""
         return item.content in self._rows
 
     def digest_of(self, part: str, item: Item) -> str:
-        """Of a part of an exposure as it is there, whatever particles it has."""
+        """Digest of a part of an exposure in the other project, whatever its particles."""
         other = self._rows[item.content]
         values = [self.other.value_of(other, name) for name in columns_of("exposures", part)]
         places = [place for place in self.ref.exposures.get(part, "").split("|") if place]
@@ -157,13 +157,13 @@ class ProjectImport:
 
     @functools.cached_property
     def _places(self) -> list[str]:
-        """Generations there in which exposures have results of their own."""
+        """Generations of the other project with per-exposure results."""
         given = {place for places in (*self.ref.parts.values(), *self.ref.exposures.values()) for place in places.split("|")}
         given |= set(self._images.givers if self._images is not None else ())
         return sorted(place for place in given if self.other.generation_at(place).meta["per_item"])
 
     def _made(self, place: str) -> dict[int, tuple[str, ...]]:
-        """What the result of each exposure was made from there: it may be another one in the same generation, after a move or a repair."""
+        """What the result of each exposure was made from there; it may change within a generation, after a move or a repair."""
         if place not in self._made_from:
             table = self.other.table_at(place, ())
             made = zip(*(getattr(table, name).astype(str).tolist() for name in ("input", "recipe", "slice")))

@@ -1,4 +1,4 @@
-"""The project file: read, checked against the stages' own parameter models, and turned into a plan, before anything expensive."""
+"""The project file: reading, checking against the stages' parameter models, and making a plan, before any expensive work."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ __all__ = ["Plan", "ProjectFile", "Step", "make_plan", "position", "read_project
 
 
 class Movies(BaseModel):
-    """Movies of one collection, and the gain of their camera."""
+    """Movies of one data set, and the gain of their camera."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    movies: str | None = Field(None, description="pattern of movie files, say movies/*.tif")
+    movies: str | None = Field(None, description="pattern of movie files, for example movies/*.tif")
     gain: str | None = Field(None, description="gain reference that multiplies the counts (MRC, TIFF)")
-    gain_rotate: Literal[0, 90, 180, 270] = Field(0, description="clockwise turn of the gain, degrees")
-    gain_flip: Literal["none", "up-down", "left-right"] = Field("none", description="flip of the gain after the turn")
+    gain_rotate: Literal[0, 90, 180, 270] = Field(0, description="clockwise rotation of the gain, degrees")
+    gain_flip: Literal["none", "up-down", "left-right"] = Field("none", description="flip of the gain, after the rotation")
 
 
 class Inputs(Movies):
-    """Where a project starts: movies, or what another program made of them (at most one of the first four)."""
+    """Where a project starts: movies, or another program's results (at most one of the first four)."""
 
     micrographs: str | None = Field(None, description="short form of a first step import_micrographs: {star: ...}")
     particles: str | None = Field(None, description="short form of a first step import_particles: {star: ...}")
@@ -50,7 +50,7 @@ class Inputs(Movies):
         if len(starts) != 1:
             raise ValueError(f"give exactly one of movies, micrographs, particles, half_maps (given: {', '.join(starts) or 'none'})")
         if self.coordinates is not None and self.micrographs is None:
-            raise ValueError("coordinates belong to micrographs; beside movies write a step  import_picks: {folder: ...}")
+            raise ValueError("coordinates need micrographs; with movies, write a step  import_picks: {folder: ...}")
         return self
 
 
@@ -61,35 +61,35 @@ class Microscope(BaseModel):
 
     voltage_kv: float = Field(gt=0, le=3000, description="acceleration voltage, kV")
     spherical_aberration_mm: float = Field(ge=0, le=20, description="Cs, mm")
-    amplitude_contrast: float = Field(0.1, ge=0, lt=1, description="share of amplitude contrast")
+    amplitude_contrast: float = Field(0.1, ge=0, lt=1, description="amplitude contrast, as a fraction")
     pixel_size_angstrom: float = Field(gt=0, le=100, description="pixel size of the movies, Angstrom")
-    dose_per_frame: float = Field(1.0, gt=0, description="exposure of a frame, electrons per square Angstrom")
+    dose_per_frame: float = Field(1.0, gt=0, description="exposure per frame, electrons per square Angstrom")
     pre_exposure: float = Field(0.0, ge=0, description="exposure before the first frame, electrons per square Angstrom")
 
 
 class DataSet(Movies):
-    """One of several collections in a project: its movies, gain and microscope."""
+    """One of several data sets in a project: its movies, gain and microscope."""
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_-]+$", description="name of the data set")
-    movies: str = Field(description="pattern of movie files, say day1/*.tif")
-    microscope: Microscope | None = Field(None, description="its optics and exposure; those of the project if left out")
+    movies: str = Field(description="pattern of movie files, for example day1/*.tif")
+    microscope: Microscope | None = Field(None, description="its optics and exposure; by default those of the project")
 
 
 class ProjectFile(BaseModel):
-    """A project file as it stands on disk."""
+    """A project file as stored on disk."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(min_length=1, pattern=r"^[^/]+$", description="name of the project, and of the folder with its results")
     inputs: Inputs | list[DataSet] | None = Field(
-        None, description="where it starts, or a list of data sets; left out where the pipeline begins with import steps"
+        None, description="where it starts, or a list of data sets; omitted if the pipeline begins with import steps"
     )
     microscope: Microscope | None = Field(None, description="optics and exposure")
     pipeline: list[Any] = Field(min_length=1, description="the steps: `stage`, `stage: {parameter: value}`, `stage as name: {...}`")
     cluster: str = Field("local", description="local, the name of a cluster, a cluster file, or the address of a Dask scheduler")
-    workers: int | None = Field(None, ge=1, description="local workers; all cores if not given")
+    workers: int | None = Field(None, ge=1, description="number of local workers; by default one per core")
     item_limit_seconds: float | None = Field(3600, gt=0, description="an exposure that takes longer is quarantined; null for no limit")
-    folder: str | None = Field(None, description="where results go; a folder with the project's name beside this file if not given")
+    folder: str | None = Field(None, description="folder for the results; by default a folder with the project's name, beside this file")
 
     @model_validator(mode="after")
     def _different_names(self) -> ProjectFile:
@@ -104,7 +104,7 @@ class ProjectFile(BaseModel):
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked project file: steps in order with their sources, and where the results go."""
+    """A checked project file: steps in order with their sources, and the folder for the results."""
 
     path: Path
     file: ProjectFile
@@ -118,19 +118,19 @@ class Plan:
 
     @property
     def single(self) -> Inputs | None:
-        """The section ``inputs`` where it is no list."""
+        """The section ``inputs``, if it is not a list."""
         return self.file.inputs if isinstance(self.file.inputs, Inputs) else None
 
     @property
     def data_sets(self) -> dict[str, Movies]:
-        """Collections of movies by name; the only one of a project is called ""."""
+        """Data sets by name; a single unnamed one is called ""."""
         if isinstance(self.file.inputs, list):
             return {d.name: d for d in self.file.inputs}
         return {"": self.file.inputs} if self.file.inputs is not None and self.file.inputs.movies else {}
 
     @property
     def constants(self) -> dict[str, dict[str, Any]]:
-        """Optics and exposure of every data set."""
+        """Optics and exposure by data set."""
         own = self.file.microscope.model_dump() if self.file.microscope else {}
         if isinstance(self.file.inputs, list):
             return {d.name: d.microscope.model_dump() if d.microscope else own for d in self.file.inputs}
@@ -138,22 +138,22 @@ class Plan:
 
     @property
     def has_movies(self) -> bool:
-        """Whether it starts from movies."""
+        """Whether the project starts from movies."""
         return bool(self.data_sets)
 
     @property
     def cluster(self) -> str:
-        """``local``, an address, the name of a cluster that runs, or the path of a cluster file."""
+        """``local``, an address, the name of a running cluster, or the path of a cluster file."""
         name = self.file.cluster
         is_word = re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None and not Path(self.resolve(name)).is_file()
         return name if is_word or "://" in name else self.resolve(name)
 
     def resolve(self, name: str) -> str:
-        """A path of the project file, relative to where that file lies."""
+        """Resolve a path of the project file against the folder of that file."""
         return str((self.path.parent / Path(name).expanduser()).resolve()) if name else name
 
     def relative(self, path: str | Path) -> str:
-        """A path as the project knows it: relative to the project file where it lies below it, else absolute."""
+        """A path as the project stores it: relative to the project file's folder if inside it, else absolute."""
         full, home = os.path.abspath(path), f"{self._home}{os.sep}"
         return full[len(home) :] if full.startswith(home) else full
 
@@ -162,13 +162,13 @@ class Plan:
         return str(self.path.parent.resolve())
 
     def input_files(self, step: Step) -> dict[str, list[str]]:
-        """Parameters of a step that name files whose content matters, where given."""
+        """Parameters of a step that name files whose content enters the key, if given."""
         found = {n: getattr(step.params, n) for n in marked_fields(type(step.params), InputFileMark)}
         return {n: list(v) if isinstance(v, tuple | list) else [v] for n, v in found.items() if v}
 
 
 def project_folder(path: str | Path) -> Path:
-    """The results' folder from either the folder itself or the project file."""
+    """The results folder, from the folder itself or from the project file."""
     given = Path(path)
     if given.is_file():
         file = read_project_file(given)
@@ -192,27 +192,31 @@ def read_project_file(path: str | Path) -> ProjectFile:
     try:
         content = yaml.safe_load(path.read_text())
     except FileNotFoundError:
-        raise ProjectFileError(f"There is no project file {path}.", "a typo in its name", "give the path of a .yaml file") from None
+        raise ProjectFileError(f"There is no project file {path}.", "", "give the path of a .yaml file") from None
     except OSError as error:
         raise ProjectFileError(
-            f"{path} cannot be read: {error.strerror}.", "it is a folder, or belongs to somebody else", "give the path of a .yaml file"
+            f"{path} cannot be read: {error.strerror}.",
+            "it is a folder, or you have no permission to read it",
+            "give the path of a .yaml file",
         ) from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ProjectFileError(f"{path} cannot be read: {error}", "wrong indentation or a missing quote", "fix it and try again") from None
+        raise ProjectFileError(f"{path} cannot be read: {error}", "wrong indentation or a missing quote", "fix it and rerun") from None
     if not isinstance(content, dict):
         raise ProjectFileError(
-            f"{path} is not a project file: it holds no keys.", "it is empty, or another kind of file", "docs/project-file.md shows one"
+            f"{path} is not a project file: it has no keys.",
+            "it is empty, or another kind of file",
+            "see docs/project-file.md for an example",
         )
     try:
         return ProjectFile.model_validate(content)
     except ValidationError as error:
-        raise ProjectFileError(f"{path}: " + problems(error, ProjectFile), "a typo", "docs/project-file.md lists all keys") from None
+        raise ProjectFileError(f"{path}: " + problems(error, ProjectFile), "", "see docs/project-file.md for all keys") from None
 
 
 def make_plan(path: str | Path, *, ahead: bool = False) -> Plan:
-    """Read a project file and resolve its pipeline; everything that can be found wrong now is found wrong now.
+    """Read a project file and resolve its pipeline; reports every error that can be found without running.
 
-    ``ahead``: files that the steps name need not be there yet.
+    ``ahead``: files named in steps need not exist yet.
 
     Raises
     ------
@@ -223,8 +227,8 @@ def make_plan(path: str | Path, *, ahead: bool = False) -> Plan:
     if plan.graph.problems:
         raise ProjectFileError(
             f"{plan.path}: " + "\n".join(plan.graph.problems),
-            "a step takes what no earlier step gives, or the name of a step, parameter or file is wrong",
-            "cryodask run --dry-run  shows what each step takes",
+            "a step takes something that no earlier step gives, or the name of a step, parameter or file is wrong",
+            "see what each step takes with  cryodask run --dry-run",
         )
     return plan
 
@@ -246,7 +250,7 @@ def draft_plan(path: str | Path, *, ahead: bool = False) -> Plan:
     for entry in entries:
         values = next(iter(entry.values()), None) if isinstance(entry, dict) and len(entry) == 1 else None
         if isinstance(values, dict) and "live" in values:
-            warnings.append(f"{next(iter(entry))}: live previews are not computed yet; the step runs once, when the session is over.")
+            warnings.append(f"{next(iter(entry))}: live previews are not supported yet; the step runs once, when the session is over.")
     if not problems and plan.has_movies and any(not values for values in plan.constants.values()):
         problems.append(
             "The movies have no optics: the section `microscope` was left out. Add  microscope: {voltage_kv: 300, "
@@ -258,16 +262,16 @@ def draft_plan(path: str | Path, *, ahead: bool = False) -> Plan:
 
 
 def _unknown_group(step: Step) -> Iterator[str]:
-    """A sentence where C1 is taken because nothing says the point group of the step's map."""
+    """A warning if C1 is assumed because the point group of the step's map is unknown."""
     if "symmetry" in type(step.params).model_fields and step.params.symmetry is None and step.inputs:
         draft = Draft(step.label, step.stage, step.params, step.inputs)
         if point_group(draft) is None:
             start = next((p.ref for p in step.inputs.get("map", ())), "its start map")
-            yield f"{step.label}: nothing says the point group of {start}, so C1 is taken. Give symmetry, be it C1."
+            yield f"{step.label}: the point group of {start} is unknown, so C1 is assumed. Set symmetry, even if it is C1."
 
 
 def _with_symmetry(step: Step) -> Step:
-    """A symmetry that is left out is that of the step's map, not C1."""
+    """Fill in an omitted symmetry with that of the step's map, not C1."""
     if "symmetry" not in type(step.params).model_fields or step.params.symmetry is not None or not step.inputs:
         return step
     group = point_group(Draft(step.label, step.stage, step.params, step.inputs)) or "C1"
@@ -292,7 +296,7 @@ def _with_short_forms(file: ProjectFile, stages: dict[str, Stage]) -> list[Any]:
         head.append({"import_picks": {"folder": file.inputs.coordinates}})
     for step in head:
         name, values = next(iter(step.items()))
-        # a step that is there already, without saying its file
+        # a step that is listed already, without its file
         bare = next((i for i, e in enumerate(entries) if e == name or (isinstance(e, dict) and list(e) == [name] and not e[name])), None)
         if bare is not None:
             entries[bare] = {name: values}
@@ -307,21 +311,21 @@ def _stage_name(entry: Any) -> str:
 
 
 def position(plan: Plan, label: str) -> int:
-    """Place of a step in the pipeline; raises if none has this label."""
+    """Index of a step in the pipeline; raises if none has this label."""
     labels, path = [s.label for s in plan.steps], plan.path
     if label not in labels:
-        raise ProjectFileError(f"{path} has no step {label!r}.{nearest(label, labels)}", "a typo", f"its steps are: {', '.join(labels)}")
+        raise ProjectFileError(f"{path} has no step {label!r}.{nearest(label, labels)}", "", f"its steps are: {', '.join(labels)}")
     return labels.index(label)
 
 
 def list_movies(plan: Plan, data_set: str = "", *, needed: bool = True) -> list[str]:
-    """Paths of the movie files of a data set in order of name; raises where there are none, unless they are not ``needed`` any more."""
+    """Paths of the movie files of a data set, sorted by name; raises if there are none, unless they are no longer ``needed``."""
     pattern = plan.resolve(plan.data_sets[data_set].movies or "")
-    # by their parts, as Paths compare: these would cost more than the listing
+    # sort by parts, as Path does; making Paths would cost more than the listing
     found = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)), key=lambda path: path.split(os.sep))
     if not found and needed:
         raise ProjectFileError(
-            f"No movie matches {pattern}.", "a typo in inputs.movies, or the data are not mounted", "check the pattern with ls"
+            f"No movie matches {pattern}.", "the pattern in inputs.movies is wrong, or the disk is not mounted", "check the pattern with ls"
         )
     return found
 
@@ -339,19 +343,19 @@ def _make_params(path: Path, stage: Stage, label: str, values: dict[str, Any], *
     if missing:
         what = "project" if missing[0] == "project" else "file"
         raise ProjectFileError(
-            f"{label}: say which {what}: {stage.name}: {{{missing[0]}: ...}}.", "it was left out", "paths are relative to the project file"
+            f"{label}: the {what} is missing: {stage.name}: {{{missing[0]}: ...}}.", "", "add it; paths are relative to the project file"
         )
     try:
         return stage.params.model_validate(values)
     except ValidationError as error:
-        reason = f"{stage.name} takes other names or values"
+        reason = f"{stage.name} has other parameters"
         what = f"{label}: {problems(error, stage.params)}"
-        raise ProjectFileError(what, reason, f"cryodask stages {stage.name}  explains them") from None
+        raise ProjectFileError(what, reason, f"see them with  cryodask stages {stage.name}") from None
 
 
 def _existing(path: Path, label: str, name: str, given: str, *, ahead: bool) -> str:
-    """A file or folder that a parameter names, as an absolute path."""
+    """The file or folder that a parameter names, as an absolute path."""
     file = (path.parent / Path(given).expanduser()).resolve()
     if not file.exists() and not ahead:
-        raise ProjectFileError(f"{label}.{name}: there is no file {file}.", "a typo in its name", "paths are relative to the project file")
+        raise ProjectFileError(f"{label}.{name}: there is no file {file}.", "", "check the path; paths are relative to the project file")
     return str(file)

@@ -1,4 +1,4 @@
-"""What the driver records with a generation: the places of all that a step took and gave, and that it is finished."""
+"""What the driver records with a generation: the places of the step's inputs and outputs, and that it is finished."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cryodask.vocabulary import OPTICS
 
 
 def note_line(plan: Plan, project: Project, step: Step, key: str, *, again: bool, origin: Any) -> None:
-    """Record in a generation what the step takes and gives, with exact places. ``again``: it was not current before."""
+    """Record in a generation the step's inputs and outputs with exact places. ``again``: it was not current before."""
     place = f"{step.stage.name}/{key}"
     state = Refer(plan, project.state).state_of(step, key)
     line = Line(
@@ -34,7 +34,7 @@ def note_line(plan: Plan, project: Project, step: Step, key: str, *, again: bool
 
 
 def _steps_behind(project: Project, step: Step) -> dict[str, str]:
-    """Place of every step behind a step; those of the particles count where two inputs differ."""
+    """Place of every ancestor of a step; where two inputs differ, those of the particles count."""
     out: dict[str, str] = {}
     taken = [p for name in sorted(step.inputs, key=lambda n: n == "particles") for p in step.inputs[name]]
     for product in taken:
@@ -45,7 +45,7 @@ def _steps_behind(project: Project, step: Step) -> dict[str, str]:
 
 
 def _optics(project: Project) -> list[Optics]:
-    """Optics of all exposures, as their data sets have them now."""
+    """Current optics of all exposures, from their data sets."""
     out: dict[tuple[float | None, ...], list[tuple[int, int]]] = {}
     constants = {name: tuple(values.get(one) for one in OPTICS) for name, values in project.state.constants.items()}
     for item in project.items():

@@ -1,4 +1,4 @@
-"""From the plan to the store: where the products of a resolved step lie, and where each variable that a stage needs comes from."""
+"""From the plan to the store: the location of a step's products, and the source of each variable that a stage needs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from cryodask.stage import Port, Stage, find_stage
 from cryodask.store.state import ProductRef, ProjectState, StepState
 
 INPUTS = "inputs"
-"""Source of what the registry knows of an exposure, of its data set's optics, and of the gain."""
+"""Source of registry facts of an exposure, of its data set's optics, and of the gain."""
 PARTICLES = "particles"
-"""Source of what the particles of an exposure bring along."""
+"""Source of values of the exposure's particles."""
 
 
 def stage_of(plan: Plan, ref: str) -> Stage:
-    """The stage of the step that a reference names; of a pinned one that of its place."""
+    """The stage of the step that a reference names; for a pinned one that of its place."""
     return find_stage(pinned_place(ref).partition("/")[0]) if is_pinned(ref) else plan.graph.step(label_of(ref)).stage
 
 
@@ -30,19 +30,19 @@ def pinned_place(ref: str) -> str:
 
 @dataclass(frozen=True)
 class Refer:
-    """Turns products of a plan into references to generations, as the project stands now."""
+    """Turns products of a plan into references to generations, in the current state of the project."""
 
     plan: Plan
     state: ProjectState
 
     def place(self, ref: str) -> str:
-        """``STAGE/KEY`` of the step that ``STEP`` or ``STEP.OUTPUT`` names; of a pinned reference the place that it says."""
+        """``STAGE/KEY`` of the step that ``STEP`` or ``STEP.OUTPUT`` names; for a pinned reference its own place."""
         return pinned_place(ref) if is_pinned(ref) else self.state.steps[label_of(ref)].place
 
     def ids_of(self, product: Product) -> str:
-        """The generation that says which particles (or exposures) a set holds.
+        """The generation that determines which particles (or exposures) are in a set.
 
-        That of the step that settled them, or of the last step over the whole set: it may have had to leave some out.
+        It belongs to the step that defined them, or to the last step over the whole set, which may have had to leave some out.
         """
         if product.pinned:
             return self.place(product.ids) if product.ids else ""
@@ -53,7 +53,7 @@ class Refer:
         return self.ids_of(base) if base is not None else self.place(product.ids)
 
     def _places(self, product: Product) -> dict[str, str]:
-        """Place of each part; of exposures that a union joined, the places of all that gave the part, ``A|B``."""
+        """Place of each part; for the exposures of a union, the places of all that gave the part, ``A|B``."""
         if product.type != "exposures":
             return {part: self.place(ref) for part, ref in product.parts.items()}
         labels = {part: givers_of(self.plan, ref, part) for part, ref in product.parts.items()}
@@ -80,14 +80,14 @@ class Refer:
         )
 
     def _giver(self, product: Product) -> str:
-        """The generation of the step that gave a product; empty where the step has none yet."""
+        """The generation of the step that gave a product; empty if the step has none yet."""
         if product.pinned:
             return product.at.get(product.step, "")
         step = self.state.steps.get(product.step)
         return step.place if step is not None else ""
 
     def threshold(self, product: Product) -> Any:
-        """Score above which peaks are accepted, where the ids of a set are those of a birth."""
+        """Score above which peaks are accepted, if the ids of a set are those of a birth."""
         if product.type != "particles" or not product.ids:
             return None
         if is_pinned(product.ids):
@@ -98,11 +98,11 @@ class Refer:
         return getattr(step.params, name) if name and settled else None
 
     def inputs(self, step: Step) -> dict[str, list[ProductRef]]:
-        """What a step takes, by port."""
+        """Inputs of a step, by port."""
         return {name: [self.product(p) for p in products] for name, products in step.inputs.items()}
 
     def state_of(self, step: Step, key: str, recipes: dict[str, str] | None = None) -> StepState:
-        """The state of a step whose generation has this key; its own products refer to it."""
+        """The state of a step whose generation has this key, with its products."""
         made = StepState(stage=step.stage.name, key=key, params=step.params.model_dump(), inputs=self.inputs(step), recipes=recipes or {})
         there = ProjectState(name="", steps={**self.state.steps, step.label: made})
         refer = Refer(self.plan, there)
@@ -126,17 +126,17 @@ def givers_of(plan: Plan, ref: str, part: str) -> list[str]:
 
 
 def parts_used(step: Step, port: Port) -> tuple[str, ...]:
-    """Parts of a port that a step uses: those that it must have, and of the others those that are there."""
+    """Parts of a port that a step uses: the required ones, and those optional ones that are present."""
     products = step.inputs.get(port.name, ())
     return tuple(p for p in used_parts(port, step.params) if products and all(p in product.parts for product in products))
 
 
 def variable_sources(plan: Plan, step: Step) -> dict[str, str]:
-    """Where each variable that a stage needs comes from: ``inputs``, ``particles``, or the step (``LABEL``, ``LABEL@PLACE``) of its part.
+    """Source of each variable that a stage needs: ``inputs``, ``particles``, or the step (``LABEL``, ``LABEL@PLACE``) of its part.
 
-    What a source such as ``ingest`` gives without storing it (optics) comes from the registry.
+    Values that a source such as ``ingest`` gives without storing them (optics) come from the registry.
 
-    A variable whose part is not there is left out: it is optional, or the plan would have refused the step.
+    A variable whose part is missing is left out: it is optional, or the plan would have refused the step.
     """
     out: dict[str, str] = {}
     ports = {port.type: port for port in reversed(step.stage.ports)}
@@ -160,6 +160,6 @@ def _has(step: Step, port: Port | None, part: str) -> bool:
 
 
 def united_parts(step: Step) -> tuple[str, ...]:
-    """Parts that a union takes from several steps, so that they become its own."""
+    """Parts that a union takes from several steps and stores itself."""
     union = step.outputs.get(("particles", "particles"))
     return tuple(part for part, ref in union.parts.items() if ref == union.ref) if union is not None else ()

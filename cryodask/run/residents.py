@@ -1,8 +1,9 @@
 """What a worker process keeps between tasks: jobs, states, blocks of images, banks of projections, opened generations.
 
-One owner per process. Several threads may ask for the same thing: one makes it, the others wait. What was used longest ago goes when the
-bytes exceed a share of the worker's memory; everything of a run goes when the driver says that the run has ended, or when nothing of it
-was used for a while (its driver is dead). The scheduler hears of the bytes by heartbeat, so that they count for the lane of the run.
+One cache per process. If several threads ask for the same object, one makes it and the others wait. The least recently used objects are
+dropped when the bytes exceed a share of the worker's memory; all objects of a run are dropped when the driver says that the run has
+ended, or when none was used for a while (its driver is dead). Heartbeats report the bytes to the scheduler, which charges them to the
+lane of the run.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from cryodask.cluster.sharing.memory import RESIDENTS_METRIC
 T = TypeVar("T")
 
 SHARE_OF_MEMORY = 0.5
-"""Of a worker's memory limit; the rest is for the tasks themselves and for results."""
+"""Fraction of a worker's memory limit; the rest is for the tasks themselves and for results."""
 _PATIENCE_SECONDS = 1.0
 IDLE_SECONDS = 900.0
-"""After which a run is taken to be dead. A run that is alive and comes back makes its things again: it loses time, nothing else."""
+"""Time after which a run is considered dead. If it is alive after all, it recreates its objects and loses only time."""
 
 
 class Run(NamedTuple):
-    """Whose things they are: the client of the driver, and a token of the run."""
+    """Owner of objects: the client of the driver, and a token of the run."""
 
     client: str
     token: str
@@ -51,12 +52,12 @@ class _Entry:
 
 @dataclass
 class Residents:
-    """What is kept, by run and key.
+    """Cache of objects by run and key.
 
     Parameters
     ----------
     limit_bytes : int, optional
-        By default SHARE_OF_MEMORY of the worker in whose task it is asked, or of the machine's memory outside a worker.
+        By default SHARE_OF_MEMORY of the current worker's limit, or of the machine's memory outside a worker.
     """
 
     limit_bytes: int | None = None
@@ -65,7 +66,7 @@ class Residents:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def get(self, run: Run, key: Hashable, make: Callable[[], T], *, stamp: Any = None) -> T:
-        """The thing under a key of a run; made by one thread where it is not there, or was made under another ``stamp``."""
+        """The object under a key of a run; made by one thread if it is missing or has another ``stamp``."""
         place = run, key
         while True:
             with self._lock:
@@ -78,7 +79,7 @@ class Residents:
                 others = self._making.get(place)
                 if others is None:
                     mine = self._making[place] = threading.Event()
-                    entry = self._entries.pop(place, None)  # freed before its successor is made
+                    entry = self._entries.pop(place, None)  # free it before making its successor
                     break
             others.wait()
         entry = None
@@ -94,7 +95,7 @@ class Residents:
             mine.set()
 
     def holds(self, run: Run, key: Hashable) -> bool:
-        """Whether there is something under a key of a run."""
+        """Whether there is an object under a key of a run."""
         with self._lock:
             return (run, key) in self._entries
 
@@ -114,7 +115,7 @@ class Residents:
     def _limit(self) -> int:
         if self.limit_bytes is None:
             memory = None
-            with suppress(ValueError):  # in a process that is not a worker
+            with suppress(ValueError):  # not in a worker process
                 worker = get_worker()
                 memory = worker.memory_manager.memory_limit
                 worker.metrics.setdefault(RESIDENTS_METRIC, lambda worker: self.bytes_by_client())
@@ -122,14 +123,14 @@ class Residents:
         return self.limit_bytes
 
     def release(self, run: Run) -> None:
-        """Drop everything of a run, and what no run has used for IDLE_SECONDS."""
+        """Drop all objects of a run, and those that were not used for IDLE_SECONDS."""
         with self._lock:
             for place in [p for p in self._entries if p[0] == run]:
                 del self._entries[place]
             self._drop_idle()
 
     def bytes_by_client(self) -> dict[str, int]:
-        """Bytes of what is kept, by client of the driver; asked at every heartbeat, so that a dead driver's things go here, too."""
+        """Bytes kept, by client of the driver. Called at every heartbeat, so it also drops the objects of dead drivers."""
         with self._lock:
             self._drop_idle()
             out: dict[str, int] = {}
@@ -139,7 +140,7 @@ class Residents:
 
 
 def size_of(value: Any, seen: set[int] | None = None) -> int:
-    """Bytes of the arrays and tensors in a value, each once; code (classes, modules) is no part of it."""
+    """Bytes of the arrays and tensors in a value, each counted once; code (classes, modules) is not counted."""
     seen = set() if seen is None else seen
     if id(value) in seen or isinstance(value, str | bytes | int | float | type(None) | type | ModuleType):
         return len(value) if isinstance(value, bytes) else 0
@@ -158,17 +159,17 @@ def size_of(value: Any, seen: set[int] | None = None) -> int:
 
 
 RESIDENTS = Residents()
-"""Those of this process."""
+"""The cache of this process."""
 
 
 _NOBODY = Run("", "outside")
 CURRENT: ContextVar[Run] = ContextVar("run", default=_NOBODY)
-"""The run whose task this thread carries out."""
+"""The run whose task this thread executes."""
 
 
 @contextmanager
 def in_run(run: Run) -> Iterator[None]:
-    """Around the task of a run: what it keeps is the run's."""
+    """Context manager around a task: objects kept within belong to the run."""
     token = CURRENT.set(run)
     try:
         yield
@@ -178,7 +179,7 @@ def in_run(run: Run) -> Iterator[None]:
 
 @contextmanager
 def run_here() -> Iterator[Run]:
-    """A run in this process: what it keeps goes when it ends, however it ends."""
+    """A run in this process; its objects are dropped when the block ends."""
     run = Run("", os.urandom(4).hex())
     try:
         with in_run(run):
@@ -188,20 +189,20 @@ def run_here() -> Iterator[Run]:
 
 
 def keep(key: Hashable, make: Callable[[], T]) -> T:
-    """The thing under a key of the run whose task this is, made if it is not there."""
+    """The object under a key of the current task's run, made if it is missing."""
     return RESIDENTS.get(CURRENT.get(), key, make)
 
 
 def new_run(client: Client) -> Run:
-    """A run of a driver."""
+    """A new run of a driver."""
     return Run(str(client.id), os.urandom(4).hex())
 
 
 def release(run: Run) -> None:
-    """Drop what this process keeps for a run, and give its memory back to the system."""
+    """Drop what this process keeps for a run, and return the memory to the system."""
     RESIDENTS.release(run)
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # glibc keeps what is freed, and grows from run to run
+    if trim is not None:  # glibc keeps freed memory and would grow from run to run
         trim(0)
 
 
@@ -213,32 +214,32 @@ def _stop_here(run: Run) -> None:
 
 
 def stopped_here(run: Run) -> bool:
-    """Whether the driver of a run has asked this process to begin nothing more for it."""
+    """Whether the driver of a run has told this process to start nothing more for it."""
     return RESIDENTS.holds(run, _STOPPED)
 
 
 def release_everywhere(client: Client, run: Run, addresses: Iterable[str]) -> None:
-    """Tell the workers that a run has ended. Those that are busy longer than a moment find out by themselves, after IDLE_SECONDS."""
+    """Tell the workers that a run has ended. Workers that are busy find out by themselves after IDLE_SECONDS."""
     told = _tell_everywhere(client, release, run, addresses)
     with suppress(ClosedClientError, RuntimeError, OSError):
         try:
-            # distributed's wait() asks the default client, which may be another one
+            # distributed's wait() uses the default client, which may be another one
             until = time.monotonic() + _PATIENCE_SECONDS
             while time.monotonic() < until and not all(future.done() for future in told):
                 time.sleep(0.02)
         finally:
-            # a task for a worker that has gone would stay for ever, and keep a service from ending
+            # a task for a lost worker would stay for ever and keep a service from ending
             for future in told:
                 future.release()
 
 
 def stop_everywhere(client: Client, run: Run, addresses: Iterable[str]) -> list[Future[Any]]:
-    """Tell the workers to begin nothing more for a run; what they have begun goes on. The caller keeps what is returned."""
+    """Tell the workers to start nothing more for a run; tasks in flight continue. The caller must keep the returned futures."""
     return _tell_everywhere(client, _stop_here, run, addresses)
 
 
 def _tell_everywhere(client: Client, what: Callable[[Run], None], run: Run, addresses: Iterable[str]) -> list[Future[Any]]:
-    """A task before all others on each worker."""
+    """Submit a task to each worker that runs before all others."""
     name = what.__name__.strip("_")
     with suppress(ClosedClientError, RuntimeError, OSError):  # the scheduler may be gone, too
         return [

@@ -1,4 +1,4 @@
-"""Results of steps over sets as they are stored: whose they are, who was left out and why, and places instead of origins."""
+"""Results of steps over sets in stored form: ids, particles left out and why, positions instead of origins."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _IDS = "ids.npy"
 
 
 def settle_result(project: Project, step: Step, inputs: StepInputs, result: dict[str, Any]) -> dict[str, Any]:
-    """What is stored of the result of a step over a set of particles.
+    """Convert the result of a step over a set of particles into its stored form.
 
-    ``particle_id`` says whose values they are. A stage that selects gives ``particle_kept`` and ``removal_reason`` for all of its
-    particles: those that it keeps are stored as the set, the others with their reasons.
+    ``particle_id`` identifies the particles. A stage that selects gives ``particle_kept`` and ``removal_reason`` for all of its
+    particles: those it keeps are stored as the set, the others with their reasons.
     """
     if inputs.ids is None or step.stage.shape == "set" or not any(kind == "particles" for _, kind in step.outputs):
         return result
@@ -41,7 +41,7 @@ def settle_result(project: Project, step: Step, inputs: StepInputs, result: dict
 
 
 def _placed(project: Project, inputs: StepInputs, result: dict[str, Any]) -> dict[str, Any]:
-    """Origins against the boxes become places in the exposures: they stay right whatever is cut later."""
+    """Convert origins relative to the boxes into positions in the exposures, which stay valid after re-extraction."""
     found = [name for name in ORIGINS if name in result]
     if not found or inputs.ref is None or inputs.ids is None:
         return result
@@ -69,7 +69,7 @@ _AS_STORED = {"half_set": "half_set", **{name: f"particle_{name}" for name in CT
 
 
 def run_set(plan: Plan, project: Project, inputs: StepInputs, generation: Generation) -> dict[str, Any]:
-    """One call of a ``set`` stage, in this process; what is stored of it."""
+    """Call a ``set`` stage in this process; returns the stored form of its result."""
     step = inputs.step
     views = set_views(plan, project, inputs)
     result = dict(step.stage.functions(step.params, views))
@@ -79,7 +79,7 @@ def run_set(plan: Plan, project: Project, inputs: StepInputs, generation: Genera
     ids = np.asarray(result["particle_id"], np.int64)
     if not len(ids):
         raise InputError(
-            f"Step {step.label} left no particles.", "its limits are too strict, or its sources share none", "look at its parameters"
+            f"Step {step.label} left no particles.", "its limits are too strict, or its sources have none in common", "check its parameters"
         )
     result["dropped_id"] = np.concatenate([np.asarray(result.get("dropped_id", ()), np.int64), inputs.left_out])
     reasons = np.asarray(result.get("removal_reason", ()), np.int8)
@@ -99,7 +99,7 @@ def run_set(plan: Plan, project: Project, inputs: StepInputs, generation: Genera
 
 # --- sets that grow while a step works on them -------------------------------------------------------------------------------
 def freeze(generation: Generation, ids: np.ndarray) -> None:
-    """Note with which particles a step was started, so that it goes on with them whatever comes meanwhile."""
+    """Record the particles that a step was started with, so that it resumes with them even if the set grows."""
     path = generation.path / _IDS
     if path.exists():
         return
@@ -110,13 +110,13 @@ def freeze(generation: Generation, ids: np.ndarray) -> None:
 
 
 def started_with(generation: Generation) -> int | None:
-    """Number of particles with which a step was started; None where it takes none."""
+    """Number of particles that a step was started with; None if it takes none."""
     path = generation.path / _IDS
     return len(np.load(path, mmap_mode="r")) if path.is_file() else None
 
 
 def frozen_ids(project: Project, step: Step, recipe: str, key: str) -> tuple[str, np.ndarray] | None:
-    """Key and particles of an unfinished generation of the same recipe, of whose iterations some are done; None if there is none."""
+    """Key and particles of an unfinished generation of the same recipe with finished iterations; None if there is none."""
     found = []
     for folder in generation_folders(project.path):
         if folder.parent.name != step.stage.name or folder.name == key or not (folder / _IDS).is_file():
@@ -131,13 +131,13 @@ def frozen_ids(project: Project, step: Step, recipe: str, key: str) -> tuple[str
 
 
 def scalars(metrics: dict[str, Any]) -> dict[str, float | int | str]:
-    """The plain numbers and words among the metrics of an iteration."""
+    """The plain numbers and strings among the metrics of an iteration."""
     plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in metrics.items()}
     return {name: value for name, value in plain.items() if isinstance(value, int | float | str)}
 
 
 def sentence_of(step: Step, result: dict[str, Any]) -> str:
-    """What a finished step found, in a few words: the stage's own, or how many particles it kept."""
+    """A few words about the result of a finished step: the stage's own, or how many particles it kept."""
     if step.stage.says is not None:
         return step.stage.says(result)
     if len(result.get("dropped_id", ())):

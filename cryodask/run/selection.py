@@ -1,4 +1,4 @@
-"""What is asked of a run: which steps, what anew, and with which workers. The same on the command line, in Python and in a dry run."""
+"""Options of a run: which steps, what to recompute, and which workers; the same for the command line, Python and a dry run."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from cryodask.store.state import ProjectState
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked of a run, beyond what the project file says.
+    """Options of a run, in addition to the project file.
 
     Parameters
     ----------
     until : str, optional
         Stop after this step.
     start_again_from : str, optional
-        Compute this step and all that follow anew.
+        Recompute this step and all later ones.
     only : str, optional
-        Compute this step and nothing else; what it takes must be there.
+        Run this step and nothing else; its inputs must exist.
     update : tuple of str
-        Steps whose results of an older version are computed again with this program's.
+        Steps to recompute if their results are of an older stage version.
     watch : Until, optional
-        Take the movies as they arrive, until the session is over; then the steps after them follow.
+        Process movies as they arrive until the session is over, then run the later steps.
     force : bool
-        Break the lock of another driver.
+        Take the project over from another driver.
     retry_quarantined : bool
-        Try quarantined exposures again.
+        Retry quarantined exposures.
     strict : bool
-        Raise at the end where exposures are quarantined.
+        Raise at the end if exposures are quarantined.
     same_environment : bool
-        Raise before results are added to a generation that was begun under other versions of the programs; said only, if not given.
+        Raise before results are added to a generation that was started with other software versions; by default only a warning.
     cluster, workers, lane : optional
-        Instead of what the project file says; ``lane`` is "live" for a watch and "batch" else, if not given.
+        Override the project file; ``lane`` defaults to "live" with ``watch``, else to "batch".
     """
 
     until: str | None = None
@@ -55,11 +55,11 @@ class Wanted:
 
     @property
     def asked(self) -> Asked:
-        """What is said of cluster, workers and lane."""
+        """The options for cluster, workers and lane."""
         return Asked(self.cluster, self.workers, self.lane)
 
     def check(self, plan: Plan) -> None:
-        """Refuse names that are no step's, and what contradicts itself.
+        """Refuse unknown step names and contradictory options.
 
         Raises
         ------
@@ -69,30 +69,28 @@ class Wanted:
             if label:
                 position(plan, label)
         if self.only and (self.until or self.start_again_from):
-            raise ProjectFileError(
-                "--only names the one step to compute; --from and --until name a range.", "they were given together", "give one of them"
-            )
+            raise ProjectFileError("--only cannot be combined with --from or --until: it runs a single step.", "", "give one or the other")
         if self.until and self.start_again_from and position(plan, self.until) < position(plan, self.start_again_from):
             raise ProjectFileError(
                 f"--until {self.until} comes before --from {self.start_again_from}: nothing would be computed.",
-                "the two were mixed up",
+                "the two were swapped",
                 f"the order is: {', '.join(s.label for s in plan.steps)}",
             )
 
     def steps(self, plan: Plan) -> list[Step]:
-        """The steps of the pipeline that are to be carried out, in order."""
+        """The steps of the pipeline to run, in order."""
         if self.only:
             return [plan.graph.step(self.only)]
         return list(plan.steps[: position(plan, self.until) + 1]) if self.until else list(plan.steps)
 
-    def count_anew(self, plan: Plan, again: dict[str, int]) -> None:
-        """Raise the count of the steps that are to be computed anew: it is part of their keys."""
+    def count_recomputations(self, plan: Plan, again: dict[str, int]) -> None:
+        """Increment the count of the steps to recompute; it is part of their keys."""
         if self.start_again_from:
             for step in plan.steps[position(plan, self.start_again_from) :]:
                 again[step.label] = again.get(step.label, 0) + 1
 
     def check_sources(self, plan: Plan, state: ProjectState) -> None:
-        """With ``only``: refuse the step where something that it takes is not there.
+        """With ``only``: refuse the step if one of its inputs does not exist.
 
         Raises
         ------
@@ -102,13 +100,13 @@ class Wanted:
             missing = [label for label in _needed(step) if label not in state.steps]
             if missing:
                 raise StoreError(
-                    f"{step.label} takes what {', '.join(missing)} gives, and there is no result of it.",
-                    "the steps before it have not been run",
-                    f"cryodask run --until {step.label}  computes them as well",
+                    f"{step.label} needs the result of {', '.join(missing)}, which does not exist.",
+                    "the earlier steps have not been run",
+                    f"run them as well with  cryodask run --until {step.label}",
                 )
 
 
 def _needed(step: Step) -> Iterator[str]:
-    """Labels of the steps of the pipeline whose results a step takes."""
+    """Labels of the steps whose results a step takes."""
     taken = [p for products in step.inputs.values() for p in products if not p.pinned]
     yield from dict.fromkeys(p.step for p in taken)

@@ -1,7 +1,7 @@
-"""One way to run: behind the command line, ``cryodask.run_project``, the demonstration, batch jobs and services.
+"""The session function behind the command line, ``cryodask.run_project``, the demo, batch jobs and services.
 
-Check everything that can be checked, take the project's lock, find workers, carry out the steps, write the report; and tell one story of
-it, as events (see events.py).
+It checks everything that can be checked, takes the project's lock, finds workers, runs the steps and writes the report, emitting events
+all the while (see events.py).
 """
 
 from __future__ import annotations
@@ -36,28 +36,28 @@ from cryodask.version import VERSION
 def run_session(
     project_file: str | os.PathLike[str], wanted: Wanted | None = None, *, client: Client | None = None, listen: Iterable[Listener] = ()
 ) -> Project:
-    """Carry out a project file; what is done already is kept, so the same call also resumes.
+    """Run a project file. Finished results are kept, so the same call also resumes.
 
     Parameters
     ----------
     project_file : path
     wanted : Wanted, optional
-        Which steps, what anew, and with which workers.
+        Which steps, what to recompute, and which workers.
     client : distributed.Client, optional
-        Workers that are there; if not given, those of the project file are found or started, and left when the run ends.
+        Workers to use; by default those that the project file names are found or started, and left when the run ends.
     listen : iterable of callables
-        Are told every event of the run.
+        Called with every event of the run.
 
     Raises
     ------
     CryodaskError
-        What stops a run; everything committed before stays. Its exit status is that of the command line (``errors.exit_status``).
+        Whatever stops a run; everything committed before stays. ``errors.exit_status`` gives the exit status of the command line.
     """
     wanted = wanted or Wanted()
     with Events(listen) as events:
         plan = make_plan(Path(project_file))
         wanted.check(plan)
-        if client is not None:  # its workers are there: what the project file says of a cluster does not count
+        if client is not None:  # the workers exist already: the cluster in the project file is ignored
             wanted = replace(wanted, cluster=str(client.scheduler_info()["address"]))
         warnings = check_inputs(plan, wanted)
         with _driving(plan, wanted, events) as project:
@@ -73,18 +73,18 @@ def run_session(
                 raise Quarantined(
                     f"{many} quarantined.",
                     "",
-                    f"cryodask info {plan.folder}  names them, and says why",
+                    f"see which and why with  cryodask info {plan.folder}",
                 )
     return project
 
 
 def run_plan(plan: Plan, client: Client, *, listen: Iterable[Listener] = (), **wanted: Any) -> Project:
-    """Carry out a plan on the workers of a client, without checks before and without a report; options as of :class:`Wanted`.
+    """Run a plan on the workers of a client, without prior checks and without a report; options as in :class:`Wanted`.
 
     Raises
     ------
     CryodaskError
-        What stops a run; everything committed before stays, and the same call goes on from there.
+        Whatever stops a run; everything committed before stays, and the same call resumes from there.
     """
     asked = Wanted(**wanted)
     asked.check(plan)
@@ -100,9 +100,9 @@ def _execute(plan: Plan, project: Project, client: Client, events: Events, wante
 
 @contextmanager
 def _driving(plan: Plan, wanted: Wanted, events: Events) -> Iterator[Project]:
-    """Within, this process is the driver of the project, and writes down there what happens."""
+    """Context manager: within, this process is the driver of the project and logs its events there."""
     with Project.create(plan.folder, plan.file.name).lock(force=wanted.force):
-        project = Project(plan.folder)  # as the driver before left it
+        project = Project(plan.folder)  # in the state the previous driver left
         with disk_errors(project.path):
             write_atomically(project.path / "project.yaml", plan.path.read_text())
         folder = project.path
@@ -126,7 +126,7 @@ def _driving(plan: Plan, wanted: Wanted, events: Events) -> Iterator[Project]:
 
 @contextmanager
 def _workers(plan: Plan, wanted: Wanted, client: Client | None) -> Iterator[Client]:
-    """The workers: those of a client that is given, or of a cluster that is left at the end."""
+    """The workers: those of a given client, or of a cluster that is left at the end."""
     if client is not None:
         yield client
         return
@@ -142,14 +142,14 @@ def _inputs_text(plan: Plan, *, watch: bool) -> str:
     if watch:
         return f"movies {', '.join(str(d.movies) for d in plan.data_sets.values())} as they arrive"
     if not plan.has_movies:
-        return "inputs of another program"
+        return "inputs from another program"
     return f"{sum(len(list_movies(plan, name, needed=False)) for name in plan.data_sets)} movies"
 
 
 def check_inputs(plan: Plan, wanted: Wanted | None = None) -> list[str]:
-    """Meet what can go wrong with folder, lock, inputs, gain, reference and cluster before any worker is started; returns warnings.
+    """Check folder, lock, inputs, gain, reference and cluster before any worker is started; returns warnings.
 
-    Movies that are watched for are not looked at yet.
+    Movies of a watched session are not checked yet.
 
     Raises
     ------
@@ -159,22 +159,20 @@ def check_inputs(plan: Plan, wanted: Wanted | None = None) -> list[str]:
     watch = wanted.watch is not None
     if plan.folder == plan.path.resolve().parent:
         raise ProjectFileError(
-            f"The results of {plan.path} would go into the folder where it lies, among your own files.",
+            f"The results of {plan.path} would be written into its own folder, among your files.",
             f"its name or folder is {plan.file.folder or plan.file.name!r}",
-            "give a folder of its own:  folder: results",
+            "set a separate folder:  folder: results",
         )
     if watch and not plan.has_movies:
-        raise ProjectFileError(
-            "Only movies can be watched for.", f"{plan.path} starts from what another program made", "run it without --watch"
-        )
+        raise ProjectFileError("--watch needs movies.", f"{plan.path} starts from another program's results", "run it without --watch")
     sources.load_gains(plan)
     sources.check_files(plan)
     project = Project.create(plan.folder, plan.file.name)
     with project.lock(force=wanted.force):
-        pass  # refused now where another driver works or nothing may be written
+        pass  # refused now if another driver is working or the folder is read-only
     listing = [] if watch else sources.list_exposures(plan, project)
     sources.check_readable(plan, listing)
     ahead = look_ahead(plan, project, listing, wanted.asked)
     if ahead.problems:
-        raise ProjectFileError(f"{plan.path}: " + "\n".join(ahead.problems), "", "cryodask run --dry-run  shows the rest")
+        raise ProjectFileError(f"{plan.path}: " + "\n".join(ahead.problems), "", "see the rest with  cryodask run --dry-run")
     return ahead.warnings

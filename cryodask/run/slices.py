@@ -1,4 +1,4 @@
-"""The particles of a set, exposure by exposure: what a per-exposure stage is given of them, and by which digest that is known."""
+"""The particles of a set, exposure by exposure, as per-exposure stages get them, with a digest per exposure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cryodask.store.sets import runs
 
 @dataclass(frozen=True)
 class Slices:
-    """Particles sorted by exposure. ``columns`` hold ``particle_id`` and the columns of the parts that a stage declares."""
+    """Particles sorted by exposure. ``columns`` has ``particle_id`` and the columns of the parts that a stage declares."""
 
     rows: np.ndarray
     start: np.ndarray
@@ -32,14 +32,14 @@ class Slices:
         return cls(row[order][start], np.append(start, len(ids)), sorted_columns)
 
     def at(self, row: int) -> dict[str, np.ndarray]:
-        """Columns of the particles of an exposure; of none where it has none."""
+        """Columns of the particles of an exposure; empty arrays if it has none."""
         i = int(np.searchsorted(self.rows, row))
         there = i < len(self.rows) and self.rows[i] == row
         window = slice(self.start[i], self.start[i + 1]) if there else slice(0, 0)
         return {name: values[window] for name, values in self.columns.items()}
 
     def digests(self, rows: Iterable[int]) -> dict[int, str]:
-        """Digest of the slice of each of some exposures."""
+        """Digests of the slices of some exposures."""
         columns, start = _headed(self.columns), self.start.tolist()
         place = {row: i for i, row in enumerate(self.rows.tolist())}
         none = _digest(columns, slice(0, 0))
@@ -47,7 +47,7 @@ class Slices:
 
 
 def slice_digest(columns: dict[str, np.ndarray]) -> str:
-    """Digest of ids and declared columns of the particles of an exposure."""
+    """Digest of the ids and declared columns of an exposure's particles."""
     return _digest(_headed(columns), slice(None))
 
 
@@ -67,7 +67,7 @@ def _digest(columns: list[tuple[bytes, np.ndarray]], window: slice) -> str:
 def slice_of_birth(
     record_columns: dict[str, Any], pixel_size_angstrom: float, threshold: Any, names: Iterable[str]
 ) -> dict[str, np.ndarray]:
-    """Accepted particles of an exposure straight from its birth table, as a set would show them: the columns ``names``."""
+    """Accepted particles of an exposure directly from its birth table, with the columns ``names`` as in a set."""
     score = np.asarray(record_columns["pick_score"])
     limit = record_columns.get("pick_threshold") if threshold == "auto" else threshold
     mask = accepted(score, None if isinstance(limit, str) else limit)

@@ -1,4 +1,4 @@
-"""Where exposures come from: movies of a pattern, micrographs or particles of a STAR file. Each is known by its content, not its path."""
+"""Sources of exposures: movies of a pattern, micrographs or particles of a STAR file, identified by content rather than path."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _GAIN_MOVIES, _GAIN_FRAMES = 3, 24
 
 # --- exposures ---------------------------------------------------------------------------------------------------------------
 def list_exposures(plan: Plan, project: Project | None) -> list[Arrival]:
-    """Every exposure that the inputs hold now, in order.
+    """All exposures currently in the inputs, in order.
 
     Raises
     ------
     InputError
-        Where there are none, or two would share a name.
+        If there are none, or two would share a name.
     """
     files = Files(plan, project)
     out: list[Arrival] = []
@@ -46,7 +46,7 @@ def list_exposures(plan: Plan, project: Project | None) -> list[Arrival]:
         kind = step.stage.name
         if kind == "ingest":
             for name in plan.data_sets:
-                # the movies of a project may all have been archived
+                # all movies of a project may have been archived
                 needed = project is None or not any(i.data_set == name for i in project.items())
                 out += [files.arrival("movie_path", path, step.label, name) for path in list_movies(plan, name, needed=needed)]
         elif kind == "import_micrographs":
@@ -56,12 +56,14 @@ def list_exposures(plan: Plan, project: Project | None) -> list[Arrival]:
         elif kind == "import_project":
             out = _joined(out, ProjectImport(step, None).exposures(), step.label)
     if not out and any(step.stage.shape == "map" for step in plan.steps) and not (project is not None and project.items()):
-        raise InputError("The inputs hold nothing to process.", "a table is empty, or a pattern matches nothing", "check inputs")
+        raise InputError(
+            "The inputs contain nothing to process.", "a table is empty, or a pattern matches no file", "check inputs in the project file"
+        )
     return _distinct(out)
 
 
 def _with_source(arrivals: list[Arrival], more: list[Arrival], label: str) -> list[Arrival]:
-    """Exposures with those of a further table: a micrograph whose images lie in the same stack is one exposure with two sources."""
+    """Add the exposures of a further table: a micrograph whose images are in the same stack is one exposure with two sources."""
     place = {(a.name, a.inputs.get("stack_path")): i for i, a in enumerate(arrivals) if "stack_path" in a.inputs}
     out = list(arrivals)
     for arrival in more:
@@ -75,7 +77,7 @@ def _with_source(arrivals: list[Arrival], more: list[Arrival], label: str) -> li
 
 
 def _joined(arrivals: list[Arrival], items: list[Item], label: str) -> list[Arrival]:
-    """Exposures of another project beside those that are listed: the same content is one exposure, another one gets a name of its own."""
+    """Add exposures of another project: the same content is one exposure, different content gets a distinct name."""
     by_content = {a.content: i for i, a in enumerate(arrivals)}
     out = list(arrivals)
     names = {a.name for a in arrivals}
@@ -91,15 +93,15 @@ def _joined(arrivals: list[Arrival], items: list[Item], label: str) -> list[Arri
 
 
 def _distinct(arrivals: list[Arrival]) -> list[Arrival]:
-    """The same; raises if two would share a name, for one of them would be lost."""
+    """Return the arrivals; raise if two share a name, because one would be lost."""
     seen: dict[str, Arrival] = {}
     for arrival in arrivals:
         if arrival.name in seen:
             both = [next((str(v) for k, v in a.inputs.items() if k.endswith("_path")), a.name) for a in (seen[arrival.name], arrival)]
             raise InputError(
-                f"Two inputs would both be called {arrival.name}: {both[0]} and {both[1]}.",
-                "files of one name lie in several folders, or differ in their ending only",
-                "rename one of them, or make a project of each folder",
+                f"Two inputs have the same name {arrival.name}: {both[0]} and {both[1]}.",
+                "files with the same name are in several folders, or differ only in their extension",
+                "rename one of them, or make a separate project for each folder",
             )
         seen[arrival.name] = arrival
     return arrivals
@@ -108,8 +110,8 @@ def _distinct(arrivals: list[Arrival]) -> list[Arrival]:
 class Files:
     """Files as exposures.
 
-    Their content is read once: a file of the same path, size, times and inode is taken to be the same. The time of the last change of the
-    inode counts, for a rename or ``cp -p`` over a file keeps its other times.
+    Their content is read once: a file with the same path, size, times and inode is assumed unchanged. The ctime counts too, because a
+    rename or ``cp -p`` over a file keeps its other times.
     """
 
     def __init__(self, plan: Plan, project: Project | None) -> None:
@@ -127,7 +129,7 @@ class Files:
         inputs: dict[str, Any] = {variable: relative, "source": source, **({"data_set": data_set} if data_set else {})}
         try:
             stat = os.stat(path)
-        except FileNotFoundError:  # gone since it was listed: its stage says so, and the others go on
+        except FileNotFoundError:  # gone since it was listed: its stage reports that, and the others are processed
             return Arrival(name, f"name:{relative}", inputs)
         inputs |= {"size": stat.st_size, "stat": [stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]}
         content = self._known.get((relative, stat.st_size, tuple(inputs["stat"])))
@@ -157,11 +159,11 @@ def _micrographs(plan: Plan, step: Step, files: Files) -> list[Arrival]:
 
 
 def _empty(star: Path) -> InputError:
-    return InputError(f"{star} lists nothing.", "its table is empty", "write it again, or give another")
+    return InputError(f"{star} lists nothing.", "its table is empty", "rewrite it, or give another file")
 
 
 def _particles(plan: Plan, project: Project | None, step: Step) -> list[Arrival]:
-    """The micrographs that a particle table names; each stands for its particles, whatever the order of the file."""
+    """The micrographs that a particle table names, each with its particles, in any order of the file."""
     found = TableImport(step)
     if not len(found.table):
         raise _empty(Path(step.params.star))
@@ -182,9 +184,9 @@ def _particles(plan: Plan, project: Project | None, step: Step) -> list[Arrival]
 
 
 def _known_names(project: Project | None, path: str) -> dict[str, tuple[str, str | None]]:
-    """What a table called its micrographs before, and the stack of each, by name without folder.
+    """Former names of a table's micrographs, and the stack of each, by name without folder.
 
-    The folder says where another program has the micrograph, and nothing of its particles; another stack holds other particles.
+    The folder only says where another program keeps the micrograph; another stack means other particles.
     """
     out: dict[str, tuple[str, str | None]] = {}
     for item in project.registered().values() if project is not None else ():
@@ -203,7 +205,9 @@ def read_content_hash(path: str | Path) -> str:
             while data := file.read(1 << 22):
                 digest.update(data)
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.", "a typo, or the disk is not mounted", "check the path") from None
+        raise InputError(
+            f"{path} cannot be read: {error.strerror}.", "the path is wrong, or the disk is not mounted", "check the path"
+        ) from None
     return digest.hexdigest()
 
 
@@ -214,7 +218,7 @@ def load_gains(plan: Plan) -> dict[str, np.ndarray]:
 
 
 def store_gains(plan: Plan, folder: Path) -> dict[str, Path]:
-    """Put the gain references into the project, under the digest of their content."""
+    """Store the gain references in the project, named by the digest of their content."""
     out = {}
     for name, gain in load_gains(plan).items():
         data, stem = _gain_file(gain)
@@ -228,38 +232,38 @@ def store_gains(plan: Plan, folder: Path) -> dict[str, Path]:
 
 
 def gain_digests(plan: Plan) -> dict[str, str]:
-    """The names under which the gain references of the data sets lie in a project."""
+    """File names of the data sets' gain references in a project."""
     return {name: _gain_file(gain)[1] for name, gain in load_gains(plan).items()}
 
 
 def _gain_file(gain: np.ndarray) -> tuple[bytes, str]:
-    """A gain reference as a file, and its name without ending: by its content."""
+    """A gain reference as file content, and its name without extension, derived from the content."""
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(gain, np.float32))
     return buffer.getvalue(), f"gain-{hashlib.blake2b(buffer.getvalue(), digest_size=6).hexdigest()}"
 
 
 def _load_gain(plan: Plan, inputs: Movies) -> np.ndarray | None:
-    """The gain reference as the project file turns it, checked for sane values; None if there is none."""
+    """The gain reference, rotated and flipped as the project file says and checked for valid values; None if there is none."""
     from cryodask.formats import movies
 
     if not inputs.gain:
         return None
     path = plan.resolve(inputs.gain)
     if not Path(path).is_file():
-        raise GainError(f"There is no gain reference {path}.", "a typo in inputs.gain", "paths are relative to the project file")
+        raise GainError(f"There is no gain reference {path}.", "", "check inputs.gain; paths are relative to the project file")
     gain = movies.read_gain(path, rotate=inputs.gain_rotate, flip=inputs.gain_flip)
     if not np.isfinite(gain).all() or not (gain > 0).any():
         raise GainError(
-            f"{path} holds {int((~np.isfinite(gain)).sum())} NaN or infinite values and {int((gain > 0).sum())} positive ones.",
-            "it is another file, or it was cut short",
+            f"{path} has {int((~np.isfinite(gain)).sum())} NaN or infinite values and {int((gain > 0).sum())} positive ones.",
+            "it is not a gain reference, or it is truncated",
             "give the camera's gain reference (it multiplies the counts)",
         )
     return gain
 
 
 def check_files(plan: Plan) -> None:
-    """Refuse half-maps and other maps of the project file that cannot be what they are given for, before anything runs."""
+    """Refuse invalid half-maps and other maps of the project file before anything runs."""
     from cryodask.formats.mrc import open_mrc, read_mrc
 
     for step in plan.steps:
@@ -272,7 +276,7 @@ def check_files(plan: Plan) -> None:
                     f"{path}, given as {step.label}.{name}, is not a valid map: {int((~np.isfinite(data)).sum())} of {data.size} voxels are"
                     " NaN or infinite, or all are the same.",
                     "the program that wrote it failed, or the file is damaged",
-                    "look at the map, and give another",
+                    "check the map, and give another",
                 )
     for step in plan.steps:
         if step.stage.name == "import_map" and step.params.half_maps:
@@ -293,7 +297,7 @@ def _check_half_maps(halves: list[Any]) -> None:
 
 
 def check_readable(plan: Plan, arrivals: list[Arrival]) -> None:
-    """Raise the reason if none of the first items can be read (a wrong folder, another format): before workers are started."""
+    """Raise if none of the first items can be read (a wrong folder, another format), before workers are started."""
     if not plan.steps or plan.steps[0].stage.shape != "map" or plan.steps[0].inputs:
         return
     step = plan.steps[0]
@@ -313,7 +317,7 @@ def check_readable(plan: Plan, arrivals: list[Arrival]) -> None:
 
 
 def source_name(plan: Plan, state: ProjectState | None, path: str) -> str:
-    """Name under which the project knows a file or folder that an import reads: its first path, wherever it was moved since."""
+    """Name by which the project identifies a file or folder of an import: its first path, even if it was moved since."""
     relative = plan.relative(path)
     if state is None:
         return relative
@@ -328,12 +332,12 @@ def _content(path: str, size: int, mtime: float) -> str:
 
 
 def input_values(plan: Plan, inputs: dict[str, Any]) -> dict[str, Any]:
-    """What a source stage is given of an exposure: optics of its data set, its own values, absolute paths."""
+    """Inputs of a source stage for an exposure: optics of its data set, its own values, absolute paths."""
     return {**plan.constants.get(str(inputs.get("data_set", "")), {}), **absolute(plan, inputs)}
 
 
 def absolute(plan: Plan, inputs: dict[str, Any]) -> dict[str, Any]:
-    """What is known of an exposure, with absolute paths."""
+    """Values of an exposure, with absolute paths."""
     return {n: os.path.join(plan.path.parent.resolve(), v) if n.endswith("_path") else v for n, v in inputs.items()}
 
 
@@ -342,7 +346,7 @@ def _processed(step: Step, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def sum_first_movies(step: Step, values_of: Iterable[dict[str, Any]], shape: tuple[int, int]) -> np.ndarray:
-    """Sum of some frames of the first good movies, float64: enough to see the gain's pattern."""
+    """Sum of some frames of the first readable movies, `(y, x)` float64: enough to see the gain's pattern."""
     total = np.zeros(shape)
     used = 0
     for values in values_of:
@@ -361,7 +365,7 @@ def sum_first_movies(step: Step, values_of: Iterable[dict[str, Any]], shape: tup
 
 
 def probe(step: Step, values_of: Iterable[dict[str, Any]]) -> Grid:
-    """Sizes and types of what a source stage gives, from the first items that can be read; the commonest shape wins.
+    """Sizes and types of a source stage's outputs, from the first readable items; the most common shape wins.
 
     Raises
     ------
@@ -384,12 +388,12 @@ def probe(step: Step, values_of: Iterable[dict[str, Any]]) -> Grid:
             value = given[var.name]
             if var.dims:
                 found = {d: SLOTS if d == "slot" else int(n) for d, n in zip(var.dims_in(per_item=True), value.shape)}
-                # two images of one stage may differ in size: the second keeps its own beside its name
+                # two images of one stage may differ in size: the second is kept under its own name
                 sizes |= {(f"{var.name}.{d}" if sizes.get(d, n) != n else d): n for d, n in found.items()}
             if var.dtype == "input":
                 dtypes[var.name] = np.dtype(value.dtype).str
         seen.append(Grid(sizes, dtypes))
     if not seen:
-        raise failure or MovieError("There is nothing to process.", "the folder is empty", "check inputs in the project file")
+        raise failure or MovieError("There is nothing to process.", "the input folder is empty", "check inputs in the project file")
     text = Counter(json.dumps(s, sort_keys=True) for s in seen).most_common(1)[0][0]
     return Grid(*json.loads(text))

@@ -1,4 +1,4 @@
-"""``status.json``: what the driver of a project is doing now, for everybody who may read the folder; a reader of its events."""
+"""``status.json``: what the driver of a project is doing now, for everybody who can read the folder; written from its events."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SILENT_SECONDS = 60.0
 
 
 class StatusFile:
-    """Listener that writes the state of the run, at most once a second; a disk that refuses it never disturbs the run."""
+    """Listener that writes the state of the run, at most once per second; a disk that rejects it never disturbs the run."""
 
     def __init__(self, folder: Path) -> None:
         self._path, self._pace = folder / _NAME, Pace()
@@ -33,7 +33,7 @@ class StatusFile:
         self._written = float("-inf")
 
     def __call__(self, event: Event) -> None:
-        """Take an event in."""
+        """Process an event."""
         self._pace(event)
         match event:
             case of.RunStarted():
@@ -55,14 +55,14 @@ class StatusFile:
     def _write(self, now: float) -> None:
         self._written = time.monotonic()
         part = self._path.with_name(f"{_NAME}.{os.getpid()}.part")
-        with suppress(OSError, TakenOverError):  # what another driver does now is not this one's to tell
+        with suppress(OSError, TakenOverError):  # another driver writes the status now
             check_writable(self._path)
             part.write_text(json.dumps({**self._run, "state": "running", **self._step, "time": round(now, 1)}))
             os.rename(part, self._path)
 
 
 def read_status(folder: str | Path) -> dict[str, Any]:
-    """The last status of a project, empty if there was none."""
+    """The last status of a project; empty if there was none."""
     try:
         found: dict[str, Any] = json.loads((Path(folder) / _NAME).read_text())
     except (OSError, ValueError):
@@ -71,7 +71,7 @@ def read_status(folder: str | Path) -> dict[str, Any]:
 
 
 def status_sentence(folder: str | Path) -> str:
-    """What the driver of a project is doing, in a sentence; empty if there never was one."""
+    """One sentence about what the driver of a project is doing; empty if there never was one."""
     facts = read_status(folder)
     if not facts:
         return ""
@@ -86,7 +86,7 @@ def status_sentence(folder: str | Path) -> str:
         counted = f": {facts['iterations']} iterations, {facts.get('note', '')}"
     where = f"process {facts.get('pid')} on {facts.get('host')}, {age:.0f} s ago"
     if state == "running" and facts.get("host") == socket.gethostname() and not psutil.pid_exists(int(facts.get("pid") or 0)):
-        state = "its process is gone, the same command goes on"
+        state = "its process is gone, rerun the same command to resume"
     elif state == "running" and age > _SILENT_SECONDS:
         state = "no sign of life"
     stall = f"\n  {facts['stall']}" if facts.get("stall") else ""

@@ -1,4 +1,4 @@
-"""Stopping a run: Ctrl-C, or a file called ``stop`` in the results. What is in flight is finished, nothing else is begun."""
+"""Stopping a run with Ctrl-C or a file called ``stop`` in the results: items in flight are finished, nothing new is started."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _LOOK_SECONDS = 0.5
 
 
 class Stop:
-    """Whether somebody asked the run of a project to stop.
+    """Whether a stop of the run was requested.
 
-    A second Ctrl-C is not waited for: it is a KeyboardInterrupt, as everywhere.
+    A second Ctrl-C raises KeyboardInterrupt as usual.
     """
 
     def __init__(self, folder: Path) -> None:
         self._file = folder / STOP_FILE
-        self._file.unlink(missing_ok=True)  # meant for a run before this one
+        self._file.unlink(missing_ok=True)  # left from an earlier run
         self._by, self._looked = "", float("-inf")
 
     @property
     def asked(self) -> bool:
-        """Whether it is to stop; looks for the file now and then, and takes it away."""
+        """Whether to stop; looks for the file now and then, and removes it."""
         now = time.monotonic()
         if not self._by and now - self._looked > _LOOK_SECONDS:
             self._looked = now
@@ -39,18 +39,18 @@ class Stop:
         return bool(self._by)
 
     def check(self) -> None:
-        """Raise if it is to stop.
+        """Raise if a stop was requested.
 
         Raises
         ------
         Stopped
         """
         if self.asked:
-            raise Stopped(f"Stopped by {self._by}. What is finished is kept.", "", "the same command goes on from here")
+            raise Stopped(f"Stopped by {self._by}. Finished results are kept.", "", "rerun the same command to resume")
 
     @contextmanager
     def by_interrupt(self) -> Iterator[Stop]:
-        """Within, Ctrl-C asks to stop instead of tearing the run apart (in the main thread; elsewhere no signal arrives)."""
+        """Context manager: within, Ctrl-C requests a stop instead of interrupting the run (main thread only, where signals arrive)."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return

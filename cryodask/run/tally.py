@@ -1,4 +1,4 @@
-"""The exposures of a step, counted: what the map runner says of each becomes events."""
+"""Counts the exposures of a step: turns the callbacks of the map runner into events."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _COUNT_SECONDS = 1.0
 
 @dataclass
 class Tally:
-    """Told of the items of a chain by a runner, it tells the listeners of the run.
+    """Callback of the map runner that emits events and counts.
 
-    ``items`` are all that are concerned (of a session, they grow); ``done`` and ``quarantined`` how many were settled before.
+    ``items``: all items of the chain (in a watched session they grow); ``done`` and ``quarantined``: counts from before.
     """
 
     events: Events
@@ -30,7 +30,7 @@ class Tally:
     _told: float = field(default=float("-inf"), init=False)
 
     def __call__(self, kind: str, item: Item | None, text: str) -> None:
-        """What the runner says (see :class:`MapRunner`)."""
+        """Handle a callback of :class:`MapRunner`."""
         if item is None:
             if kind == "stalled":
                 self.events.emit(Stalled, step=self.step, why=text)
@@ -50,7 +50,7 @@ class Tally:
             self.count()
 
     def count(self) -> None:
-        """Tell how many are where now."""
+        """Emit the current counts."""
         if self.runner is None:
             return
         self._told = time.monotonic()

@@ -1,4 +1,4 @@
-"""Images of a union of sets: which extraction holds that of each particle, and whether the sources' images can stand in one set."""
+"""Images of merged sets: which extraction holds each particle's image, and whether the sources' images are compatible."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from cryodask.vocabulary import VARIABLES
 _BOXES = ("particle_y", "particle_x")
 _PIXEL = "particle_pixel_size_angstrom"
 _LOOKED_AT = 64
-"""Images of two sources that are compared, of those that may differ."""
-_ALIKE = "merge before extraction, or extract both alike"
+"""Number of images of two sources that are compared."""
+_ALIKE = "merge before extraction, or extract both with the same parameters"
 
 
 def image_givers(plan: Plan, project: Project, step: Step) -> list[str]:
-    """The extractions that hold the images of a union, where there are several."""
+    """The extractions that hold the images of a union, if there are several."""
     if "image" not in united_parts(step):
         return []
     refer = Refer(plan, project.state)
@@ -37,13 +37,13 @@ def image_givers(plan: Plan, project: Project, step: Step) -> list[str]:
 
 
 def _extractions(project: Project, places: Iterable[str]) -> list[str]:
-    """Where images lie; those of a union lie where its sources have them."""
+    """Extractions that hold images; those of a union are the extractions of its sources."""
     return list(dict.fromkeys(one for place in places for one in project.generation_at(place).meta.get("image_givers") or [place]))
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A source of a union: its name, its particles, and where their images are."""
+    """A source of a union: its name, its particles, and the location of their images."""
 
     name: str
     ref: ProductRef
@@ -58,12 +58,12 @@ class _Source:
         return project.sets.columns(self.ref, ids, ["image"])
 
     def places(self, project: Project, at: np.ndarray) -> ImagePlaces:
-        """Those of the images at some places of ``images``."""
+        """Places of the images at some indices of ``images``."""
         givers = tuple(project.generation_at(place) for place in self.extractions)
         return ImagePlaces(givers, self.images.row[at], self.images.slot[at], self._giver()[at])
 
     def giver(self, givers: list[str]) -> np.ndarray:
-        """Number among some extractions of the one that holds each image."""
+        """Index, within a list of extractions, of the one that holds each image."""
         return np.asarray(np.array([givers.index(place) for place in self.extractions], np.int16)[self._giver()])
 
     def _giver(self) -> np.ndarray:
@@ -76,7 +76,7 @@ def _sources(project: Project, inputs: StepInputs) -> Iterator[_Source]:
 
 
 def united_images(project: Project, inputs: StepInputs, ids: np.ndarray) -> dict[str, Any]:
-    """Where the images of a union are stored, and their box positions: from the preferred source, else the first that has the particle.
+    """Location and box position of each image of a union, from the preferred source, else the first that has the particle.
 
     Parameters
     ----------
@@ -113,12 +113,12 @@ def united_images(project: Project, inputs: StepInputs, ids: np.ndarray) -> dict
 
 
 def check_images(project: Project, inputs: StepInputs) -> None:
-    """Refuse sources whose images cannot stand in one set, as far as they are there; nothing is done where there is no such union.
+    """Refuse sources with incompatible images, as far as they exist; does nothing if the step is not such a union.
 
     Raises
     ------
     InputError
-        Where sizes or pixel sizes differ, or where one particle has different images and ``prefer`` does not say which counts.
+        If sizes or pixel sizes differ, or if one particle has different images and ``prefer`` does not choose one.
     """
     if "image" not in united_parts(inputs.step):
         return
@@ -132,9 +132,9 @@ def check_images(project: Project, inputs: StepInputs) -> None:
         count = _other_images(project, a, b)
         if count:
             raise InputError(
-                f"{count:,} particles have other images in {a.name} than in {b.name}.",
-                "they were cut again with other parameters, or at other centres",
-                f"say which count, merge: {{prefer: {a.name}}} or merge: {{prefer: {b.name}}}",
+                f"{count:,} particles have different images in {a.name} and {b.name}.",
+                "they were extracted with other parameters, or at other centres",
+                f"choose one, merge: {{prefer: {a.name}}} or merge: {{prefer: {b.name}}}",
             )
 
 
@@ -149,14 +149,14 @@ def _check_sizes(project: Project, sources: list[_Source]) -> None:
             pixels.setdefault(size, source.name)
     if len(boxes) > 1:
         text = " and ".join(f"{' x '.join(map(str, shape))} pixels in {name}" for shape, name in boxes.items())
-        raise InputError(f"Images of different sizes cannot be united: {text}.", "they were cut with different boxes", _ALIKE)
+        raise InputError(f"Images of different sizes cannot be merged: {text}.", "they were extracted with different boxes", _ALIKE)
     if pixels and max(pixels) > 1.0005 * min(pixels):
         text = " and ".join(f"{size:g} A in {name}" for size, name in sorted(pixels.items()))
-        raise InputError(f"Images of different pixel sizes cannot be united: {text}.", "their exposures or scales differ", _ALIKE)
+        raise InputError(f"Images of different pixel sizes cannot be merged: {text}.", "their exposures or scales differ", _ALIKE)
 
 
 def _other_images(project: Project, a: _Source, b: _Source) -> int:
-    """How many particles have another image in one source than in the other; 0 where those that were looked at do not differ."""
+    """How many particles have different images in the two sources; 0 if none of the compared ones differ."""
     shared = np.intersect1d(a.ids, b.ids, assume_unique=True)
     at = [place_of(shared, s.images.ids) for s in (a, b)]
     both = (at[0] >= 0) & (at[1] >= 0)
@@ -176,7 +176,7 @@ def _other_images(project: Project, a: _Source, b: _Source) -> int:
 
 
 def _where(project: Project, source: _Source, at: np.ndarray, givers: list[str], ids: np.ndarray) -> dict[str, np.ndarray]:
-    """Of some images: extraction, row and slot `(n, 3)`, recipe by which they were cut `(n,)`, places of their boxes `(n, 2)`."""
+    """For some images: extraction, row and slot `(n, 3)`, recipe of the extraction `(n,)`, box positions `(n, 2)`."""
     giver, row = source.giver(givers)[at], source.images.row[at]
     recipe = np.empty(len(at), object)
     for number, place in enumerate(givers):

@@ -1,4 +1,4 @@
-"""A session while it is recorded: movies are taken when their files are complete, first come first served."""
+"""Watching a session while it is recorded: movies are taken when their files are complete."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _FIRST_MOVIES, _FIRST_SECONDS = 3, 60.0
 
 @dataclass(frozen=True)
 class Until:
-    """When a watched session is over, so that the steps after its movies follow.
+    """When a watched session is over, so that the later steps can run.
 
-    ``idle_seconds``: no file appeared or grew for so long. ``movies``: so many movies are in the project.
+    ``idle_seconds``: no file has appeared or grown for this long. ``movies``: the project has this many movies.
     """
 
     idle_seconds: float | None = None
@@ -33,7 +33,7 @@ class Until:
 
 @dataclass
 class Pending:
-    """A file that is not yet taken: its size and time when last looked at, since when they stand, and its frames (None: not whole)."""
+    """A file that is not yet taken: its size and time at the last check, since when they are unchanged, its frames (None: incomplete)."""
 
     size: int
     mtime: float
@@ -42,12 +42,12 @@ class Pending:
 
 
 class Arrivals:
-    """Looks for new movies; hands each on once, when it is complete.
+    """Looks for new movies; passes each on once, when it is complete.
 
-    A file is complete when it is whole (its header and directory of frames lie within its size) and has as many frames as the movies
-    before it. A whole file of another number of frames, or the first of a session, must stand still for ten seconds: a camera that
-    writes frame by frame leaves a whole, shorter movie behind each frame. A file that is not whole and stands still for ten minutes (or
-    until the session is over) is handed on as well, so that its stage says what is wrong with it: nothing is passed over in silence.
+    A file is complete when it is readable to its end (its header and frame directory lie within its size) and has as many frames as the
+    movies before it. A readable file with another number of frames, or the first of a session, must be unchanged for ten seconds: a camera
+    that writes frame by frame leaves a valid, shorter movie after each frame. A file that is truncated and unchanged for ten minutes (or
+    until the session is over) is passed on as well, so that its stage reports what is wrong: nothing is skipped silently.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Arrivals:
         self._data_set: dict[str, str] = {}
         self._stop = stop
         self._poll_seconds, self._next_poll = poll_seconds, 0.0
-        # path of every movie that was handed on, by name, and the frames that they have
+        # path of every movie passed on, by name, and their number of frames
         self._taken = {i.name: str(project.value_of(i, "movie_path")) for i in project.items() if "movie_path" in i.inputs}
         self._facts = {i.name: i.inputs for i in project.items()}
         self._data_set |= {path: str(self._facts[name].get("data_set", "")) for name, path in self._taken.items()}
@@ -80,11 +80,11 @@ class Arrivals:
 
     @property
     def due(self) -> bool:
-        """Whether it is time to look again."""
+        """Whether it is time for the next check."""
         return not self.over and time.monotonic() >= self._next_poll
 
     def first(self) -> list[Arrival]:
-        """Wait for the first few complete movies of a session; at once where the project has movies already."""
+        """Wait for the first few complete movies of a session; returns at once if the project has movies already."""
         found: list[Arrival] = []
         started: float | None = None
         if not self._taken:
@@ -101,7 +101,7 @@ class Arrivals:
         return found
 
     def poll(self) -> list[Arrival]:
-        """Movies that became complete since the last look, oldest first; settles whether the session is ``over``."""
+        """Movies that became complete since the last check, oldest first; decides whether the session is ``over``."""
         started = time.monotonic()
         paths = self._new_paths()
         for gone in set(self.pending) - set(paths):
@@ -116,12 +116,12 @@ class Arrivals:
             if self.pending:
                 names = ", ".join(sorted(self.pending)[:3])
                 self.say(f"{len(self.pending)} files are still being written and are left for the next run: {names}")
-        # a slow file system must not spend its time on being listed
+        # do not overload a slow file system with listings
         self._next_poll = time.monotonic() + max(self._poll_seconds, 10 * (time.monotonic() - started))
         return out
 
     def in_other_sets(self) -> list[Arrival]:
-        """Movies handed on before, unchanged, that the project file lists in another data set now (or under another name of the set)."""
+        """Unchanged movies passed on before that the project file now lists in another (or renamed) data set."""
         listed = {path: name for name, pattern in self._patterns.items() for path in glob.glob(pattern, recursive=True)}
         moved = {n: p for n, p in self._taken.items() if p in listed and listed[p] != self._data_set[p]}
         self._data_set |= {path: listed[path] for path in moved.values()}
@@ -131,7 +131,7 @@ class Arrivals:
         return list(out.values())
 
     def changed(self) -> list[Arrival]:
-        """Movies handed on before whose file has another size or time now; those that were moved away stay as they are."""
+        """Movies passed on before whose file has changed in size or time; those that were moved away stay as they are."""
         out = []
         for name, path in self._taken.items():
             if Path(path).exists():
@@ -177,7 +177,7 @@ class Arrivals:
             name = arrival.name
             if name in self._taken:
                 self._refused.add(path)
-                self.say(f"{path} is left out: {self._taken[name]} has the same name; rename one of them")
+                self.say(f"{path} is skipped: {self._taken[name]} has the same name; rename one of them")
                 continue
             self._taken[name], self._facts[name] = path, arrival.inputs
             out.append(arrival)
@@ -197,7 +197,7 @@ class Arrivals:
 
 
 def _whole_frames(path: str) -> int | None:
-    """Frames of a movie file, None while it is not whole."""
+    """Number of frames of a movie file; None while it is incomplete."""
     from cryodask.formats.movies import open_movie
 
     try:

@@ -1,4 +1,4 @@
-"""Stages that are one task (whole) or a few independent ones (tournament)."""
+"""Stages that run as one task (whole) or as a few independent ones (tournament)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TRIES = 3
 
 @dataclass(frozen=True)
 class Stored:
-    """A variable of a finished step, read where it is used: maps do not travel with the graph."""
+    """A variable of a finished step, read where it is used, so that maps are not sent with the graph."""
 
     folder: Path
     name: str
@@ -38,12 +38,12 @@ class Stored:
 
 
 def loaded(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Inputs with everything stored read."""
+    """Inputs with all stored variables loaded."""
     return {name: value.load() if isinstance(value, Stored) else value for name, value in inputs.items()}
 
 
 def run_whole(stage_name: str, params: Any, inputs: dict[str, Any], watch: Watch, log: Path) -> dict[str, Any]:
-    """One call of a whole stage on a worker; ``log`` keeps what programs print."""
+    """Call a whole stage on a worker; ``log`` keeps the output of programs."""
     stage = find_stage(stage_name)
     blob = cloudpickle.dumps((stage_name, params, inputs, log, stage.program_versions()))
     device, needs = (GPU_DEVICE, {GPU: 1}) if stage.resources.gpus else (CPU_DEVICE, None)
@@ -61,7 +61,7 @@ def _whole_task(blob: bytes, device: str) -> dict[str, Any]:
 def run_tournament(
     functions: Any, params: Any, particles: StoredParticles, watch: Watch, on_chain: Callable[[int, int], None]
 ) -> dict[str, Any]:
-    """All chains of a tournament, one task each; the stage chooses among them. ``on_chain`` hears how many of how many are done."""
+    """Run all chains of a tournament, one task each; the stage chooses among them. ``on_chain``: called with (done, total)."""
     index = functions.select(params, particles.set)
     blob = cloudpickle.dumps((functions, params, particles, index))
     seeds = functions.seeds(params)
@@ -92,14 +92,14 @@ def _chain_task(blob: bytes, seed: int, device: str) -> dict[str, Any]:
 
 
 def _results(watch: Watch, tasks: dict[int, Callable[[], Future[Any]]], done: Callable[[int, int], None]) -> dict[int, Any]:
-    """Results of tasks by number; a task whose worker died is sent again. Those that are out are cancelled where the run ends."""
+    """Results of tasks by number; a task whose worker died is resubmitted. Pending tasks are cancelled if the run ends."""
     watch.look()
     running = {number: submit() for number, submit in tasks.items()}
     tries = dict.fromkeys(tasks, 1)
     out: dict[int, Any] = {}
     try:
         while running:
-            watch.wait(running.values(), f"{len(running)} tasks are out", first=True)
+            watch.wait(running.values(), f"{len(running)} tasks are pending", first=True)
             for number, future in [(n, f) for n, f in running.items() if f.done()]:
                 error = future.exception() if future.status == "error" else None
                 if future.status == "finished":
@@ -112,7 +112,9 @@ def _results(watch: Watch, tasks: dict[int, Callable[[], Future[Any]]], done: Ca
                 tries[number] += isinstance(error, KilledWorker)
                 if tries[number] > _TRIES:
                     raise ClusterError(
-                        f"Workers died {_TRIES} times at the same task.", "not enough memory for it", "give the workers more memory"
+                        f"Workers died {_TRIES} times on the same task.",
+                        "it needs more memory than they have",
+                        "give the workers more memory",
                     )
                 running[number] = tasks[number]()
     except BaseException:

@@ -1,4 +1,4 @@
-"""What is wrong with the values of a project file, in words: of pydantic's findings, one for each name that was written."""
+"""Readable messages for wrong values in a project file: one per name, from pydantic's errors."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 _ANOTHER_FORM = ("_type", "_parsing", "literal_error")
-"""Endings of findings that say that a value has another form altogether."""
+"""Suffixes of error types for a value of an altogether different form."""
 
 
 def problems(error: ValidationError, model: type[BaseModel]) -> str:
-    """Sentences for people. Of a value that fits none of several forms, only what is wrong with the form that it comes nearest to."""
+    """Errors as sentences. For a value that matches none of several forms, only the errors of the closest form."""
     by_name: dict[Any, list[ErrorDetails]] = {}
     errors = error.errors()
     for found in (e for e in errors if not _misspelt(e, errors, model)):
@@ -41,12 +41,12 @@ def _of_one_name(group: list[ErrorDetails], model: type[BaseModel]) -> list[str]
 
 
 def _is_another(found: ErrorDetails, form: Any) -> bool:
-    """Whether the value itself has another form; what is wrong within it says that it has this one."""
+    """Whether the value itself has another form; an error inside it means that it has this one."""
     return found["type"].endswith(_ANOTHER_FORM) and found["loc"][-1] == form
 
 
 def _misspelt(found: ErrorDetails, errors: Iterable[ErrorDetails], model: type[BaseModel]) -> bool:
-    """Whether a name that is missing was written with a typo, which is told anyway."""
+    """Whether a missing name was misspelt, which is reported anyway."""
     if found["type"] != "missing":
         return False
     beside = [e for e in errors if e["type"] == "extra_forbidden" and e["loc"][:-1] == found["loc"][:-1]]
@@ -65,7 +65,7 @@ def _sentence(found: ErrorDetails, model: type[BaseModel]) -> str:
 
 
 def _written(model: type[BaseModel], location: tuple[Any, ...]) -> list[Any]:
-    """The names and places of a location that somebody wrote, without those by which pydantic tells forms of a union apart."""
+    """The names and indices of a location as written, without pydantic's tags for the members of a union."""
     path: list[Any] = []
     for step in location:
         inside = _models(model, path)
@@ -76,7 +76,7 @@ def _written(model: type[BaseModel], location: tuple[Any, ...]) -> list[Any]:
 
 
 def _models(model: type[BaseModel], path: Iterable[Any]) -> list[type[BaseModel]]:
-    """Models that the value at a path may be; none where it is no model."""
+    """Models that the value at a path may be; empty if it is not a model."""
     here = [model]
     for step in path:
         if isinstance(step, int):
@@ -93,6 +93,6 @@ def _in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`` Did you mean ...?`` for a name that is not known, or nothing."""
+    """`` Did you mean ...?`` for an unknown name, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""

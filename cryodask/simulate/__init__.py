@@ -1,4 +1,4 @@
-"""Movies with known truth: beta-galactosidase in moving ice, counted by an imperfect detector."""
+"""Movies with known ground truth: beta-galactosidase in moving ice, recorded by an imperfect counting detector."""
 
 from cryodask.simulate.particles import simulate_particles
 from cryodask.simulate.scene import Micrograph, Optics, simulate_micrograph

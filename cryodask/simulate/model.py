@@ -20,11 +20,11 @@ from cryodask.kernels.ctf import electron_wavelength_angstrom
 POTENTIAL_OF_SCATTERING = 47.877645
 """h^2 / (2 pi m e): the potential in V A^2 of a scattering factor of 1 A."""
 BOUND_HYDROGEN = {"C": 1.3, "N": 1.2, "O": 0.35, "S": 0.3}
-"""Mean number of hydrogens on a heavy atom of a protein."""
+"""Mean number of hydrogens per heavy atom of a protein."""
 _ATOM_VOLUME_A3 = {"C": 16.44, "N": 2.49, "O": 9.13, "S": 19.86}
 _HYDROGEN_VOLUME_A3 = 5.15
 _WATER_SCATTERING_PER_A3 = 4.53 / POTENTIAL_OF_SCATTERING
-"""Mean inner potential of vitreous ice by free atoms (4.53 V at 0.93 g/cm3)."""
+"""Mean inner potential of vitreous ice for free atoms (4.53 V at 0.93 g/cm3)."""
 _TWO_FOLDS = np.array([[1, 1, 1], [-1, -1, 1], [1, -1, -1], [-1, 1, -1]], float)
 
 
@@ -42,7 +42,7 @@ class Molecule:
 
 @lru_cache(maxsize=1)
 def beta_galactosidase() -> Molecule:
-    """The tetramer: the stored protomer and its copies by the two-folds on x, y and z."""
+    """The tetramer: the stored protomer and its copies about the two-fold axes x, y and z."""
     with np.load(Path(__file__).parent / "data" / "betagal_protomer.npz") as stored:
         xyz = stored["position_centiangstrom"].astype(float) / 100.0
         element = stored["element"].astype(str)
@@ -50,7 +50,7 @@ def beta_galactosidase() -> Molecule:
 
 
 def interaction_constant(voltage_kv: float) -> float:
-    """Phase shift a volt and Angstrom of projected potential, rad / (V A): 0.000653 at 300 kV."""
+    """Phase shift per volt and Angstrom of projected potential, rad / (V A): 0.000653 at 300 kV."""
     rest, volt = 510998.95, 1e3 * voltage_kv
     wavelength = float(electron_wavelength_angstrom(voltage_kv))
     return 2.0 * math.pi / (wavelength * volt) * (rest + volt) / (2.0 * rest + volt)

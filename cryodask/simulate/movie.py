@@ -18,7 +18,7 @@ from cryodask.kernels.warp import stripe_field, stripe_rows, warp_rows
 from cryodask.simulate.scene import CountTable
 
 NODES = 9
-"""Trajectories are known on a regular grid of 9 x 9 nodes that spans the image from its first to its last pixel."""
+"""Trajectories are defined on a regular grid of 9 x 9 nodes that spans the image from its first to its last pixel."""
 _MARGIN = 64
 _STRIPE = 64
 
@@ -30,7 +30,7 @@ def node_positions(shape: tuple[int, int]) -> np.ndarray:
 
 
 def random_drift(rng: np.random.Generator, frames: int, dose_per_frame: float) -> np.ndarray:
-    """Motion of the stage, `(frame, 2)` Angstrom: a start that decays within 3 e/A^2, a slow wander, and jitter."""
+    """Motion of the stage, `(frame, 2)` Angstrom: an initial drift that decays within 3 e/A^2, a slow random walk, and jitter."""
     start = rng.normal(0.0, 1.2, 2)
     wander = rng.normal(0.0, 0.25, 2)
     path, place = [], np.zeros(2)
@@ -110,9 +110,9 @@ def expose(
     transform, k : `(y, x // 2 + 1)`
         Contrast of the scene (`contrast_transform`) on ``padded_shape``, which is `margin` pixels larger on every side.
     displacement_px : `(81, frame, 2)`
-        How far the specimen has moved at the nodes, pixels.
+        Displacement of the specimen at the nodes, pixels.
     mean_count : float
-        Electrons a pixel and frame.
+        Electrons per pixel and frame.
 
     Returns
     -------
@@ -163,10 +163,10 @@ def expose(
 
 
 def padded(shape: tuple[int, int]) -> tuple[int, int]:
-    """Size of the scene that a movie of ``shape`` looks at: wider by a margin, so that what moves in is real."""
+    """Size of the scene for a movie of ``shape``: larger by a margin, so that real content moves into view."""
     return shape[0] + 2 * _MARGIN, shape[1] + 2 * _MARGIN
 
 
 def margin_px() -> int:
-    """Where pixel 0 of the movie lies in the scene."""
+    """Position of pixel 0 of the movie in the scene."""
     return _MARGIN

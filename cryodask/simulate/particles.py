@@ -1,4 +1,4 @@
-"""Particles of beta-galactosidase as another program would leave them: a stack and a RELION STAR file, with true positions and CTF."""
+"""Simulated particles of beta-galactosidase in RELION form: a stack and a STAR file, with true positions and CTF."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def simulate_particles(folder: str | Path, *, count: int = 300, box: int = 48, p
     Parameters
     ----------
     count : int
-        Particles.
+        Number of particles.
     box : int
-        Edge of their images, pixels, even.
+        Box size of the images, pixels, even.
     pixel_size_angstrom : float
-        Of the images; the micrographs that they are cut from have half of it.
+        Pixel size of the images; the micrographs they are extracted from have half of it.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

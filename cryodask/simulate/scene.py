@@ -1,4 +1,4 @@
-"""What the microscope sees: particles in ice as a contrast image, and micrographs counted from it.
+"""The simulated scene: particles in ice as a contrast image, and micrographs counted from it.
 
 Weak phase object: contrast = -2 CTF x phase (protein dark), times an envelope; static structure noise of the ice passes through
 the CTF as the particles do, which is what makes Thon rings. All arrays are in the MRC frame.
@@ -21,7 +21,7 @@ from cryodask.simulate.model import beta_galactosidase, phase_transform
 
 @dataclass(frozen=True)
 class Optics:
-    """How an image is formed. ``defocus_angle_deg`` from +x towards +y; the envelope is exp(-B k^2 / 4)."""
+    """Parameters of image formation. ``defocus_angle_deg`` from +x towards +y; the envelope is exp(-B k^2 / 4)."""
 
     pixel_size_angstrom: float
     voltage_kv: float = 300.0
@@ -35,7 +35,7 @@ class Optics:
 
 @dataclass(frozen=True)
 class Particles:
-    """Where particles are and how they lie: pixels (row, column) and RELION's Euler angles, one value each `(particle,)`."""
+    """Positions, pixels (row, column), and orientations, RELION's Euler angles, of particles; each `(particle,)`."""
 
     y: np.ndarray
     x: np.ndarray
@@ -48,7 +48,7 @@ class Particles:
 
 
 def place_particles(rng: np.random.Generator, count: int, shape: tuple[int, int], distance_px: float, margin_px: float) -> Particles:
-    """At most ``count`` random places at least ``distance_px`` apart and ``margin_px`` from the border, views uniform."""
+    """At most ``count`` random positions at least ``distance_px`` apart and ``margin_px`` from the border, views uniform."""
     places = np.empty((0, 2))
     for _ in range(40):
         for place in rng.uniform(margin_px, np.array(shape) - 1.0 - margin_px, (500, 2)):
@@ -111,10 +111,10 @@ def contrast_transform(
 
 
 class CountTable:
-    """Poisson counts by table: 512 rates x 4096 quantiles, four times as fast as drawing them.
+    """Poisson counts from a table of 512 rates x 4096 quantiles, four times as fast as direct sampling.
 
-    Mean and variance are right to 1 in 1000; only counts rarer than 1 in 8000 at their rate never occur. Rates outside the
-    table are drawn exactly.
+    Mean and variance are accurate to 1 in 1000; counts rarer than 1 in 8000 at their rate never occur. Rates outside the
+    table are sampled exactly.
     """
 
     RATES, QUANTILES = 512, 4096
@@ -148,7 +148,7 @@ class CountTable:
 
 @dataclass(frozen=True)
 class Micrograph:
-    """A simulated micrograph and its truth: ``image`` `(y, x)` float32, electrons a pixel; protein dark."""
+    """A simulated micrograph and its truth: ``image`` `(y, x)` float32, electrons per pixel; protein dark."""
 
     image: np.ndarray
     optics: Optics
@@ -176,22 +176,22 @@ def simulate_micrograph(
     shape : (y, x)
         Pixels.
     optics : Optics, optional
-        Default: 1 Angstrom a pixel, 300 kV, Cs 2.7 mm, amplitude contrast 0.1, defocus 15,000 A. Its fields ``defocus_u_angstrom,
+        Default: 1 Angstrom per pixel, 300 kV, Cs 2.7 mm, amplitude contrast 0.1, defocus 15,000 A. Its fields ``defocus_u_angstrom,
         defocus_v_angstrom, defocus_angle_deg, pixel_size_angstrom`` are the truth of a CTF fit.
     particles : int
-        How many to place; fewer where the image is full (`len(result.particles)`).
+        How many to place; fewer if the image is full (`len(result.particles)`).
     dose : float
         Exposure, e/A^2. Counts have the mean dose x pixel^2.
     signal_amplitude : float
-        Factor on the phase of the particles (0 = ice alone); 0.7 stands for inelastic loss and the detector.
+        Factor on the phase of the particles (0 = ice alone); 0.7 accounts for inelastic loss and the detector.
     ice_noise_angstrom2, ice_b_angstrom2 : float
         Structure noise of the ice, see `contrast_transform`.
     distance_angstrom : float
-        Least distance of particle centres.
+        Smallest distance between particle centres.
     damage : bool
         Whether signal fades with exposure (Grant & Grigorieff 2015).
     seed : int
-        Same seed, same bits.
+        The same seed gives bit-identical results.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""How far results are from the truth of a simulated session."""
+"""Scores of results against the ground truth of a simulated session."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def match_picks(found: np.ndarray, true: np.ndarray, tolerance_px: float) -> tup
     ----------
     found, true : array, `(n, 2)` and `(m, 2)`, pixels
     tolerance_px : float
-        Farther ones never match.
+        Largest distance of a match.
 
     Returns
     -------
@@ -50,7 +50,7 @@ def match_picks(found: np.ndarray, true: np.ndarray, tolerance_px: float) -> tup
 
 
 def off_border(positions: np.ndarray, shape: tuple[int, int], border_px: float) -> np.ndarray:
-    """Which positions lie at least ``border_px`` inside the image."""
+    """Mask of positions at least ``border_px`` inside the image."""
     high = np.array(shape) - 1 - border_px
     return np.all((positions >= border_px) & (positions <= high), axis=-1)
 
@@ -58,14 +58,14 @@ def off_border(positions: np.ndarray, shape: tuple[int, int], border_px: float) 
 def precision_and_recall(
     found: list[np.ndarray], true: list[np.ndarray], shape: tuple[int, int], diameter_px: float
 ) -> tuple[float, float]:
-    """Over micrographs; one to one within 0.4 diameters; a border of 0.4 diameters counts neither for nor against."""
+    """Precision and recall over micrographs; one-to-one matches within 0.4 diameters; a border of 0.4 diameters is ignored."""
     hits = picks = particles = 0
     for f, t in zip(found, true):
         i, j = match_picks(f, t, 0.4 * diameter_px)
         f_inside, t_inside = (off_border(p, shape, 0.4 * diameter_px) for p in (f, t))
         both = f_inside[i] & t_inside[j]
         hits += int(both.sum())
-        # a pick whose partner lies across the border line is no error
+        # a pick whose partner is across the border line does not count as an error
         picks += int(f_inside.sum()) - int((f_inside[i] & ~t_inside[j]).sum())
         particles += int(t_inside.sum()) - int((t_inside[j] & ~f_inside[i]).sum())
     return hits / max(picks, 1), hits / max(particles, 1)
@@ -74,7 +74,7 @@ def precision_and_recall(
 def relion_displacement(
     frame_shift: np.ndarray, polynomial: np.ndarray, positions: np.ndarray, shape: tuple[int, int], pixel_size_angstrom: float
 ) -> np.ndarray:
-    """Displacement of the specimen that RELION's trajectory and polynomial describe.
+    """Displacement of the specimen from RELION's trajectory and polynomial.
 
     Parameters
     ----------
@@ -166,21 +166,21 @@ def flip_hand(volume: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Alignment:
-    """How the truth is brought onto a map whose symmetry axes stand on the coordinate axes: turned, and mirrored or not."""
+    """Transform of the truth onto a map with its symmetry axes on the coordinate axes: a rotation, with or without mirroring."""
 
     turn: np.ndarray
     flipped: bool
 
     def __call__(self, volume: Tensor) -> Tensor:
-        """A map `(z, y, x)` in the frame of the truth, brought into that of the other."""
+        """Transform a map `(z, y, x)` from the frame of the truth into that of the other map."""
         return _turn(flip_hand(volume) if self.flipped else volume, self.turn)
 
 
 def align_axes(volume: Tensor, truth: Tensor, mask: Tensor) -> tuple[Alignment, Tensor]:
     """Best alignment of the truth over both hands and the 24 rotations of the octahedron, and its FSC under the mask.
 
-    For maps with a D2, D4, T or O group, whose axes stand on the coordinate axes; a map of another hand is told from the truth by its
-    sum of correlations.
+    For maps with a D2, D4, T or O group, whose axes are on the coordinate axes; the hand is decided by the sum of
+    correlations.
     """
     best: tuple[float, Alignment, Tensor] | None = None
     for flipped in (False, True):
@@ -206,7 +206,7 @@ def octahedral_rotations() -> list[np.ndarray]:
 
 
 def _turn(volume: Tensor, turn: np.ndarray) -> Tensor:
-    """A map turned about its centre n // 2 by a signed permutation of its axes."""
+    """Rotate a map about its centre n // 2 by a signed permutation of its axes."""
     axes = [int(np.abs(row).argmax()) for row in turn]
     flips = [d for d in range(3) if turn[d].sum() < 0]
     out = volume.permute(*axes)

@@ -1,11 +1,11 @@
-"""A whole session: movies, gain and truth in one folder, as a microscope would leave them (but for the truth).
+"""A complete session: movies and gain as from a microscope, and the ground truth, in one folder.
 
 ::
 
     folder/movies/movie_0001.tif ...      raw counts
     folder/gain.mrc                       multiplies the counts, in the MRC frame
     folder/truth/session.json             the parameters
-    folder/truth/movie_0001.npz ...       what is true of each movie, named as in the vocabulary
+    folder/truth/movie_0001.npz ...       ground truth of each movie, named as in the vocabulary
     folder/truth/map_128_1.77A.mrc ...    the molecule
 """
 
@@ -43,30 +43,30 @@ from cryodask.simulate.scene import Optics, Particles, contrast_transform, place
 
 
 class SessionParams(BaseModel):
-    """Everything that a simulated session depends on; the defaults are those of the demonstration (24 movies)."""
+    """Everything that a simulated session depends on; the defaults are those of the demo (24 movies)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     movies: int = Field(default=24, ge=1, description="number of movies")
     height: int = Field(default=1024, ge=64, description="rows of a frame, pixels")
     width: int = Field(default=1024, ge=64, description="columns of a frame, pixels")
-    frames: int = Field(default=24, ge=1, description="frames of a movie")
+    frames: int = Field(default=24, ge=1, description="frames per movie")
     pixel_size_angstrom: float = Field(default=1.77, gt=0, description="pixel size, Angstrom")
     voltage_kv: float = Field(default=300.0, ge=60, le=400, description="acceleration voltage, kV")
     spherical_aberration_mm: float = Field(default=2.7, ge=0, description="spherical aberration, mm")
-    amplitude_contrast: float = Field(default=0.1, ge=0, lt=1, description="share of amplitude contrast")
-    dose_per_frame: float = Field(default=40.0 / 24.0, gt=0, description="exposure of a frame, electrons per square Angstrom")
+    amplitude_contrast: float = Field(default=0.1, ge=0, lt=1, description="amplitude contrast, as a fraction")
+    dose_per_frame: float = Field(default=40.0 / 24.0, gt=0, description="exposure per frame, electrons per square Angstrom")
     pre_exposure: float = Field(default=0.0, ge=0, description="exposure before the first frame, electrons per square Angstrom")
-    particles: int = Field(default=40, ge=0, description="particles of beta-galactosidase in a movie, as far as they find room")
-    particle_distance_angstrom: float = Field(default=185.0, gt=0, description="least distance of particle centres, Angstrom")
-    defocus_min_angstrom: float = Field(default=8000.0, gt=0, description="least defocus, Angstrom")
-    defocus_max_angstrom: float = Field(default=20000.0, gt=0, description="greatest defocus, Angstrom")
-    astigmatism_max_angstrom: float = Field(default=300.0, ge=0, description="greatest astigmatism (u - v), Angstrom")
+    particles: int = Field(default=40, ge=0, description="particles of beta-galactosidase per movie, fewer if there is no room")
+    particle_distance_angstrom: float = Field(default=185.0, gt=0, description="smallest distance between particle centres, Angstrom")
+    defocus_min_angstrom: float = Field(default=8000.0, gt=0, description="smallest defocus, Angstrom")
+    defocus_max_angstrom: float = Field(default=20000.0, gt=0, description="largest defocus, Angstrom")
+    astigmatism_max_angstrom: float = Field(default=300.0, ge=0, description="largest astigmatism (u - v), Angstrom")
     envelope_b_angstrom2: float = Field(default=60.0, ge=0, description="envelope exp(-B k^2/4) on amplitudes, square Angstrom")
     signal_amplitude: float = Field(default=0.5**0.5, ge=0, description="factor on the particles' phase: inelastic loss and detector")
     ice_noise_angstrom2: float = Field(default=0.004, ge=0, description="power of the static structure noise of ice, square Angstrom")
     ice_b_angstrom2: float = Field(default=25.0, ge=0, description="its fall-off exp(-B k^2/2), square Angstrom")
-    drift: float = Field(default=1.0, ge=0, description="factor on the stage drift (1 = about 13 Angstrom in all)")
+    drift: float = Field(default=1.0, ge=0, description="factor on the stage drift (1 = about 13 Angstrom in total)")
     local_motion: float = Field(default=1.0, ge=0, description="factor on the beam-induced motion")
     damage: bool = Field(default=True, description="whether high frequencies fade with exposure")
     gain_smooth: float = Field(default=0.1, ge=0, lt=0.5, description="standard deviation of the gain's smooth pattern")
@@ -89,18 +89,18 @@ DEMO = SessionParams()
 
 
 def movie_name(index: int) -> str:
-    """Name of movie ``index`` (from 0) without ending: movie_0001 is the first."""
+    """Name of movie ``index`` (from 0) without extension: movie_0001 is the first."""
     return f"movie_{index + 1:04d}"
 
 
 @dataclass(frozen=True)
 class Truth:
-    """The truth of a session: one row a movie, named as in the vocabulary.
+    """The ground truth of a session: one row per movie, named as in the vocabulary.
 
     ``columns``: ``defocus_u_angstrom, defocus_v_angstrom, defocus_angle_deg`` `(movie,)`; ``particle_y, particle_x`` (pixels),
     ``rot_deg, tilt_deg, psi_deg`` `(movie, slot)`, padded with NaN; ``particle_count`` `(movie,)`; ``frame_shift``
     `(movie, frame, 2)`, ``patch_shift`` `(movie, 81, frame, 2)` Angstrom, the specimen's displacement (y, x), each node's mean over
-    frames zero; ``patch_position`` `(movie, 81, 2)` pixels. Particles stand where a perfect correction of the motion shows them.
+    frames zero; ``patch_position`` `(movie, 81, 2)` pixels. Particle positions are those after a perfect motion correction.
     """
 
     folder: str
@@ -123,9 +123,9 @@ def session_detector(params: SessionParams) -> Detector:
 
 
 def simulate_movie(params: SessionParams, index: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Movie ``index`` of a session: frames `(frame, y, x)` uint8 in the MRC frame, and its row of the `Truth`.
+    """Movie ``index`` of a session: frames `(frame, y, x)` uint8 in MRC row order, and its row of the `Truth`.
 
-    The same (seed, index) gives the same bits, in whatever process.
+    The same (seed, index) gives bit-identical movies in any process.
     """
     rng = _rng(params, 1, index)
     pixel, shape = params.pixel_size_angstrom, params.shape
@@ -189,7 +189,7 @@ def simulate_movie(params: SessionParams, index: int) -> tuple[np.ndarray, dict[
 
 
 def prepare_session(folder: str | Path, params: SessionParams) -> None:
-    """Make the folders, the gain, the truth maps and ``truth/session.json``: what is not of one movie."""
+    """Make everything that is common to all movies: the folders, the gain, the truth maps and ``truth/session.json``."""
     folder = Path(folder)
     (folder / "movies").mkdir(parents=True, exist_ok=True)
     (folder / "truth").mkdir(exist_ok=True)
@@ -200,7 +200,7 @@ def prepare_session(folder: str | Path, params: SessionParams) -> None:
 
 
 def simulate_one(folder: str | Path, params: SessionParams, index: int) -> str:
-    """Write movie ``index`` and its truth into a prepared session; the movie's path. A pure function of (params, index)."""
+    """Write movie ``index`` and its truth into a prepared session; returns the movie's path. A pure function of (params, index)."""
     folder, name = Path(folder), movie_name(index)
     frames, truth = simulate_movie(params, index)
     part = folder / "truth" / f".{name}.{os.getpid()}.npz"
@@ -222,11 +222,11 @@ def simulate_session(
     Parameters
     ----------
     folder : str or Path
-        Made if needed; movies of the same name are overwritten.
+        Created if needed; movies of the same name are overwritten.
     progress : callable ``(done, total)``, optional
         Called after each movie.
     processes : int
-        How many processes share the work; the files do not depend on it.
+        Number of processes; the files do not depend on it.
     """
     prepare_session(folder, params)
     if progress:
@@ -256,7 +256,7 @@ def load_truth(folder: str | Path) -> Truth:
     """Read the truth of a simulated session from its folder."""
     truth = Path(folder) / "truth"
     if not (truth / "session.json").exists():
-        raise InputError(f"{folder} holds no simulated session", "truth/session.json is missing", "simulate it again")
+        raise InputError(f"{folder} is not a simulated session", "truth/session.json is missing", "simulate it again")
     params = SessionParams.model_validate_json((truth / "session.json").read_text())
     names = tuple(p.stem for p in sorted(truth.glob("movie_*.npz")))
     rows = []

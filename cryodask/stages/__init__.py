@@ -1,8 +1,8 @@
-"""The stages, one file each. ``cryodask.stages.motion(dataset, patches=(5, 5))`` is the lazy face of stage ``motion``.
+"""The stages, one module each. ``cryodask.stages.motion(dataset, patches=(5, 5))`` applies stage ``motion`` lazily to a Dataset.
 
-A stage has the name of its module, and the attribute of that name is the stage, not the module; those of the package ``external``, which
-run programs of others, are called ``external.NAME``. Modules are imported when they are
-asked for: a worker that corrects motion does not load the refinement.
+A stage is named after its module, and the attribute of that name is the stage, not the module. Stages in the package ``external``, which
+run other programs, are called ``external.NAME``. Modules are imported on first use: a worker that corrects motion does not load the
+refinement.
 """
 
 import importlib
@@ -19,7 +19,7 @@ NAMES += [f"external.{m.name}" for m in pkgutil.iter_modules([f"{folder}/externa
 
 class _Stages(ModuleType):
     def __setattr__(self, name: str, value: Any) -> None:
-        # Python binds a submodule to its package once it is loaded: bind the stage that it has registered instead
+        # Python binds a loaded submodule to its package: bind the stage that it registers instead
         super().__setattr__(name, STAGES.get(name, value) if isinstance(value, ModuleType) else value)
 
     def __getattr__(self, name: str) -> Any:

@@ -23,18 +23,20 @@ FIRST_INVERSE_TEMPERATURE = 0.3
 WARMING_ITERATIONS = 10
 RESEED_ITERATIONS = 12
 EMPTY_SHARE = 0.1
-"""A class with less than this share of the mean class is empty: it takes over half of the largest one."""
+"""A class with less than this fraction of the mean class is empty: it takes over half of the largest one."""
 SCORE_PARTICLES = 60
-"""Size of class to which the agreement of the halves is carried over for the score."""
+"""Class size to which the agreement of the halves is extrapolated for the score."""
 
 halves = 1
 
 
 def start(params: Classify2DParams, particles: ParticleSet, inputs: dict[str, Any]) -> State:
-    """State before the first iteration; refuses bad parameters and maps."""
+    """State before the first iteration; refuses invalid parameters and inputs."""
     length = particles.box * float(particles.pixel_size_angstrom)
     if particles.count < 20:
-        raise InputError(f"{particles.count} particles are too few to be classified", "picking left hardly any", "look at the picks first")
+        raise InputError(
+            f"{particles.count} particles are too few for 2D classification", "picking found hardly any", "check the picks first"
+        )
     rings = max(4, min(particles.box // 2 - 2, int(length / params.resolution_angstrom), 34))
     classes = params.classes or int(np.clip(particles.count // 60, 6, 50))
     diameter = params.mask_diameter_angstrom or 0.75 * length
@@ -47,12 +49,12 @@ def start(params: Classify2DParams, particles: ParticleSet, inputs: dict[str, An
 
 
 def cache_key(params: Classify2DParams, state: State) -> int:
-    """Blocks are loaded once."""
+    """Constant, because blocks are loaded only once."""
     return 0
 
 
 def load(params: Classify2DParams, state: State, block: ParticleBlock, context: Context) -> expectation.Particles:
-    """Transforms of a block's images."""
+    """Fourier transforms of a block's images."""
     images = torch.from_numpy(np.ascontiguousarray(block.images, np.float32))
     small = resize_images(images, state["working_box"])
     return expectation.load_particles(
@@ -68,7 +70,7 @@ def load(params: Classify2DParams, state: State, block: ParticleBlock, context: 
 
 
 def prepare(params: Classify2DParams, state: State, half: int, context: Context) -> torch.Tensor | None:
-    """References of this iteration, made once a worker."""
+    """References of this iteration, made once per worker."""
     if state["iteration"] == 0:
         return None
     return c2.class_table(torch.from_numpy(state["samples"]).to(context.device), _rings(state))
@@ -88,7 +90,7 @@ def expect(
     samples = torch.from_numpy(state["samples"]).to(context.device)
     log_prior = torch.log(torch.from_numpy(state["prior"]).float() + 1e-3).to(context.device)
     warmth = FIRST_INVERSE_TEMPERATURE + (1.0 - FIRST_INVERSE_TEMPERATURE) * min(1.0, (iteration - 1) / WARMING_ITERATIONS)
-    # wide steps about the picks first, then fine steps about the last shift
+    # first wide steps around the picks, then fine steps around the last shift
     step = state["length_angstrom"] / state["rings"] / 1.8
     centres = torch.zeros(count, 2, device=context.device)
     if not _is_wide(iteration):
@@ -132,7 +134,7 @@ def maximise(params: Classify2DParams, state: State, sums: list[Sums], context: 
     total, count, classes, iteration = sums[0], state["count"], state["classes"], state["iteration"]
     power = total["power"].sum(0) / count
     power[0] = power[1]
-    # the first averages explain nothing yet: the mean power, signal included, keeps the posterior soft
+    # the first averages explain nothing yet: the mean power, including signal, keeps the posterior soft
     new["noise_power"] = power if iteration == 0 else state["noise_power"] if iteration == 1 else 0.5 * (state["noise_power"] + power)
     numerator, weight, share = np.array(total["numerator"]), np.array(total["weight"]), np.array(total["share"])
     reseeded = 0
@@ -169,7 +171,7 @@ def finished(params: Classify2DParams, state: State) -> bool:
 
 
 def result(params: Classify2DParams, state: State, columns: Columns) -> dict[str, Any]:
-    """What the stage gives."""
+    """The output of the stage."""
     number = np.bincount(columns["class_number"], minlength=state["classes"])
     columns = {**columns, **_centred(columns, state["class_centre_angstrom"])}
     renamed = {"psi_deg": "class_psi_deg", "log_likelihood": "class_log_likelihood"}
@@ -207,9 +209,9 @@ def class_scores(
 ) -> np.ndarray:
     """Quality `(class,)` from 0 to 1: agreement x compactness x gain x fit.
 
-    Agreement is the ring correlation of the halves, weighted by ring and carried over to a class of ``SCORE_PARTICLES``, so that small
-    classes are not called bad. Gain falls where particles gain much less likelihood from their average than the typical particle (empty
-    images); fit falls where the average leaves more power at low resolution than is usual (images that do not belong together).
+    Agreement is the ring correlation of the halves, weighted by ring and extrapolated to a class of ``SCORE_PARTICLES``, so that small
+    classes are not penalised. Gain is low if particles gain much less likelihood from their average than the typical particle (empty
+    images); fit is low if the average leaves more residual power at low resolution than usual (images that do not belong together).
 
     Parameters
     ----------
@@ -244,7 +246,7 @@ def _weighted_median(values: np.ndarray, weights: np.ndarray) -> float:
 
 
 def _random_sums(params: Classify2DParams, state: State, block: expectation.Particles, device: str) -> tuple[Sums, Columns]:
-    """Sums of random classes at random angles: the start."""
+    """Sums of random classes at random angles, for the first iteration."""
     count, classes = len(block.index), state["classes"]
     draws = torch.from_numpy(uniforms(params.seed, 0, block.index, 2)).to(device)
     which = (draws[:, 0] * classes).long()
@@ -269,7 +271,7 @@ def _random_sums(params: Classify2DParams, state: State, block: expectation.Part
 
 
 def _fill_empty(numerator: np.ndarray, weight: np.ndarray, share: np.ndarray, least: float) -> int:
-    """Give each empty class the even particles of the largest class, which keeps the odd ones; in place."""
+    """Give each empty class the even particles of the largest class, which keeps the odd ones (in place)."""
     empty = np.nonzero(share < least)[0]
     for k in empty:
         big = int(share.argmax())
@@ -286,7 +288,7 @@ def _is_wide(iteration: int) -> bool:
 
 
 def _rings(state: State) -> int:
-    """Rings scored in this iteration: one more each time."""
+    """Number of rings scored in this iteration, one more each time."""
     first = max(4, round(state["length_angstrom"] / FIRST_RESOLUTION_ANGSTROM))
     return min(state["rings"], first + max(0, state["iteration"] - 1))
 

@@ -1,4 +1,4 @@
-"""Pictures that reports of map-making stages share."""
+"""Report figures shared by the map-making stages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _axes(width: float = 5.0, height: float = 3.2) -> tuple[Any, Any]:
 
 
 def draw_correlation(ds: xr.Dataset) -> Picture:
-    """FSC curves over resolution."""
+    """FSC curves."""
     figure, axes = _axes()
     frequency = 1.0 / ds["shell_resolution_angstrom"].values
     for name, label in (

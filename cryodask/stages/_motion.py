@@ -1,4 +1,4 @@
-"""Alignment and summation of the frames of a movie, on tensors: what stage ``motion`` computes."""
+"""Alignment and summation of the frames of a movie on tensors, the computation of stage ``motion``."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ if TYPE_CHECKING:
 _STRIPE = 64
 _BATCH = 8
 _MOST_ALIGNED = 64
-"""Movies of more frames are aligned in groups of neighbours, and the trajectory interpolated in between."""
+"""Movies with more frames are aligned in groups of neighbouring frames, and the trajectory is interpolated."""
 
 
 class _Source:
-    """Reads frames as tensors: kept if they fit, repaired once the defects are known."""
+    """Reads frames as tensors; keeps them if they fit in memory, and repairs defects once known."""
 
     def __init__(self, movie: Frames, device: str, budget_mb: int) -> None:
         self.movie, self.device = movie, device
         self.kind = _working_type(np.dtype(movie.dtype))
-        # one block for all frames: kept one by one, they leave holes in the heap of their own size
+        # one block for all frames, because single frames would fragment the heap
         fits = int(np.prod(movie.shape)) * self.kind.itemsize <= budget_mb * 2**20
         self.kept = torch.empty(movie.shape, dtype=_TORCH[self.kind.name], device=device) if fits else None
         self.known: set[int] = set()
@@ -51,7 +51,7 @@ class _Source:
 
     def __call__(self, index: int) -> Tensor:
         if self.kept is None:
-            # a frame of an array in memory is a view of it, which repair must not change
+            # a frame of an in-memory array is a view, which the repair must not change
             frame = torch.from_numpy(np.array(self.movie[index], self.kind)).to(self.device)
         else:
             frame = self.kept[index]
@@ -69,7 +69,7 @@ _TORCH = {"uint8": torch.uint8, "int8": torch.int8, "int16": torch.int16, "float
 
 
 def _working_type(stored: np.dtype) -> np.dtype:
-    """The type that torch computes with: integers of 8 bits and int16 as they are, all others float32 (exact below 2^24)."""
+    """The dtype that torch computes with: 8-bit integers and int16 unchanged, all others float32 (exact below 2^24)."""
     return np.dtype(stored.name if stored.name in _TORCH else np.float32)
 
 
@@ -84,11 +84,11 @@ def corrected(
     voltage_kv: float,
     device: str,
 ) -> dict[str, Any]:
-    """What stage ``motion`` gives for a movie `(frame, y, x)` whose gain `(y, x)` has its shape."""
+    """Output of stage ``motion`` for a movie `(frame, y, x)` with a gain `(y, x)` of matching shape."""
     frames, height, width = movie.shape
     shape = (height, width)
     source = _Source(movie, device, params.frames_in_memory_mb)
-    # never written to: the gain that all movies of a worker share is not copied
+    # never written to, so the gain shared by all movies of a worker is not copied
     factor = None if gain is None else torch.from_numpy(np.require(gain, np.float32, ["C", "W"])).to(device)
     node_shift, track, defects = _measure(params, source, frames, shape, factor, pixel_size_angstrom, dose_per_frame)
     plain, weighted = _sum_frames(
@@ -124,7 +124,7 @@ def _measure(
     group = -(-frames // _MOST_ALIGNED)
     seen = survey(source, frames, shape, binning, group)
     if not bool(torch.isfinite(seen.total.sum(dtype=torch.float64))):
-        raise MicrographError("the movie has pixels that are not finite", "it was written by a failed conversion", "write it again")
+        raise MicrographError("the movie has NaN or infinite pixels", "a failed conversion wrote it", "convert it again")
     if not bool((seen.total != 0).any()):
         raise MicrographError("the movie has no counts at all", "the beam was blanked, or the camera failed", "remove it")
     defects = find_defects(seen.total, gain)
@@ -152,7 +152,7 @@ def _measure(
     count = choose_patches(params.patches, shape, whole, groups, pixel)
     field: FittedField | None = None
     if count is not None:
-        # what patches use no longer goes first: together they would be the peak of the stage
+        # free what the patches no longer use first: together they would be the memory peak of the stage
         transform = crop_for_patches(transform, whole, pixel)
         patches = cut_patches(transform, whole, count, shape, pixel)
         del transform
@@ -170,7 +170,7 @@ def _measure(
 
 
 def _interpolate(at: np.ndarray, centres: np.ndarray, displacement: np.ndarray) -> np.ndarray:
-    """From groups to frames, linear, and on beyond the first and last centre: `(node, frame, 2)`."""
+    """Interpolate linearly from groups to frames, extrapolating beyond the first and last centre: `(node, frame, 2)`."""
     left = np.clip(np.searchsorted(centres, at, side="right") - 1, 0, len(centres) - 2)
     share = ((at - centres[left]) / (centres[left + 1] - centres[left]))[None, :, None]
     return displacement[:, left] * (1.0 - share) + displacement[:, left + 1] * share
@@ -187,7 +187,7 @@ def _sum_frames(
     pre_exposure: float,
     voltage_kv: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Plain and exposure-weighted sums of the frames read at their displacement, `(y, x)` float32."""
+    """Plain and dose-weighted sums of the frames resampled at their displacement, `(y, x)` float32."""
     coefficients, filters, k = low_rank_weights(pixel, frames, dose, pre_exposure, voltage_kv)
     rank = len(coefficients)
     every = np.concatenate([coefficients, np.ones((1, frames))]).astype(np.float32)
@@ -201,7 +201,7 @@ def _sum_frames(
         shift_y, shift_x = (stripe_field(nodes[:, axis], shape, _STRIPE) for axis in (0, 1))
         part = torch.from_numpy(every[:, list(members)].copy()).to(device)
         add_warped(sums, part, batch, gain, shift_y, shift_x, stripe=_STRIPE)
-    # the raw frames make room for the transforms
+    # free the raw frames to make room for the transforms
     batch.clear()
     source.kept = None
     plain = sums[rank].cpu().numpy().copy()

@@ -47,13 +47,13 @@ halves = 2
 
 
 def _start_map(params: Refine3DParams, particles: ParticleSet, inputs: dict[str, Any]) -> tuple[np.ndarray, float]:
-    """The start map as given and its voxel size."""
+    """The start map as given, and its voxel size."""
     if params.reference is not None:
         data, voxel = read_mrc(params.reference)
         data = np.array(data, np.float32)
         if data.ndim != 3:
             raise InputError(
-                f"{params.reference} is not a map of three dimensions",
+                f"{params.reference} is not a three-dimensional map",
                 "an image was given as reference",
                 "give an MRC map (cubic, voxel size in the header)",
             )
@@ -69,15 +69,17 @@ def _start_map(params: Refine3DParams, particles: ParticleSet, inputs: dict[str,
     if len(set(data.shape)) != 1:
         raise InputError(
             f"{name} is {' x '.join(map(str, data.shape))} voxels, not a cube",
-            "a cropped or masked map",
-            "pad it to a cube, molecule in the middle",
+            "the map was cropped",
+            "pad it to a cube, with the molecule at the centre",
         )
     if not np.isfinite(data).all() or data.std() == 0:
-        raise InputError(f"{name} is empty or holds NaN", "a damaged file, or a run that failed", "look at the map and give another")
+        raise InputError(
+            f"{name} is empty or contains NaN", "the file is damaged, or a failed run wrote it", "check the map and give another"
+        )
     if not voxel or voxel <= 0:
         if data.shape[0] != particles.box:
             raise InputError(
-                f"{name} gives no voxel size, and its box is {data.shape[0]}, not {particles.box}",
+                f"{name} has no voxel size, and its box is {data.shape[0]}, not {particles.box}",
                 "the program that wrote it left the MRC header empty",
                 "write the voxel size into the header (for example with relion_image_handler --rescale_angpix or mrcfile)",
             )
@@ -86,24 +88,26 @@ def _start_map(params: Refine3DParams, particles: ParticleSet, inputs: dict[str,
 
 
 def start(params: Refine3DParams, particles: ParticleSet, inputs: dict[str, Any]) -> State:
-    """State before the first iteration; refuses bad parameters and maps."""
+    """State before the first iteration; refuses invalid parameters and maps."""
     if particles.count < _FEWEST:
         raise InputError(
             f"{particles.count} particles are too few for a refinement in two halves",
             "picking or curation left hardly any",
-            f"look at the picks and the classes; at least {_FEWEST} are needed, thousands are usual",
+            f"check the picks and the classes; at least {_FEWEST} are needed, thousands are usual",
         )
     box, pixel = particles.box, float(particles.pixel_size_angstrom)
     if box % 2 or box < 16:
         raise InputError(
-            f"particles of {box} pixels cannot be refined", "an odd or tiny box", "extract them with an even box of 32 pixels or more"
+            f"particles of {box} pixels cannot be refined",
+            "the box is odd or too small",
+            "extract them with an even box of 32 pixels or more",
         )
     length = box * pixel
     diameter = params.mask_diameter_angstrom or 0.75 * length
     rings = min(int(length / params.lowpass_angstrom + 1e-6), box // 2 - 2)
     if rings < 2:
         raise InputError(
-            f"a start map at {params.lowpass_angstrom:g} A holds {rings} Fourier shells in a box of {length:.0f} A",
+            f"a start map at {params.lowpass_angstrom:g} A has only {rings} Fourier shells in a box of {length:.0f} A",
             "the low-pass is too strong for the box",
             "lower refine3d.lowpass_angstrom",
         )
@@ -112,7 +116,7 @@ def start(params: Refine3DParams, particles: ParticleSet, inputs: dict[str, Any]
     sphere = soft_sphere(box, pixel, diameter / 2, 12.0)
     outside = reference[sphere == 0]
     reference = (reference - (outside.mean() if outside.numel() else 0.0)) * sphere
-    # strictly nothing beyond the limit: a soft edge would show up as common signal of the two halves
+    # nothing at all beyond the limit, because a soft edge would appear as common signal of the two halves
     reference = resize_map(pj.cut_map(reference, rings), map_box(rings, box))
     shift_range = params.shift_range_angstrom or 0.17 * diameter
     return {
@@ -125,12 +129,12 @@ def start(params: Refine3DParams, particles: ParticleSet, inputs: dict[str, Any]
 
 
 def cache_key(params: Refine3DParams, state: State) -> int:
-    """Highest frequency that is kept: grows in few steps."""
+    """Highest frequency that is kept; grows in few steps."""
     return kept_radius(state)
 
 
 def load(params: Refine3DParams, state: State, block: ParticleBlock, context: Context) -> expectation.Particles:
-    """Transforms of a block's images."""
+    """Fourier transforms of a block's images."""
     return expectation.load_particles(
         block.images,
         block.columns,
@@ -144,7 +148,7 @@ def load(params: Refine3DParams, state: State, block: ParticleBlock, context: Co
 
 
 def prepare(params: Refine3DParams, state: State, half: int, context: Context) -> Shared | None:
-    """References of this iteration, made once a worker."""
+    """References of this iteration, made once per worker."""
     if state["phase"] == "power":
         return None
     rings = state["rings"]
@@ -152,7 +156,7 @@ def prepare(params: Refine3DParams, state: State, half: int, context: Context) -
     grid = polar.polar_grid(state["box"], radius, None, context.device)
     volume = pj.fourier_volume(torch.from_numpy(state["maps"][half]).to(context.device), rings + 1, state["box"])
     generator = torch.Generator().manual_seed(((params.seed * 1009 + state["searches"]) * 2 + half) & 0x7FFFFFFF)
-    # the first grid is turned at random, later ones a little: no view is favoured by lying on the grid
+    # the first grid is rotated at random, later ones a little, so that no view is favoured by lying on the grid
     first = state["searches"] == 0
     turn = random_rotations(1, generator)[0] if first else small_rotation(GRID_JITTER_RAD, generator)
     pixels = asymmetric_unit(COARSE_ORDER, symmetry_operators(params.symmetry or "C1"))
@@ -250,7 +254,7 @@ def maximise(params: Refine3DParams, state: State, sums: list[Sums], context: Co
     trusted[rings + 1 :] = 1e-4
     sphere = soft_sphere(small, voxel, radius, 12.0, device=context.device)
     maps = [pj.reconstruct(*g, inserted, small, image_box=box, ssnr=trusted / (1.0 - trusted)) * sphere for g in grids]
-    # cut AFTER the mask: its smear beyond the supported shells would be aligned to, and would come back as resolution
+    # low-pass AFTER the mask: its smearing beyond the supported shells would be aligned to and come back as resolution
     new["maps"] = torch.stack([resize_map(pj.cut_map(m, rings), map_box(rings, box)) for m in maps]).float().cpu().numpy()
     new["rings"] = rings
     new["searches"] = state["searches"] + 1
@@ -258,14 +262,14 @@ def maximise(params: Refine3DParams, state: State, sums: list[Sums], context: Co
     new["resolutions"] = np.append(state["resolutions"], length / max(support.last, 1))
     update_shifts(new, sum(s["shift_square"] for s in sums) / total)
     new["stalled"] = 0 if rings > scored else state["stalled"] + 1
-    # drawing ends when finer rings need finer views, or when strong particles outgrow the coarse grid before that; noise, which
-    # never supports more than the start map, is drawn from to the end
+    # sampling ends when finer rings need finer views, or when strong particles outgrow the coarse grid before that; for noise, which
+    # never supports more than the start map, it never ends
     outgrown = new["stalled"] > 0 and rings > state["start_rings"] + 1
     new["sampling"] = state["sampling"] and rings <= coarse_rings(state) and not outgrown
     if state["sampling"] and not new["sampling"]:
         new["stalled"] = 0
     at_limit = scored >= limit - 1
-    # a search that gains nothing is repeated once, unless enough full ones went before it
+    # a search without improvement is repeated once, unless enough full ones came before
     patience = 3 if state["sampling"] else 2 if new["full_searches"] < 4 and not at_limit else 1
     new["done"] = new["searches"] >= params.iterations or new["stalled"] >= patience
     metrics = {
@@ -286,7 +290,7 @@ def finished(params: Refine3DParams, state: State) -> bool:
 
 
 def result(params: Refine3DParams, state: State, columns: Columns) -> dict[str, Any]:
-    """What the stage gives."""
+    """The output of the stage."""
     curves = {name: state[name] for name in ("fsc_unmasked", "fsc_masked", "fsc_randomised", "fsc_corrected")}
     shells = np.arange(len(curves["fsc_corrected"]))
     return {

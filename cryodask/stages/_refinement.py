@@ -1,6 +1,6 @@
-"""Steps of the refinement: the levels of its search, noise power, grey scale, spread of shifts, last maps.
+"""Parts of the refinement: search levels, noise power, grey scale, spread of shifts, final maps.
 
-All take and give plain state, as the runner moves it.
+All take and return the plain state that the runner transfers.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ DRAWS = 6
 KEPT_POSES = 4
 POSE_THRESHOLD = 0.03
 INSERT_BEYOND_ANGSTROM = 28.0
-"""Slices are inserted so many cycles a box beyond the scored rings: box length / 28 A, at least 8."""
+"""Slices are inserted this many cycles per box beyond the scored rings: box length / 28 A, at least 8."""
 PARTICLE_SHARE = 0.9
-"""A particle is taken to fill this share of its mask when angular steps are translated into resolution."""
+"""Fraction of its mask that a particle is assumed to fill when angular steps are converted into resolution."""
 POSE_COLUMNS = ("rot_deg", "tilt_deg", "psi_deg", "origin_y_angstrom", "origin_x_angstrom", "log_likelihood")
 MAP_MARGIN = 8
-"""Shells by which the box of a travelling map exceeds its content: masks widen spectra, and a tighter box would alias."""
+"""Extra shells in the box of a transferred map: masks broaden spectra, and a tighter box would alias."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class Shared:
 
 
 def map_box(rings: int, box: int) -> int:
-    """Even box of a map that holds frequencies up to ``rings``."""
+    """Even box size of a map with frequencies up to ``rings``."""
     return min(box, 2 * (rings + MAP_MARGIN))
 
 
 def rings_beyond(state: State) -> int:
-    """Shells inserted beyond the scored rings."""
+    """Number of shells inserted beyond the scored rings."""
     return max(8, round(state["length_angstrom"] / INSERT_BEYOND_ANGSTROM))
 
 
@@ -61,12 +61,12 @@ def inserted_rings(state: State) -> int:
 
 
 def kept_radius(state: State) -> int:
-    """Highest frequency of the loaded blocks: grows in steps of 16, so that they are seldom made again."""
+    """Highest frequency of the loaded blocks; grows in steps of 16, so that they are seldom reloaded."""
     return min(state["box"] // 2 - 1, 16 * math.ceil(inserted_rings(state) / 16))
 
 
 def search_levels(state: State, rings: int) -> list[expectation.Level]:
-    """Levels of the search up to ``rings``: angular steps, ring limits and shifts fit one another.
+    """Search levels up to ``rings``, with matching angular steps, ring limits and shifts.
 
     The arc between neighbouring views at the particle's rim is one resolution element; shifts step by a third of one.
     """
@@ -93,12 +93,12 @@ def search_levels(state: State, rings: int) -> list[expectation.Level]:
 
 
 def coarse_rings(state: State) -> int:
-    """Rings up to which poses are drawn from the coarse level alone."""
+    """Rings up to which poses are sampled from the coarse level alone."""
     return search_levels({**state, "sampling": True}, state["box"])[0].rings
 
 
 def updated_noise_power(state: State, mean_power: np.ndarray) -> np.ndarray:
-    """Noise power `(box / 2,)` a shell from the mean of sums over its pixels; shells not measured now keep their value."""
+    """Noise power per shell `(box / 2,)`, from means over its pixels; shells not measured now keep their value."""
     out = np.array(state["noise_power"])
     radius = len(mean_power) - 1
     pixels = np.bincount(np.minimum(pj.half_plane(radius).shell.numpy(), radius), minlength=radius + 1)
@@ -110,10 +110,10 @@ def updated_noise_power(state: State, mean_power: np.ndarray) -> np.ndarray:
 
 
 def scale_sums(state: State, shared: Shared, block: expectation.Particles, sigma_px: float) -> Sums:
-    """Expected cross and norm terms of some particles: what the grey scale of the start map is estimated from."""
+    """Expected cross and norm terms of some particles, from which the grey scale of the start map is estimated."""
     device = str(shared.noise_power.device)
     every = max(1, state["count"] // SCALE_PARTICLES)
-    # half-sets often go by parity: pairs are taken, so that both halves have their share
+    # half-sets often alternate: take pairs, so that both halves contribute
     chosen = torch.from_numpy(np.nonzero(block.index // 2 % every == 0)[0]).to(device)
     bank, table = shared.banks[0], expectation.whole_table(shared.banks[0])
     rings = bank.level.rings
@@ -126,7 +126,7 @@ def scale_sums(state: State, shared: Shared, block: expectation.Particles, sigma
         cross_modes, norm_modes = expectation.image_modes(block, rows, centres, offsets, rings, shared.noise_power)
         cross = polar.rotation_scores(cross_modes, plain, expectation.psi_count(rings))
         norm = polar.rotation_scores(norm_modes, squared, expectation.psi_count(rings))
-        # round 0 knows no scale: its best value is profiled out of every score
+        # the scale is unknown in round 0: its best value is profiled out of every score
         gain = cross.clamp(min=0.0) ** 2 / (4.0 * norm.clamp(min=1e-9)) if state["round"] == 0 else scale * cross - scale**2 * norm
         gain = gain + expectation.shift_log_prior(centres, offsets, sigma_px)[:, :, None, None]
         weight = torch.softmax(gain.reshape(len(rows), -1), 1).reshape(gain.shape)
@@ -147,9 +147,9 @@ def updated_scale(new: State, sums: list[Sums]) -> tuple[State, Metrics]:
 
 
 def update_shifts(new: State, mean_square: float) -> None:
-    """Spread of the shifts (an axis), and how far and about what the next search looks.
+    """Update the spread of the shifts (per axis), and the range and centre of the next search.
 
-    Drawn shifts must not become centres (they walk away), so searches stay centred on the picks unless these are bad: then they
+    Sampled shifts must not become centres (they would drift away), so searches stay centred on the picks unless these are poor: then they
     follow the best shifts of the last full search.
     """
     sigma = max(math.sqrt(mean_square / 2.0), 2.0)
@@ -160,7 +160,7 @@ def update_shifts(new: State, mean_square: float) -> None:
 
 
 def final_maps(state: State, grids: list[tuple[Tensor, Tensor]], support: Support, inserted: int) -> State:
-    """Half-maps, the joint map and the curves of the last iteration, at the particles' own box."""
+    """Half-maps, combined map and curves of the last iteration, at the box of the particles."""
     box, length = state["box"], state["length_angstrom"]
     trusted = support.corrected.clamp(1e-4, 0.999)
     trusted[support.last + 1 :] = 1e-4

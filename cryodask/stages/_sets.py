@@ -1,4 +1,4 @@
-"""What the stages that work on sets share: results with reasons, places of particles, groups by exposure."""
+"""Shared by the stages that work on sets: results with reasons, positions of particles, grouping by exposure."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def kept_and_dropped(ids: np.ndarray, reason: np.ndarray, *, stage: str, usual_r
     ids : `(n,)`, int64, sorted
         The particles that the stage judged.
     reason : `(n,)`, int8
-        0 for a particle that is kept, else the number of the reason.
+        0 for a kept particle, else the number of the reason.
     stage, usual_reason, way_out : str
-        For the error.
+        For the error message.
 
     Returns
     -------
@@ -33,22 +33,22 @@ def kept_and_dropped(ids: np.ndarray, reason: np.ndarray, *, stage: str, usual_r
     Raises
     ------
     InputError
-        Where no particle is kept.
+        If no particle is kept.
     """
     kept = reason == 0
     if not kept.any():
-        raise InputError(f"{stage} left no particles of {len(ids)}.", usual_reason, way_out)
+        raise InputError(f"{stage} kept none of {len(ids)} particles.", usual_reason, way_out)
     return {"particle_id": ids[kept], "dropped_id": ids[~kept], "removal_reason": reason[~kept].astype(np.int8)}
 
 
 def places_of(view: SetView) -> np.ndarray:
-    """Picked places `(n, 2)` float64 (y, x) in the exposures, angstrom; NaN where unknown."""
+    """Picked positions `(n, 2)` float64 (y, x) in the exposures, angstrom; NaN where unknown."""
     columns = view.read(["position"])
     return np.stack([np.asarray(columns[f"position_{axis}_angstrom"], np.float64) for axis in "yx"], -1)
 
 
 def exposures_of(ids: np.ndarray, usable: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Row of every exposure with the indices of its particles, in the order of the ids; only those where ``usable`` is True."""
+    """Yield the row of each exposure with the indices of its ``usable`` particles, in the order of the ids."""
     chosen = np.flatnonzero(usable)
     rows = row_of(ids[chosen])
     order = np.argsort(rows, kind="stable")
@@ -59,7 +59,7 @@ def exposures_of(ids: np.ndarray, usable: np.ndarray) -> Iterator[tuple[int, np.
 
 
 def beyond(numbers: Iterable[int], classes: Product) -> Iterator[str]:
-    """A sentence where class numbers are chosen that the classification will not have."""
+    """A sentence if chosen class numbers exceed those of the classification."""
     wrong = [n for n in numbers if classes.count and n > classes.count]
     if wrong:
-        yield f"there is no class {', '.join(map(str, wrong))}: {classes.ref} has {classes.count}, numbered from 1. Choose among those."
+        yield f"there is no class {', '.join(map(str, wrong))}: {classes.ref} has {classes.count}, numbered from 1."

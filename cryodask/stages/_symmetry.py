@@ -1,4 +1,4 @@
-"""Point groups as parameters: a wrong name is refused when the project file is read, without loading torch."""
+"""Point groups as parameters; a wrong name is refused when the project file is read, without loading torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _GROUP = re.compile(r"(C[1-9]\d?|D[1-9]\d?|T|O|I[1-4]?)")
 
 
 def point_group(name: str) -> str:
-    """The name of a point group in capitals.
+    """Normalise the name of a point group to capitals.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""A first map without any reference, by a tournament of short restarts."""
+"""An initial map without any reference, from a tournament of short restarts."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ class AbInitioParams(Params):
 
     symmetry: PointGroup = Field("C1", description="point group, imposed from the start: C1, C4, D2, T, O, I ...")
     restarts: int = Field(8, ge=1, description="independent chains from random orientations; the likeliest map wins")
-    particles: int = Field(2000, ge=50, description="particles used, taken evenly from the set")
+    particles: int = Field(2000, ge=50, description="number of particles used, taken evenly from the set")
     mask_diameter_angstrom: float | None = Field(
         None, gt=0, description="diameter of the soft spherical mask, Angstrom; by default 0.75 of the box"
     )
     shift_range_angstrom: float | None = Field(
-        None, gt=0, description="largest shift of a particle from its pick, Angstrom; by default 0.1 of the mask's diameter"
+        None, gt=0, description="largest shift of a particle from its pick, Angstrom; by default 0.1 of the mask diameter"
     )
     resolution_angstrom: float = Field(28.0, gt=5, description="resolution at which the chains end, Angstrom")
-    steps: int = Field(50, ge=10, description="steps of a chain, 120 to 250 particles each")
+    steps: int = Field(50, ge=10, description="steps per chain, with 120 to 250 particles each")
     seed: int = Field(0, description="seed of the first chain")
 
 
@@ -43,34 +43,34 @@ class AbInitioParams(Params):
     params=AbInitioParams,
 )
 class ab_initio:
-    """Makes a first map from the particles alone.
+    """Makes an initial map from the particles alone.
 
     Several short chains of stochastic expectation maximisation start from random orientations; each ends near 28 A. Not every chain
-    finds the fold, but the mean likelihood of the particles tells the good ones without knowing the answer, so the likeliest map wins.
-    The hand of the map is unknown: a map and its mirror image explain projections equally well. Look at the refined map below 8 A
-    (helices turn right) and mirror it if need be.
+    finds the fold, but the mean likelihood of the particles identifies the good ones, so the likeliest map wins.
+    The handedness of the map is undetermined: a map and its mirror image explain projections equally well. Check the refined map below 8 A
+    (helices are right-handed) and mirror it if necessary.
     """
 
     @staticmethod
     def select(params: AbInitioParams, particles: ParticleSet) -> np.ndarray:
-        """Particles used: evenly from the set."""
+        """Indices of the particles used, taken evenly from the set."""
         if particles.count < 50:
             raise InputError(
                 f"{particles.count} particles are too few for an initial map",
                 "picking or curation left hardly any",
-                "look at the picks and the classes; some 500 particles are a fair start",
+                "check the picks and the classes; some 500 particles are a fair start",
             )
         count = min(particles.count, params.particles)
         return np.unique(np.round(np.linspace(0, particles.count - 1, count)).astype(np.int64))
 
     @staticmethod
     def seeds(params: AbInitioParams) -> list[int]:
-        """One seed a restart."""
+        """One seed per restart."""
         return [params.seed + i for i in range(params.restarts)]
 
     @staticmethod
     def chain(params: AbInitioParams, particles: ParticleBlock, seed: int, context: Context) -> dict[str, Any]:
-        """One restart."""
+        """Run one restart."""
         import torch
 
         from cryodask.kernels.ab_initio import Schedule, run_chain, working_box
@@ -133,7 +133,7 @@ class ab_initio:
 
 @ab_initio.figures  # type: ignore[attr-defined]  # mypy does not see what class decorators return
 def draw(ds: xr.Dataset) -> Iterator[Picture]:
-    """The map, with what is not known about it, and the scores of the chains."""
+    """The map, with a note on its handedness, and the scores of the chains."""
     from matplotlib.figure import Figure
 
     from cryodask.stages._map_pictures import draw_slices
@@ -143,7 +143,7 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
             ds["final_map"].values,
             float(ds["map_pixel_size_angstrom"]),
             "Initial map",
-            "Projections and sections of the likeliest map. Its hand is unknown: the mirror image explains the particles equally well.",
+            "Projections and sections of the likeliest map. Its handedness is undetermined: the mirror image fits equally well.",
         )
     if "chain_score" in ds:
         figure = Figure(figsize=(5.0, 2.8), layout="constrained")
@@ -151,4 +151,4 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
         scores = np.sort(ds["chain_score"].values)[::-1]
         axes.bar(np.arange(len(scores)), scores)
         axes.set(xlabel="restart, best first", ylabel="log-likelihood per particle", ylim=(0.9 * float(scores.min()), None))
-        yield Picture("Restarts", "Mean likelihood gain of each restart. Several equal best ones mean that the fold was found.", figure)
+        yield Picture("Restarts", "Mean likelihood gain of each restart. If several of the best agree, the fold was found.", figure)

@@ -1,4 +1,4 @@
-"""Stage ``annotate``: a column of one's own, particle by particle."""
+"""Stage ``annotate``: a user-defined number per particle."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cryodask.store.identity import aligned, parse_id, place_of
 class AnnotateParams(Params):
     """Parameters of ``annotate``."""
 
-    file: InputFile | None = Field(None, description="CSV with a header and the columns particle_id and value; none: the step waits")
+    file: InputFile | None = Field(None, description="CSV with a header and the columns particle_id and value; without it the step waits")
 
 
 def _check(params: AnnotateParams, inputs: dict[str, list[Product]]) -> Iterator[str]:
@@ -41,9 +41,9 @@ def _check(params: AnnotateParams, inputs: dict[str, list[Product]]) -> Iterator
     person=True,
 )
 def annotate(params: AnnotateParams, inputs: dict[str, list[SetView]]) -> dict[str, Any]:
-    """Adds a number to particles, from a table that a person has made; particles that it does not name have none (NaN).
+    """Adds a number per particle from a user's table; particles that it does not list get NaN.
 
-    Particles are named by ``particle_id``: the integer, or ``birth.row.number``.
+    Particles are identified by ``particle_id``: the integer, or ``birth.row.number``.
     """
     particles = inputs["particles"][0]
     named, values = _read(str(params.file))
@@ -51,9 +51,9 @@ def annotate(params: AnnotateParams, inputs: dict[str, list[SetView]]) -> dict[s
     known = place_of(particles.ids, named[order])
     if len(named) and (known < 0).all():
         raise InputError(
-            f"{params.file} names none of the {len(particles.ids)} particles of {particles.name}.",
+            f"{params.file} lists none of the {len(particles.ids)} particles of {particles.name}.",
             "it was made from another project, or from another step",
-            "write project.particles(STEP)['particle_id'] into it",
+            "use the ids in project.particles(STEP)['particle_id']",
         )
     return {"particle_id": particles.ids, "annotation": aligned(values[order], known)}
 
@@ -64,7 +64,7 @@ def _read(path: str) -> tuple[np.ndarray, np.ndarray]:
     Raises
     ------
     InputError
-        Missing columns, what is not a number or an id, or a particle that is named twice.
+        If columns are missing, a value is not a number or an id, or a particle is listed twice.
     """
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
@@ -78,7 +78,7 @@ def _read(path: str) -> tuple[np.ndarray, np.ndarray]:
         ids = np.array([parse_id(row["particle_id"].strip()) for row in rows], np.int64)
         values = np.array([float(row["value"]) for row in rows], np.float64)
     except (ValueError, AttributeError, TypeError) as error:
-        raise InputError(f"{path} holds what is not a number: {error}.", "a row is cut short", "correct the table") from error
+        raise InputError(f"{path} has a value that is not a number: {error}.", "a row is truncated", "correct the table") from error
     if len(np.unique(ids)) < len(ids):
         raise InputError(f"{path} lists a particle more than once.", "two tables were concatenated", "keep one row per particle")
     return ids, values

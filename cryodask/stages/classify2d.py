@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 class Classify2DParams(Params):
     """Parameters of ``classify2d``."""
 
-    classes: int | None = Field(None, ge=1, le=200, description="classes; by default one for 60 particles, between 6 and 50")
+    classes: int | None = Field(None, ge=1, le=200, description="number of classes; by default one per 60 particles, between 6 and 50")
     mask_diameter_angstrom: float | None = Field(
         None, gt=0, description="diameter of the soft circular mask, Angstrom; by default 0.75 of the box"
     )
     resolution_angstrom: float = Field(14.0, gt=4, description="finest resolution used for alignment, Angstrom")
     shift_range_angstrom: float | None = Field(
-        None, gt=0, description="largest shift of a particle from its pick, Angstrom; by default 0.1 of the mask's diameter"
+        None, gt=0, description="largest shift of a particle from its pick, Angstrom; by default 0.1 of the mask diameter"
     )
     iterations: int = Field(18, ge=1, description="iterations")
     seed: int = Field(0, description="seed of the random start")
@@ -44,17 +44,17 @@ class classify2d:
     """Sorts particles into two-dimensional classes and averages them.
 
     Expectation maximisation over classes, rotations and shifts with Gaussian noise per Fourier ring, in polar coordinates, where a
-    product of matrices and one short Fourier transform score all rotations at once. The start is random; resolution and sharpness of
-    the posterior grow with the iterations; classes that run empty take over half of the largest. Averages are centred on their centre
-    of mass, and the centres of particles with them. Every class gets a score from 0 (junk) to 1 (sharp average): the correlation of the
-    averages of its even and odd particles over Fourier rings, times how compact the average is, less where the average explains its
-    particles badly.
+    matrix product and one short Fourier transform score all rotations at once. The start is random; resolution and sharpness of
+    the posterior increase with the iterations; empty classes take over half of the largest. Class averages are centred on their centre
+    of mass, and the particle centres with them. Every class gets a score from 0 (junk) to 1 (sharp average): the correlation of the
+    averages of its even and odd particles over Fourier rings, times the compactness of the average, reduced if the average explains its
+    particles poorly.
     """
 
 
 @classify2d.sentence  # type: ignore[attr-defined]  # mypy does not see what class decorators return
 def says(result: Mapping[str, Any]) -> str:
-    """The figure that people ask for first."""
+    """The most important figure."""
     return f"{len(result['class_share'])} classes"
 
 

@@ -26,7 +26,7 @@ REASONS = {
 _EULER = ("rot_deg", "tilt_deg", "psi_deg")
 _CENTRE = ("centre_y_angstrom", "centre_x_angstrom")
 _BATCH = 100_000
-"""Particles compared at a time: an icosahedral group needs 60 numbers per particle."""
+"""Particles compared at a time; an icosahedral group needs 60 numbers per particle."""
 
 
 class ConsensusParams(Params):
@@ -34,21 +34,21 @@ class ConsensusParams(Params):
 
     largest_degrees: float = Field(5.0, gt=0, le=180, description="largest angle between the two orientations of a particle, degrees")
     largest_angstrom: float | None = Field(
-        None, gt=0, description="largest distance between its two centres, Angstrom; centres are not compared if left out"
+        None, gt=0, description="largest distance between its two centres, Angstrom; by default centres are not compared"
     )
     symmetry: PointGroup | None = Field(
-        None, description="point group of the map: orientations that it makes equivalent agree; that of the poses if left out"
+        None, description="point group of the map: symmetry-equivalent orientations agree; by default that of the poses"
     )
 
 
 def _check(params: ConsensusParams, inputs: dict[str, list[Product]]) -> Iterator[str]:
     a, b = inputs["particles"][0], inputs["other"][0]
     if a.ref == b.ref and a.at == b.at:
-        yield f"both sets are those of {a.ref}."
+        yield f"both sets come from {a.ref}."
     if not a.births & b.births:
         yield (
             f"{a.ref} and {b.ref} hold different particles (picked by {', '.join(sorted(a.births))} and by "
-            f"{', '.join(sorted(b.births))}). `match` carries one over to the other by coordinates."
+            f"{', '.join(sorted(b.births))}). Use `match` to relate them by coordinates."
         )
 
 
@@ -66,7 +66,7 @@ def consensus(params: ConsensusParams, inputs: dict[str, list[SetView]]) -> dict
     """Keep the particles whose poses in two refinements agree.
 
     Orientations agree if the angle between them, the smallest over the point group, is at most ``largest_degrees``; centres agree if
-    they are at most ``largest_angstrom`` apart. Both refinements must refer to the same frame. The poses that are kept are those of
+    they are at most ``largest_angstrom`` apart. Both refinements must refer to the same frame. The result has the poses of
     ``particles``.
     """
     own, other = inputs["particles"][0], inputs["other"][0]
@@ -81,9 +81,9 @@ def consensus(params: ConsensusParams, inputs: dict[str, list[SetView]]) -> dict
         lacking = [view.name for view, given in ((own, mine), (other, theirs)) if any(name not in given for name in _CENTRE)]
         if lacking:
             raise InputError(
-                f"largest_angstrom compares centres, and the poses of {' and '.join(lacking)} have none.",
+                f"largest_angstrom compares centres, but the poses of {' and '.join(lacking)} have none.",
                 "they were imported without shifts",
-                "leave largest_angstrom out",
+                "leave out largest_angstrom",
             )
         apart = np.hypot(*(np.asarray(mine[name], float) - np.asarray(theirs[name], float) for name in _CENTRE))
         of_shared[(of_shared == 0) & ~(apart <= params.largest_angstrom)] = 3

@@ -1,4 +1,4 @@
-"""Stage ``contract``: symmetry copies back to particles."""
+"""Stage ``contract``: turns symmetry copies back into particles."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cryodask.store.identity import parent_of
 
 
 class ContractParams(Params):
-    """``contract`` has no parameters: what was computed for copies is not kept, so it is all the same which copies are left."""
+    """``contract`` has no parameters: values of copies are not kept, so it does not matter which copies remain."""
 
 
 def _check(params: ContractParams, inputs: dict[str, list[Product]]) -> Iterator[str]:
@@ -32,14 +32,14 @@ def _check(params: ContractParams, inputs: dict[str, list[Product]]) -> Iterator
     check=_check,
 )
 def contract(params: ContractParams, inputs: dict[str, list[SetView]]) -> dict[str, Any]:
-    """Take each particle once of which at least one symmetry copy is left.
+    """Take each particle with at least one remaining symmetry copy once.
 
-    Poses are not kept: that of a copy refers to one asymmetric unit. What the particles had before the expansion is there again; what
-    was computed for their copies (classes, subtracted images) is not.
+    Poses are not kept, because that of a copy refers to one asymmetric unit. The particles get back their values from before the expansion,
+    without those computed for their copies (classes, subtracted images).
     """
     view = inputs["particles"][0]
     if not len(view.ids):
-        raise InputError("contract left no particles: it was given none.", "", "look at the step before it")
+        raise InputError("contract got no particles.", "", "check the step before it")
     return {
         "particle_id": np.unique(parent_of(view.ids)),
         "dropped_id": np.zeros(0, np.int64),

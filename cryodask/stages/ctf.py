@@ -20,23 +20,23 @@ if TYPE_CHECKING:
 
 SHELLS = 192
 _COARSEST_PIXELS = 1.5 * 2.7
-"""The fitted range begins at least at so many pixels: it ends at 2.7 and spans a factor of 1.5."""
+"""Least coarse end of the fitted range, pixels: it ends at 2.7 and spans a factor of 1.5."""
 IMAGE = 256
 
 
 class CtfParams(Params):
     """Parameters of stage ``ctf``."""
 
-    coarsest_angstrom: float = Field(30.0, description="coarse end of the range that is fitted, Angstrom", gt=0)
-    finest_angstrom: float = Field(3.5, description="fine end of the range, Angstrom; never beyond 2.7 pixels", gt=0)
-    least_defocus_angstrom: float = Field(3000.0, description="least mean defocus to look for, Angstrom", gt=0)
-    largest_defocus_angstrom: float = Field(50000.0, description="largest mean defocus to look for, Angstrom", gt=0)
-    largest_astigmatism_angstrom: float = Field(2000.0, description="largest difference of defocus u and v to look for, Angstrom", ge=0)
+    coarsest_angstrom: float = Field(30.0, description="coarse end of the fitted range, Angstrom", gt=0)
+    finest_angstrom: float = Field(3.5, description="fine end of the fitted range, Angstrom; never finer than 2.7 pixels", gt=0)
+    least_defocus_angstrom: float = Field(3000.0, description="smallest mean defocus to search, Angstrom", gt=0)
+    largest_defocus_angstrom: float = Field(50000.0, description="largest mean defocus to search, Angstrom", gt=0)
+    largest_astigmatism_angstrom: float = Field(2000.0, description="largest difference of defocus u and v to search, Angstrom", ge=0)
     expected_astigmatism_angstrom: float = Field(
-        300.0, description="usual difference of defocus u and v, Angstrom: a mild prior where the rings are faint", gt=0
+        300.0, description="expected difference of defocus u and v, Angstrom: a weak prior where the rings are faint", gt=0
     )
-    phase_shift_deg: float = Field(0.0, description="known phase shift of a phase plate, degrees; it is not fitted", ge=0, lt=180)
-    tile_angstrom: float = Field(900.0, description="length of the tiles whose spectra are averaged, Angstrom; longer if needed", gt=0)
+    phase_shift_deg: float = Field(0.0, description="known phase shift of a phase plate, degrees; not fitted", ge=0, lt=180)
+    tile_angstrom: float = Field(900.0, description="edge of the tiles whose spectra are averaged, Angstrom; longer if needed", gt=0)
 
     @model_validator(mode="after")
     def _ranges(self) -> CtfParams:
@@ -60,8 +60,8 @@ def _check(params: CtfParams, inputs: dict[str, list[Product]]) -> Iterator[str]
     for pixel in sorted(inputs["exposures"][0].pixel_sizes):
         if params.coarsest_angstrom < _COARSEST_PIXELS * pixel:
             yield (
-                f"no rings between {params.coarsest_angstrom:g} and {params.finest_angstrom:g} A can be seen with pixels of {pixel:g} A. "
-                "Check the pixel size, or give a larger coarsest_angstrom."
+                f"no rings between {params.coarsest_angstrom:g} and {params.finest_angstrom:g} A are visible with pixels of {pixel:g} A. "
+                "Check the pixel size, or set a larger coarsest_angstrom."
             )
 
 
@@ -98,11 +98,11 @@ def ctf(
 ) -> dict[str, Any]:
     """Fit defocus and astigmatism to the rings of the micrograph's power spectrum.
 
-    The sum without dose weighting is used, whose rings reach furthest. Its spectrum (Welch's method) is compared with every mean
-    defocus of the range and every astigmatism; in each of several bands of frequency the rings must stand out from a local background,
-    and a band in which they come out inverted counts against the fit, which is what keeps it from slipping by one ring. The best is
-    refined by Whittle's likelihood of the whole spectrum, one smooth background and a flexible ring strength, in which the lobes of the
-    particles' own form factor do not pass for rings. Defocus is positive below focus; the angle runs from +x to +y.
+    The sum without dose weighting is used, because its rings reach furthest. Its spectrum (Welch's method) is compared with every mean
+    defocus in the range and every astigmatism. In each of several frequency bands the rings must stand out from a local background,
+    and a band in which they are inverted counts against the fit, which keeps it from slipping by one ring. The best fit is
+    refined by Whittle's likelihood of the whole spectrum, with one smooth background and a flexible ring strength, so that the lobes of the
+    particles' own form factor are not mistaken for rings. Underfocus is positive; the angle is measured from +x to +y.
     """
     import torch
 
@@ -113,14 +113,14 @@ def ctf(
     image = np.asarray(micrograph_sum, np.float32)
     check_micrograph(image)
     pixel = float(pixel_size_angstrom)
-    # beyond three quarters of Nyquist the interpolation of motion correction colours the noise, differently along x, y and the diagonal:
-    # read as astigmatism, it doubled the error on simulated movies (RMS 108 A with 2.2 pixels, 57 A with 2.7)
+    # beyond three quarters of Nyquist the interpolation in motion correction colours the noise, differently along x, y and the diagonal:
+    # mistaken for astigmatism, it doubled the error on simulated movies (RMS 108 A with 2.2 pixels, 57 A with 2.7)
     finest = max(params.finest_angstrom, 2.7 * pixel)
     if min(image.shape) < 128 or min(image.shape) * pixel < 8.0 * params.coarsest_angstrom or finest * 1.5 > params.coarsest_angstrom:
         raise MicrographError(
             f"a micrograph of {image.shape[0]} x {image.shape[1]} pixels of {pixel:g} A is too small or too coarse for a CTF fit",
             "it was binned, or is a test image",
-            "bin less, or leave the micrograph out",
+            "bin less, or exclude the micrograph",
         )
     lens = lens_of(float(voltage_kv), float(spherical_aberration_mm), float(amplitude_contrast), math.radians(params.phase_shift_deg))
     tensor = torch.from_numpy(image).to(context.device)
@@ -142,7 +142,7 @@ def ctf(
         )
 
     spectrum, fit = fitted(params.tile_angstrom)
-    # two samples a ring at the fine end
+    # two samples per ring at the fine end
     needed = 4.0 * lens.wavelength_angstrom * fit.defocus_u_angstrom / finest
     if needed > 1.2 * params.tile_angstrom:
         spectrum, fit = fitted(needed)
@@ -165,12 +165,14 @@ def ctf(
 def check_micrograph(image: np.ndarray) -> None:
     """Refuse a micrograph with NaN or infinite pixels, or without any contrast."""
     if image.ndim != 2 or not image.size:
-        raise MicrographError(f"a micrograph of shape {image.shape} is not an image", "a movie was given", "run stage motion first")
+        raise MicrographError(f"a micrograph of shape {image.shape} is not an image", "it is a movie", "run stage motion first")
     bad = int(image.size - np.isfinite(image).sum())
     if bad:
-        raise MicrographError(f"{bad} pixels are NaN or infinite", "the gain reference has zeros or infinities", "mend the gain reference")
+        raise MicrographError(
+            f"{bad} pixels are NaN or infinite", "the gain reference has zeros or infinities", "fix the gain reference and rerun"
+        )
     if image.min() == image.max():
-        raise MicrographError(f"every pixel is {image.flat[0]:g}", "the beam was blanked, or the movie is empty", "leave it out")
+        raise MicrographError(f"every pixel is {image.flat[0]:g}", "the beam was blanked, or the movie is empty", "exclude it")
 
 
 # --- report
@@ -178,7 +180,7 @@ def check_micrograph(image: np.ndarray) -> None:
 
 @ctf.figures
 def draw(ds: xr.Dataset) -> Iterator[Picture]:
-    """Distribution of defocus and resolution; spectra of the best, the median and the worst micrograph."""
+    """Distribution of defocus and resolution; spectra of the best, median and worst micrograph."""
     from matplotlib.figure import Figure
 
     defocus = 0.5e-4 * (ds["defocus_u_angstrom"].values + ds["defocus_v_angstrom"].values)
@@ -196,7 +198,7 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
     )
     doubtful = int((ds["ctf_alternative_score"].values > 0.9).sum())
     if doubtful:
-        caption += f" In {doubtful} another defocus fits nearly as well: look at them."
+        caption += f" In {doubtful} another defocus fits nearly as well: check them."
     yield Picture("Defocus", caption, figure)
     order = np.argsort(resolution)
     chosen = list(dict.fromkeys([int(order[0]), int(order[count // 2]), int(order[-1])]))
@@ -217,7 +219,7 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
 
 
 def _data_and_fit(item: xr.Dataset) -> np.ndarray:
-    """Spectrum with the fit in its right half, both from 0 to 1."""
+    """Spectrum with the fit in its right half, both scaled to 0..1."""
     from scipy.ndimage import gaussian_filter
 
     image = gaussian_filter(item["spectrum_image"].values.astype(np.float32), 1.0)

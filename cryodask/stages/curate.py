@@ -1,4 +1,4 @@
-"""Which particles go on: a mask with reasons, which removes nothing for good."""
+"""Selection of particles for later stages, with reasons; nothing is deleted."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ REASONS = {
 """Meaning of the numbers in ``removal_reason``."""
 
 AUTO_SHARE_OF_TYPICAL = 0.65
-"""``auto`` keeps classes whose score is at least this share of the typical good class (weighted by particles)."""
+"""``auto`` keeps classes whose score is at least this fraction of a typical good class (weighted by particles)."""
 AUTO_LEAST_KEPT = 0.25
-"""``auto`` never leaves fewer than this share of the particles: then the scores say nothing."""
+"""``auto`` never keeps a smaller fraction of the particles, because then the scores are meaningless."""
 
 
 ClassNumbers = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]
@@ -44,10 +44,10 @@ class CurateParams(Params):
     least_class_score: float | None = Field(None, ge=0, le=1, description="classes below this score are removed as well")
     least_class_probability: float = Field(0.0, ge=0, le=1, description="particles less certain of their class are removed")
     worst_ctf_resolution_angstrom: float | None = Field(
-        None, gt=0, description="particles of micrographs whose CTF fit reaches only a worse resolution are removed, Angstrom"
+        None, gt=0, description="particles of micrographs whose CTF fit is worse than this resolution are removed, Angstrom"
     )
     likelihood_deviations: float | None = Field(
-        None, gt=0, description="particles whose log-likelihood lies so many robust standard deviations below the median are removed"
+        None, gt=0, description="particles whose log-likelihood is this many robust standard deviations below the median are removed"
     )
 
 
@@ -58,8 +58,8 @@ def _check(params: CurateParams, inputs: dict[str, list[Product]]) -> Iterator[s
     if params.worst_ctf_resolution_angstrom is not None and (exposures is None or "ctf_quality" not in exposures.parts):
         where = exposures.ref if exposures else "no step"
         yield (
-            f"worst_ctf_resolution_angstrom needs the quality of the CTF fits, and {where} does not give it. Add ctf before it, or leave "
-            "the limit out."
+            f"worst_ctf_resolution_angstrom needs the quality of the CTF fits, which {where} does not give. Add ctf before it, or leave "
+            "out the limit."
         )
 
 
@@ -96,8 +96,8 @@ def curate(
 ) -> dict[str, Any]:
     """Decides which particles and classes later stages use, by class and by simple limits.
 
-    Nothing is deleted: every particle that is left out is stored with its reason, and another choice is another run of this stage.
-    Classes are numbered from 1. ``auto`` judges classes by their score against the typical class, so that it leaves everything where
+    Nothing is deleted: every particle that is left out is stored with its reason, and this stage can be rerun with another choice.
+    Classes are numbered from 1. ``auto`` compares the score of a class with that of a typical good class, so that it keeps everything if
     all classes are good.
     """
     number = np.asarray(class_number) - 1
@@ -106,7 +106,7 @@ def curate(
         raise InputError(
             f"class {int(number.max()) + 1} has no score: there are {len(score)} classes",
             "class numbers and scores come from different classifications",
-            "run classify2d again",
+            "rerun classify2d",
         )
     share = np.bincount(number[number >= 0], minlength=len(score)).astype(float)
     if params.keep == "all":
@@ -118,8 +118,8 @@ def curate(
         if unknown:
             raise InputError(
                 f"there are no classes {unknown}: numbers run from 1 to {len(score)}",
-                "the classification was run again with another number of classes",
-                "look at the classes in the report and set curate.keep anew",
+                "the classification was rerun with another number of classes",
+                "check the classes in the report and update curate.keep",
             )
         wanted = np.isin(np.arange(1, len(score) + 1), params.keep)
     if params.least_class_score is not None:
@@ -131,7 +131,7 @@ def curate(
         spread = 1.4826 * np.nanmedian(np.abs(values - middle))
         reason[values < middle - params.likelihood_deviations * spread] = 4
     if params.worst_ctf_resolution_angstrom is not None and ctf_resolution_angstrom is not None:
-        # a fit that failed has no resolution and counts as poor
+        # a failed fit has no resolution and counts as poor
         reason[~(np.asarray(ctf_resolution_angstrom, float) <= params.worst_ctf_resolution_angstrom)] = 3
     reason[np.asarray(class_probability, float) < params.least_class_probability] = 2
     known = number >= 0
@@ -146,8 +146,8 @@ def curate(
 def good_classes(score: np.ndarray, share: np.ndarray) -> np.ndarray:
     """Mask `(class,)` of the classes that ``auto`` keeps.
 
-    A junk class agrees with itself far less than the typical good class, which is taken as the upper quartile of the particles'
-    scores: up to three quarters of the particles may be junk.
+    A junk class agrees with itself far less than a typical good class, whose score is taken as the upper quartile over the particles:
+    up to three quarters of the particles may be junk.
     """
     used = share > 0
     order = np.argsort(score)
@@ -176,5 +176,5 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
     axes.set(xlabel="particles")
     kept = 100.0 * float((reasons == 0).mean())
     yield Picture(
-        "Curation", f"{kept:.1f} % of {len(reasons)} particles are kept. The others stay in the project and can be taken back.", figure
+        "Curation", f"{kept:.1f} % of {len(reasons)} particles are kept. The others stay in the project and can be selected again.", figure
     )

@@ -1,4 +1,4 @@
-"""Stage ``deduplicate``: of particles that lie too near to each other, keep the best."""
+"""Stage ``deduplicate``: keeps the best of particles that are too close to each other."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import Field
 from cryodask.stage import Output, Params, SetView, stage
 from cryodask.stages._sets import exposures_of, kept_and_dropped, places_of
 
-REASONS = {1: "a better particle lies within nearer_than_angstrom"}
+REASONS = {1: "a better particle is within nearer_than_angstrom"}
 """Meaning of the numbers in ``removal_reason``."""
 
 
@@ -18,7 +18,7 @@ class DeduplicateParams(Params):
     """Parameters of ``deduplicate``."""
 
     nearer_than_angstrom: float = Field(
-        gt=0, description="least distance of two particles of one exposure, Angstrom; half the particle diameter is a good value"
+        gt=0, description="smallest distance between two particles of an exposure, Angstrom; half the particle diameter is a good value"
     )
 
 
@@ -46,12 +46,12 @@ def deduplicate(params: DeduplicateParams, inputs: dict[str, list[SetView]]) -> 
             score = np.where(np.isnan(given), -np.inf, np.asarray(given, np.float64))
     reason = _too_near(view.ids, places, score, params.nearer_than_angstrom).astype(np.int8)
     return kept_and_dropped(
-        view.ids, reason, stage="deduplicate", usual_reason="the set was empty before", way_out="look at the step before it"
+        view.ids, reason, stage="deduplicate", usual_reason="the set was empty before", way_out="check the step before it"
     )
 
 
 def _too_near(ids: np.ndarray, places: np.ndarray, score: np.ndarray, limit_angstrom: float) -> np.ndarray:
-    """Mask `(n,)` of the particles near which a better one is kept."""
+    """Mask `(n,)` of the particles that are too close to a better one that is kept."""
     from scipy.spatial import cKDTree
 
     rank = np.empty(len(ids), np.int64)
@@ -68,7 +68,7 @@ def _too_near(ids: np.ndarray, places: np.ndarray, score: np.ndarray, limit_angs
     pairs = np.concatenate(found)
     swap = rank[pairs[:, 0]] > rank[pairs[:, 1]]
     better, worse = np.where(swap, pairs[:, 1], pairs[:, 0]), np.where(swap, pairs[:, 0], pairs[:, 1])
-    # the same as one after the other by rank, but all particles at once that no undecided one outranks
+    # equivalent to going through the particles by rank, but decides all that no undecided one outranks at once
     while len(better):
         outranked = np.zeros(len(ids), bool)
         outranked[worse] = True

@@ -1,4 +1,4 @@
-"""Stage ``edit_picks``: picks that a person adds, moves and removes."""
+"""Stage ``edit_picks``: manually added, moved and removed picks."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ class EditPicksParams(Params):
     """Parameters of ``edit_picks``."""
 
     file: SourceFile | None = Field(
-        None, description="CSV with the columns micrograph, action (add, move, remove), y, x (pixels), particle_id; none: all picks pass"
+        None, description="CSV with the columns micrograph, action (add, move, remove), y, x (pixels), particle_id; by default no edits"
     )
 
 
 ACTIONS = ("add", "move", "remove")
 Edit = dict[str, Any]
-"""``action``, ``place`` (y, x in pixels; of a particle that is removed where it lay, if that is said) and ``id`` (of move and remove)."""
+"""``action``, ``place`` (y, x in pixels; for a removal optionally the particle's position) and ``id`` (for move and remove)."""
 
 
 def read_edits(path: str | Path) -> dict[str, list[Edit]]:
-    """Edits by name of the exposure, in the order of the table.
+    """Edits by exposure name, in the order of the table.
 
     Raises
     ------
     InputError
-        Naming the line, where the table cannot be understood: an edit that is passed over would be a particle that nobody wanted.
+        If the table cannot be parsed, with the line: ignoring an edit would keep an unwanted particle.
     """
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
@@ -49,7 +49,7 @@ def read_edits(path: str | Path) -> dict[str, list[Edit]]:
         if not {"micrograph", "action"} <= set(columns):
             raise InputError(
                 f"{path} has the columns {', '.join(columns) or 'of an empty file'}.",
-                "it is another table, has no header, or is not separated by commas",
+                "it has no header, or is not separated by commas",
                 "name its columns micrograph, action, y, x, particle_id",
             )
         out: dict[str, list[Edit]] = {}
@@ -58,9 +58,7 @@ def read_edits(path: str | Path) -> dict[str, list[Edit]]:
             try:
                 out.setdefault(name, []).append(_edit({k: (v or "").strip() for k, v in row.items() if isinstance(k, str) and k}))
             except InputError as error:
-                raise InputError(
-                    f"{path}, line {reader.line_num}: {error.what}", "a typo, or a row that is cut short", error.way_out
-                ) from error
+                raise InputError(f"{path}, line {reader.line_num}: {error.what}", "the row is truncated", error.way_out) from error
     return out
 
 
@@ -74,7 +72,7 @@ def _edit(row: dict[str, str]) -> Edit:
         edit["place"] = _place(row)
     if action != "add":
         if not row.get("particle_id"):
-            raise InputError(f"{action} does not say which particle.", "", "give its particle_id, as project.particles(STEP) has it")
+            raise InputError(f"{action} names no particle.", "", "give its particle_id, from project.particles(STEP)")
         edit["id"] = parse_id(row["particle_id"])
     return edit
 
@@ -83,9 +81,9 @@ def _place(row: dict[str, str]) -> tuple[float, float]:
     try:
         y, x = float(row["y"]), float(row["x"])
     except (KeyError, ValueError):
-        raise InputError(f"{row['action']} has no place.", "", "give y and x in pixels of the exposure") from None
+        raise InputError(f"{row['action']} has no position.", "", "give y and x in pixels of the exposure") from None
     if not (0 <= y < np.inf and 0 <= x < np.inf):
-        raise InputError(f"y {y:g}, x {x:g} does not lie in an exposure.", "", "give y and x in pixels, from 0")
+        raise InputError(f"y {y:g}, x {x:g} is outside any exposure.", "", "give y and x in pixels, from 0")
     return y, x
 
 
@@ -120,11 +118,11 @@ def edit_picks(
     pick_edits: list[Edit] | None = None,
     context: Context,
 ) -> dict[str, Any]:
-    """Applies the edits of a person to the picks of an exposure.
+    """Applies manual edits to the picks of an exposure.
 
-    A pick that is moved keeps its id, one that is removed is stored with that reason, and one that is added is born here: it is known again
-    by its place, and counts once where it is listed twice. A removal that says where the particle lay holds for what another picking finds
-    there. Of edits whose particle is not there the run says how many there are.
+    A moved pick keeps its id, a removed one is stored with that reason, and an added one gets an id of this step: it is identified by its
+    position, and counts once if listed twice. A removal with a position also applies to what another picking run finds there. The run
+    reports how many edits name a particle that does not exist.
     """
     pixel = float(pixel_size_angstrom)
     ids = np.asarray(particle_id, np.int64)
@@ -142,7 +140,7 @@ def edit_picks(
         if known is None and edit["action"] == "remove" and "place" in edit:
             known = _at(places, edit["place"])
         if known is None or not kept[known]:
-            unmatched += 1  # of another birth, or not accepted any more: there is nothing to move or remove
+            unmatched += 1  # of another birth, or no longer accepted: nothing to move or remove
             continue
         if edit["action"] == "move":
             places[known] = edit["place"]
@@ -165,6 +163,6 @@ def edit_picks(
 
 
 def _at(places: np.ndarray, place: tuple[float, float]) -> int | None:
-    """The particle at a place."""
+    """Index of the particle at a position."""
     distance = np.hypot(*(places - np.asarray(place)).T)
     return int(distance.argmin()) if len(places) and distance.min() <= SAME_PLACE_PX else None

@@ -1,4 +1,4 @@
-"""Stage ``extract``: boxes of particles."""
+"""Stage ``extract``: particle images."""
 
 from __future__ import annotations
 
@@ -17,47 +17,49 @@ if TYPE_CHECKING:
     import xarray as xr
 
 _EDGE = 0.4
-"""Least distance of a particle from the border, background diameters: that of the picker."""
+"""Smallest distance of a particle from the border, in background diameters, as in the picker."""
 
 
 class ExtractParams(Params):
     """Parameters of stage ``extract``."""
 
-    box: int | None = Field(None, description="edge of the box in the micrograph, pixels, even", ge=8)
-    box_angstrom: float | None = Field(None, description="the same in Angstrom, for exposures of several pixel sizes", gt=0)
+    box: int | None = Field(None, description="box size in the micrograph, pixels, even", ge=8)
+    box_angstrom: float | None = Field(None, description="box size in Angstrom, for exposures of several pixel sizes", gt=0)
     pixel_size_angstrom: float | None = Field(None, description="with box_angstrom: pixel size of the images, Angstrom", gt=0)
-    scale_to: int | None = Field(None, description="edge of the images, pixels, even; the box is reduced to it in Fourier space", ge=8)
-    background_diameter_angstrom: float | None = Field(
-        None, description="diameter outside which the background is measured, Angstrom; 3/4 of the box if left out", gt=0
+    scale_to: int | None = Field(
+        None, description="box size of the images, pixels, even; the box is downscaled to it in Fourier space", ge=8
     )
-    invert: bool = Field(True, description="turn the contrast: micrographs show protein dark, particles are protein white")
-    ramp: bool = Field(True, description="take away the plane through the background")
-    recentre: bool = Field(False, description="cut at the centres that a refinement or classification found, instead of the picks")
+    background_diameter_angstrom: float | None = Field(
+        None, description="diameter outside which the background is measured, Angstrom; by default 3/4 of the box", gt=0
+    )
+    invert: bool = Field(True, description="invert the contrast: protein is dark in micrographs, white in particle images")
+    ramp: bool = Field(True, description="subtract a plane fitted to the background")
+    recentre: bool = Field(False, description="extract at the centres from a refinement or classification instead of the picks")
 
     @model_validator(mode="after")
     def _even(self) -> ExtractParams:
         if (self.box is None) == (self.box_angstrom is None):
-            raise ValueError("give box (pixels) or box_angstrom, one of them")
+            raise ValueError("give either box (pixels) or box_angstrom")
         if (self.box_angstrom is None) != (self.pixel_size_angstrom is None):
-            raise ValueError("one of the two is missing. Give box_angstrom and pixel_size_angstrom together, or box alone")
+            raise ValueError("give box_angstrom and pixel_size_angstrom together, or box alone")
         if self.box is None and self.scale_to is not None:
-            raise ValueError("scale_to goes with box; pixel_size_angstrom already says how far box_angstrom is reduced")
+            raise ValueError("scale_to is only for box; with box_angstrom the scale is set by pixel_size_angstrom")
         for name, value in (("box", self.box), ("scale_to", self.scale_to)):
             if value is not None and value % 2:
-                raise ValueError(f"{name} must be even, {value} is odd (RELION and this package put the origin of odd boxes apart)")
+                raise ValueError(f"{name} must be even, {value} is odd (RELION and cryodask define the origin of odd boxes differently)")
         if self.scale_to is not None and self.box is not None and self.scale_to > self.box:
-            raise ValueError(f"scale_to ({self.scale_to}) must not exceed box ({self.box}): boxes are reduced, not enlarged")
+            raise ValueError(f"scale_to ({self.scale_to}) must not exceed box ({self.box}): boxes are downscaled, not enlarged")
         return self
 
     @property
     def size(self) -> int:
-        """Edge of the images, pixels."""
+        """Box size of the images, pixels."""
         if self.box is None:
             return 2 * round((self.box_angstrom or 0.0) / (self.pixel_size_angstrom or 1.0) / 2)
         return self.scale_to or self.box
 
     def cut(self, pixel_size_angstrom: float) -> tuple[int, int, float]:
-        """Box in a micrograph of this pixel size, the edge it is reduced to (pixels), and the pixel size of the images (Angstrom)."""
+        """Box size in a micrograph of this pixel size, box size after downscaling (pixels), and pixel size of the images (Angstrom)."""
         if self.box is not None:
             return self.box, self.size, pixel_size_angstrom * self.box / self.size
         wanted = float(self.pixel_size_angstrom or 0.0)
@@ -65,10 +67,10 @@ class ExtractParams(Params):
 
 
 def common_scale(pixel_size_angstrom: float, wanted_angstrom: float, size: int) -> tuple[int, int]:
-    """Box to cut and edge to reduce it to, both even, so that pixels of a micrograph become pixels of a wanted size.
+    """Box to extract and box size after downscaling, both even, for a wanted pixel size.
 
-    Fourier reduction scales by a ratio of whole numbers: a somewhat larger box is cut whose ratio is right to 1 part in 10,000, or the best
-    there is, and the middle of the reduced image is kept.
+    Fourier cropping scales by a ratio of integers: a slightly larger box is extracted whose ratio is right to 1 part in 10,000, or the best
+    available, and the centre of the downscaled image is kept.
     """
     best = (float("inf"), 0, 0)
     for reduced in range(size, size + 130, 2):
@@ -90,31 +92,31 @@ def _memory(params: ExtractParams, sizes: Sizes) -> float:
     return 8.0 * sizes["y"] * sizes["x"] + batch + 4.0 * sizes.get("slot", 1000) * params.size**2
 
 
-REASONS = {1: "its box does not fit within the border of the micrograph", 2: "its refined centre is unknown"}
+REASONS = {1: "it is too close to the border of the micrograph", 2: "its refined centre is unknown"}
 """Meaning of the numbers in ``left_out_reason``."""
 
 CENTRES = (("centre_y_angstrom", "centre_x_angstrom"), ("class_centre_y_angstrom", "class_centre_x_angstrom"))
-"""Refined centres, the better ones first: of a 3D refinement, of a 2D classification."""
+"""Refined centres in order of preference: of a 3D refinement, of a 2D classification."""
 _ROUNDING_PX = 1e-6
-"""Places are kept in angstrom: a whole pixel must not fall to the pixel before it on the way."""
+"""Positions are stored in angstrom: rounding must not move a whole pixel to the one before it."""
 
 
 def _check(params: ExtractParams, inputs: dict[str, list[Product]]) -> Iterator[str]:
     particles, exposures = inputs["particles"][0], inputs["exposures"][0]
     if params.recentre and not {"pose", "alignment2d"} & set(particles.parts):
         yield (
-            f"recentre needs refined positions, and {particles.ref} has none. Add classify2d or refine3d before it, or leave recentre out."
+            f"recentre needs refined positions, but {particles.ref} has none. Add classify2d or refine3d before it, or leave out recentre."
         )
     sizes = sorted(exposures.pixel_sizes)
     if len(sizes) > 1 and params.box_angstrom is None:
         yield (
-            f"the exposures have pixel sizes of {' and '.join(f'{s:g} A' for s in sizes)}, so a box in pixels means different lengths. "
-            "Give box_angstrom and pixel_size_angstrom."
+            f"the exposures have pixel sizes of {' and '.join(f'{s:g} A' for s in sizes)}, so a box in pixels has different lengths. "
+            "Set box_angstrom and pixel_size_angstrom."
         )
     if params.pixel_size_angstrom is not None and sizes and params.pixel_size_angstrom < sizes[-1]:
         yield (
-            f"pixel_size_angstrom is {params.pixel_size_angstrom:g}, finer than the {sizes[-1]:g} A of the exposures: images are reduced, "
-            f"not enlarged. Give {sizes[-1]:g} or more."
+            f"pixel_size_angstrom is {params.pixel_size_angstrom:g}, finer than the {sizes[-1]:g} A of the exposures: images "
+            f"are downscaled, not enlarged. Set {sizes[-1]:g} or more."
         )
 
 
@@ -147,13 +149,13 @@ def extract(
     class_centre_x_angstrom: np.ndarray | None = None,
     context: Context,
 ) -> dict[str, Any]:
-    """Cut particles from the dose-weighted micrograph, as RELION does.
+    """Extract particles from the dose-weighted micrograph, as RELION does.
 
-    The pixel of a pick, fractions cut off, lands at index n // 2 of the box; ``particle_y`` and ``particle_x`` are that place. With
-    ``recentre`` it is the refined centre itself, between pixels too: that of the last 3D refinement, else of the last 2D classification.
-    A particle nearer to the border than 0.4 background diameters is left out, with that reason; what else of a box lies beyond it is
-    filled with the mirrored micrograph. Boxes are inverted to white protein, reduced in Fourier space, freed of a plane, and given
-    mean 0 and standard deviation 1 outside ``background_diameter_angstrom``.
+    The pixel of a pick, rounded down, is at index n // 2 of the box; ``particle_y`` and ``particle_x`` are its position. With
+    ``recentre`` it is the refined centre, with subpixel accuracy: that of the last 3D refinement, else of the last 2D classification. A
+    particle closer to the border than 0.4 background diameters is left out, with that reason; other box pixels beyond the border are
+    filled with the mirrored micrograph. Boxes are inverted to white protein, downscaled in Fourier space, a background plane is subtracted,
+    and they are normalised to mean 0 and standard deviation 1 outside ``background_diameter_angstrom``.
     """
     import torch
 
@@ -167,15 +169,15 @@ def extract(
         raise MicrographError(
             f"a box of {box} pixels is larger than the micrograph, {image.shape[0]} x {image.shape[1]}",
             "extract.box was given in Angstrom, or the micrograph is binned",
-            "make extract.box smaller",
+            "reduce extract.box",
         )
     length = params.size * image_pixel
     diameter = params.background_diameter_angstrom or 0.75 * length
     if diameter > length:
         raise MicrographError(
             f"a background diameter of {diameter:g} A leaves no background in a box of {length:g} A",
-            "the pixel size is not what was expected",
-            "make extract.box larger or extract.background_diameter_angstrom smaller",
+            "the pixel size is wrong",
+            "increase extract.box or reduce extract.background_diameter_angstrom",
         )
     ids = np.asarray(particle_id, np.int64)
     places = np.stack([np.asarray(p, np.float64) for p in (position_y_angstrom, position_x_angstrom)], -1).reshape(-1, 2) / pixel
@@ -183,12 +185,12 @@ def extract(
         refined = ((centre_y_angstrom, centre_x_angstrom), (class_centre_y_angstrom, class_centre_x_angstrom))
         pair = next(((y, x) for y, x in refined if y is not None and x is not None), None)
         if pair is None:
-            raise MicrographError("recentre is set, but no refined centres were given.", "", "leave recentre out")
+            raise MicrographError("recentre is set, but there are no refined centres.", "", "leave out recentre")
         places = np.stack([np.asarray(p, np.float64) for p in pair], -1).reshape(-1, 2) / pixel
     known: Any = np.isfinite(places).all(1)
     places = np.where(known[:, None], places, 0.0)
     if not params.recentre:
-        # the fractions of picks are cut off, not rounded, as relion_preprocess does
+        # coordinates of picks are rounded down, as in relion_preprocess
         places = np.floor(places + _ROUNDING_PX).astype(np.int64)
     reach, size = _EDGE * diameter / pixel, np.array(image.shape, np.int64)
     whole = known & (places >= reach).all(1) & (places <= size - 1 - reach).all(1)
@@ -218,7 +220,7 @@ def extract(
 
 @extract.figures
 def draw(ds: xr.Dataset) -> Iterator[Picture]:
-    """The first particles of a few micrographs, and their number."""
+    """The first particles of some micrographs, and the total number."""
     from matplotlib.figure import Figure
 
     counts = ds["particle_count"].values
@@ -241,6 +243,6 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
     caption = (
         f"{total} particles of {size} x {size} pixels of {pixel:.3f} Å from {len(counts)} micrographs "
         f"(median {int(np.median(counts))} each); "
-        "the first ones of some micrographs, a line each, protein white."
+        "the first ones of some micrographs, one row each, protein white."
     )
     yield Picture("Particles", caption, figure)

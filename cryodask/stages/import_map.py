@@ -1,4 +1,4 @@
-"""Stage ``import_map``: a map of another program, or two half-maps."""
+"""Stage ``import_map``: a map, or two half-maps, from another program."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class ImportMapParams(Params):
     file: InputFile | None = Field(None, description="a map, MRC")
     half_maps: tuple[InputFile, InputFile] | None = Field(None, description="two unmasked, unsharpened half-maps of one refinement, MRC")
     symmetry: PointGroup | None = Field(None, description="point group of the map")
-    frame_of: str | None = Field(None, description="step whose poses refer to this map, say import_particles")
+    frame_of: str | None = Field(None, description="step whose poses refer to this map, for example import_particles")
 
     @model_validator(mode="after")
     def _one(self) -> ImportMapParams:
         if (self.file is None) == (self.half_maps is None):
-            raise ValueError("say which file: import_map: {file: map.mrc} or import_map: {half_maps: [half1.mrc, half2.mrc]}")
+            raise ValueError("give a file: import_map: {file: map.mrc} or import_map: {half_maps: [half1.mrc, half2.mrc]}")
         return self
 
 
@@ -35,7 +35,7 @@ def _outputs(params: ImportMapParams) -> tuple[Output, ...]:
 
 @stage(version=1, shape="whole", needs=[], outputs=_outputs, gives=["half_map", "final_map", "map_pixel_size_angstrom"])
 def import_map(params: ImportMapParams, *, context: Context) -> dict[str, Any]:
-    """Read a map, or two unmasked, unsharpened half-maps for masks, post-processing and refinement.
+    """Read a map, or two unmasked, unsharpened half-maps, for masks, post-processing and refinement.
 
     The map of two half-maps is their mean.
     """
@@ -46,13 +46,15 @@ def import_map(params: ImportMapParams, *, context: Context) -> dict[str, Any]:
         if first.shape != other.shape or (pixel or 0) != (voxel or 0):
             raise InputError(
                 f"The half-maps differ: {first.shape} at {pixel} A and {other.shape} at {voxel} A.",
-                "they come from different runs",
+                "they come from different refinements",
                 "give the two half-maps of one refinement",
             )
     if first.ndim != 3 or len(set(first.shape)) != 1:
-        raise InputError(f"{paths[0]} has the shape {first.shape}, not that of a cube.", "an image or a cropped map was given", "pad it")
+        raise InputError(
+            f"{paths[0]} has the shape {first.shape} and is not a cube.", "it is an image or a cropped map", "pad it to a cube"
+        )
     if not pixel or pixel <= 0:
-        raise InputError(f"{paths[0]} does not say its voxel size.", "it was written without one", "set it in the header")
+        raise InputError(f"{paths[0]} has no voxel size in its header.", "the program that wrote it left it out", "set it in the header")
     stack = np.stack([data for data, _ in maps]).astype(np.float32)
     given: dict[str, Any] = {"final_map": stack.mean(0), "map_pixel_size_angstrom": float(pixel)}
     return given | ({"half_map": stack} if params.half_maps else {})

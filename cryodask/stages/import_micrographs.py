@@ -1,4 +1,4 @@
-"""Stage ``import_micrographs``: motion-corrected micrographs of another program."""
+"""Stage ``import_micrographs``: motion-corrected micrographs from another program."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def _outputs(params: ImportMicrographsParams) -> tuple[Output, ...]:
 
 @stage(version=1, needs=["micrograph_path"], ports=[], outputs=_outputs, gives=["micrograph_sum", "micrograph_dw"])
 def import_micrographs(params: ImportMicrographsParams, *, micrograph_path: str, context: Context) -> dict[str, Any]:
-    """Read motion-corrected micrographs (MRC) that a STAR file lists.
+    """Read motion-corrected micrographs (MRC) listed in a STAR file.
 
-    The image serves as sum and as dose-weighted sum alike: which of the two it is, the file does not say.
+    The image is used both as plain and as dose-weighted sum, because the file does not say which of the two it is.
     """
     try:
         image, _ = read_mrc(micrograph_path)
@@ -44,7 +44,7 @@ def import_micrographs(params: ImportMicrographsParams, *, micrograph_path: str,
     if not np.isfinite(image).all():
         raise MicrographError(
             f"{micrograph_path} holds {int((~np.isfinite(image)).sum())} pixels that are NaN or infinite.",
-            "the program that made it failed there",
-            "make it again, or remove it from the STAR file",
+            "the program that made it failed on this micrograph",
+            "recompute it, or remove it from the STAR file",
         )
     return {"micrograph_sum": image, "micrograph_dw": image}

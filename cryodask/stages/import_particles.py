@@ -1,4 +1,4 @@
-"""Stage ``import_particles``: particles of another program."""
+"""Stage ``import_particles``: particles from another program."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _NEEDED = (
 _ANY = frozenset(
     {"rlnCoordinateX", "rlnCoordinateY", "rlnImageName", "rlnDefocusU", "rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi", "rlnClassNumber"}
 )
-"""What a table may have: for a plan that is made before its files are there."""
+"""Columns that a table may have, for a plan that is made before its files exist."""
 
 
 class ImportParticlesParams(Params):
     """Parameters of ``import_particles``."""
 
     star: SourceFile = Field(description="RELION STAR file of particles")
-    images: bool = Field(True, description="take the images of the stacks as well; without them the particles must be extracted")
+    images: bool = Field(True, description="import the images from the stacks as well; without them the particles must be extracted")
 
 
 def _outputs(params: ImportParticlesParams) -> tuple[Output, ...]:
@@ -60,7 +60,7 @@ def _outputs(params: ImportParticlesParams) -> tuple[Output, ...]:
 
 
 class _NoImages:
-    """What stands for the images of particles that are to be extracted: nothing is stored."""
+    """Placeholder for images of particles that are to be extracted: nothing is stored."""
 
     stored, shape, dtype = False, (0, 8, 8), np.dtype(np.float32)
 
@@ -74,12 +74,12 @@ def _table(path: str, mtime: float) -> ParticleTable:
 
 
 def read_table(path: str) -> ParticleTable:
-    """The table of a STAR file; kept for the next call."""
+    """The table of a STAR file, cached."""
     return _table(path, os.path.getmtime(path))
 
 
 def rows_of(table: ParticleTable, rows: np.ndarray) -> dict[str, Any]:
-    """Some particles of a table as columns, with the names of their stacks: what travels with an item."""
+    """Some particles of a table as columns, with the names of their stacks, to be sent along with an item."""
     columns = {name: table.columns[name][rows] for name in _NEEDED if name in table.columns}
     used, codes = np.unique(table.stack[rows], return_inverse=True)
     names = [table.stacks[int(i)] for i in used]
@@ -111,10 +111,10 @@ def import_particles(
 ) -> dict[str, Any]:
     """Read the particles of one micrograph from a RELION STAR file and its stacks, each with its own defocus, pose and half-set.
 
-    Images are taken as they are: protein white, background mean 0 and standard deviation 1, as RELION extracts them. A particle is known
-    again by the name of its image, or by its place within 1 pixel, whatever the order of the file. One that was exported from this project
-    is known by its id, if the place of its birth in the file proves it: ids of another project count for nothing. A row whose particle
-    is there already is left out, and the run says so. Origins become places in the exposure.
+    Images are used unchanged: protein white, background mean 0 and standard deviation 1, as RELION extracts them. A particle is
+    recognised by the name of its image, or by its position within 1 pixel, in any order of the file. One that was exported from this
+    project is recognised by its id, if its position at birth in the file proves it: ids of another project are ignored. A row whose
+    particle is present already is left out, and the run reports it. Origins become positions in the exposure.
     """
     rows = particle_rows
     if rows is None:
@@ -123,7 +123,7 @@ def import_particles(
         rows = rows_of(table, table.rows_of(table.micrographs.index(micrograph_name)) if known else np.zeros(0, np.int64))
     count = len(rows["image_index"])
     if "defocus_u_angstrom" not in rows and params.images:
-        raise InputError(f"{particles_path} has no rlnDefocusU.", "the CTF was not estimated before extraction", "estimate it first")
+        raise InputError(f"{particles_path} has no rlnDefocusU.", "the CTF was not estimated before extraction", "estimate the CTF first")
 
     def column(name: str, fill: float = np.nan) -> np.ndarray:
         return np.asarray(rows[name], np.float64) if name in rows else np.full(count, fill)
@@ -138,7 +138,7 @@ def import_particles(
     u = column("defocus_u_angstrom")
     ctf = {"defocus_v_angstrom": column("defocus_v_angstrom") if "defocus_v_angstrom" in rows else u, "defocus_u_angstrom": u}
     ctf |= {name: column(name, 0.0) for name in ("defocus_angle_deg", "phase_shift_deg")}
-    # a table that was imported again may have no rows of an exposure any more
+    # a reimported table may no longer have rows of an exposure
     images = _images(particles_path, micrograph_name, rows) if params.images and count else _NoImages()
     return {
         "particle_image": images,
@@ -166,7 +166,7 @@ def import_particles(
 
 
 def _natural_keys(rows: dict[str, Any]) -> np.ndarray:
-    """A number per particle from the name of its stack and its place there: 63 bits of a hash."""
+    """One number per particle: a 63-bit hash of its stack's name and its index there."""
     stems = [int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") for name in rows["stacks"]]
     with np.errstate(over="ignore"):
         z = np.array(stems, np.uint64)[rows["stack"]] ^ (rows["image_index"].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
@@ -179,7 +179,7 @@ def _images(star: str, micrograph: str, rows: dict[str, Any]) -> np.ndarray:
     """Images `(n, y, x)` of the particles, checked."""
     images = _read_images(star, rows)
     if not np.isfinite(images).all():
-        raise MicrographError(f"Particles of {micrograph} hold pixels that are NaN or infinite.", "the stack is damaged", "extract again")
+        raise MicrographError(f"Particles of {micrograph} have NaN or infinite pixels.", "the stack is damaged", "extract them again")
     blank = int((images.std((1, 2)) == 0).sum())
     if blank:
         raise MicrographError(
@@ -196,15 +196,15 @@ def _read_images(star: str, rows: dict[str, Any]) -> np.ndarray:
         path = find_beside(stack, Path(star))
         if path is None:
             raise MicrographError(
-                f"The stack {stack} of {star} is not there.", "the STAR file was moved without its stacks", "copy them beside it"
+                f"The stack {stack} of {star} does not exist.", "the STAR file was moved without its stacks", "copy them beside it"
             )
         frames = open_mrc(path)
         here = np.nonzero(rows["stack"] == code)[0]
         index = rows["image_index"][here]
         if index.max(initial=0) >= len(frames):
             raise MicrographError(
-                f"{path} holds {len(frames)} images, {star} asks for number {int(index.max()) + 1}.",
-                "the stack was cut short, or belongs to another STAR file",
+                f"{path} has {len(frames)} images, but {star} refers to number {int(index.max()) + 1}.",
+                "the stack is truncated, or belongs to another STAR file",
                 "copy it again",
             )
         for place, i in zip(here, index):
@@ -213,7 +213,7 @@ def _read_images(star: str, rows: dict[str, Any]) -> np.ndarray:
                 out = np.empty((len(rows["image_index"]), *image.shape), np.float32)
             if image.shape != out.shape[1:]:
                 raise MicrographError(
-                    f"{path} has boxes of {image.shape}, not {out.shape[1:]}.", "two extractions in one file", "split them"
+                    f"{path} has boxes of {image.shape}, not {out.shape[1:]}.", "the file combines two extractions", "split it"
                 )
             out[place] = image
     assert out is not None

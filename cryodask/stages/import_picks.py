@@ -1,4 +1,4 @@
-"""Stage ``import_picks``: picks of another program."""
+"""Stage ``import_picks``: picks from another program."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ImportPicksParams(Params):
 def _check(params: ImportPicksParams, inputs: dict[str, list[Product]]) -> Iterator[str]:
     folder = Path(params.folder)
     if folder.is_file():
-        yield f"{folder} is a file. Give the folder that holds one STAR file of picks per micrograph."
+        yield f"{folder} is a file. Give the folder with one STAR file of picks per micrograph."
     elif folder.is_dir() and not any(folder.glob("*.star")):
         yield f"There is no STAR file in {folder}. Give the folder with the picks: NAME.star or NAME_anything.star."
 
@@ -41,7 +41,7 @@ def _check(params: ImportPicksParams, inputs: dict[str, list[Product]]) -> Itera
 def import_picks(params: ImportPicksParams, *, coordinates_path: str, context: Context) -> dict[str, Any]:
     """Read the picks of a micrograph from a RELION coordinate STAR file; all of them count as accepted.
 
-    A pick is known again by its place, within 1 pixel. One that is listed twice counts once.
+    A pick is recognised by its position, within 1 pixel. One that is listed twice counts once.
     """
     try:
         columns = read_coordinates(coordinates_path)

@@ -34,8 +34,8 @@ OF_PARTICLES = [
 class ImportProjectParams(Params):
     """Parameters of ``import_project``."""
 
-    project: SourceFile = Field(description="folder with the results of the other project")
-    step: str = Field(description="its step whose particles are taken, say curate")
+    project: SourceFile = Field(description="results folder of the other project")
+    step: str = Field(description="step of that project whose particles are imported, for example curate")
 
 
 def opened(params: ImportProjectParams) -> tuple[Project, ProductRef]:
@@ -44,7 +44,7 @@ def opened(params: ImportProjectParams) -> tuple[Project, ProductRef]:
     Raises
     ------
     InputError
-        Where the step gives none, or is not finished.
+        If the step gives none, or is not finished.
     """
     from cryodask.store.project import Project
 
@@ -68,7 +68,7 @@ def _outputs(params: ImportProjectParams) -> tuple[Output, ...]:
 
 
 class _NotStored:
-    """What stands for an image that the other project does not have."""
+    """Placeholder for an image that the other project does not have."""
 
     def __init__(self, name: str) -> None:
         self.stored, self.shape, self.dtype = False, (8,) * len(VARIABLES[name].dims), np.dtype(np.float32)
@@ -85,11 +85,11 @@ class _NotStored:
     gives=[*OF_EXPOSURES, *OF_PARTICLES],
 )
 def import_project(params: ImportProjectParams, *, foreign_values: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Take the exposures and particles of a step of another project, with their CTF, classes, poses and images.
+    """Import the exposures and particles of a step of another project, with their CTF, classes, poses and images.
 
-    A particle is known by the content of its exposure, how it was picked, its number, and its place: projects that share movies, and
-    copies of one project, share their particles. Where numbers of an exposure name other places here (the other project was processed
-    with another gain or pixel size, say), its particles get ids of their own; others are never joined. Half-sets stay what they were.
+    A particle is identified by the content of its exposure, how it was picked, its number, and its position: projects that share movies,
+    and copies of one project, share their particles. If the numbers of an exposure refer to other positions here (for example because the
+    other project used another gain or pixel size), its particles get new ids; they are never joined. Half-sets are kept.
     """
     ids = np.asarray(foreign_values["claimed_id"], np.int64)
     out: dict[str, Any] = {"claimed_id": ids, "claims_by_name": True, "placed": foreign_values.get("placed", True)}
@@ -112,7 +112,7 @@ def import_project(params: ImportProjectParams, *, foreign_values: dict[str, Any
 
 
 def _read(name: str, place: ImagePlaces | tuple[str, int, Layout]) -> np.ndarray:
-    """An image of an exposure of the other project, or its boxes, which several extractions may hold."""
+    """An image of an exposure of the other project, or its particle images, possibly from several extractions."""
     if isinstance(place, ImagePlaces):
         return place.read()
     folder, row, layout = place

@@ -1,4 +1,4 @@
-"""Stage ``ingest``: movies into the project, frame by frame, or used where they lie."""
+"""Stage ``ingest``: copies movies into the project frame by frame, or reads them in place."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ class IngestParams(Params):
     """Parameters of stage ``ingest``."""
 
     storage: Literal["chunked", "in_place"] = Field(
-        "chunked", description="chunked copies the counts into the project (smaller and faster to read than LZW), in_place reads the file"
+        "chunked",
+        description="chunked copies the counts into the project (smaller and faster to read than LZW), in_place reads the original file",
     )
 
 
 class _InPlace:
-    """Frames that the store does not keep, because the file stays where it is."""
+    """Frames that are not stored, because the movie is read in place."""
 
     stored = False
 
@@ -42,9 +43,9 @@ class _InPlace:
     outputs=[Output("exposures", "exposures", ("frames", "optics", "dose"))],
 )
 def ingest(params: IngestParams, *, movie_path: str, context: Context) -> dict[str, Any]:
-    """Open a movie (TIFF, MRC), check that it is whole, and take it into the project.
+    """Open a movie (TIFF, MRC), check that it is complete, and add it to the project.
 
-    Chunked storage writes one compressed chunk a frame (blosc zstd-1 with bitshuffle), streamed: no movie is ever held in memory.
+    Chunked storage writes one compressed chunk per frame (blosc zstd-1 with bitshuffle), streamed: no movie is ever held in memory.
     ``mean_count`` is measured on three frames.
     """
     movie = open_movie(movie_path)
@@ -52,7 +53,7 @@ def ingest(params: IngestParams, *, movie_path: str, context: Context) -> dict[s
     sample = [np.asarray(movie[i], np.float64) for i in sorted({0, frames // 2, frames - 1})]
     mean = float(np.mean([f.mean() for f in sample]))
     if not np.isfinite(mean):
-        raise MovieError(f"{movie_path} holds pixels that are no numbers.", "it was written by a failed conversion", "write it again")
+        raise MovieError(f"{movie_path} has NaN or infinite pixels.", "a failed conversion wrote it", "convert it again")
     if mean <= 0:
         raise MovieError(f"{movie_path} has no counts.", "the beam was blanked, or the camera failed", "remove it from the folder")
     return {"movie": movie if params.storage == "chunked" else _InPlace(movie), "mean_count": mean}

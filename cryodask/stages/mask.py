@@ -18,8 +18,12 @@ if TYPE_CHECKING:
 class MaskParams(Params):
     """Parameters of stage ``mask``."""
 
-    low_pass_angstrom: float = Field(15.0, description="the mean of the half-maps is low-passed to this resolution first, Angstrom", gt=0)
-    threshold: float | None = Field(None, description="density above which a voxel is molecule; found from the map if left out")
+    low_pass_angstrom: float = Field(
+        15.0, description="resolution to which the mean of the half-maps is low-pass filtered first, Angstrom", gt=0
+    )
+    threshold: float | None = Field(
+        None, description="density above which a voxel belongs to the molecule; by default estimated from the map"
+    )
     extend_angstrom: float = Field(7.0, description="distance by which the thresholded region grows, Angstrom", ge=0)
     edge_angstrom: float = Field(12.0, description="width of the soft edge outside it, Angstrom", ge=0)
 
@@ -30,11 +34,11 @@ def _memory(params: MaskParams, sizes: Sizes) -> float:
 
 @stage(version=1, shape="whole", needs=["half_map", "map_pixel_size_angstrom"], gives=["solvent_mask"], resources=Resources(memory=_memory))
 def mask(params: MaskParams, *, half_map: np.ndarray, map_pixel_size_angstrom: float, context: Context) -> dict[str, Any]:
-    """Make a soft mask round the molecule from the mean of the half-maps.
+    """Make a soft mask around the molecule from the mean of the half-maps.
 
-    The mean map is low-passed and thresholded (by default at 30 % of the density inside the molecule, or 4 standard deviations of the
-    solvent where that is more), regions under 5 % of the largest are left out, the rest grows by ``extend_angstrom`` and falls to zero
-    over ``edge_angstrom`` as a raised cosine.
+    The mean map is low-pass filtered and thresholded (by default at 30 % of the density inside the molecule, or at 4 standard deviations of
+    the solvent if that is more). Regions smaller than 5 % of the largest are dropped; the rest is extended by ``extend_angstrom`` and falls
+    to zero over ``edge_angstrom`` as a raised cosine.
     """
     import torch
 
@@ -50,30 +54,30 @@ def mask(params: MaskParams, *, half_map: np.ndarray, map_pixel_size_angstrom: f
     )
     if not soft.any():
         raise InputError(
-            f"no voxel of the map low-passed to {params.low_pass_angstrom:g} A exceeds {threshold:.4g} (its largest is {smooth.max():.4g})",
-            "the threshold was meant for a map of another scale, or the map holds no molecule",
-            "leave mask.threshold out, or take it from the map low-passed to the same resolution",
+            f"no voxel of the map filtered to {params.low_pass_angstrom:g} A exceeds {threshold:.4g} (its maximum is {smooth.max():.4g})",
+            "the threshold belongs to a map with another grey scale, or the map shows no molecule",
+            "leave out mask.threshold, or determine it from the map filtered to the same resolution",
         )
     return {"solvent_mask": soft}
 
 
 def check_half_maps(half_map: np.ndarray) -> None:
-    """Refuse half-maps that are not two cubes of numbers.
+    """Refuse half-maps that are not two valid cubes.
 
     Raises
     ------
     InputError
-        Wrong number or shape, NaN, or a map of zeros.
+        Wrong number or shape, NaN or infinite voxels, or a map of zeros.
     """
     if half_map.ndim != 4 or half_map.shape[0] != 2 or len(set(half_map.shape[1:])) != 1:
         raise InputError(
-            f"half-maps of shape {half_map.shape}, not two equal cubes", "other maps were given", "give both half-maps of one run"
+            f"half-maps have the shape {half_map.shape} and are not two equal cubes", "", "give both half-maps of one refinement"
         )
     for number, volume in enumerate(half_map, 1):
         if not np.isfinite(volume).all():
-            raise InputError(f"half-map {number} holds NaN or infinite voxels", "the refinement that made it failed", "look at its report")
+            raise InputError(f"half-map {number} has NaN or infinite voxels", "the refinement that made it failed", "check its report")
         if not volume.any():
-            raise InputError(f"half-map {number} is zero everywhere", "no particle reached this half", "look at the half-sets")
+            raise InputError(f"half-map {number} is zero everywhere", "no particle is in this half", "check the half-sets")
 
 
 @mask.figures

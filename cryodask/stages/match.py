@@ -1,4 +1,4 @@
-"""Stage ``match``: find the particles of one set among those of another by their places."""
+"""Stage ``match``: finds the particles of one set in another by position."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from cryodask.stage import Output, Params, SetView, stage
 from cryodask.stages._sets import exposures_of, kept_and_dropped, places_of
 
 REASONS = {
-    1: "no particle of the matched set lies within nearer_than_angstrom",
-    2: "the nearest particle of the matched set has a nearer partner",
+    1: "no particle of the matched set is within nearer_than_angstrom",
+    2: "the nearest particle of the matched set has a closer partner",
 }
 """Meaning of the numbers in ``removal_reason``."""
 
@@ -23,16 +23,16 @@ class MatchParams(Params):
     """Parameters of ``match``."""
 
     nearer_than_angstrom: float = Field(
-        gt=0, description="two particles nearer than this in one exposure are the same, Angstrom; a quarter of the diameter is a good value"
+        gt=0, description="two particles closer than this in one exposure are the same, Angstrom; a quarter of the diameter is a good value"
     )
 
 
 def _check(params: MatchParams, inputs: dict[str, list[Product]]) -> Iterator[str]:
     a, b = inputs["particles"][0], inputs["to"][0]
     if a.ref == b.ref and a.at == b.at:
-        yield f"both sets are those of {a.ref}."
+        yield f"both sets come from {a.ref}."
     if not a.sources & b.sources:
-        yield f"{a.ref} and {b.ref} come from different exposures, so no coordinates can match."
+        yield f"{a.ref} and {b.ref} come from different exposures, so coordinates cannot match."
 
 
 @stage(
@@ -46,12 +46,12 @@ def _check(params: MatchParams, inputs: dict[str, list[Product]]) -> Iterator[st
     reasons=REASONS,
 )
 def match(params: MatchParams, inputs: dict[str, list[SetView]]) -> dict[str, Any]:
-    """Carry a selection of particles over to a set that was picked independently.
+    """Transfer a selection of particles to a set that was picked independently.
 
-    The particles of ``to`` are kept that are partners of a particle of ``particles``: each is the other's nearest in the exposure, and
-    they lie nearer than ``nearer_than_angstrom``. So a particle has at most one partner. Everything known of the kept particles is that
-    of ``to``, their half-sets included. ``unmatched_count`` is the number of ``particles`` without a partner, ``half_conflict_count``
-    the number of pairs whose two particles belong to different half-sets.
+    Keeps the particles of ``to`` that have a partner in ``particles``: the two are mutual nearest neighbours in the exposure and closer
+    than ``nearer_than_angstrom``, so a particle has at most one partner. The kept particles have all values of ``to``,
+    including half-sets. ``unmatched_count`` is the number of ``particles`` without a partner, ``half_conflict_count``
+    the number of pairs whose two particles are in different half-sets.
     """
     own, to = inputs["particles"][0], inputs["to"][0]
     pairs, near = _partners(own, to, params.nearer_than_angstrom)
@@ -61,7 +61,7 @@ def match(params: MatchParams, inputs: dict[str, list[SetView]]) -> dict[str, An
         to.ids,
         reason,
         stage="match",
-        usual_reason="the two sets were picked in other exposures, or their coordinates have another origin or pixel size",
+        usual_reason="the two sets were picked in different exposures, or their coordinates differ in origin or pixel size",
         way_out="compare the picks of one micrograph, or raise nearer_than_angstrom",
     )
     conflicts = _differing_halves(own, to, pairs)
@@ -69,14 +69,14 @@ def match(params: MatchParams, inputs: dict[str, list[SetView]]) -> dict[str, An
 
 
 def _differing_halves(own: SetView, to: SetView, pairs: np.ndarray) -> int:
-    """How many pairs belong to different half-sets."""
+    """Number of pairs whose particles are in different half-sets."""
     halves = [view.read(["position"]).get("half_set", np.full(len(view.ids), -1, np.int8)) for view in (own, to)]
     a, b = halves[0][pairs[:, 0]], halves[1][pairs[:, 1]]
     return int(((a >= 0) & (b >= 0) & (a != b)).sum())
 
 
 def _partners(own: SetView, to: SetView, limit_angstrom: float) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs `(pair, 2)` of mutual nearest particles (index in ``own``, index in ``to``); which of ``to`` have one of ``own`` near them."""
+    """Pairs `(pair, 2)` of mutual nearest particles (index in ``own``, index in ``to``), and which of ``to`` are near one of ``own``."""
     from scipy.spatial import cKDTree
 
     mine, theirs = places_of(own), places_of(to)

@@ -16,27 +16,27 @@ from cryodask.stage import Output, Params, SetView, port, stage
 from cryodask.stages._sets import exposures_of
 from cryodask.store.identity import MOST_BIRTHS, birth_of, place_of, row_of
 
-REASONS = {1: "a particle of an earlier source lies nearer than nearer_than_angstrom"}
+REASONS = {1: "a particle of an earlier source is closer than nearer_than_angstrom"}
 """Meaning of the numbers in ``removal_reason``."""
 
 _NOT_OF_A_PART = (*ORIGINS, "box_y_angstrom", "box_x_angstrom")
-"""Columns that are computed when a set is read; no step gave them."""
+"""Columns that are computed when a set is read, and not given by a step."""
 
 _WITHOUT_CONFLICTS = "image"
-"""Images are pixels in shards: the runner compares and takes them."""
+"""Images are in shards; the runner compares and selects them."""
 
 
 class MergeParams(Params):
     """Parameters of ``merge``."""
 
     prefer: str | None = Field(
-        None, description="source whose values count for particles that several sources hold with different values; named as in `from`"
+        None, description="source whose values are used for particles that several sources hold with different values; named as in `from`"
     )
     nearer_than_angstrom: float | None = Field(
         None,
         gt=0,
-        description="sources that were picked independently: of two particles nearer than this in one exposure, the first source's is "
-        "kept, Angstrom; half the particle diameter is a good value",
+        description="for sources that were picked independently: of two particles closer than this in one exposure, the first source's "
+        "is kept, Angstrom; half the particle diameter is a good value",
     )
 
 
@@ -54,12 +54,12 @@ def _check(params: MergeParams, inputs: dict[str, list[Product]]) -> Iterator[st
                 continue
             if not params.nearer_than_angstrom:
                 yield (
-                    f"{a.ref} and {b.ref} were picked apart in the same exposures, so one particle may be in both. Give "
-                    "nearer_than_angstrom (say, half the diameter): of two that are nearer, the first source's is kept."
+                    f"{a.ref} and {b.ref} were picked independently in the same exposures, so one particle may be in both. Set "
+                    "nearer_than_angstrom (for example half the diameter): of two that are closer, the first source's is kept."
                 )
             for source in (a, b):
                 if "position" not in source.parts:
-                    yield f"nearer_than_angstrom compares positions, and the particles of {source.ref} have none."
+                    yield f"nearer_than_angstrom compares positions, but the particles of {source.ref} have none."
 
 
 @stage(
@@ -73,24 +73,24 @@ def _check(params: MergeParams, inputs: dict[str, list[Product]]) -> Iterator[st
     reasons=REASONS,
 )
 def merge(params: MergeParams, inputs: dict[str, list[SetView]]) -> dict[str, Any]:
-    """Unite several sets of particles; each particle is in the union once.
+    """Merge several sets of particles; each particle is in the union once.
 
-    Particles are the same if their ids are. A part (poses, classes ...) survives if every source has it. If sources hold different
-    values for the same particle, ``prefer`` must name the source whose values count; after it the order of the sources decides.
+    Particles are the same if their ids are. A part (poses, classes ...) is kept if every source has it. If sources have different
+    values for the same particle, ``prefer`` must name the source whose values are used; after it the order of the sources decides.
     Sources that were picked independently in the same exposures share no ids: with ``nearer_than_angstrom`` a particle is left out
-    where a particle of another pick and of an earlier source lies nearer than that. Within one source nothing is left out; use
+    if a particle of another picking run in an earlier source is closer than that. Within one source nothing is left out; use
     ``deduplicate`` for that.
     """
     sets = inputs["particles"]
     if not sets:
-        raise InputError("merge was given no sets.", "", "name them: from: {particles: [a, b]}")
+        raise InputError("merge got no sets.", "", "name them: from: {particles: [a, b]}")
     by_preference([s.name for s in sets], params.prefer)
     ids = np.unique(np.concatenate([s.ids for s in sets]))
     if not len(ids):
         raise InputError(
             f"merge left no particles: {' and '.join(s.name for s in sets)} are all empty.",
             "an earlier selection removed every particle",
-            "look at the steps that gave these sets",
+            "check the steps that gave these sets",
         )
     dropped = np.zeros(len(ids), bool)
     if params.nearer_than_angstrom is None:
@@ -101,7 +101,7 @@ def merge(params: MergeParams, inputs: dict[str, list[SetView]]) -> dict[str, An
             raise InputError(
                 f"The particles of {', '.join(lacking)} have no positions, so nearer_than_angstrom cannot be used.",
                 "they were imported without coordinates",
-                "import them with coordinates, or leave nearer_than_angstrom out",
+                "import them with coordinates, or leave out nearer_than_angstrom",
             )
         dropped = _near_an_earlier_one(sets, ids, params.nearer_than_angstrom)
     kept = ids[~dropped]
@@ -117,7 +117,7 @@ def surviving_parts(sets: Sequence[SetView]) -> list[str]:
 
 @dataclass(frozen=True)
 class Conflict:
-    """A part for which two sources hold different values, and for how many particles."""
+    """A part for which two sources have different values, and for how many particles."""
 
     part: str
     count: int
@@ -126,7 +126,7 @@ class Conflict:
 
 
 def conflicts(sets: Sequence[SetView], ids: np.ndarray, parts: Sequence[str]) -> list[Conflict]:
-    """Where sources hold different values for the same particles.
+    """Conflicting values of the sources for the same particles.
 
     Parameters
     ----------
@@ -140,7 +140,7 @@ def conflicts(sets: Sequence[SetView], ids: np.ndarray, parts: Sequence[str]) ->
     Returns
     -------
     list of Conflict
-        One for each part and pair of sources. A particle that one of the two has no value for (its step did not see it) is no conflict.
+        One for each part and pair of sources. A particle without a value in one of the two (its step did not process it) is no conflict.
     """
     found = []
     for part in parts:
@@ -161,19 +161,19 @@ def merged_columns(sets: Sequence[SetView], ids: np.ndarray, parts: Sequence[str
     Parameters
     ----------
     sets : sequence of SetView
-        The sources, in the order in which they were named.
+        The sources, in the order given.
     ids : `(n,)`, int64, sorted
         Particles of the union.
     parts : sequence of str
         Parts whose values come from several steps.
     prefer : str or None
-        Source that comes before the others.
+        Source that takes precedence over the others.
 
     Returns
     -------
     dict of arrays `(n,)`
-        Under the names of particle sets. For each particle the values of a part come from one source, the first that has some; NaN,
-        or -1 for integers, where none has.
+        Under the names of particle sets. For each particle the values of a part come from one source, the first that has any; NaN,
+        or -1 for integers, if none has.
     """
     ordered = [sets[i] for i in by_preference([s.name for s in sets], prefer)]
     out: dict[str, np.ndarray] = {}
@@ -208,7 +208,7 @@ class _Source:
 
 
 def _there(values: np.ndarray) -> np.ndarray:
-    """Mask `(n,)` of the values that are not missing (NaN, or -1 of integers)."""
+    """Mask `(n,)` of the values that are not missing (NaN, or -1 for integers)."""
     there = np.ones(values.shape, bool)
     if values.dtype.kind in "iu":
         there = np.not_equal(values, -1)
@@ -218,7 +218,7 @@ def _there(values: np.ndarray) -> np.ndarray:
 
 
 def _differing(a: _Source, b: _Source, ids: np.ndarray) -> int:
-    """How many particles have values in both sources that are not the same."""
+    """Number of particles with different values in the two sources."""
     in_a, in_b = place_of(ids, a.ids), place_of(ids, b.ids)
     shared = (in_a >= 0) & (in_b >= 0)
     in_a, in_b = in_a[shared], in_b[shared]
@@ -243,21 +243,21 @@ def _refuse(found: Sequence[Conflict]) -> None:
         return
     first = found[0]
     others = list(dict.fromkeys(c.part for c in found if c.part != first.part))
-    more = f" So have the values of {', '.join(others)}." if others else ""
+    more = f" The values of {', '.join(others)} differ as well." if others else ""
     raise InputError(
-        f"{first.count:,} particles have different values of {first.part} in {first.first} and in {first.second}.{more}",
+        f"{first.count:,} particles have different values of {first.part} in {first.first} and {first.second}.{more}",
         "the two sets were classified or refined separately",
-        f"say which count, merge: {{prefer: {first.first}}} or merge: {{prefer: {first.second}}}",
+        f"choose one, merge: {{prefer: {first.first}}} or merge: {{prefer: {first.second}}}",
     )
 
 
 def by_preference(names: Sequence[str], prefer: str | None) -> list[int]:
-    """Places of the sources of these names, that of the preferred one first.
+    """Indices of the sources of these names, the preferred one first.
 
     Raises
     ------
     InputError
-        Where ``prefer`` does not name one of them.
+        If ``prefer`` does not name one of them.
     """
     if prefer is None:
         return list(range(len(names)))
@@ -268,7 +268,7 @@ def by_preference(names: Sequence[str], prefer: str | None) -> list[int]:
 
 
 def _refuse_picked_apart(sets: Sequence[SetView]) -> None:
-    """Pooled projects and imported tables may turn out to hold the same exposures, which no plan knows."""
+    """Refuse independently picked sets that share exposures (pooled projects, imported tables), which the plan cannot know."""
     births = [np.unique(birth_of(s.ids)) for s in sets]
     here = [_births_by_exposure(s.ids) for s in sets]
     together = {pair for found in here for some in found.values() if len(some) > 1 for pair in itertools.combinations(sorted(some), 2)}
@@ -278,21 +278,21 @@ def _refuse_picked_apart(sets: Sequence[SetView]) -> None:
             only_a = np.unique(row_of(a.ids[~np.isin(birth_of(a.ids), births[j])]))
             only_b = np.unique(row_of(b.ids[~np.isin(birth_of(b.ids), births[i])]))
             rows = set(only_a[np.isin(only_a, only_b)].tolist())
-            # of a project whose numbers were dealt apart in some exposures, these bear another birth than the rest of its set
+            # if the numbers of some exposures of a project were assigned independently, these have another birth than the rest of its set
             rows |= {row for row in here[i].keys() & here[j].keys() if _apart(here[i][row], here[j][row], together)}
             shared = len(rows)
             if shared:
                 raise InputError(
-                    f"{a.name} and {b.name} were picked or imported apart and share {shared:,} exposures, so one particle may be in both, "
-                    "and in both half-sets.",
-                    "two pickers, or two selections of one session",
-                    "give nearer_than_angstrom (say, half the diameter): of two that are nearer, the first source's is kept; "
-                    "join tables of images without coordinates in one STAR file before they are imported",
+                    f"{a.name} and {b.name} were picked or imported independently and share {shared:,} exposures, so one particle may "
+                    "be in both, and in both half-sets.",
+                    "two pickers were run, or two selections of one session were imported",
+                    "set nearer_than_angstrom (for example half the diameter): of two that are closer, the first source's is kept; "
+                    "join tables of images without coordinates in one STAR file before importing them",
                 )
 
 
 def _births_by_exposure(ids: np.ndarray) -> dict[int, set[int]]:
-    """Births of the particles of each exposure, by its row."""
+    """Births of the particles of each exposure, by row."""
     out: dict[int, set[int]] = {}
     for both in np.unique(row_of(ids) * MOST_BIRTHS + birth_of(ids)).tolist():
         out.setdefault(both // MOST_BIRTHS, set()).add(both % MOST_BIRTHS)
@@ -300,12 +300,12 @@ def _births_by_exposure(ids: np.ndarray) -> dict[int, set[int]]:
 
 
 def _apart(a: set[int], b: set[int], together: set[tuple[int, int]]) -> bool:
-    """Whether the births of two sets in an exposure have nothing to do with each other: no set holds both in one exposure."""
+    """Whether the births of two sets in an exposure are unrelated: no set has both in one exposure."""
     return not a & b and not any((min(p, q), max(p, q)) in together for p in a for q in b)
 
 
 def _near_an_earlier_one(sets: Sequence[SetView], ids: np.ndarray, limit_angstrom: float) -> np.ndarray:
-    """Mask `(n,)` of the particles near which one of another birth and of an earlier source is kept."""
+    """Mask `(n,)` of the particles close to a kept particle of another birth from an earlier source."""
     from scipy.spatial import cKDTree
 
     columns = merged_columns(sets, ids, ["position"], None)
@@ -327,7 +327,7 @@ def _near_an_earlier_one(sets: Sequence[SetView], ids: np.ndarray, limit_angstro
 
 
 def _first_source(sets: Sequence[SetView], ids: np.ndarray) -> np.ndarray:
-    """Number of the first source that holds each particle."""
+    """Index of the first source that has each particle."""
     rank = np.full(len(ids), len(sets), np.int64)
     for number in reversed(range(len(sets))):
         rank[np.searchsorted(ids, sets[number].ids)] = number

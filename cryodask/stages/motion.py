@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 NODES = 9
 """The local motion is stored on a regular grid of 9 x 9 nodes, from the first to the last pixel of the micrograph."""
 _IMAGES = 9
-"""In memory at a time, float32: the sums with exposure weights (kernels.dose.RANK), the plain one, and what is worked on."""
+"""Number of float32 images in memory at a time: the dose-weighted sums (kernels.dose.RANK), the plain one, and work space."""
 
 
 class MotionParams(Params):
@@ -25,13 +25,13 @@ class MotionParams(Params):
 
     patches: tuple[int, int] = Field(
         default=(5, 5),
-        description="most patches down and across for local motion; fewer are used where the signal is weak, (1, 1) turns it off",
+        description="maximum number of patches down and across for local motion; fewer are used if the signal is weak, (1, 1) turns it off",
     )
     alignment_resolution_angstrom: float = Field(
-        default=8.0, gt=2.0, le=40.0, description="finest detail used to measure motion, Angstrom; weights fall off by themselves"
+        default=8.0, gt=2.0, le=40.0, description="finest detail used to measure motion, Angstrom; the weights fall off by themselves"
     )
     frames_in_memory_mb: Annotated[int, EffortMark] = Field(
-        default=512, ge=0, description="raw frames of a movie are kept in memory up to this many megabytes, else read twice"
+        default=512, ge=0, description="memory for the raw frames of a movie, megabytes; larger movies are read twice"
     )
 
 
@@ -71,13 +71,13 @@ def motion(
     voltage_kv: float = 300.0,
     context: Context,
 ) -> dict[str, Any]:
-    """Align the frames of a movie, whole and locally, and sum them, plain and weighted by exposure.
+    """Align the frames of a movie, globally and locally, and sum them, plain and dose-weighted.
 
-    The gain multiplies the counts; hot, dead and gain-0 pixels take the counts of a good neighbour. Motion is measured by maximum
-    likelihood: correlation peaks find it to a pixel, then each frame is matched to the sum with weights from the measured spectra of
-    signal and noise. The whole-frame track and the local field (overlapping patches) are smoothed by a Gaussian process in exposure
-    and position whose constants are chosen for each movie by marginal likelihood, so weak movies fall back to the whole-frame track
-    by themselves. Frames are then read once at the moved positions by a 6-tap windowed sinc and added to four sums that carry the
+    The gain multiplies the counts; hot, dead and gain-0 pixels are replaced by the counts of a good neighbour. Motion is measured by
+    maximum likelihood: correlation peaks find it to a pixel, then each frame is matched to the sum with weights from the measured spectra
+    of signal and noise. The whole-frame track and the local field (overlapping patches) are smoothed by a Gaussian process in exposure
+    and position, with constants chosen for each movie by marginal likelihood, so that weak movies fall back to the whole-frame track.
+    Frames are then resampled once at the moved positions by a 6-tap windowed sinc and added to four sums that represent the
     exposure weights (Grant & Grigorieff 2015) at low rank.
 
     ``frame_shift`` and ``patch_shift`` are displacements of the specimen in Angstrom (y, x), each with mean zero over the frames;
@@ -91,8 +91,8 @@ def motion(
     if gain is not None and gain.shape != (height, width):
         raise GainError(
             f"the gain is {gain.shape[0]} x {gain.shape[1]} pixels, the movie {height} x {width}",
-            "the gain was saved in the camera's orientation, or belongs to another mode",
-            "set the gain's rotation and flip",
+            "the gain was saved in the camera's orientation, or belongs to another camera mode",
+            "set gain_rotate and gain_flip",
         )
     return corrected(
         params,
@@ -108,7 +108,7 @@ def motion(
 
 @motion.figures
 def draw(ds: xr.Dataset) -> Iterator[Picture]:
-    """Motion over the session, tracks, and the local field of the first micrograph."""
+    """Motion over the session, tracks, and local motion of the first micrograph."""
     from matplotlib.figure import Figure
 
     total, early = ds["total_motion"].values, ds["early_motion"].values

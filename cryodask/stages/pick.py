@@ -1,4 +1,4 @@
-"""Stage ``pick``: particles in a micrograph, from their diameter alone."""
+"""Stage ``pick``: template-free picking from the particle diameter."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _LEAST_WIDTH_PX = 4.0
 class PickParams(Params):
     """Parameters of stage ``pick``."""
 
-    diameter_angstrom: float = Field(description="diameter of the particle, Angstrom; right to about 20 %", gt=0)
+    diameter_angstrom: float = Field(description="diameter of the particle, Angstrom; accurate to about 20 %", gt=0)
     threshold: Annotated[float | Literal["auto"], ThresholdMark] = Field(
         "auto", description="score above which peaks are accepted, or auto"
     )
-    rounds: int = Field(3, description="how often the radial template is learnt again", ge=1, le=10)
+    rounds: int = Field(3, description="number of times the radial template is relearnt", ge=1, le=10)
 
 
 def _sizes(params: PickParams, sizes: Sizes) -> Sizes:
@@ -45,7 +45,7 @@ def _check(params: PickParams, inputs: dict[str, list[Product]]) -> Iterator[str
         width = params.diameter_angstrom / pixel
         if width < _LEAST_WIDTH_PX:
             yield (
-                f"a diameter of {params.diameter_angstrom:g} A is {width:.1f} pixels of {pixel:g} A, too few to be found. Give "
+                f"a diameter of {params.diameter_angstrom:g} A is {width:.1f} pixels of {pixel:g} A, which is too small to pick. Give "
                 "diameter_angstrom in Angstrom, and check the pixel size."
             )
 
@@ -63,9 +63,9 @@ def pick(params: PickParams, *, micrograph_dw: np.ndarray, pixel_size_angstrom: 
 
     The micrograph, reduced until the particle is 16 pixels wide, band-passed and locally normalised, is correlated with a disk and a
     ring of the diameter in either contrast; the mean of the best patches, averaged over directions, becomes the next template, and the
-    family whose score map is most skewed is kept. All peaks are stored with their scores: who a particle is does not depend on the
-    threshold, which settles which of them are accepted and can be moved later without picking again. ``pick_threshold`` is what "auto"
-    takes for this micrograph. The dose-weighted sum is used because particles are cut from it, and
+    family whose score map is most skewed is kept. All peaks are stored with their scores: the identity of a particle does not depend on
+    the threshold, which decides which of them are accepted and can be changed later without picking again. ``pick_threshold`` is the
+    value of "auto" for this micrograph. The dose-weighted sum is used because particles are extracted from it, and
     because it shows them best; the resolution used, an eighth of the diameter, is the same in both sums.
     """
     import torch
@@ -94,7 +94,7 @@ def pick(params: PickParams, *, micrograph_dw: np.ndarray, pixel_size_angstrom: 
 
 @pick.figures
 def draw(ds: xr.Dataset) -> Iterator[Picture]:
-    """Scores of all peaks, picks a micrograph, learnt profiles, and the places in one micrograph."""
+    """Scores of all peaks, picks per micrograph, learnt profiles, and picks on some micrographs."""
     from matplotlib.figure import Figure
 
     from cryodask.kernels.picking import SUPPORT
@@ -119,7 +119,7 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
     panels[2].set(xlabel="radius, diameters", ylabel="learnt profile")
     caption = (
         f"{int(counts.sum())} particles in {len(counts)} micrographs (median {int(np.median(counts))}), of {int(good.sum())} peaks. "
-        "The threshold is each micrograph's own. Profiles that differ from the median (black) point to ice, carbon or a wrong diameter."
+        "Each micrograph has its own threshold. Profiles that differ from the median (black) point to ice, carbon or a wrong diameter."
     )
     yield Picture("Picks", caption, figure)
     if "micrograph_dw" in ds:
@@ -127,7 +127,7 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
 
 
 def _draw_places(ds: xr.Dataset) -> Picture:
-    """Picks on the micrographs with the most, the median and the fewest of them."""
+    """Picks on the micrographs with the most, the median and the fewest picks."""
     from matplotlib.figure import Figure
 
     order = np.argsort(ds["pick_count"].values, kind="stable")
@@ -151,7 +151,7 @@ def _draw_places(ds: xr.Dataset) -> Picture:
 
 
 def _flat(column: xr.DataArray) -> np.ndarray:
-    """Values of a ragged column as one array of floats, whether padded, nested or flat already."""
+    """Values of a ragged column as one flat array of floats, whether padded, nested or flat."""
     values = column.values
     parts = [np.asarray(v, np.float64).reshape(-1) for v in values] if values.dtype == object else [values.astype(np.float64).reshape(-1)]
     return np.concatenate(parts) if parts else np.zeros(0)

@@ -1,4 +1,4 @@
-"""Stage ``postprocess``: resolution of the half-maps under a mask, and the sharpened map."""
+"""Stage ``postprocess``: resolution of the masked half-maps, and the sharpened map."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 class PostprocessParams(Params):
     """Parameters of stage ``postprocess``."""
 
-    b_factor_angstrom2: float | None = Field(None, description="B-factor to apply, A^2, negative sharpens; fitted if left out")
+    b_factor_angstrom2: float | None = Field(None, description="B-factor to apply, A^2, negative sharpens; by default fitted")
     fit_from_angstrom: float = Field(10.0, description="lowest resolution of the B-factor fit, Angstrom", gt=0)
-    fit_to_angstrom: float | None = Field(None, description="highest resolution of the fit, Angstrom; the map's own if left out", gt=0)
-    low_pass_angstrom: float | None = Field(None, description="cut of the sharpened map, Angstrom; its resolution if left out", gt=0)
-    randomise_below_fsc: float = Field(0.8, description="phases are randomised from where the unmasked FSC falls below this", gt=0, lt=1)
+    fit_to_angstrom: float | None = Field(None, description="highest resolution of the fit, Angstrom; by default that of the map", gt=0)
+    low_pass_angstrom: float | None = Field(None, description="low-pass of the sharpened map, Angstrom; by default its resolution", gt=0)
+    randomise_below_fsc: float = Field(
+        0.8, description="phases are randomised beyond the shell where the unmasked FSC falls below this", gt=0, lt=1
+    )
     seed: int = Field(0, description="seed of the random phases", ge=0)
 
 
@@ -61,15 +63,15 @@ def postprocess(
     map_pixel_size_angstrom: float,
     context: Context,
 ) -> dict[str, Any]:
-    """Measure the resolution of the half-maps under the mask and sharpen their mean.
+    """Measure the resolution of the masked half-maps and sharpen their mean.
 
     The masked FSC is corrected for the mask by phase randomisation (Chen et al. 2013), as relion_postprocess does; the resolution is
-    the first interpolated crossing of 0.143, within the shells up to which the FSC without a mask stands out of noise by three standard
-    deviations (a mask made from noise finds the places where it agrees), and if it lasts when phases are randomised only from the end
-    of the strong shells on (a mask smears signal that ends abruptly). The mean map is weighted by sqrt(2 FSC / (1 + FSC)),
-    sharpened by the B-factor of a line through its Guinier plot (Rosenthal & Henderson 2003) and cut at the resolution. With fewer
-    than three shells between ``fit_from_angstrom`` and the resolution there is nothing to fit, and the B-factor is 0. No MTF of a
-    detector is divided out.
+    the first interpolated crossing of 0.143, within the shells up to which the unmasked FSC exceeds noise by three standard
+    deviations (a mask made from noise selects the regions where it agrees), and only if it persists when phases are randomised from the
+    end of the strong shells on (a mask smears signal that ends abruptly). The mean map is weighted by sqrt(2 FSC / (1 + FSC)),
+    sharpened by the B-factor of a line through its Guinier plot (Rosenthal & Henderson 2003) and low-pass filtered at the resolution.
+    With fewer than three shells between ``fit_from_angstrom`` and the resolution no fit is possible, and the B-factor is 0. The detector
+    MTF is not corrected.
     """
     import torch
 
@@ -81,10 +83,10 @@ def postprocess(
         raise InputError(
             f"the mask is {solvent_mask.shape}, the half-maps are {half_map.shape[1:]}",
             "the mask was made for another box",
-            "make it from these half-maps",
+            "make the mask from these half-maps",
         )
     if not np.isfinite(solvent_mask).all() or solvent_mask.min() < -1e-3 or solvent_mask.max() > 1 + 1e-3 or not solvent_mask.any():
-        raise InputError("the mask is not between 0 and 1, or is empty", "a map was given in its place", "give a mask")
+        raise InputError("the mask has values outside 0 to 1, or is empty", "it is a map, not a mask", "give a mask")
     pixel, n = float(map_pixel_size_angstrom), half_map.shape[-1]
     maps = torch.from_numpy(np.asarray(half_map, np.float32)).to(context.device)
     soft = torch.from_numpy(np.asarray(solvent_mask, np.float32)).to(context.device)
@@ -120,7 +122,7 @@ _CURVES = {
 
 @postprocess.sentence
 def says(result: Mapping[str, Any]) -> str:
-    """The figure that people ask for first."""
+    """The most important figure."""
     return f"resolution {float(result['resolution_angstrom']):.2f} A"
 
 
@@ -136,7 +138,7 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
 
 
 def draw_fsc(ds: xr.Dataset, how: str) -> Picture:
-    """The FSC curves; ``how`` the resolution was found ends the caption."""
+    """The FSC curves; ``how`` the resolution was determined ends the caption."""
     from matplotlib.figure import Figure
 
     frequency = 1.0 / ds["shell_resolution_angstrom"].values
@@ -152,7 +154,7 @@ def draw_fsc(ds: xr.Dataset, how: str) -> Picture:
     axes.set_xticks(ticks, [f"1/{1 / t:.1f}" for t in ticks])
     axes.legend(frameon=False)
     caption = (
-        f"Fourier shell correlation of the two half-maps of this run, as they are and under the soft mask of stage mask. Resolution "
+        f"Fourier shell correlation of the two half-maps of this run, unmasked and under the soft mask of stage mask. Resolution "
         f"{resolution:.2f} Å: {how}"
     )
     return Picture("Fourier shell correlation", caption, figure)
@@ -174,5 +176,5 @@ def draw_sharpened(ds: xr.Dataset) -> Picture:
             axes.set_title(f"{what} {name}", fontsize=9)
             axes.set_axis_off()
     b_factor = float(ds["b_factor_angstrom2"])
-    caption = f"Mean of the half-maps, sharpened with a B-factor of {b_factor:.0f} Å² and cut at its resolution; not masked."
+    caption = f"Mean of the half-maps, sharpened with a B-factor of {b_factor:.0f} Å² and low-pass filtered at its resolution; not masked."
     return Picture("Sharpened map", caption, figure)

@@ -17,16 +17,18 @@ if TYPE_CHECKING:
 class Refine3DParams(Params):
     """Parameters of ``refine3d``."""
 
-    symmetry: PointGroup | None = Field(None, description="point group: C1, C4, D2, T, O, I ...; that of the start map if left out")
+    symmetry: PointGroup | None = Field(None, description="point group: C1, C4, D2, T, O, I ...; by default that of the start map")
     reference: InputFile | None = Field(None, description="start map, an MRC file; by default the map of an earlier step")
-    lowpass_angstrom: float = Field(40.0, gt=0, description="resolution to which the start map is cut, Angstrom")
+    lowpass_angstrom: float = Field(40.0, gt=0, description="low-pass of the start map, Angstrom")
     mask_diameter_angstrom: float | None = Field(
         None, gt=0, description="diameter of the soft spherical mask, Angstrom; by default 0.75 of the box"
     )
     shift_range_angstrom: float | None = Field(
-        None, gt=0, description="largest shift of a particle from its pick, Angstrom; by default 0.17 of the mask's diameter"
+        None, gt=0, description="largest shift of a particle from its pick, Angstrom; by default 0.17 of the mask diameter"
     )
-    iterations: int = Field(14, ge=1, description="most iterations of the search; it ends earlier when resolution stands still")
+    iterations: int = Field(
+        14, ge=1, description="maximum number of iterations; the search ends earlier when the resolution no longer improves"
+    )
     seed: int = Field(0, description="seed of all random numbers")
 
 
@@ -52,26 +54,26 @@ class Refine3DParams(Params):
     functions="cryodask.stages._refine3d",
 )  # fmt: skip
 class refine3d:
-    """Refines a map against the particles, in two halves that never meet (gold standard).
+    """Refines a map against the particles, in two independent halves (gold standard).
 
     Expectation maximisation over orientations, in-plane angles and shifts with Gaussian noise per Fourier ring (Scheres 2012, J. Mol.
-    Biol. 415, 406). Every iteration searches all orientations. While only coarse rings are used, poses are drawn from the whole
-    posterior, which keeps noise from being aligned to the start map; then the best ones are refined over three levels. The grey scale
-    of the start map and the spread of the shifts are estimated from the data. Slices are inserted well beyond the rings that were
-    scored, so that the correlation of the half-maps there is honest; it alone decides how far the next iteration looks. The
+    Biol. 415, 406). Every iteration searches all orientations. While only coarse rings are used, poses are sampled from the whole
+    posterior, which keeps noise from being aligned to the start map; later the best ones are refined over three levels. The grey scale
+    of the start map and the spread of the shifts are estimated from the data. Slices are inserted well beyond the scored rings,
+    so that the correlation of the half-maps there is unbiased; it alone decides the resolution limit of the next iteration. The
     correlation below the low-pass limit of the start map is high by construction.
     """
 
 
 @refine3d.sentence  # type: ignore[attr-defined]  # mypy does not see what class decorators return
 def says(result: Mapping[str, Any]) -> str:
-    """The figure that people ask for first."""
+    """The most important figure."""
     return f"resolution {float(result['resolution_angstrom']):.2f} A"
 
 
 @refine3d.figures  # type: ignore[attr-defined]  # mypy does not see what class decorators return
 def draw(ds: xr.Dataset) -> Iterator[Picture]:
-    """Correlation of the halves, the way there, the map and the views."""
+    """FSC of the half-maps, resolution by iteration, the map and the views."""
     from cryodask.stages._map_pictures import draw_correlation, draw_iterations, draw_slices, draw_views
 
     if "fsc_corrected" in ds:
@@ -83,7 +85,7 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
             ds["final_map"].values,
             float(ds["map_pixel_size_angstrom"]),
             "Refined map",
-            "Sections and projections of the refined map, not sharpened.",
+            "Sections and projections of the refined, unsharpened map.",
         )
     if "rot_deg" in ds:
         yield draw_views(ds["rot_deg"].values, ds["tilt_deg"].values)

@@ -1,4 +1,4 @@
-"""Stage ``select``: particles for which an expression over their columns holds."""
+"""Stage ``select``: particles for which an expression over their columns is true."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cryodask.stage import ChoiceMark, Output, Params, SetView, port, stage
 from cryodask.stages._sets import kept_and_dropped
 from cryodask.vocabulary import CTF_COLUMNS, OPTICS, VARIABLES
 
-REASONS = {1: "the expression does not hold for it"}
+REASONS = {1: "the expression is false for it"}
 """Meaning of the numbers in ``removal_reason``."""
 
 _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
@@ -40,9 +40,9 @@ _LONGEST = 10_000
 
 
 def class_numbers(where: str) -> dict[str, list[int]]:
-    """Numbers of classes that an expression names, by the part that they belong to (``class2d``, ``class3d``).
+    """Class numbers that an expression names, by the part they belong to (``class2d``, ``class3d``).
 
-    ``class_number > 0`` and its like only ask whether a particle was classified at all, whichever classification it was: no choice.
+    ``class_number > 0`` and the like only test whether a particle was classified at all, and are not a choice.
     """
     columns = {
         name: part
@@ -61,7 +61,7 @@ def class_numbers(where: str) -> dict[str, list[int]]:
 
 
 def _conditions(node: ast.expr) -> list[ast.expr]:
-    """What ``and``, ``or`` and ``not`` join."""
+    """The operands of ``and``, ``or`` and ``not``."""
     match node:
         case ast.BoolOp(values=values):
             return [c for value in values for c in _conditions(value)]
@@ -71,7 +71,7 @@ def _conditions(node: ast.expr) -> list[ast.expr]:
 
 
 def _asks_whether_classified(condition: ast.expr) -> bool:
-    """Whether a condition is ``column >= 1``, ``column < 1``, or either the other way round: classes count from 1."""
+    """Whether a condition is ``column >= 1``, ``column < 1``, or either with sides swapped: classes are numbered from 1."""
     match condition:
         case ast.Compare(left=ast.Name(), ops=[ast.GtE() | ast.Lt()], comparators=[ast.Constant(value=1)]):
             return True
@@ -84,8 +84,8 @@ class SelectParams(Params):
     """Parameters of ``select``."""
 
     where: Annotated[str, ChoiceMark(class_numbers)] = Field(
-        description="which particles are kept, say `class_number in (1, 3) and defocus_u_angstrom < 20000`. An expression of "
-        f"{_LANGUAGE}. An unknown value (NaN) fulfils no comparison"
+        description="which particles to keep, for example `class_number in (1, 3) and defocus_u_angstrom < 20000`. An expression of "
+        f"{_LANGUAGE}. Comparisons with an unknown value (NaN) are false"
     )
 
     @field_validator("where")
@@ -96,7 +96,7 @@ class SelectParams(Params):
 
 
 _ALWAYS = frozenset({"particle_id", "half_set", *OPTICS, *CTF_COLUMNS, *ORIGINS})
-"""Columns that sets have besides those of their parts: of their exposures, and places against the box."""
+"""Columns of sets in addition to those of their parts: of their exposures, and positions relative to the box."""
 _PLACED = frozenset({f"{what}_{axis}_angstrom" for what in ("position", "box") for axis in "yx"})
 
 
@@ -108,9 +108,9 @@ def _check_columns(params: SelectParams, inputs: dict[str, list[Product]]) -> It
             continue
         there = sorted({n for n, part in of_parts.items() if part in particles.parts} | _ALWAYS)
         if name in of_parts:
-            yield f"where uses {name}, and {particles.ref} has no {of_parts[name]}: no step before it gives that."
+            yield f"where uses {name}, but {particles.ref} has no {of_parts[name]}: no earlier step gives it."
         elif name in VARIABLES and VARIABLES[name].part.startswith("exposures."):
-            yield f"where uses {name}, a figure of exposures. select_exposures and curate take limits for those."
+            yield f"where uses {name}, which belongs to exposures. Set a limit for it in select_exposures or curate."
         else:
             near = difflib.get_close_matches(name, there, 1, 0.6)
             yield f"where uses {name!r}, which is not a column of particles." + (f" Did you mean {near[0]!r}?" if near else "")
@@ -131,11 +131,11 @@ _EVERY_PART = ", ".join(f"{part}?" for part in PARTS["particles"])
     reasons=REASONS,
 )
 def select(params: SelectParams, inputs: dict[str, list[SetView]]) -> dict[str, Any]:
-    """Keep the particles for which an expression over their columns holds.
+    """Keep the particles for which an expression over their columns is true.
 
     The expression may use every column of the set: positions, scores, classes, poses, its own CTF, scores of a sorter, annotations.
-    An unknown value (NaN, or -1 of an integer column) fulfils no comparison, neither == nor !=; ``isfinite(column)`` says whether a
-    value is known. A number alone counts as true if it is known and not 0.
+    Comparisons with an unknown value (NaN, or -1 in an integer column) are false, both == and !=; ``isfinite(column)`` tests whether a
+    value is known. A number on its own is true if it is known and not 0.
     """
     view = inputs["particles"][0]
     columns = _columns(view, params.where)
@@ -144,13 +144,13 @@ def select(params: SelectParams, inputs: dict[str, list[SetView]]) -> dict[str, 
         view.ids,
         np.where(holds, 0, 1).astype(np.int8),
         stage="select",
-        usual_reason="the expression holds for no particle",
-        way_out=f"look at the values of {', '.join(names_in(params.where)) or 'the columns'} and change where",
+        usual_reason="the expression is false for all of them",
+        way_out=f"check the values of {', '.join(names_in(params.where)) or 'the columns'} and change where",
     )
 
 
 def _columns(view: SetView, where: str) -> dict[str, np.ndarray]:
-    """The columns that an expression uses; all of them where the parts of one are not known."""
+    """The columns that an expression uses; all columns if the parts of one are unknown."""
     home = {_in_sets(name): part for part in view.parts for name in columns_of("particles", part)}
     names = names_in(where)
     if names and all(name in home for name in names):
@@ -161,22 +161,22 @@ def _columns(view: SetView, where: str) -> dict[str, np.ndarray]:
 
 
 def _in_sets(name: str) -> str:
-    """What sets call a variable of the vocabulary."""
+    """Name in particle sets of a variable of the vocabulary."""
     return name.removeprefix("particle_") if VARIABLES[name].part == "particles.ctf" else name
 
 
 # --- the language --------------------------------------------------------------------------------------------------------------------
 def parse(where: str) -> ast.expr:
-    """The expression as a tree.
+    """Parse an expression into a tree.
 
     Raises
     ------
     ValueError
-        Where it is no expression, or uses what the language lacks.
+        If it is not a valid expression, or uses something that is not allowed.
     """
     text = " ".join(where.split())
     if not text:
-        raise ValueError("where is empty; write an expression, say class_number in (1, 3)")
+        raise ValueError("where is empty; write an expression, for example class_number in (1, 3)")
     if len(text) > _LONGEST:
         raise ValueError(f"where has {len(text):,} characters; {_LONGEST:,} are allowed")
     try:
@@ -191,18 +191,18 @@ def parse(where: str) -> ast.expr:
 
 
 def _check(node: ast.expr) -> None:
-    """Refuse everything that the language lacks."""
+    """Refuse everything that is not part of the language."""
     for part in _operands(node):
         _check(part)
 
 
 def _operands(node: ast.expr) -> list[ast.expr]:
-    """Expressions that a node is made of.
+    """Subexpressions of a node.
 
     Raises
     ------
     ValueError
-        For a node that the language lacks.
+        For a node that is not part of the language.
     """
     match node:
         case ast.Name(id=name):
@@ -226,7 +226,7 @@ def _operands(node: ast.expr) -> list[ast.expr]:
             for comparison, other in zip(ops, others):
                 if isinstance(comparison, (ast.In, ast.NotIn)):
                     if not isinstance(other, ast.Tuple) or not other.elts:
-                        raise ValueError(f"after `in` stands a list of values, say (1, 3) or (1,), not {ast.unparse(other)}")
+                        raise ValueError(f"`in` needs a list of values, for example (1, 3) or (1,), not {ast.unparse(other)}")
                     out += other.elts
                 elif type(comparison) in _COMPARISONS:
                     out.append(other)
@@ -235,11 +235,11 @@ def _operands(node: ast.expr) -> list[ast.expr]:
             return _only_at_the_end(out, ops, node)
         case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in _FUNCTIONS and not isinstance(argument, ast.Starred):
             return [argument]
-    raise ValueError(f"{ast.unparse(node)} is not allowed; an expression is made of {_LANGUAGE}")
+    raise ValueError(f"{ast.unparse(node)} is not allowed; expressions consist of {_LANGUAGE}")
 
 
 def _only_at_the_end(operands: list[ast.expr], ops: list[ast.cmpop], node: ast.expr) -> list[ast.expr]:
-    """A tuple is no number: `in` may only end a chain of comparisons."""
+    """Refuse `in` before the end of a chain of comparisons, because a tuple is not a number."""
     if any(isinstance(op, (ast.In, ast.NotIn)) for op in ops[:-1]):
         raise ValueError(f"nothing can be compared with the list in {ast.unparse(node)}; join comparisons with `and`")
     return operands
@@ -251,21 +251,21 @@ def names_in(where: str) -> list[str]:
 
 
 def evaluate(where: str, columns: Mapping[str, np.ndarray], count: int) -> np.ndarray:
-    """Mask `(count,)` of the particles for which an expression holds.
+    """Mask `(count,)` of the particles for which an expression is true.
 
     Parameters
     ----------
     where : str
         See :class:`SelectParams`.
     columns : mapping of arrays `(count,)`
-        Values that its names stand for.
+        Values of its names.
     count : int
         Number of particles.
 
     Raises
     ------
     InputError
-        Where the expression is wrong, or a name is none of the columns.
+        If the expression is invalid, or a name is not among the columns.
     """
     try:
         tree, used = parse(where), names_in(where)
@@ -277,7 +277,7 @@ def evaluate(where: str, columns: Mapping[str, np.ndarray], count: int) -> np.nd
             near = difflib.get_close_matches(name, known, 1, 0.6)
             raise InputError(
                 f"select.where uses {name}, which is not a column of these particles." + (f" Did you mean {near[0]}?" if near else ""),
-                "the step that gives the column is not behind these particles" if not near else "",
+                "the step that gives the column is not an ancestor of these particles" if not near else "",
                 f"use one of {', '.join(known)}" if known else "these particles have no columns",
             )
     values = {name: _as_float(columns[name]) for name in used}
@@ -292,7 +292,7 @@ def _as_float(values: np.ndarray) -> np.ndarray:
 
 
 def _true(value: Any) -> Any:
-    """Truth of a condition, or of a number: known and not 0."""
+    """Truth of a condition, or of a number (known and not 0)."""
     value = np.asarray(value)
     return value if value.dtype == bool else ~np.isnan(value) & (value != 0)
 
@@ -302,7 +302,7 @@ def _number(value: Any) -> Any:
 
 
 def _value(node: ast.expr, columns: Mapping[str, np.ndarray]) -> Any:
-    """Value of an expression that was checked: float64 or bool, one per particle or one for all."""
+    """Value of a checked expression: float64 or bool, one per particle or a single one."""
     match node:
         case ast.Name(id=name):
             return columns[name]
@@ -329,7 +329,7 @@ def _value(node: ast.expr, columns: Mapping[str, np.ndarray]) -> Any:
 
 
 def _compared(left: ast.expr, ops: list[ast.cmpop], others: list[ast.expr], columns: Mapping[str, np.ndarray]) -> Any:
-    """A chain of comparisons; NaN fulfils none, not even !=."""
+    """A chain of comparisons; false for NaN, even with !=."""
     first, out = _number(_value(left, columns)), np.True_
     for op, other in zip(ops, others):
         if isinstance(op, (ast.In, ast.NotIn)):

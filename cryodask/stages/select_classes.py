@@ -1,4 +1,4 @@
-"""Stage ``select_classes``: a person chooses which 2D classes go on."""
+"""Stage ``select_classes``: manual selection of 2D classes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class SelectClassesParams(Params):
     """Parameters of ``select_classes``."""
 
     keep: Annotated[tuple[Annotated[int, Field(ge=1)], ...], ChoiceMark] = Field(
-        (), description="numbers of the classes that go on, from 1; none: it waits"
+        (), description="numbers of the classes to keep, from 1; without any the step waits"
     )
 
 
@@ -54,14 +54,14 @@ def select_classes(
     class_score: np.ndarray | None = None,
     context: Context,
 ) -> dict[str, Any]:
-    """Keeps the particles of the classes that a person has chosen; without a choice the step waits and the run goes on beside it.
+    """Keeps the particles of manually chosen classes. Without a choice the step waits, and other branches of the run continue.
 
-    Numbers belong to one classification: when it is computed again, the step stops until the choice is looked at again.
+    Numbers belong to one classification: when it is recomputed, the step stops until the choice is confirmed or changed.
     """
     count = len(class_share)
     unknown = [k for k in params.keep if not 1 <= k <= count]
     if unknown:
-        raise InputError(f"There are no classes {unknown}: numbers run from 1 to {count}.", "", "look at the classes in the report")
+        raise InputError(f"There are no classes {unknown}: numbers run from 1 to {count}.", "", "check the classes in the report")
     number = np.asarray(class_number)
     kept = np.isin(number, params.keep)
     chosen = np.isin(np.arange(1, count + 1), params.keep)

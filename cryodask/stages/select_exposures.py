@@ -15,7 +15,7 @@ from cryodask.stage import ExposureView, Output, Params, port, stage
 
 REASONS = {
     1: "it was named in leave_out",
-    2: "its CTF fit failed or reaches only a worse resolution than worst_ctf_resolution_angstrom",
+    2: "its CTF fit failed or is worse than worst_ctf_resolution_angstrom",
     3: "its motion is unknown or larger than largest_motion_angstrom",
     4: "its defocus is unknown or smaller than least_defocus_angstrom",
     5: "its defocus is unknown or larger than largest_defocus_angstrom",
@@ -28,17 +28,17 @@ _NEEDS = {
     "least_defocus_angstrom": ("ctf", "the defocus", "ctf"),
     "largest_defocus_angstrom": ("ctf", "the defocus", "ctf"),
 }
-"""Limit -> part that it needs, in words, and the stage that gives it."""
+"""Limit -> part that it needs, its description, and the stage that gives it."""
 
 
 class SelectExposuresParams(Params):
     """Parameters of ``select_exposures``."""
 
     worst_ctf_resolution_angstrom: float | None = Field(
-        None, gt=0, description="exposures whose CTF fit reaches only a worse resolution are left out, Angstrom"
+        None, gt=0, description="exposures whose CTF fit is worse than this resolution are left out, Angstrom"
     )
     largest_motion_angstrom: float | None = Field(
-        None, gt=0, description="exposures in which the specimen travelled farther are left out, Angstrom"
+        None, gt=0, description="exposures with a larger motion of the specimen are left out, Angstrom"
     )
     least_defocus_angstrom: float | None = Field(
         None, description="exposures with a smaller defocus (mean of u and v) are left out, Angstrom, underfocus positive"
@@ -46,7 +46,7 @@ class SelectExposuresParams(Params):
     largest_defocus_angstrom: float | None = Field(
         None, description="exposures with a larger defocus (mean of u and v) are left out, Angstrom, underfocus positive"
     )
-    leave_out: list[str] = Field(default_factory=list, description="names of exposures that are left out whatever their figures")
+    leave_out: list[str] = Field(default_factory=list, description="names of exposures that are left out in any case")
 
     @model_validator(mode="after")
     def _in_order(self) -> SelectExposuresParams:
@@ -60,7 +60,7 @@ def _check(params: SelectExposuresParams, inputs: dict[str, list[Product]]) -> I
     exposures = inputs["exposures"][0]
     for name, (part, words, giver) in _NEEDS.items():
         if getattr(params, name) is not None and part not in exposures.parts:
-            yield f"{name} needs {words}, and {exposures.ref} does not give it. Add {giver} before it, or leave the limit out."
+            yield f"{name} needs {words}, which {exposures.ref} does not give. Add {giver} before it, or leave out the limit."
 
 
 @stage(
@@ -80,10 +80,10 @@ def _check(params: SelectExposuresParams, inputs: dict[str, list[Product]]) -> I
     reasons=REASONS,
 )
 def select_exposures(params: SelectExposuresParams, inputs: dict[str, list[ExposureView]]) -> dict[str, Any]:
-    """Keep the exposures whose figures lie within limits, without those that are named.
+    """Keep the exposures whose figures are within limits, without those named in ``leave_out``.
 
-    Only the limits that are given count; an exposure that lacks the figure for one of them is left out. Nothing is deleted: later
-    steps work on the exposures that are kept, and on their particles.
+    Only the given limits apply; an exposure that lacks the figure for one of them is left out. Nothing is deleted: later
+    steps work on the kept exposures and their particles.
     """
     view = inputs["exposures"][0]
     reason = np.zeros(len(view.rows), np.int8)
@@ -92,7 +92,7 @@ def select_exposures(params: SelectExposuresParams, inputs: dict[str, list[Expos
     if unknown:
         near = difflib.get_close_matches(unknown[0], view.names, 1, 0.5)
         raise InputError(
-            f"leave_out names {', '.join(map(repr, unknown))}, but no exposure of {view.name} is called so.",
+            f"leave_out names {', '.join(map(repr, unknown))}, but {view.name} has no such exposure.",
             "",
             f"correct the name{f'; did you mean {near[0]!r}?' if near else ''}",
         )
@@ -102,9 +102,9 @@ def select_exposures(params: SelectExposuresParams, inputs: dict[str, list[Expos
     kept = reason == 0
     if not kept.any():
         raise InputError(
-            f"select_exposures left no exposures of {len(view.rows)}.",
+            f"select_exposures kept none of {len(view.rows)} exposures.",
             "a limit is in the wrong unit, or too strict",
-            "look at the figures in the report and change the limits",
+            "check the figures in the report and change the limits",
         )
     rows = np.asarray(view.rows, np.int64)
     order = np.argsort(rows, kind="stable")
@@ -113,7 +113,7 @@ def select_exposures(params: SelectExposuresParams, inputs: dict[str, list[Expos
 
 
 def _outside(params: SelectExposuresParams, view: ExposureView) -> Iterator[tuple[int, np.ndarray]]:
-    """Number of the reason, and which exposures are not within the limit: those without the figure are not."""
+    """Yield the number of each reason with the exposures outside its limit, including those without the figure."""
     if params.worst_ctf_resolution_angstrom is not None:
         yield 2, ~(view.read("ctf_resolution_angstrom") <= params.worst_ctf_resolution_angstrom)
     if params.largest_motion_angstrom is not None:

@@ -1,5 +1,6 @@
-"""What is kept: Zarr shards, journals of commits, and the project folder that holds them.
+"""Storage: Zarr shards, journals of commits, and the project folder that contains them.
 
-files and lines touch the disk, shards and journal make a commit, table gathers commits as columns, generation and registry are what a
-project consists of, check finds and takes back what is damaged, datasets and particles show it all.
+``files`` and ``lines`` access the disk, ``shards`` and ``journal`` make a commit, ``table`` collects commits as columns, a project
+consists of ``generation`` and ``registry``, ``check`` finds and invalidates damaged results, ``datasets`` and ``particles`` present
+everything.
 """

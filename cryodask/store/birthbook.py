@@ -1,4 +1,4 @@
-"""All birth tables that a project ever wrote, whichever steps it has now: what is born again is compared with these."""
+"""All birth tables that a project ever wrote, whatever its current steps; new birth tables are compared with them."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ if TYPE_CHECKING:
 
 @dataclass
 class BirthBook:
-    """Reads the birth tables of an exposure from every generation on the disk, current or not, and from results that were undone."""
+    """Reads the birth tables of an exposure from every generation on disk, current or not, and from invalidated results."""
 
     project: Project
     _births: list[tuple[Generation, int]] | None = None
     _read: set[str] = field(default_factory=set)
 
     def at(self, row: int, number: int, claimed: frozenset[int] = frozenset(), *, again: bool = False) -> dict[str, np.ndarray]:
-        """What is known of the particles of an exposure, for a birth that is about to deal its ids.
+        """Known particles of an exposure, for a birth that is about to assign ids.
 
         Parameters
         ----------
         row : int
-            Of the exposure.
+            Row of the exposure.
         number : int
-            Of the birth: its own tables whole, and its particles in the tables of others.
+            Number of the birth: its own tables in full, and its particles in the tables of others.
         claimed : frozenset of int
-            Births whose particles may come back.
+            Births whose particles may be reimported.
         again : bool
-            Look at the disk again: something was written since.
+            Reread the disk, because something was written since.
         """
         wanted = np.array(sorted({number, *claimed}), np.int64)
         records: list[tuple[Record, bool]] = []
         for generation, birth in self._generations():
             stage = generation.meta["stage"]
-            # only import_project brings particles of a birth that has tables of its own here
+            # only import_project reads particles of a birth that has its own tables here
             if birth == number or birth in claimed or stage == "import_project" or (claimed and stage in ADOPTING):
                 if again or str(generation.path) not in self._read:
                     generation.journal.read()
@@ -63,7 +63,7 @@ class BirthBook:
 
 
 def _once(records: list[tuple[Record, bool]], wanted: np.ndarray) -> list[tuple[dict[str, Any], bool]]:
-    """Tables of some records, equal ones once; of another birth's table only the particles of the wanted ones."""
+    """Tables of some records without duplicates; from another birth's table only the particles of the wanted births."""
     out: list[tuple[dict[str, Any], bool]] = []
     seen: set[str] = set()
     for record, own in records:

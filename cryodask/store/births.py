@@ -1,10 +1,10 @@
-"""Birth tables: the numbers of the particles of an exposure, given once and kept for ever.
+"""Birth tables: the numbers of an exposure's particles, assigned once and kept for ever.
 
-The table of an exposure rides in the commit record of the stage that gives birth: ``particle_id``, ``particle_half``, ``pick_y``,
-``pick_x``, ``pick_score``, and ``natural_key`` where the particles have a name of their own. It is append-only: whenever and why ever it
-is computed again (after a repair, on another device, from a sorted, shorter or longer file), what has the natural key of a particle, or
-lies where it lay, is that particle. What is no longer found stays at the end of the table with the score NaN, so that its number is never
-given to another. Of a particle that is found twice, the second one is dropped.
+The table of an exposure is stored in the commit record of the stage that creates the particles: ``particle_id``, ``particle_half``,
+``pick_y``, ``pick_x``, ``pick_score``, and ``natural_key`` if the particles have names of their own. It is append-only: whenever it is
+recomputed (after a repair, on another device, from a sorted, shorter or longer file), a pick with the natural key or the position of a
+known particle is that particle. Particles that are no longer found stay at the end of the table with score NaN, so that their numbers are
+never reused. If a particle is found twice, the second one is dropped.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ KNOWN = (*TABLE, "natural_key")
 
 @dataclass(frozen=True)
 class Birth:
-    """A birth: its number in the project, and the seed by which its particles are dealt to the half-sets."""
+    """A birth: its number in the project, and the seed for assigning its particles to half-sets."""
 
     number: int
     seed: int = 0
@@ -39,9 +39,9 @@ def natural_keys(names: Any) -> np.ndarray:
 
 
 def known_of(tables: Iterable[tuple[Mapping[str, Any], bool]]) -> dict[str, np.ndarray]:
-    """Birth tables of one exposure as one, the earliest first; ``own``: whether the table is of the birth that asks.
+    """Concatenate the birth tables of an exposure, earliest first; ``own``: whether a table belongs to the current birth.
 
-    A particle occurs as often as it stands in a table: every place and natural key that it ever had tells who it is.
+    A particle occurs once per table, because every position and natural key that it ever had identifies it.
     """
     parts: dict[str, list[np.ndarray]] = {name: [np.zeros(0, VARIABLES[name].dtype)] for name in KNOWN}
     parts["own"] = [np.zeros(0, bool)]
@@ -60,19 +60,18 @@ def born(birth: Birth, row: int, found: dict[str, Any], before: Mapping[str, np.
     ----------
     birth : Birth
     row : int
-        Of the exposure.
+        Row of the exposure.
     found : dict
-        ``pick_y``, ``pick_x`` (pixels), and perhaps ``pick_score``, ``natural_key``, ``half_set`` (-1: by the rule), ``particle_id`` (of
-        particles whose id is known, 0 of others), ``placed`` (False: y and x say nothing), ``left_out_id`` (particles that nothing may
-        be taken for).
+        ``pick_y``, ``pick_x`` (pixels), and optionally ``pick_score``, ``natural_key``, ``half_set`` (-1: by the rule), ``particle_id``
+        (0 if unknown), ``placed`` (False: y and x are meaningless), ``left_out_id`` (particles that nothing may be matched with).
     before : mapping, optional
-        The table that this exposure had, or what :func:`known_of` makes of several; its particles keep their ids and halves.
+        The earlier table of this exposure, or several combined by :func:`known_of`; its particles keep their ids and halves.
 
     Returns
     -------
     dict
-        ``particle_id, particle_half, pick_y, pick_x, pick_score`` (and ``natural_key``): first what was found, in its order, each
-        particle once, then what is no longer found.
+        ``particle_id, particle_half, pick_y, pick_x, pick_score`` (and ``natural_key``): first the found particles in order, each
+        once, then those no longer found.
     """
     return _settle(birth, row, found, before)[0]
 
@@ -80,14 +79,14 @@ def born(birth: Birth, row: int, found: dict[str, Any], before: Mapping[str, np.
 def with_ids(
     birth: Birth, row: int, given: dict[str, Any], known: Mapping[str, np.ndarray] | None
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """What a stage gave, with the identity of its particles, each of them once.
+    """Add particle ids to the output of a stage, each particle once.
 
     Returns
     -------
     dict, dict
-        All values, and what the run has to tell: ``twice``, how many rows were dropped because their particle is there already, and
-        ``unproven``, how many came with an id that is not theirs here; ``none_left``, how many there were of which the source has none now;
-        ``unmatched``, how many edits concern particles that are not there.
+        All values, and counts for the run to report: ``twice``, rows dropped because their particle is present already;
+        ``unproven``, rows with an id that is not theirs here; ``none_left``, earlier rows of which the source has none now;
+        ``unmatched``, edits of particles that do not exist.
     """
     found = dict(given)
     if "claimed_id" in given:
@@ -109,12 +108,12 @@ def with_ids(
 
 
 def first_order(y: np.ndarray, x: np.ndarray, score: np.ndarray) -> np.ndarray:
-    """Order in which particles are numbered: falling score, then row, then column; so a threshold keeps a prefix."""
+    """Order of numbering: descending score, then row, then column; so a threshold keeps a prefix."""
     return np.lexsort((x, y, -score))
 
 
 def _settle(birth: Birth, row: int, found: Mapping[str, Any], before: Mapping[str, np.ndarray] | None) -> tuple[dict[str, Any], np.ndarray]:
-    """The table, and the mask of what was found that is in it."""
+    """The table, and the mask of the found particles that are in it."""
     y, x = (np.asarray(found[name], np.float32) for name in ("pick_y", "pick_x"))
     count = len(y)
     score = np.asarray(found.get("pick_score", np.zeros(count)), np.float32)
@@ -157,15 +156,15 @@ def _as_known(before: Mapping[str, np.ndarray] | None) -> Mapping[str, np.ndarra
 def _by_name(
     found: Mapping[str, Any], given: np.ndarray, lead: np.ndarray, known: Mapping[str, np.ndarray], natural: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids by what particles bring along, else by their natural keys (0: not known by these), and the mask without those found twice."""
+    """Ids given with the particles, else by natural key (0: unknown), and the mask without duplicates."""
     keys = np.asarray(natural, np.int64) if natural is not None else np.full(len(given), -1, np.int64)
     called: list[Any] = keys.tolist()
     if natural is None and found.get("placed", True):
-        # without a name of its own a particle is called by its place
+        # a particle without a name is identified by its position
         called = list(zip(*(np.round(np.asarray(found[name], np.float64), 2).tolist() for name in ("pick_y", "pick_x"))))
     named: dict[int, int] = {}
     for key, one, score, own in zip(*(known[n].tolist() for n in ("natural_key", "particle_id", "pick_score", "own"))):
-        if key >= 0 and own and (np.isfinite(score) or key not in named):  # of two that had a name, the one that had it last
+        if key >= 0 and own and (np.isfinite(score) or key not in named):  # if two had the same name, the later one
             named[key] = one
     ids, kept = given.copy(), np.ones(len(given), bool)
     taken: set[int] = set()
@@ -184,7 +183,7 @@ def _by_name(
 def _by_place(
     birth: Birth, ids: np.ndarray, fresh: np.ndarray, place: np.ndarray, known: Mapping[str, np.ndarray], not_these: np.ndarray
 ) -> None:
-    """Give what lies where a particle lay the id of that particle; `ids` is filled in."""
+    """Assign the ids of known particles by position; `ids` is filled in place."""
     taken = np.concatenate([ids[ids > 0], not_these])
     candidates = (known["own"] | (birth_of(known["particle_id"]) == birth.number)) & ~np.isin(known["particle_id"], taken)
     old = _latest(known, candidates & np.isfinite(known["pick_y"]) & np.isfinite(known["pick_x"]))
@@ -194,13 +193,13 @@ def _by_place(
 
 
 def _latest(known: Mapping[str, np.ndarray], mask: np.ndarray) -> np.ndarray:
-    """Rows of the last entry of each particle among those of a mask, in the order of the ids."""
+    """Row of the last entry of each particle within a mask, in the order of the ids."""
     rows = np.flatnonzero(mask)[::-1]
     return rows[np.unique(known["particle_id"][rows], return_index=True)[1]]
 
 
 def _halves(birth: Birth, ids: np.ndarray, given: np.ndarray, known: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Halves are written once: those of known particles (or of their parents) are what they were, others as given, else by the rule."""
+    """Half-sets are assigned once: known particles (or their parents) keep theirs, others as given, else by the rule."""
     once: dict[int, int] = {}
     for one, half in zip(known["particle_id"].tolist(), known["particle_half"].tolist()):
         once.setdefault(one, half)
@@ -210,6 +209,6 @@ def _halves(birth: Birth, ids: np.ndarray, given: np.ndarray, known: Mapping[str
 
 
 def accepted(score: np.ndarray, threshold: float | np.ndarray | None) -> np.ndarray:
-    """Mask of the particles of a birth table that count: still found, and with a score above the threshold (None: all of them)."""
+    """Mask of the accepted particles of a birth table: still found, with a score above the threshold (None: all)."""
     alive = np.isfinite(score)
     return alive if threshold is None else np.asarray(alive & (score > threshold))

@@ -1,8 +1,8 @@
-"""Whether what is committed is still there, bit by bit; and taking back what is not. Nothing is ever deleted.
+"""Verification of committed data, bit by bit, and invalidation of damaged commits. Nothing is ever deleted.
 
-A commit whose shards are missing or hold other bytes than its record says is no commit. Its journal lines are undone by a further line,
-and the next run makes the item again. Where another whole record of the row fits the shards (a second attempt renamed its files over
-those of the first), that record counts again.
+A commit whose shards are missing or do not match its record is invalid. A further journal line undoes its lines, and the next run
+recomputes the item. If another intact record of the row matches the shards (a second attempt renamed its files over those of the
+first), that record counts again.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 
 def damaged(generation: Generation) -> list[str]:
-    """One sentence for everything in a generation that does not fit its checksum, or that a dead process left."""
+    """One sentence for each item in a generation that does not match its checksum or was left by a dead process."""
     contents = Journal(generation.journal.folder).read()
-    torn = [f"journal line {line} was never finished, harmless: it counts for nothing" for line in contents.torn_lines]
+    torn = [f"journal line {line} is incomplete, harmless: it is ignored" for line in contents.torn_lines]
     lost = [f"{generation.path}: journal line {line} is damaged, its commit is lost" for line in contents.damaged_lines]
     shards = [problem for record in contents.records.values() for problem in _problems(generation, contents, record)]
     return [*torn, *lost, *damaged_compaction(generation.path), *shards]
 
 
 def repair(generation: Generation) -> list[str]:
-    """Take back every commit that does not fit its shards, set damaged journal lines aside; returns the names of the items."""
+    """Invalidate every commit that does not match its shards, set damaged journal lines aside; returns the names of the items."""
     contents = Journal(generation.journal.folder).read()
     taken = _take_back(generation, contents, list(contents.records.values()))
     with disk_errors(generation.path):
@@ -42,7 +42,7 @@ def repair(generation: Generation) -> list[str]:
 
 
 def check_files(generation: Generation) -> list[str]:
-    """Compare size and time of every committed shard with its record; read those that differ, and take back what does not fit."""
+    """Compare size and time of every committed shard with its record; read those that differ, and invalidate mismatches."""
     contents = generation.journal.read()
     touched = [record for record in contents.records.values() if not _untouched(generation, record)]
     return [problem for _, problem in _take_back(generation, contents, touched)]
@@ -75,11 +75,11 @@ def _problems(generation: Generation, contents: JournalContents, record: Record)
             continue
         other = [r for _, r in contents.lines[record["row"]] if r.get("shards", {}).get(name) == crc]
         if other:
-            yield f"{path}: damaged, it holds what another attempt made of {record['name']}, not the record that counts"
+            yield f"{path}: damaged, it holds another attempt at {record['name']}, not the one of the current record"
         elif path.stat().st_size != record.get("files", {}).get(name, [path.stat().st_size])[0]:
-            yield f"{path}: damaged, its bytes do not fit the record of {record['name']}: it has another length"
+            yield f"{path}: damaged, its length does not match the record of {record['name']}"
         else:
-            yield f"{path}: damaged, its bytes do not fit the record of {record['name']}"
+            yield f"{path}: damaged, its bytes do not match the record of {record['name']}"
 
 
 def _fits(generation: Generation, record: Record) -> bool:
@@ -93,7 +93,7 @@ def _fits(generation: Generation, record: Record) -> bool:
 
 
 def _take_back(generation: Generation, contents: JournalContents, records: list[Record]) -> list[tuple[Record, str]]:
-    """Undo those of ``records`` (each the one that counts for its row) that do not fit; returns them with the reason."""
+    """Undo those of ``records`` (the current one of each row) that do not match; returns them with the reason."""
     taken = []
     with disk_errors(generation.path):
         for record in records:
@@ -104,7 +104,7 @@ def _take_back(generation: Generation, contents: JournalContents, records: list[
             row = record["row"]
             lines = contents.lines[row]
             good = [crc for crc, r in lines if r["ok"] and _fits(generation, r)]
-            # without any good record an old failure must not count either: the item would never be made again
+            # without a good record an old failure must not count either, or the item would never be recomputed
             generation.journal.undo(row, record["name"], [crc for crc, r in lines if crc not in good and (r["ok"] or not good)], problem)
             taken.append((record, problem))
         generation.journal.close()
@@ -112,7 +112,7 @@ def _take_back(generation: Generation, contents: JournalContents, records: list[
 
 
 def _set_times(generation: Generation, record: Record) -> None:
-    """Give shards that are whole the time of their record again (a copy has another), so that they need not be read each time."""
+    """Reset the time of intact shards to that of their record (copying changes it), so that they need not be read each time."""
     for name, path in _shard_paths(generation, record):
         mtime = record.get("files", {}).get(name, [0, None])[1]
         with contextlib.suppress(OSError):

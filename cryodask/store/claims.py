@@ -1,8 +1,8 @@
-"""Claims: ids that particles bring along from outside, and which of them are proven.
+"""Claims: particle ids from outside the project, and which of them are proven.
 
-An id is a number of this project only; another project deals the same ones. So an id that comes back is believed only with a proof: the
-place at which the particle was born (which an exported file carries in columns of its own), or its natural key. An unproven claim is
-dropped, and the particle is born again under the import.
+Ids are unique within one project only; other projects use the same numbers. So an id in an imported file is accepted only with a proof:
+the particle's position at birth (which exported files have in extra columns), or its natural key. An unproven claim is dropped, and the
+particle gets a new id from the import.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import numpy as np
 from cryodask.store.identity import birth_of, copy_of, parent_of, row_of
 
 SAME_PLACE_PX = 1.0
-"""Distance within which a pick that is found again is the same particle."""
+"""Distance within which a repeated pick is the same particle."""
 ADOPTING = ("edit_picks", "import_particles", "import_project")
-"""Stages whose birth tables may hold particles of other births."""
+"""Stages whose birth tables may contain particles of other births."""
 _ROUNDING_PX = 1e-3
-"""Places went through text and single precision."""
+"""Tolerance for positions that were stored as text or in single precision."""
 _BITS = 24
 
 
 def birth_marks(y: Any, x: Any, natural_key: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Where particles were born, `(n,)` each, pixels of the exposure: the proof that an exported file carries.
+    """Positions at birth (y, x), `(n,)` each, pixels of the exposure: the proof that an exported file contains.
 
-    A particle that has no place (y and x are 0), but a natural key, is given one that is made from the key.
+    A particle without a position (y and x are 0) but with a natural key gets one that is derived from the key.
     """
     y, x = (np.asarray(a, np.float64) for a in (y, x))
     key = np.asarray(natural_key, np.int64)
@@ -36,9 +36,9 @@ def birth_marks(y: Any, x: Any, natural_key: Any) -> tuple[np.ndarray, np.ndarra
 
 
 def same_place(new: np.ndarray, old: np.ndarray) -> np.ndarray:
-    """Place in `old` of what lies within 1 px of each place of `new`, -1 where nothing does; places `(n, 2)`, pixels.
+    """Index in `old` of the position within 1 px of each position in `new`, -1 if there is none; positions `(n, 2)`, pixels.
 
-    Both must be the nearest of each other, so nobody is found twice.
+    Both must be mutual nearest neighbours, so nothing is matched twice.
     """
     from scipy.spatial import cKDTree
 
@@ -53,24 +53,23 @@ def same_place(new: np.ndarray, old: np.ndarray) -> np.ndarray:
 
 
 def proven(row: int, found: Mapping[str, Any], known: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Which claims are believed.
+    """Decide which claims are accepted.
 
     Parameters
     ----------
     row : int
-        Of the exposure.
+        Row of the exposure.
     found : mapping
-        ``claimed_id`` (0: none), and perhaps ``claimed_y, claimed_x`` (the place of birth as the file says it, pixels), ``pick_y,
-        pick_x``, ``natural_key``, ``placed``. ``claims_by_name``: the births were compared by their identity already, so an id that
-        nobody has yet is that of this particle. There all particles of a birth and exposure are believed, or none.
+        ``claimed_id`` (0: none), and optionally ``claimed_y, claimed_x`` (position at birth according to the file, pixels), ``pick_y,
+        pick_x``, ``natural_key``, ``placed``. ``claims_by_name``: the births were already matched by identity, so an unused id belongs
+        to this particle; then either all particles of a birth and exposure are accepted, or none.
     known : mapping
-        All that is known of the particles of the exposure, as :func:`cryodask.store.births.known_of` makes it.
+        Known particles of the exposure, from :func:`cryodask.store.births.known_of`.
 
     Returns
     -------
     dict
-        ``particle_id`` (0 where nothing is proven), and for copies of a particle whose claim is dropped ``lead``, the first of them, and
-        ``copy``.
+        ``particle_id`` (0 if unproven), and for copies of a particle whose claim is dropped ``lead``, the first of them, and ``copy``.
     """
     claimed = np.asarray(found["claimed_id"], np.int64)
     count, parent = len(claimed), parent_of(claimed)
@@ -88,7 +87,7 @@ def proven(row: int, found: Mapping[str, Any], known: Mapping[str, np.ndarray]) 
     )
     believed = here & there & agrees
     if found.get("claims_by_name"):
-        # numbers that name other places here were dealt apart: of that birth no number of the exposure says who a particle is
+        # the numbers were assigned independently: no number of that birth and exposure identifies a particle
         apart = np.unique(birth_of(claimed[here & there & ~agrees])) if placed else np.zeros(0, np.int64)
         believed = here & ~np.isin(birth_of(claimed), apart)
     ids = np.where(believed, claimed, 0)
@@ -102,7 +101,7 @@ def proven(row: int, found: Mapping[str, Any], known: Mapping[str, np.ndarray]) 
 
 
 def _claimed_places(found: Mapping[str, Any], count: int) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Places that prove the claims: those of birth where the file has them, else those at which the particles stand now."""
+    """Positions that prove the claims: those at birth if the file has them, else the current ones."""
     if "claimed_y" in found and "claimed_x" in found:
         return np.asarray(found["claimed_y"], np.float64), np.asarray(found["claimed_x"], np.float64), True
     if not found.get("placed", True):
@@ -111,7 +110,7 @@ def _claimed_places(found: Mapping[str, Any], count: int) -> tuple[np.ndarray, n
 
 
 def _proofs(known: Mapping[str, np.ndarray]) -> tuple[dict[int, list[tuple[float, float]]], dict[int, set[int]]]:
-    """Every place and every natural key that a particle ever had, by its id."""
+    """All positions and natural keys that each particle ever had, by id."""
     y, x = birth_marks(known["pick_y"], known["pick_x"], known["natural_key"])
     places: dict[int, list[tuple[float, float]]] = {}
     names: dict[int, set[int]] = {}

@@ -1,4 +1,4 @@
-"""The xarray face of the store: committed items only, units and long names on every variable."""
+"""xarray Datasets of the store: committed items only, with units and long names on every variable."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def generation_dataset(generation: Generation, table: Table) -> xr.Dataset:
-    """Dataset of a per-exposure generation, by micrograph, of the items in ``table``; images only where all have one size and type."""
+    """Dataset of a per-exposure generation by micrograph, for the items in ``table``; images only if all have the same size and type."""
     variables: dict[str, Any] = {}
     small = [v for v in generation.gives if v.kind != "bulk" and v.name in {*table.columns, *table.texts}]
     values = {var.name: table[var.name] for var in small}
@@ -36,7 +36,7 @@ def generation_dataset(generation: Generation, table: Table) -> xr.Dataset:
     attributes = _attrs(generation)
     sizes = set(table.layouts.tolist())
     if len(sizes) > 1:
-        attributes["images"] = f"of {len(sizes)} sizes or types: project.by_image_size(step) gives one Dataset for each"
+        attributes["images"] = f"{len(sizes)} sizes or types: project.by_image_size(step) gives one Dataset for each"
     layouts = json.loads(next(iter(sizes), "") or "{}")
     for var in generation.gives if len(sizes) <= 1 else ():
         # a movie that is read in place has no shard
@@ -48,13 +48,13 @@ def generation_dataset(generation: Generation, table: Table) -> xr.Dataset:
 
 
 def _dims_beside(var: Var, shape: tuple[int, ...], others: dict[str, Any]) -> tuple[str, ...]:
-    """Dimensions of a variable: an import has boxes beside micrographs, and each has rows and columns."""
+    """Dimensions of a variable; an import has both boxes and micrographs, each with its own rows and columns."""
     lengths = {d: n for dims, values, _ in others.values() for d, n in zip(dims, np.shape(values))}
     return tuple(f"box_{d}" if d in ("y", "x") and lengths.get(d, n) != n else d for d, n in zip(var.dims_in(per_item=True), shape))
 
 
 def _padded(values: np.ndarray, length: int) -> np.ndarray:
-    """Ragged columns of one generation brought to one length: NaN, or -1 for integers."""
+    """Pad ragged columns to a common length with NaN, or -1 for integers."""
     missing = length - values.shape[1]
     if not missing:
         return values
@@ -63,7 +63,7 @@ def _padded(values: np.ndarray, length: int) -> np.ndarray:
 
 
 def with_acceptance(dataset: xr.Dataset, threshold: float | str | None) -> xr.Dataset:
-    """A birth with ``pick_accepted`` and ``pick_count``, as the threshold of its step settles them."""
+    """Add ``pick_accepted`` and ``pick_count`` to a birth, according to the threshold of its step."""
     if "pick_score" not in dataset:
         return dataset
     limit = dataset["pick_threshold"].values[:, np.newaxis] if threshold == "auto" and "pick_threshold" in dataset else threshold
@@ -73,7 +73,7 @@ def with_acceptance(dataset: xr.Dataset, threshold: float | str | None) -> xr.Da
 
 
 def result_dataset(generation: Generation, record: Record | None) -> xr.Dataset:
-    """Dataset of a blocks, tournament or whole generation: of its one result."""
+    """Dataset of the single result of a blocks, tournament or whole generation."""
     attrs = _attrs(generation)
     if record is None:
         return xr.Dataset(attrs={**attrs, "status": "not finished"})
@@ -84,7 +84,7 @@ def result_dataset(generation: Generation, record: Record | None) -> xr.Dataset:
     dataset = xr.Dataset(variables)
     if record["shards"]:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Object at .* is not recognized")  # the journal lies within the group
+            warnings.filterwarnings("ignore", message="Object at .* is not recognized")  # the journal is inside the group
             stored = xr.open_zarr(generation.path, consolidated=False, chunks={}, mask_and_scale=False)
         dataset = dataset.merge(stored[list(record["shards"])])
     return dataset.assign_attrs(attrs)
@@ -95,7 +95,7 @@ def _attrs(generation: Generation) -> dict[str, str]:
 
 
 class StoredItems:
-    """Shards of some items as one array `(item, ...)`, for dask: every item is read from one open file, so it is never half of two."""
+    """Shards of some items as one array `(item, ...)`, for dask. Each item is read from one open file, so it never mixes two versions."""
 
     def __init__(self, generation: Generation, var: Var, rows: np.ndarray, longest: int, layout: Layout) -> None:
         self.generation, self.name, self.rows, self.layout = generation, var.name, rows, layout
@@ -112,7 +112,7 @@ def _stored_items(generation: Generation, var: Var, rows: np.ndarray, longest: i
     import dask.array as da
 
     items = StoredItems(generation, var, rows, longest, layout)
-    # the name is new each time, for an item may be committed anew.
+    # the name is new each time, because an item may be recommitted.
     # A task reads a whole image, but only a frame of a movie; tiles would make a graph of millions
     chunks = (1, *(1 if d == "frame" else max(n, 1) for d, n in zip(var.dims, items.shape[1:])))
     return da.from_array(items, chunks=chunks, name=f"{var.name}-{uuid.uuid4().hex}", asarray=False, fancy=False)
@@ -166,7 +166,7 @@ def joined_dataset(project: Project) -> xr.Dataset:
 
 
 def _spread(dataset: xr.Dataset, registry: xr.Dataset) -> xr.Dataset:
-    """A step's Dataset on all micrographs: NaN, -1 or an empty text where it has not done one."""
+    """A step's Dataset extended to all micrographs: NaN, -1 or an empty string for those it has not processed."""
     if np.array_equal(dataset["micrograph"].values, registry["micrograph"].values):
         return dataset
     kinds = {str(n): v.dtype.kind for n, v in dataset.variables.items()}
@@ -177,7 +177,7 @@ def _spread(dataset: xr.Dataset, registry: xr.Dataset) -> xr.Dataset:
 
 
 def scalar_table(project: Project) -> pd.DataFrame:
-    """One row per exposure with every number of every per-exposure step; a name that two steps give is kept as ``STEP.NAME``."""
+    """One row per exposure with every number of every per-exposure step; a name given by two steps becomes ``STEP.NAME``."""
     import pandas as pd
 
     registry = registry_dataset(project)

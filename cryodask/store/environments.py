@@ -1,7 +1,7 @@
-"""What made a result: versions of the programs and instruction set of the CPU, noted with every record.
+"""The environment of a result: software versions and CPU instruction set, stored with every record.
 
-The same movies, parameters and code give other last bits under another numpy or on another CPU. A record says in which environment it was
-made; the environments themselves stand once in ``<project>/environments/<id>.json``.
+The same movies, parameters and code give other last bits with another numpy or on another CPU. A record names the environment it was made
+in; each environment is stored once, in ``<project>/environments/<id>.json``.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from cryodask.version import VERSION
 
 PACKAGES = ("torch", "numpy", "scipy", "zarr")
 MADE_IN = "made_in"
-"""Of a record: ids of the environments in which it was made; several where workers differ."""
+"""Key in a record: ids of the environments it was made in; several if workers differ."""
 _INSTRUCTION_SETS = ("avx512f", "avx2", "avx", "sse4_2", "sve", "asimd")
 Environment = Mapping[str, str]
 
 
 @functools.cache
 def environment() -> dict[str, str]:
-    """The environment of this process: versions by package, and ``cpu``, the widest instruction set that it offers."""
+    """The environment of this process: versions by package, and ``cpu``, its widest instruction set."""
     found = {"cryodask": VERSION, "python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -48,7 +48,7 @@ def _instruction_set() -> str:
 
 
 def id_of(made_in: Environment) -> str:
-    """Short name of an environment."""
+    """Id of an environment: a short hash."""
     return _id_of(tuple(sorted(made_in.items())))
 
 
@@ -58,7 +58,7 @@ def _id_of(items: tuple[tuple[str, str], ...]) -> str:
 
 
 def note(project: Path, made_in: Environment | None = None) -> str:
-    """Write an environment (that of this process if none is given) down in a project, once; returns its id."""
+    """Store an environment (by default that of this process) in a project, once; returns its id."""
     made_in = environment() if made_in is None else dict(made_in)
     name = id_of(made_in)
     path = project / "environments" / f"{name}.json"
@@ -69,7 +69,7 @@ def note(project: Path, made_in: Environment | None = None) -> str:
 
 
 def read(project: Path, name: str) -> dict[str, str]:
-    """The environment of an id; empty if it is not known."""
+    """The environment with an id; empty if unknown."""
     try:
         found: dict[str, str] = json.loads((project / "environments" / f"{name}.json").read_text())
     except (OSError, ValueError):
@@ -78,12 +78,12 @@ def read(project: Path, name: str) -> dict[str, str]:
 
 
 def counts(records: Iterable[Mapping[str, object]]) -> Counter[str]:
-    """How many records were made in each environment, by id."""
+    """Number of records by environment id."""
     made = (record.get(MADE_IN) for record in records if record.get("ok"))
     return Counter(str(name) for names in made if isinstance(names, list) for name in names)
 
 
 def difference(before: Environment, now: Environment) -> str:
-    """What differs between two environments, as ``numpy 1.26.4 -> 2.3.0, cpu ...``."""
+    """Differences between two environments, as ``numpy 1.26.4 -> 2.3.0, cpu ...``."""
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     return ", ".join(f"{name} {before.get(name, '-')} -> {now.get(name, '-')}" for name in names)

@@ -1,4 +1,4 @@
-"""How the store touches the disk: through system calls of ``os`` alone, in an order that survives the death of the process."""
+"""Disk access of the store: only system calls of ``os``, in an order that survives a crash of the process."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from cryodask.errors import DiskError, DiskFullError, StoreError
 
 
 class Holder(Protocol):
-    """The lock of a project that this process drives."""
+    """The lock of a project whose driver this process is."""
 
     epoch: int
     thread: int
 
     def check(self) -> None:
-        """Raise TakenOverError if another driver has the project now."""
+        """Raise TakenOverError if another driver has taken the project over."""
         ...
 
 
@@ -29,18 +29,18 @@ _HOLDERS: dict[str, Holder] = {}
 
 
 def register_holder(folder: Path, holder: Holder) -> None:
-    """From now on nothing is written below a project's folder without asking its lock first."""
+    """Have every write below a project's folder check its lock first."""
     _HOLDERS[os.path.abspath(folder)] = holder
 
 
 def unregister_holder(folder: Path, holder: Holder) -> None:
-    """The lock is given back."""
+    """Stop checking a released lock."""
     if _HOLDERS.get(os.path.abspath(folder)) is holder:
         del _HOLDERS[os.path.abspath(folder)]
 
 
 def holder_of(path: str | Path) -> Holder | None:
-    """The lock under which this process may write at a path; None where it drives no project there (a worker, a reader)."""
+    """The lock that covers a path in this process; None if it drives no project there (a worker, a reader)."""
     if not _HOLDERS:
         return None
     place = os.path.abspath(path)
@@ -60,7 +60,7 @@ def check_writable(path: str | Path) -> None:
 
 
 def check_still_driving() -> None:
-    """Raise TakenOverError if this thread has lost a project that it drives: for loops that wait long before they write again."""
+    """Raise TakenOverError if this thread has lost its project; for loops that wait long before they write again."""
     for holder in list(_HOLDERS.values()):
         if holder.thread == threading.get_ident():
             holder.check()
@@ -68,28 +68,28 @@ def check_still_driving() -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk and a missing permission into errors that say what to do; they stop a run, whoever meets them."""
+    """Turn a full disk or a missing permission into errors that say what to do; they always stop the run."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise DiskFullError(
                 f"No space is left for {path} ({error.strerror}).",
-                "the disk, your quota or a limit on the size of files is used up; everything committed so far is safe",
-                "free some space (cryodask gc removes superseded results) and run the same command again: it resumes",
+                "the disk is full, or a quota or file size limit is reached; everything committed so far is safe",
+                "free some space (cryodask gc removes superseded results) and rerun the same command: it resumes",
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
             kind = DiskError if error.errno == errno.EROFS else StoreError
             raise kind(
                 f"{error.filename or path} cannot be written: {error.strerror}.",
-                "the folder belongs to somebody else, a file of that name is in the way, or the file system is mounted read-only",
-                "choose another folder for the project, or ask for write permission",
+                "you have no write permission, a file of that name exists, or the file system is mounted read-only",
+                "choose another folder for the project, or get write permission",
             ) from error
         raise
 
 
 def fsync_folder(folder: str | Path) -> None:
-    """Make a rename or a new file in ``folder`` survive a crash of the machine."""
+    """Sync ``folder``, so that a rename or a new file in it survives a crash of the machine."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -98,17 +98,17 @@ def fsync_folder(folder: str | Path) -> None:
 
 
 def write_all(fd: int, data: bytes | memoryview) -> None:
-    """Write all of ``data``: one call may write less."""
+    """Write all of ``data``; a single ``os.write`` may write less."""
     view = memoryview(data)
     while len(view):
         view = view[os.write(fd, view) :]
 
 
 def write_atomically(path: Path, data: str | bytes | memoryview) -> None:
-    """Put a file in place as a whole: what stood under its name stays until the new one is safe on the disk.
+    """Replace a file atomically: the old content stays until the new one is safely on disk.
 
-    Whoever takes a project over removes the ``.part`` files first. So the lock is asked when the part is there: a driver that is stopped
-    between the answer and the rename no longer has anything to rename when it wakes.
+    A driver that takes a project over removes the ``.part`` files first. So the lock is checked after the part is written: a driver that is
+    suspended between check and rename has nothing to rename when it wakes.
     """
     part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident():x}.part")
     try:
@@ -128,10 +128,10 @@ def write_atomically(path: Path, data: str | bytes | memoryview) -> None:
 
 
 def append(path: Path, data: bytes) -> None:
-    """Add lines to a file that has one writer, and wait until they are on the disk.
+    """Append lines to a file with a single writer, and wait until they are on disk.
 
-    Whoever takes a project over replaces such files by copies. So the lock is asked when the file is open: what a driver still writes that
-    was stopped after the answer goes into the file that was replaced.
+    A driver that takes a project over replaces such files by copies. So the lock is checked after the file is opened: if this driver is
+    suspended after the check, it later writes into the replaced file.
     """
     new = not path.exists()
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)

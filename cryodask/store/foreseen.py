@@ -1,4 +1,4 @@
-"""A per-exposure generation as a run would leave it: what it holds, and what it would take over from others. Nothing is written."""
+"""A per-exposure generation as a run would leave it: its own results and those it would link from others. Nothing is written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cryodask.store.table import Table
 
 
 class Foreseen(Generation):
-    """Shows the small variables of ``records``; images that would be taken over are not there yet."""
+    """Has the small variables of ``records``; images that would be linked are not available yet."""
 
     def __init__(self, path: str | Path, meta: dict[str, Any], records: dict[int, Record]) -> None:
         super().__init__(path)
@@ -23,10 +23,10 @@ class Foreseen(Generation):
         return self._records
 
     def table(self, names: Iterable[str] | None = None) -> Table:
-        """The same as columns."""
+        """These records as columns."""
         small = [v.name for v in self.gives if v.kind != "bulk"]
         return Table.of(self._records, self.gives, small if names is None else names)
 
     def stamp(self) -> tuple[Any, ...]:
-        """Never that of the generation on the disk."""
+        """Never equal to that of the generation on disk."""
         return ("foreseen", id(self))

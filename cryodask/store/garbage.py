@@ -1,4 +1,4 @@
-"""What of a project can be removed: generations that nothing needs, and nothing that a kept one rests on."""
+"""What can be removed from a project: generations that nothing needs, and on which no kept one depends."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class _Result:
 
 
 def superseded(project: Project, *, last_results: bool = False) -> list[Path]:
-    """Folders that nothing needs.
+    """Folders that are not needed.
 
-    Needed are the current results of steps, those with a name, and the last finished one of every step that the project ever had (unless
-    ``last_results``), each with everything that it rests on.
+    Needed are the current results of steps, named results, and the last finished result of every step that the project ever had (unless
+    ``last_results``), each with everything that it depends on.
     """
     needed: set[str] = set()
     starts: list[tuple[str, str | None]] = [(place, None) for place in project.state.kept]
@@ -48,14 +48,14 @@ def superseded(project: Project, *, last_results: bool = False) -> list[Path]:
 
 
 def _last_results(project: Project) -> list[tuple[str, str | None]]:
-    """Of every step that the project ever had its last finished result; of one that never finished the result with most items."""
+    """The last finished result of every step that the project ever had; if it never finished, the result with most items."""
     of_step: dict[str, list[_Result]] = {}
     for folder in generation_folders(project.path):
         place = f"{folder.parent.name}/{folder.name}"
         lines = read_lines(folder)
         for label, line in lines.items():
             of_step.setdefault(label, []).append(_Result(place, label, line.finished, line.since))
-        if not lines:  # whose it was is not known: it counts for its stage
+        if not lines:  # its step is unknown, so it counts for its stage
             generation = project.generation_at(place)
             one = _Result(place, None, bool(generation.committed()), float(generation.meta["created"]))
             of_step.setdefault(f"{folder.parent.name}/", []).append(one)
@@ -76,7 +76,7 @@ def collect_garbage(project: Project, *, last_results: bool = False) -> int:
     freed = 0
     for folder in superseded(project, last_results=last_results):
         if folder.suffix != ".part":
-            # noted first: whoever asks for it later is told, wherever this is stopped
+            # recorded first, so that later requests are told about it even if this is interrupted
             project.state.removed[f"{folder.parent.name}/{folder.name}"] = round(time.time(), 3)
             project.save()
         freed += _remove(folder)
@@ -87,7 +87,7 @@ def _remove(folder: Path) -> int:
     freed = size_of(folder)
     with disk_errors(folder):
         check_writable(folder)
-        if folder.suffix != ".part":  # half a generation must never stand under its key
+        if folder.suffix != ".part":  # a partial generation must never exist under its key
             folder = folder.rename(folder.with_name(f"{folder.name}.{time.time_ns()}.part"))
         shutil.rmtree(folder)
     return freed

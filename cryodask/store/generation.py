@@ -1,8 +1,8 @@
-"""One generation of a stage: a Zarr group whose key is a hash of all that its results depend on.
+"""One generation of a stage: a Zarr group whose key is a hash of everything its results depend on.
 
-``<project>/stages/<stage>/<key>/`` holds ``zarr.json`` (what made it), one array a bulk variable (one shard file an item), ``journal/``
-with the commit records, in which every small variable rides, and ``columns.npz``, a cache of these (see table.py). Arrays and the cache
-are made by the driver; workers write shards and journal lines only.
+``<project>/stages/<stage>/<key>/`` contains ``zarr.json`` (what made it), one array per bulk variable (one shard file per item),
+``journal/`` with the commit records, which include all small variables, and ``columns.npz``, a cache of these (see table.py). The driver
+makes the arrays and the cache; workers write shards and journal lines only.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def generation_key(parts: dict[str, Any]) -> str:
 
 
 class Generation:
-    """A generation on disk. Cheap to make and to pickle: all is read when first needed, and then only what came since."""
+    """A generation on disk. Cheap to create and to pickle: data are read on first use, and then incrementally."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -69,9 +69,9 @@ class Generation:
         per_item: bool,
         grids: Mapping[str, Grid] | None = None,
     ) -> Generation:
-        """Open the generation at ``path``, or make it (driver only).
+        """Open the generation at ``path``, or create it (driver only).
 
-        ``grids`` has one entry a data set; arrays of the first bear the names of their variables, those of another size stand beside them.
+        ``grids`` has one entry per data set; arrays of the first are named after their variables, those of other sizes get longer names.
         """
         grids = grids or {"": Grid({}, {})}
         made = cls(path)
@@ -101,19 +101,19 @@ class Generation:
                     for layout in dict.fromkeys(layout_on(var, grid) for grid in grids.values()):
                         create_array(group, made.array_name(var, layout), var, layout)
             (part / "journal").mkdir()
-            for folder, _, names in os.walk(part):  # zarr syncs nothing, and without its metadata a generation is lost
+            for folder, _, names in os.walk(part):  # zarr does not fsync, and a generation is lost without its metadata
                 for name in names:
                     fsync_folder(os.path.join(folder, name))
                 fsync_folder(folder)
             check_writable(path)
-            if path.exists() and not (path / "zarr.json").exists():  # what an interrupted removal left; gc takes it later
+            if path.exists() and not (path / "zarr.json").exists():  # left by an interrupted removal; gc removes it later
                 os.rename(path, path.with_name(f"{path.name}.{time.time_ns()}.part"))
             os.rename(part, path)
             fsync_folder(path.parent)
         return made
 
     def _admit(self, grids: Mapping[str, Grid]) -> None:
-        """Arrays for data sets whose images have another size than those known so far."""
+        """Create arrays for data sets with new image sizes."""
         known = self.grids
         added = {name: grid for name, grid in grids.items() if known.get(name) != grid}
         if not added:
@@ -143,9 +143,9 @@ class Generation:
                 self._meta = json.loads((self.path / "zarr.json").read_text())["attributes"]["cryodask"]
             except (FileNotFoundError, ValueError, KeyError) as error:
                 raise StoreError(
-                    f"{self.path} is no result of a stage: its zarr.json is missing or damaged ({type(error).__name__}).",
+                    f"{self.path} is not a valid result of a stage: its zarr.json is missing or damaged ({type(error).__name__}).",
                     "the folder was removed or changed by hand",
-                    "remove this folder and run the project again: it is made anew",
+                    "remove this folder and rerun the project: it is recomputed",
                 ) from error
             recall(self._meta.get("variables", {}))
         return self._meta
@@ -157,7 +157,7 @@ class Generation:
 
     @property
     def gives(self) -> list[Var]:
-        """Variables it holds."""
+        """Variables it contains."""
         return [VARIABLES[name] for name in self.meta["gives"] if name in VARIABLES]
 
     def _bulk(self) -> list[Var]:
@@ -169,14 +169,14 @@ class Generation:
         return {name: Grid(*grid) for name, grid in self.meta["grids"].items()}
 
     def layout(self, var: Var, record: Record | None = None) -> Layout:
-        """Shape, chunks and type of a bulk variable: of one item, or as the first data set has it."""
+        """Shape, chunks and dtype of a bulk variable: for one item, or by default for the first data set."""
         own = (record or {}).get("layouts", {}).get(var.name)
         if own is not None:
             return Layout.of(tuple(own[0]), var.chunk, own[1])
         return layout_on(var, Grid(self.meta["sizes"], self.meta["dtypes"]))
 
     def array_name(self, var: Var, layout: Layout) -> str:
-        """Name of the Zarr array for a layout: that of the variable, with size and type where another data set came first."""
+        """Name of the Zarr array for a layout: that of the variable, with size and type unless it is the first data set's layout."""
         return var.name if layout == self.layout(var) else name_of_size(var, layout)
 
     def shard_path(self, name: str, row: int, ndim: int) -> Path:
@@ -193,17 +193,17 @@ class Generation:
 
     # --- commit -------------------------------------------------------------------------------------------------------------
     def commit(self, row: int, name: str, values: dict[str, Any], *, grid: Grid | None = None, **info: Any) -> Record:
-        """Write all bulk variables of an item, then its record: after this it exists, before it does not.
+        """Write all bulk variables of an item, then its record; only then does the item exist.
 
-        ``grid``: the only sizes and types that count, where those of the item's data set are known. ``info`` goes into the record; a worker
-        says there as ``epoch`` for which driver it works.
+        ``grid``: the required sizes and types, if those of the item's data set are known. ``info`` is added to the record; a worker
+        passes the ``epoch`` of its driver.
 
         Raises
         ------
         MicrographError
-            Where a value does not fit.
+            If a value has the wrong shape or type.
         TakenOverError
-            Where the driver was overtaken.
+            If another driver took the project over.
         """
         self.journal.refuse_void(info.get("epoch", 0))
         columns: dict[str, Any] = {}
@@ -215,7 +215,7 @@ class Generation:
                 check_dimensions(var, value, name)
                 if var.kind == "bulk":
                     if not getattr(value, "stored", True):
-                        continue  # a movie that is used where it lies
+                        continue  # a movie that is read in place
                     layout = layout_on(var, grid) if grid is not None else self._layout_of_value(var, value)
                     array = self.array_name(var, layout)
                     if array != var.name:
@@ -232,7 +232,7 @@ class Generation:
         return record
 
     def _layout_of_value(self, var: Var, value: Any) -> Layout:
-        """The first data set's layout where the value fits it, else that of another data set of its size and type."""
+        """The first data set's layout if the value fits it, else that of another data set with its size and type."""
         usual = self.layout(var)
         if fits(var, value, usual):
             return usual
@@ -240,7 +240,7 @@ class Generation:
         return own if (self.path / self.array_name(var, own) / "zarr.json").exists() else usual
 
     def link(self, other: Generation, records: list[Record]) -> None:
-        """Take items over from another generation of the same stage: hard links to its shards, one journal line each (driver only)."""
+        """Link items from another generation of the same stage: hard links to its shards, one journal line each (driver only)."""
         with disk_errors(self.path):
             check_writable(self.path)
             taken = [self._laid_out_here(other, record) for record in records]
@@ -263,7 +263,7 @@ class Generation:
                 self.journal.append(*linked)
 
     def _laid_out_here(self, other: Generation, record: Record) -> Record:
-        """The record of another generation, whose first data set may be another one."""
+        """A record of another generation adapted to this one, whose first data set may differ."""
         layouts = {}
         for name in record["shards"]:
             layout = other.layout(VARIABLES[name], record)
@@ -273,7 +273,7 @@ class Generation:
         return {**bare, "layouts": layouts} if layouts else bare
 
     def commit_failure(self, row: int, name: str, error: str, message: str, tries: int, **info: Any) -> None:
-        """Quarantine an item: a record like any other, so that it can be listed and undone."""
+        """Quarantine an item with a record like any other, so that it can be listed and undone."""
         with disk_errors(self.path):
             self.journal.append(
                 {
@@ -294,9 +294,9 @@ class Generation:
         return self.path.parents[2]
 
     def commit_result(self, values: dict[str, Any], made_in: Iterable[Environment] = (), **info: Any) -> Record:
-        """Write the one result of a blocks, tournament or whole stage (driver only).
+        """Write the single result of a blocks, tournament or whole stage (driver only).
 
-        ``made_in`` are the environments of the workers that computed it; that of this process if none is given.
+        ``made_in``: environments of the workers that computed it; by default that of this process.
         """
         import zarr
 
@@ -334,47 +334,47 @@ class Generation:
 
     # --- reading ------------------------------------------------------------------------------------------------------------
     def records(self) -> dict[int, Record]:
-        """Records that count, by row (failures included)."""
+        """Current records by row, including failures."""
         return self.journal.read().records
 
     def committed(self) -> dict[int, Record]:
-        """Records of the items that exist."""
+        """Records of committed items."""
         return {row: r for row, r in self.records().items() if r["ok"]}
 
     def table(self, names: Iterable[str] | None = None) -> Table:
-        """Committed items of a map stage as columns, with all of its small variables or those named; failures as records."""
+        """Committed items of a map stage as columns, with all or the named small variables; failures as records."""
         gives = self.gives
         return self._tables.read(gives, _small(gives) if names is None else names)[0]
 
     def read(self, record: Record, name: str) -> Any:
-        """A variable of a committed item: number, text, array; a movie comes as frames."""
+        """A variable of a committed item: number, string or array; a movie is returned as frames."""
         var = VARIABLES[name]
         if name in record["columns"]:
             return decode_value(record["columns"][name])
         if not self.meta["per_item"]:
             if name not in record["shards"]:
                 return np.zeros((0,) * len(var.dims), var.dtype)
-            # not through zarr: its event loop and threads cost more CPU than the columns of millions of particles
+            # not through zarr: its event loop and threads cost more CPU than reading the columns of millions of particles
             layout = Layout.of_array(self.path / name)
             return ShardReader(self.shard_path(name, 0, len(layout.shape)), layout).read(record["shards"][name])
         reader = self.bulk_reader(record, name)
         return reader if var.dims[0] == "frame" else reader.read()
 
     def _variable(self, name: str) -> Var:
-        """A variable; in a process that lacks the package which defines it, as the generation describes it."""
+        """A variable; described by the generation if the package that defines it is not installed."""
         if name not in VARIABLES:
             recall(self.meta.get("variables", {}))
         return VARIABLES[name]
 
     def shard(self, row: int, name: str, length: int | None = None, layout: Layout | None = None) -> ShardReader:
-        """Reader of an item's shard; ``length`` cuts a ragged item to its own, ``layout`` is its own (by default the usual one)."""
+        """Reader of an item's shard; ``length``: true length of a ragged item, ``layout``: by default the usual one."""
         var = self._variable(name)
         layout = layout or self.layout(var)
         array = self.array_name(var, layout)
         return ShardReader(self.shard_path(array, row, len(layout.shape)), layout, length)
 
     def bulk_reader(self, record: Record, name: str) -> ShardReader:
-        """Reader of an item's shard; a ragged item is cut to its own length."""
+        """Reader of an item's shard; a ragged item has its true length."""
         length = None
         if VARIABLES[name].ragged:
             ragged = next((record["columns"][v.name] for v in self.gives if v.kind != "bulk" and v.ragged), None)
@@ -382,19 +382,19 @@ class Generation:
         return self.shard(record["row"], name, length, self.layout(VARIABLES[name], record))
 
     def dataset(self) -> xr.Dataset:
-        """What is committed, as a lazy Dataset: columns in memory, bulk variables as dask arrays."""
+        """All committed items as a lazy Dataset: columns in memory, bulk variables as dask arrays."""
         from cryodask.store.datasets import generation_dataset, result_dataset
 
         return generation_dataset(self, self.table()) if self.meta["per_item"] else result_dataset(self, self.committed().get(0))
 
     # --- care ---------------------------------------------------------------------------------------------------------------
     def compact(self) -> None:
-        """Lay the columns of all committed items into one file, so that opening 10,000 of them costs little (driver only)."""
+        """Write the columns of all committed items into one file, so that opening 10,000 of them is cheap (driver only)."""
         with disk_errors(self.path):
             write_compaction(self.path, *self._tables.read(self.gives, _small(self.gives)))
 
     def stamp(self) -> tuple[Any, ...]:
-        """Changes with every commit and every invalidation; costs one listing of the journals."""
+        """A value that changes with every commit and invalidation; costs one listing of the journals."""
         try:
             with os.scandir(self.path / "journal") as entries:
                 return tuple(sorted((e.name, e.stat().st_size, e.stat().st_ino) for e in entries))
@@ -402,19 +402,19 @@ class Generation:
             return ()
 
     def tail_length(self) -> int:
-        """Commit records that a reader has to parse: those that the compaction lacks."""
+        """Number of commit records that are not in the compaction, which a reader has to parse."""
         return self._tables.tail_length()
 
     def check_files(self) -> list[str]:
-        """Take back the commits whose shards are missing or not theirs, by size and time, then bytes (driver only); a sentence each."""
+        """Invalidate commits whose shards are missing or do not match, by size and time, then bytes (driver only); one sentence each."""
         return check.check_files(self)
 
     def damaged(self) -> list[str]:
-        """Read everything again: one sentence for what does not fit its checksum, or was left behind."""
+        """Reread everything: one sentence per item that does not match its checksum or was left behind."""
         return check.damaged(self)
 
     def repair(self) -> list[str]:
-        """Take the commits of damaged items back, so that the next run makes them again (driver only); their names."""
+        """Invalidate damaged items, so that the next run recomputes them (driver only); returns their names."""
         return check.repair(self)
 
 
@@ -436,7 +436,7 @@ def _record(row: int, name: str, columns: dict[str, Any], shards: dict[str, Shar
 
 
 def consumed_key(generation: Generation, rows: list[int]) -> str:
-    """Hash of the content of some committed items: what a blocks or whole stage was computed from."""
+    """Hash of the content of some committed items that a blocks or whole stage was computed from."""
     records = generation.committed()
     text = ",".join(f"{row}:{content_crc(records[row])}" for row in rows)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -1,4 +1,4 @@
-"""What a project has computed so far: every generation, listed, opened, compared, and named."""
+"""The history of a project: listing, opening, comparing and naming its generations."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 class Made:
     """One generation.
 
-    ``steps`` are the steps whose current result it is. ``finished``: it is whole, of a per-exposure step for all exposures that there were.
-    ``inputs`` are the results that it was made from, ``STEP@KEY`` by input; ``parts`` the places of their parts, by input and part.
+    ``steps``: steps whose current result it is. ``finished``: it is complete; for a per-exposure step, for all exposures at that time.
+    ``inputs``: results that it was made from, ``STEP@KEY`` by input; ``parts``: places of their parts, by input and part.
     """
 
     stage: str
@@ -52,12 +52,12 @@ class Made:
 
 
 def generation_folders(project: Path) -> list[Path]:
-    """Folders of all generations, whole ones only."""
+    """Folders of all complete generations."""
     return sorted(p for p in project.glob("stages/*/*") if p.suffix != ".part" and (p / "zarr.json").is_file())
 
 
 def births_on_disk(project: Path) -> dict[str, int]:
-    """Numbers of births by identity key, as the generations themselves know them."""
+    """Numbers of births by identity key, as recorded in the generations."""
     out: dict[str, int] = {}
     for folder in generation_folders(project):
         try:
@@ -70,12 +70,12 @@ def births_on_disk(project: Path) -> dict[str, int]:
 
 
 def made(project: Project, label: str | None = None) -> list[Made]:
-    """Generations of the stage of a step (of all if None), the newest last. ``label`` may be a step of before, or a stage.
+    """Generations of a step's stage (of all stages if None), newest last. ``label`` may be a former step or a stage.
 
     Raises
     ------
     StoreError
-        Where there are none, saying whether gc removed them.
+        If there are none; the message says whether gc removed them.
     """
     folders = generation_folders(project.path)
     if label is not None:
@@ -84,7 +84,7 @@ def made(project: Project, label: str | None = None) -> list[Made]:
         if not folders:
             gone = [place for place in project.state.removed if place.partition("/")[0] in stages]
             if gone:
-                raise StoreError(f"No result of {label} is left: {_removed(project, gone)}.", "", "run the project to compute it again")
+                raise StoreError(f"No result of {label} is left: {_removed(project, gone)}.", "", "run the project to recompute it")
             project.step(label)
     current: dict[str, list[str]] = {}
     for step in project.stages:
@@ -94,7 +94,7 @@ def made(project: Project, label: str | None = None) -> list[Made]:
 
 
 def _stages_of(project: Project, label: str, folders: list[Path]) -> set[str]:
-    """The stage of a step, of one that the project had before, or the stage of that name."""
+    """The stage of a current or former step, or the stage of that name."""
     if label in project:
         return {project.step(label).stage}
     return {f.parent.name for f in folders if label in read_lines(f)} or {label}
@@ -145,7 +145,7 @@ def _names(refs: list[ProductRef]) -> list[str]:
 
 
 def _parts(line: Line) -> dict[str, str]:
-    """Places of the ids and parts of what a step took: two results may differ in what lies behind the steps before them only."""
+    """Places of the ids and parts of a step's inputs: two results may differ only in earlier ancestors."""
     out: dict[str, str] = {}
     for port, refs in line.inputs.items():
         for number, ref in enumerate(refs):
@@ -161,17 +161,19 @@ def _parts(line: Line) -> dict[str, str]:
 
 
 def place_named(project: Project, which: str) -> str:
-    """``STAGE/KEY`` of ``STEP``, ``STEP@KEY`` (the beginning of a key is enough), or a name that was given.
+    """``STAGE/KEY`` of ``STEP``, ``STEP@KEY`` (a prefix of the key is enough), or a name given by ``keep``.
 
     Raises
     ------
     StoreError
-        Where there is none, saying whether gc removed it.
+        If there is none; the message says whether gc removed it.
     """
     place = _place_named(project, which)
     if not (project.path / "stages" / place / "zarr.json").is_file():
         said = _removed(project, [place]) if place in project.state.removed else "its folder was removed"
-        raise StoreError(f"{which} is {place.replace('/', '@')}, which is gone: {said}.", "", "cryodask history lists what there is")
+        raise StoreError(
+            f"{which} is {place.replace('/', '@')}, which is gone: {said}.", "", "list the existing results with cryodask history"
+        )
     return place
 
 
@@ -183,7 +185,7 @@ def _place_named(project: Project, which: str) -> str:
     if not at:
         return project.step(label).place
     if not key:
-        raise StoreError(f"No key stands after the @ of {which!r}.", "", f"write {label} for its current result, or {label}@KEY")
+        raise StoreError(f"No key follows the @ in {which!r}.", "", f"write {label} for its current result, or {label}@KEY")
     all_made = made(project, label)
     found = [m for m in all_made if m.key.startswith(key)]
     if len(found) == 1:
@@ -191,10 +193,10 @@ def _place_named(project: Project, which: str) -> str:
     stages = _stages_of(project, label, generation_folders(project.path))
     gone = [p for p in project.state.removed if p.partition("/")[0] in stages and p.partition("/")[2].startswith(key)]
     if gone and not found:
-        raise StoreError(f"{which} is gone: {_removed(project, gone)}.", "", "cryodask history lists what there is")
+        raise StoreError(f"{which} is gone: {_removed(project, gone)}.", "", "list the existing results with cryodask history")
     known = ", ".join(m.key for m in all_made) or "none"
-    what = "is not one" if not found else f"begins {len(found)} of them"
-    raise StoreError(f"Step {label} has the generations {known}; {key!r} {what}.", "", "cryodask history lists them")
+    what = "matches none" if not found else f"matches {len(found)} of them"
+    raise StoreError(f"Step {label} has the generations {known}; {key!r} {what}.", "", "list them with cryodask history")
 
 
 def open_generation(project: Project, label: str, key: str) -> xr.Dataset:
@@ -203,12 +205,12 @@ def open_generation(project: Project, label: str, key: str) -> xr.Dataset:
 
 
 def keep(project: Project, which: str, name: str) -> str:
-    """Name a generation, so that it is kept with all that it rests on; an empty name removes the name. Returns ``STAGE/KEY``.
+    """Name a generation, so that it is kept with everything it depends on; an empty name removes it. Returns ``STAGE/KEY``.
 
     Raises
     ------
     StoreError
-        Where the name could be taken for something else, or the generation holds nothing yet.
+        If the name is ambiguous, or the generation is not finished.
     """
     name = name.strip()
     if not name:
@@ -223,17 +225,17 @@ def keep(project: Project, which: str, name: str) -> str:
         raise StoreError(
             f"{other.replace('/', '@')} is called {name!r} already.",
             "two results cannot share a name",
-            f"keep PROJECT {name!r} '' removes it",
+            f"remove the other name with  keep PROJECT {name!r} ''",
         )
     stages = {folder.parent.name for folder in generation_folders(project.path)}
     if "@" in name or name.partition(".")[0] in {*project.stages, *stages}:
         raise StoreError(
-            f"{name!r} cannot be the name of a result: it reads like a step or STEP@KEY.", "", 'take other words, say "best so far"'
+            f"{name!r} cannot be the name of a result: it looks like a step or STEP@KEY.", "", 'use another name, for example "best so far"'
         )
     if not project.generation_at(place).committed():
         raise StoreError(
-            f"{place.replace('/', '@')} holds nothing that could be kept: it is not finished.",
-            "the run was stopped in the middle of it",
+            f"{place.replace('/', '@')} cannot be kept: it is not finished.",
+            "its run was stopped",
             "run the project again, then name it",
         )
     project.state.kept[place] = name
@@ -242,7 +244,7 @@ def keep(project: Project, which: str, name: str) -> str:
 
 
 def compare(project: Project, first: str, second: str) -> pd.DataFrame:
-    """Parameters, inputs and figures of two generations that differ: a table with a column each; no rows where nothing differs."""
+    """Differences in parameters, inputs and figures of two generations: a table with one column each; no rows if none differ."""
     import pandas as pd
 
     rows: dict[str, list[Any]] = {}
@@ -259,7 +261,7 @@ def compare(project: Project, first: str, second: str) -> pd.DataFrame:
 
 
 def curves(project: Project, *which: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """FSC curves of generations that have one: spatial frequency (1/angstrom) and corrected FSC."""
+    """FSC curves of the generations that have one: spatial frequency (1/angstrom) and corrected FSC."""
     out = {}
     for name in which:
         generation = project.generation_at(place_named(project, name))
@@ -272,10 +274,12 @@ def curves(project: Project, *which: str) -> dict[str, tuple[np.ndarray, np.ndar
 
 # --- one particle ------------------------------------------------------------------------------------------------------------
 def where(project: Project, particle: int | str) -> list[tuple[str, str]]:
-    """What became of one particle, step by step."""
+    """What happened to one particle, step by step."""
     wanted = parse_id(particle)
     if wanted <= 0 or wanted >= 2**63 or not int(birth_of(wanted)):
-        raise InputError(f"{particle} is not the id of a particle.", "births count from 1", "write birth.row.number, say 1.12.7")
+        raise InputError(
+            f"{particle} is not the id of a particle.", "births are numbered from 1", "write birth.row.number, for example 1.12.7"
+        )
     row = int(row_of(wanted))
     out = [("", f"particle {id_text(wanted)} ({wanted}) of {_exposure(project, row)}")]
     for label in project.stages:
@@ -293,7 +297,7 @@ def _exposure(project: Project, row: int) -> str:
     former = project.registered().get(row)
     if former is None:
         return f"an exposure in row {row}, which the project never had"
-    return f"exposure {former.name}, which does not count now"
+    return f"exposure {former.name}, which is not active now"
 
 
 def _found(project: Project, label: str, ref: Any, wanted: int) -> str:
@@ -303,13 +307,13 @@ def _found(project: Project, label: str, ref: Any, wanted: int) -> str:
     if wanted in ids:
         return "there"
     if int(parent_of(wanted)) in ids:
-        return "there, as its parent"
+        return "present, as its parent"
     reason = _reason(project, project.step(label).place, wanted)
-    return f"left out: {reason}" if reason else "not there"
+    return f"left out: {reason}" if reason else "not present"
 
 
 def _reason(project: Project, place: str, wanted: int) -> str:
-    """Why a step left a particle out, in words; empty where it does not say."""
+    """Why a step left a particle out; empty if it gives no reason."""
     generation = project.generation_at(place)
     texts = {int(k): v for k, v in generation.meta.get("reasons", {}).items()}
     row = int(row_of(wanted)) if generation.meta["per_item"] else 0

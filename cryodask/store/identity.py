@@ -1,8 +1,8 @@
-"""Who a particle is: its id, its half-set, and how tables of particles are joined.
+"""Identity of particles: ids, half-sets, and joining tables of particles.
 
 An id is a positive int64: birth (12 bits), row of the exposure (24), number within exposure and birth (20), copy (7, from 1; 0 is the
-particle itself). Ids sort by birth, exposure, number, copy; a set of particles is a sorted array of different ids. They are never
-unsigned: numpy turns uint64 with int64 into float64, in which neighbouring ids are equal.
+particle itself). Ids sort by birth, exposure, number, copy; a set of particles is a sorted array of unique ids. They are never
+unsigned: numpy promotes uint64 with int64 to float64, in which neighbouring ids are equal.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ MOST_BIRTHS, MOST_ROWS, MOST_NUMBERS, MOST_COPIES = 1 << _BIRTH_BITS, 1 << _ROW_
 
 
 def make_ids(birth: Any, row: Any, number: Any, copy: Any = 0) -> np.ndarray:
-    """Ids from their parts (arrays or numbers, broadcast).
+    """Compose ids from their parts (arrays or numbers, broadcast).
 
     Raises
     ------
     InputError
-        Where a part does not fit its bits.
+        If a part exceeds its bits.
     """
     parts = [np.asarray(part, np.int64) for part in (birth, row, number, copy)]
     limits = (MOST_BIRTHS, MOST_ROWS, MOST_NUMBERS, MOST_COPIES + 1)
@@ -34,8 +34,8 @@ def make_ids(birth: Any, row: Any, number: Any, copy: Any = 0) -> np.ndarray:
     for part, limit, name in zip(parts, limits, names):
         if part.size and (part.min() < 0 or part.max() >= limit):
             raise InputError(
-                f"There may be {limit:,} {name}, number {int(part.max()):,} was asked for.",
-                "the picks of many micrographs were given as those of one",
+                f"At most {limit:,} {name} are possible; number {int(part.max()):,} was requested.",
+                "the picks of many micrographs were given as those of a single one",
                 "split the input into several projects",
             )
     b, r, n, c = parts
@@ -43,46 +43,46 @@ def make_ids(birth: Any, row: Any, number: Any, copy: Any = 0) -> np.ndarray:
 
 
 def birth_of(ids: Any) -> np.ndarray:
-    """Number of the birth."""
+    """Birth numbers of ids."""
     return np.asarray(ids, np.int64) >> _BIRTH_AT
 
 
 def row_of(ids: Any) -> np.ndarray:
-    """Row of the exposure."""
+    """Exposure rows of ids."""
     rows = np.asarray(ids, np.int64) >> _ROW_AT
     rows &= MOST_ROWS - 1  # in place: for millions of ids a second array costs more than the arithmetic
     return rows
 
 
 def row_runs(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Row, and number of particles, of each run of particles of one exposure; without an array of all rows."""
+    """Row and number of particles of each run of particles of one exposure, without an array of all rows."""
     block = 1 << 16
     firsts = [np.zeros(1 if len(ids) else 0, np.int64)]
     for start in range(0, len(ids), block):
-        rows = row_of(ids[start : start + block + 1])  # with the first of the next block
+        rows = row_of(ids[start : start + block + 1])  # including the first of the next block
         firsts.append(np.flatnonzero(rows[1:] != rows[:-1]) + (start + 1))
     first = np.concatenate(firsts)
     return row_of(ids[first]), np.diff(np.append(first, len(ids)))
 
 
 def rows_in(ids: np.ndarray) -> np.ndarray:
-    """Rows of the exposures of some particles, each once, sorted."""
+    """Unique sorted rows of the exposures of some particles."""
     firsts, _ = row_runs(ids)
     return firsts if (np.diff(firsts) > 0).all() else np.unique(firsts)
 
 
 def number_of(ids: Any) -> np.ndarray:
-    """Number within exposure and birth."""
+    """Numbers of ids within exposure and birth."""
     return (np.asarray(ids, np.int64) >> _NUMBER_AT) & (MOST_NUMBERS - 1)
 
 
 def copy_of(ids: Any) -> np.ndarray:
-    """Copy of a symmetry expansion, from 1; 0 for the particle itself."""
+    """Copy numbers of a symmetry expansion, from 1; 0 for the particle itself."""
     return np.asarray(ids, np.int64) & MOST_COPIES
 
 
 def parent_of(ids: Any) -> np.ndarray:
-    """Ids of the particles themselves."""
+    """Ids of the particles without copy number."""
     return np.asarray(ids, np.int64) & ~np.int64(MOST_COPIES)
 
 
@@ -94,7 +94,7 @@ def id_text(particle_id: int) -> str:
 
 
 def parse_id(text: str | int) -> int:
-    """Inverse of :func:`id_text`; takes plain integers as well.
+    """Inverse of :func:`id_text`; also accepts plain integers.
 
     Raises
     ------
@@ -109,25 +109,27 @@ def parse_id(text: str | int) -> int:
             return int(make_ids(*numbers))
     except ValueError:
         pass
-    raise InputError(f"{text!r} is not the id of a particle.", "", "write birth.row.number, say 1.12.7, or the integer of particle_id")
+    raise InputError(f"{text!r} is not the id of a particle.", "", "write birth.row.number, for example 1.12.7, or the integer particle_id")
 
 
 def checked(ids: np.ndarray) -> np.ndarray:
-    """The same ids; raises where they are not a set: another type, unsorted, or one of them twice."""
+    """Return the ids; raise if they are not a set: wrong dtype, unsorted, or duplicates."""
     if ids.dtype != np.int64:
-        raise StoreError(f"Ids of particles are int64, these are {ids.dtype}.", "they went through a table of numbers", "read them again")
+        raise StoreError(
+            f"Particle ids must be int64, not {ids.dtype}.", "they were converted in a table of numbers", "read them again as int64"
+        )
     if len(ids) > 1 and not (ids[1:] > ids[:-1]).all():
-        raise StoreError("Ids of a set are not sorted, or one occurs twice.", "results were joined by hand", "run verify")
+        raise StoreError("The ids of a set are not sorted, or one occurs twice.", "results were joined by hand", "run cryodask verify")
     return ids
 
 
 def same_ids(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether two sets are the same."""
+    """Whether two sets are equal."""
     return one is other or (len(one) == len(other) and bool((one == other).all()))
 
 
 def place_of(wanted: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Place of each wanted id in the set ``ids``, -1 where it is not. A wanted copy finds its parent where ``ids`` holds no copies."""
+    """Index of each wanted id in the set ``ids``, -1 if missing. A wanted copy matches its parent if ``ids`` has no copies."""
     if same_ids(wanted, ids):
         return np.arange(len(ids))
     if not len(ids):
@@ -139,7 +141,7 @@ def place_of(wanted: np.ndarray, ids: np.ndarray) -> np.ndarray:
 
 
 def aligned(values: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """Values at places; NaN, or -1 for integers, where the place is -1."""
+    """Values at indices; NaN, or -1 for integers, where the index is -1."""
     if (at >= 0).all():
         return np.asarray(values[at])
     out = np.full((len(at), *values.shape[1:]), -1 if values.dtype.kind in "iu" else np.nan, values.dtype)
@@ -148,13 +150,13 @@ def aligned(values: np.ndarray, at: np.ndarray) -> np.ndarray:
 
 
 def births_text(ids: np.ndarray) -> str:
-    """Numbers of the births that a set comes from, in words."""
+    """Text with the numbers of the births that a set comes from."""
     found = sorted(set(birth_of(ids).tolist()))
     return "birth " + ", ".join(map(str, found)) if found else "no birth"
 
 
 def _mixed(values: np.ndarray, seed: int) -> np.ndarray:
-    """SplitMix64 (Steele, Lea and Flood 2014): the same bits on every machine."""
+    """SplitMix64 hash (Steele, Lea and Flood 2014): bit-identical on every machine."""
     with np.errstate(over="ignore"):
         z = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15) * np.uint64(seed + 1)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -163,10 +165,10 @@ def _mixed(values: np.ndarray, seed: int) -> np.ndarray:
 
 
 def half_sets(ids: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Half-set `(n,)` int8 that each particle is given at birth.
+    """Half-set `(n,)` int8 that each particle gets at birth.
 
-    Numbers 2k and 2k + 1 of an exposure go to different halves, which to which is settled by a hash of (seed, birth, row, k): every prefix
-    of a birth table is balanced to within one particle, and nothing that happens to other particles matters. Copies follow their parent.
+    Numbers 2k and 2k + 1 of an exposure go to different halves, assigned by a hash of (seed, birth, row, k): every prefix of a birth table
+    is balanced to within one particle, independently of all other particles. Copies are in the half of their parent.
     """
     pair = parent_of(ids) >> (_NUMBER_AT + 1)
     flip = (_mixed(pair, seed) & np.uint64(1)).astype(np.int8)

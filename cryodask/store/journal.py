@@ -1,8 +1,8 @@
-"""Commit records: one line an item, written after its data is safe; the only witness of what is done.
+"""Commit records: one line per item, written after its data are safe; the only record of what is done.
 
-Every process appends to a file of its own, so that no two writers ever share one, and to another one in every epoch of the project (see
-epochs.py): what a driver that was overtaken still writes, or its workers do, is void. Nothing ever asks the file system what is done: it
-asks the journal.
+Every process appends to its own file, so that no two writers ever share one, and to a new one in every epoch of the project (see
+epochs.py): whatever an overtaken driver or its workers still write is void. What is done is never derived from the file system, only
+from the journal.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from cryodask.store.lines import LineFile, Record, checked_line, set_aside
 
 
 def encode_value(value: Any) -> Any:
-    """A column as JSON: numbers and text as they are (repr of a float is exact), arrays as base64 of their bytes."""
+    """Encode a column for JSON: numbers and strings as they are (the repr of a float is exact), arrays as base64 of their bytes."""
     if isinstance(value, str | bool):
         return value
     array = np.asarray(value)
@@ -51,15 +51,15 @@ def decode_value(value: Any) -> Any:
 
 
 def content_crc(record: Record) -> int:
-    """Checksum of what a record says about its item (row, columns, shards), not of when and where it was made."""
+    """Checksum of the content of a record (row, columns, shards), without when and where it was made."""
     content = {k: record[k] for k in ("row", "ok", "columns", "shards") if k in record}
     return int(google_crc32c.value(json.dumps(content, sort_keys=True).encode()))
 
 
 def rank(record: Record) -> tuple[int, bool, int, float]:
-    """Of two records of a row the one with the higher rank counts: the later input, then success, then the later sending, then time.
+    """Rank of a record; the highest of a row counts: later input, then success, then later attempt, then time.
 
-    Clocks of several machines disagree, so time decides only between records that say nothing else.
+    Clocks of several machines disagree, so time decides only between otherwise equal records.
     """
     return (
         int(record.get("revision", 0)),
@@ -71,10 +71,10 @@ def rank(record: Record) -> tuple[int, bool, int, float]:
 
 @dataclass(frozen=True)
 class JournalContents:
-    """What the journals of a folder say: the record that counts for each row, and the lines that count for nothing.
+    """Content of the journals of a folder: the current record of each row, and the ignored lines.
 
-    ``torn_lines`` lack their end (the process died while it wrote), ``damaged_lines`` were whole once. ``lines`` holds every line of a
-    row that is not undone, with the checksum by which :meth:`Journal.undo` calls it; ``undone`` those that are. ``offsets`` is how far
+    ``torn_lines`` are incomplete (the process died while writing), ``damaged_lines`` were complete once. ``lines`` has every line of a
+    row that is not undone, with the checksum that identifies it in :meth:`Journal.undo`; ``undone`` has the others. ``offsets``: how far
     each file was read.
     """
 
@@ -87,9 +87,9 @@ class JournalContents:
 
 
 class Journal:
-    """Append and read the commit records of one folder. Open files never travel with a pickle.
+    """Append and read the commit records of one folder. Open files are not pickled.
 
-    ``start`` gives the byte from which each file is read, for a reader that knows the rest from elsewhere.
+    ``start``: byte from which each file is read, for a reader that knows the rest from the compaction.
     """
 
     def __init__(self, folder: str | Path, start: Mapping[str, int] | None = None) -> None:
@@ -115,14 +115,14 @@ class Journal:
         self.__init__(state["folder"], state["start"])  # type: ignore[misc]
 
     def append(self, *records: Record) -> None:
-        """Write records, all of one epoch, and wait until they are on the disk.
+        """Write records, all of one epoch, and wait until they are on disk.
 
-        In the process that holds the project's lock they are of its epoch; elsewhere they say themselves of which.
+        In the process that holds the project's lock they get its epoch; elsewhere they carry their own.
 
         Raises
         ------
         TakenOverError
-            In a driver that has lost the lock; nothing is written.
+            In a driver that has lost the lock. Nothing is written.
         """
         holder = holder_of(self.folder)
         if holder is not None:
@@ -146,13 +146,13 @@ class Journal:
                 write_all(self._fd, line)
                 os.fsync(self._fd)
             except OSError:
-                # the torn line must not swallow the next record: a new file starts clean
+                # start a new file, because a torn line must not swallow the next record
                 os.close(self._fd)
                 self._fd = None
                 raise
 
     def refuse_void(self, epoch: int) -> None:
-        """Spare a worker the work whose lines would be void, and its results those of the others.
+        """Refuse work whose lines would be void, so that it does not overwrite the results of others.
 
         Raises
         ------
@@ -160,13 +160,13 @@ class Journal:
         """
         if self._ends.is_closed(epoch):
             raise TakenOverError(
-                f"Another driver has the project of {self.folder.parent} now; nothing more is taken from the one that sent this work.",
-                "that one was suspended or could not reach the disk for some time, or the other was started with --force",
+                f"Another driver has taken over the project of {self.folder.parent}; work from the previous driver is refused.",
+                "the previous driver was suspended or could not reach the disk for some time, or the other was started with --force",
                 "nothing is lost: the other driver computes it",
             )
 
     def _in_place(self, fd: int) -> bool:
-        """Whether the open file is still the one under its name: a worker may outlive a generation that was removed and made anew."""
+        """Whether the open file still exists under its name: a worker may outlive a generation that was removed and recomputed."""
         try:
             there, here = os.stat(self._file), os.fstat(fd)
         except FileNotFoundError:
@@ -185,21 +185,21 @@ class Journal:
             self._fd = None
 
     def __del__(self) -> None:
-        if hasattr(self, "_lock"):  # not of one whose __init__ failed
+        if hasattr(self, "_lock"):  # missing if __init__ failed
             self.close()
 
     def undo(self, row: int, name: str, lines: list[str], reason: str) -> None:
-        """Make some lines of a row count for nothing (checksums as in ``JournalContents.lines``); nothing is deleted."""
+        """Invalidate some lines of a row (checksums as in ``JournalContents.lines``); nothing is deleted."""
         self.append({"row": row, "name": name, "undoes": lines, "reason": reason, "time": round(time.time(), 3), "pid": os.getpid()})
 
     def drop_damaged_lines(self) -> None:
-        """Move lines that were whole once into ``damaged-lines.txt`` beside the journals; only while nobody writes."""
+        """Move damaged lines into ``damaged-lines.txt`` beside the journals; only while nobody writes."""
         self._ends.look()
         for path in sorted(self.folder.glob("*.jsonl")):
             set_aside(path, torn=False, end=self._ends.end(path.name))
 
     def read(self) -> JournalContents:
-        """What the journals say now. Only lines that came since the last call are parsed: that of an unchanged folder costs a listing."""
+        """Current content of the journals. Only new lines are parsed; for an unchanged folder it costs one listing."""
         with self._reading:
             touched = self._take_in()
             if touched is None:
@@ -208,11 +208,11 @@ class Journal:
             return self._settled(touched)
 
     def ever(self, row: int) -> list[Record]:
-        """Every success of a row as far as the journals were read, undone ones included: birth tables are continued from these."""
+        """All successes of a row read so far, including undone ones: birth tables are continued from these."""
         return [record for _, _, record in self._found.get(row, ()) if record.get("ok")]
 
     def _take_in(self) -> set[int] | None:
-        """Parse what is new; returns the rows it speaks of, or None where a file that was read before was replaced or removed."""
+        """Parse new lines; returns their rows, or None if a file that was read before was replaced or removed."""
         try:
             names = sorted(name for name in os.listdir(self.folder) if name.endswith(".jsonl"))
         except FileNotFoundError:
@@ -225,7 +225,7 @@ class Journal:
             file = self._files.setdefault(name, LineFile(self.folder / name, self.start.get(name, 0)))
             end = self._ends.end(name)
             if end is not None and file.offset > max(end, file.start):
-                return None  # its epoch was closed since, and lines that came too late were read
+                return None  # its epoch was closed since, and void lines were read
             try:
                 lines, replaced = file.grown(end)
             except FileNotFoundError:
@@ -254,7 +254,7 @@ class Journal:
             records.pop(row, None)
             lines.pop(row, None)
             if alive:
-                # of equal ranks the last in the order of the files, so that every reader sees the same
+                # on equal ranks the last in file order, so that every reader sees the same
                 records[row] = max(alive, key=lambda e: (rank(e[2]), e[0]))[2]
                 lines[row] = [(crc, record) for _, crc, record in alive]
         self._contents = JournalContents(records, torn, damaged, lines, set(self._undone), offsets)

@@ -1,4 +1,4 @@
-"""Sizes and types of the images of a generation: one Zarr array for each, for data sets of several cameras in one project."""
+"""Sizes and types of a generation's images: one Zarr array for each, so that a project can combine several cameras."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from cryodask.store.shards import Layout
 from cryodask.vocabulary import SLOTS, Var
 
 _CAPACITY = 1 << 20
-"""Exposures that an array has room for; an array costs nothing where it is empty."""
+"""Number of exposures that an array has room for; unused space costs nothing."""
 
 
 class Grid(NamedTuple):
-    """Lengths of the dimensions of bulk variables, and the types of those that depend on the input."""
+    """Lengths of the dimensions of bulk variables, and dtypes of those that depend on the input."""
 
     sizes: dict[str, int]
     dtypes: dict[str, str]
@@ -28,7 +28,7 @@ def layout_on(var: Var, grid: Grid) -> Layout:
 
 
 def layout_of_value(var: Var, value: Any) -> Layout:
-    """Layout that a value has of itself."""
+    """Layout of a value itself."""
     shape = (SLOTS, *value.shape[1:]) if var.dims[0] == "slot" else tuple(value.shape)
     return Layout.of(shape, var.chunk, np.dtype(value.dtype if var.dtype == "input" else var.dtype).str)
 
@@ -39,7 +39,7 @@ def name_of_size(var: Var, layout: Layout) -> str:
 
 
 def create_array(group: Any, name: str, var: Var, layout: Layout) -> None:
-    """Make an array of a Zarr group with room for every exposure, one shard each."""
+    """Create an array in a Zarr group with room for every exposure, one shard each."""
     group.create_array(
         name,
         shape=(_CAPACITY, *layout.shape),
@@ -54,7 +54,7 @@ def create_array(group: Any, name: str, var: Var, layout: Layout) -> None:
 
 
 def check_dimensions(var: Var, value: Any, name: str) -> None:
-    """Refuse a value that cannot stand in one column with those of other items: the table of all of them could not be read.
+    """Refuse a value that cannot be in one column with those of other items, because the whole table would become unreadable.
 
     Raises
     ------
@@ -64,9 +64,9 @@ def check_dimensions(var: Var, value: Any, name: str) -> None:
     if len(found) != len(var.dims):
         wanted = ", ".join(var.dims) or "a single value"
         raise MicrographError(
-            f"{var.name} of {name} has the shape {tuple(found)}; stored is {wanted}.",
-            "its stage gave no value, or several in place of one",
-            "report it with the name of the stage; the other exposures go on",
+            f"{var.name} of {name} has the shape {tuple(found)} instead of {wanted}.",
+            "its stage gave no value, or several instead of one",
+            "report it with the name of the stage; the other exposures are processed",
         )
 
 
@@ -85,31 +85,31 @@ def _has_type(value: Any, layout: Layout) -> bool:
 
 
 def as_stored(var: Var, layout: Layout, value: Any, name: str) -> Any:
-    """The value of exposure ``name`` as it is written; a movie stays what it is.
+    """Convert a value of exposure ``name`` for writing; a movie is returned unchanged.
 
     Raises
     ------
     MicrographError
-        Where it does not fit the layout.
+        If it does not fit the layout.
     """
     boxes = var.dims[0] == "slot"
     if boxes and len(value) > layout.shape[0]:
         raise MicrographError(
             f"{name} has {len(value):,} particles; an exposure can hold {layout.shape[0]:,}.",
-            "a threshold that accepts noise, or a table whose rows all name one micrograph",
-            "raise the threshold, or import the images of each micrograph under its name",
+            "the threshold accepts noise, or all rows of a table name the same micrograph",
+            "raise the threshold, or import the particles of each micrograph under its name",
         )
     if not _has_shape(var, value, layout):
         found, usual = tuple(value.shape)[boxes:], layout.shape[boxes:]
         raise MicrographError(
-            f"{var.name} of {name} has shape {found}, not {usual} as most of its {'table' if boxes else 'data set'}.",
-            "images of several boxes in one table" if boxes else "movies of different cameras, binnings or frame numbers in one folder",
-            "import each size from a table of its own" if boxes else "name them as a data set of their own under `inputs`",
+            f"{var.name} of {name} has shape {found}, not {usual} like most of its {'table' if boxes else 'data set'}.",
+            "one table has several box sizes" if boxes else "one folder has movies of different cameras, binning or numbers of frames",
+            "import each size from a separate table" if boxes else "list them as a separate data set under `inputs`",
         )
     if not _has_type(value, layout):
         raise MicrographError(
-            f"{var.name} of {name} has the type {value.dtype}, not {layout.dtype}, as most of its data set.",
-            "movies of different cameras or conversions in one folder; stored as that type, values would change",
-            "name them as a data set of their own under `inputs`",
+            f"{var.name} of {name} has the type {value.dtype}, not {layout.dtype} like most of its data set.",
+            "one folder has movies of different cameras or conversions; stored as that type, values would change",
+            "list them as a separate data set under `inputs`",
         )
     return np.asarray(value, dtype=layout.dtype) if isinstance(value, np.ndarray) else value

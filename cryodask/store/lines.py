@@ -1,7 +1,7 @@
-"""Files of lines that carry their own checksum: ``crc32c(json) json``; the journals and the registry are made of them.
+"""Files of checksummed lines, ``crc32c(json) json``, used for the journals and the registry.
 
-They only grow, so a reader keeps its place and parses every line once. A line that lacks its end was never finished (its process died);
-a whole one that does not fit its checksum is damaged. Neither counts, and neither hides its neighbours.
+They only grow, so a reader keeps its offset and parses every line once. A line without its end is torn (its process died); a complete one
+that does not match its checksum is damaged. Both are ignored, without affecting their neighbours.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from cryodask.store.files import append, write_atomically
 
 Record = dict[str, Any]
 _MARK = 64
-"""Bytes before a place in a file by which it is known again."""
+"""Number of bytes before an offset that identify it."""
 
 
 class Line(NamedTuple):
-    """One whole line: where it stands, what it says, and the checksum by which others speak of it."""
+    """One complete line: its position, its record, and the checksum that identifies it."""
 
     number: int
     crc: str
@@ -35,31 +35,31 @@ def checked_line(record: Record) -> bytes:
 
 
 def parse_checked(line: bytes) -> Record | None:
-    """What a line says, None where it does not fit its checksum."""
+    """The record of a line; None if it does not match its checksum."""
     try:
         body = line[9:]
         if int(line[:8], 16) != google_crc32c.value(body):
             return None
-        record = json.loads(body.decode())  # of bytes, json would first guess the encoding
+        record = json.loads(body.decode())  # json would first guess the encoding of bytes
     except ValueError:
         return None
     return record if isinstance(record, dict) else None
 
 
 def parse_line(line: bytes) -> Record | None:
-    """The record of a row in a line, None where there is none or it does not fit its checksum."""
+    """The record of a row in a line; None if there is none or it does not match its checksum."""
     record = parse_checked(line)
     return record if record is not None and "row" in record else None
 
 
 class LineFile:
-    """One file of lines, read as it grows.
+    """A file of lines, read incrementally.
 
     Parameters
     ----------
     path : Path
     start : int
-        Byte at which to begin; what stands before is known from elsewhere.
+        Byte at which to start; earlier content is known already.
     """
 
     def __init__(self, path: Path, start: int = 0) -> None:
@@ -73,9 +73,9 @@ class LineFile:
         self.ended = True
 
     def grown(self, end: int | None = None) -> tuple[list[Line], bool]:
-        """Lines that came since the last call; True with them if the file was replaced, so that those of before count no more.
+        """New lines since the last call, and True if the file was replaced, which invalidates all earlier ones.
 
-        What stands beyond the byte ``end`` counts for nothing.
+        Content beyond byte ``end`` is ignored.
 
         Raises
         ------
@@ -108,7 +108,7 @@ class LineFile:
             record = parse_line(rest)
             if record is None:
                 self.torn = [self._number + 1]
-            else:  # all of it but the end of the line
+            else:  # the line without its newline
                 self._number += 1
                 self.offset += len(rest)
                 lines.append(Line(self._number, rest[:8].decode(), record))
@@ -116,7 +116,7 @@ class LineFile:
 
 
 def mark_of(path: Path, offset: int) -> int:
-    """Checksum of the last bytes before a place in a file: whether what stands before it was moved since; -1 where nothing is."""
+    """Checksum of the last bytes before an offset, to detect changes of earlier content; -1 if there are none."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, offset - _MARK))
@@ -127,9 +127,9 @@ def mark_of(path: Path, offset: int) -> int:
 
 
 def set_aside(path: Path, *, torn: bool, add: bytes = b"", end: int | None = None) -> None:
-    """Move lines that cannot be read into ``damaged-lines.txt`` beside the file; a torn end only if asked. Only while nobody writes.
+    """Move unreadable lines into ``damaged-lines.txt`` beside the file; a torn end only on request. Only while nobody writes.
 
-    ``add`` are lines that come in their place, in the same instant. What stands beyond the byte ``end`` counts for nothing, and goes.
+    ``add``: lines that replace them atomically. Content beyond byte ``end`` is ignored, and goes.
     """
     *whole, rest = path.read_bytes()[:end].split(b"\n")
     if torn or parse_line(rest) is not None:

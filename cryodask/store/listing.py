@@ -1,4 +1,4 @@
-"""Exposures as the registry knows them, and a listing of inputs compared with them as a whole."""
+"""Exposures of the registry, and the comparison of a listing of inputs with them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ENCODER = json.JSONEncoder(sort_keys=True)
 
 @dataclass(frozen=True)
 class Arrival:
-    """One exposure of a listing: its name, the identity of its bytes, and what is known from outside (paths, values of a STAR file)."""
+    """One exposure of a listing: its name, content identity, and external values (paths, values of a STAR file)."""
 
     name: str
     content: str
@@ -30,8 +30,8 @@ class Arrival:
 class Item:
     """One exposure of the registry.
 
-    ``revision`` counts how often its values changed: of two records the one of the later revision counts. ``there`` tells whether its
-    file was in the last complete listing; the results of an exposure that was archived, deleted or moved away still count.
+    ``revision`` counts changes of its values: of two records, the one of the later revision counts. ``there``: whether its
+    file was in the last complete listing; the results of an archived, deleted or moved exposure still count.
     """
 
     row: int
@@ -43,18 +43,18 @@ class Item:
 
     @property
     def data_set(self) -> str:
-        """Name of the data set that it belongs to; empty where the project has only one, without a name."""
+        """Name of its data set; empty if the project has a single unnamed one."""
         return str(self.inputs.get("data_set", ""))
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the content and of the values known from outside, but not of where the file lies or when it was written."""
+        """Hash of the content and the external values, but not of the path and time of the file."""
         values = {k: v for k, v in self.inputs.items() if not k.endswith("_path") and k not in _WHERE_AND_WHEN}
         return hashlib.blake2b(canonical([self.content, values]).encode(), digest_size=6).hexdigest()
 
 
 class Entry(NamedTuple):
-    """What the latest line of a row says."""
+    """Content of the latest line of a row."""
 
     item: Item
     gone: bool = False
@@ -63,14 +63,14 @@ class Entry(NamedTuple):
 
 
 class Rows:
-    """Rows as the lines tell them, and which row has which content and which name."""
+    """Rows according to the lines, with look-up by content and name."""
 
     def __init__(self) -> None:
         self.entries: dict[int, Entry] = {}
         self.of_content: dict[str, int] = {}
         self.holder: dict[str, int] = {}
         self.called: dict[str, set[int]] = {}
-        """Rows that ever had a name."""
+        """All rows that ever had a name."""
 
     def take(self, entry: Entry) -> None:
         """Apply one line."""
@@ -82,7 +82,7 @@ class Rows:
         self.called.setdefault(item.name, set()).add(item.row)
         self.of_content[item.content] = item.row
         first = self.holder.setdefault(item.name, item.row)
-        lost = item.content == unknown_content(item.name) and item.row > first  # a lost row was the later one
+        lost = item.content == unknown_content(item.name) and item.row > first  # the lost row was the later one
         if first != item.row and (item.there or lost):
             self.holder[item.name] = item.row
             former = self.entries[first]
@@ -90,7 +90,7 @@ class Rows:
                 self.entries[first] = former._replace(item=replace(former.item, there=False))
 
     def holds(self, row: int) -> bool:
-        """Whether the row has its name: no other exposure was found under it since."""
+        """Whether the row still owns its name: no other exposure was found under it since."""
         return self.holder[self.entries[row].item.name] == row
 
     def counts(self, row: int) -> bool:
@@ -99,13 +99,13 @@ class Rows:
         return not entry.gone and not entry.forgotten and self.holds(row)
 
     def shown(self, row: int) -> str:
-        """What people call the row."""
+        """Display name of the row."""
         name = self.entries[row].item.name
         return name if self.holds(row) else f"{name}~{row}"
 
 
 class Comparison:
-    """A listing compared with the registry: ``placed`` has the row of each name that counts, ``changed`` what is to be written."""
+    """Comparison of a listing with the registry: ``placed`` has the row of each active name, ``changed`` the entries to write."""
 
     def __init__(self, rows: Rows, listing: list[Arrival], complete: bool, keep: Container[int], least_row: int) -> None:
         self.rows, self.complete = rows, complete
@@ -121,7 +121,7 @@ class Comparison:
         placed = dict(self._place(content, names) for content, names in self.names.items())
         self.placed = {name: placed[name] for name in self.named if name in placed}
         if self.back:
-            self.said.append(f"{_are(self.back)} there again ({_some(self.back)})")
+            self.said.append(f"{_are(self.back)} back ({_some(self.back)})")
         if complete:
             self._leave(keep)
 
@@ -140,14 +140,14 @@ class Comparison:
         before = old.copies if old else ()
         unlisted = [] if self.complete else [n for n in before if n not in self.named]
         entry = Entry(item, False, old is not None and old.forgotten, tuple(unlisted + others))
-        self.said += [f"{n} is a copy of {name} and is left out" for n in others if n not in before]
+        self.said += [f"{n} is a copy of {name} and is skipped" for n in others if n not in before]
         self._tell(old, entry)
         if entry != old:
             self.changed[item.row] = entry
         return name, item.row
 
     def _known(self, content: str, names: list[str]) -> Entry | None:
-        """The entry of a content, or else one of these names whose content is unknown."""
+        """The entry with this content, else one with one of these names and unknown content."""
         rows = self.rows
         for known in (content, *map(unknown_content, names)):
             row = rows.of_content.get(known)
@@ -156,25 +156,25 @@ class Comparison:
         return None
 
     def _is_elsewhere(self, old: Entry) -> bool:
-        """Whether an exposure that the listing of a live session does not name is still there."""
+        """Whether an exposure missing from the listing of a watched session still exists."""
         return not self.complete and old.item.there and old.item.name not in self.named
 
     def _tell(self, old: Entry | None, entry: Entry) -> None:
-        """Note whether an exposure is new, and what people should know of it."""
+        """Record whether an exposure is new, with a message for the user."""
         row, name = entry.item.row, entry.item.name
         former = self._former(entry.item)
         gone = former is None or self.rows.entries[former].gone
         if old is None:
             if former is not None:
                 kept = "" if gone else f"; the results of the former one are kept as {name}~{former}"
-                self.said.append(f"{name} was collected again: it is a new exposure{kept}")
+                self.said.append(f"{name} was recorded again: it is a new exposure{kept}")
             self.new.add(row)
             return
         there = old.item.there
         shown = self.rows.shown(row)
         if shown != name:
             kept = "" if gone else f"; the results of the former {name} are kept as {name}~{former}"
-            self.said.append(f"{shown} {'is now called' if there else 'is there again as'} {name}{kept}")
+            self.said.append(f"{shown} {'is now called' if there else 'is back as'} {name}{kept}")
         elif not there and not entry.forgotten:
             self.back.append(name)
         if not there or entry.item.revision != old.item.revision:
@@ -189,14 +189,14 @@ class Comparison:
         return row if former.name == item.name and former.content not in self.names else None
 
     def _leave(self, keep: Container[int]) -> None:
-        """Take note of exposures that a complete listing lacks."""
+        """Record exposures that are missing from a complete listing."""
         left: list[str] = []
         lost = 0
         for row, old in self.rows.entries.items():
             item = old.item
             if item.content in self.names or item.name in self.placed:
                 continue
-            # what an import names is nothing beside it; the results of a file of one's own stay
+            # without its import an imported exposure has nothing; the results of an exposure with its own file stay
             gone = row not in keep or not _has_a_file(item)
             entry = Entry(replace(item, there=False) if item.there else item, gone, old.forgotten)
             if entry != old:
@@ -220,9 +220,9 @@ def _by_name(listing: list[Arrival]) -> dict[str, Arrival]:
     for arrival in listing:
         if arrival.name in named:
             raise InputError(
-                f"Two exposures would both be called {arrival.name}: {_origin(named[arrival.name])} and {_origin(arrival)}.",
-                "files of one name lie in several folders, or differ in their ending only",
-                "rename one of them, or make one project per folder",
+                f"Two exposures have the same name {arrival.name}: {_origin(named[arrival.name])} and {_origin(arrival)}.",
+                "files with the same name are in several folders, or differ only in their extension",
+                "rename one of them, or make a separate project for each folder",
             )
         named[arrival.name] = arrival
     return named
@@ -233,7 +233,7 @@ def _origin(arrival: Arrival) -> str:
 
 
 def _renewed(old: Item, arrival: Arrival) -> Item:
-    """A known exposure as it was found now; the same object if nothing changed."""
+    """A known exposure updated from the listing; the same object if nothing changed."""
     same = old.inputs == arrival.inputs or canonical(old.inputs) == canonical(arrival.inputs)
     if same and old.there and old.name == arrival.name and old.content == arrival.content:
         return old
@@ -243,7 +243,7 @@ def _renewed(old: Item, arrival: Arrival) -> Item:
 
 
 def canonical(value: Any) -> str:
-    """A value as text: equal values give equal texts."""
+    """A canonical text for a value: equal values give equal texts."""
     return _ENCODER.encode(value)
 
 
@@ -256,5 +256,5 @@ def _some(names: list[str]) -> str:
 
 
 def unknown_content(name: str) -> str:
-    """Content of a row that was lost and restored by its name."""
+    """Placeholder content of a lost row that was restored by name."""
     return f"name:{name}"

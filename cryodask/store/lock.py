@@ -1,16 +1,16 @@
-"""One project has one driver: its lock, held across hosts and containers without comparing any clocks.
+"""The project lock: one driver per project, across hosts and containers, without comparing clocks.
 
-Whoever made the file of the highest epoch (see epochs.py) holds the lock. ``driver.lock`` shows it: who that is, and a number that grows
-every two seconds, the beat. Whoever wants the lock takes the next epoch
+The driver that created the file of the highest epoch (see epochs.py) holds the lock. ``driver.lock`` shows who that is, and a number that
+grows every two seconds, the beat. A driver that wants the lock claims the next epoch
 
-- at once, where the holder has ended in order, or where it was a process of the same boot, the same namespaces and this very folder,
+- at once, if the holder has ended normally, or was a process of the same boot, the same namespaces and this very folder,
   and is gone;
-- otherwise when the beat stood still for eight seconds of the observer's own monotonic clock.
+- otherwise when the beat has not changed for eight seconds of the observer's own monotonic clock.
 
-A holder whose process is seen to be there is never overtaken, unless it is stopped (SIGSTOP, a suspended job): then its beat decides. It
-cannot know of it, so every write asks the lock first, and what slips through between the answer and the write is void: a journal line
-because its epoch is closed, a file that is replaced because its ``.part`` is gone, a line of the registry because the file was replaced
-by a copy. A lock file that somebody removes is put back by its holder, as long as nobody has taken the next epoch.
+A holder whose process is visibly alive is never overtaken, unless it is stopped (SIGSTOP, a suspended job): then its beat decides. It
+cannot notice, so every write checks the lock first, and what slips through between check and write is void: a journal line
+because its epoch is closed, a file replacement because its ``.part`` is gone, a registry line because the file was replaced
+by a copy. If the lock file is removed, its holder restores it, as long as nobody has claimed the next epoch.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _LOOK_SECONDS = 0.2
 _LARGEST_BEAT = 10**12
 _LOOKS = 10
 _APPENDED = ("items.jsonl",)
-"""Files to which a driver appends."""
+"""Files that a driver appends to."""
 _PARTS = ("*.part", "stages/*/*/*.part", "stages/*/*/checkpoints/*.part", "stages/*/*/journal/*.part")
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """What an observer sees of the lock. ``text`` is another one whenever the holder has given a sign of life."""
+    """The lock as an observer sees it. ``text`` changes whenever the holder shows a sign of life."""
 
     epoch: int
     text: str
@@ -52,19 +52,19 @@ class _Seen:
 
 
 class ProjectLock:
-    """Context manager: holds the lock of a project; takes over from a holder that is gone, or whose beat stands still.
+    """Context manager that holds the lock of a project; takes over from a holder that is gone, or whose beat has stopped.
 
     Parameters
     ----------
     folder : Path
-        Of the project.
+        Folder of the project.
     force : bool
-        Take over whatever the holder does; one that lives ends as soon as it notices, before it writes again.
+        Take over unconditionally; a live holder ends as soon as it notices, before it writes again.
 
     Raises
     ------
     LockedError
-        On entering, if another driver lives.
+        On entering, if another driver is alive.
     TakenOverError
         From :meth:`check` and on leaving, if another driver has taken over.
     """
@@ -105,7 +105,7 @@ class ProjectLock:
         except TakenOverError as lost:
             if error is None or not isinstance(error, TakenOverError):
                 raise lost from error
-        except OSError:  # the folder cannot be reached, or is gone: nobody can tell whose it is, but its epoch has ended
+        except OSError:  # the folder is unreachable or gone: the owner is unknown, but this epoch has ended
             with contextlib.suppress(OSError):
                 self.epochs.release(self.epoch)
         else:
@@ -118,38 +118,38 @@ class ProjectLock:
         while True:
             state = _state_of(seen.holder, self.folder)
             free = seen.free or state == "gone" or (self.force and seen.epoch == first.epoch)
-            if not free and (state == "alive" or seen.text != first.text):  # the beat moved, or another driver was faster
+            if not free and (state == "alive" or seen.text != first.text):  # the beat changed, or another driver was faster
                 raise _locked(seen.holder, self.folder)
             if (free or looked - since > _STILL_SECONDS) and self._claim(seen.epoch + 1):
                 return
             if not free:
                 time.sleep(_LOOK_SECONDS)
-            looked = time.monotonic()  # before the look: an observer that is itself stopped after it has not watched for that long
+            looked = time.monotonic()  # before looking: an observer that is suspended afterwards has not been watching all that time
             seen = self._look(max(seen.epoch, self.epoch))
 
     def _look(self, at_least: int = 0) -> _Seen:
-        """The lock as it is now; ``at_least`` is an epoch that is known, whatever a network file system remembers of the folder."""
+        """The current lock; ``at_least``: a known epoch, because a network file system may cache the folder."""
         shown = _read(self.path)
         epoch = max(self.epochs.highest(), at_least, _number(shown.get("epoch")), self._epoch_of_project())
-        if _number(shown.get("epoch")) != epoch:  # it does not show it yet, or was removed
+        if _number(shown.get("epoch")) != epoch:  # not shown yet, or removed
             shown = _parsed(self.epochs.claimed_by(epoch))
         return _Seen(epoch, json.dumps([epoch, shown]), shown, not epoch or self.epochs.is_released(epoch))
 
     def _epoch_of_project(self) -> int:
-        """So that no number is given twice, even if the folder with the epochs is lost."""
+        """Epoch in project.json, so that no number is reused even if the folder of epochs is lost."""
         return _number(_read(self.folder / "project.json").get("epoch"))
 
     def _claim(self, epoch: int) -> bool:
-        """Take an epoch; False if another driver has taken it, or a later one."""
+        """Claim an epoch; False if another driver has claimed it, or a later one."""
         self.epoch, self._beat = epoch, 0
         self._identity = {"epoch": epoch, "token": uuid.uuid4().hex, **_who(self.folder)}
         if not self.epochs.claim(epoch, json.dumps(self._identity)):
             return False
-        # a driver that was stopped on its way here comes late: the latest epoch counts
+        # a driver that was suspended on its way here is late: the latest epoch counts
         if self.epochs.highest() > epoch:
             return False
         try:
-            with contextlib.suppress(FileNotFoundError):  # of the part, which a driver that takes over removes
+            with contextlib.suppress(FileNotFoundError):  # a driver that takes over removes the .part file
                 self._show()
         except BaseException:
             self._give_back()
@@ -157,7 +157,7 @@ class ProjectLock:
         return self.epochs.highest() <= epoch
 
     def _shut_out(self) -> None:
-        """Nothing that the overtaken driver has begun to write may arrive after this."""
+        """Make sure that no pending write of the overtaken driver takes effect after this."""
         for pattern in _PARTS:
             for path in self.folder.glob(pattern):
                 if not path.is_dir():
@@ -168,7 +168,7 @@ class ProjectLock:
 
     # --- holding it -------------------------------------------------------------------------------------------------------------
     def check(self) -> None:
-        """Make sure that the lock is still this one's.
+        """Make sure that this driver still holds the lock.
 
         Raises
         ------
@@ -181,12 +181,12 @@ class ProjectLock:
                 raise _taken_over(_read(self.path), self.folder)
 
     def _is_mine(self, *, beat: bool) -> bool:
-        """Look into the lock file, and write the next beat if asked; it is put back where it was removed, and replaced by none later."""
+        """Read the lock file, and write the next beat if asked; restores a removed file unless a later epoch exists."""
         for _ in range(_LOOKS):
             with contextlib.suppress(FileNotFoundError):
                 fd = os.open(self.path, os.O_RDWR if beat else os.O_RDONLY)
                 try:
-                    # through the open file: one that another driver puts under the name meanwhile is not touched
+                    # through the open file, so that a file that another driver puts in its place is not touched
                     if _parsed(os.pread(fd, 4096, 0).decode(errors="replace")).get("token") == self._identity["token"]:
                         if beat:
                             self._beat += 1
@@ -196,14 +196,14 @@ class ProjectLock:
                     os.close(fd)
             if self.epochs.highest() > self.epoch:
                 return False
-            with contextlib.suppress(FileNotFoundError):  # of the part, which a driver that takes over removes
+            with contextlib.suppress(FileNotFoundError):  # a driver that takes over removes the .part file
                 self.epochs.claim(self.epoch, json.dumps(self._identity))
                 self._show()
         os.stat(self.folder)
         return False
 
     def _line(self) -> bytes:
-        """Who holds the lock and the beat, always of one length."""
+        """The holder and the beat as a line of constant length."""
         longest = len(json.dumps({**self._identity, "beat": _LARGEST_BEAT}))
         return json.dumps({**self._identity, "beat": self._beat}).ljust(longest).encode() + b"\n"
 
@@ -238,7 +238,7 @@ class ProjectLock:
 
 # --- who holds it ---------------------------------------------------------------------------------------------------------------
 def _who(folder: Path) -> dict[str, Any]:
-    """What another process on this machine needs to tell whether this one is still there."""
+    """What another process on this machine needs to decide whether this one is alive."""
     there = os.stat(folder)
     return {
         "host": socket.gethostname(),
@@ -258,7 +258,7 @@ def _boot() -> str:
 
 
 def _namespaces() -> str:
-    """Those in which pids and start times mean what they mean here; empty where /proc shows the processes of other ones."""
+    """Namespaces in which pids and start times are valid; empty if /proc belongs to other ones."""
     try:
         if os.readlink("/proc/self") != str(os.getpid()):
             return ""
@@ -268,7 +268,7 @@ def _namespaces() -> str:
 
 
 def _stat_of(pid: int) -> list[str]:
-    """Fields of /proc/PID/stat from the state on; empty if there are none."""
+    """Fields of /proc/PID/stat from the state on; empty if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except (OSError, IndexError):
@@ -276,12 +276,12 @@ def _stat_of(pid: int) -> list[str]:
 
 
 def _start_time(pid: int) -> str:
-    """When a process started (clock ticks since the boot): pids are used again, pairs are not."""
+    """Start time of a process (clock ticks since boot): pids are reused, pairs of pid and start time are not."""
     return (_stat_of(pid) or [""] * 20)[19]
 
 
 def _state_of(holder: dict[str, Any], folder: Path) -> Literal["alive", "stopped", "gone", "unknown"]:
-    """What this machine's process table says of a holder; unknown of one in another container, of another boot, or of a copied folder."""
+    """State of a holder in this machine's process table; unknown in another container, after a reboot, or for a copied folder."""
     mine, pid = _who(folder), _number(holder.get("pid"))
     if not pid or not all(mine[name] and holder.get(name) == mine[name] for name in ("boot", "namespaces", "folder")):
         return "unknown"
@@ -290,7 +290,7 @@ def _state_of(holder: dict[str, Any], folder: Path) -> Literal["alive", "stopped
     except ProcessLookupError:
         return "gone"
     except PermissionError:
-        pass  # a process of somebody else, perhaps one that /proc does not show (hidepid)
+        pass  # a process of another user, possibly hidden in /proc (hidepid)
     found = _stat_of(pid)
     if not found:
         return "unknown"
@@ -302,17 +302,17 @@ def _state_of(holder: dict[str, Any], folder: Path) -> Literal["alive", "stopped
 def _locked(holder: dict[str, Any], folder: Path) -> LockedError:
     return LockedError(
         f"Process {holder.get('pid', '?')} on {holder.get('host', 'another host')} is working on {folder}.",
-        "another cryodask run, or a notebook, drives this project",
-        "wait for it or stop it; --force takes the project away from it",
+        "another cryodask run, or a notebook, is driving this project",
+        "wait for it, stop it, or take the project over with --force",
     )
 
 
 def _taken_over(holder: dict[str, Any], folder: Path) -> TakenOverError:
     by = f"Process {holder['pid']} on {holder.get('host')}" if "pid" in holder else "Another driver"
     return TakenOverError(
-        f"{by} took over {folder}; this run ends, and what it would still write counts for nothing.",
+        f"{by} took over {folder}; this run ends, and anything it still writes is ignored.",
         "this process was suspended or could not reach the disk for some time, or the other was started with --force",
-        "nothing is lost: wait for the other driver, or stop it and run the same command again",
+        "nothing is lost: wait for the other driver, or stop it and rerun the same command",
     )
 
 

@@ -1,4 +1,4 @@
-"""What a result of an exposure was made from. A result counts while this is what it has to be made from now; nothing else decides it."""
+"""What a result of an exposure was made from. A result is current exactly as long as this equals what is due now."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 class Made(NamedTuple):
-    """What a result was made from, or has to be made from.
+    """What a result was made from, or must be made from.
 
     ``input``: fingerprint of the exposure. ``recipe``: how it was processed, with the optics and gain of its data set (see run/keys.py).
-    ``slice``: digest of what the stage was given of it besides (particles, an import). None where there is no such thing.
+    ``slice``: digest of the other inputs of the exposure (particles, an import). None if there are none.
     """
 
     input: str | None
@@ -31,12 +31,12 @@ class Made(NamedTuple):
         return cls(record.get("input"), record.get("recipe"), record.get("slice"))
 
     def entries(self) -> dict[str, str]:
-        """As a commit record has it."""
+        """The entries of a commit record."""
         return {name: value for name, value in self._asdict().items() if value is not None}
 
 
 def settled(records: Mapping[int, Record], due: Mapping[int, Made]) -> tuple[set[int], set[int]]:
-    """Rows that are done, and rows that are quarantined, as what is ``due`` of each says."""
+    """Rows that are done, and rows that are quarantined, with respect to what is ``due``."""
     done: set[int] = set()
     failed: set[int] = set()
     for row, made in due.items():
@@ -44,7 +44,7 @@ def settled(records: Mapping[int, Record], due: Mapping[int, Made]) -> tuple[set
         if record is None:
             continue
         was = Made.of(record)
-        # what failed before its particles were known says nothing of them
+        # a failure from before its particles were known does not depend on them
         same = was == made or (not record["ok"] and was == made._replace(slice=None))
         if same:
             (done if record["ok"] else failed).add(row)
@@ -52,17 +52,17 @@ def settled(records: Mapping[int, Record], due: Mapping[int, Made]) -> tuple[set
 
 
 def settled_in(table: Table, due: Mapping[int, Made]) -> tuple[set[int], set[int]]:
-    """The same from columns, which cost less than records where there are many."""
+    """Like :func:`settled`, from columns, which are cheaper than many records."""
     made = zip(table.row.tolist(), map(Made, table.input, table.recipe, table.slice))
     done = {row for row, was in made if due.get(row) == was}
     return done, settled(table.failures, due)[1]
 
 
 def shown(item: Item, recipes: Mapping[str, str], made_from: str | None, recipe: str | None) -> bool:
-    """Whether a record is of the item as it is now.
+    """Whether a record belongs to the current state of the item.
 
-    One whose input never changed need not be asked. ``recipes`` are those of the data sets now; a data set that is not among them, or a
-    record without a recipe, says nothing.
+    Always true if the input never changed. ``recipes``: the current ones by data set; a data set that is not among them, or a
+    record without a recipe, is not compared.
     """
     if item.revision and made_from is not None and made_from != item.fingerprint:
         return False
@@ -70,7 +70,7 @@ def shown(item: Item, recipes: Mapping[str, str], made_from: str | None, recipe:
 
 
 class RowsWithResults:
-    """Rows that any present generation has a result of; looked up when first asked."""
+    """Rows with a result in any current generation; looked up on first use."""
 
     def __init__(self, project: Project) -> None:
         self._project = project

@@ -1,4 +1,4 @@
-"""The particles of a step as one Dataset, and their images wherever they lie."""
+"""The particles of a step as one Dataset, and access to their images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImagePlaces:
-    """Where the images of some particles lie: which generation, row of the exposure, slot in its shard."""
+    """Location of the images of some particles: generation, row of the exposure, slot in its shard."""
 
     images: tuple[Generation, ...]
     row: np.ndarray
@@ -38,7 +38,7 @@ class ImagePlaces:
         return (len(self.row), *layout.shape[1:])
 
     def take(self, index: np.ndarray) -> ImagePlaces:
-        """Those of some particles."""
+        """Places of a subset of the particles."""
         return ImagePlaces(self.images, self.row[index], self.slot[index], self.giver[index])
 
     def read(self) -> np.ndarray:
@@ -56,25 +56,25 @@ class ImagePlaces:
 
 
 def image_places(project: Project, ref: ProductRef, ids: np.ndarray) -> ImagePlaces:
-    """Places of the images of some particles of a set.
+    """Locations of the images of some particles of a set.
 
     Raises
     ------
     StoreError
-        Where a particle has no image.
+        If a particle has no image.
     """
     places, found = _known_places(project, ref, ids)
     if not found.all():
         raise StoreError(
             f"{int((~found).sum())} of {len(ids)} particles of {ref.step} have no image in {ref.parts['image']}.",
-            "their exposures were extracted again meanwhile, or were quarantined",
+            "their exposures were re-extracted meanwhile, or quarantined",
             "run the project again",
         )
     return places
 
 
 def _known_places(project: Project, ref: ProductRef, ids: np.ndarray) -> tuple[ImagePlaces, np.ndarray]:
-    """Places of the images of those particles that have one, and the mask of these."""
+    """Locations of the images of those particles that have one, and the mask of these."""
     place = ref.parts["image"]
     given = project.sets.images(place)
     generations = tuple(project.generation_at(p) for p in given.givers or (place,))
@@ -88,7 +88,7 @@ def _known_places(project: Project, ref: ProductRef, ids: np.ndarray) -> tuple[I
 
 
 def particle_columns(project: Project, ref: ProductRef, ids: np.ndarray, parts: Iterable[str] | None = None) -> dict[str, np.ndarray]:
-    """What is known of the particles of a set: some parts (all if None) without images, optics, CTF (their own where they have one)."""
+    """Columns of the particles of a set: some parts (all if None) without images, optics, and CTF (per particle if available)."""
     out = project.sets.columns(ref, ids, parts)
     values = project.sets.of_runs(ref, *row_runs(ids), [*CTF_COLUMNS, *OPTICS])
     for name in CTF_COLUMNS:
@@ -116,7 +116,7 @@ class LazyImages:
 
 
 def _lazy(places: ImagePlaces) -> Any:
-    """As a dask array, a chunk per exposure."""
+    """Dask array of the images, one chunk per exposure."""
     import dask.array as da
 
     _, chunks = runs(places.row)
@@ -137,7 +137,7 @@ def particle_dataset(project: Project, label: str | None = None) -> xr.Dataset:
     ids = project.sets.ids(ref)
     places = None
     if "image" in ref.parts and len(ids):
-        # an exposure may come or go between two looks at a project that grows: what is shown has an image
+        # exposures may come or go between two reads of a growing project: keep particles that have an image
         places, found = _known_places(project, ref, ids)
         ids = ids if found.all() else ids[found]
     columns = particle_columns(project, ref, ids)
@@ -157,7 +157,7 @@ def particle_dataset(project: Project, label: str | None = None) -> xr.Dataset:
     coords = {
         "particle_id": ("particle", ids, describe(VARIABLES["particle_id"])),
         "half_set": ("particle", half, describe(VARIABLES["half_set"])),
-        # as it is: xarray would read all names to guess their type
+        # unconverted, because xarray would read all names to guess their type
         "micrograph": xr.Variable("particle", micrograph, fastpath=True),
         "row": ("particle", rows),
     }
@@ -170,7 +170,7 @@ def particle_dataset(project: Project, label: str | None = None) -> xr.Dataset:
 
 
 def _last(project: Project) -> str | None:
-    """The last step whose particles are finished (of a per-exposure step: some of them)."""
+    """The last step whose particles are finished (for a per-exposure step: at least some)."""
     for label in reversed(project.stages):
         if project.step(label).product("particles") is not None and project.generation(label).committed():
             return label

@@ -1,7 +1,7 @@
-"""What generations rest on: for each step whose result one was, the exact places of the products that it took and gave.
+"""Dependencies of generations: for each step whose result one was, the exact places of its inputs and outputs.
 
-``places.json`` in the folder of a generation, written by the driver. Steps that ask for the same share one generation, but may have come to
-it along different lines: so the file has an entry for each of them, as it was when the generation was last the step's current one.
+The driver writes ``places.json`` in the folder of a generation. Identical steps share one generation, but may have reached
+it along different lines, so the file has one entry per step, as of the last time the generation was its current one.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ _FILE = "places.json"
 
 
 class Optics(BaseModel):
-    """Optics that exposures have from their data set; ``rows`` are runs of rows, first and last."""
+    """Optics that exposures get from their data set; ``rows``: runs of rows, first and last."""
 
     values: dict[str, float | None]
     rows: list[tuple[int, int]]
 
 
 class Line(BaseModel):
-    """How a step came to a generation.
+    """The ancestry of a generation as the result of a step.
 
-    ``steps`` are the places of the step itself and of all behind it, by label. ``facts`` are what the plan knew of the products, ``origin``
-    what a birth behind it is known by. ``since``: when it became the step's current result (seconds since 1970). ``finished``: it was done
-    with everything that there was. ``optics`` of the exposures then: data sets may have others since, and other names.
+    ``steps``: places of the step and all its ancestors, by label. ``facts``: what the plan knew about the products. ``origin``:
+    identity of an ancestral birth. ``since``: when it became the step's current result (seconds since 1970). ``finished``: it
+    was complete. ``optics``: those of the exposures at that time; data sets may have changed or been renamed since.
     """
 
     inputs: dict[str, list[ProductRef]] = Field(default_factory=dict)
@@ -45,12 +45,12 @@ class Line(BaseModel):
     optics: list[Optics] = Field(default_factory=list)
 
     def places(self) -> set[str]:
-        """All generations that the step took something from, and those whose parts it passed on."""
+        """All generations that the step read from, and those whose parts it passed on."""
         refs = (*self.products.values(), *(ref for refs in self.inputs.values() for ref in refs))
         return set().union(*(ref.places() for ref in refs)) if refs else set()
 
     def label_at(self, place: str) -> str | None:
-        """Label that the step at a place had; None where it is not behind this one."""
+        """Label of the step at a place; None if it is not an ancestor."""
         return next((label for label, there in self.steps.items() if there == place), None)
 
 
@@ -58,12 +58,12 @@ _LINES = TypeAdapter(dict[str, Line])
 
 
 def read_lines(folder: Path) -> dict[str, Line]:
-    """The entries of a generation by label; none where it was made before there were any.
+    """The entries of a generation by label; empty if it was made before the file existed.
 
     Raises
     ------
     StoreError
-        Where the file is damaged.
+        If the file is damaged.
     """
     path = folder / _FILE
     try:
@@ -74,12 +74,12 @@ def read_lines(folder: Path) -> dict[str, Line]:
         raise StoreError(
             f"{path} is damaged: {str(error).splitlines()[0]}.",
             "it was edited by hand, or the disk lost bytes",
-            "remove this one file and run the project again: the steps that have this result now write it again",
+            "remove this file and rerun the project: the steps that have this result now rewrite it",
         ) from error
 
 
 def line_of(folder: Path, label: str | None) -> Line | None:
-    """How a step came to a generation; of one that never had it the latest entry there is."""
+    """The entry of a step; the latest entry if the step never had this generation."""
     lines = read_lines(folder)
     if label in lines:
         return lines[label]
@@ -87,9 +87,9 @@ def line_of(folder: Path, label: str | None) -> Line | None:
 
 
 def note(folder: Path, label: str, line: Line, *, again: bool, fixed: bool) -> None:
-    """Write how a step came to a generation (driver only).
+    """Record the ancestry of a step's generation (driver only).
 
-    ``again``: it was not its current result before. ``fixed``: an entry stays as it is, because somebody named or pinned the generation.
+    ``again``: it was not the current result before. ``fixed``: an existing entry stays, because the generation is named or pinned.
     """
     lines = read_lines(folder)
     old = lines.get(label)
@@ -101,7 +101,7 @@ def note(folder: Path, label: str, line: Line, *, again: bool, fixed: bool) -> N
 
 
 def finish(folder: Path, label: str) -> None:
-    """Note that a step is done with everything that there is (driver only)."""
+    """Record that a step is complete (driver only)."""
     lines = read_lines(folder)
     if label in lines and not lines[label].finished:
         _write(folder, {**lines, label: lines[label].model_copy(update={"finished": True})})
@@ -113,14 +113,14 @@ def _write(folder: Path, lines: dict[str, Line]) -> None:
 
 
 def behind(project: Path, starts: Iterable[tuple[str, str | None]]) -> set[str]:
-    """Places of some generations and of everything that they rest on.
+    """Places of some generations and of everything that they depend on.
 
     Parameters
     ----------
     project : Path
-        Its folder.
+        Folder of the project.
     starts : iterable of (place, label)
-        Without a label along every line on which the generation was come to.
+        Without a label, all lines of the generation are followed.
     """
     found: set[str] = set()
     seen: set[tuple[str, str | None]] = set()

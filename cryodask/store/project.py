@@ -1,12 +1,12 @@
-"""A project folder: what was processed, by what, and where it is.
+"""The project folder: what was processed, how, and where the results are.
 
 ::
 
     <project>/project.yaml     the project file as given
-    <project>/project.json     name, optics, births, and which generation every step has now (see state.py)
-    <project>/driver.lock      who drives it now (see lock.py), and epochs/ what drivers before have left (see epochs.py)
-    <project>/items.jsonl      registry: row <-> exposure, its content and what its input said about it (see registry.py)
-    <project>/stages/<stage>/<key>/   one generation (see generation.py); steps are pointers to them
+    <project>/project.json     name, optics, births, and the current generation of every step (see state.py)
+    <project>/driver.lock      the current driver (see lock.py); epochs/ has traces of earlier drivers (see epochs.py)
+    <project>/items.jsonl      registry: row <-> exposure, its content and input values (see registry.py)
+    <project>/stages/<stage>/<key>/   one generation (see generation.py); steps point to them
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ if TYPE_CHECKING:
 
 
 _WORTH_COMPACTING = 500
-"""Records beyond the compaction that are read in some 0.1 s."""
+"""Number of records beyond the compaction that can be read in about 0.1 s."""
 
 
 class UnknownStep(StoreError, KeyError):
-    """No step of the project has this name."""
+    """The project has no step of this name."""
 
     __str__ = StoreError.__str__
 
@@ -52,8 +52,8 @@ class UnknownStep(StoreError, KeyError):
 class Project:
     """A project: ``project["ctf"]`` is a lazy Dataset, ``project.joined()`` all stages by micrograph, ``project.particles()`` a table.
 
-    Behaves like a mapping of the steps of the pipeline (``in, len, iter, keys, get``). It shows the exposures that count, as they were
-    processed; :meth:`refresh` reads again what a run has changed since.
+    Behaves like a mapping of the steps of the pipeline (``in, len, iter, keys, get``). It shows the active exposures as they were
+    processed; :meth:`refresh` rereads what a run has changed since.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -65,12 +65,12 @@ class Project:
     # --- written by the driver --------------------------------------------------------------------------------------------
     @classmethod
     def create(cls, path: str | Path, name: str) -> Project:
-        """Open the project at ``path``, or make an empty one; births found on the disk keep their numbers.
+        """Open the project at ``path``, or create an empty one; births found on disk keep their numbers.
 
         Raises
         ------
         LockedError
-            If another driver makes it at this moment.
+            If another driver is creating it at this moment.
         """
         folder = Path(path)
         with disk_errors(folder):
@@ -92,19 +92,19 @@ class Project:
         self.state.write(self.path)
 
     def update_exposures(self, listing: Iterable[Arrival], *, complete: bool) -> Update:
-        """Look at a listing of inputs as a whole and register what is new (driver only); see :meth:`Registry.update`."""
+        """Compare a listing of inputs with the registry and register what is new (driver only); see :meth:`Registry.update`."""
         with disk_errors(self.path):
             seen = self._mended()
             least = max(seen, default=-1) + 1 if not self._registry.all() else 0
             return self._registry.update(listing, complete=complete, keep=RowsWithResults(self), least_row=least)
 
     def foresee_exposures(self, listing: Iterable[Arrival]) -> Update:
-        """What :meth:`update_exposures` would do with a complete listing: this object shows it, nothing is written."""
+        """Like :meth:`update_exposures` with a complete listing, but only in this object; nothing is written."""
         seen = self._seen() if not self._registry.all() else {}
         return self._registry.foresee(listing, keep=RowsWithResults(self), least_row=max(seen, default=-1) + 1)
 
     def rename_data_sets(self, names: Mapping[int, str], *, foresee: bool = False) -> None:
-        """Give exposures, by row, the name of another data set (driver only); with ``foresee`` nothing is written."""
+        """Assign exposures, by row, to the name of another data set (driver only); with ``foresee`` nothing is written."""
         with disk_errors(self.path):
             if not foresee:
                 self._mended()
@@ -115,7 +115,7 @@ class Project:
         self._generations[f"{generation.path.parent.name}/{generation.key}"] = generation
 
     def forget_exposures(self, names: Iterable[str], *, undo: bool = False) -> list[Item]:
-        """Take exposures out on purpose, or in again (driver only); their results stay."""
+        """Exclude exposures on purpose, or include them again (driver only); their results stay."""
         with disk_errors(self.path):
             self._mended()
             return self._registry.remember(names) if undo else self._registry.forget(names)
@@ -127,11 +127,11 @@ class Project:
         return seen
 
     def compact(self) -> None:
-        """Compact every per-exposure step whose journals have grown enough to slow readers down (driver only)."""
+        """Compact every per-exposure step whose journals have grown enough to slow down readers (driver only)."""
         for generation in {g.path: g for g in map(self.generation, self.stages)}.values():
             if generation.meta["per_item"]:
                 tail = generation.tail_length()
-                # a share of the whole, so that a long session writes each item a few times and not once a call
+                # a fraction of the whole, so that a long session writes each item a few times rather than once per call
                 if tail >= _WORTH_COMPACTING and tail >= len(generation.table(())) // 8:
                     generation.compact()
 
@@ -157,24 +157,24 @@ class Project:
         return list(self.state.steps)
 
     def refresh(self) -> Project:
-        """Read again what a run may have changed since; returns the project itself."""
+        """Reread what a run may have changed; returns the project itself."""
         self.state = ProjectState.read(self.path)
         return self
 
     def items(self) -> list[Item]:
-        """Exposures that count, in row order."""
+        """Active exposures in row order."""
         return list(self._registry.present().values())
 
     def known_data_sets(self) -> set[str]:
-        """Data sets of all exposures that were ever registered, also of those that do not count now."""
+        """Data sets of all exposures that were ever registered, including inactive ones."""
         return {item.data_set for item in self._registry.all().values()}
 
     def registered(self) -> dict[int, Item]:
-        """Every exposure that the project ever had, by row; ``NAME~ROW`` where another one has its name now."""
+        """Every exposure that the project ever had, by row; called ``NAME~ROW`` if another one has its name now."""
         return dict(self._registry.all())
 
     def former_names(self) -> dict[str, int]:
-        """Rows by names that they had before, and that no other exposure ever had: files that were written before still use them."""
+        """Rows by former names that no other exposure ever had; older files still use them."""
         return self._registry.former_names()
 
     def forgotten(self) -> set[str]:
@@ -182,21 +182,21 @@ class Project:
         return self._registry.forgotten()
 
     def registry_stamp(self) -> Any:
-        """Changes with the registry."""
+        """A value that changes with the registry."""
         self._registry.present()
         return self._registry.stamp()
 
     @property
     def home(self) -> Path:
-        """Folder of the project file: paths of inputs are relative to it."""
+        """Folder of the project file; paths of inputs are relative to it."""
         return (self.path / self.state.home).resolve()
 
     def value_of(self, item: Item, name: str) -> Any:
-        """What is known of an exposure from outside: its own value, else that of its data set; None where there is none."""
+        """External value of an exposure: its own, else that of its data set; None if there is none."""
         return self.values_of([item], name)[0]
 
     def values_of(self, items: Iterable[Item], name: str) -> list[Any]:
-        """The same of many exposures."""
+        """Like :meth:`value_of`, for many exposures."""
         constants = {data_set: values.get(name) for data_set, values in self.state.constants.items()}
         values = [i.inputs[name] if name in i.inputs else constants.get(i.data_set) for i in items]
         if not name.endswith("_path"):
@@ -219,7 +219,7 @@ class Project:
             near = difflib.get_close_matches(str(label), self.stages, n=1)
             raise UnknownStep(
                 f"Project {self.name} has no step {label!r} (it has: {known})." + (f" Did you mean {near[0]!r}?" if near else ""),
-                "" if near else "the run has not come so far",
+                "" if near else "the run has not reached it yet",
                 "run the project first",
             )
         return found
@@ -229,7 +229,7 @@ class Project:
         return self.generation_at(self.step(label).place)
 
     def generation_at(self, place: str) -> Generation:
-        """Generation at ``STAGE/KEY``; the same object each time, for it remembers what it has read."""
+        """Generation at ``STAGE/KEY``; the same object each time, because it caches what it has read."""
         if place not in self._generations:
             self._generations[place] = Generation(self.path / "stages" / place)
         return self._generations[place]
@@ -248,14 +248,14 @@ class Project:
         return self.stages
 
     def get(self, label: str, default: Any = None) -> Any:
-        """Dataset of a step, ``default`` where the project has no such step."""
+        """Dataset of a step; ``default`` if the project has no such step."""
         return self.dataset_at(self.state.steps[label].place, label) if label in self.state.steps else default
 
     def _ipython_key_completions_(self) -> list[str]:
         return self.stages
 
     def __getitem__(self, label: str | tuple[str, str]) -> xr.Dataset:
-        """Dataset of a step; ``project["refine3d", key]`` that of an older generation of it."""
+        """Dataset of a step; ``project["refine3d", key]`` is that of an older generation."""
         if isinstance(label, tuple):
             return history.open_generation(self, *label)
         return self.dataset_at(self.step(label).place, label)
@@ -276,10 +276,9 @@ class Project:
         return with_acceptance(dataset, product.threshold) if generation.meta.get("birth") and product is not None else dataset
 
     def by_image_size(self, label: str) -> list[xr.Dataset]:
-        """The Dataset of a step as one for each size and type of its images, as data sets of several cameras have them.
+        """The results of a step as one Dataset per image size and type, for data sets of several cameras.
 
-        ``project[label]`` is that one Dataset where there is one size only; where there are several it has the numbers of all exposures
-        and no images.
+        With a single size this is ``project[label]``; with several, ``project[label]`` has the numbers of all exposures and no images.
         """
         generation = self.generation(label)
         if not generation.meta["per_item"]:
@@ -289,11 +288,11 @@ class Project:
         return [self._items_dataset(generation, table.take(np.flatnonzero(table.layouts == size)), label) for size in sizes]
 
     def table(self, label: str, names: Iterable[str] | None = None) -> Table:
-        """Present items of a per-exposure step as columns, with all of its small variables or those named; failures as records."""
+        """Active items of a per-exposure step as columns, with all or the named small variables; failures as records."""
         return self.table_at(self.step(label).place, names)
 
     def table_at(self, place: str, names: Iterable[str] | None = None) -> Table:
-        """The same for a generation."""
+        """Like :meth:`table`, for a generation."""
         table = self.generation_at(place).table(names)
         items, recipes = self._registry.present(), self.state.recipes_at(place)
         made = zip(table.row.tolist(), table.input, table.recipe)
@@ -305,7 +304,7 @@ class Project:
         return {row: r for row, r in records.items() if row in items and shown(items[row], recipes, r.get("input"), r.get("recipe"))}
 
     def records(self, label: str) -> dict[int, Record]:
-        """Records of a step that count, failures included: of a per-exposure step those of present items, by row."""
+        """Current records of a step, including failures; for a per-exposure step those of active items, by row."""
         generation = self.generation(label)
         records = generation.records()
         if not generation.meta["per_item"]:
@@ -322,21 +321,21 @@ class Project:
     def joined(self) -> xr.Dataset:
         """All per-exposure steps joined by micrograph: a correlation between stages is one expression.
 
-        Every exposure that some step has. Where another step has not done it (yet), its numbers are NaN, its integers -1, its texts
-        empty. The particle images of ``extract`` have their own ``box_y, box_x``.
+        It has every exposure of any step. For steps that have not processed an exposure (yet), numbers are NaN, integers -1, and strings
+        empty. The particle images of ``extract`` have their own dimensions ``box_y, box_x``.
         """
         from cryodask.store.datasets import joined_dataset
 
         return joined_dataset(self)
 
     def scalars(self) -> pd.DataFrame:
-        """One row per exposure, with every number that a step gives it: ready for pandas and Parquet."""
+        """One row per exposure with every number from every step, for pandas and Parquet."""
         from cryodask.store.datasets import scalar_table
 
         return scalar_table(self)
 
     def particles(self, label: str | None = None) -> xr.Dataset:
-        """The particles of a step with all that is known of them: image (lazy), CTF, class, pose; dimension ``particle``.
+        """The particles of a step with image (lazy), CTF, class and pose, along dimension ``particle``.
 
         Parameters
         ----------
@@ -346,8 +345,8 @@ class Project:
         Returns
         -------
         xarray.Dataset
-            With coordinates ``particle_id`` (int64), ``half_set`` and ``micrograph``. NaN (or -1) stands where a step did not see a
-            particle.
+            With coordinates ``particle_id`` (int64), ``half_set`` and ``micrograph``. Values are NaN (or -1) for particles that a step did
+            not process.
         """
         from cryodask.store.particles import particle_dataset
 
@@ -359,15 +358,15 @@ class Project:
         return SetReader(self)
 
     def product(self, name: str, kind: str) -> ProductRef:
-        """A product by the name of its step, or ``STEP.OUTPUT``."""
+        """A product by ``STEP`` or ``STEP.OUTPUT``."""
         label, _, output = name.partition(".") if name not in self.state.steps else (name, "", "")
         found = self.step(label).product(kind, output or None)
         if found is None:
-            raise StoreError(f"Step {name} gives no {kind}.", "", "ask for a step that does; cryodask info lists what each gives")
+            raise StoreError(f"Step {name} gives no {kind}.", "", "choose a step that does; cryodask info lists what each gives")
         return found
 
     def latest(self, kind: str, part: str | None = None) -> str | None:
-        """The last finished step that gives a product of a type (itself with a part of it)."""
+        """The last finished step that gives a product of a type (and the given part of it)."""
         for label in reversed(self.stages):
             step = self.state.steps[label]
             product = step.product(kind)
@@ -387,24 +386,24 @@ class Project:
         return out
 
     def where(self, particle: int | str) -> list[tuple[str, str]]:
-        """What became of one particle: for each step that gives particles its name and a sentence."""
+        """What happened to one particle: name and a sentence for each step that gives particles."""
         return history.where(self, particle)
 
     # --- history ------------------------------------------------------------------------------------------------------------
     def history(self, label: str | None = None) -> list[history.Made]:
-        """Every generation of a step's stage (of all if None), the newest last: parameters, inputs, when, figures, name."""
+        """Every generation of a step's stage (of all if None), newest last: parameters, inputs, time, figures, name."""
         return history.made(self, label)
 
     def keep(self, which: str, name: str) -> str:
-        """Give a generation (``STEP@KEY`` or ``STEP``) a name; ``gc`` keeps it with all that it rests on (driver only)."""
+        """Name a generation (``STEP@KEY`` or ``STEP``); ``gc`` keeps it with everything it depends on (driver only)."""
         return history.keep(self, which, name)
 
     def compare(self, first: str, second: str) -> xr.Dataset | Any:
-        """Two generations (``STEP@KEY``, ``STEP`` or a name): the parameters, inputs and figures that differ."""
+        """Parameters, inputs and figures that differ between two generations (``STEP@KEY``, ``STEP`` or a name)."""
         return history.compare(self, first, second)
 
     def superseded(self, *, last_results: bool = False) -> list[Path]:
-        """Folders of generations that no step uses, that have no name, are no step's last finished result, and that no such rests on."""
+        """Folders of generations that are unused, unnamed, not the last finished result of a step, and not needed by any such."""
         return garbage.superseded(self, last_results=last_results)
 
     def collect_garbage(self, *, last_results: bool = False) -> int:
@@ -413,7 +412,7 @@ class Project:
 
     # --- care ---------------------------------------------------------------------------------------------------------------
     def verify(self) -> list[str]:
-        """Read everything again and compare checksums; returns a sentence per problem, and one per orphan file."""
+        """Reread everything and compare checksums; returns one sentence per problem and per orphan file."""
         problems = Registry(self.path).damaged(self._seen())
         for place, label in {self.step(label).place: label for label in self.stages}.items():
             problems += [f"{label}: {p}" for p in self.generation_at(place).damaged()]
@@ -422,7 +421,7 @@ class Project:
         return problems
 
     def repair(self) -> list[str]:
-        """Take the commits of damaged items back (driver only); the next run recomputes them. Returns ``stage: item`` of each."""
+        """Invalidate damaged items (driver only); the next run recomputes them. Returns ``stage: item`` for each."""
         places = {self.step(label).place: label for label in self.stages}
         return [f"{label}: {name}" for place, label in places.items() for name in self.generation_at(place).repair()]
 

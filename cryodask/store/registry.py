@@ -1,9 +1,9 @@
-"""The registry of a project: which exposure has which row. A row belongs to a content for ever; a name is a label that may move.
+"""The registry of a project: the row of each exposure. A row belongs to one content for ever; a name is a label that may move.
 
-``items.jsonl`` has one checked line per change (see lines.py): ``{row, name, content, inputs, revision}`` and, where they are set,
+``items.jsonl`` has one checked line per change (see lines.py): ``{row, name, content, inputs, revision}`` and, if set,
 ``there: false`` (its file was missing from the last complete listing), ``gone: true`` (missing and without results), ``forgotten: true``
-(on purpose) and ``copies: [names]`` (other files of the same content). The latest line of a row counts; of two rows with one name, the
-one whose file was found under it last holds it. A batch of lines may be cut short by a crash: the same listing completes it.
+(on purpose) and ``copies: [names]`` (other files of the same content). The latest line of a row counts; if two rows have one name, it
+belongs to the one whose file was found under it last. A crash may truncate a batch of lines: the same listing completes it.
 Only the driver writes.
 """
 
@@ -22,15 +22,15 @@ from cryodask.store.listing import Arrival, Comparison, Entry, Item, Rows, unkno
 __all__ = ["Arrival", "Item", "Registry", "Update"]
 
 Seen = Mapping[int, tuple[str, int]]
-"""Name and latest revision of rows, as the commit records tell them."""
+"""Name and latest revision of rows, according to the commit records."""
 
 
 @dataclass(frozen=True)
 class Update:
     """What a listing changed.
 
-    ``items``: one per arrival that counts, in the order of the listing. ``new``: those of them whose row is new, whose fingerprint
-    changed, or that came back. ``said``: one line per event, for people.
+    ``items``: one per active arrival, in the order of the listing. ``new``: those whose row is new, whose fingerprint
+    changed, or that came back. ``said``: one message per event.
     """
 
     items: list[Item]
@@ -39,7 +39,7 @@ class Update:
 
 
 class Registry:
-    """The exposures of a project, read as the file grows."""
+    """The exposures of a project; the file is read incrementally."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "items.jsonl"
@@ -65,7 +65,7 @@ class Registry:
             self._rows.take(_parse(line.record))
 
     def present(self) -> dict[int, Item]:
-        """Exposures that count, by row, in row order: whether their file is there or left and their results stay."""
+        """Active exposures by row, in row order: their file is present, or it left and their results stay."""
         self._look()
         if self._present is None:
             rows = self._rows
@@ -73,39 +73,39 @@ class Registry:
         return self._present
 
     def stamp(self) -> tuple[int, int, int]:
-        """Changes with what the file says, as of the last look."""
+        """A value that changes with the content of the file, as of the last read."""
         return id(self._rows), self._file.offset, self._foreseen
 
     def all(self) -> dict[int, Item]:
-        """Every exposure ever registered, by row; one whose name passed to another exposure is called ``NAME~ROW``."""
+        """Every exposure ever registered, by row; called ``NAME~ROW`` if another exposure has its name now."""
         self._look()
         rows = self._rows
         return {row: replace(rows.entries[row].item, name=rows.shown(row)) for row in sorted(rows.entries)}
 
     def former_names(self) -> dict[str, int]:
-        """Rows by names that they had before, and that no other exposure has or had."""
+        """Rows by former names that no other exposure has or had."""
         self._look()
         rows = self._rows
         alone = {name: next(iter(had)) for name, had in rows.called.items() if len(had) == 1}
         return {name: row for name, row in alone.items() if rows.entries[row].item.name != name}
 
     def forgotten(self) -> set[str]:
-        """Names of exposures that were forgotten on purpose."""
+        """Names of forgotten exposures."""
         self._look()
         return {entry.item.name for row, entry in self._rows.entries.items() if entry.forgotten and self._rows.holds(row)}
 
     def update(self, listing: Iterable[Arrival], *, complete: bool, keep: Container[int] = (), least_row: int = 0) -> Update:
-        """Compare a listing as a whole with the registry, and register what it changes (driver only).
+        """Compare a listing with the registry, and register the changes (driver only).
 
         Parameters
         ----------
         listing : iterable of Arrival
         complete : bool
-            Whether the listing is all there is, so that what it lacks has left; False for arrivals of a live session.
+            Whether the listing is complete, so that missing exposures have left; False for arrivals of a watched session.
         keep : container of int
-            Rows that have results: they stay present when their file leaves; others no longer count.
+            Rows that have results: they stay active when their file leaves; others do not.
         least_row : int
-            New rows are not below it, whatever the file says (rows known from journals and birth tables are never used again).
+            Lower bound for new rows, whatever the file says (rows known from journals and birth tables are never reused).
         """
         self._look()
         found = Comparison(self._rows, list(listing), complete, keep, least_row)
@@ -113,7 +113,7 @@ class Registry:
         return self._update(found)
 
     def foresee(self, listing: Iterable[Arrival], *, keep: Container[int] = (), least_row: int = 0) -> Update:
-        """What :meth:`update` would do with a complete listing; only this object knows of it, nothing is written."""
+        """Like :meth:`update` with a complete listing, but only in this object; nothing is written."""
         self._look()
         found = Comparison(self._rows, list(listing), True, keep, least_row)
         for entry in found.changed.values():
@@ -123,7 +123,7 @@ class Registry:
         return self._update(found)
 
     def rename_data_sets(self, names: Mapping[int, str], *, foresee: bool = False) -> None:
-        """Give exposures, by row, the name of another data set (driver only); with ``foresee`` only this object knows of it."""
+        """Assign exposures, by row, to the name of another data set (driver only); with ``foresee`` only in this object."""
         self._look()
         changed = []
         for row, name in names.items():
@@ -143,13 +143,13 @@ class Registry:
         return Update(counted, [item for item in counted if item.row in found.new], found.said)
 
     def forget(self, names: Iterable[str]) -> list[Item]:
-        """Exclude exposures on purpose; they stay out, although their files are listed, until :meth:`remember` (driver only)."""
+        """Exclude exposures until :meth:`remember`, although their files are listed (driver only)."""
         entries = [entry for entry in self._named(names) if not entry.forgotten]
         self._write([entry._replace(forgotten=True) for entry in entries])
         return [entry.item for entry in entries]
 
     def remember(self, names: Iterable[str]) -> list[Item]:
-        """Include forgotten exposures again, with their rows and results (driver only)."""
+        """Include forgotten exposures again with their rows and results (driver only)."""
         entries = [entry for entry in self._named(names) if entry.forgotten]
         self._write([entry._replace(forgotten=False, gone=False) for entry in entries])
         return [entry.item for entry in entries]
@@ -162,22 +162,20 @@ class Registry:
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
                 raise InputError(
                     f"The project has no exposure called {name}.",
-                    "the name has a typo, or still has the folder or ending of its file",
-                    f"use the name as the project has it; the nearest is {near[0]}"
-                    if near
-                    else "run the project first: it has no exposures",
+                    "it was given with the folder or extension of its file",
+                    f"use the name in the project; the closest is {near[0]}" if near else "run the project first: it has no exposures",
                 )
             out[known[name]] = self._rows.entries[known[name]]
         return list(out.values())
 
     def damaged(self, seen: Seen) -> list[str]:
-        """One sentence for each line that cannot be read; ``seen`` are the rows of the commit records."""
+        """One sentence per unreadable line; ``seen``: rows of the commit records."""
         self._look()
-        out = [f"items.jsonl: line {n} was never finished, harmless: it counts for nothing" for n in self._file.torn]
+        out = [f"items.jsonl: line {n} is incomplete, harmless: it is ignored" for n in self._file.torn]
         known = set(self._rows.entries)
         lost = sorted(({*seen, *range(max(known, default=-1))} - known) if self._file.damaged else ())
-        out += [f"items.jsonl: the line of row {row} is damaged; the next run writes it again" for row in lost]
-        out += [f"items.jsonl: line {n} is damaged; the next run writes it again" for n in self._file.damaged[len(lost) :]]
+        out += [f"items.jsonl: the line of row {row} is damaged; the next run rewrites it" for row in lost]
+        out += [f"items.jsonl: line {n} is damaged; the next run rewrites it" for n in self._file.damaged[len(lost) :]]
         return out
 
     @property
@@ -187,9 +185,9 @@ class Registry:
         return bool(self._file.torn or self._file.damaged or not self._file.ended)
 
     def repair(self, seen: Seen) -> None:
-        """Set lines aside that cannot be read, and restore from the commit records which row was whose (driver only).
+        """Set unreadable lines aside, and restore the owners of rows from the commit records (driver only).
 
-        The content of a lost row is unknown: it becomes that of the first unknown exposure of its name.
+        The content of a lost row is unknown until the first unknown exposure of its name claims it.
         """
         self._look()
         lines = []
@@ -206,8 +204,8 @@ class Registry:
         if not lines:
             return
         if self.unreadable:
-            reason = "a run was killed while it wrote, or the disk lost bytes"
-            raise StoreError(f"{self.path} has lines that cannot be read.", reason, "run the project again: it restores them")
+            reason = "a run was killed while writing, or the disk lost bytes"
+            raise StoreError(f"{self.path} has lines that cannot be read.", reason, "rerun the project to restore them")
         append(self.path, b"".join(lines))
         self._look()
 

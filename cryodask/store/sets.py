@@ -1,4 +1,4 @@
-"""Sets of particles as a project holds them: their ids, and their columns, each part taken from the step that gave it."""
+"""Sets of particles in a project: ids and columns, each part read from the step that gave it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cryodask.store.state import ProductRef
 
 _AS_SET = {f"particle_{name}": name for name in CTF_COLUMNS} | {"particle_half": "half_set"}
-"""What a column of an exposure is called in a set."""
+"""Names of exposure columns in a set."""
 _IMAGE_PLACES = ("image_giver", "image_row", "image_slot")
 _NOT_ASKED = np.zeros(0, np.int32)
 _OF_IMAGES = ("particle_y", "particle_x")
@@ -31,9 +31,9 @@ _PLACES = {"pick_y": "position_y_angstrom", "pick_x": "position_x_angstrom"}
 
 @dataclass(frozen=True)
 class Given:
-    """What one generation gives the particles that it holds: sorted ids, columns in their order, and (of images) where each stands.
+    """Values of one generation for its particles: sorted ids, columns in their order, and (for images) their locations.
 
-    Of images that come from several extractions, ``givers`` are these and ``giver`` says which holds which.
+    For images from several extractions, ``givers`` lists these and ``giver`` says which holds which.
     """
 
     ids: np.ndarray
@@ -46,21 +46,21 @@ class Given:
 
 @dataclass
 class SetReader:
-    """Reads the sets of a project; what it has read of a generation it keeps for the next question."""
+    """Reads the sets of a project, caching what it has read of each generation."""
 
     project: Project
     _kept: dict[Any, tuple[Any, Given]] = field(default_factory=dict)
     _ids: dict[str, tuple[int | None, np.ndarray]] = field(default_factory=dict)
-    """Ids of generations with one result, by the checksum in its record: each part asks for its columns, and all share these."""
+    """Ids of single-result generations, by the checksum in the record; shared by the columns of all parts."""
 
     # --- which particles ----------------------------------------------------------------------------------------------------
     def ids(self, ref: ProductRef) -> np.ndarray:
-        """Sorted ids `(n,)` int64 of a set: of exposures that the last selection before it keeps."""
+        """Sorted ids `(n,)` int64 of a set, limited to exposures kept by the last selection before it."""
         if not ref.ids:
-            raise StoreError(f"{ref.step} gives no particles.", "", "ask for a step that does; cryodask info lists them")
+            raise StoreError(f"{ref.step} gives no particles.", "", "choose a step that does; cryodask info lists them")
         threshold = ref.threshold if self.project.generation_at(ref.ids).meta.get("birth") else None
         ids = checked(self._of(ref.ids, (), threshold, alive=True).ids)
-        # the generation may hold exposures that were left out when it was there already: results stay, particles do not count
+        # the generation may contain exposures that were excluded later: results stay, their particles do not count
         kept = kept_rows(self.project, ref.exposure_ids)
         if kept is None:
             return ids
@@ -70,12 +70,12 @@ class SetReader:
 
     # --- columns ------------------------------------------------------------------------------------------------------------
     def columns(self, ref: ProductRef, ids: np.ndarray, parts: Iterable[str] | None = None) -> dict[str, np.ndarray]:
-        """Columns of some parts (all if None) for ``ids``; NaN or -1 where a step did not see a particle.
+        """Columns of some parts (all if None) for ``ids``; NaN or -1 for particles that a step did not process.
 
         Raises
         ------
         StoreError
-            Where the step that gave a part holds none of the particles: that is another set, not a missing value.
+            If the step that gave a part has none of the particles: that is another set, not a missing value.
         """
         out: dict[str, np.ndarray] = {}
         wanted = [p for p in ref.parts if parts is None or p in set(parts)]
@@ -89,8 +89,8 @@ class SetReader:
                 raise StoreError(
                     f"{place} holds none of the particles of {ref.step}: they come from {births_text(ids)}, its own from "
                     f"{births_text(given.ids)}.",
-                    "the two were picked apart",
-                    "the stage match carries values from one to the other by coordinates",
+                    "the two sets come from different picking runs",
+                    "transfer values between them by coordinates with the stage match",
                 )
             for name in names:
                 if name in given.columns:
@@ -99,7 +99,7 @@ class SetReader:
         return out
 
     def _complete(self, ref: ProductRef, ids: np.ndarray, out: dict[str, np.ndarray]) -> None:
-        """Places in angstrom, and origins against the box, from what the parts hold."""
+        """Add positions in angstrom, and origins relative to the box, derived from the parts."""
         needs_pixel = (*_PLACES, *_OF_IMAGES)
         if not any(name in out for name in needs_pixel):
             return
@@ -118,12 +118,12 @@ class SetReader:
                 out[origin] = np.subtract(out[box], out[centre], out=np.empty(len(ids), np.float32), dtype=np.float64, casting="same_kind")
 
     def of_exposures(self, ref: ProductRef, rows: np.ndarray, names: Iterable[str]) -> dict[str, np.ndarray]:
-        """Values of the exposures behind a set, for ``rows`` (which may repeat); a name that nothing gives is left out."""
+        """Values of a set's exposures for ``rows`` (which may repeat); names that nothing gives are left out."""
         starts, counts = runs(rows)
         return self.of_runs(ref, rows[starts], counts, names)
 
     def of_runs(self, ref: ProductRef, rows: np.ndarray, counts: np.ndarray, names: Iterable[str]) -> dict[str, np.ndarray]:
-        """The same for runs of particles of one exposure, as ``identity.row_runs`` finds them."""
+        """Like :meth:`of_exposures`, for runs of particles of one exposure from ``identity.row_runs``."""
         out = {}
         for name in names:
             part = VARIABLES[name].part.partition(".")[2]
@@ -136,9 +136,9 @@ class SetReader:
         return out
 
     def exposure_values(self, place: str, name: str, optics: str = "") -> tuple[np.ndarray, np.ndarray] | None:
-        """Rows and values of a scalar of exposures: from the generation that gave it, else from what the registry knows.
+        """Rows and values of a scalar of exposures: from the generation that gave it, else from the registry.
 
-        ``optics``: the earlier result whose optics are meant; empty: those of now.
+        ``optics``: the earlier result whose optics to use; empty: the current ones.
         """
         if "|" in place:
             return _first_of([self.exposure_values(one, name, optics) for one in place.split("|")])
@@ -153,7 +153,7 @@ class SetReader:
         return np.array([i.row for i in items], np.int64), np.array([np.nan if v is None else float(v) for v in values])
 
     def known_outside(self, items: list[Item], name: str, optics: str) -> list[Any]:
-        """What the registry and the data sets say of exposures; their optics as an earlier result had them, if one is named."""
+        """Values of exposures from the registry and the data sets; optics as in an earlier result, if one is named."""
         values = self.project.values_of(items, name)
         if not optics or name not in OPTICS:
             return values
@@ -161,7 +161,7 @@ class SetReader:
         return [v if name in i.inputs else then.get(i.row, {}).get(name, v) for i, v in zip(items, values)]
 
     def _optics_then(self, result: str) -> dict[int, dict[str, float | None]]:
-        """Optics by row as they are noted with an earlier result, ``STEP@STAGE/KEY``."""
+        """Optics by row as recorded with an earlier result, ``STEP@STAGE/KEY``."""
         label, _, place = result.partition("@")
         line = line_of(self.project.path / "stages" / place, label)
         given = line.optics if line is not None else []
@@ -169,7 +169,7 @@ class SetReader:
 
     # --- one generation -----------------------------------------------------------------------------------------------------
     def _names(self, place: str, part: str) -> tuple[str, ...]:
-        """Small columns of a part that a generation holds."""
+        """Small columns of a part that a generation contains."""
         gives = self.project.generation_at(place).meta["gives"]
         columns = [VARIABLES[n] for n in gives if n in VARIABLES]
         extra = ("particle_pixel_size_angstrom",) if part == "image" else ()
@@ -183,7 +183,7 @@ class SetReader:
         kept = self._kept.get(key)
         if kept is None or kept[0] != stamp:
             made = self._per_item(place, names, threshold, alive, placed) if generation.meta["per_item"] else self._single(place, names)
-            made.ids.flags.writeable = False  # they are handed out as they are, and serve every later question
+            made.ids.flags.writeable = False  # shared with all later callers
             kept = self._kept[key] = stamp, made
         return kept[1]
 
@@ -211,13 +211,11 @@ class SetReader:
         return Given(ids[order], {n: v[order] for n, v in columns.items()}, *((row[order], slot[order]) if placed else (row, slot)))
 
     def _single(self, place: str, names: tuple[str, ...]) -> Given:
-        """Of a generation with one result."""
+        """Values of a single-result generation."""
         generation = self.project.generation_at(place)
         record = generation.committed().get(0)
         if record is None:
-            raise StoreError(
-                f"{place} is not finished.", "the run was stopped in the middle of it", "run the project again: it goes on where it was"
-            )
+            raise StoreError(f"{place} is not finished.", "its run was stopped", "run the project again: it resumes where it stopped")
         crc = record["shards"].get("particle_id")
         kept = self._ids.get(place)
         if kept is None or kept[0] != crc:
@@ -235,7 +233,7 @@ class SetReader:
             giver, row, slot = (united.columns[n] for n in _IMAGE_PLACES)
             return Given(united.ids, {}, row, slot, tuple(generation.meta["image_givers"]), giver)
         given = self._of(place, (), None, placed=True)
-        if generation.meta.get("birth"):  # at the end of a birth table stands what is no longer found: it has no image
+        if generation.meta.get("birth"):  # particles no longer found are at the end of a birth table and have no image
             table = self.project.table_at(place, ["particle_count"])
             count = dict(zip(table.row.tolist(), table["particle_count"].tolist()))
             there = given.slot < np.array([count[r] for r in given.row.tolist()], np.int64)
@@ -245,7 +243,7 @@ class SetReader:
 
 
 def kept_rows(project: Project, place: str) -> np.ndarray | None:
-    """Rows of the exposures that a selection of exposures at a place keeps; None where nothing was selected there (yet)."""
+    """Rows of the exposures kept by an exposure selection at a place; None if nothing was selected there (yet)."""
     if not place or "|" in place:
         return None
     generation = project.generation_at(place)
@@ -256,7 +254,7 @@ def kept_rows(project: Project, place: str) -> np.ndarray | None:
 
 
 def _first_of(known: list[tuple[np.ndarray, np.ndarray] | None]) -> tuple[np.ndarray, np.ndarray] | None:
-    """Rows and values of several givers, sorted by row; of a row that several have, the first one's that is a number."""
+    """Rows and values of several givers, sorted by row; for a row in several of them, the first value that is a number."""
     found = [one for one in known if one is not None]
     if not found:
         return None
@@ -267,7 +265,7 @@ def _first_of(known: list[tuple[np.ndarray, np.ndarray] | None]) -> tuple[np.nda
 
 
 def lengths(table: Table, name: str) -> np.ndarray:
-    """Length of a ragged column in each item."""
+    """Length of a ragged column for each item."""
     return table.columns[name].shapes[:, 0]
 
 
@@ -280,14 +278,14 @@ def runs(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def within(counts: np.ndarray) -> np.ndarray:
-    """0, 1, ... within every item."""
+    """0, 1, ... within each item."""
     places = np.arange(int(counts.sum()), dtype=np.int32)
     places -= np.repeat((np.cumsum(counts) - counts).astype(np.int32), counts)
     return places
 
 
 def place_of_row(rows: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Place of each row among known ones (sorted), -1 where it is not."""
+    """Index of each row among known ones (sorted), -1 if missing."""
     if not len(known):
         return np.full(len(rows), -1)
     at = np.minimum(np.searchsorted(known, rows), len(known) - 1)
@@ -295,7 +293,7 @@ def place_of_row(rows: np.ndarray, known: np.ndarray) -> np.ndarray:
 
 
 def _per_particle(table: Table, name: str, counts: np.ndarray) -> np.ndarray:
-    """A ragged column one value after the other, or a scalar repeated; columns shorter than the ids are filled."""
+    """Flatten a ragged column, or repeat a scalar; columns shorter than the ids are padded."""
     if not VARIABLES[name].ragged:
         return np.repeat(table[name], counts)
     own = lengths(table, name)

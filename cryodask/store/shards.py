@@ -1,7 +1,7 @@
-"""Shard files: one item of one variable, written chunk by chunk by us, readable by any Zarr v3 library.
+"""Shard files: one item of one variable, written chunk by chunk here, readable by any Zarr v3 library.
 
-zarr-python holds the whole shard in memory and never calls fsync; a movie is streamed here, frame by frame, and the shard appears under
-its name only when all of it is on the disk.
+zarr-python keeps the whole shard in memory and never calls fsync; here a movie is streamed frame by frame, and the shard appears under
+its name only when all of it is on disk.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from cryodask.errors import DiskError
 from cryodask.store.files import fsync_folder, write_all
 
 _NO_CHUNK = np.iinfo(np.uint64).max
-_REPAIR = "cryodask verify --repair PROJECT  takes the commit of what is damaged back; then run again"
+_REPAIR = "invalidate the damaged results with  cryodask verify --repair PROJECT  and rerun the project"
 _RECOMPUTED = "remove {} and rerun the project: it is recomputed"
 _BLOCK = 1 << 16
-"""Bytes read at a time for a checksum: small enough that the same memory serves all of them."""
+"""Bytes read at a time for a checksum: small enough to reuse the same memory."""
 
 
 @dataclass(frozen=True)
 class Layout:
     """Shape of one item of a bulk variable and of its inner chunks.
 
-    Counts compress well (blosc zstd-1 with bitshuffle: 3.4 times at 1.25 e/px, 400 Mpx/s a core); floats do not and are stored as they are.
+    Counts compress well (blosc zstd-1 with bitshuffle: 3.4 times at 1.25 e/px, 400 Mpx/s per core); floats do not and are not compressed.
     """
 
     shape: tuple[int, ...]
@@ -45,18 +45,18 @@ class Layout:
 
     @classmethod
     def of(cls, shape: tuple[int, ...], chunk_hint: tuple[int, ...], dtype: str) -> Layout:
-        """Chunks from a hint in which 0 (or nothing) means the whole axis."""
+        """A layout from a chunk hint, in which 0 (or nothing) means the whole axis."""
         hint = tuple(chunk_hint) or (0,) * len(shape)
         return cls(tuple(shape), tuple(min(h, n) if h else n for h, n in zip(hint, shape)), dtype)
 
     @classmethod
     def of_array(cls, folder: Path) -> Layout:
-        """The layout of an array that is one shard, from the ``zarr.json`` in its folder.
+        """The layout of a single-shard array, from the ``zarr.json`` in its folder.
 
         Raises
         ------
         DiskError
-            Where that file is missing or damaged, or describes another form than is written here.
+            If that file is missing or damaged, or describes a form that is not written here.
         """
         path = folder / "zarr.json"
         try:
@@ -70,10 +70,10 @@ class Layout:
             )
         except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
             raise _damage(
-                path, f"it does not say how the array is stored ({type(error).__name__})", _RECOMPUTED.format(folder.parent)
+                path, f"it does not describe how the array is stored ({type(error).__name__})", _RECOMPUTED.format(folder.parent)
             ) from error
         if not fits:
-            raise _damage(path, "it describes an array of another form than cryodask writes", _RECOMPUTED.format(folder.parent))
+            raise _damage(path, "it describes a form of array that cryodask does not write", _RECOMPUTED.format(folder.parent))
         return made
 
     @property
@@ -93,12 +93,12 @@ class Layout:
 
     def codec(self) -> Any:
         """The inner codec, or None."""
-        # its threads place their blocks in the order in which they finish: the same pixels would give other bytes each time
+        # with threads, blocks are placed in the order in which they finish: the same pixels would give different bytes each time
         blosc.use_threads = False
         return Blosc(cname="zstd", clevel=1, shuffle=Blosc.BITSHUFFLE) if self.compressed else None
 
     def zarr_codecs(self) -> list[Any]:
-        """The same for zarr's ``compressors``."""
+        """The inner codec as zarr's ``compressors``."""
         from zarr.codecs import BloscCodec
 
         if not self.compressed:
@@ -107,7 +107,7 @@ class Layout:
 
 
 class ShardFile(NamedTuple):
-    """A shard as it was written: crc32c of the whole file, its bytes, and when it was written (ns since 1970)."""
+    """A written shard: crc32c of the whole file, its size in bytes, and its time (ns since 1970)."""
 
     crc: int
     size: int
@@ -115,7 +115,7 @@ class ShardFile(NamedTuple):
 
 
 class ShardWriter:
-    """Write one shard: ``put`` chunks in any order, then ``close``; nothing is visible before.
+    """Writes one shard: ``put`` chunks in any order, then ``close``; nothing is visible before.
 
     The file ``NAME.<host>.<pid>.part`` is renamed to NAME after an fsync; then the folder is synced as well.
     """
@@ -142,7 +142,7 @@ class ShardWriter:
         self._position += len(data)
 
     def put_array(self, array: np.ndarray) -> None:
-        """All chunks of an array; chunks of an array shorter than the layout's first axis are left out (they read as zero)."""
+        """Append all chunks of an array; for an array shorter than the layout's first axis the rest is left out (and reads as zero)."""
         counts = [-(-n // c) for n, c in zip(array.shape, self.layout.chunk)]
         for coordinate in np.ndindex(*counts):
             window = tuple(slice(i * c, (i + 1) * c) for i, c in zip(coordinate, self.layout.chunk))
@@ -153,11 +153,11 @@ class ShardWriter:
         self._crc.update(bytes(data) if not isinstance(data, bytes) else data)
 
     def close(self) -> ShardFile:
-        """Finish the shard and make it visible; returns what the commit record says of it."""
+        """Finish the shard and make it visible; returns its entry for the commit record."""
         raw = self._index.astype("<u8").tobytes()
         self._write(raw + google_crc32c.value(raw).to_bytes(4, "little"))
         os.fsync(self._fd)
-        # of our own file: under its name another attempt's may stand a moment later
+        # of our own open file: another attempt's file may replace it a moment later
         there = os.fstat(self._fd)
         os.close(self._fd)
         self._fd = -1
@@ -166,7 +166,7 @@ class ShardWriter:
         return ShardFile(int.from_bytes(self._crc.digest(), "big"), there.st_size, there.st_mtime_ns)
 
     def abort(self) -> None:
-        """Drop what was written."""
+        """Discard what was written."""
         if self._fd >= 0:
             os.close(self._fd)
         with contextlib.suppress(FileNotFoundError):
@@ -190,9 +190,9 @@ def write_shard(path: str | Path, layout: Layout, data: Any) -> ShardFile:
 
 
 class ShardReader:
-    """Read a shard by chunks along its first axis; as a movie it meets the ``Frames`` protocol (inner chunk = one frame).
+    """Reads a shard by chunks along its first axis; for a movie it satisfies the ``Frames`` protocol (inner chunk = one frame).
 
-    ``length`` may cut the first axis short (ragged items).
+    ``length`` may shorten the first axis (ragged items).
     """
 
     def __init__(self, path: str | Path, layout: Layout, length: int | None = None) -> None:
@@ -219,15 +219,15 @@ class ShardReader:
         return self.window(tuple(slice(None) for _ in self.shape), crc)
 
     def slab(self, k: int) -> np.ndarray:
-        """All chunks whose first coordinate is ``k``, joined and cut to the true shape."""
+        """All chunks whose first coordinate is ``k``, joined and cropped to the true shape."""
         step = self.layout.chunk[0]
         return self.window((slice(k * step, (k + 1) * step), *(slice(None) for _ in self.shape[1:])))
 
     def window(self, window: tuple[slice, ...], crc: int | None = None) -> np.ndarray:
-        """A part of the item (slices of step 1), read from ONE opening of the file, so that it is never half of two writings.
+        """A part of the item (slices of step 1), read from ONE opening of the file, so that it never mixes two versions.
 
-        With ``crc``, the checksum of the whole file in its commit record, nothing is given that does not fit it: chunks of floats have
-        no checksum of their own, and a damaged one would be read as other numbers.
+        With ``crc``, the checksum of the whole file in its commit record, the file is verified: chunks of floats have
+        no checksum of their own, and damage would be read as wrong numbers.
         """
         spans = [range(*s.indices(n)) for s, n in zip(window, self.shape)]
         out = np.zeros([len(span) for span in spans], self.dtype)
@@ -236,7 +236,7 @@ class ShardReader:
         chunk = self.layout.chunk
         with self._opened() as file:
             if crc is not None and _crc_of(file) != crc:
-                raise self._damage("its bytes do not fit the checksum of its commit")
+                raise self._damage("its bytes do not match the checksum of its commit")
             index = self._read_index(file)
             for steps in product(*(range(span.start // c, (span.stop - 1) // c + 1) for span, c in zip(spans, chunk))):
                 here = [(max(s.start, k * c), min(s.stop, (k + 1) * c)) for s, k, c in zip(spans, steps, chunk)]
@@ -249,7 +249,7 @@ class ShardReader:
         return out
 
     def _chunk(self, file: BufferedReader, index: np.ndarray, coordinate: tuple[int, ...], out: np.ndarray | None = None) -> np.ndarray:
-        """A whole chunk; straight into ``out`` where that is given, for fresh memory costs more than the reading."""
+        """A whole chunk; directly into ``out`` if given, because allocating memory costs more than reading."""
         out = np.empty(self.layout.chunk, self.dtype.newbyteorder("<")) if out is None else out
         offset, size = (int(v) for v in index[coordinate])
         if offset == int(_NO_CHUNK):
@@ -261,24 +261,24 @@ class ShardReader:
             if codec:
                 data = file.read(size)
                 if int.from_bytes(data[4:8], "little") != out.nbytes:  # blosc's header
-                    raise ValueError("it is of another size")
+                    raise ValueError("it has another size")
                 codec.decode(data, out)
             elif size != out.nbytes or file.readinto(out.reshape(-1).view(np.uint8).data) != size:
-                raise ValueError("it was cut short")
+                raise ValueError("it is truncated")
             return out
-        except (ValueError, RuntimeError) as error:  # numcodecs raises RuntimeError for a blosc buffer that makes no sense
+        except (ValueError, RuntimeError) as error:  # numcodecs raises RuntimeError for an invalid blosc buffer
             raise self._damage(f"chunk {coordinate} cannot be decoded") from error
 
     def _read_index(self, file: BufferedReader) -> np.ndarray:
         there = os.fstat(file.fileno())
         stamp = (there.st_ino, there.st_size, there.st_mtime_ns)
-        if self._index is None or stamp != self._stamp:  # written anew since: its chunks lie elsewhere
+        if self._index is None or stamp != self._stamp:  # rewritten since: its chunks are elsewhere
             size = 16 * int(np.prod(self.layout.grid))
             file.seek(max(0, there.st_size - size - 4))
             raw = file.read(size)
             crc = int.from_bytes(file.read(4), "little")
             if len(raw) != size or google_crc32c.value(raw) != crc:
-                raise self._damage("the index of its chunks does not fit its checksum")
+                raise self._damage("its chunk index does not match its checksum")
             self._index, self._stamp = np.frombuffer(raw, "<u8").reshape(*self.layout.grid, 2), stamp
         return self._index
 
@@ -293,7 +293,7 @@ class ShardReader:
 
 
 def _damage(path: Path, why: str, way_out: str = _REPAIR) -> DiskError:
-    return DiskError(f"{path} is damaged: {why}.", "the disk lost bytes, or another program touched the project's folder", way_out)
+    return DiskError(f"{path} is damaged: {why}.", "the disk lost bytes, or another program changed the project folder", way_out)
 
 
 def file_crc(path: str | Path) -> int:
@@ -303,7 +303,7 @@ def file_crc(path: str | Path) -> int:
 
 
 def _crc_of(file: BufferedReader) -> int:
-    """crc32c of all that an open file holds."""
+    """crc32c of an open file."""
     crc = google_crc32c.Checksum()
     file.seek(0)
     while data := file.read(_BLOCK):

@@ -1,4 +1,4 @@
-"""``project.json``: what a project is, and which generation every step has now. Written by the driver only."""
+"""``project.json``: the project and the current generation of every step. Written by the driver only."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _FILE = "project.json"
 
 
 class ProductRef(BaseModel):
-    """A product as it was resolved: where its ids and each of its parts lie.
+    """A resolved product: the places of its ids and of each of its parts.
 
-    A place is ``STAGE/KEY``, the folder of a generation below ``stages/``; several that gave parts of exposures are ``A|B``. ``ids`` is
-    the generation that last settled which particles (or exposures) there are. ``exposures`` are the parts of the exposures behind
-    particles, ``exposure_ids`` the generation that settled which exposures there are. ``output`` is the name of the output where a
-    generation holds several of the type; ``place`` the generation of that step. ``threshold``: score above which the peaks of a birth
+    A place is ``STAGE/KEY``, the folder of a generation below ``stages/``; several that gave parts of exposures are ``A|B``. ``ids``:
+    the generation that last determined which particles (or exposures) there are. ``exposures``: the parts of the particles'
+    exposures; ``exposure_ids``: the generation that determined which exposures there are. ``output``: name of the output if a
+    generation has several of the type; ``place``: the generation of that step. ``threshold``: score above which the peaks of a birth
     are accepted ("auto": that of each exposure). ``optics``: the result, ``STEP@STAGE/KEY``, with which the optics of its exposures are
-    noted; empty: they are those of now.
+    recorded; empty: the current ones.
     """
 
     type: str
@@ -39,16 +39,16 @@ class ProductRef(BaseModel):
     optics: str = ""
 
     def places(self) -> set[str]:
-        """All generations that its ids and parts lie in."""
+        """All generations that contain its ids and parts."""
         named = (self.ids, self.exposure_ids, *self.parts.values(), *self.exposures.values())
         return {place for places in named for place in places.split("|") if place}
 
 
 class StepState(BaseModel):
-    """What a step of the pipeline is now: a pointer to a generation, and what it takes and gives.
+    """Current state of a step: a pointer to a generation, with its inputs and outputs.
 
-    ``recipes`` says how a per-exposure step processes each data set now; the record of an exposure has the one by which it was made.
-    ``left_out`` counts the rows of an imported file that went nowhere, by the name of their exposure in it.
+    ``recipes``: how a per-exposure step processes each data set now; the record of an exposure has the one it was made with.
+    ``left_out``: number of unused rows of an imported file, by the name of their exposure in it.
     """
 
     stage: str
@@ -65,14 +65,14 @@ class StepState(BaseModel):
         return f"{self.stage}/{self.key}"
 
     def product(self, kind: str, output: str | None = None) -> ProductRef | None:
-        """Its product of a type; ``output`` where it gives several."""
+        """Its product of a type; ``output`` if it gives several."""
         return self.products.get(f"{output or kind}:{kind}")
 
 
 class Choice(BaseModel):
-    """Numbers of classes that a person chose, in a stage, from a step that classified, and the very result whose numbers they are.
+    """Manually chosen class numbers, the classification step they belong to, and its exact result.
 
-    ``earlier``: other results for which the same numbers were chosen before.
+    ``earlier``: other results for which the same numbers were chosen.
     """
 
     values: list[int]
@@ -84,25 +84,25 @@ class Choice(BaseModel):
 
     @property
     def subject(self) -> str:
-        """What is chosen, whatever the step that uses it is called."""
+        """The choice, independent of the name of the step that uses it."""
         return f"{self.stage}: {', '.join(map(str, self.values))} of {self.label}.{self.part}"
 
 
 class Source(BaseModel):
-    """A file that an import reads: its first path, and what it holds (size and a checksum) as the last run found it."""
+    """A file that an import reads: its first path, and its content (size and checksum) in the last run."""
 
     name: str
     content: str
 
 
 class ProjectState(BaseModel):
-    """Everything that ``project.json`` holds.
+    """Content of ``project.json``.
 
-    ``home`` is the folder of the project file, seen from the project: paths of inputs are relative to it. ``constants`` are optics and
-    dose of each data set, by its name; ``gain`` the stored gain references. ``births`` are the numbers of births by identity key, given
-    once. ``again`` counts how often a step was asked to be computed anew. ``kept`` are names that people gave to generations,
-    ``removed`` when gc took others (seconds since 1970), ``choices`` numbers of classes that people chose. ``sources`` are the files of
-    imports by path. ``epoch`` is that of the driver which wrote it (see epochs.py).
+    ``home``: the folder of the project file, relative to the project; paths of inputs are relative to it. ``constants``: optics and
+    dose by data set; ``gain``: the stored gain references. ``births``: numbers of births by identity key, assigned
+    once. ``again``: how often a recomputation of a step was requested. ``kept``: names given to generations;
+    ``removed``: when gc removed others (seconds since 1970); ``choices``: manually chosen class numbers. ``sources``: the files of
+    imports by path. ``epoch``: that of the driver that wrote it (see epochs.py).
     """
 
     format: int = FORMAT
@@ -122,40 +122,40 @@ class ProjectState(BaseModel):
     steps: dict[str, StepState] = Field(default_factory=dict)
 
     def recipes_at(self, place: str) -> dict[str, str]:
-        """Recipes of the data sets at a generation that is the present one of a step; empty of any other."""
+        """Recipes of the data sets at a generation that is current for a step; empty for any other."""
         return next((step.recipes for step in self.steps.values() if step.place == place), {})
 
     # --- verbs --------------------------------------------------------------------------------------------------------------
     def adopt(self, label: str, step: StepState) -> bool:
-        """Make this the current state of a step; whether its generation is another one now."""
+        """Make this the current state of a step; returns whether its generation has changed."""
         old = self.steps.get(label)
         self.steps[label] = step
         return old is None or old.place != step.place
 
     def forget(self, labels: Iterable[str]) -> None:
-        """Take steps out; their generations stay in the history."""
+        """Remove steps; their generations stay in the history."""
         for label in labels:
             self.steps.pop(label, None)
 
     def reorder(self, labels: Iterable[str]) -> None:
-        """Put steps in the order of the pipeline, and forget those that are not in it."""
+        """Put steps in pipeline order, and remove those that are not in it."""
         self.steps = {label: self.steps[label] for label in labels if label in self.steps}
 
     def birth_number(self, identity: str, taken: Iterable[int] = ()) -> int:
-        """Number of the birth with this identity key, given now if it has none; ``taken`` are numbers found on disk."""
+        """Number of the birth with this identity key, assigned now if it has none; ``taken``: numbers found on disk."""
         if identity not in self.births:
             number = max([0, *self.births.values(), *taken]) + 1
             if number >= MOST_BIRTHS:
                 raise StoreError(
-                    f"Project {self.name} has {number} births of particles, the most there may be.",
-                    "picking was started again and again with other parameters",
-                    "start a new project and import the particles that you keep",
+                    f"Project {self.name} has reached the maximum of {number} births of particles.",
+                    "picking was repeated many times with other parameters",
+                    "start a new project and import the particles you want to keep",
                 )
             self.births[identity] = number
         return self.births[identity]
 
     def source_name(self, path: str, content: str, in_use: set[str]) -> str:
-        """The name of a source: that of the path where it was first read; ``in_use`` are the paths that the project file names now."""
+        """The name of a source: the path where it was first read; ``in_use``: paths that the project file names now."""
         if path in self.sources:
             if content:
                 self.sources[path].content = content
@@ -173,18 +173,18 @@ class ProjectState(BaseModel):
     # --- disk ---------------------------------------------------------------------------------------------------------------
     @classmethod
     def read(cls, folder: Path) -> ProjectState:
-        """From ``project.json``.
+        """Read ``project.json``.
 
         Raises
         ------
         StoreError
-            Not a project, damaged, or of another format.
+            If it is not a project, is damaged, or has another format.
         """
         file = folder / _FILE
         if not file.is_file():
             raise StoreError(
                 f"{folder} is not a cryodask project: it has no {_FILE}.",
-                "the folder is another one, or the first run has not started yet",
+                "it is the wrong folder, or the first run has not started yet",
                 "give the folder that `cryodask run` printed as the project",
             )
         try:
@@ -196,14 +196,14 @@ class ProjectState(BaseModel):
             raise StoreError(
                 f"{file} is damaged: {str(error).splitlines()[0]}.",
                 "it was edited by hand, or the disk lost bytes",
-                "remove this one file and run the project again: results are found by their keys and kept",
+                "remove this file and rerun the project: results are found by their keys and kept",
             ) from error
         if state.format != FORMAT:
             raise _other_format(folder, state.format)
         return state
 
     def write(self, folder: Path) -> None:
-        """To ``project.json``, at once or not at all."""
+        """Write ``project.json`` atomically."""
         holder = holder_of(folder)
         if holder is not None:
             self.epoch = holder.epoch
@@ -214,6 +214,6 @@ class ProjectState(BaseModel):
 def _other_format(folder: Path, found: int) -> StoreError:
     return StoreError(
         f"{folder} has the format {found}; this version of cryodask reads format {FORMAT}.",
-        "it was made by another version",
-        "process it with that version, or give the project file another folder and run it again",
+        "another version made it",
+        "process it with that version, or set another folder in the project file and rerun",
     )

@@ -1,8 +1,8 @@
-"""Committed items as columns, and their compaction: a cache of the journals in one file.
+"""Committed items as columns, and the compaction: a cache of the journals in one file.
 
-``columns.npz`` holds the columns of all items that were committed when the driver wrote it, and says how far it had read each journal.
-Readers take it and parse the rest of the journals only. It is never the truth: where it is absent, damaged, or does not fit the journals,
-these are read alone.
+``columns.npz`` has the columns of all items that were committed when the driver wrote it, and how far it had read each journal.
+Readers use it and parse only the rest of the journals. It is never authoritative: if it is missing, damaged, or does not match the
+journals, only these are read.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _FILE = "columns.npz"
 _FORMAT = 4
 _NUMBERS = ("revision", "attempt", "time")
 _UNREADABLE = (zipfile.BadZipFile, OSError, ValueError, EOFError, RuntimeError, struct.error, zlib.error, lzma.LZMAError)
-"""What zipfile raises for damage, depending on the byte; a flipped method makes it call a decompressor."""
+"""Exceptions that zipfile raises for damage, depending on the byte; a flipped method makes it call a decompressor."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """One variable of many items: their values one after the other, and the shape of each, `(item, dimension)`."""
+    """One variable of many items: concatenated values, and the shape of each, `(item, dimension)`."""
 
     flat: np.ndarray
     shapes: np.ndarray
@@ -66,7 +66,7 @@ class Column:
         return bool((self.shapes == self.shapes[:1]).all())
 
     def stacked(self) -> np.ndarray:
-        """One array `(item, ...)`; items of different lengths are filled with NaN (numbers) or -1 (integers)."""
+        """One array `(item, ...)`; items of different lengths are padded with NaN (floats) or -1 (integers)."""
         if self._uniform:
             rest = self.shapes[0] if len(self.shapes) else np.zeros(self.shapes.shape[1], np.int64)
             return self.flat.reshape(len(self.shapes), *rest)
@@ -82,11 +82,11 @@ class Column:
 
 @dataclass
 class Table:
-    """The records that count of one generation: committed items by row, failures as they are.
+    """The current records of one generation: committed items as columns, failures as records.
 
-    ``input``, ``recipe`` and ``slice`` are what each was made from (see made.py). ``stored`` says for
-    every bulk variable which items have a shard, ``layouts`` (JSON, mostly empty) which are of another size or type than those of the first
-    data set; ``texts`` and ``columns`` hold the variables that were asked for.
+    ``input``, ``recipe`` and ``slice``: what each was made from (see made.py). ``stored``: for each bulk variable, which items have a
+    shard. ``layouts`` (JSON, mostly empty): items whose size or type differs from the first data set. ``texts`` and ``columns``: the
+    requested variables.
     """
 
     row: np.ndarray
@@ -156,7 +156,7 @@ class Table:
         return revision, True, attempt, time
 
     def updated(self, tail: dict[int, Record], gives: list[Var]) -> Table:
-        """With records that came later, each where it outranks what is known of its row."""
+        """A table updated with later records, where they outrank the known ones of their rows."""
         if not tail:
             return self
         place = {row: i for i, row in enumerate(self.row.tolist())}
@@ -189,16 +189,16 @@ class Table:
 
 
 class DamagedCompaction(Exception):
-    """The compaction cannot be used; the journals know the same."""
+    """The compaction cannot be used; the journals have the same content."""
 
 
 class Compaction:
-    """An open ``columns.npz``: a rename by the driver does not disturb who reads it.
+    """An open ``columns.npz``; a rename by the driver does not disturb its readers.
 
     Raises
     ------
     DamagedCompaction
-        On opening, and whenever what is read does not fit its checksum.
+        On opening, and whenever the data read do not match their checksum.
     FileNotFoundError
     """
 
@@ -240,20 +240,20 @@ class Compaction:
 
     def _array(self, member: str) -> np.ndarray:
         try:
-            with self._zip.open(f"{member}.npy") as file:  # piece by piece: the whole beside its array would be twice the memory
+            with self._zip.open(f"{member}.npy") as file:  # in pieces: reading it at once would take twice the memory
                 array = np.lib.format.read_array(file, allow_pickle=False)
-                if file.read(1):  # the checksum is compared at the end
+                if file.read(1):  # the checksum is verified at the end
                     raise DamagedCompaction(f"{member}: longer than its array")
                 return array
         except (*_UNREADABLE, KeyError) as error:
             raise DamagedCompaction(f"{member}: {error}") from error
 
     def fits(self, journals: Path) -> bool:
-        """Whether the journals still begin with what was compacted."""
+        """Whether the journals still begin with the compacted content."""
         return all(mark_of(journals / name, offset) == mark for name, (offset, mark) in self.head["covered"].items())
 
     def table(self, names: Iterable[str]) -> Table:
-        """The items with some variables."""
+        """Table of the items with some variables."""
         wanted = set(names)
         for name in wanted & set(self.head["columns"]) - set(self._columns):
             self._columns[name] = Column(self._array(f"column/{name}"), self._array(f"shape/{name}"))
@@ -270,7 +270,7 @@ class Compaction:
 
 
 def write_compaction(folder: Path, table: Table, contents: JournalContents) -> None:
-    """Write ``columns.npz`` of a generation's folder from what its journals say (driver only)."""
+    """Write ``columns.npz`` in a generation's folder from the content of its journals (driver only)."""
     covered = {name: (offset, mark_of(folder / "journal" / name, offset)) for name, offset in contents.offsets.items()}
     head = {
         "format": _FORMAT,
@@ -289,7 +289,7 @@ def write_compaction(folder: Path, table: Table, contents: JournalContents) -> N
     arrays |= {f"column/{n}": c.flat for n, c in table.columns.items()} | {f"shape/{n}": c.shapes for n, c in table.columns.items()}
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as file:
-        # a ZipInfo of its own says 1980: the same commits give the same bytes
+        # an explicit ZipInfo has the date 1980, so that the same commits give the same bytes
         file.writestr(zipfile.ZipInfo("head"), json.dumps(head))
         for name, texts in table.texts.items():
             file.writestr(zipfile.ZipInfo(f"text/{name}"), json.dumps(texts.tolist()))
@@ -300,7 +300,7 @@ def write_compaction(folder: Path, table: Table, contents: JournalContents) -> N
 
 
 class TableReader:
-    """The table of one generation, from its compaction and what its journals say beyond; keeps its place between calls."""
+    """The table of one generation, from its compaction and the rest of its journals; reads incrementally between calls."""
 
     def __init__(self, folder: Path, journal: Journal) -> None:
         self.folder, self.journal = folder, journal
@@ -309,12 +309,12 @@ class TableReader:
         self._bad_stamp: tuple[int, ...] = ()
 
     def read(self, gives: list[Var], names: Iterable[str]) -> tuple[Table, JournalContents]:
-        """Table with some variables, and the contents of the journals that it was made with."""
+        """Table with some variables, and the contents of the journals it was made from."""
         names = list(names)
         compaction = self._open()
         if compaction is not None:
             contents = self._tail.read()
-            if not contents.undone:  # what was taken back since may stand in the compaction
+            if not contents.undone:  # records undone since may be in the compaction
                 try:
                     table = compaction.table(names)
                     return table.updated(contents.records, gives), contents
@@ -325,7 +325,7 @@ class TableReader:
         return Table.of(contents.records, gives, names), contents
 
     def tail_length(self) -> int:
-        """Records that readers have to parse: those beyond the compaction, or all where it cannot be used."""
+        """Number of records that readers have to parse: those beyond the compaction, or all if it cannot be used."""
         if self._open() is not None:
             contents = self._tail.read()
             if not contents.undone:
@@ -352,13 +352,13 @@ class TableReader:
 
 
 def damaged_compaction(folder: Path) -> list[str]:
-    """A sentence where the compaction of a generation cannot be read; nothing is lost by it."""
+    """A sentence if the compaction of a generation cannot be read; nothing is lost."""
     try:
         Compaction(folder / _FILE).check()
     except FileNotFoundError:
         return []
     except DamagedCompaction as error:
-        return [f"{folder / _FILE}: damaged ({error}), harmless: it is made again from the journals"]
+        return [f"{folder / _FILE}: damaged ({error}), harmless: it is rebuilt from the journals"]
     return []
 
 

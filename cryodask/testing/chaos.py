@@ -1,4 +1,4 @@
-"""Kill the processes of a computation at random moments, start again what died, and see that it still ends, and ends right."""
+"""Kill the processes of a computation at random moments, restart them, and check that it still ends correctly."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EVERY_KIND = ("worker", "nanny", "scheduler", "driver", "everything")
 
 @dataclass(frozen=True)
 class Kill:
-    """One process that was killed: when (``time.time()``), as what, its process id, and where the computation was."""
+    """One killed process: time (``time.time()``), kind, process id, and state of the computation."""
 
     time: float
     what: str
@@ -35,16 +35,16 @@ class Chaos:
     ----------
     cluster : ProcessCluster
     seed : int
-        Settles what is killed and how long is waited before it; how far the computation has come by then is not settled.
-        Every kind has its turn before one comes again.
+        Determines what is killed and the waiting times, but not how far the computation has come by then.
+        Every kind has its turn before one is repeated.
     kinds : sequence of ``worker``, ``nanny``, ``scheduler``, ``driver``, ``everything``
 
     Attributes
     ----------
     log : list of Kill
-        One entry a killed process: ``everything`` gives one for each process that was alive.
+        One entry per killed process; ``everything`` gives one for each process that was alive.
     strikes : Counter
-        Strikes that met something, by place.
+        Strikes that killed something, by place.
     """
 
     def __init__(self, cluster: ProcessCluster, seed: int, kinds: Sequence[str] = EVERY_KIND) -> None:
@@ -58,7 +58,7 @@ class Chaos:
         self._turns: list[str] = []
 
     def strike(self, driver: subprocess.Popen[bytes] | None = None, place: str = "") -> str:
-        """Kill what the dice say; returns which kind it was, nothing where no such part is alive."""
+        """Kill a random part; returns its kind, empty if no such part is alive."""
         if not self._turns:
             self._turns = self._random.sample(self.kinds, len(self.kinds))
         kind, which = self._turns[-1], self._random.random()
@@ -93,26 +93,26 @@ class Chaos:
         may_end_with: Collection[int] = (2,),
         limit_seconds: float = 600.0,
     ) -> int:
-        """Run a driver, kill at random moments, start again what died, until the driver ends with 0; returns how often it was started.
+        """Run a driver, kill and restart parts at random moments until the driver ends with 0; returns how often it was started.
 
         Parameters
         ----------
         command : sequence of str
-            Starts the driver in ``folder``; what it says is appended to ``driver.log`` there.
+            Starts the driver in ``folder``; its output is appended to ``driver.log`` there.
         strikes : mapping
-            How many, by place: ``{"": 5}``; those of earlier calls count. After them the driver is let end, and it may end before.
+            Number of strikes by place: ``{"": 5}``, including earlier calls. Then the driver runs to its end; it may end before.
         pause_seconds : (shortest, longest)
             Between two strikes; only time spent at the places named by ``strikes`` counts.
         place : callable
             Where the computation is.
         may_end_with : collection of int
-            Exit codes with which a driver may give up when its cluster was killed; any other is a fault of the driver.
+            Exit codes with which a driver may give up when its cluster was killed; any other is an error of the driver.
         limit_seconds : float
 
         Raises
         ------
         AssertionError
-            When a driver ends with another code, or none ends well in time.
+            If a driver ends with another code, or none succeeds in time.
         """
         deadline = time.monotonic() + limit_seconds
         starts, left, looked = 0, self._random.uniform(*pause_seconds), time.monotonic()

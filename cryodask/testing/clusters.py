@@ -1,4 +1,4 @@
-"""A Dask cluster of separate processes on this machine, as a batch system would leave it: nothing but the network joins its parts."""
+"""A Dask cluster of separate processes on this machine, connected only by the network, as in a batch system."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _START_SECONDS = 120.0
 
 
 class ProcessCluster:
-    """One ``dask scheduler`` and some ``dask worker`` with one thread and a nanny each; a context manager that leaves nothing behind.
+    """One ``dask scheduler`` and some ``dask worker`` with one thread and a nanny each; a context manager that cleans up.
 
     Parameters
     ----------
     workers : int
     memory : str
-        Limit of each worker, as ``dask worker --memory-limit`` takes it (``auto``, ``700MB``).
+        Memory limit of each worker, as for ``dask worker --memory-limit`` (``auto``, ``700MB``).
 
     Notes
     -----
-    Linux only. A process that is killed stays dead until :meth:`replace`; a worker alone is started again by its nanny. Workers leave
-    when their scheduler dies, and their nannies with them, as in any Dask cluster.
+    Linux only. A killed process stays dead until :meth:`replace`; a killed worker is restarted by its nanny. When the scheduler dies,
+    workers and nannies leave, as in any Dask cluster.
     """
 
     def __init__(self, workers: int = 2, *, memory: str = "auto") -> None:
@@ -72,7 +72,7 @@ class ProcessCluster:
         return self._scheduler.pid if self._scheduler is not None and self._scheduler.poll() is None else None
 
     def nannies(self) -> list[int]:
-        """Process ids of the nannies that live."""
+        """Process ids of the live nannies."""
         return [n.pid for n in self._nannies if n.poll() is None]
 
     def workers(self) -> list[int]:
@@ -90,7 +90,7 @@ class ProcessCluster:
 
     # --- what a batch system does ---------------------------------------------------------------------------------------------
     def replace(self) -> None:
-        """Start again what is dead: the scheduler at its old port, a nanny by a new one. Returns when the scheduler listens."""
+        """Restart dead parts: the scheduler on its old port, nannies as new ones. Returns when the scheduler listens."""
         if self.scheduler is None:
             self._scheduler_file.unlink(missing_ok=True)
             where = ["--host", "127.0.0.1", "--port", str(self._port), "--dashboard-address", "127.0.0.1:0"]
@@ -118,7 +118,7 @@ class ProcessCluster:
         raise RuntimeError(f"the scheduler does not start:\n{self.log()[-2000:]}")
 
     def _start(self, *words: str) -> subprocess.Popen[bytes]:
-        # Dask's own scheduler does not read how many deaths a task allows
+        # Dask's own scheduler does not read the allowed failures of a task
         given = SETTINGS | {"distributed.scheduler.allowed-failures": 0}
         settings = {"DASK_" + k.upper().replace(".", "__").replace("-", "_"): str(v) for k, v in given.items()}
         kept = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
@@ -130,7 +130,7 @@ class ProcessCluster:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # a group of its own: one signal ends a nanny with all that is below it
+                start_new_session=True,  # a separate process group, so that one signal ends a nanny with all its children
                 preexec_fn=_die_with_parent,
             )
 

@@ -1,8 +1,8 @@
-"""Kill a process between any two of its system calls, to look at what the next one finds.
+"""Kill a process between any two of its system calls, to check what the next process finds.
 
 The work runs in a forked child whose ``os`` calls that change the disk are counted; before the n-th of them the child kills itself with
-SIGKILL, which no handler, no ``finally`` and no buffer survives. Code that writes through ``open(...)`` of Python is not seen: the store
-writes through ``os`` alone. The machine lives on, so this says nothing about a power cut.
+SIGKILL, which no handler, ``finally`` or buffer survives. Writes through Python's ``open(...)`` are not counted: the store
+writes only through ``os``. The machine stays up, so this does not test power failures.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ CALLS = ("open", "write", "fsync", "rename", "replace", "link", "unlink", "mkdir
 
 @dataclass(frozen=True)
 class Crash:
-    """How a child ended.
+    """Outcome of a child.
 
-    ``done`` is what the work yielded before it died: what its caller was told is safe. ``calls`` names the system calls that it made.
+    ``done``: values that the work yielded before it died, which its caller considers safe. ``calls``: the system calls that it made.
     """
 
     killed: bool
@@ -37,16 +37,16 @@ def crash(work: Callable[[], Iterable[Any] | None], *, before: int | None = None
     Parameters
     ----------
     work : callable
-        May be a generator: each value that it yields is an acknowledgement, and is in ``done`` if the child came so far.
+        May be a generator: each value that it yields is an acknowledgement, and is in ``done`` if the child got that far.
     before : int, optional
-        Nothing is killed if not given, or if the work makes fewer calls.
+        Without it, or if the work makes fewer calls, nothing is killed.
     split : bool
-        If that call is a write, half of its bytes are written first: a torn line, a truncated file.
+        If that call is a write, first write half of its bytes, for a torn line or a truncated file.
 
     Raises
     ------
     RuntimeError
-        If the work raised: with its traceback.
+        If the work raised, with its traceback.
     """
     receive, send = os.pipe()
     pid = os.fork()
@@ -75,7 +75,7 @@ def _child(work: Callable[[], Iterable[Any] | None], send: int, before: int | No
 
     def tell(kind: str, value: Any) -> None:
         data = pickle.dumps((kind, value))
-        write(send, len(data).to_bytes(4, "little") + data)  # at once: a pipe keeps what a killed process wrote
+        write(send, len(data).to_bytes(4, "little") + data)  # unbuffered: a pipe keeps what a killed process wrote
 
     count = 0
 

@@ -1,4 +1,4 @@
-"""A job of the map runner whose items fail on purpose: they raise, hang, eat memory, kill their process, or succeed at a later try."""
+"""A map-runner job whose items fail on purpose: they raise, hang, exhaust memory, kill their process, or succeed on a later try."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _STEP_BYTES = 32 << 20
 
 @dataclass
 class FaultyJob:
-    """Commits a journal line an item; ``faults`` says for a row what goes wrong.
+    """Commits one journal line per item; ``faults`` maps rows to what goes wrong.
 
-    ``raise``: an error that quarantines; ``os-error-once``, ``fails-twice``: an OSError at the first try or two, then success; ``exit``:
-    the process exits; ``segfault``: it dies by a signal; ``hang``: it waits for ever in C while the rest of the process goes on;
-    ``freeze``: the same while it holds the interpreter, so that nothing else in the process runs either; ``memory``: it needs 4 GB and
-    touches all of it; ``unpicklable``: an exception that cannot travel; ``disk-full``: an error that stops the run.
+    ``raise``: an error that quarantines; ``os-error-once``, ``fails-twice``: an OSError on the first one or two tries, then success;
+    ``exit``: the process exits; ``segfault``: it dies by a signal; ``hang``: it waits for ever in C while other threads continue;
+    ``freeze``: the same while holding the GIL, so that nothing else in the process runs; ``memory``: it needs 4 GB and
+    touches all of it; ``unpicklable``: an exception that cannot be pickled; ``disk-full``: an error that stops the run.
     """
 
     folder: Path
@@ -34,7 +34,7 @@ class FaultyJob:
     seconds: float = 0.0
 
     def brief(self, item: Item, again: bool) -> None:
-        """Nothing travels with an item."""
+        """Nothing is sent along with an item."""
 
     def run(self, item: Item, brief: None, device: str, attempt: int) -> None:
         """Process one item."""

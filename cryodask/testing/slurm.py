@@ -1,6 +1,6 @@
 """A real Slurm in a temporary folder: munged, slurmctld and several slurmd on the loopback address, ready in one to two seconds.
 
-A process of its own owns the daemons and stops them when its standard input ends, so that nothing stays behind when the tests are killed.
+A separate process owns the daemons and stops them when its standard input closes, so that nothing is left when the tests are killed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _CPUS, _MEMORY_MIB, _GPUS = 16, 64000, 4
 _NODES = {"c0": "", "c1": "", "g0": f" Gres=gpu:{_GPUS}", "p0": ""}
 _START_SECONDS = 60.0
 
-# proctrack/pgid and not linuxproc: that one loses the children of a batch shell that dies of SIGTERM, and workers live on for ever
+# proctrack/pgid rather than linuxproc, which loses the children of a batch shell that dies of SIGTERM, so that workers never end
 _CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -76,12 +76,12 @@ PartitionName=urgent Nodes=p0 MaxTime=1-0 PriorityTier=100 PreemptMode=OFF
 
 
 def missing_programs() -> list[str]:
-    """Slurm's programs that this machine lacks."""
+    """Slurm programs that are missing on this machine."""
     return [name for name in PROGRAMS if _program(name) is None]
 
 
 def slurm_for_tests() -> Iterator[TinySlurm]:
-    """Make a session fixture of it: ``slurm = pytest.fixture(scope="session")(slurm_for_tests)``. Warns and skips where Slurm is absent."""
+    """Make a session fixture with ``slurm = pytest.fixture(scope="session")(slurm_for_tests)``. Warns and skips if Slurm is missing."""
     import pytest
 
     if missing := missing_programs():
@@ -92,10 +92,10 @@ def slurm_for_tests() -> Iterator[TinySlurm]:
 
 
 class TinySlurm:
-    """Slurm with four nodes of 16 cores and 64 GB: a context manager that leaves nothing behind.
+    """Slurm with four nodes of 16 cores and 64 GB: a context manager that cleans up completely.
 
-    Partitions: ``cpu`` (nodes c0, c1), ``gpu`` (g0 with four pretended GPUs), ``preempt`` and ``urgent`` (both p0; jobs of the second
-    push out those of the first).
+    Partitions: ``cpu`` (nodes c0, c1), ``gpu`` (g0 with four fake GPUs), ``preempt`` and ``urgent`` (both p0; jobs of the second
+    preempt those of the first).
 
     Attributes
     ----------
@@ -126,7 +126,7 @@ class TinySlurm:
         assert self._owner.stdout is not None
         if self._owner.stdout.readline().strip() != "ready":
             self.__exit__(None, None, None)
-            raise RuntimeError("Slurm did not start; what it said is above")
+            raise RuntimeError("Slurm did not start; see its output above")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -136,7 +136,7 @@ class TinySlurm:
 
     # --- what the tests ask ---------------------------------------------------------------------------------------------------
     def run(self, *command: str, check: bool = True) -> str:
-        """Output of one of Slurm's commands on this cluster."""
+        """Run a Slurm command on this cluster; returns its output."""
         done = subprocess.run(command, env={**os.environ, **self.environ}, capture_output=True, text=True, timeout=60)
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
@@ -153,7 +153,7 @@ class TinySlurm:
 
     # --- what goes wrong with nodes and controllers -----------------------------------------------------------------------------
     def drain(self, node: str) -> None:
-        """Let a node take no new jobs; those on it go on."""
+        """Drain a node: it takes no new jobs, running ones continue."""
         self.run("scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=test")
 
     def down(self, node: str) -> None:
@@ -161,7 +161,7 @@ class TinySlurm:
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
 
     def resume(self, node: str) -> None:
-        """Give a node back; no harm if it never was away."""
+        """Return a node to service; a no-op if it never left."""
         self.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
 
     def kill_controller(self) -> None:

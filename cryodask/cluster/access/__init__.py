@@ -1,1 +1,1 @@
-"""Who may connect and what a message may ask for: certificates, versions, and the gate of every server."""
+"""Access control: certificates, versions, and the gate in front of every server."""

@@ -1,8 +1,8 @@
-"""Who speaks on a connection, and what a server answers to them: every message is looked at before distributed sees it.
+"""Identifies the peer of a connection and filters every message before distributed sees it.
 
-Distributed calls the handler that a message names, for anybody who is connected. A gate stands in for the connection's ``read``: it
-answers a refused request itself with a PermissionError, and leaves refused messages out of a client's stream. What is not listed here as
-harmless is kept for the owner, so that a request that a later version of distributed invents is closed until somebody has looked at it.
+Distributed calls the handler that a message names, for anybody who is connected. A gate wraps the connection's ``read``: it
+answers a refused request itself with a PermissionError, and drops refused messages from a client's stream. Requests that are not listed
+here as harmless are reserved for the owner, so that new requests of later versions of distributed are closed until reviewed.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from cryodask.errors import ClusterError
 logger = logging.getLogger(__name__)
 
 USER_OPS = frozenset({
-    # to be there at all
+    # connecting
     "register-client", "identity", "versions", "echo",
     # data
     "scatter", "gather", "update_data", "retry", "who_has", "has_what", "nbytes", "get_runspec", "get_error_cause",
-    # looking
+    # inspection
     "ncores", "ncores_running", "processing", "call_stack", "profile", "performance_report", "get_logs", "logs", "worker_logs", "events",
     "get_task_status", "get_task_stream", "get_task_stream_index", "get_task_prefix_states", "get_story", "subscribe_worker_status",
     "start_task_metadata", "stop_task_metadata", "memory_sampler_start", "memory_sampler_stop", "adaptive_target", "get_metadata",
@@ -37,7 +37,7 @@ USER_OPS = frozenset({
     "queue_create", "queue_get", "queue_put", "queue_qsize",
     "semaphore_acquire", "semaphore_close", "semaphore_refresh_leases", "semaphore_register", "semaphore_release", "semaphore_value",
     "variable_get", "variable_set",
-    # looked into further by the scheduler
+    # checked further by the scheduler
     "broadcast", "proxy", "set_metadata", "log_event",
     # of a service
     "cluster_status", "cluster_usage", "announce_work",
@@ -48,7 +48,7 @@ WORKER_OPS = frozenset({
     "register-worker", "register_nanny", "unregister", "heartbeat_worker", "add_keys", "set_resources",
     "shuffle_barrier", "shuffle_get", "shuffle_get_or_create", "shuffle_restrict_task",
 })  # fmt: skip
-"""Requests to the scheduler that workers and nannies make besides."""
+"""Additional requests to the scheduler by workers and nannies."""
 
 OWNER_OPS = frozenset({
     "terminate", "restart", "restart_workers", "retire_workers", "workers_to_close", "check_idle", "run_function", "feed",
@@ -57,17 +57,17 @@ OWNER_OPS = frozenset({
     "benchmark_hardware", "get_cluster_state", "dump_cluster_state_to_url", "dump_state", "connection_stream",
     "cluster_scale", "cluster_stop", "cluster_hand_over",
 })  # fmt: skip
-"""Requests to the scheduler that are known and kept for the owner, as everything unknown is."""
+"""Known requests to the scheduler that are reserved for the owner, as are all unknown ones."""
 
 USER_STREAM = frozenset({
     "update-graph", "update-data", "client-desires-keys", "client-releases-keys", "cancel-keys", "report-key", "heartbeat-client",
     "close-client", "close-stream", "subscribe-topic", "unsubscribe-topic", "publish_flush_batched_send", "queue-future-release",
     "queue_release", "variable-future-release", "variable-future-received-confirm", "variable_delete",
 })  # fmt: skip
-"""Messages that a client's stream may carry: distributed would take those of a worker's stream, too."""
+"""Messages allowed in a client's stream; distributed would also accept those of a worker's stream."""
 
 USER_ON_WORKER = frozenset({"identity", "echo", "ping", "versions", "keys", "get_data", "update_data", "actor_execute", "actor_attribute"})
-"""Requests that anybody may make to a worker: what moves results, and what actors need."""
+"""Requests that anybody may make to a worker: moving results, and actors."""
 
 FORWARDED = frozenset({"identity", "versions", "ping", "keys", "get_logs", "actor_execute", "actor_attribute"})
 """Requests that the scheduler forwards to workers for anybody."""
@@ -75,7 +75,7 @@ FORWARDED = frozenset({"identity", "versions", "ping", "keys", "get_logs", "acto
 
 @dataclass(frozen=True)
 class Peer:
-    """Who is at the other end, by the certificate; all None on a connection without one."""
+    """The other end of a connection, from its certificate; all None without one."""
 
     name: str | None = None
     role: str | None = None
@@ -99,15 +99,15 @@ class Doorkeeper(Protocol):
     """A server behind gates."""
 
     def admit(self, gate: Gate, message: dict[str, Any]) -> None:
-        """Raise PermissionError if this request is not for this peer."""
+        """Raise PermissionError if this peer may not make this request."""
 
     def admit_to_stream(self, gate: Gate, message: dict[str, Any]) -> bool:
-        """Whether a message of a client's stream goes on; it may be changed."""
+        """Whether a message of a client's stream is passed on; it may be changed."""
         ...
 
 
 class Refusal(Exception):
-    """A registration is refused; ``reply`` is what the other side understands."""
+    """A registration is refused; ``reply`` is in the form that the other side understands."""
 
     def __init__(self, reply: Any, why: str) -> None:
         super().__init__(why)
@@ -124,7 +124,7 @@ class Gate:
         comm.read = self.read  # type: ignore[method-assign]
 
     async def read(self, *args: Any, **kwargs: Any) -> Any:
-        """The next message that is not refused."""
+        """The next message that is allowed."""
         while True:
             message = await self._read(*args, **kwargs)
             if self.client is not None:
@@ -148,41 +148,41 @@ class Gate:
         return [m for m in messages if not isinstance(m, dict) or "op" not in m or self.server.admit_to_stream(self, m)]
 
     def step_aside(self) -> None:
-        """Look at nothing more on this connection."""
+        """Stop filtering this connection."""
         self.comm.read = self._read  # type: ignore[method-assign]
 
 
 def refused(what: str, peer: Peer | str, owner: str | None) -> PermissionError:
-    """The error for somebody who may not do this."""
+    """The error for a request that is reserved for others."""
     who = f"its owner ({owner})" if owner else "its owner"
     return PermissionError(
-        f"{what} is refused to {peer}: on a shared cluster it is kept for {who}.\n"
-        "  Usual reason: a notebook that was written for a cluster of its own\n"
-        f"  What to do: leave the call out, or ask {owner or 'the owner'}; close() ends your own connection"
+        f"{what} is refused to {peer}: on a shared cluster it is reserved for {who}.\n"
+        "  Usual reason: the notebook was written for a private cluster\n"
+        f"  What to do: leave out the call, or ask {owner or 'the owner'}; close() ends your own connection"
     )
 
 
 def refused_client(why: str) -> Refusal:
-    """What a client takes for an answer to its registration; it raises ImportError."""
+    """The reply to a client's registration that makes it raise ImportError."""
     return Refusal([{"op": "stream-start", "error": why}], why.partition("\n")[0])
 
 
 def refused_worker(why: str) -> Refusal:
-    """What a worker takes for an answer to its registration; it ends."""
+    """The reply to a worker's registration that makes it end."""
     return Refusal({"status": "error", "message": why, "time": time()}, why.partition("\n")[0])
 
 
 def too_large(size: str, limit: str) -> ValueError:
-    """The error of every future of a graph that is not taken."""
+    """The error of every future of a refused graph."""
     return ValueError(
-        f"A graph of {size} is refused: this scheduler takes at most {limit}.\n"
+        f"A graph of {size} is refused: this scheduler accepts at most {limit}.\n"
         "  Usual reason: large arrays are inside the graph, or the chunks are very small\n"
         "  What to do: scatter the arrays or load them in tasks; use larger chunks; submit in several parts"
     )
 
 
 def check_sockets(server: Any) -> None:
-    """Raise if a server can be reached from other machines without TLS, by its own protocol or by its web pages."""
+    """Raise if a server can be reached from other machines without TLS, by its own protocol or its web pages."""
     listening = [(listener.listen_address, listener.listen_address.startswith("tls://")) for listener in server.listeners]
     pages = getattr(server, "http_server", None)
     if pages is not None:
@@ -191,8 +191,8 @@ def check_sockets(server: Any) -> None:
     for address, encrypted in listening:
         if not encrypted and not address.startswith("inproc://") and not _on_loopback(address):
             raise ClusterError(
-                f"{address} would be open to other machines without TLS.",
-                "no certificates were given, or the dashboard's address was left at its default",
+                f"{address} would be reachable from other machines without TLS.",
+                "no certificates were given, or the dashboard address was left at its default",
                 "start it with certificates (cryodask.cluster.access.tls), or with  host: 127.0.0.1  and  dashboard address: 127.0.0.1:0",
             )
 
@@ -214,19 +214,19 @@ Guarded = TypeVar("Guarded", bound=type[Server])
 
 
 def behind_gates(kind: Guarded) -> Guarded:
-    """Class decorator: a server that reads through gates, and does not start where other machines could reach it without TLS.
+    """Class decorator: a server that reads through gates, and refuses to start if other machines could reach it without TLS.
 
-    No mix-in: Python does not let a running server become an instance of a class with two bases, which is what the preload does.
+    Not a mix-in, because the preload changes the class of a running server, which Python does not allow with two bases.
     """
     base: Any = kind.__bases__[0]
 
     def handle_comm(self: Any, comm: Comm) -> Any:
-        """As distributed's, behind a gate."""
+        """Like distributed's, but behind a gate."""
         Gate(self, comm)
         return base.handle_comm(self, comm)
 
     async def start_unsafe(self: Any) -> Any:
-        """As distributed's; ClusterError if other machines could reach it without TLS."""
+        """Like distributed's, but raises ClusterError if other machines could reach it without TLS."""
         await base.start_unsafe(self)
         check_sockets(self)
         return self
@@ -236,21 +236,21 @@ def behind_gates(kind: Guarded) -> Guarded:
 
 
 def _admit(server: Any, gate: Gate, message: dict[str, Any]) -> None:
-    """Raise PermissionError if this request to a worker or a nanny is not for this peer."""
+    """Raise PermissionError if this peer may not make this request to a worker or a nanny."""
     op, peer = message["op"], gate.peer
     outside = peer.role is None and server.security.require_encryption
     if (outside or peer.role not in (None, "scheduler", "worker", "owner")) and op not in USER_ON_WORKER:
-        raise refused(f"{op} sent straight to a {type(server).__name__.lower()}", peer, None)
+        raise refused(f"{op} sent directly to a {type(server).__name__.lower()}", peer, None)
 
 
 def _admit_to_stream(server: Any, gate: Gate, message: dict[str, Any]) -> bool:
-    """No client has a stream to a worker or a nanny."""
+    """Always False: clients have no stream to a worker or a nanny."""
     return True
 
 
 @behind_gates
 class GuardedWorker(Worker):
-    """A worker that takes orders from the scheduler, workers and the owner only; its pages are on loopback unless told otherwise."""
+    """A worker that takes requests only from the scheduler, workers and the owner; its pages are on loopback by default."""
 
     admit, admit_to_stream = _admit, _admit_to_stream
 
@@ -260,7 +260,7 @@ class GuardedWorker(Worker):
         super().__init__(*args, **kwargs)
 
     async def get_startup_information(self) -> dict[str, Any]:
-        """As distributed's, with the release of cryodask, which the scheduler compares with its own."""
+        """Like distributed's, but includes the cryodask release, which the scheduler compares with its own."""
         return {**await super().get_startup_information(), "cryodask": RELEASE}
 
 

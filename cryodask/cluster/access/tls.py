@@ -1,8 +1,8 @@
-"""Certificates: one authority a cluster, one certificate a person, and plain words when a connection is refused.
+"""Certificates: one authority per cluster, one certificate per user, and readable errors for refused connections.
 
-What the transport itself enforces: nobody connects without a certificate of this cluster's authority, and a person's certificate is good
-for connecting only, so that it can pose neither as the scheduler nor as a worker. Distributed compares no host names and no roles: who may
-do what once connected is decided in ``guard.py``, from the name and the role in the certificate.
+The transport enforces that nobody connects without a certificate of this cluster's authority, and that a user's certificate is valid
+for clients only, so that it can impersonate neither scheduler nor worker. Distributed compares neither host names nor roles: what
+a connected peer may do is decided in ``guard.py``, from the name and the role in the certificate.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _SERVICES: tuple[Role, ...] = ("scheduler", "worker")
 
 
 class Authority:
-    """What signs the certificates of one cluster: a folder that nobody but its account can read.
+    """Signs the certificates of a cluster; a folder that only its account can read.
 
-    It holds ``ca.pem`` and ``ca-key.pem``, certificate and key of the scheduler, the workers and every person, ``people.json`` (who is
+    It contains ``ca.pem`` and ``ca-key.pem``, certificates and keys of the scheduler, the workers and every user, ``people.json`` (who is
     invited, into which lanes, with which certificate), and ``invitations/``.
     """
 
@@ -47,7 +47,9 @@ class Authority:
         folder = Path(folder)
         if (folder / "ca.pem").exists():
             raise ClusterError(
-                f"{folder} already holds an authority.", "the cluster was made before", "open it, or remove the folder to shut out all"
+                f"{folder} already contains an authority.",
+                "the cluster was created before",
+                "open it, or remove the folder to revoke all access",
             )
         _refuse_name(owner, "owner")
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -76,18 +78,18 @@ class Authority:
         return cls(folder, _names(certificate)[0], certificate, key)
 
     def certificate(self, name: str, role: Role = "user", *, days: float = 365) -> tuple[Path, Path]:
-        """Certificate and key for a name, as two files; one made before for that name and role is replaced."""
+        """Certificate and key for a name, as two files; replaces an earlier one for the same name and role."""
         _refuse_name(name, role)
         paths = self.folder / f"{name}.pem", self.folder / f"{name}-key.pem"
         before = _names(_certificate(paths[0].read_text(), paths[0]))[1] if paths[0].exists() else role
         if before != role:
             raise ClusterError(
                 f"{name} is the {before} of {self.cluster} and cannot become its {role}.",
-                "the owner has every right and needs no invitation" if before == "owner" else "the name is taken",
-                "leave that name out",
+                "the owner has full access and needs no invitation" if before == "owner" else "the name is taken",
+                "choose another name",
             )
         key = ec.generate_private_key(ec.SECP256R1())
-        # OpenSSL itself refuses a server whose certificate is for clients only
+        # OpenSSL refuses a server with a client-only certificate
         usage = [ExtendedKeyUsageOID.CLIENT_AUTH] + ([ExtendedKeyUsageOID.SERVER_AUTH] if role in _SERVICES else [])
         certificate = (
             _builder(_subject(name, role, self.cluster), self._certificate.subject, key, days, self._certificate.not_valid_after_utc)
@@ -100,11 +102,11 @@ class Authority:
         return paths
 
     def invite(self, user: str, lanes: Iterable[str], *, address: str, days: float = 365, address_file: str = "") -> Path:
-        """One file that lets a person in: address, authority, certificate and key. Another invitation makes the one before worthless.
+        """One file that gives a user access: address, authority, certificate and key. A new invitation invalidates the old one.
 
-        The first lane is the one that counts when a person names one that is not allowed; no lanes at all means every lane. If the
-        address changes, the new one is looked up in ``address_file``, which needs no protection: who stands at an address must
-        show a certificate of this authority.
+        The first lane is used when the user asks for one that is not allowed; no lanes means all lanes. If the
+        address changes, the new one is read from ``address_file``, which needs no protection: the server there must
+        present a certificate of this authority.
         """
         if not address.startswith("tls://"):
             raise ClusterError(
@@ -126,14 +128,18 @@ class Authority:
         return target
 
     def revoke(self, user: str) -> None:
-        """Take an invitation back: the scheduler refuses that person from now on."""
+        """Revoke an invitation: the scheduler refuses that user from now on."""
         people = self.people()
         if people.pop(user, None) is None:
-            raise ClusterError(f"{user} is not invited to {self.cluster}.", "a typing error", f"invited are {', '.join(sorted(people))}")
+            raise ClusterError(
+                f"{user} is not invited to {self.cluster}.",
+                "the invitation was revoked, or never made",
+                f"invited are {', '.join(sorted(people))}",
+            )
         self._write_people(people)
 
     def people(self) -> dict[str, dict[str, Any]]:
-        """Who is invited: lanes, serial number of the certificate that counts, and its expiry."""
+        """Invited users: lanes, serial number of the valid certificate, and its expiry."""
         path = self.folder / "people.json"
         return json.loads(read_secret(path)) if path.exists() else {}
 
@@ -141,7 +147,7 @@ class Authority:
         write_secret(self.folder / "people.json", json.dumps(people, indent=1))
 
     def set_lanes(self, user: str, lanes: Iterable[str]) -> None:
-        """Change the lanes of somebody who is invited; the invitation stays good."""
+        """Change the lanes of an invited user; the invitation stays valid."""
         people = self.people()
         people[user] = {**people[user], "lanes": list(lanes)}
         self._write_people(people)
@@ -149,7 +155,7 @@ class Authority:
 
 @dataclass(frozen=True)
 class Invitation:
-    """What :meth:`Authority.invite` hands to a person; certificates and keys are PEM texts."""
+    """An invitation from :meth:`Authority.invite`; certificates and keys are PEM texts."""
 
     cluster: str
     address: str
@@ -163,17 +169,19 @@ class Invitation:
 
     @classmethod
     def read(cls, where: str | Path) -> Invitation:
-        """From a file, or by the name of a cluster from ``~/.config/cryodask/NAME.invite``."""
+        """Read a file, or by the name of a cluster ``~/.config/cryodask/NAME.invite``."""
         path = Path(where)
         if not path.is_file() and len(path.parts) == 1:
             path = invitation_of(str(where))
         try:
             return cls(**json.loads(read_secret(path)))
         except (TypeError, ValueError) as error:
-            raise ClusterError(f"{path} is no invitation: {error}", "it was cut off on its way", "ask the cluster's owner again") from None
+            raise ClusterError(
+                f"{path} is not a valid invitation: {error}", "it was truncated in transfer", "ask the cluster's owner for it again"
+            ) from None
 
     def present_address(self) -> str:
-        """Where the scheduler is now, as far as this account can read it; else where it was at the time of the invitation."""
+        """The scheduler's current address if this account can read it; else the one in the invitation."""
         try:
             address = json.loads(Path(self.address_file).read_text())["address"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -181,28 +189,27 @@ class Invitation:
         return address if isinstance(address, str) and address.startswith("tls://") else self.address
 
     def security(self) -> Security:
-        """What a Client needs to connect as this person."""
+        """Security for a Client that connects as this user."""
         _check(self.certificate, self.authority, f"the invitation of {self.user} to {self.cluster}")
         return _security(self.authority, {"client": (self.certificate, self.key)})
 
 
 def invitation_of(cluster: str) -> Path:
-    """Where a person keeps the invitation to a cluster of that name."""
+    """Path where a user keeps the invitation to a cluster of that name."""
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "cryodask" / f"{Path(cluster).name}.invite"
 
 
 def security(folder: str | Path, name: str) -> Security:
-    """Security for one of an authority's names: ``scheduler``, ``worker``, or a person.
+    """Security for one of an authority's names: ``scheduler``, ``worker``, or a user.
 
-    Each is told apart by its certificate, so scheduler, workers and the owner's client get one each. A worker's is used by clients that
-    its tasks open as well.
+    Scheduler, workers and the owner's client are distinguished by separate certificates. Clients opened by tasks use the worker's.
     """
     folder = Path(folder)
     if not (folder / f"{name}.pem").exists():
         raise ClusterError(
             f"There is no certificate for {name} in {folder}.",
-            "nobody made one",
-            f"let the cluster's owner run  cryodask cluster invite {name}",
+            "it was never created",
+            f"ask the cluster's owner to run  cryodask cluster invite {name}",
         )
     pair = folder / f"{name}.pem", folder / f"{name}-key.pem"
     texts = [read_secret(path) for path in (folder / "ca.pem", *pair)]
@@ -217,10 +224,10 @@ def _security(authority: str, pairs: Mapping[str, tuple[str, str]]) -> Security:
 
 
 def worker_environment(folder: str | Path) -> dict[str, str]:
-    """Environment in which a plain ``dask worker`` joins the cluster, with its certificate and its guard.
+    """Environment for a plain ``dask worker`` to join the cluster, with its certificate and guard.
 
-    The guard of its nanny must be asked for on the command line (``--preload-nanny cryodask.cluster.guard``), where an option that is not
-    given overrides the configuration; and so must closed pages (``--dashboard-address 127.0.0.1:0``), without which it does not start.
+    The guard of its nanny must be requested on the command line (``--preload-nanny cryodask.cluster.guard``), where a missing option
+    overrides the configuration; and so must closed pages (``--dashboard-address 127.0.0.1:0``), without which it does not start.
     """
     made = security(folder, "worker").get_tls_config_for_role("worker")
     tls = {"CA_FILE": made["ca_file"]}
@@ -236,7 +243,7 @@ def worker_environment(folder: str | Path) -> dict[str, str]:
 # --- refusals in plain words -----------------------------------------------------------------------------------------------------
 @contextmanager
 def connection_errors(address: str) -> Iterator[None]:
-    """Within, whatever a Client raises because it cannot connect becomes one :class:`ClusterError`."""
+    """Context manager: turns connection errors of a Client into one :class:`ClusterError`."""
     try:
         yield
     except ClusterError:
@@ -256,15 +263,27 @@ def _explanation(address: str, error: BaseException) -> tuple[str, str, str] | N
         link = link.__cause__ or link.__context__  # type: ignore[assignment]
     ask = "ask the cluster's owner for a new invitation"
     if "ssl_context" in words:
-        return f"{address} lets nobody in without a certificate.", "no invitation was given", f"{ask}, and connect with it"
+        return f"{address} requires a certificate.", "no invitation was given", f"{ask}, and connect with it"
     if "encryption required" in words:
-        return f"{address} is not encrypted, but your certificate says that this cluster is.", "an old address", "use its tls:// address"
+        return (
+            f"{address} is not encrypted, but this cluster is encrypted according to your certificate.",
+            "the address is out of date",
+            "use its tls:// address",
+        )
     if "unsuitable" in words or ("certificate verify failed" in words.lower() and "expired" not in words):
-        return f"{address} does not belong to the cluster of your certificate.", "an invitation to another cluster, or an old one", ask
+        return (
+            f"{address} does not belong to the cluster of your certificate.",
+            "the invitation is for another cluster, or out of date",
+            ask,
+        )
     if "expired" in words.lower():
-        return f"{address}: a certificate has expired.", "certificates are made for a limited time", ask
+        return f"{address}: a certificate has expired.", "certificates are valid for a limited time", ask
     if "_ALERT_" in words:
-        return f"{address} does not know who signed your certificate.", "an invitation to another cluster, or an old one", ask
+        return (
+            f"{address} does not recognise the authority of your certificate.",
+            "the invitation is for another cluster, or out of date",
+            ask,
+        )
     if "wrong_version_number" in words.lower() or "record layer failure" in words.lower():
         return (
             f"{address} does not speak TLS.",
@@ -276,23 +295,27 @@ def _explanation(address: str, error: BaseException) -> tuple[str, str, str] | N
         reason, _, way = rest.partition("\n")
         return what, reason.removeprefix("  Usual reason: "), way.removeprefix("  What to do: ")
     if "Timed out trying to connect" in words:
-        return f"No scheduler answers at {address}.", "it has ended, or a firewall is between", "start it again and give its new address"
+        return f"No scheduler answers at {address}.", "it has ended, or a firewall is in between", "restart it and use its new address"
     if "CommClosedError" in words and address.startswith("tcp://"):
-        return f"{address} hung up on an unencrypted connection.", "the cluster is reached with certificates only", "use its tls:// address"
-    if "CommClosedError" in words or "IOStream is not idle" in words:  # tornado's words where it hangs up before the encryption begins
-        return f"{address} hung up.", "your certificate was refused, or the scheduler is ending", f"look whether it runs; else {ask}"
+        return f"{address} closed an unencrypted connection.", "the cluster requires certificates", "use its tls:// address"
+    if "CommClosedError" in words or "IOStream is not idle" in words:  # tornado's message if it closes before the encryption starts
+        return (
+            f"{address} closed the connection.",
+            "your certificate was refused, or the scheduler is ending",
+            f"check that it is running; else {ask}",
+        )
     if isinstance(error, OSError):
         return (
             f"No scheduler answers at {address}: {error}",
-            "it has ended, or a firewall is between",
-            "start it again and give its new address",
+            "it has ended, or a firewall is in between",
+            "restart it and use its new address",
         )
     return None
 
 
 # --- certificates and secret files -----------------------------------------------------------------------------------------------
 def _refuse_name(name: str, role: Role) -> None:
-    """A name becomes two files, NAME.pem and NAME-key.pem, which must be nobody else's."""
+    """Refuse invalid names: a name becomes two files, NAME.pem and NAME-key.pem, which must not clash with others."""
     if (
         not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._@-]*", name)
         or name.endswith("-key")
@@ -300,8 +323,8 @@ def _refuse_name(name: str, role: Role) -> None:
     ):
         raise ClusterError(
             f"{name!r} cannot be the name of {'an' if role == 'owner' else 'a'} {role}.",
-            "a sign that no account has, or a name kept for us",
-            "letters, digits and . _ @ -, and no -key at the end",
+            "it has a character that is not allowed, or is reserved",
+            "use letters, digits and . _ @ -, and no -key at the end",
         )
 
 
@@ -320,7 +343,7 @@ def _builder(
     subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: float, latest: datetime | None = None
 ) -> x509.CertificateBuilder:
     now = datetime.now(UTC)
-    # clocks of a cluster's machines differ: valid from an hour ago
+    # valid from an hour ago, because clocks of a cluster's machines differ
     end = now + timedelta(days=days)
     return (
         x509.CertificateBuilder()
@@ -343,7 +366,7 @@ def _certificate(text: str, where: Any) -> x509.Certificate:
     try:
         return x509.load_pem_x509_certificate(text.encode())
     except ValueError as error:
-        raise ClusterError(f"{where} holds no certificate: {error}", "the file was cut off", "make a new one") from None
+        raise ClusterError(f"{where} has no valid certificate: {error}", "the file is truncated", "make a new one") from None
 
 
 def _check(text: str, authority: str, where: str) -> None:
@@ -352,19 +375,19 @@ def _check(text: str, authority: str, where: str) -> None:
         certificate.verify_directly_issued_by(_certificate(authority, where))
     except (ValueError, TypeError, InvalidSignature):
         raise ClusterError(
-            f"{where}: the certificate was signed by another authority.", "the cluster was made anew", "ask its owner for a new invitation"
+            f"{where}: the certificate was signed by another authority.", "the cluster was recreated", "ask its owner for a new invitation"
         ) from None
     end = certificate.not_valid_after_utc
     if end < datetime.now(UTC):
         raise ClusterError(
             f"{where}: the certificate expired on {end:%Y-%m-%d %H:%M} UTC.",
-            "certificates are made for a limited time",
+            "certificates are valid for a limited time",
             "ask the cluster's owner for a new invitation",
         )
 
 
 def write_secret(path: Path, text: str) -> None:
-    """A file for this account alone, whole or not at all."""
+    """Write a file that only this account can read, atomically."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.unlink(missing_ok=True)
     with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -375,21 +398,21 @@ def write_secret(path: Path, text: str) -> None:
 
 
 def read_secret(path: Path) -> str:
-    """The text of a file that this account alone can read; ClusterError otherwise."""
+    """Read a file that only this account can read; ClusterError otherwise."""
     try:
         mode = path.stat().st_mode & 0o777
         if mode & 0o077:
             raise ClusterError(
-                f"{path} can be read by others (mode {mode:o}).",
+                f"{path} is readable by others (mode {mode:o}).",
                 "it was copied with open permissions",
-                f"chmod 600 {path}, or a new invitation",
+                f"run  chmod 600 {path}, or ask for a new invitation",
             )
         return path.read_text()
     except FileNotFoundError:
         raise ClusterError(
-            f"There is no {path}.", "a typing error, or nothing was made there", "look where the cluster's files lie"
+            f"There is no {path}.", "the path is wrong, or the file was never created", "check the folder of the cluster's files"
         ) from None
     except PermissionError:
         raise ClusterError(
-            f"{path} cannot be read by you.", "it belongs to another account", "use the invitation that the cluster's owner gave you"
+            f"You cannot read {path}.", "it belongs to another account", "use the invitation that the cluster's owner gave you"
         ) from None

@@ -1,4 +1,4 @@
-"""Clients and workers of other versions are refused: distributed only warns, and its pickles and messages then fail later, anywhere."""
+"""Refuses clients and workers with other versions; distributed only warns, and then fails later in unrelated places."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ _EQUAL = ("dask", "distributed", "msgpack", "cloudpickle")
 
 
 def why_refused(kind: str, theirs: dict[str, Any] | None, ours: dict[str, Any], release: str | None = None) -> str | None:
-    """What to tell a client or a worker whose versions differ from the scheduler's; None if they agree.
+    """Message for a client or worker whose versions differ from the scheduler's; None if they agree.
 
     Parameters
     ----------
     kind : str
         ``client`` or ``worker``.
     theirs, ours : dict
-        As ``distributed.versions.get_versions`` gives them.
+        From ``distributed.versions.get_versions``.
     release : str, optional
-        Theirs of cryodask, which plain Dask has none of.
+        Their cryodask release, which plain Dask does not have.
     """
     theirs = theirs or {}
     pairs = {name: (theirs.get("packages", {}).get(name), ours["packages"][name]) for name in _EQUAL}
@@ -30,9 +30,9 @@ def why_refused(kind: str, theirs: dict[str, Any] | None, ours: dict[str, Any], 
     if not different:
         return None
     return (
-        f"This {kind} has other versions than the scheduler: {', '.join(different)}.\n"
+        f"The versions of this {kind} differ from the scheduler's: {', '.join(different)}.\n"
         "  Usual reason: another environment was active\n"
-        "  What to do: use the scheduler's environment; only patch levels of Python may differ"
+        "  What to do: use the scheduler's environment; only the patch level of Python may differ"
     )
 
 

@@ -1,4 +1,4 @@
-"""Who used how much of the workers, and the pages that show it."""
+"""Accounting of worker usage, and the pages that show it."""
 
 from cryodask.cluster.accounting.accounting import Accounting, read_usage
 

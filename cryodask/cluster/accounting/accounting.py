@@ -1,4 +1,4 @@
-"""Who used how much of the workers: counted by the scheduler as tasks end, and kept in a journal that outlives it."""
+"""Accounting of worker usage: counted by the scheduler as tasks end, and kept in a journal that outlives it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ logger = logging.getLogger("cryodask.cluster")
 
 KEYS = ("lane", "user", "project", "pool")
 NO_POOL = "-"
-"""Pool of tasks that wait: they have no worker yet."""
+"""Pool of waiting tasks, which have no worker yet."""
 OTHER = "other"
-"""User and project, and lane if it is new as well, of whatever comes after ``MOST_KEYS`` combinations since the start."""
+"""User and project (and lane if it is new as well) of everything beyond ``MOST_KEYS`` combinations since the start."""
 MOST_KEYS = 1000
 
 _TICK_SECONDS = 1.0
@@ -35,7 +35,7 @@ _KEPT_SAMPLES = 3600
 
 @dataclass(slots=True)
 class Use:
-    """What was used under one key; see :meth:`Accounting.usage`."""
+    """Usage under one key; see :meth:`Accounting.usage`."""
 
     task_seconds: float = 0.0
     waiting_seconds: float = 0.0
@@ -47,7 +47,7 @@ class Use:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A moment in the life of the lanes: seconds of work since the start by lane, running tasks included, and how many wait and run."""
+    """State of the lanes at one moment: seconds of work since the start (with running tasks), numbers of waiting and running tasks."""
 
     when: float
     seconds: dict[str, float]
@@ -60,13 +60,13 @@ class Accounting(SchedulerPlugin):
 
     Notes
     -----
-    A task that ends, well or with an error, counts the compute time that its worker measured. A run that is cut off, because its worker
-    dies, or the task is cancelled, released or rescheduled, counts until then from the start that the worker told in its last heartbeat
-    (each half second to few seconds): a run shorter than that and cut off counts nothing. A task that leaves its thread (``secede``)
-    counts up to then. Method calls of actors are no tasks. Waiting is the number of ready tasks held by the scheduler, integrated over
-    time, looked at once a second: it costs nothing per task.
+    A task that ends, successfully or with an error, counts the compute time that its worker measured. A run that is interrupted, because
+    its worker dies or the task is cancelled, released or rescheduled, counts from the start that the worker reported in its last heartbeat
+    (every half second to few seconds): an interrupted run shorter than that counts nothing. A task that leaves its thread (``secede``)
+    counts up to then. Method calls of actors are not tasks. Waiting is the number of ready tasks held by the scheduler, integrated over
+    time and sampled once per second: it costs nothing per task.
 
-    The journal is written every five seconds and forced to disk each minute and at the end: a scheduler killed with SIGKILL forgets up to
+    The journal is written every five seconds and synced to disk every minute and at the end: a scheduler killed with SIGKILL loses up to
     five seconds.
     """
 
@@ -81,11 +81,11 @@ class Accounting(SchedulerPlugin):
         self._keys: set[tuple[str, ...]] = set()
         self._lanes: set[str] = set()
         self._pools: dict[str, str] = {}
-        # runs that workers told of in their heartbeats: key -> pool, start
+        # runs reported in heartbeats: key -> pool, start
         self._running: dict[Any, tuple[str, float]] = {}
         self._seceded: set[Any] = set()
         self.samples: deque[Sample] = deque(maxlen=_KEPT_SAMPLES)
-        """One a second, for an hour."""
+        """One per second, for an hour."""
         self._looked = time.monotonic()
         self._written, self._synced, self._compacted = self._looked, self._looked, 0
         self._failing = False
@@ -96,14 +96,14 @@ class Accounting(SchedulerPlugin):
 
     @classmethod
     def attach(cls, scheduler: FairShareScheduler, folder: str | Path | None = None) -> Accounting:
-        """Begin to count; to be called in the scheduler's event loop.
+        """Start counting; must be called in the scheduler's event loop.
 
         Parameters
         ----------
         scheduler : FairShareScheduler
-            If it counts already, its accounting is returned and keeps its journal in ``folder`` from now on.
+            If it has an accounting already, that is returned and keeps its journal in ``folder`` from now on.
         folder : path, optional
-            Where ``usage.jsonl`` lies; what it says is added to. Without it all is forgotten with the scheduler.
+            Folder of ``usage.jsonl``, which is continued if it exists. Without it everything is lost with the scheduler.
         """
         known = scheduler.plugins.get(cls.name)
         if isinstance(known, cls):
@@ -111,7 +111,7 @@ class Accounting(SchedulerPlugin):
                 known.keep_in(folder)
             return known
         accounting = cls(scheduler, folder)
-        # the plugin hooks see neither runs that failed and are tried again, nor tasks that secede
+        # plugin hooks see neither failed runs that are retried, nor tasks that secede
         handlers = scheduler.stream_handlers
         accounting._handle = {op: handlers[op] for op in ("task-finished", "task-erred", "long-running")}
         handlers |= {"task-finished": accounting._finished, "task-erred": accounting._erred, "long-running": accounting._left_its_thread}
@@ -124,11 +124,11 @@ class Accounting(SchedulerPlugin):
         return accounting
 
     def keep_in(self, folder: str | Path) -> None:
-        """Keep a journal in this folder, and count on from what it says."""
+        """Keep a journal in this folder, continuing from its content."""
         self._journal = UsageJournal(folder, KEYS)
         now = time.time()
         kept, self._kept = self._kept, self._journal.compact(now)
-        for key, figures in kept.items():  # counted here before there was a journal
+        for key, figures in kept.items():  # counted before there was a journal
             add(self._kept, key, figures)
         self._journal.append(kept)
         self._compacted = bucket_start(now, now)
@@ -139,7 +139,7 @@ class Accounting(SchedulerPlugin):
         return self._use.get(path) or self._use_of(path)
 
     def _use_of(self, path: tuple[str, ...]) -> Use:
-        """Names are free text, and everything that is counted under one is kept: there must be an end to them."""
+        """Usage of a path, limited in number: names are free text, and everything counted under one is kept."""
         if path not in self._keys:
             if len(self._keys) < MOST_KEYS:
                 self._keys.add(path)
@@ -186,14 +186,14 @@ class Accounting(SchedulerPlugin):
     def _left_its_thread(self, key: Any, worker: str, **message: Any) -> None:
         ts = self._scheduler.tasks.get(key)
         current = ts is not None and ts.processing_on is not None and (ts.processing_on.address, ts.run_id) == (worker, message["run_id"])
-        if current and key not in self._seceded:  # a late report of another run is nothing to distributed, too
+        if current and key not in self._seceded:  # distributed also ignores a late report of another run
             self._of(key, self._pool(worker)).task_seconds += message.get("compute_duration") or 0.0
             self._running.pop(key, None)
             self._seceded.add(key)
         self._handle["long-running"](key=key, worker=worker, **message)
 
     def transition(self, key: Any, start: str, finish: str, *args: Any, **kwargs: Any) -> None:
-        """As told by distributed: a run that is in the books and leaves its worker without a word was cut off."""
+        """Called by distributed; a known run that leaves its worker without a report was interrupted."""
         if start == "processing" and (key in self._running or key in self._seceded):
             self._seceded.discard(key)
             run = self._running.pop(key, None)
@@ -203,11 +203,11 @@ class Accounting(SchedulerPlugin):
                 use.lost += 1
 
     def remove_worker(self, scheduler: Any, worker: str, **kwargs: Any) -> None:
-        """As told by distributed."""
+        """Called by distributed."""
         self._pools.pop(worker, None)
 
     async def before_close(self) -> None:
-        """As told by distributed: the last lines of the journal."""
+        """Called by distributed; writes the last lines of the journal."""
         self.tick()
         self.write()
         if self._journal is not None:
@@ -215,7 +215,7 @@ class Accounting(SchedulerPlugin):
 
     # --- each second ---------------------------------------------------------------------------------------------------------------
     def tick(self) -> None:
-        """Look at what runs and waits, and write the journal when it is time."""
+        """Sample running and waiting tasks, and write the journal when it is due."""
         now = time.monotonic()
         passed, self._looked = now - self._looked, now
         waiting: dict[str, int] = {}
@@ -229,7 +229,7 @@ class Accounting(SchedulerPlugin):
             self.write()
         if now - self._synced >= _SYNC_SECONDS and self._journal is not None:
             self._synced = now
-            if self._syncing is None or self._syncing.done():  # a slow file system must not stop the scheduler
+            if self._syncing is None or self._syncing.done():  # a slow file system must not block the scheduler
                 self._syncing = asyncio.get_running_loop().run_in_executor(None, self._journal.sync)
 
     def _look_at_workers(self) -> None:
@@ -237,7 +237,7 @@ class Accounting(SchedulerPlugin):
             ts.key: (self._pool(address), ws.last_seen - seconds)
             for address, ws in self._scheduler.workers.items()
             for ts, seconds in ws.executing.items()
-            # a heartbeat is a little old: what has ended since is no longer there
+            # a heartbeat is slightly old: skip runs that have ended since
             if ts in ws.processing and ts not in ws.long_running
         }
 
@@ -254,7 +254,7 @@ class Accounting(SchedulerPlugin):
         self.samples.append(Sample(now, seconds, waiting, running))
 
     def write(self) -> None:
-        """Add what was counted since the last time to the journal; on a full disk it stays in memory and is tried again."""
+        """Append what was counted since the last write to the journal; on a full disk it stays in memory and is retried."""
         now = time.time()
         start = bucket_start(now, now)
         new = {(start, path): asdict(use) for path, use in self._use.items() if any(astuple(use))}
@@ -277,12 +277,12 @@ class Accounting(SchedulerPlugin):
 
     # --- what users ask ------------------------------------------------------------------------------------------------------------
     def usage(self, since: float | None = None, by: Sequence[str] = KEYS) -> list[dict[str, Any]]:
-        """What was used, a row for each combination of the names in ``by``.
+        """Usage, one row per combination of the names in ``by``.
 
         Parameters
         ----------
         since : float, optional
-            Seconds since 1970; whole hours count, that of ``since`` included (whole days for what is two months old).
+            Seconds since 1970; counted in whole hours, including that of ``since`` (whole days for entries older than two months).
         by : sequence of str
             Some of ``lane``, ``user``, ``project``, ``pool``.
 
@@ -290,7 +290,7 @@ class Accounting(SchedulerPlugin):
         -------
         list of dict
             ``task_seconds`` (thread seconds of tasks), ``waiting_seconds`` (task seconds of waiting; their pool is ``-``), ``tasks``
-            (runs that ended well), ``failed`` (runs that raised), ``lost`` (runs that were cut off), ``bytes`` (of results in memory).
+            (successful runs), ``failed`` (runs that raised), ``lost`` (interrupted runs), ``bytes`` (of results in memory).
         """
         now = time.time()
         sums: Sums = {key: dict(figures) for key, figures in self._kept.items()}
@@ -299,7 +299,7 @@ class Accounting(SchedulerPlugin):
         return _rows(sums, since, by)
 
     def since_start(self) -> dict[tuple[str, ...], Use]:
-        """What was used since this scheduler started, by (lane, user, project, pool): it never falls, as Prometheus wants it."""
+        """Usage since this scheduler started, by (lane, user, project, pool); it never decreases, as Prometheus requires."""
         total = {path: Use(*astuple(use)) for path, use in self._since_start.items()}
         for path, use in self._use.items():
             _add_use(total.setdefault(path, Use()), use)
@@ -307,12 +307,12 @@ class Accounting(SchedulerPlugin):
 
 
 def read_usage(folder: str | Path, since: float | None = None, by: Sequence[str] = KEYS) -> list[dict[str, Any]]:
-    """As :meth:`Accounting.usage`, from the journal in a folder alone, whether its scheduler lives or not; up to five seconds old."""
+    """Like :meth:`Accounting.usage`, but from the journal in a folder, with or without its scheduler; up to five seconds old."""
     return _rows(UsageJournal(folder, KEYS).read(), since, by)
 
 
 def pool_of(ws: WorkerState | None) -> str:
-    """Name of a worker's pool, by its resource ``pool-NAME``; ``local`` for a worker of none."""
+    """Name of a worker's pool, from its resource ``pool-NAME``; ``local`` for a worker without one."""
     return next((name[5:] for name in (ws.resources if ws is not None else ()) if name.startswith("pool-")), "local")
 
 
@@ -325,7 +325,7 @@ def _rows(sums: Sums, since: float | None, by: Iterable[str]) -> list[dict[str, 
     by = tuple(by)
     unknown = set(by) - set(KEYS)
     if unknown:
-        raise ValueError(f"usage is by {', '.join(KEYS)}, not by {', '.join(sorted(unknown))}")
+        raise ValueError(f"usage can be grouped by {', '.join(KEYS)}, not by {', '.join(sorted(unknown))}")
     places = [KEYS.index(name) for name in by]
     rows: Sums = {}
     for (start, path), figures in sums.items():

@@ -1,4 +1,4 @@
-"""A file to which figures are added: whole lines of JSON, one a bucket of time and key, that survive a killed process and a torn line."""
+"""A file of usage figures: one JSON line per time bucket and key, robust against a killed process and a torn line."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ Sums = dict[Bucket, dict[str, float]]
 
 
 def bucket_start(when: float, now: float) -> int:
-    """Start of the hour, or of the day (UTC) for what is two months old."""
+    """Start of the hour, or of the day (UTC) for entries older than two months."""
     length = HOUR if now - when < _HOURLY_DAYS * DAY else DAY
     return int(when // length) * length
 
 
 class UsageJournal:
-    """``usage.jsonl`` of a folder: each line adds figures to a bucket, so that the sums of all lines are what was used.
+    """``usage.jsonl`` of a folder: each line adds figures to a bucket, so that the sum of all lines is the total usage.
 
-    Lines of the same bucket are made one by :meth:`compact`: the file grows by a line an hour and key, and by a line a day and key for
-    what is older than two months. A line that was cut off counts as nothing. Several processes may add to one file.
+    :meth:`compact` merges lines of the same bucket: the file grows by one line per hour and key, and by one line per day and key for
+    entries older than two months. A truncated line is ignored. Several processes may append to one file.
 
     Parameters
     ----------
     folder : path
-        Made if it is not there, for this account's eyes alone.
+        Created if missing, readable by this account only.
     names : sequence of str
-        Names of the parts of a key, in its order; all else in a line are figures.
+        Names of the parts of a key, in order; everything else in a line is a figure.
     """
 
     def __init__(self, folder: str | Path, names: Iterable[str]) -> None:
@@ -42,7 +42,7 @@ class UsageJournal:
         self.path = self.folder / "usage.jsonl"
 
     def read(self) -> Sums:
-        """Sums of all whole lines."""
+        """Sums of all complete lines."""
         sums: Sums = {}
         with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
             for line in file:
@@ -51,11 +51,11 @@ class UsageJournal:
                     key = int(content.pop("from")), tuple(str(content.pop(name)) for name in self._names)
                     add(sums, key, {name: float(value) for name, value in content.items()})
                 except (ValueError, KeyError, TypeError, AttributeError):
-                    continue  # cut off by a crash or a full disk
+                    continue  # truncated by a crash or a full disk
         return sums
 
     def append(self, sums: Mapping[Bucket, Mapping[str, float]]) -> None:
-        """Add lines. On an OSError (a full disk) nothing was added."""
+        """Append lines. On an OSError (a full disk) nothing is appended."""
         if not sums:
             return
         text = "".join(self._line(key, figures) for key, figures in sums.items()).encode()
@@ -63,7 +63,7 @@ class UsageJournal:
             size = file.seek(0, os.SEEK_END)
             if size:
                 file.seek(size - 1)
-                text = text if file.read(1) == b"\n" else b"\n" + text  # after a line that was cut off
+                text = text if file.read(1) == b"\n" else b"\n" + text  # after a truncated line
             try:
                 written = 0
                 while written < len(text):
@@ -73,12 +73,12 @@ class UsageJournal:
                 raise
 
     def sync(self) -> None:
-        """Wait until the disk has it."""
+        """Wait until the data are on disk."""
         with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
             os.fsync(file.fileno())
 
     def compact(self, now: float) -> Sums:
-        """Write one line a bucket; returns the sums of all."""
+        """Rewrite the file with one line per bucket; returns all sums."""
         with self._alone():
             sums: Sums = {}
             for (start, key), figures in self.read().items():
@@ -97,10 +97,10 @@ class UsageJournal:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """Two schedulers may share a folder while one hands over to the other."""
+        """Context manager with a file lock, because two schedulers may share a folder during a hand-over."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with open(self.folder / "usage.lock", "a", opener=_private) as lock:
-            with contextlib.suppress(OSError):  # some network file systems have no locks
+            with contextlib.suppress(OSError):  # some network file systems do not support locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 

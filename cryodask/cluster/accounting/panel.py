@@ -1,4 +1,4 @@
-"""Two pages on the scheduler's web server: ``/cryodask/metrics`` for Prometheus, and ``/lanes`` for people, beside Dask's own."""
+"""Two pages on the scheduler's web server: ``/cryodask/metrics`` for Prometheus, and ``/lanes`` on Dask's dashboard."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HEIGHT = 300
 
 
 def add_pages(scheduler: FairShareScheduler, accounting: Accounting) -> None:
-    """Add both pages to a scheduler that serves HTTP; the second one only where it has Dask's dashboard."""
+    """Add both pages to a scheduler that serves HTTP; the second one only if it has Dask's dashboard."""
     server = getattr(scheduler, "http_application", None)
     if server is None:
         return
@@ -52,7 +52,7 @@ class _Metrics(web.RequestHandler):
 
 
 def metrics(scheduler: FairShareScheduler, accounting: Accounting) -> str:
-    """What was used since the scheduler started and the lanes as they are now, in Prometheus' text format."""
+    """Usage since the scheduler started and the current lanes, in Prometheus' text format."""
     used = accounting.since_start()
     placed = [(dict(zip(KEYS, path)), use) for path, use in used.items() if path[-1] != NO_POOL]
     waited = [(dict(zip(KEYS[:-1], path)), use) for path, use in used.items() if path[-1] == NO_POOL]
@@ -61,7 +61,7 @@ def metrics(scheduler: FairShareScheduler, accounting: Accounting) -> str:
     lanes = scheduler.lanes_now()
     families: list[tuple[str, str, str, list[tuple[dict[str, str], float]]]] = [
         ("task_seconds_total", "counter", "Thread seconds of tasks.", [(labels, use.task_seconds) for labels, use in placed]),
-        ("task_runs_total", "counter", "Runs of tasks: ended well, failed, or cut off.", runs),
+        ("task_runs_total", "counter", "Runs of tasks: done, failed, or lost.", runs),
         ("result_bytes_total", "counter", "Bytes of results.", [(labels, use.bytes) for labels, use in placed]),
         ("waiting_seconds_total", "counter", "Task seconds of waiting.", [(labels, use.waiting_seconds) for labels, use in waited]),
     ]
@@ -69,7 +69,7 @@ def metrics(scheduler: FairShareScheduler, accounting: Accounting) -> str:
         (f"lane_{name}", "gauge", text, [({"lane": lane}, now[name]) for lane, now in lanes.items()])
         for name, text in (
             ("weight", "Weight of the lane."),
-            ("waiting", "Tasks that are ready and wait on the scheduler."),
+            ("waiting", "Ready tasks that wait on the scheduler."),
             ("running", "Tasks on workers."),
             ("clients", "Connected clients."),
         )
@@ -91,13 +91,13 @@ def _escaped(text: str) -> str:
 
 # --- for people ------------------------------------------------------------------------------------------------------------------
 def history(samples: Iterable[Sample]) -> tuple[list[float], dict[str, list[float]], dict[str, list[float]]]:
-    """Times, and for each lane its share of the workers' time in percent and its waiting tasks, both smoothed over half a minute."""
+    """Times, and per lane its share of the workers' time in percent and its waiting tasks, both smoothed over half a minute."""
     kept: list[Sample] = []
     for sample in samples:
         if not kept or sample.when - kept[-1].when >= _STEP_SECONDS - 0.5:
             kept.append(sample)
     lanes = sorted({lane for sample in kept for lane in (*sample.seconds, *sample.waiting)})
-    # a run that is cut off may take back a little of what was counted as running
+    # an interrupted run may reduce what was counted as running
     gained = [{lane: max(0.0, new.seconds.get(lane, 0.0) - old.seconds.get(lane, 0.0)) for lane in lanes} for old, new in pairwise(kept)]
     over = max(1, round(_OVER_SECONDS / _STEP_SECONDS))
     shares: dict[str, list[float]] = {lane: [] for lane in lanes}
@@ -126,10 +126,10 @@ def _lanes_page(accounting: Accounting, scheduler: Any, extra: dict[str, Any], d
 
 
 class LanesPanel:
-    """Two figures over the last hour: how the lanes share the workers' time, and how many tasks of each wait."""
+    """Two figures of the last hour: the lanes' shares of the workers' time, and their waiting tasks."""
 
     def __init__(self, accounting: Accounting) -> None:
-        # optional, and its type hints do not know half of what it takes
+        # optional, and its type hints are incomplete
         layouts, plotting, self._models = (import_module(f"bokeh.{name}") for name in ("layouts", "plotting", "models"))
         self._accounting = accounting
         self._lanes: list[str] = []
@@ -137,9 +137,7 @@ class LanesPanel:
         options: dict[str, Any] = {"x_axis_type": "datetime", "height": _HEIGHT, "sizing_mode": "stretch_width"}
         options["tools"] = "xpan,xwheel_zoom,reset"
         self._shares = plotting.figure(title="Share of the workers' time", y_range=(0, 100), y_axis_label="% of task seconds", **options)
-        self._waiting = plotting.figure(
-            title="Tasks that are ready and wait", x_range=self._shares.x_range, y_axis_label="tasks", **options
-        )
+        self._waiting = plotting.figure(title="Ready tasks that wait", x_range=self._shares.x_range, y_axis_label="tasks", **options)
         self._waiting.y_range.start = 0
         formats = dict.fromkeys(("seconds", "minsec", "minutes", "hourmin", "hours"), "%H:%M:%S")
         for plot in (self._shares, self._waiting):
@@ -148,7 +146,7 @@ class LanesPanel:
         self.root = layouts.column(self._shares, self._waiting, sizing_mode="stretch_width")
 
     def update(self) -> None:
-        """Show what there is now."""
+        """Update the figures."""
         times, shares, waiting = history(self._accounting.samples)
         for lane in shares:
             if lane not in self._lanes:

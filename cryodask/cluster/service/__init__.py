@@ -1,4 +1,4 @@
-"""Clusters that outlive the command that started them, batch jobs, and one service process after another."""
+"""Long-lived clusters, batch jobs, and the hand-over from one service process to the next."""
 
 from cryodask.cluster.service.batch import submit
 

@@ -1,4 +1,4 @@
-"""Processes that outlive the command that starts them, here or as jobs without workers: those of services, and drivers of batch runs."""
+"""Processes that outlive the command that starts them, local or as jobs without workers: services, and drivers of batch runs."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from cryodask.cluster.slurm import slurm
 from cryodask.cluster.slurm.allocation import allocation_script
 from cryodask.errors import ClusterError
 
-# a job that submits jobs must not hand its own shape down to them
+# a job that submits jobs must not pass its own resources on to them
 _FORGET_OWN_SHAPE = 'for v in ${!SLURM_@}; do case $v in SLURM_CONF|SLURM_JOB_ID|SLURM_JOB_END_TIME) ;; *) unset "$v" ;; esac; done'
 
 
 # --- jobs without workers --------------------------------------------------------------------------------------------------------
 def job_script(job: JobSettings, command: str, *, name: str, log: str, comment: str, signal: str = "") -> str:
-    """The text that sbatch gets for a job that runs one line of shell."""
+    """The script of a job that runs one shell command."""
     asked = [f"-J {name}", *(f"-{k} {v}" for k, v in (("p", job.partition), ("A", job.account), ("t", job.walltime)) if v)]
     asked += [f"-n 1 --cpus-per-task={job.cores}", f"--mem={math.ceil(job.memory_bytes / 2**20)}M"]
     asked += ["--no-requeue", "--open-mode=append", f"--output={shlex.quote(log)}", f"--comment={comment}"]
@@ -43,49 +43,49 @@ def job_script(job: JobSettings, command: str, *, name: str, log: str, comment: 
 
 
 def sbatch(script: str) -> str:
-    """Submit a script; the id of its job.
+    """Submit a script; returns the id of its job.
 
     Raises
     ------
     ClusterError
-        With Slurm's words, where it takes no job.
+        If Slurm refuses the job, with its words.
     """
     if shutil.which("sbatch") is None:
         raise ClusterError(
-            "There is no Slurm here: sbatch is not on the PATH.",
-            "this machine is no login node of a cluster, or a module is to be loaded",
-            "go to a login node; without Slurm use a cluster file of kind local",
+            "Slurm is not available: sbatch is not on the PATH.",
+            "this machine is not a login node of a cluster, or a module must be loaded",
+            "use a login node; without Slurm use a cluster file of kind local",
         )
     done = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True, start_new_session=True)
     said = slurm.slurms_words(done.stderr) if done.returncode else ""
     if slurm.is_full(said):
         raise ClusterError(
-            f"Slurm takes no more jobs for now: {said}.",
-            "you have as many jobs in the queue as your account may have",
-            "try again when some have ended, see  squeue --me",
+            f"Slurm accepts no more jobs for now: {said}.",
+            "your account has reached its limit of queued jobs",
+            "try again when some have ended; check with  squeue --me",
         )
     if done.returncode:
         raise ClusterError(
-            f"Slurm takes no such job: {said}.",
-            "partition, account, memory or walltime do not exist on this cluster",
+            f"Slurm refuses this job: {said}.",
+            "the partition, account, memory or walltime does not exist on this cluster",
             "compare the cluster file with  sinfo",
         )
     return done.stdout.strip().split(";")[0]
 
 
 def last_words(log: Path) -> str:
-    """The last lines of a log, in one."""
+    """The last lines of a log, joined."""
     try:
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     except OSError:
-        return "it left no log"
-    return " / ".join(lines[-3:])[-400:] or "it said nothing"
+        return "it has no log"
+    return " / ".join(lines[-3:])[-400:] or "its log is empty"
 
 
 # --- the process of a service ----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Launched:
-    """A service's process on its way: a process id of this machine, or a Slurm job."""
+    """A starting service process: a process id on this machine, or a Slurm job."""
 
     log: Path
     pid: int | None = None
@@ -94,7 +94,7 @@ class Launched:
 
     @property
     def short(self) -> str:
-        """What it is, without a look into the queue."""
+        """Process or job id, without querying the queue."""
         return f"process {self.pid}" if self.job is None else f"Slurm job {self.job}"
 
     def __str__(self) -> str:
@@ -108,7 +108,7 @@ class Launched:
 
     @classmethod
     def read(cls, folder: Path) -> Launched | None:
-        """As :meth:`write` left it."""
+        """Read what :meth:`write` stored."""
         try:
             content = json.loads((folder / "launched.json").read_text())
         except (OSError, ValueError):
@@ -116,11 +116,11 @@ class Launched:
         return cls(**{**content, "log": Path(content["log"])})
 
     def write(self, folder: Path) -> None:
-        """Remember it in the service's folder."""
+        """Store it in the service's folder."""
         tls.write_secret(folder / "launched.json", json.dumps({**asdict(self), "log": str(self.log)}))
 
     def ended(self) -> bool:
-        """Whether it is no more; a queue that does not answer says nothing."""
+        """Whether it has ended; False if the queue does not answer."""
         if self.job is not None:
             queue = in_thread(slurm.squeue())
             return queue is not None and not any(j.job_id == self.job and j.alive for j in queue)
@@ -140,7 +140,7 @@ class Launched:
 
 
 def launch(folder: Path, settings: LocalSettings | SlurmSettings, *, after: str = "") -> Launched:
-    """Start the process of the service in a folder, apart from this one; ``after`` is the id of the cluster that it succeeds."""
+    """Start the service process of a folder, detached from this one; ``after``: id of the cluster that it succeeds."""
     service = settings.service or ServiceSettings()
     if service.where == "slurm":
         job = (_taken_before(after) if after else None) or sbatch(service_script(folder, service, after=after))
@@ -149,7 +149,7 @@ def launch(folder: Path, settings: LocalSettings | SlurmSettings, *, after: str 
     if not after and log.exists():
         log.replace(log.with_suffix(".log.before"))
     os.close(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
-    # the shell ends at once, so the service is nobody's child and has no terminal
+    # the shell exits at once, so the service is detached and has no terminal
     detach = 'log=$1; shift; "$@" </dev/null >>"$log" 2>&1 & echo $!'
     words = [service.python or sys.executable, *_service_words(folder, after)]
     done = subprocess.run(
@@ -169,12 +169,12 @@ def launch(folder: Path, settings: LocalSettings | SlurmSettings, *, after: str 
 
 
 def follower_mark(cluster_id: str) -> str:
-    """What Slurm's comment shows of jobs that are to follow the service with that cluster."""
+    """Slurm comment of successor jobs of the service with that cluster id."""
     return f"after-{cluster_id}"
 
 
 def _taken_before(after: str) -> str | None:
-    """The successor's job that Slurm took although it did not say so, as when sbatch gave up waiting for the answer."""
+    """A successor's job that Slurm accepted without reporting it, for example when sbatch timed out."""
     mark = follower_mark(after)
     return next((job.job_id for job in in_thread(slurm.squeue()) or [] if job.cluster_id == mark and job.alive), None)
 
@@ -189,7 +189,7 @@ def _service_log(folder: Path) -> Path:
 
 def service_script(folder: Path, service: ServiceSettings, *, after: str = "") -> str:
     """The job script of a service's scheduler."""
-    # Slurm makes the log with the umask of whoever submitted, and hands that umask on, so it must stay as it is
+    # Slurm creates the log with the submitter's umask and passes that umask on, so it must not be changed here
     close = f'chmod 600 {shlex.quote(str(folder))}/service-"$SLURM_JOB_ID".log; '
     command = close + "exec " + shlex.join([service.python or sys.executable, *_service_words(folder, after)])
     name, mark = folder.name, follower_mark(after) if after else "service"
@@ -200,14 +200,14 @@ def service_script(folder: Path, service: ServiceSettings, *, after: str = "") -
 
 
 def margin_seconds(service: ServiceSettings) -> int:
-    """How long before the end of its walltime a service begins to hand over: its successor may have to wait in the queue."""
+    """How long before the end of its walltime a service starts its hand-over, because its successor may be pending for a while."""
     return min(3600, slurm.walltime_seconds(service.walltime) // 4) if service.walltime else 600
 
 
 # --- batch runs ------------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class SubmittedRun:
-    """A batch run that Slurm has taken."""
+    """A batch run that Slurm has accepted."""
 
     job_id: str
     log: Path
@@ -229,40 +229,42 @@ def submit(
     times: int = 5,
     dry_run: bool = False,
 ) -> SubmittedRun:
-    """Run a command in a Slurm job of its own, on the workers of a cluster.
+    """Run a command in a separate Slurm job, on the workers of a cluster.
 
     Parameters
     ----------
     command : sequence of str
-        Its words. In place of the words ``{cluster}`` and ``{lane}`` it is given both, for ``connect()``.
+        Command and arguments. The words ``{cluster}`` and ``{lane}`` are replaced by their values, for ``connect()``.
     cluster : str or path
-        Name of a service, or a cluster file: of pools, which the job then opens itself, or with ``single_allocation``, where the job
-        holds scheduler, workers and driver.
+        Name of a service, or a cluster file: with pools, which the job opens itself, or with ``single_allocation``, in which case the job
+        contains scheduler, workers and driver.
     lane : str
     name : str
-        Of the job and its log.
+        Name of the job and its log.
     job : JobSettings, optional
-        What the job needs; ``driver`` of the cluster file if not given.
+        What the job needs; by default ``driver`` in the cluster file.
     times : int
-        How often the command is run at most, if the service goes away under it.
+        Maximum number of times the command is run if it loses the service.
     dry_run : bool
-        Make the script only; ``job_id`` is empty.
+        Only make the script; ``job_id`` is empty.
 
     Raises
     ------
     ClusterError, ProjectFileError
-        Where there is no Slurm, it refuses the job, or the cluster is out of reach of its jobs.
+        If Slurm is not available or refuses the job, or its jobs cannot reach the cluster.
     """
     from cryodask.cluster.service import service
 
     shared, settings = service.of_word_or_file(cluster)
-    # a word of sbatch's options, of a comment with colons, and of a file's name
+    # must be valid in sbatch options, in a comment with colons, and as a file name
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", name)
     if isinstance(settings, LocalSettings):
         raise ClusterError(
-            f"The workers of the cluster {cluster} live on one machine, out of reach of a batch job.",
-            "a cluster file of kind local, or none" if shutil.which("sbatch") else "there is no Slurm here, which would run batch jobs",
-            "cryodask run PROJECT.yaml  runs it here; to submit it, give a cluster file of kind slurm",
+            f"The workers of the cluster {cluster} are on one machine and cannot be reached from a batch job.",
+            "the cluster file is of kind local, or was not given"
+            if shutil.which("sbatch")
+            else "Slurm, which runs batch jobs, is not available",
+            "run it here with  cryodask run PROJECT.yaml, or submit it with a cluster file of kind slurm",
         )
     slurmed = settings if isinstance(settings, SlurmSettings) else None
     logs = slurm.logs_of(slurmed) if slurmed else state_folder() / "logs"
@@ -277,7 +279,7 @@ def submit(
     else:
         job = job or (slurmed.driver if slurmed else JobSettings())
         if shared is None or str(cluster).endswith(".invite"):
-            where = str(Path(cluster).absolute())  # the job does not begin in this folder
+            where = str(Path(cluster).absolute())  # the job does not start in this folder
         else:
             where = str(cluster) if service.is_name(str(cluster)) else shared.name
         script = driver_script(job, command, where, lane=lane, name=name, log=log, times=times if shared else 0)
@@ -289,7 +291,7 @@ def submit(
 
 
 def driver_script(job: JobSettings, command: Sequence[str], cluster: str, *, lane: str, name: str, log: str | Path, times: int = 5) -> str:
-    """The job script of a batch run on a cluster of that name or file; ``times`` is 0 where nothing can bring the cluster back."""
+    """The job script of a batch run on a cluster of that name or file; ``times`` is 0 if the cluster cannot come back."""
     exports = f"export CRYODASK_CLUSTER={shlex.quote(cluster)} CRYODASK_LANE={shlex.quote(lane)}\n"
     again = f"{shlex.quote(job.python or sys.executable)} -m cryodask.cluster.service.driver {times} " if times else ""
     line = f"{exports}exec {again}{_in_shell(command)}"
@@ -307,7 +309,7 @@ def _batch_authority() -> Path:
 
 @contextmanager
 def _own_certificates(settings: SlurmSettings, *, keep: bool) -> Iterator[Path | None]:
-    """The authority of this account for jobs that hold a whole cluster each; if it is not to be kept, one that is gone afterwards."""
+    """The authority of this account for jobs that contain a whole cluster; unless ``keep``, a temporary one."""
     folder = _batch_authority()
     if not encrypted(settings):
         yield None

@@ -1,6 +1,6 @@
-"""A command inside a batch job, run again when its cluster was replaced: ``python -m cryodask.cluster.service.driver TIMES WORD...``.
+"""Runs a command in a batch job, and reruns it when its cluster was replaced: ``python -m cryodask.cluster.service.driver TIMES WORD...``.
 
-The cluster is named by ``$CRYODASK_CLUSTER``. A command that fails while its scheduler lives has failed by itself, and is not repeated.
+``$CRYODASK_CLUSTER`` names the cluster. A command that fails while its scheduler is alive has failed on its own, and is not rerun.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LOOK_SECONDS = 2.0
 
 
 def scheduler_id(name: str) -> str | None:
-    """Dask's own name of the scheduler that answers for a service now; None if none does."""
+    """Dask's id of the scheduler that currently answers for a service; None if none does."""
     try:
         return str(find(name).ask("identity")["id"])
     except ClusterError:
@@ -28,26 +28,26 @@ def scheduler_id(name: str) -> str | None:
 
 
 def drive(command: list[str], cluster: str, times: int, wait_seconds: float = _WAIT_SECONDS) -> int:
-    """Run a command until it succeeds, fails by itself, or has been run ``times`` times; its exit status.
+    """Run a command until it succeeds, fails on its own, or has been run ``times`` times; returns its exit status.
 
     Raises
     ------
     ClusterError
         If this account neither has a cluster of that name nor is invited to one.
     """
-    if not is_known(cluster):  # one that is known may come back, this one never does
+    if not is_known(cluster):  # a known cluster may come back, an unknown one never does
         find(cluster)
     status = 1
     for turn in range(1, times + 1):
         before = _wait_for(cluster, wait_seconds)
         status = _run(command)
         if status < 0:
-            _say("ended from outside, by scancel or at the end of the walltime. What is committed is kept: submitted again, a run goes on")
+            _say("killed by scancel or at the end of the walltime. Committed results are kept: submit the run again to resume it")
         if status <= 0 or before is None or scheduler_id(cluster) == before:
             break
         _say(
             f"the scheduler of {cluster} was lost"
-            + (f"; waits for the cluster, then runs the command again ({turn + 1} of {times})" if turn < times else "")
+            + (f"; waiting for the cluster, then rerunning the command ({turn + 1} of {times})" if turn < times else "")
         )
     return status if status >= 0 else 128 - status
 
@@ -67,9 +67,9 @@ def _wait_for(cluster: str, seconds: float) -> str | None:
 
 
 def _run(command: list[str]) -> int:
-    """Exit status; negative if it was ended from outside, and then it is not to be run again."""
+    """Exit status; negative if it was killed from outside, in which case it must not be rerun."""
     ended: list[int] = []
-    # where a job was begun in the background Ctrl-C is ignored, and the command would inherit that
+    # a background job ignores Ctrl-C, and the command would inherit that
     process = subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
 
     def end(number: int, frame: FrameType | None) -> None:

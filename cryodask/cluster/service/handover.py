@@ -1,4 +1,4 @@
-"""How one process of a service follows another: a successor starts beside the old one, and takes over when that has let go or has died."""
+"""The hand-over between service processes: a successor starts beside the old one, and takes over when that has finished or died."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ logger = logging.getLogger("cryodask.cluster.service.service")
 
 _LOOK_SECONDS = 0.2
 _LIFE_LOOKS = 25
-# a network file system may show a file that is being replaced as missing, for a moment
+# on a network file system a file that is being replaced may briefly appear missing
 _ABSENT_LOOKS = 10
 _AGAIN_SECONDS = 60.0
-# without a walltime there is no hurry, but no reason to wait for ever either
+# without a walltime there is no hurry, but also no reason to wait for ever
 _PATIENCE_SECONDS = 600.0
 _SPARE_SECONDS = 20.0
 
 
 class HandingOver:
-    """The part of a ``Serving`` that deals with the process before it and with the one after it."""
+    """The part of a ``Serving`` that deals with its predecessor and its successor."""
 
     cluster: Any
 
@@ -67,7 +67,7 @@ class HandingOver:
         )  # fmt: skip
 
     async def _walltime_ends(self) -> float | None:
-        """When Slurm ends this process: by its queue, where a limit may have been changed, else as it was when the job began."""
+        """When Slurm ends this process: from its queue, because the limit may have changed, else as of the start of the job."""
         if self.slurm_job is None:
             return None
         shown = next((job for job in await slurm.squeue() or [] if job.job_id == self.slurm_job), None)
@@ -78,7 +78,7 @@ class HandingOver:
         return self.ends or (self.since + slurm.walltime_seconds(self.service.walltime) if self.service.walltime else None)
 
     async def _drain(self, seconds: float, successor: Whereabouts | None = None) -> None:
-        """Send nothing more to workers, and wait for what they run, as long as the successor lives."""
+        """Send nothing more to workers, and wait for running tasks, as long as the successor is alive."""
         scheduler, deadline = self.cluster.scheduler, time.monotonic() + seconds
         self.state = "draining"
         scheduler.drain()
@@ -91,26 +91,26 @@ class HandingOver:
 
     # --- to a successor ----------------------------------------------------------------------------------------------------------
     def hand_over_soon(self) -> None:
-        """Begin to hand over; asked for twice it is begun once. One that is not in its place yet has nothing to hand over."""
+        """Start the hand-over, once; a process that has not taken over yet has nothing to hand over."""
         if self.state not in ("starting", "stands ready") and (self._handing is None or self._handing.done()):
             self._handing = asyncio.ensure_future(self._hand_over())
 
     async def _hand_over(self) -> None:
-        """Try until a successor has taken over, or there is no time for it any more; without a walltime, once."""
+        """Retry until a successor has taken over or no time is left; without a walltime, try once."""
         self.ends = await self._walltime_ends()
         latest = self.ends - _SPARE_SECONDS if self.ends else time.time() + 2 * _PATIENCE_SECONDS
         while True:
             try:
                 if await self._handed_over(latest):
                     return
-            except Exception as error:  # nobody awaits this task: what is not said here is never heard of
+            except Exception as error:  # this task is never awaited, so an error that is not reported here is lost
                 logger.exception("the hand-over failed")
                 self._say(f"the hand-over failed: {type(error).__name__}: {error}")
             self.state = "running"
             self.cluster.scheduler.resume_dispatch()
             if self.ends is None:
                 await self._end_successors()
-                self._say("no successor came, so this service goes on")
+                self._say("no successor was ready, so this service continues")
                 return
             if time.time() + _AGAIN_SECONDS > latest:
                 self._say("no successor is ready, and there is no time left to start one")
@@ -118,17 +118,17 @@ class HandingOver:
             await asyncio.sleep(_AGAIN_SECONDS)
 
     async def _handed_over(self, latest: float) -> bool:
-        """One attempt, until ``latest`` in seconds since 1970; False if the successor did not come, or died before it took over."""
+        """One attempt, until ``latest`` in seconds since 1970; False if there was no successor, or it died before it took over."""
         self.state = "handing over"
         tls.write_secret(self.folder / "scaled.json", json.dumps(await self._targets()))
-        # a third of what is left belongs to the tasks that run
+        # a third of the remaining time is for running tasks
         successor = await self._successor(time.time() + 2 * (latest - time.time()) / 3)
         if successor is None and (self.ends is None or self._launched is None):
             return False
-        following = "is ready" if successor else "waits in the queue"
+        following = "is ready" if successor else "is pending"
         self._tell_clients(
-            f"The cluster {self.name} ends when the tasks that run now have finished. Its successor {following}: connect again, under the"
-            " same name. Results that are only in memory are lost; a run that is started again goes on where it was."
+            f"The cluster {self.name} ends when the running tasks have finished. Its successor {following}: reconnect under the"
+            " same name. Results that are only in memory are lost; a restarted run resumes where it was."
         )
         await self._drain(latest - time.time(), successor)
         if successor is not None and await _is_dead(successor):
@@ -144,7 +144,7 @@ class HandingOver:
     def _name_as_successor(self, successor: Whereabouts | None) -> None:
         here, path = self.folder / "scheduler.json", self.folder / "successor.json"
         ready, named = Whereabouts.read(path), Whereabouts.read(here)
-        # one that came late, or waits for the port, takes over by itself when it sees that this process is gone
+        # a late successor, or one that waits for the port, takes over by itself when it sees that this process is gone
         if successor is None or not successor.address or ready is None or ready.id != successor.id:
             return
         if named is not None and named.id == self.id:
@@ -152,13 +152,13 @@ class HandingOver:
             self._publish_address(successor.address)
 
     async def _targets(self) -> dict[str, int]:
-        """What a successor asks for, if not what the settings say."""
+        """Numbers of jobs for the successor, if not those in the settings."""
         if isinstance(self.settings, SlurmSettings):
             return {name: now.target for name, now in (await self.cluster.pool_status()).items() if not now.problem}
         return {"workers": len(self.cluster.worker_spec)}
 
     async def _successor(self, deadline: float) -> Whereabouts | None:
-        """The successor, when it is ready to take over; None if it is not by then."""
+        """The successor once it is ready to take over; None if it is not in time."""
         path = self.folder / "successor.json"
         while True:
             again = _LOOK_SECONDS if self.service.where == "process" else 5 * _LOOK_SECONDS
@@ -192,7 +192,7 @@ class HandingOver:
         self._say(f"hands over to {await asyncio.to_thread(str, self._launched)}")
 
     async def _end_successors(self) -> None:
-        """End whatever was started to follow this process; also a job that Slurm took without saying so."""
+        """End every successor that was started, including a job that Slurm accepted without reporting it."""
         if self._launched is not None:
             await asyncio.to_thread(self._launched.end)
             self._launched = None
@@ -203,20 +203,20 @@ class HandingOver:
 
     # --- as a successor ----------------------------------------------------------------------------------------------------------
     async def _named(self) -> Whereabouts | None:
-        """Who holds the service; None when nobody does any more, because it was stopped."""
+        """The current process of the service; None if the service was stopped."""
         absent = 0
         while absent < _ABSENT_LOOKS and not self._over.is_set():
             try:
                 if (found := Whereabouts.read(self.folder / "scheduler.json")) is not None:
                     return found
                 absent += 1
-            except ClusterError:  # it cannot be read now, which says nothing of the service
+            except ClusterError:  # the file cannot be read now, which says nothing about the service
                 absent = 0
             await asyncio.sleep(_LOOK_SECONDS)
         return None
 
     async def _waited_for(self) -> Whereabouts | None:
-        """The one that holds the service, if this process is still to follow it."""
+        """The current process of the service, if this one is still its successor."""
         named = await self._named()
         if named is not None and named.id in (self.id, self.follows):
             return named
@@ -224,7 +224,7 @@ class HandingOver:
         return None
 
     async def _wait_for_port(self, before: Whereabouts) -> bool:
-        """Until the one before has left the port that both use; False if this process is not to follow it any more."""
+        """Wait until the predecessor has released the common port; False if this process is no longer its successor."""
         port = self.settings.port if isinstance(self.settings, SlurmSettings) else 0
         if not port or before.host != socket.gethostname().split(".")[0]:
             return True
@@ -237,7 +237,7 @@ class HandingOver:
         return True
 
     async def _my_turn(self) -> bool:
-        """Stand ready until the one before hands over or dies; False if this process is not waited for any more."""
+        """Wait until the predecessor hands over or dies; False if this process is no longer needed."""
         self._whereabouts(self.cluster.scheduler.address).write(self.folder / "successor.json")
         looks = 0
         while not self._over.is_set():
@@ -251,7 +251,7 @@ class HandingOver:
         return False
 
     def _succeed_the_dead(self) -> bool:
-        """Take the place of one that died; False if another was quicker: a start by hand, or a second successor."""
+        """Replace a dead predecessor; False if another process was faster: a start by hand, or a second successor."""
         with open(os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             named = Whereabouts.read(self.folder / "scheduler.json")
@@ -261,10 +261,10 @@ class HandingOver:
         return True
 
     async def _take_over(self, before: Whereabouts | None) -> None:
-        """From now on this is the service of that name."""
+        """Become the process of the service."""
         if before is not None and before.id != self.id and await _is_dead(before):
             for job in await slurm.cancel_of(before.id) if isinstance(self.settings, SlurmSettings) else ():
-                self._say(f"job {job}, left by the service that died: cancelled")
+                self._say(f"job {job}, left by the service that died, was cancelled")
         self.state = "running"
         here = self._whereabouts(self.cluster.scheduler.address)
         here.write(self.folder / "scheduler.json")
@@ -272,10 +272,10 @@ class HandingOver:
         self._publish_address(here.address)
         self._say(f"runs at {here.address}, dashboard {here.dashboard}")
         if self.ends is not None and self.ends - time.time() < min(batch.margin_seconds(self.service), (self.ends - self.since) / 4):
-            self.hand_over_soon()  # Slurm's signal came while it stood ready, and does not come again
+            self.hand_over_soon()  # Slurm sent its signal while this process was waiting, and does not repeat it
 
     def _forget_own(self) -> None:
-        """Stand ready no more."""
+        """Stop being ready as a successor."""
         path = self.folder / "successor.json"
         with suppress(OSError, ClusterError):
             if (found := Whereabouts.read(path)) is not None and found.id == self.id:
@@ -290,7 +290,7 @@ class HandingOver:
             part.chmod(0o644)
             part.rename(target)
         except OSError as error:
-            self._say(f"{target} cannot be written, so those who are invited will not find a new address: {error}")
+            self._say(f"{target} cannot be written, so invited users will not find a new address: {error}")
 
 
 async def _is_dead(one: Whereabouts) -> bool:

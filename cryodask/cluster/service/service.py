@@ -1,7 +1,7 @@
-"""A cluster that lives on after the command that started it, and that several people share: started, found, asked and stopped.
+"""Long-lived clusters that several people share: starting, finding, querying and stopping them.
 
-The process that holds the scheduler is ``serving.py``. All that a service leaves on disk is in one folder that its account alone can
-read, ``~/.local/state/cryodask/clusters/NAME``: the settings, the authority, the log, and ``scheduler.json``, which says where it is.
+``serving.py`` is the process with the scheduler. All files of a service are in one folder that only its account can read,
+``~/.local/state/cryodask/clusters/NAME``: the settings, the authority, the log, and ``scheduler.json``, which says where it is.
 """
 
 from __future__ import annotations
@@ -59,15 +59,15 @@ _END_SECONDS = 120.0
 
 # --- a service that runs ---------------------------------------------------------------------------------------------------------
 class Service:
-    """A running service, for its owner or for somebody who is invited.
+    """A running service, for its owner or an invited user.
 
     Attributes
     ----------
     name, address : str
     folder : Path or None
-        None for those who are invited.
+        None for invited users.
     security : Security or None
-        For clients of this person; None where nothing is encrypted.
+        For clients of this user; None if nothing is encrypted.
     """
 
     def __init__(self, name: str, address: str, *, folder: Path | None, security: Security | None) -> None:
@@ -77,12 +77,12 @@ class Service:
         return f"<Service {self.name} at {self.address}>"
 
     def ask(self, what: str, **arguments: Any) -> Any:
-        """The answer of the service to one request.
+        """Send a request to the service; returns its answer.
 
         Raises
         ------
         ClusterError
-            Where it does not answer, or does not do this for this person.
+            If it does not answer, or refuses this request from this user.
         """
 
         async def asked() -> Any:
@@ -96,41 +96,41 @@ class Service:
             except TimeoutError as error:
                 raise ClusterError(
                     f"{self.name} did not answer within {_WORK_SECONDS:.0f} s.",
-                    "its machine is overloaded, or its process hangs at its end",
-                    "ask again; if it stays so, look into its log and end that process",
+                    "its machine is overloaded, or its process hangs while ending",
+                    "try again; if that does not help, check its log and kill that process",
                 ) from error
 
     def status(self) -> dict[str, Any]:
-        """What the service does.
+        """State of the service.
 
         ``state`` is starting, stands ready (a successor), running, handing over or draining; ``since`` and ``hand_over`` (None if it has
-        no end) are seconds since 1970. ``pools`` has the fields of ``PoolStatus``; ``jobs`` Slurm's state, reason for waiting, node and
-        seconds left of each; ``lanes`` the weight of each, its share of the last five minutes, its tasks that wait and that are on
-        workers, and its clients; ``missing`` one sentence; ``events`` the last ten, each with its time.
+        no end) are seconds since 1970. ``pools`` has the fields of ``PoolStatus``; ``jobs`` the Slurm state, pending reason, node and
+        seconds left of each job; ``lanes`` the weight of each lane, its share in the last five minutes, its waiting tasks, its tasks on
+        workers, and its clients; ``missing`` is one sentence; ``events`` has the last ten, each with its time.
         """
         now = self.ask("cluster_status")
-        if now is None:  # what a server answers that is closing
-            raise ClusterError(f"{self.name} is just ending.", "it was stopped, or hands over", "look again in a moment")
+        if now is None:  # the answer of a closing server
+            raise ClusterError(f"{self.name} is ending.", "it was stopped, or is handing over", "try again in a moment")
         return dict(now)
 
     def scale(self, **jobs: int) -> None:
-        """Ask for that many jobs of each pool named (of a local cluster: ``workers=4``)."""
+        """Set the number of jobs of the named pools (for a local cluster: ``workers=4``)."""
         self.ask("cluster_scale", jobs=jobs)
 
     def usage(self, since: float | None = None, by: tuple[str, ...] = ("lane", "user", "project", "pool")) -> list[dict[str, Any]]:
-        """What was used, from ``since`` (seconds since 1970) on; those who are invited see what is theirs."""
+        """Usage from ``since`` (seconds since 1970) on; invited users see only their own."""
         return list(self.ask("cluster_usage", since=since, by=list(by)))
 
     def invite(self, user: str, lanes: list[str], *, days: float = 365) -> Path:
-        """One file that lets a person in, into these lanes (all if none is named)."""
+        """Make an invitation file for a user, for these lanes (all if none is named)."""
         return invite(self.name, user, lanes, days=days)
 
     def hand_over(self) -> None:
-        """Let the service start its successor, finish what runs, and end."""
+        """Have the service start its successor, finish running tasks, and end."""
         self.ask("cluster_hand_over")
 
     def stop(self, *, drain_seconds: float = 0) -> None:
-        """End it, after what runs now has finished or ``drain_seconds`` have passed. Returns when all of it is gone."""
+        """Stop the service, after running tasks have finished or ``drain_seconds`` have passed. Returns when everything is gone."""
         folder = self._own_folder("be stopped")
         before = Whereabouts.read(folder / "scheduler.json")
         with suppress(ClusterError) if before and before.life() == "dead" else nullcontext():
@@ -139,20 +139,20 @@ class Service:
         while before is not None and before.lives():
             if time.monotonic() > deadline:
                 raise ClusterError(
-                    f"{self.name} was told to end and still runs (process {before.pid} on {before.host}).",
+                    f"{self.name} was told to end but is still running (process {before.pid} on {before.host}).",
                     "Slurm does not answer, or a task cannot be interrupted",
-                    f"look into {folder / 'service.log'}, or kill that process",
+                    f"check {folder / 'service.log'}, or kill that process",
                 )
             time.sleep(_LOOK_SECONDS)
 
     def _own_folder(self, what: str) -> Path:
         if self.folder is None:
-            raise ClusterError(f"{self.name} can {what} by its owner only.", "you are invited to it", "ask its owner")
+            raise ClusterError(f"{self.name} can {what} by its owner only.", "you are an invited user", "ask its owner")
         return self.folder
 
 
 def find(name: str) -> Service:
-    """The running service of that name: this account's own, else one that it is invited to.
+    """Find the running service of that name: this account's own, else one that it is invited to.
 
     Raises
     ------
@@ -171,34 +171,34 @@ def find(name: str) -> Service:
                 raise found.out_of_reach()
             waiting = _on_its_way(folder)
             raise ClusterError(
-                f"The cluster {name} has ended: {folder / 'scheduler.json'} names process {found.pid} on {found.host}, which is no more.",
-                f"its time was over before its successor came: {waiting}" if waiting else f"it was killed; its log lies in {folder}",
-                "wait for it" if waiting else f"start it again:  cryodask cluster start {name}; runs resume where they were",
+                f"The cluster {name} has ended: {folder / 'scheduler.json'} names process {found.pid} on {found.host}, which is gone.",
+                f"its walltime ended before its successor was ready: {waiting}" if waiting else f"it was killed; its log is in {folder}",
+                "wait for it" if waiting else f"restart it with  cryodask cluster start {name}; runs resume where they were",
             )
         time.sleep(_LOOK_SECONDS)  # the successor takes over by itself
         found = Whereabouts.read(folder / "scheduler.json")
     if found is None:
         waiting = _on_its_way(folder)
-        reason = f"it is being started: {waiting}" if waiting else "it was stopped, or never started"
-        raise ClusterError(f"The cluster {name} does not run.", reason, f"start it:  cryodask cluster start {name}")
+        reason = f"it is starting: {waiting}" if waiting else "it was stopped, or never started"
+        raise ClusterError(f"The cluster {name} is not running.", reason, f"start it with  cryodask cluster start {name}")
     security = tls.security(folder / "authority", found.owner) if found.address.startswith("tls") else None
     return Service(name, found.address, folder=folder, security=security)
 
 
 def is_known(name: str) -> bool:
-    """Whether this account has a cluster of that name, or is invited to one, whether it runs or not."""
+    """Whether this account has a cluster of that name or is invited to one, running or not."""
     if name.endswith(".invite"):
         return Path(name).is_file()
     return (folder_of(name) / "settings.json").is_file() or tls.invitation_of(name).is_file()
 
 
 def of_file(settings: SlurmSettings | LocalSettings, file: str | Path) -> Service | None:
-    """The service that was started from a cluster file; None if none runs, and the file does not ask for one.
+    """The service that was started from a cluster file; None if none is running and the file does not require one.
 
     Raises
     ------
     ClusterError
-        If the file has a section ``service`` and that one does not run.
+        If the file has a section ``service`` and that service is not running.
     """
     name = name_for(settings, file)
     if settings.service is not None:
@@ -212,12 +212,12 @@ def of_file(settings: SlurmSettings | LocalSettings, file: str | Path) -> Servic
 
 
 def is_name(where: str) -> bool:
-    """Whether this is the name of a service or an invitation, and no file."""
+    """Whether this is the name of a service or an invitation, rather than a file."""
     return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", where) is not None and where != "local" and not Path(where).is_file()
 
 
 def of_word_or_file(where: str | Path) -> tuple[Service | None, Settings | None]:
-    """Service and settings of the cluster that somebody names; None for what there is not, or is not theirs to read.
+    """Service and settings of a named cluster; None for what does not exist or cannot be read.
 
     Raises
     ------
@@ -241,7 +241,7 @@ def _invited(name: str) -> Service:
         raise ClusterError(
             f"There is no cluster {name}" + (f"; there are {', '.join(mine)}." if mine else "."),
             "it was started by another account, or under another name",
-            f"start it:  cryodask cluster start CLUSTER.yaml --name {name}, or put your invitation at {tls.invitation_of(name)}",
+            f"start it with  cryodask cluster start CLUSTER.yaml --name {name}, or put your invitation at {tls.invitation_of(name)}",
         )
     invitation = tls.Invitation.read(name)
     return Service(invitation.cluster, invitation.present_address(), folder=None, security=invitation.security())
@@ -253,7 +253,7 @@ def _on_its_way(folder: Path) -> str:
 
 
 def invite(name: str, user: str, lanes: list[str], *, days: float = 365) -> Path:
-    """One file that lets a person into a service of this account, whether it runs or not.
+    """Make an invitation file for a service of this account, running or not.
 
     Raises
     ------
@@ -264,31 +264,31 @@ def invite(name: str, user: str, lanes: list[str], *, days: float = 365) -> Path
     found, settings = Whereabouts.read(folder / "scheduler.json"), settings_of(folder)
     unknown = [lane for lane in lanes if settings.lanes and lane not in settings.lanes]
     if unknown:
-        raise ClusterError(f"{name} has no lane {unknown[0]!r}.", "a typing error", f"its lanes are {', '.join(settings.lanes)}")
+        raise ClusterError(f"{name} has no lane {unknown[0]!r}.", "", f"its lanes are {', '.join(settings.lanes)}")
     where = address_file(folder, settings)
     return authority.invite(user, lanes, address=found.address if found else "tls://not-started:0", days=days, address_file=str(where))
 
 
 def authority_of(name: str) -> tls.Authority:
-    """What signs the certificates of a service of this account."""
+    """The authority that signs the certificates of a service of this account."""
     folder = folder_of(name) / "authority"
     if not (folder / "ca.pem").exists():
         raise ClusterError(
             f"{name} has no certificates, so nobody can be invited.",
-            "it listens on the loopback address only, where they are not needed, or was never started",
-            "set  interface:  in the cluster file; or  service: {certificates: true}  for a machine that several people use",
+            "it listens on the loopback address only, where certificates are not needed, or was never started",
+            "set  interface:  in the cluster file, or  service: {certificates: true}  on a machine that several people use",
         )
     return tls.Authority.open(folder)
 
 
 # --- starting --------------------------------------------------------------------------------------------------------------------
 def start(settings: SlurmSettings | LocalSettings, name: str, *, wait_seconds: float = 120) -> Service:
-    """Start a service apart from this process, as its settings say; returns when it answers.
+    """Start a service detached from this process; returns when it answers.
 
     Raises
     ------
     ClusterError
-        If one of that name runs, or this one does not answer in time, with the reason.
+        If one of that name is running, or the new one does not answer in time, with the reason.
     """
     with prepared(settings, name) as folder:
         before = Whereabouts.read(folder / "scheduler.json")
@@ -302,15 +302,15 @@ def start(settings: SlurmSettings | LocalSettings, name: str, *, wait_seconds: f
                 raise ClusterError(what, reason, way_out)
             if ended:
                 raise ClusterError(
-                    f"The cluster {name} ended while it started: {batch.last_words(launched.log)}",
-                    "the environment or the settings do not fit the machine",
-                    f"read {launched.log}",
+                    f"The cluster {name} ended while starting: {batch.last_words(launched.log)}",
+                    "the environment or the settings do not match the machine",
+                    f"check {launched.log}",
                 )
             if time.monotonic() > deadline:
                 raise ClusterError(
                     f"The cluster {name} does not answer after {wait_seconds:.0f} s: {launched}.",
                     "the queue is full, or the machine is slow",
-                    f"look again with  cryodask cluster status {name}; it goes on starting",
+                    f"check again with  cryodask cluster status {name}; it continues to start",
                 )
             time.sleep(_LOOK_SECONDS)
     return find(name)
@@ -318,7 +318,7 @@ def start(settings: SlurmSettings | LocalSettings, name: str, *, wait_seconds: f
 
 @contextmanager
 def prepared(settings: SlurmSettings | LocalSettings, name: str) -> Iterator[Path]:
-    """The folder of a service that does not run, with settings and authority; within, nobody else starts it.
+    """Context manager: the folder of a service that is not running, with settings and authority, locked against other starts.
 
     Raises
     ------
@@ -328,7 +328,7 @@ def prepared(settings: SlurmSettings | LocalSettings, name: str) -> Iterator[Pat
     service = settings.service or ServiceSettings()
     state = state_folder()
     make_passable(state)
-    state.chmod(state.stat().st_mode & 0o777 | 0o011)  # made by another command under a narrow umask, perhaps
+    state.chmod(state.stat().st_mode & 0o777 | 0o011)  # possibly created by another command with a restrictive umask
     folder = folder_of(name)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     folder.chmod(0o700)
@@ -337,7 +337,7 @@ def prepared(settings: SlurmSettings | LocalSettings, name: str) -> Iterator[Pat
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ClusterError(
-                f"The cluster {name} is just being started.", "by another command", f"cryodask cluster status {name}"
+                f"The cluster {name} is being started.", "another command is starting it", f"check with  cryodask cluster status {name}"
             ) from None
         _refuse_two(folder, name)
         (folder / "failed.json").unlink(missing_ok=True)
@@ -350,7 +350,7 @@ def prepared(settings: SlurmSettings | LocalSettings, name: str) -> Iterator[Pat
 
 
 def refuse_to_start(settings: SlurmSettings | LocalSettings, name: str) -> None:
-    """Refuse settings and names that no service can have.
+    """Refuse settings and names that are not valid for a service.
 
     Raises
     ------
@@ -359,12 +359,14 @@ def refuse_to_start(settings: SlurmSettings | LocalSettings, name: str) -> None:
     if isinstance(settings, SlurmSettings) and settings.single_allocation:
         raise ClusterError(
             "A cluster file with single_allocation describes one batch job.",
-            "it was given to be shared",
-            "leave single_allocation out; or  cryodask submit PROJECT.yaml --cluster FILE",
+            "it cannot be shared",
+            "leave out single_allocation, or use  cryodask submit PROJECT.yaml --cluster FILE",
         )
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise ClusterError(
-            f"{name!r} cannot be the name of a cluster.", "a path or a sign that names do not have", "letters, digits, _ and -"
+            f"{name!r} cannot be the name of a cluster.",
+            "it is a path, or has a character that is not allowed",
+            "use letters, digits, _ and -",
         )
 
 
@@ -374,21 +376,21 @@ def _refuse_two(folder: Path, name: str) -> None:
     if found is not None and life == "cannot tell":
         raise found.out_of_reach()
     if found is not None and life == "lives":
-        runs = f"runs since {time.strftime('%Y-%m-%d %H:%M', time.localtime(found.since))} at {found.address}"
+        runs = f"has been running since {time.strftime('%Y-%m-%d %H:%M', time.localtime(found.since))} at {found.address}"
     elif waiting is not None and waiting.job and not waiting.ended():
-        runs = f"is on its way: {waiting}"
+        runs = f"is starting: {waiting}"
     else:
         return
-    raise ClusterError(f"The cluster {name} {runs}.", "it was started before", f"use it, or end it:  cryodask cluster stop {name}")
+    raise ClusterError(f"The cluster {name} {runs}.", "it was started before", f"use it, or stop it with  cryodask cluster stop {name}")
 
 
 def clean_up(name: str, *, force: bool = False) -> list[str]:
-    """Take away what a service that has ended left behind: its files, and its jobs in Slurm's queue. Returns what that was, in words.
+    """Clean up after a service that has ended: its files, and its jobs in Slurm's queue. Returns what was removed, as sentences.
 
     Raises
     ------
     ClusterError
-        If it lives; if nobody can tell from this machine, unless ``force`` says that it is known to be gone. Nothing is done then.
+        If it is alive, or if that cannot be decided from this machine and ``force`` is not set. Nothing is done then.
     """
     folder, words = folder_of(name), []
     left = {file: found for file in ("scheduler.json", "successor.json") if (found := Whereabouts.read(folder / file)) is not None}
@@ -398,9 +400,9 @@ def clean_up(name: str, *, force: bool = False) -> list[str]:
             raise found.out_of_reach()
         if life == "lives":
             raise ClusterError(
-                f"The cluster {name} still runs: process {found.pid} on {found.host}.",
+                f"The cluster {name} is still running: process {found.pid} on {found.host}.",
                 "it has just been started, or its successor is about to take over",
-                f"look again:  cryodask cluster status {name}",
+                f"check with  cryodask cluster status {name}",
             )
     for file, found in left.items():
         words += [f"job {job} cancelled" for job in in_thread(slurm.cancel_of(found.id))]

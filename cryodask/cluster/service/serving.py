@@ -1,8 +1,8 @@
-"""The process of a service: ``python -m cryodask.cluster.service.serving FOLDER [ID]``, started by ``service.py``.
+"""The service process: ``python -m cryodask.cluster.service.serving FOLDER [ID]``, started by ``service.py``.
 
-It owns the scheduler and the workers' jobs, answers what the owner and those invited ask, and hands over to a successor before Slurm ends
-it, or when it is sent SIGUSR1. A successor (``ID`` is the cluster that it follows) starts its scheduler beside the old one and takes over
-when that one has let its running tasks finish, or has died.
+It owns the scheduler and the worker jobs, answers requests of the owner and invited users, and hands over to a successor before Slurm ends
+it, or on SIGUSR1. A successor (``ID``: the cluster that it follows) starts its scheduler beside the old one and takes over when the
+running tasks of the old one have finished, or it has died.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _SHARE_SECONDS = 300.0
 
 
 class Serving(HandingOver):
-    """A service from its start to its end."""
+    """A service process from start to end."""
 
     def __init__(self, folder: Path, follows: str = "") -> None:
         super().__init__(folder, settings_of(folder), owner_of(folder), follows)
@@ -56,13 +56,13 @@ class Serving(HandingOver):
 
     # --- start -------------------------------------------------------------------------------------------------------------------
     async def run(self) -> None:
-        """From the start to the end; ClusterError if it cannot start."""
+        """Run the service to its end; ClusterError if it cannot start."""
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGUSR1, self.hand_over_soon)
         self.ends = await self._walltime_ends()
         before = await self._waited_for() if self.follows else Whereabouts.read(self.folder / "scheduler.json")
         try:
-            # a successor's job may have waited in the queue for longer than anybody waited for it
+            # a successor's job may have been pending for longer than it was needed
             if self.follows and (before is None or not await self._wait_for_port(before)):
                 return
             await self._serve(before)
@@ -148,7 +148,7 @@ class Serving(HandingOver):
             await asyncio.sleep(_SAMPLE_SECONDS)
 
     async def cluster_usage(self, since: float | None = None, by: Any = (), user: str | None = None) -> list[dict[str, Any]]:
-        """See ``Service.usage``; the guard puts in the ``user`` for those who are invited."""
+        """See ``Service.usage``; for invited users the guard sets ``user``."""
         by = tuple(by) if user is None or "user" in by else (*by, "user")
         rows = self._accounting.usage(since, by) if self._accounting else []
         return [row for row in rows if user is None or row["user"] == user]
@@ -158,10 +158,10 @@ class Serving(HandingOver):
         if isinstance(self.settings, SlurmSettings):
             await self.cluster.scale_pool(**jobs)
         elif set(jobs) != {"workers"} or jobs["workers"] < 0:
-            raise ClusterError(f"Cannot scale {dict(jobs)}.", "this cluster has workers on one machine, no pools", "give  workers=4")
+            raise ClusterError(f"Cannot scale {dict(jobs)}.", "this cluster has local workers and no pools", "use  workers=4")
         else:
             leaving = list(self.cluster.worker_spec)[jobs["workers"] :]
-            # scale() of itself passes names where addresses are expected, and all results there are lost
+            # scale() itself passes names where addresses are expected, which loses all results
             await self.cluster.scheduler.retire_workers(names=leaving, close_workers=True, remove=True)
             self.cluster.scale(jobs["workers"])
         self._say(f"scaled: {', '.join(f'{name}={count}' for name, count in jobs.items())}")
@@ -177,23 +177,23 @@ class Serving(HandingOver):
 
     # --- the end -----------------------------------------------------------------------------------------------------------------
     async def _leave(self) -> None:
-        """End; without a successor, unless one is on its way and it is Slurm that ends this process, not the owner."""
+        """End the service; a starting successor is kept only if Slurm ends this process rather than the owner."""
         if self.state == "handed over":
             return
         if self._handing is not None:
             self._handing.cancel()
         if self._launched is not None and not self._stopped:
-            self._say(f"ended from outside before it had handed over; {self._launched.short} takes over by itself")
+            self._say(f"killed before the hand-over was complete; {self._launched.short} takes over by itself")
             return
         await self._end_successors()
-        self._tell_clients(f"The cluster {self.name} ends. Results that are only in its memory go with it; what is committed stays.")
+        self._tell_clients(f"The cluster {self.name} ends. Results that are only in its memory are lost; committed results stay.")
         await self._drain(self._drain_seconds)
         for file in ("scheduler.json", "successor.json", "launched.json"):
             (self.folder / file).unlink(missing_ok=True)
 
 
 def main(arguments: list[str]) -> None:
-    """Serve until the end; an error that a user can mend is left in the folder for the command that waits."""
+    """Serve until the end; an error that a user can fix is left in the folder for the waiting command."""
     folder = Path(arguments[0])
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", level=logging.WARNING)
     dask.config.set(local_environment())
@@ -207,7 +207,7 @@ def main(arguments: list[str]) -> None:
         tls.write_secret(folder / "failed.json", json.dumps(error.args))
         logger.error(str(error))
         sys.exit(1)
-    except OSError as error:  # a full disk, say
+    except OSError as error:  # for example a full disk
         logger.error(f"{type(error).__name__}: {error}")
         sys.exit(1)
 

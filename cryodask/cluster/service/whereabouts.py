@@ -1,4 +1,4 @@
-"""Where services are: a folder each, and in it the file that names the process which holds the scheduler."""
+"""Location of services: one folder each, with a file that names the process of the scheduler."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Life = Literal["lives", "dead", "cannot tell"]
 
 
 def in_thread(waiting: Coroutine[Any, Any, T]) -> T:
-    """The result of a coroutine, also where an event loop runs already, as in a notebook."""
+    """Run a coroutine in a thread, which also works inside a running event loop, as in a notebook."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, waiting).result()
 
 
 @dataclass(frozen=True)
 class Whereabouts:
-    """``scheduler.json``: which process holds the scheduler of a service. Dask's own clients can read it as a scheduler file."""
+    """``scheduler.json``: the process of a service's scheduler. Dask's own clients can read it as a scheduler file."""
 
     address: str
     cluster: str
@@ -44,12 +44,12 @@ class Whereabouts:
 
     @classmethod
     def read(cls, path: Path) -> Whereabouts | None:
-        """None where there is no such file.
+        """Read a file; None if there is none.
 
         Raises
         ------
         ClusterError
-            If there is one that cannot be read now, which says nothing of the service.
+            If it exists but cannot be read now, which says nothing about the service.
         """
         try:
             return cls(**json.loads(path.read_text()))
@@ -58,16 +58,16 @@ class Whereabouts:
         except (OSError, TypeError, ValueError) as error:
             raise ClusterError(
                 f"{path} cannot be read: {error}",
-                "the file system did not answer, or somebody changed the file",
-                "try again; if it is damaged and you know that the service does not run, remove it",
+                "the file system did not answer, or the file was edited",
+                "try again; if it is damaged and you know that the service is not running, remove it",
             ) from None
 
     def write(self, path: Path) -> None:
-        """For this account's eyes alone, and never half."""
+        """Write the file atomically, readable by this account only."""
         tls.write_secret(path, json.dumps(asdict(self), indent=1))
 
     def life(self) -> Life:
-        """Whether that process still is: by its start time on this machine, by Slurm's word or by a connection elsewhere."""
+        """Whether the process is alive: from its start time on this machine, from Slurm, or by a connection elsewhere."""
         if self.host == socket.gethostname().split(".")[0]:
             return "dead" if slurm.owner_is_dead(self.id) else "lives"
         if self.slurm_job and (queue := in_thread(slurm.squeue())) is not None:
@@ -76,32 +76,32 @@ class Whereabouts:
         try:
             socket.create_connection((host, int(port)), timeout=5).close()
         except (OSError, ValueError):
-            return "cannot tell"  # a firewall, a busy machine, a scheduler on its loopback address: all look the same from here
+            return "cannot tell"  # a firewall, a busy machine and a scheduler on its loopback address look the same from here
         return "lives"
 
     def lives(self) -> bool:
-        """Whether it is known that that process still is."""
+        """Whether the process is known to be alive."""
         return self.life() == "lives"
 
     def out_of_reach(self) -> ClusterError:
-        """What to say where nobody can tell, and so nothing may be taken away."""
+        """Error if it is unknown whether the service is alive, so that nothing may be removed."""
         where = "try again when Slurm answers" if self.slurm_job else f"run this on {self.host}"
         return ClusterError(
-            f"Whether the cluster {self.cluster} still runs cannot be told from this machine: it was process {self.pid} on {self.host},"
-            f" and nobody answers at {self.address}.",
-            "Slurm does not answer" if self.slurm_job else "that address is reached from there only, or that machine is down",
-            f"{where}; if you know that it is gone, clear away what it left:  cryodask cluster stop {self.cluster} --force",
+            f"It is unknown whether the cluster {self.cluster} is still running: it was process {self.pid} on {self.host},"
+            f" and nothing answers at {self.address}.",
+            "Slurm does not answer" if self.slurm_job else "that address is only reachable from there, or that machine is down",
+            f"{where}; if you know that it is gone, clean up with  cryodask cluster stop {self.cluster} --force",
         )
 
 
 # --- where services are kept -----------------------------------------------------------------------------------------------------
 def state_folder() -> Path:
-    """Where cryodask keeps what outlives a process, for this account."""
+    """Folder of this account for state that outlives a process."""
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "cryodask"
 
 
 def make_passable(folder: Path) -> None:
-    """Make a folder, and what is missing above it, so that others come through whatever the umask: an address lies there that all read."""
+    """Make a folder and its parents traversable for others whatever the umask, because it contains an address that all may read."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     for path in reversed(missing):
         path.mkdir(exist_ok=True)
@@ -109,12 +109,12 @@ def make_passable(folder: Path) -> None:
 
 
 def folder_of(name: str) -> Path:
-    """The folder of a service of that name, whether there is one or not."""
+    """The folder of a service of that name, existing or not."""
     return state_folder() / "clusters" / Path(name).name
 
 
 def known() -> list[str]:
-    """Names of this account's services, dead or alive."""
+    """Names of this account's services, running or not."""
     return sorted(path.parent.name for path in (state_folder() / "clusters").glob("*/settings.json"))
 
 
@@ -131,17 +131,17 @@ def owner_of(folder: Path) -> str:
 
 
 def address_file(folder: Path, settings: LocalSettings | SlurmSettings) -> Path:
-    """Where those who are invited find the present address."""
+    """File where invited users find the current address."""
     chosen = settings.service and settings.service.address_file
     return Path(chosen).expanduser().absolute() if chosen else state_folder() / "addresses" / f"{folder.name}.json"
 
 
 def name_for(settings: SlurmSettings | LocalSettings, file: str | Path) -> str:
-    """Name of the service that a cluster file describes: as it says, else that of the file."""
+    """Name of the service of a cluster file: as set there, else that of the file."""
     return (settings.service and settings.service.name) or re.sub(r"[^A-Za-z0-9_-]+", "-", Path(file).stem)
 
 
 def encrypted(settings: SlurmSettings | LocalSettings) -> bool:
-    """Whether this cluster speaks TLS: whenever it is reached from other machines, or was asked to."""
+    """Whether this cluster uses TLS: always if reachable from other machines, else on request."""
     certificates = bool(settings.service and settings.service.certificates)
     return isinstance(settings, SlurmSettings) and (settings.interface != "lo" or certificates)

@@ -1,1 +1,1 @@
-"""How lanes share the workers of one scheduler: owners, weights, charges, reserved threads, memory. ``fairshare.py`` puts them together."""
+"""Lane scheduling: owners, weights, charging, reserved threads, memory. ``fairshare.py`` combines them."""

@@ -1,4 +1,4 @@
-"""A Dask scheduler that charges every task's time to its lane, user and project, from the moment at which it is sent."""
+"""A Dask scheduler that charges each task's time to its lane, user and project, from the moment it is sent."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from cryodask.cluster.sharing.lanes import Share
 from cryodask.cluster.sharing.owners import LanedScheduler
 
 FIRST = -math.inf
-"""Rank on a worker of what must not wait there."""
+"""Rank on a worker of tasks that must not wait there."""
 
 
 class Flight:
-    """A task on a worker: who pays, since when it is there, since when it was seen to run, how much was charged, its rank there."""
+    """A task on a worker: who it is charged to, when it was sent, when it was first seen running, the charge so far, its rank."""
 
     __slots__ = ("charged", "leaf", "rank", "runs", "start")
 
@@ -26,18 +26,18 @@ class Flight:
 
 
 class ChargingScheduler(LanedScheduler):
-    """Charges a task's estimate when it is sent, and what it really took when it ends. While one owner has all tasks nothing is charged."""
+    """Charges a task's estimate when it is sent, and corrects it when it ends. While a single owner has all tasks, nothing is charged."""
 
     def count_time(self) -> None:
-        """Begin to charge."""
+        """Start charging."""
         self._flights: dict[Any, Flight] = {}
         self._finished: dict[str, float] = {}
         self._rank: float | None = None
-        # ranks only grow: what is left of one contest must not wait for ever behind the next
+        # ranks only increase, so that tasks left from one contest do not wait for ever behind the next
         self._base = self._highest = 0.0
 
     def contest_begins(self) -> None:
-        """What was used while an owner was alone is nobody's credit or debt; what it has on workers now counts."""
+        """A second owner has tasks: usage from before is not charged, but tasks currently on workers are."""
         self._base = self._highest
         for clock in self._clocks.values():
             clock.forget()
@@ -55,7 +55,7 @@ class ChargingScheduler(LanedScheduler):
 
     def _add_to_processing(self, ts: TaskState, ws: WorkerState, stimulus_id: str) -> Any:
         if self._others and not ts.actor:
-            # what needs resources is sent only when they are free, and must not wait for what was sent before it
+            # tasks with resources are sent only when these are free, and must not wait behind tasks sent earlier
             leaf = self._leaf(ts)
             rank = self._rank if self._rank is not None else self._base + leaf.lane.start_tag()
             if rank > self._highest:
@@ -64,7 +64,7 @@ class ChargingScheduler(LanedScheduler):
         return super()._add_to_processing(ts, ws, stimulus_id)
 
     def _task_to_msg(self, ts: TaskState) -> dict[str, Any]:
-        # workers run by priority, and there an older client's tasks would overtake for ever
+        # workers run tasks by priority, by which those of an older client would always overtake
         message = super()._task_to_msg(ts)
         flight = self._flights.get(ts.key)
         rank = flight.rank if flight is not None else FIRST if ts.actor else self._highest
@@ -75,7 +75,7 @@ class ChargingScheduler(LanedScheduler):
         flight = self._flights.pop(key, None)
         if flight is not None:
             now = monotonic()
-            if seconds is not None:  # of what ran before a contest began, only the rest counts in it
+            if seconds is not None:  # of a task that ran before the contest began, only the rest counts
                 spent = min(now - flight.start, seconds)
             else:
                 spent = 0.0 if flight.runs is None else now - flight.runs
@@ -87,9 +87,9 @@ class ChargingScheduler(LanedScheduler):
         return super()._exit_processing_common(ts)
 
     def charge_finished(self, key: Any, worker: str, message: dict[str, Any]) -> None:
-        """Charge a task that ends the time that its worker measured."""
+        """Charge the time that the worker measured for a finished task."""
         if key in self._flights:
-            # stolen tasks finish elsewhere than where they were sent; a stale report of another worker settles nothing
+            # stolen tasks finish on another worker than the one they were sent to; a stale report of another worker is ignored
             if self._runs_at(key, worker):
                 seconds = 0.0
                 for phase in message["startstops"]:
@@ -103,15 +103,15 @@ class ChargingScheduler(LanedScheduler):
         return ts is not None and ts.processing_on is not None and ts.processing_on.address == worker
 
     def handle_long_running(self, key: Any, worker: str, *args: Any, **kwargs: Any) -> None:
-        """As distributed's; a task that has left its thread pays for the time before."""
+        """Like distributed's, but also charges the time before the task left its thread."""
         if key in self._flights and self._runs_at(key, worker):
             self._settle(key, kwargs.get("compute_duration"))
         super().handle_long_running(key, worker, *args, **kwargs)
 
     def charge_what_is_out(self, now: float) -> None:
-        """Charge what runs longer than it was charged for, so that a lane of long unknown tasks cannot take every slot.
+        """Charge tasks that run longer than estimated, so that a lane of long unknown tasks cannot take every slot.
 
-        What waits on a worker behind others does not run: as many run as it has threads, first those of the lowest rank.
+        Tasks queued on a worker behind others are not running: as many run as it has threads, lowest rank first.
         """
         for ws in self.workers.values():
             out = [flight for ts in ws.processing if (flight := self._flights.get(ts.key)) is not None]

@@ -1,4 +1,4 @@
-"""The tree of shares: who waits, who is served next, who has used how much. Plain data structures; the scheduler drives them.
+"""The tree of shares: which lanes, users and projects have waiting tasks, who is served next, and usage. Plain data structures.
 
 Start-time fair queueing (Goyal, Vin and Cheng 1996) over the levels clock, lane, user and project: at every level the child with the
 smallest virtual time (seconds charged over weight) goes first. A clock is a kind of slot: threads, or a set of named resources.
@@ -13,32 +13,32 @@ from itertools import count
 from operator import attrgetter
 from typing import Any
 
-_turn = attrgetter("late", "virtual")
-"""Of two nodes that wait, the one that is smaller in this is served first."""
+_turn = attrgetter("low_priority", "virtual")
+"""Sort key of waiting nodes; the smallest is served first."""
 
 Place = str | frozenset[str] | tuple[Any, ...] | None
-"""Where a task may run: None anywhere, an address best there, a frozenset only there, a tuple wherever its resources are free."""
+"""Where a task may run: None anywhere; an address: preferably there; a frozenset: only there; a tuple: where these resources are free."""
 
 
 class Share:
-    """A node of the tree. Leaves hold tasks, in one heap a place.
+    """A node of the tree. Leaves hold tasks, in one heap per place.
 
-    ``virtual`` is seconds charged over weight, tasks on workers included at their estimate; ``settled`` counts finished ones only;
-    ``begun`` is what ``virtual`` was when its last task was sent: the start tag of the paper.
+    ``virtual``: seconds charged over weight, including tasks on workers at their estimate; ``settled``: finished tasks only;
+    ``begun``: ``virtual`` when its last task was sent, the start tag of the paper.
     """
 
     __slots__ = (
-        "begun", "clock", "flying", "heaps", "held", "kids", "lane", "late", "line", "name", "parent", "settled", "several", "tag",
-        "virtual", "waiting", "weight",
+        "ancestors", "begun", "children", "clock", "flying", "heaps", "held", "lane", "low_priority", "name", "parent", "settled",
+        "several", "tag", "virtual", "waiting", "weight",
     )  # fmt: skip
 
     def __init__(self, name: str, weight: float = 1.0, parent: Share | None = None, *, strict: bool = False) -> None:
-        self.name, self.weight, self.parent, self.late = name, weight, parent, not strict
+        self.name, self.weight, self.parent, self.low_priority = name, weight, parent, not strict
         # clock -> lane -> user -> project
         self.clock: Share = self if parent is None else parent.clock
         self.lane: Share = self if parent is None or parent.parent is None else parent.lane
-        self.line: tuple[Share, ...] = () if parent is None else (self, *parent.line)  # up to the lane
-        self.kids: dict[str, Share] = {}
+        self.ancestors: tuple[Share, ...] = () if parent is None else (self, *parent.ancestors)  # itself first, up to the lane
+        self.children: dict[str, Share] = {}
         self.waiting: list[Share] = []
         self.virtual = self.settled = self.begun = self.tag = 0.0
         self.held = self.flying = 0
@@ -46,13 +46,13 @@ class Share:
         self.several: list[frozenset[str]] = []
 
     def in_turn(self) -> list[Share]:
-        """Children that wait, the next to be served first."""
+        """Children with waiting tasks, in the order of service."""
         if len(self.waiting) > 1:
             self.waiting.sort(key=_turn)
         return self.waiting
 
     def next_leaf(self) -> Share | None:
-        """The leaf below this node that is to be served next."""
+        """The leaf below this node to serve next."""
         node = self
         while waiting := node.waiting:
             if len(waiting) > 1:
@@ -61,57 +61,57 @@ class Share:
         return node if node.held else None
 
     def is_next(self) -> bool:
-        """Whether it is the turn of this leaf, which waits: at no level a sibling that waits, too, is to be served before."""
+        """Whether this waiting leaf is next: at no level is a waiting sibling to be served before it."""
         above = self.clock
-        for node in reversed(self.line):
+        for node in reversed(self.ancestors):
             if len(above.waiting) > 1 and _turn(node) > min(map(_turn, above.waiting)):
                 return False
             above = node
         return True
 
     def leaves_in_turn(self) -> Iterator[Share]:
-        """Leaves that wait below this node, in the order in which they are to be served."""
-        for kid in list(self.in_turn()):
-            if kid.kids:
-                yield from kid.leaves_in_turn()
+        """Waiting leaves below this node, in the order of service."""
+        for child in list(self.in_turn()):
+            if child.children:
+                yield from child.leaves_in_turn()
             else:
-                yield kid
+                yield child
 
     def charge(self, seconds: float) -> None:
-        """Count time used by tasks that are on workers, against a leaf and all above it."""
-        for node in self.line:
+        """Charge time of tasks on workers to a leaf and all its ancestors."""
+        for node in self.ancestors:
             node.virtual += seconds / node.weight
 
     def launch(self, seconds: float) -> None:
-        """A task goes to a worker: charge its estimate to a leaf and all above it, and count it at the leaf and the clock."""
-        for node in self.line:
+        """A task is sent to a worker: charge its estimate to a leaf and its ancestors, and count it at the leaf and the clock."""
+        for node in self.ancestors:
             node.begun = node.virtual
             node.virtual += seconds / node.weight
         self.flying += 1
         self.clock.flying += 1
 
     def land(self, correction: float, settled: float) -> None:
-        """A task has left its worker: charge what it took beyond what it was charged for (or less), and count it no more."""
-        for node in self.line:
+        """A task has left its worker: correct its charge, and stop counting it."""
+        for node in self.ancestors:
             node.virtual += correction / node.weight
             node.settled += settled / node.weight
         self.flying -= 1
         self.clock.flying -= 1
 
-    def hold(self, *, anew: bool = False) -> None:
-        """One more task waits. A node that begins to wait gets neither credit nor debt for the time before.
+    def hold(self, *, first_in_place: bool = False) -> None:
+        """Add a waiting task. A node that becomes active gets neither credit nor debt for the time before.
 
-        It starts with those that are being served: at what the others have settled, or at the last start tag where tasks of one of them
-        took far longer than was thought, which is that one's debt alone. Start tags do not serve by themselves: they count estimates.
+        It starts level with the active nodes: at what the others have settled, or at the last start tag if tasks of one of them
+        took far longer than estimated, which is that node's debt alone. Start tags alone are not enough, because they count estimates.
 
-        ``anew``: it is the first of its leaf in its place. What waited until then may have been bound to workers that were busy, and being
-        behind for that reason is no credit either.
+        ``first_in_place``: it is the first task of its leaf in its place. Tasks that waited until then may have been bound to busy
+        workers, and being behind for that reason gives no credit either.
         """
         node = self
         while (above := node.parent) is not None:
-            if anew or not node.held:
-                rivals = [k for k in above.waiting if k is not node] or ([] if above.held else list(above.kids.values()))
-                rivals = [k for k in rivals if k is not node and k.late == node.late]
+            if first_in_place or not node.held:
+                rivals = [k for k in above.waiting if k is not node] or ([] if above.held else list(above.children.values()))
+                rivals = [k for k in rivals if k is not node and k.low_priority == node.low_priority]
                 floor = min(max(k.settled for k in rivals), max(k.begun for k in rivals)) if rivals else 0.0
                 if node.virtual < floor:
                     node.settled += floor - node.virtual
@@ -123,7 +123,7 @@ class Share:
         node.held += 1
 
     def unhold(self) -> None:
-        """One task fewer waits."""
+        """Remove a waiting task."""
         node = self
         while (above := node.parent) is not None:
             node.held -= 1
@@ -133,23 +133,23 @@ class Share:
         node.held -= 1
 
     def forget(self) -> None:
-        """Begin to count anew, here and below."""
+        """Reset all counts, here and below."""
         self.virtual = self.settled = self.begun = self.tag = 0.0
-        for kid in self.kids.values():
-            kid.forget()
+        for child in self.children.values():
+            child.forget()
 
     def detach(self) -> None:
-        """Leave the tree, and take along parents that have no other child; lanes stay, with what they have used."""
+        """Remove this node, and parents without other children; lanes stay, with their usage."""
         node = self
-        while node.parent is not None and node is not node.lane and not node.kids:
-            del node.parent.kids[node.name]
+        while node.parent is not None and node is not node.lane and not node.children:
+            del node.parent.children[node.name]
             node = node.parent
 
     def start_tag(self) -> float:
-        """Rank of a lane's next task on its worker: smaller runs first, equal leaves Dask's own order.
+        """Rank of a lane's next task on its worker: smaller runs first, ties keep Dask's own order.
 
-        It follows the virtual time in steps of a quarter of what is in flight: consecutive tasks of a lane share it, and still a lane that
-        comes anew, which starts at what the others have settled, is ahead of everything of theirs that has not begun.
+        It follows the virtual time in steps of a quarter of the work in flight: consecutive tasks of a lane share it, and yet a lane that
+        becomes active, which starts at what the others have settled, is ahead of all their tasks that have not started.
         """
         if self.virtual - self.tag > 0.25 * (self.virtual - self.settled):
             self.tag = self.virtual
@@ -158,7 +158,7 @@ class Share:
 
 @dataclass
 class Owner:
-    """Who pays for a task: a project of a user in a lane, with a leaf on the clock of threads and one on each clock of resources."""
+    """What a task is charged to: a project of a user in a lane, with a leaf on the clock of threads and on each clock of resources."""
 
     lane: str
     user: str
@@ -174,7 +174,7 @@ class Owner:
 
 @dataclass(frozen=True)
 class LaneOptions:
-    """Weight of a lane, and weights of users and projects inside it (1 if not named)."""
+    """Weight of a lane, and weights of users and projects within it (default 1)."""
 
     weight: float = 1.0
     users: dict[str, float] = field(default_factory=dict)
@@ -186,19 +186,19 @@ class LaneOptions:
         options = cls(**given) if isinstance(given, dict) else cls(float(given))
         bad = [w for w in (options.weight, *options.users.values(), *options.projects.values()) if not w > 0]
         if bad:
-            raise ValueError(f"lane {name!r} has a weight of {bad[0]}: weights are positive; leave the lane out to close it")
+            raise ValueError(f"lane {name!r} has a weight of {bad[0]}, but weights must be positive; leave out the lane to close it")
         return options
 
 
 class LaneQueue:
-    """The set of tasks that wait on the scheduler; stands in for distributed's ``queued`` heap, and knows who holds what where."""
+    """The tasks waiting on the scheduler, by leaf and place; replaces distributed's ``queued`` heap."""
 
     def __init__(self, leaf_of: Callable[[Any], Share]) -> None:
         self._leaf_of = leaf_of
         self._where: dict[Any, tuple[Share, Place, int]] = {}
         self._bound: set[Any] = set()
         self.near = 0
-        """Tasks that wait for one worker as their best place."""
+        """Tasks whose preferred worker is known, by worker."""
         self._sequence = count()
 
     def __len__(self) -> int:
@@ -211,15 +211,15 @@ class LaneQueue:
         return task in self._where
 
     def add(self, task: Any) -> None:
-        """Let a task wait that may run anywhere, as distributed itself does it."""
+        """Add a task that may run anywhere, with distributed's interface."""
         if task not in self._where:
             self.put(task, self._leaf_of(task), None)
 
     def put(self, task: Any, leaf: Share, place: Place) -> None:
-        """Let a task wait for its turn."""
+        """Add a waiting task."""
         number = next(self._sequence)
         heap = leaf.heaps.get(place)
-        anew = heap is None
+        first_in_place = heap is None
         if heap is None:
             heap = leaf.heaps[place] = []
             if type(place) is frozenset:
@@ -230,10 +230,10 @@ class LaneQueue:
             self.near += 1
         elif type(place) is frozenset:
             self._bound.add(task)
-        leaf.hold(anew=anew)
+        leaf.hold(first_in_place=first_in_place)
 
     def discard(self, task: Any) -> None:
-        """Take a task out; its dead entry leaves the heap when it comes to the top."""
+        """Remove a task; its dead entry leaves the heap when it reaches the top."""
         entry = self._where.pop(task, None)
         if entry is not None:
             leaf, place, _ = entry
@@ -247,13 +247,13 @@ class LaneQueue:
                 leaf.several.clear()
 
     def remove(self, task: Any) -> None:
-        """Take a task out; KeyError if it does not wait."""
+        """Remove a task; KeyError if it is not waiting."""
         if task not in self._where:
             raise KeyError(task)
         self.discard(task)
 
     def top(self, leaf: Share, place: Place) -> tuple[Any, int, Any] | None:
-        """First entry of a heap that still waits, as (priority, number, task)."""
+        """First live entry of a heap, as (priority, number, task)."""
         heap = leaf.heaps.get(place)
         while heap:
             entry = self._where.get(heap[0][2])
@@ -267,7 +267,7 @@ class LaneQueue:
         return None
 
     def best_at(self, leaf: Share, address: str) -> Any | None:
-        """The leaf's most urgent task among those that may run anywhere, best here, or here as one of a few."""
+        """The leaf's most urgent task for this worker: among those that may run anywhere, prefer it, or are restricted to a set with it."""
         if len(leaf.heaps) == 1 and None in leaf.heaps:
             entry = self.top(leaf, None)
             return None if entry is None else entry[2]
@@ -282,13 +282,13 @@ class LaneQueue:
         return None if best is None else best[2]
 
     def place_of(self, task: Any) -> Place:
-        """Where a waiting task may run."""
+        """Place of a waiting task."""
         return self._where[task][1]
 
     def tasks_at(self, address: str) -> list[Any]:
-        """Tasks that wait for this worker as their best place."""
+        """Waiting tasks that prefer this worker."""
         return [task for task, (_, place, _) in self._where.items() if place == address]
 
     def restricted(self) -> list[Any]:
-        """Tasks that may run on some workers only."""
+        """Waiting tasks that are restricted to some workers."""
         return list(self._bound)

@@ -1,4 +1,4 @@
-"""Results in the workers' memory, counted by lane, and a cap above which a lane's new tasks wait."""
+"""Memory of results on the workers by lane, and a cap above which a lane's new tasks wait."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from cryodask.cluster.sharing.charging import ChargingScheduler
 from cryodask.cluster.sharing.lanes import LaneQueue, Share
 
 RESIDENTS_METRIC = "cryodask-residents"
-"""What worker processes keep between tasks, in the heartbeats of workers: bytes by client."""
+"""Heartbeat metric: bytes that worker processes keep between tasks, by client."""
 
 
 class LaneMemory(SchedulerPlugin):
-    """Bytes of results in memory, as the scheduler knows them: each result once, however many copies there are.
+    """Bytes of results in memory known to the scheduler: each result counts once, however many copies exist.
 
-    A lane that holds more than its share is in ``full``. What it holds can only become less by tasks that have their inputs already, or by
-    people who release results: the scheduler keeps its roots back until then.
+    A lane that exceeds its share is in ``full``. Its memory can only decrease through tasks whose inputs are in memory already, or when
+    clients release results: until then the scheduler holds back its root tasks.
     """
 
     name = "lane-memory"
@@ -29,7 +29,7 @@ class LaneMemory(SchedulerPlugin):
     def __init__(self, scheduler: CappingScheduler, shares: Mapping[str, float]) -> None:
         bad = {lane: share for lane, share in shares.items() if not 0 < share <= 1}
         if bad:
-            raise ValueError(f"memory_share is a part of the workers' memory, above 0 and at most 1, not {bad}")
+            raise ValueError(f"memory_share must be a fraction of the workers' memory above 0 and at most 1, not {bad}")
         self._scheduler, self.shares = scheduler, dict(shares)
         self._held: dict[Any, tuple[str, int]] = {}
         self.bytes: dict[str, int] = {}
@@ -37,28 +37,28 @@ class LaneMemory(SchedulerPlugin):
         self.full: set[str] = set()
 
     def count(self, ts: TaskState, lane: str) -> None:
-        """A result came into memory."""
+        """Count a result that entered memory."""
         self.drop(ts.key)
         self._held[ts.key] = lane, ts.get_nbytes()
         self.bytes[lane] = self.bytes.get(lane, 0) + ts.get_nbytes()
         self._compare(lane)
 
     def drop(self, key: Any) -> None:
-        """A result left memory."""
+        """Uncount a result that left memory."""
         entry = self._held.pop(key, None)
         if entry is not None:
             self.bytes[entry[0]] -= entry[1]
             self._compare(entry[0])
 
     def keep(self, worker: str, by_lane: dict[str, int]) -> None:
-        """What a worker's runs keep between tasks, as its last heartbeat said."""
+        """Set what a worker keeps between tasks, from its last heartbeat."""
         lanes = {*self._kept.get(worker, ()), *by_lane}
         self._kept[worker] = by_lane
         for lane in lanes:
             self._compare(lane)
 
     def total(self) -> dict[str, int]:
-        """Bytes of results and of what runs keep on workers, by lane."""
+        """Bytes of results and of data kept by runs on workers, by lane."""
         out = dict(self.bytes)
         for by_lane in self._kept.values():
             for lane, size in by_lane.items():
@@ -73,7 +73,7 @@ class LaneMemory(SchedulerPlugin):
                 self.full.add(lane)
                 self._scheduler.tell_lane(
                     lane,
-                    f"Lane {lane!r} holds more than its {format_bytes(int(limit))} of results in memory: "
+                    f"Lane {lane!r} has more than its {format_bytes(int(limit))} of results in memory: "
                     "its new tasks wait until some are released.",
                 )
         elif lane in self.full:
@@ -81,7 +81,7 @@ class LaneMemory(SchedulerPlugin):
             self._scheduler.look_again()
 
     def stuck(self) -> list[str]:
-        """Full lanes with nothing on workers, some of whose results wait for others that were not begun: those may free memory."""
+        """Full lanes with no task on workers and results that wait for tasks not started yet, which may free memory."""
         if not self.full:
             return []
         scheduler = self._scheduler
@@ -90,37 +90,37 @@ class LaneMemory(SchedulerPlugin):
         return sorted(waited)
 
     def transition(self, key: Any, start: str, finish: str, *args: Any, **kwargs: Any) -> None:
-        """As told by distributed."""
+        """Called by distributed."""
         if finish == "memory":
             self.count(self._scheduler.tasks[key], self._scheduler.owner_of(key).lane)
         elif start == "memory":
             self.drop(key)
 
     def restart(self, scheduler: Scheduler) -> None:
-        """As told by distributed."""
+        """Called by distributed."""
         for key in list(self._held):
             self.drop(key)
 
     def add_worker(self, scheduler: Scheduler, worker: str) -> None:
-        """As told by distributed."""
+        """Called by distributed."""
         for lane in list(self.bytes):
             self._compare(lane)
 
     def remove_worker(self, scheduler: Scheduler, worker: str, **kwargs: Any) -> None:
-        """As told by distributed."""
+        """Called by distributed."""
         self._kept.pop(worker, None)
         self.add_worker(scheduler, worker)
 
 
 class CappedQueue(LaneQueue):
-    """A lane queue that keeps the roots of full lanes back."""
+    """A lane queue that holds back the root tasks of full lanes."""
 
     def __init__(self, leaf_of: Callable[[Any], Share], full: set[str]) -> None:
         super().__init__(leaf_of)
         self._full = full
 
     def best_at(self, leaf: Share, address: str) -> Any | None:
-        """As of LaneQueue; of a full lane only what has inputs in memory, and may free them."""
+        """Like LaneQueue's, but for a full lane only tasks with inputs in memory, which may free them."""
         if leaf.lane.name not in self._full or None not in leaf.heaps:
             return super().best_at(leaf, address)
         roots = leaf.heaps.pop(None)
@@ -131,10 +131,10 @@ class CappedQueue(LaneQueue):
 
 
 class CappingScheduler(ChargingScheduler):
-    """Keeps new tasks of lanes back whose results fill more of the workers' memory than their share."""
+    """Holds back new tasks of lanes whose results exceed their share of the workers' memory."""
 
     def cap_memory(self, memory_share: Mapping[str, float] | None) -> None:
-        """Begin to count; the parameter as of FairShareScheduler."""
+        """Start counting; parameter as for FairShareScheduler."""
         self._memory = LaneMemory(self, memory_share or {})
         if memory_share:
             self._held = CappedQueue(self._leaf, self._memory.full)
@@ -146,11 +146,11 @@ class CappingScheduler(ChargingScheduler):
         return set(self._memory.full)
 
     def memory_by_lane(self) -> dict[str, int]:
-        """Bytes of results in memory and of what runs keep on workers, by lane (empty without ``memory_share``)."""
+        """Bytes of results in memory and of data kept by runs on workers, by lane (empty without ``memory_share``)."""
         return self._memory.total()
 
     def is_kept_back(self, ts: TaskState, leaf: Share) -> bool:
-        """Whether a ready task would bring new results into a full lane: what has inputs in memory may free them, and goes on."""
+        """Whether a ready task would add results to a full lane; tasks with inputs in memory may free them, and proceed."""
         if leaf.lane.name not in self._memory.full:
             return False
         free = ts._queueable and not (ts.actor or ts.worker_restrictions or ts.host_restrictions or ts.resource_restrictions)
@@ -163,16 +163,16 @@ class CappingScheduler(ChargingScheduler):
                 self.tell(client, text)
 
     def open_stuck_lanes(self) -> None:
-        """Let lanes go on whose cap is below what one of their tasks needs at a time: until their next result comes."""
+        """Let stuck lanes, whose cap is below the needs of a single task, proceed until their next result."""
         for lane in self._memory.stuck():
             self._memory.full.discard(lane)
 
     def look_again(self) -> None:
-        """Tasks that could not be sent before may be sent now."""
+        """Retry tasks that could not be sent before."""
         self._fresh = True
 
     def heartbeat_worker(self, *, address: str, metrics: dict[str, Any], **rest: Any) -> dict[str, Any]:
-        """As distributed's; what a worker's runs keep between tasks counts for their lanes."""
+        """Like distributed's, but also counts what runs keep on the worker for their lanes."""
         answer: dict[str, Any] = super().heartbeat_worker(address=address, metrics=metrics, **rest)
         if self._memory.shares and RESIDENTS_METRIC in metrics:
             by_lane: dict[str, int] = {}
@@ -184,7 +184,7 @@ class CappingScheduler(ChargingScheduler):
         return answer
 
     def update_data(self, *, who_has: dict[Any, list[str]], nbytes: dict[Any, int], client: str | None = None) -> None:
-        """As distributed's; scattered data counts for the lane of who scattered it."""
+        """Like distributed's, but also counts scattered data for the lane of the client."""
         super().update_data(who_has=who_has, nbytes=nbytes, client=client)
         if self._memory.shares:
             for key in who_has:

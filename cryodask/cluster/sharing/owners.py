@@ -1,4 +1,4 @@
-"""A Dask scheduler that knows who pays for every task: lane, user and project. What it does with that is decided in ``fairshare.py``."""
+"""A Dask scheduler that knows which lane, user and project each task is charged to; ``fairshare.py`` makes use of it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SAMPLED = 200
 
 
 class _NewGraph(SchedulerPlugin):
-    """Tells of a new graph before its tasks move, once: a plugin that stays costs a call a transition."""
+    """One-shot plugin that reports a new graph before its tasks move; a permanent plugin would cost a call per transition."""
 
     name = "cryodask-new-graph"
 
@@ -41,15 +41,15 @@ class _NewGraph(SchedulerPlugin):
 
 
 class LanedScheduler(GatheringScheduler):
-    """A scheduler that knows the owner of every task, and holds a queue for tasks that wait in lanes."""
+    """A scheduler that knows the owner of every task, with a queue of tasks waiting in lanes."""
 
-    def know_lanes(self, lanes: Mapping[str, Any] | None, strict: Iterable[str], default_lane: str) -> None:
-        """Begin to note owners; parameters as of FairShareScheduler."""
+    def configure_lanes(self, lanes: Mapping[str, Any] | None, strict: Iterable[str], default_lane: str) -> None:
+        """Start recording owners; parameters as for FairShareScheduler."""
         self._options = {name: LaneOptions.parse(name, given) for name, given in (lanes or {}).items()}
         self._strict, self._default_lane = set(strict), default_lane
         self._clocks: dict[Any, Share] = {}
         self._owners: dict[tuple[str, str, str], Owner] = {}
-        # while one owner has all tasks nothing is written down a task: it is the owner of every key that is not in _others
+        # while one owner has all tasks nothing is stored per task: it owns every key that is not in _others
         self._lone: Owner | None = None
         self._others: dict[Any, Owner] = {}
         self._submitting: Any = None
@@ -63,7 +63,7 @@ class LanedScheduler(GatheringScheduler):
         self.queued = self._held  # type: ignore[assignment]
 
     def bulk_schedule_unrunnable_after_adding_worker(self, ws: WorkerState) -> Any:
-        """As distributed's: a worker runs, some time after it has joined."""
+        """Like distributed's, but also reports that a worker is now running, some time after it joined."""
         self.workers_changed()
         return super().bulk_schedule_unrunnable_after_adding_worker(ws)
 
@@ -76,13 +76,13 @@ class LanedScheduler(GatheringScheduler):
         return said
 
     def contest_begins(self) -> None:
-        """Two owners have tasks, where one had all of them before."""
+        """Called when a second owner has tasks."""
 
     def workers_changed(self, gone: str | None = None) -> None:
-        """A worker runs that did not, or is gone."""
+        """Called when a worker starts running or is gone."""
 
     def identity(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As distributed's; of the workers also ``used_resources``, and ``lanes`` and ``cryodask`` to tell what this is."""
+        """Like distributed's, but with ``used_resources`` of the workers, and ``lanes`` and ``cryodask`` to identify the scheduler."""
         known: dict[str, Any] = {**super().identity(*args, **kwargs), "lanes": True, "cryodask": RELEASE}
         for address, worker in known["workers"].items():
             worker["used_resources"] = dict(self.workers[address].used_resources)
@@ -90,14 +90,14 @@ class LanedScheduler(GatheringScheduler):
 
     # --- who joins ---------------------------------------------------------------------------------------------------------------
     async def add_client(self, comm: Comm, client: str, versions: dict[str, Any]) -> None:
-        """As distributed's; one with other versions is told so in an ImportError."""
+        """Like distributed's, but refuses a client with other versions, which raises ImportError."""
         if why := why_refused("client", versions, self._versions):
             await comm.write([{"op": "stream-start", "error": why}])
             return
         await super().add_client(comm, client, versions)
 
     async def add_worker(self, comm: Comm, **told: Any) -> None:
-        """As distributed's; one with other versions is told so, and ends."""
+        """Like distributed's, but refuses a worker with other versions, which then ends."""
         release = (told.get("extra") or {}).get("cryodask")
         if why := why_refused("worker", told.get("versions"), self._versions, release):
             await comm.write({"status": "error", "message": why, "time": time()})
@@ -105,7 +105,7 @@ class LanedScheduler(GatheringScheduler):
         await super().add_worker(comm, **told)
 
     def tell(self, client: str, text: str) -> None:
-        """Show a client a warning, the same one at most once a minute."""
+        """Show a client a warning, the same one at most once per minute."""
         now = monotonic()
         if now - self._told.get((client, text), -60.0) < 60:
             return
@@ -115,7 +115,7 @@ class LanedScheduler(GatheringScheduler):
 
     # --- names -------------------------------------------------------------------------------------------------------------------
     def path_of_client(self, client: str) -> tuple[str, str, str]:
-        """Lane, user and project from the name ``lane/user/project`` that a client was given."""
+        """Lane, user and project from a client's name ``lane/user/project``."""
         name = client.split("-", 1)[1] if "-" in client else client
         name = name[:-37] if len(name) > 37 and name[-37] == "-" else ("" if len(name) == 36 else name)
         lane, _, rest = name.partition("/")
@@ -128,18 +128,18 @@ class LanedScheduler(GatheringScheduler):
         return self._default_lane if self._options and lane not in self._options else lane
 
     def owner_of_client(self, client: str) -> Owner:
-        """Who pays for what a client submits."""
+        """The owner that a client's tasks are charged to."""
         return self.owner(*self.path_of_client(client))
 
     def owner(self, lane: str, user: str = "", project: str = "") -> Owner:
-        """The owner of that name; a lane that does not exist is the default one."""
+        """The owner of that name; an unknown lane becomes the default one."""
         path = (self._existing_lane(lane), user, project)
         if path not in self._owners:
             self._owners[path] = Owner(*path, self._new_leaf(THREADS, path))
         return self._owners[path]
 
     def owner_of(self, key: Any) -> Owner:
-        """Who pays for a task."""
+        """The owner that a task is charged to."""
         owner = self._others.get(key) or self._lone
         return owner if owner is not None else self.owner(self._default_lane)
 
@@ -151,9 +151,9 @@ class LanedScheduler(GatheringScheduler):
         node = self._clocks[clock]
         weights = (options.weight, options.users.get(user, 1.0), options.projects.get(project, 1.0))
         for name, weight in zip(path, weights):
-            if name not in node.kids:
-                node.kids[name] = Share(name, weight, node, strict=node.parent is None and name in self._strict)
-            node = node.kids[name]
+            if name not in node.children:
+                node.children[name] = Share(name, weight, node, strict=node.parent is None and name in self._strict)
+            node = node.children[name]
         return node
 
     def _leaf(self, ts: TaskState) -> Share:
@@ -175,7 +175,7 @@ class LanedScheduler(GatheringScheduler):
             self._submitting = None
 
     def take_graph(self, client: str, keys: list[Any], lanes: Mapping[Any, str]) -> None:
-        """Settle who pays for the tasks of a new graph; of tasks known before, the first who submitted them."""
+        """Set the owner of the tasks of a new graph; known tasks keep the owner that submitted them first."""
         nested = self._submitting is not None and self._submitting in self.tasks
         payer = self.owner_of(self._submitting) if nested else self.owner_of_client(client)
         if not self._others and (self._lone is None or self._all_new(keys)):
@@ -192,7 +192,7 @@ class LanedScheduler(GatheringScheduler):
             self.contest_begins()
 
     def limit_failures(self, allowed: Mapping[Any, int]) -> None:
-        """Blame tasks with the annotation ``allowed_failures`` after so many workers have died under them, instead of the usual number."""
+        """Apply the annotation ``allowed_failures``: blame a task after this many worker deaths instead of the usual number."""
         for key, deaths in allowed.items():
             if key in self.tasks:
                 ts = self.tasks[key]
@@ -201,7 +201,7 @@ class LanedScheduler(GatheringScheduler):
                 self._head_start[key] = self._head_start.get(key, 0) + more
 
     def _with_true_deaths(self, record: logging.LogRecord) -> bool:
-        """Distributed logs the number that :meth:`limit_failures` has raised as that of workers that died."""
+        """Correct distributed's log message, whose number of worker deaths :meth:`limit_failures` has raised."""
         if isinstance(record.args, tuple) and "workers died" in str(record.msg) and record.args[0] in self._head_start:
             record.args = (record.args[0], int(str(record.args[1])) - self._head_start[record.args[0]], *record.args[2:])
         return True
@@ -212,7 +212,7 @@ class LanedScheduler(GatheringScheduler):
         await super().close(*args, **kwargs)
 
     def _all_new(self, keys: list[Any]) -> bool:
-        """Whether there are no tasks but these, and all of them came just now."""
+        """Whether these are the only tasks, and all of them are new."""
         return len(self.tasks) <= len(keys) and all(self.tasks[key].state == "released" for key in keys if key in self.tasks)
 
     def _remove_key(self, key: Any) -> None:
@@ -221,7 +221,7 @@ class LanedScheduler(GatheringScheduler):
         super()._remove_key(key)
 
     def prune(self) -> None:
-        """Forget owners without tasks: every name that a client ever had would stay for as long as the scheduler lives."""
+        """Forget owners without tasks; otherwise every client name would be kept as long as the scheduler lives."""
         needed = {owner.path for owner in self._others.values()} | ({self._lone.path} if self._lone is not None else set())
         for path, owner in list(self._owners.items()):
             leaves = [owner.threads, *owner.others.values()]
@@ -232,7 +232,7 @@ class LanedScheduler(GatheringScheduler):
 
     # --- what is waited for ------------------------------------------------------------------------------------------------------
     def lanes_now(self) -> dict[str, dict[str, Any]]:
-        """Of each lane: ``weight``, tasks ``waiting`` here, tasks ``running`` (on workers), ``clients`` that are connected."""
+        """Per lane: ``weight``, tasks ``waiting`` here, tasks ``running`` (on workers), connected ``clients``."""
         now: dict[str, dict[str, Any]] = {}
 
         def lane(name: str) -> dict[str, Any]:
@@ -245,7 +245,7 @@ class LanedScheduler(GatheringScheduler):
             if client != "fire-and-forget":
                 lane(self.path_of_client(client)[0])["clients"] += 1
         for clock in self._clocks.values():
-            for name, share in clock.kids.items():
+            for name, share in clock.children.items():
                 if share.held:
                     lane(name)["waiting"] += share.held
         for ws in self.workers.values():
@@ -254,7 +254,7 @@ class LanedScheduler(GatheringScheduler):
         return now
 
     def waiting_by_owner(self) -> dict[tuple[str, str, str], int]:
-        """Ready tasks that no worker has, by lane, user and project; those that no worker could run included."""
+        """Ready tasks that are on no worker, by lane, user and project, including those that no worker could run."""
         waiting: dict[tuple[str, str, str], int] = {}
         for path, owner in self._owners.items():
             held = owner.threads.held + sum(leaf.held for leaf in owner.others.values())
@@ -266,16 +266,16 @@ class LanedScheduler(GatheringScheduler):
         return waiting
 
     def estimate(self, ts: TaskState) -> float:
-        """Seconds that a task will probably take."""
+        """Estimated duration of a task, seconds."""
         average = ts.prefix.duration_average
         return average if average >= 0 else max(self.UNKNOWN_TASK_DURATION, ts.prefix.max_exec_time)
 
     async def announce_work(self, client: str, prefix: str, tasks: int) -> None:
-        """A client says how many tasks of a kind it has yet to send: pools grow by what is to come, not by what is here."""
+        """Handle a client's announcement of how many tasks of a kind it will still send, so that pools can grow in advance."""
         self._announced[client] = prefix, tasks
 
     def announced_work(self) -> list[dict[str, Any]]:
-        """As :meth:`waiting_work`, of tasks that clients have announced and not yet sent."""
+        """Like :meth:`waiting_work`, but for tasks that clients have announced and not sent yet."""
         found = []
         for client, (prefix, tasks) in list(self._announced.items()):
             if client not in self.clients:
@@ -288,11 +288,10 @@ class LanedScheduler(GatheringScheduler):
         return found
 
     def waiting_work(self) -> list[dict[str, Any]]:
-        """What waits here, for whoever decides on more workers; also what no worker that is there could run.
+        """Waiting work, for decisions on scaling, including tasks that no current worker could run.
 
-        One entry for each lane and kind of task: ``lane``, ``resources`` that each task needs (empty for threads), ``bound`` where they may
-        run on workers that they name only, number of ``tasks``, ``seconds`` that they will probably take together (from the first few
-        hundred in each place).
+        One entry per lane and kind of task: ``lane``, ``resources`` per task (empty for threads), ``bound`` if they may only run on named
+        workers, number of ``tasks``, and estimated total ``seconds`` (from the first few hundred in each place).
         """
         found: dict[tuple[str, Any, bool], tuple[float, float]] = {}
 
@@ -318,5 +317,5 @@ class LanedScheduler(GatheringScheduler):
 
 
 def is_bound(ts: TaskState) -> bool:
-    """Whether a task may run on workers that it names only."""
+    """Whether a task may only run on named workers."""
     return bool(ts.worker_restrictions) and not ts.loose_restrictions

@@ -1,4 +1,4 @@
-"""Threads that are kept free for a lane, how much a worker may be given, and which worker has resources free."""
+"""Threads reserved for a lane, the limit of tasks per worker, and workers with free resources."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from cryodask.cluster.sharing.memory import CappingScheduler
 
 
 class ReservingScheduler(CappingScheduler):
-    """Keeps threads free for lanes that asked for it; what may run on such workers only still runs there, on threads that are idle."""
+    """Reserves threads for lanes; tasks restricted to such workers still run there, on idle threads."""
 
     AHEAD, AHEAD_SECONDS, AHEAD_SECONDS_OF_SEVERAL, AHEAD_MOST = 2, 0.1, 0.02, 8
-    """Tasks a thread that a lane may have on a worker while nobody else has any; of short ones so many seconds of work a thread, fewer
-    where several lanes have tasks, but never more than so many tasks: how short they are is a guess, from others of their name. Who comes
-    overtakes them there."""
+    """Tasks per thread that a lane may have on a worker while no other lane has tasks; for short tasks, seconds of work per thread (fewer
+    if several lanes have tasks), up to a maximum number of tasks, because their duration is a guess from others of their name. A lane that
+    becomes active overtakes them there."""
 
     def reserve_threads(self, reserve: Mapping[str, int] | None) -> None:
-        """Begin to keep threads free; the parameter as of FairShareScheduler."""
+        """Start reserving threads; parameter as for FairShareScheduler."""
         self._reserve = dict(reserve or {})
         self._reserved: dict[str, tuple[str, int]] = {}
 
     def choose_reserved(self, gone: str | None = None) -> None:
-        """Choose the threads anew among the workers that run; one at least is left to everybody."""
+        """Choose the reserved threads among the running workers again; at least one stays open to everybody."""
         self._reserved.clear()
         running = sorted((ws for ws in self.running if ws.address != gone), key=lambda ws: ws.address)
         most = sum(ws.nthreads for ws in running) - 1
@@ -40,12 +40,12 @@ class ReservingScheduler(CappingScheduler):
                     left -= kept
 
     def is_closed(self, ws: WorkerState | None, lane: Share) -> bool:
-        """Whether all threads of a worker are kept for others."""
+        """Whether all threads of a worker are reserved for others."""
         kept = self._reserved.get(ws.address) if ws is not None else None
         return ws is not None and kept is not None and kept[0] != lane.name and kept[1] >= ws.nthreads
 
     def is_unoccupied(self, ws: WorkerState, occupancy: float, nprocessing: int) -> bool:
-        """As distributed's; a thread kept for a lane does not invite tasks to be stolen to it."""
+        """Like distributed's, but a reserved thread does not attract stolen tasks."""
         if self._reserved and nprocessing:
             kept = self._reserved.get(ws.address)
             if kept is not None and nprocessing + kept[1] >= ws.nthreads:
@@ -65,7 +65,7 @@ class ReservingScheduler(CappingScheduler):
         return ws.occupancy < seconds * ws.nthreads and busy < self.AHEAD_MOST * ws.nthreads
 
     def next_with_resources(self, clock: Share) -> tuple[TaskState, WorkerState] | None:
-        """The task with resources that goes out next, and its worker."""
+        """The next task with resources to send, and its worker."""
         able: dict[Place, set[WorkerState]] = {}
         free: dict[Place, set[WorkerState]] = {}
         kept: WorkerState | None = None
@@ -84,12 +84,12 @@ class ReservingScheduler(CappingScheduler):
                 if chosen:
                     return ts, min(chosen, key=load)
                 if kept is None and able[place]:
-                    # a worker is emptied for whose turn it is: small needs of others would starve large ones
+                    # a worker is drained for the task whose turn it is, because small requests of others would starve large ones
                     kept = min(able[place], key=lambda ws: sum(ws.used_resources.get(r, 0.0) for r in ts.resource_restrictions))
         return None
 
     def _workers_with_resources(self, ts: TaskState) -> set[WorkerState]:
-        """Workers that run and have what a task needs, used or not."""
+        """Running workers that have the resources of a task, in use or not."""
         valid = self.valid_workers(ts)
         if not valid and ts.loose_restrictions:
             needs = (ts.resource_restrictions or {}).items()
@@ -98,12 +98,12 @@ class ReservingScheduler(CappingScheduler):
 
 
 def load(ws: WorkerState) -> float:
-    """Tasks a thread that a worker has."""
+    """Tasks per thread on a worker."""
     return len(ws.processing) / ws.nthreads
 
 
 def _has_free(ws: WorkerState, ts: TaskState) -> bool:
-    """Whether the resources that a task needs are free now, and a thread: none waits on a worker for them."""
+    """Whether the resources of a task and a thread are free now; such tasks never queue on a worker."""
     needs = (ts.resource_restrictions or {}).items()
     return (
         all(ws.used_resources.get(r, 0.0) + need <= ws.resources.get(r, 0.0) for r, need in needs)

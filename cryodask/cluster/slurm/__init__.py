@@ -1,1 +1,1 @@
-"""Workers as Slurm jobs: scripts and the queue, pools of jobs that follow the work."""
+"""Workers as Slurm jobs: job scripts, the queue, and pools that scale with the work."""

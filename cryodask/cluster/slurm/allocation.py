@@ -1,4 +1,4 @@
-"""One batch job that holds a whole cluster: scheduler, workers and driver."""
+"""One batch job with a whole cluster: scheduler, workers and driver."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from cryodask.cluster.slurm.slurm import (
 
 
 def allocation_script(settings: SlurmSettings, driver: str, *, certificates: Path | None = None) -> str:
-    """A batch script that holds a scheduler, the workers of the only pool, and a driver, which finds them by ``$CRYODASK_CLUSTER``.
+    """A batch script with a scheduler, the workers of the only pool, and a driver, which finds them through ``$CRYODASK_CLUSTER``.
 
-    Whichever ends first, driver or workers, ends the job: a driver without workers would wait until the walltime.
+    The job ends when either driver or workers end, because a driver without workers would wait until the walltime.
 
     Parameters
     ----------
     settings : SlurmSettings
         With ``single_allocation``.
     driver : str
-        A line of shell: ``cryodask run project.yaml --cluster "$CRYODASK_CLUSTER"``.
+        A shell command: ``cryodask run project.yaml --cluster "$CRYODASK_CLUSTER"``.
     certificates : Path, optional
         Folder of the cluster's authority.
     """
@@ -75,7 +75,7 @@ def allocation_script(settings: SlurmSettings, driver: str, *, certificates: Pat
 
 
 def _scheduler_exports(settings: SlurmSettings, certificates: Path | None) -> list[str]:
-    # Dask reads a variable's value as a literal of Python
+    # Dask parses the value of a variable as a Python literal
     values = {"DASK_CRYODASK__FAIRSHARE": repr(settings.sharing())}
     if certificates:
         files = tls.security(certificates, "scheduler").get_tls_config_for_role("scheduler")

@@ -1,4 +1,4 @@
-"""The jobs of pools: submitted, compared with Slurm's queue, replaced when they are lost, let go when they are not wanted."""
+"""The jobs of pools: submitting them, comparing them with Slurm's queue, replacing lost ones, releasing those not needed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cryodask.errors import ClusterError
 logger = logging.getLogger("cryodask.cluster")
 
 _FAST_SECONDS, _FAST_FOR_SECONDS = 2.0, 30.0
-_SUBMISSIONS = 20  # at a time: each is a process here and a lock in Slurm's controller
+_SUBMISSIONS = 20  # at a time: each costs a process here and a lock in Slurm's controller
 _RETIRE_SECONDS, _AGAIN_SECONDS = 300.0, 60.0
 _CLOSE_SECONDS = 60.0
 _MISSING_SECONDS = 300.0
@@ -33,7 +33,7 @@ _NANNY_SECONDS = 15.0
 
 
 class PoolJobs(SpecCluster):
-    """The part of a :class:`~cryodask.cluster.slurm.pools.PoolCluster` that deals with Slurm and with workers that come and go."""
+    """The part of a :class:`~cryodask.cluster.slurm.pools.PoolCluster` that handles Slurm, and workers that come and go."""
 
     scheduler: Any
     workers: dict[str, Any]
@@ -42,18 +42,18 @@ class PoolJobs(SpecCluster):
         self.settings = settings
         self.cluster_id = slurm.new_cluster_id()
         self.events: deque[tuple[float, str, str]] = deque(maxlen=1000)
-        """What happened: ``time.time()``, pool, text."""
+        """Events: ``time.time()``, pool, text."""
         self._pools = {name: PoolState() for name in settings.pools}
         self._scaler = Scaler(settings)
         self._queue: dict[str, slurm.QueuedJob] = {}
         self.slurm_answers = True
-        """Whether the last look at the queue succeeded; if not, the jobs are as they were when it did."""
+        """Whether the last query of the queue succeeded; if not, the jobs are as of the last successful one."""
         self._came: set[str] = set()
         self._nannies: dict[str, str] = {}
         self._silent_since: dict[str, float] = {}
         self._leaving: set[str] = set()
         self._most_left: dict[str, int] = {}
-        # jobs whose workers hand over their results, and why they are lost ("" for those that are not wanted any more)
+        # jobs whose workers are handing over results, and why they are lost ("" for jobs that are no longer needed)
         self._retiring: dict[str, str] = {}
         self._retirements: set[asyncio.Task[None]] = set()
         self._stays_until: dict[str, float] = {}
@@ -70,25 +70,25 @@ class PoolJobs(SpecCluster):
         return [name + suffix for suffix in self.worker_spec.get(name, {}).get("group", [""])]
 
     def _present(self, name: str) -> list[Any]:
-        """Workers of a job that the scheduler knows."""
+        """Workers of a job that are connected to the scheduler."""
         known = self.scheduler.aliases
         addresses = [known[w] for w in self._workers_of(name) if w in known]
         return [self.scheduler.workers[a] for a in addresses if a in self.scheduler.workers]
 
     def _leaves_soon(self, shown: slurm.QueuedJob, pool: str) -> bool:
-        """Whether a job's walltime ends soon: its replacement is submitted while its workers still work."""
+        """Whether a job's walltime ends soon, so that its replacement is submitted while its workers are still running."""
         left = shown.seconds_left
         return shown.state == "RUNNING" and left is not None and left < 2 * self._margin_seconds(shown, pool)
 
     def _margin_seconds(self, shown: slurm.QueuedJob, pool: str) -> int:
-        """How long before its end a job is left; without a walltime in the cluster file the partition has set one, which squeue shows."""
+        """How long before its end a job is vacated; without a walltime in the cluster file, squeue shows that of the partition."""
         if self.settings.pools[pool].walltime or shown.seconds_left is None:
             return slurm.leave_seconds(self.settings.pools[pool])
         most = self._most_left[shown.name] = max(self._most_left.get(shown.name, 0), shown.seconds_left)
         return slurm.margin_seconds(most)
 
     def _must_leave(self, now: float) -> list[str]:
-        """Jobs near their end whose workers do not know of it, as there is no walltime in the cluster file that could tell them."""
+        """Jobs near their end whose workers do not know it, because the cluster file has no walltime."""
         leaving = {name: self.workers[name].pool for name in self._leaving - self._retiring.keys() if name in self.worker_spec}
         return [
             name
@@ -119,8 +119,8 @@ class PoolJobs(SpecCluster):
         if refused:
             raise ClusterError(
                 "; ".join(f"Slurm refuses jobs of pool {name}: {words}" for name, words in refused.items()) + ".",
-                "partition, account, memory or GPUs of the pool do not exist on this cluster",
-                "compare the cluster file with  sinfo; the other pools go on",
+                "the partition, account, memory or GPUs of the pool do not exist on this cluster",
+                "compare the cluster file with  sinfo; the other pools continue",
             )
 
     async def _to_targets(self, by_hand: Collection[str] = ()) -> None:
@@ -135,28 +135,28 @@ class PoolJobs(SpecCluster):
                 else:
                     self._let_go(dict.fromkeys(least_worth, ""), whatever=nobody_stays)
                 if time.monotonic() >= pool.not_before:
-                    new = min(pool.target - len(members), room, 1 if pool.full else room)  # one job finds out whether there is room
+                    new = min(pool.target - len(members), room, 1 if pool.full else room)  # one job tests whether the limit has lifted
                     for _ in range(new):
                         self._new_job(name)
                     asked += [name] if new > 0 else []
                     room -= max(0, new)
-            await asyncio.shield(self._correct_state())  # a submission cut in half would leave a job that nobody knows
+            await asyncio.shield(self._correct_state())  # an interrupted submission would leave an unknown job
             self._take_refusals(asked)
         self._hurry()
 
     def _surplus(self, members: Collection[str], pool: PoolState) -> list[str]:
-        """Jobs beyond a pool's target that can be asked to go now."""
+        """Jobs beyond a pool's target that can be released now."""
         now = time.monotonic()
         least_worth = sorted(members, key=self._worth)[: max(0, len(members) - pool.target)]
         return [name for name in least_worth if now >= self._stays_until.get(name, 0.0)]
 
     def _worth(self, name: str) -> tuple[bool, int, int]:
-        """Least worth goes first: without workers yet, idle, with little in memory."""
+        """Sort key for releasing jobs: first those without workers, then idle ones, then those with little in memory."""
         workers = self._present(name)
         return bool(workers), sum(len(ws.processing) for ws in workers), sum(ws.nbytes for ws in workers)
 
     def _spare(self, names: Iterable[str]) -> list[str]:
-        """Those of some jobs that have nothing to do, and whose results others can take."""
+        """Those jobs that are idle and whose results others can take."""
         idle = sorted((n for n in names if not any(ws.processing for ws in self._present(n))), key=self._worth)
         leaving = {ws for name in (*idle, *self._retiring) for ws in self._present(name)}
         if idle and not self.scheduler.running - leaving and any(ws.has_what for ws in leaving):
@@ -164,10 +164,10 @@ class PoolJobs(SpecCluster):
         return idle
 
     def _let_go(self, jobs: Mapping[str, str], *, whatever: bool = False) -> None:
-        """Let go of jobs, each with the reason if it is lost; those with workers when others have taken their results.
+        """Release jobs, each with the reason if it is lost; those with workers once others have taken their results.
 
-        SpecCluster's own way passes names where addresses are expected, and all results there are lost. A job whose results nobody takes
-        stays, is told in ``events``, and is asked again a little later; if it is lost, or ``whatever`` becomes of its results, it goes.
+        SpecCluster itself passes names where addresses are expected, which loses all results. A job whose results cannot be taken
+        stays, with an entry in ``events``, and is retried later; if it is lost, or with ``whatever``, it is released regardless.
         """
         with_workers = {name: why for name, why in jobs.items() if self._present(name)}
         for name, why in jobs.items():
@@ -182,13 +182,13 @@ class PoolJobs(SpecCluster):
             task.add_done_callback(self._retirements.discard)
 
     async def _retire(self, jobs: Mapping[str, str], *, whatever: bool) -> None:
-        """For minutes, perhaps: nothing else waits for it, and a new job may take the place of a lost one meanwhile."""
+        """Retire the workers of jobs, which may take minutes; it runs in the background, and lost jobs are replaced meanwhile."""
         before = {ws.address: ws.status for name in jobs for ws in self._present(name)}
         names = [ws.name for name in jobs for ws in self._present(name)]
         took = f"others did not take them within {_RETIRE_SECONDS:.0f} s"
         try:
             await asyncio.wait_for(self.scheduler.retire_workers(names=names, close_workers=True, remove=True), _RETIRE_SECONDS)
-            took = "nobody can take them"
+            took = "no other worker can take them"
         except TimeoutError:
             self._undo_retirement(before)
         except Exception:
@@ -198,13 +198,13 @@ class PoolJobs(SpecCluster):
         async with self._changing:
             for name in jobs:
                 why = self._retiring.pop(name, "")
-                if name not in self.workers or name not in self.worker_spec:  # it was ended meanwhile
+                if name not in self.workers or name not in self.worker_spec:  # it has ended meanwhile
                     continue
                 present = set(self._present(name))
                 left = len({ts for ws in present for ts in ws.has_what if ts.who_has <= present})
                 staying = bool(present) and not why and not whatever
                 if left or staying:
-                    fate = f"it stays for now: it holds {left} results" if staying else f"{left} of its results are lost"
+                    fate = f"it stays for now, with {left} results" if staying else f"{left} of its results are lost"
                     self._tell(name, f"{fate}, {took}")
                 if staying:
                     self._stays_until[name] = time.monotonic() + _AGAIN_SECONDS
@@ -213,11 +213,11 @@ class PoolJobs(SpecCluster):
                 else:
                     self.worker_spec.pop(name, None)
                     self._stays_until.pop(name, None)
-        with _logged("the pools could not be brought to their targets"):
+        with _logged("the pools could not be scaled to their targets"):
             await self._to_targets()
 
     def _undo_retirement(self, before: Mapping[str, Status]) -> None:
-        """Distributed's own retirement, cut off, leaves workers that take no tasks for ever."""
+        """Restore workers after an interrupted retirement, which in distributed leaves them without tasks for ever."""
         amm = self.scheduler.extensions["amm"]
         amm.policies -= {p for p in amm.policies if isinstance(p, RetireWorker) and p.address in before}
         for address, status in before.items():
@@ -240,7 +240,7 @@ class PoolJobs(SpecCluster):
                 pool = self._pools[job.pool]
                 pool.problem = job.refused
                 self._forget(name, f"refused: {job.refused}")
-                pool.target = len(set(self._members(job.pool)) - self._retiring.keys())  # a refusal does not heal: stop asking
+                pool.target = len(set(self._members(job.pool)) - self._retiring.keys())  # a refusal is permanent: stop asking
         for name in asked:
             if name in full:
                 self._pools[name].count_full(time.monotonic(), full[name])
@@ -270,18 +270,18 @@ class PoolJobs(SpecCluster):
         self._wake = asyncio.Event()
         await super()._start()
         for name in await slurm.cancel_leftovers():
-            self.events.append((time.time(), "", f"job {name}, left by a cluster whose process died: cancelled"))
+            self.events.append((time.time(), "", f"job {name}, left by a cluster whose process died, was cancelled"))
         self._watching = asyncio.ensure_future(self._watch())
 
     def _update_worker_status(self, op: str, msg: Any) -> None:
-        if op == "add":  # before the next look at the queue it may be gone again
+        if op == "add":  # it may be gone again before the next query of the queue
             self._nannies.update({info["name"]: info["nanny"] for info in msg["workers"].values() if info["nanny"]})
-        # SpecCluster cancels a job whose worker is away for lost-worker-timeout, also one whose nanny starts a new worker: Slurm decides
+        # Slurm decides: SpecCluster would cancel a job whose worker is away for lost-worker-timeout, even if its nanny is restarting it
         Cluster._update_worker_status(self, op, msg)
         self._hurry()
 
     def _hurry(self) -> None:
-        """Look at the queue often for a while: something changes."""
+        """Query the queue more often for a while, because something changes."""
         self._fast_until = time.monotonic() + _FAST_FOR_SECONDS
         self._wake.set()
 
@@ -311,23 +311,23 @@ class PoolJobs(SpecCluster):
                     continue
                 shown = self._queue.get(name)
                 if shown is not None:
-                    job.job_id, job.unsure = shown.job_id, False  # sbatch may have failed after Slurm took the job
+                    job.job_id, job.unsure = shown.job_id, False  # sbatch may have failed after Slurm accepted the job
                 if shown is not None and self._leaves_soon(shown, job.pool):
                     self._leaving.add(name)
                 if self._present(name):
                     self._came.add(name)
                     self._pools[job.pool].failed_starts = 0
                 if shown is None or not shown.alive:
-                    for ws in self._present(name) if shown is None else ():  # a node that vanished closes no connection
+                    for ws in self._present(name) if shown is None else ():  # a vanished node closes no connection
                         await self.scheduler.remove_worker(ws.address, stimulus_id=f"job-gone-{name}")
-                    self._lost(name, job, "Slurm shows it no more" if shown is None else f"Slurm says it is {shown.state}")
+                    self._lost(name, job, "Slurm no longer shows it" if shown is None else f"Slurm says it is {shown.state}")
                     lost = True
             broken = {
                 name: f"runs on {self._queue[name].node}, but {why}"
                 for name, why in broken.items()
                 if name in self.workers.keys() - self._retiring
             }
-            self._let_go(broken)  # the workers that they have left hand over their results
+            self._let_go(broken)  # their remaining workers hand over their results
             self._let_go(dict.fromkeys(self._must_leave(now), ""))
             lost = lost or bool(broken)
         self._follow_the_work(now)
@@ -340,10 +340,10 @@ class PoolJobs(SpecCluster):
         for name, target in targets.items():
             before, self._pools[name].target = self._pools[name].target, target
             if target != before:
-                self.events.append((time.time(), name, f"{target} jobs wanted for the work there is, {before} before"))
+                self.events.append((time.time(), name, f"{target} jobs wanted for the current work, {before} before"))
 
     def _is_off(self, name: str, pool: PoolState, now: float) -> bool:
-        """Whether a pool should submit jobs, or can let some go."""
+        """Whether a pool should submit jobs, or can release some."""
         members = set(self._members(name)) - self._leaving - self._retiring.keys()
         if len(members) < pool.target:
             return now >= pool.not_before
@@ -351,14 +351,14 @@ class PoolJobs(SpecCluster):
         return bool(self._spare(surplus) if name in self._scaler else surplus)
 
     async def _broken(self, now: float) -> dict[str, str]:
-        """Running jobs that have lacked workers for too long, and why that is too long.
+        """Running jobs that have lacked workers for too long, with the reason.
 
-        A nanny that lives starts its worker again: it gets minutes, since imports can take so long. One that is gone does not.
+        A live nanny restarts its worker and gets minutes for it, since imports can take that long. A job without a nanny does not.
         """
         broken: dict[str, str] = {}
         suspects: dict[str, str] = {}
         complete = (self.workers.keys() & self.worker_spec.keys()) - self._leaving - self._retiring.keys()
-        for name in complete:  # of the others workers leave by themselves, one after the other
+        for name in complete:  # in the others, workers leave by themselves, one after the other
             lacking = set(self._workers_of(name)) - {ws.name for ws in self._present(name)}
             if not lacking or name not in self._queue or self._queue[name].state != "RUNNING":
                 self._silent_since.pop(name, None)
@@ -378,15 +378,15 @@ class PoolJobs(SpecCluster):
         ending = name in self._leaving or self._retiring.get(name) == ""
         unsure, came = job.unsure, name in self._came
         if self._retiring.get(name) == "":
-            why = "has ended, as it was asked to"
-        self._forget(name, "Slurm never took it" if unsure else why)
-        if unsure:  # the controller was away: try again, a little later
+            why = "has ended as requested"
+        self._forget(name, "Slurm never accepted it" if unsure else why)
+        if unsure:  # the controller was down: retry a little later
             pool.not_before = now + 5.0
             return
         if ending:
             return
         if not pool.count_loss(now, came=came, per_hour=self.settings.replacements_per_hour):
-            pool.problem = f"{FAILED_STARTS} jobs in a row ended before a worker came. The last says: {job.last_words()}"
+            pool.problem = f"{FAILED_STARTS} jobs in a row ended before a worker connected. The last log says: {job.last_words()}"
             pool.target = len(set(self._members(job.pool)) - self._retiring.keys())
 
     # --- the end -----------------------------------------------------------------------------------------------------------------
@@ -394,16 +394,18 @@ class PoolJobs(SpecCluster):
         watching, self._watching = self._watching, None
         if watching is not None:
             await _end({watching, *self._retirements})
-            await slurm.scancel([job.job_id for job in self.workers.values() if job.job_id])  # one call for all, not one for each
+            await slurm.scancel([job.job_id for job in self.workers.values() if job.job_id])  # one call for all
             for job in self.workers.values():
                 await ProcessInterface.close(job)
         await super()._close()
         if watching is not None and not await slurm.wait_until_gone(self.cluster_id, _CLOSE_SECONDS):
-            logger.warning("Slurm still shows jobs of this cluster, or does not answer. They end when they find no scheduler.")
+            logger.warning(
+                "Slurm still shows jobs of this cluster, or does not answer. They end by themselves when they find no scheduler."
+            )
 
 
 async def _end(tasks: set[asyncio.Task[Any]]) -> None:
-    while tasks:  # again, since wait_for() of Python 3.11 loses a cancellation that comes with its result
+    while tasks:  # repeated, since wait_for() in Python 3.11 loses a cancellation that arrives with its result
         for task in tasks:
             task.cancel()
         _, tasks = await asyncio.wait(tasks, timeout=1)
@@ -418,7 +420,7 @@ def _logged(what: str) -> Iterator[None]:
 
 
 async def _listens(address: str) -> bool:
-    """Whether a process listens there; what does not answer in time may."""
+    """Whether a process listens at an address; no answer in time counts as yes."""
     host, port = address.split("://")[-1].rsplit(":", 1)
     try:
         _, writer = await asyncio.wait_for(asyncio.open_connection(host.strip("[]"), int(port)), 3)

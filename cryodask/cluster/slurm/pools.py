@@ -1,4 +1,4 @@
-"""Several kinds of Slurm jobs with workers, on one scheduler whose lanes share them all."""
+"""Several kinds of Slurm jobs with workers on one scheduler, shared by lanes."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from cryodask.cluster.slurm.pool_state import PoolStatus, missing
 from cryodask.errors import ClusterError
 
 _ALLOWED_FAILURES = 3
-# silence for longer looks like a program that hangs; a full queue is told of now and then
+# longer silence looks like a hanging program; a full queue is reported now and then
 _FIRST_WORD_SECONDS, _RARELY_SECONDS = 10.0, 600.0
 
 
 class PoolCluster(PoolJobs):
     """Pools of Slurm jobs with Dask workers, on one ``FairShareScheduler`` in this process.
 
-    ``Client(cluster)`` as with any Dask cluster; :meth:`scale_pool` instead of ``scale``.
+    Use ``Client(cluster)`` as with any Dask cluster, and :meth:`scale_pool` instead of ``scale``.
 
     Parameters
     ----------
     settings : SlurmSettings
     certificates : path, optional
-        Folder of the cluster's authority (``tls.py``). With it the scheduler and the workers are guarded; without it nothing listens
+        Folder of the cluster's authority (``tls.py``). With it scheduler and workers are guarded; without it nothing listens
         beyond the loopback address.
     owner : str, optional
         Name of the owner's certificate there.
@@ -47,12 +47,12 @@ class PoolCluster(PoolJobs):
 
     Notes
     -----
-    The jobs are compared with Slurm's queue, by one ``squeue`` each ``poll_seconds`` and sooner when a worker leaves. A job that is gone
-    is replaced, at most ``replacements_per_hour``; when squeue fails nothing is believed gone. A submission that Slurm refuses is
-    not repeated. A pool whose jobs end three times in a row before a worker came gives up. Every worker has the resource ``pool-NAME``.
+    The jobs are compared with Slurm's queue by one ``squeue`` every ``poll_seconds``, and sooner when a worker leaves. A lost job
+    is replaced, at most ``replacements_per_hour``; when squeue fails no job counts as lost. A submission that Slurm refuses is
+    not repeated. A pool gives up when three jobs in a row end before a worker connects. Every worker has the resource ``pool-NAME``.
 
-    Pools with a ``maximum`` scale themselves (``scaling.py``): so many jobs that the work that waits would be done in
-    ``catch_up_minutes``, and never below ``minimum`` or the ``floor`` of the lanes that have clients. A job is let go when it has not
+    Pools with a ``maximum`` scale automatically (``scaling.py``): to as many jobs as are needed to do the pending work in
+    ``catch_up_minutes``, and never below ``minimum`` or the ``floor`` of the lanes that have clients. A job is released when it has not
     been needed for ``idle_minutes``, no task runs on it, and others have taken its results.
 
     Raises
@@ -73,12 +73,12 @@ class PoolCluster(PoolJobs):
         if settings.interface not in (None, *(known := psutil.net_if_addrs())):
             raise ClusterError(
                 f"This machine has no network interface {settings.interface}.",
-                "the cluster file is for others",
+                "the cluster file was written for another machine",
                 f"use {' or '.join(known)}",
             )
         slurm.pool_job_class()
         folder = Path(certificates).absolute() if certificates else None
-        # jobs are lost for reasons of their own here: a task is not to blame before several workers died of it
+        # jobs are often lost for other reasons, so a task is not blamed before several workers have died
         options: dict[str, Any] = {"allowed_failures": _ALLOWED_FAILURES, "dashboard_address": "127.0.0.1:0", "port": settings.port}
         options |= {"interface": settings.interface} if settings.interface else {}
         options |= settings.sharing()
@@ -98,17 +98,17 @@ class PoolCluster(PoolJobs):
 
     # --- what users call ---------------------------------------------------------------------------------------------------------
     def scale_pool(self, **jobs: int) -> Any:
-        """Ask for that many jobs of each pool named; the others stay as they are. Results on workers that leave go to others first.
+        """Set the number of jobs of the named pools; the others are unchanged. Workers that leave first move their results to others.
 
-        Returns when jobs are submitted; jobs leave as others have taken their results. One whose results nobody takes within five minutes
-        stays, is told in ``events``, and is asked again a minute later, unless all pools are to have no jobs.
+        Returns when jobs are submitted; jobs leave once others have taken their results. A job whose results are not taken within five
+        minutes stays, with an entry in ``events``, and is retried a minute later, unless all pools are scaled to zero.
 
-        A pool that scales itself keeps them for ``idle_minutes``, and then follows the work again.
+        A pool with automatic scaling keeps the number for ``idle_minutes``, and then follows the work again.
 
         Raises
         ------
         ClusterError
-            For unknown pools and numbers before anything is done; for jobs that Slurm refuses, with its words, when all else is submitted.
+            For unknown pools and invalid numbers before anything is done; for jobs that Slurm refuses, with its words, after all others.
         """
         unknown = set(jobs) - set(self._pools)
         if unknown or min(jobs.values(), default=0) < 0:
@@ -118,26 +118,26 @@ class PoolCluster(PoolJobs):
             if pool.maximum is not None and not pool.minimum <= jobs[name] <= pool.maximum:
                 raise ClusterError(
                     f"Pool {name} cannot have {jobs[name]} jobs.",
-                    f"it scales itself between {pool.minimum} and {pool.maximum}",
-                    "stay between, or change minimum and maximum in the cluster file",
+                    f"it scales between {pool.minimum} and {pool.maximum}",
+                    "stay within these limits, or change minimum and maximum in the cluster file",
                 )
         return self.sync(self._scale_pool, jobs)
 
     def scale(self, n: int = 0, memory: Any = None, cores: Any = None) -> Any:
-        """Only to nothing: there are several kinds of workers here."""
+        """Not supported, except to zero: there are several kinds of workers; use :meth:`scale_pool`."""
         if n or memory is not None or cores is not None:
-            raise ClusterError("There are several kinds of workers here.", "scale() knows one kind", "use  scale_pool(cpu=4)")
+            raise ClusterError("scale() does not work with pools.", "it assumes a single kind of worker", "use  scale_pool(cpu=4)")
         self._scaler.stopped = True
         for pool in self._pools.values():
             pool.target = 0
         return super().scale(0)
 
     def adapt(self, *args: Any, **kwargs: Any) -> Any:
-        """Not here."""
-        raise ClusterError("There are several kinds of workers here.", "adapt() knows one kind", "use  scale_pool(cpu=4)")
+        """Not supported: pools with a ``maximum`` scale automatically."""
+        raise ClusterError("adapt() does not work with pools.", "it assumes a single kind of worker", "use  scale_pool(cpu=4)")
 
     def pool_status(self) -> Any:
-        """Jobs, workers and reasons for waiting of every pool, as Slurm said last: a dict of :class:`PoolStatus`."""
+        """Jobs, workers and pending reasons of every pool, as of the last query: a dict of :class:`PoolStatus`."""
         return self.sync(self._pool_status)
 
     async def _pool_status(self) -> dict[str, PoolStatus]:
@@ -161,27 +161,27 @@ class PoolCluster(PoolJobs):
         return out
 
     def what_is_missing(self) -> Any:
-        """One sentence on what is waited for; empty when every worker is there."""
+        """One sentence about missing workers; empty when all are connected."""
         return self.sync(self._what_is_missing)
 
     async def _what_is_missing(self) -> str:
         return missing(self._statuses(), self.settings.pools, slurm_answers=self.slurm_answers)
 
     async def _identity(self, **asked: Any) -> dict[str, Any]:
-        """The scheduler's identity; for those who ask for all workers, as a run that waits does, also what is ``missing``."""
+        """The scheduler's identity; for requests about all workers, such as from a waiting run, also what is ``missing``."""
         known: dict[str, Any] = self.scheduler.identity(**asked)
-        # every client asks every two seconds, for no worker: that must cost nothing where there are many jobs
+        # every client asks every two seconds without workers: that must be cheap with many jobs
         return known | ({"missing": await self._what_is_missing()} if asked.get("n_workers") == -1 else {})
 
     def wait_for_first(self, seconds: float = 3600.0) -> Any:
-        """Wait for one worker of any pool, and start with what came; at once if the first work will bring the first workers.
+        """Wait for one worker of any pool; returns at once if the first work will bring the first workers.
 
-        After ten seconds, and then more and more rarely, a warning says what is waited for.
+        After ten seconds, and then less and less often, a warning says what is missing.
 
         Raises
         ------
         ClusterError
-            If none came in time or every pool has given up, with what was waited for.
+            If none has connected in time or every pool has given up, with what was missing.
         """
         return self.sync(self._wait_for_first, seconds)
 
@@ -195,13 +195,13 @@ class PoolCluster(PoolJobs):
             now = time.monotonic()
             if not asked or now > start + seconds:
                 raise ClusterError(
-                    f"No worker has come: {await self._what_is_missing() or 'no pool was asked for jobs'}.",
-                    "the queue is full, or the partition, account or size of the jobs does not fit",
-                    "see  squeue --me  and the cluster file",
+                    f"No worker has connected: {await self._what_is_missing() or 'no pool has any jobs'}.",
+                    "the queue is full, or the partition, account or size of the jobs is wrong",
+                    "check  squeue --me  and the cluster file",
                 )
             if now >= tell_at:
                 missing_now = await self._what_is_missing()
-                warnings.warn(f"No worker has come for {now - start:.0f} s, waiting: {missing_now}. Ctrl-C ends it.", stacklevel=2)
+                warnings.warn(f"No worker has connected for {now - start:.0f} s, waiting: {missing_now}. Stop with Ctrl-C.", stacklevel=2)
                 pause = min(2 * pause, _RARELY_SECONDS)
                 tell_at = now + pause
             await asyncio.sleep(0.1)
@@ -221,12 +221,12 @@ class PoolCluster(PoolJobs):
 
 
 def open_pools(settings: SlurmSettings, *, certificates: str | Path | None = None, owner: str | None = None) -> PoolCluster:
-    """Pools with the jobs that their settings want at the start. Returns when they are submitted; workers come as Slurm lets them.
+    """Open pools with their initial jobs. Returns when these are submitted; workers connect as Slurm starts the jobs.
 
     Raises
     ------
     ClusterError
-        If Slurm refuses the jobs of every pool. If it takes some, the refusals are warnings.
+        If Slurm refuses the jobs of every pool. If it accepts some, the refusals are warnings.
     """
     cluster = PoolCluster(settings, certificates=certificates, owner=owner)
     try:

@@ -1,4 +1,4 @@
-"""How many jobs each pool should have: from the work that waits, the time it takes, and who is there."""
+"""How many jobs each pool should have, from the pending work, its duration, and the connected clients."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from cryodask.cluster.settings import PoolSettings, SlurmSettings
 from cryodask.cluster.sharing.owners import is_bound
 
 Needs = tuple[tuple[str, float], ...]
-"""Resources that a task asks for, sorted by name; empty for a thread alone."""
+"""Resources that a task needs, sorted by name; empty for a thread alone."""
 
 
 @dataclass(frozen=True)
 class PoolShape:
-    """What one job of a pool offers, and between which numbers of jobs the pool stays. ``resources`` are those of one worker process."""
+    """What one job of a pool offers, and the limits of the pool. ``resources`` are per worker process."""
 
     minimum: int
     maximum: int
@@ -36,7 +36,7 @@ class PoolShape:
         return cls(minimum, maximum, pool.cores, pool.workers_per_job, resources, pool.gpus, pool.memory_bytes)
 
     def slots(self, needs: Needs) -> int:
-        """Tasks of a kind that one job runs at a time; 0 if it cannot run them at all."""
+        """Number of tasks of a kind that one job can run at a time; 0 if none."""
         per_worker = self.threads // self.workers
         for name, amount in needs:
             if amount > 0:
@@ -45,13 +45,13 @@ class PoolShape:
 
     @property
     def price(self) -> tuple[bool, float]:
-        """Pools without GPUs come first, then those with less memory a thread."""
+        """Sort key: pools without GPUs first, then those with less memory per thread."""
         return self.gpus > 0, self.memory / self.threads
 
 
 @dataclass
 class Work:
-    """Tasks of one kind: those that wait, and those that run in each pool. Seconds are estimates of all of them together."""
+    """Tasks of one kind: pending ones, and running ones per pool. Seconds are estimated totals."""
 
     waiting: float = 0.0
     waiting_seconds: float = 0.0
@@ -59,7 +59,7 @@ class Work:
     running_seconds: float = 0.0
 
     def extra_slots(self, seconds: float) -> float:
-        """Slots that are lacking to have it all done in so many seconds: never more than tasks wait."""
+        """Additional slots needed to finish within this time; never more than there are pending tasks."""
         running = sum(self.running.values())
         return max(0.0, min(self.waiting, (self.waiting_seconds + self.running_seconds) / seconds - running))
 
@@ -71,16 +71,16 @@ def jobs_wanted(pools: Mapping[str, PoolShape], work: Mapping[Needs, Work], *, s
     ----------
     pools : mapping of str to PoolShape
     work : mapping of Needs to Work
-        Every kind goes to the pools that can run it, the cheapest first: tasks that few pools can run choose before the others.
+        Every kind goes to the pools that can run it, cheapest first; tasks that few pools can run are assigned before the others.
     seconds : float
-        In which the work should be done.
+        Time in which the work should be done.
     floor : int
-        Threads that must be there whatever the work is.
+        Least number of threads, whatever the work.
 
     Returns
     -------
     dict of str to int
-        Between each pool's ``minimum`` and ``maximum``. More waiting work never means fewer jobs of any pool.
+        Between each pool's ``minimum`` and ``maximum``. More pending work never means fewer jobs of any pool.
     """
     order = sorted(pools, key=lambda name: pools[name].price)
     load = dict.fromkeys(pools, 0.0)
@@ -104,14 +104,14 @@ def jobs_wanted(pools: Mapping[str, PoolShape], work: Mapping[Needs, Work], *, s
 
 
 class Recent:
-    """The largest number of the last so many seconds: a pool grows at once and shrinks late."""
+    """The maximum over a time window, so that a pool grows at once and shrinks late."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._peaks: deque[tuple[float, int]] = deque()
 
     def add(self, now: float, number: int) -> int:
-        """Take note of a number; returns the largest, this one included."""
+        """Add a number; returns the maximum including it."""
         while self._peaks and self._peaks[-1][1] <= number:
             self._peaks.pop()
         self._peaks.append((now, number))
@@ -120,39 +120,39 @@ class Recent:
         return self._peaks[0][1]
 
     def begin_with(self, now: float, number: int) -> None:
-        """Forget what was; this number stays for as long as any other."""
+        """Forget earlier numbers and start with this one, which lasts as long as any other."""
         self._peaks.clear()
         self._peaks.append((now, number))
 
 
 class Scaler:
-    """The numbers of jobs of pools with a ``maximum``, from time to time; the other pools have the number that somebody gave them."""
+    """Computes the numbers of jobs of pools with a ``maximum``; the other pools have fixed numbers."""
 
     def __init__(self, settings: SlurmSettings) -> None:
         self._settings = settings
         self._recent = {n: Recent(60 * settings.idle_minutes) for n, pool in settings.pools.items() if pool.maximum is not None}
         self.stopped = False
-        """Set while somebody wants no workers at all."""
+        """Set while all pools are scaled to zero by hand."""
 
     def __contains__(self, pool: str) -> bool:
         return pool in self._recent
 
     def by_hand(self, jobs: Mapping[str, int], now: float) -> None:
-        """Somebody asked for that many jobs: they stay for ``idle_minutes`` at least, and follow the work from then on."""
+        """Set numbers of jobs by hand: they stay for at least ``idle_minutes``, then follow the work."""
         self.stopped = False
         for name in set(jobs) & set(self._recent):
             self._recent[name].begin_with(now, jobs[name])
 
     def targets(self, scheduler: FairShareScheduler, jobs: Mapping[str, int], closed: Iterable[str], now: float) -> dict[str, int]:
-        """Jobs that each of these pools should have.
+        """Number of jobs that each of these pools should have.
 
         Parameters
         ----------
         scheduler : FairShareScheduler
         jobs : mapping of str to int
-            Jobs that every pool is to have so far.
+            Current targets of all pools.
         closed : iterable of str
-            Pools that get no more jobs: their work goes to others.
+            Pools that get no more jobs, so that their work goes to others.
         now : float
             Seconds of ``time.monotonic()``.
         """
@@ -170,10 +170,10 @@ class Scaler:
 
 
 def work_of(scheduler: FairShareScheduler) -> dict[Needs, Work]:
-    """All tasks that more jobs could run: ready ones on workers, held or without any worker that has what they need, and announced ones.
+    """All tasks that more jobs could run: ready tasks on workers, held ones, those without a suitable worker, and announced ones.
 
-    Tasks that must run on workers that are named (``workers=``) are left out, and new tasks of lanes whose memory is full: more jobs
-    would stand idle beside them.
+    Tasks bound to named workers (``workers=``) and new tasks of lanes whose memory is full are left out, because more jobs would not
+    help them.
     """
     found: dict[Needs, Work] = {}
 
@@ -189,7 +189,7 @@ def work_of(scheduler: FairShareScheduler) -> dict[Needs, Work]:
             wait(entry["resources"], entry["tasks"], entry["seconds"])
     for ws in scheduler.workers.values():
         tasks = [ts for ts in ws.processing if ts not in ws.long_running]
-        runs = min(1.0, ws.nthreads / len(tasks)) if tasks else 0.0  # the rest was sent ahead
+        runs = min(1.0, ws.nthreads / len(tasks)) if tasks else 0.0  # the rest is queued on the worker
         pool = pool_of(ws)
         for ts in tasks:
             ahead, seconds = 0.0 if is_bound(ts) else 1 - runs, scheduler.estimate(ts)

@@ -1,4 +1,4 @@
-"""Slurm: job scripts as text, submission, and what the queue says. The one place that uses dask-jobqueue."""
+"""Slurm: job scripts as text, submission, and queries of the queue. The only module that uses dask-jobqueue."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from cryodask.errors import ClusterError
 
 COMMENT = "cryodask"
 _ALIVE = {"PENDING", "RUNNING", "CONFIGURING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "REQUEUED", "REQUEUE_HOLD", "RESV_DEL_HOLD"}
-# what commands say when the controller is away or overworked; anything else that sbatch says is a refusal, which does not heal
+# messages when the controller is down or overloaded; any other message of sbatch is a permanent refusal
 _AWAY = re.compile(
     r"unable to contact|connect(ion)? failure|timed out|zero bytes were transmitted|temporarily un(able|available)|connection refused", re.I
 )
-# as `stat` of coreutils names them; it calls all file systems in user space alike, local ones too
+# names as in `stat` of coreutils, which has one name for all user-space file systems, including local ones
 _NETWORK = "nfs*|lustre|gpfs|fhgfs|beegfs|ceph*|cifs|smb*|afs|k-afs|panfs|pvfs2|wekafs|glusterfs|v9fs|9p|snfs|acfs|ibrix|coda"
 
-# it also bounds how long a worker may take to import, which on a busy file system is a minute
+# also bounds the import time of a worker, which can be a minute on a busy file system
 DEATH_SECONDS = 180
 
 
 def load_jobqueue() -> Any:
-    """The module dask_jobqueue, whose import replaces the handler of Ctrl-C (``dask_jobqueue/runner.py`` of 0.9.0): it is put back.
+    """Import dask_jobqueue and restore the Ctrl-C handler, which its import replaces (``dask_jobqueue/runner.py`` of 0.9.0).
 
     Raises
     ------
@@ -51,8 +51,8 @@ def load_jobqueue() -> Any:
     if "dask_jobqueue" not in sys.modules:
         if threading.current_thread() is not threading.main_thread():
             raise ClusterError(
-                "Slurm pools cannot be opened first in a thread.",
-                "dask-jobqueue, which submits the jobs, must be imported in the main thread",
+                "Slurm pools cannot be opened in a thread before dask-jobqueue is imported.",
+                "dask-jobqueue must be imported in the main thread",
                 "call  cryodask.cluster.slurm.slurm.load_jobqueue()  at the start of the program",
             )
         handler = signal.getsignal(signal.SIGINT)
@@ -64,7 +64,7 @@ def load_jobqueue() -> Any:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     else:
         import dask_jobqueue
-    # an own section, so that nothing of a user's jobqueue.yaml leaks into our scripts
+    # a separate section, so that nothing from a user's jobqueue.yaml leaks into the scripts
     shebang = {"shebang": "#!/usr/bin/env bash", "worker-command": "distributed.cli.dask_worker"}
     names = (
         "name cores memory processes python interface death-timeout local-directory extra worker-extra-args job-extra job-extra-directives"
@@ -81,9 +81,9 @@ def pool_job_class() -> type[Any]:
     base = load_jobqueue().slurm.SLURMJob
 
     class PoolJob(base):  # type: ignore[valid-type, misc]
-        """``refused`` holds Slurm's words where it takes no such job, ``full`` where it takes no more now.
+        """``refused``: Slurm's words if it refuses such a job; ``full``: if it accepts no more for now.
 
-        ``unsure`` is set where nobody knows whether it took the job.
+        ``unsure``: it is unknown whether Slurm accepted the job.
         """
 
         def __init__(
@@ -135,36 +135,36 @@ def pool_job_class() -> type[Any]:
                     self.full = said
                 elif not self.unsure:
                     self.refused = said
-                await ProcessInterface.start(self)  # raised here, it would end in a callback that nobody hears
+                await ProcessInterface.start(self)  # an error raised here would be lost in a callback
 
         @staticmethod
         async def _call(cmd: list[str], **kwargs: Any) -> str:
-            # a session of its own: Ctrl-C in a terminal goes to all processes there, and must not kill a submission half-way
+            # a new session, because Ctrl-C in a terminal goes to all its processes and must not kill a submission half-way
             said: str = await base._call(cmd, start_new_session=True, **kwargs)
             return said
 
         async def close(self) -> None:
             if self.status.name != "closed":
                 await super().close()
-                await ProcessInterface.close(self)  # the base class forgets the status, and SpecCluster asserts it
+                await ProcessInterface.close(self)  # the base class does not set the status that SpecCluster asserts
 
         def last_words(self) -> str:
             try:
                 lines = (self.logs / f"{self.job_name}-{self.job_id}.log").read_text(errors="replace").splitlines()
             except OSError:
-                return "nothing that could be read"
+                return "nothing readable"
             return " / ".join(line.strip() for line in lines if line.strip())[-300:] or "nothing"
 
     return PoolJob
 
 
 def dry_run(settings: SlurmSettings) -> dict[str, str]:
-    """The job script of every pool, as it would be submitted but for the scheduler's address and the certificates."""
+    """The job script of every pool as it would be submitted, except for the scheduler's address and the certificates."""
     return {name: job_script(settings, name, scheduler="SCHEDULER", name=f"{name}-0", cluster_id="CLUSTER") for name in settings.pools}
 
 
 def job_script(settings: SlurmSettings, pool: str, *, scheduler: str, name: str, cluster_id: str, certificates: Path | None = None) -> str:
-    """The text that sbatch gets for a job of a pool."""
+    """The job script of a pool."""
     job = pool_job_class()(scheduler, name, pool=pool, settings=settings, cluster_id=cluster_id, certificates=certificates)
     return _tidy(job.job_script())
 
@@ -174,12 +174,12 @@ def _tidy(script: str) -> str:
 
 
 def logs_of(settings: SlurmSettings) -> Path:
-    """Where the jobs write."""
+    """Folder of the job logs."""
     return Path(settings.logs).expanduser().absolute()
 
 
 def python_of(pool: PoolSettings) -> str:
-    """The interpreter of a pool's workers, as words of shell."""
+    """Shell words that start the Python interpreter of a pool's workers."""
     if pool.image is None:
         return shlex.quote(pool.python or sys.executable)
     nvidia = "--nv " if pool.gpus else ""
@@ -187,14 +187,14 @@ def python_of(pool: PoolSettings) -> str:
 
 
 def directives_of(pool: PoolSettings, logs: Path) -> list[str]:
-    """Lines for sbatch that dask-jobqueue has no word for."""
-    # requeued jobs wait for two minutes and come back under their old names: the pool replaces them at once under new ones
+    """Directives for sbatch that dask-jobqueue has no option for."""
+    # requeued jobs would wait for two minutes and keep their names: the pool replaces them at once under new ones
     lines = ["--no-requeue", "--open-mode=append", f"--output={shlex.quote(str(logs))}/%x-%j.log"]
     return lines + ([f"--qos={pool.qos}"] if pool.qos else []) + ([f"--gres=gpu:{pool.gpus}"] if pool.gpus else [])
 
 
 def prologue_of(pool: PoolSettings, certificates: Path | None) -> list[str]:
-    """Lines of shell before the workers of a pool start."""
+    """Shell commands before the workers of a pool start."""
     settings = {"DASK_" + k.upper().replace(".", "__").replace("-", "_"): str(v) for k, v in SETTINGS.items()}
     values = {**ONE_THREAD, **ALLOCATOR, "PYTHONDONTWRITEBYTECODE": "", **settings}
     values |= tls.worker_environment(certificates) if certificates else {}
@@ -204,19 +204,19 @@ def prologue_of(pool: PoolSettings, certificates: Path | None) -> list[str]:
 
 
 def _refuse_network(scratch: str) -> str:
-    """A line of shell that ends the job where its scratch is not on the node: only the node knows what $TMPDIR is there."""
+    """A shell command that ends the job if its scratch is not node-local; only the node knows its $TMPDIR."""
     return (
         f'scratch="{scratch}"; while [ ! -e "$scratch" ]; do scratch=$(dirname "$scratch"); done;'
         f' case $(stat -f -c %T "$scratch") in {_NETWORK})'
-        f' echo "The scratch folder {scratch} lies on a network file system, which spilling workers bring to its knees:'
-        ' set scratch of the pool to a disk of the node, or network_scratch: true" >&2; exit 1;; esac'
+        f' echo "The scratch folder {scratch} is on a network file system, which spilling workers would overload:'
+        ' set scratch of the pool to a node-local disk, or network_scratch: true" >&2; exit 1;; esac'
     )
 
 
 def worker_options_of(name: str, pool: PoolSettings, certificates: Path | None) -> list[str]:
-    """Options of Dask's command for a worker of a pool."""
+    """Command-line options of Dask for a worker of a pool."""
     resources = {**({"GPU": 1.0} if pool.gpus else {}), **pool.resources, f"pool-{name}": 1e9}
-    # without the address every worker serves HTTP on all of the node's interfaces
+    # without the address every worker would serve HTTP on all interfaces of the node
     options = ["--dashboard-address", "127.0.0.1:0", "--no-dashboard"]
     options += ["--preload-nanny", "cryodask.cluster.guard"] if certificates else []
     options += ["--resources", '"' + ",".join(f"{k}={v:g}" for k, v in resources.items()) + '"']
@@ -227,18 +227,18 @@ def worker_options_of(name: str, pool: PoolSettings, certificates: Path | None) 
 
 
 def refuse_clear_text(settings: SlurmSettings, certificates: object) -> None:
-    """Nothing of ours talks over a network without certificates."""
+    """Refuse to communicate over a network without certificates."""
     interfaces = {settings.interface, *(pool.interface or settings.interface for pool in settings.pools.values())}
     if not certificates and interfaces != {"lo"}:
         raise ClusterError(
-            "The pools have no certificates, and workers on other machines would talk in clear text.",
+            "The pools have no certificates, so traffic to workers on other machines would not be encrypted.",
             "no certificates were given",
-            "give the folder of the cluster's authority, or set  interface: lo  where all is on one machine",
+            "give the folder of the cluster's authority, or set  interface: lo  if everything is on one machine",
         )
 
 
 def walltime_seconds(text: str) -> int:
-    """``[days-]hours:minutes[:seconds]`` in seconds; without days two numbers are minutes and seconds, as Slurm reads them."""
+    """``[days-]hours:minutes[:seconds]`` in seconds; without days two numbers are minutes and seconds, as in Slurm."""
     days, dash, clock = text.rpartition("-")
     parts = [int(x) for x in clock.split(":")]
     if len(parts) == 2:
@@ -247,26 +247,26 @@ def walltime_seconds(text: str) -> int:
 
 
 def leave_seconds(pool: PoolSettings) -> int:
-    """How long before the end of a job's walltime its workers leave by themselves; half of it more or less by chance."""
+    """How long before the end of a job's walltime its workers leave, with a random spread of half that time."""
     return margin_seconds(walltime_seconds(pool.walltime)) if pool.walltime else 0
 
 
 def margin_seconds(walltime: int) -> int:
-    """The same for a walltime in seconds."""
+    """Like :func:`leave_seconds`, for a walltime in seconds."""
     return min(600, walltime // 6)
 
 
 def is_full(said: str) -> bool:
-    """Whether sbatch took no job because there are too many of this user's already: that passes, as those end.
+    """Whether sbatch refused a job because this user has too many already, which is temporary.
 
-    Its last words name that limit together with others, which do not pass; newer versions say first which one it was.
+    The last line of its message names this limit together with permanent ones; newer versions first say which one applied.
     """
     limits = re.findall(r"\b(?:Assoc|QOS)\w*Limit\b", said)
     return any("Submit" in limit for limit in limits) if limits else "job submit limit" in said
 
 
 def slurms_words(error: str) -> str:
-    """What sbatch said, without its name."""
+    """The message of sbatch, without its prefix."""
     said = re.findall(r"^sbatch: (?:error: )?(.+)$", error, re.M)
     return "; ".join(dict.fromkeys(line.strip() for line in said)) or " ".join(error.split())[-300:]
 
@@ -274,7 +274,7 @@ def slurms_words(error: str) -> str:
 # --- the queue -------------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class QueuedJob:
-    """A job of ours as squeue shows it. ``seconds_left`` until its walltime ends, None if there is no such end."""
+    """One of cryodask's jobs as squeue shows it. ``seconds_left``: until its walltime ends, None without a limit."""
 
     job_id: str
     state: str
@@ -286,12 +286,12 @@ class QueuedJob:
 
     @property
     def alive(self) -> bool:
-        """Whether its workers run or may still come; a job that is completing has lost them."""
+        """Whether its workers are running or may still start; a completing job has lost them."""
         return self.state in _ALIVE
 
 
 async def squeue() -> list[QueuedJob] | None:
-    """All of this user's jobs that cryodask submitted, from one call; None when Slurm does not answer, which says nothing of the jobs."""
+    """All of this user's jobs submitted by cryodask, from one call; None if Slurm does not answer."""
     code, out = await _command("squeue", "-h", "--me", "-o", "%i|%T|%L|%r|%N|%k")
     if code:
         return None
@@ -308,27 +308,27 @@ async def squeue() -> list[QueuedJob] | None:
 
 
 async def scancel(job_ids: list[str]) -> None:
-    """Cancel jobs; those that are gone already do no harm."""
+    """Cancel jobs; those that are gone already are ignored."""
     if job_ids:
         await _command("scancel", *job_ids)
 
 
 async def cancel_of(cluster_id: str) -> list[str]:
-    """Cancel all jobs of one cluster; their names."""
+    """Cancel all jobs of a cluster; returns their names."""
     left = [job for job in await squeue() or [] if job.cluster_id == cluster_id]
     await scancel([job.job_id for job in left])
     return [job.name for job in left]
 
 
 async def cancel_leftovers() -> list[str]:
-    """Cancel jobs of clusters whose process on this machine died: pending ones would start only to find no scheduler."""
+    """Cancel jobs of clusters whose process on this machine died; pending ones would start without a scheduler."""
     left = [job for job in await squeue() or [] if owner_is_dead(job.cluster_id)]
     await scancel([job.job_id for job in left])
     return [job.name for job in left]
 
 
 async def wait_until_gone(cluster_id: str, seconds: float) -> bool:
-    """Cancel what is left of a cluster until Slurm shows nothing of it; False if it did so for too long, or did not answer."""
+    """Cancel the jobs of a cluster until Slurm shows none; False if that takes too long, or Slurm does not answer."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         queue = await squeue()
@@ -341,7 +341,7 @@ async def wait_until_gone(cluster_id: str, seconds: float) -> bool:
 
 
 def new_cluster_id() -> str:
-    """Names the process that owns a cluster, so that jobs can be told whose owner has died: ``host.pid.start``."""
+    """Id of a cluster from its owning process, ``host.pid.start``, so that jobs of dead owners can be recognised."""
     own = psutil.Process()
     return f"{socket.gethostname().split('.')[0]}.{own.pid}.{int(own.create_time())}.{os.urandom(3).hex()}"
 

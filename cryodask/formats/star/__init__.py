@@ -1,8 +1,8 @@
-"""RELION's STAR files, in the words of the vocabulary.
+"""RELION's STAR files, under the names of the vocabulary.
 
-``COLUMNS`` is the one table of names. What differs in more than the name is converted on the way: RELION counts half-sets and images
+``COLUMNS`` is the table of names. Differences beyond the name are converted: RELION counts half-sets and images
 of a stack from 1 (here from 0), and writes optics once per group (here once per row). Tables are those of RELION 3.1 and
-later; a table of RELION 3.0 is read where it carries its own optics, and refused otherwise.
+later; a table of RELION 3.0 is read if it has its own optics columns, and refused otherwise.
 """
 
 from cryodask.formats.star.names import ALIASES, COLUMNS, OPTICS, Column

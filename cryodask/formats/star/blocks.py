@@ -1,7 +1,7 @@
-"""Regular STAR files read in one pass: the rows of a table go from the file into pandas' C parser, a piece at a time.
+"""Fast reading of regular STAR files in one pass: rows go from the file into pandas' C parser in pieces.
 
-Only what reads the same here and in :func:`~cryodask.formats.star.tables.read_tables` is taken: tables with one row per line, without
-quotes, control characters or letters outside ASCII. For all else, and for everything broken, :func:`scan` gives None.
+Only files that read the same here and in :func:`~cryodask.formats.star.tables.read_tables` are accepted: tables with one row per line,
+without quotes, control characters or non-ASCII letters. For all others, and for everything broken, :func:`scan` returns None.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Loop = dict[str, Any]
 
 _PIECE = 1 << 22
 _LINE = 1 << 16
-# what another reader would take for a blank or the end of a line
+# characters that another reader would treat as a blank or the end of a line
 _BREAKS = [bytes([c]) for c in b"\0\x0b\x0c\r\x1c\x1d\x1e\x1f"]
 _QUOTES = [b"'", b'"']
 _NEXT_BLOCK = re.compile(rb"\n[ \t]*data_")
@@ -75,7 +75,7 @@ def _scan(file: IO[bytes], wanted: frozenset[str], split_images: bool) -> dict[s
 
 
 def _read_line(file: IO[bytes]) -> str | None:
-    """The next line without the blanks around it, None at the end of the file."""
+    """The next line without surrounding blanks; None at the end of the file."""
     raw = file.readline(_LINE)
     if len(raw) == _LINE:
         raise _UnusualError
@@ -102,7 +102,7 @@ def _read_block(file: IO[bytes], wanted: frozenset[str], split_images: bool) -> 
 
 
 def _skip_pairs(file: IO[bytes], line: str | None) -> None:
-    """Go to the next block; a list of pairs is known by its name alone."""
+    """Skip to the next block; of a list of pairs only the name is used."""
     while line is not None:
         if line.startswith("_") and ("#" in line or len(line.split()) != 2):
             raise _UnusualError
@@ -192,7 +192,7 @@ def _pieces(file: IO[bytes], labels: list[str], wanted: frozenset[str]) -> Itera
 
 
 def _dtype(name: str, wanted: frozenset[str]) -> Any:
-    """How pandas is to read a column; None lets it find out: whole numbers stay exact, yet may be written 1.0."""
+    """Dtype with which pandas reads a column; None lets it infer: integers stay exact, yet may be written as 1.0."""
     if name not in wanted or name in _TEXT:
         return object
     if name in _WHOLE:

@@ -1,4 +1,4 @@
-"""Names of RELION's columns and ours.
+"""Names of columns in RELION and in cryodask.
 
 ``COLUMNS`` is the one table of names; ``OPTICS`` lists what RELION writes once per optics group.
 """
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Column(NamedTuple):
-    """Our name, RELION's, the type here, and what is subtracted from RELION's number on reading."""
+    """Name in cryodask, name in RELION, dtype here, and the offset subtracted from RELION's number on reading."""
 
     name: str
     relion: str

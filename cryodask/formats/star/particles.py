@@ -23,16 +23,16 @@ class ParticleTable:
     Parameters
     ----------
     columns : dict of arrays `(particle,)`
-        What the file has of the numeric columns, under the vocabulary's names: float64, or int64 for ``class_number`` ,
+        Numeric columns of the file, under the vocabulary's names: float64, or int64 for ``class_number`` ,
         ``optics_group``, ``box`` and ``particle_id``; ``half_set`` is int8, 0 or 1, and -1 for a particle in neither half.
     micrograph : int32 array `(particle,)`
-        Place of each particle's micrograph in `micrographs`.
+        Index of each particle's micrograph in `micrographs`.
     micrographs : list of str
         Distinct micrographs in order of first appearance; in a file without micrograph names, the stacks.
     stack, stacks
         The same for the stacks of the images.
     image_index : int64 array `(particle,)`
-        Place of the image in its stack, from 0.
+        Index of the image in its stack, from 0.
     order : int64 array `(particle,)`
         Rows sorted by micrograph, in file order within each.
     start : int64 array `(micrograph + 1,)`
@@ -84,7 +84,7 @@ def read_particle_table(path: str | Path, columns: Sequence[str] | None = None) 
     unknown = sorted(set(columns or ()) - _NUMERIC)
     if unknown:
         names = ", ".join(sorted(_NUMERIC))
-        raise StarError(f"No numeric column of a STAR file is called {', '.join(unknown)}.", "", f"Choose from {names}.")
+        raise StarError(f"No numeric column of a STAR file is called {', '.join(unknown)}.", "", f"choose from {names}")
     read, images = read_coded_particles(path, columns)
     micrographs = read.get("micrograph_name", images.stack)
     assert isinstance(micrographs, Coded)
@@ -109,7 +109,7 @@ def _half(path: Path, subset: np.ndarray) -> np.ndarray:
     if len(subset) and (subset.min() < -1 or subset.max() > 1):
         raise StarError(
             f"{path}: rlnRandomSubset holds numbers other than 0, 1 and 2.",
-            "The columns are shifted against the header.",
-            "Write the file again with the program that made it.",
+            "the columns are shifted relative to the header",
+            "write the file again with the program that made it",
         )
     return subset.astype(np.int8)

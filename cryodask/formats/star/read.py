@@ -28,13 +28,13 @@ def read_micrographs(path: str | Path) -> Columns:
     Returns
     -------
     dict of arrays `(micrograph,)`
-        What the file has of ``micrograph_name, movie_name``, the CTF columns, ``optics_group``, and always ``voltage_kv,
+        If present in the file ``micrograph_name, movie_name``, the CTF columns, ``optics_group``, and always ``voltage_kv,
         spherical_aberration_mm, amplitude_contrast, pixel_size_angstrom``.
 
     Raises
     ------
     StarError
-        No such table, no optics, a missing or non-numeric column, NaN.
+        If the table or the optics are missing, or a column is missing, not numeric, or has NaN.
     """
     path = Path(path)
     columns = _read(path, ("micrographs", "movies"), need="pixel_size_angstrom")
@@ -96,13 +96,13 @@ def read_coordinates(path: str | Path) -> Columns:
 def find_beside(name: str, star: Path) -> Path | None:
     """A file that a STAR file names: absolute, beside the STAR file, or relative to a folder above it (a RELION project)."""
     candidates = (Path(name), *(folder / name for folder in star.resolve().parents))
-    # a link keeps its own name: many may lead to one file
+    # keep the name of a link, because many may point to one file
     return next((p.absolute() for p in candidates if p.is_file()), None)
 
 
 def missing_column(path: Path, relion: str) -> StarError:
-    """The error that a column is not there."""
-    return StarError(f"{path} has no column {relion}", "it is a STAR file of another kind", "give the file that has it")
+    """Error for a missing column."""
+    return StarError(f"{path} has no column {relion}", "it is another kind of STAR file", "give the file that has it")
 
 
 def _decoded(values: np.ndarray | Coded | Images) -> np.ndarray:
@@ -111,7 +111,7 @@ def _decoded(values: np.ndarray | Coded | Images) -> np.ndarray:
 
 
 def _tables(path: Path, wanted: Iterable[str], *, split_images: bool = False) -> dict[str, Loop | None]:
-    """The wanted columns of every table, and None for every list of pairs; what is not regular is read in full."""
+    """The wanted columns of every table, and None for every list of pairs; irregular files are read in full."""
     import pandas as pd
 
     fast = scan(path, wanted, split_images=split_images)
@@ -122,7 +122,7 @@ def _tables(path: Path, wanted: Iterable[str], *, split_images: bool = False) ->
 
 
 def _wanted(keep: Collection[str] | None) -> list[str]:
-    """RELION's names of what is read: what is kept, and what finds the optics."""
+    """RELION's names of the columns to read: those kept, and those that identify the optics."""
     always = {"micrograph_name", "image_name", "optics_group"}
     kept = [c for c in COLUMNS if keep is None or c.name in keep or c.name in always]
     names = [c.relion for c in (*kept, *OPTICS)]
@@ -135,7 +135,7 @@ def _read(path: Path, blocks: tuple[str, ...], need: str, *, keep: Collection[st
     if table is None:
         raise StarError(
             f"{path} has the blocks {sorted(tables)}, but no table {' or '.join('data_' + b for b in blocks)}",
-            "it is a STAR file of another kind",
+            "it is another kind of STAR file",
             "give the file that lists them",
         )
     columns = dict(_translate(path, table, COLUMNS))
@@ -147,8 +147,8 @@ def _read(path: Path, blocks: tuple[str, ...], need: str, *, keep: Collection[st
             if "optics" in tables:
                 raise missing_column(path, relion)
             raise StarError(
-                f"{path} has no data_optics block, and its table no {relion}",
-                "it was written by RELION 3.0 or earlier",
+                f"{path} has no data_optics block, and its table has no {relion}",
+                "RELION 3.0 or earlier wrote it",
                 "convert it with relion_convert_star, or add the optics columns to the table",
             )
     return columns
@@ -169,7 +169,7 @@ def _translate(path: Path, table: Loop, names: Iterable[Column]) -> Iterator[tup
 def _numbers(path: Path, relion: str, column: Column, values: Any) -> np.ndarray:
     """A column as numbers of its type, counted as here; whole numbers never go through floats."""
     if relion == PARTICLE_ID and len(values) and values.dtype.kind != "i":
-        raise _shifted(path, f"{relion} holds something other than whole numbers below 2^63")
+        raise _shifted(path, f"{relion} has values other than integers below 2^63")
     if column.dtype == "i8" and values.dtype.kind == "i":
         return np.asarray(values, dtype=np.int64) - column.base
     try:
@@ -180,18 +180,20 @@ def _numbers(path: Path, relion: str, column: Column, values: Any) -> np.ndarray
         row = int(np.flatnonzero(~np.isfinite(numbers))[0])
         raise StarError(
             f"{path}: {relion} is not a number in row {row + 1}",
-            "the program that wrote it failed there",
-            "leave the row out",
+            "the program that wrote it failed for this row",
+            "remove the row",
         )
     if column.dtype == "i8":
         if (numbers != np.round(numbers)).any():
-            raise _shifted(path, f"{relion} holds numbers that are not whole")
+            raise _shifted(path, f"{relion} has numbers that are not integers")
         return numbers.astype(np.int64) - column.base
     return np.require(numbers, requirements="W")
 
 
 def _shifted(path: Path, what: str) -> StarError:
-    return StarError(f"{path}: {what}", "the columns are shifted against the header", "write the file again with the program that made it")
+    return StarError(
+        f"{path}: {what}", "the columns are shifted relative to the header", "write the file again with the program that made it"
+    )
 
 
 def _spread_optics(path: Path, optics: Loop, columns: Read) -> Read:
@@ -207,7 +209,7 @@ def _spread_optics(path: Path, optics: Loop, columns: Read) -> Read:
         raise StarError(
             f"{path}: optics group {min(unknown)} is not in data_optics",
             "tables were joined by hand",
-            "add the group",
+            "add the group to data_optics",
         )
     rows = np.array([row_of[int(g)] for g in used], dtype=np.int64)[codes]
     return {name: Coded(v.codes[rows], v.names) if isinstance(v, Coded) else np.asarray(v)[rows] for name, v in groups.items()}
@@ -230,12 +232,12 @@ def _optics_of_old_table(path: Path, table: Loop) -> Read:
 
 
 def read_labels(path: str | Path) -> frozenset[str]:
-    """Labels of the first table that is not the optics, without the underscore; of the file no more than its head is read.
+    """Labels of the first table that is not the optics, without the underscore; only the head of the file is read.
 
     Raises
     ------
     StarError
-        Where the file cannot be read, or has no table.
+        If the file cannot be read, or has no table.
     """
     labels: set[str] = set()
     block = ""
@@ -252,9 +254,9 @@ def read_labels(path: str | Path) -> frozenset[str]:
                 elif word and not word.startswith("#") and word != "loop_" and labels and block != "optics":
                     break
     except OSError as error:
-        raise StarError(f"{path} cannot be read: {error.strerror}.", "a typo in the path", "check the path") from None
+        raise StarError(f"{path} cannot be read: {error.strerror}.", "", "check the path") from None
     if not labels:
-        raise StarError(f"{path} has no table.", "it is another kind of file, or empty", "give a STAR file of RELION")
+        raise StarError(f"{path} has no table.", "it is another kind of file, or empty", "give a RELION STAR file")
     return frozenset(labels)
 
 

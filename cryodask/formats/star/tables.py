@@ -25,7 +25,7 @@ def read_tables(path: str | Path) -> Tables:
     Raises
     ------
     StarError
-        The file is missing, holds no block, or a row is longer or shorter than its header.
+        If the file is missing, has no block, or a row is longer or shorter than its header.
     """
     import starfile
 
@@ -33,15 +33,15 @@ def read_tables(path: str | Path) -> Tables:
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise StarError(f"{path} cannot be read: {error}", "the path is wrong or it is not a STAR file", "check the path") from error
+        raise StarError(f"{path} cannot be read: {error}", "the path is wrong, or it is not a STAR file", "check the path") from error
     _check_rows(path, lines)
-    # starfile reads through linecache, which would hand out an older content of the same path
+    # starfile reads through linecache, which could return outdated content of the same path
     linecache.checkcache(str(path))
     try:
         return dict(starfile.read(path, always_dict=True, parse_as_string=list(TEXT)))
     except (ValueError, TypeError, KeyError, IndexError) as error:
         raise StarError(
-            f"{path} cannot be parsed: {error}", "it is not a STAR file of RELION, or was edited by hand", "write it again"
+            f"{path} cannot be parsed: {error}", "it is not a RELION STAR file, or was edited by hand", "write it again"
         ) from error
 
 
@@ -51,7 +51,7 @@ def write_tables(path: str | Path, tables: Mapping[str, pd.DataFrame | Mapping[s
     Raises
     ------
     StarError
-        A text is empty, or holds blanks, quotes or `#`, none of which RELION can read; or a number is NaN.
+        If a string is empty, or has blanks, quotes or `#`, which RELION cannot read; or if a number is NaN.
     """
     import pandas as pd
     import starfile
@@ -62,16 +62,16 @@ def write_tables(path: str | Path, tables: Mapping[str, pd.DataFrame | Mapping[s
             array = np.atleast_1d(np.asarray(values))
             if array.dtype.kind == "f" and np.isnan(array).any():
                 raise StarError(
-                    f"{path}: column {name} of data_{block} holds NaN",
+                    f"{path}: column {name} of data_{block} contains NaN",
                     "an earlier step failed for some rows",
-                    "leave them out",
+                    "remove these rows",
                 )
             if array.dtype.kind in "OUS":
                 bad = [t for t in map(str, array) if not t.isprintable() or t.split() != [t] or any(c in t for c in "'\"#")]
                 if bad:
                     raise StarError(
-                        f"{path}: {name} cannot hold {bad[0]!r}",
-                        "a file name with blanks, quotes or #",
+                        f"{path}: {name} cannot contain {bad[0]!r}",
+                        "a file name has blanks, quotes or #",
                         "rename the file",
                     )
     ready = {b: t if isinstance(t, pd.DataFrame) else dict(t) for b, t in tables.items()}
@@ -93,12 +93,12 @@ def _check_rows(path: Path, lines: list[str]) -> None:
             try:
                 fields = shlex.split(line, comments=True) if any(c in line for c in "'\"#") else line.split()
             except ValueError as error:
-                raise StarError(f"{path}, line {number}: {error}", "an unclosed quote", "fix that line and rerun") from error
+                raise StarError(f"{path}, line {number}: {error}", "a quote is not closed", "fix that line and rerun") from error
             if len(fields) != header:
                 raise StarError(
                     f"{path}, line {number}: {len(fields)} values for {header} columns",
-                    "the file was cut short, or a name holds a blank",
+                    "the file is truncated, or a name contains a blank",
                     "write the file again",
                 )
     if not blocks:
-        raise StarError(f"{path} holds no data_ block", "it is not a STAR file, or is empty", "check the path")
+        raise StarError(f"{path} has no data_ block", "it is not a STAR file, or is empty", "check the path")

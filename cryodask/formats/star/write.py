@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def write_micrographs_ctf(path: str | Path, columns: Mapping[str, Any]) -> None:
-    """Micrographs with their CTF, as RELION's ``micrographs_ctf.star``; columns as :func:`read_micrographs` gives them."""
+    """Micrographs with their CTF, as RELION's ``micrographs_ctf.star``; columns as from :func:`read_micrographs`."""
     _need(path, columns, ("micrograph_name", "pixel_size_angstrom", *CTF_COLUMNS[:3], *GROUP_OPTICS))
     optics, table = _relion_tables(path, columns, len(np.atleast_1d(columns["micrograph_name"])))
     table["rlnCtfAstigmatism"] = table["rlnDefocusU"] - table["rlnDefocusV"]
@@ -28,7 +28,7 @@ def write_micrographs_ctf(path: str | Path, columns: Mapping[str, Any]) -> None:
 
 
 def write_particles(path: str | Path, columns: Mapping[str, Any]) -> None:
-    """Particles as RELION's ``particles.star``; columns as :func:`read_particles` gives them, scalars stand for all rows.
+    """Particles as RELION's ``particles.star``; columns as from :func:`read_particles`; scalars apply to all rows.
 
     ``particle_id`` is written exactly, as ``_cryodaskParticleId``, which RELION passes on. Rows with equal optics share a group,
     numbered in the order in which they appear. ``box`` is the size of the images, pixels.
@@ -166,9 +166,9 @@ def _need(path: str | Path, columns: Mapping[str, Any], names: Iterable[str]) ->
 def _check_ids(path: str | Path, ids: Any) -> None:
     if ids is not None and np.asarray(ids).dtype.kind != "i":
         raise StarError(
-            f"{path}: particle_id is {np.asarray(ids).dtype}, which cannot be trusted to hold ids.",
-            "Ids went through floating point, which is exact only below 2^53.",
-            "Keep them as int64 throughout.",
+            f"{path}: particle_id is {np.asarray(ids).dtype}, which cannot hold ids exactly.",
+            "ids were converted to floating point, which is exact only below 2^53",
+            "keep them as int64 throughout",
         )
 
 
@@ -181,7 +181,7 @@ def _relion_tables(path: str | Path, columns: Mapping[str, Any], count: int) -> 
     known = {c.name for c in (*COLUMNS, *OPTICS)}
     foreign = sorted(set(columns) - known)
     if foreign:
-        raise StarError(f"{path}: RELION has no column for {', '.join(foreign)}", "they are ours alone", "leave them out")
+        raise StarError(f"{path}: RELION has no column for {', '.join(foreign)}", "they are specific to cryodask", "leave them out")
 
     def spread(column: Column) -> np.ndarray:
         values = np.broadcast_to(np.asarray(columns[column.name], dtype=object if column.dtype == "str" else column.dtype), count)

@@ -1,1 +1,1 @@
-"""Stages that run programs of others, one file each; ``external.NAME`` in a pipeline."""
+"""Stages that run external programs, one module each; ``external.NAME`` in a pipeline."""

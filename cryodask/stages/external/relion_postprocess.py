@@ -34,13 +34,15 @@ _CURVES = {
 class RelionPostprocessParams(Params):
     """Parameters of stage ``external.relion_postprocess``."""
 
-    b_factor_angstrom2: float | None = Field(None, description="B-factor to apply, A^2, negative sharpens; fitted if left out")
+    b_factor_angstrom2: float | None = Field(None, description="B-factor to apply, A^2, negative sharpens; by default fitted")
     fit_from_angstrom: float = Field(10.0, description="lowest resolution of the B-factor fit, Angstrom", gt=0)
-    lowpass_angstrom: float | None = Field(None, description="cut of the sharpened map, Angstrom; its resolution if left out", gt=0)
+    lowpass_angstrom: float | None = Field(None, description="low-pass of the sharpened map, Angstrom; by default its resolution", gt=0)
     mtf: InputFile | None = Field(None, description="STAR file with the MTF of the detector")
-    randomise_below_fsc: float = Field(0.8, description="phases are randomised from where the unmasked FSC falls below this", gt=0, lt=1)
+    randomise_below_fsc: float = Field(
+        0.8, description="phases are randomised beyond the shell where the unmasked FSC falls below this", gt=0, lt=1
+    )
     seed: int = Field(0, description="seed of the random phases", ge=0)
-    timeout_seconds: Annotated[float, EffortMark] = Field(3600.0, description="the program is ended when it takes longer, s", gt=0)
+    timeout_seconds: Annotated[float, EffortMark] = Field(3600.0, description="time after which the program is killed, s", gt=0)
 
 
 def _sizes(params: RelionPostprocessParams, sizes: Sizes) -> Sizes:
@@ -48,7 +50,7 @@ def _sizes(params: RelionPostprocessParams, sizes: Sizes) -> Sizes:
 
 
 def _memory(params: RelionPostprocessParams, sizes: Sizes) -> float:
-    # RELION computes in double precision; the maps as they are given and as they come back are float32
+    # RELION computes in double precision; input and output maps are float32
     return 120.0 * sizes["z"] * sizes["y"] * sizes["x"]
 
 
@@ -66,7 +68,7 @@ def _memory(params: RelionPostprocessParams, sizes: Sizes) -> float:
 def relion_postprocess(
     params: RelionPostprocessParams, *, context: Context, half_map: np.ndarray, solvent_mask: np.ndarray, map_pixel_size_angstrom: float
 ) -> dict[str, Any]:
-    """Measure the resolution of the half-maps under the mask and sharpen their mean, with ``relion_postprocess``.
+    """Measure the resolution of the masked half-maps and sharpen their mean with ``relion_postprocess``.
 
     The mask is always used (``--force_mask``). Curves, resolution and B-factor are RELION's own: its resolution is that of the last
     shell above 0.143, not interpolated, and its random phases depend on ``seed``.
@@ -75,7 +77,7 @@ def relion_postprocess(
     pixel = float(map_pixel_size_angstrom)
     for name, volume in (("half1.mrc", half_map[0]), ("half2.mrc", half_map[1]), ("mask.mrc", solvent_mask)):
         write_mrc(context.scratch / name, np.asarray(volume, np.float32), pixel)
-    # without a folder of its own for the results, RELION fails at the last step where there is no Ghostscript
+    # without a separate output folder RELION fails at the last step if Ghostscript is not installed
     (context.scratch / "out").mkdir()
     options: dict[str, str | float | Path] = {
         "--i": "half1.mrc",
@@ -122,14 +124,14 @@ def _read_star(path: Path) -> dict[str, Any]:
     except (StarError, KeyError, ValueError, TypeError) as error:
         raise ProgramError(
             f"relion_postprocess wrote a STAR file that cannot be read: {type(error).__name__}: {error}",
-            "it is a version that nobody has tried with cryodask",
-            "look at its output in the folder logs of the result; RELION 3.1 is what this step was tested with",
+            "this version of RELION has not been tested with cryodask",
+            "check its output in the folder logs of the result; this step was tested with RELION 3.1",
         ) from error
 
 
 @relion_postprocess.sentence
 def says(result: Mapping[str, Any]) -> str:
-    """The figure that people ask for first."""
+    """The most important figure."""
     return f"resolution {float(result['resolution_angstrom']):.2f} A"
 
 
