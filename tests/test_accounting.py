@@ -26,7 +26,7 @@ from cryodask.cluster.accounting.journal import DAY, HOUR, UsageJournal
 NAMES = ("lane", "user", "project", "pool")
 
 
-def wait(condition, what, seconds=60):
+def wait(condition, what, seconds=180):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not within {seconds} s"

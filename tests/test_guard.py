@@ -426,7 +426,9 @@ def test_lane_above_its_share_of_memory_waits_while_others_go_on_and_goes_on_whe
             async with person(scheduler, folder, "anna") as anna, person(scheduler, folder, "bert", "batch") as bert:
                 with warned("Lane 'hpda' holds more than its 20.48 MiB of results in memory"):
                     hog = anna.map(_block, range(60))
-                    await until(lambda hog=hog: sum(f.done() for f in hog) > 20 and not any(ws.processing for ws in scheduler.workers.values()))
+                    await until(
+                        lambda hog=hog: sum(f.done() for f in hog) > 20 and not any(ws.processing for ws in scheduler.workers.values())
+                    )
                     await asyncio.sleep(0.5)
                 done = [f for f in hog if f.done()]
                 assert 21 <= len(done) <= 25  # one above the cap, and what was on its way

@@ -24,7 +24,7 @@ _ONE = {"memory": "800MiB", "partition": "cpu", "walltime": "0:30:00"}
 MIB = 2**20
 
 
-def wait(condition, what, seconds=60):
+def wait(condition, what, seconds=180):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not within {seconds} s"

@@ -359,7 +359,7 @@ def test_the_last_worker_stays_while_it_holds_results_and_a_lane_with_clients_ha
 
 
 @pytest.mark.slurm
-def test_a_job_is_replaced_soon_when_a_nanny_is_gone_and_not_while_one_starts_its_worker_again(on_slurm, tmp_path):
+def test_a_job_is_replaced_when_a_nanny_is_gone_and_not_while_one_starts_its_worker_again(on_slurm, tmp_path):
     pools = {"gpu": {**_ONE, "partition": "gpu", "gpus": 2, "cores": 2, "count": 1, "memory": "1GiB"}}
     with open_pools(settings(tmp_path, pools)) as cluster, Client(cluster, name="hpda/anna") as client:
         wait(lambda: cluster.pool_status()["gpu"].workers == 2, "both workers")

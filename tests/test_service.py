@@ -18,7 +18,7 @@ import warnings
 import psutil
 import pytest
 import yaml
-from _service import begun, cryodask, environment_of_tests, holder, journal, open_to_others, program, wait
+from _service import begun, cryodask, cryodask_process, environment_of_tests, holder, journal, open_to_others, program, wait
 from distributed import Client
 from distributed.core import Server
 
@@ -61,7 +61,7 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def started(home):
     """What the command said that started the service ``box``."""
-    return cryodask("cluster", "start", str(home / "box.yaml"))
+    return cryodask_process("cluster", "start", str(home / "box.yaml"))
 
 
 @pytest.fixture

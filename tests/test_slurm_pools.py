@@ -41,7 +41,7 @@ _POOLS = {
 }
 
 
-def wait(condition, what, seconds=60):
+def wait(condition, what, seconds=180):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not within {seconds} s"

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slurm
 _ONE = {"memory": "800MiB", "partition": "cpu"}
 
 
-def wait(condition, what, seconds=60):
+def wait(condition, what, seconds=180):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
