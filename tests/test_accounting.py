@@ -489,13 +489,13 @@ def test_since_counts_from_the_hour_on(tmp_path):
 
 # --- the pages -------------------------------------------------------------------------------------------------------------------
 def page(cluster, path):
-    with urllib.request.urlopen(cluster.dashboard_link.replace("/status", path), timeout=20) as answer:
+    with urllib.request.urlopen(cluster.dashboard_link.replace("/status", path), timeout=120) as answer:
         return answer.read().decode()
 
 
 @pytest.fixture(scope="module")
 def with_pages():
-    with workers(processes=False) as cluster:
+    with workers(processes=False, protocol="tcp", host="127.0.0.1") as cluster:
         yield cluster, attached(cluster)
 
 
@@ -505,7 +505,7 @@ def test_prometheus_reads_what_was_used(with_pages):
         with get_task_stream(client) as stream:
             client.gather(client.map(nap, range(12), pure=False))
         with pytest.raises(ZeroDivisionError):
-            client.submit(lambda: 1 / 0).result(20)
+            client.submit(lambda: 1 / 0).result(120)
         text = page(cluster, "/cryodask/metrics")
         values = {}
         for line in text.splitlines():

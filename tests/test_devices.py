@@ -154,7 +154,12 @@ def test_items_that_wait_for_gpus_which_others_keep_go_to_a_cpu_while_a_session_
     monkeypatch.setattr(map_module, "_GPU_PATIENCE_SECONDS", 1.0)
     said = []
     with Client(gpu_client.scheduler.address, name="learning/ben", set_as_default=False) as other:
-        kept = [other.submit(time.sleep, 25, resources={"GPU": 1}, pure=False) for _ in range(2)]
+
+        def keep(path):
+            while not os.path.exists(path):
+                time.sleep(0.05)
+
+        kept = [other.submit(keep, str(tmp_path / "go"), resources={"GPU": 1}, pure=False) for _ in range(2)]
         while sum(map(len, gpu_client.processing().values())) < 2:
             time.sleep(0.05)
         job = FaultyJob(tmp_path, seconds=0.05)
@@ -169,7 +174,8 @@ def test_items_that_wait_for_gpus_which_others_keep_go_to_a_cpu_while_a_session_
         assert counts == {"seen": 8, "done": 8, "quarantined": 0, "running": 0, "waiting": 0}
         assert {r["device"] for r in _records(tmp_path)} == {"cpu"}
         assert "no GPU became free: it goes to a CPU" in said
-        del kept
+        (tmp_path / "go").touch()
+        other.gather(kept)
 
 
 @pytest.mark.slurm

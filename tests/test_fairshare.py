@@ -22,21 +22,21 @@ from cryodask.cluster.fairshare import FairShareScheduler
 
 
 # --- shares ------------------------------------------------------------------------------------------------------------------------
-async def _roots(c: Client, lane: str, seconds: float = 0.1):
-    return c.map(sleep, range(1200), [seconds] * 1200, key=lane, pure=False)
+async def _roots(c: Client, lane: str, seconds: float = 0.2):
+    return c.map(sleep, range(800), [seconds] * 800, key=lane, pure=False)
 
 
-async def _in_memory(c: Client, lane: str, seconds: float = 0.1):
-    inputs = await c.scatter(list(range(1200)), hash=False)
-    return [inputs, c.map(sleep, range(1200), [seconds] * 1200, inputs, key=lane, pure=False)]
+async def _in_memory(c: Client, lane: str, seconds: float = 0.2):
+    inputs = await c.scatter(list(range(800)), hash=False)
+    return [inputs, c.map(sleep, range(800), [seconds] * 800, inputs, key=lane, pure=False)]
 
 
 async def _with_resources(c: Client, lane: str):
-    return c.map(sleep, range(1200), [0.1] * 1200, key=lane, pure=False, resources={"GPU": 1})
+    return c.map(sleep, range(800), [0.2] * 800, key=lane, pure=False, resources={"GPU": 1})
 
 
 async def _restricted(c: Client, lane: str):
-    return c.map(sleep, range(1200), [0.1] * 1200, key=lane, pure=False, workers=["w0", "w1"])
+    return c.map(sleep, range(800), [0.2] * 800, key=lane, pure=False, workers=["w0", "w1"])
 
 
 @pytest.mark.parametrize("flood", [_roots, _in_memory, _with_resources, _restricted])

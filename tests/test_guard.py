@@ -104,7 +104,7 @@ async def _only_refused(tmp_path, call, then_for_owner) -> None:
                 with suppress(CommClosedError) if call is CALLS["shutdown"] else nullcontext():
                     await call(owner, mine, worker)
                 if call is CALLS["shutdown"]:
-                    await asyncio.wait_for(scheduler.finished(), 20)
+                    await asyncio.wait_for(scheduler.finished(), 120)
 
 
 @pytest.mark.parametrize("call", CALLS)

@@ -201,11 +201,11 @@ def test_a_job_whose_results_nobody_takes_in_time_works_on_and_goes_later(on_slu
         (job,) = (name for name in cluster.workers if name == cluster.scheduler.workers[first].name)
         wait(lambda: any("it holds 1 results, others did not take them within 20 s" in text for _, _, text in cluster.events), "its end")
         assert job in next(text for _, _, text in cluster.events if "it stays for now" in text)
-        assert client.submit(pow, 2, 3, workers=[first]).result(20) == 8
+        assert client.submit(pow, 2, 3, workers=[first]).result(120) == 8
         go.touch()
         wait(lambda: cluster.pool_status()["cpu"].workers == 1, "the end of the job")
         wait(lambda: len(on_slurm.jobs()) == 1, "and of Slurm's")
-        assert held.result(20) == "handed over"
+        assert held.result(120) == "handed over"
         assert ran.read_text() == "x"
         assert cluster.pool_status()["cpu"].lost == 0
 
@@ -230,7 +230,7 @@ def test_a_watcher_that_loses_a_cancellation_ends_all_the_same():
     async def scenario():
         watcher = asyncio.create_task(loses_one())
         await asyncio.sleep(0)
-        await asyncio.wait_for(pool_jobs._end({watcher}), 20)
+        await asyncio.wait_for(pool_jobs._end({watcher}), 120)
         assert watcher.cancelled()
 
     asyncio.run(scenario())

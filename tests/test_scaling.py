@@ -326,7 +326,7 @@ def test_a_burst_brings_jobs_and_idleness_takes_them_away_without_computing_anyt
         wait(lambda: len(on_slurm.jobs()) == 1, "the end of their jobs")
         assert client.gather(futures) == [i * i for i in range(60)]
         assert len((tmp_path / "ran").read_text().split()) == 60
-        assert (on_gpu.result(10), cluster.pool_status()["cpu"].lost) == ("0", 0)
+        assert (on_gpu.result(120), cluster.pool_status()["cpu"].lost) == ("0", 0)
         with pytest.raises(ClusterError, match="between 1 and 4"):
             cluster.scale_pool(cpu=5)
         used = {row["pool"]: row for row in cluster.usage(by=["pool"])}

@@ -51,6 +51,7 @@ def session(folder: Path, movies: int = 3, pipeline=STEPS, size: int = 128, **mo
     for number in range(movies):
         movie(folder, number, size)
     content = {"name": "p", "inputs": {"movies": "movies/*.tif"}, "microscope": MICROSCOPE, "pipeline": pipeline, "workers": 2, **more}
+    content = {name: value for name, value in content.items() if value is not None}
     (folder / "p.yaml").write_text(yaml.safe_dump(content))
     return folder / "p.yaml"
 

@@ -250,12 +250,13 @@ def test_a_movie_that_is_written_again_during_the_session_is_processed_again(tmp
     np.testing.assert_array_equal(project.generation("ingest").read(records[row], "movie").read(), _frames(77))
 
 
-def test_five_thousand_names_arrive_over_time_and_every_one_is_accounted_for(tmp_path, client):
+@pytest.mark.parametrize("count", [1000, pytest.param(5000, marks=pytest.mark.slow)])
+def test_many_names_arrive_over_time_and_every_one_is_accounted_for(tmp_path, client, count):
     plan = _plan(tmp_path)
     job = FaultyJob(tmp_path / "job", {})
     (tmp_path / "job").mkdir()
     project = Project.create(plan.folder, "live")
-    arrivals = Arrivals(plan, project, Until(movies=5000), lambda text: None, poll_seconds=0.2)
+    arrivals = Arrivals(plan, project, Until(movies=count), lambda text: None, poll_seconds=0.2)
     arrivals.expected_frames = {1}
     header = bytearray(1024)
     struct.pack_into("<4i", header, 0, 4, 4, 1, 0)
@@ -264,7 +265,7 @@ def test_five_thousand_names_arrive_over_time_and_every_one_is_accounted_for(tmp
     header[212:216] = bytes([0x44, 0x44, 0, 0])
 
     def camera() -> None:
-        for number in range(5000):
+        for number in range(count):
             (tmp_path / "movies" / f"x{number:05d}.mrc").write_bytes(bytes(header) + number.to_bytes(16, "little"))
             if number % 50 == 0:
                 time.sleep(0.1)
@@ -287,6 +288,6 @@ def test_five_thousand_names_arrive_over_time_and_every_one_is_accounted_for(tmp
     thread.start()
     counts = runner.run(source())
     thread.join()
-    assert counts == {"seen": 5000, "done": 5000, "quarantined": 0, "running": 0, "waiting": 0}
+    assert counts == {"seen": count, "done": count, "quarantined": 0, "running": 0, "waiting": 0}
     assert all(c["seen"] == c["done"] + c["quarantined"] + c["running"] + c["waiting"] for c in looks)
     assert max(c["running"] for c in looks) <= runner.window
