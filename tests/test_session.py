@@ -82,7 +82,7 @@ def story(events) -> list:
 
 # --- one story ---------------------------------------------------------------------------------------------------------------
 def test_command_python_and_notebook_leave_equal_results_events_and_reports(tmp_path, client):
-    ways = {name: session(tmp_path / name) for name in ("command", "python", "client")}
+    ways = {name: session(tmp_path / name, workers=1) for name in ("command", "python", "client")}
     done = subprocess.run([*COMMAND, "run", str(ways["command"]), "--json"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     printed = [json.loads(line) for line in done.stdout.splitlines()]
@@ -106,7 +106,7 @@ def test_command_python_and_notebook_leave_equal_results_events_and_reports(tmp_
 
 
 def test_an_input_that_is_wrong_a_strict_run_and_what_each_says(tmp_path, client):
-    path = session(tmp_path)
+    path = session(tmp_path, workers=None, cluster=client.scheduler.address)
     (tmp_path / "movies" / "m001.tif").write_bytes(b"II*\0broken")
     told = Told()
     with pytest.raises(Quarantined, match=r"1 exposure is "):
