@@ -35,7 +35,7 @@ def test_a_task_with_large_needs_is_not_starved_by_a_flood_of_small_ones():
             await b_sent
             assert begun_between(known, begun("b")) <= 12, "those that were sent ahead and a few more, of a flood of 120"
             await a.gather(flood)
-            del flood
+            del flood, b_sent
             await until_clean(scheduler)
 
     run(scenario)
