@@ -251,10 +251,13 @@ def refined(project):
 
 @pytest.mark.slurm
 def test_sessions_of_every_kind_run_beside_each_other_and_a_second_start_leaves_them_alone(facility, slurm, tmp_path, monkeypatch):
-    """The blueprint ``mixed``, and with it the session of ``image-analysis``."""
+    """The blueprint ``mixed``, and with it the session of ``image-analysis``, with fewer iterations."""
     content, other = (yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in ("mixed", "image-analysis"))
     content["sessions"] |= other["sessions"]
     content["profiles"]["test"]["sessions"] |= other["profiles"]["test"]["sessions"]
+    fewer = [{"classify2d": {"classes": 2, "iterations": 2}}, {"ab_initio": {"symmetry": "D2", "restarts": 1, "steps": 12}}]
+    fewer += [{"refine3d": {"symmetry": "D2", "iterations": 2}}, "mask", "postprocess"]
+    content["profiles"]["test"]["sessions"]["refinement"]["project"]["pipeline"] = fewer
     (tmp_path / "mixed.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     said = facility(tmp_path / "mixed.yaml")
     assert "krios1: Slurm job" in said

@@ -15,8 +15,8 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 LESS = {
     "processes=2)": "processes=1)",
-    "movies=6, ": "movies=4, height=512, width=512, frames=6, dose_per_frame=5, particles=10, ",
-    "dose_per_frame: 1.667}": "dose_per_frame: 5}",
+    "movies=6, ": "movies=6, height=512, width=512, frames=6, dose_per_frame=40 / 6, particles=11, ",
+    "dose_per_frame: 1.667}": "dose_per_frame: 6.667}",
     "classify2d: {classes: 6}": "classify2d: {classes: 2, iterations: 3}",
     "restarts: 2}": "restarts: 1, steps: 10}",
     "symmetry: D2, iterations: 5}": "symmetry: D2, iterations: 1}",
