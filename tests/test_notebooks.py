@@ -20,7 +20,7 @@ LESS = {
     "classify2d: {classes: 6}": "classify2d: {classes: 2, iterations: 3}",
     "restarts: 2}": "restarts: 1, steps: 10}",
     "symmetry: D2, iterations: 5}": "symmetry: D2, iterations: 1}",
-    "MOVIES = 24": "MOVIES = 4",
+    "MOVIES = 24": "MOVIES = 8",
     "while session.is_alive() or len(training) < 15:": "while len(training) < 2:",
     "* 420,": "* 12,",
     "range(48)": "range(4)",
