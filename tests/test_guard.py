@@ -253,6 +253,8 @@ def test_names_of_datasets_and_metadata_stay_with_who_took_them(tmp_path):
                 await anna.set_metadata(["bert", "a"], 2)
             with pytest.raises(PermissionError, match="every client reads"):
                 await anna.log_event("warn", {"message": pickle.dumps("boo")})
+            with pytest.raises(PermissionError, match="every client reads"):
+                await anna.log_event("cryodask-reports-of-bert", {"fraction": 1.0})
             assert await anna.get_dataset("table") == 1
             await bert.unpublish_dataset("table")
             await anna.publish_dataset(table=2)
