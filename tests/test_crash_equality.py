@@ -14,7 +14,6 @@ import numpy as np
 import psutil
 import pytest
 from _once import simulated
-from distributed import Client
 
 from cryodask.run.recipe import make_plan
 from cryodask.run.session import run_plan
@@ -54,25 +53,25 @@ def session(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    with ProcessCluster(2) as made:
+@pytest.fixture(scope="module", params=[4, pytest.param(1, marks=pytest.mark.slow)], ids=lambda threads: f"{threads} threads")
+def cluster(request):
+    with ProcessCluster(2, threads=request.param) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
-def undisturbed(session, cluster, tmp_path_factory) -> dict[tuple[str, int], tuple[int, tuple[int, ...]]]:
-    folder = prepared(session, tmp_path_factory.mktemp("undisturbed"), cluster)
-    with Client(cluster.address, set_as_default=False) as client:
-        run_plan(make_plan(folder / "tiny.yaml"), client)
+def undisturbed(session, client, tmp_path_factory) -> dict[tuple[str, int], tuple[int, tuple[int, ...]]]:
+    """Of workers with one thread each."""
+    folder = prepared(session, tmp_path_factory.mktemp("undisturbed"), client.scheduler.address)
+    run_plan(make_plan(folder / "tiny.yaml"), client)
     return contents(folder)
 
 
-def prepared(session: Path, folder: Path, cluster: ProcessCluster) -> Path:
-    """A folder in which the tiny session is to be processed on the workers of ``cluster``."""
+def prepared(session: Path, folder: Path, address: str) -> Path:
+    """A folder in which the tiny session is to be processed on the workers of a scheduler."""
     for source in ("movies", "gain.mrc", "truth"):
         os.symlink(session / source, folder / source)
-    (folder / "tiny.yaml").write_text(PROJECT.format(address=cluster.address))
+    (folder / "tiny.yaml").write_text(PROJECT.format(address=address))
     return folder
 
 
@@ -114,7 +113,7 @@ def place(folder: Path) -> str:
 def check_equality(chaos: Chaos, session: Path, folder: Path, undisturbed, strikes: dict[str, int]) -> None:
     """Kill and resume a run in ``folder``; it must end, be whole, blame nobody, and hold what an undisturbed one holds."""
     folder.mkdir()
-    prepared(session, folder, chaos.cluster)
+    prepared(session, folder, chaos.cluster.address)
     chaos.run(COMMAND, folder, strikes=strikes, pause_seconds=(0.1, 1.0), place=lambda: place(folder))
     assert [p for p in Project(folder / "tiny").verify() if "harmless" not in p] == []
     assert failures(folder) == []
@@ -146,7 +145,7 @@ def test_killed_once_by_each_kind_of_death_in_map_and_block_stages_and_resumed_g
 
 
 def test_a_run_that_was_stopped_and_overtaken_ends_with_its_own_status_and_changes_no_bit(session, cluster, undisturbed, tmp_path):
-    folder = prepared(session, tmp_path, cluster)
+    folder = prepared(session, tmp_path, cluster.address)
     drivers: list[subprocess.Popen[bytes]] = []
 
     def start() -> subprocess.Popen[bytes]:
@@ -195,7 +194,7 @@ def test_a_run_that_was_stopped_and_overtaken_ends_with_its_own_status_and_chang
 @pytest.mark.parametrize("where", ["map", "blocks"])
 def test_a_scheduler_that_is_gone_ends_the_driver_with_the_reason_and_the_next_run_goes_on(where, session, undisturbed, tmp_path):
     with ProcessCluster(2) as cluster:
-        folder = prepared(session, tmp_path, cluster)
+        folder = prepared(session, tmp_path, cluster.address)
         with open(folder / "said", "wb") as said:
             driver = subprocess.Popen(COMMAND, cwd=folder, stdout=said, stderr=said)
         try:

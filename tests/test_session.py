@@ -188,39 +188,48 @@ def slow(tmp_path, monkeypatch):
         yield made, begun
 
 
-@pytest.mark.parametrize("moment", random.Random(7).sample(range(1, 8), 2))
-def test_a_stopped_watch_finishes_what_is_in_flight_and_nothing_else(tmp_path, slow, moment, monkeypatch):
+def test_a_watch_that_is_stopped_at_ten_moments_finishes_what_is_in_flight_and_nothing_else(tmp_path, slow, monkeypatch):
+    """40 movies wait, two threads process them; each time the watch goes on where it was."""
     client, begun = slow
-    monkeypatch.setenv("CRYODASK_TEST_MOMENT", str(moment))
-    path = session(tmp_path, 40, ["ingest", "slow_sum"])
-    plan = make_plan(path)
+    plan = make_plan(session(tmp_path, 40, ["ingest", "slow_sum"]))
+    random_ = random.Random(7)
+    before = 0
 
-    def stop() -> None:
+    def stop_when(moment: int) -> None:
         while len(list(begun.iterdir())) < moment:
-            time.sleep(0.02)
+            time.sleep(0.01)
         stop = plan.folder / "stop"
         stop.touch()
         while stop.exists():
-            time.sleep(0.02)
+            time.sleep(0.01)
         (tmp_path / "noticed").touch()
 
-    threading.Thread(target=stop, daemon=True).start()
-    told = Told()
-    with pytest.raises(Stopped, match="the file stop"):
-        run_plan(plan, client, watch=Until(idle_seconds=60), listen=[told])
-    number = len(list(begun.iterdir()))
-    done = sum(isinstance(e, ExposureCommitted) for e in told.events)
-    # two threads: what was begun when the file came, and what they began until the workers were told
-    assert moment <= number <= moment + 4
-    assert done == number, "whatever was begun was finished and told"
-    assert told.events[-1].status == 130
-    project = Project(plan.folder)
-    assert len(project.generation("slow_sum").committed()) == number
-    assert project.verify() == []
-    assert project.failures() == []
-    assert not (plan.folder / "stop").exists()
-    finished = [label for e in told.events if isinstance(e, StepFinished) for label in e.steps]
-    assert finished == [], "no step is finished, and none after it was begun"
+    for _ in range(10):
+        moment = before + random_.randint(1, 3)
+        monkeypatch.setenv("CRYODASK_TEST_MOMENT", str(moment))
+        (tmp_path / "noticed").unlink(missing_ok=True)
+        stopping = threading.Thread(target=stop_when, args=(moment,), daemon=True)
+        stopping.start()
+        told = Told()
+        with pytest.raises(Stopped, match="the file stop"):
+            run_plan(plan, client, watch=Until(idle_seconds=60), listen=[told])
+        stopping.join(60)
+        number = len(list(begun.iterdir()))
+        # two threads: what was begun when the file came, and what they began until the workers were told
+        assert moment <= number <= moment + 4
+        done = sum(isinstance(e, ExposureCommitted) for e in told.events)
+        assert done == number - before, "whatever was begun was finished and told"
+        assert told.events[-1].status == 130
+        project = Project(plan.folder)
+        assert len(project.generation("slow_sum").committed()) == number
+        assert project.verify() == []
+        assert project.failures() == []
+        finished = [label for e in told.events if isinstance(e, StepFinished) for label in e.steps]
+        assert finished == [], "no step is finished, and none after it was begun"
+        before = number
+    project = run_plan(plan, client)
+    assert len(project.generation("slow_sum").committed()) == 40
+    assert len(list(begun.iterdir())) == 40, "nothing was begun twice"
 
 
 def test_ctrl_c_in_a_step_over_a_set_ends_after_the_iteration_and_goes_on_from_there(tmp_path, client):

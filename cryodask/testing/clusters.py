@@ -23,7 +23,7 @@ _START_SECONDS = 120.0
 
 
 class ProcessCluster:
-    """One ``dask scheduler`` and some ``dask worker`` with one thread and a nanny each; a context manager that cleans up.
+    """One ``dask scheduler`` and some ``dask worker`` with a nanny each; a context manager that cleans up.
 
     Parameters
     ----------
@@ -37,8 +37,8 @@ class ProcessCluster:
     workers and nannies leave, as in any Dask cluster.
     """
 
-    def __init__(self, workers: int = 2, *, memory: str = "auto") -> None:
-        self._count, self._memory = workers, memory
+    def __init__(self, workers: int = 2, *, memory: str = "auto", threads: int = 1) -> None:
+        self._count, self._memory, self._threads = workers, memory, threads
         self._folder = tempfile.TemporaryDirectory(prefix="cryodask-cluster-")
         self._scheduler_file = Path(self._folder.name) / "scheduler.json"
         self._scheduler: subprocess.Popen[bytes] | None = None
@@ -106,7 +106,7 @@ class ProcessCluster:
         self._nannies = alive
         for _ in range(self._count - len(alive)):
             scratch = tempfile.mkdtemp(dir=self._folder.name)
-            own = ["--nanny", "--nthreads", "1", "--memory-limit", self._memory, "--local-directory", scratch]
+            own = ["--nanny", "--nthreads", str(self._threads), "--memory-limit", self._memory, "--local-directory", scratch]
             self._nannies.append(self._start("worker", self.address, *own, "--host", "127.0.0.1", "--dashboard-address", "127.0.0.1:0"))
 
     def _wait_for_address(self, scheduler: subprocess.Popen[bytes]) -> str:
