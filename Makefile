@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # compiled modules make workers start in 2 s instead of 7 s
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: venv system demo test test-oldest test-all check bench clean
+.PHONY: venv system demo test test-oldest test-newest test-newest-here test-all check bench clean
 
 venv: $(VENV)/.ready
 
@@ -39,16 +39,39 @@ check: venv
 # most tests wait, for workers, jobs and faults: three at a time keep two cores busy
 TOGETHER := -n 3 --dist loadfile --no-loadscope-reorder
 
-test:
-	$(MAKE) -j 2 venv system
-	$(MAKE) -j 2 check test-oldest
+test: venv system check
 	$(BIN)/python -m pytest $(TOGETHER) -m "not slow"
 
-# lanes lean on parts of distributed that are not documented: the oldest version that pyproject.toml admits beside the newest
-OLDEST := 2025.7.0
-test-oldest: venv
-	test -d $(VENV)/oldest || $(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/oldest dask==$(OLDEST) distributed==$(OLDEST)
-	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest tests/test_contract_of_distributed.py tests/test_fairshare_edges.py tests/test_streams.py
+# the same tests, without Slurm, among other packages: the oldest that pyproject.toml admits, and the newest there are on the newest Python
+FAST := -m "not slow and not slurm"
+OLDEST := $(VENV)/oldest
+NEWEST := $(VENV)/newest
+NEWEST_PYTHON ?= $(shell for p in python3.13 $$HOME/.pyenv/versions/3.13*/bin/python; do $$p -c '' 2>/dev/null && echo $$p && break; done)
+
+test-oldest: $(OLDEST)/.ready
+	CRYODASK_TESTS_OLDEST=1 PATH=$(abspath $(OLDEST)/bin):$$PATH $(OLDEST)/bin/python -m pytest $(TOGETHER) $(FAST)
+
+test-newest:
+	@if [ -n "$(NEWEST_PYTHON)" ]; then $(MAKE) test-newest-here; else echo "NOT tested: there is no Python 3.13 (NEWEST_PYTHON=...)"; fi
+
+test-newest-here: $(NEWEST)/.ready
+	PATH=$(abspath $(NEWEST)/bin):$$PATH $(NEWEST)/bin/python -m pytest $(TOGETHER) $(FAST)
+	rm -rf $(NEWEST)/demo && $(NEWEST)/bin/cryodask demo $(NEWEST)/demo --movies 6
+
+# torch first: what uv would take by itself is a build for CUDA, of gigabytes, where there is another
+define packages
+	$(BIN)/python -m pip --python $(1)/bin/python install --quiet --no-compile --no-deps $(3) $(TORCH_INDEX)
+	$(BIN)/uv pip install --quiet --python $(1)/bin/python --resolution $(2) --editable '.[test,notebook]'
+	touch $(1)/.ready
+endef
+
+$(OLDEST)/.ready: pyproject.toml | venv
+	$(BIN)/python -m venv --clear --without-pip $(OLDEST)
+	$(call packages,$(OLDEST),lowest-direct,$(shell grep '^torch==' constraints.txt))
+
+$(NEWEST)/.ready: pyproject.toml | venv
+	$(NEWEST_PYTHON) -m venv --clear --without-pip $(NEWEST)
+	$(call packages,$(NEWEST),highest,torch)
 
 test-all: venv system check
 	$(BIN)/python -m pytest $(TOGETHER)

@@ -24,7 +24,7 @@ _PREFIX = "cryodask-scratch-"
 _LINES_QUOTED, _CHARACTERS_QUOTED = 12, 1200
 
 
-def _ignored(fraction: float, figures: dict[str, float]) -> None:
+def no_report(fraction: float, figures: dict[str, float]) -> None:
     """Default ``on_report``: discard the report."""
 
 
@@ -52,7 +52,7 @@ class Context:
     threads: int = 1
     log: Path | None = None
     programs: Mapping[Program, str] = field(default_factory=dict)
-    on_report: Callable[[float, dict[str, float]], None] = _ignored
+    on_report: Callable[[float, dict[str, float]], None] = no_report
     _scratch: _Scratch | None = field(default=None, init=False, repr=False)
     _ran: int = field(default=0, init=False, repr=False)
 

@@ -41,7 +41,8 @@ class Output:
     ``on``: port whose product it extends or takes from (None: it is new; particles are born here). ``subset``: some of the
     particles or exposures of ``on``. ``partition``: all of them, in classes; a later step must say which. ``copies``: "expand" or
     "contract". ``frame``: "same" (as port ``map``, else as the poses), "new", "unknown", "flipped", "to" (that of port ``to``), or
-    "as:STEP". ``drops``: parts that no longer hold.
+    "as:STEP". ``drops``: parts that no longer hold. What files say before they are imported: ``pixel_sizes`` of the micrographs,
+    Angstrom, and the ``image`` of all particles (edge in pixels, pixel size in Angstrom).
     """
 
     name: str
@@ -55,6 +56,8 @@ class Output:
     subtracted: bool = False
     frame: str = ""
     drops: tuple[str, ...] = ()
+    pixel_sizes: frozenset[float] = frozenset()
+    image: tuple[int, float] | None = None
 
 
 Outputs = Callable[[Any], tuple[Output, ...]]

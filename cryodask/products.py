@@ -7,6 +7,7 @@ because types and columns alone cannot tell a valid pipeline from an invalid one
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -111,10 +112,10 @@ class ImageFact:
     size: int | None
     pixel_size_angstrom: float | None
 
-    @property
-    def kind(self) -> tuple[float | None, int | None, float | None]:
-        """What two sets must share for their images to form one stack."""
-        return self.box, self.size, self.pixel_size_angstrom
+    def is_like(self, other: ImageFact) -> bool:
+        """Whether images of two sets can form one stack, as far as known."""
+        ours, theirs = ((i.box, i.size or i.box, i.pixel_size_angstrom) for i in (self, other))
+        return all(a is None or b is None or math.isclose(a, b, rel_tol=1e-3) for a, b in zip(ours, theirs))
 
 
 @dataclass(frozen=True)

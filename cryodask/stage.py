@@ -29,12 +29,11 @@ import inspect
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-from pydantic import BaseModel, ConfigDict
+from typing import TYPE_CHECKING, Any, Literal
 
 from cryodask.context import Context
 from cryodask.errors import PluginError, ProgramMissingError
+from cryodask.parameters import ChoiceMark, EffortMark, InputFile, InputFileMark, Params, SourceFile, SourceFileMark, ThresholdMark
 from cryodask.plugins import Plugins
 from cryodask.ports import Check, Output, Outputs, Port, derived_outputs, derived_ports, port
 from cryodask.programs import Program
@@ -56,8 +55,9 @@ from cryodask.stage_functions import (
 from cryodask.vocabulary import VARIABLES, Var
 
 __all__ = [
-    "BlockFunctions", "Columns", "Context", "ExposureView", "Frames", "Metrics", "Output", "Params", "ParticleBlock", "ParticleSet",
-    "Picture", "Port", "Program", "Resources", "SetView", "Stage", "State", "Sums", "TournamentFunctions", "port", "stage",
+    "BlockFunctions", "ChoiceMark", "Columns", "Context", "EffortMark", "ExposureView", "Frames", "InputFile", "InputFileMark", "Metrics",
+    "Output", "Params", "ParticleBlock", "ParticleSet", "Picture", "Port", "Program", "Resources", "SetView", "SourceFile",
+    "SourceFileMark", "Stage", "State", "Sums", "ThresholdMark", "TournamentFunctions", "port", "stage",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -67,47 +67,6 @@ Shape = Literal["map", "blocks", "tournament", "whole", "set"]
 Sizes = dict[str, int]
 Version = int | str
 """Version of a stage; a string if it includes versions of programs."""
-
-
-class InputFileMark:
-    """Marks a parameter that names a file whose content, not name, enters the key."""
-
-
-InputFile = Annotated[str, InputFileMark()]
-
-
-class SourceFileMark:
-    """Marks a parameter that names a file or folder from which the plan makes exposures or particles; its name enters the key."""
-
-
-SourceFile = Annotated[str, SourceFileMark()]
-
-
-@dataclass(frozen=True)
-class ChoiceMark:
-    """Marks a parameter with manually chosen class numbers, which belong to one classification.
-
-    ``numbers`` extracts them from a value that is not a list: part of the particles (``class2d``, ``class3d``) -> numbers.
-    """
-
-    numbers: Callable[[Any], Mapping[str, Sequence[int]]] | None = None
-
-
-class ThresholdMark:
-    """Marks the parameter of a picker that decides which peaks are accepted: a score, or "auto" for ``pick_threshold`` of the exposure.
-
-    All peaks are stored with their scores, so it changes no identity and is not part of the key.
-    """
-
-
-class EffortMark:
-    """Marks a parameter that limits time or memory but does not affect the result; it is not part of the key."""
-
-
-class Params(BaseModel):
-    """Base of the parameters of every stage: frozen, and unknown names are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 @dataclass(frozen=True)

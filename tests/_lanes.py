@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -32,6 +33,7 @@ class _Recorder(SchedulerPlugin):
 async def cluster(workers: int = 2, threads: int = 1, resources: dict | None = None, **options) -> AsyncIterator[FairShareScheduler]:
     LOG.clear()
     LATE.clear()
+    GATE.clear()
     settings = {
         "distributed.worker.memory.terminate": False,
         "distributed.worker.memory.pause": False,
@@ -53,6 +55,7 @@ async def cluster(workers: int = 2, threads: int = 1, resources: dict | None = N
                 yield scheduler
             finally:
                 watch.cancel()
+                GATE.set()
                 for worker in made:
                     await worker.close(nanny=False)
 
@@ -79,7 +82,7 @@ def longest(lane: str) -> float:
     return max(stop - begin for name, begin, stop in LOG if name.startswith(lane))
 
 
-async def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
+async def until(condition: Callable[[], object], seconds: float = 120.0) -> None:
     """Wait for what must come, however long this machine takes."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -109,6 +112,16 @@ def sleep(number: int, seconds: float = 0.1, *inputs) -> int:
     return number
 
 
+GATE = threading.Event()
+"""Opened at the end of each cluster; tasks that are held end when a test opens it."""
+
+
+def held(number: int, *inputs) -> int:
+    """Runs until the gate is open (workers are in this process)."""
+    assert GATE.wait(300)
+    return number
+
+
 def is_clean(scheduler: FairShareScheduler) -> None:
     assert not scheduler.tasks
     assert len(scheduler.queued) == 0
@@ -123,10 +136,7 @@ def is_clean(scheduler: FairShareScheduler) -> None:
 
 
 async def until_clean(scheduler: FairShareScheduler) -> None:
-    for _ in range(100):
-        if not scheduler.tasks:
-            break
-        await asyncio.sleep(0.05)
+    await until(lambda: not scheduler.tasks)
     is_clean(scheduler)
 
 
@@ -155,4 +165,4 @@ async def have_shares(lanes: str, wanted: list[float], seconds: float = 3.0, wit
 
 
 def run(scenario: Callable[[], object]) -> None:
-    asyncio.run(asyncio.wait_for(scenario(), 120))  # type: ignore[arg-type]
+    asyncio.run(asyncio.wait_for(scenario(), 400))  # type: ignore[arg-type]

@@ -59,11 +59,11 @@ def person(scheduler: GuardedScheduler, folder: Path | None, name: str, lane: st
 
 
 @contextmanager
-def warned(*all_of: str) -> Iterator[None]:
-    """Within, a client is shown warnings that hold each of these words."""
+def warned(*all_of: str) -> Iterator[list[warnings.WarningMessage]]:
+    """Within, a client is shown warnings that hold each of these words; gives those that it has been shown so far."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        yield
+        yield seen
     said = [str(w.message) for w in seen]
     for words in all_of:
         assert any(words in one for one in said), f"{words!r} is not in {said}"

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 import yaml
@@ -79,19 +78,18 @@ def test_without_the_extra_for_images_its_name_is_said(words, home, request):
     assert 'pip install "cryodask[em]"' in done.stderr
 
 
-def test_the_driver_of_a_cluster_that_this_account_does_not_know_fails_at_once(home):
-    start = time.monotonic()
+def test_the_driver_of_a_cluster_that_this_account_does_not_know_fails_without_waiting_for_it(home):
     with pytest.raises(ClusterError, match="There is no cluster nosuch"):
-        drive(["true"], "nosuch", 5)
+        drive(["true"], "nosuch", 5, wait_seconds=3600.0)
     done = subprocess.run(
         [sys.executable, "-m", "cryodask.cluster.service.driver", "5", "true"],
         env={**os.environ, "CRYODASK_CLUSTER": str(home / "absent.invite")},
         capture_output=True,
         text=True,
+        timeout=300,  # of the six hours that it would wait
     )
     assert done.returncode == 1
     assert re.match(rf"There is no {home}/absent.invite", done.stderr)
-    assert time.monotonic() - start < 30
 
 
 def test_a_job_is_given_the_whole_path_of_an_invitation(home, monkeypatch):

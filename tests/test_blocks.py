@@ -6,12 +6,14 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from _particles import blob_map, simulate
+from distributed import Client, LocalCluster
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -68,14 +70,25 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return a.keys() == b.keys() and all(np.asarray(a[k]).tobytes() == np.asarray(b[k]).tobytes() for k in a)
 
 
+@pytest.fixture(scope="module")
+def three() -> Iterator[Client]:
+    """Three workers, to be killed: they come back."""
+    client = connect("local", workers=3)
+    yield client
+    close(client)
+
+
+@pytest.fixture(scope="module")
+def one() -> Iterator[Client]:
+    with LocalCluster(1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster, Client(cluster) as made:
+        yield made
+
+
 @pytest.mark.parametrize("workers", [1, 3])
-def test_the_bits_are_the_same_for_any_number_of_workers(workers, particles, alone, tmp_path):
-    client = connect("local", workers=workers)
-    try:
-        log = tmp_path / "log"
-        result = iterate_on_workers(client, "classify2d", Slow(log, 0.0), PARAMS, particles, {}, tmp_path / "checkpoints")
-    finally:
-        close(client)
+def test_the_bits_are_the_same_for_any_number_of_workers(workers, particles, alone, tmp_path, request):
+    log = tmp_path / "log"
+    client = request.getfixturevalue({1: "one", 3: "three"}[workers])
+    result = iterate_on_workers(client, "classify2d", Slow(log, 0.0), PARAMS, particles, {}, tmp_path / "checkpoints")
     assert same(result, alone)
     leaves = len(cut_leaves(particles.set, 1))
     assert len(done(log)) == 4 * leaves
@@ -84,7 +97,7 @@ def test_the_bits_are_the_same_for_any_number_of_workers(workers, particles, alo
     assert len({process for process, _ in homes}) == workers
 
 
-def test_a_killed_worker_costs_its_own_blocks_only_and_has_them_back_later(particles, alone, tmp_path):
+def test_a_killed_worker_costs_its_own_blocks_only_and_has_them_back_later(three, particles, alone, tmp_path):
     log = tmp_path / "log"
     victims: list[int] = []
 
@@ -98,18 +111,13 @@ def test_a_killed_worker_costs_its_own_blocks_only_and_has_them_back_later(parti
                 victims.append(twice[0])
             time.sleep(0.02)
 
-    client = connect("local", workers=2)
-    try:
-        client.run(__import__, "cryodask.stages.classify2d")
-        killer = threading.Thread(target=kill)
-        killer.start()
-        result = iterate_on_workers(
-            client, "classify2d", Slow(log, 0.3), PARAMS, particles, {}, tmp_path / "checkpoints",
-            on_iteration=lambda state, metrics: client.wait_for_workers(2, timeout=60),
-        )  # fmt: skip
-        killer.join()
-    finally:
-        close(client)
+    killer = threading.Thread(target=kill)
+    killer.start()
+    result = iterate_on_workers(
+        three, "classify2d", Slow(log, 0.3), PARAMS, particles, {}, tmp_path / "checkpoints",
+        on_iteration=lambda state, metrics: three.wait_for_workers(3, timeout=120),
+    )  # fmt: skip
+    killer.join()
     assert same(result, alone)
     leaves = len(cut_leaves(particles.set, 1))
     by_iteration = [[(process, first) for process, i, first in done(log) if i == iteration] for iteration in range(4)]

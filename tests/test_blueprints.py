@@ -1,4 +1,7 @@
-"""Blueprints: what they refuse, what they make, and each of the three shapes run to its end on a real Slurm."""
+"""Blueprints: what they refuse, what they make, and their sessions run to the end on a real Slurm: all kinds of them at once.
+
+The long suite runs each of the three blueprints as it stands.
+"""
 
 from __future__ import annotations
 
@@ -199,9 +202,9 @@ def facility(slurm, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     started = set()
 
-    def start(name, good=True):
-        words = ["blueprint", "start", str(CONFIGS / f"{name}.yaml"), "--profile", "test", "--folder", str(tmp_path)]
-        started.add(f"{name}-test")
+    def start(path, good=True):
+        words = ["blueprint", "start", str(path), "--profile", "test", "--folder", str(tmp_path)]
+        started.add(f"{path.stem}-test")
         done = subprocess.run([sys.executable, "-m", "cryodask.cli", *words], capture_output=True, text=True, timeout=240)
         assert (done.returncode == 0) == good, done.stdout + done.stderr
         return done.stdout + done.stderr
@@ -238,11 +241,27 @@ def task_seconds(name):
     return {row["lane"]: row["task_seconds"] for row in service.find(name).usage(by=("lane",))}
 
 
+def refined(project):
+    """Particles of elsewhere have become a map."""
+    assert project.particles().sizes["particle"] == 300
+    post = project["postprocess"].load()
+    assert post["sharpened_map"].shape == (48, 48, 48)
+    assert 11 <= float(post["resolution_angstrom"]) < 60
+
+
 @pytest.mark.slurm
-def test_preprocessing_takes_movies_of_two_microscopes_to_sorted_particles(facility, slurm, tmp_path, monkeypatch):
-    said = facility("preprocessing")
+def test_sessions_of_every_kind_run_beside_each_other_and_a_second_start_leaves_them_alone(facility, slurm, tmp_path, monkeypatch):
+    """The blueprint ``mixed``, and with it the session of ``image-analysis``, with fewer iterations."""
+    content, other = (yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in ("mixed", "image-analysis"))
+    content["sessions"] |= other["sessions"]
+    content["profiles"]["test"]["sessions"] |= other["profiles"]["test"]["sessions"]
+    fewer = [{"classify2d": {"classes": 2, "iterations": 2}}, {"ab_initio": {"symmetry": "D2", "restarts": 1, "steps": 12}}]
+    fewer += [{"refine3d": {"symmetry": "D2", "iterations": 2}}, "mask", "postprocess"]
+    content["profiles"]["test"]["sessions"]["refinement"]["project"]["pipeline"] = fewer
+    (tmp_path / "mixed.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    said = facility(tmp_path / "mixed.yaml")
     assert "krios1: Slurm job" in said
-    again = facility("preprocessing")
+    again = facility(tmp_path / "mixed.yaml")
     assert "already running as Slurm job" in again
     assert "follow:" not in again
     (tmp_path / "bin").mkdir()
@@ -250,33 +269,44 @@ def test_preprocessing_takes_movies_of_two_microscopes_to_sorted_particles(facil
     (tmp_path / "bin" / "squeue").chmod(0o755)
     with monkeypatch.context() as patch:
         patch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-        assert "Slurm does not answer" in facility("preprocessing", good=False)
-    assert sorted(slurm.run("squeue", "-h", "-o", "%j").split()).count("preprocessing-test-krios1") <= 1
+        assert "Slurm does not answer" in facility(tmp_path / "mixed.yaml", good=False)
+    assert sorted(slurm.run("squeue", "-h", "-o", "%j").split()).count("mixed-test-krios1") <= 1
+    assert stat.S_IMODE((tmp_path / "raw").stat().st_mode) == 0o2770
+    live, again, refinement = finished(tmp_path, "krios1", "again", "refinement")
+    refined(refinement)
+    mixed_has_run(tmp_path, live, again)
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_preprocessing_takes_movies_of_two_microscopes_to_sorted_particles(facility, tmp_path):
+    facility(CONFIGS / "preprocessing.yaml")
     for project in finished(tmp_path, "krios1", "arctica1"):
         curated = project["curate"]
         assert curated.sizes["particle"] >= 15
         assert "dropped_id" not in curated
         assert project.failures() == []
     assert set(task_seconds("preprocessing-test")) == {"live"}
-    assert stat.S_IMODE((tmp_path / "raw").stat().st_mode) == 0o2770
 
 
+@pytest.mark.slow
 @pytest.mark.slurm
 def test_image_analysis_takes_particles_of_elsewhere_to_a_map(facility, tmp_path):
-    facility("image-analysis")
-    (project,) = finished(tmp_path, "refinement")
-    assert project.particles().sizes["particle"] == 300
-    post = project["postprocess"].load()
-    assert post["sharpened_map"].shape == (48, 48, 48)
-    assert 11 <= float(post["resolution_angstrom"]) < 60
+    facility(CONFIGS / "image-analysis.yaml")
+    refined(*finished(tmp_path, "refinement"))
     assert task_seconds("image-analysis-test")["batch"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.slurm
 def test_mixed_runs_all_lanes_beside_each_other(facility, tmp_path):
-    facility("mixed")
-    live, again = finished(tmp_path, "krios1", "again")
+    facility(CONFIGS / "mixed.yaml")
+    mixed_has_run(tmp_path, *finished(tmp_path, "krios1", "again"))
+
+
+def mixed_has_run(tmp_path, live, again):
     assert live.particles().sizes["particle"] >= 15
+    assert live.failures() == again.failures() == []
     assert again["curate"].sizes["particle"] >= 15
     assert "dropped_id" not in again["curate"]
     deadline = time.monotonic() + 120

@@ -13,6 +13,7 @@ import mrcfile
 import numpy as np
 import pytest
 import xarray as xr
+from _once import simulated
 
 from cryodask.errors import GainError, InputError, ItemError
 from cryodask.formats import star
@@ -20,7 +21,7 @@ from cryodask.interop import export_relion
 from cryodask.report import write_report
 from cryodask.run.recipe import make_plan
 from cryodask.run.session import run_plan
-from cryodask.simulate import SessionParams, simulate_session
+from cryodask.simulate import SessionParams
 from cryodask.store.journal import content_crc
 from cryodask.store.project import Project
 
@@ -47,7 +48,7 @@ PARAMS = SessionParams(movies=6, height=512, width=512, frames=6, dose_per_frame
 @pytest.fixture(scope="module")
 def session(tmp_path_factory):
     folder = tmp_path_factory.mktemp("session")
-    simulate_session(folder, PARAMS, processes=2)
+    simulated(tmp_path_factory, folder, PARAMS)
     (folder / "tiny.yaml").write_text(PROJECT)
     return folder
 
@@ -192,13 +193,19 @@ def test_no_readable_input_at_all_stops_with_the_reason(client, tmp_path):
         run_plan(make_plan(tmp_path / "tiny.yaml"), client, until="motion")
 
 
-def test_the_example_of_the_readme_runs(session, tmp_path):
+def test_the_example_of_the_readme_runs(session, done, tmp_path):
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     example = re.search(r"```python\n(.*?)```", readme, re.S).group(1)
     for source in ("movies", "gain.mrc"):
         os.symlink(session / source, tmp_path / source)
+    # in a copy of a finished project nothing is computed again
     (tmp_path / "betagal.yaml").write_text(PROJECT.replace("name: tiny", "name: betagal"))
+    shutil.copytree(done.path, tmp_path / "betagal")
+    kept = {label: done.generation(label).key for label in ("motion", "curate")}
     (tmp_path / "example.py").write_text(example)
     shown = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert shown.returncode == 0, shown.stderr[-2000:]
     assert shown.stdout.strip().endswith("True")
+    again = Project(tmp_path / "betagal")
+    assert {label: again.generation(label).key for label in kept} == kept
+    assert {label: again.records(label) for label in kept} == {label: done.records(label) for label in kept}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import re
-import resource
 import subprocess
 import sys
 
@@ -25,17 +24,14 @@ def run(*words: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False, **options)
 
 
-def test_help_lists_every_command_and_starts_at_once():
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+def test_help_lists_every_command_and_loads_neither_torch_nor_distributed():
     shown = run("--help")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     for command in ("demo", "simulate", "run", "info", "verify", "gc", "import", "export", "report", "stages"):
         assert command in shown.stdout
     command = [sys.executable, "-X", "importtime", "-c", "import cryodask.cli"]
     loaded = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     assert "torch" not in loaded
     assert "distributed" not in loaded
-    assert after.ru_utime >= before.ru_utime
 
 
 def test_errors_are_sentences_not_tracebacks(tmp_path):

@@ -147,10 +147,10 @@ def test_a_missing_or_empty_output_is_an_error_of_the_item(says):
 
 def test_a_program_that_takes_too_long_ends_with_all_that_it_started(says, tmp_path):
     with says(f"sleep 1000 & echo $! > {tmp_path}/child; echo begun; wait") as context:
-        with pytest.raises(ProgramError, match=r"took longer than 0.5 s and was killed; (?s:.*)begun"):
-            context.run("says", [], timeout_seconds=0.5)
+        with pytest.raises(ProgramError, match=r"took longer than 5 s and was killed; (?s:.*)begun"):
+            context.run("says", [], timeout_seconds=5)
     child = int((tmp_path / "child").read_text())
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while Path(f"/proc/{child}").exists() and "State:\tZ" not in Path(f"/proc/{child}/status").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)

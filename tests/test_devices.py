@@ -65,16 +65,14 @@ def test_no_more_than_two_items_a_gpu_are_sent_and_at_least_one_where_there_is_a
     assert len(with_gpus(workers)) == sum(gpus > 0 for gpus, _ in given_gpus)
 
 
-def _device(number=0):
-    return os.environ.get("CUDA_VISIBLE_DEVICES")
-
-
-def _devices(client):
-    return sorted(client.run(_device).values())
-
-
 @pytest.mark.parametrize(("visible", "expected"), [(None, ["", "0", "1"]), ("5,GPU-3f,7", ["", "5", "GPU-3f"])])
 def test_local_workers_have_a_gpu_each_or_see_none(tmp_path, monkeypatch, visible, expected):
+    def device(number=0):  # inside a function it travels by value: workers need not import this module
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+    def devices():
+        return sorted(client.run(device).values())
+
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -82,19 +80,21 @@ def test_local_workers_have_a_gpu_each_or_see_none(tmp_path, monkeypatch, visibl
     client = connect(tmp_path / "here.yaml")
     try:
         client.wait_for_workers(3)
-        assert _devices(client) == expected
+        assert devices() == expected
         workers = client.scheduler_info(n_workers=-1)["workers"]
         assert len(with_gpus(workers)) == 2
         assert gpu_items(workers, 0) == 4
-        where = {client.submit(_device, i, resources={"GPU": 1}).result(30) for i in range(6)}
+        where = {client.submit(device, i, resources={"GPU": 1}).result(30) for i in range(6)}
         assert where <= set(expected[1:])
+        if visible is None:
+            return
         victim = next(iter(with_gpus(workers)))
         os.kill(client.run(os.getpid, workers=[victim])[victim], signal.SIGKILL)
         deadline = time.monotonic() + 60
         while victim in client.scheduler_info(n_workers=-1)["workers"] or len(client.nthreads()) < 3:
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        assert _devices(client) == expected, "whoever replaces a worker has its GPU"
+        assert devices() == expected, "whoever replaces a worker has its GPU"
     finally:
         close(client)
 
@@ -154,7 +154,12 @@ def test_items_that_wait_for_gpus_which_others_keep_go_to_a_cpu_while_a_session_
     monkeypatch.setattr(map_module, "_GPU_PATIENCE_SECONDS", 1.0)
     said = []
     with Client(gpu_client.scheduler.address, name="learning/ben", set_as_default=False) as other:
-        kept = [other.submit(time.sleep, 25, resources={"GPU": 1}, pure=False) for _ in range(2)]
+
+        def keep(path):
+            while not os.path.exists(path):
+                time.sleep(0.05)
+
+        kept = [other.submit(keep, str(tmp_path / "go"), resources={"GPU": 1}, pure=False) for _ in range(2)]
         while sum(map(len, gpu_client.processing().values())) < 2:
             time.sleep(0.05)
         job = FaultyJob(tmp_path, seconds=0.05)
@@ -169,7 +174,8 @@ def test_items_that_wait_for_gpus_which_others_keep_go_to_a_cpu_while_a_session_
         assert counts == {"seen": 8, "done": 8, "quarantined": 0, "running": 0, "waiting": 0}
         assert {r["device"] for r in _records(tmp_path)} == {"cpu"}
         assert "no GPU became free; it runs on a CPU" in said
-        del kept
+        (tmp_path / "go").touch()
+        other.gather(kept)
 
 
 @pytest.mark.slurm

@@ -22,9 +22,10 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory, client) -> Path:
+    """A small session, on the workers that all tests share."""
     made = tmp_path_factory.mktemp("running")
-    session(made, 2, [STEPS[0], {"ctf": {}}, *STEPS[1:]], size=512, workers=1)
+    session(made, 2, [STEPS[0], {"ctf": {}}, *STEPS[1:]], size=512, workers=None, cluster=client.scheduler.address)
     return made
 
 

@@ -192,17 +192,21 @@ def test_another_version_never_computes_unasked_and_has_a_key_of_its_own(before,
 
 # --- failures ----------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("lines", "said"),
+    ("lines", "said", "timeout_seconds"),
     [
-        ("seq 50; echo 'ERROR: half-maps of another box'; exit 3", r"failed with exit status 3; (?s:.*)\| 50\n.*half-maps of another box"),
-        ("cp half1.mrc out/relion.mrc; echo wrote half of it", r"did not write out/relion.star; (?s:.*)wrote half of it"),
-        ("cp half1.mrc out/relion.mrc; echo nonsense > out/relion.star", "wrote a STAR file that cannot be read"),
-        ("echo waiting; sleep 100", r"took longer than 2 s and was killed; (?s:.*)waiting"),
+        (
+            "seq 50; echo 'ERROR: half-maps of another box'; exit 3",
+            r"failed with exit status 3; (?s:.*)\| 50\n.*half-maps of another box",
+            300,
+        ),
+        ("cp half1.mrc out/relion.mrc; echo wrote half of it", r"did not write out/relion.star; (?s:.*)wrote half of it", 300),
+        ("cp half1.mrc out/relion.mrc; echo nonsense > out/relion.star", "wrote a STAR file that cannot be read", 300),
+        ("echo waiting; sleep 3600", r"took longer than 5 s and was killed; (?s:.*)waiting", 5),
     ],
 )
-def test_what_fails_ends_with_the_last_lines_of_the_log_and_the_next_run_goes_on(here, threads, fake, lines, said):
+def test_what_fails_ends_with_the_last_lines_of_the_log_and_the_next_run_goes_on(here, threads, fake, lines, said, timeout_seconds):
     fake("4.0.1", lines)
-    path = write(here, [{"external.relion_postprocess": {"timeout_seconds": 2}}])
+    path = write(here, [{"external.relion_postprocess": {"timeout_seconds": timeout_seconds}}])
     with pytest.raises(ProgramError, match=said):
         run_plan(make_plan(path), threads)
     project = Project(here / "p")

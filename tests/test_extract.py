@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from cryodask.errors import MicrographError
 from cryodask.formats import star
-from cryodask.kernels.extraction import cut_boxes, normalise_background
+from cryodask.kernels.extraction import cut_boxes, cut_boxes_between_pixels, normalise_background
 from cryodask.kernels.fourier import resize_images
 from cryodask.run.slices import slice_of_birth
 from cryodask.stages.extract import ExtractParams, extract
@@ -43,6 +43,47 @@ def test_the_pixel_of_a_pick_lands_at_the_origin(y, x, box, scale):
     box_image = out["particle_image"][0]
     assert np.unravel_index(box_image.argmax(), box_image.shape) == (box // scale // 2,) * 2
     assert (out["particle_y"][0], out["particle_x"][0]) == (int(np.float32(y)), int(np.float32(x)))
+
+
+def blobs(places, shape=(200, 240), sigma=2.5):
+    """Gaussians, band-limited to 1e-6 of their height, at places between pixels."""
+    y, x = np.ogrid[: shape[0], : shape[1]]
+    return sum(np.exp(-((y - v) ** 2 + (x - u) ** 2) / (2 * sigma**2)) for v, u in places).astype(np.float32)
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_recentred_boxes_have_the_refined_centre_at_their_origin_between_pixels_too(scale):
+    """The centroid of a Gaussian that lies at the centre is n // 2 to 0.01 pixels; whole pixels would be up to 0.5 off."""
+    places = np.array([[60.5, 70.25], [120.3, 160.0], [99.9, 110.49], [140.0, 50.0]])
+    image = 100.0 + 50.0 * blobs(places)
+    out = extract.process(
+        ExtractParams(box=48, scale_to=48 // scale, recentre=True, invert=False, ramp=False),
+        micrograph_dw=image,
+        pixel_size_angstrom=PIXEL,
+        particle_id=np.arange(4),
+        position_y_angstrom=(places[:, 0] + 3.0) * PIXEL,
+        position_x_angstrom=(places[:, 1] - 3.0) * PIXEL,
+        centre_y_angstrom=places[:, 0] * PIXEL,
+        centre_x_angstrom=places[:, 1] * PIXEL,
+    )
+    assert np.stack([out["particle_y"], out["particle_x"]], -1) == pytest.approx(places, abs=1e-4)
+    i = np.arange(48 // scale) - 24 // scale
+    for cut in out["particle_image"]:
+        weight = cut - np.median(cut)
+        weight[np.hypot(i[:, None], i[None]) > 10 / scale] = 0
+        assert [(weight.sum(a) * i).sum() / weight.sum() for a in (1, 0)] == pytest.approx([0, 0], abs=0.01)
+
+
+def test_a_box_moved_between_pixels_keeps_its_noise_and_its_edges():
+    """A box at a whole pixel is the one that is only cut. Half a pixel away, white noise keeps its variance (to 2 percent)."""
+    image = torch.from_numpy(noise((400, 400)))
+    whole = cut_boxes_between_pixels(image, torch.tensor([200.0], dtype=torch.float64), torch.tensor([180.0], dtype=torch.float64), 256)
+    assert whole.numpy() == pytest.approx(cut_boxes(image, torch.tensor([200]), torch.tensor([180]), 256).numpy(), abs=1e-3)
+    half = cut_boxes_between_pixels(image, torch.tensor([200.5], dtype=torch.float64), torch.tensor([180.5], dtype=torch.float64), 256)
+    assert float(half.std() / whole.std()) == pytest.approx(1.0, abs=0.02)
+    edge = half[0, 0]
+    assert float(edge.std() / whole.std()) == pytest.approx(1.0, abs=0.15)
+    assert half[0].mean() == pytest.approx(100.0, abs=0.2)
 
 
 def test_background_has_mean_nought_and_deviation_one():

@@ -100,7 +100,7 @@ def test_stolen_tasks_are_charged_once_and_to_their_own_lane():
                     ran = {lane: sum(stop - start for name, start, stop in LOG if name[0] == lane) for lane in "AB"}
                     assert kids["B"].settled == pytest.approx(ran["B"], rel=0.15)
                     # what A had on workers before B came is nobody's debt
-                    assert ran["A"] - 8 * 0.15 <= kids["A"].settled <= ran["A"] * 1.15
+                    assert ran["A"] - 8 * longest("A") <= kids["A"].settled <= ran["A"] * 1.15
                     assert any(name[0] == "A" for name, *_ in LOG)
                     del big, futures
                 await until_clean(scheduler)
@@ -208,7 +208,7 @@ def test_tasks_whose_inputs_lie_on_a_paused_worker_run_elsewhere_however_large_t
             paused = next(ws for ws in scheduler.workers.values() if ws.name == "w0")
             kept = [a.map(sleep, range(4), [0.05] * 4, [big] * 4, key="A", pure=False), await _roots(b, "B", 40, 0.05)]
             scheduler.handle_worker_status_change("paused", paused.address, "test-pause")
-            assert sorted(await asyncio.wait_for(a.gather(kept[0]), 20)) == list(range(4))
+            assert sorted(await asyncio.wait_for(a.gather(kept[0]), 120)) == list(range(4))
             del kept
 
     run(scenario)
@@ -240,10 +240,10 @@ def test_tasks_that_wait_for_a_worker_that_goes_run_elsewhere_only_if_they_may(s
                 assert len(scheduler.unrunnable) >= 8
                 again = await Worker(scheduler.address, nthreads=1, port=port, name="again", host="127.0.0.1", dashboard=False)
                 assert again.address == bound.address
-                assert await asyncio.wait_for(a.gather(kept[0]), 20) == list(range(12))
+                assert await asyncio.wait_for(a.gather(kept[0]), 120) == list(range(12))
                 await again.close(nanny=False)
             else:
-                assert await asyncio.wait_for(a.gather(kept[0]), 20) == list(range(12))
+                assert await asyncio.wait_for(a.gather(kept[0]), 120) == list(range(12))
             del kept
             await until_clean(scheduler)
 

@@ -49,7 +49,7 @@ def test_tiff_page_rows_are_flipped_into_the_mrc_frame(tmp_path: Path) -> None:
     assert len(movie) == 5
     assert all(np.array_equal(movie[i], frames[i]) for i in range(5))
     assert np.array_equal(movie[-1], frames[-1])
-    assert movie.pixel_size_angstrom == pytest.approx(0.885, rel=1e-4)
+    assert movie.pixel_size_angstrom == pytest.approx(0.885, rel=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["u1", "u2", "i2", "f4"])

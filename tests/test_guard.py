@@ -12,7 +12,7 @@ import dask
 import dask.array as da
 import numpy as np
 import pytest
-from _lanes import attempt
+from _lanes import attempt, until
 from _secure import OWNER, authority, guarded, person, warned
 from distributed import Worker, fire_and_forget
 from distributed.comm import CommClosedError
@@ -104,7 +104,7 @@ async def _only_refused(tmp_path, call, then_for_owner) -> None:
                 with suppress(CommClosedError) if call is CALLS["shutdown"] else nullcontext():
                     await call(owner, mine, worker)
                 if call is CALLS["shutdown"]:
-                    await asyncio.wait_for(scheduler.finished(), 20)
+                    await asyncio.wait_for(scheduler.finished(), 120)
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -148,11 +148,7 @@ def test_the_same_calls_sent_straight_to_a_worker_are_refused_to_a_guest(tmp_pat
             async with rpc(address, connection_args=tls.security(folder, OWNER).get_connection_args("client")) as straight:
                 with suppress(CommClosedError):
                     await straight.terminate(reason="the owner said so")
-            for _ in range(100):
-                if len(scheduler.workers) == 1:
-                    break
-                await asyncio.sleep(0.05)
-            assert len(scheduler.workers) == 1
+            await until(lambda: len(scheduler.workers) == 1)
             assert await anna.submit(sum, [1, 1]) == 2
 
     asyncio.run(run())
@@ -257,6 +253,8 @@ def test_names_of_datasets_and_metadata_stay_with_who_took_them(tmp_path):
                 await anna.set_metadata(["bert", "a"], 2)
             with pytest.raises(PermissionError, match="every client reads"):
                 await anna.log_event("warn", {"message": pickle.dumps("boo")})
+            with pytest.raises(PermissionError, match="every client reads"):
+                await anna.log_event("cryodask-reports-of-bert", {"fraction": 1.0})
             assert await anna.get_dataset("table") == 1
             await bert.unpublish_dataset("table")
             await anna.publish_dataset(table=2)
@@ -275,14 +273,14 @@ def test_lane_and_user_are_those_of_the_certificate_and_the_client_is_told(tmp_p
             async with person(scheduler, lane="live/bert", **secure) as anna, person(scheduler, lane="batch", **secure) as second:
                 with warned("may not use the lane 'live': the work is charged to 'hpda'. Allowed lanes: hpda, batch"):
                     first = anna.submit(time.sleep, 0.3, key="first")
-                    await asyncio.sleep(0.2)
+                    await until(lambda: "first" in scheduler.tasks)
                     assert scheduler.owner_of("first").path[:2] == ("hpda", "anna")
                     second_task = second.submit(time.sleep, 0.3, key="second")
                     with dask.annotate(lane="live"):
                         third = second.submit(time.sleep, 0.3, key="third")
                     with dask.annotate(lane="batch"):
                         fourth = anna.submit(time.sleep, 0.3, key="fourth")
-                    await asyncio.sleep(0.2)
+                    await until(lambda: {"second", "third", "fourth"} <= set(scheduler.tasks))
                     assert scheduler.owner_of("second").path[:2] == ("batch", "anna")
                     assert scheduler.owner_of("third").path[:2] == ("hpda", "anna")
                     assert scheduler.owner_of("fourth").path[:2] == ("batch", "anna")
@@ -301,7 +299,7 @@ def test_nobody_borrows_a_lane_by_naming_anothers_task_as_the_submitting_one(tmp
                 send = anna._send_to_scheduler
                 anna._send_to_scheduler = lambda m: send({**m, "submitting_task": "of-live"} if m["op"] == "update-graph" else m)
                 borrowed = anna.submit(time.sleep, 0.5, key="borrowed")
-                await asyncio.sleep(0.3)
+                await until(lambda: "borrowed" in scheduler.tasks)
                 assert scheduler.owner_of("borrowed").lane == "hpda"
                 await borrowed
                 await running
@@ -373,11 +371,9 @@ def test_client_and_worker_of_another_version_are_refused_with_both_versions_nam
         async with guarded(folder) as scheduler:
             monkeypatch.setattr("distributed.client.version_module.get_versions", lambda: other)
             monkeypatch.setattr("distributed.worker.get_versions", lambda: other)
-            start = time.monotonic()
             with pytest.raises(ClusterError, match=rf"The versions of this client differ from the scheduler's: {package} .* \(here"):
                 with tls.connection_errors(scheduler.address):
-                    await attempt(person(scheduler, folder, "anna"))
-            assert time.monotonic() - start < 8  # of the 30 that a connection is tried for
+                    await attempt(person(scheduler, folder, "anna", timeout="1h"))  # it is not tried again for as long
             with pytest.raises(RuntimeError) as refused:
                 await GuardedWorker(scheduler.address, host="127.0.0.1", security=tls.security(folder, "worker"))
             assert f"The versions of this worker differ from the scheduler's: {package}" in str(refused.value.__cause__)
@@ -432,10 +428,9 @@ def test_lane_above_its_share_of_memory_waits_while_others_go_on_and_goes_on_whe
             async with person(scheduler, folder, "anna") as anna, person(scheduler, folder, "bert", "batch") as bert:
                 with warned("Lane 'hpda' has more than its 20.48 MiB of results in memory"):
                     hog = anna.map(_block, range(60))
-                    for _ in range(200):
-                        await asyncio.sleep(0.02)
-                        if sum(f.done() for f in hog) > 20 and not any(ws.processing for ws in scheduler.workers.values()):
-                            break
+                    await until(
+                        lambda hog=hog: sum(f.done() for f in hog) > 20 and not any(ws.processing for ws in scheduler.workers.values())
+                    )
                     await asyncio.sleep(0.5)
                 done = [f for f in hog if f.done()]
                 assert 21 <= len(done) <= 25  # one above the cap, and what was on its way
@@ -447,17 +442,9 @@ def test_lane_above_its_share_of_memory_waits_while_others_go_on_and_goes_on_whe
                 for future in done:
                     future.release()
                 del future, done, hog
-                for _ in range(100):
-                    if sum(f.done() for f in rest) > 15:
-                        break
-                    await asyncio.sleep(0.05)
-                assert sum(f.done() for f in rest) > 15
+                await until(lambda rest=rest: sum(f.done() for f in rest) > 15)
                 del rest
-                for _ in range(100):
-                    if not scheduler.memory_by_lane()["hpda"]:
-                        break
-                    await asyncio.sleep(0.05)
-                assert scheduler.memory_by_lane()["hpda"] == 0
+                await until(lambda: scheduler.memory_by_lane()["hpda"] == 0)
 
     asyncio.run(run())
 
@@ -471,11 +458,7 @@ def test_scattered_data_counts_for_the_lane_of_who_scattered_it(tmp_path):
                 direct = await anna.scatter(np.zeros(1 << 17), direct=True)
                 assert scheduler.memory_by_lane()["hpda"] == pytest.approx(2 << 20, rel=0.01)
                 del data, direct
-                for _ in range(100):
-                    if not scheduler.memory_by_lane()["hpda"]:
-                        break
-                    await asyncio.sleep(0.05)
-                assert scheduler.memory_by_lane()["hpda"] == 0
+                await until(lambda: scheduler.memory_by_lane()["hpda"] == 0)
 
     asyncio.run(run())
 
@@ -499,7 +482,7 @@ def test_without_certificates_what_is_the_owners_is_refused_to_all_and_lanes_fol
             async with person(scheduler, None, "anna", "live") as anna:
                 with warned("may not use the lane 'live'"):
                     future = anna.submit(time.sleep, 0.2, key="x")
-                    await asyncio.sleep(0.1)
+                    await until(lambda: "x" in scheduler.tasks)
                     assert scheduler.owner_of("x").path[:2] == ("hpda", "anna")
                     await future
 

@@ -167,7 +167,7 @@ def test_a_hand_over_that_fails_is_tried_again_while_there_is_time(home, monkeyp
             while not any("failed" in text for _, text in one.events):
                 await asyncio.sleep(0.05)
             (folder / "scaled.json").rmdir()
-            await asyncio.wait_for(one._handing, 60)
+            await asyncio.wait_for(one._handing, 180)
             assert one.state == "handed over"
             assert Whereabouts.read(folder / "scheduler.json").id != one.id
 
@@ -259,7 +259,7 @@ def test_only_a_file_that_is_missing_for_long_means_that_the_service_was_stopped
         await asyncio.sleep(show[0])
         assert not looking.done()
         show[1]()
-        assert (await asyncio.wait_for(looking, 10)).id == held.id
+        assert (await asyncio.wait_for(looking, 120)).id == held.id
 
     path = folder / "scheduler.json"
     held.write(path)
@@ -278,7 +278,7 @@ def test_only_a_file_that_is_missing_for_long_means_that_the_service_was_stopped
     path.unlink()
 
     async def absent():
-        assert await asyncio.wait_for(ready(folder, held.id)._named(), 20) is None
+        assert await asyncio.wait_for(ready(folder, held.id)._named(), 120) is None
 
     asyncio.run(absent())
 

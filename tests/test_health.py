@@ -60,7 +60,7 @@ class _Run(threading.Thread):
         except BaseException as error:
             self.error = error
 
-    def wait_for(self, words: str, seconds: float = 40.0) -> None:
+    def wait_for(self, words: str, seconds: float = 120.0) -> None:
         deadline = time.monotonic() + seconds
         while not any(words in text for text in self.told):
             assert time.monotonic() < deadline, f"nothing said {words!r}, only {self.told}, error {self.error}"
@@ -84,7 +84,7 @@ def test_workers_whose_memory_is_full_are_named_and_the_run_goes_on_when_it_is_f
         del dask_worker.ballast
 
     client.run(fill)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while any(w["status"] != "paused" for w in client.scheduler_info(n_workers=-1)["workers"].values()):
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -126,10 +126,19 @@ def test_without_workers_the_run_waits_says_so_and_goes_on_when_one_comes(client
     assert run.ended()["done"] == 6
 
 
-def test_waiting_for_a_task_that_is_not_of_a_map_says_why_too(client, cluster):
+def test_waiting_for_a_task_that_is_not_of_a_map_says_why_too(client, cluster, tmp_path):
     told: list[str] = []
-    future = client.submit(time.sleep, 4, pure=False)
-    Watch(client, told.append, patience_seconds=1.0).wait([future], "1 task is out")
+
+    def until_there(path: str) -> None:
+        while not os.path.exists(path):
+            time.sleep(0.02)
+
+    def tell(text: str) -> None:
+        told.append(text)
+        (tmp_path / "go").touch()
+
+    future = client.submit(until_there, str(tmp_path / "go"), pure=False)
+    Watch(client, tell, patience_seconds=1.0).wait([future], "1 task is out")
     assert future.done()
     assert "1 workers are busy (1 task is out)" in told[0]
 

@@ -12,7 +12,7 @@ from _told import Told
 from test_identity import write
 
 from cryodask.errors import InputError, MicrographError, ProjectFileError
-from cryodask.formats.star import read_micrographs, read_particles
+from cryodask.formats.star import read_micrographs, read_optics, read_particles
 from cryodask.interop import export_relion
 from cryodask.run.preview import preview
 from cryodask.run.recipe import make_plan
@@ -253,8 +253,49 @@ def test_images_of_other_pixel_sizes_are_not_united(folder, client):
     other = folder / "relion/b.star"
     for number in (3, 4):
         without(other, other, f"movie_000{number}")
-    other.write_text(other.read_text().replace("\t7.08\t", "\t8.00\t"))
+    # the plan reads the head of a table: here the optics come later
+    head, rows = other.read_text().replace("\t7.08\t", "\t8.00\t").split("data_particles")
+    other.write_text(f"data_particles{rows}\n{head}\n")
     pipeline = [{f"import_particles as {n}": {"star": f"relion/{n}.star"}} for n in ("a", "b")]
     pipeline += [{"merge": {"from": {"particles": ["a", "b"]}}}, CLASSES]
     with pytest.raises(InputError, match=r"pixel sizes cannot be merged: 7\.08 A in a and 8 A in b"):
         run(folder, client, pipeline, "sizes")
+
+
+OPTICS = """
+data_optics
+
+loop_
+_rlnOpticsGroup #1
+_rlnOpticsGroupName #2
+_rlnMicrographOriginalPixelSize #3
+_rlnImageSize #4
+_rlnImagePixelSize #5
+"""
+
+
+def test_what_the_optics_of_a_table_say_of_its_images_is_compared_before_work(tmp_path, made):
+    """Images of another size, or of micrographs of two pixel sizes, are refused by the plan, not by the run."""
+    table = (made / "relion" / "particles.star").read_text()
+    assert read_optics(made / "relion" / "particles.star") == [
+        {"pixel_size_angstrom": 1.77, "particle_pixel_size_angstrom": pytest.approx(4 * 1.77), "box": 32}
+    ]
+    rows = table[table.index("data_particles") :]
+    (tmp_path / "small.star").write_text(OPTICS + '1 "group 1" 1.77 24 9.44\n\n' + rows)
+    mixed = OPTICS + "1 a 1.77 32 7.08\n2 b 1.05 32 7.08\n\ndata_micrographs\n\nloop_\n_rlnMicrographName #1\n_rlnOpticsGroup #2\n"
+    (tmp_path / "mixed.star").write_text(mixed + "a.mrc 1\nb.mrc 2\n")
+    shutil.copy(made / "relion" / "particles.star", tmp_path / "alike.star")
+
+    def plan(*pipeline):
+        (tmp_path / "x.yaml").write_text(yaml.safe_dump({"name": "x", "pipeline": list(pipeline)}))
+        return make_plan(tmp_path / "x.yaml")
+
+    def merged(name: str):
+        tables = [{"import_particles as a": {"star": "alike.star"}}, {"import_particles as b": {"star": name}}]
+        return plan(*tables, {"merge": {"from": {"particles": ["a", "b"]}}})
+
+    assert merged("alike.star").steps[-1].label == "merge"
+    with pytest.raises(ProjectFileError, match=r"the images differ: a \(scaled to 32, pixel size in A 7.08\) and b \(scaled to 24, pixel"):
+        merged("small.star")
+    with pytest.raises(ProjectFileError, match=r"pixel sizes of 1.05 A and 1.77 A, so a box in pixels means different lengths"):
+        plan({"import_micrographs": {"star": "mixed.star"}}, "ctf", {"pick": {"diameter_angstrom": 180}}, {"extract": {"box": 64}})

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from _once import simulated
 from test_docs import blocks
 from test_plugins import install, shell
 
 import cryodask
-from cryodask.simulate import SessionParams, simulate_session
+from cryodask.simulate import SessionParams
 from cryodask.store.project import Project
 
 PAGE = Path(__file__).parents[1] / "docs" / "other-programs.md"
@@ -22,8 +23,8 @@ pytestmark = pytest.mark.relion
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     made = tmp_path_factory.mktemp("programs")
-    simulate_session(
-        made, SessionParams(movies=3, height=384, width=384, frames=3, dose_per_frame=10, particles=8, truth_maps=()), processes=1
+    simulated(
+        tmp_path_factory, made, SessionParams(movies=3, height=384, width=384, frames=3, dose_per_frame=10, particles=8, truth_maps=())
     )
     (made / "package").mkdir()
     for text in blocks(PAGE, "toml", "python", "yaml"):

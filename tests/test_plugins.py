@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from _once import simulated
 from test_docs import blocks
 
 from cryodask.errors import PluginError
 from cryodask.formats.movies import open_movie
 from cryodask.plugins import Plugins, PluginWarning
-from cryodask.simulate import SessionParams, simulate_session
+from cryodask.simulate import SessionParams
 from cryodask.stage import STAGES, Params, stage
 
 REPOSITORY = Path(__file__).parents[1]
@@ -63,8 +64,8 @@ def install(source: Path, target: Path) -> Path:
 def folder(tmp_path_factory) -> Path:
     """The session of the page; ``package`` is the source and ``installed`` where pip put it."""
     made = tmp_path_factory.mktemp("plugins")
-    simulate_session(
-        made, SessionParams(movies=3, height=384, width=384, frames=3, dose_per_frame=10, particles=8, truth_maps=()), processes=1
+    simulated(
+        tmp_path_factory, made, SessionParams(movies=3, height=384, width=384, frames=3, dose_per_frame=10, particles=8, truth_maps=())
     )
     for path in sorted((made / "movies").glob("*.tif")):
         movie = open_movie(path)

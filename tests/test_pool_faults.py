@@ -24,7 +24,7 @@ _ONE = {"memory": "800MiB", "partition": "cpu", "walltime": "0:30:00"}
 MIB = 2**20
 
 
-def wait(condition, what, seconds=60):
+def wait(condition, what, seconds=180):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
@@ -187,7 +187,7 @@ def held_back(until):
 
 
 def test_a_job_whose_results_nobody_takes_in_time_works_on_and_goes_later(on_slurm, tmp_path, monkeypatch):
-    monkeypatch.setattr(pool_jobs, "_RETIRE_SECONDS", 6.0)
+    monkeypatch.setattr(pool_jobs, "_RETIRE_SECONDS", 20.0)
     monkeypatch.setattr(pool_jobs, "_AGAIN_SECONDS", 4.0)
     go, ran = tmp_path / "go", tmp_path / "ran"
     with open_pools(settings(tmp_path, {"cpu": {**_ONE, "count": 2}})) as cluster, Client(cluster, name="hpda/anna") as client:
@@ -197,18 +197,17 @@ def test_a_job_whose_results_nobody_takes_in_time_works_on_and_goes_later(on_slu
         more = client.submit(bytes, 40 * MIB, workers=[other], allow_other_workers=True)  # the first is worth less
         wait(lambda: held.done() and more.done(), "both results")
         assert [len(ws) for ws in client.who_has([held, more]).values()] == [1, 1]
-        start = time.monotonic()
         cluster.scale_pool(cpu=1)
-        assert time.monotonic() - start < 5
+        assert not any("others did not take them" in text for _, _, text in cluster.events), "nothing waits for a retirement"
         wait(lambda: cluster.scheduler.workers[first] not in cluster.scheduler.running, "its retirement")
         (job,) = (name for name in cluster.workers if name == cluster.scheduler.workers[first].name)
-        wait(lambda: any("it holds 1 results, others did not take them within 6 s" in text for _, _, text in cluster.events), "its end")
+        wait(lambda: any("it holds 1 results, others did not take them within 20 s" in text for _, _, text in cluster.events), "its end")
         assert job in next(text for _, _, text in cluster.events if "it stays for now" in text)
-        assert client.submit(pow, 2, 3, workers=[first]).result(20) == 8
+        assert client.submit(pow, 2, 3, workers=[first]).result(120) == 8
         go.touch()
         wait(lambda: cluster.pool_status()["cpu"].workers == 1, "the end of the job")
         wait(lambda: len(on_slurm.jobs()) == 1, "and of Slurm's")
-        assert held.result(20) == "handed over"
+        assert held.result(120) == "handed over"
         assert ran.read_text() == "x"
         assert cluster.pool_status()["cpu"].lost == 0
 
@@ -233,7 +232,7 @@ def test_a_watcher_that_loses_a_cancellation_ends_all_the_same():
     async def scenario():
         watcher = asyncio.create_task(loses_one())
         await asyncio.sleep(0)
-        await asyncio.wait_for(pool_jobs._end({watcher}), 20)
+        await asyncio.wait_for(pool_jobs._end({watcher}), 120)
         assert watcher.cancelled()
 
     asyncio.run(scenario())

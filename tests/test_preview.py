@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import test_counts as counts
 import yaml
+from _once import simulated
 from distributed import Client
 from typer.testing import CliRunner
 
@@ -21,7 +22,7 @@ from cryodask.run.recipe import draft_plan, make_plan
 from cryodask.run.selection import Wanted
 from cryodask.run.session import check_inputs, run_plan
 from cryodask.run.watch import Until
-from cryodask.simulate import SessionParams, simulate_session
+from cryodask.simulate import SessionParams
 from cryodask.stage import STAGES, Params, Resources, stage
 from cryodask.store.identity import row_of
 from cryodask.store.project import Project
@@ -198,7 +199,7 @@ CLASSES = {"classes": 2, "iterations": 2}
 def session(tmp_path_factory):
     folder = tmp_path_factory.mktemp("preview")
     params = SessionParams(movies=4, height=512, width=512, frames=6, dose_per_frame=40 / 6, particles=11, truth_maps=())
-    simulate_session(folder, params, processes=1)
+    simulated(tmp_path_factory, folder, params)
     return folder
 
 

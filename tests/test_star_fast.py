@@ -96,7 +96,7 @@ def regular(monkeypatch):
 
 def test_many_particles_read_as_the_general_reader_reads_them(tmp_path, monkeypatch):
     path = write_like_relion(tmp_path / "p.star", 20_000, 100)
-    monkeypatch.setattr(blocks, "_ROWS", 3_000)  # several pieces
+    monkeypatch.setattr(blocks, "_PIECE", 100_000)  # several pieces
     assert blocks.scan(path, ["rlnImageName"]) is not None
     same(star.read_particles(path), slowly(monkeypatch, star.read_particles, path))
 

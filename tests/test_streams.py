@@ -148,7 +148,7 @@ def test_what_was_forgotten_can_be_made_again_at_once(monkeypatch):
         async with cluster(1) as scheduler, client(scheduler, "a") as c:
             for attempt in range(20):
                 future = c.submit(double, attempt, key="same")
-                assert await asyncio.wait_for(future, 10) == 2 * attempt, "not what an earlier attempt has left on the worker"
+                assert await asyncio.wait_for(future, 120) == 2 * attempt, "not what an earlier attempt has left on the worker"
                 future.release()
                 await until(lambda: not scheduler.tasks)
 
@@ -181,7 +181,7 @@ def test_what_is_sent_before_the_stream_to_a_worker_is_open_is_not_lost():
         async with cluster(0) as scheduler:
             scheduler.add_plugin(_Early(), name="early")
             async with Worker(scheduler.address, dashboard=False) as worker:
-                await until(lambda: any("early" in entry for entry in worker.state.log), seconds=10)
+                await until(lambda: any("early" in entry for entry in worker.state.log))
 
     run(scenario)
 

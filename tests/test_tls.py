@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from _lanes import attempt
+from _lanes import attempt, until
 from _secure import OWNER, authority, guarded, person, warned
 from distributed import Client, Scheduler, Security, Worker, get_client, worker_client
 from distributed.core import rpc
@@ -183,10 +183,9 @@ def test_whoever_cannot_connect_is_told_why_at_once(tmp_path):
     made.certificate("old", days=-1 / 24)
 
     async def refused(address: str, security: Security | None) -> str:
-        start = time.monotonic()
         with pytest.raises(ClusterError) as error, tls.connection_errors(address):
-            await attempt(Client(address, security=security, asynchronous=True, timeout="20s", set_as_default=False))
-        assert time.monotonic() - start < 8  # of the 20 that it would try
+            # it is not tried again for as long
+            await attempt(Client(address, security=security, asynchronous=True, timeout="1h", set_as_default=False))
         assert all(s in str(error.value) for s in SENTENCES)
         return error.value.what
 
@@ -221,9 +220,9 @@ def test_revoked_and_replaced_invitations_are_refused_by_name_and_open_connectio
             for security in (tls.security(made.folder, "anna"), stolen):
                 with pytest.raises(ClusterError, match="is not invited to this cluster with that certificate"), tls.connection_errors("x"):
                     await attempt(Client(scheduler.address, security=security, asynchronous=True, set_as_default=False))
-            with warned("bert is not invited"):
+            with warned("bert is not invited") as said:
                 left = bert.submit(sum, [1, 2], key="too-late")
-                await asyncio.sleep(0.3)
+                await until(lambda: said)
             assert "too-late" not in scheduler.tasks
             left.release()
             async with person(scheduler, made.folder, "bert") as again:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 import zarr
+from _once import simulated
 from _told import Told
 from test_identity import ids, write
 
@@ -21,7 +22,7 @@ from cryodask.report import write_report
 from cryodask.run.preview import preview
 from cryodask.run.recipe import draft_plan, make_plan
 from cryodask.run.session import run_plan
-from cryodask.simulate import SessionParams, simulate_session
+from cryodask.simulate import SessionParams
 from cryodask.stages.motion import motion
 from cryodask.store.identity import birth_of, copy_of, half_sets, parent_of
 from cryodask.store.project import Project
@@ -33,7 +34,7 @@ PICKED = [{"motion": {"patches": [1, 1]}}, "ctf", {"pick": {"diameter_angstrom":
 @pytest.fixture(scope="module")
 def session(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("united")
-    simulate_session(folder, PARAMS, processes=2)
+    simulated(tmp_path_factory, folder, PARAMS)
     return folder
 
 
@@ -147,7 +148,7 @@ def two_data_sets(tmp_path_factory, session) -> Path:
     other = SessionParams(
         movies=4, height=576, width=640, frames=5, dose_per_frame=10, particles=8, pixel_size_angstrom=1.5, seed=5, truth_maps=()
     )
-    simulate_session(folder / "day2", other, processes=2)
+    simulated(tmp_path_factory, folder / "day2", other)
     (folder / "day1").mkdir()
     for what in ("movies", "gain.mrc", "truth"):
         (folder / "day1" / what).symlink_to(session / what)

@@ -21,6 +21,7 @@ from distributed.core import Server, error_message
 from cryodask.cluster import fairshare
 from cryodask.cluster.access.gate import (
     FORWARDED,
+    REPORTS,
     USER_OPS,
     USER_STREAM,
     WORKER_OPS,
@@ -175,7 +176,8 @@ class GuardedScheduler(FairShareScheduler):
             message["user"] = peer.name
         elif op == "log_event":
             topics = message.get("topic") or ()
-            taken = [t for t in ([topics] if isinstance(topics, str) else topics) if t in _EVERYBODY_READS or t in self.workers]
+            topics = [topics] if isinstance(topics, str) else topics
+            taken = [t for t in topics if t in _EVERYBODY_READS or t in self.workers or str(t).startswith(REPORTS)]
             # clients unpickle events under print and warn
             if taken and peer.role != "worker":
                 raise refused(f"An event under {taken[0]!r}, which every client reads,", peer, self._master)

@@ -158,7 +158,8 @@ def write_tiff(path: str | Path, frames: np.ndarray, pixel_size_angstrom: float 
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     tags: dict[str, Any] = {}
     if pixel_size_angstrom is not None:
-        per_centimetre = 1.0e8 / pixel_size_angstrom
+        # a whole number: older versions of tifffile keep few digits of a fraction
+        per_centimetre = round(1.0e8 / pixel_size_angstrom)
         tags = {"resolution": (per_centimetre, per_centimetre), "resolutionunit": "CENTIMETER"}
     with tifffile.TiffWriter(part, bigtiff=frames.nbytes > 2**31) as tiff:
         for frame in frames:

@@ -86,6 +86,22 @@ def mask_averages(samples: Tensor, grid: polar.PolarGrid, mask: Tensor) -> tuple
     return images, polar.polar_transforms(images, grid)
 
 
+def centres_of_mass(images: Tensor) -> Tensor:
+    """Centre of mass `(class, 2)` (y, x) of what is positive in masked averages `(class, y, x)`, pixels from index n // 2.
+
+    So RELION centres its classes (Scheres 2012). An average without anything positive has its centre at 0.
+    """
+    weight = images.double().clamp(min=0.0)
+    along = torch.arange(images.shape[-1], device=images.device) - images.shape[-1] // 2
+    total = weight.sum((-2, -1)).clamp(min=1e-20)
+    return torch.stack([(weight.sum(-1) * along).sum(-1) / total, (weight.sum(-2) * along).sum(-1) / total], -1).float()
+
+
+def move_averages(samples: Tensor, shifts_px: Tensor, grid: polar.PolarGrid) -> Tensor:
+    """Averages on half circles `(class, ring, half angle)` moved by ``shifts_px`` `(class, 2)` (y, x)."""
+    return samples * shift_phases(shifts_px, grid.ky.reshape(-1), grid.kx.reshape(-1), grid.box).reshape(samples.shape)
+
+
 def class_table(samples: Tensor, rings: int) -> Tensor:
     """Table of class averages for the scores, `(mode, 2 ring, class)`: conjugated modes, and those of squared amplitudes."""
     limit = polar.mode_limit(rings)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cryodask.kernels.fourier import resize_images
+from cryodask.kernels.fourier import resize_images, shift_images, smooth_size
+
+_MARGIN_PX = 8
+"""Cut around a box that is moved between pixels, for the ringing of a phase ramp at the edges."""
 
 
 def cut_boxes(image: Tensor, rows: Tensor, columns: Tensor, box: int) -> Tensor:
@@ -17,6 +20,18 @@ def cut_boxes(image: Tensor, rows: Tensor, columns: Tensor, box: int) -> Tensor:
     y = _mirrored(rows[:, None] + offset, image.shape[0])
     x = _mirrored(columns[:, None] + offset, image.shape[1])
     return image[y[:, :, None], x[:, None, :]]
+
+
+def cut_boxes_between_pixels(image: Tensor, y: Tensor, x: Tensor, box: int) -> Tensor:
+    """Like :func:`cut_boxes`, but the place ``y, x`` (float64, pixels) lands at index box // 2, fractions included."""
+    rows, columns = y.round(), x.round()
+    wide = smooth_size(box + 2 * _MARGIN_PX)
+    boxes = cut_boxes(image, rows.long(), columns.long(), wide)
+    # the mean goes first: float32 transforms of large counts would lose digits
+    mean = boxes.mean(dim=(1, 2), keepdim=True)
+    boxes = shift_images(boxes - mean, rows - y, columns - x) + mean
+    edge = wide // 2 - box // 2
+    return boxes[:, edge : edge + box, edge : edge + box]
 
 
 def _mirrored(index: Tensor, length: int) -> Tensor:
@@ -72,6 +87,7 @@ def extract_particles(
 ) -> Tensor:
     """Cut boxes, invert, downscale to ``size`` pixels in Fourier space (origin stays at n // 2) and normalise, `(particle, size, size)`.
 
+    ``rows, columns`` are pixels (int64), or subpixel positions (float64), which cost a pair of Fourier transforms per box.
     If the scale needs it, boxes are first downscaled to ``reduced`` pixels, of which the central ``size`` are kept.
     ``background_radius_px`` is in pixels of the downscaled image; ``box``, ``size`` and ``reduced`` are even.
     """
@@ -79,7 +95,8 @@ def extract_particles(
     out = torch.empty(len(rows), size, size, dtype=torch.float32, device=image.device)
     for start in range(0, len(rows), batch):
         part = slice(start, start + batch)
-        boxes = cut_boxes(image, rows[part], columns[part], box)
+        cut = cut_boxes_between_pixels if rows.is_floating_point() else cut_boxes
+        boxes = cut(image, rows[part], columns[part], box)
         # subtract the mean first: float32 transforms of large counts would lose digits
         boxes = boxes - boxes.mean(dim=(1, 2), keepdim=True)
         boxes = resize_images(-boxes if invert else boxes, reduced or size)

@@ -51,6 +51,18 @@ def resize_images(images: Tensor, size: int) -> Tensor:
     return torch.fft.fftshift(image, dim=(-2, -1)) * (size / n) ** 2
 
 
+def shift_images(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
+    """Move the content of real images `(particle, y, x)` by ``down, right`` `(particle,)` pixels, fractions too, with a phase ramp.
+
+    Images are taken as periodic, so what leaves at one edge comes in at the other. At Nyquist only the even part can be moved.
+    """
+    height, width = images.shape[-2:]
+    fy = torch.fft.fftfreq(height, device=images.device)[None, :, None]
+    fx = torch.fft.rfftfreq(width, device=images.device)[None, None]
+    turns = fy * down.float()[:, None, None] + fx * right.float()[:, None, None]
+    return real_ifft2(real_fft2(images) * torch.polar(torch.ones_like(turns), -2 * torch.pi * turns), (height, width))
+
+
 def resize_map(volume: Tensor, size: int) -> Tensor:
     """Crop or pad a cubic map `(z, y, x)` in Fourier space; density values keep their scale."""
     n = volume.shape[-1]

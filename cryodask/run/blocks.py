@@ -27,6 +27,7 @@ from cryodask.run.health import Watch
 from cryodask.run.isolation import blamed_at_first_death
 from cryodask.run.leaves import Leaf, cut_leaves, home_of_leaves, merges, settle
 from cryodask.run.particles import StoredParticles
+from cryodask.run.reports import report_of
 from cryodask.run.residents import RESIDENTS, Run, new_run, release_everywhere, run_here
 from cryodask.stage import Columns, Context, Metrics, ParticleBlock, ParticleSet, State, Sums
 from cryodask.store.environments import MADE_IN, environment
@@ -69,6 +70,7 @@ class BlockJob:
     functions: Any
     params: Any
     particles: Particles
+    topic: str = ""
 
 
 # --- the arithmetic of an iteration, the same in a worker and in this process ----------------------------------------------
@@ -142,16 +144,16 @@ def _job_and_state(run: Run, job_path: str, state_path: str) -> tuple[BlockJob, 
 
 
 def _expect_task(run: Run, job_path: str, state_path: str, device: str, leaf: Leaf, previous: Columns) -> tuple[Sums, dict[int, Columns]]:
-    with on_device(device) as context:
-        job, state = _job_and_state(run, job_path, state_path)
+    job, state = _job_and_state(run, job_path, state_path)
+    with on_device(device, report=report_of(job.topic, job.name)) as context:
         return _expect(job, run, state, leaf, previous, context)
 
 
 def _maximise_task(
     run: Run, job_path: str, state_path: str, device: str, *parts: tuple[Sums, dict[int, Columns]]
 ) -> tuple[State, Metrics, dict[int, Columns]]:
-    with on_device(device) as context:
-        job, before = _job_and_state(run, job_path, state_path)
+    job, before = _job_and_state(run, job_path, state_path)
+    with on_device(device, report=report_of(job.topic, job.name)) as context:
         state, metrics = job.functions.maximise(job.params, before, [p[0] for p in parts], context)
         metrics = {**metrics, MADE_IN: environment()}
     return state, metrics, {k: v for p in parts for k, v in p[1].items()}
@@ -168,10 +170,12 @@ def iterate_on_workers(
     *,
     on_iteration: Callable[[State, Metrics], None] = lambda state, metrics: None,
     tell: Callable[[str], None] = lambda text: None,
+    topic: str = "",
 ) -> dict[str, Any]:
     """Run a blocks stage to its end on the workers of ``client``, with a checkpoint per iteration in ``folder``.
 
-    A killed run resumes from its last checkpoint. ``tell`` is called with the reason when the run stalls.
+    A killed run resumes from its last checkpoint. ``tell`` is called with the reason when the run stalls. ``topic``:
+    see reports.py.
 
     Raises
     ------
@@ -190,7 +194,7 @@ def iterate_on_workers(
         folder.mkdir(parents=True, exist_ok=True)
         for left_by_a_dead_driver in folder.glob("job-*.pickle"):
             left_by_a_dead_driver.unlink()
-        job_path.write_bytes(cloudpickle.dumps(BlockJob(name, functions, params, particles)))
+        job_path.write_bytes(cloudpickle.dumps(BlockJob(name, functions, params, particles, topic)))
     path, state, columns = last_checkpoint(folder)
     if path is None:
         state, columns = functions.start(params, particles.set, inputs), {}

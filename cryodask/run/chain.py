@@ -18,6 +18,7 @@ from cryodask.run.due import Said, due, joined, said_of
 from cryodask.run.grids import brings_movies, mark
 from cryodask.run.imports import Import
 from cryodask.run.refs import INPUTS, PARTICLES
+from cryodask.run.reports import report_of
 from cryodask.run.residents import keep
 from cryodask.run.slices import Slices, slice_digest, slice_of_birth
 from cryodask.run.whole import Stored
@@ -93,7 +94,7 @@ class Chain:
     reads. ``slices``: the particles of each link that takes some from outside the chain. ``expected``: the digests of all slices in the
     current state of the project. ``book``: all birth tables that exposures ever had. ``imports``: values of the exposures from other
     programs. ``origins``: values from other projects that a link reads. These five stay in the driver. ``epoch`` is the driver's: commits
-    of its workers are void once another driver took the project over.
+    of its workers are void once another driver took the project over. ``topic``: see reports.py.
     """
 
     links: tuple[Link, ...]
@@ -106,6 +107,7 @@ class Chain:
     book: BirthBook | None = None
     imports: dict[str, Import] = field(default_factory=dict)
     epoch: int = 0
+    topic: str = ""
     origins: dict[str, Said] = field(default_factory=dict)
     grids: dict[str, Grid] = field(default_factory=dict)
     _read: dict[str, Generation] = field(default_factory=dict)
@@ -253,7 +255,8 @@ class Chain:
             needs |= {n: self._value(n, link, item, known, records, particles) if n in link.source else None for n in link.stage.optional}
             started, started_cpu = time.time(), time.process_time()
             log = f"logs/{item.name}-{item.row}.log"
-            with on_device(device, log=generation.path / log, programs=link.programs) as context:
+            report = report_of(self.topic, link.label, item.row, item.name)
+            with on_device(device, log=generation.path / log, programs=link.programs, report=report) as context:
                 given = link.stage.process(link.params, context=context, **needs)
             _refuse_nonsense(link, item, given)
             told: dict[str, Any] = {}

@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cryodask.context import Context
+from cryodask.context import Context, no_report
 from cryodask.errors import ClusterError
 from cryodask.programs import Program
+from cryodask.run.reports import Report
 
 GPU = "GPU"
 CPU_DEVICE, GPU_DEVICE = "cpu", "cuda"
@@ -24,7 +25,9 @@ _AHEAD = 2
 
 
 @contextmanager
-def on_device(device: str, *, log: Path | None = None, programs: Mapping[Program, str] | None = None) -> Iterator[Context]:
+def on_device(
+    device: str, *, log: Path | None = None, programs: Mapping[Program, str] | None = None, report: Report = no_report
+) -> Iterator[Context]:
     """The context of a stage function in a worker: one thread, its device, a scratch folder that is removed afterwards.
 
     Raises
@@ -34,7 +37,7 @@ def on_device(device: str, *, log: Path | None = None, programs: Mapping[Program
     """
     _one_thread()
     try:
-        with Context(device, 1, log, programs or {}) as context:
+        with Context(device, 1, log, programs or {}, report) as context:
             yield context
     except Exception as error:
         cuda = getattr(sys.modules.get("torch"), "cuda", None)

@@ -114,6 +114,16 @@ class Iteration(Event):
     figures: dict[str, Any] = {}
 
 
+class Reported(Event):
+    """What a stage function says of its progress: ``fraction`` from 0 to 1; ``row`` and ``name`` of its exposure, if it works on one."""
+
+    step: str
+    row: int | None = None
+    name: str | None = None
+    fraction: float
+    figures: dict[str, Any] = {}
+
+
 class Stalled(Event):
     """The run is stalled, and why."""
 

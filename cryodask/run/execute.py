@@ -29,6 +29,7 @@ from cryodask.run.people import check_choice, waiting
 from cryodask.run.recipe import Plan, Step
 from cryodask.run.record import note_line
 from cryodask.run.refs import Refer
+from cryodask.run.reports import Reports
 from cryodask.run.results import freeze, frozen_ids, run_set, scalars, sentence_of, settle_result, stored_variables
 from cryodask.run.selection import Wanted
 from cryodask.run.stopping import Stop
@@ -54,6 +55,7 @@ class Execution:
     events: Events
     wanted: Wanted
     stop: Stop
+    reports: Reports
     items: list[Item] = field(default_factory=list)
 
     # --- the whole run --------------------------------------------------------------------------------------------------------
@@ -96,6 +98,7 @@ class Execution:
         self.events.emit(StepStarted, step=name, steps=[s.label for s in steps], total=total, kept=kept)
 
     def _end(self, steps: list[Step], result: str, **counts: int) -> None:
+        self.reports.emit()
         seconds = round(time.monotonic() - self._began, 3)
         labels = [s.label for s in steps]
         self.events.emit(StepFinished, step=self.step, steps=labels, result=result, seconds=seconds, **counts)
@@ -227,6 +230,7 @@ class Execution:
         if all(link.stage.light(link.params) for link in chain.links):
             process_here(chain, source, event=tally, first_attempt=first_attempt, stopped=self._stopped)
         else:
+            chain.topic = self.reports.topic
             tally.runner = MapRunner(
                 self.client,
                 chain,
@@ -243,7 +247,12 @@ class Execution:
         self.stop.check()
 
     def _stopped(self) -> bool:
+        self.reports.emit()
         return self.stop.asked
+
+    def _looked(self) -> None:
+        self.reports.emit()
+        self.stop.check()
 
     def _live(self, maker: ChainMaker, steps: list[Step], chain: Chain, todo: list[Item], arrivals: Arrivals) -> Iterator[Item | None]:
         """Items of a watched session as their files become complete, newest first; None while there is nothing new."""
@@ -344,7 +353,7 @@ class Execution:
                 made_in.add(metrics[MADE_IN])
                 number = int(state["iteration"])
                 self.events.emit(Iteration, step=step.label, iteration=number, of=None, figures=scalars(metrics))
-                self.stop.check()
+                self._looked()
 
             result = iterate_on_workers(
                 self.client,
@@ -356,13 +365,15 @@ class Execution:
                 generation.path / "checkpoints",
                 on_iteration=on_iteration,
                 tell=tell,
+                topic=self.reports.topic,
             )
             return {**result, MADE_IN: made_in.found}
-        watch = Watch(self.client, tell, looked=self.stop.check)
+        watch = Watch(self.client, tell, looked=self._looked)
+        report = self.reports.topic, step.label
         if stage.shape == "tournament":
 
             def on_chain(number: int, of: int) -> None:
                 self.events.emit(Iteration, step=step.label, iteration=number, of=of, figures={})
 
-            return run_tournament(stage.functions, step.params, particle_set(self.project, inputs), watch, on_chain)
-        return run_whole(stage.name, step.params, values, watch, generation.path / "logs" / "result.log")
+            return run_tournament(stage.functions, step.params, particle_set(self.project, inputs), watch, on_chain, report)
+        return run_whole(stage.name, step.params, values, watch, generation.path / "logs" / "result.log", report)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 
 from cryodask.products import COLLECTIONS, PARTS, Product
+from cryodask.run.choices import chosen_classes
 from cryodask.run.graph_chain import (
     FIRST_CHOICE,
     Chain,
@@ -99,11 +100,37 @@ def check_step(chain: Chain, draft: Draft, outputs: Sequence[Output]) -> None:
     _check_frame_of_mask(chain, draft)
     _check_frame_of_model(draft, outputs)
     _check_exposures_of_particles(draft)
+    _check_chosen_classes(chain, draft)
     if draft.stage.check is not None:
         inputs = {name: list(products) for name, products in draft.inputs.items()}
         for sentence in draft.stage.check(draft.params, inputs):
             raise WrongStep(f"{draft.label}: {sentence}")
     _check_union(chain, draft, outputs)
+
+
+def _check_chosen_classes(chain: Chain, draft: Draft) -> None:
+    """Numbers of classes are those of one classification, and there are such classes."""
+    particles = draft.main("particles")
+    if particles is None or "classes" in {port.type for port in draft.stage.ports}:
+        return  # the stage's own check sees the classes that it takes
+    for part, numbers in chosen_classes(draft.params, particles.parts).items():
+        giver = particles.parts.get(part, "")
+        step = chain.by_label.get(label_of(giver)) if giver and not is_pinned(giver) else None
+        if step is None:
+            continue
+        sets = [p for products in step.inputs.values() for p in products if p.type == "particles"]
+        united = list(dict.fromkeys(p.parts[part] for p in sets if part in p.parts))
+        if len(united) > 1:
+            raise WrongStep(
+                f"{draft.label}: the classes of {giver} come from {listed(united)}, so a number means several classes. "
+                f"Choose classes before {step.label}."
+            )
+        count = next((p.count for p in step.outputs.values() if p.type == "classes"), None)
+        wrong = [n for n in numbers if count is not None and not 1 <= n <= count]
+        if wrong:
+            raise WrongStep(
+                f"{draft.label}: there is no class {listed(map(str, wrong))}: {giver} has {count}, numbered from 1. Choose among those."
+            )
 
 
 def _check_movies_come_once(chain: Chain, draft: Draft) -> None:
@@ -203,11 +230,10 @@ def _check_union(chain: Chain, draft: Draft, outputs: Sequence[Output]) -> None:
                 f"{draft.label}: {refs} cannot be merged, because signal was subtracted from the images of some only. "
                 "Take the sets from before the subtraction, or subtract from the merged set."
             )
-        known = [p for p in sets if p.image is not None and p.image.kind != (None, None, None)]
-        if len({p.image.kind for p in known if p.image is not None}) > 1:
+        if any(a.image and b.image and not a.image.is_like(b.image) for a, b in combinations(sets, 2)):
+            known = listed(_images(p) for p in sets if p.image is not None)
             raise WrongStep(
-                f"{draft.label}: the images differ: {listed(_images(p) for p in known)}. "
-                "Merge before extraction, or extract both with the same parameters."
+                f"{draft.label}: the images differ: {known}. Merge before extraction, or extract both with the same parameters."
             )
         apart = values_apart(as_now([p.exposures for p in sets if p.exposures is not None]))
         if apart and draft.main("exposures") is None:

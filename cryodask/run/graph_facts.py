@@ -27,7 +27,7 @@ def give(
     for out in sorted(outputs, key=lambda o: (_ORDER.get(o.type, 3), not o.partition)):
         product = _bare(chain, draft, out, made)
         if out.type == "exposures":
-            made[out.name, out.type] = _with_facts_of_exposures(draft, product, pixel_sizes)
+            made[out.name, out.type] = _with_facts_of_exposures(draft, out, product, pixel_sizes)
         elif out.type == "particles":
             made[out.name, out.type] = _with_facts_of_particles(chain, draft, out, product, made, union)
         else:
@@ -136,10 +136,10 @@ def originals(chain: Chain, base: Sequence[Product]) -> list[Product]:
 # --- exposures -----------------------------------------------------------------------------------------------------------------
 
 
-def _with_facts_of_exposures(draft: Draft, product: Product, pixel_sizes: Mapping[str, frozenset[float]]) -> Product:
+def _with_facts_of_exposures(draft: Draft, out: Output, product: Product, pixel_sizes: Mapping[str, frozenset[float]]) -> Product:
     base = draft.main("exposures")
     if base is None:
-        return replace(product, sources=frozenset({draft.label}), pixel_sizes=pixel_sizes.get(draft.label, frozenset()))
+        return replace(product, sources=frozenset({draft.label}), pixel_sizes=pixel_sizes.get(draft.label, out.pixel_sizes))
     return replace(product, sources=base.sources, pixel_sizes=base.pixel_sizes)
 
 
@@ -256,6 +256,8 @@ def _image(draft: Draft, out: Output, before: Sequence[Product], exposures: Prod
     if "image" not in out.parts or out.subtracted:
         return inherited
     source = exposures.ref if exposures is not None else draft.label
+    if out.births:
+        return ImageFact(source, None, *(out.image or (None, None)))
     pixels = sorted(exposures.pixel_sizes) if exposures is not None else []
     pixel = pixels[0] if len(pixels) == 1 else None
     size, wanted = _number(draft, "scale_to", "scale_to_px"), _number(draft, "pixel_size_angstrom")

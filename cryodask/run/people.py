@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from cryodask.errors import ProjectFileError
+from cryodask.run.choices import chosen_classes
 from cryodask.run.graph_chain import is_pinned, label_of
-from cryodask.run.recipe import Plan, Step, marked_fields
+from cryodask.run.recipe import Plan, Step
 from cryodask.run.refs import Refer
-from cryodask.stage import ChoiceMark
 from cryodask.store.identity import place_of
 from cryodask.store.project import Project
 from cryodask.store.state import Choice
@@ -63,19 +63,10 @@ def _choices(plan: Plan, project: Project, step: Step) -> list[Choice]:
     """Choices that the parameters of a step make in the classifications behind its particles."""
     particles = step.inputs.get("particles", ())
     parts = particles[0].parts if particles else {}
-    wanted: dict[str, list[int]] = {}
-    for name in marked_fields(type(step.params), ChoiceMark):
-        value = getattr(step.params, name)
-        marks = (m for m in type(step.params).model_fields[name].metadata if isinstance(m, ChoiceMark))
-        numbers = next((m.numbers for m in marks if m.numbers is not None), None)
-        if numbers is not None:
-            wanted |= {part: list(found) for part, found in numbers(value).items()}
-        elif isinstance(value, list | tuple) and value and (part := next((p for p in ("class2d", "class3d") if p in parts), None)):
-            wanted[part] = list(value)
     refer = Refer(plan, project.state)
     return [
         Choice(values=sorted(set(values)), place=refer.place(parts[part]), stage=step.stage.name, part=part, label=label_of(parts[part]))
-        for part, values in wanted.items()
+        for part, values in chosen_classes(step.params, parts).items()
         if part in parts and not is_pinned(parts[part])  # for an earlier result its key identifies the classification
     ]
 

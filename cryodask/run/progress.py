@@ -46,6 +46,8 @@ def text_of(event: Event, *, every_exposure: bool = False) -> str:
             return f"{event.step} begins"
         case of.Iteration():
             return f"{event.step}: iteration {event.iteration}  {figures_text(event.figures)}".rstrip()
+        case of.Reported():
+            return f"{event.step}{f' {event.name}' if event.name else ''}: {event.fraction:.0%}  {figures_text(event.figures)}".rstrip()
     return ""
 
 
@@ -120,6 +122,8 @@ class Terminal:
                 self._begin(event)
         if isinstance(event, of.Iteration):
             self._note = figures_text(event.figures)
+        if isinstance(event, of.Reported) and event.row is None:
+            self._note = f"{event.fraction:.0%}  {figures_text(event.figures)}".rstrip()
         if self._bars is not None and self._bar is not None:
             self._bars.update(self._bar, completed=self._pace.done, total=self._pace.total or None, note=self._said(event.time))
         elif self._pace.step and event.time - self._logged > _LOG_EVERY_SECONDS:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cryodask.errors import ProjectFileError
+from cryodask.parameters import marked_fields
 from cryodask.run.graph import Graph, Step, point_group, resolve
 from cryodask.run.graph_chain import Draft
 from cryodask.run.pins import Pins
@@ -165,17 +165,6 @@ class Plan:
         """Parameters of a step that name files whose content enters the key, if given."""
         found = {n: getattr(step.params, n) for n in marked_fields(type(step.params), InputFileMark)}
         return {n: list(v) if isinstance(v, tuple | list) else [v] for n, v in found.items() if v}
-
-
-def marked_fields(model: type[BaseModel], mark: type) -> list[str]:
-    """Names of the parameters that carry a mark, such as :class:`InputFileMark`."""
-
-    def carries(annotation: Any, metadata: Iterable[Any]) -> bool:
-        if any(m is mark or isinstance(m, mark) for m in metadata):
-            return True
-        return any(carries(arg, getattr(arg, "__metadata__", ())) for arg in typing.get_args(annotation))
-
-    return [n for n, f in model.model_fields.items() if carries(f.annotation, f.metadata)]
 
 
 def project_folder(path: str | Path) -> Path:

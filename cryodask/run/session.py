@@ -25,6 +25,7 @@ from cryodask.run.events import Events, Listener, RunStarted, whereabouts
 from cryodask.run.execute import Execution
 from cryodask.run.progress import LogFile
 from cryodask.run.recipe import Plan, list_movies, make_plan
+from cryodask.run.reports import Reports
 from cryodask.run.selection import Wanted
 from cryodask.run.status import StatusFile
 from cryodask.run.stopping import Stop
@@ -94,8 +95,8 @@ def run_plan(plan: Plan, client: Client, *, listen: Iterable[Listener] = (), **w
 
 
 def _execute(plan: Plan, project: Project, client: Client, events: Events, wanted: Wanted) -> None:
-    with Stop(plan.folder).by_interrupt() as stop:
-        Execution(plan, project, client, events, wanted, stop).run()
+    with Stop(plan.folder).by_interrupt() as stop, Reports(client, events) as reports:
+        Execution(plan, project, client, events, wanted, stop, reports).run()
 
 
 @contextmanager

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from cryodask.errors import CryodaskError, GainError, InputError, MovieError
+from cryodask.parameters import marked_fields
 from cryodask.run.imports import PicksImport, TableImport, content_id
 from cryodask.run.project_import import ProjectImport
-from cryodask.run.recipe import Movies, Plan, Step, list_movies, marked_fields
+from cryodask.run.recipe import Movies, Plan, Step, list_movies
 from cryodask.stage import SourceFileMark
 from cryodask.store.files import disk_errors, write_atomically
 from cryodask.store.layouts import Grid

@@ -17,9 +17,13 @@ from cryodask.run.devices import CPU_DEVICE, GPU, GPU_DEVICE, on_device, with_gp
 from cryodask.run.health import Watch
 from cryodask.run.isolation import blamed_at_first_death
 from cryodask.run.particles import StoredParticles
+from cryodask.run.reports import report_of
 from cryodask.stage import find_stage
 from cryodask.store.environments import MADE_IN, environment
 from cryodask.store.generation import Generation
+
+Topic = tuple[str, str]
+"""Under which a step reports (see reports.py), and its label."""
 
 _TRIES = 3
 
@@ -42,10 +46,10 @@ def loaded(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: value.load() if isinstance(value, Stored) else value for name, value in inputs.items()}
 
 
-def run_whole(stage_name: str, params: Any, inputs: dict[str, Any], watch: Watch, log: Path) -> dict[str, Any]:
+def run_whole(stage_name: str, params: Any, inputs: dict[str, Any], watch: Watch, log: Path, report: Topic) -> dict[str, Any]:
     """Call a whole stage on a worker; ``log`` keeps the output of programs."""
     stage = find_stage(stage_name)
-    blob = cloudpickle.dumps((stage_name, params, inputs, log, stage.program_versions()))
+    blob = cloudpickle.dumps((stage_name, params, inputs, log, stage.program_versions(), report))
     device, needs = (GPU_DEVICE, {GPU: 1}) if stage.resources.gpus else (CPU_DEVICE, None)
     tasks = {0: lambda: _submit(watch.client, _whole_task, blob, device, resources=needs)}
     result = _results(watch, tasks, lambda number, of: None)[0]
@@ -53,17 +57,17 @@ def run_whole(stage_name: str, params: Any, inputs: dict[str, Any], watch: Watch
 
 
 def _whole_task(blob: bytes, device: str) -> dict[str, Any]:
-    stage_name, params, inputs, log, programs = cloudpickle.loads(blob)
-    with on_device(device, log=log, programs=programs) as context:
+    stage_name, params, inputs, log, programs, report = cloudpickle.loads(blob)
+    with on_device(device, log=log, programs=programs, report=report_of(*report)) as context:
         return {**find_stage(stage_name).process(params, context=context, **loaded(inputs)), MADE_IN: environment()}
 
 
 def run_tournament(
-    functions: Any, params: Any, particles: StoredParticles, watch: Watch, on_chain: Callable[[int, int], None]
+    functions: Any, params: Any, particles: StoredParticles, watch: Watch, on_chain: Callable[[int, int], None], report: Topic
 ) -> dict[str, Any]:
     """Run all chains of a tournament, one task each; the stage chooses among them. ``on_chain``: called with (done, total)."""
     index = functions.select(params, particles.set)
-    blob = cloudpickle.dumps((functions, params, particles, index))
+    blob = cloudpickle.dumps((functions, params, particles, index, report))
     seeds = functions.seeds(params)
     tasks = {i: _submitter(watch, blob, seed) for i, seed in enumerate(seeds)}
     chains = _results(watch, tasks, on_chain)
@@ -86,8 +90,8 @@ def _submit(client: Client, function: Callable[..., Any], *arguments: Any, resou
 
 
 def _chain_task(blob: bytes, seed: int, device: str) -> dict[str, Any]:
-    functions, params, particles, index = cloudpickle.loads(blob)
-    with on_device(device) as context:
+    functions, params, particles, index, report = cloudpickle.loads(blob)
+    with on_device(device, report=report_of(*report)) as context:
         return {**functions.chain(params, particles.block(index), seed, context), MADE_IN: environment()}
 
 

@@ -93,7 +93,7 @@ def expect(
     # first wide steps around the picks, then fine steps around the last shift
     step = state["length_angstrom"] / state["rings"] / 1.8
     centres = torch.zeros(count, 2, device=context.device)
-    if iteration > WARMING_ITERATIONS:
+    if not _is_wide(iteration):
         centres = torch.from_numpy(np.stack([previous["origin_y_angstrom"], previous["origin_x_angstrom"]], -1) / pixel).to(context.device)
         offsets = expectation.shift_grid(step / 2 / pixel, 0.75 * step / pixel, context.device)
     else:
@@ -146,12 +146,17 @@ def maximise(params: Classify2DParams, state: State, sums: list[Sums], context: 
     noise = torch.from_numpy(new["noise_power"]).float().to(context.device)
     plain = c2.averages_from_sums(num.sum(0), den.sum(0), noise, grid)
     images, samples = c2.mask_averages(plain, grid, mask)
+    new["done"] = new["iteration"] > params.iterations
+    if _is_wide(new["iteration"]) or new["done"]:
+        # particles are cut again at the centres of their classes: those must be the centres of the molecules
+        centre = c2.centres_of_mass(images)
+        images, samples = c2.mask_averages(c2.move_averages(plain, -centre, grid), grid, mask)
     new["samples"] = samples.cpu().numpy()
     metrics = {"log_likelihood": total["log_likelihood"] / count, "reseeded": reseeded, "used_classes": int((share > 0).sum())}
-    new["done"] = new["iteration"] > params.iterations
     if new["done"]:
         pixel = state["length_angstrom"] / state["working_box"]
         correlation = c2.ring_correlation(num, den, grid, mask)
+        new["class_centre_angstrom"] = pixel * centre.double().cpu().numpy()
         new["class_average"] = resize_images(images, state["box"]).cpu().numpy()
         new["class_resolution_angstrom"] = c2.class_resolution(correlation, state["length_angstrom"])
         new["compactness"] = c2.compactness(images, pixel, state["mask_diameter_angstrom"]).cpu().numpy()
@@ -168,6 +173,7 @@ def finished(params: Classify2DParams, state: State) -> bool:
 def result(params: Classify2DParams, state: State, columns: Columns) -> dict[str, Any]:
     """The output of the stage."""
     number = np.bincount(columns["class_number"], minlength=state["classes"])
+    columns = {**columns, **_centred(columns, state["class_centre_angstrom"])}
     renamed = {"psi_deg": "class_psi_deg", "log_likelihood": "class_log_likelihood"}
     renamed |= {f"origin_{axis}_angstrom": f"class_origin_{axis}_angstrom" for axis in "yx"}
     return {
@@ -183,6 +189,18 @@ def result(params: Classify2DParams, state: State, columns: Columns) -> dict[str
             columns["log_likelihood"].astype(np.float64),
             state["class_residual"],
         ),
+    }
+
+
+def _centred(columns: Columns, centre_angstrom: np.ndarray) -> Columns:
+    """Origins that bring particles to the centre of mass `(class, 2)` (y, x) of their average as it came out of the last iteration."""
+    y, x = centre_angstrom[columns["class_number"]].T
+    psi = np.deg2rad(columns["psi_deg"].astype(np.float64))
+    # from the average into the image: turned back by psi
+    down, right = np.cos(psi) * y - np.sin(psi) * x, np.cos(psi) * x + np.sin(psi) * y
+    return {
+        "origin_y_angstrom": (columns["origin_y_angstrom"] - down).astype(np.float32),
+        "origin_x_angstrom": (columns["origin_x_angstrom"] - right).astype(np.float32),
     }
 
 
@@ -262,6 +280,11 @@ def _fill_empty(numerator: np.ndarray, weight: np.ndarray, share: np.ndarray, le
             sums[:, k], sums[:, big] = even / 2, odd / 2
         share[k] = share[big] = share[big] / 2
     return len(empty)
+
+
+def _is_wide(iteration: int) -> bool:
+    """Whether an iteration looks for shifts all around the picks, not around the last ones."""
+    return iteration <= WARMING_ITERATIONS
 
 
 def _rings(state: State) -> int:

@@ -29,7 +29,7 @@ class Classify2DParams(Params):
 
 
 @stage(
-    version=1,
+    version=2,
     shape="blocks",
     needs=["particle_image"],
     ports=["exposures[ctf, optics, aberrations?]", "particles[image, ctf?]"],
@@ -45,9 +45,10 @@ class classify2d:
 
     Expectation maximisation over classes, rotations and shifts with Gaussian noise per Fourier ring, in polar coordinates, where a
     matrix product and one short Fourier transform score all rotations at once. The start is random; resolution and sharpness of
-    the posterior increase with the iterations; empty classes take over half of the largest. Every class gets a score from 0
-    (junk) to 1 (sharp average): the correlation of the averages of its even and odd particles over Fourier rings, times the compactness
-    of the average, reduced if the average explains its particles poorly.
+    the posterior increase with the iterations; empty classes take over half of the largest. Class averages are centred on their centre
+    of mass, and the particle centres with them. Every class gets a score from 0 (junk) to 1 (sharp average): the correlation of the
+    averages of its even and odd particles over Fourier rings, times the compactness of the average, reduced if the average explains its
+    particles poorly.
     """
 
 

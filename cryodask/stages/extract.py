@@ -121,7 +121,7 @@ def _check(params: ExtractParams, inputs: dict[str, list[Product]]) -> Iterator[
 
 
 @stage(
-    version=1,
+    version=2,
     needs=["micrograph_dw", "pixel_size_angstrom", "particle_id", "position_y_angstrom", "position_x_angstrom"],
     optional=[name for pair in CENTRES for name in pair],
     gives=[
@@ -151,8 +151,8 @@ def extract(
 ) -> dict[str, Any]:
     """Extract particles from the dose-weighted micrograph, as RELION does.
 
-    The pixel of a pick, rounded down, is at index n // 2 of the box; ``particle_y`` and ``particle_x`` are that pixel. With
-    ``recentre`` it is the pixel nearest to the refined centre: that of the last 3D refinement, else of the last 2D classification. A
+    The pixel of a pick, rounded down, is at index n // 2 of the box; ``particle_y`` and ``particle_x`` are its position. With
+    ``recentre`` it is the refined centre, with subpixel accuracy: that of the last 3D refinement, else of the last 2D classification. A
     particle closer to the border than 0.4 background diameters is left out, with that reason; other box pixels beyond the border are
     filled with the mirrored micrograph. Boxes are inverted to white protein, downscaled in Fourier space, a background plane is subtracted,
     and they are normalised to mean 0 and standard deviation 1 outside ``background_diameter_angstrom``.
@@ -186,13 +186,15 @@ def extract(
         pair = next(((y, x) for y, x in refined if y is not None and x is not None), None)
         if pair is None:
             raise MicrographError("recentre is set, but there are no refined centres.", "", "leave out recentre")
-        places = np.stack([np.asarray(p, np.float64) for p in pair], -1).reshape(-1, 2) / pixel + 0.5
+        places = np.stack([np.asarray(p, np.float64) for p in pair], -1).reshape(-1, 2) / pixel
     known: Any = np.isfinite(places).all(1)
-    # coordinates of picks are rounded down, as in relion_preprocess
-    pixels = np.floor(np.where(known[:, None], places, 0.0) + _ROUNDING_PX).astype(np.int64)
+    places = np.where(known[:, None], places, 0.0)
+    if not params.recentre:
+        # coordinates of picks are rounded down, as in relion_preprocess
+        places = np.floor(places + _ROUNDING_PX).astype(np.int64)
     reach, size = _EDGE * diameter / pixel, np.array(image.shape, np.int64)
-    whole = known & (pixels >= reach).all(1) & (pixels <= size - 1 - reach).all(1)
-    rows, columns = pixels[whole].T.copy()
+    whole = known & (places >= reach).all(1) & (places <= size - 1 - reach).all(1)
+    rows, columns = places[whole].T.copy()
     particles = extract_particles(
         torch.from_numpy(image).to(context.device),
         torch.from_numpy(rows).to(context.device),

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from cryodask.errors import InputError, MicrographError
 from cryodask.formats.mrc import read_mrc
-from cryodask.formats.star import read_labels
+from cryodask.formats.star import read_labels, read_optics
 from cryodask.stage import Context, Output, Params, SourceFile, stage
 
 
@@ -23,7 +23,8 @@ class ImportMicrographsParams(Params):
 def _outputs(params: ImportMicrographsParams) -> tuple[Output, ...]:
     there = Path(getattr(params, "star", "")).is_file()
     ctf = ("ctf",) if not there or {"rlnDefocusU", "rlnDefocusAngle"} & read_labels(params.star) else ()
-    return (Output("exposures", "exposures", ("micrograph", "optics", *ctf)),)
+    sizes = frozenset(g["pixel_size_angstrom"] for g in read_optics(params.star) if "pixel_size_angstrom" in g) if there else frozenset()
+    return (Output("exposures", "exposures", ("micrograph", "optics", *ctf), pixel_sizes=sizes),)
 
 
 @stage(version=1, needs=["micrograph_path"], ports=[], outputs=_outputs, gives=["micrograph_sum", "micrograph_dw"])

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from cryodask.errors import InputError, MicrographError
 from cryodask.formats.mrc import open_mrc
-from cryodask.formats.star import ParticleTable, find_beside, read_labels, read_particle_table
+from cryodask.formats.star import ParticleTable, find_beside, read_labels, read_optics, read_particle_table
 from cryodask.stage import Context, Output, Params, SourceFile, stage
 from cryodask.vocabulary import CTF_COLUMNS, OPTICS
 
@@ -39,7 +39,8 @@ class ImportParticlesParams(Params):
 
 
 def _outputs(params: ImportParticlesParams) -> tuple[Output, ...]:
-    labels = read_labels(params.star) if Path(getattr(params, "star", "")).is_file() else _ANY
+    there = Path(getattr(params, "star", "")).is_file()
+    labels, groups = (read_labels(params.star), read_optics(params.star)) if there else (_ANY, [])
     has = {
         "position": {"rlnCoordinateX", "rlnCoordinateY"} <= labels,
         "score": True,
@@ -49,9 +50,12 @@ def _outputs(params: ImportParticlesParams) -> tuple[Output, ...]:
         "class2d": "rlnClassNumber" in labels,
     }
     parts = tuple(part for part, there in has.items() if there)
+    sizes = frozenset(g["pixel_size_angstrom"] for g in groups if "pixel_size_angstrom" in g)
+    images = {(int(g["box"]), g["particle_pixel_size_angstrom"]) for g in groups if g.keys() >= {"box", "particle_pixel_size_angstrom"}}
+    image = images.pop() if len(images) == 1 and has["image"] else None
     return (
-        Output("exposures", "exposures", ("optics",)),
-        Output("particles", "particles", parts, births=True, frame="unknown" if has["pose"] else ""),
+        Output("exposures", "exposures", ("optics",), pixel_sizes=sizes),
+        Output("particles", "particles", parts, births=True, frame="unknown" if has["pose"] else "", image=image),
     )
 
 

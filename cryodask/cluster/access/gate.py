@@ -22,6 +22,9 @@ from cryodask.errors import ClusterError
 
 logger = logging.getLogger(__name__)
 
+REPORTS = "cryodask-reports-"
+"""Topics under which workers report to the driver of a run."""
+
 USER_OPS = frozenset({
     # connecting
     "register-client", "identity", "versions", "echo",

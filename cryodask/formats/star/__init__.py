@@ -7,7 +7,7 @@ later; a table of RELION 3.0 is read if it has its own optics columns, and refus
 
 from cryodask.formats.star.names import ALIASES, COLUMNS, OPTICS, Column
 from cryodask.formats.star.particles import ParticleTable, read_particle_table
-from cryodask.formats.star.read import Columns, find_beside, read_coordinates, read_labels, read_micrographs, read_particles
+from cryodask.formats.star.read import Columns, find_beside, read_coordinates, read_labels, read_micrographs, read_optics, read_particles
 from cryodask.formats.star.tables import Tables, read_tables, write_tables
 from cryodask.formats.star.write import write_coordinates, write_micrographs_ctf, write_motion, write_particles, write_postprocess
 
@@ -23,6 +23,7 @@ __all__ = [
     "read_coordinates",
     "read_labels",
     "read_micrographs",
+    "read_optics",
     "read_particle_table",
     "read_particles",
     "read_tables",

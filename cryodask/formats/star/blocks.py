@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 Loop = dict[str, Any]
 """A table: RELION's name to numbers, to :class:`Coded` texts, or to :class:`Images`."""
 
-_ROWS = 1 << 15
+_PIECE = 1 << 22
 _LINE = 1 << 16
 # characters that another reader would treat as a blank or the end of a line
 _BREAKS = [bytes([c]) for c in b"\0\x0b\x0c\r\x1c\x1d\x1e\x1f"]
@@ -131,34 +132,23 @@ def _read_labels(file: IO[bytes]) -> list[str]:
     return labels
 
 
-class _Rows:
-    """The rows of one table as a file of bytes for pandas, up to the next block, where the file is left.
-
-    The first row is artificial: one field longer than the table, so that rows that are too long show in the last column.
-    """
-
-    def __init__(self, file: IO[bytes], width: int) -> None:
-        self._file, self._rest, self._ended = file, b"0 " * width + b"0\n", False
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(lambda: self.read(_LINE), b"")
-
-    def read(self, size: int = -1) -> bytes:
-        """Whole lines of at most `size` bytes together; nothing at the end of the table."""
-        if self._ended:
-            return b""
-        new = self._file.read(max(size - len(self._rest), 1))
-        data = self._rest + _checked(new, _BREAKS + _QUOTES)
+def _lines(file: IO[bytes]) -> Iterator[bytes]:
+    """The rows of one table, some whole lines at a time, up to the next block, where the file is left."""
+    rest = b""
+    while True:
+        new = file.read(_PIECE)
+        data = rest + _checked(new, _BREAKS + _QUOTES)
         cut = data.rfind(b"\n") + 1 if new else len(data)
         if new and not cut:
             raise _UnusualError
-        lines, self._rest = data[:cut], data[cut:]
-        self._ended = not new
+        lines, rest = data[:cut], data[cut:]
         if found := _NEXT_BLOCK.search(b"\n" + lines):
-            self._ended = True
-            self._file.seek(found.start() - len(data), 1)
-            lines = lines[: found.start()]
-        return lines
+            file.seek(found.start() - len(data), 1)
+            yield lines[: found.start()]
+            return
+        yield lines
+        if not new:
+            return
 
 
 def _read_loop(file: IO[bytes], labels: list[str], wanted: frozenset[str], split_images: bool) -> Loop:
@@ -183,22 +173,22 @@ def _pieces(file: IO[bytes], labels: list[str], wanted: frozenset[str]) -> Itera
     names = [*labels, _END]
     use = [i for i, name in enumerate(names) if name in wanted or i >= len(labels) - 1]
     types = {names[i]: _dtype(names[i], wanted) for i in use}
-    source: Any = _Rows(file, len(labels))
-    with pd.read_csv(
-        source,
-        sep=r"\s+",
-        header=None,
-        names=names,
-        usecols=use,
-        dtype={name: dtype for name, dtype in types.items() if dtype is not None},
-        comment="#",
-        na_filter=False,
-        engine="c",
-        low_memory=False,
-        chunksize=_ROWS,
-    ) as pieces:
-        for number, rows in enumerate(pieces):
-            yield rows if number else rows.iloc[1:]
+    # one field longer than the table, so that rows that are too long show in the last column
+    first = b"0 " * len(labels) + b"0\n"
+    for lines in _lines(file):
+        rows = pd.read_csv(
+            BytesIO(first + lines),
+            sep=r"\s+",
+            header=None,
+            names=names,
+            usecols=use,
+            dtype={name: dtype for name, dtype in types.items() if dtype is not None},
+            comment="#",
+            na_filter=False,
+            engine="c",
+            low_memory=False,
+        )
+        yield rows.iloc[1:]
 
 
 def _dtype(name: str, wanted: frozenset[str]) -> Any:

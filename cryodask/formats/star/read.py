@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from cryodask.formats.star.texts import Coded, Images, encode
 Columns = dict[str, np.ndarray]
 Read = dict[str, "np.ndarray | Coded | Images"]
 
+_HEAD = [c for c in OPTICS if c.name in ("pixel_size_angstrom", "particle_pixel_size_angstrom", "box")]
 _OLD = ("rlnDetectorPixelSize", "rlnMagnification", "rlnOriginX", "rlnOriginY")
 
 
@@ -256,3 +258,36 @@ def read_labels(path: str | Path) -> frozenset[str]:
     if not labels:
         raise StarError(f"{path} has no table.", "it is another kind of file, or empty", "give a RELION STAR file")
     return frozenset(labels)
+
+
+def read_optics(path: str | Path) -> list[dict[str, float]]:
+    """What the optics groups say of pixels and images, one dict per group; of the file no more than its head is read.
+
+    Returns
+    -------
+    list of dict
+        ``pixel_size_angstrom`` of micrographs, ``particle_pixel_size_angstrom`` and ``box`` (pixels) of images, those that are given.
+        Empty where the file has no table of optics at its head, or one that cannot be read: reading the whole file says why.
+    """
+    groups: list[dict[str, float]] = []
+    labels: list[str] = []
+    inside = False
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                words = shlex.split(line, comments=True)
+                if not words or words[0] == "loop_":
+                    continue
+                if words[0].startswith("data_"):
+                    if inside or words[0] != "data_optics":
+                        break
+                    inside = True
+                elif words[0].startswith("_"):
+                    labels.append(words[0][1:])
+                else:
+                    row = dict(zip(labels, words, strict=True))
+                    found = {c.name: [row[n] for n in (c.relion, *ALIASES.get(c.relion, ())) if n in row] for c in _HEAD}
+                    groups.append({name: float(texts[0]) for name, texts in found.items() if texts})
+    except (OSError, ValueError):
+        return []
+    return groups
