@@ -354,7 +354,7 @@ def test_a_pinned_generation_is_taken_and_an_unknown_one_refused(tmp_path, here)
     y, x = (int(np.round(float(one[f"centre_{a}_angstrom"]))) for a in "yx")
     assert float(one["particle_brightness"]) == pytest.approx(frames[y, x] + value)
     wrong = [*pinned[:-1], {"toy_polish": {"from": {"map": "toy_poses@ffff"}}}]
-    assert "names no results" in preview(draft_plan(write(folder, wrong))).problems[0]
+    assert "matches no results" in preview(draft_plan(write(folder, wrong))).problems[0]
 
 
 def test_history_compare_keep_and_gc_on_five_generations(tmp_path, here):
