@@ -20,7 +20,7 @@ from cryodask.store.identity import parse_id, row_of
 from cryodask.store.project import Project
 
 PIXEL = 1.77
-PARAMS = SessionParams(movies=10, height=512, width=512, frames=6, dose_per_frame=40 / 6, particles=11, truth_maps=())
+PARAMS = SessionParams(movies=14, height=512, width=512, frames=6, dose_per_frame=40 / 6, particles=11, truth_maps=())
 PIPELINE = [
     {"motion": {"patches": [3, 3]}},
     "ctf",
