@@ -16,10 +16,10 @@ import statistics
 import time
 from pathlib import Path
 
-from cryodask.run.event_log import EventLog, event_files, tail
 from cryodask.run.events import Counted, Events, ExposureCommitted, StepStarted
-from cryodask.run.progress import LogFile
-from cryodask.run.status import StatusFile
+from cryodask.run.events.log import EventLog, event_files, tail
+from cryodask.run.events.progress import LogFile
+from cryodask.run.events.status import StatusFile
 
 OUT = Path(__file__).parent / "out" / "events"
 

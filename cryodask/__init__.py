@@ -68,7 +68,7 @@ def run_project(
     CryodaskError
         Whatever stops a run. Everything committed before stays, and the same call resumes from there.
     """
-    from cryodask.run.progress import Terminal
+    from cryodask.run.events.progress import Terminal
     from cryodask.run.selection import Wanted
     from cryodask.run.session import run_session
 

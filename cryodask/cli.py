@@ -89,7 +89,7 @@ def info(
         typer.echo("\n".join(lines({label: opened.generation(label) for label in opened.stages})))
         return
     typer.echo(repr(opened))
-    from cryodask.run.status import status_sentence
+    from cryodask.run.events.status import status_sentence
 
     doing = status_sentence(opened.path)
     if doing:
@@ -194,7 +194,7 @@ def stages(
             "list them with  cryodask stages",
         )
     stage = known[name]
-    from cryodask.run.graph_chain import default_outputs
+    from cryodask.run.graph.chain import default_outputs
 
     typer.echo(f"{stage.name} (version {stage.version}, {stage.shape})\n\n{stage.doc}\n")
     for word, parts in (("takes", stage.ports), ("gives", default_outputs(stage))):

@@ -79,7 +79,7 @@ def run(
     if dry_run:
         _dry_run(project, wanted, as_json=as_json)
         return
-    from cryodask.run.progress import JsonLines, Terminal
+    from cryodask.run.events.progress import JsonLines, Terminal
     from cryodask.run.session import run_session
 
     try:
@@ -118,9 +118,9 @@ def watch(
     as_json: Annotated[bool, typer.Option("--json", help="Print every event as a line of JSON.")] = False,
 ) -> None:
     """Follow a run from another terminal until it ends. Ctrl-C does not affect the run."""
-    from cryodask.run.event_log import follow
-    from cryodask.run.progress import JsonLines, text_of
-    from cryodask.run.status import status_sentence
+    from cryodask.run.events.log import follow
+    from cryodask.run.events.progress import JsonLines, text_of
+    from cryodask.run.events.status import status_sentence
 
     folder = open_project(project).path
     show = JsonLines()

@@ -17,7 +17,7 @@ import yaml
 
 from cryodask.cluster.connect import close, connect
 from cryodask.run.events import Events, ExposureCommitted, StepFinished, StepStarted
-from cryodask.run.progress import Terminal
+from cryodask.run.events.progress import Terminal
 from cryodask.run.session import run_session
 from cryodask.store.project import Project
 

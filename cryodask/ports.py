@@ -13,7 +13,7 @@ from cryodask.products import COLLECTIONS, PARTS, Product, part_of
 class Port:
     """An input of a stage: one product of a type, with the parts it must have.
 
-    ``also``: parts that are used if present, and then count in the key. ``default``: "related" (found by the rules of run/graph.py),
+    ``also``: parts that are used if present, and then count in the key. ``default``: "related" (found by the rules of run/graph/rules.py),
     "explicit" (only by ``from``) or "none" (stays empty unless ``from`` fills it). ``many``: takes a list. ``copies``: whether the copies
     of a symmetry expansion are accepted; ``subtracted``: whether images after signal subtraction are. ``whole``: all classes are taken
     together, none need be chosen. ``unless``: parameter that replaces this input. ``also_if``: parameter without which

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cryodask.run.events import Event
-from cryodask.run.progress import text_of
+from cryodask.run.events.progress import text_of
 
 
 class Told:

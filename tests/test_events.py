@@ -11,10 +11,10 @@ import pytest
 from _told import Told
 
 from cryodask.errors import ClusterError
-from cryodask.run import event_log
-from cryodask.run.event_log import EventLog, event_files, follow, last_run, tail
 from cryodask.run.events import KINDS, Counted, Event, Events, ExposureCommitted, Iteration, Noted, RunEnded, RunStarted, event_of
-from cryodask.run.progress import Pace, text_of
+from cryodask.run.events import log as event_log
+from cryodask.run.events.log import EventLog, event_files, follow, last_run, tail
+from cryodask.run.events.progress import Pace, text_of
 from cryodask.store.lines import checked_line
 
 

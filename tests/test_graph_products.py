@@ -11,7 +11,7 @@ from _graph_stages import STAGES, E, declare
 
 from cryodask.products import Product, register_part
 from cryodask.run.graph import Graph
-from cryodask.run.graph_facts import order_of
+from cryodask.run.graph.facts import order_of
 
 BRANCHED: list[Any] = [
     *MAP,

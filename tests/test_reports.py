@@ -10,9 +10,9 @@ from test_bad_input import PIXEL, frames_of
 
 from cryodask.formats.movies import write_tiff_movie
 from cryodask.run.events import Event, Reported
-from cryodask.run.progress import text_of
+from cryodask.run.events.progress import text_of
+from cryodask.run.events.reports import report_of
 from cryodask.run.recipe import make_plan
-from cryodask.run.reports import report_of
 from cryodask.run.session import run_plan
 from cryodask.stage import Params, stage
 
@@ -80,8 +80,8 @@ class Beat:
 def test_one_report_a_second_and_the_last_one_always(monkeypatch):
     now = [0.0]
     worker = Beat()
-    monkeypatch.setattr("cryodask.run.reports.get_worker", lambda: worker)
-    monkeypatch.setattr("cryodask.run.reports.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("cryodask.run.events.reports.get_worker", lambda: worker)
+    monkeypatch.setattr("cryodask.run.events.reports.time.monotonic", lambda: now[0])
     report = report_of("t", "step", 3, "m")
     for moment, fraction in ((0.0, 0.1), (0.4, 0.2), (1.1, 0.3), (1.2, 1.0)):
         now[0] = moment

@@ -27,12 +27,12 @@ from cryodask.cluster.slurm.pools import PoolCluster, open_pools
 from cryodask.formats.movies import write_mrc_movie
 from cryodask.run import execute, health
 from cryodask.run.events import ExposureCommitted, ExposureQuarantined, Iteration
+from cryodask.run.events.progress import text_of
+from cryodask.run.events.status import status_sentence
 from cryodask.run.health import Watch
 from cryodask.run.map import MapRunner
-from cryodask.run.progress import text_of
 from cryodask.run.recipe import make_plan
 from cryodask.run.session import run_plan
-from cryodask.run.status import status_sentence
 from cryodask.stage import OTHERS
 from cryodask.store.journal import content_crc
 from cryodask.store.project import Project

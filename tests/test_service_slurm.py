@@ -29,7 +29,7 @@ from cryodask.cluster.settings import JobSettings, parse_settings
 from cryodask.cluster.slurm.slurm import cancel_of
 from cryodask.errors import ClusterError
 from cryodask.formats.movies import write_tiff_movie
-from cryodask.run.event_log import tail
+from cryodask.run.events.log import tail
 
 pytestmark = pytest.mark.slurm
 

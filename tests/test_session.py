@@ -25,8 +25,8 @@ from cryodask.cli import app
 from cryodask.errors import ProjectFileError, Quarantined, Stopped, StoreError
 from cryodask.formats.movies import write_tiff_movie
 from cryodask.run.backlog import Backlog
-from cryodask.run.event_log import tail
 from cryodask.run.events import ExposureCommitted, RunEnded, RunStarted, StepFinished, StepStarted
+from cryodask.run.events.log import tail
 from cryodask.run.preview import preview
 from cryodask.run.recipe import draft_plan, make_plan
 from cryodask.run.session import run_plan

@@ -16,11 +16,11 @@ from cryodask.errors import ProjectFileError
 from cryodask.formats.movies import write_mrc_movie, write_tiff_movie
 from cryodask.run import watch
 from cryodask.run.events import Counted, Event
+from cryodask.run.events.status import read_status, status_sentence
 from cryodask.run.map import MapRunner
 from cryodask.run.recipe import make_plan
 from cryodask.run.selection import Wanted
 from cryodask.run.session import check_inputs, run_plan
-from cryodask.run.status import read_status, status_sentence
 from cryodask.run.watch import Arrivals, Until
 from cryodask.store.project import Project
 from cryodask.testing.faults import FaultyJob

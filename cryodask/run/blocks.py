@@ -23,11 +23,11 @@ from distributed.client import FuturesCancelledError
 from cryodask.errors import ClusterError, InputError
 from cryodask.run.checkpoints import last_checkpoint, read_state, write_checkpoint
 from cryodask.run.devices import CPU_DEVICE, GPU, GPU_DEVICE, on_device, with_gpus
+from cryodask.run.events.reports import report_of
 from cryodask.run.health import Watch
 from cryodask.run.isolation import blamed_at_first_death
 from cryodask.run.leaves import Leaf, cut_leaves, home_of_leaves, merges, settle
 from cryodask.run.particles import StoredParticles
-from cryodask.run.reports import report_of
 from cryodask.run.residents import RESIDENTS, Run, new_run, release_everywhere, run_here
 from cryodask.stage import Columns, Context, Metrics, ParticleBlock, ParticleSet, State, Sums
 from cryodask.store.environments import MADE_IN, environment

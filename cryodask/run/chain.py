@@ -15,10 +15,10 @@ from cryodask.errors import InputError, MicrographError
 from cryodask.programs import Program
 from cryodask.run.devices import on_device
 from cryodask.run.due import Said, due, joined, said_of
+from cryodask.run.events.reports import report_of
 from cryodask.run.grids import brings_movies, mark
 from cryodask.run.imports import Import
 from cryodask.run.refs import INPUTS, PARTICLES
-from cryodask.run.reports import report_of
 from cryodask.run.residents import keep
 from cryodask.run.slices import Slices, slice_digest, slice_of_birth
 from cryodask.run.whole import Stored

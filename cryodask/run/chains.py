@@ -16,7 +16,7 @@ from cryodask.programs import Program
 from cryodask.run import sources
 from cryodask.run.chain import Chain, Link
 from cryodask.run.due import Known, due, known
-from cryodask.run.graph_chain import is_pinned, label_of
+from cryodask.run.graph.chain import is_pinned, label_of
 from cryodask.run.grids import brings_movies, known_grids, misplaced
 from cryodask.run.imports import Import, PicksImport, imports_of
 from cryodask.run.inputs import exposure_rows

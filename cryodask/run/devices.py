@@ -17,7 +17,7 @@ from typing import Any
 from cryodask.context import Context, no_report
 from cryodask.errors import ClusterError
 from cryodask.programs import Program
-from cryodask.run.reports import Report
+from cryodask.run.events.reports import Report
 
 GPU = "GPU"
 CPU_DEVICE, GPU_DEVICE = "cpu", "cuda"

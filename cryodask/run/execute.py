@@ -17,7 +17,10 @@ from cryodask.run.blocks import iterate_on_workers
 from cryodask.run.chain import Chain
 from cryodask.run.chains import ChainMaker, Target
 from cryodask.run.data_sets import data_sets, keep_former
+from cryodask.run.decisions import check_choice, waiting
 from cryodask.run.events import Events, ExposureArrived, Iteration, Stalled, StepFinished, StepStarted
+from cryodask.run.events.reports import Reports
+from cryodask.run.events.tally import Tally
 from cryodask.run.groups import chains_of
 from cryodask.run.health import Watch, scheduler_needed
 from cryodask.run.imports import left_out_text, nothing_fits, rows_told
@@ -25,15 +28,12 @@ from cryodask.run.inputs import SHARED_REASONS, StepInputs, particle_set, step_i
 from cryodask.run.keys import Keys
 from cryodask.run.made_in import MadeIn, before_adding
 from cryodask.run.map import MapRunner, process_here
-from cryodask.run.people import check_choice, waiting
 from cryodask.run.recipe import Plan, Step
 from cryodask.run.record import note_line
 from cryodask.run.refs import Refer
-from cryodask.run.reports import Reports
 from cryodask.run.results import freeze, frozen_ids, run_set, scalars, sentence_of, settle_result, stored_variables
 from cryodask.run.selection import Wanted
 from cryodask.run.stopping import Stop
-from cryodask.run.tally import Tally
 from cryodask.run.unions import image_givers
 from cryodask.run.watch import Arrivals
 from cryodask.run.whole import loaded, run_tournament, run_whole

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from cryodask.run.graph_chain import is_pinned, label_of
+from cryodask.run.graph.chain import is_pinned, label_of
 from cryodask.run.recipe import Plan, Step
 from cryodask.run.refs import parts_used
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from cryodask.parameters import marked_fields
 from cryodask.products import COLLECTIONS
-from cryodask.run.graph_chain import is_pinned, label_of
+from cryodask.run.graph.chain import is_pinned, label_of
 from cryodask.run.inputs import StepInputs
 from cryodask.run.recipe import Plan, Step
 from cryodask.run.refs import INPUTS, Refer, givers_of, parts_used, pinned_place, united_parts, variable_sources

@@ -8,7 +8,7 @@ from cryodask.errors import CryodaskError
 from cryodask.formats.movies import open_movie
 from cryodask.formats.mrc import open_mrc
 from cryodask.products import Product
-from cryodask.run.graph_chain import is_pinned, label_of
+from cryodask.run.graph.chain import is_pinned, label_of
 from cryodask.run.inputs import step_inputs
 from cryodask.run.recipe import Plan, Step
 from cryodask.run.refs import pinned_place

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cryodask.run.graph_chain import is_pinned, label_of
+from cryodask.run.graph.chain import is_pinned, label_of
 from cryodask.run.project_import import ProjectImport
 from cryodask.run.recipe import Plan, Step
 from cryodask.run.refs import givers_of, parts_used

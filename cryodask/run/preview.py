@@ -13,12 +13,12 @@ from cryodask.run import sources
 from cryodask.run.chains import ChainMaker, Target, stored_per_item
 from cryodask.run.checks import look_ahead
 from cryodask.run.data_sets import data_sets, keep_former
+from cryodask.run.decisions import check_choice, waiting
 from cryodask.run.due import Known
 from cryodask.run.estimate import Estimator, Source
 from cryodask.run.groups import chains_of
 from cryodask.run.inputs import step_inputs
 from cryodask.run.keys import Keys
-from cryodask.run.people import check_choice, waiting
 from cryodask.run.recipe import Plan, Step
 from cryodask.run.refs import Refer, label_of
 from cryodask.run.selection import Wanted

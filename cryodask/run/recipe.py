@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from cryodask.errors import ProjectFileError
 from cryodask.parameters import marked_fields
 from cryodask.run.graph import Graph, Step, point_group, resolve
-from cryodask.run.graph_chain import Draft
-from cryodask.run.pins import Pins
+from cryodask.run.graph.chain import Draft
+from cryodask.run.graph.pins import Pins
 from cryodask.run.wrong_names import nearest, problems
 from cryodask.stage import InputFileMark, Params, SourceFileMark, Stage, load_stages
 

@@ -6,8 +6,8 @@ from dataclasses import asdict
 from typing import Any
 
 from cryodask.products import Product
-from cryodask.run.graph_chain import labels_of
-from cryodask.run.pins import FACTS
+from cryodask.run.graph.chain import labels_of
+from cryodask.run.graph.pins import FACTS
 from cryodask.run.recipe import Plan, Step
 from cryodask.run.refs import Refer
 from cryodask.store import places

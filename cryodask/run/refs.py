@@ -7,7 +7,7 @@ from typing import Any
 
 from cryodask.products import Product, part_of
 from cryodask.run.graph import Step
-from cryodask.run.graph_chain import is_pinned, label_of, used_parts
+from cryodask.run.graph.chain import is_pinned, label_of, used_parts
 from cryodask.run.recipe import Plan
 from cryodask.stage import Port, Stage, find_stage
 from cryodask.store.state import ProductRef, ProjectState, StepState

@@ -20,14 +20,14 @@ from cryodask.errors import ProjectFileError, Quarantined
 from cryodask.report import write_report
 from cryodask.run import sources
 from cryodask.run.checks import look_ahead
-from cryodask.run.event_log import EventLog
 from cryodask.run.events import Events, Listener, RunStarted, whereabouts
+from cryodask.run.events.log import EventLog
+from cryodask.run.events.progress import LogFile
+from cryodask.run.events.reports import Reports
+from cryodask.run.events.status import StatusFile
 from cryodask.run.execute import Execution
-from cryodask.run.progress import LogFile
 from cryodask.run.recipe import Plan, list_movies, make_plan
-from cryodask.run.reports import Reports
 from cryodask.run.selection import Wanted
-from cryodask.run.status import StatusFile
 from cryodask.run.stopping import Stop
 from cryodask.store.files import disk_errors, write_atomically
 from cryodask.store.project import Project

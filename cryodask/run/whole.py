@@ -14,10 +14,10 @@ from distributed.client import ClosedClientError
 
 from cryodask.errors import ClusterError
 from cryodask.run.devices import CPU_DEVICE, GPU, GPU_DEVICE, on_device, with_gpus
+from cryodask.run.events.reports import report_of
 from cryodask.run.health import Watch
 from cryodask.run.isolation import blamed_at_first_death
 from cryodask.run.particles import StoredParticles
-from cryodask.run.reports import report_of
 from cryodask.stage import find_stage
 from cryodask.store.environments import MADE_IN, environment
 from cryodask.store.generation import Generation

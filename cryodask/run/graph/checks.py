@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 
 from cryodask.products import COLLECTIONS, PARTS, Product
-from cryodask.run.choices import chosen_classes
-from cryodask.run.graph_chain import (
+from cryodask.run.graph.chain import (
     FIRST_CHOICE,
     Chain,
     Draft,
@@ -22,7 +21,8 @@ from cryodask.run.graph_chain import (
     stages_that_give,
     uses_poses,
 )
-from cryodask.run.graph_rules import is_unknown, wrong_purpose
+from cryodask.run.graph.choices import chosen_classes
+from cryodask.run.graph.rules import is_unknown, wrong_purpose
 from cryodask.stage import Output, Port
 
 # --- one input -------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from cryodask.products import COLLECTIONS, ImageFact, Product, place_named
-from cryodask.run.graph_chain import Chain, Draft, WrongStep, as_now, label_of, labels_of, map_ports, near
+from cryodask.run.graph.chain import Chain, Draft, WrongStep, as_now, label_of, labels_of, map_ports, near
 from cryodask.stage import Output
 
 _ORDER = {"exposures": 0, "map": 1, "particles": 2}

@@ -1,10 +1,10 @@
 """The resolver: turns the list of steps in the project file into steps with their sources, products, and problems.
 
-Pure: no Dask, no disk. The rules are those of the documentation: a step works on the nearest particles above it; everything else that
+Pure, without Dask or disk (only ``pins`` looks into the project). The rules are those of the documentation: a step works on the nearest particles above it; everything else that
 it needs is what belongs to those particles; ``from`` overrides this. A wrong list gives problems, never an exception.
 
-``graph_from`` reads ``from`` (rule 1), ``graph_rules`` finds all other sources (rules 2 to 6), ``graph_checks`` compares the sources of
-a step, ``graph_facts`` derives its products.
+``sources`` reads ``from`` (rule 1), ``rules`` finds all other sources (rules 2 to 6), ``checks`` compares the sources of
+a step, ``facts`` derives its products. ``pins`` finds earlier results (``STEP@KEY``), ``choices`` the classes that parameters name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from cryodask.errors import CryodaskError
 from cryodask.products import COLLECTIONS, Product
-from cryodask.run.graph_chain import (
+from cryodask.run.graph.chain import (
     Chain,
     Draft,
     Pinned,
@@ -31,10 +31,10 @@ from cryodask.run.graph_chain import (
     used_parts,
     written,
 )
-from cryodask.run.graph_checks import check_input, check_step, lacking, of_another_table, unused
-from cryodask.run.graph_facts import give, order_of, point_group
-from cryodask.run.graph_from import check_form, read_from, refuse_twice
-from cryodask.run.graph_rules import FILLED_FIRST, missing, take
+from cryodask.run.graph.checks import check_input, check_step, lacking, of_another_table, unused
+from cryodask.run.graph.facts import give, order_of, point_group
+from cryodask.run.graph.rules import FILLED_FIRST, missing, take
+from cryodask.run.graph.sources import check_form, read_from, refuse_twice
 from cryodask.stage import OTHERS, Output, Port, Stage
 
 __all__ = ["Graph", "Step", "order_of", "point_group", "resolve"]

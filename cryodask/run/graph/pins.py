@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 from cryodask.products import ImageFact, Product
-from cryodask.run.graph_chain import Step, WrongStep, labels_of
+from cryodask.run.graph.chain import Step, WrongStep, labels_of
 from cryodask.store import places
 from cryodask.store.generation import Generation
 from cryodask.store.places import Line

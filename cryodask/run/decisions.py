@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from cryodask.errors import ProjectFileError
-from cryodask.run.choices import chosen_classes
-from cryodask.run.graph_chain import is_pinned, label_of
+from cryodask.run.graph.chain import is_pinned, label_of
+from cryodask.run.graph.choices import chosen_classes
 from cryodask.run.recipe import Plan, Step
 from cryodask.run.refs import Refer
 from cryodask.store.identity import place_of

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cryodask.products import Product
-from cryodask.run.graph_chain import (
+from cryodask.run.graph.chain import (
     Chain,
     Draft,
     WrongStep,

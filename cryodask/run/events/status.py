@@ -15,7 +15,7 @@ import psutil
 from cryodask.errors import TakenOverError
 from cryodask.run import events as of
 from cryodask.run.events import Event
-from cryodask.run.progress import Pace, figures_text
+from cryodask.run.events.progress import Pace, figures_text
 from cryodask.store.files import check_writable
 
 _NAME = "status.json"

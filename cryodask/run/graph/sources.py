@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from cryodask.products import Product
-from cryodask.run.graph_chain import Chain, Draft, Step, WrongStep, listed, near, one, several, shown, who_gives, written
+from cryodask.run.graph.chain import Chain, Draft, Step, WrongStep, listed, near, one, several, shown, who_gives, written
 from cryodask.stage import Port, Stage
 
 _SOURCE = re.compile(r"([A-Za-z_][A-Za-z0-9_-]*)(?:\.([^@]*))?(?:@(.*))?", re.DOTALL)
