@@ -1,10 +1,11 @@
 """The resolver: turns the list of steps in the project file into steps with their sources, products, and problems.
 
-Pure, without Dask or disk (only ``pins`` looks into the project). The rules are those of the documentation: a step works on the nearest particles above it; everything else that
-it needs is what belongs to those particles; ``from`` overrides this. A wrong list gives problems, never an exception.
+Pure, without Dask or disk (only ``pins`` looks into the project). The rules are those of the documentation: a step works on the nearest
+particles above it; everything else that it needs is what belongs to those particles; ``from`` overrides this. A wrong list gives
+problems, never an exception.
 
-``sources`` reads ``from`` (rule 1), ``rules`` finds all other sources (rules 2 to 6), ``checks`` compares the sources of
-a step, ``facts`` derives its products. ``pins`` finds earlier results (``STEP@KEY``), ``choices`` the classes that parameters name.
+``sources`` reads ``from`` (rule 1), ``rules`` finds all other sources (rules 2 to 6), ``checks`` compares the sources of a step,
+``facts`` derives its products. ``pins`` finds earlier results (``STEP@KEY``), ``choices`` the classes that parameters name.
 """
 
 from __future__ import annotations
