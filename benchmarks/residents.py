@@ -15,12 +15,14 @@ import json
 import shutil
 from pathlib import Path
 
+import dask
 import numpy as np
 import psutil
 from distributed import Client
 
 import cryodask
 from cryodask.cluster import LaneCluster
+from cryodask.cluster.connect import local_environment
 from cryodask.formats.mrc import write_mrc
 from cryodask.simulate.particles import simulate_particles
 from cryodask.store.project import Project
@@ -86,7 +88,11 @@ def main() -> None:
     memory: list[int] = []
     results = {}
     for threads in (1, 4):
-        with LaneCluster(n_workers=1, threads_per_worker=threads, dashboard_address=None) as cluster, Client(cluster) as client:
+        with (
+            dask.config.set(local_environment()),
+            LaneCluster(n_workers=1, threads_per_worker=threads, dashboard_address=None) as cluster,
+            Client(cluster) as client,
+        ):
             results[threads] = contents(run(f"threads{threads}", client))
             if threads == 1:
                 for number in range(runs):

@@ -181,7 +181,7 @@ def test_a_data_set_renamed_while_a_session_is_watched_computes_nothing(folder, 
 
 def test_a_data_set_that_is_listed_no_longer_keeps_its_results_and_its_optics(folder, here):
     before = made(run(folder, here, [one(), two()]))
-    said = "3 exposures belong to data set two, no longer in the project file: results, optics and gain stay as they were"
+    said = "3 exposures belong to data set two, which is no longer in the project file: results, optics and gain stay as they were"
     shown = ahead(folder, [one()])
     assert todo(shown) == {}
     assert any(w.startswith(said) for w in shown.warnings)
@@ -228,7 +228,7 @@ def test_a_set_keeps_its_optics_when_another_one_takes_its_name(folder, here, in
         run(folder, here, [one()])
     shown = ahead(folder, RENAMED)
     assert todo(shown) == {}
-    said = "3 exposures belong to a former data set two (kept as two~1), no longer in the project file"
+    said = "3 exposures belong to a former data set two (kept as two~1), which is no longer in the project file"
     assert any(w.startswith(said) for w in shown.warnings)
     told = Told()
     project = run(folder, here, RENAMED, listen=[told], **({"watch": Until(movies=3)} if watched else {}))

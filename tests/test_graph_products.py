@@ -9,7 +9,7 @@ import pytest
 from _graph_plans import BARE, CLEAN, EXPANDED, FOCUS, HET, K3, MAP, ONE, POST, PRE, TWO_SESSIONS, plan, source, sources
 from _graph_stages import STAGES, E, declare
 
-from cryodask.products import Product, register_part
+from cryodask.products import ImageFact, Product, register_part
 from cryodask.run.graph import Graph
 from cryodask.run.graph.facts import order_of
 
@@ -187,7 +187,7 @@ def test_sets_whose_exposures_got_other_parts_side_by_side_have_both_once_united
 def test_boxes_of_two_pixel_sizes_are_not_one_stack() -> None:
     facts = plan(PRE).step("extract").outputs["particles", "particles"].image
     assert facts is not None
-    assert (facts.source, facts.kind) == ("ctf", (160, 64, 2.5))
+    assert facts == ImageFact("ctf", 160, 64, 2.5)
 
 
 def test_pins_stand_beside_the_sources() -> None:

@@ -225,7 +225,7 @@ def test_one_that_nobody_waits_for_leaves_before_it_starts_anything(home):
         wait(started.ended, "its end")
         said = started.log.read_text()
         assert words in said
-        assert "runs at" not in said
+        assert "running at" not in said
         assert Whereabouts.read(folder / "scheduler.json") == named
         assert not (folder / "successor.json").exists()
         assert not (folder / "failed.json").exists()

@@ -297,5 +297,5 @@ def test_what_the_optics_of_a_table_say_of_its_images_is_compared_before_work(tm
     assert merged("alike.star").steps[-1].label == "merge"
     with pytest.raises(ProjectFileError, match=r"the images differ: a \(scaled to 32, pixel size in A 7.08\) and b \(scaled to 24, pixel"):
         merged("small.star")
-    with pytest.raises(ProjectFileError, match=r"pixel sizes of 1.05 A and 1.77 A, so a box in pixels means different lengths"):
+    with pytest.raises(ProjectFileError, match=r"pixel sizes of 1.05 A and 1.77 A, so a box in pixels has different lengths"):
         plan({"import_micrographs": {"star": "mixed.star"}}, "ctf", {"pick": {"diameter_angstrom": 180}}, {"extract": {"box": 64}})

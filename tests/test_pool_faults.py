@@ -201,7 +201,10 @@ def test_a_job_whose_results_nobody_takes_in_time_works_on_and_goes_later(on_slu
         assert not any("others did not take them" in text for _, _, text in cluster.events), "nothing waits for a retirement"
         wait(lambda: cluster.scheduler.workers[first] not in cluster.scheduler.running, "its retirement")
         (job,) = (name for name in cluster.workers if name == cluster.scheduler.workers[first].name)
-        wait(lambda: any("it holds 1 results, others did not take them within 20 s" in text for _, _, text in cluster.events), "its end")
+        wait(
+            lambda: any("it stays for now, with 1 results: others did not take them within 20 s" in text for _, _, text in cluster.events),
+            "its end",
+        )
         assert job in next(text for _, _, text in cluster.events if "it stays for now" in text)
         assert client.submit(pow, 2, 3, workers=[first]).result(120) == 8
         go.touch()

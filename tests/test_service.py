@@ -77,7 +77,7 @@ def client(box):
 
 
 def test_it_lives_on_when_the_command_that_started_it_has_ended(started, box, client):
-    assert f"runs at {box.address}" in started
+    assert f"is running at {box.address}" in started
     assert "cryodask cluster stop box" in started
     assert client.submit(sum, [1, 2]).result(60) == 3
     process = holder("box")
@@ -248,7 +248,7 @@ def test_stop_lets_what_runs_finish_if_asked_to(home, tmp_path):
         future = client.submit(slow, str(tmp_path / "finished"))
         wait(lambda: any(client.processing().values()), "the task")
         process = holder("brief")
-        assert "has ended" in cryodask("cluster", "stop", "brief", "--drain", "30")
+        assert "have ended" in cryodask("cluster", "stop", "brief", "--drain", "30")
         assert (tmp_path / "finished").exists()
         assert gone(process)
         del future

@@ -205,7 +205,7 @@ class PoolJobs(SpecCluster):
                 staying = bool(present) and not why and not whatever
                 if left or staying:
                     fate = f"it stays for now, with {left} results" if staying else f"{left} of its results are lost"
-                    self._tell(name, f"{fate}, {took}")
+                    self._tell(name, f"{fate}: {took}")
                 if staying:
                     self._stays_until[name] = time.monotonic() + _AGAIN_SECONDS
                 elif why:

@@ -15,6 +15,8 @@ def chosen_classes(params: Params, parts: Collection[str]) -> dict[str, list[int
     chosen: dict[str, list[int]] = {}
     for name in marked_fields(type(params), ChoiceMark):
         value = getattr(params, name)
+        if value is None:
+            continue
         marks = (m for m in type(params).model_fields[name].metadata if isinstance(m, ChoiceMark))
         numbers = next((m.numbers for m in marks if m.numbers is not None), None)
         if numbers is not None:
