@@ -35,7 +35,7 @@ def end(run: str = "r") -> RunEnded:
 
 
 def test_every_kind_survives_the_way_to_a_line_and_back():
-    values = {"str": "x", "int": 3, "float": 1.5, "list[str]": ["a"], "int | None": None, "dict[str, Any]": {"a": 1.0}}
+    values = {"str": "x", "int": 3, "float": 1.5, "list[str]": ["a"], "int | None": None, "str | None": "m", "dict[str, Any]": {"a": 1.0}}
     assert len(KINDS) == 13
     for kind in KINDS.values():
         made = kind(**{name: values[str(about.annotation).replace("<class '", "").replace("'>", "").replace("typing.", "")]

@@ -222,7 +222,7 @@ def test_when_all_pools_are_to_have_no_jobs_they_go_with_their_results_and_say_s
         assert held.result(30) == 8
         cluster.scale_pool(cpu=0)
         wait(lambda: not cluster.pool_status()["cpu"].workers and not on_slurm.jobs(), "the end of the job")
-        assert any("1 of its results are lost, no other worker can take them" in text for _, _, text in cluster.events)
+        assert any("1 of its results are lost: no other worker can take them" in text for _, _, text in cluster.events)
 
 
 def test_a_watcher_that_loses_a_cancellation_ends_all_the_same():
