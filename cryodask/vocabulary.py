@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 SLOTS = 4096
 """Maximum number of picks per micrograph."""
+PROFILE_REACH_DIAMETERS = 0.9
+"""Radius to which the profile of a picked particle is learnt."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,13 @@ register(
         Var("pick_accepted", ("slot",), "i1", "1", "1 if the score is above the threshold"),
         Var("pick_threshold", (), "f8", "1", "score above which peaks are accepted"),
         Var("pick_count", (), "i8", "1", "peaks accepted"),
-        Var("pick_profile", ("radius",), "f4", "1", "learnt radial profile, positive = brighter than the surroundings"),
+        Var(
+            "pick_profile",
+            ("radius",),
+            "f4",
+            "1",
+            f"learnt radial profile to {PROFILE_REACH_DIAMETERS} diameters, positive = brighter than around",
+        ),
     ],
     "particles.score",
 )

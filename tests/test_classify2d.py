@@ -13,6 +13,7 @@ from cryodask.kernels.classify2d import modes_to_half_circle
 from cryodask.run.blocks import ParticlesInMemory, iterate_here
 from cryodask.stage import ParticleSet
 from cryodask.stages._classify2d import class_scores
+from cryodask.stages._map_pictures import draw_classes, montage
 from cryodask.stages.classify2d import Classify2DParams, classify2d
 from cryodask.stages.curate import CurateParams, curate, good_classes
 
@@ -145,3 +146,19 @@ def test_modes_give_their_half_circles_back():
     half = polar.polar_transforms(images, grid)
     back = modes_to_half_circle(polar.angular_modes(half, grid.angle_count // 2 - 1), grid.angle_count)
     assert float((back - half).norm() / half.norm()) < 1e-3
+
+
+def test_a_montage_has_its_first_image_at_the_top_left_and_classes_their_numbers_from_1():
+    images = [np.full((4, 4), value, np.float32) for value in (1.0, 2.0, 3.0)]
+    picture, corners = montage([images[0], None, *images[1:]], 2, gap_y=3, gap_x=1)
+    assert picture.shape == (14, 9)
+    # drawn from below, so the first row is the upper half of the array
+    assert (picture[7:11, :4] == 1.0).all()
+    assert np.isnan(picture[7:11, 4:]).all()
+    assert (picture[:4, :4] == 2.0).all()
+    assert (picture[:4, 5:] == 3.0).all()
+    assert corners == [(0.0, 11.0), (5.0, 11.0), (0.0, 4.0), (5.0, 4.0)]
+    averages = np.random.default_rng(0).normal(size=(3, 8, 8)).astype(np.float32)
+    drawn = draw_classes(averages, np.array([0.1, 0.9, 0.5]), np.array([0.2, 0.5, 0.3]), np.array([9.0, 8.0, 7.0]))
+    texts = [text.get_text() for text in drawn.figure.axes[0].texts]
+    assert texts == ["2: 0.90\n50 %, 8 Å", "3: 0.50\n30 %, 7 Å", "1: 0.10\n20 %, 9 Å"]

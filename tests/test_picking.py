@@ -7,10 +7,11 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from cryodask.errors import MicrographError
-from cryodask.kernels.picking import _least_error, pick_particles
+from cryodask.kernels.picking import SUPPORT, _least_error, pick_particles
 from cryodask.simulate import Optics, simulate_micrograph
 from cryodask.stages.pick import PickParams, pick
 from cryodask.store.births import accepted as accepted_mask
+from cryodask.vocabulary import PROFILE_REACH_DIAMETERS
 
 
 def hits(found, truth, tolerance):
@@ -147,3 +148,7 @@ def test_two_heaps_of_scores_are_parted_between_them():
     for low, high in ((50, 50), (300, 20), (10, 150)):
         score = np.sort(np.concatenate([rng.normal(1, 0.3, low), rng.normal(4, 0.6, high)]))[::-1].copy()
         assert 1.4 < _least_error(torch.from_numpy(score)) < 3.2
+
+
+def test_profiles_are_drawn_over_the_radius_on_which_they_were_learnt():
+    assert SUPPORT == PROFILE_REACH_DIAMETERS

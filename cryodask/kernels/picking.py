@@ -19,7 +19,7 @@ from cryodask.kernels.subpixel import vertex
 DIAMETER_PX = 16.0
 """Diameter of a particle in the downscaled image that is used throughout, pixels."""
 SUPPORT = 0.9
-"""Radius of the template, diameters."""
+"""Radius of the template, diameters; the vocabulary says the same, for figures that are drawn without torch."""
 SPACING = 0.75
 """Smallest distance between two picks, diameters."""
 MARGIN = 0.4

@@ -223,6 +223,8 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
     """The first particles of some micrographs, and the total number."""
     from matplotlib.figure import Figure
 
+    from cryodask.stages._map_pictures import draw_montage, montage
+
     counts = ds["particle_count"].values
     total = int(counts.sum())
     if not total:
@@ -230,14 +232,12 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
     chosen = np.flatnonzero(counts > 0)
     chosen = chosen[np.linspace(0, len(chosen) - 1, min(6, len(chosen))).astype(int)]
     columns = 8
-    figure = Figure(figsize=(9, 1.15 * len(chosen)), layout="constrained")
-    panels = figure.subplots(len(chosen), columns, squeeze=False)
-    for line, i in zip(panels, chosen):
+    shown: list[np.ndarray | None] = []
+    for i in chosen:
         images = ds["particle_image"].isel(micrograph=int(i), slot=slice(0, min(columns, int(counts[i])))).values
-        for axes in line:
-            axes.set_axis_off()
-        for axes, image in zip(line, images):
-            axes.imshow(image, cmap="gray", vmin=-3, vmax=4, origin="lower")
+        shown += [*images, *[None] * (columns - len(images))]
+    figure = Figure(figsize=(9, 1.15 * len(chosen)), layout="constrained")
+    draw_montage(figure.subplots(), montage(shown, columns)[0], vmin=-3, vmax=4)
     pixel = float(ds["particle_pixel_size_angstrom"].values[0])
     size = ds.sizes["x"]
     caption = (

@@ -12,7 +12,7 @@ from cryodask.errors import MicrographError
 from cryodask.products import Product
 from cryodask.stage import Context, Params, Picture, Resources, Sizes, ThresholdMark, stage
 from cryodask.stages.ctf import check_micrograph
-from cryodask.vocabulary import SLOTS
+from cryodask.vocabulary import PROFILE_REACH_DIAMETERS, SLOTS
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -97,8 +97,6 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
     """Scores of all peaks, picks per micrograph, learnt profiles, and picks on some micrographs."""
     from matplotlib.figure import Figure
 
-    from cryodask.kernels.picking import SUPPORT
-
     counts = ds["pick_count"].values
     scores, accepted = _flat(ds["pick_score"]), _flat(ds["pick_accepted"])
     good = np.isfinite(scores)
@@ -112,7 +110,7 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
     panels[1].hist(counts, bins=min(30, max(5, len(counts) // 2)), color="#4878a8")
     panels[1].set(xlabel="particles per micrograph", ylabel="micrographs")
     profiles = ds["pick_profile"].values
-    radius = np.linspace(0.0, SUPPORT, profiles.shape[1])
+    radius = np.linspace(0.0, PROFILE_REACH_DIAMETERS, profiles.shape[1])
     panels[2].plot(radius, profiles[:: max(1, len(profiles) // 50)].T, color="#4878a8", alpha=0.3, lw=0.8)
     panels[2].plot(radius, np.median(profiles, 0), color="black", lw=1.5)
     panels[2].axhline(0.0, color="black", lw=0.5)
