@@ -183,5 +183,7 @@ def _beside(dataset: xr.Dataset, image: xr.DataArray) -> xr.Dataset | None:
 
 def _png(picture: Picture) -> str:
     buffer = io.BytesIO()
-    picture.figure.savefig(buffer, format="png", dpi=90, bbox_inches="tight")
+    # a layout engine has fitted the figure already, and "tight" would draw it twice
+    fitted = picture.figure.get_layout_engine() is not None
+    picture.figure.savefig(buffer, format="png", dpi=90, bbox_inches=None if fitted else "tight")
     return base64.b64encode(buffer.getvalue()).decode()
