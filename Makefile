@@ -66,11 +66,11 @@ define packages
 endef
 
 $(OLDEST)/.ready: pyproject.toml | venv
-	$(BIN)/python -m venv --clear --without-pip $(OLDEST)
+	$(BIN)/python -m venv --clear $(OLDEST)
 	$(call packages,$(OLDEST),lowest-direct,$(shell grep '^torch==' constraints.txt))
 
 $(NEWEST)/.ready: pyproject.toml | venv
-	$(NEWEST_PYTHON) -m venv --clear --without-pip $(NEWEST)
+	$(NEWEST_PYTHON) -m venv --clear $(NEWEST)
 	$(call packages,$(NEWEST),highest,torch)
 
 test-all: venv system check

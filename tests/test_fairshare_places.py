@@ -6,6 +6,7 @@ import asyncio
 import time
 from functools import partial
 
+import dask
 import pytest
 from _lanes import GATE, LOG, client, cluster, have_run, have_shares, held, longest, run, slack, sleep, until, until_clean
 from distributed import Worker
@@ -252,10 +253,8 @@ def test_what_waits_on_a_worker_is_not_charged_as_if_it_ran():
         lanes = {"A": 1, "B": 1}
         async with cluster(1, 1, lanes=lanes) as scheduler, client(scheduler, "A/x") as a, client(scheduler, "B/y") as b:
             given = await a.scatter([f"A{i}" for i in range(10)])
-            await a.submit(sleep, 0, 0.005, key=("A-task", -1))
             kept = a.map(sleep, range(20), [0.3] * 20, given * 2, key=[("A-task", i) for i in range(20)])  # believed to be short
-            await asyncio.sleep(0.1)
-            assert len(next(iter(scheduler.workers.values())).processing) > 2, "some are sent ahead"
+            await until(lambda: len(next(iter(scheduler.workers.values())).processing) > 2)  # some are sent ahead
             await b.submit(sleep, 0, 0.1, key="B-task")
             await until(lambda: len([name for name, *_ in LOG if name.startswith("A")]) >= 4)
             used, ended = scheduler._clocks["threads"].children["A"].virtual, len([name for name, *_ in LOG if name.startswith("A")])
@@ -264,7 +263,8 @@ def test_what_waits_on_a_worker_is_not_charged_as_if_it_ran():
             await a.cancel(kept)
             del kept, given
 
-    run(scenario)
+    with dask.config.set({"distributed.scheduler.default-task-durations": {"A-task": "5ms"}}):
+        run(scenario)
 
 
 def block(number: int) -> bytes:
