@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from _graph_plans import MAP, PRE, plan, sources
 from _graph_stages import STAGES, make_params
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cryodask.run.graph import Graph, Step, resolve
@@ -34,6 +34,8 @@ NONSENSE = VALUES | NAMES | st.dictionaries(NAMES, st.dictionaries(KEYS, VALUES,
 
 @settings(max_examples=400, deadline=None)
 @given(st.lists(NONSENSE, max_size=6), st.integers(0, 9))
+@example(["0\x1f0"], 0)  # blanks of other kinds
+@example(["\x1f/"], 0)
 def test_nonsense_is_a_problem_and_never_an_exception(entries: list[Any], start: int) -> None:
     graph = plan([*MAP[:start], *entries])
     assert all(isinstance(p, str) and p for p in graph.problems)

@@ -26,7 +26,7 @@ def write_checkpoint(folder: Path, state: State, columns: Columns) -> Path:
     arrays["plain"] = np.frombuffer(cloudpickle.dumps(plain), np.uint8)
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
     with disk_errors(folder):
-        write_atomically(path, buffer.getbuffer())
+        write_atomically(path, buffer.getvalue())
     return path
 
 

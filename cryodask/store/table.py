@@ -296,7 +296,7 @@ def write_compaction(folder: Path, table: Table, contents: JournalContents) -> N
         for name, array in arrays.items():
             with file.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
-    write_atomically(folder / _FILE, buffer.getbuffer())
+    write_atomically(folder / _FILE, buffer.getvalue())
 
 
 class TableReader:

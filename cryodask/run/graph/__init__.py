@@ -184,8 +184,10 @@ def read_entry(entry: Any) -> tuple[str, str, dict[str, Any]]:
         raise WrongStep(f"{head.strip()}: {shown(values)} is not a set of parameters. Write  - {head.strip()}: {{parameter: value}}.")
     match = _STEP.fullmatch(head)
     if match is None:
-        name, _, rest = head.strip().partition(" ")
-        raise WrongStep(f"{shown(head)} is not a step. If {rest.strip()!r} is its name, write  - {name} as {rest.split()[-1]}: {{...}}.")
+        name, *rest = head.split()
+        if not rest:
+            raise WrongStep(f"{shown(head)} is not a step. Write  - stage: {{parameter: value}}.")
+        raise WrongStep(f"{shown(head)} is not a step. If {' '.join(rest)!r} is its name, write  - {name} as {rest[-1]}: {{...}}.")
     name, label = match[1], match[2]
     if label is None and re.fullmatch(r".*\sas", head.strip(), re.DOTALL):
         raise WrongStep(f"{head.strip()!r}: no name follows `as`.")
