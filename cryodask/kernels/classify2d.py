@@ -87,9 +87,9 @@ def mask_averages(samples: Tensor, grid: polar.PolarGrid, mask: Tensor) -> tuple
 
 
 def centres_of_mass(images: Tensor) -> Tensor:
-    """Centre of mass `(class, 2)` (y, x) of what is positive in masked averages `(class, y, x)`, pixels from index n // 2.
+    """Centre of mass `(class, 2)` (y, x) of the positive density of masked averages `(class, y, x)`, pixels from index n // 2.
 
-    So RELION centres its classes (Scheres 2012). An average without anything positive has its centre at 0.
+    RELION centres its classes in the same way (Scheres 2012). An average without positive density has its centre at 0.
     """
     weight = images.double().clamp(min=0.0)
     along = torch.arange(images.shape[-1], device=images.device) - images.shape[-1] // 2
@@ -98,7 +98,7 @@ def centres_of_mass(images: Tensor) -> Tensor:
 
 
 def move_averages(samples: Tensor, shifts_px: Tensor, grid: polar.PolarGrid) -> Tensor:
-    """Averages on half circles `(class, ring, half angle)` moved by ``shifts_px`` `(class, 2)` (y, x)."""
+    """Averages on half circles `(class, ring, half angle)` shifted by ``shifts_px`` `(class, 2)` (y, x)."""
     return samples * shift_phases(shifts_px, grid.ky.reshape(-1), grid.kx.reshape(-1), grid.box).reshape(samples.shape)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from cryodask.kernels.fourier import resize_images, shift_images, smooth_size
 
 _MARGIN_PX = 8
-"""Cut around a box that is moved between pixels, for the ringing of a phase ramp at the edges."""
+"""Margin cut around a box that is shifted by a fraction of a pixel, because a phase ramp rings at the edges."""
 
 
 def cut_boxes(image: Tensor, rows: Tensor, columns: Tensor, box: int) -> Tensor:
@@ -23,11 +23,11 @@ def cut_boxes(image: Tensor, rows: Tensor, columns: Tensor, box: int) -> Tensor:
 
 
 def cut_boxes_between_pixels(image: Tensor, y: Tensor, x: Tensor, box: int) -> Tensor:
-    """Like :func:`cut_boxes`, but the place ``y, x`` (float64, pixels) lands at index box // 2, fractions included."""
+    """Like :func:`cut_boxes`, but the position ``y, x`` (float64, pixels) is at index box // 2 with subpixel accuracy."""
     rows, columns = y.round(), x.round()
     wide = smooth_size(box + 2 * _MARGIN_PX)
     boxes = cut_boxes(image, rows.long(), columns.long(), wide)
-    # the mean goes first: float32 transforms of large counts would lose digits
+    # subtract the mean first: float32 transforms of large counts would lose digits
     mean = boxes.mean(dim=(1, 2), keepdim=True)
     boxes = shift_images(boxes - mean, rows - y, columns - x) + mean
     edge = wide // 2 - box // 2

@@ -52,9 +52,9 @@ def resize_images(images: Tensor, size: int) -> Tensor:
 
 
 def shift_images(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
-    """Move the content of real images `(particle, y, x)` by ``down, right`` `(particle,)` pixels, fractions too, with a phase ramp.
+    """Shift real images `(particle, y, x)` by ``down, right`` `(particle,)` pixels, fractions included, with a phase ramp.
 
-    Images are taken as periodic, so what leaves at one edge comes in at the other. At Nyquist only the even part can be moved.
+    Images are periodic: what leaves at one edge enters at the opposite one. At Nyquist only the even part is shifted.
     """
     height, width = images.shape[-2:]
     fy = torch.fft.fftfreq(height, device=images.device)[None, :, None]
