@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from cryodask.errors import InputError
-from cryodask.products import Product
 from cryodask.stage import SetView
 from cryodask.store.identity import row_of
 
@@ -56,10 +55,3 @@ def exposures_of(ids: np.ndarray, usable: np.ndarray) -> Iterator[tuple[int, np.
     starts = np.flatnonzero(np.diff(rows, prepend=-1))
     for start, index in zip(starts, np.split(chosen[order], starts[1:])):
         yield int(rows[start]), index
-
-
-def beyond(numbers: Iterable[int], classes: Product) -> Iterator[str]:
-    """A sentence if chosen class numbers exceed those of the classification."""
-    wrong = [n for n in numbers if classes.count and n > classes.count]
-    if wrong:
-        yield f"there is no class {', '.join(map(str, wrong))}: {classes.ref} has {classes.count}, numbered from 1."

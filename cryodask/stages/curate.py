@@ -11,7 +11,6 @@ from pydantic import Field
 from cryodask.errors import InputError
 from cryodask.products import Product
 from cryodask.stage import ChoiceMark, Context, Output, Params, Picture, port, stage
-from cryodask.stages._sets import beyond
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -52,8 +51,6 @@ class CurateParams(Params):
 
 
 def _check(params: CurateParams, inputs: dict[str, list[Product]]) -> Iterator[str]:
-    if isinstance(params.keep, list):
-        yield from beyond(params.keep, inputs["classes"][0])
     exposures = next(iter(inputs.get("exposures", [])), None)
     if params.worst_ctf_resolution_angstrom is not None and (exposures is None or "ctf_quality" not in exposures.parts):
         where = exposures.ref if exposures else "no step"

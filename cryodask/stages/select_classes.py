@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
 
 from cryodask.errors import InputError
-from cryodask.products import Product
 from cryodask.stage import ChoiceMark, Context, Output, Params, port, stage
-from cryodask.stages._sets import beyond
 
 REASONS = {1: "its class was not chosen", 2: "it was never classified"}
 """Meaning of the numbers in ``removal_reason``."""
@@ -25,10 +22,6 @@ class SelectClassesParams(Params):
     )
 
 
-def _check(params: SelectClassesParams, inputs: dict[str, list[Product]]) -> Iterator[str]:
-    yield from beyond(params.keep, inputs["classes"][0])
-
-
 @stage(
     version=1,
     shape="whole",
@@ -40,7 +33,6 @@ def _check(params: SelectClassesParams, inputs: dict[str, list[Product]]) -> Ite
         Output("particles", "particles", on="particles", subset=True),
         Output("classes", "classes", ("averages", "scores"), on="classes"),
     ],
-    check=_check,
     person=True,
     reasons=REASONS,
 )

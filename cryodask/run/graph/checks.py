@@ -109,28 +109,32 @@ def check_step(chain: Chain, draft: Draft, outputs: Sequence[Output]) -> None:
 
 
 def _check_chosen_classes(chain: Chain, draft: Draft) -> None:
-    """Numbers of classes are those of one classification, and there are such classes."""
+    """Chosen class numbers must exist, and belong to one classification."""
     particles = draft.main("particles")
-    if particles is None or "classes" in {port.type for port in draft.stage.ports}:
-        return  # the stage's own check sees the classes that it takes
-    for part, numbers in chosen_classes(draft.params, particles.parts).items():
-        giver = particles.parts.get(part, "")
-        step = chain.by_label.get(label_of(giver)) if giver and not is_pinned(giver) else None
-        if step is None:
-            continue
-        sets = [p for products in step.inputs.values() for p in products if p.type == "particles"]
-        united = list(dict.fromkeys(p.parts[part] for p in sets if part in p.parts))
-        if len(united) > 1:
+    for part, numbers in chosen_classes(draft.params, particles.parts if particles is not None else ()).items():
+        classes = draft.main("classes") or _classes_behind(chain, draft, particles, part)
+        wrong = [n for n in numbers if classes is not None and classes.count and not 1 <= n <= classes.count]
+        if classes is not None and wrong:
             raise WrongStep(
-                f"{draft.label}: the classes of {giver} come from {listed(united)}, so a number means several classes. "
-                f"Choose classes before {step.label}."
+                f"{draft.label}: there is no class {', '.join(map(str, wrong))}: {classes.ref} has {classes.count}, numbered from 1. "
+                "Choose among those."
             )
-        count = next((p.count for p in step.outputs.values() if p.type == "classes"), None)
-        wrong = [n for n in numbers if count is not None and not 1 <= n <= count]
-        if wrong:
-            raise WrongStep(
-                f"{draft.label}: there is no class {listed(map(str, wrong))}: {giver} has {count}, numbered from 1. Choose among those."
-            )
+
+
+def _classes_behind(chain: Chain, draft: Draft, particles: Product | None, part: str) -> Product | None:
+    """The classes to which the class numbers of particles belong, if the plan knows them."""
+    giver = particles.parts.get(part, "") if particles is not None else ""
+    step = chain.by_label.get(label_of(giver)) if giver and not is_pinned(giver) else None
+    if step is None:
+        return None
+    sets = [p for products in step.inputs.values() for p in products if p.type == "particles"]
+    merged = list(dict.fromkeys(p.parts[part] for p in sets if part in p.parts))
+    if len(merged) > 1:
+        raise WrongStep(
+            f"{draft.label}: the classes of {giver} come from {listed(merged)}, so a number means several classes. "
+            f"Choose classes before {step.label}."
+        )
+    return next((p for p in step.outputs.values() if p.type == "classes"), None)
 
 
 def _check_movies_come_once(chain: Chain, draft: Draft) -> None:
