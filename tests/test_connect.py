@@ -10,6 +10,7 @@ import threading
 
 import pytest
 import yaml
+from _workers import workers_of
 
 import cryodask
 from cryodask.cluster import connect
@@ -82,7 +83,7 @@ def test_a_scheduler_with_another_release_of_cryodask_is_refused_with_both_named
         refused(client.scheduler.address, answered=True)
         == f"The scheduler has cryodask {cryodask.__version__}, but this process has 0.0.9."
     )
-    assert len(client.scheduler_info()["workers"]) == 2
+    assert len(workers_of(client)) == 2
 
 
 def test_folders_of_certificates_that_a_killed_process_left_go_at_the_next_connect(tmp_path, monkeypatch):

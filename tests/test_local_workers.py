@@ -13,6 +13,7 @@ import pytest
 from _lanes import attempt
 from _lanes import client as lane_client
 from _lanes import cluster as lane_cluster
+from _workers import workers_of
 from distributed import Client, KilledWorker, Worker
 from distributed.versions import get_versions
 
@@ -136,6 +137,6 @@ def test_a_local_worker_has_an_equal_share_of_the_machine_or_what_the_file_says(
     assert local_memory(LocalSettings(workers=5, memory="500MiB")) == 500 * MIB
     client = connect("local", workers=1)
     try:
-        assert [w["memory_limit"] for w in client.scheduler_info()["workers"].values()] == [MEMORY_LIMIT]
+        assert [w["memory_limit"] for w in workers_of(client).values()] == [MEMORY_LIMIT]
     finally:
         close(client)

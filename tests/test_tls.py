@@ -15,6 +15,7 @@ import psutil
 import pytest
 from _lanes import attempt, until
 from _secure import OWNER, authority, guarded, person, warned
+from _workers import workers_of
 from distributed import Client, Scheduler, Security, Worker, get_client, worker_client
 from distributed.core import rpc
 
@@ -343,14 +344,14 @@ def test_processes_started_from_the_command_line_listen_beyond_loopback_with_tls
             ):
                 with pytest.raises(PermissionError, match="is refused to anna"):
                     call()
-            straight = next(iter(anna.scheduler_info()["workers"].values()))
-            for target, kind in ((straight["nanny"], "guardednanny"), (next(iter(anna.scheduler_info()["workers"])), "guardedworker")):
+            ((of_worker, worker_said),) = workers_of(anna).items()
+            for target, kind in ((worker_said["nanny"], "guardednanny"), (of_worker, "guardedworker")):
                 with pytest.raises(PermissionError, match=f"terminate sent directly to a {kind} is refused to anna"):
                     anna.sync(_terminate, target, tls.security(folder, "anna"))
             assert anna.submit(sum, [3, 4]).result() == 7
             listening = [found for p in processes for found in _listening(psutil.Process(p.pid))]
             assert len(listening) >= 5  # the scheduler's and the worker's port and page, the nanny's port
-            ports = {int(a.rsplit(":", 1)[1]) for a in (address, straight["nanny"], *anna.scheduler_info()["workers"])}
+            ports = {int(a.rsplit(":", 1)[1]) for a in (address, worker_said["nanny"], of_worker)}
             assert ports <= {port for _, _, port in listening}
             for _, ip, port in listening:
                 if ip in ("127.0.0.1", "::1"):
