@@ -22,8 +22,7 @@ from cryodask.kernels import polar
 from cryodask.kernels.ctf import ctf
 from cryodask.kernels.fourier import soft_sphere
 from cryodask.kernels.orientations import euler_to_matrix, healpix_angles, in_plane_rotations
-from cryodask.kernels.projection import FourierVolume, half_plane, image_transforms, pixels_within, shift_phases, slices
-from cryodask.kernels.subpixel import top_between
+from cryodask.kernels.projection import FourierVolume, shift_phases, slices
 from cryodask.vocabulary import CTF_COLUMNS, OPTICS
 
 _MOST_TOGETHER = 16
@@ -35,22 +34,16 @@ _BANK_LIMIT = 600e6
 
 @dataclass(frozen=True)
 class Particles:
-    """Particle images ready for scoring (polar) and for insertion (half plane).
+    """Particle images on polar rings, ready for scoring.
 
     ``index`` `(n,)` numpy int64, index in the set; ``polar_images`` `(n, ring, half angle)` complex64 of masked images;
-    ``polar_ctf`` the CTF there; ``transforms`` `(n, pixel)` complex64 of whole images on ``half_plane(radius)``; ``plane_ctf`` the CTF
-    there; ``shell_power`` `(n, radius + 1)`, sums of |X|^2 over the shells; ``half`` their half-set.
+    ``polar_ctf`` the CTF there.
     """
 
     index: np.ndarray
     grid: polar.PolarGrid
     polar_images: Tensor
     polar_ctf: Tensor
-    radius: int
-    transforms: Tensor
-    plane_ctf: Tensor
-    shell_power: Tensor
-    half: int = 0
 
     @property
     def box(self) -> int:
@@ -86,35 +79,23 @@ def load_particles(
     index: np.ndarray,
     *,
     pixel_size_angstrom: float,
-    radius: int,
+    rings: int,
     mask_radius_angstrom: float,
     edge_angstrom: float = 15.0,
-    half: int = 0,
     device: str = "cpu",
 ) -> Particles:
-    """Transform particle images `(n, y, x)` for the search.
-
-    ``radius`` is the highest frequency needed, cycles per box. Scoring sees the images through a soft disk, insertion
-    sees all of them (a mask would convolve the slices).
-    """
+    """Sample the transforms of particle images `(n, y, x)` on ``rings`` rings, as seen through a soft disk."""
     box = images.shape[-1]
-    length = box * pixel_size_angstrom
     mask = soft_sphere(box, pixel_size_angstrom, mask_radius_angstrom, edge_angstrom, dims=2, device=device)
-    grid = polar.polar_grid(box, radius, None, device)
-    plane = half_plane(radius, device)
+    grid = polar.polar_grid(box, rings, None, device)
     parts: list[tuple[Tensor, ...]] = []
     for start in range(0, len(images), 256):
         lot = slice(start, start + 256)
         x = torch.as_tensor(np.ascontiguousarray(images[lot], dtype=np.float32), device=device)
         some = {name: columns[name][lot] for name in _OF_THE_CTF}
-        transform = image_transforms(x, radius)
-        power = torch.zeros(len(x), radius + 1, device=device).index_add_(1, plane.shell.clamp(max=radius), transform.abs() ** 2)
-        parts.append((
-            polar.polar_transforms(x * mask, grid), ctf_values(some, grid.ky, grid.kx, length),
-            transform, ctf_values(some, plane.ky, plane.kx, length), power,
-        ))  # fmt: skip
-    polar_images, polar_ctf, transforms, plane_ctf, power = (torch.cat(p) for p in zip(*parts))
-    return Particles(np.asarray(index), grid, polar_images, polar_ctf, radius, transforms, plane_ctf, power, half)
+        parts.append((polar.polar_transforms(x * mask, grid), ctf_values(some, grid.ky, grid.kx, box * pixel_size_angstrom)))
+    polar_images, polar_ctf = (torch.cat(p) for p in zip(*parts))
+    return Particles(np.asarray(index), grid, polar_images, polar_ctf)
 
 
 def shift_grid(step_px: float, radius_px: float, device: str = "cpu") -> Tensor:
@@ -169,13 +150,12 @@ def reference_modes(volume: FourierVolume, rotations: Tensor, grid: polar.PolarG
 
 @dataclass(frozen=True)
 class Level:
-    """One level of the search: HEALPix order, highest ring, grid of shifts in pixels, views kept for the next level (0 = last)."""
+    """A grid of poses: HEALPix order, highest ring, step and reach of the shifts in pixels."""
 
     order: int
     rings: int
     step_px: float
     reach_px: float
-    keep: int
 
 
 @dataclass(frozen=True)
@@ -203,39 +183,9 @@ def make_bank(volume: FourierVolume, level: Level, pixels: np.ndarray, turn: Ten
     return Bank(level, rotations, place, reference_modes(volume, rotations, grid, level.rings))
 
 
-def _look_up(bank: Bank, rows: Tensor, volume: FourierVolume, grid: polar.PolarGrid) -> Tensor:
-    """Modes of the views ``rows`` `(n, view)`: `(n, mode, 2 ring, view)`."""
-    if bank.table is not None:
-        found = bank.table[rows]
-    else:
-        unique, back = torch.unique(rows, return_inverse=True)
-        found = reference_modes(volume, bank.rotations[unique], grid, bank.level.rings)[back]
-    return found.permute(0, 2, 3, 1)
-
-
 def psi_count(rings: int) -> int:
     """Number of in-plane angles scored up to a ring limit."""
     return polar.fast_even(2 * polar.mode_limit(rings) + 2)
-
-
-@dataclass(frozen=True)
-class Poses:
-    """Weighted poses of a few particles.
-
-    ``rotations`` `(n, pose, 3, 3)`; ``weights`` `(n, pose)`, sum 1, zero = unused; ``shift_weights`` `(n, pose, shift)`, sum over
-    shifts = weight; shift s of particle i is ``centres_px[i] + offsets_px[s]`` (y, x); ``best_px`` `(n, 2)` the shift of pose 0,
-    ``top_px`` the same between the points of the search's grid;
-    ``log_likelihood`` `(n,)` of the sum over all poses, gain over an empty image.
-    """
-
-    rotations: Tensor
-    weights: Tensor
-    shift_weights: Tensor
-    centres_px: Tensor
-    offsets_px: Tensor
-    best_px: Tensor
-    top_px: Tensor
-    log_likelihood: Tensor
 
 
 def shift_log_prior(centres_px: Tensor, offsets_px: Tensor, sigma_px: float) -> Tensor:
@@ -303,106 +253,3 @@ def draw_poses(scores: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor
 def psi_rotation(index: Tensor, count: int) -> Tensor:
     """In-plane rotation matrices of psi indices of :func:`polar.rotation_scores`."""
     return in_plane_rotations(index.float() * (-2.0 * math.pi / count))
-
-
-def sample_poses(
-    data: Particles, rows: Tensor, centres_px: Tensor, offsets_px: Tensor, bank: Bank, table: Tensor, noise_power: Tensor,
-    sigma_px: float, uniforms: Tensor, inverse_temperature: float = 1.0,
-) -> Poses:  # fmt: skip
-    """Draw poses with equal weights from the whole posterior of the coarsest level: no selection, hence no bias towards the map.
-
-    ``uniforms`` `(n, draw)` in [0, 1); ``inverse_temperature`` multiplies the log-likelihood (below 1: flatter).
-    """
-    prior = shift_log_prior(centres_px, offsets_px, sigma_px)
-    scores = log_likelihoods(data, rows, centres_px, offsets_px, table, bank.level.rings, noise_power, prior, inverse_temperature)
-    shift, view, angle, total = draw_poses(scores, uniforms)
-    n, draws = shift.shape
-    weights = torch.full((n, draws), 1.0 / draws, device=scores.device)
-    shift_weights = torch.zeros(n, draws, len(offsets_px), device=scores.device).scatter_(2, shift[..., None], 1.0 / draws)
-    rotations = psi_rotation(angle, scores.shape[-1]) @ bank.rotations[view]
-    best = centres_px + offsets_px[shift[:, 0]]
-    return Poses(rotations, weights, shift_weights, centres_px, offsets_px, best, best, total)
-
-
-def search_poses(
-    data: Particles, rows: Tensor, centres_px: Tensor, banks: list[Bank], table: Tensor, pixels: Tensor, volume: FourierVolume,
-    noise_power: Tensor, sigma_px: float, *, poses: int, threshold: float,
-) -> Poses:  # fmt: skip
-    """Best poses and their posterior weights, by a search from the coarsest level to the finest.
-
-    Parameters
-    ----------
-    banks : list of Bank
-        Coarse to fine; orders rise by one.
-    table : Tensor
-        :func:`whole_table` of the coarsest.
-    pixels : Tensor, `(view,)`
-        Nested pixels of the coarsest bank, in its order.
-    poses, threshold
-        At most ``poses`` (view, psi) are kept per particle, and only those above ``threshold`` times the best.
-    """
-    first = banks[0]
-    device = noise_power.device
-    n = len(rows)
-    offsets = shift_grid(first.level.step_px, first.level.reach_px, str(device))
-    prior = shift_log_prior(centres_px, offsets, sigma_px)
-    scores = log_likelihoods(data, rows, centres_px, offsets, table, first.level.rings, noise_power, prior)
-    best, at = scores.amax(-1).max(1)
-    winner = best.argmax(1)
-    kept = pixels[best.topk(min(first.level.keep, best.shape[1]), 1).indices]
-    centres = centres_px + offsets[at[torch.arange(n, device=device), winner]]
-    for bank in banks[1:]:
-        level = bank.level
-        offsets = shift_grid(level.step_px, level.reach_px, str(device))
-        children = (kept[:, :, None] * 4 + torch.arange(4, device=device)).reshape(n, -1)
-        view = bank.place[children]
-        prior = shift_log_prior(centres, offsets, sigma_px)
-        views = _look_up(bank, view, volume, data.grid)
-        full = log_likelihoods(data, rows, centres, offsets, views, level.rings, noise_power, prior)
-        count = full.shape[-1]
-        if level.keep:
-            best, at = full.amax(-1).max(1)
-            chosen = best.topk(min(level.keep, best.shape[1]), 1).indices
-            kept = children.gather(1, chosen)
-            centres = centres + offsets[at.gather(1, chosen)[:, 0]]
-    # the last level: posterior over (view, psi), shifts summed out
-    joint = torch.logsumexp(full, 1).reshape(n, -1)
-    total = torch.logsumexp(joint, 1)
-    top, place = joint.topk(poses, 1)
-    weights = torch.exp(top - top[:, :1])
-    weights = weights * (weights > threshold)
-    weights = weights / weights.sum(1, keepdim=True)
-    by_shift = full.permute(0, 2, 3, 1).reshape(n, -1, len(offsets))
-    of_poses = by_shift.gather(1, place[..., None].expand(-1, -1, len(offsets)))
-    shift_weights = torch.softmax(of_poses, -1) * weights[..., None]
-    rotations = psi_rotation(place % count, count) @ bank.rotations[view.gather(1, place // count)]
-    best_px = centres + offsets[shift_weights[:, 0].argmax(-1)]
-    top_px = centres + top_between(of_poses[:, 0], offsets)
-    return Poses(rotations, weights, shift_weights, centres, offsets, best_px, top_px, total)
-
-
-def weighted_slices(data: Particles, rows: Tensor, found: Poses, radius: int, noise_power: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Contribution of a chunk to the accumulator: rotations `(k, 3, 3)`, numerators and weights `(k, pixel)` on ``half_plane(radius)``."""
-    device = str(noise_power.device)
-    plane = half_plane(radius, device)
-    select = pixels_within(data.radius, radius, device)
-    inverse = 1.0 / noise_power[plane.shell]
-    transform, contrast = data.transforms[rows][:, select], data.plane_ctf[rows][:, select]
-    centred = transform * contrast * inverse * shift_phases(found.centres_px, plane.ky, plane.kx, data.box)
-    i, k = torch.nonzero(found.weights > 0, as_tuple=True)
-    moves = shift_phases(found.offsets_px, plane.ky, plane.kx, data.box)
-    numerator = centred[i] * (found.shift_weights[i, k].to(torch.complex64) @ moves)
-    weight = (contrast**2 * inverse)[i] * found.weights[i, k][:, None]
-    return found.rotations[i, k], numerator, weight
-
-
-def residual_power(data: Particles, rows: Tensor, found: Poses, volume: FourierVolume, rings: int) -> Tensor:
-    """Sums over shells of |X - model|^2 at the first pose, `(radius + 1,)` float64; beyond ``rings`` the model is zero."""
-    device = str(data.transforms.device)
-    plane = half_plane(rings, device)
-    select = pixels_within(data.radius, rings, device)
-    model = slices(volume, found.rotations[:, 0], plane.ky, plane.kx) * data.plane_ctf[rows][:, select]
-    model *= shift_phases(-found.best_px, plane.ky, plane.kx, data.box)
-    change = model.abs() ** 2 - 2.0 * (model.conj() * data.transforms[rows][:, select]).real
-    total = data.shell_power[rows].sum(0, dtype=torch.float64)
-    return total.index_add_(0, plane.shell.clamp(max=data.radius), change.sum(0, dtype=torch.float64))

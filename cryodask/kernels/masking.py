@@ -41,6 +41,27 @@ def density_threshold(volume: np.ndarray) -> float:
     return solvent + max(0.3 * (molecule - solvent), 4.0 * deviation)
 
 
+def own_solvent_mask(volume: Tensor, pixel_size_angstrom: float, rings: int) -> Tensor:
+    """Soft mask `(z, y, x)` of the molecule in a map, made from this map alone, for solvent flattening between iterations.
+
+    The map is smoothed (18 Angstrom low-pass, Gaussian of 7.1 Angstrom); the molecule is what exceeds a fifth of the mean density of the
+    densest 13,300 cubic Angstrom, extended by 8 Angstrom with a soft edge of 8. Half-maps must have a mask each: a common one would
+    correlate them.
+    """
+    n = volume.shape[-1]
+    spectrum = torch.fft.rfftn(volume)
+    radius = half_radius(n, volume.device)
+    spectrum *= (radius <= min(rings, int(n * pixel_size_angstrom / 18.0))) * torch.exp(
+        -2.0 * (math.pi * 7.08 * radius / (n * pixel_size_angstrom)) ** 2
+    )
+    smooth = torch.fft.irfftn(spectrum, s=volume.shape)
+    densest = max(1, int(13_300 / pixel_size_angstrom**3))
+    core = (smooth > 0.2 * smooth.reshape(-1).topk(min(densest, smooth.numel())).values.mean()).cpu().numpy()
+    distance = ndimage.distance_transform_edt(~core) * pixel_size_angstrom
+    soft = np.clip(1.0 - (distance - 8.0) / 8.0, 0.0, 1.0)
+    return torch.from_numpy(soft.astype(np.float32)).to(volume.device)
+
+
 def otsu_threshold(values: np.ndarray, bins: int = 512) -> float:
     """Threshold that separates ``values`` into two classes of least variance (Otsu 1979); their maximum if all are equal."""
     counts, edges = np.histogram(values, bins)

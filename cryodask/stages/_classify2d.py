@@ -55,15 +55,17 @@ def cache_key(params: Classify2DParams, state: State) -> int:
 
 def load(params: Classify2DParams, state: State, block: ParticleBlock, context: Context) -> expectation.Particles:
     """Fourier transforms of a block's images."""
-    images = torch.from_numpy(np.ascontiguousarray(block.images, np.float32))
-    small = resize_images(images, state["working_box"])
+    # grey values as if the image had this box from the start: white noise keeps its variance; transforms of a whole leaf would take
+    # nine times the memory of its images
+    grey = state["box"] / state["working_box"]
+    lots = (torch.from_numpy(np.ascontiguousarray(block.images[i : i + 256], np.float32)) for i in range(0, len(block.images), 256))
+    small = torch.cat([resize_images(lot, state["working_box"]) * grey for lot in lots])
     return expectation.load_particles(
-        # grey values as if the image had this box from the start: white noise keeps its variance
-        (small * (state["box"] / state["working_box"])).numpy(),
+        small.numpy(),
         block.columns,
         block.index,
         pixel_size_angstrom=state["length_angstrom"] / state["working_box"],
-        radius=state["rings"],
+        rings=state["rings"],
         mask_radius_angstrom=state["mask_diameter_angstrom"] / 2,
         device=context.device,
     )

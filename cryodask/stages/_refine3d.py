@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,41 +11,47 @@ import torch
 
 from cryodask.errors import InputError
 from cryodask.formats.mrc import read_mrc
-from cryodask.kernels import expectation, polar
-from cryodask.kernels import projection as pj
+from cryodask.kernels import expectation, local_search, polar, verdict
+from cryodask.kernels import views as vw
 from cryodask.kernels.fourier import resize_map, soft_sphere
-from cryodask.kernels.maximisation import measure_support, next_rings
-from cryodask.kernels.orientations import asymmetric_unit, matrix_to_euler, random_rotations, small_rotation
+from cryodask.kernels.half_grid import empty_half_grid, fold_half_grid, half_volume, reconstruct_half
+from cryodask.kernels.masking import own_solvent_mask
+from cryodask.kernels.maximisation import measure_support
+from cryodask.kernels.orientations import matrix_to_euler, random_rotations, small_rotation
+from cryodask.kernels.projection import cut_map
 from cryodask.kernels.randomness import uniforms
 from cryodask.kernels.resampling import resample_map
+from cryodask.kernels.rows import ImageRows, image_rows, shell_power
 from cryodask.kernels.symmetry import symmetry_operators
 from cryodask.stage import Columns, Context, Metrics, ParticleBlock, ParticleSet, State, Sums
-from cryodask.stages._refinement import (
-    COARSE_ORDER,
-    DRAWS,
-    GRID_JITTER_RAD,
-    KEPT_POSES,
-    POSE_COLUMNS,
-    POSE_THRESHOLD,
-    Shared,
-    coarse_rings,
-    final_maps,
-    inserted_rings,
-    kept_radius,
-    map_box,
-    rings_beyond,
-    scale_sums,
-    search_levels,
-    update_shifts,
-    updated_noise_power,
-    updated_scale,
-)
+from cryodask.stages import _refinement as rf
 
 if TYPE_CHECKING:
     from cryodask.stages.refine3d import Refine3DParams
 
 _FEWEST = 20
+_LARGE_GROUP = 12
 halves = 2
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Particles of a block: on polar rings for searches over all views, and as rows for everything else."""
+
+    index: np.ndarray
+    polar: expectation.Particles
+    rows: ImageRows
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What the blocks of a half share in an iteration: views, the volume of local searches, noise power; other maps for the verdict."""
+
+    views: vw.Views | None
+    volume: torch.Tensor | None
+    noise_power: torch.Tensor
+    others: tuple[vw.Views, ...] = ()
+
 
 
 def _start_map(params: Refine3DParams, particles: ParticleSet, inputs: dict[str, Any]) -> tuple[np.ndarray, float]:
@@ -104,184 +112,310 @@ def start(params: Refine3DParams, particles: ParticleSet, inputs: dict[str, Any]
         )
     length = box * pixel
     diameter = params.mask_diameter_angstrom or 0.75 * length
-    rings = min(int(length / params.lowpass_angstrom + 1e-6), box // 2 - 2)
+    lowpass = params.lowpass_angstrom or (40.0 if params.reference is not None else 28.0)
+    rings = min(int(length / lowpass + 1e-6), box // 2 - 2)
     if rings < 2:
         raise InputError(
-            f"a start map at {params.lowpass_angstrom:g} A has only {rings} Fourier shells in a box of {length:.0f} A",
+            f"a start map at {lowpass:g} A has only {rings} Fourier shells in a box of {length:.0f} A",
             "the low-pass is too strong for the box",
             "lower refine3d.lowpass_angstrom",
         )
     data, voxel = _start_map(params, particles, inputs)
-    reference = resample_map(torch.from_numpy(data), voxel, box, pixel, cut_angstrom=params.lowpass_angstrom / 2)
+    reference = resample_map(torch.from_numpy(data), voxel, box, pixel, cut_angstrom=lowpass / 2)
     sphere = soft_sphere(box, pixel, diameter / 2, 12.0)
     outside = reference[sphere == 0]
     reference = (reference - (outside.mean() if outside.numel() else 0.0)) * sphere
     # nothing at all beyond the limit, because a soft edge would appear as common signal of the two halves
-    reference = resize_map(pj.cut_map(reference, rings), map_box(rings, box))
+    reference = resize_map(cut_map(reference, rings), rf.map_box(rings, box))
     shift_range = params.shift_range_angstrom or 0.17 * diameter
+    reach = min(12.0, shift_range)
+    parts, sample = rf.parts_of_pass(particles.count)
     return {
-        "iteration": 0, "phase": "power", "round": 0, "searches": 0, "full_searches": 0, "stalled": 0, "done": False,
-        "count": particles.count, "box": box, "length_angstrom": length, "mask_diameter_angstrom": diameter,
-        "shift_range_angstrom": shift_range, "shift_sigma_angstrom": shift_range / 2, "reach_angstrom": shift_range,
-        "recentre": False, "sampling": True, "rings": rings, "start_rings": rings, "scale": 0.0,
+        "iteration": 0, "phase": "power", "round": 0, "part": 0, "parts": parts, "sample": sample, "drawn_passes": 0, "passes": 0,
+        "stalled": 0, "fine": False, "checked": False, "done": False, "count": particles.count, "box": box, "length_angstrom": length,
+        "mask_diameter_angstrom": diameter, "shift_range_angstrom": shift_range, "shift_sigma_angstrom": reach / 2,
+        "reach_angstrom": reach, "rings": rings, "start_rings": rings, "best_rings": 0, "best_log_likelihood": -math.inf, "scale": 0.0,
         "maps": torch.stack([reference, reference]).numpy(), "noise_power": np.ones(box // 2), "resolutions": np.zeros(0),
+        "pose_certainty": math.nan, "grids": np.zeros(0, np.float32),
     }  # fmt: skip
 
 
 def cache_key(params: Refine3DParams, state: State) -> int:
-    """Highest frequency that is kept; grows in few steps."""
-    return kept_radius(state)
+    """Highest frequency that is kept; grows twice at most."""
+    return rf.kept_radius(state)
 
 
-def load(params: Refine3DParams, state: State, block: ParticleBlock, context: Context) -> expectation.Particles:
+def load(params: Refine3DParams, state: State, block: ParticleBlock, context: Context) -> Loaded:
     """Fourier transforms of a block's images."""
-    return expectation.load_particles(
+    images = torch.from_numpy(np.ascontiguousarray(block.images, np.float32)).to(context.device)
+    on_rings = expectation.load_particles(
         block.images,
         block.columns,
         block.index,
         pixel_size_angstrom=block.pixel_size_angstrom,
-        radius=kept_radius(state),
+        rings=rf.polar_rings(state),
         mask_radius_angstrom=state["mask_diameter_angstrom"] / 2,
-        half=block.half,
         device=context.device,
     )
+    return Loaded(block.index, on_rings, image_rows(images, block.columns, rf.kept_radius(state), block.pixel_size_angstrom))
 
 
 def prepare(params: Refine3DParams, state: State, half: int, context: Context) -> Shared | None:
     """References of this iteration, made once per worker."""
-    if state["phase"] == "power":
+    phase, device = state["phase"], context.device
+    if phase == "power":
         return None
-    rings = state["rings"]
-    radius = kept_radius(state)
-    grid = polar.polar_grid(state["box"], radius, None, context.device)
-    volume = pj.fourier_volume(torch.from_numpy(state["maps"][half]).to(context.device), rings + 1, state["box"])
-    generator = torch.Generator().manual_seed(((params.seed * 1009 + state["searches"]) * 2 + half) & 0x7FFFFFFF)
-    # the first grid is rotated at random, later ones a little, so that no view is favoured by lying on the grid
-    first = state["searches"] == 0
-    turn = random_rotations(1, generator)[0] if first else small_rotation(GRID_JITTER_RAD, generator)
-    pixels = asymmetric_unit(COARSE_ORDER, symmetry_operators(params.symmetry or "C1"))
-    levels = search_levels(state, rings)
-    banks, some = [], pixels
-    for level in levels:
-        if level.order > COARSE_ORDER:
-            some = (some[:, None] * 4 + np.arange(4)).reshape(-1)
-        banks.append(expectation.make_bank(volume, level, some, turn, grid, context.device))
-    noise = torch.from_numpy(state["noise_power"]).float().to(context.device)
-    return Shared(volume, banks, torch.from_numpy(pixels).to(context.device), noise)
+    operators = symmetry_operators(params.symmetry or "C1")
+    noise = torch.from_numpy(state["noise_power"]).float().to(device)
+    grid = polar.polar_grid(state["box"], rf.polar_rings(state), None, device)
+    generator = torch.Generator().manual_seed(((params.seed * 1009 + state["iteration"]) * 2 + half) & 0x7FFFFFFF)
+    jitter = rf.grid_jitter_rad(state, len(operators))
+    turn = (random_rotations(1, generator)[0] if jitter is None else small_rotation(jitter, generator)).to(device)
+    if phase == "verdict":
+        other = torch.from_numpy(state["maps"][1 - half]).to(device)
+        maps = _verdict_maps(state, other, half)
+        return Shared(None, None, noise, tuple(
+            vw.make_views(m, state["verdict_rings"], grid=grid, turn=turn, operators=operators, reach_px=rf.reach_px(state), pruned=False)
+            for m in maps
+        ))  # fmt: skip
+    volume = torch.from_numpy(state["maps"][half]).to(device)
+    views = None if phase == "local" else rf.shared_views(
+        state, volume, operators=operators, grid=grid, turn=turn, pruned=phase != "scale" and len(operators) < _LARGE_GROUP
+    )  # fmt: skip
+    return Shared(views, None if phase == "scale" else half_volume(volume, state["rings"] + 1, state["box"]), noise)
+
+
+def _verdict_maps(state: State, other: torch.Tensor, half: int) -> list[torch.Tensor]:
+    """The other half's map, the same cut at the resolution of the start, and with random phases beyond it."""
+    rings, first = state["verdict_rings"], state["start_rings"]
+    voxel = state["length_angstrom"] / other.shape[-1]
+    own = cut_map(other, rings)
+    wrong = verdict.scrambled(own, first, 5 + half) * soft_sphere(
+        other.shape[-1], voxel, state["mask_diameter_angstrom"] / 2, 12.0, device=other.device
+    )
+    wrong = cut_map(wrong * own_solvent_mask(wrong, voxel, rings), rings)
+    return [own, cut_map(own, first), wrong]
 
 
 def expect(
-    params: Refine3DParams, state: State, shared: Shared | None, block: expectation.Particles, previous: Columns, context: Context
+    params: Refine3DParams, state: State, shared: Shared | None, block: Loaded, previous: Columns, context: Context
 ) -> tuple[Sums, Columns]:
     """Sums and columns of one block."""
-    count = len(block.index)
-    columns = {name: np.zeros(count, np.float32) for name in POSE_COLUMNS}
+    count, phase, device = len(block.index), state["phase"], context.device
+    columns = previous or _no_poses(count)
     if shared is None:
-        return {"power": block.shell_power.sum(0, dtype=torch.float64).cpu().numpy(), "count": count}, columns
-    pixel = state["length_angstrom"] / state["box"]
-    sigma = state["shift_sigma_angstrom"] / pixel
-    if state["phase"] == "scale":
-        return scale_sums(state, shared, block, sigma), columns
-    inserted = inserted_rings(state)
-    plane = pj.half_plane(inserted, context.device)
-    accumulator = pj.empty_accumulator(inserted, context.device)
-    residual = torch.zeros(block.radius + 1, dtype=torch.float64, device=context.device)
-    draws = torch.from_numpy(uniforms(params.seed, state["searches"], block.index, DRAWS)).to(context.device)
-    centres = torch.zeros(count, 2, device=context.device)
-    if state["recentre"] and previous:
-        centres = torch.from_numpy(np.stack([previous["origin_y_angstrom"], previous["origin_x_angstrom"]], -1) / pixel)
-        centres = centres.float().to(context.device)
-    rotations, best, origins, likelihood = [], [], [], []
-    bank, table = shared.banks[0], expectation.whole_table(shared.banks[0])
-    offsets = expectation.shift_grid(bank.level.step_px, bank.level.reach_px, context.device)
-    for rows in expectation.chunks(count, bank, len(offsets), context.device):
-        if state["sampling"]:
-            found = expectation.sample_poses(block, rows, centres[rows], offsets, bank, table, shared.noise_power, sigma, draws[rows])
-        else:
-            found = expectation.search_poses(
-                block, rows, centres[rows], shared.banks, table, shared.pixels, shared.volume, shared.noise_power, sigma,
-                poses=KEPT_POSES, threshold=POSE_THRESHOLD,
-            )  # fmt: skip
-        parts = expectation.weighted_slices(block, rows, found, inserted, shared.noise_power)
-        pj.insert_slices(accumulator, parts[0], plane.ky, plane.kx, parts[1], parts[2])
-        residual += expectation.residual_power(block, rows, found, shared.volume, state["rings"])
-        rotations.append(found.rotations[:, 0])
-        best.append(found.best_px * pixel)
-        origins.append(found.top_px * pixel)
-        likelihood.append(found.log_likelihood)
-    angles = [torch.rad2deg(a) for a in matrix_to_euler(torch.cat(rotations))]
-    origin = torch.cat(origins)
-    values = (*angles, origin[:, 0], origin[:, 1], torch.cat(likelihood))
-    columns |= {name: value.float().cpu().numpy() for name, value in zip(POSE_COLUMNS, values)}
-    sums = {
-        "accumulator": pj.fold_accumulator(accumulator).cpu().numpy(),
-        "power": residual.cpu().numpy(),
-        "count": count,
-        "shift_square": float(torch.cat(best).double().square().sum()),
-        "log_likelihood": float(columns["log_likelihood"].astype(np.float64).sum()),
+        return {"power": shell_power(block.rows, rf.kept_radius(state)).cpu().numpy(), "count": count}, columns
+    sizes = rf.sizes_of(state)
+    sigma = state["shift_sigma_angstrom"] / sizes.pixel_size_angstrom
+    if phase == "scale":
+        every = max(1, state["count"] // rf.SCALE_PARTICLES)
+        # half-sets often alternate: take pairs, so that both halves contribute
+        rows = torch.from_numpy(np.nonzero(block.index // 2 % every == 0)[0]).to(device)
+        known = None if state["round"] == 0 else state["scale"]
+        cross, norm = vw.scale_terms(block.polar, rows, shared.views, shared.noise_power, sigma, known)  # type: ignore[arg-type]
+        return {"cross": cross, "norm": norm, "count": count}, columns
+    if phase == "verdict":
+        return _verdict_sums(params, state, shared, block, sigma), columns
+    if phase == "draw":
+        return _drawn_sums(params, state, shared, block, columns, sigma, device)
+    everything = torch.arange(count, device=device)
+    old = _poses_of(columns, sizes.pixel_size_angstrom, device)
+    if phase == "global":
+        start_poses = vw.start_poses(block.polar, everything, shared.views, shared.noise_power, sigma, rf.KEPT_VIEWS)  # type: ignore[arg-type]
+        # the last pose may lie between the views of the grid
+        start_poses = local_search.Candidates(
+            torch.cat([start_poses.rotations, old.rotations[:, :1]], 1),
+            torch.cat([start_poses.shifts_px, old.shifts_px[:, :1]], 1),
+            start_poses.count + 1,
+        )
+        nats = local_search.NATS
+    else:
+        start_poses, nats = old, 0.5 * local_search.NATS
+    assert shared.volume is not None
+    found = local_search.climb(
+        block.rows, everything, shared.volume, shared.noise_power, start_poses, rf.climbs(state), sigma_px=sigma,
+        operators=symmetry_operators(params.symmetry or "C1"), modes=rf.MODES, nats=nats,
+    )  # fmt: skip
+    shares = found.shares
+    columns = {
+        "mode_rotation": found.rotations.cpu().numpy(),
+        "mode_origin_angstrom": (found.shifts_px * sizes.pixel_size_angstrom).cpu().numpy(),
+        "mode_count": found.count.cpu().numpy().astype(np.int8),
+        "log_likelihood": found.total.float().cpu().numpy(),
+        "certainty": shares.amax(1).cpu().numpy(),
     }
-    return sums, columns
+    # the likeliest mode is that of the largest share, which the width of a mode decides too
+    first = shares.argmax(1)
+    if bool((first > 0).any()):
+        columns = _likeliest_first(columns, shares.cpu().numpy())
+    return _sums(state, shared, block, everything, found.rotations, found.shifts_px, shares, columns), columns
+
+
+def _no_poses(count: int) -> Columns:
+    return {
+        "mode_rotation": np.tile(np.eye(3, dtype=np.float32), (count, rf.MODES, 1, 1)),
+        "mode_origin_angstrom": np.zeros((count, rf.MODES, 2), np.float32),
+        "mode_count": np.ones(count, np.int8),
+        "log_likelihood": np.zeros(count, np.float32),
+        "certainty": np.zeros(count, np.float32),
+    }
+
+
+def _likeliest_first(columns: Columns, shares: np.ndarray) -> Columns:
+    order = np.argsort(-shares, axis=1, kind="stable")
+    return {
+        **columns,
+        "mode_rotation": np.take_along_axis(columns["mode_rotation"], order[..., None, None], 1),
+        "mode_origin_angstrom": np.take_along_axis(columns["mode_origin_angstrom"], order[..., None], 1),
+    }
+
+
+def _poses_of(columns: Columns, pixel: float, device: str) -> local_search.Candidates:
+    return local_search.Candidates(
+        torch.from_numpy(np.array(columns["mode_rotation"])).to(device),
+        (torch.from_numpy(np.array(columns["mode_origin_angstrom"])) / pixel).to(device),
+        torch.from_numpy(columns["mode_count"].astype(np.int64)).to(device),
+    )
+
+
+def _sums(
+    state: State, shared: Shared, block: Loaded, rows: torch.Tensor, rotations: torch.Tensor, shifts_px: torch.Tensor,
+    shares: torch.Tensor, columns: Columns,
+) -> Sums:  # fmt: skip
+    """Grid, residual power and means of some particles at weighted poses `(n, pose, ...)`."""
+    inserted, pixel = rf.inserted_rings(state), rf.sizes_of(state).pixel_size_angstrom
+    grid = empty_half_grid(inserted, str(rows.device))
+    local_search.insert(block.rows, rows, grid, inserted, shared.noise_power, rotations, shifts_px, shares)
+    best = shares.argmax(1)
+    each = torch.arange(len(rows), device=rows.device)
+    assert shared.volume is not None
+    power = (
+        local_search.residual_power(block.rows, rows, shared.volume, rotations[each, best], shifts_px[each, best], state["rings"], inserted)
+        if len(rows)
+        else torch.zeros(1, inserted + 1, dtype=torch.float64)
+    )
+    chosen = rows.cpu().numpy()
+    return {
+        "grid": grid.cpu().numpy(),
+        "power": power.sum(0).cpu().numpy(),
+        "count": len(rows),
+        "shift_square": float((shifts_px[each, best] * pixel).double().square().sum()),
+        "log_likelihood": float(columns["log_likelihood"][chosen].astype(np.float64).sum()),
+        "certainty": float(columns["certainty"][chosen].astype(np.float64).sum()),
+    }
+
+
+def _drawn_sums(
+    params: Refine3DParams, state: State, shared: Shared, block: Loaded, columns: Columns, sigma: float, device: str
+) -> tuple[Sums, Columns]:
+    """One part of a pass with drawn poses."""
+    lottery = uniforms(params.seed, 1_000_000 + state["drawn_passes"], block.index, 1)[:, 0]
+    chosen = np.nonzero(rf.part_of_pass(lottery, state["parts"], state["sample"]) == state["part"])[0]
+    rows = torch.from_numpy(chosen).to(device)
+    numbers = torch.from_numpy(uniforms(params.seed, state["iteration"], block.index[chosen], rf.DRAWS)).to(device)
+    rotations, shifts, evidence = vw.draw(block.polar, rows, shared.views, shared.noise_power, sigma, numbers)  # type: ignore[arg-type]
+    columns = {name: np.array(values) for name, values in columns.items()}
+    columns["mode_rotation"][chosen, 0] = rotations[:, 0].cpu().numpy()
+    columns["mode_origin_angstrom"][chosen, 0] = (shifts[:, 0] * rf.sizes_of(state).pixel_size_angstrom).cpu().numpy()
+    columns["log_likelihood"][chosen] = evidence.cpu().numpy()
+    shares = torch.full(rotations.shape[:2], 1.0 / rf.DRAWS, device=device)
+    return _sums(state, shared, block, rows, rotations, shifts, shares, columns), columns
+
+
+def _verdict_sums(params: Refine3DParams, state: State, shared: Shared, block: Loaded, sigma: float) -> Sums:
+    """Gains of log-likelihood by the detail of the other half's map, for some particles."""
+    lottery = uniforms(params.seed, 2_000_000, block.index, 1)[:, 0]
+    rows = torch.from_numpy(np.nonzero(lottery < rf.VERDICT_PARTICLES / state["count"])[0]).to(shared.noise_power.device)
+    own, cut, wrong = (vw.evidence(block.polar, rows, views, shared.noise_power, sigma).double() for views in shared.others)
+    gain = own - cut
+    return {
+        "tested": len(rows), "gain": float(gain.sum()), "gain_square": float(gain.square().sum()),
+        "scrambled_gain": float((own - wrong).sum()), "count": len(block.index),
+    }  # fmt: skip
 
 
 def maximise(params: Refine3DParams, state: State, sums: list[Sums], context: Context) -> tuple[State, Metrics]:
     """The next state from the sums of all blocks."""
     new = {**state, "iteration": state["iteration"] + 1}
-    total = sum(s["count"] for s in sums)
-    if state["phase"] == "scale":
-        return updated_scale(new, sums)
-    new["noise_power"] = updated_noise_power(state, sum(s["power"] for s in sums) / total)
-    if state["phase"] == "power":
+    total = max(1, sum(s["count"] for s in sums))
+    phase = state["phase"]
+    if phase == "scale":
+        return rf.updated_scale(new, sums)
+    if phase == "verdict":
+        return _judged(new, sums)
+    if phase == "power":
+        new["noise_power"] = rf.updated_noise_power(state, sum(s["power"] for s in sums) / total)
+        measured = rf.kept_radius(state)
+        new["noise_power"][measured + 1 :] = new["noise_power"][measured]
         return {**new, "phase": "scale"}, {"phase": "noise power"}
-    box, length = state["box"], state["length_angstrom"]
-    limit, inserted, scored = box // 2 - 1, inserted_rings(state), state["rings"]
+    sizes = rf.sizes_of(state)
+    inserted = rf.inserted_rings(state)
     operators = symmetry_operators(params.symmetry or "C1")
-    grids = [pj.unfold_accumulator(torch.from_numpy(s["accumulator"]).to(context.device), operators) for s in sums]
-    small = map_box(inserted, box)
-    voxel = length / small
-    plain = [pj.reconstruct(*g, inserted, small, image_box=box) for g in grids]
-    radius = state["mask_diameter_angstrom"] / 2
+    drawn = phase == "draw"
+    new["noise_power"] = rf.updated_noise_power(state, sum(s["power"] for s in sums) / total, 0.3 if drawn else 1.0)
+    grids = [fold_half_grid(torch.from_numpy(s["grid"]).to(context.device), operators) for s in sums]
+    if drawn:
+        grids = _remembered(state, grids)
+        new["grids"] = torch.stack(grids).cpu().numpy()
+    small = rf.map_box(inserted, sizes.box)
+    plain = [reconstruct_half(grid, inserted, small, image_box=sizes.box) for grid in grids]
     support = measure_support(
-        plain[0],
-        plain[1],
-        soft_sphere(small, voxel, 0.95 * radius, 10.0, device=context.device),
+        *plain,
+        soft_sphere(small, sizes.length_angstrom / small, 0.95 * sizes.mask_diameter_angstrom / 2, 10.0, device=context.device),
         inserted=inserted,
         common=state["start_rings"],
         operators=len(operators),
-        generator=torch.Generator().manual_seed(params.seed + 7919 * state["searches"]),
+        generator=torch.Generator().manual_seed(params.seed + 7919 * state["iteration"]),
     )
-    rings = next_rings(support, inserted=inserted, limit=limit, start=state["start_rings"], scored=scored, beyond=rings_beyond(state))
-    trusted = support.corrected.clamp(1e-4, 0.999)
-    trusted[rings + 1 :] = 1e-4
-    sphere = soft_sphere(small, voxel, radius, 12.0, device=context.device)
-    maps = [pj.reconstruct(*g, inserted, small, image_box=box, ssnr=trusted / (1.0 - trusted)) * sphere for g in grids]
-    # low-pass AFTER the mask: its smearing beyond the supported shells would be aligned to and come back as resolution
-    new["maps"] = torch.stack([resize_map(pj.cut_map(m, rings), map_box(rings, box)) for m in maps]).float().cpu().numpy()
+    del plain
+    if drawn:
+        rings = max(state["start_rings"], min(support.last, sizes.ring_of(rf.DRAWN_ANGSTROM)))
+    else:
+        at_nyquist = support.last == inserted == sizes.last
+        rings = max(state["start_rings"], min(support.last - (not at_nyquist), inserted, sizes.last - 1))
     new["rings"] = rings
-    new["searches"] = state["searches"] + 1
-    new["full_searches"] = state["full_searches"] + (not state["sampling"])
-    new["resolutions"] = np.append(state["resolutions"], length / max(support.last, 1))
-    update_shifts(new, sum(s["shift_square"] for s in sums) / total)
-    new["stalled"] = 0 if rings > scored else state["stalled"] + 1
-    # sampling ends when finer rings need finer views, or when strong particles outgrow the coarse grid before that; for noise, which
-    # never supports more than the start map, it never ends
-    outgrown = new["stalled"] > 0 and rings > state["start_rings"] + 1
-    new["sampling"] = state["sampling"] and rings <= coarse_rings(state) and not outgrown
-    if state["sampling"] and not new["sampling"]:
-        new["stalled"] = 0
-    at_limit = scored >= limit - 1
-    # a search without improvement is repeated once, unless enough full ones came before
-    patience = 3 if state["sampling"] else 2 if new["full_searches"] < 4 and not at_limit else 1
-    new["done"] = new["searches"] >= params.iterations or new["stalled"] >= patience
+    new["maps"] = rf.updated_maps(state, grids, support, inserted, rings)
+    new["resolutions"] = np.append(state["resolutions"], sizes.length_angstrom / max(support.last, 1))
+    rf.update_shifts(new, sum(s["shift_square"] for s in sums) / total)
+    new["mean_log_likelihood"] = sum(s["log_likelihood"] for s in sums) / total
+    new["certainty"] = sum(s["certainty"] for s in sums) / total
+    rf.next_phase(state, new, iterations=params.iterations)
+    if new["phase"] != "draw":
+        new["grids"] = np.zeros(0, np.float32)
     metrics = {
-        "resolution_angstrom": length / max(support.last, 1),
-        "scored_angstrom": length / scored,
+        "phase": phase,
+        "resolution_angstrom": sizes.length_angstrom / max(support.last, 1),
+        "scored_angstrom": sizes.length_angstrom / state["rings"],
         "shift_sigma_angstrom": new["shift_sigma_angstrom"],
-        "log_likelihood": sum(s["log_likelihood"] for s in sums) / total,
-        "sampling": state["sampling"],
+        "log_likelihood": new["mean_log_likelihood"],
+        "certainty": new["certainty"],
     }
-    if new["done"]:
-        new.update(final_maps(state, grids, support, inserted))
+    if new["phase"] == "verdict":
+        new.update(rf.final_maps(state, grids, support, inserted))
+        new["verdict_rings"] = min(sizes.ring_of(rf.DRAWN_ANGSTROM), max(rings, state["start_rings"] + 2), rf.polar_rings(state) - 1)
     return new, metrics
+
+
+def _remembered(state: State, fresh: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Grids of a drawn part, with those of the parts before it, which are forgotten exponentially."""
+    if not len(state["grids"]):
+        return fresh
+    done = state["drawn_passes"] * state["parts"] + state["part"] + 1
+    rate = 1.0 / min(max(1.0, 0.5 * done), rf.MEMORY, max(1, state["parts"]))
+    old = [torch.from_numpy(np.array(grid)).to(new.device) for grid, new in zip(state["grids"], fresh)]
+    return [before.add_(now - before, alpha=rate) for before, now in zip(old, fresh)]
+
+
+def _judged(new: State, sums: list[Sums]) -> tuple[State, Metrics]:
+    """The verdict on the final maps; a figure that it does not support is taken back."""
+    tested = max(1, sum(s["tested"] for s in sums))
+    gain, square, wrong = (sum(s[name] for s in sums) / tested for name in ("gain", "gain_square", "scrambled_gain"))
+    deviation = math.sqrt(max(square - gain * gain, 0.0) / tested)
+    found = verdict.Evidence(new["pose_certainty"], gain, gain / (deviation + 1e-9), wrong)
+    new |= {"succeeded": found.succeeded, "held_out_gain": found.gain, "held_out_z": found.z, "done": True}
+    if not found.succeeded:
+        new["resolution_angstrom"] = new["length_angstrom"] / new["start_rings"]
+    return new, {"phase": "verdict", "succeeded": found.succeeded, "held_out_gain": found.gain, "held_out_z": found.z}
 
 
 def finished(params: Refine3DParams, state: State) -> bool:
@@ -293,8 +427,13 @@ def result(params: Refine3DParams, state: State, columns: Columns) -> dict[str, 
     """The output of the stage."""
     curves = {name: state[name] for name in ("fsc_unmasked", "fsc_masked", "fsc_randomised", "fsc_corrected")}
     shells = np.arange(len(curves["fsc_corrected"]))
+    angles = [torch.rad2deg(a).float().numpy() for a in matrix_to_euler(torch.from_numpy(columns["mode_rotation"][:, 0]).double())]
+    origins = columns["mode_origin_angstrom"][:, 0]
     return {
-        **columns,
+        **dict(zip(("rot_deg", "tilt_deg", "psi_deg"), angles)),
+        "origin_y_angstrom": origins[:, 0].astype(np.float32),
+        "origin_x_angstrom": origins[:, 1].astype(np.float32),
+        "log_likelihood": columns["log_likelihood"],
         **curves,
         "half_map": state["half_map"],
         "final_map": state["final_map"],
@@ -302,4 +441,5 @@ def result(params: Refine3DParams, state: State, columns: Columns) -> dict[str, 
         "resolution_angstrom": state["resolution_angstrom"],
         "shell_resolution_angstrom": state["length_angstrom"] / np.maximum(shells, 0.5),
         "iteration_resolution_angstrom": state["resolutions"],
+        **{name: state[name] for name in ("succeeded", "pose_certainty", "held_out_gain", "held_out_z")},
     }

@@ -1,4 +1,4 @@
-"""Parts of the refinement: search levels, noise power, grey scale, spread of shifts, final maps.
+"""Parts of the refinement: what is fixed by the sizes, how passes follow one another, noise power, maps and figures of a pass.
 
 All take and return the plain state that the runner transfers.
 """
@@ -12,37 +12,73 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cryodask.kernels import expectation, polar
-from cryodask.kernels import projection as pj
+from cryodask.kernels import views as vw
+from cryodask.kernels.fourier import resize_map, soft_sphere
+from cryodask.kernels.half_grid import reconstruct_half
+from cryodask.kernels.local_search import Climb
+from cryodask.kernels.masking import own_solvent_mask
 from cryodask.kernels.maximisation import Support, crossing
-from cryodask.kernels.orientations import healpix_step_rad
+from cryodask.kernels.projection import cut_map
+from cryodask.kernels.rows import shell_counts
 from cryodask.stage import Metrics, State, Sums
 
-COARSE_ORDER = 3
-FINEST_ORDER = 5
-GRID_JITTER_RAD = 0.04
 SCALE_ROUNDS = 4
 SCALE_PARTICLES = 240
-DRAWS = 6
-KEPT_POSES = 4
-POSE_THRESHOLD = 0.03
-INSERT_BEYOND_ANGSTROM = 28.0
-"""Slices are inserted this many cycles per box beyond the scored rings: box length / 28 A, at least 8."""
-PARTICLE_SHARE = 0.9
-"""Fraction of its mask that a particle is assumed to fill when angular steps are converted into resolution."""
-POSE_COLUMNS = ("rot_deg", "tilt_deg", "psi_deg", "origin_y_angstrom", "origin_x_angstrom", "log_likelihood")
+DRAWS = 4
+DRAWN_BATCH = 250
+"""Particles of a half-set between two maps while poses are drawn."""
+DRAWN_PASSES, FEWEST_DRAWN_PASSES = 3, 2
+DRAWN_PARTICLES = 5000
+"""Particles of a half-set that a drawn pass uses at most: 14 Angstrom need no more."""
+MEMORY = 3.0
+"""Batches that a drawn map remembers."""
+MODES = 4
+KEPT_VIEWS = 24
+WIDEST_UNIT_ANGSTROM = 190.0
+"""Particles larger than this need finer views at the same resolution: the resolutions below are scaled with them."""
+DRAWN_ANGSTROM = 14.16
+COARSE_ANGSTROM = 16.2
+FIRST_CLIMB_ANGSTROM = 11.3
+DECISIVE_ANGSTROM = 11.5
+"""Resolution at which pseudo-symmetry mates and wrong hands have become unlikely: passes over all views go on until one has scored it."""
+SURE = 0.97
+"""Pose certainty from which a last pass over all views changes nothing."""
 MAP_MARGIN = 8
 """Extra shells in the box of a transferred map: masks broaden spectra, and a tighter box would alias."""
+VERDICT_PARTICLES = 120
 
 
 @dataclass(frozen=True)
-class Shared:
-    """What the blocks of a half share in an iteration."""
+class Sizes:
+    """Lengths of a refinement, and the rings that follow from them."""
 
-    volume: pj.FourierVolume
-    banks: list[expectation.Bank]
-    pixels: Tensor
-    noise_power: Tensor
+    box: int
+    length_angstrom: float
+    mask_diameter_angstrom: float
+
+    @property
+    def pixel_size_angstrom(self) -> float:
+        return self.length_angstrom / self.box
+
+    @property
+    def last(self) -> int:
+        """Last shell of the images."""
+        return self.box // 2 - 1
+
+    def ring_of(self, resolution_angstrom: float) -> int:
+        """Ring of a resolution, scaled with large particles, within the images."""
+        unit = max(1.0, self.mask_diameter_angstrom / WIDEST_UNIT_ANGSTROM)
+        return max(2, min(round(self.length_angstrom / (resolution_angstrom * unit)), self.last - 1))
+
+    @property
+    def beyond(self) -> int:
+        """Shells inserted beyond the scored ones: 8, as many as 28 Angstrom in a usual box."""
+        return max(8, round(self.length_angstrom / 28.0))
+
+
+def sizes_of(state: State) -> Sizes:
+    """The sizes kept in a state."""
+    return Sizes(state["box"], state["length_angstrom"], state["mask_diameter_angstrom"])
 
 
 def map_box(rings: int, box: int) -> int:
@@ -50,125 +86,100 @@ def map_box(rings: int, box: int) -> int:
     return min(box, 2 * (rings + MAP_MARGIN))
 
 
-def rings_beyond(state: State) -> int:
-    """Number of shells inserted beyond the scored rings."""
-    return max(8, round(state["length_angstrom"] / INSERT_BEYOND_ANGSTROM))
-
-
 def inserted_rings(state: State) -> int:
     """Highest shell inserted in this iteration."""
-    return min(state["box"] // 2 - 1, state["rings"] + rings_beyond(state))
+    sizes = sizes_of(state)
+    rings = state["rings"]
+    if state["phase"] == "draw":
+        # one size for the whole phase, because its maps remember earlier batches
+        rings = max(state["start_rings"], sizes.ring_of(DRAWN_ANGSTROM))
+    return int(min(sizes.last, rings + sizes.beyond))
 
 
 def kept_radius(state: State) -> int:
-    """Highest frequency of the loaded blocks; grows in steps of 16, so that they are seldom reloaded."""
-    return min(state["box"] // 2 - 1, 16 * math.ceil(inserted_rings(state) / 16))
+    """Highest frequency of the loaded images: a quarter of the box, 7/16 of it, or all; so images are read three times at most."""
+    box = state["box"]
+    return next(r for r in (min(max(16, box // 4), box // 2 - 1), 7 * box // 16, box // 2 - 1) if r >= inserted_rings(state))
 
 
-def search_levels(state: State, rings: int) -> list[expectation.Level]:
-    """Search levels up to ``rings``, with matching angular steps, ring limits and shifts.
-
-    The arc between neighbouring views at the particle's rim is one resolution element; shifts step by a third of one.
-    """
-    length, diameter = state["length_angstrom"], state["mask_diameter_angstrom"]
-    pixel = length / state["box"]
-
-    def ring_of(order: int) -> int:
-        return max(4, round(length / (healpix_step_rad(order) * PARTICLE_SHARE * diameter)))
-
-    coarse = min(rings, ring_of(COARSE_ORDER))
-    step = min(length / coarse / 3.2, 0.05 * diameter)
-    out = [expectation.Level(COARSE_ORDER, coarse, step / pixel, state["reach_angstrom"] / pixel, 6)]
-    if state["sampling"]:
-        return out
-    order = COARSE_ORDER
-    while True:
-        order += 1
-        step /= 2.0
-        last = order >= FINEST_ORDER and ring_of(order) >= rings
-        reach = 2.4 * step if last else 1.5 * step
-        out.append(expectation.Level(order, rings if last else min(rings, ring_of(order)), step / pixel, reach / pixel, 0 if last else 4))
-        if last:
-            return out
+def polar_rings(state: State) -> int:
+    """Rings that searches over all views need."""
+    sizes = sizes_of(state)
+    return int(min(sizes.last, max(state["start_rings"], sizes.ring_of(DRAWN_ANGSTROM), sizes.ring_of(COARSE_ANGSTROM)) + 1))
 
 
-def coarse_rings(state: State) -> int:
-    """Rings up to which poses are sampled from the coarse level alone."""
-    return search_levels({**state, "sampling": True}, state["box"])[0].rings
+def climbs(state: State) -> list[Climb]:
+    """Ring limits of the local search of a pass."""
+    rings = state["rings"]
+    if state["phase"] == "local":
+        # far from the optimum at high rings the likelihood has many maxima: half the rings first
+        return [Climb(r, MODES, 6) for r in ([rings] if rings <= 40 else [rings // 2, rings])]
+    sizes = sizes_of(state)
+    first = min(sizes.ring_of(FIRST_CLIMB_ANGSTROM), round(state["length_angstrom"] / (0.06 * state["mask_diameter_angstrom"])))
+    limits = [r for r in (first, round(1.6 * first)) if r < rings] + [rings]
+    if len(limits) == 1:
+        return [Climb(rings, MODES, 6)]
+    most = [6, MODES] if len(limits) == 2 else [6, MODES, MODES]
+    return [Climb(ring, count, steps) for ring, count, steps in zip(limits, most, (4, 5, 5))]
 
 
-def updated_noise_power(state: State, mean_power: np.ndarray) -> np.ndarray:
-    """Noise power per shell `(box / 2,)`, from means over its pixels; shells not measured now keep their value."""
+def updated_noise_power(state: State, mean_power: np.ndarray, rate: float = 1.0) -> np.ndarray:
+    """Noise power per shell `(box / 2,)`, from sums over its pixels per particle; shells not measured now keep their value."""
     out = np.array(state["noise_power"])
     radius = len(mean_power) - 1
-    pixels = np.bincount(np.minimum(pj.half_plane(radius).shell.numpy(), radius), minlength=radius + 1)
+    fresh = np.maximum(mean_power / shell_counts(radius).numpy(), 1e-12)
     known = slice(1, min(radius + 1, len(out)))
-    out[known] = np.maximum(mean_power[known] / pixels[known], 1e-12)
-    out[known.stop :] = out[known.stop - 1] if (out[known.stop :] == 1.0).all() else out[known.stop :]
+    out[known] += rate * (fresh[known] - out[known])
     out[0] = out[1]
     return out
 
 
-def scale_sums(state: State, shared: Shared, block: expectation.Particles, sigma_px: float) -> Sums:
-    """Expected cross and norm terms of some particles, from which the grey scale of the start map is estimated."""
-    device = str(shared.noise_power.device)
-    every = max(1, state["count"] // SCALE_PARTICLES)
-    # half-sets often alternate: take pairs, so that both halves contribute
-    chosen = torch.from_numpy(np.nonzero(block.index // 2 % every == 0)[0]).to(device)
-    bank, table = shared.banks[0], expectation.whole_table(shared.banks[0])
-    rings = bank.level.rings
-    plain, squared = table[:, :rings].contiguous(), table[:, rings:].contiguous()
-    offsets = expectation.shift_grid(bank.level.step_px, bank.level.reach_px, device)
-    scale, sums = state["scale"], {"cross": 0.0, "norm": 0.0, "count": len(block.index)}
-    for lot in expectation.chunks(len(chosen), bank, len(offsets), device) if len(chosen) else ():
-        rows = chosen[lot]
-        centres = torch.zeros(len(rows), 2, device=device)
-        cross_modes, norm_modes = expectation.image_modes(block, rows, centres, offsets, rings, shared.noise_power)
-        cross = polar.rotation_scores(cross_modes, plain, expectation.psi_count(rings))
-        norm = polar.rotation_scores(norm_modes, squared, expectation.psi_count(rings))
-        # the scale is unknown in round 0: its best value is profiled out of every score
-        gain = cross.clamp(min=0.0) ** 2 / (4.0 * norm.clamp(min=1e-9)) if state["round"] == 0 else scale * cross - scale**2 * norm
-        gain = gain + expectation.shift_log_prior(centres, offsets, sigma_px)[:, :, None, None]
-        weight = torch.softmax(gain.reshape(len(rows), -1), 1).reshape(gain.shape)
-        sums["cross"] += float((weight * cross).sum())
-        sums["norm"] += float((weight * norm).sum())
-    return sums
-
-
 def updated_scale(new: State, sums: list[Sums]) -> tuple[State, Metrics]:
+    """The grey scale of the start map after a round of EM."""
     cross, norm = (sum(s[name] for s in sums) for name in ("cross", "norm"))
     old = new["scale"] or 1.0
     new["scale"] = max(cross / (2.0 * max(norm, 1e-30)), 1e-3 * old) if cross > 0 else 1e-3 * old
     new["round"] += 1
     if new["round"] == SCALE_ROUNDS:
         new["maps"] = (new["maps"] * new["scale"]).astype(np.float32)
-        new["phase"] = "search"
+        new["phase"] = "draw"
     return new, {"phase": "grey scale", "scale": new["scale"]}
 
 
 def update_shifts(new: State, mean_square: float) -> None:
-    """Update the spread of the shifts (per axis), and the range and centre of the next search.
-
-    Sampled shifts must not become centres (they would drift away), so searches stay centred on the picks unless these are poor: then they
-    follow the best shifts of the last full search.
-    """
-    sigma = max(math.sqrt(mean_square / 2.0), 2.0)
-    new["shift_sigma_angstrom"] = min(sigma, new["shift_range_angstrom"])
-    wide = 3.0 * sigma > 0.1 * new["mask_diameter_angstrom"]
-    new["recentre"] = wide and new["full_searches"] >= 2
-    new["reach_angstrom"] = 0.06 * new["mask_diameter_angstrom"] if new["recentre"] else min(3.0 * sigma, new["shift_range_angstrom"])
+    """The spread of the shifts per axis, at least 2 Angstrom, and how far the next search reaches."""
+    new["shift_sigma_angstrom"] = min(max(math.sqrt(mean_square / 2.0), 2.0), new["shift_range_angstrom"])
+    new["reach_angstrom"] = min(3.0 * new["shift_sigma_angstrom"], new["shift_range_angstrom"])
 
 
-def final_maps(state: State, grids: list[tuple[Tensor, Tensor]], support: Support, inserted: int) -> State:
+def updated_maps(state: State, grids: list[Tensor], support: Support, inserted: int, rings: int) -> np.ndarray:
+    """Maps of the halves for the next iteration: Wiener filtered, solvent flattened by a mask of their own, cut at ``rings``."""
+    sizes = sizes_of(state)
+    small = map_box(inserted, sizes.box)
+    voxel = sizes.length_angstrom / small
+    device = grids[0].device
+    sphere = soft_sphere(small, voxel, sizes.mask_diameter_angstrom / 2, 12.0, device=device)
+    trusted = support.corrected.clamp(1e-4, 0.999)
+    trusted[rings + 1 :] = 1e-4
+    maps = []
+    for grid in grids:
+        map_ = reconstruct_half(grid, inserted, small, image_box=sizes.box, ssnr=trusted / (1.0 - trusted)) * sphere
+        map_ = map_ * own_solvent_mask(map_, voxel, rings)
+        # low-pass AFTER the masks: their smearing beyond the supported shells would be aligned to and come back as resolution
+        maps.append(resize_map(cut_map(map_, rings), map_box(rings, sizes.box)))
+    return torch.stack(maps).float().cpu().numpy()
+
+
+def final_maps(state: State, grids: list[Tensor], support: Support, inserted: int) -> State:
     """Half-maps, combined map and curves of the last iteration, at the box of the particles."""
     box, length = state["box"], state["length_angstrom"]
     trusted = support.corrected.clamp(1e-4, 0.999)
     trusted[support.last + 1 :] = 1e-4
-    halves = [pj.reconstruct(*g, inserted, box, image_box=box) for g in grids]
-    joint = (grids[0][0] + grids[1][0], grids[0][1] + grids[1][1])
-    final = pj.reconstruct(*joint, inserted, box, image_box=box, ssnr=2.0 * trusted / (1.0 - trusted))
+    halves = [reconstruct_half(grid, inserted, box, image_box=box).cpu() for grid in grids]
+    joint = grids[0].add_(grids[1])
+    final = reconstruct_half(joint, inserted, box, image_box=box, ssnr=2.0 * trusted / (1.0 - trusted))
     return {
-        "half_map": torch.stack(halves).float().cpu().numpy(),
+        "half_map": torch.stack(halves).float().numpy(),
         "final_map": final.float().cpu().numpy(),
         "resolution_angstrom": crossing(support.corrected, length, support.last),
         "fsc_unmasked": support.unmasked.cpu().numpy(),
@@ -176,3 +187,84 @@ def final_maps(state: State, grids: list[tuple[Tensor, Tensor]], support: Suppor
         "fsc_randomised": support.randomised.cpu().numpy(),
         "fsc_corrected": support.corrected.cpu().numpy(),
     }
+
+
+def next_phase(state: State, new: State, *, iterations: int) -> None:
+    """Which pass follows a pass: drawn ones to 14 Angstrom, over all views to 11.5, local ones; last one more over all views.
+
+    ``new`` has the figures of the pass just done: ``rings``, ``mean_log_likelihood``, ``certainty``.
+    """
+    sizes = sizes_of(state)
+    if state["phase"] == "draw":
+        new["part"] = state["part"] + 1
+        if new["part"] == state["parts"]:
+            new["part"], new["drawn_passes"] = 0, state["drawn_passes"] + 1
+            fine_enough = new["rings"] >= sizes.ring_of(DRAWN_ANGSTROM) and new["drawn_passes"] >= FEWEST_DRAWN_PASSES
+            if fine_enough or new["drawn_passes"] == DRAWN_PASSES:
+                new["phase"] = "global"
+        return
+    new["passes"] = state["passes"] + 1
+    likelihood, best = new["mean_log_likelihood"], state["best_log_likelihood"]
+    improved = new["rings"] > state["best_rings"] or likelihood > best + 0.01 * abs(best)
+    new["best_rings"], new["best_log_likelihood"] = max(new["rings"], state["best_rings"]), max(likelihood, best)
+    new["stalled"] = 0 if improved else state["stalled"] + 1
+    decisive = state["rings"] >= sizes.ring_of(DECISIVE_ANGSTROM)
+    if state["phase"] == "global":
+        if decisive and math.isnan(state["pose_certainty"]):
+            # only the first such pass tells: later the certainty rises whether or not the poses are right
+            new["pose_certainty"] = new["certainty"]
+            new["checked"] = new["certainty"] >= SURE
+        if state["fine"]:
+            ended = new["stalled"] >= 1
+        else:
+            ended = new["stalled"] >= 2
+            if decisive and new["passes"] >= 2:
+                ended = False
+        goes_local = state["fine"] or (decisive and new["passes"] >= 2)
+        if goes_local and not ended:
+            new["phase"], new["fine"] = "local", True
+    else:
+        ended = new["stalled"] >= 1 and state["checked"]
+        if new["stalled"] >= 1 and not ended:
+            new["phase"], new["checked"] = "global", True
+    if ended or new["passes"] >= iterations:
+        new["phase"] = "verdict"
+
+
+def part_of_pass(uniforms: np.ndarray, parts: int, sample: float) -> np.ndarray:
+    """Which part of a drawn pass each particle belongs to, -1: none."""
+    return np.where(uniforms < sample, (uniforms / sample * parts).astype(np.int64), -1)
+
+
+def parts_of_pass(count: int) -> tuple[int, float]:
+    """Number of parts of a drawn pass over ``count`` particles, and the share of the particles that it uses."""
+    sample = min(1.0, 2.0 * DRAWN_PARTICLES / count)
+    return max(1, round(count * sample / 2 / min(DRAWN_BATCH, max(100, count // 4)))), sample
+
+
+def reach_px(state: State) -> float:
+    """Largest shift of a search over all views, pixels."""
+    return float(state["reach_angstrom"] / sizes_of(state).pixel_size_angstrom)
+
+
+def coarse_rings(state: State) -> int:
+    """Rings of the views of a pass."""
+    if state["phase"] in ("draw", "scale"):
+        return int(state["rings"])
+    return min(sizes_of(state).ring_of(COARSE_ANGSTROM), state["rings"])
+
+
+def grid_jitter_rad(state: State, order_of_group: int) -> float | None:
+    """How far the grid of views is turned at random, so that no view is favoured; None: anyhow."""
+    if state["phase"] == "global":
+        return 0.15
+    return None if order_of_group == 1 else 0.1
+
+
+def shared_views(
+    state: State, volume: Tensor, *, operators: np.ndarray, grid: object, turn: Tensor, pruned: bool = True
+) -> vw.Views:
+    """Views of a half's map in this iteration."""
+    return vw.make_views(
+        volume, coarse_rings(state), grid=grid, turn=turn, operators=operators, reach_px=reach_px(state), pruned=pruned  # type: ignore[arg-type]
+    )

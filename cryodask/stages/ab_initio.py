@@ -16,11 +16,14 @@ if TYPE_CHECKING:
     import xarray as xr
 
 
+_CHAIN_ANGSTROM = 28.0
+
+
 class AbInitioParams(Params):
     """Parameters of ``ab_initio``."""
 
     symmetry: PointGroup = Field("C1", description="point group, imposed from the start: C1, C4, D2, T, O, I ...")
-    restarts: int = Field(8, ge=1, description="independent chains from random orientations; the likeliest map wins")
+    restarts: int = Field(1, ge=1, description="independent chains from random orientations; the likeliest map wins")
     particles: int = Field(2000, ge=50, description="number of particles used, taken evenly from the set")
     mask_diameter_angstrom: float | None = Field(
         None, gt=0, description="diameter of the soft spherical mask, Angstrom; by default 0.75 of the box"
@@ -28,13 +31,15 @@ class AbInitioParams(Params):
     shift_range_angstrom: float | None = Field(
         None, gt=0, description="largest shift of a particle from its pick, Angstrom; by default 0.1 of the mask diameter"
     )
-    resolution_angstrom: float = Field(28.0, gt=5, description="resolution at which the chains end, Angstrom")
-    steps: int = Field(50, ge=10, description="steps per chain, with 120 to 250 particles each")
+    resolution_angstrom: float = Field(
+        14.16, gt=5, description="resolution of the map, Angstrom; chains end at 28, and finer detail is found on one map of all particles"
+    )
+    steps: int = Field(150, ge=10, description="steps per chain, with 120 to 250 particles each")
     seed: int = Field(0, description="seed of the first chain")
 
 
 @stage(
-    version=1,
+    version=2,
     shape="tournament",
     needs=["particle_image"],
     ports=["exposures[ctf, optics, aberrations?]", "particles[image, ctf?]"],
@@ -45,8 +50,10 @@ class AbInitioParams(Params):
 class ab_initio:
     """Makes an initial map from the particles alone.
 
-    Several short chains of stochastic expectation maximisation start from random orientations; each ends near 28 A. Not every chain
-    finds the fold, but the mean likelihood of the particles identifies the good ones, so the likeliest map wins.
+    A chain of stochastic expectation maximisation starts from random orientations and ends near 28 A. There, parts of a molecule that
+    are alike are still exchanged for one another, and often its mirror image is mixed in; a second phase with a short memory goes on to
+    14 A, until chance has decided for one of them. With several restarts the likeliest map wins. For molecules of high symmetry, and
+    large ones, it suffices that the map is right to 28 A: that is what ``refine3d`` starts from.
     The handedness of the map is undetermined: a map and its mirror image explain projections equally well. Check the refined map below 8 A
     (helices are right-handed) and mirror it if necessary.
     """
@@ -76,36 +83,48 @@ class ab_initio:
         from cryodask.kernels.ab_initio import Schedule, run_chain, working_box
         from cryodask.kernels.expectation import load_particles
         from cryodask.kernels.fourier import resize_images
+        from cryodask.kernels.rows import image_rows
+        from cryodask.kernels.symmetry import symmetry_operators
+        from cryodask.kernels.tie_breaking import Ties, break_ties
 
         box = particles.images.shape[-1]
         length = box * particles.pixel_size_angstrom
         diameter = params.mask_diameter_angstrom or 0.75 * length
-        small = working_box(length, params.resolution_angstrom, box)
-        images = resize_images(torch.from_numpy(np.ascontiguousarray(particles.images, np.float32)), small).numpy()
-        schedule = Schedule(
-            steps=params.steps,
-            first_resolution_angstrom=max(45.0, params.resolution_angstrom),
-            last_resolution_angstrom=params.resolution_angstrom,
-        )
-        data = load_particles(
-            images,
-            particles.columns,
-            particles.index,
-            pixel_size_angstrom=length / small,
-            radius=small // 2 - 1,
-            mask_radius_angstrom=diameter / 2,
-            device=context.device,
-        )
+        chain_end = max(_CHAIN_ANGSTROM, params.resolution_angstrom)
+
+        def load(small: int, rings: int) -> dict[str, Any]:
+            images = torch.from_numpy(np.ascontiguousarray(particles.images, np.float32))
+            images = torch.cat([resize_images(lot, small) for lot in images.split(256)])
+            pixel = length / small
+            on_rings = load_particles(
+                images.numpy(), particles.columns, particles.index, pixel_size_angstrom=pixel, rings=rings,
+                mask_radius_angstrom=diameter / 2, device=context.device,
+            )  # fmt: skip
+            rows = image_rows(images.to(context.device), particles.columns, small // 2 - 1, pixel)
+            return {"data": on_rings, "images": rows, "pixel_size_angstrom": pixel, "mask_diameter_angstrom": diameter}
+
+        small = working_box(length, chain_end, box)
         volume, score, trace = run_chain(
-            data,
-            pixel_size_angstrom=length / small,
+            **load(small, small // 2 - 1),
             symmetry=params.symmetry,
-            mask_diameter_angstrom=diameter,
             shift_range_angstrom=params.shift_range_angstrom or 0.1 * diameter,
-            schedule=schedule,
+            schedule=Schedule(
+                steps=params.steps, first_resolution_angstrom=max(45.0, chain_end), last_resolution_angstrom=chain_end
+            ),
             seed=seed,
-            device=context.device,
         )
+        ties = Ties(chain_end, params.resolution_angstrom)
+        if ties.rings(length)[1] > ties.rings(length)[0]:
+            small = ties.working_box(length, box)
+            volume, likelihood = break_ties(
+                **load(small, min(small // 2 - 1, ties.rings(length)[1] + 1)),
+                start=volume,
+                operators=symmetry_operators(params.symmetry),
+                ties=ties,
+                seed=seed,
+                tell=lambda step, rings, value: context.report(min(1.0, rings / ties.rings(length)[1]), log_likelihood=value),
+            )
+            trace = [*trace, *likelihood]
         return {
             "map": volume.cpu().numpy(),
             "score": score,

@@ -19,7 +19,9 @@ class Refine3DParams(Params):
 
     symmetry: PointGroup | None = Field(None, description="point group: C1, C4, D2, T, O, I ...; by default that of the start map")
     reference: InputFile | None = Field(None, description="start map, an MRC file; by default the map of an earlier step")
-    lowpass_angstrom: float = Field(40.0, gt=0, description="low-pass of the start map, Angstrom")
+    lowpass_angstrom: float | None = Field(
+        None, gt=0, description="low-pass of the start map, Angstrom; by default 28 for the map of an earlier step, 40 for a file"
+    )
     mask_diameter_angstrom: float | None = Field(
         None, gt=0, description="diameter of the soft spherical mask, Angstrom; by default 0.75 of the box"
     )
@@ -27,13 +29,13 @@ class Refine3DParams(Params):
         None, gt=0, description="largest shift of a particle from its pick, Angstrom; by default 0.17 of the mask diameter"
     )
     iterations: int = Field(
-        14, ge=1, description="maximum number of iterations; the search ends earlier when the resolution no longer improves"
+        12, ge=1, description="maximum number of passes over all particles; the refinement ends earlier when nothing improves"
     )
     seed: int = Field(0, description="seed of all random numbers")
 
 
 @stage(
-    version=2,
+    version=3,
     shape="blocks",
     needs=["particle_image", "final_map", "map_pixel_size_angstrom"],
     ports=[
@@ -48,27 +50,35 @@ class Refine3DParams(Params):
     gives=[
         "half_map", "final_map", "map_pixel_size_angstrom", "rot_deg", "tilt_deg", "psi_deg", "centre_y_angstrom", "centre_x_angstrom",
         "log_likelihood", "resolution_angstrom", "fsc_unmasked", "fsc_masked", "fsc_randomised", "fsc_corrected",
-        "shell_resolution_angstrom", "iteration_resolution_angstrom",
+        "shell_resolution_angstrom", "iteration_resolution_angstrom", "succeeded", "pose_certainty", "held_out_gain", "held_out_z",
     ],
     params=Refine3DParams,
     functions="cryodask.stages._refine3d",
 )  # fmt: skip
 class refine3d:
-    """Refines a map against the particles, in two independent halves (gold standard).
+    """Refines a map against the particles, in two independent halves (gold standard), and says whether it succeeded.
 
     Expectation maximisation over orientations, in-plane angles and shifts with Gaussian noise per Fourier ring (Scheres 2012, J. Mol.
-    Biol. 415, 406). Every iteration searches all orientations. While only coarse rings are used, poses are sampled from the whole
-    posterior, which keeps noise from being aligned to the start map; later the best ones are refined over three levels. The grey scale
-    of the start map and the spread of the shifts are estimated from the data. Slices are inserted well beyond the scored rings,
-    so that the correlation of the half-maps there is unbiased; it alone decides the resolution limit of the next iteration. The
-    correlation below the low-pass limit of the start map is high by construction.
+    Biol. 415, 406). Poses are first drawn from their whole posterior, which keeps noise from being aligned to the start map, with a new
+    map after every few hundred particles. Then all views are searched: the likeliest of a coarse grid climb to the optimum of pose and
+    shift (Levenberg-Marquardt), and what is left counts by its share of the posterior. Last, poses are refined from where they are.
+    Each half is solvent flattened by a mask of its own. Slices are inserted well beyond the scored rings, so that the correlation of
+    the half-maps there is unbiased; it alone decides the resolution limit of the next pass.
+
+    Half-maps that agree do not prove that a map is right. The verdict rests on two other figures: how certain the poses are, and
+    whether detail of a map makes particles likelier that it has never seen. A refinement that has not succeeded reports the resolution
+    of its start.
     """
 
 
 @refine3d.sentence  # type: ignore[attr-defined]  # mypy does not see what class decorators return
 def says(result: Mapping[str, Any]) -> str:
-    """The most important figure."""
-    return f"resolution {float(result['resolution_angstrom']):.2f} A"
+    """The most important figure, and the verdict."""
+    from cryodask.kernels.verdict import Evidence
+
+    evidence = Evidence(*(float(result[name]) for name in ("pose_certainty", "held_out_gain", "held_out_z")), float("nan"))
+    figure = f"{float(result['resolution_angstrom']):.2f} A"
+    return f"resolution {figure}; {evidence.sentence()}" if evidence.succeeded else f"{evidence.sentence()}; resolution of the start {figure}"
 
 
 @refine3d.figures  # type: ignore[attr-defined]  # mypy does not see what class decorators return

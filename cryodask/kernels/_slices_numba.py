@@ -1,0 +1,395 @@
+"""Compiled kernels of :mod:`cryodask.kernels.local_search` (numba, float32 with float64 between rows).
+
+One particle is worked on at a time: its model at a pose is the map's slice (trilinear, from half a Fourier grid) times CTF times the
+phases of its shift. Rows of the half plane stay rows, so that neighbours in memory are neighbours in the volume. Sums are reordered by
+the compiler (``fastmath``): the same bits on one kind of CPU only. The functions release the interpreter's lock.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numba
+import numpy as np
+
+_F = np.float32
+_SAME_POSE_TRACE = 1.0 + 2.0 * math.cos(math.radians(2.0))
+"""Trace of the rotation between two poses below which they count as two."""
+_LEAST_GAIN = 0.02
+"""Expected gain of log-likelihood below which a step is the last one."""
+
+
+def _jit(function: Any) -> Any:
+    return numba.njit(cache=True, nogil=True, fastmath=True, error_model="numpy")(function)
+
+
+@_jit
+def ctf_plane(numbers, radius, out):  # type: ignore[no-untyped-def]
+    """CTF on rows ``(2 radius + 1, radius + 1)`` of the five numbers of :func:`cryodask.kernels.rows.ctf_numbers`."""
+    xx, xy, yy, four, constant = _F(numbers[0]), _F(numbers[1]), _F(numbers[2]), _F(numbers[3]), _F(numbers[4])
+    for row in range(2 * radius + 1):
+        y = _F(row - radius)
+        for column in range(radius + 1):
+            x = _F(column)
+            square = x * x + y * y
+            out[row, column] = math.sin(xx * x * x + xy * x * y + yy * y * y - four * square * square + constant)
+
+
+@_jit
+def _trilinear(c0, c1, c2, c3, c4, c5, c6, c7, u, v, w):  # type: ignore[no-untyped-def]
+    """Value and gradient (x, y, z) between eight corners, x fastest."""
+    x0, x1, x2, x3 = c1 - c0, c3 - c2, c5 - c4, c7 - c6
+    e0, e1, e2, e3 = c0 + u * x0, c2 + u * x1, c4 + u * x2, c6 + u * x3
+    y0, y1 = e1 - e0, e3 - e2
+    z0, z1 = e0 + v * y0, e2 + v * y1
+    low, high = x0 + v * (x1 - x0), x2 + v * (x3 - x2)
+    return z0 + w * (z1 - z0), low + w * (high - low), y0 + w * (y1 - y0), z1 - z0
+
+
+@_jit
+def _slice_row(volume, half, image, ctf, weight, rotation, row, radius, first, last, cosine, sine, step_cosine, step_sine, turn, graded):  # type: ignore[no-untyped-def]
+    """Sums over a row of the half plane: log-likelihood gain, its gradient (5) and normal matrix (15, upper triangle by rows).
+
+    Parameters are a rotation about the image's x, y and z axis and a shift in y and x, in pixels.
+    """
+    zero = _F(0.0)
+    gain = zero
+    g0, g1, g2, g3, g4 = zero, zero, zero, zero, zero
+    h00, h01, h02, h03, h04, h11, h12, h13 = zero, zero, zero, zero, zero, zero, zero, zero
+    h14, h22, h23, h24, h33, h34, h44 = zero, zero, zero, zero, zero, zero, zero
+    r00, r01, r02 = rotation[0, 0], rotation[0, 1], rotation[0, 2]
+    r10, r11, r12 = rotation[1, 0], rotation[1, 1], rotation[1, 2]
+    r20, r21, r22 = rotation[2, 0], rotation[2, 1], rotation[2, 2]
+    y = _F(row)
+    along_y = _F(2.0) * y
+    for column in range(first, last + 1):
+        along_x = _F(2 * column)
+        px, py, pz = r00 * along_x + r10 * along_y, r01 * along_x + r11 * along_y, r02 * along_x + r12 * along_y
+        sign = _F(1.0)
+        if px < 0:
+            px, py, pz, sign = -px, -py, -pz, _F(-1.0)
+        py, pz = py + half, pz + half
+        ix, iy, iz = int(px), int(py), int(pz)
+        u, v, w = px - _F(ix), py - _F(iy), pz - _F(iz)
+        c0, c1, c2, c3 = volume[iz, iy, ix], volume[iz, iy, ix + 1], volume[iz, iy + 1, ix], volume[iz, iy + 1, ix + 1]
+        c4, c5, c6, c7 = volume[iz + 1, iy, ix], volume[iz + 1, iy, ix + 1], volume[iz + 1, iy + 1, ix], volume[iz + 1, iy + 1, ix + 1]
+        re, xr, yr, zr = _trilinear(c0.real, c1.real, c2.real, c3.real, c4.real, c5.real, c6.real, c7.real, u, v, w)
+        im, xi, yi, zi = _trilinear(c0.imag, c1.imag, c2.imag, c3.imag, c4.imag, c5.imag, c6.imag, c7.imag, u, v, w)
+        im *= sign
+        contrast = ctf[row + radius, column]
+        tr, ti = cosine * contrast, sine * contrast
+        cosine, sine = cosine * step_cosine - sine * step_sine, cosine * step_sine + sine * step_cosine
+        mr, mi = re * tr - im * ti, re * ti + im * tr
+        datum, scale = image[row + radius, column], weight[row + radius, column]
+        gain += scale * (_F(2.0) * (mr * datum.real + mi * datum.imag) - (mr * mr + mi * mi))
+        if graded:
+            # at the mirrored point the gradient is minus the conjugate
+            xr, yr, zr = xr * sign, yr * sign, zr * sign
+            out_r, out_i = r20 * xr + r21 * yr + r22 * zr, r20 * xi + r21 * yi + r22 * zi
+            up_r, up_i = r10 * xr + r11 * yr + r12 * zr, r10 * xi + r11 * yi + r12 * zi
+            right_r, right_i = r00 * xr + r01 * yr + r02 * zr, r00 * xi + r01 * yi + r02 * zi
+            ar, ai = out_r * tr - out_i * ti, out_r * ti + out_i * tr
+            br, bi = up_r * along_x - right_r * along_y, up_i * along_x - right_i * along_y
+            j0r, j0i, j1r, j1i = ar * along_y, ai * along_y, -ar * along_x, -ai * along_x
+            j2r, j2i = br * tr - bi * ti, br * ti + bi * tr
+            sy, sx = turn * y, turn * _F(column)
+            j3r, j3i, j4r, j4i = -mi * sy, mr * sy, -mi * sx, mr * sx
+            dr, di = scale * (datum.real - mr), scale * (datum.imag - mi)
+            g0 += j0r * dr + j0i * di
+            g1 += j1r * dr + j1i * di
+            g2 += j2r * dr + j2i * di
+            g3 += j3r * dr + j3i * di
+            g4 += j4r * dr + j4i * di
+            w0r, w0i, w1r, w1i = scale * j0r, scale * j0i, scale * j1r, scale * j1i
+            w2r, w2i, w3r, w3i = scale * j2r, scale * j2i, scale * j3r, scale * j3i
+            h00 += w0r * j0r + w0i * j0i
+            h01 += w0r * j1r + w0i * j1i
+            h02 += w0r * j2r + w0i * j2i
+            h03 += w0r * j3r + w0i * j3i
+            h04 += w0r * j4r + w0i * j4i
+            h11 += w1r * j1r + w1i * j1i
+            h12 += w1r * j2r + w1i * j2i
+            h13 += w1r * j3r + w1i * j3i
+            h14 += w1r * j4r + w1i * j4i
+            h22 += w2r * j2r + w2i * j2i
+            h23 += w2r * j3r + w2i * j3i
+            h24 += w2r * j4r + w2i * j4i
+            h33 += w3r * j3r + w3i * j3i
+            h34 += w3r * j4r + w3i * j4i
+            h44 += scale * (j4r * j4r + j4i * j4i)
+    return gain, g0, g1, g2, g3, g4, h00, h01, h02, h03, h04, h11, h12, h13, h14, h22, h23, h24, h33, h34, h44
+
+
+@_jit
+def _terms(volume, half, image, ctf, radius, weight, rotation, shift, box, ring, matrix, vector, graded):  # type: ignore[no-untyped-def]
+    """Log-likelihood gain at a pose up to ``ring``; with ``graded`` the normal equations are left in ``matrix`` and ``vector``."""
+    turn = 2.0 * math.pi / box
+    pose = rotation.astype(_F)
+    step_cosine, step_sine = _F(math.cos(turn * shift[1])), _F(math.sin(turn * shift[1]))
+    total = np.zeros(21)
+    for row in range(-ring, ring + 1):
+        last = int(math.sqrt(ring * ring + 0.5 - row * row))
+        first = 0 if row > 0 else 1
+        angle = turn * (row * shift[0] + first * shift[1])
+        sums = _slice_row(
+            volume, half, image, ctf, weight, pose, row, radius, first, last, _F(math.cos(angle)), _F(math.sin(angle)),
+            step_cosine, step_sine, _F(turn), graded,
+        )  # fmt: skip
+        for i in range(21 if graded else 1):
+            total[i] += sums[i]
+    if graded:
+        place = 6
+        for i in range(5):
+            vector[i] = total[1 + i]
+            for j in range(i, 5):
+                matrix[i, j] = total[place]
+                matrix[j, i] = total[place]
+                place += 1
+    return total[0]
+
+
+@_jit
+def _factor(matrix, lower):  # type: ignore[no-untyped-def]
+    """Cholesky factor of a 5 x 5 matrix; returns the logarithm of its determinant."""
+    log_determinant = 0.0
+    for i in range(5):
+        for j in range(i + 1):
+            value = matrix[i, j]
+            for k in range(j):
+                value -= lower[i, k] * lower[j, k]
+            if i == j:
+                lower[i, i] = math.sqrt(max(value, 1e-12))
+                log_determinant += 2.0 * math.log(lower[i, i])
+            else:
+                lower[i, j] = value / lower[j, j]
+    return log_determinant
+
+
+@_jit
+def _solve(matrix, vector, damping, lower, step):  # type: ignore[no-untyped-def]
+    """Solution of the damped normal equations (diagonal times 1 + damping) into ``step``."""
+    damped = matrix.copy()
+    for i in range(5):
+        damped[i, i] = damped[i, i] * (1.0 + damping) + 1e-12
+    _factor(damped, lower)
+    for i in range(5):
+        value = vector[i]
+        for k in range(i):
+            value -= lower[i, k] * step[k]
+        step[i] = value / lower[i, i]
+    for i in range(4, -1, -1):
+        value = step[i]
+        for k in range(i + 1, 5):
+            value -= lower[k, i] * step[k]
+        step[i] = value / lower[i, i]
+
+
+@_jit
+def _turned(omega, rotation):  # type: ignore[no-untyped-def]
+    """``exp(-[omega]x) @ rotation`` (Rodrigues): the slice point k becomes k + omega x k."""
+    angle = math.sqrt(omega[0] ** 2 + omega[1] ** 2 + omega[2] ** 2)
+    if angle < 1e-12:
+        return rotation.copy()
+    x, y, z = omega[0] / angle, omega[1] / angle, omega[2] / angle
+    s, c = math.sin(angle), 1.0 - math.cos(angle)
+    out = np.empty((3, 3))
+    for column in range(3):
+        a, b, d = rotation[0, column], rotation[1, column], rotation[2, column]
+        along = x * a + y * b + z * d
+        out[0, column] = a - s * (y * d - z * b) + c * (x * along - a)
+        out[1, column] = b - s * (z * a - x * d) + c * (y * along - b)
+        out[2, column] = d - s * (x * b - y * a) + c * (z * along - d)
+    return out
+
+
+@_jit
+def _climb(volume, half, image, ctf, radius, weight, rotation, shift, box, ring, steps, prior, hessian):  # type: ignore[no-untyped-def]
+    """Levenberg-Marquardt of one pose up to ``ring``, in place; returns the log posterior and leaves minus its Hessian."""
+    matrix, vector = np.zeros((5, 5)), np.zeros(5)
+    new_matrix, new_vector = np.zeros((5, 5)), np.zeros(5)
+    lower, step = np.zeros((5, 5)), np.zeros(5)
+    best = _terms(volume, half, image, ctf, radius, weight, rotation, shift, box, ring, matrix, vector, True)
+    best -= 0.5 * prior * (shift[0] ** 2 + shift[1] ** 2)
+    damping = 1e-3
+    for _ in range(steps):
+        for i in range(3, 5):
+            matrix[i, i] += 0.5 * prior
+            vector[i] -= 0.5 * prior * shift[i - 3]
+        _solve(matrix, vector, damping, lower, step)
+        expected = 0.0
+        for i in range(5):
+            expected += vector[i] * step[i]
+        for i in range(3, 5):
+            matrix[i, i] -= 0.5 * prior
+            vector[i] += 0.5 * prior * shift[i - 3]
+        tried, moved = _turned(step[:3], rotation), shift + step[3:]
+        if expected < _LEAST_GAIN:
+            rotation[:] = tried
+            shift[:] = moved
+            best += expected
+            break
+        found = _terms(volume, half, image, ctf, radius, weight, tried, moved, box, ring, new_matrix, new_vector, True)
+        found -= 0.5 * prior * (moved[0] ** 2 + moved[1] ** 2)
+        if found > best:
+            rotation[:] = tried
+            shift[:] = moved
+            best = found
+            matrix[:] = new_matrix
+            vector[:] = new_vector
+            damping *= 0.3
+        else:
+            damping = max(10.0 * damping, 0.1)
+            if damping > 20.0:
+                break
+    for i in range(5):
+        for j in range(5):
+            hessian[i, j] = 2.0 * matrix[i, j]
+    for i in range(3, 5):
+        hessian[i, i] += prior
+    return best
+
+
+@_jit
+def _same(a, b, operators):  # type: ignore[no-untyped-def]
+    """Whether two rotations are less than 2 degrees apart modulo the point group."""
+    for g in range(operators.shape[0]):
+        trace = 0.0
+        for i in range(3):
+            for j in range(3):
+                turned = b[i, 0] * operators[g, 0, j] + b[i, 1] * operators[g, 1, j] + b[i, 2] * operators[g, 2, j]
+                trace += a[i, j] * turned
+        if trace > _SAME_POSE_TRACE:
+            return True
+    return False
+
+
+@_jit
+def search(  # type: ignore[no-untyped-def]
+    volume, half, images, numbers, radius, weight, rotations, shifts, starts, box, rings, most, steps, nats, prior, operators,
+    out_rotations, out_shifts, out_score, out_evidence, out_count,
+):  # fmt: skip
+    """Climb from ``starts[i]`` candidates of each particle, ring limit by ring limit; the best ``most`` of a limit go on to the next.
+
+    ``out_score`` is the log posterior of a mode, ``out_evidence`` the same minus half the log determinant of its Hessian (Laplace).
+    """
+    ctf = np.empty((2 * radius + 1, radius + 1), _F)
+    hessian, lower = np.zeros((5, 5)), np.zeros((5, 5))
+    widest = rotations.shape[1]
+    for particle in range(images.shape[0]):
+        ctf_plane(numbers[particle], radius, ctf)
+        pose, shift = rotations[particle].astype(np.float64), shifts[particle].astype(np.float64)
+        score, evidence = np.zeros(widest), np.zeros(widest)
+        alive = np.arange(starts[particle])
+        for level in range(len(rings)):
+            for i in alive:
+                score[i] = _climb(
+                    volume, half, images[particle], ctf, radius, weight, pose[i], shift[i], box, rings[level], steps[level], prior, hessian
+                )
+                evidence[i] = score[i] - 0.5 * _factor(hessian, lower)
+            order = alive[np.argsort(-score[alive], kind="mergesort")]
+            kept = np.empty(len(order), np.int64)
+            count = 0
+            for i in order:
+                if count == most[level] or score[i] < score[order[0]] - nats:
+                    break
+                known = False
+                for k in range(count):
+                    known = known or _same(pose[i], pose[kept[k]], operators)
+                if not known:
+                    kept[count] = i
+                    count += 1
+            alive = kept[:count].copy()
+        out_count[particle] = min(len(alive), out_rotations.shape[1])
+        for k in range(out_count[particle]):
+            out_rotations[particle, k] = pose[alive[k]].astype(_F)
+            out_shifts[particle, k] = shift[alive[k]].astype(_F)
+            out_score[particle, k] = score[alive[k]]
+            out_evidence[particle, k] = evidence[alive[k]]
+
+
+@_jit
+def insert(accumulator, half, images, numbers, radius, weight, rotations, shifts, shares, box, least):  # type: ignore[no-untyped-def]
+    """Add slices of all poses with a share above ``least`` to half a grid ``(z, y, x, 3)``: numerator (re, im) and weight."""
+    ctf = np.empty((2 * radius + 1, radius + 1), _F)
+    turn = 2.0 * math.pi / box
+    for particle in range(images.shape[0]):
+        ctf_plane(numbers[particle], radius, ctf)
+        for k in range(rotations.shape[1]):
+            if shares[particle, k] > least:
+                pose, shift, share = rotations[particle, k], shifts[particle, k], shares[particle, k]
+                r00, r01, r02 = pose[0, 0], pose[0, 1], pose[0, 2]
+                r10, r11, r12 = pose[1, 0], pose[1, 1], pose[1, 2]
+                step_cosine, step_sine = _F(math.cos(turn * shift[1])), _F(-math.sin(turn * shift[1]))
+                for row in range(-radius, radius + 1):
+                    first = 0 if row > 0 else 1
+                    angle = -turn * (row * shift[0] + first * shift[1])
+                    cosine, sine = _F(math.cos(angle)), _F(math.sin(angle))
+                    along_y = _F(2 * row)
+                    for column in range(first, int(math.sqrt(radius * radius + 0.5 - row * row)) + 1):
+                        along_x = _F(2 * column)
+                        px, py, pz = r00 * along_x + r10 * along_y, r01 * along_x + r11 * along_y, r02 * along_x + r12 * along_y
+                        sign = _F(1.0)
+                        if px < 0:
+                            px, py, pz, sign = -px, -py, -pz, _F(-1.0)
+                        py, pz = py + half, pz + half
+                        ix, iy, iz = int(px), int(py), int(pz)
+                        u, v, w = px - _F(ix), py - _F(iy), pz - _F(iz)
+                        datum, contrast = images[particle, row + radius, column], ctf[row + radius, column]
+                        scaled = contrast * weight[row + radius, column] * share
+                        re = (datum.real * cosine - datum.imag * sine) * scaled
+                        im = (datum.real * sine + datum.imag * cosine) * scaled * sign
+                        density = contrast * scaled
+                        cosine, sine = cosine * step_cosine - sine * step_sine, cosine * step_sine + sine * step_cosine
+                        for dz in range(2):
+                            deep = w if dz else _F(1.0) - w
+                            for dy in range(2):
+                                across = deep * (v if dy else _F(1.0) - v)
+                                far = across * u
+                                near = across - far
+                                line = accumulator[iz + dz, iy + dy]
+                                line[ix, 0] += near * re
+                                line[ix, 1] += near * im
+                                line[ix, 2] += near * density
+                                line[ix + 1, 0] += far * re
+                                line[ix + 1, 1] += far * im
+                                line[ix + 1, 2] += far * density
+
+
+@_jit
+def residual(volume, half, images, numbers, radius, rotations, shifts, box, ring, out):  # type: ignore[no-untyped-def]
+    """Sums over shells of |image - model|^2 into ``out`` ``(particle, radius + 2)``; beyond ``ring`` the model is zero."""
+    ctf = np.empty((2 * radius + 1, radius + 1), _F)
+    turn = 2.0 * math.pi / box
+    for particle in range(images.shape[0]):
+        ctf_plane(numbers[particle], radius, ctf)
+        pose, shift = rotations[particle], shifts[particle]
+        for row in range(-radius, radius + 1):
+            along_y = _F(2 * row)
+            for column in range(0 if row > 0 else 1, int(math.sqrt(radius * radius + 0.5 - row * row)) + 1):
+                square = column * column + row * row
+                datum = images[particle, row + radius, column]
+                dr, di = datum.real, datum.imag
+                if square <= ring * ring:
+                    along_x = _F(2 * column)
+                    px = pose[0, 0] * along_x + pose[1, 0] * along_y
+                    py = pose[0, 1] * along_x + pose[1, 1] * along_y
+                    pz = pose[0, 2] * along_x + pose[1, 2] * along_y
+                    sign = _F(1.0)
+                    if px < 0:
+                        px, py, pz, sign = -px, -py, -pz, _F(-1.0)
+                    py, pz = py + half, pz + half
+                    ix, iy, iz = int(px), int(py), int(pz)
+                    u, v, w = px - _F(ix), py - _F(iy), pz - _F(iz)
+                    low = volume[iz, iy, ix] * (1 - u) + volume[iz, iy, ix + 1] * u
+                    high = volume[iz, iy + 1, ix] * (1 - u) + volume[iz, iy + 1, ix + 1] * u
+                    front = low * (1 - v) + high * v
+                    low = volume[iz + 1, iy, ix] * (1 - u) + volume[iz + 1, iy, ix + 1] * u
+                    high = volume[iz + 1, iy + 1, ix] * (1 - u) + volume[iz + 1, iy + 1, ix + 1] * u
+                    model = front * (1 - w) + (low * (1 - v) + high * v) * w
+                    angle = turn * (row * shift[0] + column * shift[1])
+                    contrast = ctf[row + radius, column]
+                    c, s = math.cos(angle) * contrast, math.sin(angle) * contrast
+                    dr -= model.real * c - model.imag * sign * s
+                    di -= model.real * s + model.imag * sign * c
+                out[particle, int(math.sqrt(square) + 0.5)] += dr * dr + di * di

@@ -1,0 +1,124 @@
+"""Half Fourier grids (x >= 0): the volume that slices are taken from, and the grid that they are inserted into.
+
+The transform of a real map is Hermitian, so the half with x >= 0 says all. Grids are padded twice, like those of
+:mod:`cryodask.kernels.projection`, whose units and conventions hold here: ``(z, y, x)`` with z and y from -half to half and x from 0 to half.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cryodask.kernels.projection import PADDING, grid_half, gridding_correction
+from cryodask.kernels.symmetry import symmetrise_grid
+
+
+def half_volume(volume: Tensor, radius: int, image_box: int) -> Tensor:
+    """Padded transform of a cubic map `(z, y, x)` of even box b >= 2 (radius + 1): `(2 half + 1, 2 half + 1, half + 1)` complex64.
+
+    ``image_box`` is the box of the images whose grey values the slices shall have; it spans the same length as the map.
+    """
+    b, wide = volume.shape[-1], volume.shape[-1] * PADDING
+    padded = torch.zeros((wide,) * 3, dtype=torch.float32, device=volume.device)
+    # the map is moved so that its origin, voxel b // 2, lies at voxel 0
+    corner = torch.arange(b, device=volume.device) - b // 2
+    padded[corner[:, None, None] % wide, corner[None, :, None] % wide, corner[None, None] % wide] = (
+        volume.float() / gridding_correction(b, volume.device)
+    )
+    spectrum = torch.fft.rfftn(padded)
+    half = min(grid_half(radius), wide // 2 - 1)
+    k = torch.arange(-half, half + 1, device=volume.device) % wide
+    return (spectrum[k][:, k][:, :, : half + 1] * (image_box**2 / b**3)).contiguous()
+
+
+def empty_half_grid(radius: int, device: str = "cpu") -> Tensor:
+    """Zeros `(z, y, x, 3)` float32 for frequencies up to ``radius``: real and imaginary part of the numerator, weight."""
+    half = grid_half(radius)
+    return torch.zeros(2 * half + 1, 2 * half + 1, half + 1, 3, dtype=torch.float32, device=device)
+
+
+def fold_half_grid(grid: Tensor, operators: np.ndarray) -> Tensor:
+    """Sum of a grid, its Hermitian mates and its copies under a point group; changes ``grid`` and returns it."""
+    plane = grid[:, :, 0]
+    mates = torch.flip(plane, (0, 1)).clone()
+    mates[..., 1] *= -1.0
+    plane += mates
+    if len(operators) > 1:
+        for channel in range(3):
+            right = grid[..., channel]
+            left = torch.flip(right[:, :, 1:], (0, 1, 2))
+            whole = torch.cat([-left if channel == 1 else left, right], 2)
+            # the imaginary part is odd under the group only together with its mates, so the whole grid is turned
+            grid[..., channel] = symmetrise_grid(whole[None], operators)[0, :, :, right.shape[2] - 1 :]
+    return grid
+
+
+def _shells_of_slab(half: int, z: int, device: torch.device) -> Tensor:
+    """Shell number of the points of a plane z, int64 `(y, x)`."""
+    y = torch.arange(-half, half + 1, device=device).float() / PADDING
+    x = torch.arange(half + 1, device=device).float() / PADDING
+    return torch.round(torch.sqrt(y[:, None] ** 2 + x[None] ** 2 + (z / PADDING) ** 2)).long()
+
+
+def mean_weight(grid: Tensor, radius: int) -> Tensor:
+    """Mean weight per shell `(radius + 2,)` float64 of a folded grid, the unstored half counted."""
+    half = grid.shape[2] - 1
+    sums, counts = (torch.zeros(radius + 2, dtype=torch.float64, device=grid.device) for _ in range(2))
+    twice = torch.full((2 * half + 1, half + 1), 2.0, dtype=torch.float64, device=grid.device)
+    twice[:, 0] = 1.0
+    for z in range(-half, half + 1):
+        shell = _shells_of_slab(half, z, grid.device).clamp(max=radius + 1).reshape(-1)
+        sums.index_add_(0, shell, (grid[z + half, :, :, 2] * twice).reshape(-1))
+        counts.index_add_(0, shell, twice.reshape(-1))
+    sums[radius + 1] = 0.0
+    return sums / counts.clamp(min=1.0)
+
+
+def reconstruct_half(grid: Tensor, radius: int, map_box: int, *, image_box: int, ssnr: Tensor | None = None) -> Tensor:
+    """Map `(z, y, x)` float32 of a folded grid; the formula and parameters of :func:`cryodask.kernels.projection.reconstruct`.
+
+    Works plane by plane, so that no copy of the grid is made.
+    """
+    half, device = grid.shape[2] - 1, grid.device
+    mean = mean_weight(grid, radius)
+    if ssnr is None:
+        prior = 1e-3 * mean
+    else:
+        limited = torch.full((radius + 2,), 1e-4, dtype=torch.float64, device=device)
+        limited[: radius + 1] = ssnr[: radius + 1].to(limited).clamp(min=1e-4)
+        prior = mean / limited
+    prior = prior.float()
+    wide = map_box * PADDING
+    limit = min(half, wide // 2 - 1)
+    spectrum = torch.zeros(wide, wide, wide // 2 + 1, dtype=torch.complex64, device=device)
+    k = torch.arange(-limit, limit + 1, device=device)
+    checkered = (1.0 - 2.0 * ((k[:, None] + k[None, limit:]) % 2)).float() * (map_box**3 / image_box**2)
+    window = slice(half - limit, half + limit + 1)
+    for z in range(-limit, limit + 1):
+        shell = _shells_of_slab(half, z, device)[window, : limit + 1]
+        plane = grid[z + half, window, : limit + 1]
+        factor = checkered / (plane[..., 2] + prior[shell.clamp(max=radius + 1)] + 1e-12)
+        factor = torch.where(shell <= radius, -factor if z % 2 else factor, torch.zeros_like(factor))
+        spectrum[z % wide, k % wide, : limit + 1] = torch.complex(plane[..., 0] * factor, plane[..., 1] * factor)
+    # the alternating sign has moved the origin to voxel map_box
+    real = torch.fft.irfftn(spectrum, s=(wide,) * 3)
+    start = wide // 2 - map_box // 2
+    cut = slice(start, start + map_box)
+    return real[cut, cut, cut] / gridding_correction(map_box, device)
+
+
+def own_ssnr(grid: Tensor, radius: int) -> Tensor:
+    """Mean weight times power of the map itself per shell `(radius + 1,)`: a signal-to-noise ratio without half-maps."""
+    half = grid.shape[2] - 1
+    mean = mean_weight(grid, radius)
+    power, counts = (torch.zeros(radius + 2, dtype=torch.float64, device=grid.device) for _ in range(2))
+    twice = torch.full((2 * half + 1, half + 1), 2.0, dtype=torch.float64, device=grid.device)
+    twice[:, 0] = 1.0
+    for z in range(-half, half + 1):
+        shell = _shells_of_slab(half, z, grid.device).clamp(max=radius + 1)
+        plane = grid[z + half]
+        filled = plane[..., :2].square().sum(-1) / (plane[..., 2] + 0.1 * mean[shell].float() + 1e-20).square()
+        power.index_add_(0, shell.reshape(-1), (filled * twice).reshape(-1))
+        counts.index_add_(0, shell.reshape(-1), twice.reshape(-1))
+    return (mean * power / counts.clamp(min=1.0))[: radius + 1]

@@ -1,0 +1,163 @@
+"""Posteriors over all views, in-plane angles and shifts of a coarse grid: poses drawn from them, or the likeliest ones as start poses.
+
+Most of the sphere is ruled out by a coarser grid: the likeliest :data:`KEPT_PARENTS` of its 192 views open their children, and only these
+are scored at full resolution. That loses 0.007 nats of a particle's log evidence and takes 41 % of the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cryodask.kernels import expectation as ex
+from cryodask.kernels import polar
+from cryodask.kernels.fourier import resize_map
+from cryodask.kernels.local_search import Candidates
+from cryodask.kernels.orientations import asymmetric_unit
+from cryodask.kernels.polar import PolarGrid
+from cryodask.kernels.projection import fourier_volume
+
+ORDER = 3
+"""HEALPix order of the views (7.3 degrees); below :data:`COARSE_RINGS` one less suffices."""
+COARSE_RINGS = 8
+PARENT_RINGS = 9
+KEPT_PARENTS = 48
+_TOGETHER = 2
+"""Particles whose children are scored together: their tables and scores must stay in the cache."""
+_MARGIN = 8
+
+
+@dataclass(frozen=True)
+class Views:
+    """Reference views of one map: all of ``bank``, or the children of the likeliest ``parents``."""
+
+    bank: ex.Bank
+    offsets: Tensor
+    parents: ex.Bank | None
+    parent_offsets: Tensor
+    parent_pixels: Tensor
+
+
+def make_views(
+    volume: Tensor, rings: int, *, grid: PolarGrid, turn: Tensor, operators: np.ndarray, reach_px: float, pruned: bool = True,
+    order: int | None = None,
+) -> Views:  # fmt: skip
+    """Views of a map `(z, y, x)` up to ``rings``, the grid turned by ``turn`` `(3, 3)`; shifts up to ``reach_px``, a third of a
+    resolution element apart. ``grid`` is that of the particles; ``order`` of the views is 2 or 3, by default what the rings need."""
+    device, box = str(volume.device), grid.box
+    small = min(volume.shape[-1], 2 * (rings + _MARGIN))
+    reference = fourier_volume(resize_map(volume, small), rings + 1, box)
+
+    def bank(order: int, highest: int) -> tuple[ex.Bank, Tensor, np.ndarray]:
+        pixels = asymmetric_unit(order, operators)
+        level = ex.Level(order, highest, box / highest / 3.2, reach_px)
+        return ex.make_bank(reference, level, pixels, turn, grid, device), ex.shift_grid(level.step_px, reach_px, device), pixels
+
+    order = order or (ORDER - 1 if rings <= COARSE_RINGS else ORDER)
+    own, offsets, _ = bank(order, rings)
+    parents, parent_offsets, pixels = (None, offsets, np.zeros(0, np.int64))
+    if pruned and order == ORDER and len(asymmetric_unit(ORDER - 1, operators)) > KEPT_PARENTS:
+        parents, parent_offsets, pixels = bank(ORDER - 1, min(rings, PARENT_RINGS))
+    return Views(own, offsets, parents, parent_offsets, torch.from_numpy(pixels).to(device))
+
+
+def _posteriors(
+    data: ex.Particles, rows: Tensor, views: Views, noise_power: Tensor, sigma_px: float, inverse_temperature: float = 1.0
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Places in ``rows``, log posteriors `(n, shift, view, psi)`, and the views' rows in the bank `(n, view)`, lot by lot."""
+    bank, device = views.bank, str(rows.device)
+
+    def score(lot: Tensor, table: Tensor, level: ex.Level, offsets: Tensor) -> Tensor:
+        centres = torch.zeros(len(lot), 2, device=device)
+        prior = ex.shift_log_prior(centres, offsets, sigma_px)
+        return ex.log_likelihoods(
+            data, rows[lot], centres, offsets, table, level.rings, noise_power, prior, inverse_temperature
+        )
+
+    if views.parents is None:
+        table = ex.whole_table(bank)
+        everything = torch.arange(len(bank.rotations), device=device)
+        for lot in ex.chunks(len(rows), bank, len(views.offsets), device):
+            yield lot, score(lot, table, bank.level, views.offsets), everything.expand(len(lot), -1)
+        return
+    table = ex.whole_table(views.parents)
+    for lot in ex.chunks(len(rows), views.parents, len(views.parent_offsets), device):
+        coarse = score(lot, table, views.parents.level, views.parent_offsets)
+        kept = views.parent_pixels[coarse.amax((1, 3)).topk(KEPT_PARENTS, 1).indices]
+        children = bank.place[(kept[:, :, None] * 4 + torch.arange(4, device=device)).reshape(len(lot), -1)]
+        del coarse
+        for some in torch.arange(len(lot), device=device).split(_TOGETHER):
+            own = bank.table[children[some]].permute(0, 2, 3, 1)  # type: ignore[index]
+            yield lot[some], score(lot[some], own, bank.level, views.offsets), children[some]
+
+
+def draw(
+    data: ex.Particles, rows: Tensor, views: Views, noise_power: Tensor, sigma_px: float, uniforms: Tensor,
+    inverse_temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Poses drawn from the posterior: rotations `(n, draw, 3, 3)`, shifts `(n, draw, 2)` in pixels, log evidence `(n,)`.
+
+    ``uniforms`` `(n, draw)` in [0, 1); ``inverse_temperature`` multiplies the log-likelihood (below 1: flatter). There is no selection, hence no bias towards the map.
+    """
+    n, draws = uniforms.shape
+    rotations = torch.empty(n, draws, 3, 3, device=rows.device)
+    shifts = torch.empty(n, draws, 2, device=rows.device)
+    evidence = torch.empty(n, device=rows.device)
+    for lot, scores, places in _posteriors(data, rows, views, noise_power, sigma_px, inverse_temperature):
+        shift, view, angle, evidence[lot] = ex.draw_poses(scores, uniforms[lot])
+        rotations[lot] = ex.psi_rotation(angle, scores.shape[-1]) @ views.bank.rotations[places.gather(1, view)]
+        shifts[lot] = views.offsets[shift]
+    return rotations, shifts, evidence
+
+
+def evidence(data: ex.Particles, rows: Tensor, views: Views, noise_power: Tensor, sigma_px: float) -> Tensor:
+    """Log evidence of particles `(n,)`: the posterior summed over the whole grid."""
+    out = torch.empty(len(rows), device=rows.device)
+    for lot, scores, _ in _posteriors(data, rows, views, noise_power, sigma_px):
+        out[lot] = torch.logsumexp(scores.reshape(len(lot), -1), 1)
+    return out
+
+
+def start_poses(data: ex.Particles, rows: Tensor, views: Views, noise_power: Tensor, sigma_px: float, keep: int) -> Candidates:
+    """The ``keep`` likeliest views of each particle, with the best in-plane angle and shift of each."""
+    rotations, shifts = [], []
+    keep = min(keep, len(views.bank.rotations))
+    for lot, scores, places in _posteriors(data, rows, views, noise_power, sigma_px):
+        best, angles = scores.amax(1).max(-1)
+        top = best.topk(keep, 1).indices
+        angle = angles.gather(1, top)
+        count = scores.shape[1]
+        of_views = scores.gather(2, top[:, None, :, None].expand(-1, count, -1, scores.shape[3]))
+        shift = of_views.gather(3, angle[:, None, :, None].expand(-1, count, -1, 1))[..., 0].argmax(1)
+        rotations.append(ex.psi_rotation(angle, scores.shape[-1]) @ views.bank.rotations[places.gather(1, top)])
+        shifts.append(views.offsets[shift])
+    return Candidates(torch.cat(rotations), torch.cat(shifts), torch.full((len(rows),), keep, device=rows.device))
+
+
+def scale_terms(
+    data: ex.Particles, rows: Tensor, views: Views, noise_power: Tensor, sigma_px: float, scale: float | None
+) -> tuple[float, float]:
+    """Expected cross and norm terms of some particles: half their ratio is the grey scale of the map (one step of EM).
+
+    ``scale`` is the last estimate; None: unknown, then its best value is profiled out of every score.
+    """
+    bank, device = views.bank, str(rows.device)
+    rings = bank.level.rings
+    table = ex.whole_table(bank)
+    plain, squared = table[:, :rings].contiguous(), table[:, rings:].contiguous()
+    cross_sum, norm_sum = 0.0, 0.0
+    for lot in ex.chunks(len(rows), bank, len(views.offsets), device) if len(rows) else ():
+        centres = torch.zeros(len(lot), 2, device=device)
+        cross_modes, norm_modes = ex.image_modes(data, rows[lot], centres, views.offsets, rings, noise_power)
+        cross = polar.rotation_scores(cross_modes, plain, ex.psi_count(rings))
+        norm = polar.rotation_scores(norm_modes, squared, ex.psi_count(rings))
+        gain = cross.clamp(min=0.0) ** 2 / (4.0 * norm.clamp(min=1e-9)) if scale is None else scale * cross - scale**2 * norm
+        gain = gain + ex.shift_log_prior(centres, views.offsets, sigma_px)[:, :, None, None]
+        weight = torch.softmax(gain.reshape(len(lot), -1), 1).reshape(gain.shape)
+        cross_sum += float((weight * cross).sum())
+        norm_sum += float((weight * norm).sum())
+    return cross_sum, norm_sum
