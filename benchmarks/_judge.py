@@ -79,7 +79,7 @@ def _densest(relative: Tensor, candidates: Tensor, within_deg: float) -> Tensor:
     return centre
 
 
-def pose_errors(estimated: Tensor, true: Tensor, imposed: str, own: str = "C1") -> PoseErrors:
+def pose_errors(estimated: Tensor, true: Tensor, imposed: str, own: str = "C1", *, with_rival: bool = True) -> PoseErrors:
     """Errors of poses `(n, 3, 3)` after the rotation that most particles share.
 
     ``imposed`` is the point group of the refinement, about the axes of the estimated map; ``own`` is that of the molecule, about the
@@ -93,7 +93,7 @@ def pose_errors(estimated: Tensor, true: Tensor, imposed: str, own: str = "C1") 
     degrees = np.degrees(np.arccos(_cosines(rotation[None], mates)[0].double().clamp(-1.0, 1.0).numpy()))
     far = torch.from_numpy(degrees > MATE_DEG)
     rival_share = rival_deg = 0.0
-    if far.any():
+    if with_rival and far.any():
         rival = _densest(mates[:, far], relative[far].float(), MATE_DEG)
         rival_share = float((_cosines(rival[None], mates[:, far])[0] > math.cos(math.radians(MATE_DEG))).float().sum() / len(true))
         orbit = torch.stack([g.T @ rotation.double() @ h for g in before for h in after]).float()[:, None]

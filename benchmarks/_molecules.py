@@ -30,6 +30,7 @@ from scipy.ndimage import gaussian_filter
 sys.path.insert(0, str(Path(__file__).parent))
 from _stacks import OUT, SHARED, read_map
 
+from cryodask.formats.mrc import write_mrc
 from cryodask.kernels.expectation import ctf_values
 from cryodask.kernels.fourier import resize_map
 from cryodask.kernels.orientations import euler_to_matrix, matrix_to_euler, random_rotations
@@ -310,14 +311,6 @@ def _add_junk(images: np.ndarray, recipe: Recipe) -> np.ndarray:
     return junk
 
 
-def _write_mrc(path: Path, data: np.ndarray, pixel: float, stack: bool = False) -> None:
-    with mrcfile.new(path, overwrite=True) as f:
-        f.set_data(np.ascontiguousarray(data, np.float32))
-        if stack:
-            f.set_image_stack()
-        f.voxel_size = pixel
-
-
 def _write_star(path: Path, recipe: Recipe, columns: dict[str, np.ndarray], poses: Poses) -> None:
     optics = {
         "rlnOpticsGroupName": "og1", "rlnOpticsGroup": 1, "rlnVoltage": VOLTAGE_KV, "rlnSphericalAberration": SPHERICAL_ABERRATION_MM,
@@ -357,8 +350,8 @@ def make_stack(recipe: Recipe) -> Path:
     junk = _add_junk(images, recipe) if recipe.junk else np.zeros(count, bool)
     images += np.random.default_rng(seed + 30).standard_normal(images.shape, dtype=np.float32)
     radius = np.sqrt((positions**2).sum(1))
-    _write_mrc(star.with_suffix(".mrcs"), images, pixel, stack=True)
-    _write_mrc(star.with_name(f"{recipe.name}_truth.mrc"), truth, pixel)
+    write_mrc(star.with_suffix(".mrcs"), images, pixel, stack=True)
+    write_mrc(star.with_name(f"{recipe.name}_truth.mrc"), truth, pixel)
     _write_star(star, recipe, columns, Poses(rotations, origins * pixel, junk))
     facts = {
         "signal_to_noise": snr,
