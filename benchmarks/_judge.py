@@ -13,17 +13,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from _molecules import MapTransform, Poses, Stack
+from _molecules import MapTransform, Stack
 from scipy.optimize import minimize
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
-from cryodask.kernels import projection as pj
-from cryodask.kernels.expectation import ctf_values
 from cryodask.kernels.fourier import soft_sphere
 from cryodask.kernels.fsc import fsc, half_radius
+from cryodask.kernels.half_grid import reconstruct_half
+from cryodask.kernels.local_search import grid_of_poses
 from cryodask.kernels.maximisation import crossing, measure_support
 from cryodask.kernels.orientations import euler_to_matrix, healpix_angles, random_rotations
+from cryodask.kernels.rows import image_rows, shell_counts, shell_power
 from cryodask.kernels.symmetry import symmetry_operators
 
 MIRROR = torch.diag(torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64))
@@ -324,11 +325,16 @@ def true_poses(stack: Stack, mask_diameter: float, symmetry: str) -> tuple[dict[
         raise ValueError("true poses need a stack with poses and a true map")
     box, pixel = stack.particles.box, float(stack.particles.pixel_size_angstrom)
     length, last = box * pixel, box // 2 - 1
-    plane = pj.half_plane(last)
-    noise = _ring_power(stack.images, last)[plane.shell]
     operators = symmetry_operators(symmetry)
-    grids = [pj.unfold_accumulator(pj.fold_accumulator(_inserted(stack, stack.poses, half, noise)), operators) for half in (0, 1)]
-    halves = [pj.reconstruct(*g, last, box, image_box=box) for g in grids]
+    rows = image_rows(torch.from_numpy(np.ascontiguousarray(stack.images, np.float32)), stack.particles.columns, last, pixel)
+    # nearly all of the images' power is noise
+    noise = (shell_power(rows, last) / len(stack.images) / shell_counts(last)).clamp(min=1e-12).float()
+    grids = []
+    for half in (0, 1):
+        some = torch.from_numpy(np.nonzero((stack.particles.columns["half_set"] == half) & ~stack.poses.junk)[0])
+        origins = torch.from_numpy(stack.poses.origins_angstrom / pixel).float()[some]
+        grids.append(grid_of_poses(rows, some, noise, stack.poses.rotations[some], origins, last, operators))
+    halves = [reconstruct_half(grid, last, box, image_box=box) for grid in grids]
     support = measure_support(
         *halves,
         soft_sphere(box, pixel, 0.95 * mask_diameter / 2, 10.0),
@@ -339,8 +345,7 @@ def true_poses(stack: Stack, mask_diameter: float, symmetry: str) -> tuple[dict[
     )
     trusted = support.corrected.clamp(1e-4, 0.999)
     trusted[support.last + 1 :] = 1e-4
-    both = (grids[0][0] + grids[1][0], grids[0][1] + grids[1][1])
-    final = pj.reconstruct(*both, last, box, image_box=box, ssnr=2.0 * trusted / (1.0 - trusted)).numpy()
+    final = reconstruct_half(grids[0] + grids[1], last, box, image_box=box, ssnr=2.0 * trusted / (1.0 - trusted)).numpy()
     there = placed(MapTransform(stack.truth, stack.truth_voxel_angstrom), box, pixel)
     curve = sphere_fsc(final, there, pixel, mask_diameter)
     figures = {
@@ -348,30 +353,3 @@ def true_poses(stack: Stack, mask_diameter: float, symmetry: str) -> tuple[dict[
         "true_poses_truth05_angstrom": round(resolution(curve, length), 3),
     }
     return figures, curve
-
-
-def _ring_power(images: np.ndarray, last: int) -> Tensor:
-    """Mean power `(shell,)` of the images' transforms per ring: nearly all of it is noise."""
-    plane = pj.half_plane(last)
-    total = torch.zeros(last + 1, dtype=torch.float64)
-    some = images[:: max(1, len(images) // 500)]
-    for x in torch.from_numpy(np.ascontiguousarray(some, np.float32)).split(200):
-        total += torch.bincount(plane.shell, (pj.image_transforms(x, last).abs() ** 2).sum(0).double(), last + 1)
-    return (total / torch.bincount(plane.shell, minlength=last + 1).clamp(min=1) / len(some)).clamp(min=1e-12).float()
-
-
-def _inserted(stack: Stack, poses: Poses, half: int, noise: Tensor) -> Tensor:
-    """Accumulator of one half of the particles that are not junk."""
-    box, pixel = stack.particles.box, float(stack.particles.pixel_size_angstrom)
-    last = box // 2 - 1
-    plane = pj.half_plane(last)
-    columns = stack.particles.columns
-    accumulator = pj.empty_accumulator(last)
-    chosen = np.nonzero((columns["half_set"] == half) & ~poses.junk)[0]
-    for rows in np.array_split(chosen, max(1, len(chosen) // 200)):
-        x = pj.image_transforms(torch.from_numpy(np.ascontiguousarray(stack.images[rows], np.float32)), last)
-        origins = torch.from_numpy(poses.origins_angstrom[rows] / pixel).float()
-        x = x * pj.shift_phases(origins, plane.ky, plane.kx, box)
-        c = ctf_values({name: values[rows] for name, values in columns.items()}, plane.ky, plane.kx, box * pixel)
-        pj.insert_slices(accumulator, poses.rotations[rows].float(), plane.ky, plane.kx, c * x / noise, c**2 / noise)
-    return accumulator

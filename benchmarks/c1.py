@@ -104,7 +104,7 @@ def initial_map(a: argparse.Namespace, stack: Stack, symmetry: str, diameter: fl
             start = time.process_time()
             chains.append(functions.chain(params, block, seed, context))
             print(f"chain {seed}: score {float(chains[-1]['score']):.3f}, {time.process_time() - start:.1f} CPU s", flush=True)
-        return functions.choose(params, chains)
+        return functions.finish(params, block, chains, context)
 
 
 class Watch:

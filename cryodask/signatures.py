@@ -22,7 +22,7 @@ TOURNAMENT = {
     "select": ("params", "particles"),
     "seeds": ("params",),
     "chain": ("params", "particles", "seed", "context"),
-    "choose": ("params", "chains"),
+    "finish": ("params", "particles", "chains", "context"),
 }
 
 

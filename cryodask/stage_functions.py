@@ -145,7 +145,7 @@ class BlockFunctions(Protocol):
 
 
 class TournamentFunctions(Protocol):
-    """The functions of a ``tournament`` stage: independent chains, of which the best is kept."""
+    """The functions of a ``tournament`` stage: independent chains, of which the best is kept and finished."""
 
     @staticmethod
     def select(params: Any, particles: ParticleSet) -> np.ndarray:
@@ -163,8 +163,8 @@ class TournamentFunctions(Protocol):
         ...
 
     @staticmethod
-    def choose(params: Any, chains: list[dict[str, Any]]) -> dict[str, Any]:
-        """The variables that the stage gives."""
+    def finish(params: Any, particles: ParticleBlock, chains: list[dict[str, Any]], context: Context) -> dict[str, Any]:
+        """The variables that the stage gives, from the best of the chains."""
         ...
 
 

@@ -10,11 +10,12 @@ import starfile
 import torch
 from _particles import blob_map, ctf_columns, project
 
-from cryodask.kernels import projection as pj
-from cryodask.kernels.expectation import Poses, load_particles, weighted_slices
 from cryodask.kernels.fourier import soft_sphere
 from cryodask.kernels.fsc import fsc
+from cryodask.kernels.half_grid import reconstruct_half
+from cryodask.kernels.local_search import grid_of_poses
 from cryodask.kernels.orientations import euler_to_matrix, matrix_to_euler, random_rotations
+from cryodask.kernels.rows import image_rows
 from cryodask.kernels.symmetry import symmetry_operators
 from cryodask.vocabulary import CTF_COLUMNS, OPTICS
 
@@ -79,16 +80,10 @@ def relion(*arguments, cwd):
 
 def our_reconstruction(images, columns, rotations, origins_px, symmetry):
     radius = BOX // 2 - 1
-    data = load_particles(
-        images, columns, np.arange(len(images)), pixel_size_angstrom=PIXEL, radius=radius, mask_radius_angstrom=0.45 * BOX * PIXEL
-    )
-    ones = torch.ones(len(images), 1)
-    found = Poses(rotations[:, None], ones, ones[..., None], origins_px, torch.zeros(1, 2), origins_px, origins_px, ones[:, 0])
-    parts = weighted_slices(data, torch.arange(len(images)), found, radius, torch.ones(radius + 1))
-    plane, accumulator = pj.half_plane(radius), pj.empty_accumulator(radius)
-    pj.insert_slices(accumulator, parts[0], plane.ky, plane.kx, parts[1], parts[2])
-    grids = pj.unfold_accumulator(pj.fold_accumulator(accumulator), symmetry_operators(symmetry))
-    return pj.reconstruct(*grids, radius, BOX, image_box=BOX)
+    rows = image_rows(torch.from_numpy(images), columns, radius, PIXEL)
+    everything = torch.arange(len(images))
+    grid = grid_of_poses(rows, everything, torch.ones(radius + 1), rotations, origins_px, radius, symmetry_operators(symmetry))
+    return reconstruct_half(grid, radius, BOX, image_box=BOX)
 
 
 @pytest.mark.relion

@@ -6,10 +6,8 @@ from _particles import blob_map
 
 from cryodask.kernels import projection as pj
 from cryodask.kernels.fourier import radius, resize_map, soft_sphere
-from cryodask.kernels.fsc import fsc
 from cryodask.kernels.orientations import euler_to_matrix, random_rotations
 from cryodask.kernels.resampling import resample_map
-from cryodask.kernels.symmetry import symmetry_operators
 
 BOX = 32
 
@@ -52,55 +50,6 @@ def test_a_map_in_a_smaller_box_gives_the_same_slices():
     whole = pj.slices(pj.fourier_volume(volume, 9), rotations, plane.ky, plane.kx)
     small = pj.slices(pj.fourier_volume(resize_map(volume, 24), 9, BOX), rotations, plane.ky, plane.kx)
     assert float((whole - small).norm() / whole.norm()) < 0.02
-
-
-def test_half_planes_are_nested():
-    big, small = pj.half_plane(14), pj.half_plane(6)
-    inside = pj.pixels_within(14, 6)
-    assert torch.equal(big.ky[inside], small.ky)
-    assert torch.equal(big.kx[inside], small.kx)
-
-
-def test_inserted_slices_give_the_map_back_on_its_scale():
-    volume = pj.cut_map(blob_map(BOX), 12)
-    plane = pj.half_plane(13)
-    rotations = random_rotations(1200, torch.Generator().manual_seed(0))
-    values = pj.slices(pj.fourier_volume(volume, 14), rotations, plane.ky, plane.kx)
-    accumulator = pj.empty_accumulator(13)
-    pj.insert_slices(accumulator, rotations, plane.ky, plane.kx, 0.5 * values, 0.5 * torch.ones(values.shape))
-    num, den = pj.unfold_accumulator(pj.fold_accumulator(accumulator), symmetry_operators("C1"))
-    back = pj.reconstruct(num, den, 13, BOX, image_box=BOX)
-    mask = soft_sphere(BOX, 1.0, 11.0, 3.0)
-    assert float(fsc(back * mask, volume * mask)[1:12].min()) > 0.99
-    # zero frequency is never inserted: compare without means
-    a, b = back - back.mean(), volume - volume.mean()
-    assert abs(float((a * b).sum() / (b * b).sum()) - 1.0) < 0.05
-
-
-def test_the_point_group_fills_in_what_views_of_one_side_leave_out():
-    operators = symmetry_operators("D2")
-    volume = pj.cut_map(blob_map(BOX, "D2"), 10)
-    plane = pj.half_plane(11)
-    rotations = random_rotations(150, torch.Generator().manual_seed(0))
-    values = pj.slices(pj.fourier_volume(volume, 12), rotations, plane.ky, plane.kx)
-    accumulator = pj.empty_accumulator(11)
-    pj.insert_slices(accumulator, rotations, plane.ky, plane.kx, values, torch.ones(values.shape))
-    folded = pj.fold_accumulator(accumulator)
-    mask = soft_sphere(BOX, 1.0, 11.0, 3.0)
-    curves = [
-        fsc(pj.reconstruct(*pj.unfold_accumulator(folded, g), 11, BOX, image_box=BOX) * mask, volume * mask)[8:11].mean()
-        for g in (operators[:1], operators)
-    ]
-    assert curves[1] > curves[0]
-    assert curves[1] > 0.98
-
-
-def test_wiener_filter_shrinks_shells_by_their_signal_to_noise():
-    num = torch.ones(53, 53, 53, dtype=torch.complex64)
-    den = torch.ones(53, 53, 53)
-    plain = pj.reconstruct(num, den, 12, BOX, image_box=BOX, ssnr=torch.full((13,), 1e9))
-    half = pj.reconstruct(num, den, 12, BOX, image_box=BOX, ssnr=torch.ones(13))
-    assert torch.allclose(half, plain / 2, atol=1e-5 * float(plain.abs().max()))
 
 
 def test_cut_maps_hold_nothing_beyond_the_cut():

@@ -23,8 +23,8 @@ def half_volume(volume: Tensor, radius: int, image_box: int) -> Tensor:
     padded = torch.zeros((wide,) * 3, dtype=torch.float32, device=volume.device)
     # the map is moved so that its origin, voxel b // 2, lies at voxel 0
     corner = torch.arange(b, device=volume.device) - b // 2
-    padded[corner[:, None, None] % wide, corner[None, :, None] % wide, corner[None, None] % wide] = (
-        volume.float() / gridding_correction(b, volume.device)
+    padded[corner[:, None, None] % wide, corner[None, :, None] % wide, corner[None, None] % wide] = volume.float() / gridding_correction(
+        b, volume.device
     )
     spectrum = torch.fft.rfftn(padded)
     half = min(grid_half(radius), wide // 2 - 1)
@@ -76,9 +76,29 @@ def mean_weight(grid: Tensor, radius: int) -> Tensor:
 
 
 def reconstruct_half(grid: Tensor, radius: int, map_box: int, *, image_box: int, ssnr: Tensor | None = None) -> Tensor:
-    """Map `(z, y, x)` float32 of a folded grid; the formula and parameters of :func:`cryodask.kernels.projection.reconstruct`.
+    """Map of a folded grid: numerator / (weight + prior), back to real space, gridding corrected.
 
-    Works plane by plane, so that no copy of the grid is made.
+    Parameters
+    ----------
+    grid : Tensor, `(z, y, x, 3)`
+        Of :func:`fold_half_grid`.
+    radius : int
+        Frequencies beyond it are zero.
+    map_box : int
+        Even box of the result, at least 2 (radius + 1); it spans the same length as the images.
+    image_box : int
+        Box of the images that were inserted (their grey scale).
+    ssnr : Tensor, `(>= radius + 1,)`, optional
+        Spectral signal-to-noise ratio of the map per shell: the prior adds mean(weight) / ssnr (Wiener filter). Without it a ridge of
+        a thousandth of the shell's mean weight guards empty voxels.
+
+    Returns
+    -------
+    Tensor, `(z, y, x)`, float32
+
+    Notes
+    -----
+    Works plane by plane, so that no copy of the grid is made: 2.6 GiB instead of 8.8 at 256 pixels.
     """
     half, device = grid.shape[2] - 1, grid.device
     mean = mean_weight(grid, radius)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cryodask.kernels import _slices_torch
+from cryodask.kernels.half_grid import empty_half_grid, fold_half_grid
 from cryodask.kernels.rows import ImageRows, row_shells
 
 _LOT = 64
@@ -49,7 +50,8 @@ class Candidates:
 @dataclass(frozen=True)
 class Modes:
     """Optima of the posterior, likeliest first: ``rotations`` `(n, mode, 3, 3)`, ``shifts_px`` `(n, mode, 2)`, ``count`` `(n,)`;
-    ``score`` the log posterior and ``evidence`` that of the whole mode (Laplace), `(n, mode)` float64."""
+    ``score`` the log posterior and ``evidence`` that of the whole mode (Laplace), `(n, mode)` float64.
+    """
 
     rotations: Tensor
     shifts_px: Tensor
@@ -76,7 +78,10 @@ class Modes:
 def compiled() -> Any:
     """The compiled kernels, or None; says once that they are missing."""
     if importlib.util.find_spec("numba") is None:
-        print("numba is not installed: poses are refined by torch, about four times slower (pip install 'cryodask[compiled]')", file=sys.stderr)
+        print(
+            "numba is not installed: poses are refined by torch, about four times slower (pip install 'cryodask[compiled]')",
+            file=sys.stderr,
+        )
         return None
     from cryodask.kernels import _slices_numba
 
@@ -162,9 +167,7 @@ def insert(
             )  # fmt: skip
 
 
-def residual_power(
-    images: ImageRows, rows: Tensor, volume: Tensor, rotations: Tensor, shifts_px: Tensor, ring: int, radius: int
-) -> Tensor:
+def residual_power(images: ImageRows, rows: Tensor, volume: Tensor, rotations: Tensor, shifts_px: Tensor, ring: int, radius: int) -> Tensor:
     """Sums over shells of |image - model|^2 at one pose each, `(n, radius + 1)` float64; beyond ``ring`` the model is zero."""
     kernels = _uses_compiled(images)
     parts = []
@@ -181,3 +184,13 @@ def residual_power(
             )  # fmt: skip
             parts.append(torch.from_numpy(out[:, : radius + 1]))
     return torch.cat(parts)
+
+
+def grid_of_poses(
+    images: ImageRows, rows: Tensor, noise_power: Tensor, rotations: Tensor, shifts_px: Tensor, radius: int, operators: np.ndarray
+) -> Tensor:
+    """Folded half grid of images `(n,)` with one known pose each; :func:`cryodask.kernels.half_grid.reconstruct_half` makes it a map."""
+    grid = empty_half_grid(radius, str(rows.device))
+    shares = torch.ones(len(rows), 1, device=rows.device)
+    insert(images, rows, grid, radius, noise_power, rotations[:, None].float(), shifts_px[:, None].float(), shares)
+    return fold_half_grid(grid, operators)

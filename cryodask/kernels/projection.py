@@ -1,4 +1,4 @@
-"""Central slices of a map, their insertion into a Fourier grid, and the way back to a map.
+"""Central slices of a map, and the units and conventions of everything between images and maps.
 
 Units: a slice is the two-dimensional transform, divided by the box size n, of the plain sum of voxels along the view; white noise of
 variance s2 per pixel then has E|N_k|^2 = s2. Fourier frequencies are integers k (cycles per box), so maps of any box that span the same
@@ -16,8 +16,6 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import Tensor
-
-from cryodask.kernels.symmetry import symmetrise_grid
 
 PADDING = 2
 
@@ -43,13 +41,6 @@ def half_plane(radius: int, device: str = "cpu") -> HalfPlane:
     length = torch.sqrt((ky * ky + kx * kx).double())
     inside = (length <= radius) & ((kx > 0) | (ky > 0))
     return HalfPlane(radius, *(t[inside].to(device) for t in (ky, kx, torch.round(length).long())))
-
-
-@lru_cache(maxsize=64)
-def pixels_within(radius: int, smaller: int, device: str = "cpu") -> Tensor:
-    """Where the pixels of ``half_plane(smaller)`` lie in ``half_plane(radius)``, in the same order."""
-    plane = half_plane(radius)
-    return torch.nonzero(plane.ky**2 + plane.kx**2 <= smaller * smaller)[:, 0].to(device)
 
 
 def image_transforms(images: Tensor, radius: int) -> Tensor:
@@ -138,113 +129,6 @@ def slices(volume: FourierVolume, rotations: Tensor, ky: Tensor, kx: Tensor) -> 
                 weight = row * (x if dx else 1 - x)
                 out += volume.values.index_select(0, base + ((dz * side + dy) * side + dx)) * weight[:, None]
     return torch.view_as_complex(out).reshape(rotations.shape[0], ky.shape[0])
-
-
-def empty_accumulator(radius: int, device: torch.device | str = "cpu") -> Tensor:
-    """Zeros `(3, voxel)`: real and imaginary part of the numerator, weight; flat odd grid for frequencies up to ``radius``."""
-    return torch.zeros(3, (2 * grid_half(radius) + 1) ** 3, dtype=torch.float32, device=device)
-
-
-def insert_slices(
-    accumulator: Tensor, rotations: Tensor, ky: Tensor, kx: Tensor, numerator: Tensor, weight: Tensor, chunk: int = 64
-) -> None:
-    """Add slices to an accumulator, in place, spread over the eight grid points around each sample.
-
-    Parameters
-    ----------
-    accumulator : Tensor, `(3, voxel)`
-        Of :func:`empty_accumulator`.
-    rotations : Tensor, `(n, 3, 3)`
-    ky, kx : Tensor, `(pixel,)`
-    numerator : Tensor, `(n, pixel)`, complex64
-        CTF x transform / noise power, particle moved to the origin.
-    weight : Tensor, `(n, pixel)`, float32
-        CTF^2 / noise power.
-    """
-    side = round(accumulator.shape[1] ** (1 / 3))
-    for a, num, den in zip(rotations.split(chunk), numerator.split(chunk), weight.split(chunk)):
-        base, (x, y, z) = _corners(a, ky, kx, (side - 1) // 2)
-        values = (num.real.reshape(-1), num.imag.reshape(-1), den.reshape(-1))
-        for dz in (0, 1):
-            for dy in (0, 1):
-                row = (z if dz else 1 - z) * (y if dy else 1 - y)
-                for dx in (0, 1):
-                    share = row * (x if dx else 1 - x)
-                    place = base + ((dz * side + dy) * side + dx)
-                    for channel, value in zip(accumulator, values):
-                        channel.index_add_(0, place, value * share)
-
-
-def fold_accumulator(accumulator: Tensor) -> Tensor:
-    """Add the Hermitian mates and drop the redundant half: `(3, voxel // 2 + 1)`, half the bytes to move."""
-    mates = torch.flip(accumulator, (1,))
-    mates[1] *= -1.0
-    return (accumulator + mates)[:, : accumulator.shape[1] // 2 + 1].contiguous()
-
-
-def unfold_accumulator(folded: Tensor, operators: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Whole symmetrised grids of a folded accumulator: numerator (complex64) and weight (float32), each `(z, y, x)`."""
-    mates = torch.flip(folded[:, :-1], (1,))
-    mates[1] *= -1.0
-    flat = torch.cat([folded, mates], 1)
-    side = round(flat.shape[1] ** (1 / 3))
-    grid = symmetrise_grid(flat.reshape(3, side, side, side), operators)
-    return torch.complex(grid[0].contiguous(), grid[1].contiguous()), grid[2].contiguous()
-
-
-def grid_shells(side: int, device: torch.device | str = "cpu") -> Tensor:
-    """Shell number (rounded |k|) of each point of an odd padded grid, int64 `(z, y, x)`."""
-    k = (torch.arange(side, device=device) - side // 2).float() / PADDING
-    return torch.round(torch.sqrt(k[:, None, None] ** 2 + k[None, :, None] ** 2 + k[None, None, :] ** 2)).long()
-
-
-def reconstruct(numerator: Tensor, weight: Tensor, radius: int, map_box: int, *, image_box: int, ssnr: Tensor | None = None) -> Tensor:
-    """Map from symmetrised accumulators: numerator / (weight + prior), back to real space, gridding corrected.
-
-    Parameters
-    ----------
-    numerator, weight : Tensor, `(z, y, x)`
-        Of :func:`unfold_accumulator`.
-    radius : int
-        Frequencies beyond it are zero.
-    map_box : int
-        Even box of the result, at least 2 (radius + 1); it spans the same length as the images.
-    image_box : int
-        Box of the images that were inserted (their grey scale).
-    ssnr : Tensor, `(>= radius + 1,)`, optional
-        Spectral signal-to-noise ratio of the map per shell: the prior adds mean(weight) / ssnr (Wiener filter). Without it a ridge of
-        a thousandth of the shell's mean weight guards empty voxels.
-
-    Returns
-    -------
-    Tensor, `(z, y, x)`, float32
-    """
-    side = numerator.shape[0]
-    shells = grid_shells(side, numerator.device)
-    inside = shells <= radius
-    count = radius + 2
-    clipped = shells.clamp(max=radius + 1)
-    mean = torch.bincount(clipped.reshape(-1), weight.reshape(-1).double(), count)
-    mean = (mean / torch.bincount(clipped.reshape(-1), minlength=count).clamp(min=1)).float()
-    if ssnr is None:
-        prior = 1e-3 * mean
-    else:
-        limited = torch.full((count,), 1e-4, device=mean.device)
-        limited[: radius + 1] = ssnr[: radius + 1].to(mean.device).float().clamp(min=1e-4)
-        prior = mean / limited
-    values = torch.where(inside, numerator / (weight + prior[clipped] + 1e-12), torch.zeros_like(numerator))
-    half, wide = side // 2, map_box * PADDING
-    half = min(half, wide // 2 - 1)
-    middle = side // 2
-    window = slice(middle - half, middle + half + 1)
-    values = values[window, window, window]
-    spectrum = torch.zeros(wide, wide, wide // 2 + 1, dtype=torch.complex64, device=values.device)
-    k = torch.arange(-half, half + 1, device=values.device) % wide
-    spectrum[k[:, None, None], k[None, :, None], torch.arange(half + 1, device=values.device)[None, None, :]] = values[:, :, half:]
-    real = torch.fft.fftshift(torch.fft.irfftn(spectrum, s=(wide,) * 3)) * (map_box**3 / (image_box * image_box))
-    start = wide // 2 - map_box // 2
-    cut = slice(start, start + map_box)
-    return real[cut, cut, cut] / gridding_correction(map_box, real.device)
 
 
 def cut_map(volume: Tensor, radius: float) -> Tensor:

@@ -47,7 +47,8 @@ def make_views(
     order: int | None = None,
 ) -> Views:  # fmt: skip
     """Views of a map `(z, y, x)` up to ``rings``, the grid turned by ``turn`` `(3, 3)`; shifts up to ``reach_px``, a third of a
-    resolution element apart. ``grid`` is that of the particles; ``order`` of the views is 2 or 3, by default what the rings need."""
+    resolution element apart. ``grid`` is that of the particles; ``order`` of the views is 2 or 3, by default what the rings need.
+    """
     device, box = str(volume.device), grid.box
     small = min(volume.shape[-1], 2 * (rings + _MARGIN))
     reference = fourier_volume(resize_map(volume, small), rings + 1, box)
@@ -74,9 +75,7 @@ def _posteriors(
     def score(lot: Tensor, table: Tensor, level: ex.Level, offsets: Tensor) -> Tensor:
         centres = torch.zeros(len(lot), 2, device=device)
         prior = ex.shift_log_prior(centres, offsets, sigma_px)
-        return ex.log_likelihoods(
-            data, rows[lot], centres, offsets, table, level.rings, noise_power, prior, inverse_temperature
-        )
+        return ex.log_likelihoods(data, rows[lot], centres, offsets, table, level.rings, noise_power, prior, inverse_temperature)
 
     if views.parents is None:
         table = ex.whole_table(bank)

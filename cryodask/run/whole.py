@@ -65,21 +65,23 @@ def _whole_task(blob: bytes, device: str) -> dict[str, Any]:
 def run_tournament(
     functions: Any, params: Any, particles: StoredParticles, watch: Watch, on_chain: Callable[[int, int], None], report: Topic
 ) -> dict[str, Any]:
-    """Run all chains of a tournament, one task each; the stage chooses among them. ``on_chain``: called with (done, total)."""
+    """Run all chains of a tournament, one task each; another finishes the best. ``on_chain``: called with (done, total)."""
     index = functions.select(params, particles.set)
     blob = cloudpickle.dumps((functions, params, particles, index, report))
     seeds = functions.seeds(params)
-    tasks = {i: _submitter(watch, blob, seed) for i, seed in enumerate(seeds)}
+    tasks = {i: _submitter(watch, _chain_task, blob, seed) for i, seed in enumerate(seeds)}
     chains = _results(watch, tasks, on_chain)
     made_in = [chain.pop(MADE_IN) for chain in chains.values()]
-    return {**functions.choose(params, [chains[i] for i in range(len(seeds))]), MADE_IN: made_in}
+    ending = {0: _submitter(watch, _finish_task, blob, [chains[i] for i in range(len(seeds))])}
+    result: dict[str, Any] = _results(watch, ending, lambda number, of: None)[0]
+    return {**result, MADE_IN: [*made_in, result[MADE_IN]]}
 
 
-def _submitter(watch: Watch, blob: bytes, seed: int) -> Callable[[], Future[Any]]:
+def _submitter(watch: Watch, function: Callable[..., Any], blob: bytes, argument: Any) -> Callable[[], Future[Any]]:
     def submit() -> Future[Any]:
         on_gpu = bool(with_gpus(watch.workers))
         device, needs = (GPU_DEVICE, {GPU: 1}) if on_gpu else (CPU_DEVICE, None)
-        return _submit(watch.client, _chain_task, blob, seed, device, resources=needs)
+        return _submit(watch.client, function, blob, argument, device, resources=needs)
 
     return submit
 
@@ -93,6 +95,12 @@ def _chain_task(blob: bytes, seed: int, device: str) -> dict[str, Any]:
     functions, params, particles, index, report = cloudpickle.loads(blob)
     with on_device(device, report=report_of(*report)) as context:
         return {**functions.chain(params, particles.block(index), seed, context), MADE_IN: environment()}
+
+
+def _finish_task(blob: bytes, chains: list[dict[str, Any]], device: str) -> dict[str, Any]:
+    functions, params, particles, index, report = cloudpickle.loads(blob)
+    with on_device(device, report=report_of(*report)) as context:
+        return {**functions.finish(params, particles.block(index), chains, context), MADE_IN: environment()}
 
 
 def _results(watch: Watch, tasks: dict[int, Callable[[], Future[Any]]], done: Callable[[int, int], None]) -> dict[int, Any]:

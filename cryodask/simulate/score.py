@@ -10,19 +10,11 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from cryodask.kernels.ctf import ctf
 from cryodask.kernels.fsc import corrected_fsc, fsc, resolution_at
+from cryodask.kernels.half_grid import reconstruct_half
+from cryodask.kernels.local_search import grid_of_poses
 from cryodask.kernels.orientations import euler_to_matrix
-from cryodask.kernels.projection import (
-    empty_accumulator,
-    fold_accumulator,
-    half_plane,
-    image_transforms,
-    insert_slices,
-    reconstruct,
-    shift_phases,
-    unfold_accumulator,
-)
+from cryodask.kernels.rows import image_rows
 from cryodask.kernels.symmetry import symmetry_operators
 
 
@@ -119,37 +111,19 @@ class TruePoses:
     half_set: np.ndarray
 
 
-def half_maps_from_poses(particles: TruePoses, pixel_size_angstrom: float, symmetry: str, chunk: int = 100) -> Tensor:
+def half_maps_from_poses(particles: TruePoses, pixel_size_angstrom: float, symmetry: str) -> Tensor:
     """Half-maps `(2, z, y, x)` of particles with known poses, by weighted insertion (white noise)."""
     box = particles.images.shape[-1]
     radius = box // 2 - 1
-    plane = half_plane(radius)
-    length = box * pixel_size_angstrom
-    operators = symmetry_operators(symmetry)
+    columns = {"phase_shift_deg": np.zeros(len(particles.images)), **particles.ctf}
+    rows = image_rows(torch.from_numpy(particles.images), columns, radius, pixel_size_angstrom)
+    angles = (torch.from_numpy(np.radians(a)).float() for a in (particles.rot_deg, particles.tilt_deg, particles.psi_deg))
+    rotations, origins = euler_to_matrix(*angles), torch.from_numpy(particles.origin_angstrom / pixel_size_angstrom).float()
     maps = []
     for half in (0, 1):
-        accumulator = empty_accumulator(radius)
-        index = np.nonzero(particles.half_set == half)[0]
-        for start in range(0, len(index), chunk):
-            some = index[start : start + chunk]
-            transforms = image_transforms(torch.from_numpy(particles.images[some]), radius)
-            column = {k: torch.from_numpy(v[some]).float()[:, None] for k, v in particles.ctf.items()}
-            contrast = ctf(
-                plane.ky[None] / length,
-                plane.kx[None] / length,
-                defocus_u_angstrom=column["defocus_u_angstrom"],
-                defocus_v_angstrom=column["defocus_v_angstrom"],
-                defocus_angle_rad=torch.deg2rad(column["defocus_angle_deg"]),
-                voltage_kv=column["voltage_kv"],
-                spherical_aberration_mm=column["spherical_aberration_mm"],
-                amplitude_contrast=column["amplitude_contrast"],
-            )
-            origin = torch.from_numpy(particles.origin_angstrom[some] / pixel_size_angstrom).float()
-            centred = transforms * shift_phases(origin, plane.ky, plane.kx, box)
-            angles = (torch.from_numpy(np.radians(a[some])).float() for a in (particles.rot_deg, particles.tilt_deg, particles.psi_deg))
-            insert_slices(accumulator, euler_to_matrix(*angles), plane.ky, plane.kx, centred * contrast, contrast**2)
-        numerator, weight = unfold_accumulator(fold_accumulator(accumulator), operators)
-        maps.append(reconstruct(numerator, weight, radius, box, image_box=box))
+        some = torch.from_numpy(np.nonzero(particles.half_set == half)[0])
+        grid = grid_of_poses(rows, some, torch.ones(radius + 1), rotations[some], origins[some], radius, symmetry_operators(symmetry))
+        maps.append(reconstruct_half(grid, radius, box, image_box=box))
     return torch.stack(maps)
 
 

@@ -53,7 +53,6 @@ class Shared:
     others: tuple[vw.Views, ...] = ()
 
 
-
 def _start_map(params: Refine3DParams, particles: ParticleSet, inputs: dict[str, Any]) -> tuple[np.ndarray, float]:
     """The start map as given, and its voxel size."""
     if params.reference is not None:

@@ -261,10 +261,14 @@ def grid_jitter_rad(state: State, order_of_group: int) -> float | None:
     return None if order_of_group == 1 else 0.1
 
 
-def shared_views(
-    state: State, volume: Tensor, *, operators: np.ndarray, grid: object, turn: Tensor, pruned: bool = True
-) -> vw.Views:
+def shared_views(state: State, volume: Tensor, *, operators: np.ndarray, grid: object, turn: Tensor, pruned: bool = True) -> vw.Views:
     """Views of a half's map in this iteration."""
     return vw.make_views(
-        volume, coarse_rings(state), grid=grid, turn=turn, operators=operators, reach_px=reach_px(state), pruned=pruned  # type: ignore[arg-type]
+        volume,
+        coarse_rings(state),
+        grid=grid,
+        turn=turn,
+        operators=operators,
+        reach_px=reach_px(state),
+        pruned=pruned,  # type: ignore[arg-type]
     )

@@ -1,4 +1,4 @@
-"""An initial map without any reference, from a tournament of short restarts."""
+"""An initial map without any reference."""
 
 from __future__ import annotations
 
@@ -17,13 +17,17 @@ if TYPE_CHECKING:
 
 
 _CHAIN_ANGSTROM = 28.0
+_RESTARTS, _ORDER_OF_CHEAP_CHAINS = 4, 4
+"""With symmetry a chain costs little and errs more often: of a D2 molecule of five blobs, one of two."""
 
 
 class AbInitioParams(Params):
     """Parameters of ``ab_initio``."""
 
     symmetry: PointGroup = Field("C1", description="point group, imposed from the start: C1, C4, D2, T, O, I ...")
-    restarts: int = Field(1, ge=1, description="independent chains from random orientations; the likeliest map wins")
+    restarts: int | None = Field(
+        None, ge=1, description="independent chains from random orientations; the likeliest map wins; by default 1, for groups of order 4 and more 4"
+    )
     particles: int = Field(2000, ge=50, description="number of particles used, taken evenly from the set")
     mask_diameter_angstrom: float | None = Field(
         None, gt=0, description="diameter of the soft spherical mask, Angstrom; by default 0.75 of the box"
@@ -73,81 +77,84 @@ class ab_initio:
     @staticmethod
     def seeds(params: AbInitioParams) -> list[int]:
         """One seed per restart."""
-        return [params.seed + i for i in range(params.restarts)]
+        from cryodask.kernels.symmetry import symmetry_operators
+
+        few = len(symmetry_operators(params.symmetry)) < _ORDER_OF_CHEAP_CHAINS
+        return [params.seed + i for i in range(params.restarts or (1 if few else _RESTARTS))]
 
     @staticmethod
     def chain(params: AbInitioParams, particles: ParticleBlock, seed: int, context: Context) -> dict[str, Any]:
         """Run one restart."""
-        import torch
-
         from cryodask.kernels.ab_initio import Schedule, run_chain, working_box
-        from cryodask.kernels.expectation import load_particles
-        from cryodask.kernels.fourier import resize_images
-        from cryodask.kernels.rows import image_rows
-        from cryodask.kernels.symmetry import symmetry_operators
-        from cryodask.kernels.tie_breaking import Ties, break_ties
 
-        box = particles.images.shape[-1]
-        length = box * particles.pixel_size_angstrom
-        diameter = params.mask_diameter_angstrom or 0.75 * length
-        chain_end = max(_CHAIN_ANGSTROM, params.resolution_angstrom)
-
-        def load(small: int, rings: int) -> dict[str, Any]:
-            images = torch.from_numpy(np.ascontiguousarray(particles.images, np.float32))
-            images = torch.cat([resize_images(lot, small) for lot in images.split(256)])
-            pixel = length / small
-            on_rings = load_particles(
-                images.numpy(), particles.columns, particles.index, pixel_size_angstrom=pixel, rings=rings,
-                mask_radius_angstrom=diameter / 2, device=context.device,
-            )  # fmt: skip
-            rows = image_rows(images.to(context.device), particles.columns, small // 2 - 1, pixel)
-            return {"data": on_rings, "images": rows, "pixel_size_angstrom": pixel, "mask_diameter_angstrom": diameter}
-
-        small = working_box(length, chain_end, box)
+        length, diameter, end = _sizes(params, particles)
+        small = working_box(length, end, particles.images.shape[-1])
         volume, score, trace = run_chain(
-            **load(small, small // 2 - 1),
+            **_loaded(params, particles, small, small // 2 - 1, context),
             symmetry=params.symmetry,
             shift_range_angstrom=params.shift_range_angstrom or 0.1 * diameter,
-            schedule=Schedule(
-                steps=params.steps, first_resolution_angstrom=max(45.0, chain_end), last_resolution_angstrom=chain_end
-            ),
+            schedule=Schedule(steps=params.steps, first_resolution_angstrom=max(45.0, end), last_resolution_angstrom=end),
             seed=seed,
         )
-        ties = Ties(chain_end, params.resolution_angstrom)
-        if ties.rings(length)[1] > ties.rings(length)[0]:
-            small = ties.working_box(length, box)
-            volume, likelihood = break_ties(
-                **load(small, min(small // 2 - 1, ties.rings(length)[1] + 1)),
-                start=volume,
-                operators=symmetry_operators(params.symmetry),
-                ties=ties,
-                seed=seed,
-                tell=lambda step, rings, value: context.report(min(1.0, rings / ties.rings(length)[1]), log_likelihood=value),
-            )
-            trace = [*trace, *likelihood]
-        return {
-            "map": volume.cpu().numpy(),
-            "score": score,
-            "trace": np.asarray(trace),
-            "box": box,
-            "pixel_size_angstrom": float(particles.pixel_size_angstrom),
-        }
+        return {"map": volume.cpu().numpy(), "score": score, "trace": np.asarray(trace), "seed": seed}
 
     @staticmethod
-    def choose(params: AbInitioParams, chains: list[dict[str, Any]]) -> dict[str, Any]:
-        """The likeliest map, at the box of the particles."""
+    def finish(params: AbInitioParams, particles: ParticleBlock, chains: list[dict[str, Any]], context: Context) -> dict[str, Any]:
+        """The likeliest map, taken on to the final resolution, at the box of the particles."""
         import torch
 
         from cryodask.kernels.fourier import resize_map
+        from cryodask.kernels.symmetry import symmetry_operators
+        from cryodask.kernels.tie_breaking import Ties, break_ties
 
         scores = np.array([c["score"] for c in chains])
         best = chains[int(np.argmax(scores))]
-        volume = resize_map(torch.from_numpy(np.array(best["map"], np.float32)), int(best["box"]))
+        volume = torch.from_numpy(np.array(best["map"], np.float32))
+        box = particles.images.shape[-1]
+        length, _, end = _sizes(params, particles)
+        ties = Ties(end, params.resolution_angstrom)
+        first, last = ties.rings(length)
+        if last > first:
+            small = ties.working_box(length, box)
+            volume, _ = break_ties(
+                **_loaded(params, particles, small, min(small // 2 - 1, last + 1), context),
+                start=volume,
+                operators=symmetry_operators(params.symmetry),
+                ties=ties,
+                seed=best["seed"],
+                tell=lambda step, rings, likelihood: context.report(min(1.0, rings / last), log_likelihood=likelihood),
+            )
         return {
-            "final_map": volume.numpy(),
-            "map_pixel_size_angstrom": best["pixel_size_angstrom"],
+            "final_map": resize_map(volume.cpu(), box).numpy(),
+            "map_pixel_size_angstrom": float(particles.pixel_size_angstrom),
             "chain_score": scores,
         }
+
+
+def _sizes(params: AbInitioParams, particles: ParticleBlock) -> tuple[float, float, float]:
+    """Length of the box, mask diameter, and resolution at which chains end, Angstrom."""
+    length = particles.images.shape[-1] * particles.pixel_size_angstrom
+    return length, params.mask_diameter_angstrom or 0.75 * length, max(_CHAIN_ANGSTROM, params.resolution_angstrom)
+
+
+def _loaded(params: AbInitioParams, particles: ParticleBlock, small: int, rings: int, context: Context) -> dict[str, Any]:
+    """The particles in a working box, on polar rings and as rows, with their sizes."""
+    import torch
+
+    from cryodask.kernels.expectation import load_particles
+    from cryodask.kernels.fourier import resize_images
+    from cryodask.kernels.rows import image_rows
+
+    length, diameter, _ = _sizes(params, particles)
+    pixel = length / small
+    images = torch.from_numpy(np.ascontiguousarray(particles.images, np.float32))
+    images = torch.cat([resize_images(lot, small) for lot in images.split(256)])
+    data = load_particles(
+        images.numpy(), particles.columns, particles.index, pixel_size_angstrom=pixel, rings=rings, mask_radius_angstrom=diameter / 2,
+        device=context.device,
+    )  # fmt: skip
+    rows = image_rows(images.to(context.device), particles.columns, small // 2 - 1, pixel)
+    return {"data": data, "images": rows, "pixel_size_angstrom": pixel, "mask_diameter_angstrom": diameter}
 
 
 @ab_initio.figures  # type: ignore[attr-defined]  # mypy does not see what class decorators return

@@ -78,7 +78,9 @@ def says(result: Mapping[str, Any]) -> str:
 
     evidence = Evidence(*(float(result[name]) for name in ("pose_certainty", "held_out_gain", "held_out_z")), float("nan"))
     figure = f"{float(result['resolution_angstrom']):.2f} A"
-    return f"resolution {figure}; {evidence.sentence()}" if evidence.succeeded else f"{evidence.sentence()}; resolution of the start {figure}"
+    return (
+        f"resolution {figure}; {evidence.sentence()}" if evidence.succeeded else f"{evidence.sentence()}; resolution of the start {figure}"
+    )
 
 
 @refine3d.figures  # type: ignore[attr-defined]  # mypy does not see what class decorators return
