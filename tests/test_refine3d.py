@@ -58,7 +58,8 @@ def test_refinement_finds_the_poses_the_scale_and_the_spread_of_shifts(tmp_path)
         result["origin_y_angstrom"] - origins[:, 0].numpy() * PIXEL, result["origin_x_angstrom"] - origins[:, 1].numpy() * PIXEL
     )
     assert np.median(shifts) < 0.53  # 0.44 A; 0.62 A without interpolation between grid points
-    assert 3.0 < history[-1]["shift_sigma_angstrom"] < 5.0  # drawn with 4 A
+    assert 3.0 < history[-2]["shift_sigma_angstrom"] < 5.0  # drawn with 4 A
+    assert result["succeeded"]
     mask = soft_sphere(BOX, PIXEL, 65.0, 10.0)
     assert float(fsc(torch.from_numpy(result["final_map"]) * mask, volume * mask)[2:13].min()) > 0.9
     assert result["resolution_angstrom"] < 14.0
@@ -66,12 +67,15 @@ def test_refinement_finds_the_poses_the_scale_and_the_spread_of_shifts(tmp_path)
     assert {len(result[name]) for name in ("rot_deg", "tilt_deg", "psi_deg", "origin_y_angstrom", "log_likelihood")} == {240}
 
 
-def test_strong_particles_are_not_kept_on_the_coarse_grid(tmp_path):
-    # blobs of 6 A have no signal in the rings that would ask for finer views; drawn poses alone stay 4 degrees off
-    volume = blob_map(BOX, "D2", blobs=8)
+def test_passes_go_from_drawn_poses_over_all_views_to_local_ones(tmp_path):
+    volume = blob_map(BOX, "D2", blobs=20, width_px=1.2)
     images, particles, _, _ = simulate(volume, 120, pixel=PIXEL, snr=0.3)
-    _, history = refine(tmp_path, images, particles, volume, iterations=6)
-    assert not history[-1]["sampling"]
+    result, history = refine(tmp_path, images, particles, volume, iterations=6)
+    phases = [metrics["phase"] for metrics in history]
+    assert list(dict.fromkeys(phases))[:5] == ["noise power", "grey scale", "draw", "global", "local"]
+    assert phases[-1] == "verdict"
+    assert sum(phase in ("global", "local") for phase in phases) <= 6
+    assert result["succeeded"]
 
 
 def test_noise_is_not_refined_to_anything_better_than_its_start(tmp_path):
@@ -80,6 +84,8 @@ def test_noise_is_not_refined_to_anything_better_than_its_start(tmp_path):
     result, _ = refine(tmp_path, images, particles, blob_map(BOX, "D2", blobs=8), iterations=3)
     # start at 40 A; shell 5 of 192 A is 38.4 A
     assert min(result["iteration_resolution_angstrom"]) > 35.0
+    assert not result["succeeded"]
+    assert result["resolution_angstrom"] == 192.0 / 4
 
 
 def test_scores_do_not_depend_on_how_particles_are_divided(tmp_path):
@@ -87,7 +93,7 @@ def test_scores_do_not_depend_on_how_particles_are_divided(tmp_path):
     images, particles, _, _ = simulate(volume, 96, pixel=PIXEL, snr=0.2)
     params = Refine3DParams(reference=write_map(tmp_path / "start.mrc", volume), mask_diameter_angstrom=140.0, symmetry="D2")
     state = functions.start(params, particles, {})
-    state |= {"phase": "search", "noise_power": np.full(BOX // 2, 1.0)}
+    state |= {"phase": "global", "rings": 8, "noise_power": np.full(BOX // 2, 1.0)}
     shared = functions.prepare(params, state, 0, Context())
 
     def expect(index):
@@ -97,10 +103,14 @@ def test_scores_do_not_depend_on_how_particles_are_divided(tmp_path):
 
     whole_sums, whole = expect(np.arange(96))
     parts = [expect(some) for some in (np.arange(37), np.arange(37, 96))]
-    for name in ("rot_deg", "tilt_deg", "psi_deg", "origin_y_angstrom"):
-        assert np.allclose(whole[name], np.concatenate([p[1][name] for p in parts]), atol=1e-3)
-    joined = parts[0][0]["accumulator"] + parts[1][0]["accumulator"]
-    assert np.allclose(joined, whole_sums["accumulator"], atol=1e-4 * np.abs(joined).max())
+    for name in ("mode_rotation", "mode_origin_angstrom", "certainty"):
+        assert np.allclose(
+            whole[name][:, 0] if whole[name].ndim > 1 else whole[name],
+            np.concatenate([p[1][name][:, 0] if p[1][name].ndim > 1 else p[1][name] for p in parts]),
+            atol=1e-3,
+        )
+    joined = parts[0][0]["grid"] + parts[1][0]["grid"]
+    assert np.allclose(joined, whole_sums["grid"], atol=1e-4 * np.abs(joined).max())
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_one_does_not(tmp_path):
@@ -175,7 +185,7 @@ def test_independent_noise_has_no_support_beyond_the_common_shells():
         halves = [cut_map(torch.randn(BOX, BOX, BOX, generator=g), 12.5) + common for _ in range(2)]
         support = measure_support(*halves, mask, inserted=12, common=4, operators=4, generator=g)
         assert support.last <= 5
-        assert next_rings(support, inserted=12, limit=23, start=4, scored=4, beyond=8) == 4
+        assert next_rings(support, inserted=12, limit=23, start=4) == 4
 
 
 def test_next_rings_keep_a_guard_shell_until_the_end():
@@ -185,4 +195,4 @@ def test_next_rings_keep_a_guard_shell_until_the_end():
         halves = [cut_map(signal + torch.randn(BOX, BOX, BOX, generator=g), inserted + 0.5) for _ in range(2)]
         support = measure_support(*halves, torch.ones(BOX, BOX, BOX), inserted=inserted, common=4, operators=1, generator=g)
         assert support.last == inserted
-        assert next_rings(support, inserted=inserted, limit=limit, start=4, scored=inserted - 1, beyond=8) == want
+        assert next_rings(support, inserted=inserted, limit=limit, start=4) == want

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cryodask.kernels import polar
-from cryodask.kernels.expectation import Particles, image_modes, psi_count
+from cryodask.kernels.expectation import Particles, image_modes, likelihoods, psi_count
 from cryodask.kernels.fourier import soft_sphere
 from cryodask.kernels.projection import shift_phases
 
@@ -130,7 +130,7 @@ def classify_chunk(
     n, shifts, classes, _ = scores.shape
     flat = scores.reshape(n, -1)
     top = flat.amax(1, keepdim=True)
-    p = torch.exp(flat - top)
+    p = likelihoods(flat, top)
     total = p.sum(1, keepdim=True)
     by_class = (p.reshape(n, shifts, classes, count).sum((1, 3))) / total
     weight, place = p.topk(KEPT_POSES, 1)

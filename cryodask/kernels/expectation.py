@@ -232,6 +232,11 @@ def log_likelihoods(
     return polar.rotation_scores(both, table, psi_count(rings), prior)
 
 
+def likelihoods(scores: Tensor, top: Tensor) -> Tensor:
+    """``exp(scores - top)``; what is smaller than e^-80 of the best is e^-80, for denormal results take fourteen times as long."""
+    return (scores - top).clamp_(min=-80.0).exp_()
+
+
 def draw_poses(scores: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draw (shift, view, psi index), each `(n, draw)`, from the posterior of log-likelihoods `(n, shift, view, psi)`.
 
@@ -239,7 +244,7 @@ def draw_poses(scores: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor
     """
     n, _, views, angles = scores.shape
     top = scores.reshape(n, -1).amax(1)
-    p = torch.exp(scores - top[:, None, None, None]).reshape(n, -1, angles)
+    p = likelihoods(scores, top[:, None, None, None]).reshape(n, -1, angles)
     groups = p.sum(-1).double().cumsum(1)
     total = groups[:, -1:]
     target = uniforms.to(groups) * total

@@ -87,10 +87,10 @@ def measure_support(
     return Support(unmasked, masked, randomised, corrected, last)
 
 
-def next_rings(support: Support, *, inserted: int, limit: int, start: int, scored: int, beyond: int) -> int:
-    """Rings of the next search: one guard shell below the supported range, never beyond what was inserted or below the start."""
+def next_rings(support: Support, *, inserted: int, limit: int, start: int) -> int:
+    """Rings of the next search: one guard shell below the supported range, never below the start."""
     guarded = support.last if support.last == inserted == limit else support.last - 1
-    return min(max(start, min(guarded, scored + beyond)), limit - 1)
+    return min(max(start, guarded), limit - 1)
 
 
 def crossing(correlation: Tensor, length_angstrom: float, last: int, threshold: float = 0.143) -> float:

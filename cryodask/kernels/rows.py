@@ -61,7 +61,8 @@ def ctf_numbers(columns: Mapping[str, np.ndarray], length_angstrom: float) -> np
 
     ``CTF(x, y) = sin(a x^2 + b x y + c y^2 - d (x^2 + y^2)^2 + e)``; columns as in the vocabulary.
     """
-    wavelength = electron_wavelength_angstrom(np.asarray(columns["voltage_kv"], np.float64))
+    # the same for all, or an array like the other columns
+    wavelength: np.ndarray = electron_wavelength_angstrom(np.asarray(columns["voltage_kv"], np.float64))  # type: ignore[arg-type, assignment]
     u, v = (np.asarray(columns[f"defocus_{axis}_angstrom"], np.float64) for axis in "uv")
     mean, difference = (u + v) / 2.0, (u - v) / 2.0
     twice = 2.0 * np.radians(np.asarray(columns["defocus_angle_deg"], np.float64))

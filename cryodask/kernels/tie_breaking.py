@@ -131,10 +131,10 @@ def break_ties(
         known = slice(1, inserted + 1)
         noise[known] += NOISE_RATE * ((power / batch / counts[: inserted + 1]).float()[known] - noise[known])
         noise[0] = noise[1]
+        odd, even = (reconstruct_half(grid, inserted, box, image_box=box) for grid in memory)
         support = measure_support(
-            *(reconstruct_half(grid, inserted, box, image_box=box) for grid in memory),
-            seen, inserted=inserted, common=1, operators=len(operators), generator=torch.Generator().manual_seed(seed),
-        )  # fmt: skip
+            odd, even, seen, inserted=inserted, common=1, operators=len(operators), generator=torch.Generator().manual_seed(seed)
+        )
         rings = max(first, min(support.last, last, rings + 1))
         trusted = support.corrected.clamp(1e-4, 0.999)
         trusted[rings + 1 :] = 1e-4

@@ -10,11 +10,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from cryodask.kernels.fsc import half_radius, randomise_phases
-
 CERTAIN = 0.7
 """Least mean share of the likeliest pose. Of 23 runs with known truth, right ones had 0.775 to 1.00, wrong ones at most 0.64 (or a gain
 below the next line); the threshold was set on these runs."""
@@ -28,13 +23,12 @@ class Evidence:
 
     ``pose_certainty``: mean share of the likeliest pose in a particle's posterior, at the first pass over all views that was fine
     enough (NaN: none was). ``gain``: mean gain of log-likelihood per particle by the detail of the other half's map, over the same map
-    cut at the resolution of the start; ``z``: in standard errors. ``scrambled_gain``: over the same map with random phases there.
+    cut at the resolution of the start; ``z``: in standard errors.
     """
 
     pose_certainty: float
     gain: float
     z: float
-    scrambled_gain: float
 
     @property
     def succeeded(self) -> bool:
@@ -50,11 +44,3 @@ class Evidence:
             f"detail gains {self.gain:.1f} nats per unseen particle (needed {LEAST_GAIN:g})"
         )
         return f"{'solved' if self.succeeded else 'not solved'}: {figures}"
-
-
-def scrambled(volume: Tensor, first: int, seed: int) -> Tensor:
-    """A map `(z, y, x)` with random phases beyond shell ``first``."""
-    n = volume.shape[-1]
-    generator = torch.Generator().manual_seed(seed)
-    spectrum = torch.fft.rfftn(volume)
-    return torch.fft.irfftn(randomise_phases(spectrum, half_radius(n, volume.device), first + 0.5, generator), s=volume.shape)

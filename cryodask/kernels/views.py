@@ -100,7 +100,8 @@ def draw(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Poses drawn from the posterior: rotations `(n, draw, 3, 3)`, shifts `(n, draw, 2)` in pixels, log evidence `(n,)`.
 
-    ``uniforms`` `(n, draw)` in [0, 1); ``inverse_temperature`` multiplies the log-likelihood (below 1: flatter). There is no selection, hence no bias towards the map.
+    ``uniforms`` `(n, draw)` in [0, 1); ``inverse_temperature`` multiplies the log-likelihood (below 1: flatter). There is no selection,
+    hence no bias towards the map.
     """
     n, draws = uniforms.shape
     rotations = torch.empty(n, draws, 3, 3, device=rows.device)
@@ -117,7 +118,9 @@ def evidence(data: ex.Particles, rows: Tensor, views: Views, noise_power: Tensor
     """Log evidence of particles `(n,)`: the posterior summed over the whole grid."""
     out = torch.empty(len(rows), device=rows.device)
     for lot, scores, _ in _posteriors(data, rows, views, noise_power, sigma_px):
-        out[lot] = torch.logsumexp(scores.reshape(len(lot), -1), 1)
+        flat = scores.reshape(len(lot), -1)
+        top = flat.amax(1, keepdim=True)
+        out[lot] = top[:, 0] + ex.likelihoods(flat, top).sum(1, dtype=torch.float64).log().float()
     return out
 
 
@@ -125,7 +128,7 @@ def start_poses(data: ex.Particles, rows: Tensor, views: Views, noise_power: Ten
     """The ``keep`` likeliest views of each particle, with the best in-plane angle and shift of each."""
     rotations, shifts = [], []
     keep = min(keep, len(views.bank.rotations))
-    for lot, scores, places in _posteriors(data, rows, views, noise_power, sigma_px):
+    for _, scores, places in _posteriors(data, rows, views, noise_power, sigma_px):
         best, angles = scores.amax(1).max(-1)
         top = best.topk(keep, 1).indices
         angle = angles.gather(1, top)
@@ -156,7 +159,9 @@ def scale_terms(
         norm = polar.rotation_scores(norm_modes, squared, ex.psi_count(rings))
         gain = cross.clamp(min=0.0) ** 2 / (4.0 * norm.clamp(min=1e-9)) if scale is None else scale * cross - scale**2 * norm
         gain = gain + ex.shift_log_prior(centres, views.offsets, sigma_px)[:, :, None, None]
-        weight = torch.softmax(gain.reshape(len(lot), -1), 1).reshape(gain.shape)
+        flat = gain.reshape(len(lot), -1)
+        weight = ex.likelihoods(flat, flat.amax(1, keepdim=True)).reshape(gain.shape)
+        weight /= weight.sum((1, 2, 3), keepdim=True)
         cross_sum += float((weight * cross).sum())
         norm_sum += float((weight * norm).sum())
     return cross_sum, norm_sum

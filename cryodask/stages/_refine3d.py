@@ -10,21 +10,20 @@ import numpy as np
 import torch
 
 from cryodask.errors import InputError
-from cryodask.formats.mrc import read_mrc
-from cryodask.kernels import expectation, local_search, polar, verdict
+from cryodask.kernels import expectation, local_search, polar
 from cryodask.kernels import views as vw
-from cryodask.kernels.fourier import resize_map, soft_sphere
+from cryodask.kernels.fourier import soft_sphere
 from cryodask.kernels.half_grid import empty_half_grid, fold_half_grid, half_volume, reconstruct_half
-from cryodask.kernels.masking import own_solvent_mask
-from cryodask.kernels.maximisation import measure_support
+from cryodask.kernels.maximisation import measure_support, next_rings
 from cryodask.kernels.orientations import matrix_to_euler, random_rotations, small_rotation
 from cryodask.kernels.projection import cut_map
 from cryodask.kernels.randomness import uniforms
-from cryodask.kernels.resampling import resample_map
 from cryodask.kernels.rows import ImageRows, image_rows, shell_power
 from cryodask.kernels.symmetry import symmetry_operators
+from cryodask.kernels.verdict import Evidence
 from cryodask.stage import Columns, Context, Metrics, ParticleBlock, ParticleSet, State, Sums
 from cryodask.stages import _refinement as rf
+from cryodask.stages._start_map import start_map
 
 if TYPE_CHECKING:
     from cryodask.stages.refine3d import Refine3DParams
@@ -53,47 +52,6 @@ class Shared:
     others: tuple[vw.Views, ...] = ()
 
 
-def _start_map(params: Refine3DParams, particles: ParticleSet, inputs: dict[str, Any]) -> tuple[np.ndarray, float]:
-    """The start map as given, and its voxel size."""
-    if params.reference is not None:
-        data, voxel = read_mrc(params.reference)
-        data = np.array(data, np.float32)
-        if data.ndim != 3:
-            raise InputError(
-                f"{params.reference} is not a three-dimensional map",
-                "an image was given as reference",
-                "give an MRC map (cubic, voxel size in the header)",
-            )
-        name = params.reference
-    elif inputs.get("final_map") is not None:
-        data, voxel, name = np.array(inputs["final_map"], np.float32), float(inputs["map_pixel_size_angstrom"]), "the start map"
-    else:
-        raise InputError(
-            "refine3d has no map to start from",
-            "neither a reference file nor an ab initio map was given",
-            "set refine3d.reference to an MRC file, or put ab_initio before refine3d",
-        )
-    if len(set(data.shape)) != 1:
-        raise InputError(
-            f"{name} is {' x '.join(map(str, data.shape))} voxels, not a cube",
-            "the map was cropped",
-            "pad it to a cube, with the molecule at the centre",
-        )
-    if not np.isfinite(data).all() or data.std() == 0:
-        raise InputError(
-            f"{name} is empty or contains NaN", "the file is damaged, or a failed run wrote it", "check the map and give another"
-        )
-    if not voxel or voxel <= 0:
-        if data.shape[0] != particles.box:
-            raise InputError(
-                f"{name} has no voxel size, and its box is {data.shape[0]}, not {particles.box}",
-                "the program that wrote it left the MRC header empty",
-                "write the voxel size into the header (for example with relion_image_handler --rescale_angpix or mrcfile)",
-            )
-        voxel = particles.pixel_size_angstrom
-    return data, voxel
-
-
 def start(params: Refine3DParams, particles: ParticleSet, inputs: dict[str, Any]) -> State:
     """State before the first iteration; refuses invalid parameters and maps."""
     if particles.count < _FEWEST:
@@ -119,13 +77,7 @@ def start(params: Refine3DParams, particles: ParticleSet, inputs: dict[str, Any]
             "the low-pass is too strong for the box",
             "lower refine3d.lowpass_angstrom",
         )
-    data, voxel = _start_map(params, particles, inputs)
-    reference = resample_map(torch.from_numpy(data), voxel, box, pixel, cut_angstrom=lowpass / 2)
-    sphere = soft_sphere(box, pixel, diameter / 2, 12.0)
-    outside = reference[sphere == 0]
-    reference = (reference - (outside.mean() if outside.numel() else 0.0)) * sphere
-    # nothing at all beyond the limit, because a soft edge would appear as common signal of the two halves
-    reference = resize_map(cut_map(reference, rings), rf.map_box(rings, box))
+    reference = start_map(params, particles, inputs, lowpass_angstrom=lowpass, mask_diameter_angstrom=diameter, rings=rings)
     shift_range = params.shift_range_angstrom or 0.17 * diameter
     reach = min(12.0, shift_range)
     parts, sample = rf.parts_of_pass(particles.count)
@@ -172,28 +124,19 @@ def prepare(params: Refine3DParams, state: State, half: int, context: Context) -
     turn = (random_rotations(1, generator)[0] if jitter is None else small_rotation(jitter, generator)).to(device)
     if phase == "verdict":
         other = torch.from_numpy(state["maps"][1 - half]).to(device)
-        maps = _verdict_maps(state, other, half)
         return Shared(None, None, noise, tuple(
-            vw.make_views(m, state["verdict_rings"], grid=grid, turn=turn, operators=operators, reach_px=rf.reach_px(state), pruned=False)
-            for m in maps
+            vw.make_views(
+                cut_map(other, rings), state["verdict_rings"], grid=grid, turn=turn, operators=operators, reach_px=rf.reach_px(state),
+                pruned=False,
+            )
+            for rings in (state["verdict_rings"], state["start_rings"])
         ))  # fmt: skip
     volume = torch.from_numpy(state["maps"][half]).to(device)
-    views = None if phase == "local" else rf.shared_views(
-        state, volume, operators=operators, grid=grid, turn=turn, pruned=phase != "scale" and len(operators) < _LARGE_GROUP
+    views = None if phase == "local" else vw.make_views(
+        volume, rf.coarse_rings(state), grid=grid, turn=turn, operators=operators, reach_px=rf.reach_px(state),
+        pruned=phase != "scale" and len(operators) < _LARGE_GROUP,
     )  # fmt: skip
     return Shared(views, None if phase == "scale" else half_volume(volume, state["rings"] + 1, state["box"]), noise)
-
-
-def _verdict_maps(state: State, other: torch.Tensor, half: int) -> list[torch.Tensor]:
-    """The other half's map, the same cut at the resolution of the start, and with random phases beyond it."""
-    rings, first = state["verdict_rings"], state["start_rings"]
-    voxel = state["length_angstrom"] / other.shape[-1]
-    own = cut_map(other, rings)
-    wrong = verdict.scrambled(own, first, 5 + half) * soft_sphere(
-        other.shape[-1], voxel, state["mask_diameter_angstrom"] / 2, 12.0, device=other.device
-    )
-    wrong = cut_map(wrong * own_solvent_mask(wrong, voxel, rings), rings)
-    return [own, cut_map(own, first), wrong]
 
 
 def expect(
@@ -325,12 +268,9 @@ def _verdict_sums(params: Refine3DParams, state: State, shared: Shared, block: L
     """Gains of log-likelihood by the detail of the other half's map, for some particles."""
     lottery = uniforms(params.seed, 2_000_000, block.index, 1)[:, 0]
     rows = torch.from_numpy(np.nonzero(lottery < rf.VERDICT_PARTICLES / state["count"])[0]).to(shared.noise_power.device)
-    own, cut, wrong = (vw.evidence(block.polar, rows, views, shared.noise_power, sigma).double() for views in shared.others)
-    gain = own - cut
-    return {
-        "tested": len(rows), "gain": float(gain.sum()), "gain_square": float(gain.square().sum()),
-        "scrambled_gain": float((own - wrong).sum()), "count": len(block.index),
-    }  # fmt: skip
+    whole, cut = (vw.evidence(block.polar, rows, views, shared.noise_power, sigma).double() for views in shared.others)
+    gain = whole - cut
+    return {"tested": len(rows), "gain": float(gain.sum()), "gain_square": float(gain.square().sum()), "count": len(block.index)}
 
 
 def maximise(params: Refine3DParams, state: State, sums: list[Sums], context: Context) -> tuple[State, Metrics]:
@@ -357,21 +297,21 @@ def maximise(params: Refine3DParams, state: State, sums: list[Sums], context: Co
         grids = _remembered(state, grids)
         new["grids"] = torch.stack(grids).cpu().numpy()
     small = rf.map_box(inserted, sizes.box)
-    plain = [reconstruct_half(grid, inserted, small, image_box=sizes.box) for grid in grids]
+    first, second = (reconstruct_half(grid, inserted, small, image_box=sizes.box) for grid in grids)
     support = measure_support(
-        *plain,
+        first,
+        second,
         soft_sphere(small, sizes.length_angstrom / small, 0.95 * sizes.mask_diameter_angstrom / 2, 10.0, device=context.device),
         inserted=inserted,
         common=state["start_rings"],
         operators=len(operators),
         generator=torch.Generator().manual_seed(params.seed + 7919 * state["iteration"]),
     )
-    del plain
+    del first, second
     if drawn:
         rings = max(state["start_rings"], min(support.last, sizes.ring_of(rf.DRAWN_ANGSTROM)))
     else:
-        at_nyquist = support.last == inserted == sizes.last
-        rings = max(state["start_rings"], min(support.last - (not at_nyquist), inserted, sizes.last - 1))
+        rings = next_rings(support, inserted=inserted, limit=sizes.last, start=state["start_rings"])
     new["rings"] = rings
     new["maps"] = rf.updated_maps(state, grids, support, inserted, rings)
     new["resolutions"] = np.append(state["resolutions"], sizes.length_angstrom / max(support.last, 1))
@@ -408,9 +348,9 @@ def _remembered(state: State, fresh: list[torch.Tensor]) -> list[torch.Tensor]:
 def _judged(new: State, sums: list[Sums]) -> tuple[State, Metrics]:
     """The verdict on the final maps; a figure that it does not support is taken back."""
     tested = max(1, sum(s["tested"] for s in sums))
-    gain, square, wrong = (sum(s[name] for s in sums) / tested for name in ("gain", "gain_square", "scrambled_gain"))
+    gain, square = (sum(s[name] for s in sums) / tested for name in ("gain", "gain_square"))
     deviation = math.sqrt(max(square - gain * gain, 0.0) / tested)
-    found = verdict.Evidence(new["pose_certainty"], gain, gain / (deviation + 1e-9), wrong)
+    found = Evidence(new["pose_certainty"], gain, gain / (deviation + 1e-9))
     new |= {"succeeded": found.succeeded, "held_out_gain": found.gain, "held_out_z": found.z, "done": True}
     if not found.succeeded:
         new["resolution_angstrom"] = new["length_angstrom"] / new["start_rings"]

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cryodask.kernels import views as vw
 from cryodask.kernels.fourier import resize_map, soft_sphere
 from cryodask.kernels.half_grid import reconstruct_half
 from cryodask.kernels.local_search import Climb
@@ -28,6 +27,7 @@ DRAWS = 4
 DRAWN_BATCH = 250
 """Particles of a half-set between two maps while poses are drawn."""
 DRAWN_PASSES, FEWEST_DRAWN_PASSES = 3, 2
+FEWEST_GLOBAL_PASSES = 2
 DRAWN_PARTICLES = 5000
 """Particles of a half-set that a drawn pass uses at most: 14 Angstrom need no more."""
 MEMORY = 3.0
@@ -41,6 +41,8 @@ COARSE_ANGSTROM = 16.2
 FIRST_CLIMB_ANGSTROM = 11.3
 DECISIVE_ANGSTROM = 11.5
 """Resolution at which pseudo-symmetry mates and wrong hands have become unlikely: passes over all views go on until one has scored it."""
+CERTAIN_ANYHOW = 0.85
+"""Pose certainty that decides at any resolution, for data that end before 11.5 Angstrom: wrong maps had at most 0.64 there."""
 SURE = 0.97
 """Pose certainty from which a last pass over all views changes nothing."""
 MAP_MARGIN = 8
@@ -190,7 +192,7 @@ def final_maps(state: State, grids: list[Tensor], support: Support, inserted: in
 
 
 def next_phase(state: State, new: State, *, iterations: int) -> None:
-    """Which pass follows a pass: drawn ones to 14 Angstrom, over all views to 11.5, local ones; last one more over all views.
+    """Which pass follows a pass: drawn ones to 14 Angstrom, over all views until poses are decided, local ones; one more over all views.
 
     ``new`` has the figures of the pass just done: ``rings``, ``mean_log_likelihood``, ``certainty``.
     """
@@ -208,19 +210,14 @@ def next_phase(state: State, new: State, *, iterations: int) -> None:
     improved = new["rings"] > state["best_rings"] or likelihood > best + 0.01 * abs(best)
     new["best_rings"], new["best_log_likelihood"] = max(new["rings"], state["best_rings"]), max(likelihood, best)
     new["stalled"] = 0 if improved else state["stalled"] + 1
-    decisive = state["rings"] >= sizes.ring_of(DECISIVE_ANGSTROM)
+    decisive = state["rings"] >= sizes.ring_of(DECISIVE_ANGSTROM) or new["certainty"] >= CERTAIN_ANYHOW
     if state["phase"] == "global":
         if decisive and math.isnan(state["pose_certainty"]):
             # only the first such pass tells: later the certainty rises whether or not the poses are right
             new["pose_certainty"] = new["certainty"]
             new["checked"] = new["certainty"] >= SURE
-        if state["fine"]:
-            ended = new["stalled"] >= 1
-        else:
-            ended = new["stalled"] >= 2
-            if decisive and new["passes"] >= 2:
-                ended = False
-        goes_local = state["fine"] or (decisive and new["passes"] >= 2)
+        goes_local = state["fine"] or (decisive and new["passes"] >= FEWEST_GLOBAL_PASSES)
+        ended = new["stalled"] >= (1 if state["fine"] else 2) and not (goes_local and not state["fine"])
         if goes_local and not ended:
             new["phase"], new["fine"] = "local", True
     else:
@@ -259,16 +256,3 @@ def grid_jitter_rad(state: State, order_of_group: int) -> float | None:
     if state["phase"] == "global":
         return 0.15
     return None if order_of_group == 1 else 0.1
-
-
-def shared_views(state: State, volume: Tensor, *, operators: np.ndarray, grid: object, turn: Tensor, pruned: bool = True) -> vw.Views:
-    """Views of a half's map in this iteration."""
-    return vw.make_views(
-        volume,
-        coarse_rings(state),
-        grid=grid,
-        turn=turn,
-        operators=operators,
-        reach_px=reach_px(state),
-        pruned=pruned,  # type: ignore[arg-type]
-    )

@@ -26,7 +26,9 @@ class AbInitioParams(Params):
 
     symmetry: PointGroup = Field("C1", description="point group, imposed from the start: C1, C4, D2, T, O, I ...")
     restarts: int | None = Field(
-        None, ge=1, description="independent chains from random orientations; the likeliest map wins; by default 1, for groups of order 4 and more 4"
+        None,
+        ge=1,
+        description="independent chains from random orientations; the likeliest map wins; by default 1, for groups of order 4 and more 4",
     )
     particles: int = Field(2000, ge=50, description="number of particles used, taken evenly from the set")
     mask_diameter_angstrom: float | None = Field(

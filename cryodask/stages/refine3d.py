@@ -76,11 +76,9 @@ def says(result: Mapping[str, Any]) -> str:
     """The most important figure, and the verdict."""
     from cryodask.kernels.verdict import Evidence
 
-    evidence = Evidence(*(float(result[name]) for name in ("pose_certainty", "held_out_gain", "held_out_z")), float("nan"))
+    evidence = Evidence(float(result["pose_certainty"]), float(result["held_out_gain"]), float(result["held_out_z"]))
     figure = f"{float(result['resolution_angstrom']):.2f} A"
-    return (
-        f"resolution {figure}; {evidence.sentence()}" if evidence.succeeded else f"{evidence.sentence()}; resolution of the start {figure}"
-    )
+    return f"resolution {figure}, {evidence.sentence()}" if evidence.succeeded else f"{evidence.sentence()}; its start has {figure}"
 
 
 @refine3d.figures  # type: ignore[attr-defined]  # mypy does not see what class decorators return
