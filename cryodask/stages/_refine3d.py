@@ -168,8 +168,8 @@ def expect(
         start_poses = vw.start_poses(block.polar, everything, shared.views, shared.noise_power, sigma, rf.KEPT_VIEWS)  # type: ignore[arg-type]
         # the last pose may lie between the views of the grid
         start_poses = local_search.Candidates(
-            torch.cat([start_poses.rotations, old.rotations[:, :1]], 1),
-            torch.cat([start_poses.shifts_px, old.shifts_px[:, :1]], 1),
+            torch.cat([old.rotations[:, :1], start_poses.rotations], 1),
+            torch.cat([old.shifts_px[:, :1], start_poses.shifts_px], 1),
             start_poses.count + 1,
         )
         nats = local_search.NATS
