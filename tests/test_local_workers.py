@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+import urllib.request
 
 import dask
 import numpy as np
@@ -152,3 +153,14 @@ def test_a_local_worker_listens_on_loopback_only_and_loads_no_dashboard_of_its_o
     listening = [c.laddr.ip for c in psutil.Process(process).net_connections("tcp") if c.status == psutil.CONN_LISTEN]
     assert set(listening) == {"127.0.0.1"}
     assert not with_bokeh, "it would double the CPU time of starting a worker"
+
+
+def test_the_dashboard_is_loaded_when_it_is_first_looked_at(one):
+    def dashboards():
+        return [app for app in one.cluster.scheduler.http_application.applications if hasattr(app, "app_paths")]
+
+    assert dashboards() == []
+    for page in ("status", "workers"):
+        with urllib.request.urlopen(one.dashboard_link.replace("status", page), timeout=120) as answer:
+            assert "bokeh" in answer.read().decode()
+        assert len(dashboards()) == 1
