@@ -41,7 +41,10 @@ def without_dashboard(options: dict[str, Any]) -> bool:
     wanted = options.get("dashboard")
     if wanted is None:
         wanted = options.get("dashboard_address")
-    if not wanted or find_spec("bokeh") is None:  # Dask's page then says what to install
-        return False
-    options["dashboard"] = False
-    return True
+    try:
+        found = bool(wanted) and find_spec("bokeh") is not None
+    except ImportError:
+        found = False
+    if found:  # without bokeh Dask's own page says what to install
+        options["dashboard"] = False
+    return found
