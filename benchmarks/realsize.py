@@ -181,7 +181,12 @@ def cost(case: Case, phase: str, finest_angstrom: float, counts: tuple[int, int]
     if phase == "local":
         before = errors(bench.particles, columns, case.symmetry, bench.half[:many])
         after = errors(bench.particles, found, case.symmetry, bench.half[:many])
-        row |= {"start_deg": round(before[0], 3), "median_deg": round(after[0], 3), "beyond_5_deg": after[1], "shift_angstrom": round(after[2], 3)}
+        row |= {
+            "start_deg": round(before[0], 3),
+            "median_deg": round(after[0], 3),
+            "beyond_5_deg": after[1],
+            "shift_angstrom": round(after[2], 3),
+        }
     print(f"  {case.name} {row}", flush=True)
     return row
 
@@ -267,7 +272,10 @@ def memory(case: Case) -> dict[str, Any]:
     """Peaks of both, each in a fresh process."""
     found = {what: in_process_of_its_own(what, case) for what in ("one_leaf", "one_maximisation")}
     for what, row in found.items():
-        shown = {k: (f"{v / 2**30:.2f} GiB" if k not in ("particles", "kept_per_particle", "columns_per_particle", "cpu_seconds") else v) for k, v in row.items()}
+        shown = {
+            k: (f"{v / 2**30:.2f} GiB" if k not in ("particles", "kept_per_particle", "columns_per_particle", "cpu_seconds") else v)
+            for k, v in row.items()
+        }
         print(f"  {what}: {shown}", flush=True)
     return found
 
@@ -289,7 +297,10 @@ def projected(costs: dict[str, dict[str, Any]], held: dict[str, dict[str, Any]],
     """
     local, fine = costs["local"], costs["local"]["rings"]
     passes = [("drawn", rings, 2.0 * rf.DRAWN_PARTICLES) for rings in (15, 15)] + [("global", 15, count), ("global", 23, count)]
-    passes += [("local", min(rings, fine), count) for rings in range(31, fine + 8, 8)] + [("local", fine, count), ("last global", fine, count)]
+    passes += [("local", min(rings, fine), count) for rings in range(31, fine + 8, 8)] + [
+        ("local", fine, count),
+        ("last global", fine, count),
+    ]
     load = local["kernels_ms"]["load_particles"] + local["kernels_ms"]["image_rows"]
     milliseconds, serial = 3 * load * count, 0.0
     for kind, rings, particles in passes:
@@ -314,3 +325,174 @@ def projected(costs: dict[str, dict[str, Any]], held: dict[str, dict[str, Any]],
 def parameters_iterations() -> int:
     """Passes that refine3d allows by default."""
     return int(refine3d.params.model_fields["iterations"].default)
+
+
+# --- all rows -------------------------------------------------------------------------------------------------------------------
+def arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--rows", default=",".join(ROWS), help="some of whole, speed, relion, memory, scale")
+    p.add_argument("--stack", type=Path, metavar="STAR", help="particles from elsewhere, with true poses")
+    p.add_argument("--truth", type=Path, metavar="MRC", help="true map of --stack")
+    p.add_argument("--symmetry", default="C1", help="point group of --stack")
+    p.add_argument("--mask-diameter", type=float, metavar="A", help="diameter of the spherical mask; by default 0.75 of the box")
+    p.add_argument("--finest", type=float, metavar="A", help="resolution of the timed passes of --stack; by default 2.15 pixels")
+    p.add_argument("--particles", type=int, default=5000, help="particles of the row scale")
+    p.add_argument("--scale-angstrom", type=float, metavar="A", help="resolution of the row scale; by default that of the timed passes")
+    p.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    a = p.parse_args()
+    a.rows = a.rows.split(",")
+    if unknown := set(a.rows) - set(ROWS):
+        p.error(f"unknown rows {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
+    if bool(a.stack) != bool(a.truth):
+        p.error("--stack and --truth belong together")
+    return a
+
+
+def given(a: argparse.Namespace) -> Case:
+    """The case of the options."""
+    from _molecules import read_rows
+
+    _, particles, poses = read_rows(a.stack)
+    if poses is None:
+        raise SystemExit(f"{a.stack} has no poses: costs of local passes and errors need the true ones")
+    pixel = float(particles.pixel_size_angstrom)
+    diameter = a.mask_diameter or 0.75 * particles.box * pixel
+    return Case(a.stack.stem, a.stack.resolve(), a.truth.resolve(), a.symmetry, diameter, a.finest or 2.15 * pixel)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    a = arguments()
+    if a.one:
+        fields = json.loads(a.one[1])
+        case = Case(**{**fields, "star": Path(fields["star"]), "truth": Path(fields["truth"])})
+        print(json.dumps({"one_leaf": one_leaf, "one_maximisation": one_maximisation}[a.one[0]](case)))
+        return
+    OUT.mkdir(exist_ok=True)
+    own = given(a) if a.stack else None
+    wide = own or (made("6bqn", 5000, 256, "real", 7) if {"speed", "relion", "memory", "scale"} & set(a.rows) else None)
+    runs: dict[str, dict[str, Any]] = {}
+    if "whole" in a.rows:
+        print("whole runs from 15 A")
+        if own:
+            runs[own.name] = whole(own, {})
+        else:
+            for model, count, box, strength, seed in (
+                ("6bqn", 600, 128, "strong", 1),
+                ("5a1a", 240, 128, "strong", 2),
+                ("6bqn", 2400, 128, "real", 7),
+            ):
+                name = f"{model} {strength}"
+                runs[name] = whole(made(model, count, box, strength, seed), TARGETS[name])
+    steps: dict[int, tuple[dict[str, Any], dict[str, Any] | None]] = {}
+    if {"speed", "relion"} & set(a.rows):
+        print("cost of a particle in a local pass")
+        for case in [own] if own else [made("6bqn", 2400, 128, "real", 7), wide]:
+            assert case is not None
+            steps[256 if case is wide and opened(case).set.box > 160 else 128] = speed(case, "relion" in a.rows)
+    held = None
+    if "memory" in a.rows:
+        print("memory")
+        assert wide is not None
+        held = memory(wide)
+    through, projection = None, None
+    if "scale" in a.rows:
+        assert wide is not None
+        print(f"{a.particles} particles through workers")
+        from _through_workers import one_pass
+
+        through = one_pass(wide, a.particles, 2, a.scale_angstrom or wide.finest_angstrom, OUT / "realsize" / "scale")
+        print(f"  {through}", flush=True)
+        if held and steps.get(256):
+            count = opened(wide).set.count // 2
+            costs = {"local": steps[256][0]} | {
+                phase: cost(wide, phase, angstrom, (min(20, count // 4), min(60, count)))
+                for phase, angstrom in (("global", 9.8), ("draw", 15.1))
+            }
+            projection = projected(costs, held)
+            print(f"  200,000 particles: {projection}", flush=True)
+    plot(runs, steps)
+    print(json.dumps(summary(runs, steps, held, through, projection)))
+
+
+def summary(runs: dict, steps: dict, held: dict | None, through: dict | None, projection: dict | None) -> dict[str, Any]:
+    """The last line."""
+    row: dict[str, Any] = {}
+    for size in (128, 256):
+        ours, theirs = steps.get(size, (None, None))
+        row |= {
+            f"ratio_to_relion_{size}_c1": theirs["ratio"] if theirs else None,
+            f"cpu_seconds_per_particle_{size}_c1": round(ours["ms"] / 1e3, 5) if ours else None,
+            f"relion_seconds_per_particle_{size}_c1": round(theirs["seconds_per_particle"], 3) if theirs else None,
+            f"median_deg_{size}_c1": ours["median_deg"] if ours else None,
+            f"prepare_seconds_{size}_c1": ours["prepare_seconds"] if ours else None,
+        }
+    leaf, last = (held["one_leaf"], held["one_maximisation"]) if held else (None, None)
+    peak = max(leaf["peak"], last["peak"]) if leaf and last else None
+    row |= {
+        "worker_peak_gb": round(peak / 1e9, 3) if peak else None,
+        "worker_peak_gib": round(peak / 2**30, 3) if peak else None,
+        "leaf_peak_gib": round(leaf["peak"] / 2**30, 3) if leaf else None,
+        "maximise_peak_gib": round(last["peak"] / 2**30, 3) if last else None,
+        "maximise_seconds": last["cpu_seconds"] if last else None,
+        "kb_per_particle": round(leaf["kept_per_particle"] / 1e3, 1) if leaf else None,
+        "bytes_over_model": through["bytes_over_model"] if through else None,
+        "through_workers_peak_gib": round(through["worker_peak"] / 2**30, 3) if through else None,
+        "cpu_hours_200000": projection["cpu_hours"] if projection else None,
+        "gib_of_a_worker_200000": projection["gib_of_a_worker"] if projection else None,
+        "whole": {name: {k: v for k, v in run.items() if k not in ("curve", "length")} for name, run in runs.items()} or None,
+    }
+    print("targets:")
+    checks = [(f"{size} px, ms a particle", steps[size][0]["ms"], "<=", limit) for size, limit in TARGET_MS.items() if size in steps]
+    checks += [(f"{size} px, times RELION", step[1]["ratio"], ">=", TARGET_RATIO) for size, step in steps.items() if step[1]]
+    if leaf and last:
+        checks += [
+            ("worker peak, GiB", row["worker_peak_gib"], "<=", TARGET_PEAK_GIB),
+            ("kept per particle, kB", row["kb_per_particle"], "<=", TARGET_KB),
+        ]
+    if through:
+        checks.append(("bytes over model, off by", round(abs(row["bytes_over_model"] - 1.0), 4), "<=", 0.1))
+    for what, value, sign, limit in checks:
+        missed = value > limit if sign == "<=" else value < limit
+        print(f"  {what:28s} {value:10} wanted {sign} {limit:g}{'   MISSED' if missed else ''}")
+    return row
+
+
+def plot(runs: dict[str, dict[str, Any]], steps: dict[int, tuple[dict[str, Any], dict[str, Any] | None]]) -> None:
+    """FSC of whole runs against the truth with their targets, and what a particle costs by kernel."""
+    from matplotlib.figure import Figure
+
+    if not runs and not steps:
+        return
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for number, (name, run) in enumerate(runs.items()):
+        curve = np.array(run["curve"])
+        left.plot(np.arange(1, len(curve)) / run["length"], curve[1:], color=f"C{number}", label=name)
+        for key, limit in TARGETS.get(name, {}).items():
+            if key.startswith("fsc_"):
+                left.plot(1.0 / float(key[4:]), limit, "v", color=f"C{number}")
+    left.set(xlabel="1/A", ylabel="FSC against the truth (triangles: wanted)", ylim=(-0.1, 1.02))
+    if runs:
+        left.legend(fontsize=8)
+    for place, (size, (ours, _)) in enumerate(sorted(steps.items())):
+        bottom = 0.0
+        parts = dict(ours["kernels_ms"])
+        parts["other"] = max(0.0, ours["ms"] - sum(parts.values()))
+        for colour, (name, ms) in enumerate(parts.items()):
+            right.bar(place, ms, bottom=bottom, color=f"C{colour}", label=None if place else name)
+            bottom += ms
+        right.plot([place - 0.45, place + 0.45], [TARGET_MS[size]] * 2, "k--", linewidth=0.8)
+    right.set_xticks(range(len(steps)), [f"{size} px" for size in sorted(steps)])
+    right.set(ylabel="CPU ms a particle, local pass (dashed: wanted)")
+    if steps:
+        right.legend(fontsize=8)
+    figure.savefig(OUT / "realsize.png", dpi=110)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except CryodaskError as error:
+        raise SystemExit(str(error)) from None
