@@ -109,15 +109,17 @@ def iterate(
 
 
 def pose_errors(columns: dict[str, np.ndarray], truth: Any, symmetry: str) -> np.ndarray:
-    """Angular errors, degrees, against the STAR rows of the truth."""
-    matrices = [
-        euler_to_matrix(*(torch.deg2rad(torch.from_numpy(np.asarray(a, np.float64))) for a in angles))
-        for angles in (
-            (columns["rot_deg"], columns["tilt_deg"], columns["psi_deg"]),
-            truth[["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]].to_numpy(float).T,
-        )
-    ]
-    return angular_error_deg(matrices[0], matrices[1], symmetry_operators(symmetry)).numpy()
+    """Angular errors, degrees, against the STAR rows of the truth; of a result, or of the columns of an iteration."""
+    if "mode_rotation" in columns:
+        found = torch.from_numpy(columns["mode_rotation"][:, 0]).double()
+    else:
+        found = _matrices(columns["rot_deg"], columns["tilt_deg"], columns["psi_deg"])
+    true = _matrices(*truth[["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]].to_numpy(float).T)
+    return angular_error_deg(found, true, symmetry_operators(symmetry)).numpy()
+
+
+def _matrices(*angles_deg: np.ndarray) -> torch.Tensor:
+    return euler_to_matrix(*(torch.deg2rad(torch.from_numpy(np.asarray(a, np.float64))) for a in angles_deg))
 
 
 def sphere_fsc(a: np.ndarray, b: np.ndarray, pixel: float, radius: float = 95.0) -> np.ndarray:

@@ -57,6 +57,9 @@ def main() -> None:
         "median_error_deg": round(float(np.median(errors)), 3),
         "share_below_5_deg": round(float(np.mean(errors < 5)), 4),
         "truth_fsc_9_06A": round(float(curve[25]), 4),
+        "truth_fsc_8_09A": round(float(curve[28]), 4),
+        "truth_fsc_7_55A": round(float(curve[30]), 4),
+        "succeeded": bool(result["succeeded"]),
         "cpu_seconds": round(seconds[0], 1),
     }))  # fmt: skip
 

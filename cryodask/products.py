@@ -49,6 +49,7 @@ PARTS: dict[str, dict[str, str]] = {
         "final": "unsharpened map of all particles, with voxel size and point group",
         "half_maps": "two independent unfiltered half-maps",
         "fsc": "corrected FSC, and the mask it applies to",
+        "verdict": "whether a refinement has succeeded, with the evidence",
         "view": "sharpened or locally filtered map for viewing, docking and model building; never a reference",
     },
     "mask": {"mask": "soft mask on the grid of a map"},

@@ -328,12 +328,25 @@ register(
             "first interpolated crossing of 0.143 by the corrected FSC, within the shells that exceed noise",
         ),
         Var("iteration_resolution_angstrom", ("iteration",), "f8", "angstrom", "supported resolution after each iteration"),
+    ],
+    "map.fsc",
+)
+register(
+    [
         Var("succeeded", (), "?", "1", "whether the evidence that needs no truth speaks for the map"),
         Var("pose_certainty", (), "f8", "1", "mean share of a particle's likeliest pose in its posterior, at the first decisive pass"),
         Var("held_out_gain", (), "f8", "nat", "gain of log-likelihood per unseen particle by detail finer than the start"),
         Var("held_out_z", (), "f8", "1", "the same in standard errors"),
+        Var("iteration_log_likelihood", ("iteration",), "f8", "nat", "mean log-likelihood per particle in each iteration"),
+        Var(
+            "iteration_certainty",
+            ("iteration",),
+            "f8",
+            "1",
+            "mean share of a particle's likeliest pose in each iteration; NaN: poses were drawn",
+        ),
     ],
-    "map.fsc",
+    "map.verdict",
 )
 register(
     [

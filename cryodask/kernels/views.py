@@ -26,6 +26,8 @@ ORDER = 3
 COARSE_RINGS = 8
 PARENT_RINGS = 9
 KEPT_PARENTS = 48
+START_NATS = 40.0
+"""A view of the coarse grid this much below the best cannot be the right one, even if it lies badly to the pose."""
 _TOGETHER = 2
 """Particles whose children are scored together: their tables and scores must stay in the cache."""
 _MARGIN = 8
@@ -71,6 +73,8 @@ def _posteriors(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Places in ``rows``, log posteriors `(n, shift, view, psi)`, and the views' rows in the bank `(n, view)`, lot by lot."""
     bank, device = views.bank, str(rows.device)
+    if not len(rows):
+        return
 
     def score(lot: Tensor, table: Tensor, level: ex.Level, offsets: Tensor) -> Tensor:
         centres = torch.zeros(len(lot), 2, device=device)
@@ -125,19 +129,20 @@ def evidence(data: ex.Particles, rows: Tensor, views: Views, noise_power: Tensor
 
 
 def start_poses(data: ex.Particles, rows: Tensor, views: Views, noise_power: Tensor, sigma_px: float, keep: int) -> Candidates:
-    """The ``keep`` likeliest views of each particle, with the best in-plane angle and shift of each."""
-    rotations, shifts = [], []
+    """The ``keep`` likeliest views of each particle within :data:`START_NATS`, with the best in-plane angle and shift of each."""
+    rotations, shifts, counts = [], [], []
     keep = min(keep, len(views.bank.rotations))
     for _, scores, places in _posteriors(data, rows, views, noise_power, sigma_px):
         best, angles = scores.amax(1).max(-1)
-        top = best.topk(keep, 1).indices
+        score, top = best.topk(keep, 1)
+        counts.append((score >= score[:, :1] - START_NATS).sum(1))
         angle = angles.gather(1, top)
         count = scores.shape[1]
         of_views = scores.gather(2, top[:, None, :, None].expand(-1, count, -1, scores.shape[3]))
         shift = of_views.gather(3, angle[:, None, :, None].expand(-1, count, -1, 1))[..., 0].argmax(1)
         rotations.append(ex.psi_rotation(angle, scores.shape[-1]) @ views.bank.rotations[places.gather(1, top)])
         shifts.append(views.offsets[shift])
-    return Candidates(torch.cat(rotations), torch.cat(shifts), torch.full((len(rows),), keep, device=rows.device))
+    return Candidates(torch.cat(rotations), torch.cat(shifts), torch.cat(counts))
 
 
 def scale_terms(

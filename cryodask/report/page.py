@@ -88,7 +88,8 @@ def facts(project: Project) -> list[tuple[str, str]]:
         out.append(("defocus", f"{mean.min() / 1e4:.2f} to {mean.max() / 1e4:.2f} µm"))
     found = _latest(project, "map", "fsc")
     if found is not None:
-        out.append(("resolution", f"{float(found['resolution_angstrom']):.2f} Å"))
+        value = float(found["resolution_angstrom"])
+        out.append(("resolution", f"{value:.2f} Å" if np.isfinite(value) else "none: the refinement has not succeeded"))
     return out
 
 
@@ -103,7 +104,9 @@ def resolution_sentences(project: Project) -> list[str]:
         mask = step.inputs["mask"][0].step
         value = float(project[post]["resolution_angstrom"])
         out.append(
-            f"The resolution is {value:.2f} Å: the first interpolated crossing of 0.143 by the FSC corrected for the mask (phase "
+            f"No resolution is stated, because step “{maps}” has not succeeded: its half-maps may agree on a wrong map."
+            if np.isnan(value)
+            else f"The resolution is {value:.2f} Å: the first interpolated crossing of 0.143 by the FSC corrected for the mask (phase "
             "randomisation), within the shells where the unmasked FSC stands out from noise. It compares the two unmasked, unsharpened "
             f"half-maps of step “{maps}”, which were refined independently, under the soft mask of step “{mask}”."
         )

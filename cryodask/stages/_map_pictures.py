@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from cryodask.stage import Picture
-
-if TYPE_CHECKING:
-    import xarray as xr
 
 
 def _axes(width: float = 5.0, height: float = 3.2) -> tuple[Any, Any]:
@@ -18,36 +15,6 @@ def _axes(width: float = 5.0, height: float = 3.2) -> tuple[Any, Any]:
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
-
-
-def draw_correlation(ds: xr.Dataset) -> Picture:
-    """FSC curves."""
-    figure, axes = _axes()
-    frequency = 1.0 / ds["shell_resolution_angstrom"].values
-    for name, label in (
-        ("fsc_unmasked", "unmasked"),
-        ("fsc_masked", "masked"),
-        ("fsc_randomised", "masked, random phases"),
-        ("fsc_corrected", "corrected"),
-    ):
-        if name in ds:
-            axes.plot(frequency, ds[name].values, label=label, linewidth=2.0 if name == "fsc_corrected" else 1.0)
-    axes.axhline(0.143, color="grey", linewidth=0.8, linestyle=":")
-    axes.set(xlabel="spatial frequency, 1/Å", ylabel="Fourier shell correlation", ylim=(-0.1, 1.02), xlim=(0.0, float(frequency.max())))
-    axes.legend(fontsize=8)
-    caption = "Correlation of the two half-maps. It is high by construction below the low-pass limit of the start map."
-    if "resolution_angstrom" in ds:
-        caption += f" The corrected curve falls below 0.143 at {float(ds['resolution_angstrom']):.2f} Å."
-    return Picture("Resolution", caption, figure)
-
-
-def draw_iterations(resolutions: np.ndarray) -> Picture:
-    """Supported resolution after each search."""
-    figure, axes = _axes()
-    axes.plot(np.arange(1, len(resolutions) + 1), 1.0 / np.asarray(resolutions), marker="o")
-    axes.set(xlabel="iteration", ylabel="supported frequency, 1/Å", ylim=(0.0, None))
-    caption = "How far the half-maps agreed after each iteration, by the strict rule that limits the next search."
-    return Picture("Iterations", caption, figure)
 
 
 def draw_slices(volume: np.ndarray, pixel_angstrom: float, title: str, caption: str) -> Picture:
@@ -69,18 +36,6 @@ def draw_slices(volume: np.ndarray, pixel_angstrom: float, title: str, caption: 
     panels[1, 0].plot([2, 2 + bar], [2, 2], color="white", linewidth=3)
     panels[1, 0].text(2, 4, "50 Å", color="white", fontsize=8)
     return Picture(title, caption, figure)
-
-
-def draw_views(rot_deg: np.ndarray, tilt_deg: np.ndarray) -> Picture:
-    """Distribution of views over the sphere, equal-area bins."""
-    figure, axes = _axes()
-    rot = (np.asarray(rot_deg) + 180.0) % 360.0 - 180.0
-    counts, x, y = np.histogram2d(rot, np.cos(np.deg2rad(np.asarray(tilt_deg))), bins=(36, 18), range=((-180.0, 180.0), (-1.0, 1.0)))
-    image = axes.pcolormesh(x, y, counts.T, cmap="viridis")
-    figure.colorbar(image, ax=axes, label="particles")
-    axes.set(xlabel="rot, degrees", ylabel="cos(tilt)")
-    caption = "Views of the particles in bins of equal area. With a point group only its asymmetric unit is filled."
-    return Picture("Orientations", caption, figure)
 
 
 def montage(

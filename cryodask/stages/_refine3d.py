@@ -86,7 +86,9 @@ def start(params: Refine3DParams, particles: ParticleSet, inputs: dict[str, Any]
         "stalled": 0, "fine": False, "checked": False, "done": False, "count": particles.count, "box": box, "length_angstrom": length,
         "mask_diameter_angstrom": diameter, "shift_range_angstrom": shift_range, "shift_sigma_angstrom": reach / 2,
         "reach_angstrom": reach, "rings": rings, "start_rings": rings, "best_rings": 0, "best_log_likelihood": -math.inf, "scale": 0.0,
-        "maps": torch.stack([reference, reference]).numpy(), "noise_power": np.ones(box // 2), "resolutions": np.zeros(0),
+        "maps": torch.stack([reference, reference]).numpy(), "noise_power": np.ones(box // 2),
+        "resolutions": np.zeros(0), "likelihoods": np.zeros(0),
+        "certainties": np.zeros(0),
         "pose_certainty": math.nan, "grids": np.zeros(0, np.float32),
     }  # fmt: skip
 
@@ -166,8 +168,8 @@ def expect(
         start_poses = vw.start_poses(block.polar, everything, shared.views, shared.noise_power, sigma, rf.KEPT_VIEWS)  # type: ignore[arg-type]
         # the last pose may lie between the views of the grid
         start_poses = local_search.Candidates(
-            torch.cat([start_poses.rotations, old.rotations[:, :1]], 1),
-            torch.cat([start_poses.shifts_px, old.shifts_px[:, :1]], 1),
+            torch.cat([old.rotations[:, :1], start_poses.rotations], 1),
+            torch.cat([old.shifts_px[:, :1], start_poses.shifts_px], 1),
             start_poses.count + 1,
         )
         nats = local_search.NATS
@@ -318,6 +320,8 @@ def maximise(params: Refine3DParams, state: State, sums: list[Sums], context: Co
     rf.update_shifts(new, sum(s["shift_square"] for s in sums) / total)
     new["mean_log_likelihood"] = sum(s["log_likelihood"] for s in sums) / total
     new["certainty"] = sum(s["certainty"] for s in sums) / total
+    new["likelihoods"] = np.append(state["likelihoods"], new["mean_log_likelihood"])
+    new["certainties"] = np.append(state["certainties"], math.nan if drawn else new["certainty"])
     rf.next_phase(state, new, iterations=params.iterations)
     if new["phase"] != "draw":
         new["grids"] = np.zeros(0, np.float32)
@@ -380,5 +384,7 @@ def result(params: Refine3DParams, state: State, columns: Columns) -> dict[str, 
         "resolution_angstrom": state["resolution_angstrom"],
         "shell_resolution_angstrom": state["length_angstrom"] / np.maximum(shells, 0.5),
         "iteration_resolution_angstrom": state["resolutions"],
+        "iteration_log_likelihood": state["likelihoods"],
+        "iteration_certainty": state["certainties"],
         **{name: state[name] for name in ("succeeded", "pose_certainty", "held_out_gain", "held_out_z")},
     }

@@ -38,9 +38,10 @@ def _memory(params: PostprocessParams, sizes: Sizes) -> float:
 
 
 @stage(
-    version=1,
+    version=2,
     shape="whole",
     needs=["half_map", "solvent_mask", "map_pixel_size_angstrom"],
+    optional=["succeeded"],
     outputs=[Output("map", "map", ("fsc", "view"), on="map", frame="same")],
     gives=[
         "shell_resolution_angstrom",
@@ -61,6 +62,7 @@ def postprocess(
     half_map: np.ndarray,
     solvent_mask: np.ndarray,
     map_pixel_size_angstrom: float,
+    succeeded: bool | None = None,
     context: Context,
 ) -> dict[str, Any]:
     """Measure the resolution of the masked half-maps and sharpen their mean.
@@ -70,6 +72,7 @@ def postprocess(
     deviations (a mask made from noise selects the regions where it agrees), and only if it persists when phases are randomised from the
     end of the strong shells on (a mask smears signal that ends abruptly). The mean map is weighted by sqrt(2 FSC / (1 + FSC)),
     sharpened by the B-factor of a line through its Guinier plot (Rosenthal & Henderson 2003) and low-pass filtered at the resolution.
+    If the refinement of the half-maps has not succeeded, their correlation says nothing about the molecule, and no resolution is given.
     With fewer than three shells between ``fit_from_angstrom`` and the resolution no fit is possible, and the B-factor is 0. The detector
     MTF is not corrected.
     """
@@ -106,7 +109,7 @@ def postprocess(
         "fsc_masked": curves.masked.cpu().numpy(),
         "fsc_randomised": curves.randomised.cpu().numpy(),
         "fsc_corrected": curves.corrected.cpu().numpy(),
-        "resolution_angstrom": resolution,
+        "resolution_angstrom": resolution if succeeded is None or bool(succeeded) else float("nan"),
         "b_factor_angstrom2": float(b_factor),
         "sharpened_map": final.cpu().numpy(),
     }
@@ -123,7 +126,8 @@ _CURVES = {
 @postprocess.sentence
 def says(result: Mapping[str, Any]) -> str:
     """The most important figure."""
-    return f"resolution {float(result['resolution_angstrom']):.2f} A"
+    resolution = float(result["resolution_angstrom"])
+    return "no resolution, for the refinement has not succeeded" if np.isnan(resolution) else f"resolution {resolution:.2f} A"
 
 
 @postprocess.figures
@@ -148,15 +152,17 @@ def draw_fsc(ds: xr.Dataset, how: str) -> Picture:
     for name, (label, colour) in _CURVES.items():
         axes.plot(frequency, ds[name].values, label=label, color=colour, lw=1.8 if name == "fsc_corrected" else 1.2)
     axes.axhline(0.143, color="black", lw=0.6, ls=":")
-    axes.axvline(1.0 / resolution, color="black", lw=0.6, ls=":")
+    if np.isfinite(resolution):
+        axes.axvline(1.0 / resolution, color="black", lw=0.6, ls=":")
     axes.set(xlabel="spatial frequency, 1/Å", ylabel="FSC", ylim=(-0.1, 1.03), xlim=(0, frequency[-1]))
     ticks = [t for t in axes.get_xticks() if 0 < t <= frequency[-1]]
     axes.set_xticks(ticks, [f"1/{1 / t:.1f}" for t in ticks])
     axes.legend(frameon=False)
-    caption = (
-        f"Fourier shell correlation of the two half-maps of this run, unmasked and under the soft mask of stage mask. Resolution "
-        f"{resolution:.2f} Å: {how}"
-    )
+    caption = "Fourier shell correlation of the two half-maps of this run, unmasked and under the soft mask of stage mask. "
+    if np.isfinite(resolution):
+        caption += f"Resolution {resolution:.2f} Å: {how}"
+    else:
+        caption += "No resolution: the refinement has not succeeded, and its half-maps may agree on a wrong map."
     return Picture("Fourier shell correlation", caption, figure)
 
 

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     import xarray as xr
 
 
+_FIGURES = ("resolution_angstrom", "pose_certainty", "held_out_gain", "held_out_z")
+
+
 class Refine3DParams(Params):
     """Parameters of ``refine3d``."""
 
@@ -45,12 +48,13 @@ class Refine3DParams(Params):
     ],
     outputs=[
         Output("particles", "particles", ("pose",), on="particles", frame="same"),
-        Output("map", "map", ("final", "half_maps", "fsc"), frame="same"),
+        Output("map", "map", ("final", "half_maps", "fsc", "verdict"), frame="same"),
     ],
     gives=[
         "half_map", "final_map", "map_pixel_size_angstrom", "rot_deg", "tilt_deg", "psi_deg", "centre_y_angstrom", "centre_x_angstrom",
         "log_likelihood", "resolution_angstrom", "fsc_unmasked", "fsc_masked", "fsc_randomised", "fsc_corrected",
         "shell_resolution_angstrom", "iteration_resolution_angstrom", "succeeded", "pose_certainty", "held_out_gain", "held_out_z",
+        "iteration_log_likelihood", "iteration_certainty",
     ],
     params=Refine3DParams,
     functions="cryodask.stages._refine3d",
@@ -83,13 +87,12 @@ def says(result: Mapping[str, Any]) -> str:
 
 @refine3d.figures  # type: ignore[attr-defined]  # mypy does not see what class decorators return
 def draw(ds: xr.Dataset) -> Iterator[Picture]:
-    """FSC of the half-maps, resolution by iteration, the map and the views."""
-    from cryodask.stages._map_pictures import draw_correlation, draw_iterations, draw_slices, draw_views
+    """The evidence in one picture with the verdict, the map, and both halves."""
+    from cryodask.stages._map_pictures import draw_slices
+    from cryodask.stages._verdict_pictures import draw_evidence, draw_halves
 
-    if "fsc_corrected" in ds:
-        yield draw_correlation(ds)
-    if "iteration_resolution_angstrom" in ds:
-        yield draw_iterations(ds["iteration_resolution_angstrom"].values)
+    if "fsc_corrected" in ds and "succeeded" in ds:
+        yield draw_evidence(ds, says({name: ds[name].values for name in _FIGURES}))
     if "final_map" in ds:
         yield draw_slices(
             ds["final_map"].values,
@@ -97,5 +100,7 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
             "Refined map",
             "Sections and projections of the refined, unsharpened map.",
         )
-    if "rot_deg" in ds:
-        yield draw_views(ds["rot_deg"].values, ds["tilt_deg"].values)
+    if "half_map" in ds and "final_map" in ds:
+        yield draw_halves(
+            ds["half_map"].values, ds["final_map"].values, float(ds["map_pixel_size_angstrom"]), float(ds["resolution_angstrom"])
+        )

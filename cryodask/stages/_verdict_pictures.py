@@ -1,0 +1,124 @@
+"""Report figures of a refinement: the evidence for its map, and its halves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cryodask.kernels.verdict import CERTAIN
+from cryodask.stage import Picture
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+_CURVES = (
+    ("fsc_unmasked", "unmasked", "#888888"),
+    ("fsc_masked", "masked", "#1f77b4"),
+    ("fsc_randomised", "masked, random phases", "#d62728"),
+    ("fsc_corrected", "corrected", "black"),
+)
+
+
+def draw_evidence(ds: xr.Dataset, sentence: str) -> Picture:
+    """FSC curves, likelihood and pose certainty by iteration, and the sphere of views; ``sentence`` is the verdict."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.0, 6.4), layout="constrained")
+    _correlation(figure.add_subplot(2, 2, 1), ds)
+    if "rot_deg" in ds:
+        _sphere(figure.add_subplot(2, 2, 2, projection="mollweide"), ds["rot_deg"].values, ds["tilt_deg"].values)
+    likelihood, certainty = (ds[name].values for name in ("iteration_log_likelihood", "iteration_certainty"))
+    iteration = np.arange(1, len(likelihood) + 1)
+    axes = figure.add_subplot(2, 2, 3)
+    axes.plot(iteration, likelihood, marker="o", markersize=3)
+    axes.set(xlabel="iteration", ylabel="log-likelihood per particle")
+    axes = figure.add_subplot(2, 2, 4)
+    axes.plot(iteration, certainty, marker="o", markersize=3)
+    axes.axhline(CERTAIN, color="grey", linewidth=0.8, linestyle=":")
+    axes.set(xlabel="iteration", ylabel="share of the likeliest pose", ylim=(0.0, 1.02), xlim=(0.5, len(iteration) + 0.5))
+    caption = (
+        f"{sentence[:1].upper()}{sentence[1:]}. Correlation of the half-maps (high by construction below the low-pass of the start map; it "
+        "does not show errors that both halves inherited); views of the particles; likelihood, which rises wherever finer rings "
+        "are scored; mean share of a particle\u2019s likeliest pose in its posterior, which must exceed the dotted line when the rings "
+        "first decide the orientations."
+    )
+    return Picture("Evidence", caption, figure)
+
+
+def _correlation(axes: Any, ds: xr.Dataset) -> None:
+    frequency = 1.0 / ds["shell_resolution_angstrom"].values
+    for name, label, colour in _CURVES:
+        axes.plot(frequency, ds[name].values, label=label, color=colour, linewidth=1.8 if name == "fsc_corrected" else 1.0)
+    axes.axhline(0.143, color="grey", linewidth=0.8, linestyle=":")
+    axes.set(
+        xlabel="spatial frequency, 1/\u00c5", ylabel="Fourier shell correlation", ylim=(-0.1, 1.02), xlim=(0.0, float(frequency.max()))
+    )
+    axes.legend(fontsize=7)
+
+
+def _sphere(axes: Any, rot_deg: np.ndarray, tilt_deg: np.ndarray) -> None:
+    """Views in bins of equal area on the whole sphere."""
+    longitude = np.deg2rad((np.asarray(rot_deg, float) + 180.0) % 360.0 - 180.0)
+    latitude = np.pi / 2.0 - np.deg2rad(np.asarray(tilt_deg, float))
+    edges = np.linspace(-np.pi, np.pi, 37), np.arcsin(np.linspace(-1.0, 1.0, 19))
+    counts, _, _ = np.histogram2d(longitude, latitude, bins=edges)
+    image = axes.pcolormesh(*edges, counts.T, cmap="viridis")
+    axes.figure.colorbar(image, ax=axes, label="particles", shrink=0.7)
+    axes.set_xticklabels([])
+    axes.set_yticklabels([])
+    axes.set_title("views (with a point group, its asymmetric unit)", fontsize=8)
+
+
+def draw_halves(halves: np.ndarray, final: np.ndarray, pixel_angstrom: float, resolution_angstrom: float) -> Picture:
+    """Central sections and surfaces of the half-maps `(2, z, y, x)`, low-passed at the resolution."""
+    from matplotlib.figure import Figure
+
+    n = final.shape[-1]
+    figure = Figure(figsize=(8.0, 4.4), layout="constrained")
+    panels = figure.subplots(2, 4)
+    for row, half in enumerate(halves):
+        smooth = _low_passed(half, n * pixel_angstrom / resolution_angstrom)
+        for column, axis in enumerate((0, 2)):
+            section = np.take(smooth, n // 2, axis)
+            panels[row, column].imshow(
+                section, cmap="gray", origin="lower", vmin=np.percentile(section, 1), vmax=np.percentile(section, 99.8)
+            )
+            panels[row, column].set_title(f"half {row + 1}, section across {'zyx'[axis]}", fontsize=8)
+        for column, axis in ((2, 0), (3, 2)):
+            panels[row, column].imshow(surface(smooth, axis), cmap="gray", origin="lower", vmin=0.0, vmax=1.0)
+            panels[row, column].set_title(f"surface along {'zyx'[axis]}", fontsize=8)
+    for panel in panels.flat:
+        panel.set_axis_off()
+    caption = (
+        f"The two half-maps, low-passed at {resolution_angstrom:.1f} \u00c5. Where they differ there is noise. The surface encloses the "
+        "densest voxels: those above a quarter of the 99.9th percentile."
+    )
+    return Picture("Half-maps", caption, figure)
+
+
+def _low_passed(volume: np.ndarray, shell: float) -> np.ndarray:
+    import torch
+
+    from cryodask.kernels.projection import cut_map
+
+    return cut_map(torch.from_numpy(np.asarray(volume, np.float32)), shell).numpy()
+
+
+def surface(volume: np.ndarray, axis: int) -> np.ndarray:
+    """Surface of a map seen along an axis, lit from the viewer, 0 (background) to 1, at a quarter of the 99.9th percentile."""
+    seen = np.moveaxis(volume, axis, 0)
+    threshold = 0.25 * float(np.percentile(seen, 99.9))
+    inside = seen > threshold
+    hit = inside.any(0)
+    first = inside.argmax(0)
+    rows, columns = np.indices(first.shape)
+    before = np.maximum(first - 1, 0)
+    here, there = seen[first, rows, columns], seen[before, rows, columns]
+    depth = first - np.clip((here - threshold) / np.maximum(here - there, 1e-12), 0.0, 1.0)
+    gradient = np.stack(np.gradient(seen), 0)[:, first, rows, columns]
+    facing = np.abs(gradient[0]) / np.maximum(np.linalg.norm(gradient, axis=0), 1e-12)
+    far = np.where(hit, depth, np.nan)
+    span = max(float(np.nanmax(far) - np.nanmin(far)), 1.0) if hit.any() else 1.0
+    nearness = 1.0 - 0.4 * (depth - (float(np.nanmin(far)) if hit.any() else 0.0)) / span
+    return np.where(hit, (0.25 + 0.75 * facing) * nearness, 0.0)
