@@ -23,8 +23,20 @@ import torch
 from scipy.spatial.transform import Rotation
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _molecules import AMPLITUDE_CONTRAST, MOLECULES, POSE_LABELS, SPHERICAL_ABERRATION_MM, STACKS, VOLTAGE_KV, Poses
-from _molecules import density, project, random_columns, read_atoms, read_rows
+from _molecules import (
+    AMPLITUDE_CONTRAST,
+    MOLECULES,
+    POSE_LABELS,
+    SPHERICAL_ABERRATION_MM,
+    STACKS,
+    VOLTAGE_KV,
+    Poses,
+    density,
+    project,
+    random_columns,
+    read_atoms,
+    read_rows,
+)
 from _stacks import read_map
 
 from cryodask.formats.mrc import open_mrc, write_mrc
@@ -187,8 +199,11 @@ def _grey_scale(particles: Particles) -> float:
 def parameters(case: Case, lowpass_angstrom: float = 15.0) -> Refine3DParams:
     """Parameters of a refinement that starts from the truth at a low resolution."""
     return Refine3DParams(
-        symmetry=case.symmetry, reference=str(case.truth), lowpass_angstrom=lowpass_angstrom, mask_diameter_angstrom=case.mask_diameter_angstrom
-    )  # fmt: skip
+        symmetry=case.symmetry,
+        reference=str(case.truth),
+        lowpass_angstrom=lowpass_angstrom,
+        mask_diameter_angstrom=case.mask_diameter_angstrom,
+    )
 
 
 def pass_state(case: Case, particles: Particles, params: Refine3DParams, phase: str, finest_angstrom: float) -> State:
@@ -267,7 +282,7 @@ def relion_local(case: Case, particles: Particles, folder: Path, counts: tuple[i
     """
     if shutil.which("relion_refine") is None:
         return None
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "out").mkdir(parents=True, exist_ok=True)
     write_mrc(folder / "reference.mrc", particles.truth, particles.pixel)
     wanted = 0.45 * np.degrees(case.finest_angstrom / (case.mask_diameter_angstrom / 2))
     order = next(o for o in range(2, 9) if 58.6 / 2 ** (o + 1) <= wanted)
@@ -279,9 +294,9 @@ def relion_local(case: Case, particles: Particles, folder: Path, counts: tuple[i
         write_mrc(folder / "images.mrcs", particles.images(np.arange(count)), particles.pixel, stack=True)
         starfile.write(some, folder / "some.star", overwrite=True)
         command = (
-            f"relion_refine --i some.star --o run --ref reference.mrc --iter 1 --ini_high {case.finest_angstrom} --ctf --oversampling 1 "
-            f"--particle_diameter {case.mask_diameter_angstrom:g} --healpix_order {order} --sigma_ang {58.6 / 2**order * 2:.3f} "
-            f"--offset_range 3 --offset_step 2 --sym {case.symmetry} --pad 2 --norm --scale --zero_mask --flatten_solvent "
+            f"relion_refine --i some.star --o out/run --ref reference.mrc --iter 1 --ini_high {case.finest_angstrom} --ctf "
+            f"--oversampling 1 --particle_diameter {case.mask_diameter_angstrom:g} --healpix_order {order} "
+            f"--sigma_ang {58.6 / 2**order * 2:.3f} --offset_range 3 --offset_step 2 --sym {case.symmetry} --pad 2 --norm --scale --zero_mask --flatten_solvent "
             "--preread_images --j 1 --skip_maximize --perturb 0"
         )
         with open(folder / "log", "w") as log:

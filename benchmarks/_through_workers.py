@@ -1,4 +1,4 @@
-"""One local pass of refine3d on local workers: what moves between them, what they hold; and what 200,000 particles cost by measured costs."""
+"""One local pass of refine3d on local workers: what moves between them, and what they hold."""
 
 from __future__ import annotations
 
@@ -137,7 +137,8 @@ def one_pass(case: Case, count: int, workers: int, finest_angstrom: float, folde
     each = lambda some: round(1e3 * sum(e["cpu"] for e in some) / count, 2)  # noqa: E731
     return {
         "particles": count, "workers": workers, "leaves": len(leaves), "rings": state["rings"], "wall_seconds": round(wall, 1),
-        "load_ms": each(loads), "expect_ms": each(done), "maximise_seconds": round(sum(e["cpu"] for e in events if e["event"] == "maximise"), 1),
+        "load_ms": each(loads), "expect_ms": each(done),
+        "maximise_seconds": round(sum(e["cpu"] for e in events if e["event"] == "maximise"), 1),
         "kept_per_particle": sum(e["kept"] for e in loads) / count, "sums": done[0]["sums"], "moved": moved[0],
         "model": model.between_workers, "bytes_over_model": round(moved[0] / model.between_workers, 4) if model.between_workers else None,
         "worker_peak": max(m["VmHWM"] for m in memory.values()),

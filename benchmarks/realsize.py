@@ -82,7 +82,8 @@ def whole(case: Case, target: dict[str, float]) -> dict[str, Any]:
     median, beyond, shift = errors(particles, columns, case.symmetry)
     curve = sphere_fsc(np.asarray(result["final_map"]), particles.truth, pixel, 0.475 * case.mask_diameter_angstrom)
     row = {
-        "cpu_seconds": round(seconds, 1), "median_deg": round(median, 3), "beyond_5_deg": round(beyond, 4), "shift_angstrom": round(shift, 3),
+        "cpu_seconds": round(seconds, 1), "median_deg": round(median, 3), "beyond_5_deg": round(beyond, 4),
+        "shift_angstrom": round(shift, 3),
         **{f"fsc_{a}": round(float(curve[s]), 3) for a in SHELLS_ANGSTROM if (s := round(box * pixel / a)) < len(curve)},
         "reported_angstrom": round(float(result["resolution_angstrom"]), 2), "succeeded": bool(result["succeeded"]),
         "passes": int(state["passes"]),
@@ -243,7 +244,8 @@ def one_leaf(case: Case) -> dict[str, Any]:
         reset_peak()
         sums, found = functions.expect(bench.params, bench.state, shared, block, columns, context)
     return {
-        "particles": count, "idle": idle, "prepare": prepared, "load": loaded, "expect": resident(), "peak": max(prepared, loaded, resident()),
+        "particles": count, "idle": idle, "prepare": prepared, "load": loaded, "expect": resident(),
+        "peak": max(prepared, loaded, resident()),
         "kept_per_particle": kept_bytes(block) / count, "sums": sum(int(getattr(v, "nbytes", 8)) for v in sums.values()),
         "columns_per_particle": sum(v.nbytes for v in found.values()) / count,
         "state": sum(int(getattr(v, "nbytes", 8)) for v in bench.state.values()),
