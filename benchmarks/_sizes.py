@@ -296,7 +296,8 @@ def relion_local(case: Case, particles: Particles, folder: Path, counts: tuple[i
         command = (
             f"relion_refine --i some.star --o out/run --ref reference.mrc --iter 1 --ini_high {case.finest_angstrom} --ctf "
             f"--oversampling 1 --particle_diameter {case.mask_diameter_angstrom:g} --healpix_order {order} "
-            f"--sigma_ang {58.6 / 2**order * 2:.3f} --offset_range 3 --offset_step 2 --sym {case.symmetry} --pad 2 --norm --scale --zero_mask --flatten_solvent "
+            f"--sigma_ang {58.6 / 2**order * 2:.3f} --offset_range 3 --offset_step 2 "
+            f"--sym {case.symmetry} --pad 2 --norm --scale --zero_mask --flatten_solvent "
             "--preread_images --j 1 --skip_maximize --perturb 0"
         )
         with open(folder / "log", "w") as log:
