@@ -16,6 +16,7 @@ from cryodask.kernels.projection import cut_map
 from cryodask.kernels.symmetry import symmetry_operators
 from cryodask.run.blocks import ParticlesInMemory, iterate_here
 from cryodask.stage import Context, ParticleBlock, ParticleSet
+from cryodask.stages import _refinement as rf
 from cryodask.stages.refine3d import Refine3DParams, refine3d
 
 BOX, PIXEL = 48, 4.0
@@ -238,3 +239,22 @@ def test_no_figure_is_given_where_the_particles_are_not_of_the_map(tmp_path, wro
     assert not result["succeeded"]
     assert result["resolution_angstrom"] == 192.0 / 4
     assert refine3d.says(result).startswith("not solved")
+
+
+def test_a_block_without_particles_for_the_map_adds_nothing(tmp_path):
+    volume = blob_map(BOX, "D2", blobs=8)
+    images, particles, _, _ = simulate(volume, 24, pixel=PIXEL, snr=0.2)
+    params = Refine3DParams(reference=write_map(tmp_path / "start.mrc", volume), mask_diameter_angstrom=140.0, symmetry="D2")
+    state = functions.start(params, particles, {})
+    state |= {"start_maps": state["maps"], "noise_power": np.full(BOX // 2, 1.0), "iteration": 6}
+    state |= rf.beginning(state, 24) | {"rings": 8}
+    index = np.arange(24)
+    block = functions.load(params, state, ParticleBlock(index, images, particles.columns, PIXEL, 0), Context())
+    for phase in ("draw", "global", "local"):
+        state["phase"] = phase
+        shared = functions.prepare(params, state, 0, Context())
+        columns = functions._no_poses(24) | {"in_map": np.zeros(24, bool)}
+        sums, found = functions.expect(params, state, shared, block, columns, Context())
+        assert sums["count"] == 0
+        assert not sums["grid"].any()
+        assert np.array_equal(found["mode_rotation"], columns["mode_rotation"])

@@ -58,7 +58,7 @@ def class_sums(
     weight = torch.zeros_like(numerator)
     mode = torch.arange(limit + 1, device=rows.device).float()
     for lot in torch.arange(len(rows), device=rows.device).split(256) if len(rows) else ():
-        contrast = data.polar_ctf[rows[lot]]
+        contrast = data.polar_ctf[rows[lot]].float()
         phase = shift_phases(shifts_px[lot], grid.ky.reshape(-1), grid.kx.reshape(-1), grid.box).reshape(len(lot), rings, grid.ky.shape[-1])
         turn = torch.polar(weights[lot][:, None].expand(-1, limit + 1), angle_rad[lot][:, None] * mode)[..., None]
         numerator.index_add_(0, slot[lot], polar.angular_modes(data.polar_images[rows[lot]] * contrast * phase, limit) * turn)
@@ -154,7 +154,7 @@ def residual_power(data: Particles, rows: Tensor, found: dict[str, Tensor], shif
     turn = torch.polar(torch.ones_like(found["angle"][:, :1]), -found["angle"][:, :1] * torch.arange(limit + 1, device=rows.device))
     model = modes_to_half_circle(modes * turn[..., None], grid.angle_count)
     phase = shift_phases(-shifts_px, grid.ky.reshape(-1), grid.kx.reshape(-1), grid.box).reshape(model.shape)
-    difference = data.polar_images[rows] - model * phase * data.polar_ctf[rows]
+    difference = data.polar_images[rows] - model * phase * data.polar_ctf[rows].float()
     out = torch.zeros(len(rows), grid.rings + 1, dtype=torch.float64, device=rows.device)
     out[:, 1:] = difference.abs().square().mean(-1).double()
     return out

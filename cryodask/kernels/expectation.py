@@ -37,7 +37,7 @@ class Particles:
     """Particle images on polar rings, ready for scoring.
 
     ``index`` `(n,)` numpy int64, index in the set; ``polar_images`` `(n, ring, half angle)` complex64 of masked images;
-    ``polar_ctf`` the CTF there.
+    ``polar_ctf`` the CTF there, float16.
     """
 
     index: np.ndarray
@@ -93,7 +93,7 @@ def load_particles(
         lot = slice(start, start + 256)
         x = torch.as_tensor(np.ascontiguousarray(images[lot], dtype=np.float32), device=device)
         some = {name: columns[name][lot] for name in _OF_THE_CTF}
-        parts.append((polar.polar_transforms(x * mask, grid), ctf_values(some, grid.ky, grid.kx, box * pixel_size_angstrom)))
+        parts.append((polar.polar_transforms(x * mask, grid), ctf_values(some, grid.ky, grid.kx, box * pixel_size_angstrom).half()))
     polar_images, polar_ctf = (torch.cat(p) for p in zip(*parts))
     return Particles(np.asarray(index), grid, polar_images, polar_ctf)
 
@@ -125,7 +125,7 @@ def image_modes(
     """
     grid, limit = data.grid, polar.mode_limit(rings)
     ky, kx = (_thinned(k, rings) for k in (grid.ky, grid.kx))
-    contrast = _thinned(data.polar_ctf[rows], rings)
+    contrast = _thinned(data.polar_ctf[rows], rings).float()
     ringwise = (rings, ky.shape[-1])
     at_centre = shift_phases(centres_px, ky.reshape(-1), kx.reshape(-1), grid.box).reshape(-1, *ringwise)
     moved = shift_phases(offsets_px, ky.reshape(-1), kx.reshape(-1), grid.box).reshape(-1, *ringwise)

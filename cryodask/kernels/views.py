@@ -130,6 +130,9 @@ def evidence(data: ex.Particles, rows: Tensor, views: Views, noise_power: Tensor
 
 def start_poses(data: ex.Particles, rows: Tensor, views: Views, noise_power: Tensor, sigma_px: float, keep: int) -> Candidates:
     """The ``keep`` likeliest views of each particle within :data:`START_NATS`, with the best in-plane angle and shift of each."""
+    if not len(rows):
+        nothing = torch.zeros(0, keep, 3, 3, device=rows.device)
+        return Candidates(nothing, nothing[..., 0, :2], torch.zeros(0, dtype=torch.int64, device=rows.device))
     rotations, shifts, counts = [], [], []
     keep = min(keep, len(views.bank.rotations))
     for _, scores, places in _posteriors(data, rows, views, noise_power, sigma_px):
