@@ -199,9 +199,9 @@ def search(
     alive = torch.arange(widest, device=device)[None] < starts[:, None]
     for ring, limit, count in zip(rings, most, steps):
         plane = _plane(ring, radius, str(device))
-        pixels = images.reshape(n, -1)[:, plane.place]
+        pixels = images.flatten(1)[:, plane.place]
         contrast = ctf_at(numbers, plane.ky, plane.kx)
-        own_weight = weight.reshape(-1)[plane.place]
+        own_weight = weight.flatten()[plane.place]
         particle, candidate = torch.nonzero(alive, as_tuple=True)
         for lot in torch.arange(len(particle), device=device).split(max(1, _PIXELS_TOGETHER // len(plane.place))):
             i, k = particle[lot], candidate[lot]
@@ -225,8 +225,8 @@ def insert(
 ) -> None:  # fmt: skip
     """Add slices of all poses with a share above ``least`` to half a grid `(z, y, x, 3)`, in place."""
     plane = _plane(radius, radius, str(images.device))
-    pixels = images.reshape(len(images), -1)[:, plane.place]
-    own_weight = weight.reshape(-1)[plane.place]
+    pixels = images.flatten(1)[:, plane.place]
+    own_weight = weight.flatten()[plane.place]
     flat = grid.view(-1, 3)
     particle, pose = torch.nonzero(shares > least, as_tuple=True)
     for lot in torch.arange(len(particle), device=images.device).split(max(1, _PIXELS_TOGETHER // len(plane.place))):
@@ -249,7 +249,7 @@ def residual(
     """Sums over shells of |image - model|^2, `(particle, radius + 1)` float64; beyond ``ring`` the model is zero."""
     device = str(images.device)
     whole, inner = _plane(radius, radius, device), _plane(ring, radius, device)
-    flat = images.reshape(len(images), -1)
+    flat = images.flatten(1)
     out = torch.zeros(len(images), radius + 1, dtype=torch.float64, device=images.device)
     out.index_add_(1, whole.shell.clamp(max=radius), flat[:, whole.place].abs().square().double())
     for lot in torch.arange(len(images), device=images.device).split(max(1, _PIXELS_TOGETHER // len(inner.place))):
