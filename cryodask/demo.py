@@ -228,7 +228,7 @@ def score(project: Project, truth: Any) -> dict[str, Any]:
         "motion_rms_error_angstrom": round(float(np.sqrt(np.mean(np.square(errors)))), 3),
         "defocus_rms_error_angstrom": round(float(np.sqrt(np.mean((defocus - true_defocus) ** 2))), 1),
         "succeeded": bool(refined["succeeded"]),
-        "resolution_fsc143_angstrom": round(float(post["resolution_angstrom"]), 3),
+        "resolution_fsc143_angstrom": round(float(post["resolution_angstrom"]), 3) if refined["succeeded"] else None,
         "resolution_true_poses_angstrom": round(measure.corrected_resolution(oracle, mask, voxel), 3),
         "resolution_truth_fsc05_angstrom": round(resolution_at(curve, 0.5, box, voxel), 3),
         "pose_error_median_deg": round(float(np.median(docking.degrees)), 2),
