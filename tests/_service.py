@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import ipaddress
 import json
 import os
@@ -10,14 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
-import pytest
+from _command import command
 
-from cryodask import cli
 from cryodask.cluster.service.whereabouts import Whereabouts, folder_of
 
 COMMAND = [sys.executable, "-m", "cryodask.cli"]
@@ -32,20 +30,18 @@ def wait(condition: Callable[[], Any], what: str, seconds: float = 180) -> None:
 
 def cryodask(*words: str, code: int = 0) -> str:
     """What a command says, run in this process; it must end with this status."""
-    said = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
-        patch.setattr(sys, "argv", ["cryodask", *words])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-    assert (ended.value.code or 0) == code, said.getvalue()
-    return said.getvalue()
+    return ended(command(*words), code)
 
 
 def cryodask_process(*words: str, code: int = 0) -> str:
     """The same in a process of its own, which has ended then."""
-    done = subprocess.run([*COMMAND, *words], capture_output=True, text=True, timeout=300)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    return ended(subprocess.run([*COMMAND, *words], capture_output=True, text=True, timeout=300), code)
+
+
+def ended(done: subprocess.CompletedProcess[str], code: int) -> str:
+    said = done.stdout + done.stderr
+    assert done.returncode == code, said
+    return said
 
 
 def holder(name: str) -> psutil.Process:

@@ -376,9 +376,10 @@ def test_a_scheduler_that_is_killed_forgets_five_seconds_at_most(tmp_path):
         str(preload),
     ]
     with open(tmp_path / "log", "w") as log:
-        scheduler = subprocess.Popen([*command, "--dashboard-address", "127.0.0.1:0"], stderr=log)
+        pages = ["--dashboard-address", "127.0.0.1:0", "--no-dashboard"]
+        scheduler = subprocess.Popen([*command, *pages], stderr=log)
         worker_command = [sys.executable, "-m", "distributed.cli.dask_worker", f"tcp://127.0.0.1:{port}", "--nthreads", "1", "--no-nanny"]
-        worker = subprocess.Popen([*worker_command, "--dashboard-address", "127.0.0.1:0", "--local-directory", str(tmp_path)], stderr=log)
+        worker = subprocess.Popen([*worker_command, *pages, "--local-directory", str(tmp_path)], stderr=log)
         try:
             client = Client(f"tcp://127.0.0.1:{port}", name="live/anna", timeout=60)
             sent = time.time()

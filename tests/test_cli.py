@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+from _command import command
 from typer.testing import CliRunner
 
 from cryodask import errors
@@ -17,25 +18,19 @@ from cryodask.cli import app, main
 from cryodask.formats.mrc import write_mrc
 from cryodask.store.project import Project
 
-COMMAND = [sys.executable, "-m", "cryodask.cli"]
-
-
-def run(*words: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False, **options)
-
 
 def test_help_lists_every_command_and_loads_neither_torch_nor_distributed():
-    shown = run("--help")
-    for command in ("demo", "simulate", "run", "info", "verify", "gc", "import", "export", "report", "stages"):
-        assert command in shown.stdout
-    command = [sys.executable, "-X", "importtime", "-c", "import cryodask.cli"]
-    loaded = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    shown = subprocess.run([sys.executable, "-m", "cryodask.cli", "--help"], capture_output=True, text=True, check=True)
+    for name in ("demo", "simulate", "run", "info", "verify", "gc", "import", "export", "report", "stages"):
+        assert name in shown.stdout
+    imports = [sys.executable, "-X", "importtime", "-c", "import cryodask.cli"]
+    loaded = subprocess.run(imports, capture_output=True, text=True, check=True).stderr
     assert "torch" not in loaded
     assert "distributed" not in loaded
 
 
 def test_errors_are_sentences_not_tracebacks(tmp_path):
-    shown = run("info", str(tmp_path))
+    shown = command("info", str(tmp_path))
     assert shown.returncode == 2
     assert "is not a cryodask project" in shown.stderr
     assert "What to do" in shown.stderr
@@ -63,8 +58,8 @@ def test_the_exit_status_says_whose_fault_it_was(monkeypatch, capsys, error, sta
         raise error
 
     monkeypatch.setattr("cryodask.cli.app", fail)
-    for command, expected in (("run", status), ("info", 2)):
-        monkeypatch.setattr(sys, "argv", ["cryodask", command, "p"])
+    for name, expected in (("run", status), ("info", 2)):
+        monkeypatch.setattr(sys, "argv", ["cryodask", name, "p"])
         with pytest.raises(SystemExit) as ended:
             main()
         assert ended.value.code == expected
@@ -78,14 +73,14 @@ def test_a_scheduler_that_does_not_answer_ends_with_the_status_of_the_cluster(tm
         "pipeline: [motion]\n"
     )
     write_mrc(tmp_path / "movies" / "m.mrc", np.ones((3, 64, 64), np.float32), 1.0, stack=True)
-    shown = run("run", str(tmp_path / "p.yaml"), "--cluster", "tcp://127.0.0.1:9")
+    shown = command("run", str(tmp_path / "p.yaml"), "--cluster", "tcp://127.0.0.1:9")
     assert (shown.returncode, "No scheduler answers" in shown.stderr) == (3, True), shown.stderr
     (tmp_path / "p.yaml").write_text((tmp_path / "p.yaml").read_text().replace("motion", "moton"))
-    assert run("run", str(tmp_path / "p.yaml")).returncode == 2
+    assert command("run", str(tmp_path / "p.yaml")).returncode == 2
 
 
 def test_unknown_stage_is_answered_with_the_nearest():
-    shown = run("stages", "moton")
+    shown = command("stages", "moton")
     assert shown.returncode == 2
     assert "Did you mean 'motion'" in shown.stderr
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import tifffile
 import torch
 import typer
 import yaml
+from _command import command
 from _particles import blob_map, simulate
 
 from cryodask.cli import app
@@ -196,9 +196,7 @@ def test_the_dry_run_of_the_page_is_what_is_printed(tmp_path):
     path = example(blocks(STEPS, "yaml")[0], tmp_path)
     # the estimates follow from the header of the first movie
     write_tiff_movie(tmp_path / "movies" / "m0000.tif", np.zeros((40, 2048, 2048), np.uint8), 0.885)
-    shown = subprocess.run(
-        [sys.executable, "-m", "cryodask.cli", "run", str(path), "--dry-run"], capture_output=True, text=True, cwd=tmp_path
-    )
+    shown = command("run", path, "--dry-run", folder=tmp_path)
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.replace(str(tmp_path), "/data/session") == blocks(STEPS, "text")[0]
     assert not (tmp_path / "betagal").exists(), "nothing is written"
@@ -220,15 +218,14 @@ def test_the_pages_show_commands():
     assert {shlex.split(c)[1] for c in COMMANDS} >= {"run", "history", "keep", "compare", "gc", "forget", "where", "export", "stages"}
 
 
-@pytest.mark.parametrize("command", sorted(set(COMMANDS)))
-def test_every_command_of_the_pages_exists(command):
-    name, *words = shlex.split(command, comments=True)[1:]
+@pytest.mark.parametrize("line", sorted(set(COMMANDS)))
+def test_every_command_of_the_pages_exists(line):
+    name, *words = shlex.split(line, comments=True)[1:]
     found = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
     # parsing only: unknown options and arguments too many or too few are errors, nothing is called
     if words:
         found.make_context(name, words)
-    shown = subprocess.run([sys.executable, "-m", "cryodask.cli", name, "--help"], capture_output=True, text=True)
-    assert shown.returncode == 0
+    assert command(name, "--help").returncode == 0
 
 
 # --- in Python ---------------------------------------------------------------------------------------------------------------
@@ -285,7 +282,7 @@ def test_earlier_results_can_be_listed_kept_and_compared(finished):
     block = next(b for b in blocks(STEPS, "console") if "cryodask keep" in b)
     for line in block.splitlines():
         words = shlex.split(line.removeprefix("$ ").replace("3f2a", key[:6]))
-        shown = subprocess.run([sys.executable, "-m", "cryodask.cli", *words[1:]], capture_output=True, text=True, cwd=finished)
+        shown = command(*words[1:], folder=finished)
         assert shown.returncode == 0, shown.stderr
         said.append(shown.stdout)
     assert key in said[0]
@@ -310,6 +307,6 @@ def test_a_key_after_a_step_pins_an_earlier_result(finished, client):
 def test_a_step_of_a_person_waits(tmp_path):
     block = blocks(STEPS, "yaml")[2 + 1]
     path = example(block.replace("{keep: [1, 2, 5]}", "{}"), tmp_path)
-    shown = subprocess.run([sys.executable, "-m", "cryodask.cli", "run", str(path), "--dry-run"], capture_output=True, text=True)
+    shown = command("run", path, "--dry-run")
     assert shown.returncode == 0, shown.stderr
     assert re.search(r"^  select_classes  waits for a person ", shown.stdout, re.MULTILINE)

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import mrcfile
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import starfile
 import yaml
+from _command import command
 from _particles import blob_map
 from _told import Told
 from distributed import Client, LocalCluster
@@ -222,8 +222,7 @@ def test_without_the_program_a_run_is_refused_before_work_with_the_way_out(here,
     with pytest.raises(ProjectFileError, match=r"relion_postprocess is not on the PATH .*apt-get install relion"):
         check_inputs(plan)
     assert not (here / "p" / "stages").exists() or not list((here / "p" / "stages").iterdir())
-    command = [sys.executable, "-m", "cryodask.cli", "run", "p.yaml", "--dry-run", "--json"]
-    shown = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    shown = command("run", "p.yaml", "--dry-run", "--json", folder=here)
     assert shown.returncode == 2
     (problem, *_) = json.loads(shown.stdout)["problems"]
     assert "relion_postprocess is not on the PATH" in problem

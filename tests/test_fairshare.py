@@ -402,7 +402,8 @@ def test_the_lines_of_the_readme_run(tmp_path):
 def test_a_plain_dask_scheduler_takes_lanes_as_a_preload(tmp_path):
     (tmp_path / "lanes.yaml").write_text("cryodask: {fairshare: {lanes: {live: 3, hpda: 1}}}")
     file = tmp_path / "scheduler.json"
-    words = ["scheduler", "--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0", "--scheduler-file", str(file)]
+    pages = ["--dashboard-address", "127.0.0.1:0", "--no-dashboard"]
+    words = ["scheduler", "--host", "127.0.0.1", "--port", "0", *pages, "--scheduler-file", str(file)]
     command = [sys.executable, "-m", "dask", *words, "--preload", "cryodask.cluster.fairshare"]
     process = subprocess.Popen(command, env={**os.environ, "DASK_CONFIG": str(tmp_path)}, stderr=subprocess.DEVNULL)
     try:

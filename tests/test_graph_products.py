@@ -99,7 +99,9 @@ def product(graph: Graph, label: str, type_: str, output: str | None = None) -> 
 def test_parts_keep_their_givers() -> None:
     graph = plan([*MAP, *POST])
     final = product(graph, "postprocess", "map")
-    assert final.parts == {"final": "refine3d", "half_maps": "refine3d", "fsc": "postprocess", "view": "postprocess"}
+    assert final.parts == {
+        "final": "refine3d", "half_maps": "refine3d", "verdict": "refine3d", "fsc": "postprocess", "view": "postprocess",
+    }  # fmt: skip
     particles = product(graph, "refine3d", "particles")
     assert (particles.parts["image"], particles.parts["class2d"], particles.parts["pose"]) == ("extract", "classify2d", "refine3d")
     assert (particles.ids, particles.births, particles.frame, particles.pose_frames) == ("curate", {"pick"}, None, {"ab_initio"})

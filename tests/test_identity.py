@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from _command import command
 from _once import simulated
 
 from cryodask.run.recipe import make_plan
@@ -147,9 +146,7 @@ def test_a_project_whose_movies_were_archived_goes_on(done, session, client, tmp
 
 
 def test_dry_run_shows_where_everything_comes_from(done, session):
-    shown = subprocess.run(
-        [sys.executable, "-m", "cryodask.cli", "run", str(session / "p.yaml"), "--dry-run", "--json"], capture_output=True, text=True
-    )
+    shown = command("run", session / "p.yaml", "--dry-run", "--json")
     assert shown.returncode == 0, shown.stderr
     plan = json.loads(shown.stdout)
     by = {s["step"]: s for s in plan["steps"]}

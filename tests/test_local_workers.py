@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 import time
+import urllib.request
 
 import dask
 import numpy as np
+import psutil
 import pytest
 from _lanes import attempt
 from _lanes import client as lane_client
@@ -129,14 +132,35 @@ def test_all_options_of_lanes_are_those_of_the_cluster():
             assert made.scheduler.memory_by_lane().keys() <= {"hpda"}
 
 
-def test_a_local_worker_has_an_equal_share_of_the_machine_or_what_the_file_says():
+@pytest.fixture(scope="module")
+def one():
+    client = connect("local", workers=1)
+    yield client
+    close(client)
+
+
+def test_a_local_worker_has_an_equal_share_of_the_machine_or_what_the_file_says(one):
     from distributed.system import MEMORY_LIMIT
 
     shares = [local_memory(LocalSettings(workers=n)) for n in (1, 2, 5)]
     assert shares == [MEMORY_LIMIT, MEMORY_LIMIT // 2, int(MEMORY_LIMIT * (1 / 5))]
     assert local_memory(LocalSettings(workers=5, memory="500MiB")) == 500 * MIB
-    client = connect("local", workers=1)
-    try:
-        assert [w["memory_limit"] for w in workers_of(client).values()] == [MEMORY_LIMIT]
-    finally:
-        close(client)
+    assert [w["memory_limit"] for w in workers_of(one).values()] == [MEMORY_LIMIT]
+
+
+def test_a_local_worker_listens_on_loopback_only_and_loads_no_dashboard_of_its_own(one):
+    ((process, with_bokeh),) = one.run(lambda: (os.getpid(), "bokeh" in sys.modules)).values()
+    listening = [c.laddr.ip for c in psutil.Process(process).net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    assert set(listening) == {"127.0.0.1"}
+    assert not with_bokeh, "it would double the CPU time of starting a worker"
+
+
+def test_the_dashboard_is_loaded_when_it_is_first_looked_at(one):
+    def dashboards():
+        return [app for app in one.cluster.scheduler.http_application.applications if hasattr(app, "app_paths")]
+
+    assert dashboards() == []
+    for page in ("status", "workers"):
+        with urllib.request.urlopen(one.dashboard_link.replace("status", page), timeout=120) as answer:
+            assert "bokeh" in answer.read().decode()
+        assert len(dashboards()) == 1

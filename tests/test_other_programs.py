@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from _once import simulated
 from test_docs import blocks
-from test_plugins import install, shell
+from test_plugins import install, shell, shells
 
 import cryodask
 from cryodask.simulate import SessionParams
@@ -42,9 +42,8 @@ def test_the_commands_of_the_page_work_and_the_log_of_each_exposure_is_kept(fold
     (text,) = blocks(PAGE, "sh")
     made, *lines = text.strip().splitlines()
     assert made == "pip install ./lowpass"
-    for line in lines:
-        shown = shell(line, folder, folder / "installed")
-        assert shown.returncode == 0, shown.stderr
+    shown = shells(lines, folder, folder / "installed")
+    assert shown.returncode == 0, shown.stderr
     project = cryodask.open(folder / "session")
     step, before = project["relion_lowpass"], project["motion"]
     assert step.sizes["micrograph"] == 3

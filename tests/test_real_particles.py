@@ -36,7 +36,7 @@ def project(shared, client, tmp_path_factory):
     assert "particles.star" in (folder / "written.yaml").read_text()
     (folder / "p.yaml").write_text(
         "name: betagal\ninputs: {particles: particles.star}\npipeline:\n"
-        "  - classify2d: {classes: 6, iterations: 5, mask_diameter_angstrom: 200}\n"
+        "  - classify2d: {classes: 3, iterations: 3, mask_diameter_angstrom: 200}\n"
         "  - refine3d: {symmetry: D2, reference: ngl.mrc, mask_diameter_angstrom: 200, iterations: 5}\n  - mask\n  - postprocess\n"
     )
     return run_plan(make_plan(folder / "p.yaml"), client)

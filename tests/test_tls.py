@@ -313,7 +313,7 @@ def test_processes_started_from_the_command_line_listen_beyond_loopback_with_tls
     dask = [sys.executable, "-m", "dask"]
     certificate = ["--tls-ca-file", folder / "ca.pem", "--tls-cert", folder / "scheduler.pem", "--tls-key", folder / "scheduler-key.pem"]
     scheduler = [*dask, "scheduler", "--preload", "cryodask.cluster.guard", "--protocol", "tls", "--host", host, "--port", "0"]
-    pages = ["--dashboard-address", "127.0.0.1:0"]
+    pages = ["--dashboard-address", "127.0.0.1:0", "--no-dashboard"]
     guards_nanny = ["--preload-nanny", "cryodask.cluster.guard"]
     processes: list[subprocess.Popen] = []
     try:

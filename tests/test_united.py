@@ -27,7 +27,7 @@ from cryodask.stages.motion import motion
 from cryodask.store.identity import birth_of, copy_of, half_sets, parent_of
 from cryodask.store.project import Project
 
-PARAMS = SessionParams(movies=8, height=512, width=512, frames=4, dose_per_frame=10, particles=11, truth_maps=((32, 7.08),))
+PARAMS = SessionParams(movies=5, height=512, width=512, frames=4, dose_per_frame=10, particles=11, truth_maps=((32, 7.08),))
 PICKED = [{"motion": {"patches": [1, 1]}}, "ctf", {"pick": {"diameter_angstrom": 180}}]
 
 
@@ -216,7 +216,7 @@ def _first_data_set(folder: Path, client) -> dict[str, float]:
     (folder / "both.yaml").write_text(yaml.safe_dump(alone))
     project = run_plan(make_plan(folder / "both.yaml"), client)
     (folder / "both.yaml").write_text(yaml.safe_dump(content))
-    assert len(project["motion"]["micrograph_dw"]) == 8
+    assert len(project["motion"]["micrograph_dw"]) == PARAMS.movies
     return {r["name"]: r["time"] for r in project.records("motion").values()}
 
 
@@ -225,7 +225,7 @@ def _images_exist_once_per_size(project: Project) -> None:
     assert "micrograph_dw" not in project["motion"]
     assert project["motion"].attrs["images"].startswith("2 sizes")
     small, large = project.by_image_size("motion")
-    assert (small.sizes["micrograph"], small.sizes["y"], small.sizes["x"]) == (8, 512, 512)
+    assert (small.sizes["micrograph"], small.sizes["y"], small.sizes["x"]) == (PARAMS.movies, 512, 512)
     assert (large.sizes["micrograph"], large.sizes["y"], large.sizes["x"]) == (4, 576, 640)
     assert [d["movie"].shape[1:] for d in project.by_image_size("ingest")] == [(4, 512, 512), (5, 576, 640)]
     stored = zarr.open_array(project.generation("motion").path / "micrograph_dw.576x640.float32", mode="r")
@@ -446,7 +446,7 @@ def test_projects_that_share_movies_are_pooled_by_content(session, client, tmp_p
     folder = tmp_path / "pool"
     shutil.copytree(session, folder)
     base = [*PICKED, {"extract": {"box": 128, "scale_to": 32}}]
-    names = {"one": "movies/movie_000[1-5].tif", "two": "movies/movie_000[4-8].tif"}
+    names = {"one": "movies/movie_000[1-3].tif", "two": "movies/movie_000[2-5].tif"}
     parts = {n: run(folder, base, client, n, inputs={"movies": pattern, "gain": "gain.mrc"}) for n, pattern in names.items()}
     pooled = [
         {"import_project as s1": {"project": "one", "step": "extract"}},
@@ -458,7 +458,7 @@ def test_projects_that_share_movies_are_pooled_by_content(session, client, tmp_p
     (folder / "pooled.yaml").write_text(yaml.safe_dump(content))
     project = run_plan(make_plan(folder / "pooled.yaml"), client)
     assert project.failures() == []
-    assert len(project.items()) == 8, "two movies are in both"
+    assert len(project.items()) == PARAMS.movies, "two movies are in both"
     counts = {n: {} for n in parts}
     for n, part in parts.items():
         particles = part.particles("extract")

@@ -318,7 +318,6 @@ def local_cluster(settings: LocalSettings, *, asynchronous: bool = False) -> Lan
         processes=True,
         host="127.0.0.1",
         dashboard_address="127.0.0.1:0",
-        worker_dashboard_address="127.0.0.1:0",
         memory_limit=local_memory(settings),
         local_directory=settings.scratch,
         silence_logs=40,

@@ -20,6 +20,7 @@ from distributed import Scheduler
 from distributed.scheduler import TaskState, WorkerState
 from tornado.ioloop import PeriodicCallback
 
+from cryodask.cluster.dashboard import DashboardOnDemand, without_dashboard
 from cryodask.cluster.sharing.charging import FIRST, Flight
 from cryodask.cluster.sharing.lanes import Place, Share
 from cryodask.cluster.sharing.owners import THREADS
@@ -62,7 +63,10 @@ class FairShareScheduler(ReservingScheduler):
         memory_share: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
+        with_dashboard = without_dashboard(kwargs)
         super().__init__(*args, **kwargs)
+        if with_dashboard:
+            self.http_application.add_application(DashboardOnDemand(self, kwargs.get("http_prefix", "/")))
         self.share(lanes, strict=strict, reserve=reserve, default_lane=default_lane, memory_share=memory_share)
 
     def share(

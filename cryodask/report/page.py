@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     import xarray as xr
 
 
+_DPI = 90
+
+
 @dataclass(frozen=True)
 class Shown:
     """A figure on the page; without ``png`` it failed, for the reason in its caption."""
@@ -185,8 +188,14 @@ def _beside(dataset: xr.Dataset, image: xr.DataArray) -> xr.Dataset | None:
 
 
 def _png(picture: Picture) -> str:
-    buffer = io.BytesIO()
-    # a layout engine has fitted the figure already, and "tight" would draw it twice
-    fitted = picture.figure.get_layout_engine() is not None
-    picture.figure.savefig(buffer, format="png", dpi=90, bbox_inches=None if fitted else "tight")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    buffer, figure = io.BytesIO(), picture.figure
+    # of the levels of zlib the quickest also gives the smallest files for noisy micrographs
+    options: dict[str, Any] = {"pil_kwargs": {"compress_level": 1}}
+    if figure.get_layout_engine() is None:
+        figure.savefig(buffer, format="png", dpi=_DPI, bbox_inches="tight", **options)
+    else:  # savefig would draw it twice, the first time for the layout only
+        figure.set_dpi(_DPI)
+        FigureCanvasAgg(figure).print_png(buffer, **options)
     return base64.b64encode(buffer.getvalue()).decode()

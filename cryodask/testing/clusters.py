@@ -20,6 +20,8 @@ from distributed import Client
 from cryodask.cluster.environment import ALLOCATOR, ONE_THREAD, SETTINGS
 
 _START_SECONDS = 120.0
+# bokeh, which draws the dashboard, would double what starting a process costs
+_PAGES = ("--dashboard-address", "127.0.0.1:0", "--no-dashboard")
 
 
 class ProcessCluster:
@@ -93,7 +95,7 @@ class ProcessCluster:
         """Restart dead parts: the scheduler on its old port, nannies as new ones. Returns when the scheduler listens."""
         if self.scheduler is None:
             self._scheduler_file.unlink(missing_ok=True)
-            where = ["--host", "127.0.0.1", "--port", str(self._port), "--dashboard-address", "127.0.0.1:0"]
+            where = ["--host", "127.0.0.1", "--port", str(self._port), *_PAGES]
             self._scheduler = self._start("scheduler", *where, "--scheduler-file", str(self._scheduler_file))
             self.address = self._wait_for_address(self._scheduler)
             self._port = int(self.address.rsplit(":", 1)[1])
@@ -107,7 +109,7 @@ class ProcessCluster:
         for _ in range(self._count - len(alive)):
             scratch = tempfile.mkdtemp(dir=self._folder.name)
             own = ["--nanny", "--nthreads", str(self._threads), "--memory-limit", self._memory, "--local-directory", scratch]
-            self._nannies.append(self._start("worker", self.address, *own, "--host", "127.0.0.1", "--dashboard-address", "127.0.0.1:0"))
+            self._nannies.append(self._start("worker", self.address, *own, "--host", "127.0.0.1", *_PAGES))
 
     def _wait_for_address(self, scheduler: subprocess.Popen[bytes]) -> str:
         deadline = time.monotonic() + _START_SECONDS

@@ -12,6 +12,7 @@ from tornado import web
 from tornado.ioloop import IOLoop
 
 from cryodask.cluster.accounting.accounting import KEYS, NO_POOL, Accounting, Sample
+from cryodask.cluster.dashboard import DashboardOnDemand
 from cryodask.cluster.fairshare import FairShareScheduler
 
 _STEP_SECONDS = 10.0
@@ -25,6 +26,14 @@ def add_pages(scheduler: FairShareScheduler, accounting: Accounting) -> None:
     if server is None:
         return
     server.add_handlers(r".*", [(r".*/cryodask/metrics", _Metrics, {"scheduler": scheduler, "accounting": accounting})])
+    for later in server.applications:
+        if isinstance(later, DashboardOnDemand):
+            later.then.append(functools.partial(_add_lanes, scheduler, accounting))
+    _add_lanes(scheduler, accounting)
+
+
+def _add_lanes(scheduler: FairShareScheduler, accounting: Accounting) -> None:
+    server: Any = scheduler.http_application
     dashboards = [app for app in server.applications if hasattr(app, "app_paths")]
     if not dashboards:
         return
