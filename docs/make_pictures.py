@@ -93,8 +93,9 @@ def verdicts(folder: str, output: str) -> None:
             path.write_text(yaml.safe_dump({"name": name, "inputs": {"particles": star}, "pipeline": pipeline}))
             project = run_plan(make_plan(path), client)
             refined = project["refine3d"].load()
-            angles = project.particles("refine3d")[["rot_deg", "tilt_deg"]].load()
-            drawn = draw_evidence(refined.merge(angles, compat="override"), says(refined))
+            angles = project.particles("refine3d")
+            refined = refined.assign({n: ("particle", angles[n].values) for n in ("rot_deg", "tilt_deg")})
+            drawn = draw_evidence(refined, says(refined))
             drawn.figure.savefig(Path(output) / f"verdict-{name}.png", dpi=75)
             print(name, says(refined))
     finally:
