@@ -98,7 +98,7 @@ def read_atoms(model: Molecule) -> tuple[np.ndarray, list[str]]:
     return positions - positions.mean(0), elements
 
 
-def density(positions: np.ndarray, elements: list[str], box: int, pixel: float) -> np.ndarray:
+def density(positions: np.ndarray, elements: list[str], box: int, pixel: float, b_factor_a2: float = B_FACTOR_A2) -> np.ndarray:
     """Electron scattering of the atoms minus a smooth solvent, `(z, y, x)` float32, one absolute scale for all molecules."""
     side, fine = box * pixel, box
     # gemmi samples points, so detail finer than the grid would fold back: sample finely, then crop in Fourier space
@@ -111,7 +111,7 @@ def density(positions: np.ndarray, elements: list[str], box: int, pixel: float) 
     for position, element in zip(positions + fine // 2 * voxel, elements):
         atom = gemmi.Atom()
         atom.name, atom.element, atom.pos = "X", gemmi.Element(element), gemmi.Position(*position)
-        atom.b_iso, atom.occ = B_FACTOR_A2, 1.0
+        atom.b_iso, atom.occ = b_factor_a2, 1.0
         residue.add_atom(atom)
     chain.add_residue(residue)
     model.add_chain(chain)
@@ -378,8 +378,8 @@ def read_images(star: Path, names: list[str]) -> np.ndarray:
     return np.stack([stacks[file][index] for index, file in found]).astype(np.float32)
 
 
-def read_particles(star: Path) -> tuple[np.ndarray, ParticleSet, Poses | None]:
-    """Images, their set (halves by parity) and, where the file has them, their poses, of a RELION 3.1 STAR file."""
+def read_rows(star: Path) -> tuple[list[str], ParticleSet, Poses | None]:
+    """Names of the images, their set (halves by parity) and, where the file has them, their poses, of a RELION 3.1 STAR file."""
     blocks = starfile.read(star, always_dict=True)
     if "optics" not in blocks or "particles" not in blocks:
         raise SystemExit(f"{star} has no optics table and particle table: it is not a RELION 3.1 particle file")
@@ -399,13 +399,19 @@ def read_particles(star: Path) -> tuple[np.ndarray, ParticleSet, Poses | None]:
         "micrograph": np.unique(rows["rlnMicrographName"], return_inverse=True)[1] if "rlnMicrographName" in rows else np.zeros(count, int),
         "half_set": np.arange(count) % 2,
     }
-    images = read_images(star, rows["rlnImageName"].tolist())
-    particles = ParticleSet(count, images.shape[-1], float(rows["rlnImagePixelSize"].iloc[0]), columns)
+    particles = ParticleSet(count, int(rows["rlnImageSize"].iloc[0]), float(rows["rlnImagePixelSize"].iloc[0]), columns)
+    names = rows["rlnImageName"].tolist()
     if not set(POSE_LABELS) <= set(rows):
-        return images, particles, None
+        return names, particles, None
     rot, tilt, psi, y, x = (rows[label].to_numpy(float) for label in POSE_LABELS)
     rotations = euler_to_matrix(*(torch.deg2rad(torch.from_numpy(a.copy())) for a in (rot, tilt, psi)))
-    return images, particles, Poses(rotations, np.stack([y, x], -1), value(JUNK_LABEL) > 0)
+    return names, particles, Poses(rotations, np.stack([y, x], -1), value(JUNK_LABEL) > 0)
+
+
+def read_particles(star: Path) -> tuple[np.ndarray, ParticleSet, Poses | None]:
+    """What :func:`read_rows` reads, with the images."""
+    names, particles, poses = read_rows(star)
+    return read_images(star, names), particles, poses
 
 
 def simulated_stack(recipe: Recipe) -> Stack:

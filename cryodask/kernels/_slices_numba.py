@@ -16,8 +16,6 @@ import numpy as np
 _F = np.float32
 _SAME_POSE_TRACE = 1.0 + 2.0 * math.cos(math.radians(2.0))
 """Trace of the rotation between two poses below which they count as two."""
-_LEAST_GAIN = 0.02
-"""Expected gain of log-likelihood below which a step is the last one."""
 
 
 def _jit(function: Any) -> Any:
@@ -204,7 +202,7 @@ def _turned(omega, rotation):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _climb(volume, half, image, ctf, radius, weight, rotation, shift, box, ring, steps, prior, hessian):  # type: ignore[no-untyped-def]
+def _climb(volume, half, image, ctf, radius, weight, rotation, shift, box, ring, steps, least, prior, hessian):  # type: ignore[no-untyped-def]
     """Levenberg-Marquardt of one pose up to ``ring``, in place; returns the log posterior and leaves minus its Hessian."""
     matrix, vector = np.zeros((5, 5)), np.zeros(5)
     new_matrix, new_vector = np.zeros((5, 5)), np.zeros(5)
@@ -224,7 +222,7 @@ def _climb(volume, half, image, ctf, radius, weight, rotation, shift, box, ring,
             matrix[i, i] -= 0.5 * prior
             vector[i] += 0.5 * prior * shift[i - 3]
         tried, moved = _turned(step[:3], rotation), shift + step[3:]
-        if expected < _LEAST_GAIN:
+        if expected < least:
             rotation[:] = tried
             shift[:] = moved
             best += expected
@@ -266,12 +264,13 @@ def _same(a, b, operators):  # type: ignore[no-untyped-def]
 
 @_jit
 def search(  # type: ignore[no-untyped-def]
-    volume, half, images, numbers, radius, weight, rotations, shifts, starts, box, rings, most, steps, nats, prior, operators,
+    volume, half, images, numbers, radius, weight, rotations, shifts, starts, box, rings, most, steps, least, nats, prior, operators,
     out_rotations, out_shifts, out_score, out_evidence, out_count,
 ):  # fmt: skip
     """Climb from ``starts[i]`` candidates of each particle, ring limit by ring limit; the best ``most`` of a limit go on to the next.
 
-    ``out_score`` is the log posterior of a mode, ``out_evidence`` the same minus half the log determinant of its Hessian (Laplace).
+    ``out_score`` is the log posterior of a mode, ``out_evidence`` the same minus half the log determinant of its Hessian (Laplace). A step
+    that is expected to gain less than ``least`` is the last one.
     """
     ctf = np.empty((2 * radius + 1, radius + 1), _F)
     hessian, lower = np.zeros((5, 5)), np.zeros((5, 5))
@@ -284,7 +283,20 @@ def search(  # type: ignore[no-untyped-def]
         for level in range(len(rings)):
             for i in alive:
                 score[i] = _climb(
-                    volume, half, images[particle], ctf, radius, weight, pose[i], shift[i], box, rings[level], steps[level], prior, hessian
+                    volume,
+                    half,
+                    images[particle],
+                    ctf,
+                    radius,
+                    weight,
+                    pose[i],
+                    shift[i],
+                    box,
+                    rings[level],
+                    steps[level],
+                    least,
+                    prior,
+                    hessian,
                 )
                 evidence[i] = score[i] - 0.5 * _factor(hessian, lower)
             order = alive[np.argsort(-score[alive], kind="mergesort")]

@@ -17,7 +17,6 @@ from cryodask.kernels.rows import independent, row_shells
 
 _PIXELS_TOGETHER = 2**19
 _SAME_POSE_TRACE = 1.0 + 2.0 * math.cos(math.radians(2.0))
-_LEAST_GAIN = 0.02
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ def _log_prior(shifts: Tensor, prior: float) -> Tensor:
 
 def _climb(
     volume: Tensor, images: Tensor, contrast: Tensor, weight: Tensor, rotations: Tensor, shifts: Tensor, box: int, plane: _Plane,
-    steps: int, prior: float,
+    steps: int, least: float, prior: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Levenberg-Marquardt of many poses; returns rotations, shifts, log posterior and minus its Hessian."""
     gain, matrix, vector = _terms(volume, images, contrast, weight, rotations, shifts, box, plane)
@@ -151,7 +150,7 @@ def _climb(
         step = torch.linalg.solve(posed, slope[..., None])[..., 0]
         expected = (slope * step).sum(1)
         tried, moved = _turned(step[:, :3], rotations[active]), shifts[active] + step[:, 3:]
-        last = expected < _LEAST_GAIN
+        last = expected < least
         rotations[active[last]], shifts[active[last]] = tried[last], moved[last]
         best[active[last]] += expected[last]
         active, tried, moved = active[~last], tried[~last], moved[~last]
@@ -188,7 +187,8 @@ def _distinct(rotations: Tensor, score: Tensor, operators: Tensor, most: int, na
 
 def search(
     volume: Tensor, images: Tensor, numbers: Tensor, radius: int, weight: Tensor, rotations: Tensor, shifts: Tensor, starts: Tensor,
-    box: int, rings: list[int], most: list[int], steps: list[int], nats: float, prior: float, operators: Tensor, survivors: int,
+    box: int, rings: list[int], most: list[int], steps: list[int], least: float, nats: float, prior: float, operators: Tensor,
+    survivors: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See :func:`cryodask.kernels._slices_numba.search`; returns rotations, shifts, score, evidence and count of the modes."""
     n, widest = shifts.shape[:2]
@@ -205,7 +205,7 @@ def search(
         particle, candidate = torch.nonzero(alive, as_tuple=True)
         for lot in torch.arange(len(particle), device=device).split(max(1, _PIXELS_TOGETHER // len(plane.place))):
             i, k = particle[lot], candidate[lot]
-            found = _climb(volume, pixels[i], contrast[i], own_weight, pose[i, k], shift[i, k], box, plane, count, prior)
+            found = _climb(volume, pixels[i], contrast[i], own_weight, pose[i, k], shift[i, k], box, plane, count, least, prior)
             pose[i, k], shift[i, k], score[i, k] = found[:3]
             evidence[i, k] = found[2] - 0.5 * torch.linalg.slogdet(found[3])[1]
         score[~alive] = -torch.inf

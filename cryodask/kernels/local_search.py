@@ -100,7 +100,7 @@ def pixel_weights(noise_power: Tensor, radius: int) -> Tensor:
 
 def climb(
     images: ImageRows, rows: Tensor, volume: Tensor, noise_power: Tensor, start: Candidates, levels: Sequence[Climb], *,
-    sigma_px: float, operators: np.ndarray, modes: int, nats: float = NATS,
+    sigma_px: float, operators: np.ndarray, modes: int, nats: float = NATS, least_gain: float = 0.02,
 ) -> Modes:  # fmt: skip
     """The best optima near some start poses.
 
@@ -118,6 +118,8 @@ def climb(
         Spread of the Gaussian prior of the shifts, per axis.
     modes : int
         Number of optima that are returned at most; optima less than 2 degrees apart modulo ``operators`` are one.
+    least_gain : float
+        A step that is expected to gain less log-likelihood is the last one.
     """
     radius = levels[-1].ring
     weight = pixel_weights(noise_power, radius)
@@ -132,7 +134,7 @@ def climb(
         if kernels is None:
             group = torch.tensor(np.array(operators), device=rows.device)
             found.append(_slices_torch.search(
-                volume, some, numbers, radius, weight, *begin, images.box, rings, most, steps, nats, prior, group, modes
+                volume, some, numbers, radius, weight, *begin, images.box, rings, most, steps, least_gain, nats, prior, group, modes
             ))  # fmt: skip
             continue
         n = len(lot)
@@ -142,7 +144,8 @@ def climb(
         )  # fmt: skip
         kernels.search(
             volume.numpy(), volume.shape[2] - 1, some.numpy(), numbers.numpy(), radius, weight.numpy(), *(t.numpy() for t in begin),
-            float(images.box), np.array(rings), np.array(most), np.array(steps), nats, prior, np.array(operators, np.float64), *out,
+            float(images.box), np.array(rings), np.array(most), np.array(steps), least_gain, nats, prior, np.array(operators, np.float64),
+            *out,
         )  # fmt: skip
         found.append(tuple(torch.from_numpy(a) for a in out))
     rotations, shifts, score, evidence, count = (torch.cat(parts) for parts in zip(*found))

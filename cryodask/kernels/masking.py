@@ -11,6 +11,8 @@ from torch import Tensor
 
 from cryodask.kernels.fsc import half_radius
 
+_MASK_VOXEL_ANGSTROM = 3.6
+
 
 def low_pass(volume: Tensor, pixel_size_angstrom: float, resolution_angstrom: float, edge_shells: float = 2.0) -> Tensor:
     """Low-pass filter a cubic map `(z, y, x)` at a resolution, with a raised-cosine edge ``edge_shells`` wide."""
@@ -49,17 +51,33 @@ def own_solvent_mask(volume: Tensor, pixel_size_angstrom: float, rings: int) -> 
     correlate them.
     """
     n = volume.shape[-1]
-    spectrum = torch.fft.rfftn(volume)
-    radius = half_radius(n, volume.device)
-    spectrum *= (radius <= min(rings, int(n * pixel_size_angstrom / 18.0))) * torch.exp(
-        -2.0 * (math.pi * 7.08 * radius / (n * pixel_size_angstrom)) ** 2
-    )
-    smooth = torch.fft.irfftn(spectrum, s=volume.shape)
-    densest = max(1, int(13_300 / pixel_size_angstrom**3))
-    core = (smooth > 0.2 * smooth.reshape(-1).topk(min(densest, smooth.numel())).values.mean()).cpu().numpy()
-    distance = ndimage.distance_transform_edt(~core) * pixel_size_angstrom
-    soft = np.clip(1.0 - (distance - 8.0) / 8.0, 0.0, 1.0)
-    return torch.from_numpy(soft.astype(np.float32)).to(volume.device)
+    length = n * pixel_size_angstrom
+    # nothing finer than 18 Angstrom is left, so a coarse grid holds it
+    m = min(n, 2 * math.ceil(length / (2 * _MASK_VOXEL_ANGSTROM)))
+    k = torch.arange(-(m // 2) + 1, m // 2, device=volume.device)
+    smooth = torch.zeros(m, m, m // 2 + 1, dtype=torch.complex64, device=volume.device)
+    kept = torch.fft.rfftn(volume)[k][:, k][:, :, : m // 2]
+    radius = half_radius(m, volume.device)
+    smooth[k[:, None] % m, k[None] % m, : m // 2] = kept
+    smooth *= (radius <= min(rings, int(length / 18.0))) * torch.exp(-2.0 * (math.pi * 7.08 * radius / length) ** 2)
+    density = torch.fft.irfftn(smooth, s=(m, m, m))
+    densest = max(1, int(13_300 / (length / m) ** 3))
+    core = (density > 0.2 * density.reshape(-1).topk(min(densest, density.numel())).values.mean()).cpu().numpy()
+    distance = ndimage.distance_transform_edt(~core) * (length / m)
+    soft = torch.from_numpy(np.clip(1.0 - (distance - 8.0) / 8.0, 0.0, 1.0).astype(np.float32)).to(volume.device)
+    between = _linear_weights(n, m, str(volume.device))
+    return torch.einsum("ia,abc->ibc", between, torch.einsum("jb,abc->ajc", between, soft @ between.T))
+
+
+def _linear_weights(n: int, m: int, device: str) -> Tensor:
+    """Matrix `(n, m)` of linear interpolation from a coarser grid that spans the same length with the same origin."""
+    place = torch.arange(n, device=device) * (m / n)
+    low = place.floor().long()
+    weights = torch.zeros(n, m, device=device)
+    rows = torch.arange(n, device=device)
+    weights[rows, low] = (1.0 - (place - low)).float()
+    weights[rows, (low + 1).clamp(max=m - 1)] += (place - low).float()
+    return weights
 
 
 def otsu_threshold(values: np.ndarray, bins: int = 512) -> float:

@@ -13,7 +13,7 @@ from cryodask.errors import InputError
 from cryodask.kernels import expectation, local_search, polar
 from cryodask.kernels import views as vw
 from cryodask.kernels.fourier import soft_sphere
-from cryodask.kernels.half_grid import empty_half_grid, fold_half_grid, half_volume, reconstruct_half
+from cryodask.kernels.half_grid import empty_half_grid, fold_half_grid, half_volume, mean_weight, reconstruct_half
 from cryodask.kernels.maximisation import measure_support, next_rings
 from cryodask.kernels.orientations import matrix_to_euler, random_rotations, small_rotation
 from cryodask.kernels.projection import cut_map
@@ -69,7 +69,7 @@ def start(params: Refine3DParams, particles: ParticleSet, inputs: dict[str, Any]
         )
     length = box * pixel
     diameter = params.mask_diameter_angstrom or 0.75 * length
-    lowpass = params.lowpass_angstrom or (40.0 if params.reference is not None else 28.0)
+    lowpass = params.lowpass_angstrom or (40.0 if params.reference is not None else rf.FIRST_ANGSTROM)
     rings = min(int(length / lowpass + 1e-6), box // 2 - 2)
     if rings < 2:
         raise InputError(
@@ -131,7 +131,7 @@ def prepare(params: Refine3DParams, state: State, half: int, context: Context) -
                 cut_map(other, rings), state["verdict_rings"], grid=grid, turn=turn, operators=operators, reach_px=rf.reach_px(state),
                 pruned=False,
             )
-            for rings in (state["verdict_rings"], state["start_rings"])
+            for rings in (state["verdict_rings"], min(state["start_rings"], rf.sizes_of(state).ring_of(rf.FIRST_ANGSTROM)))
         ))  # fmt: skip
     volume = torch.from_numpy(state["maps"][half]).to(device)
     views = None if phase == "local" else vw.make_views(
@@ -172,13 +172,13 @@ def expect(
             torch.cat([old.shifts_px[:, :1], start_poses.shifts_px], 1),
             start_poses.count + 1,
         )
-        nats = local_search.NATS
+        limits = {"nats": local_search.NATS}
     else:
-        start_poses, nats = old, 0.5 * local_search.NATS
+        start_poses, limits = old, {"nats": 0.5 * local_search.NATS, "least_gain": rf.LOCAL_LEAST_GAIN}
     assert shared.volume is not None
     found = local_search.climb(
         block.rows, everything, shared.volume, shared.noise_power, start_poses, rf.climbs(state), sigma_px=sigma,
-        operators=symmetry_operators(params.symmetry or "C1"), modes=rf.MODES, nats=nats,
+        operators=symmetry_operators(params.symmetry or "C1"), modes=rf.MODES, **limits,
     )  # fmt: skip
     shares = found.shares
     columns = {
@@ -299,7 +299,8 @@ def maximise(params: Refine3DParams, state: State, sums: list[Sums], context: Co
         grids = _remembered(state, grids)
         new["grids"] = torch.stack(grids).cpu().numpy()
     small = rf.map_box(inserted, sizes.box)
-    first, second = (reconstruct_half(grid, inserted, small, image_box=sizes.box) for grid in grids)
+    means = [mean_weight(grid, inserted) for grid in grids]
+    first, second = (reconstruct_half(grid, inserted, small, image_box=sizes.box, mean=mean) for grid, mean in zip(grids, means))
     support = measure_support(
         first,
         second,
@@ -315,7 +316,7 @@ def maximise(params: Refine3DParams, state: State, sums: list[Sums], context: Co
     else:
         rings = next_rings(support, inserted=inserted, limit=sizes.last, start=state["start_rings"])
     new["rings"] = rings
-    new["maps"] = rf.updated_maps(state, grids, support, inserted, rings)
+    new["maps"] = rf.updated_maps(state, grids, means, support, inserted, rings)
     new["resolutions"] = np.append(state["resolutions"], sizes.length_angstrom / max(support.last, 1))
     rf.update_shifts(new, sum(s["shift_square"] for s in sums) / total)
     new["mean_log_likelihood"] = sum(s["log_likelihood"] for s in sums) / total
@@ -334,7 +335,7 @@ def maximise(params: Refine3DParams, state: State, sums: list[Sums], context: Co
         "certainty": new["certainty"],
     }
     if new["phase"] == "verdict":
-        new.update(rf.final_maps(state, grids, support, inserted))
+        new.update(rf.final_maps(state, grids, means, support, inserted))
         new["verdict_rings"] = min(sizes.ring_of(rf.DRAWN_ANGSTROM), max(rings, state["start_rings"] + 2), rf.polar_rings(state) - 1)
     return new, metrics
 

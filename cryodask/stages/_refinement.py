@@ -22,7 +22,7 @@ from cryodask.kernels.rows import shell_counts
 from cryodask.stage import Metrics, State, Sums
 
 SCALE_ROUNDS = 4
-SCALE_PARTICLES = 240
+SCALE_PARTICLES = 120
 DRAWS = 4
 DRAWN_BATCH = 250
 """Particles of a half-set between two maps while poses are drawn."""
@@ -33,6 +33,8 @@ DRAWN_PARTICLES = 5000
 MEMORY = 3.0
 """Batches that a drawn map remembers."""
 MODES = 4
+LOCAL_LEAST_GAIN = 0.3
+"""Local passes follow one another, so the last tenths of a nat can wait: 2.8 instead of 10 ms a particle at 256 px."""
 KEPT_VIEWS = 24
 WIDEST_UNIT_ANGSTROM = 190.0
 """Particles larger than this need finer views at the same resolution: the resolutions below are scaled with them."""
@@ -43,8 +45,10 @@ DECISIVE_ANGSTROM = 11.5
 """Resolution at which pseudo-symmetry mates and wrong hands have become unlikely: passes over all views go on until one has scored it."""
 CERTAIN_ANYHOW = 0.85
 """Pose certainty that decides at any resolution, for data that end before 11.5 Angstrom: wrong maps had at most 0.64 there."""
-SURE = 0.97
-"""Pose certainty from which a last pass over all views changes nothing."""
+SURE = 0.9
+"""Pose certainty from which a last pass over all views changes nothing: it mended poses at 0.79 and 0.87, none at 0.93 and 1.00."""
+FIRST_ANGSTROM = 28.0
+"""Low-pass of start maps, and the resolution beyond which the verdict asks whether detail helps."""
 MAP_MARGIN = 8
 """Extra shells in the box of a transferred map: masks broaden spectra, and a tighter box would alias."""
 VERDICT_PARTICLES = 120
@@ -114,8 +118,7 @@ def climbs(state: State) -> list[Climb]:
     """Ring limits of the local search of a pass."""
     rings = state["rings"]
     if state["phase"] == "local":
-        # far from the optimum at high rings the likelihood has many maxima: half the rings first
-        return [Climb(r, MODES, 6) for r in ([rings] if rings <= 40 else [rings // 2, rings])]
+        return [Climb(rings, MODES, 6)]
     sizes = sizes_of(state)
     first = min(sizes.ring_of(FIRST_CLIMB_ANGSTROM), round(state["length_angstrom"] / (0.06 * state["mask_diameter_angstrom"])))
     limits = [r for r in (first, round(1.6 * first)) if r < rings] + [rings]
@@ -154,7 +157,7 @@ def update_shifts(new: State, mean_square: float) -> None:
     new["reach_angstrom"] = min(3.0 * new["shift_sigma_angstrom"], new["shift_range_angstrom"])
 
 
-def updated_maps(state: State, grids: list[Tensor], support: Support, inserted: int, rings: int) -> np.ndarray:
+def updated_maps(state: State, grids: list[Tensor], means: list[Tensor], support: Support, inserted: int, rings: int) -> np.ndarray:
     """Maps of the halves for the next iteration: Wiener filtered, solvent flattened by a mask of their own, cut at ``rings``."""
     sizes = sizes_of(state)
     small = map_box(inserted, sizes.box)
@@ -164,22 +167,22 @@ def updated_maps(state: State, grids: list[Tensor], support: Support, inserted: 
     trusted = support.corrected.clamp(1e-4, 0.999)
     trusted[rings + 1 :] = 1e-4
     maps = []
-    for grid in grids:
-        map_ = reconstruct_half(grid, inserted, small, image_box=sizes.box, ssnr=trusted / (1.0 - trusted)) * sphere
+    for grid, mean in zip(grids, means):
+        map_ = reconstruct_half(grid, inserted, small, image_box=sizes.box, ssnr=trusted / (1.0 - trusted), mean=mean) * sphere
         map_ = map_ * own_solvent_mask(map_, voxel, rings)
         # low-pass AFTER the masks: their smearing beyond the supported shells would be aligned to and come back as resolution
         maps.append(resize_map(cut_map(map_, rings), map_box(rings, sizes.box)))
     return torch.stack(maps).float().cpu().numpy()
 
 
-def final_maps(state: State, grids: list[Tensor], support: Support, inserted: int) -> State:
+def final_maps(state: State, grids: list[Tensor], means: list[Tensor], support: Support, inserted: int) -> State:
     """Half-maps, combined map and curves of the last iteration, at the box of the particles."""
     box, length = state["box"], state["length_angstrom"]
     trusted = support.corrected.clamp(1e-4, 0.999)
     trusted[support.last + 1 :] = 1e-4
-    halves = [reconstruct_half(grid, inserted, box, image_box=box).cpu() for grid in grids]
+    halves = [reconstruct_half(grid, inserted, box, image_box=box, mean=mean).cpu() for grid, mean in zip(grids, means)]
     joint = grids[0].add_(grids[1])
-    final = reconstruct_half(joint, inserted, box, image_box=box, ssnr=2.0 * trusted / (1.0 - trusted))
+    final = reconstruct_half(joint, inserted, box, image_box=box, ssnr=2.0 * trusted / (1.0 - trusted), mean=means[0] + means[1])
     return {
         "half_map": torch.stack(halves).float().numpy(),
         "final_map": final.float().cpu().numpy(),

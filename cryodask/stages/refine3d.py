@@ -32,7 +32,7 @@ class Refine3DParams(Params):
         None, gt=0, description="largest shift of a particle from its pick, Angstrom; by default 0.17 of the mask diameter"
     )
     iterations: int = Field(
-        12, ge=1, description="maximum number of passes over all particles; the refinement ends earlier when nothing improves"
+        20, ge=1, description="maximum number of passes over all particles; the refinement ends earlier when nothing improves"
     )
     seed: int = Field(0, description="seed of all random numbers")
 
