@@ -77,7 +77,7 @@ def test_the_figures_of_the_page_are_those_of_the_program():
         f"at least {100 * CERTAIN:.0f} %", f"at least {LEAST_GAIN:g} nats", f"by {LEAST_Z:g} standard errors",
         f"after {Refine3DParams().iterations} passes", f"{_refinement.DRAWN_PARTICLES:,} particles per half",
         f"larger than {_refinement.WIDEST_UNIT_ANGSTROM:g}", f"at most {AbInitioParams().particles:,} particles",
-        f"of {AbInitioParams().steps} steps",
+        f"of {AbInitioParams().steps} steps", f"Some {_refinement.VERDICT_PARTICLES} particles", f"cut at {_refinement.FIRST_ANGSTROM:g} Å",
     ):  # fmt: skip
         assert said in " ".join(TEXT.split()), said
     assert len(ab_initio.functions.seeds(AbInitioParams())) == 1
