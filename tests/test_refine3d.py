@@ -196,3 +196,45 @@ def test_next_rings_keep_a_guard_shell_until_the_end():
         support = measure_support(*halves, torch.ones(BOX, BOX, BOX), inserted=inserted, common=4, operators=1, generator=g)
         assert support.last == inserted
         assert next_rings(support, inserted=inserted, limit=limit, start=4) == want
+
+
+def test_junk_is_left_out_and_the_rest_is_refined(tmp_path):
+    volume = blob_map(BOX, "D2", blobs=20, width_px=1.2)
+    images, particles, rotations, _ = simulate(volume, 320, pixel=PIXEL, snr=0.2, shift_px=1.0)
+    junk = np.arange(320) % 4 == 1  # of both half-sets
+    rng = np.random.default_rng(5)
+    images[junk] = rng.standard_normal(images[junk].shape, dtype=np.float32)
+    junk |= np.arange(320) % 8 == 2
+    c = np.arange(BOX) - BOX // 2
+    for i in np.nonzero(np.arange(320) % 8 == 2)[0]:  # and smooth blobs, such as ice
+        y, x = rng.normal(0, 6, 2)
+        blob = np.exp(-((c[:, None] - y) ** 2 + (c - x) ** 2) / (2 * rng.uniform(4, 8) ** 2))
+        images[i] = rng.standard_normal((BOX, BOX)) + 0.6 * blob / blob.std()
+    result, history = refine(tmp_path, images, particles, volume, iterations=6)
+    assert [m["phase"] for m in history].count("sort") == 1
+    assert np.mean(result["in_map"][junk]) < 0.15
+    assert np.mean(result["in_map"][~junk]) > 0.95
+    found = euler_to_matrix(*(torch.deg2rad(torch.from_numpy(result[k]).double()) for k in ("rot_deg", "tilt_deg", "psi_deg")))
+    errors = angular_error_deg(found, rotations, symmetry_operators("D2")).numpy()[~junk]
+    assert np.mean(errors < 8) > 0.95
+    assert result["succeeded"]
+
+
+def test_clean_particles_are_all_in_the_map(tmp_path):
+    volume = blob_map(BOX, "D2", blobs=20, width_px=1.2)
+    images, particles, _, _ = simulate(volume, 120, pixel=PIXEL, snr=0.3)
+    result, history = refine(tmp_path, images, particles, volume, iterations=4)
+    assert "sort" not in [m["phase"] for m in history]
+    assert result["in_map"].all()
+
+
+@pytest.mark.parametrize("wrong", ["inverted contrast", "another molecule's particles", "noise"])
+def test_no_figure_is_given_where_the_particles_are_not_of_the_map(tmp_path, wrong):
+    """40 A is all that the start map gives; there is no other molecule in 160 particles of signal-to-noise 0.02."""
+    volume = blob_map(BOX, "D2", blobs=20, width_px=1.2)
+    of = blob_map(BOX, "D2", blobs=20, width_px=1.2, seed=21) if wrong == "another molecule's particles" else volume
+    images, particles, _, _ = simulate(of, 160, pixel=PIXEL, snr=0.0 if wrong == "noise" else 0.02)
+    result, _ = refine(tmp_path, -images if wrong == "inverted contrast" else images, particles, volume, iterations=4)
+    assert not result["succeeded"]
+    assert result["resolution_angstrom"] == 192.0 / 4
+    assert refine3d.says(result).startswith("not solved")

@@ -80,16 +80,12 @@ def start(params: Refine3DParams, particles: ParticleSet, inputs: dict[str, Any]
     reference = start_map(params, particles, inputs, lowpass_angstrom=lowpass, mask_diameter_angstrom=diameter, rings=rings)
     shift_range = params.shift_range_angstrom or 0.17 * diameter
     reach = min(12.0, shift_range)
-    parts, sample = rf.parts_of_pass(particles.count)
     return {
-        "iteration": 0, "phase": "power", "round": 0, "part": 0, "parts": parts, "sample": sample, "drawn_passes": 0, "passes": 0,
-        "stalled": 0, "fine": False, "checked": False, "done": False, "count": particles.count, "box": box, "length_angstrom": length,
-        "mask_diameter_angstrom": diameter, "shift_range_angstrom": shift_range, "shift_sigma_angstrom": reach / 2,
-        "reach_angstrom": reach, "rings": rings, "start_rings": rings, "best_rings": 0, "best_log_likelihood": -math.inf, "scale": 0.0,
-        "maps": torch.stack([reference, reference]).numpy(), "noise_power": np.ones(box // 2),
-        "resolutions": np.zeros(0), "likelihoods": np.zeros(0),
-        "certainties": np.zeros(0),
-        "pose_certainty": math.nan, "grids": np.zeros(0, np.float32),
+        "iteration": 0, "phase": "power", "round": 0, "sorted": False, "done": False, "count": particles.count, "box": box,
+        "length_angstrom": length, "mask_diameter_angstrom": diameter, "shift_range_angstrom": shift_range,
+        "shift_sigma_angstrom": reach / 2, "reach_angstrom": reach, "rings": rings, "start_rings": rings, "scale": 0.0,
+        "maps": torch.stack([reference, reference]).numpy(), "noise_power": np.ones(box // 2), "resolutions": np.zeros(0),
+        "likelihoods": np.zeros(0), "certainties": np.zeros(0),
     }  # fmt: skip
 
 
@@ -124,12 +120,12 @@ def prepare(params: Refine3DParams, state: State, half: int, context: Context) -
     generator = torch.Generator().manual_seed(((params.seed * 1009 + state["iteration"]) * 2 + half) & 0x7FFFFFFF)
     jitter = rf.grid_jitter_rad(state, len(operators))
     turn = (random_rotations(1, generator)[0] if jitter is None else small_rotation(jitter, generator)).to(device)
-    if phase == "verdict":
+    if phase in ("verdict", "sort"):
         other = torch.from_numpy(state["maps"][1 - half]).to(device)
         return Shared(None, None, noise, tuple(
             vw.make_views(
                 cut_map(other, rings), state["verdict_rings"], grid=grid, turn=turn, operators=operators, reach_px=rf.reach_px(state),
-                pruned=False,
+                pruned=phase == "sort",
             )
             for rings in (state["verdict_rings"], min(state["start_rings"], rf.sizes_of(state).ring_of(rf.FIRST_ANGSTROM)))
         ))  # fmt: skip
@@ -159,13 +155,18 @@ def expect(
         cross, norm = vw.scale_terms(block.polar, rows, shared.views, shared.noise_power, sigma, known)  # type: ignore[arg-type]
         return {"cross": cross, "norm": norm, "count": count}, columns
     if phase == "verdict":
-        return _verdict_sums(params, state, shared, block, sigma), columns
+        return _verdict_sums(params, state, shared, block, columns, sigma), columns
+    if phase == "sort":
+        gain = _gain_of_detail(shared, block, torch.arange(count, device=device), sigma)
+        columns = {**columns, "in_map": (gain > 0).cpu().numpy()}
+        return {"kept": int(columns["in_map"].sum()), "count": count}, columns
     if phase == "draw":
         return _drawn_sums(params, state, shared, block, columns, sigma, device)
-    everything = torch.arange(count, device=device)
-    old = _poses_of(columns, sizes.pixel_size_angstrom, device)
+    chosen = np.nonzero(columns["in_map"])[0]
+    rows = torch.from_numpy(chosen).to(device)
+    old = _poses_of({name: values[chosen] for name, values in columns.items()}, sizes.pixel_size_angstrom, device)
     if phase == "global":
-        start_poses = vw.start_poses(block.polar, everything, shared.views, shared.noise_power, sigma, rf.KEPT_VIEWS)  # type: ignore[arg-type]
+        start_poses = vw.start_poses(block.polar, rows, shared.views, shared.noise_power, sigma, rf.KEPT_VIEWS)  # type: ignore[arg-type]
         # the last pose may lie between the views of the grid
         start_poses = local_search.Candidates(
             torch.cat([old.rotations[:, :1], start_poses.rotations], 1),
@@ -177,22 +178,21 @@ def expect(
         start_poses, limits = old, {"nats": 0.5 * local_search.NATS, "least_gain": rf.LOCAL_LEAST_GAIN}
     assert shared.volume is not None
     found = local_search.climb(
-        block.rows, everything, shared.volume, shared.noise_power, start_poses, rf.climbs(state), sigma_px=sigma,
+        block.rows, rows, shared.volume, shared.noise_power, start_poses, rf.climbs(state), sigma_px=sigma,
         operators=symmetry_operators(params.symmetry or "C1"), modes=rf.MODES, **limits,
     )  # fmt: skip
     shares = found.shares
-    columns = {
+    fresh = _likeliest_first({
         "mode_rotation": found.rotations.cpu().numpy(),
         "mode_origin_angstrom": (found.shifts_px * sizes.pixel_size_angstrom).cpu().numpy(),
         "mode_count": found.count.cpu().numpy().astype(np.int8),
         "log_likelihood": found.total.float().cpu().numpy(),
         "certainty": shares.amax(1).cpu().numpy(),
-    }
-    # the likeliest mode is that of the largest share, which the width of a mode decides too
-    first = shares.argmax(1)
-    if bool((first > 0).any()):
-        columns = _likeliest_first(columns, shares.cpu().numpy())
-    return _sums(state, shared, block, everything, found.rotations, found.shifts_px, shares, columns), columns
+    }, shares.cpu().numpy())  # fmt: skip
+    columns = {name: np.array(values) for name, values in columns.items()}
+    for name, values in fresh.items():
+        columns[name][chosen] = values
+    return _sums(state, shared, block, rows, found.rotations, found.shifts_px, shares, columns), columns
 
 
 def _no_poses(count: int) -> Columns:
@@ -202,10 +202,12 @@ def _no_poses(count: int) -> Columns:
         "mode_count": np.ones(count, np.int8),
         "log_likelihood": np.zeros(count, np.float32),
         "certainty": np.zeros(count, np.float32),
+        "in_map": np.ones(count, bool),
     }
 
 
 def _likeliest_first(columns: Columns, shares: np.ndarray) -> Columns:
+    """Modes in the order of their shares, which the width of a mode decides as well as its likelihood."""
     order = np.argsort(-shares, axis=1, kind="stable")
     return {
         **columns,
@@ -254,7 +256,8 @@ def _drawn_sums(
 ) -> tuple[Sums, Columns]:
     """One part of a pass with drawn poses."""
     lottery = uniforms(params.seed, 1_000_000 + state["drawn_passes"], block.index, 1)[:, 0]
-    chosen = np.nonzero(rf.part_of_pass(lottery, state["parts"], state["sample"]) == state["part"])[0]
+    mine = rf.part_of_pass(lottery, state["parts"], state["sample"]) == state["part"]
+    chosen = np.nonzero(mine & columns["in_map"])[0]
     rows = torch.from_numpy(chosen).to(device)
     numbers = torch.from_numpy(uniforms(params.seed, state["iteration"], block.index[chosen], rf.DRAWS)).to(device)
     rotations, shifts, evidence = vw.draw(block.polar, rows, shared.views, shared.noise_power, sigma, numbers)  # type: ignore[arg-type]
@@ -266,13 +269,21 @@ def _drawn_sums(
     return _sums(state, shared, block, rows, rotations, shifts, shares, columns), columns
 
 
-def _verdict_sums(params: Refine3DParams, state: State, shared: Shared, block: Loaded, sigma: float) -> Sums:
+def _verdict_sums(params: Refine3DParams, state: State, shared: Shared, block: Loaded, columns: Columns, sigma: float) -> Sums:
     """Gains of log-likelihood by the detail of the other half's map, for some particles."""
     lottery = uniforms(params.seed, 2_000_000, block.index, 1)[:, 0]
-    rows = torch.from_numpy(np.nonzero(lottery < rf.VERDICT_PARTICLES / state["count"])[0]).to(shared.noise_power.device)
+    rows = torch.from_numpy(np.nonzero((lottery < rf.VERDICT_PARTICLES / state["count"]) & columns["in_map"])[0])
+    gain = _gain_of_detail(shared, block, rows.to(shared.noise_power.device), sigma)
+    return {
+        "tested": len(rows), "gain": float(gain.sum()), "gain_square": float(gain.square().sum()), "unhelped": int((gain <= 0).sum()),
+        "count": len(block.index),
+    }  # fmt: skip
+
+
+def _gain_of_detail(shared: Shared, block: Loaded, rows: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Gain of log evidence by the detail of the other half's map, float64 `(rows,)`."""
     whole, cut = (vw.evidence(block.polar, rows, views, shared.noise_power, sigma).double() for views in shared.others)
-    gain = whole - cut
-    return {"tested": len(rows), "gain": float(gain.sum()), "gain_square": float(gain.square().sum()), "count": len(block.index)}
+    return whole - cut
 
 
 def maximise(params: Refine3DParams, state: State, sums: list[Sums], context: Context) -> tuple[State, Metrics]:
@@ -284,6 +295,9 @@ def maximise(params: Refine3DParams, state: State, sums: list[Sums], context: Co
         return rf.updated_scale(new, sums)
     if phase == "verdict":
         return _judged(new, sums)
+    if phase == "sort":
+        kept = sum(s["kept"] for s in sums)
+        return {**new, **rf.beginning(state, kept), "sorted": True}, {"phase": "sort", "kept": kept, "left_out": total - kept}
     if phase == "power":
         new["noise_power"] = rf.updated_noise_power(state, sum(s["power"] for s in sums) / total)
         measured = rf.kept_radius(state)
@@ -357,6 +371,9 @@ def _judged(new: State, sums: list[Sums]) -> tuple[State, Metrics]:
     deviation = math.sqrt(max(square - gain * gain, 0.0) / tested)
     found = Evidence(new["pose_certainty"], gain, gain / (deviation + 1e-9))
     new |= {"succeeded": found.succeeded, "held_out_gain": found.gain, "held_out_z": found.z, "done": True}
+    unhelped = sum(s["unhelped"] for s in sums) / tested
+    if not new["sorted"] and rf.JUNK_SHARE < unhelped < 1.0 - rf.JUNK_SHARE and not math.isnan(new["pose_certainty"]):
+        return {**new, "phase": "sort", "done": False}, {"phase": "verdict", "unhelped": unhelped}
     if not found.succeeded:
         new["resolution_angstrom"] = new["length_angstrom"] / new["start_rings"]
     return new, {"phase": "verdict", "succeeded": found.succeeded, "held_out_gain": found.gain, "held_out_z": found.z}
@@ -378,6 +395,7 @@ def result(params: Refine3DParams, state: State, columns: Columns) -> dict[str, 
         "origin_y_angstrom": origins[:, 0].astype(np.float32),
         "origin_x_angstrom": origins[:, 1].astype(np.float32),
         "log_likelihood": columns["log_likelihood"],
+        "in_map": columns["in_map"],
         **curves,
         "half_map": state["half_map"],
         "final_map": state["final_map"],

@@ -52,7 +52,7 @@ class Refine3DParams(Params):
     ],
     gives=[
         "half_map", "final_map", "map_pixel_size_angstrom", "rot_deg", "tilt_deg", "psi_deg", "centre_y_angstrom", "centre_x_angstrom",
-        "log_likelihood", "resolution_angstrom", "fsc_unmasked", "fsc_masked", "fsc_randomised", "fsc_corrected",
+        "log_likelihood", "in_map", "resolution_angstrom", "fsc_unmasked", "fsc_masked", "fsc_randomised", "fsc_corrected",
         "shell_resolution_angstrom", "iteration_resolution_angstrom", "succeeded", "pose_certainty", "held_out_gain", "held_out_z",
         "iteration_log_likelihood", "iteration_certainty",
     ],
@@ -68,6 +68,9 @@ class refine3d:
     shift (Levenberg-Marquardt), and what is left counts by its share of the posterior. Last, poses are refined from where they are.
     Each half is solvent flattened by a mask of its own. Slices are inserted well beyond the scored rings, so that the correlation of
     the half-maps there is unbiased; it alone decides the resolution limit of the next pass.
+
+    If one particle in eight or more is not explained better by the detail of the map, these particles are taken for junk and left out
+    (``in_map``), and the refinement begins once more.
 
     Half-maps that agree do not prove that a map is right. The verdict rests on two other figures: how certain the poses are, and
     whether detail of a map makes particles likelier that it has never seen. A refinement that has not succeeded reports the resolution
