@@ -80,10 +80,12 @@ def test_the_figures_of_the_page_are_those_of_the_program():
         f"of {AbInitioParams().steps} steps", f"Some {_refinement.VERDICT_PARTICLES} particles", f"cut at {_refinement.FIRST_ANGSTROM:g} Å",
     ):  # fmt: skip
         assert said in " ".join(TEXT.split()), said
+    assert "one particle in eight" in TEXT
+    assert _refinement.JUNK_SHARE == 1 / 8
     assert len(ab_initio.functions.seeds(AbInitioParams())) == 1
     assert len(ab_initio.functions.seeds(AbInitioParams(symmetry="D2"))) == 4
 
 
 def test_the_phases_of_the_page_are_those_that_are_printed():
-    told = [word for cell in re.findall(r"^\| ([a-z ,]+) \| ", TEXT, re.MULTILINE)[1:6] for word in cell.split(", ")]
-    assert told == ["noise power", "grey scale", "draw", "global", "local", "verdict"]
+    told = [word for cell in re.findall(r"^\| ([a-z ,]+) \| ", TEXT, re.MULTILINE)[1:7] for word in cell.split(", ")]
+    assert told == ["noise power", "grey scale", "draw", "global", "local", "verdict", "sort"]
