@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+class Molecules(StrEnum):
+    """Molecules of the simulator."""
+
+    beta_galactosidase = "beta-galactosidase"
+    clpb = "clpb"
+
+
+MoleculeOption = Annotated[Molecules, typer.Option(help="The molecule: beta-galactosidase (D2), or clpb, an asymmetric hexamer (C1).")]
 
 
 def _version(asked: bool) -> None:
@@ -47,19 +58,21 @@ app.add_typer(cli_plan.blueprint, name="blueprint")
 @app.command()
 def demo(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the simulated session and its results.")] = Path("demo"),
+    molecule: MoleculeOption = Molecules.beta_galactosidase,
     movies: Annotated[int, typer.Option(help="Movies to simulate.", min=2)] = 24,
     seed: Annotated[int, typer.Option(help="Seed of the simulation.")] = 1,
     workers: Annotated[int | None, typer.Option(help="Worker processes; by default one per core.", min=1)] = None,
 ) -> None:
-    """Simulate a small beta-galactosidase session and process it from movies to map, in a few minutes."""
+    """Simulate a small session and process it from movies to map, in a few minutes."""
     from cryodask.demo import run_demo
 
-    run_demo(folder, movies=movies, seed=seed, workers=workers)
+    run_demo(folder, molecule=molecule.value, movies=movies, seed=seed, workers=workers)
 
 
 @app.command()
 def simulate(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for movies, gain and ground truth.")],
+    molecule: MoleculeOption = Molecules.beta_galactosidase,
     movies: Annotated[int, typer.Option(help="Movies.", min=1)] = 24,
     size: Annotated[int, typer.Option(help="Rows and columns of a frame.", min=128)] = 1024,
     frames: Annotated[int, typer.Option(help="Frames per movie.", min=1)] = 24,
@@ -67,10 +80,12 @@ def simulate(
     seed: Annotated[int, typer.Option(help="Seed; the same seed gives the same movies.")] = 1,
     mrc: Annotated[bool, typer.Option("--mrc", help="Write MRC movies instead of TIFF.")] = False,
 ) -> None:
-    """Simulate movies of beta-galactosidase with known ground truth, and write a project file for them."""
+    """Simulate movies with known ground truth, and write a project file for them."""
     from cryodask.demo import simulate_folder
 
-    path = simulate_folder(folder, movies=movies, size=size, frames=frames, particles=particles, seed=seed, mrc=mrc)
+    path = simulate_folder(
+        folder, movies=movies, size=size, frames=frames, particles=particles, seed=seed, mrc=mrc, molecule=molecule.value
+    )
     typer.echo(f"Movies, gain and truth are in {folder}. Process them with:\n  cryodask run {path}")
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import typer
@@ -21,15 +23,41 @@ from cryodask.run.events.progress import Terminal
 from cryodask.run.session import run_session
 from cryodask.store.project import Project
 
-_DIAMETER_ANGSTROM = 180.0
-_SYMMETRY = "D2"
-_BOX, _SCALED_BOX = 160, 96
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cryodask.simulate.score import TruePoses
+
+BETA_GALACTOSIDASE = "beta-galactosidase"
+PROJECT_NAMES = {BETA_GALACTOSIDASE: "betagal", "clpb": "clpb"}
+"""Name of the project of each molecule of the simulator."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a pipeline must know of its molecule: particle diameter, Angstrom; boxes, pixels; point group."""
+
+    diameter_angstrom: float
+    box: int
+    scaled_box: int
+    symmetry: str
+
+
+def sizes_of(params: Any) -> Sizes:
+    """Sizes for the molecule of a session (a :class:`cryodask.simulate.SessionParams`): a box of at least 1.5 diameters, kept at 0.6."""
+    from cryodask.simulate.model import MOLECULES
+
+    molecule = MOLECULES[params.molecule]()
+    diameter = 10.0 * round(molecule.diameter_angstrom / 10.0)
+    tens = math.ceil(1.5 * diameter / params.pixel_size_angstrom / 20.0)
+    return Sizes(diameter, 20 * tens, 12 * tens, molecule.symmetry)
 
 
 def write_project_file(folder: Path, params: Any) -> Path:
     """Write a project file for a simulated session."""
+    sizes = sizes_of(params)
     content = {
-        "name": "betagal",
+        "name": PROJECT_NAMES[params.molecule],
         "inputs": {"movies": f"movies/*.{params.format}", "gain": "gain.mrc"},
         "microscope": {
             "voltage_kv": params.voltage_kv,
@@ -41,28 +69,31 @@ def write_project_file(folder: Path, params: Any) -> Path:
         "pipeline": [
             {"motion": {}},
             {"ctf": {}},
-            {"pick": {"diameter_angstrom": _DIAMETER_ANGSTROM}},
-            {"extract": {"box": _BOX, "scale_to": _SCALED_BOX}},
+            {"pick": {"diameter_angstrom": sizes.diameter_angstrom}},
+            {"extract": {"box": sizes.box, "scale_to": sizes.scaled_box}},
             {"classify2d": {"classes": 10}},
             {"curate": {"keep": "auto"}},
-            {"ab_initio": {"symmetry": _SYMMETRY}},
-            {"refine3d": {"symmetry": _SYMMETRY}},
+            {"ab_initio": {"symmetry": sizes.symmetry}},
+            {"refine3d": {"symmetry": sizes.symmetry}},
             {"mask": {}},
             {"postprocess": {}},
         ],
         "cluster": "local",
     }
-    path = folder / "betagal.yaml"
+    path = folder / f"{content['name']}.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=140))
     return path
 
 
-def simulate_folder(folder: Path, *, movies: int, size: int, frames: int, particles: int, seed: int, mrc: bool = False) -> Path:
+def simulate_folder(
+    folder: Path, *, movies: int, size: int, frames: int, particles: int, seed: int, mrc: bool = False, molecule: str = BETA_GALACTOSIDASE
+) -> Path:
     """Simulate a session into ``folder`` and write its project file; returns the project file."""
     from cryodask.simulate import SessionParams, simulate_session
 
     dose = 40.0 / 24.0
     params = SessionParams(
+        molecule=molecule,  # type: ignore[arg-type]  # checked by the model
         movies=movies,
         height=size,
         width=size,
@@ -73,17 +104,21 @@ def simulate_folder(folder: Path, *, movies: int, size: int, frames: int, partic
         format="mrc" if mrc else "tif",
     )
     with _simulating(movies, f"{movies} movies") as one_done:
-        simulate_session(folder, params, lambda done, total: one_done() if done else None, processes=os.cpu_count() or 1)
+        simulate_session(folder, params, lambda done, total: one_done() if done else None, processes=min(os.cpu_count() or 1, movies))
     return write_project_file(folder, params)
 
 
-def run_demo(folder: Path, *, movies: int = 24, seed: int = 1, workers: int | None = None) -> dict[str, Any]:
+def run_demo(
+    folder: Path, *, molecule: str = BETA_GALACTOSIDASE, movies: int = 24, seed: int = 1, workers: int | None = None
+) -> dict[str, Any]:
     """Simulate a session, process it and score the results; write ``summary.json`` into ``folder`` and return its content."""
     from cryodask.simulate import SessionParams, load_truth, prepare_session, simulate_one
 
     started = time.time()
-    voxel = 1.77 * _BOX / _SCALED_BOX
-    params = SessionParams(movies=movies, seed=seed, truth_maps=((_SCALED_BOX, voxel),))
+    params = SessionParams(molecule=molecule, movies=movies, seed=seed)  # type: ignore[arg-type]  # checked by the model
+    sizes = sizes_of(params)
+    voxel = params.pixel_size_angstrom * sizes.box / sizes.scaled_box
+    params = params.model_copy(update={"truth_maps": ((sizes.scaled_box, voxel),)})
     client = connect("local", workers=workers)
     try:
         with _simulating(movies, f"{movies} movies of 1024 x 1024 x 24") as one_done:
@@ -137,12 +172,13 @@ def score(project: Project, truth: Any) -> dict[str, Any]:
     """Compare a processed session with its ground truth (a :class:`cryodask.simulate.Truth`)."""
     import torch
 
-    from cryodask.formats.mrc import read_mrc
-    from cryodask.kernels.fsc import resolution_at
+    from cryodask.kernels.fsc import fsc, resolution_at
     from cryodask.simulate import score as measure
+    from cryodask.simulate.docking import NEAR_DEG, dock
+    from cryodask.simulate.model import MOLECULES, density_map
 
     torch.set_num_threads(os.cpu_count() or 1)
-    params = truth.params
+    params, sizes = truth.params, sizes_of(truth.params)
     pixel, shape = params.pixel_size_angstrom, params.shape
     row_of = {name: i for i, name in enumerate(truth.names)}
     true = truth.columns
@@ -168,17 +204,22 @@ def score(project: Project, truth: Any) -> dict[str, Any]:
         keep = one["pick_accepted"].values > 0
         accepted.append(np.stack([one["pick_y"].values[keep], one["pick_x"].values[keep]], -1))
     named = [positions[row_of[n]] for n in picks["micrograph"].values]
-    precision, recall = measure.precision_and_recall(accepted, named, shape, _DIAMETER_ANGSTROM / pixel)
+    precision, recall = measure.precision_and_recall(accepted, named, shape, sizes.diameter_angstrom / pixel)
 
     refined, mask = project["refine3d"].load(), torch.from_numpy(project["mask"]["solvent_mask"].values)
     post = project["postprocess"].load()
     voxel = float(refined["map_pixel_size_angstrom"])
     box = int(refined.sizes["x"])
-    true_map, _ = read_mrc(Path(truth.folder) / "truth" / f"map_{box}_{voxel:g}A.mrc")
-    alignment, curve = measure.align_axes(torch.from_numpy(refined["half_map"].values.mean(0)), torch.from_numpy(true_map.copy()), mask)
-    oracle = measure.half_maps_from_poses(_true_poses(project, truth, positions, row_of), voxel, _SYMMETRY)
-    oracle = torch.stack([alignment(half) for half in oracle])
+    matched = _matched(project, truth, positions, row_of, 0.4 * sizes.diameter_angstrom / pixel)
+    docking = dock(matched.found_rotations, matched.true.rotations, matched.displacement_angstrom, sizes.symmetry)
+    there = MOLECULES[params.molecule]().placed(docking.turn, docking.shift_angstrom.numpy())
+    true_map = torch.from_numpy(density_map(there, box, voxel))
+    curve = fsc(torch.from_numpy(refined["half_map"].values.mean(0)) * mask, true_map * mask)
+    rotations, moved = docking.poses(matched.true.rotations)
+    in_map = replace(matched.true, rotations=rotations, origin_angstrom=matched.true.origin_angstrom - moved.numpy())
+    oracle = measure.half_maps_from_poses(in_map, voxel, sizes.symmetry)
     return {
+        "molecule": params.molecule,
         "movies": len(project.items()),
         "micrographs": int(motion.sizes["micrograph"]),
         "particles": int(project.particles("refine3d").sizes["particle"]),
@@ -186,15 +227,29 @@ def score(project: Project, truth: Any) -> dict[str, Any]:
         "picked_recall": round(recall, 4),
         "motion_rms_error_angstrom": round(float(np.sqrt(np.mean(np.square(errors)))), 3),
         "defocus_rms_error_angstrom": round(float(np.sqrt(np.mean((defocus - true_defocus) ** 2))), 1),
-        "resolution_fsc143_angstrom": round(float(post["resolution_angstrom"]), 3),
+        "succeeded": bool(refined["succeeded"]),
+        "resolution_fsc143_angstrom": round(float(post["resolution_angstrom"]), 3) if refined["succeeded"] else None,
         "resolution_true_poses_angstrom": round(measure.corrected_resolution(oracle, mask, voxel), 3),
         "resolution_truth_fsc05_angstrom": round(resolution_at(curve, 0.5, box, voxel), 3),
-        "hand_flipped": alignment.flipped,
+        "pose_error_median_deg": round(float(np.median(docking.degrees)), 2),
+        "poses_right": round(float((docking.degrees < NEAR_DEG).mean()), 4),
+        "hand_flipped": docking.mirrored,
     }
 
 
-def _true_poses(project: Project, truth: Any, positions: list[np.ndarray], row_of: dict[str, int]) -> Any:
-    """Refined particles that match a simulated one, with their true poses."""
+@dataclass(frozen=True)
+class _Matched:
+    """Refined particles that match a simulated one: true poses, found ones, and (y, x) from the found to the true centre."""
+
+    true: TruePoses
+    found_rotations: Tensor
+    displacement_angstrom: np.ndarray
+
+
+def _matched(project: Project, truth: Any, positions: list[np.ndarray], row_of: dict[str, int], tolerance_px: float) -> _Matched:
+    import torch
+
+    from cryodask.kernels.orientations import euler_to_matrix
     from cryodask.simulate.score import TruePoses, match_picks
 
     particles = project.particles("refine3d").load()
@@ -204,15 +259,19 @@ def _true_poses(project: Project, truth: Any, positions: list[np.ndarray], row_o
     centre = np.floor(np.stack([particles["particle_y"].values, particles["particle_x"].values], -1))
     for name in dict.fromkeys(particles["micrograph"].values.tolist()):
         here = np.nonzero(particles["micrograph"].values == name)[0]
-        i, j = match_picks(centre[here], positions[row_of[name]], 0.4 * _DIAMETER_ANGSTROM / pixel)
+        i, j = match_picks(centre[here], positions[row_of[name]], tolerance_px)
         kept.append(here[i])
         source.append((row_of[name], j))
     index = np.concatenate(kept)
-    true = {
-        n: np.concatenate([truth.columns[n][row][j] for row, j in source]).astype(np.float64) for n in ("rot_deg", "tilt_deg", "psi_deg")
-    }
+    some = particles.isel(particle=index)
     where = np.concatenate([positions[row][j] for row, j in source])
-    columns = (
+    angles = ("rot_deg", "tilt_deg", "psi_deg")
+    true = [np.concatenate([truth.columns[name][row][j] for row, j in source]) for name in angles]
+    true_rotations, found_rotations = (
+        euler_to_matrix(*(torch.deg2rad(torch.from_numpy(np.asarray(a, np.float64))) for a in columns))
+        for columns in (true, [some[name].values for name in angles])
+    )
+    ctf = (
         "defocus_u_angstrom",
         "defocus_v_angstrom",
         "defocus_angle_deg",
@@ -220,14 +279,9 @@ def _true_poses(project: Project, truth: Any, positions: list[np.ndarray], row_o
         "spherical_aberration_mm",
         "amplitude_contrast",
     )
-    some = particles.isel(particle=index)
     half = some["half_set"].values if "half_set" in some else np.arange(len(index)) % 2
-    return TruePoses(
-        some["particle_image"].values,
-        true["rot_deg"],
-        true["tilt_deg"],
-        true["psi_deg"],
-        (centre[index] - where) * pixel,
-        {n: some[n].values for n in columns},
-        half,
+    poses = TruePoses(
+        some["particle_image"].values, true_rotations, (centre[index] - where) * pixel, {n: some[n].values for n in ctf}, half
     )
+    found = np.stack([some["centre_y_angstrom"].values, some["centre_x_angstrom"].values], -1)
+    return _Matched(poses, found_rotations, where * pixel - found)

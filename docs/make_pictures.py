@@ -1,4 +1,8 @@
-"""The picture in the README, from a finished demo: python docs/make_pictures.py demo docs/images/demo.png."""
+"""The picture in the README, from a finished demo, and the two of docs/map.md, which take some minutes of one core::
+
+python docs/make_pictures.py demo docs/images/demo.png
+python docs/make_pictures.py --verdicts FOLDER docs/images
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import yaml
 from matplotlib.figure import Figure
 
 import cryodask
+
+COUNT, BOX, PIXEL = 500, 64, 4.0
 
 
 def main(folder: str, output: str) -> None:
@@ -52,5 +59,48 @@ def main(folder: str, output: str) -> None:
     figure.savefig(output, dpi=90)
 
 
+def verdicts(folder: str, output: str) -> None:
+    """Draw the evidence of a refinement that succeeded and of one that did not, for 500 simulated particles without symmetry."""
+    from cryodask.cluster.connect import close, connect
+    from cryodask.formats.mrc import read_mrc, write_mrc
+    from cryodask.run.recipe import make_plan
+    from cryodask.run.session import run_plan
+    from cryodask.simulate import simulate_particles
+    from cryodask.simulate.model import beta_galactosidase, density_map
+    from cryodask.stages._verdict_pictures import draw_evidence
+    from cryodask.stages.refine3d import says
+
+    here = Path(folder)
+    simulate_particles(here, molecule="clpb", count=COUNT, box=BOX, pixel_size_angstrom=PIXEL)
+    images, _ = read_mrc(here / "particles.mrcs")
+    (here / "noise").mkdir(exist_ok=True)
+    noise = np.random.default_rng(0).standard_normal(images.shape, dtype=np.float32)
+    write_mrc(here / "noise" / "particles.mrcs", noise, PIXEL, stack=True)
+    (here / "noise" / "particles.star").write_text((here / "particles.star").read_text())
+    write_mrc(here / "other.mrc", density_map(beta_galactosidase(), BOX, PIXEL), PIXEL)
+    first = {"ab_initio": {"mask_diameter_angstrom": 200}}
+    runs = {
+        "right": ("particles.star", [first, {"refine3d": {"mask_diameter_angstrom": 200}}]),
+        "wrong": (
+            "noise/particles.star",
+            [{"refine3d": {"mask_diameter_angstrom": 200, "symmetry": "C1", "reference": "other.mrc"}}],
+        ),
+    }
+    client = connect("local", workers=1)
+    try:
+        for name, (star, pipeline) in runs.items():
+            path = here / f"{name}.yaml"
+            path.write_text(yaml.safe_dump({"name": name, "inputs": {"particles": star}, "pipeline": pipeline}))
+            project = run_plan(make_plan(path), client)
+            refined = project["refine3d"].load()
+            angles = project.particles("refine3d")
+            refined = refined.assign({n: ("particle", angles[n].values) for n in ("rot_deg", "tilt_deg")})
+            drawn = draw_evidence(refined, says(refined))
+            drawn.figure.savefig(Path(output) / f"verdict-{name}.png", dpi=75)
+            print(name, says(refined))
+    finally:
+        close(client)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    verdicts(*sys.argv[2:4]) if sys.argv[1] == "--verdicts" else main(*sys.argv[1:3])

@@ -255,7 +255,10 @@ def test_sessions_of_every_kind_run_beside_each_other_and_a_second_start_leaves_
     content, other = (yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in ("mixed", "image-analysis"))
     content["sessions"] |= other["sessions"]
     content["profiles"]["test"]["sessions"] |= other["profiles"]["test"]["sessions"]
-    fewer = [{"classify2d": {"classes": 2, "iterations": 2}}, {"ab_initio": {"symmetry": "D2", "restarts": 1, "steps": 12}}]
+    fewer = [
+        {"classify2d": {"classes": 2, "iterations": 2}},
+        {"ab_initio": {"symmetry": "D2", "restarts": 1, "steps": 12, "resolution_angstrom": 28}},
+    ]
     fewer += [{"refine3d": {"symmetry": "D2", "iterations": 2}}, "mask", "postprocess"]
     content["profiles"]["test"]["sessions"]["refinement"]["project"]["pipeline"] = fewer
     (tmp_path / "mixed.yaml").write_text(yaml.safe_dump(content, sort_keys=False))

@@ -64,7 +64,9 @@ def test_the_reference_is_what_the_models_say():
     assert not re.search(r"<class|typing\.|object at", page)
 
 
-@pytest.mark.parametrize("page", [STEPS, PROJECT_FILE, DOCS / "own-stage.md", DOCS / "other-programs.md"], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page", [STEPS, PROJECT_FILE, DOCS / "own-stage.md", DOCS / "other-programs.md", DOCS / "map.md"], ids=lambda p: p.name
+)
 def test_links_and_headings_are_there(page):
     for target in re.findall(r"\]\(([^)#\s]*)(#[^)\s]+)?\)", page.read_text()):
         path, anchor = target

@@ -16,7 +16,7 @@ from cryodask.formats.mrc import read_mrc, write_mrc
 from cryodask.kernels.ctf import ctf
 from cryodask.kernels.orientations import euler_to_matrix
 from cryodask.simulate import Optics, SessionParams, load_truth, prepare_session, simulate_micrograph, simulate_movie, simulate_one
-from cryodask.simulate.model import beta_galactosidase, density_map, interaction_constant, phase_transform, scattering_factor
+from cryodask.simulate.model import beta_galactosidase, clpb, density_map, interaction_constant, phase_transform, scattering_factor
 from cryodask.simulate.movie import random_drift
 from cryodask.simulate.scene import CountTable
 
@@ -29,6 +29,13 @@ def test_the_molecule_is_the_deposited_one_with_d2_symmetry() -> None:
     for signs in ([-1, -1, 1], [1, -1, -1], [-1, 1, -1]):
         turned = molecule.positions["S"] * np.array(signs)
         assert {tuple(p) for p in np.round(turned, 2).tolist()} == {tuple(p) for p in np.round(molecule.positions["S"], 2).tolist()}
+
+
+def test_the_asymmetric_molecule_is_the_deposited_one() -> None:
+    molecule = clpb()
+    assert {e: len(p) for e, p in molecule.positions.items()} == {"C": 20526, "N": 5945, "O": 6306, "S": 129}  # 6RN2
+    assert 170.0 < molecule.diameter_angstrom < 185.0
+    assert np.abs(sum(p.sum(0) for p in molecule.positions.values())).max() < 0.01 * 32906
 
 
 def test_scattering_is_in_absolute_units() -> None:

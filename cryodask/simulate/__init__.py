@@ -1,4 +1,4 @@
-"""Movies with known ground truth: beta-galactosidase in moving ice, recorded by an imperfect counting detector."""
+"""Movies with known ground truth: molecules in moving ice, recorded by an imperfect counting detector."""
 
 from cryodask.simulate.particles import simulate_particles
 from cryodask.simulate.scene import Micrograph, Optics, simulate_micrograph

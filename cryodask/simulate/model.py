@@ -1,4 +1,4 @@
-"""The molecule of the simulator: beta-galactosidase (PDB 5A1A, D2) as a set of atoms, and how strongly they scatter.
+"""The molecules of the simulator as sets of atoms, and how strongly these scatter.
 
 The electrostatic potential in a shell of solvent is what a weak phase object shows: scattering factors of the atoms with the
 hydrogens bound to them, minus the solvent that they displace (Fraser, MacRae & Suzuki 1978). Phases are in radians, absolute.
@@ -7,9 +7,11 @@ hydrogens bound to them, minus the solvent that they displace (Fraser, MacRae & 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import gemmi
 import numpy as np
@@ -28,25 +30,46 @@ _WATER_SCATTERING_PER_A3 = 4.53 / POTENTIAL_OF_SCATTERING
 _TWO_FOLDS = np.array([[1, 1, 1], [-1, -1, 1], [1, -1, -1], [-1, 1, -1]], float)
 
 
+MoleculeName = Literal["beta-galactosidase", "clpb"]
+
+
 @dataclass(frozen=True)
 class Molecule:
-    """Atoms by element: coordinates `(atom, 3)` as (x, y, z), Angstrom, about the centre of the molecule."""
+    """Atoms by element: coordinates `(atom, 3)` as (x, y, z), Angstrom, about the centre of the molecule; its point group."""
 
     positions: dict[str, np.ndarray]
+    symmetry: str = "C1"
 
     @property
     def diameter_angstrom(self) -> float:
         """Twice the distance of the outermost atom from the centre."""
         return 2.0 * max(float(np.sqrt((p * p).sum(1)).max()) for p in self.positions.values())
 
+    def placed(self, turn: np.ndarray, shift_angstrom: np.ndarray) -> Molecule:
+        """The molecule after an orthogonal transform `(3, 3)` about its centre and a shift `(3,)` (x, y, z)."""
+        return Molecule({e: p @ turn.T + shift_angstrom for e, p in self.positions.items()}, self.symmetry)
+
+
+def _stored(name: str) -> dict[str, np.ndarray]:
+    with np.load(Path(__file__).parent / "data" / f"{name}.npz") as stored:
+        xyz = stored["position_centiangstrom"].astype(float) / 100.0
+        element = stored["element"].astype(str)
+    return {e: xyz[element == e] for e in sorted(set(element.tolist()))}
+
 
 @lru_cache(maxsize=1)
 def beta_galactosidase() -> Molecule:
-    """The tetramer: the stored protomer and its copies about the two-fold axes x, y and z."""
-    with np.load(Path(__file__).parent / "data" / "betagal_protomer.npz") as stored:
-        xyz = stored["position_centiangstrom"].astype(float) / 100.0
-        element = stored["element"].astype(str)
-    return Molecule({e: np.concatenate([xyz[element == e] * signs for signs in _TWO_FOLDS]) for e in sorted(set(element.tolist()))})
+    """E. coli beta-galactosidase (PDB 5A1A), a tetramer: the stored protomer and its copies about the two-fold axes x, y and z."""
+    return Molecule({e: np.concatenate([xyz * signs for signs in _TWO_FOLDS]) for e, xyz in _stored("betagal_protomer").items()}, "D2")
+
+
+@lru_cache(maxsize=1)
+def clpb() -> Molecule:
+    """ClpB with casein (PDB 6RN2): six alike subunits in a spiral, which has no symmetry but looks nearly six-fold."""
+    return Molecule(_stored("clpb"))
+
+
+MOLECULES: dict[MoleculeName, Callable[[], Molecule]] = {"beta-galactosidase": beta_galactosidase, "clpb": clpb}
 
 
 def interaction_constant(voltage_kv: float) -> float:

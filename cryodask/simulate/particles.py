@@ -1,4 +1,4 @@
-"""Simulated particles of beta-galactosidase in RELION form: a stack and a STAR file, with true positions and CTF."""
+"""Simulated particles in RELION form: a stack and a STAR file, with true positions and CTF."""
 
 from __future__ import annotations
 
@@ -10,17 +10,28 @@ import torch
 from cryodask.formats.mrc import write_mrc
 from cryodask.formats.star import write_particles
 from cryodask.kernels.extraction import extract_particles
+from cryodask.simulate.model import MoleculeName
 from cryodask.simulate.scene import Optics, simulate_micrograph
 
 _EDGE = 1024
 _PER_MICROGRAPH = 100
 
 
-def simulate_particles(folder: str | Path, *, count: int = 300, box: int = 48, pixel_size_angstrom: float = 5.5, seed: int = 1) -> Path:
+def simulate_particles(
+    folder: str | Path,
+    *,
+    molecule: MoleculeName = "beta-galactosidase",
+    count: int = 300,
+    box: int = 48,
+    pixel_size_angstrom: float = 5.5,
+    seed: int = 1,
+) -> Path:
     """Write ``particles.mrcs`` and ``particles.star`` into a folder; returns the STAR file. At most 100 particles share a micrograph.
 
     Parameters
     ----------
+    molecule : str
+        A name of :data:`cryodask.simulate.model.MOLECULES`.
     count : int
         Number of particles.
     box : int
@@ -41,7 +52,12 @@ def simulate_particles(folder: str | Path, *, count: int = 300, box: int = 48, p
             pixel, defocus_u_angstrom=defocus + 100.0, defocus_v_angstrom=defocus - 100.0, defocus_angle_deg=rng.uniform(0.0, 180.0)
         )
         made = simulate_micrograph(
-            shape=(_EDGE, _EDGE), optics=optics, particles=min(missing, _PER_MICROGRAPH), damage=False, seed=1000 * seed + micrograph
+            shape=(_EDGE, _EDGE),
+            optics=optics,
+            molecule=molecule,
+            particles=min(missing, _PER_MICROGRAPH),
+            damage=False,
+            seed=1000 * seed + micrograph,
         )
         micrograph += 1
         y, x = np.floor(made.particles.y), np.floor(made.particles.x)

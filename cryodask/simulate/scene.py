@@ -16,7 +16,7 @@ import torch
 from cryodask.kernels.ctf import ctf
 from cryodask.kernels.dose import amplitude_after_exposure
 from cryodask.kernels.orientations import euler_to_matrix
-from cryodask.simulate.model import beta_galactosidase, phase_transform
+from cryodask.simulate.model import MOLECULES, Molecule, MoleculeName, phase_transform
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ def place_particles(rng: np.random.Generator, count: int, shape: tuple[int, int]
 
 def contrast_transform(
     rng: np.random.Generator,
+    molecule: Molecule,
     particles: Particles,
     shape: tuple[int, int],
     optics: Optics,
@@ -87,7 +88,7 @@ def contrast_transform(
     angles = [torch.from_numpy(np.radians(a)) for a in (particles.rot_deg, particles.tilt_deg, particles.psi_deg)]
     rotations = euler_to_matrix(*angles).numpy()
     pixel = optics.pixel_size_angstrom
-    wave = phase_transform(beta_galactosidase(), rotations, np.stack([particles.y, particles.x], 1), shape, pixel, optics.voltage_kv)
+    wave = phase_transform(molecule, rotations, np.stack([particles.y, particles.x], 1), shape, pixel, optics.voltage_kv)
     wave *= np.float32(signal_amplitude)
     ky = torch.from_numpy(np.fft.fftfreq(shape[0], pixel).astype(np.float32))[:, None]
     kx = torch.from_numpy(np.fft.rfftfreq(shape[1], pixel).astype(np.float32))[None]
@@ -160,6 +161,7 @@ def simulate_micrograph(
     *,
     shape: tuple[int, int] = (4096, 4096),
     optics: Optics | None = None,
+    molecule: MoleculeName = "beta-galactosidase",
     particles: int = 200,
     dose: float = 40.0,
     signal_amplitude: float = 1.0,
@@ -169,7 +171,7 @@ def simulate_micrograph(
     damage: bool = True,
     seed: int = 0,
 ) -> Micrograph:
-    """One dose-summed, motion-free micrograph of beta-galactosidase, for picking and CTF.
+    """One dose-summed, motion-free micrograph, for picking and CTF.
 
     Parameters
     ----------
@@ -178,6 +180,8 @@ def simulate_micrograph(
     optics : Optics, optional
         Default: 1 Angstrom per pixel, 300 kV, Cs 2.7 mm, amplitude contrast 0.1, defocus 15,000 A. Its fields ``defocus_u_angstrom,
         defocus_v_angstrom, defocus_angle_deg, pixel_size_angstrom`` are the truth of a CTF fit.
+    molecule : str
+        A name of :data:`cryodask.simulate.model.MOLECULES`.
     particles : int
         How many to place; fewer if the image is full (`len(result.particles)`).
     dose : float
@@ -204,6 +208,7 @@ def simulate_micrograph(
     placed = place_particles(rng, particles, shape, distance_angstrom / pixel, 0.5 * distance_angstrom / pixel)
     transform, k = contrast_transform(
         rng,
+        MOLECULES[molecule](),
         placed,
         shape,
         optics,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,10 +9,9 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from cryodask.kernels.fsc import corrected_fsc, fsc, resolution_at
+from cryodask.kernels.fsc import corrected_fsc, resolution_at
 from cryodask.kernels.half_grid import reconstruct_half
 from cryodask.kernels.local_search import grid_of_poses
-from cryodask.kernels.orientations import euler_to_matrix
 from cryodask.kernels.rows import image_rows
 from cryodask.kernels.symmetry import symmetry_operators
 
@@ -99,13 +97,11 @@ def rms_motion_error(found: np.ndarray, true: np.ndarray) -> float:
 class TruePoses:
     """Particles of one half-set or both with their true poses.
 
-    ``images`` `(n, y, x)`; angles in degrees and CTF `(n,)`; ``origin_angstrom`` `(n, 2)` (y, x) moves the particle to the centre.
+    ``images`` `(n, y, x)`; ``rotations`` `(n, 3, 3)`; CTF `(n,)`; ``origin_angstrom`` `(n, 2)` (y, x) moves the particle to the centre.
     """
 
     images: np.ndarray
-    rot_deg: np.ndarray
-    tilt_deg: np.ndarray
-    psi_deg: np.ndarray
+    rotations: Tensor
     origin_angstrom: np.ndarray
     ctf: dict[str, np.ndarray]
     half_set: np.ndarray
@@ -117,8 +113,7 @@ def half_maps_from_poses(particles: TruePoses, pixel_size_angstrom: float, symme
     radius = box // 2 - 1
     columns = {"phase_shift_deg": np.zeros(len(particles.images)), **particles.ctf}
     rows = image_rows(torch.from_numpy(particles.images), columns, radius, pixel_size_angstrom)
-    angles = (torch.from_numpy(np.radians(a)).float() for a in (particles.rot_deg, particles.tilt_deg, particles.psi_deg))
-    rotations, origins = euler_to_matrix(*angles), torch.from_numpy(particles.origin_angstrom / pixel_size_angstrom).float()
+    rotations, origins = particles.rotations.float(), torch.from_numpy(particles.origin_angstrom / pixel_size_angstrom).float()
     maps = []
     for half in (0, 1):
         some = torch.from_numpy(np.nonzero(particles.half_set == half)[0])
@@ -131,61 +126,3 @@ def corrected_resolution(half_maps: Tensor, mask: Tensor, pixel_size_angstrom: f
     """Resolution (FSC 0.143, corrected for the mask) of two half-maps, Angstrom."""
     curves = corrected_fsc(half_maps[0], half_maps[1], mask)
     return resolution_at(curves.corrected, 0.143, half_maps.shape[-1], pixel_size_angstrom)
-
-
-def flip_hand(volume: Tensor) -> Tensor:
-    """The mirror image through the centre n // 2."""
-    return torch.flip(volume, (0, 1, 2)).roll((1, 1, 1), (0, 1, 2))
-
-
-@dataclass(frozen=True)
-class Alignment:
-    """Transform of the truth onto a map with its symmetry axes on the coordinate axes: a rotation, with or without mirroring."""
-
-    turn: np.ndarray
-    flipped: bool
-
-    def __call__(self, volume: Tensor) -> Tensor:
-        """Transform a map `(z, y, x)` from the frame of the truth into that of the other map."""
-        return _turn(flip_hand(volume) if self.flipped else volume, self.turn)
-
-
-def align_axes(volume: Tensor, truth: Tensor, mask: Tensor) -> tuple[Alignment, Tensor]:
-    """Best alignment of the truth over both hands and the 24 rotations of the octahedron, and its FSC under the mask.
-
-    For maps with a D2, D4, T or O group, whose axes are on the coordinate axes; the hand is decided by the sum of
-    correlations.
-    """
-    best: tuple[float, Alignment, Tensor] | None = None
-    for flipped in (False, True):
-        for turn in octahedral_rotations():
-            alignment = Alignment(turn, flipped)
-            curve = fsc(volume * mask, alignment(truth) * mask)
-            if best is None or float(curve[1:].sum()) > best[0]:
-                best = (float(curve[1:].sum()), alignment, curve)
-    assert best is not None
-    return best[1], best[2]
-
-
-def octahedral_rotations() -> list[np.ndarray]:
-    """The 24 signed permutation matrices of determinant 1."""
-    out = []
-    for order in itertools.permutations(range(3)):
-        for signs in itertools.product((1, -1), repeat=3):
-            matrix = np.zeros((3, 3))
-            matrix[range(3), order] = signs
-            if np.linalg.det(matrix) > 0:
-                out.append(matrix)
-    return out
-
-
-def _turn(volume: Tensor, turn: np.ndarray) -> Tensor:
-    """Rotate a map about its centre n // 2 by a signed permutation of its axes."""
-    axes = [int(np.abs(row).argmax()) for row in turn]
-    flips = [d for d in range(3) if turn[d].sum() < 0]
-    out = volume.permute(*axes)
-    if not flips:
-        return out
-    even = volume.shape[0] % 2 == 0
-    out = torch.flip(out, flips)
-    return out.roll([1] * len(flips), flips) if even else out

@@ -28,7 +28,7 @@ from cryodask.errors import InputError
 from cryodask.formats.movies import write_mrc_movie, write_tiff_movie
 from cryodask.formats.mrc import write_mrc
 from cryodask.leash import die_with_spawner
-from cryodask.simulate.model import beta_galactosidase, density_map
+from cryodask.simulate.model import MOLECULES, MoleculeName, density_map
 from cryodask.simulate.movie import (
     Detector,
     expose,
@@ -47,6 +47,7 @@ class SessionParams(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    molecule: MoleculeName = Field(default="beta-galactosidase", description="beta-galactosidase (D2) or clpb (C1)")
     movies: int = Field(default=24, ge=1, description="number of movies")
     height: int = Field(default=1024, ge=64, description="rows of a frame, pixels")
     width: int = Field(default=1024, ge=64, description="columns of a frame, pixels")
@@ -57,7 +58,7 @@ class SessionParams(BaseModel):
     amplitude_contrast: float = Field(default=0.1, ge=0, lt=1, description="amplitude contrast, as a fraction")
     dose_per_frame: float = Field(default=40.0 / 24.0, gt=0, description="exposure per frame, electrons per square Angstrom")
     pre_exposure: float = Field(default=0.0, ge=0, description="exposure before the first frame, electrons per square Angstrom")
-    particles: int = Field(default=40, ge=0, description="particles of beta-galactosidase per movie, fewer if there is no room")
+    particles: int = Field(default=40, ge=0, description="particles per movie, fewer if there is no room")
     particle_distance_angstrom: float = Field(default=185.0, gt=0, description="smallest distance between particle centres, Angstrom")
     defocus_min_angstrom: float = Field(default=8000.0, gt=0, description="smallest defocus, Angstrom")
     defocus_max_angstrom: float = Field(default=20000.0, gt=0, description="largest defocus, Angstrom")
@@ -147,6 +148,7 @@ def simulate_movie(params: SessionParams, index: int) -> tuple[np.ndarray, dict[
     in_scene = Particles(particles.y + margin, particles.x + margin, particles.rot_deg, particles.tilt_deg, particles.psi_deg)
     transform, k = contrast_transform(
         rng,
+        MOLECULES[params.molecule](),
         in_scene,
         scene_shape,
         optics,
@@ -195,7 +197,7 @@ def prepare_session(folder: str | Path, params: SessionParams) -> None:
     (folder / "truth").mkdir(exist_ok=True)
     write_mrc(folder / "gain.mrc", session_detector(params).gain, params.pixel_size_angstrom)
     for box, voxel in params.truth_maps:
-        write_mrc(folder / "truth" / f"map_{box}_{voxel:g}A.mrc", density_map(beta_galactosidase(), box, voxel), voxel)
+        write_mrc(folder / "truth" / f"map_{box}_{voxel:g}A.mrc", density_map(MOLECULES[params.molecule](), box, voxel), voxel)
     (folder / "truth" / "session.json").write_text(json.dumps(params.model_dump(mode="json"), indent=1) + "\n")
 
 
