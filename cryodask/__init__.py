@@ -36,7 +36,8 @@ def open(path: str | os.PathLike[str]) -> Project:
         from cryodask.run.recipe import project_folder
 
         folder = os.fspath(project_folder(folder))
-    return Project(folder)
+    # workers that read lazy Datasets may have another working directory
+    return Project(os.path.abspath(folder))
 
 
 def connect(where: str | os.PathLike[str] = "local", **options: Any) -> Client:

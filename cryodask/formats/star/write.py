@@ -70,12 +70,15 @@ def write_postprocess(
     half_map_names: tuple[str, str] = ("half1.mrc", "half2.mrc"),
     mask_name: str = "mask.mrc",
 ) -> None:
-    """FSC curves `(shell,)` and result of post-processing as RELION's ``postprocess.star``; shell 0 may have resolution inf."""
+    """FSC curves `(shell,)` and result of post-processing as RELION's ``postprocess.star``; shell 0 may have resolution inf.
+
+    A resolution of NaN, that of a refinement that has not succeeded, is left out.
+    """
     import pandas as pd
 
     angstrom = np.where(np.isfinite(shell_resolution_angstrom), shell_resolution_angstrom, 999.0)
-    general = {
-        "rlnFinalResolution": float(resolution_angstrom),
+    general: dict[str, Any] = {} if np.isnan(resolution_angstrom) else {"rlnFinalResolution": float(resolution_angstrom)}
+    general |= {
         "rlnBfactorUsedForSharpening": float(b_factor_angstrom2),
         "rlnUnfilteredMapHalf1": half_map_names[0],
         "rlnUnfilteredMapHalf2": half_map_names[1],
