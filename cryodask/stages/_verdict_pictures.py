@@ -70,39 +70,42 @@ def _sphere(axes: Any, rot_deg: np.ndarray, tilt_deg: np.ndarray) -> None:
     axes.set_title("views (with a point group, its asymmetric unit)", fontsize=8)
 
 
-def draw_halves(halves: np.ndarray, final: np.ndarray, pixel_angstrom: float, resolution_angstrom: float) -> Picture:
+def draw_halves(halves: np.ndarray, pixel_angstrom: float, resolution_angstrom: float) -> Picture:
     """Central sections and surfaces of the half-maps `(2, z, y, x)`, low-passed at the resolution."""
     from matplotlib.figure import Figure
 
-    n = final.shape[-1]
     figure = Figure(figsize=(8.0, 4.4), layout="constrained")
     panels = figure.subplots(2, 4)
     for row, half in enumerate(halves):
-        smooth = _low_passed(half, n * pixel_angstrom / resolution_angstrom)
+        smooth, molecule = _low_passed(half, pixel_angstrom, resolution_angstrom)
         for column, axis in enumerate((0, 2)):
-            section = np.take(smooth, n // 2, axis)
+            section = np.take(smooth, smooth.shape[axis] // 2, axis)
             panels[row, column].imshow(
                 section, cmap="gray", origin="lower", vmin=np.percentile(section, 1), vmax=np.percentile(section, 99.8)
             )
             panels[row, column].set_title(f"half {row + 1}, section across {'zyx'[axis]}", fontsize=8)
         for column, axis in ((2, 0), (3, 2)):
-            panels[row, column].imshow(surface(smooth, axis), cmap="gray", origin="lower", vmin=0.0, vmax=1.0)
+            panels[row, column].imshow(surface(molecule, axis), cmap="gray", origin="lower", vmin=0.0, vmax=1.0)
             panels[row, column].set_title(f"surface along {'zyx'[axis]}", fontsize=8)
     for panel in panels.flat:
         panel.set_axis_off()
     caption = (
-        f"The two half-maps, low-passed at {resolution_angstrom:.1f} \u00c5. Where they differ there is noise. The surface encloses the "
-        "densest voxels: those above a quarter of the 99.9th percentile."
+        f"The two half-maps, low-passed at {resolution_angstrom:.1f} \u00c5. Where they differ there is noise. The surface, "
+        "without the solvent, encloses the densest voxels: those above a quarter of the 99.9th percentile."
     )
     return Picture("Half-maps", caption, figure)
 
 
-def _low_passed(volume: np.ndarray, shell: float) -> np.ndarray:
+def _low_passed(volume: np.ndarray, pixel_angstrom: float, resolution_angstrom: float) -> tuple[np.ndarray, np.ndarray]:
+    """A half-map low-passed at the resolution, and the same within the mask that it makes for itself."""
     import torch
 
+    from cryodask.kernels.masking import own_solvent_mask
     from cryodask.kernels.projection import cut_map
 
-    return cut_map(torch.from_numpy(np.asarray(volume, np.float32)), shell).numpy()
+    shell = volume.shape[-1] * pixel_angstrom / resolution_angstrom
+    smooth = cut_map(torch.from_numpy(np.asarray(volume, np.float32)), shell)
+    return smooth.numpy(), (smooth * own_solvent_mask(smooth, pixel_angstrom, round(shell))).numpy()
 
 
 def surface(volume: np.ndarray, axis: int) -> np.ndarray:

@@ -103,7 +103,5 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
             "Refined map",
             "Sections and projections of the refined, unsharpened map.",
         )
-    if "half_map" in ds and "final_map" in ds:
-        yield draw_halves(
-            ds["half_map"].values, ds["final_map"].values, float(ds["map_pixel_size_angstrom"]), float(ds["resolution_angstrom"])
-        )
+    if "half_map" in ds:
+        yield draw_halves(ds["half_map"].values, float(ds["map_pixel_size_angstrom"]), float(ds["resolution_angstrom"]))
