@@ -20,7 +20,7 @@ LESS = {
     "dose_per_frame: 1.667}": "dose_per_frame: 10}",
     "  - motion\n": "  - motion: {patches: [1, 1]}\n",
     "classify2d: {classes: 6}": "classify2d: {classes: 2, iterations: 3}",
-    "restarts: 2}": "restarts: 1, steps: 10}",
+    "restarts: 2, steps: 50": "restarts: 1, steps: 10",
     "symmetry: D2, iterations: 5}": "symmetry: D2, iterations: 1}",
     "workers: 3": "workers: 2",
     "MOVIES = 24": "MOVIES = 8",
