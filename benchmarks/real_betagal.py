@@ -34,7 +34,7 @@ def main() -> None:
         if "scored_angstrom" in metrics:
             print(
                 f"{cpu:6.1f} s  scored {metrics['scored_angstrom']:5.1f} A  supported {metrics['resolution_angstrom']:5.1f} A  "
-                f"shifts {metrics['shift_sigma_angstrom']:.1f} A  recentred {state['recentre']}",
+                f"shifts {metrics['shift_sigma_angstrom']:.1f} A  certainty {metrics['certainty']:.3f}",
                 flush=True,
             )
 

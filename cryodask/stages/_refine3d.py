@@ -148,7 +148,7 @@ def expect(
     sizes = rf.sizes_of(state)
     sigma = state["shift_sigma_angstrom"] / sizes.pixel_size_angstrom
     if phase == "scale":
-        every = max(1, state["count"] // rf.SCALE_PARTICLES)
+        every = rf.every_for_scale(state)
         # half-sets often alternate: take pairs, so that both halves contribute
         rows = torch.from_numpy(np.nonzero(block.index // 2 % every == 0)[0]).to(device)
         known = None if state["round"] == 0 else state["scale"]
