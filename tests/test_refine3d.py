@@ -199,18 +199,26 @@ def test_next_rings_keep_a_guard_shell_until_the_end():
         assert next_rings(support, inserted=inserted, limit=limit, start=4) == want
 
 
+def with_junk(images, seed):
+    """A fifth of the images replaced: a third of these is empty, the others hold smooth blobs, such as ice, of a particle's power."""
+    rng = np.random.default_rng(seed)
+    junk = np.zeros(len(images), bool)
+    junk[rng.permutation(len(images))[: len(images) // 5]] = True
+    power = images.var() - 1.0
+    c = np.arange(BOX) - BOX // 2
+    for number, i in enumerate(np.nonzero(junk)[0]):
+        images[i] = rng.standard_normal((BOX, BOX))
+        if number % 3:
+            places = rng.normal(0, 8, (5, 2))
+            blobs = sum(rng.normal() * np.exp(-((c[:, None] - y) ** 2 + (c - x) ** 2) / (2 * rng.uniform(2, 6) ** 2)) for y, x in places)
+            images[i] += blobs * np.sqrt(power / blobs.var())
+    return junk
+
+
 def test_junk_is_left_out_and_the_rest_is_refined(tmp_path):
     volume = blob_map(BOX, "D2", blobs=20, width_px=1.2)
     images, particles, rotations, _ = simulate(volume, 320, pixel=PIXEL, snr=0.2, shift_px=1.0)
-    junk = np.arange(320) % 4 == 1  # of both half-sets
-    rng = np.random.default_rng(5)
-    images[junk] = rng.standard_normal(images[junk].shape, dtype=np.float32)
-    junk |= np.arange(320) % 8 == 2
-    c = np.arange(BOX) - BOX // 2
-    for i in np.nonzero(np.arange(320) % 8 == 2)[0]:  # and smooth blobs, such as ice
-        y, x = rng.normal(0, 6, 2)
-        blob = np.exp(-((c[:, None] - y) ** 2 + (c - x) ** 2) / (2 * rng.uniform(4, 8) ** 2))
-        images[i] = rng.standard_normal((BOX, BOX)) + 0.6 * blob / blob.std()
+    junk = with_junk(images, 5)
     result, history = refine(tmp_path, images, particles, volume, iterations=6)
     assert [m["phase"] for m in history].count("sort") == 1
     assert np.mean(result["in_map"][junk]) < 0.15
