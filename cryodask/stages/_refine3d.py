@@ -297,7 +297,9 @@ def maximise(params: Refine3DParams, state: State, sums: list[Sums], context: Co
         return _judged(new, sums)
     if phase == "sort":
         kept = sum(s["kept"] for s in sums)
-        return {**new, **rf.beginning(state, kept), "sorted": True}, {"phase": "sort", "kept": kept, "left_out": total - kept}
+        # where poses were certain in spite of the junk, the map only has to be made again without it
+        again = {"phase": "local", "stalled": 0, "checked": True} if state["pose_certainty"] >= rf.SURE else rf.beginning(state, kept)
+        return {**new, **again, "sorted": True}, {"phase": "sort", "kept": kept, "left_out": total - kept}
     if phase == "power":
         new["noise_power"] = rf.updated_noise_power(state, sum(s["power"] for s in sums) / total)
         measured = rf.kept_radius(state)

@@ -70,7 +70,7 @@ class refine3d:
     the half-maps there is unbiased; it alone decides the resolution limit of the next pass.
 
     If one particle in eight or more is not explained better by the detail of the map, these particles are taken for junk and left out
-    (``in_map``), and the refinement begins once more.
+    (``in_map``), and the refinement begins once more; where poses were certain all the same, it goes on from the map that it has.
 
     Half-maps that agree do not prove that a map is right. The verdict rests on two other figures: how certain the poses are, and
     whether detail of a map makes particles likelier that it has never seen. A refinement that has not succeeded reports the resolution
