@@ -62,20 +62,23 @@ test-newest-here: $(NEWEST)/.ready
 	$(call among,$(NEWEST))
 	rm -rf $(NEWEST)/demo && $(NEWEST)/bin/cryodask demo $(NEWEST)/demo --movies 6
 
+# numba follows new releases of Python and numpy late: among the newest packages the searches run in torch
+COMMA := ,
+EXTRAS := test,notebook
 # torch first: what uv would take by itself is a build for CUDA, of gigabytes, where there is another
 define packages
 	$(BIN)/python -m pip --python $(1)/bin/python install --quiet --no-compile --no-deps $(3) $(TORCH_INDEX)
-	$(BIN)/uv pip install --quiet --python $(1)/bin/python --resolution $(2) --editable '.[test,notebook]'
+	$(BIN)/uv pip install --quiet --python $(1)/bin/python --resolution $(2) --editable '.[$(4)]'
 	touch $(1)/.ready
 endef
 
 $(OLDEST)/.ready: pyproject.toml | venv
 	$(BIN)/python -m venv --clear $(OLDEST)
-	$(call packages,$(OLDEST),lowest-direct,$(shell grep '^torch==' constraints.txt))
+	$(call packages,$(OLDEST),lowest-direct,$(shell grep '^torch==' constraints.txt),$(EXTRAS)$(COMMA)compiled)
 
 $(NEWEST)/.ready: pyproject.toml | venv
 	$(NEWEST_PYTHON) -m venv --clear $(NEWEST)
-	$(call packages,$(NEWEST),highest,torch)
+	$(call packages,$(NEWEST),highest,torch,$(EXTRAS))
 
 test-all: venv system check
 	$(BIN)/python -m pytest $(TOGETHER)
