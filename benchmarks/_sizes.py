@@ -267,7 +267,7 @@ class Clock:
 # --- RELION -----------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class RelionStep:
-    """RELION's local step: CPU seconds a particle from two counts, the seconds of each count, and its final angular step."""
+    """RELION's local step: CPU seconds per particle from two counts, the seconds of each count, and its final angular step."""
 
     seconds_per_particle: float
     seconds: tuple[float, float]

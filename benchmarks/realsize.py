@@ -7,7 +7,7 @@ Stacks are simulated (see _sizes.py): 6bqn (C1) and beta-galactosidase (D2). A g
 truth may have any box, voxel size and grey scale.
 
 whole    refine3d from the truth at 15 A: poses and FSC against the truth, CPU s.
-speed    CPU ms a particle of a local pass, the difference of two particle counts: images read, transformed, poses and shifts refined from
+speed    CPU ms per particle of a local pass, the difference of two particle counts: images read, transformed, poses and shifts refined from
          those of a pass 8 shells lower, slices inserted, residual noise measured. Maps and grids, the same for any count, are apart.
 relion   the same of relion_refine's local step in sampling that ends as fine, from the true poses; in the same run, so at the same load.
 memory   peak resident memory of a process that loads a leaf of 1,563 particles and runs a local pass, and of the maximisation.
@@ -446,7 +446,7 @@ def summary(runs: dict, steps: dict, held: dict | None, through: dict | None, pr
         "whole": {name: {k: v for k, v in run.items() if k not in ("curve", "length")} for name, run in runs.items()} or None,
     }
     print("targets:")
-    checks = [(f"{size} px, ms a particle", steps[size][0]["ms"], "<=", limit) for size, limit in TARGET_MS.items() if size in steps]
+    checks = [(f"{size} px, ms per particle", steps[size][0]["ms"], "<=", limit) for size, limit in TARGET_MS.items() if size in steps]
     checks += [(f"{size} px, times RELION", step[1]["ratio"], ">=", TARGET_RATIO) for size, step in steps.items() if step[1]]
     if leaf and last:
         checks += [
@@ -487,7 +487,7 @@ def plot(runs: dict[str, dict[str, Any]], steps: dict[int, tuple[dict[str, Any],
             bottom += ms
         right.plot([place - 0.45, place + 0.45], [TARGET_MS[size]] * 2, "k--", linewidth=0.8)
     right.set_xticks(range(len(steps)), [f"{size} px" for size in sorted(steps)])
-    right.set(ylabel="CPU ms a particle, local pass (dashed: wanted)")
+    right.set(ylabel="CPU ms per particle, local pass (dashed: wanted)")
     if steps:
         right.legend(fontsize=8)
     figure.savefig(OUT / "realsize.png", dpi=110)

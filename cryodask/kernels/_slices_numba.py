@@ -13,9 +13,9 @@ from typing import Any
 import numba
 import numpy as np
 
+from cryodask.kernels._slices_torch import SAME_POSE_TRACE
+
 _F = np.float32
-_SAME_POSE_TRACE = 1.0 + 2.0 * math.cos(math.radians(2.0))
-"""Trace of the rotation between two poses below which they count as two."""
 
 
 def _jit(function: Any) -> Any:
@@ -257,7 +257,7 @@ def _same(a, b, operators):  # type: ignore[no-untyped-def]
             for j in range(3):
                 turned = b[i, 0] * operators[g, 0, j] + b[i, 1] * operators[g, 1, j] + b[i, 2] * operators[g, 2, j]
                 trace += a[i, j] * turned
-        if trace > _SAME_POSE_TRACE:
+        if trace > SAME_POSE_TRACE:
             return True
     return False
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from cryodask.kernels.rows import independent, row_shells
 
 _PIXELS_TOGETHER = 2**19
-_SAME_POSE_TRACE = 1.0 + 2.0 * math.cos(math.radians(2.0))
+SAME_POSE_TRACE = 1.0 + 2.0 * math.cos(math.radians(2.0))
+"""Trace of the rotation between two poses below which they count as two."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def _distinct(rotations: Tensor, score: Tensor, operators: Tensor, most: int, na
     poses = rotations.gather(1, order[..., None, None].expand(-1, -1, 3, 3))
     same = torch.zeros(n, count, count, dtype=torch.bool, device=score.device)
     for g in operators:
-        same |= torch.einsum("naij,nbij->nab", poses, poses @ g) > _SAME_POSE_TRACE
+        same |= torch.einsum("naij,nbij->nab", poses, poses @ g) > SAME_POSE_TRACE
     kept = torch.zeros(n, count, dtype=torch.bool, device=score.device)
     within = sorted_score >= sorted_score[:, :1] - nats
     for i in range(count):

@@ -29,7 +29,6 @@ MEMORY = 3.0
 """Batches that the map remembers."""
 DRAWS = 2
 NOISE_RATE = 0.3
-SCALE_ROUNDS, SCALE_PARTICLES = 4, 240
 HOLD = 22
 """Steps at the last resolution. Ending where the likelihood stands still instead left 17 % of the poses at a mate (nucleosome)."""
 MOST_STEPS, MOST_STEPS_OF_LARGE_GROUPS = 250, 40
@@ -97,9 +96,9 @@ def break_ties(
 
     volume = cut_map(resize_map(start.to(device), box) * sphere, first)
     scale = None
-    some = torch.arange(0, count, max(1, count // SCALE_PARTICLES), device=device)
+    some = torch.arange(0, count, max(1, count // vw.SCALE_PARTICLES), device=device)
     of_start = views(volume, first, False)
-    for _ in range(SCALE_ROUNDS):
+    for _ in range(vw.SCALE_ROUNDS):
         cross, norm = vw.scale_terms(data, some, of_start, noise, sigma, scale)
         scale = max(cross, 1e-12) / (2.0 * max(norm, 1e-30))
     volume = volume * (scale or 1.0)

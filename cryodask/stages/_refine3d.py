@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from cryodask.stages.refine3d import Refine3DParams
 
 _FEWEST = 20
-_LARGE_GROUP = 12
 halves = 2
 
 
@@ -132,7 +131,7 @@ def prepare(params: Refine3DParams, state: State, half: int, context: Context) -
     volume = torch.from_numpy(state["maps"][half]).to(device)
     views = None if phase == "local" else vw.make_views(
         volume, rf.coarse_rings(state), grid=grid, turn=turn, operators=operators, reach_px=rf.reach_px(state),
-        pruned=phase != "scale" and len(operators) < _LARGE_GROUP,
+        pruned=phase != "scale",
     )  # fmt: skip
     return Shared(views, None if phase == "scale" else half_volume(volume, state["rings"] + 1, state["box"]), noise)
 
@@ -367,7 +366,7 @@ def _remembered(state: State, fresh: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _judged(new: State, sums: list[Sums]) -> tuple[State, Metrics]:
-    """The verdict on the final maps; a figure that it does not support is taken back."""
+    """The verdict on the final maps; without its support the resolution is that of the start."""
     tested = max(1, sum(s["tested"] for s in sums))
     gain, square = (sum(s[name] for s in sums) / tested for name in ("gain", "gain_square"))
     deviation = math.sqrt(max(square - gain * gain, 0.0) / tested)

@@ -19,11 +19,10 @@ from cryodask.kernels.masking import own_solvent_mask
 from cryodask.kernels.maximisation import Support, crossing
 from cryodask.kernels.projection import cut_map
 from cryodask.kernels.rows import shell_counts
-from cryodask.kernels.views import COARSE_RINGS
+from cryodask.kernels.views import COARSE_RINGS, SCALE_PARTICLES, SCALE_ROUNDS
 from cryodask.stage import Metrics, State, Sums
 
-SCALE_ROUNDS = 4
-SCALE_PARTICLES, SCALE_PARTICLES_OF_FINE_MAPS = 240, 120
+SCALE_PARTICLES_OF_FINE_MAPS = 120
 DRAWS = 4
 DRAWN_BATCH = 250
 """Particles of a half-set between two maps while poses are drawn."""
@@ -35,7 +34,7 @@ MEMORY = 3.0
 """Batches that a drawn map remembers."""
 MODES = 4
 LOCAL_LEAST_GAIN = 0.3
-"""Local passes follow one another, so the last tenths of a nat can wait: 2.8 instead of 10 ms a particle at 256 px."""
+"""Local passes follow one another, so each may stop a few tenths of a nat short: 2.8 instead of 10 ms per particle at 256 px."""
 KEPT_VIEWS = 24
 WIDEST_UNIT_ANGSTROM = 190.0
 """Particles larger than this need finer views at the same resolution: the resolutions below are scaled with them."""
@@ -48,7 +47,7 @@ stood still at 11.3 with 0.61, where a right map had 0.65."""
 CERTAIN_ANYHOW = 0.85
 """Pose certainty that decides at any resolution, for data that end before that: wrong maps had at most 0.64 there."""
 SURE = 0.9
-"""Pose certainty from which a last pass over all views changes nothing: it mended poses at 0.79 and 0.87, none at 0.93 and 1.00."""
+"""Pose certainty from which a last pass over all views changes nothing: it improved poses at 0.79 and 0.87, but not at 0.93 and 1.00."""
 FIRST_ANGSTROM = 28.0
 """Low-pass of start maps, and the resolution beyond which the verdict asks whether detail helps."""
 MAP_MARGIN = 8

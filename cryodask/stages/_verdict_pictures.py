@@ -40,7 +40,7 @@ def draw_evidence(ds: xr.Dataset, sentence: str) -> Picture:
     caption = (
         f"{sentence[:1].upper()}{sentence[1:]}. Correlation of the half-maps (high by construction below the low-pass of the start map; it "
         "does not show errors that both halves inherited); views of the particles; likelihood, which rises wherever finer rings "
-        "are scored; mean share of a particle\u2019s likeliest pose in its posterior, which must exceed the dotted line when the rings "
+        "are scored (on one scale while poses are drawn, on another afterwards); mean share of a particle\u2019s likeliest pose in its posterior, which must exceed the dotted line when the rings "
         "first decide the orientations."
     )
     return Picture("Evidence", caption, figure)
