@@ -103,7 +103,9 @@ def pose_errors(estimated: Tensor, true: Tensor, imposed: str, own: str = "C1", 
 
 
 def column_rotations(columns: dict[str, Any]) -> Tensor:
-    """Rotations `(n, 3, 3)` of the pose columns of a refinement."""
+    """Rotations `(n, 3, 3)` of the pose columns of a refinement, or of one of its iterations."""
+    if "mode_rotation" in columns:
+        return torch.from_numpy(columns["mode_rotation"][:, 0]).double()
     angles = (np.asarray(columns[name], np.float64) for name in ("rot_deg", "tilt_deg", "psi_deg"))
     return euler_to_matrix(*(torch.deg2rad(torch.from_numpy(a)) for a in angles))
 

@@ -120,7 +120,7 @@ class Watch:
         words = [f"{cpu - self.seconds:7.1f} s"]
         for key, value in metrics.items():
             words.append(f"{key} {value:.4g}" if isinstance(value, (float, np.floating)) else f"{key} {value}")
-        if self.stack.poses is not None and np.any(columns.get("tilt_deg", 0.0)):
+        if self.stack.poses is not None and "mode_rotation" in columns and state["phase"] != "scale":
             real = torch.from_numpy(~self.stack.poses.junk)
             poses, true = column_rotations(columns)[real], self.stack.poses.rotations[real]
             both = [pose_errors(some, true, self.symmetry, self.own, with_rival=False) for some in (poses, mirrored_poses(poses))]

@@ -118,7 +118,7 @@ def _origins(result: dict[str, Any]) -> np.ndarray:
 # --- cost of a particle ---------------------------------------------------------------------------------------------------------
 KERNELS = (
     (expectation, "load_particles"), (functions, "image_rows"), (local_search, "climb"), (local_search, "insert"),
-    (local_search, "residual_power"),
+    (local_search, "shell_terms"),
 )  # fmt: skip
 
 

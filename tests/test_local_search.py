@@ -68,9 +68,9 @@ def rows_of_slices(volume: torch.Tensor, rotations: torch.Tensor, radius: int) -
     values = pj.slices(pj.fourier_volume(volume, radius + 1), rotations, plane.ky, plane.kx)
     parts = torch.zeros(len(rotations), 2 * radius + 1, radius + 1, 2)
     parts[(slice(None), *in_rows(plane))] = torch.view_as_real(values)
-    ctf = torch.tensor([[0.0, 0.0, 0.0, 0.0, np.pi / 2]]).double().expand(len(rotations), -1).contiguous()
+    ctf = torch.tensor([[0.0, 0.0, 0.0, 0.0, np.pi / 2, 1.0]]).double().expand(len(rotations), -1).contiguous()
     scale = torch.full((len(rotations),), float(parts.abs().max()) / 1000.0)
-    return ImageRows((parts / scale[0]).half(), scale, ctf, radius, BOX)
+    return ImageRows((parts / scale[0]).half(), scale, ctf, radius, BOX, torch.zeros(len(rotations), dtype=torch.int64))
 
 
 def test_inserted_slices_give_the_map_back_on_its_scale(kernels):

@@ -24,14 +24,16 @@ def _jit(function: Any) -> Any:
 
 @_jit
 def ctf_plane(numbers, radius, out):  # type: ignore[no-untyped-def]
-    """CTF on rows ``(2 radius + 1, radius + 1)`` of the five numbers of :func:`cryodask.kernels.rows.ctf_numbers`."""
-    xx, xy, yy, four, constant = _F(numbers[0]), _F(numbers[1]), _F(numbers[2]), _F(numbers[3]), _F(numbers[4])
+    """CTF on rows ``(2 radius + 1, radius + 1)`` of the numbers of :func:`cryodask.kernels.rows.ctf_numbers`."""
+    xx, xy, yy, four, constant, contrast = (
+        _F(numbers[0]), _F(numbers[1]), _F(numbers[2]), _F(numbers[3]), _F(numbers[4]), _F(numbers[5])
+    )  # fmt: skip
     for row in range(2 * radius + 1):
         y = _F(row - radius)
         for column in range(radius + 1):
             x = _F(column)
             square = x * x + y * y
-            out[row, column] = math.sin(xx * x * x + xy * x * y + yy * y * y - four * square * square + constant)
+            out[row, column] = contrast * math.sin(xx * x * x + xy * x * y + yy * y * y - four * square * square + constant)
 
 
 @_jit
@@ -369,8 +371,11 @@ def insert(accumulator, half, images, numbers, radius, weight, rotations, shifts
 
 
 @_jit
-def residual(volume, half, images, numbers, radius, rotations, shifts, box, ring, out):  # type: ignore[no-untyped-def]
-    """Sums over shells of |image - model|^2 into ``out`` ``(particle, radius + 2)``; beyond ``ring`` the model is zero."""
+def shell_terms(volume, half, images, numbers, radius, rotations, shifts, box, ring, out):  # type: ignore[no-untyped-def]
+    """Sums over shells of |image|^2, Re(conj(model) image), |model|^2 into ``out`` ``(particle, 3, radius + 2)``.
+
+    Beyond ``ring`` the model is zero.
+    """
     ctf = np.empty((2 * radius + 1, radius + 1), _F)
     turn = 2.0 * math.pi / box
     for particle in range(images.shape[0]):
@@ -380,8 +385,9 @@ def residual(volume, half, images, numbers, radius, rotations, shifts, box, ring
             along_y = _F(2 * row)
             for column in range(0 if row > 0 else 1, int(math.sqrt(radius * radius + 0.5 - row * row)) + 1):
                 square = column * column + row * row
+                shell = int(math.sqrt(square) + 0.5)
                 datum = images[particle, row + radius, column]
-                dr, di = datum.real, datum.imag
+                out[particle, 0, shell] += datum.real * datum.real + datum.imag * datum.imag
                 if square <= ring * ring:
                     along_x = _F(2 * column)
                     px = pose[0, 0] * along_x + pose[1, 0] * along_y
@@ -402,6 +408,6 @@ def residual(volume, half, images, numbers, radius, rotations, shifts, box, ring
                     angle = turn * (row * shift[0] + column * shift[1])
                     contrast = ctf[row + radius, column]
                     c, s = math.cos(angle) * contrast, math.sin(angle) * contrast
-                    dr -= model.real * c - model.imag * sign * s
-                    di -= model.real * s + model.imag * sign * c
-                out[particle, int(math.sqrt(square) + 0.5)] += dr * dr + di * di
+                    re, im = model.real * c - model.imag * sign * s, model.real * s + model.imag * sign * c
+                    out[particle, 1, shell] += re * datum.real + im * datum.imag
+                    out[particle, 2, shell] += re * re + im * im

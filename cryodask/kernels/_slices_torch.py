@@ -41,10 +41,10 @@ def _plane(ring: int, radius: int, device: str) -> _Plane:
 
 def ctf_at(numbers: Tensor, ky: Tensor, kx: Tensor) -> Tensor:
     """CTF `(n, pixel)` float32 of the numbers of :func:`cryodask.kernels.rows.ctf_numbers`."""
-    xx, xy, yy, four, constant = (numbers[:, i, None] for i in range(5))
+    xx, xy, yy, four, constant, contrast = (numbers[:, i, None] for i in range(6))
     x, y = kx.double(), ky.double()
     square = x * x + y * y
-    return torch.sin(xx * x * x + xy * x * y + yy * y * y - four * square * square + constant).float()
+    return (contrast * torch.sin(xx * x * x + xy * x * y + yy * y * y - four * square * square + constant)).float()
 
 
 def _corners(volume: Tensor, rotations: Tensor, plane: _Plane) -> tuple[Tensor, Tensor, Tensor]:
@@ -244,19 +244,19 @@ def insert(
             flat.index_add_(0, (base + offset).reshape(-1), values * part.reshape(-1, 1))
 
 
-def residual(
+def shell_terms(
     volume: Tensor, images: Tensor, numbers: Tensor, radius: int, rotations: Tensor, shifts: Tensor, box: int, ring: int
 ) -> Tensor:
-    """Sums over shells of |image - model|^2, `(particle, radius + 1)` float64; beyond ``ring`` the model is zero."""
+    """Sums over shells of |image|^2, Re(conj(model) image), |model|^2, `(particle, 3, radius + 1)` float64; no model beyond ``ring``."""
     device = str(images.device)
     whole, inner = _plane(radius, radius, device), _plane(ring, radius, device)
     flat = images.flatten(1)
-    out = torch.zeros(len(images), radius + 1, dtype=torch.float64, device=images.device)
-    out.index_add_(1, whole.shell.clamp(max=radius), flat[:, whole.place].abs().square().double())
+    out = torch.zeros(len(images), 3, radius + 1, dtype=torch.float64, device=images.device)
+    out[:, 0].index_add_(1, whole.shell.clamp(max=radius), flat[:, whole.place].abs().square().double())
     for lot in torch.arange(len(images), device=images.device).split(max(1, _PIXELS_TOGETHER // len(inner.place))):
         model = _slices(volume, rotations[lot], inner)[0] * ctf_at(numbers[lot], inner.ky, inner.kx)
         model = model * _phases(shifts[lot], inner, box)
-        change = model.abs().square() - 2.0 * (model.conj() * flat[lot][:, inner.place]).real
-        sums = torch.zeros(len(lot), radius + 1, dtype=torch.float64, device=images.device)
-        out[lot] += sums.index_add_(1, inner.shell.clamp(max=radius), change.double())
+        both = torch.stack([(model.conj() * flat[lot][:, inner.place]).real, model.abs().square()], 1)
+        sums = torch.zeros(len(lot), 2, radius + 1, dtype=torch.float64, device=images.device)
+        out[lot, 1:] = sums.index_add_(2, inner.shell.clamp(max=radius), both.double())
     return out

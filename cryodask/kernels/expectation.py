@@ -37,13 +37,16 @@ class Particles:
     """Particle images on polar rings, ready for scoring.
 
     ``index`` `(n,)` numpy int64, index in the set; ``polar_images`` `(n, ring, half angle)` complex64 of masked images;
-    ``polar_ctf`` the CTF there, float16.
+    ``polar_ctf`` the CTF there, float16; ``contrast`` `(n,)` a factor on it; ``group`` `(n,)` int64, the row of noise power spectra that
+    holds for a particle.
     """
 
     index: np.ndarray
     grid: polar.PolarGrid
     polar_images: Tensor
     polar_ctf: Tensor
+    contrast: Tensor
+    group: Tensor
 
     @property
     def box(self) -> int:
@@ -82,9 +85,13 @@ def load_particles(
     rings: int,
     mask_radius_angstrom: float,
     edge_angstrom: float = 15.0,
+    group: Tensor | None = None,
     device: str = "cpu",
 ) -> Particles:
-    """Sample the transforms of particle images `(n, y, x)` on ``rings`` rings, as seen through a soft disk."""
+    """Sample the transforms of particle images `(n, y, x)` on ``rings`` rings, as seen through a soft disk.
+
+    By default all are of one noise ``group``.
+    """
     box = images.shape[-1]
     mask = soft_sphere(box, pixel_size_angstrom, mask_radius_angstrom, edge_angstrom, dims=2, device=device)
     grid = polar.polar_grid(box, rings, None, device)
@@ -95,7 +102,8 @@ def load_particles(
         some = {name: columns[name][lot] for name in _OF_THE_CTF}
         parts.append((polar.polar_transforms(x * mask, grid), ctf_values(some, grid.ky, grid.kx, box * pixel_size_angstrom).half()))
     polar_images, polar_ctf = (torch.cat(p) for p in zip(*parts))
-    return Particles(np.asarray(index), grid, polar_images, polar_ctf)
+    group = torch.zeros(len(index), dtype=torch.int64, device=device) if group is None else group
+    return Particles(np.asarray(index), grid, polar_images, polar_ctf, torch.ones(len(index), device=device), group)
 
 
 def shift_grid(step_px: float, radius_px: float, device: str = "cpu") -> Tensor:
@@ -121,18 +129,18 @@ def image_modes(
     """Weighted modes of shifted images `(n, mode, shift, ring)` and of CTF^2 `(n, mode, 1, ring)`.
 
     Particle i is moved by ``centres_px[i] + offsets_px[s]`` `(y, x)`. Scored against references the first gives the cross term of the
-    log-likelihood, the second the norm term. ``noise_power`` `(>= rings + 1,)` is indexed by ring.
+    log-likelihood, the second the norm term. ``noise_power`` `(group, >= rings + 1)`, or of a single group, is indexed by ring.
     """
     grid, limit = data.grid, polar.mode_limit(rings)
     ky, kx = (_thinned(k, rings) for k in (grid.ky, grid.kx))
-    contrast = _thinned(data.polar_ctf[rows], rings).float()
+    contrast = _thinned(data.polar_ctf[rows], rings).float() * data.contrast[rows, None, None]
     ringwise = (rings, ky.shape[-1])
     at_centre = shift_phases(centres_px, ky.reshape(-1), kx.reshape(-1), grid.box).reshape(-1, *ringwise)
     moved = shift_phases(offsets_px, ky.reshape(-1), kx.reshape(-1), grid.box).reshape(-1, *ringwise)
     centred = _thinned(data.polar_images[rows], rings) * contrast * at_centre
-    weight = polar.ring_weights(noise_power[1 : rings + 1])
-    cross = polar.angular_modes(centred[:, None] * moved[None], limit) * weight
-    norm = polar.angular_modes_real(contrast**2, limit) * (0.5 * weight)
+    weight = polar.ring_weights(torch.atleast_2d(noise_power)[:, 1 : rings + 1])[data.group[rows]]
+    cross = polar.angular_modes(centred[:, None] * moved[None], limit) * weight[:, None, None]
+    norm = polar.angular_modes_real(contrast**2, limit) * (0.5 * weight[:, None])
     return cross.transpose(1, 2).contiguous(), norm[:, :, None]
 
 

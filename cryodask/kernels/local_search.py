@@ -93,9 +93,12 @@ def _uses_compiled(images: ImageRows) -> Any:
 
 
 def pixel_weights(noise_power: Tensor, radius: int) -> Tensor:
-    """1 / noise power of the pixels of rows up to ``radius``, float32; ``noise_power`` is indexed by shell."""
-    shells = row_shells(radius, str(noise_power.device)).clamp(max=len(noise_power) - 1)
-    return (1.0 / noise_power[shells]).float()
+    """1 / noise power of the pixels of rows up to ``radius``, float32 `(group, row, column)`.
+
+    ``noise_power`` is `(group, shell)`, or `(shell,)` of a single group.
+    """
+    shells = row_shells(radius, str(noise_power.device)).clamp(max=noise_power.shape[-1] - 1)
+    return (1.0 / torch.atleast_2d(noise_power)[:, shells]).float()
 
 
 def climb(
@@ -126,29 +129,31 @@ def climb(
     rings, most, steps = ([getattr(level, name) for level in levels] for name in ("ring", "most", "steps"))
     prior = 1.0 / sigma_px**2
     kernels = _uses_compiled(images)
-    found: list[tuple[Tensor, ...]] = []
-    for lot in torch.arange(len(rows), device=rows.device).split(_LOT):
+    n, device = len(rows), rows.device
+    found = (
+        torch.eye(3, device=device).repeat(n, modes, 1, 1), torch.zeros(n, modes, 2, device=device),
+        torch.zeros(n, modes, dtype=torch.float64, device=device), torch.zeros(n, modes, dtype=torch.float64, device=device),
+        torch.zeros(n, dtype=torch.int64, device=device),
+    )  # fmt: skip
+    for lot, group in images.lots(rows, _LOT):
         some = images.part(rows[lot], radius)
         numbers = images.ctf[rows[lot]]
         begin = start.rotations[lot], start.shifts_px[lot], start.count[lot]
         if kernels is None:
-            group = torch.tensor(np.array(operators), device=rows.device)
-            found.append(_slices_torch.search(
-                volume, some, numbers, radius, weight, *begin, images.box, rings, most, steps, least_gain, nats, prior, group, modes
-            ))  # fmt: skip
-            continue
-        n = len(lot)
-        out = (
-            np.tile(np.eye(3, dtype=np.float32), (n, modes, 1, 1)), np.zeros((n, modes, 2), np.float32), np.zeros((n, modes)),
-            np.zeros((n, modes)), np.zeros(n, np.int64),
-        )  # fmt: skip
-        kernels.search(
-            volume.numpy(), volume.shape[2] - 1, some.numpy(), numbers.numpy(), radius, weight.numpy(), *(t.numpy() for t in begin),
-            float(images.box), np.array(rings), np.array(most), np.array(steps), least_gain, nats, prior, np.array(operators, np.float64),
-            *out,
-        )  # fmt: skip
-        found.append(tuple(torch.from_numpy(a) for a in out))
-    rotations, shifts, score, evidence, count = (torch.cat(parts) for parts in zip(*found))
+            turns = torch.tensor(np.array(operators), device=device)
+            out: tuple[Tensor, ...] = _slices_torch.search(
+                volume, some, numbers, radius, weight[group], *begin, images.box, rings, most, steps, least_gain, nats, prior, turns, modes
+            )
+        else:
+            out = tuple(values[lot] for values in found)
+            kernels.search(
+                volume.numpy(), volume.shape[2] - 1, some.numpy(), numbers.numpy(), radius, weight[group].numpy(),
+                *(t.numpy() for t in begin), float(images.box), np.array(rings), np.array(most), np.array(steps), least_gain, nats, prior,
+                np.array(operators, np.float64), *(t.numpy() for t in out),
+            )  # fmt: skip
+        for values, fresh in zip(found, out):
+            values[lot] = fresh
+    rotations, shifts, score, evidence, count = found
     return Modes(rotations, shifts, count, score, evidence)
 
 
@@ -158,35 +163,44 @@ def insert(
     """Add the images' slices at weighted poses `(n, pose, ...)` to a half grid, in place; shares below a hundredth are left out."""
     weight = pixel_weights(noise_power, radius)
     kernels = _uses_compiled(images)
-    for lot in torch.arange(len(rows), device=rows.device).split(_LOT):
+    for lot, group in images.lots(rows, _LOT):
         some, numbers = images.part(rows[lot], radius), images.ctf[rows[lot]]
         poses = rotations[lot], shifts_px[lot], shares[lot]
         if kernels is None:
-            _slices_torch.insert(grid, some, numbers, radius, weight, *poses, images.box, LEAST_SHARE)
+            _slices_torch.insert(grid, some, numbers, radius, weight[group], *poses, images.box, LEAST_SHARE)
         else:
             kernels.insert(
-                grid.numpy(), grid.shape[2] - 1, some.numpy(), numbers.numpy(), radius, weight.numpy(),
+                grid.numpy(), grid.shape[2] - 1, some.numpy(), numbers.numpy(), radius, weight[group].numpy(),
                 *(t.contiguous().numpy() for t in poses), float(images.box), LEAST_SHARE,
             )  # fmt: skip
 
 
 def residual_power(images: ImageRows, rows: Tensor, volume: Tensor, rotations: Tensor, shifts_px: Tensor, ring: int, radius: int) -> Tensor:
     """Sums over shells of |image - model|^2 at one pose each, `(n, radius + 1)` float64; beyond ``ring`` the model is zero."""
+    image, cross, model = shell_terms(images, rows, volume, rotations, shifts_px, ring, radius).unbind(1)
+    return image - 2.0 * cross + model
+
+
+def shell_terms(images: ImageRows, rows: Tensor, volume: Tensor, rotations: Tensor, shifts_px: Tensor, ring: int, radius: int) -> Tensor:
+    """Sums over shells of |image|^2, of Re(conj(model) image) and of |model|^2 at one pose each, `(n, 3, radius + 1)` float64.
+
+    Beyond ``ring`` the model is zero.
+    """
     kernels = _uses_compiled(images)
     parts = []
     for lot in torch.arange(len(rows), device=rows.device).split(_LOT):
         some, numbers = images.part(rows[lot], radius), images.ctf[rows[lot]]
         poses = rotations[lot], shifts_px[lot]
         if kernels is None:
-            parts.append(_slices_torch.residual(volume, some, numbers, radius, *poses, images.box, ring))
+            parts.append(_slices_torch.shell_terms(volume, some, numbers, radius, *poses, images.box, ring))
         else:
-            out = np.zeros((len(lot), radius + 2))
-            kernels.residual(
+            out = np.zeros((len(lot), 3, radius + 2))
+            kernels.shell_terms(
                 volume.numpy(), volume.shape[2] - 1, some.numpy(), numbers.numpy(), radius, *(t.contiguous().numpy() for t in poses),
                 float(images.box), ring, out,
             )  # fmt: skip
-            parts.append(torch.from_numpy(out[:, : radius + 1]))
-    return torch.cat(parts)
+            parts.append(torch.from_numpy(out[..., : radius + 1]))
+    return torch.cat(parts) if parts else torch.zeros(0, 3, radius + 1, dtype=torch.float64, device=rows.device)
 
 
 def grid_of_poses(

@@ -230,6 +230,6 @@ def rotation_scores(image_modes: Tensor, reference_modes: Tensor, psi_count: int
 
 
 def ring_weights(noise_power: Tensor) -> Tensor:
-    """2 pi r / sigma2(r), `(ring,)`: the likelihood's weight of a ring in an integral over the half plane; input from ring 1 on."""
-    r = torch.arange(1, noise_power.shape[0] + 1, device=noise_power.device, dtype=noise_power.dtype)
+    """2 pi r / sigma2(r), `(..., ring)`: the likelihood's weight of a ring in an integral over the half plane; input from ring 1 on."""
+    r = torch.arange(1, noise_power.shape[-1] + 1, device=noise_power.device, dtype=noise_power.dtype)
     return 2.0 * math.pi * r / noise_power

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -25,7 +25,7 @@ class ImageRows:
     """Half transforms of images, DFT / box, of one box and pixel size.
 
     ``values`` `(n, 2 radius + 1, radius + 1, 2)` float16 (real, imaginary), in units of ``scale`` `(n,)` float32;
-    ``ctf`` `(n, 5)` float64 of :func:`ctf_numbers`.
+    ``ctf`` `(n, 6)` float64 of :func:`ctf_numbers`; ``group`` `(n,)` int64, the row of noise power spectra that holds for an image.
     """
 
     values: Tensor
@@ -33,6 +33,18 @@ class ImageRows:
     ctf: Tensor
     radius: int
     box: int
+    group: Tensor
+
+    def with_contrast(self, contrast: Tensor) -> ImageRows:
+        """The same images, their signal expected to be ``contrast`` `(n,)` times that of a mean image."""
+        numbers = self.ctf.clone()
+        numbers[:, 5] = contrast
+        return replace(self, ctf=numbers)
+
+    def lots(self, rows: Tensor, size: int) -> list[tuple[Tensor, int]]:
+        """Places in ``rows``, at most ``size`` of one noise group together, and their group."""
+        group = self.group[rows]
+        return [(lot, int(g)) for g in group.unique() for lot in torch.nonzero(group == g)[:, 0].split(size)]
 
     def part(self, rows: Tensor, radius: int) -> Tensor:
         """Some images up to a smaller radius, `(len(rows), 2 radius + 1, radius + 1)` complex64."""
@@ -41,8 +53,10 @@ class ImageRows:
         return torch.view_as_complex(values.contiguous())
 
 
-def image_rows(images: Tensor, columns: Mapping[str, np.ndarray], radius: int, pixel_size_angstrom: float) -> ImageRows:
-    """Half transforms of images `(n, y, x)` (origin n // 2) up to ``radius``."""
+def image_rows(
+    images: Tensor, columns: Mapping[str, np.ndarray], radius: int, pixel_size_angstrom: float, group: Tensor | None = None
+) -> ImageRows:
+    """Half transforms of images `(n, y, x)` (origin n // 2) up to ``radius``; by default all are of one noise group."""
     box, device = images.shape[-1], images.device
     ky = torch.arange(-radius, radius + 1, device=device) % box
     values = torch.empty(len(images), 2 * radius + 1, radius + 1, 2, dtype=torch.float16, device=device)
@@ -53,13 +67,15 @@ def image_rows(images: Tensor, columns: Mapping[str, np.ndarray], radius: int, p
         # a thousandth of the largest value is what float16 holds best; an empty image stays empty
         scale[lot] = parts.abs().amax((1, 2, 3)).clamp(min=1e-30) / 1000.0
         values[lot] = (parts / scale[lot, None, None, None]).half()
-    return ImageRows(values, scale, torch.from_numpy(ctf_numbers(columns, box * pixel_size_angstrom)).to(device), radius, box)
+    numbers = torch.from_numpy(ctf_numbers(columns, box * pixel_size_angstrom)).to(device)
+    group = torch.zeros(len(images), dtype=torch.int64, device=device) if group is None else group
+    return ImageRows(values, scale, numbers, radius, box, group)
 
 
 def ctf_numbers(columns: Mapping[str, np.ndarray], length_angstrom: float) -> np.ndarray:
-    """Numbers `(n, 5)` float64 that give a particle's CTF at integer frequencies (cycles per ``length_angstrom``).
+    """Numbers `(n, 6)` float64 that give a particle's CTF at integer frequencies (cycles per ``length_angstrom``).
 
-    ``CTF(x, y) = sin(a x^2 + b x y + c y^2 - d (x^2 + y^2)^2 + e)``; columns as in the vocabulary.
+    ``CTF(x, y) = f sin(a x^2 + b x y + c y^2 - d (x^2 + y^2)^2 + e)`` with a contrast f of 1; columns as in the vocabulary.
     """
     # the same for all, or an array like the other columns
     wavelength: np.ndarray = electron_wavelength_angstrom(np.asarray(columns["voltage_kv"], np.float64))  # type: ignore[arg-type, assignment]
@@ -76,6 +92,7 @@ def ctf_numbers(columns: Mapping[str, np.ndarray], length_angstrom: float) -> np
             factor * (mean - difference * np.cos(twice)),
             0.5 * math.pi * spherical * wavelength**3 / length_angstrom**4,
             amplitude + np.radians(np.asarray(columns["phase_shift_deg"], np.float64)),
+            np.ones_like(mean),
         ],
         -1,
     )
@@ -101,13 +118,14 @@ def shell_counts(radius: int, device: str = "cpu") -> Tensor:
     return torch.bincount(shells.clamp(max=radius), minlength=radius + 1).clamp(min=1)
 
 
-def shell_power(images: ImageRows, radius: int) -> Tensor:
-    """Sum over particles and pixels of |image|^2 per shell, float64 `(radius + 1,)`."""
+def shell_power(images: ImageRows, radius: int, rows: Tensor | None = None) -> Tensor:
+    """Sum over particles (all, or ``rows``) and pixels of |image|^2 per shell, float64 `(radius + 1,)`."""
     device = str(images.values.device)
     inside = independent(radius, device)
     shells = row_shells(radius, device)[inside].clamp(max=radius)
     out = torch.zeros(radius + 1, dtype=torch.float64, device=device)
-    for lot in torch.arange(len(images.values), device=device).split(_LOT):
+    rows = torch.arange(len(images.values), device=device) if rows is None else rows
+    for lot in rows.split(_LOT):
         square = images.part(lot, radius).abs().square().sum(0, dtype=torch.float64)
         out.index_add_(0, shells, square[inside])
     return out

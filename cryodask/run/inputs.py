@@ -146,9 +146,20 @@ def particle_set(project: Project, inputs: StepInputs) -> StoredParticles:
             "set box_angstrom and pixel_size_angstrom in extract; import each pixel size from a separate table",
         )
     columns["micrograph"] = row_of(inputs.ids)
+    columns["data_set"] = _data_sets(project, columns["micrograph"])
     columns.setdefault("half_set", np.zeros(len(inputs.ids), np.int8))
     found = ParticleSet(len(inputs.ids), images.shape[-1], float(pixels[0]), columns)
     return StoredParticles(found, inputs.ids, images)
+
+
+def _data_sets(project: Project, rows: np.ndarray) -> np.ndarray:
+    """Number of the data set of each exposure row: the first row of that data set, whatever its name is."""
+    first: dict[tuple[str, str], int] = {}
+    items = sorted(project.items(), key=lambda item: item.row)
+    numbers = [first.setdefault((item.data_set, str(item.inputs.get("source", ""))), item.row) for item in items]
+    places = place_of_row(rows, np.array([item.row for item in items]))
+    out: np.ndarray = np.array(numbers, np.int64)[places]
+    return out
 
 
 def whole_values(plan: Plan, project: Project, inputs: StepInputs) -> dict[str, Any]:

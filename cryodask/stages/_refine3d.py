@@ -18,10 +18,11 @@ from cryodask.kernels.maximisation import measure_support, next_rings
 from cryodask.kernels.orientations import matrix_to_euler, random_rotations, small_rotation
 from cryodask.kernels.projection import cut_map
 from cryodask.kernels.randomness import uniforms
-from cryodask.kernels.rows import ImageRows, image_rows, shell_power
+from cryodask.kernels.rows import ImageRows, image_rows
 from cryodask.kernels.symmetry import symmetry_operators
 from cryodask.kernels.verdict import Evidence
 from cryodask.stage import Columns, Context, Metrics, ParticleBlock, ParticleSet, State, Sums
+from cryodask.stages import _groups as gr
 from cryodask.stages import _refinement as rf
 from cryodask.stages._start_map import start_map
 
@@ -34,9 +35,10 @@ halves = 2
 
 @dataclass(frozen=True)
 class Loaded:
-    """Particles of a block: on polar rings for searches over all views, and as rows for everything else."""
+    """Particles of a block: on polar rings for searches over all views, and as rows for everything else; row of their micrograph."""
 
     index: np.ndarray
+    micrograph: np.ndarray
     polar: expectation.Particles
     rows: ImageRows
 
@@ -83,8 +85,8 @@ def start(params: Refine3DParams, particles: ParticleSet, inputs: dict[str, Any]
         "iteration": 0, "phase": "power", "round": 0, "sorted": False, "done": False, "count": particles.count, "box": box,
         "length_angstrom": length, "mask_diameter_angstrom": diameter, "shift_range_angstrom": shift_range,
         "shift_sigma_angstrom": reach / 2, "reach_angstrom": reach, "rings": rings, "start_rings": rings, "scale": 0.0,
-        "maps": torch.stack([reference, reference]).numpy(), "noise_power": np.ones(box // 2), "resolutions": np.zeros(0),
-        "likelihoods": np.zeros(0), "certainties": np.zeros(0),
+        "maps": torch.stack([reference, reference]).numpy(), "resolutions": np.zeros(0), "likelihoods": np.zeros(0),
+        "certainties": np.zeros(0), **gr.groups_of_set(particles),
     }  # fmt: skip
 
 
@@ -96,6 +98,7 @@ def cache_key(params: Refine3DParams, state: State) -> int:
 def load(params: Refine3DParams, state: State, block: ParticleBlock, context: Context) -> Loaded:
     """Fourier transforms of a block's images."""
     images = torch.from_numpy(np.ascontiguousarray(block.images, np.float32)).to(context.device)
+    group = torch.from_numpy(gr.noise_group(state, block.columns)).to(context.device)
     on_rings = expectation.load_particles(
         block.images,
         block.columns,
@@ -103,9 +106,11 @@ def load(params: Refine3DParams, state: State, block: ParticleBlock, context: Co
         pixel_size_angstrom=block.pixel_size_angstrom,
         rings=rf.polar_rings(state),
         mask_radius_angstrom=state["mask_diameter_angstrom"] / 2,
+        group=group,
         device=context.device,
     )
-    return Loaded(block.index, on_rings, image_rows(images, block.columns, rf.kept_radius(state), block.pixel_size_angstrom))
+    rows = image_rows(images, block.columns, rf.kept_radius(state), block.pixel_size_angstrom, group)
+    return Loaded(block.index, gr.micrograph_rows(state, block.columns), on_rings, rows)
 
 
 def prepare(params: Refine3DParams, state: State, half: int, context: Context) -> Shared | None:
@@ -143,7 +148,8 @@ def expect(
     count, phase, device = len(block.index), state["phase"], context.device
     columns = previous or _no_poses(count)
     if shared is None:
-        return {"power": shell_power(block.rows, rf.kept_radius(state)).cpu().numpy(), "count": count}, columns
+        return {**gr.power_by_group(state, block.rows, rf.kept_radius(state)), "count": count}, columns
+    block = Loaded(block.index, block.micrograph, *gr.with_contrast(block.polar, block.rows, state["contrast"][block.micrograph]))
     sizes = rf.sizes_of(state)
     sigma = state["shift_sigma_angstrom"] / sizes.pixel_size_angstrom
     if phase == "scale":
@@ -234,15 +240,13 @@ def _sums(
     best = shares.argmax(1)
     each = torch.arange(len(rows), device=rows.device)
     assert shared.volume is not None
-    power = (
-        local_search.residual_power(block.rows, rows, shared.volume, rotations[each, best], shifts_px[each, best], state["rings"], inserted)
-        if len(rows)
-        else torch.zeros(1, inserted + 1, dtype=torch.float64)
+    terms = local_search.shell_terms(
+        block.rows, rows, shared.volume, rotations[each, best], shifts_px[each, best], state["rings"], inserted
     )
     chosen = rows.cpu().numpy()
     return {
         "grid": grid.cpu().numpy(),
-        "power": power.sum(0).cpu().numpy(),
+        **gr.pose_sums(state, block, rows, terms, shared.noise_power),
         "count": len(rows),
         "shift_square": float((shifts_px[each, best] * pixel).double().square().sum()),
         "log_likelihood": float(columns["log_likelihood"][chosen].astype(np.float64).sum()),
@@ -300,15 +304,17 @@ def maximise(params: Refine3DParams, state: State, sums: list[Sums], context: Co
         again = {"phase": "local", "stalled": 0, "checked": True} if state["pose_certainty"] >= rf.SURE else rf.beginning(state, kept)
         return {**new, **again, "sorted": True}, {"phase": "sort", "kept": kept, "left_out": total - kept}
     if phase == "power":
-        new["noise_power"] = rf.updated_noise_power(state, sum(s["power"] for s in sums) / total)
+        new["noise_power"] = rf.updated_noise_power(state, sums)
         measured = rf.kept_radius(state)
-        new["noise_power"][measured + 1 :] = new["noise_power"][measured]
+        new["noise_power"][:, measured + 1 :] = new["noise_power"][:, measured, None]
         return {**new, "phase": "scale"}, {"phase": "noise power"}
     sizes = rf.sizes_of(state)
     inserted = rf.inserted_rings(state)
     operators = symmetry_operators(params.symmetry or "C1")
     drawn = phase == "draw"
-    new["noise_power"] = rf.updated_noise_power(state, sum(s["power"] for s in sums) / total, 0.3 if drawn else 1.0)
+    new["noise_power"] = rf.updated_noise_power(state, sums, 0.3 if drawn else 1.0)
+    if not drawn:
+        new["contrast"] = gr.updated_contrast(sum(s["cross"] for s in sums), sum(s["norm"] for s in sums))
     grids = [fold_half_grid(torch.from_numpy(s["grid"]).to(context.device), operators) for s in sums]
     if drawn:
         grids = _remembered(state, grids)

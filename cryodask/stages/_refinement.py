@@ -131,14 +131,15 @@ def climbs(state: State) -> list[Climb]:
     return [Climb(ring, count, steps) for ring, count, steps in zip(limits, most, (4, 5, 5))]
 
 
-def updated_noise_power(state: State, mean_power: np.ndarray, rate: float = 1.0) -> np.ndarray:
-    """Noise power per shell `(box / 2,)`, from sums over its pixels per particle; shells not measured now keep their value."""
+def updated_noise_power(state: State, sums: list[Sums], rate: float = 1.0) -> np.ndarray:
+    """Noise power per shell `(group, box / 2)`, from sums over pixels and particles; what is not measured now keeps its value."""
     out = np.array(state["noise_power"])
-    radius = len(mean_power) - 1
-    fresh = np.maximum(mean_power / shell_counts(radius).numpy(), 1e-12)
-    known = slice(1, min(radius + 1, len(out)))
-    out[known] += rate * (fresh[known] - out[known])
-    out[0] = out[1]
+    power, count = (sum(s[name] for s in sums) for name in ("power", "group_count"))
+    radius = power.shape[1] - 1
+    fresh = np.maximum(power / np.maximum(count, 1)[:, None] / shell_counts(radius).numpy(), 1e-12)
+    known = slice(1, min(radius + 1, out.shape[1]))
+    out[:, known] += rate * (count > 0)[:, None] * (fresh[:, known] - out[:, known])
+    out[:, 0] = out[:, 1]
     return out
 
 
