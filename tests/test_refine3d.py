@@ -94,7 +94,7 @@ def test_scores_do_not_depend_on_how_particles_are_divided(tmp_path):
     images, particles, _, _ = simulate(volume, 96, pixel=PIXEL, snr=0.2)
     params = Refine3DParams(reference=write_map(tmp_path / "start.mrc", volume), mask_diameter_angstrom=140.0, symmetry="D2")
     state = functions.start(params, particles, {})
-    state |= {"phase": "global", "rings": 8, "noise_power": np.full(BOX // 2, 1.0)}
+    state |= {"phase": "global", "rings": 8, "noise_power": np.full((1, BOX // 2), 1.0)}
     shared = functions.prepare(params, state, 0, Context())
 
     def expect(index):
@@ -254,7 +254,7 @@ def test_a_block_without_particles_for_the_map_adds_nothing(tmp_path):
     images, particles, _, _ = simulate(volume, 24, pixel=PIXEL, snr=0.2)
     params = Refine3DParams(reference=write_map(tmp_path / "start.mrc", volume), mask_diameter_angstrom=140.0, symmetry="D2")
     state = functions.start(params, particles, {})
-    state |= {"start_maps": state["maps"], "noise_power": np.full(BOX // 2, 1.0), "iteration": 6}
+    state |= {"start_maps": state["maps"], "noise_power": np.full((1, BOX // 2), 1.0), "iteration": 6}
     state |= rf.beginning(state, 24) | {"rings": 8}
     index = np.arange(24)
     block = functions.load(params, state, ParticleBlock(index, images, particles.columns, PIXEL, 0), Context())
