@@ -4,14 +4,14 @@ import mrcfile
 import numpy as np
 import pytest
 import torch
-from _particles import blob_map, simulate
+from _particles import blob_map, ctf_columns, project, simulate
 from pydantic import ValidationError
 
 from cryodask.errors import InputError
 from cryodask.kernels.fourier import soft_sphere
 from cryodask.kernels.fsc import fsc
 from cryodask.kernels.maximisation import measure_support, next_rings
-from cryodask.kernels.orientations import angular_error_deg, euler_to_matrix
+from cryodask.kernels.orientations import angular_error_deg, euler_to_matrix, random_rotations
 from cryodask.kernels.projection import cut_map
 from cryodask.kernels.symmetry import symmetry_operators
 from cryodask.run.blocks import ParticlesInMemory, iterate_here
@@ -266,3 +266,37 @@ def test_a_block_without_particles_for_the_map_adds_nothing(tmp_path):
         assert sums["count"] == 0
         assert not sums["grid"].any()
         assert np.array_equal(found["mode_rotation"], columns["mode_rotation"])
+
+
+@pytest.mark.parametrize("phase", ["draw", "global"])
+def test_views_are_searched_about_the_last_shifts(tmp_path, phase):
+    """Shifts over a third of the box, a search that reaches 4.5 pixels, and last shifts that are off by 2 pixels in y and x."""
+    volume = blob_map(BOX, "D2", blobs=20, width_px=1.2, reach=0.2)
+    count, g = 48, torch.Generator().manual_seed(0)
+    rotations, origins = random_rotations(count, g), (torch.rand(count, 2, generator=g) - 0.5) * BOX / 3
+    columns = ctf_columns(count)
+    clean = project(volume, rotations, origins, columns, PIXEL)
+    scale = float(np.sqrt(0.5 / clean.var()))
+    images = (scale * clean + np.random.default_rng(1).standard_normal(clean.shape)).astype(np.float32)
+    params = Refine3DParams(reference=write_map(tmp_path / "start.mrc", volume), mask_diameter_angstrom=140.0, symmetry="D2")
+    state = functions.start(params, ParticleSet(count, BOX, PIXEL, columns), {})
+    state |= rf.beginning(state | {"start_maps": state["maps"]}, count) | {
+        "phase": phase, "rings": 10, "maps": scale * torch.stack([volume, volume]).numpy(), "noise_power": np.ones(BOX // 2),
+        "parts": 1, "drawn_passes": 1, "reach_angstrom": 48.0, "shift_sigma_angstrom": 20.0,
+    }  # fmt: skip
+    assert rf.reach_px(state) == pytest.approx(4.5)
+    assert rf.reach_px(state | {"drawn_passes": 0}) == 12.0  # nothing is known in the first pass
+    block = functions.load(params, state, ParticleBlock(np.arange(count), images, columns, PIXEL, 0), Context())
+    shared = functions.prepare(params, state, 0, Context())
+    sign = torch.randint(0, 2, (count, 2), generator=g) * 2 - 1
+    right = []
+    for last in (origins + 2 * sign, torch.zeros(count, 2)):
+        previous = functions._no_poses(count)
+        previous["mode_origin_angstrom"][:, 0] = (last * PIXEL).numpy()
+        _, found = functions.expect(params, state, shared, block, previous, Context())
+        errors = angular_error_deg(torch.from_numpy(found["mode_rotation"][:, 0]).double(), rotations, symmetry_operators("D2"))
+        moved = torch.from_numpy(found["mode_origin_angstrom"][:, 0]) / PIXEL - origins
+        right.append(float(((errors < 12) & (moved.norm(dim=1) < 2)).float().mean()))
+    print(phase, right)
+    assert right[0] > 0.8
+    assert right[1] < 0.6
