@@ -4,14 +4,14 @@ import mrcfile
 import numpy as np
 import pytest
 import torch
-from _particles import blob_map, simulate
+from _particles import blob_map, ctf_columns, project, simulate
 from pydantic import ValidationError
 
 from cryodask.errors import InputError
 from cryodask.kernels.fourier import soft_sphere
 from cryodask.kernels.fsc import fsc
 from cryodask.kernels.maximisation import measure_support, next_rings
-from cryodask.kernels.orientations import angular_error_deg, euler_to_matrix
+from cryodask.kernels.orientations import angular_error_deg, euler_to_matrix, random_rotations
 from cryodask.kernels.projection import cut_map
 from cryodask.kernels.symmetry import symmetry_operators
 from cryodask.run.blocks import ParticlesInMemory, iterate_here
@@ -266,3 +266,63 @@ def test_a_block_without_particles_for_the_map_adds_nothing(tmp_path):
         assert sums["count"] == 0
         assert not sums["grid"].any()
         assert np.array_equal(found["mode_rotation"], columns["mode_rotation"])
+
+
+@pytest.fixture(scope="module")
+def spread_out(tmp_path_factory):
+    """State, block, true rotations and origins (pixels) of particles with shifts over a third of the box; a pass after the first."""
+    volume = blob_map(BOX, "D2", blobs=20, width_px=1.2, reach=0.2)
+    count, g = 48, torch.Generator().manual_seed(0)
+    rotations, origins = random_rotations(count, g), (torch.rand(count, 2, generator=g) - 0.5) * BOX / 3
+    columns = ctf_columns(count)
+    clean = project(volume, rotations, origins, columns, PIXEL)
+    scale = float(np.sqrt(0.5 / clean.var()))
+    images = (scale * clean + np.random.default_rng(1).standard_normal(clean.shape)).astype(np.float32)
+    start = write_map(tmp_path_factory.mktemp("map") / "start.mrc", volume)
+    params = Refine3DParams(reference=start, mask_diameter_angstrom=140.0, symmetry="D2")
+    state = functions.start(params, ParticleSet(count, BOX, PIXEL, columns), {})
+    state |= rf.beginning(state | {"start_maps": state["maps"]}, count) | {
+        "rings": 10, "maps": scale * torch.stack([volume, volume]).numpy(), "noise_power": np.ones(BOX // 2), "parts": 1,
+        "drawn_passes": 1, "reach_angstrom": 48.0, "shift_sigma_angstrom": 20.0,
+    }  # fmt: skip
+    block = functions.load(params, state, ParticleBlock(np.arange(count), images, columns, PIXEL, 0), Context())
+    return params, state, block, rotations, origins
+
+
+def share_found(spread_out, last_px, *phases):
+    """Share of the particles with the right pose after some passes from the last shifts `(n, 2)`."""
+    params, state, block, rotations, origins = spread_out
+    columns = functions._no_poses(len(origins))
+    columns["mode_origin_angstrom"][:, 0] = (last_px * PIXEL).numpy()
+    for phase in phases:
+        shared = functions.prepare(params, state | {"phase": phase}, 0, Context())
+        _, columns = functions.expect(params, state | {"phase": phase}, shared, block, columns, Context())
+    errors = angular_error_deg(torch.from_numpy(columns["mode_rotation"][:, 0]).double(), rotations, symmetry_operators("D2"))
+    moved = torch.from_numpy(columns["mode_origin_angstrom"][:, 0]) / PIXEL - origins
+    return float(((errors < 12) & (moved.norm(dim=1) < 2)).float().mean())
+
+
+def test_the_first_pass_searches_all_shifts_and_later_ones_what_a_shift_may_be_off(spread_out):
+    state = spread_out[1] | {"phase": "draw"}
+    assert rf.reach_px(state) == pytest.approx(4.5)
+    assert rf.reach_px(state | {"drawn_passes": 0}) == 12.0
+    # a pass over a sample leaves particles without a shift
+    assert rf.reach_px(state | {"sample": 0.5}) == 12.0
+
+
+@pytest.mark.parametrize("phase", ["draw", "global"])
+def test_views_are_searched_about_the_last_shifts(spread_out, phase):
+    origins = spread_out[-1]
+    g = torch.Generator().manual_seed(1)
+    off = 2 * (torch.randint(0, 2, origins.shape, generator=g) * 2 - 1)
+    assert share_found(spread_out, origins + off, phase) > 0.9
+    assert share_found(spread_out, torch.zeros_like(origins), phase) < 0.6
+
+
+def test_particles_move_from_wrong_shifts(spread_out):
+    """The last shifts are off by 6 pixels, and a search reaches 4.5: the second one starts nearer."""
+    origins = spread_out[-1]
+    angle = torch.rand(len(origins), generator=torch.Generator().manual_seed(2)) * 2 * np.pi
+    wrong = origins + 6 * torch.stack([angle.sin(), angle.cos()], 1)
+    assert share_found(spread_out, wrong, "draw") < 0.5
+    assert share_found(spread_out, wrong, "draw", "draw") > 0.9

@@ -46,6 +46,11 @@ class Views:
     parent_pixels: Tensor
 
 
+def shift_step_px(rings: int, box: int) -> float:
+    """Step of the shifts of views up to ``rings``, pixels: a third of a resolution element."""
+    return box / rings / 3.2
+
+
 def make_views(
     volume: Tensor, rings: int, *, grid: PolarGrid, turn: Tensor, operators: np.ndarray, reach_px: float, pruned: bool = True,
     order: int | None = None,
@@ -59,7 +64,7 @@ def make_views(
 
     def bank(order: int, highest: int) -> tuple[ex.Bank, Tensor, np.ndarray]:
         pixels = asymmetric_unit(order, operators)
-        level = ex.Level(order, highest, box / highest / 3.2, reach_px)
+        level = ex.Level(order, highest, shift_step_px(highest, box), reach_px)
         return ex.make_bank(reference, level, pixels, turn, grid, device), ex.shift_grid(level.step_px, reach_px, device), pixels
 
     order = order or (ORDER - 1 if rings <= COARSE_RINGS else ORDER)
@@ -71,23 +76,25 @@ def make_views(
 
 
 def _posteriors(
-    data: ex.Particles, rows: Tensor, views: Views, noise_power: Tensor, sigma_px: float, inverse_temperature: float = 1.0
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Places in ``rows``, log posteriors `(n, shift, view, psi)`, and the views' rows in the bank `(n, view)`, lot by lot."""
+    data: ex.Particles, rows: Tensor, views: Views, noise_power: Tensor, sigma_px: float, centres_px: Tensor | None,
+    inverse_temperature: float = 1.0,
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:  # fmt: skip
+    """Places in ``rows``, log posteriors `(n, shift, view, psi)`, rows of the views in the bank `(n, view)` and shifts `(n, shift, 2)`."""
     bank, device = views.bank, str(rows.device)
     if not len(rows):
         return
+    about = torch.zeros(len(rows), 2, device=device) if centres_px is None else centres_px
 
     def score(lot: Tensor, table: Tensor, level: ex.Level, offsets: Tensor) -> Tensor:
-        centres = torch.zeros(len(lot), 2, device=device)
-        prior = ex.shift_log_prior(centres, offsets, sigma_px)
-        return ex.log_likelihoods(data, rows[lot], centres, offsets, table, level.rings, noise_power, prior, inverse_temperature)
+        prior = ex.shift_log_prior(about[lot], offsets, sigma_px)
+        return ex.log_likelihoods(data, rows[lot], about[lot], offsets, table, level.rings, noise_power, prior, inverse_temperature)
 
     if views.parents is None:
         table = ex.whole_table(bank)
         everything = torch.arange(len(bank.rotations), device=device)
         for lot in ex.chunks(len(rows), bank, len(views.offsets), device):
-            yield lot, score(lot, table, bank.level, views.offsets), everything.expand(len(lot), -1)
+            shifts = about[lot, None] + views.offsets
+            yield lot, score(lot, table, bank.level, views.offsets), everything.expand(len(lot), -1), shifts
         return
     table = ex.whole_table(views.parents)
     for lot in ex.chunks(len(rows), views.parents, len(views.parent_offsets), device):
@@ -97,47 +104,55 @@ def _posteriors(
         del coarse
         for some in torch.arange(len(lot), device=device).split(_TOGETHER):
             own = bank.table[children[some]].permute(0, 2, 3, 1)  # type: ignore[index]
-            yield lot[some], score(lot[some], own, bank.level, views.offsets), children[some]
+            shifts = about[lot[some], None] + views.offsets
+            yield lot[some], score(lot[some], own, bank.level, views.offsets), children[some], shifts
 
 
 def draw(
     data: ex.Particles, rows: Tensor, views: Views, noise_power: Tensor, sigma_px: float, uniforms: Tensor,
-    inverse_temperature: float = 1.0,
+    inverse_temperature: float = 1.0, centres_px: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Poses drawn from the posterior: rotations `(n, draw, 3, 3)`, shifts `(n, draw, 2)` in pixels, log evidence `(n,)`.
 
-    ``uniforms`` `(n, draw)` in [0, 1); ``inverse_temperature`` multiplies the log-likelihood (below 1: flatter). There is no selection,
-    hence no bias towards the map.
+    ``uniforms`` `(n, draw)` in [0, 1); ``inverse_temperature`` multiplies the log-likelihood (below 1: flatter). Shifts are searched
+    about ``centres_px`` `(n, 2)`, by default zero; their prior stays about zero. There is no selection, hence no bias towards the map.
     """
     n, draws = uniforms.shape
     rotations = torch.empty(n, draws, 3, 3, device=rows.device)
     shifts = torch.empty(n, draws, 2, device=rows.device)
     evidence = torch.empty(n, device=rows.device)
-    for lot, scores, places in _posteriors(data, rows, views, noise_power, sigma_px, inverse_temperature):
+    for lot, scores, places, moves in _posteriors(data, rows, views, noise_power, sigma_px, centres_px, inverse_temperature):
         shift, view, angle, evidence[lot] = ex.draw_poses(scores, uniforms[lot])
         rotations[lot] = ex.psi_rotation(angle, scores.shape[-1]) @ views.bank.rotations[places.gather(1, view)]
-        shifts[lot] = views.offsets[shift]
+        shifts[lot] = moves.gather(1, shift[..., None].expand(-1, -1, 2))
     return rotations, shifts, evidence
 
 
-def evidence(data: ex.Particles, rows: Tensor, views: Views, noise_power: Tensor, sigma_px: float) -> Tensor:
-    """Log evidence of particles `(n,)`: the posterior summed over the whole grid."""
+def evidence(
+    data: ex.Particles, rows: Tensor, views: Views, noise_power: Tensor, sigma_px: float, centres_px: Tensor | None = None
+) -> Tensor:
+    """Log evidence of particles `(n,)`: the posterior summed over the whole grid, about ``centres_px`` `(n, 2)`."""
     out = torch.empty(len(rows), device=rows.device)
-    for lot, scores, _ in _posteriors(data, rows, views, noise_power, sigma_px):
+    for lot, scores, _, _ in _posteriors(data, rows, views, noise_power, sigma_px, centres_px):
         flat = scores.reshape(len(lot), -1)
         top = flat.amax(1, keepdim=True)
         out[lot] = top[:, 0] + ex.likelihoods(flat, top).sum(1, dtype=torch.float64).log().float()
     return out
 
 
-def start_poses(data: ex.Particles, rows: Tensor, views: Views, noise_power: Tensor, sigma_px: float, keep: int) -> Candidates:
-    """The ``keep`` likeliest views of each particle within :data:`START_NATS`, with the best in-plane angle and shift of each."""
+def start_poses(
+    data: ex.Particles, rows: Tensor, views: Views, noise_power: Tensor, sigma_px: float, keep: int, centres_px: Tensor | None = None
+) -> Candidates:
+    """The ``keep`` likeliest views of each particle within :data:`START_NATS`, with the best in-plane angle and shift of each.
+
+    Shifts are searched about ``centres_px`` `(n, 2)`, by default zero.
+    """
     if not len(rows):
         nothing = torch.zeros(0, keep, 3, 3, device=rows.device)
         return Candidates(nothing, nothing[..., 0, :2], torch.zeros(0, dtype=torch.int64, device=rows.device))
     rotations, shifts, counts = [], [], []
     keep = min(keep, len(views.bank.rotations))
-    for _, scores, places in _posteriors(data, rows, views, noise_power, sigma_px):
+    for _, scores, places, moves in _posteriors(data, rows, views, noise_power, sigma_px, centres_px):
         best, angles = scores.amax(1).max(-1)
         score, top = best.topk(keep, 1)
         counts.append((score >= score[:, :1] - START_NATS).sum(1))
@@ -146,7 +161,7 @@ def start_poses(data: ex.Particles, rows: Tensor, views: Views, noise_power: Ten
         of_views = scores.gather(2, top[:, None, :, None].expand(-1, count, -1, scores.shape[3]))
         shift = of_views.gather(3, angle[:, None, :, None].expand(-1, count, -1, 1))[..., 0].argmax(1)
         rotations.append(ex.psi_rotation(angle, scores.shape[-1]) @ views.bank.rotations[places.gather(1, top)])
-        shifts.append(views.offsets[shift])
+        shifts.append(moves.gather(1, shift[..., None].expand(-1, -1, 2)))
     return Candidates(torch.cat(rotations), torch.cat(shifts), torch.cat(counts))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -124,20 +125,16 @@ def prepare(params: Refine3DParams, state: State, half: int, context: Context) -
     generator = torch.Generator().manual_seed(((params.seed * 1009 + state["iteration"]) * 2 + half) & 0x7FFFFFFF)
     jitter = rf.grid_jitter_rad(state, len(operators))
     turn = (random_rotations(1, generator)[0] if jitter is None else small_rotation(jitter, generator)).to(device)
+    make_views = partial(
+        vw.make_views, rings=rf.coarse_rings(state), grid=grid, turn=turn, operators=operators, reach_px=rf.reach_px(state),
+        pruned=phase not in ("scale", "verdict"),
+    )  # fmt: skip
     if phase in ("verdict", "sort"):
         other = torch.from_numpy(state["maps"][1 - half]).to(device)
-        return Shared(None, None, noise, tuple(
-            vw.make_views(
-                cut_map(other, rings), state["verdict_rings"], grid=grid, turn=turn, operators=operators, reach_px=rf.reach_px(state),
-                pruned=phase == "sort",
-            )
-            for rings in (state["verdict_rings"], min(state["start_rings"], rf.sizes_of(state).ring_of(rf.FIRST_ANGSTROM)))
-        ))  # fmt: skip
+        cuts = state["verdict_rings"], min(state["start_rings"], rf.sizes_of(state).ring_of(rf.FIRST_ANGSTROM))
+        return Shared(None, None, noise, tuple(make_views(cut_map(other, rings)) for rings in cuts))
     volume = torch.from_numpy(state["maps"][half]).to(device)
-    views = None if phase == "local" else vw.make_views(
-        volume, rf.coarse_rings(state), grid=grid, turn=turn, operators=operators, reach_px=rf.reach_px(state),
-        pruned=phase != "scale",
-    )  # fmt: skip
+    views = None if phase == "local" else make_views(volume)
     return Shared(views, None if phase == "scale" else half_volume(volume, state["rings"] + 1, state["box"]), noise)
 
 
@@ -159,19 +156,21 @@ def expect(
         known = None if state["round"] == 0 else state["scale"]
         cross, norm = vw.scale_terms(block.polar, rows, shared.views, shared.noise_power, sigma, known)  # type: ignore[arg-type]
         return {"cross": cross, "norm": norm, "count": count}, columns
+    centres = float(rf.centred(state)) * _poses_of(columns, sizes.pixel_size_angstrom, device).shifts_px[:, 0]
     if phase == "verdict":
-        return _verdict_sums(params, state, shared, block, columns, sigma), columns
+        return _verdict_sums(params, state, shared, block, columns, sigma, centres), columns
     if phase == "sort":
-        gain = _gain_of_detail(shared, block, torch.arange(count, device=device), sigma)
+        gain = _gain_of_detail(shared, block, torch.arange(count, device=device), sigma, centres)
         columns = {**columns, "in_map": (gain > 0).cpu().numpy()}
         return {"kept": int(columns["in_map"].sum()), "count": count}, columns
     if phase == "draw":
-        return _drawn_sums(params, state, shared, block, columns, sigma, device)
+        return _drawn_sums(params, state, shared, block, columns, sigma, centres)
     chosen = np.nonzero(columns["in_map"])[0]
     rows = torch.from_numpy(chosen).to(device)
     old = _poses_of({name: values[chosen] for name, values in columns.items()}, sizes.pixel_size_angstrom, device)
     if phase == "global":
-        start_poses = vw.start_poses(block.polar, rows, shared.views, shared.noise_power, sigma, rf.KEPT_VIEWS)  # type: ignore[arg-type]
+        assert shared.views is not None
+        start_poses = vw.start_poses(block.polar, rows, shared.views, shared.noise_power, sigma, rf.KEPT_VIEWS, centres[rows])
         # the last pose may lie between the views of the grid
         start_poses = local_search.Candidates(
             torch.cat([old.rotations[:, :1], start_poses.rotations], 1),
@@ -255,37 +254,40 @@ def _sums(
 
 
 def _drawn_sums(
-    params: Refine3DParams, state: State, shared: Shared, block: Loaded, columns: Columns, sigma: float, device: str
+    params: Refine3DParams, state: State, shared: Shared, block: Loaded, columns: Columns, sigma: float, centres: torch.Tensor
 ) -> tuple[Sums, Columns]:
     """One part of a pass with drawn poses."""
     lottery = uniforms(params.seed, 1_000_000 + state["drawn_passes"], block.index, 1)[:, 0]
     mine = rf.part_of_pass(lottery, state["parts"], state["sample"]) == state["part"]
     chosen = np.nonzero(mine & columns["in_map"])[0]
-    rows = torch.from_numpy(chosen).to(device)
-    numbers = torch.from_numpy(uniforms(params.seed, state["iteration"], block.index[chosen], rf.DRAWS)).to(device)
-    rotations, shifts, evidence = vw.draw(block.polar, rows, shared.views, shared.noise_power, sigma, numbers)  # type: ignore[arg-type]
+    rows = torch.from_numpy(chosen).to(centres.device)
+    numbers = torch.from_numpy(uniforms(params.seed, state["iteration"], block.index[chosen], rf.DRAWS)).to(rows.device)
+    assert shared.views is not None
+    rotations, shifts, evidence = vw.draw(block.polar, rows, shared.views, shared.noise_power, sigma, numbers, centres_px=centres[rows])
     columns = {name: np.array(values) for name, values in columns.items()}
     columns["mode_rotation"][chosen, 0] = rotations[:, 0].cpu().numpy()
     columns["mode_origin_angstrom"][chosen, 0] = (shifts[:, 0] * rf.sizes_of(state).pixel_size_angstrom).cpu().numpy()
     columns["log_likelihood"][chosen] = evidence.cpu().numpy()
-    shares = torch.full(rotations.shape[:2], 1.0 / rf.DRAWS, device=device)
+    shares = torch.full(rotations.shape[:2], 1.0 / rf.DRAWS, device=rows.device)
     return _sums(state, shared, block, rows, rotations, shifts, shares, columns), columns
 
 
-def _verdict_sums(params: Refine3DParams, state: State, shared: Shared, block: Loaded, columns: Columns, sigma: float) -> Sums:
+def _verdict_sums(
+    params: Refine3DParams, state: State, shared: Shared, block: Loaded, columns: Columns, sigma: float, centres: torch.Tensor
+) -> Sums:
     """Gains of log-likelihood by the detail of the other half's map, for some particles."""
     lottery = uniforms(params.seed, 2_000_000, block.index, 1)[:, 0]
     rows = torch.from_numpy(np.nonzero((lottery < rf.VERDICT_PARTICLES / state["count"]) & columns["in_map"])[0])
-    gain = _gain_of_detail(shared, block, rows.to(shared.noise_power.device), sigma)
+    gain = _gain_of_detail(shared, block, rows.to(centres.device), sigma, centres)
     return {
         "tested": len(rows), "gain": float(gain.sum()), "gain_square": float(gain.square().sum()), "unhelped": int((gain <= 0).sum()),
         "count": len(block.index),
     }  # fmt: skip
 
 
-def _gain_of_detail(shared: Shared, block: Loaded, rows: torch.Tensor, sigma: float) -> torch.Tensor:
+def _gain_of_detail(shared: Shared, block: Loaded, rows: torch.Tensor, sigma: float, centres: torch.Tensor) -> torch.Tensor:
     """Gain of log evidence by the detail of the other half's map, float64 `(rows,)`."""
-    whole, cut = (vw.evidence(block.polar, rows, views, shared.noise_power, sigma).double() for views in shared.others)
+    whole, cut = (vw.evidence(block.polar, rows, views, shared.noise_power, sigma, centres[rows]).double() for views in shared.others)
     return whole - cut
 
 

@@ -19,7 +19,7 @@ from cryodask.kernels.masking import own_solvent_mask
 from cryodask.kernels.maximisation import Support, crossing
 from cryodask.kernels.projection import cut_map
 from cryodask.kernels.rows import shell_counts
-from cryodask.kernels.views import COARSE_RINGS, SCALE_PARTICLES, SCALE_ROUNDS
+from cryodask.kernels.views import COARSE_RINGS, SCALE_PARTICLES, SCALE_ROUNDS, shift_step_px
 from cryodask.stage import Metrics, State, Sums
 
 SCALE_PARTICLES_OF_FINE_MAPS = 120
@@ -48,6 +48,8 @@ CERTAIN_ANYHOW = 0.85
 """Pose certainty that decides at any resolution, for data that end before that: wrong maps had at most 0.64 there."""
 SURE = 0.9
 """Pose certainty from which a last pass over all views changes nothing: it improved poses at 0.79 and 0.87, but not at 0.93 and 1.00."""
+REACH_STEPS, REACH_OF_MASK = 3.0, 0.06
+"""How far views are searched about a particle's last shift: steps of the shifts, or a share of the mask's diameter if that is more."""
 FIRST_ANGSTROM = 28.0
 """Low-pass of start maps, and the resolution beyond which the verdict asks whether detail helps."""
 MAP_MARGIN = 8
@@ -262,15 +264,27 @@ def parts_of_pass(count: int) -> tuple[int, float]:
     return max(1, round(count * sample / 2 / min(DRAWN_BATCH, max(100, count // 4)))), sample
 
 
+def centred(state: State) -> bool:
+    """Whether every particle has a shift of an earlier pass, about which views are searched."""
+    return bool(state.get("passes", 0) or (state.get("drawn_passes", 0) and state["sample"] == 1.0))
+
+
 def reach_px(state: State) -> float:
-    """Largest shift of a search over all views, pixels."""
-    return float(state["reach_angstrom"] / sizes_of(state).pixel_size_angstrom)
+    """How far the shifts of a search over all views reach from their centres, pixels."""
+    sizes = sizes_of(state)
+    whole = state["reach_angstrom"] / sizes.pixel_size_angstrom
+    if not centred(state):
+        return float(whole)
+    step = shift_step_px(coarse_rings(state), sizes.box)
+    return float(min(whole, max(REACH_STEPS * step, REACH_OF_MASK * sizes.mask_diameter_angstrom / sizes.pixel_size_angstrom)))
 
 
 def coarse_rings(state: State) -> int:
     """Rings of the views of a pass."""
     if state["phase"] in ("draw", "scale"):
         return int(state["rings"])
+    if state["phase"] in ("verdict", "sort"):
+        return int(state["verdict_rings"])
     return min(sizes_of(state).ring_of(COARSE_ANGSTROM), state["rings"])
 
 
