@@ -4,7 +4,7 @@ import mrcfile
 import numpy as np
 import pytest
 import torch
-from _particles import blob_map, simulate
+from _particles import blob_map, ctf_columns, simulate
 from pydantic import ValidationError
 
 from cryodask.errors import InputError
@@ -162,7 +162,7 @@ def test_an_unknown_symmetry_is_refused_when_the_parameters_are_read():
 
 
 def test_bad_maps_are_refused(tmp_path):
-    particles = ParticleSet(40, BOX, PIXEL, {})
+    particles = ParticleSet(40, BOX, PIXEL, ctf_columns(40))
     for data, pixel, message in (
         (np.ones((BOX, BOX, BOX // 2)), PIXEL, "not a cube"),
         (np.zeros((BOX, BOX, BOX)), PIXEL, "empty or contains NaN"),
@@ -175,7 +175,9 @@ def test_bad_maps_are_refused(tmp_path):
 
 def test_odd_boxes_are_refused(tmp_path):
     with pytest.raises(InputError, match="47 pixels"):
-        functions.start(Refine3DParams(reference=write_map(tmp_path / "a.mrc", blob_map(BOX))), ParticleSet(40, 47, PIXEL, {}), {})
+        functions.start(
+            Refine3DParams(reference=write_map(tmp_path / "a.mrc", blob_map(BOX))), ParticleSet(40, 47, PIXEL, ctf_columns(40)), {}
+        )
 
 
 def test_independent_noise_has_no_support_beyond_the_common_shells():

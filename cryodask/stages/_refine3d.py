@@ -16,14 +16,16 @@ from cryodask.kernels.fourier import soft_sphere
 from cryodask.kernels.half_grid import empty_half_grid, fold_half_grid, half_volume, mean_weight, reconstruct_half
 from cryodask.kernels.maximisation import measure_support, next_rings
 from cryodask.kernels.orientations import matrix_to_euler, random_rotations, small_rotation
-from cryodask.kernels.projection import cut_map
+from cryodask.kernels.projection import FourierVolume, cut_map, fourier_volume
 from cryodask.kernels.randomness import uniforms
 from cryodask.kernels.rows import ImageRows, image_rows, shell_power
 from cryodask.kernels.symmetry import symmetry_operators
-from cryodask.kernels.verdict import Evidence
+from cryodask.kernels.verdict import FIGURES
 from cryodask.stage import Columns, Context, Metrics, ParticleBlock, ParticleSet, State, Sums
 from cryodask.stages import _refinement as rf
+from cryodask.stages._particle_checks import check_particles
 from cryodask.stages._start_map import start_map
+from cryodask.stages._verdict import explained_sums, judged
 
 if TYPE_CHECKING:
     from cryodask.stages.refine3d import Refine3DParams
@@ -49,6 +51,7 @@ class Shared:
     volume: torch.Tensor | None
     noise_power: torch.Tensor
     others: tuple[vw.Views, ...] = ()
+    other_volume: FourierVolume | None = None
 
 
 def start(params: Refine3DParams, particles: ParticleSet, inputs: dict[str, Any]) -> State:
@@ -59,6 +62,7 @@ def start(params: Refine3DParams, particles: ParticleSet, inputs: dict[str, Any]
             "picking or curation left hardly any",
             f"check the picks and the classes; at least {_FEWEST} are needed, thousands are usual",
         )
+    check_particles(particles, params.mask_diameter_angstrom)
     box, pixel = particles.box, float(particles.pixel_size_angstrom)
     if box % 2 or box < 16:
         raise InputError(
@@ -127,7 +131,7 @@ def prepare(params: Refine3DParams, state: State, half: int, context: Context) -
                 pruned=phase == "sort",
             )
             for rings in (state["verdict_rings"], min(state["start_rings"], rf.sizes_of(state).ring_of(rf.FIRST_ANGSTROM)))
-        ))  # fmt: skip
+        ), fourier_volume(other, state["rings"] + 1, state["box"]))  # fmt: skip
     volume = torch.from_numpy(state["maps"][half]).to(device)
     views = None if phase == "local" else vw.make_views(
         volume, rf.coarse_rings(state), grid=grid, turn=turn, operators=operators, reach_px=rf.reach_px(state),
@@ -275,7 +279,7 @@ def _verdict_sums(params: Refine3DParams, state: State, shared: Shared, block: L
     gain = _gain_of_detail(shared, block, rows.to(shared.noise_power.device), sigma)
     return {
         "tested": len(rows), "gain": float(gain.sum()), "gain_square": float(gain.square().sum()), "unhelped": int((gain <= 0).sum()),
-        "count": len(block.index),
+        "count": len(block.index), "products": explained_sums(state, block.rows, shared.other_volume, columns, lottery),
     }  # fmt: skip
 
 
@@ -293,7 +297,7 @@ def maximise(params: Refine3DParams, state: State, sums: list[Sums], context: Co
     if phase == "scale":
         return rf.updated_scale(new, sums)
     if phase == "verdict":
-        return _judged(new, sums)
+        return judged(new, sums)
     if phase == "sort":
         kept = sum(s["kept"] for s in sums)
         # where poses were certain in spite of the junk, the map only has to be made again without it
@@ -365,21 +369,6 @@ def _remembered(state: State, fresh: list[torch.Tensor]) -> list[torch.Tensor]:
     return [before.add_(now - before, alpha=rate) for before, now in zip(old, fresh)]
 
 
-def _judged(new: State, sums: list[Sums]) -> tuple[State, Metrics]:
-    """The verdict on the final maps; without its support the resolution is that of the start."""
-    tested = max(1, sum(s["tested"] for s in sums))
-    gain, square = (sum(s[name] for s in sums) / tested for name in ("gain", "gain_square"))
-    deviation = math.sqrt(max(square - gain * gain, 0.0) / tested)
-    found = Evidence(new["pose_certainty"], gain, gain / (deviation + 1e-9))
-    new |= {"succeeded": found.succeeded, "held_out_gain": found.gain, "held_out_z": found.z, "done": True}
-    unhelped = sum(s["unhelped"] for s in sums) / tested
-    if not new["sorted"] and rf.JUNK_SHARE < unhelped < 1.0 - rf.JUNK_SHARE and not math.isnan(new["pose_certainty"]):
-        return {**new, "phase": "sort", "done": False}, {"phase": "verdict", "unhelped": unhelped}
-    if not found.succeeded:
-        new["resolution_angstrom"] = new["length_angstrom"] / new["start_rings"]
-    return new, {"phase": "verdict", "succeeded": found.succeeded, "held_out_gain": found.gain, "held_out_z": found.z}
-
-
 def finished(params: Refine3DParams, state: State) -> bool:
     """Whether the last iteration is done."""
     return bool(state["done"])
@@ -406,5 +395,5 @@ def result(params: Refine3DParams, state: State, columns: Columns) -> dict[str, 
         "iteration_resolution_angstrom": state["resolutions"],
         "iteration_log_likelihood": state["likelihoods"],
         "iteration_certainty": state["certainties"],
-        **{name: state[name] for name in ("succeeded", "pose_certainty", "held_out_gain", "held_out_z")},
+        **{name: state[name] for name in ("fourier_coverage", "succeeded", *FIGURES)},
     }

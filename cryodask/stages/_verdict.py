@@ -1,0 +1,60 @@
+"""The verdict of a refinement: its evidence summed over blocks, and the state that follows from it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from cryodask.kernels.projection import FourierVolume
+from cryodask.kernels.rows import ImageRows
+from cryodask.kernels.signal_share import explained_share, has_surroundings, signal_products
+from cryodask.kernels.verdict import Evidence
+from cryodask.stage import Columns, Metrics, State, Sums
+from cryodask.stages._refinement import JUNK_SHARE, sizes_of
+
+_EXPLAINED_PARTICLES = 500
+
+
+def explained_sums(state: State, images: ImageRows, other: FourierVolume | None, columns: Columns, lottery: np.ndarray) -> np.ndarray:
+    """Products of images with the map of the other half, `(3, shell)`, for particles with a small number in the ``lottery``."""
+    sizes, radius = sizes_of(state), state["rings"]
+    chosen = np.nonzero((lottery < _EXPLAINED_PARTICLES / state["count"]) & columns["in_map"])[0]
+    if other is None or not has_surroundings(sizes.length_angstrom, sizes.mask_diameter_angstrom):
+        return np.zeros((3, radius + 1))
+    device = images.values.device
+    products = signal_products(
+        images,
+        torch.from_numpy(chosen).to(device),
+        other,
+        torch.from_numpy(columns["mode_rotation"][chosen, 0]).to(device),
+        torch.from_numpy(columns["mode_origin_angstrom"][chosen, 0] / sizes.pixel_size_angstrom).to(device),
+        radius=radius,
+        pixel_size_angstrom=sizes.pixel_size_angstrom,
+        mask_diameter_angstrom=sizes.mask_diameter_angstrom,
+    )
+    return products.cpu().numpy()
+
+
+def judged(new: State, sums: list[Sums]) -> tuple[State, Metrics]:
+    """The verdict on the final maps; without its support the resolution is that of the start."""
+    tested = max(1, sum(s["tested"] for s in sums))
+    gain, square = (sum(s[name] for s in sums) / tested for name in ("gain", "gain_square"))
+    deviation = math.sqrt(max(square - gain * gain, 0.0) / tested)
+    figures: dict[str, Any] = {
+        "pose_certainty": new["pose_certainty"],
+        "held_out_gain": gain,
+        "held_out_z": gain / (deviation + 1e-9),
+        "explained_share": explained_share(sum(s["products"] for s in sums), new["noise_power"], new["fsc_masked"]),
+        **{name: new[name] for name in ("view_coverage", "cut_share")},
+    }
+    succeeded = Evidence(**figures).succeeded
+    new |= {"succeeded": succeeded, **figures, "done": True}
+    unhelped = sum(s["unhelped"] for s in sums) / tested
+    if not new["sorted"] and JUNK_SHARE < unhelped < 1.0 - JUNK_SHARE and not math.isnan(new["pose_certainty"]):
+        return {**new, "phase": "sort", "done": False}, {"phase": "verdict", "unhelped": unhelped}
+    if not succeeded:
+        new["resolution_angstrom"] = new["length_angstrom"] / new["start_rings"]
+    return new, {"phase": "verdict", "succeeded": succeeded, **figures}
