@@ -70,8 +70,10 @@ class refine3d:
     (``in_map``), and the refinement begins once more; where poses were certain all the same, it goes on from the map that it has.
 
     Half-maps that agree do not prove that a map is right. The verdict rests on two other figures: how certain the poses are, and
-    whether detail of a map makes particles likelier that it has never seen. A refinement that has not succeeded reports the resolution
-    of its start.
+    whether detail of a map makes particles likelier that it has never seen. A map that passes is still refused if it explains too little
+    of its particles' signal (wrong point group, two molecules), if the views reach less than half of Fourier space, or if density lies
+    outside of the mask; the sentence of the verdict says which. A refinement that has not succeeded reports the resolution of its start.
+    Parts of Fourier space that no view reaches count as noise in the resolution.
     """
 
 
