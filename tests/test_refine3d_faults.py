@@ -7,6 +7,7 @@ from _particles import blob_map, ctf_columns, project, simulate
 from test_refine3d import BOX, PIXEL, refine, write_map
 
 from cryodask.errors import InputError
+from cryodask.kernels.fsc import resolution_at
 from cryodask.kernels.half_grid import empty_half_grid, fold_half_grid
 from cryodask.kernels.local_search import insert
 from cryodask.kernels.map_evidence import covered, fourier_coverage
@@ -51,21 +52,34 @@ def test_a_set_of_two_molecules_is_refused(tmp_path):
     assert_refused(result, "several molecules")
 
 
-def test_views_from_one_side_are_refused(tmp_path):
+def refine_views_within(tmp_path, degrees: float):
     volume = blob_map(BOX, blobs=30, width_px=1.2)
-    columns, views = ctf_columns(200), within(10.0, 200)
+    columns, views = ctf_columns(200), within(degrees, 200)
     clean = project(volume, views, torch.zeros(200, 2), columns, PIXEL)
     images = clean / clean.std() * np.sqrt(0.3) + np.random.default_rng(1).standard_normal(clean.shape)
     particles = ParticleSet(200, BOX, PIXEL, columns)
-    result, _ = refine(tmp_path, images.astype(np.float32), particles, volume, symmetry="C1", iterations=6)
+    return refine(tmp_path, images.astype(np.float32), particles, volume, symmetry="C1", iterations=6)[0]
+
+
+def test_views_from_one_side_are_refused(tmp_path):
+    result = refine_views_within(tmp_path, 10.0)
     assert result["view_coverage"] < 0.5
     assert_refused(result, "of Fourier space")
+
+
+def test_views_that_leave_some_of_fourier_space_empty_lower_the_resolution(tmp_path):
+    result = refine_views_within(tmp_path, 40.0)
+    assert result["succeeded"]
+    assert 0.5 < result["view_coverage"] < 0.8
+    halves = resolution_at(torch.from_numpy(result["fsc_corrected"]), 0.143, BOX, PIXEL)
+    assert result["resolution_angstrom"] > 1.02 * halves
 
 
 def test_a_mask_that_cuts_the_molecule_is_refused(tmp_path):
     volume = blob_map(BOX, "D2", blobs=20, width_px=1.2)
     images, particles, _, _ = simulate(volume, 160, pixel=PIXEL, snr=0.3)
-    result, _ = refine(tmp_path, images, particles, volume, mask_diameter_angstrom=85.0, iterations=6)
+    result, _ = refine(tmp_path, images, particles, volume, mask_diameter_angstrom=100.0, iterations=6)
+    assert result["held_out_z"] > 6.0
     assert_refused(result, "mask_diameter_angstrom is too small")
 
 
