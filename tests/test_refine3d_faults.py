@@ -90,6 +90,13 @@ def test_a_start_map_with_inverted_contrast_is_refused_before_any_work(tmp_path)
         refine3d.functions.start(params, particles, {})
 
 
+def test_particles_with_inverted_contrast_are_refused_before_poses_are_searched(tmp_path):
+    volume = blob_map(BOX, "D2", blobs=20, width_px=1.2)
+    images, particles, _, _ = simulate(volume, 160, pixel=PIXEL, snr=0.02)
+    with pytest.raises(InputError, match="particles are darker than their surroundings"):
+        refine(tmp_path, -images, particles, volume, iterations=4)
+
+
 def test_a_right_map_has_nothing_against_it(tmp_path):
     volume = blob_map(BOX, "D2", blobs=20, width_px=1.2)
     images, particles, _, _ = simulate(volume, 160, pixel=PIXEL, snr=0.3)

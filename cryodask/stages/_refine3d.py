@@ -25,7 +25,7 @@ from cryodask.stage import Columns, Context, Metrics, ParticleBlock, ParticleSet
 from cryodask.stages import _refinement as rf
 from cryodask.stages._particle_checks import check_particles
 from cryodask.stages._start_map import start_map
-from cryodask.stages._verdict import explained_sums, judged
+from cryodask.stages._verdict import explained_sums, gain_sums, judged, refuse_inverted
 
 if TYPE_CHECKING:
     from cryodask.stages.refine3d import Refine3DParams
@@ -155,8 +155,8 @@ def expect(
         # half-sets often alternate: take pairs, so that both halves contribute
         rows = torch.from_numpy(np.nonzero(block.index // 2 % every == 0)[0]).to(device)
         known = None if state["round"] == 0 else state["scale"]
-        cross, norm = vw.scale_terms(block.polar, rows, shared.views, shared.noise_power, sigma, known)  # type: ignore[arg-type]
-        return {"cross": cross, "norm": norm, "count": count}, columns
+        cross, norm, white = vw.scale_terms(block.polar, rows, shared.views, shared.noise_power, sigma, known)  # type: ignore[arg-type]
+        return {"cross": cross, "norm": norm, "count": count, **gain_sums(white)}, columns
     if phase == "verdict":
         return _verdict_sums(params, state, shared, block, columns, sigma), columns
     if phase == "sort":
@@ -278,8 +278,8 @@ def _verdict_sums(params: Refine3DParams, state: State, shared: Shared, block: L
     rows = torch.from_numpy(np.nonzero((lottery < rf.VERDICT_PARTICLES / state["count"]) & columns["in_map"])[0])
     gain = _gain_of_detail(shared, block, rows.to(shared.noise_power.device), sigma)
     return {
-        "tested": len(rows), "gain": float(gain.sum()), "gain_square": float(gain.square().sum()), "unhelped": int((gain <= 0).sum()),
-        "count": len(block.index), "products": explained_sums(state, block.rows, shared.other_volume, columns, lottery),
+        **gain_sums(gain), "unhelped": int((gain <= 0).sum()), "count": len(block.index),
+        "products": explained_sums(state, block.rows, shared.other_volume, columns, lottery),
     }  # fmt: skip
 
 
@@ -295,6 +295,8 @@ def maximise(params: Refine3DParams, state: State, sums: list[Sums], context: Co
     total = max(1, sum(s["count"] for s in sums))
     phase = state["phase"]
     if phase == "scale":
+        if state["round"] == 0:
+            refuse_inverted(sums)
         return rf.updated_scale(new, sums)
     if phase == "verdict":
         return judged(new, sums)

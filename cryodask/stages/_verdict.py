@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from cryodask.errors import InputError
 from cryodask.kernels.projection import FourierVolume
 from cryodask.kernels.rows import ImageRows
 from cryodask.kernels.signal_share import explained_share, has_surroundings, signal_products
-from cryodask.kernels.verdict import Evidence
+from cryodask.kernels.verdict import LEAST_Z, Evidence
 from cryodask.stage import Columns, Metrics, State, Sums
 from cryodask.stages._refinement import JUNK_SHARE, sizes_of
 
@@ -38,15 +39,41 @@ def explained_sums(state: State, images: ImageRows, other: FourierVolume | None,
     return products.cpu().numpy()
 
 
-def judged(new: State, sums: list[Sums]) -> tuple[State, Metrics]:
-    """The verdict on the final maps; without its support the resolution is that of the start."""
+def gain_sums(gain: torch.Tensor) -> Sums:
+    """Number, sum and sum of squares of gains of log evidence `(particle,)`."""
+    return {"tested": len(gain), "gain": float(gain.double().sum()), "gain_square": float(gain.double().square().sum())}
+
+
+def mean_gain(sums: list[Sums]) -> tuple[int, float, float]:
+    """Number of gains, their mean, and the mean in standard errors."""
     tested = max(1, sum(s["tested"] for s in sums))
     gain, square = (sum(s[name] for s in sums) / tested for name in ("gain", "gain_square"))
-    deviation = math.sqrt(max(square - gain * gain, 0.0) / tested)
+    return tested, gain, gain / (math.sqrt(max(square - gain * gain, 0.0) / tested) + 1e-9)
+
+
+def refuse_inverted(sums: list[Sums]) -> None:
+    """Refuse particles that the inverted start map explains better than the map.
+
+    Raises
+    ------
+    InputError
+    """
+    _, gain, z = mean_gain(sums)
+    if z < -LEAST_Z:
+        raise InputError(
+            f"the particles are darker than their surroundings: the inverted start map explains them better, by {-gain:.1f} nats each",
+            "the contrast of the images is inverted",
+            "extract them with invert, or multiply their stacks by -1",
+        )
+
+
+def judged(new: State, sums: list[Sums]) -> tuple[State, Metrics]:
+    """The verdict on the final maps; without its support the resolution is that of the start."""
+    tested, gain, z = mean_gain(sums)
     figures: dict[str, Any] = {
         "pose_certainty": new["pose_certainty"],
         "held_out_gain": gain,
-        "held_out_z": gain / (deviation + 1e-9),
+        "held_out_z": z,
         "explained_share": explained_share(sum(s["products"] for s in sums), new["noise_power"], new["fsc_masked"]),
         **{name: new[name] for name in ("view_coverage", "cut_share")},
     }
