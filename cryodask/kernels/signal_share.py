@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cryodask.kernels._slices_torch import ctf_at
+from cryodask.kernels._slices_torch import models
 from cryodask.kernels.fourier import soft_sphere
-from cryodask.kernels.projection import FourierVolume, shift_phases, slices
 from cryodask.kernels.rows import ImageRows, independent, row_shells
 
 _LOT = 64
@@ -26,13 +25,13 @@ _AGREEING = 0.5
 
 
 def signal_products(
-    images: ImageRows, rows: Tensor, volume: FourierVolume, rotations: Tensor, shifts_px: Tensor, *, radius: int,
+    images: ImageRows, rows: Tensor, volume: Tensor, rotations: Tensor, shifts_px: Tensor, *, radius: int,
     pixel_size_angstrom: float, mask_diameter_angstrom: float,
 ) -> Tensor:  # fmt: skip
     """Sums over particles and pixels per shell, float64 `(3, radius + 1)`: |image|^2, image x model, |model|^2.
 
     Each within the particle's disk less what the surroundings have on the same area, so that noise cancels. ``rotations`` `(n, 3, 3)` and
-    ``shifts_px`` `(n, 2)` are of the ``rows``; ``volume`` is prepared for their box up to ``radius``.
+    ``shifts_px`` `(n, 2)` are of the ``rows``; ``volume`` is of :func:`cryodask.kernels.half_grid.half_volume`, up to ``radius`` + 1.
     """
     device = str(rows.device)
     out = torch.zeros(3, radius + 1, dtype=torch.float64, device=device)
@@ -52,8 +51,7 @@ def signal_products(
 
     for lot in torch.arange(len(rows), device=device).split(_LOT):
         image = images.part(rows[lot], radius)[:, inside]
-        model = slices(volume, rotations[lot], ky, kx) * ctf_at(images.ctf[rows[lot]], ky.float(), kx.float())
-        model = model * shift_phases(shifts_px[lot].float(), ky, kx, images.box).conj()
+        model = models(volume, images.ctf[rows[lot]], rotations[lot], shifts_px[lot].float(), images.box, radius)
         for mask, sign in ((disk, 1.0), (around, -same_area)):
             a, b = seen(image, mask), seen(model, mask)
             for number, product in enumerate((a.abs().square(), (a.conj() * b).real, b.abs().square())):

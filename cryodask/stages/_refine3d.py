@@ -16,7 +16,7 @@ from cryodask.kernels.fourier import soft_sphere
 from cryodask.kernels.half_grid import empty_half_grid, fold_half_grid, half_volume, mean_weight, reconstruct_half
 from cryodask.kernels.maximisation import measure_support, next_rings
 from cryodask.kernels.orientations import matrix_to_euler, random_rotations, small_rotation
-from cryodask.kernels.projection import FourierVolume, cut_map, fourier_volume
+from cryodask.kernels.projection import cut_map
 from cryodask.kernels.randomness import uniforms
 from cryodask.kernels.rows import ImageRows, image_rows, shell_power
 from cryodask.kernels.symmetry import symmetry_operators
@@ -51,7 +51,6 @@ class Shared:
     volume: torch.Tensor | None
     noise_power: torch.Tensor
     others: tuple[vw.Views, ...] = ()
-    other_volume: FourierVolume | None = None
 
 
 def start(params: Refine3DParams, particles: ParticleSet, inputs: dict[str, Any]) -> State:
@@ -125,13 +124,13 @@ def prepare(params: Refine3DParams, state: State, half: int, context: Context) -
     turn = (random_rotations(1, generator)[0] if jitter is None else small_rotation(jitter, generator)).to(device)
     if phase in ("verdict", "sort"):
         other = torch.from_numpy(state["maps"][1 - half]).to(device)
-        return Shared(None, None, noise, tuple(
+        return Shared(None, half_volume(other, state["rings"] + 1, state["box"]), noise, tuple(
             vw.make_views(
                 cut_map(other, rings), state["verdict_rings"], grid=grid, turn=turn, operators=operators, reach_px=rf.reach_px(state),
                 pruned=phase == "sort",
             )
             for rings in (state["verdict_rings"], min(state["start_rings"], rf.sizes_of(state).ring_of(rf.FIRST_ANGSTROM)))
-        ), fourier_volume(other, state["rings"] + 1, state["box"]))  # fmt: skip
+        ))  # fmt: skip
     volume = torch.from_numpy(state["maps"][half]).to(device)
     views = None if phase == "local" else vw.make_views(
         volume, rf.coarse_rings(state), grid=grid, turn=turn, operators=operators, reach_px=rf.reach_px(state),
@@ -277,9 +276,10 @@ def _verdict_sums(params: Refine3DParams, state: State, shared: Shared, block: L
     lottery = uniforms(params.seed, 2_000_000, block.index, 1)[:, 0]
     rows = torch.from_numpy(np.nonzero((lottery < rf.VERDICT_PARTICLES / state["count"]) & columns["in_map"])[0])
     gain = _gain_of_detail(shared, block, rows.to(shared.noise_power.device), sigma)
+    assert shared.volume is not None
     return {
         **gain_sums(gain), "unhelped": int((gain <= 0).sum()), "count": len(block.index),
-        "products": explained_sums(state, block.rows, shared.other_volume, columns, lottery),
+        "products": explained_sums(state, block.rows, shared.volume, columns, lottery),
     }  # fmt: skip
 
 

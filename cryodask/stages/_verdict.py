@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from cryodask.errors import InputError
-from cryodask.kernels.projection import FourierVolume
 from cryodask.kernels.rows import ImageRows
 from cryodask.kernels.signal_share import explained_share, has_surroundings, signal_products
 from cryodask.kernels.verdict import LEAST_Z, Evidence
@@ -19,11 +18,11 @@ from cryodask.stages._refinement import JUNK_SHARE, sizes_of
 _EXPLAINED_PARTICLES = 500
 
 
-def explained_sums(state: State, images: ImageRows, other: FourierVolume | None, columns: Columns, lottery: np.ndarray) -> np.ndarray:
+def explained_sums(state: State, images: ImageRows, other: torch.Tensor, columns: Columns, lottery: np.ndarray) -> np.ndarray:
     """Products of images with the map of the other half, `(3, shell)`, for particles with a small number in the ``lottery``."""
     sizes, radius = sizes_of(state), state["rings"]
     chosen = np.nonzero((lottery < _EXPLAINED_PARTICLES / state["count"]) & columns["in_map"])[0]
-    if other is None or not has_surroundings(sizes.length_angstrom, sizes.mask_diameter_angstrom):
+    if not has_surroundings(sizes.length_angstrom, sizes.mask_diameter_angstrom):
         return np.zeros((3, radius + 1))
     device = images.values.device
     products = signal_products(
