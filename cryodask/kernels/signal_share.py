@@ -6,6 +6,8 @@ signal, and a right map explains as much of it as the correlation of the half-ma
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -24,17 +26,25 @@ _AGREEING = 0.5
 """Half-map correlation of the shells that count: where it is lower, noise of the map hides what is missing."""
 
 
-def signal_products(
-    images: ImageRows, rows: Tensor, volume: Tensor, rotations: Tensor, shifts_px: Tensor, *, radius: int,
-    pixel_size_angstrom: float, mask_diameter_angstrom: float,
-) -> Tensor:  # fmt: skip
-    """Sums over particles and pixels per shell, float64 `(3, radius + 1)`: |image|^2, image x model, |model|^2.
+@dataclass(frozen=True)
+class Models:
+    """A map, as :func:`cryodask.kernels.half_grid.half_volume`, with poses `(n, 3, 3)` and `(n, 2)` in pixels of some images."""
 
-    Each within the particle's disk less what the surroundings have on the same area, so that noise cancels. ``rotations`` `(n, 3, 3)` and
-    ``shifts_px`` `(n, 2)` are of the ``rows``; ``volume`` is of :func:`cryodask.kernels.half_grid.half_volume`, up to ``radius`` + 1.
+    volume: Tensor
+    rotations: Tensor
+    shifts_px: Tensor
+
+
+def signal_products(
+    images: ImageRows, rows: Tensor, other: Models, own: Models, *, radius: int, pixel_size_angstrom: float, mask_diameter_angstrom: float
+) -> Tensor:
+    """Sums over particles and pixels per shell, float64 `(5, radius + 1)`: image^2, image x other, other^2, other x own, own^2.
+
+    Each within the particle's disk less what the surroundings have on the same area, so that noise cancels. ``other`` is the map of
+    the half that the images are not part of.
     """
     device = str(rows.device)
-    out = torch.zeros(3, radius + 1, dtype=torch.float64, device=device)
+    out = torch.zeros(5, radius + 1, dtype=torch.float64, device=device)
     inside, small = independent(radius, device), 2 * (radius + 1)
     ky, kx = torch.nonzero(inside, as_tuple=True)
     ky = ky - radius
@@ -50,12 +60,13 @@ def signal_products(
         return torch.fft.rfft2(torch.fft.irfft2(spectrum, s=(small, small)) * mask)[:, ky % small, kx]
 
     for lot in torch.arange(len(rows), device=device).split(_LOT):
-        image = images.part(rows[lot], radius)[:, inside]
-        model = models(volume, images.ctf[rows[lot]], rotations[lot], shifts_px[lot].float(), images.box, radius)
+        numbers = images.ctf[rows[lot]]
+        whole = [images.part(rows[lot], radius)[:, inside]]
+        whole += [models(m.volume, numbers, m.rotations[lot], m.shifts_px[lot].float(), images.box, radius) for m in (other, own)]
         for mask, sign in ((disk, 1.0), (around, -same_area)):
-            a, b = seen(image, mask), seen(model, mask)
-            for number, product in enumerate((a.abs().square(), (a.conj() * b).real, b.abs().square())):
-                out[number].index_add_(0, shells, sign * product.sum(0, dtype=torch.float64))
+            image, b, a = (seen(values, mask) for values in whole)
+            for number, (x, y) in enumerate(((image, image), (image, b), (b, b), (b, a), (a, a))):
+                out[number].index_add_(0, shells, sign * (x.conj() * y).real.sum(0, dtype=torch.float64))
     return out
 
 
@@ -72,18 +83,18 @@ def has_surroundings(length_angstrom: float, diameter_angstrom: float) -> bool:
     return float(around.mean()) >= _LEAST_AROUND
 
 
-def explained_share(products: np.ndarray, noise_power: np.ndarray, correlation: np.ndarray) -> float:
+def explained_share(products: np.ndarray, noise_power: np.ndarray) -> float:
     """Share of the explicable signal that a map explains, NaN if no shell tells.
 
-    ``products`` as of :func:`signal_products`; ``noise_power`` weights shells; ``correlation`` of the half-maps says how much of a shell's
-    signal the other half's map can explain: FSC, the squared correlation of a half-map with the truth is FSC.
+    ``products`` as of :func:`signal_products`; ``noise_power`` weights shells. The correlation of the two halves' projections is the
+    square of that of one half with the truth: it says how much of a shell's signal the map of one half can explain.
     """
-    shells = np.arange(products.shape[1])
-    count = min(len(shells), len(correlation), len(noise_power))
-    first = np.nonzero((correlation[:count] < _AGREEING) & (shells[:count] >= _FIRST_SHELL))[0]
-    used = slice(_FIRST_SHELL, int(first[0]) if len(first) else count)
-    signal, cross, model = products[:, used] / noise_power[used]
-    possible = float((signal * correlation[used]).sum())
-    if possible <= 0.0:
-        return float("nan")
-    return float((cross * np.abs(cross) / np.maximum(model, 1e-12)).sum() / possible)
+    signal, cross, other, both, own = (np.asarray(row, float) for row in products)
+    agreement = both / np.sqrt(np.maximum(other * own, 1e-30))
+    count = min(len(signal), len(noise_power))
+    low = np.nonzero(agreement[_FIRST_SHELL:count] < _AGREEING)[0]
+    used = slice(_FIRST_SHELL, _FIRST_SHELL + int(low[0]) if len(low) else count)
+    noise = noise_power[used]
+    possible = float((signal[used] * agreement[used] / noise).sum())
+    explained = float((cross[used] * np.abs(cross[used]) / np.maximum(other[used], 1e-30) / noise).sum())
+    return explained / possible if possible > 0.0 else float("nan")

@@ -51,6 +51,7 @@ class Shared:
     volume: torch.Tensor | None
     noise_power: torch.Tensor
     others: tuple[vw.Views, ...] = ()
+    other_volume: torch.Tensor | None = None
 
 
 def start(params: Refine3DParams, particles: ParticleSet, inputs: dict[str, Any]) -> State:
@@ -123,14 +124,15 @@ def prepare(params: Refine3DParams, state: State, half: int, context: Context) -
     jitter = rf.grid_jitter_rad(state, len(operators))
     turn = (random_rotations(1, generator)[0] if jitter is None else small_rotation(jitter, generator)).to(device)
     if phase in ("verdict", "sort"):
-        other = torch.from_numpy(state["maps"][1 - half]).to(device)
-        return Shared(None, half_volume(other, state["rings"] + 1, state["box"]), noise, tuple(
+        own, other = (torch.from_numpy(state["maps"][h]).to(device) for h in (half, 1 - half))
+        volumes = [half_volume(m, state["rings"] + 1, state["box"]) for m in (own, other)]
+        return Shared(None, volumes[0], noise, tuple(
             vw.make_views(
                 cut_map(other, rings), state["verdict_rings"], grid=grid, turn=turn, operators=operators, reach_px=rf.reach_px(state),
                 pruned=phase == "sort",
             )
             for rings in (state["verdict_rings"], min(state["start_rings"], rf.sizes_of(state).ring_of(rf.FIRST_ANGSTROM)))
-        ))  # fmt: skip
+        ), volumes[1])  # fmt: skip
     volume = torch.from_numpy(state["maps"][half]).to(device)
     views = None if phase == "local" else vw.make_views(
         volume, rf.coarse_rings(state), grid=grid, turn=turn, operators=operators, reach_px=rf.reach_px(state),
@@ -277,9 +279,13 @@ def _verdict_sums(params: Refine3DParams, state: State, shared: Shared, block: L
     rows = torch.from_numpy(np.nonzero((lottery < rf.VERDICT_PARTICLES / state["count"]) & columns["in_map"])[0])
     gain = _gain_of_detail(shared, block, rows.to(shared.noise_power.device), sigma)
     assert shared.volume is not None
+    assert shared.other_volume is not None
+    operators = symmetry_operators(params.symmetry or "C1")
     return {
         **gain_sums(gain), "unhelped": int((gain <= 0).sum()), "count": len(block.index),
-        "products": explained_sums(state, block.rows, shared.volume, columns, lottery),
+        "products": explained_sums(
+            state, block.rows, shared.volume, shared.other_volume, shared.noise_power, operators, columns, lottery
+        ),
     }  # fmt: skip
 
 

@@ -9,32 +9,43 @@ import numpy as np
 import torch
 
 from cryodask.errors import InputError
+from cryodask.kernels.local_search import Candidates, Climb, climb
 from cryodask.kernels.rows import ImageRows
-from cryodask.kernels.signal_share import explained_share, has_surroundings, signal_products
+from cryodask.kernels.signal_share import Models, explained_share, has_surroundings, signal_products
 from cryodask.kernels.verdict import LEAST_Z, Evidence
 from cryodask.stage import Columns, Metrics, State, Sums
 from cryodask.stages._refinement import JUNK_SHARE, sizes_of
 
-_EXPLAINED_PARTICLES = 500
+_EXPLAINED_PARTICLES, _STEPS = 500, 6
 
 
-def explained_sums(state: State, images: ImageRows, other: torch.Tensor, columns: Columns, lottery: np.ndarray) -> np.ndarray:
-    """Products of images with the map of the other half, `(3, shell)`, for particles with a small number in the ``lottery``."""
-    sizes, radius = sizes_of(state), state["rings"]
-    chosen = np.nonzero((lottery < _EXPLAINED_PARTICLES / state["count"]) & columns["in_map"])[0]
+def explained_sums(
+    state: State, images: ImageRows, own: torch.Tensor, other: torch.Tensor, noise_power: torch.Tensor, operators: np.ndarray,
+    columns: Columns, lottery: np.ndarray,
+) -> np.ndarray:  # fmt: skip
+    """Products of images and maps of both halves, `(5, shell)`, for particles with a small number in the ``lottery``.
+
+    For the map of the other half, poses are refined once more: the halves may have drifted apart by a few degrees.
+    """
+    sizes, radius, device = sizes_of(state), int(state["rings"]), images.values.device
     if not has_surroundings(sizes.length_angstrom, sizes.mask_diameter_angstrom):
-        return np.zeros((3, radius + 1))
-    device = images.values.device
-    products = signal_products(
-        images,
-        torch.from_numpy(chosen).to(device),
-        other,
-        torch.from_numpy(columns["mode_rotation"][chosen, 0]).to(device),
-        torch.from_numpy(columns["mode_origin_angstrom"][chosen, 0] / sizes.pixel_size_angstrom).to(device),
-        radius=radius,
-        pixel_size_angstrom=sizes.pixel_size_angstrom,
-        mask_diameter_angstrom=sizes.mask_diameter_angstrom,
+        return np.zeros((5, radius + 1))
+    chosen = np.nonzero((lottery < _EXPLAINED_PARTICLES / state["count"]) & columns["in_map"])[0]
+    rows = torch.from_numpy(chosen).to(device)
+    start = Candidates(
+        torch.from_numpy(columns["mode_rotation"][chosen, :1]).to(device),
+        torch.from_numpy(columns["mode_origin_angstrom"][chosen, :1] / sizes.pixel_size_angstrom).to(device),
+        torch.ones(len(chosen), dtype=torch.int64, device=device),
     )
+    poses = climb(
+        images, rows, other, noise_power, start, [Climb(radius, 1, _STEPS)],
+        sigma_px=state["shift_sigma_angstrom"] / sizes.pixel_size_angstrom, operators=operators, modes=1,
+    )  # fmt: skip
+    products = signal_products(
+        images, rows, Models(other, poses.rotations[:, 0], poses.shifts_px[:, 0]),
+        Models(own, start.rotations[:, 0], start.shifts_px[:, 0]), radius=radius, pixel_size_angstrom=sizes.pixel_size_angstrom,
+        mask_diameter_angstrom=sizes.mask_diameter_angstrom,
+    )  # fmt: skip
     return products.cpu().numpy()
 
 
@@ -73,7 +84,7 @@ def judged(new: State, sums: list[Sums]) -> tuple[State, Metrics]:
         "pose_certainty": new["pose_certainty"],
         "held_out_gain": gain,
         "held_out_z": z,
-        "explained_share": explained_share(sum(s["products"] for s in sums), new["noise_power"], new["fsc_masked"]),
+        "explained_share": explained_share(sum(s["products"] for s in sums), new["noise_power"]),
         **{name: new[name] for name in ("view_coverage", "cut_share")},
     }
     succeeded = Evidence(**figures).succeeded
