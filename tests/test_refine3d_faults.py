@@ -13,6 +13,7 @@ from cryodask.kernels.local_search import insert
 from cryodask.kernels.map_evidence import covered, fourier_coverage
 from cryodask.kernels.orientations import euler_to_matrix, random_rotations
 from cryodask.kernels.rows import image_rows
+from cryodask.kernels.signal_share import explained_share
 from cryodask.kernels.verdict import LEAST_EXPLAINED
 from cryodask.stage import ParticleSet
 from cryodask.stages.ab_initio import AbInitioParams, ab_initio
@@ -164,3 +165,15 @@ def test_correlation_without_half_of_fourier_space_is_that_of_a_map_with_noise_t
     assert float(covered(curve, torch.full((3,), 0.5))[0]) == pytest.approx(1.0 / 3.0)
     # (2 F / (1 + F)) / 2 = 1/4: the limit of resolution
     assert float(covered(curve, torch.full((3,), 0.5))[2]) == pytest.approx(1.0 / 7.0)
+
+
+def test_noise_of_the_maps_does_not_count_against_them_but_missing_signal_does():
+    """Image^2, image x other, other^2, other x own, own^2; signal and noise of the maps have powers 1 and 0.25."""
+    whole = np.tile(np.array([[1.0], [1.0], [1.25], [1.0], [1.25]]), 10)
+    assert explained_share(whole, np.ones(10)) == pytest.approx(1.0)
+    missing = np.tile(np.array([[2.0], [1.0], [1.25], [1.0], [1.25]]), 10)
+    assert explained_share(missing, np.ones(10)) == pytest.approx(0.5)
+    # shells whose halves disagree say nothing
+    noisy = whole.copy()
+    noisy[[0, 2, 4], 6:] = 9.0
+    assert explained_share(noisy, np.ones(10)) == pytest.approx(1.0)
