@@ -25,7 +25,7 @@ from cryodask.stage import Columns, Context, Metrics, ParticleBlock, ParticleSet
 from cryodask.stages import _refinement as rf
 from cryodask.stages._particle_checks import check_particles
 from cryodask.stages._start_map import start_map
-from cryodask.stages._verdict import explained_sums, gain_sums, judged, refuse_inverted
+from cryodask.stages._verdict import explained_sums, gain_sums, judged, mean_gain, refuse_inverted
 
 if TYPE_CHECKING:
     from cryodask.stages.refine3d import Refine3DParams
@@ -302,7 +302,7 @@ def maximise(params: Refine3DParams, state: State, sums: list[Sums], context: Co
     phase = state["phase"]
     if phase == "scale":
         if state["round"] == 0:
-            refuse_inverted(sums)
+            new["gain_of_contrast"] = mean_gain(sums)[1:]
         return rf.updated_scale(new, sums)
     if phase == "verdict":
         return judged(new, sums)
@@ -378,7 +378,8 @@ def _remembered(state: State, fresh: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def finished(params: Refine3DParams, state: State) -> bool:
-    """Whether the last iteration is done."""
+    """Whether the last iteration is done; refuses particles of inverted contrast, here because the driver calls it."""
+    refuse_inverted(state)
     return bool(state["done"])
 
 

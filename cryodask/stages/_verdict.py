@@ -61,14 +61,14 @@ def mean_gain(sums: list[Sums]) -> tuple[int, float, float]:
     return tested, gain, gain / (math.sqrt(max(square - gain * gain, 0.0) / tested) + 1e-9)
 
 
-def refuse_inverted(sums: list[Sums]) -> None:
-    """Refuse particles that the inverted start map explains better than the map.
+def refuse_inverted(state: State) -> None:
+    """Refuse particles that the inverted start map explains better than the map: mean gain by the map, and in standard errors.
 
     Raises
     ------
     InputError
     """
-    _, gain, z = mean_gain(sums)
+    gain, z = state.get("gain_of_contrast", (0.0, 0.0))
     if z < -LEAST_Z:
         raise InputError(
             f"the particles are darker than their surroundings: the inverted start map explains them better, by {-gain:.1f} nats each",
