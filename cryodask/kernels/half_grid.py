@@ -57,7 +57,7 @@ def fold_half_grid(grid: Tensor, operators: np.ndarray) -> Tensor:
     return grid
 
 
-def _shells_of_slab(half: int, z: int, device: torch.device) -> Tensor:
+def shells_of_slab(half: int, z: int, device: torch.device) -> Tensor:
     """Shell number of the points of a plane z, int64 `(y, x)`."""
     y = torch.arange(-half, half + 1, device=device).float() / PADDING
     x = torch.arange(half + 1, device=device).float() / PADDING
@@ -71,7 +71,7 @@ def mean_weight(grid: Tensor, radius: int) -> Tensor:
     twice = torch.full((2 * half + 1, half + 1), 2.0, dtype=torch.float64, device=grid.device)
     twice[:, 0] = 1.0
     for z in range(-half, half + 1):
-        shell = _shells_of_slab(half, z, grid.device).clamp(max=radius + 1).reshape(-1)
+        shell = shells_of_slab(half, z, grid.device).clamp(max=radius + 1).reshape(-1)
         sums.index_add_(0, shell, (grid[z + half, :, :, 2] * twice).reshape(-1))
         counts.index_add_(0, shell, twice.reshape(-1))
     sums[radius + 1] = 0.0
@@ -129,7 +129,7 @@ def reconstruct_half(
     for z in range(-limit, limit + 1):
         if abs(z) > PADDING * (radius + 1):
             continue
-        shell = _shells_of_slab(half, z, device)[window, : limit + 1]
+        shell = shells_of_slab(half, z, device)[window, : limit + 1]
         plane = grid[z + half, window, : limit + 1]
         factor = checkered / (plane[..., 2] + prior[shell.clamp(max=radius + 1)] + 1e-12)
         factor = torch.where(shell <= radius, -factor if z % 2 else factor, torch.zeros_like(factor))
@@ -151,7 +151,7 @@ def own_ssnr(grid: Tensor, radius: int) -> Tensor:
     twice = torch.full((2 * half + 1, half + 1), 2.0, dtype=torch.float64, device=grid.device)
     twice[:, 0] = 1.0
     for z in range(-half, half + 1):
-        shell = _shells_of_slab(half, z, grid.device).clamp(max=radius + 1)
+        shell = shells_of_slab(half, z, grid.device).clamp(max=radius + 1)
         plane = grid[z + half]
         filled = plane[..., :2].square().sum(-1) / (plane[..., 2] + 0.1 * mean[shell].float() + 1e-20).square()
         power.index_add_(0, shell.reshape(-1), (filled * twice).reshape(-1))

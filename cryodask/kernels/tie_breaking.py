@@ -99,7 +99,7 @@ def break_ties(
     some = torch.arange(0, count, max(1, count // vw.SCALE_PARTICLES), device=device)
     of_start = views(volume, first, False)
     for _ in range(vw.SCALE_ROUNDS):
-        cross, norm = vw.scale_terms(data, some, of_start, noise, sigma, scale)
+        cross, norm, _ = vw.scale_terms(data, some, of_start, noise, sigma, scale)
         scale = max(cross, 1e-12) / (2.0 * max(norm, 1e-30))
     volume = volume * (scale or 1.0)
 

@@ -167,26 +167,32 @@ def start_poses(
 
 def scale_terms(
     data: ex.Particles, rows: Tensor, views: Views, noise_power: Tensor, sigma_px: float, scale: float | None
-) -> tuple[float, float]:
+) -> tuple[float, float, Tensor]:
     """Expected cross and norm terms of some particles: half their ratio is the grey scale of the map (one step of EM).
 
-    ``scale`` is the last estimate; None: unknown, then its best value is profiled out of every score.
+    ``scale`` is the last estimate; None: unknown, then its best value is profiled out of every score. Third: by how much log evidence
+    falls if the map is inverted, `(n,)`; empty once the scale is known.
     """
     bank, device = views.bank, str(rows.device)
     rings = bank.level.rings
     table = ex.whole_table(bank)
     plain, squared = table[:, :rings].contiguous(), table[:, rings:].contiguous()
     cross_sum, norm_sum = 0.0, 0.0
+    inverted = []
     for lot in ex.chunks(len(rows), bank, len(views.offsets), device) if len(rows) else ():
         centres = torch.zeros(len(lot), 2, device=device)
         cross_modes, norm_modes = ex.image_modes(data, rows[lot], centres, views.offsets, rings, noise_power)
         cross = polar.rotation_scores(cross_modes, plain, ex.psi_count(rings))
         norm = polar.rotation_scores(norm_modes, squared, ex.psi_count(rings))
-        gain = cross.clamp(min=0.0) ** 2 / (4.0 * norm.clamp(min=1e-9)) if scale is None else scale * cross - scale**2 * norm
-        gain = gain + ex.shift_log_prior(centres, views.offsets, sigma_px)[:, :, None, None]
+        prior = ex.shift_log_prior(centres, views.offsets, sigma_px)[:, :, None, None]
+        if scale is None:
+            gain, other = (prior + (sign * cross).clamp(min=0.0) ** 2 / (4.0 * norm.clamp(min=1e-9)) for sign in (1.0, -1.0))
+            inverted.append(gain.flatten(1).logsumexp(1) - other.flatten(1).logsumexp(1))
+        else:
+            gain = prior + scale * cross - scale**2 * norm
         flat = gain.reshape(len(lot), -1)
         weight = ex.likelihoods(flat, flat.amax(1, keepdim=True)).reshape(gain.shape)
         weight /= weight.sum((1, 2, 3), keepdim=True)
         cross_sum += float((weight * cross).sum())
         norm_sum += float((weight * norm).sum())
-    return cross_sum, norm_sum
+    return cross_sum, norm_sum, torch.cat(inverted) if inverted else torch.zeros(0, device=device)

@@ -21,11 +21,13 @@ from cryodask.kernels.projection import cut_map
 from cryodask.kernels.randomness import uniforms
 from cryodask.kernels.rows import ImageRows, image_rows
 from cryodask.kernels.symmetry import symmetry_operators
-from cryodask.kernels.verdict import Evidence
+from cryodask.kernels.verdict import FIGURES
 from cryodask.stage import Columns, Context, Metrics, ParticleBlock, ParticleSet, State, Sums
 from cryodask.stages import _groups as gr
 from cryodask.stages import _refinement as rf
+from cryodask.stages._particle_checks import check_particles
 from cryodask.stages._start_map import start_map
+from cryodask.stages._verdict import explained_sums, gain_sums, judged, mean_gain, refuse_inverted
 
 if TYPE_CHECKING:
     from cryodask.stages.refine3d import Refine3DParams
@@ -52,6 +54,7 @@ class Shared:
     volume: torch.Tensor | None
     noise_power: torch.Tensor
     others: tuple[vw.Views, ...] = ()
+    other_volume: torch.Tensor | None = None
 
 
 def start(params: Refine3DParams, particles: ParticleSet, inputs: dict[str, Any]) -> State:
@@ -62,6 +65,7 @@ def start(params: Refine3DParams, particles: ParticleSet, inputs: dict[str, Any]
             "picking or curation left hardly any",
             f"check the picks and the classes; at least {_FEWEST} are needed, thousands are usual",
         )
+    check_particles(particles, params.mask_diameter_angstrom)
     box, pixel = particles.box, float(particles.pixel_size_angstrom)
     if box % 2 or box < 16:
         raise InputError(
@@ -130,9 +134,10 @@ def prepare(params: Refine3DParams, state: State, half: int, context: Context) -
         pruned=phase not in ("scale", "verdict"),
     )  # fmt: skip
     if phase in ("verdict", "sort"):
-        other = torch.from_numpy(state["maps"][1 - half]).to(device)
+        own, other = (torch.from_numpy(state["maps"][h]).to(device) for h in (half, 1 - half))
+        volumes = [half_volume(m, state["rings"] + 1, state["box"]) for m in (own, other)]
         cuts = state["verdict_rings"], min(state["start_rings"], rf.sizes_of(state).ring_of(rf.FIRST_ANGSTROM))
-        return Shared(None, None, noise, tuple(make_views(cut_map(other, rings)) for rings in cuts))
+        return Shared(None, volumes[0], noise, tuple(make_views(cut_map(other, rings)) for rings in cuts), volumes[1])
     volume = torch.from_numpy(state["maps"][half]).to(device)
     views = None if phase == "local" else make_views(volume)
     return Shared(views, None if phase == "scale" else half_volume(volume, state["rings"] + 1, state["box"]), noise)
@@ -154,8 +159,8 @@ def expect(
         # half-sets often alternate: take pairs, so that both halves contribute
         rows = torch.from_numpy(np.nonzero(block.index // 2 % every == 0)[0]).to(device)
         known = None if state["round"] == 0 else state["scale"]
-        cross, norm = vw.scale_terms(block.polar, rows, shared.views, shared.noise_power, sigma, known)  # type: ignore[arg-type]
-        return {"cross": cross, "norm": norm, "count": count}, columns
+        cross, norm, white = vw.scale_terms(block.polar, rows, shared.views, shared.noise_power, sigma, known)  # type: ignore[arg-type]
+        return {"cross": cross, "norm": norm, "count": count, **gain_sums(white)}, columns
     centres = float(rf.centred(state)) * _poses_of(columns, sizes.pixel_size_angstrom, device).shifts_px[:, 0]
     if phase == "verdict":
         return _verdict_sums(params, state, shared, block, columns, sigma, centres), columns
@@ -279,9 +284,14 @@ def _verdict_sums(
     lottery = uniforms(params.seed, 2_000_000, block.index, 1)[:, 0]
     rows = torch.from_numpy(np.nonzero((lottery < rf.VERDICT_PARTICLES / state["count"]) & columns["in_map"])[0])
     gain = _gain_of_detail(shared, block, rows.to(centres.device), sigma, centres)
+    assert shared.volume is not None
+    assert shared.other_volume is not None
+    operators = symmetry_operators(params.symmetry or "C1")
     return {
-        "tested": len(rows), "gain": float(gain.sum()), "gain_square": float(gain.square().sum()), "unhelped": int((gain <= 0).sum()),
-        "count": len(block.index),
+        **gain_sums(gain), "unhelped": int((gain <= 0).sum()), "count": len(block.index),
+        "products": explained_sums(
+            state, block.rows, shared.volume, shared.other_volume, shared.noise_power, operators, columns, lottery
+        ),
     }  # fmt: skip
 
 
@@ -297,9 +307,11 @@ def maximise(params: Refine3DParams, state: State, sums: list[Sums], context: Co
     total = max(1, sum(s["count"] for s in sums))
     phase = state["phase"]
     if phase == "scale":
+        if state["round"] == 0:
+            new["gain_of_contrast"] = mean_gain(sums)[1:]
         return rf.updated_scale(new, sums)
     if phase == "verdict":
-        return _judged(new, sums)
+        return judged(new, sums)
     if phase == "sort":
         kept = sum(s["kept"] for s in sums)
         # where poses were certain in spite of the junk, the map only has to be made again without it
@@ -373,23 +385,9 @@ def _remembered(state: State, fresh: list[torch.Tensor]) -> list[torch.Tensor]:
     return [before.add_(now - before, alpha=rate) for before, now in zip(old, fresh)]
 
 
-def _judged(new: State, sums: list[Sums]) -> tuple[State, Metrics]:
-    """The verdict on the final maps; without its support the resolution is that of the start."""
-    tested = max(1, sum(s["tested"] for s in sums))
-    gain, square = (sum(s[name] for s in sums) / tested for name in ("gain", "gain_square"))
-    deviation = math.sqrt(max(square - gain * gain, 0.0) / tested)
-    found = Evidence(new["pose_certainty"], gain, gain / (deviation + 1e-9))
-    new |= {"succeeded": found.succeeded, "held_out_gain": found.gain, "held_out_z": found.z, "done": True}
-    unhelped = sum(s["unhelped"] for s in sums) / tested
-    if not new["sorted"] and rf.JUNK_SHARE < unhelped < 1.0 - rf.JUNK_SHARE and not math.isnan(new["pose_certainty"]):
-        return {**new, "phase": "sort", "done": False}, {"phase": "verdict", "unhelped": unhelped}
-    if not found.succeeded:
-        new["resolution_angstrom"] = new["length_angstrom"] / new["start_rings"]
-    return new, {"phase": "verdict", "succeeded": found.succeeded, "held_out_gain": found.gain, "held_out_z": found.z}
-
-
 def finished(params: Refine3DParams, state: State) -> bool:
-    """Whether the last iteration is done."""
+    """Whether the last iteration is done; refuses particles of inverted contrast, here because the driver calls it."""
+    refuse_inverted(state)
     return bool(state["done"])
 
 
@@ -414,5 +412,5 @@ def result(params: Refine3DParams, state: State, columns: Columns) -> dict[str, 
         "iteration_resolution_angstrom": state["resolutions"],
         "iteration_log_likelihood": state["likelihoods"],
         "iteration_certainty": state["certainties"],
-        **{name: state[name] for name in ("succeeded", "pose_certainty", "held_out_gain", "held_out_z")},
+        **{name: state[name] for name in ("fourier_coverage", "succeeded", *FIGURES)},
     }

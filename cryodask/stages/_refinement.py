@@ -15,6 +15,7 @@ from torch import Tensor
 from cryodask.kernels.fourier import resize_map, soft_sphere
 from cryodask.kernels.half_grid import reconstruct_half
 from cryodask.kernels.local_search import Climb
+from cryodask.kernels.map_evidence import covered, cut_share, fourier_coverage
 from cryodask.kernels.masking import own_solvent_mask
 from cryodask.kernels.maximisation import Support, crossing
 from cryodask.kernels.projection import cut_map
@@ -204,11 +205,17 @@ def final_maps(state: State, grids: list[Tensor], means: list[Tensor], support: 
     trusted[support.last + 1 :] = 1e-4
     halves = [reconstruct_half(grid, inserted, box, image_box=box, mean=mean).cpu() for grid, mean in zip(grids, means)]
     joint = grids[0].add_(grids[1])
-    final = reconstruct_half(joint, inserted, box, image_box=box, ssnr=2.0 * trusted / (1.0 - trusted), mean=means[0] + means[1])
+    final = reconstruct_half(joint, inserted, box, image_box=box, ssnr=2.0 * trusted / (1.0 - trusted), mean=means[0] + means[1]).cpu()
+    coverage = fourier_coverage(joint, inserted).cpu()
+    seen = covered(support.corrected.cpu(), coverage)
+    low = torch.nonzero(seen[2 : support.last + 1] < 0.143)
     return {
         "half_map": torch.stack(halves).float().numpy(),
-        "final_map": final.float().cpu().numpy(),
-        "resolution_angstrom": crossing(support.corrected, length, support.last),
+        "final_map": final.float().numpy(),
+        "resolution_angstrom": crossing(seen, length, int(low[0]) + 1 if len(low) else support.last),
+        "fourier_coverage": coverage.numpy(),
+        "view_coverage": float(coverage[support.last]),
+        "cut_share": cut_share(torch.stack(halves), length / box, state["mask_diameter_angstrom"], support.last),
         "fsc_unmasked": support.unmasked.cpu().numpy(),
         "fsc_masked": support.masked.cpu().numpy(),
         "fsc_randomised": support.randomised.cpu().numpy(),

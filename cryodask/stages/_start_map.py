@@ -10,6 +10,7 @@ import torch
 from cryodask.errors import InputError
 from cryodask.formats.mrc import read_mrc
 from cryodask.kernels.fourier import resize_map, soft_sphere
+from cryodask.kernels.map_evidence import density_skewness
 from cryodask.kernels.projection import cut_map
 from cryodask.kernels.resampling import resample_map
 from cryodask.stage import ParticleSet
@@ -17,6 +18,9 @@ from cryodask.stages._refinement import map_box
 
 if TYPE_CHECKING:
     from cryodask.stages.refine3d import Refine3DParams
+
+_DARK = -0.5
+"""Skewness of the density of a box below which its contrast is inverted."""
 
 
 def start_map(
@@ -27,6 +31,12 @@ def start_map(
     data, voxel = _given_map(params, particles, inputs)
     box, pixel = particles.box, float(particles.pixel_size_angstrom)
     reference = resample_map(torch.from_numpy(data), voxel, box, pixel, cut_angstrom=lowpass_angstrom / 2)
+    if density_skewness(reference) < _DARK:
+        raise InputError(
+            f"{params.reference or 'the start map'} is darker than its surroundings",
+            "the contrast of the map is inverted, or that of the particles that it was made from",
+            "multiply it by -1; particles must be white: see the parameter invert of extract",
+        )
     sphere = soft_sphere(box, pixel, mask_diameter_angstrom / 2, 12.0)
     outside = reference[sphere == 0]
     reference = (reference - (outside.mean() if outside.numel() else 0.0)) * sphere

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from cryodask.errors import InputError
 from cryodask.stage import Context, Output, Params, ParticleBlock, ParticleSet, Picture, stage
+from cryodask.stages._particle_checks import check_particles
 from cryodask.stages._symmetry import PointGroup
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class ab_initio:
                 "picking or curation left hardly any",
                 "check the picks and the classes; some 500 particles are a fair start",
             )
+        check_particles(particles, params.mask_diameter_angstrom)
         count = min(particles.count, params.particles)
         return np.unique(np.round(np.linspace(0, particles.count - 1, count)).astype(np.int64))
 

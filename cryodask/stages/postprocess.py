@@ -41,7 +41,7 @@ def _memory(params: PostprocessParams, sizes: Sizes) -> float:
     version=2,
     shape="whole",
     needs=["half_map", "solvent_mask", "map_pixel_size_angstrom"],
-    optional=["succeeded"],
+    optional=["succeeded", "fourier_coverage"],
     outputs=[Output("map", "map", ("fsc", "view"), on="map", frame="same")],
     gives=[
         "shell_resolution_angstrom",
@@ -63,6 +63,7 @@ def postprocess(
     solvent_mask: np.ndarray,
     map_pixel_size_angstrom: float,
     succeeded: bool | None = None,
+    fourier_coverage: np.ndarray | None = None,
     context: Context,
 ) -> dict[str, Any]:
     """Measure the resolution of the masked half-maps and sharpen their mean.
@@ -72,13 +73,16 @@ def postprocess(
     deviations (a mask made from noise selects the regions where it agrees), and only if it persists when phases are randomised from the
     end of the strong shells on (a mask smears signal that ends abruptly). The mean map is weighted by sqrt(2 FSC / (1 + FSC)),
     sharpened by the B-factor of a line through its Guinier plot (Rosenthal & Henderson 2003) and low-pass filtered at the resolution.
+    Where views leave a part of Fourier space empty, the map lacks it, and the resolution is lower than the correlation of the half-maps
+    says (Baldwin & Lyumkis 2020); the share that they reach is known of maps of ``refine3d``.
     If the refinement of the half-maps has not succeeded, their correlation says nothing about the molecule, and no resolution is given.
     With fewer than three shells between ``fit_from_angstrom`` and the resolution no fit is possible, and the B-factor is 0. The detector
     MTF is not corrected.
     """
     import torch
 
-    from cryodask.kernels.fsc import corrected_fsc, shell_resolutions, supported_resolution
+    from cryodask.kernels.fsc import corrected_fsc, resolution_at, shell_resolutions, supported_resolution
+    from cryodask.kernels.map_evidence import covered
     from cryodask.kernels.sharpening import fit_b_factor, sharpen
 
     check_half_maps(half_map)
@@ -95,6 +99,10 @@ def postprocess(
     soft = torch.from_numpy(np.asarray(solvent_mask, np.float32)).to(context.device)
     curves = corrected_fsc(maps[0], maps[1], soft, seed=params.seed, randomise_below_fsc=params.randomise_below_fsc)
     resolution = supported_resolution(maps[0], maps[1], soft, curves, 0.143, pixel, seed=params.seed)
+    if fourier_coverage is not None:
+        known = np.asarray(fourier_coverage, float)
+        coverage = torch.from_numpy(np.pad(known, (0, max(0, n // 2 + 1 - len(known))), "edge")[: n // 2 + 1])
+        resolution = max(resolution, resolution_at(covered(curves.corrected.cpu(), coverage), 0.143, n, pixel))
     mean = maps.mean(0)
     b_factor = params.b_factor_angstrom2
     if b_factor is None:

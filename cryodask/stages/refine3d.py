@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     import xarray as xr
 
 
-_FIGURES = ("resolution_angstrom", "pose_certainty", "held_out_gain", "held_out_z")
-
-
 class Refine3DParams(Params):
     """Parameters of ``refine3d``."""
 
@@ -54,7 +51,7 @@ class Refine3DParams(Params):
         "half_map", "final_map", "map_pixel_size_angstrom", "rot_deg", "tilt_deg", "psi_deg", "centre_y_angstrom", "centre_x_angstrom",
         "log_likelihood", "in_map", "resolution_angstrom", "fsc_unmasked", "fsc_masked", "fsc_randomised", "fsc_corrected",
         "shell_resolution_angstrom", "iteration_resolution_angstrom", "succeeded", "pose_certainty", "held_out_gain", "held_out_z",
-        "iteration_log_likelihood", "iteration_certainty",
+        "explained_share", "view_coverage", "fourier_coverage", "cut_share", "iteration_log_likelihood", "iteration_certainty",
     ],
     params=Refine3DParams,
     functions="cryodask.stages._refine3d",
@@ -76,17 +73,19 @@ class refine3d:
     (``in_map``), and the refinement begins once more; where poses were certain all the same, it goes on from the map that it has.
 
     Half-maps that agree do not prove that a map is right. The verdict rests on two other figures: how certain the poses are, and
-    whether detail of a map makes particles likelier that it has never seen. A refinement that has not succeeded reports the resolution
-    of its start.
+    whether detail of a map makes particles likelier that it has never seen. A map that passes is still refused if it explains too little
+    of its particles' signal (wrong point group, two molecules), if the views reach less than half of Fourier space, or if density lies
+    outside of the mask; the sentence of the verdict says which. A refinement that has not succeeded reports the resolution of its start.
+    Parts of Fourier space that no view reaches count as noise in the resolution.
     """
 
 
 @refine3d.sentence  # type: ignore[attr-defined]  # mypy does not see what class decorators return
 def says(result: Mapping[str, Any]) -> str:
     """The most important figure, and the verdict."""
-    from cryodask.kernels.verdict import Evidence
+    from cryodask.kernels.verdict import FIGURES, Evidence
 
-    evidence = Evidence(float(result["pose_certainty"]), float(result["held_out_gain"]), float(result["held_out_z"]))
+    evidence = Evidence(**{name: float(result[name]) for name in FIGURES if name in result})
     figure = f"{float(result['resolution_angstrom']):.2f} A"
     return f"resolution {figure}, {evidence.sentence()}" if evidence.succeeded else f"{evidence.sentence()}; its start has {figure}"
 
@@ -94,11 +93,12 @@ def says(result: Mapping[str, Any]) -> str:
 @refine3d.figures  # type: ignore[attr-defined]  # mypy does not see what class decorators return
 def draw(ds: xr.Dataset) -> Iterator[Picture]:
     """The evidence in one picture with the verdict, the map, and both halves."""
+    from cryodask.kernels.verdict import FIGURES
     from cryodask.stages._map_pictures import draw_slices
     from cryodask.stages._verdict_pictures import draw_evidence, draw_halves
 
     if "fsc_corrected" in ds and "succeeded" in ds:
-        yield draw_evidence(ds, says({name: ds[name].values for name in _FIGURES}))
+        yield draw_evidence(ds, says({name: ds[name].values for name in ("resolution_angstrom", *FIGURES) if name in ds}))
     if "final_map" in ds:
         yield draw_slices(
             ds["final_map"].values,
