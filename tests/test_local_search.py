@@ -148,7 +148,7 @@ def test_terms_are_the_derivatives_of_the_likelihood(some):
     weight = torch.ones(len(plane.place))
 
     def terms(step: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        pose = _slices_torch._turned(step[None, :3].expand(40, 3), some.rotations.double())
+        pose = _slices_torch.turned(step[None, :3].expand(40, 3), some.rotations.double())
         return _slices_torch._terms(volume, images, contrast, weight, pose, some.origins.double() + step[3:], BOX, plane)
 
     slope = terms(torch.zeros(5).double())[2]
@@ -170,7 +170,7 @@ def test_poses_climb_to_the_truth_and_mates_count_once(kernels):
     grey = float(np.sqrt(1.0 / clean.var()))
     rows = image_rows(torch.from_numpy(images), particles.columns, RADIUS, PIXEL)
     g = torch.Generator().manual_seed(5)
-    turned = _slices_torch._turned(torch.randn(60, 3, generator=g).double() * np.radians(4.0), rotations.double()).float()
+    turned = _slices_torch.turned(torch.randn(60, 3, generator=g).double() * np.radians(4.0), rotations.double()).float()
     mate = turned @ torch.tensor(operators[1], dtype=torch.float32)
     starts = torch.stack([turned, mate], 1)
     shifts = (origins + torch.randn(60, 2, generator=g))[:, None].expand(-1, 2, -1).contiguous()
@@ -191,7 +191,7 @@ def test_both_forms_give_the_same_poses(some, monkeypatch):
     volume = half_volume(some.volume, RADIUS + 1, BOX)
     g = torch.Generator().manual_seed(1)
     starts = torch.stack(
-        [_slices_torch._turned(torch.randn(40, 3, generator=g).double() * 0.1, some.rotations.double()).float() for _ in range(4)], 1
+        [_slices_torch.turned(torch.randn(40, 3, generator=g).double() * 0.1, some.rotations.double()).float() for _ in range(4)], 1
     )
     shifts = some.origins[:, None].expand(-1, 4, -1).contiguous()
     arguments = (

@@ -94,6 +94,7 @@ def test_scores_do_not_depend_on_how_particles_are_divided(tmp_path):
     images, particles, _, _ = simulate(volume, 96, pixel=PIXEL, snr=0.2)
     params = Refine3DParams(reference=write_map(tmp_path / "start.mrc", volume), mask_diameter_angstrom=140.0, symmetry="D2")
     state = functions.start(params, particles, {})
+    state |= rf.beginning(state | {"start_maps": state["maps"]}, 96)
     state |= {"phase": "global", "rings": 8, "noise_power": np.full((1, BOX // 2), 1.0)}
     shared = functions.prepare(params, state, 0, Context())
 
@@ -284,7 +285,7 @@ def spread_out(tmp_path_factory):
     params = Refine3DParams(reference=start, mask_diameter_angstrom=140.0, symmetry="D2")
     state = functions.start(params, ParticleSet(count, BOX, PIXEL, columns), {})
     state |= rf.beginning(state | {"start_maps": state["maps"]}, count) | {
-        "rings": 10, "maps": scale * torch.stack([volume, volume]).numpy(), "noise_power": np.ones(BOX // 2), "parts": 1,
+        "rings": 10, "maps": scale * torch.stack([volume, volume]).numpy(), "noise_power": np.ones((1, BOX // 2)), "parts": 1,
         "drawn_passes": 1, "reach_angstrom": 48.0, "shift_sigma_angstrom": 20.0,
     }  # fmt: skip
     block = functions.load(params, state, ParticleBlock(np.arange(count), images, columns, PIXEL, 0), Context())

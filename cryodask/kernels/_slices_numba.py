@@ -267,12 +267,12 @@ def _same(a, b, operators):  # type: ignore[no-untyped-def]
 @_jit
 def search(  # type: ignore[no-untyped-def]
     volume, half, images, numbers, radius, weight, rotations, shifts, starts, box, rings, most, steps, least, nats, prior, operators,
-    out_rotations, out_shifts, out_score, out_evidence, out_count,
+    out_rotations, out_shifts, out_score, out_evidence, out_count, out_factor,
 ):  # fmt: skip
     """Climb from ``starts[i]`` candidates of each particle, ring limit by ring limit; the best ``most`` of a limit go on to the next.
 
-    ``out_score`` is the log posterior of a mode, ``out_evidence`` the same minus half the log determinant of its Hessian (Laplace). A step
-    that is expected to gain less than ``least`` is the last one.
+    ``out_score`` is the log posterior of a mode, ``out_evidence`` the same minus half the log determinant of its Hessian (Laplace),
+    ``out_factor`` the Cholesky factor of minus the Hessian. A step that is expected to gain less than ``least`` is the last one.
     """
     ctf = np.empty((2 * radius + 1, radius + 1), _F)
     hessian, lower = np.zeros((5, 5)), np.zeros((5, 5))
@@ -280,7 +280,7 @@ def search(  # type: ignore[no-untyped-def]
     for particle in range(images.shape[0]):
         ctf_plane(numbers[particle], radius, ctf)
         pose, shift = rotations[particle].astype(np.float64), shifts[particle].astype(np.float64)
-        score, evidence = np.zeros(widest), np.zeros(widest)
+        score, evidence, factor = np.zeros(widest), np.zeros(widest), np.zeros((widest, 5, 5))
         alive = np.arange(starts[particle])
         for level in range(len(rings)):
             for i in alive:
@@ -301,6 +301,7 @@ def search(  # type: ignore[no-untyped-def]
                     hessian,
                 )
                 evidence[i] = score[i] - 0.5 * _factor(hessian, lower)
+                factor[i] = lower
             order = alive[np.argsort(-score[alive], kind="mergesort")]
             kept = np.empty(len(order), np.int64)
             count = 0
@@ -320,6 +321,7 @@ def search(  # type: ignore[no-untyped-def]
             out_shifts[particle, k] = shift[alive[k]].astype(_F)
             out_score[particle, k] = score[alive[k]]
             out_evidence[particle, k] = evidence[alive[k]]
+            out_factor[particle, k] = factor[alive[k]]
 
 
 @_jit

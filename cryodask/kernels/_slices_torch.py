@@ -116,7 +116,7 @@ def _terms(
     return gain, (scaled @ j.transpose(1, 2)).double(), (scaled @ difference[..., None])[..., 0].double()
 
 
-def _turned(omega: Tensor, rotations: Tensor) -> Tensor:
+def turned(omega: Tensor, rotations: Tensor) -> Tensor:
     x, y, z = omega.unbind(-1)
     zero = torch.zeros_like(x)
     skew = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).reshape(-1, 3, 3)
@@ -150,7 +150,7 @@ def _climb(
         posed = posed + torch.diag_embed(diagonal * damping[active, None] + 1e-12)
         step = torch.linalg.solve(posed, slope[..., None])[..., 0]
         expected = (slope * step).sum(1)
-        tried, moved = _turned(step[:, :3], rotations[active]), shifts[active] + step[:, 3:]
+        tried, moved = turned(step[:, :3], rotations[active]), shifts[active] + step[:, 3:]
         last = expected < least
         rotations[active[last]], shifts[active[last]] = tried[last], moved[last]
         best[active[last]] += expected[last]
@@ -190,13 +190,14 @@ def search(
     volume: Tensor, images: Tensor, numbers: Tensor, radius: int, weight: Tensor, rotations: Tensor, shifts: Tensor, starts: Tensor,
     box: int, rings: list[int], most: list[int], steps: list[int], least: float, nats: float, prior: float, operators: Tensor,
     survivors: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See :func:`cryodask.kernels._slices_numba.search`; returns rotations, shifts, score, evidence and count of the modes."""
     n, widest = shifts.shape[:2]
     device = images.device
     pose, shift = rotations.double(), shifts.double()
     score = torch.full((n, widest), -torch.inf, dtype=torch.float64, device=device)
     evidence = score.clone()
+    factor = torch.eye(5, dtype=torch.float64, device=device).repeat(n, widest, 1, 1)
     alive = torch.arange(widest, device=device)[None] < starts[:, None]
     for ring, limit, count in zip(rings, most, steps):
         plane = _plane(ring, radius, str(device))
@@ -208,7 +209,9 @@ def search(
             i, k = particle[lot], candidate[lot]
             found = _climb(volume, pixels[i], contrast[i], own_weight, pose[i, k], shift[i, k], box, plane, count, least, prior)
             pose[i, k], shift[i, k], score[i, k] = found[:3]
-            evidence[i, k] = found[2] - 0.5 * torch.linalg.slogdet(found[3])[1]
+            lower = torch.linalg.cholesky_ex(found[3] + 1e-9 * torch.eye(5, dtype=torch.float64, device=device)).L
+            factor[i, k] = lower
+            evidence[i, k] = found[2] - torch.diagonal(lower, dim1=1, dim2=2).log().sum(1)
         score[~alive] = -torch.inf
         alive = _distinct(pose, score, operators.double(), limit, nats)
     order = torch.argsort(torch.where(alive, -score, torch.inf), dim=1, stable=True)[:, :survivors]
@@ -216,7 +219,7 @@ def search(
     nine = order[..., None, None].expand(-1, -1, 3, 3)
     return (
         pose.gather(1, nine).float(), shift.gather(1, order[..., None].expand(-1, -1, 2)).float(),
-        score.gather(1, order), evidence.gather(1, order), count_of,
+        score.gather(1, order), evidence.gather(1, order), count_of, factor.gather(1, order[..., None, None].expand(-1, -1, 5, 5)),
     )  # fmt: skip
 
 

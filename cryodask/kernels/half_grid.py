@@ -41,6 +41,16 @@ def empty_half_grid(radius: int, device: str = "cpu") -> Tensor:
     return torch.zeros(2 * half + 1, 2 * half + 1, half + 1, 3, dtype=torch.float32, device=device)
 
 
+def resized_half_grid(grid: Tensor, radius: int) -> Tensor:
+    """A grid cut, or filled with zeros, to hold frequencies up to ``radius``."""
+    old, half = grid.shape[2] - 1, grid_half(radius)
+    if half <= old:
+        return grid[old - half : old + half + 1, old - half : old + half + 1, : half + 1].contiguous()
+    out = empty_half_grid(radius, str(grid.device))
+    out[half - old : half + old + 1, half - old : half + old + 1, : old + 1] = grid
+    return out
+
+
 def fold_half_grid(grid: Tensor, operators: np.ndarray) -> Tensor:
     """Sum of a grid, its Hermitian mates and its copies under a point group; changes ``grid`` and returns it."""
     plane = grid[:, :, 0]

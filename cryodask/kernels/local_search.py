@@ -25,6 +25,8 @@ from cryodask.kernels.rows import ImageRows, row_shells
 _LOT = 64
 NATS = 25.0
 """Candidates this much below the best are dropped."""
+_WIDEST_DRAW = 0.4
+"""Radians; a wider Gaussian says that the pose is unknown."""
 LEAST_SHARE = 0.01
 """Modes with a smaller share of the posterior are not inserted."""
 
@@ -50,7 +52,8 @@ class Candidates:
 @dataclass(frozen=True)
 class Modes:
     """Optima of the posterior, likeliest first: ``rotations`` `(n, mode, 3, 3)`, ``shifts_px`` `(n, mode, 2)`, ``count`` `(n,)`;
-    ``score`` the log posterior and ``evidence`` that of the whole mode (Laplace), `(n, mode)` float64.
+    ``score`` the log posterior and ``evidence`` that of the whole mode (Laplace), `(n, mode)` float64; ``factor`` `(n, mode, 5, 5)`
+    the Cholesky factor of minus the Hessian (rotations about the image's x, y, z axis in radians, shifts y, x in pixels).
     """
 
     rotations: Tensor
@@ -58,6 +61,7 @@ class Modes:
     count: Tensor
     score: Tensor
     evidence: Tensor
+    factor: Tensor
 
     @property
     def shares(self) -> Tensor:
@@ -68,6 +72,23 @@ class Modes:
     def total(self) -> Tensor:
         """Log evidence of all modes `(n,)` float64."""
         return torch.logsumexp(self._of_modes(), 1)
+
+    def draw(self, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """Poses drawn from the posterior: rotations `(n, draw, 3, 3)`, shifts `(n, draw, 2)`; ``uniforms`` `(n, draw, 6)` in [0, 1).
+
+        A mode by its share, then a place in its Gaussian (Laplace), whose rotations end at 0.4 radians.
+        """
+        n, draws, _ = uniforms.shape
+        shares = self.shares.double().cumsum(1)
+        mode = torch.searchsorted(shares, (uniforms[..., 0] * shares[:, -1:]).contiguous()).clamp(max=shares.shape[1] - 1)
+        normal = torch.special.ndtri(uniforms[..., 1:].clamp(1e-12, 1.0 - 1e-12))
+        factor = self.factor.gather(1, mode[..., None, None].expand(-1, -1, 5, 5))
+        off = torch.linalg.solve_triangular(factor.transpose(2, 3), normal[..., None], upper=True)[..., 0]
+        turn = off[..., :3] * (_WIDEST_DRAW / off[..., :3].norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0)
+        rotation = self.rotations.gather(1, mode[..., None, None].expand(-1, -1, 3, 3)).double()
+        rotation = _slices_torch.turned(turn.reshape(-1, 3), rotation.reshape(-1, 3, 3)).reshape(n, draws, 3, 3)
+        shift = self.shifts_px.gather(1, mode[..., None].expand(-1, -1, 2)) + off[..., 3:]
+        return rotation.float(), shift.float()
 
     def _of_modes(self) -> Tensor:
         there = torch.arange(self.evidence.shape[1], device=self.count.device)[None] < self.count[:, None]
@@ -133,7 +154,7 @@ def climb(
     found = (
         torch.eye(3, device=device).repeat(n, modes, 1, 1), torch.zeros(n, modes, 2, device=device),
         torch.zeros(n, modes, dtype=torch.float64, device=device), torch.zeros(n, modes, dtype=torch.float64, device=device),
-        torch.zeros(n, dtype=torch.int64, device=device),
+        torch.zeros(n, dtype=torch.int64, device=device), torch.eye(5, dtype=torch.float64, device=device).repeat(n, modes, 1, 1),
     )  # fmt: skip
     for lot, group in images.lots(rows, _LOT):
         some = images.part(rows[lot], radius)
@@ -153,8 +174,8 @@ def climb(
             )  # fmt: skip
         for values, fresh in zip(found, out):
             values[lot] = fresh
-    rotations, shifts, score, evidence, count = found
-    return Modes(rotations, shifts, count, score, evidence)
+    rotations, shifts, score, evidence, count, factor = found
+    return Modes(rotations, shifts, count, score, evidence, factor)
 
 
 def insert(

@@ -9,12 +9,13 @@ range ends at the first shell that fails.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from cryodask.kernels.fsc import fsc, half_radius, randomise_phases
+from cryodask.kernels.masking import own_solvent_mask
 
 SIGNIFICANCE = 3.0
 """Number of standard deviations by which a correlation must exceed noise."""
@@ -85,6 +86,22 @@ def measure_support(
     failed = torch.nonzero(~good)
     last = int(failed[0]) - 1 if len(failed) else inserted
     return Support(unmasked, masked, randomised, corrected, last)
+
+
+def solvent_support(
+    half1: Tensor, half2: Tensor, mask: Tensor, support: Support, voxel_angstrom: float, *, inserted: int, common: int, operators: int,
+    generator: torch.Generator,
+) -> Support:  # fmt: skip
+    """What the halves support within the molecule, for the next search: solvent fills most of a spherical ``mask`` and hides signal.
+
+    The solvent mask is made from both maps, so its correlations are corrected by phase randomisation, and no resolution is reported from
+    them. The range ends where they fall below 0.143, and not before that of ``support``; other parameters as for :func:`measure_support`.
+    """
+    own = own_solvent_mask(0.5 * (half1 + half2) * mask, voxel_angstrom, support.last)
+    found = measure_support(half1, half2, mask * own, inserted=inserted, common=common, operators=operators, generator=generator)
+    low = torch.nonzero(found.corrected[common + 1 :] < 0.143)
+    last = common + int(low[0]) if len(low) else inserted
+    return replace(found, last=max(support.last, last))
 
 
 def next_rings(support: Support, *, inserted: int, limit: int, start: int) -> int:

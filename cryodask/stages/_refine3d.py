@@ -14,8 +14,15 @@ from cryodask.errors import InputError
 from cryodask.kernels import expectation, local_search, polar
 from cryodask.kernels import views as vw
 from cryodask.kernels.fourier import soft_sphere
-from cryodask.kernels.half_grid import empty_half_grid, fold_half_grid, half_volume, mean_weight, reconstruct_half
-from cryodask.kernels.maximisation import measure_support, next_rings
+from cryodask.kernels.half_grid import (
+    empty_half_grid,
+    fold_half_grid,
+    half_volume,
+    mean_weight,
+    reconstruct_half,
+    resized_half_grid,
+)  # fmt: skip
+from cryodask.kernels.maximisation import measure_support, next_rings, solvent_support
 from cryodask.kernels.orientations import matrix_to_euler, random_rotations, small_rotation
 from cryodask.kernels.projection import cut_map
 from cryodask.kernels.randomness import uniforms
@@ -170,7 +177,7 @@ def expect(
         return {"kept": int(columns["in_map"].sum()), "count": count}, columns
     if phase == "draw":
         return _drawn_sums(params, state, shared, block, columns, sigma, centres)
-    chosen = np.nonzero(columns["in_map"])[0]
+    chosen = _chosen(params, state, block, columns)
     rows = torch.from_numpy(chosen).to(device)
     old = _poses_of({name: values[chosen] for name, values in columns.items()}, sizes.pixel_size_angstrom, device)
     if phase == "global":
@@ -201,7 +208,22 @@ def expect(
     columns = {name: np.array(values) for name, values in columns.items()}
     for name, values in fresh.items():
         columns[name][chosen] = values
-    return _sums(state, shared, block, rows, found.rotations, found.shifts_px, shares, columns), columns
+    poses = found.rotations, found.shifts_px, shares
+    if phase == "global":
+        # optima fit the noise of their own map; poses drawn about them do not
+        numbers = torch.from_numpy(uniforms(params.seed, state["iteration"], block.index[chosen], 6 * rf.DRAWS)).to(device)
+        drawn = found.draw(numbers.reshape(len(chosen), rf.DRAWS, 6))
+        poses = *drawn, torch.full((len(chosen), rf.DRAWS), 1.0 / rf.DRAWS, device=device)
+    return _sums(state, shared, block, rows, *poses, columns), columns
+
+
+def _chosen(params: Refine3DParams, state: State, block: Loaded, columns: Columns) -> np.ndarray:
+    """Particles of a block that take part in this part of a pass."""
+    parts, sample = rf.parts_of(state), state["sample"] if state["phase"] == "draw" else 1.0
+    if parts == 1 and sample == 1.0:
+        return np.nonzero(columns["in_map"])[0]
+    lottery = uniforms(params.seed, 1_000_000 + state["drawn_passes"] + state["passes"], block.index, 1)[:, 0]
+    return np.nonzero((rf.part_of_pass(lottery, parts, sample) == state["part"]) & columns["in_map"])[0]
 
 
 def _no_poses(count: int) -> Columns:
@@ -262,9 +284,7 @@ def _drawn_sums(
     params: Refine3DParams, state: State, shared: Shared, block: Loaded, columns: Columns, sigma: float, centres: torch.Tensor
 ) -> tuple[Sums, Columns]:
     """One part of a pass with drawn poses."""
-    lottery = uniforms(params.seed, 1_000_000 + state["drawn_passes"], block.index, 1)[:, 0]
-    mine = rf.part_of_pass(lottery, state["parts"], state["sample"]) == state["part"]
-    chosen = np.nonzero(mine & columns["in_map"])[0]
+    chosen = _chosen(params, state, block, columns)
     rows = torch.from_numpy(chosen).to(centres.device)
     numbers = torch.from_numpy(uniforms(params.seed, state["iteration"], block.index[chosen], rf.DRAWS)).to(rows.device)
     assert shared.views is not None
@@ -315,7 +335,7 @@ def maximise(params: Refine3DParams, state: State, sums: list[Sums], context: Co
     if phase == "sort":
         kept = sum(s["kept"] for s in sums)
         # where poses were certain in spite of the junk, the map only has to be made again without it
-        again = {"phase": "local", "stalled": 0, "checked": True} if state["pose_certainty"] >= rf.SURE else rf.beginning(state, kept)
+        again = {"phase": "local", "stalled": 0} if state["pose_certainty"] >= rf.SURE else rf.beginning(state, kept)
         return {**new, **again, "sorted": True}, {"phase": "sort", "kept": kept, "left_out": total - kept}
     if phase == "power":
         new["noise_power"] = rf.updated_noise_power(state, sums)
@@ -325,41 +345,41 @@ def maximise(params: Refine3DParams, state: State, sums: list[Sums], context: Co
     sizes = rf.sizes_of(state)
     inserted = rf.inserted_rings(state)
     operators = symmetry_operators(params.symmetry or "C1")
-    drawn = phase == "draw"
-    new["noise_power"] = rf.updated_noise_power(state, sums, 0.3 if drawn else 1.0)
-    if not drawn:
-        new["contrast"] = gr.updated_contrast(sum(s["cross"] for s in sums), sum(s["norm"] for s in sums))
+    drawn, in_parts = phase == "draw", rf.parts_of(state) > 1
+    new["noise_power"] = rf.updated_noise_power(state, sums, 0.3 if in_parts else 1.0)
     grids = [fold_half_grid(torch.from_numpy(s["grid"]).to(context.device), operators) for s in sums]
-    if drawn:
-        grids = _remembered(state, grids)
+    if drawn or in_parts:
+        grids = _remembered(state, grids, inserted)
         new["grids"] = torch.stack(grids).cpu().numpy()
     small = rf.map_box(inserted, sizes.box)
     means = [mean_weight(grid, inserted) for grid in grids]
     first, second = (reconstruct_half(grid, inserted, small, image_box=sizes.box, mean=mean) for grid, mean in zip(grids, means))
-    support = measure_support(
-        first,
-        second,
-        soft_sphere(small, sizes.length_angstrom / small, 0.95 * sizes.mask_diameter_angstrom / 2, 10.0, device=context.device),
-        inserted=inserted,
-        common=state["start_rings"],
-        operators=len(operators),
-        generator=torch.Generator().manual_seed(params.seed + 7919 * state["iteration"]),
-    )
-    del first, second
+    voxel = sizes.length_angstrom / small
+    sphere = soft_sphere(small, voxel, 0.95 * sizes.mask_diameter_angstrom / 2, 10.0, device=context.device)
+    rule: dict[str, Any] = {
+        "inserted": inserted, "common": state["start_rings"], "operators": len(operators),
+        "generator": torch.Generator().manual_seed(params.seed + 7919 * state["iteration"]),
+    }  # fmt: skip
+    support = measure_support(first, second, sphere, **rule)
     if drawn:
+        known = support
         rings = max(state["start_rings"], min(support.last, sizes.ring_of(rf.DRAWN_ANGSTROM)))
     else:
-        rings = next_rings(support, inserted=inserted, limit=sizes.last, start=state["start_rings"])
+        known = solvent_support(first, second, sphere, support, voxel, **rule)
+        rings = next_rings(known, inserted=inserted, limit=sizes.last, start=state["start_rings"])
+    del first, second
     new["rings"] = rings
-    new["maps"] = rf.updated_maps(state, grids, means, support, inserted, rings)
+    new["maps"] = rf.updated_maps(state, grids, means, known, inserted, rings)
     new["resolutions"] = np.append(state["resolutions"], sizes.length_angstrom / max(support.last, 1))
     rf.update_shifts(new, sum(s["shift_square"] for s in sums) / total)
     new["mean_log_likelihood"] = sum(s["log_likelihood"] for s in sums) / total
     new["certainty"] = sum(s["certainty"] for s in sums) / total
     new["likelihoods"] = np.append(state["likelihoods"], new["mean_log_likelihood"])
     new["certainties"] = np.append(state["certainties"], math.nan if drawn else new["certainty"])
+    summed = {name: sum(s[name] for s in sums) for name in ("count", "log_likelihood", "certainty", "cross", "norm")}
+    new["of_pass"] = [*state["of_pass"], {"rings": state["rings"], **summed}]
     rf.next_phase(state, new, iterations=params.iterations)
-    if new["phase"] != "draw":
+    if rf.parts_of(new) == 1:
         new["grids"] = np.zeros(0, np.float32)
     metrics = {
         "phase": phase,
@@ -375,14 +395,15 @@ def maximise(params: Refine3DParams, state: State, sums: list[Sums], context: Co
     return new, metrics
 
 
-def _remembered(state: State, fresh: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Grids of a drawn part, with those of the parts before it, which are forgotten exponentially."""
+def _remembered(state: State, fresh: list[torch.Tensor], inserted: int) -> list[torch.Tensor]:
+    """Grids of a part, with those of the parts before it, which are forgotten exponentially."""
     if not len(state["grids"]):
         return fresh
-    done = state["drawn_passes"] * state["parts"] + state["part"] + 1
-    rate = 1.0 / min(max(1.0, 0.5 * done), rf.MEMORY, max(1, state["parts"]))
-    old = [torch.from_numpy(np.array(grid)).to(new.device) for grid, new in zip(state["grids"], fresh)]
-    return [before.add_(now - before, alpha=rate) for before, now in zip(old, fresh)]
+    old = [resized_half_grid(torch.from_numpy(np.array(grid)).to(new.device), inserted) for grid, new in zip(state["grids"], fresh)]
+    if state["phase"] == "global" and state["passes"] == 0 and state["part"] == 0:
+        # parts of drawn passes are smaller
+        old = [grid.mul_(state["parts"] / rf.parts_of(state)) for grid in old]
+    return [before.add_(now - before, alpha=rf.memory_rate(state)) for before, now in zip(old, fresh)]
 
 
 def finished(params: Refine3DParams, state: State) -> bool:

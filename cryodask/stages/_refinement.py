@@ -22,17 +22,20 @@ from cryodask.kernels.projection import cut_map
 from cryodask.kernels.rows import shell_counts
 from cryodask.kernels.views import COARSE_RINGS, SCALE_PARTICLES, SCALE_ROUNDS, shift_step_px
 from cryodask.stage import Metrics, State, Sums
+from cryodask.stages._groups import updated_contrast
 
 SCALE_PARTICLES_OF_FINE_MAPS = 120
 DRAWS = 4
 DRAWN_BATCH = 250
 """Particles of a half-set between two maps while poses are drawn."""
-DRAWN_PASSES, FEWEST_DRAWN_PASSES = 3, 2
+DRAWN_PASSES, FEWEST_DRAWN_PASSES = 6, 2
 FEWEST_GLOBAL_PASSES = 2
 DRAWN_PARTICLES = 5000
 """Particles of a half-set that a drawn pass uses at most: 14 Angstrom need no more."""
 MEMORY = 3.0
 """Batches that a drawn map remembers."""
+MOST_PARTS = 4
+"""Maps per pass over all views. Each particle meets a map that knows its last pose in one part only, and maps improve sooner."""
 MODES = 4
 LOCAL_LEAST_GAIN = 0.3
 """Local passes follow one another, so each may stop a few tenths of a nat short: 2.8 instead of 10 ms per particle at 256 px."""
@@ -48,7 +51,7 @@ stood still at 11.3 with 0.61, where a right map had 0.65."""
 CERTAIN_ANYHOW = 0.85
 """Pose certainty that decides at any resolution, for data that end before that: wrong maps had at most 0.64 there."""
 SURE = 0.9
-"""Pose certainty from which a last pass over all views changes nothing: it improved poses at 0.79 and 0.87, but not at 0.93 and 1.00."""
+"""Pose certainty from which further passes over all views change nothing."""
 REACH_STEPS, REACH_OF_MASK = 3.0, 0.06
 """How far views are searched about a particle's last shift: steps of the shifts, or a share of the mask's diameter if that is more."""
 FIRST_ANGSTROM = 28.0
@@ -103,7 +106,7 @@ def inserted_rings(state: State) -> int:
     sizes = sizes_of(state)
     rings = state["rings"]
     if state["phase"] == "draw":
-        # one size for the whole phase, because its maps remember earlier batches
+        # one size for the whole phase: every batch then counts alike at all frequencies
         rings = max(state["start_rings"], sizes.ring_of(DRAWN_ANGSTROM))
     return int(min(sizes.last, rings + sizes.beyond))
 
@@ -162,9 +165,9 @@ def beginning(state: State, count: int) -> State:
     """The part of a state with which the refinement of ``count`` particles begins, after the grey scale is known."""
     parts, sample = parts_of_pass(count)
     return {
-        "phase": "draw", "part": 0, "parts": parts, "sample": sample, "drawn_passes": 0, "passes": 0, "stalled": 0, "fine": False,
-        "checked": False, "rings": state["start_rings"], "maps": state["start_maps"], "best_rings": 0, "best_log_likelihood": -math.inf,
-        "pose_certainty": math.nan, "grids": np.zeros(0, np.float32),
+        "phase": "draw", "part": 0, "parts": parts, "sample": sample, "drawn_passes": 0, "passes": 0, "stalled": 0,
+        "rings": state["start_rings"], "maps": state["start_maps"], "best_rings": 0, "best_log_likelihood": -math.inf,
+        "pose_certainty": math.nan, "grids": np.zeros(0, np.float32), "of_pass": [],
     }  # fmt: skip
 
 
@@ -224,40 +227,56 @@ def final_maps(state: State, grids: list[Tensor], means: list[Tensor], support: 
 
 
 def next_phase(state: State, new: State, *, iterations: int) -> None:
-    """Which pass follows a pass: drawn ones to 14 Angstrom, over all views until poses are decided, local ones; one more over all views.
+    """Which pass follows a pass: drawn ones to 14 Angstrom, over all views until poses are decided and nothing improves, local ones.
 
-    ``new`` has the figures of the pass just done: ``rings``, ``mean_log_likelihood``, ``certainty``.
+    ``new`` has what was measured in the parts of this pass, ``of_pass``.
     """
     sizes = sizes_of(state)
+    new["part"] = (state["part"] + 1) % parts_of(state)
+    if new["part"]:
+        return
+    parts, new["of_pass"] = new["of_pass"], []
     if state["phase"] == "draw":
-        new["part"] = state["part"] + 1
-        if new["part"] == state["parts"]:
-            new["part"], new["drawn_passes"] = 0, state["drawn_passes"] + 1
-            fine_enough = new["rings"] >= sizes.ring_of(DRAWN_ANGSTROM) and new["drawn_passes"] >= FEWEST_DRAWN_PASSES
-            if fine_enough or new["drawn_passes"] == DRAWN_PASSES:
-                new["phase"] = "global"
+        new["drawn_passes"] = state["drawn_passes"] + 1
+        fine_enough = new["rings"] >= sizes.ring_of(DRAWN_ANGSTROM) and new["drawn_passes"] >= FEWEST_DRAWN_PASSES
+        if fine_enough or new["drawn_passes"] == DRAWN_PASSES:
+            new["phase"] = "global"
         return
     new["passes"] = state["passes"] + 1
-    likelihood, best = new["mean_log_likelihood"], state["best_log_likelihood"]
-    improved = new["rings"] > state["best_rings"] or likelihood > best + 0.01 * abs(best)
-    new["best_rings"], new["best_log_likelihood"] = max(new["rings"], state["best_rings"]), max(likelihood, best)
+    new["contrast"] = updated_contrast(*(sum(part[name] for part in parts) for name in ("cross", "norm")))
+    count = max(1, sum(part["count"] for part in parts))
+    likelihood, certainty = (sum(part[name] for part in parts) / count for name in ("log_likelihood", "certainty"))
+    improved = new["rings"] > state["best_rings"] or likelihood > state["best_log_likelihood"] + 0.01 * abs(likelihood)
+    new["best_rings"] = max(new["rings"], state["best_rings"])
+    new["best_log_likelihood"] = max(likelihood, state["best_log_likelihood"])
     new["stalled"] = 0 if improved else state["stalled"] + 1
-    decisive = state["rings"] >= sizes.ring_of(DECISIVE_ANGSTROM) or new["certainty"] >= CERTAIN_ANYHOW
     if state["phase"] == "global":
+        decisive = min(part["rings"] for part in parts) >= sizes.ring_of(DECISIVE_ANGSTROM) or certainty >= CERTAIN_ANYHOW
         if decisive and math.isnan(state["pose_certainty"]):
             # only the first such pass tells: later the certainty rises whether or not the poses are right
-            new["pose_certainty"] = new["certainty"]
-            new["checked"] = new["certainty"] >= SURE
-        goes_local = state["fine"] or (decisive and new["passes"] >= FEWEST_GLOBAL_PASSES)
-        ended = new["stalled"] >= (1 if state["fine"] else 2) and not (goes_local and not state["fine"])
-        if goes_local and not ended:
-            new["phase"], new["fine"] = "local", True
-    else:
-        ended = new["stalled"] >= 1 and state["checked"]
-        if new["stalled"] >= 1 and not ended:
-            new["phase"], new["checked"] = "global", True
-    if ended or new["passes"] >= iterations:
+            new["pose_certainty"] = certainty
+        ready = decisive and new["passes"] >= FEWEST_GLOBAL_PASSES and (certainty >= SURE or new["stalled"] >= 1)
+        if ready or new["stalled"] >= 2:
+            new["phase"], new["stalled"] = "local" if decisive else "verdict", 0
+    elif new["stalled"] >= 1:
         new["phase"] = "verdict"
+    if new["passes"] >= iterations:
+        new["phase"] = "verdict"
+
+
+def parts_of(state: State) -> int:
+    """Parts of a pass: a new map follows each. Large sets need one map per pass over all views: no particle weighs much in it."""
+    if state["phase"] == "draw":
+        return int(state["parts"])
+    return min(MOST_PARTS, state["parts"]) if state["phase"] == "global" and state["sample"] == 1.0 else 1
+
+
+def memory_rate(state: State) -> float:
+    """Weight of this part in a grid that remembers the parts before it."""
+    if state["phase"] == "draw":
+        done = state["drawn_passes"] * state["parts"] + state["part"] + 1
+        return 1.0 / min(max(1.0, 0.5 * done), MEMORY, max(1, state["parts"]))
+    return 1.0 / parts_of(state)
 
 
 def part_of_pass(uniforms: np.ndarray, parts: int, sample: float) -> np.ndarray:
