@@ -60,7 +60,7 @@ MAP_MARGIN = 8
 """Extra shells in the box of a transferred map: masks broaden spectra, and a tighter box would alias."""
 VERDICT_PARTICLES = 120
 JUNK_SHARE = 0.125
-"""Share of particles that detail does not help from which they are sorted out: 0.01 to 0.06 in clean sets."""
+"""Share of particles that detail does not help, beyond what noise explains, from which they are sorted out: below 0.07 in clean sets."""
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,11 @@ def refuse_inverted(state: State) -> None:
         )
 
 
+def unhelped_by_noise(gain: float) -> float:
+    """Share of right particles that detail does not help, by chance: a log-likelihood ratio of mean g has a variance of 2 g."""
+    return 0.5 * math.erfc(math.sqrt(max(gain, 0.0)) / 2.0)
+
+
 def judged(new: State, sums: list[Sums]) -> tuple[State, Metrics]:
     """The verdict on the final maps; without its support the resolution is that of the start."""
     tested, gain, z = mean_gain(sums)
@@ -90,7 +95,7 @@ def judged(new: State, sums: list[Sums]) -> tuple[State, Metrics]:
     succeeded = Evidence(**figures).succeeded
     new |= {"succeeded": succeeded, **figures, "done": True}
     unhelped = sum(s["unhelped"] for s in sums) / tested
-    if not new["sorted"] and JUNK_SHARE < unhelped < 1.0 - JUNK_SHARE and not math.isnan(new["pose_certainty"]):
+    if not new["sorted"] and unhelped - unhelped_by_noise(gain) > JUNK_SHARE and unhelped < 1.0 - JUNK_SHARE:
         return {**new, "phase": "sort", "done": False}, {"phase": "verdict", "unhelped": unhelped}
     if not succeeded:
         new["resolution_angstrom"] = new["length_angstrom"] / new["start_rings"]
