@@ -158,7 +158,7 @@ def expect(
         columns = {**columns, "in_map": (gain > 0).cpu().numpy()}
         return {"kept": int(columns["in_map"].sum()), "count": count}, columns
     if phase == "draw":
-        return _drawn_sums(params, state, shared, block, columns, sigma, centres)
+        return _drawn_sums(params, state, shared, block, columns, sigma, device)
     chosen = np.nonzero(columns["in_map"])[0]
     rows = torch.from_numpy(chosen).to(device)
     old = _poses_of({name: values[chosen] for name, values in columns.items()}, sizes.pixel_size_angstrom, device)
@@ -250,21 +250,21 @@ def _sums(
 
 
 def _drawn_sums(
-    params: Refine3DParams, state: State, shared: Shared, block: Loaded, columns: Columns, sigma: float, centres: torch.Tensor
+    params: Refine3DParams, state: State, shared: Shared, block: Loaded, columns: Columns, sigma: float, device: str
 ) -> tuple[Sums, Columns]:
     """One part of a pass with drawn poses."""
     lottery = uniforms(params.seed, 1_000_000 + state["drawn_passes"], block.index, 1)[:, 0]
     mine = rf.part_of_pass(lottery, state["parts"], state["sample"]) == state["part"]
     chosen = np.nonzero(mine & columns["in_map"])[0]
-    rows = torch.from_numpy(chosen).to(centres.device)
-    numbers = torch.from_numpy(uniforms(params.seed, state["iteration"], block.index[chosen], rf.DRAWS)).to(rows.device)
+    rows = torch.from_numpy(chosen).to(device)
+    numbers = torch.from_numpy(uniforms(params.seed, state["iteration"], block.index[chosen], rf.DRAWS)).to(device)
     assert shared.views is not None
-    rotations, shifts, evidence = vw.draw(block.polar, rows, shared.views, shared.noise_power, sigma, numbers, centres_px=centres[rows])
+    rotations, shifts, evidence = vw.draw(block.polar, rows, shared.views, shared.noise_power, sigma, numbers)
     columns = {name: np.array(values) for name, values in columns.items()}
     columns["mode_rotation"][chosen, 0] = rotations[:, 0].cpu().numpy()
     columns["mode_origin_angstrom"][chosen, 0] = (shifts[:, 0] * rf.sizes_of(state).pixel_size_angstrom).cpu().numpy()
     columns["log_likelihood"][chosen] = evidence.cpu().numpy()
-    shares = torch.full(rotations.shape[:2], 1.0 / rf.DRAWS, device=rows.device)
+    shares = torch.full(rotations.shape[:2], 1.0 / rf.DRAWS, device=device)
     return _sums(state, shared, block, rows, rotations, shifts, shares, columns), columns
 
 

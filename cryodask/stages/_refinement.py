@@ -264,8 +264,8 @@ def parts_of_pass(count: int) -> tuple[int, float]:
 
 
 def centred(state: State) -> bool:
-    """Whether views are searched about the last shifts: every particle has one, from a pass whose reach had grown with their spread."""
-    return bool(state.get("passes", 0) or (state.get("drawn_passes", 0) >= FEWEST_DRAWN_PASSES and state["sample"] == 1.0))
+    """Whether views are searched about the last shifts: after a pass over all views, which has found a shift for every particle."""
+    return bool(state.get("passes", 0))
 
 
 def reach_px(state: State) -> float:
