@@ -5,7 +5,7 @@ import pytest
 import torch
 from _particles import blob_map, ctf_columns, project
 
-from cryodask.kernels import expectation, views
+from cryodask.kernels import expectation, polar, views
 from cryodask.kernels.orientations import random_rotations
 from cryodask.kernels.symmetry import symmetry_operators
 
@@ -36,3 +36,12 @@ def test_the_coarser_grid_rules_out_hardly_any_evidence(symmetry):
     assert float(lost.min()) > -0.01
     assert float(lost.mean()) < 0.05
     assert torch.allclose(*shifts)
+
+
+@pytest.mark.parametrize("symmetry", ["C1", "C2", "C3"])
+def test_all_views_can_be_reached_from_the_coarser_grid(symmetry):
+    grid = polar.polar_grid(BOX, 13)
+    made = views.make_views(blob_map(BOX, symmetry), 12, grid=grid, turn=torch.eye(3), operators=symmetry_operators(symmetry), reach_px=3.0)
+    assert made.parents is not None
+    children = made.bank.place[(made.parent_pixels[:, None] * 4 + torch.arange(4)).reshape(-1)]
+    assert sorted(children.tolist()) == list(range(len(made.bank.rotations)))
