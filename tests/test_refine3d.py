@@ -273,7 +273,7 @@ def test_a_block_without_particles_for_the_map_adds_nothing(tmp_path):
 
 @pytest.fixture(scope="module")
 def spread_out(tmp_path_factory):
-    """State, block, true rotations and origins (pixels) of particles with shifts over a third of the box; a pass after the first."""
+    """The second search over all views, of particles with shifts over a third of the box; true rotations and origins in pixels."""
     volume = blob_map(BOX, "D2", blobs=20, width_px=1.2, reach=0.2)
     count, g = 48, torch.Generator().manual_seed(0)
     rotations, origins = random_rotations(count, g), (torch.rand(count, 2, generator=g) - 0.5) * BOX / 3
@@ -286,40 +286,36 @@ def spread_out(tmp_path_factory):
     state = functions.start(params, ParticleSet(count, BOX, PIXEL, columns), {})
     state |= rf.beginning(state | {"start_maps": state["maps"]}, count) | {
         "rings": 10, "maps": scale * torch.stack([volume, volume]).numpy(), "noise_power": np.ones((1, BOX // 2)), "parts": 1,
-        "drawn_passes": 1, "reach_angstrom": 48.0, "shift_sigma_angstrom": 20.0,
+        "passes": 1, "phase": "global", "reach_angstrom": 48.0, "shift_sigma_angstrom": 20.0,
     }  # fmt: skip
     block = functions.load(params, state, ParticleBlock(np.arange(count), images, columns, PIXEL, 0), Context())
     return params, state, block, rotations, origins
 
 
-def share_found(spread_out, last_px, *phases):
+def share_found(spread_out, last_px, passes=1):
     """Share of the particles with the right pose after some passes from the last shifts `(n, 2)`."""
     params, state, block, rotations, origins = spread_out
     columns = functions._no_poses(len(origins))
     columns["mode_origin_angstrom"][:, 0] = (last_px * PIXEL).numpy()
-    for phase in phases:
-        shared = functions.prepare(params, state | {"phase": phase}, 0, Context())
-        _, columns = functions.expect(params, state | {"phase": phase}, shared, block, columns, Context())
+    shared = functions.prepare(params, state, 0, Context())
+    for _ in range(passes):
+        _, columns = functions.expect(params, state, shared, block, columns, Context())
     errors = angular_error_deg(torch.from_numpy(columns["mode_rotation"][:, 0]).double(), rotations, symmetry_operators("D2"))
     moved = torch.from_numpy(columns["mode_origin_angstrom"][:, 0]) / PIXEL - origins
     return float(((errors < 12) & (moved.norm(dim=1) < 2)).float().mean())
 
 
-def test_the_first_pass_searches_all_shifts_and_later_ones_what_a_shift_may_be_off(spread_out):
-    state = spread_out[1] | {"phase": "draw"}
+def test_views_are_searched_over_all_shifts_and_then_about_the_last_ones(spread_out):
+    state, origins = spread_out[1], spread_out[-1]
     assert rf.reach_px(state) == pytest.approx(4.5)
-    assert rf.reach_px(state | {"drawn_passes": 0}) == 12.0
-    # a pass over a sample leaves particles without a shift
-    assert rf.reach_px(state | {"sample": 0.5}) == 12.0
-
-
-@pytest.mark.parametrize("phase", ["draw", "global"])
-def test_views_are_searched_about_the_last_shifts(spread_out, phase):
-    origins = spread_out[-1]
+    assert rf.reach_px(state | {"passes": 0}) == 12.0
     g = torch.Generator().manual_seed(1)
     off = 2 * (torch.randint(0, 2, origins.shape, generator=g) * 2 - 1)
-    assert share_found(spread_out, origins + off, phase) > 0.9
-    assert share_found(spread_out, torch.zeros_like(origins), phase) < 0.6
+    nothing = torch.zeros_like(origins)
+    assert share_found(spread_out, origins + off) > 0.9
+    assert share_found(spread_out, nothing) < 0.6
+    params, _, *others = spread_out
+    assert share_found((params, state | {"passes": 0}, *others), nothing) > 0.9
 
 
 def test_particles_move_from_wrong_shifts(spread_out):
@@ -327,5 +323,4 @@ def test_particles_move_from_wrong_shifts(spread_out):
     origins = spread_out[-1]
     angle = torch.rand(len(origins), generator=torch.Generator().manual_seed(2)) * 2 * np.pi
     wrong = origins + 6 * torch.stack([angle.sin(), angle.cos()], 1)
-    assert share_found(spread_out, wrong, "draw") < 0.5
-    assert share_found(spread_out, wrong, "draw", "draw") > 0.9
+    assert share_found(spread_out, wrong, 2) > 0.9

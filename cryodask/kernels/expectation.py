@@ -128,18 +128,19 @@ def image_modes(
 ) -> tuple[Tensor, Tensor]:
     """Weighted modes of shifted images `(n, mode, shift, ring)` and of CTF^2 `(n, mode, 1, ring)`.
 
-    Particle i is moved by ``centres_px[i] + offsets_px[s]`` `(y, x)`. Scored against references the first gives the cross term of the
-    log-likelihood, the second the norm term. ``noise_power`` `(group, >= rings + 1)`, or of a single group, is indexed by ring.
+    Particle i is moved by ``centres_px[i] + offsets_px[s]`` `(y, x)`; offsets `(n, shift, 2)` are those of each particle. Scored
+    against references the first gives the cross term of the log-likelihood, the second the norm term. ``noise_power``
+    `(group, >= rings + 1)`, or of a single group, is indexed by ring.
     """
     grid, limit = data.grid, polar.mode_limit(rings)
     ky, kx = (_thinned(k, rings) for k in (grid.ky, grid.kx))
     contrast = _thinned(data.polar_ctf[rows], rings).float() * data.contrast[rows, None, None]
     ringwise = (rings, ky.shape[-1])
     at_centre = shift_phases(centres_px, ky.reshape(-1), kx.reshape(-1), grid.box).reshape(-1, *ringwise)
-    moved = shift_phases(offsets_px, ky.reshape(-1), kx.reshape(-1), grid.box).reshape(-1, *ringwise)
+    moved = shift_phases(offsets_px.reshape(-1, 2), ky.reshape(-1), kx.reshape(-1), grid.box).reshape(*offsets_px.shape[:-1], *ringwise)
     centred = _thinned(data.polar_images[rows], rings) * contrast * at_centre
     weight = polar.ring_weights(torch.atleast_2d(noise_power)[:, 1 : rings + 1])[data.group[rows]]
-    cross = polar.angular_modes(centred[:, None] * moved[None], limit) * weight[:, None, None]
+    cross = polar.angular_modes(centred[:, None] * moved, limit) * weight[:, None, None]
     norm = polar.angular_modes_real(contrast**2, limit) * (0.5 * weight[:, None])
     return cross.transpose(1, 2).contiguous(), norm[:, :, None]
 
@@ -197,8 +198,8 @@ def psi_count(rings: int) -> int:
 
 
 def shift_log_prior(centres_px: Tensor, offsets_px: Tensor, sigma_px: float) -> Tensor:
-    """Gaussian prior of the shifts about zero, `(n, shift)`."""
-    total = centres_px[:, None] + offsets_px[None]
+    """Gaussian prior of the shifts about zero, `(n, shift)`; offsets `(shift, 2)` or `(n, shift, 2)`."""
+    total = centres_px[:, None] + offsets_px
     return total.square().sum(-1) * (-0.5 / sigma_px**2)
 
 

@@ -168,21 +168,21 @@ def expect(
         known = None if state["round"] == 0 else state["scale"]
         cross, norm, white = vw.scale_terms(block.polar, rows, shared.views, shared.noise_power, sigma, known)  # type: ignore[arg-type]
         return {"cross": cross, "norm": norm, "count": count, **gain_sums(white)}, columns
-    centres = float(rf.centred(state)) * _poses_of(columns, sizes.pixel_size_angstrom, device).shifts_px[:, 0]
     if phase == "verdict":
-        return _verdict_sums(params, state, shared, block, columns, sigma, centres), columns
+        return _verdict_sums(params, state, shared, block, columns, sigma), columns
     if phase == "sort":
-        gain = _gain_of_detail(shared, block, torch.arange(count, device=device), sigma, centres)
+        gain = _gain_of_detail(shared, block, torch.arange(count, device=device), sigma)
         columns = {**columns, "in_map": (gain > 0).cpu().numpy()}
         return {"kept": int(columns["in_map"].sum()), "count": count}, columns
     if phase == "draw":
-        return _drawn_sums(params, state, shared, block, columns, sigma, centres)
+        return _drawn_sums(params, state, shared, block, columns, sigma, device)
     chosen = _chosen(params, state, block, columns)
     rows = torch.from_numpy(chosen).to(device)
     old = _poses_of({name: values[chosen] for name, values in columns.items()}, sizes.pixel_size_angstrom, device)
     if phase == "global":
         assert shared.views is not None
-        start_poses = vw.start_poses(block.polar, rows, shared.views, shared.noise_power, sigma, rf.KEPT_VIEWS, centres[rows])
+        centres = old.shifts_px[:, 0] if rf.centred(state) else None
+        start_poses = vw.start_poses(block.polar, rows, shared.views, shared.noise_power, sigma, rf.KEPT_VIEWS, centres)
         # the last pose may lie between the views of the grid
         start_poses = local_search.Candidates(
             torch.cat([old.rotations[:, :1], start_poses.rotations], 1),
@@ -281,29 +281,27 @@ def _sums(
 
 
 def _drawn_sums(
-    params: Refine3DParams, state: State, shared: Shared, block: Loaded, columns: Columns, sigma: float, centres: torch.Tensor
+    params: Refine3DParams, state: State, shared: Shared, block: Loaded, columns: Columns, sigma: float, device: str
 ) -> tuple[Sums, Columns]:
     """One part of a pass with drawn poses."""
     chosen = _chosen(params, state, block, columns)
-    rows = torch.from_numpy(chosen).to(centres.device)
-    numbers = torch.from_numpy(uniforms(params.seed, state["iteration"], block.index[chosen], rf.DRAWS)).to(rows.device)
+    rows = torch.from_numpy(chosen).to(device)
+    numbers = torch.from_numpy(uniforms(params.seed, state["iteration"], block.index[chosen], rf.DRAWS)).to(device)
     assert shared.views is not None
-    rotations, shifts, evidence = vw.draw(block.polar, rows, shared.views, shared.noise_power, sigma, numbers, centres_px=centres[rows])
+    rotations, shifts, evidence = vw.draw(block.polar, rows, shared.views, shared.noise_power, sigma, numbers)
     columns = {name: np.array(values) for name, values in columns.items()}
     columns["mode_rotation"][chosen, 0] = rotations[:, 0].cpu().numpy()
     columns["mode_origin_angstrom"][chosen, 0] = (shifts[:, 0] * rf.sizes_of(state).pixel_size_angstrom).cpu().numpy()
     columns["log_likelihood"][chosen] = evidence.cpu().numpy()
-    shares = torch.full(rotations.shape[:2], 1.0 / rf.DRAWS, device=rows.device)
+    shares = torch.full(rotations.shape[:2], 1.0 / rf.DRAWS, device=device)
     return _sums(state, shared, block, rows, rotations, shifts, shares, columns), columns
 
 
-def _verdict_sums(
-    params: Refine3DParams, state: State, shared: Shared, block: Loaded, columns: Columns, sigma: float, centres: torch.Tensor
-) -> Sums:
+def _verdict_sums(params: Refine3DParams, state: State, shared: Shared, block: Loaded, columns: Columns, sigma: float) -> Sums:
     """Gains of log-likelihood by the detail of the other half's map, for some particles."""
     lottery = uniforms(params.seed, 2_000_000, block.index, 1)[:, 0]
     rows = torch.from_numpy(np.nonzero((lottery < rf.VERDICT_PARTICLES / state["count"]) & columns["in_map"])[0])
-    gain = _gain_of_detail(shared, block, rows.to(centres.device), sigma, centres)
+    gain = _gain_of_detail(shared, block, rows.to(shared.noise_power.device), sigma)
     assert shared.volume is not None
     assert shared.other_volume is not None
     operators = symmetry_operators(params.symmetry or "C1")
@@ -315,9 +313,9 @@ def _verdict_sums(
     }  # fmt: skip
 
 
-def _gain_of_detail(shared: Shared, block: Loaded, rows: torch.Tensor, sigma: float, centres: torch.Tensor) -> torch.Tensor:
+def _gain_of_detail(shared: Shared, block: Loaded, rows: torch.Tensor, sigma: float) -> torch.Tensor:
     """Gain of log evidence by the detail of the other half's map, float64 `(rows,)`."""
-    whole, cut = (vw.evidence(block.polar, rows, views, shared.noise_power, sigma, centres[rows]).double() for views in shared.others)
+    whole, cut = (vw.evidence(block.polar, rows, views, shared.noise_power, sigma).double() for views in shared.others)
     return whole - cut
 
 

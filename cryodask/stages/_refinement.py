@@ -291,8 +291,11 @@ def parts_of_pass(count: int) -> tuple[int, float]:
 
 
 def centred(state: State) -> bool:
-    """Whether every particle has a shift of an earlier pass, about which views are searched."""
-    return bool(state.get("passes", 0) or (state.get("drawn_passes", 0) and state["sample"] == 1.0))
+    """Whether views are searched about the last shifts: after a pass over all views, which has found a shift for every particle.
+
+    Not for the verdict: shifts under a blurred map are spread more widely, and it would lose by their being cut off.
+    """
+    return state["phase"] == "global" and state["passes"] > 0
 
 
 def reach_px(state: State) -> float:

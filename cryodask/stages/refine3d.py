@@ -66,8 +66,8 @@ class refine3d:
     Each half is solvent flattened by a mask of its own. Slices are inserted well beyond the scored rings, so that the correlation of
     the half-maps there is unbiased; it alone decides the resolution limit of the next pass.
 
-    The first pass searches shifts up to the expected range. Later passes search about a particle's last shift, 0.9 of the resolution of
-    the search in each direction; the prior of the shifts stays about zero.
+    Searches over all views reach shifts up to three times their spread, from the second one on those about a particle's last shift, up
+    to 0.9 of the resolution of the search or 0.06 of the mask diameter, whichever is larger. The prior stays about zero.
 
     If one particle in eight or more is not explained better by the detail of the map, these particles are taken for junk and left out
     (``in_map``), and the refinement begins once more; where poses were certain all the same, it goes on from the map that it has.
