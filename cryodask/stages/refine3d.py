@@ -61,15 +61,19 @@ class refine3d:
 
     Expectation maximisation over orientations, in-plane angles and shifts with Gaussian noise per Fourier ring (Scheres 2012, J. Mol.
     Biol. 415, 406). Poses are first drawn from their whole posterior, which keeps noise from being aligned to the start map, with a new
-    map after every few hundred particles. Then all views are searched: the likeliest of a coarse grid climb to the optimum of pose and
-    shift (Levenberg-Marquardt), and what is left counts by its share of the posterior. Last, poses are refined from where they are.
+    map after every few hundred particles. Then all views are searched: the likeliest of a coarse grid climb to optima of pose and shift
+    (Levenberg-Marquardt), and poses are drawn about these by their share of the posterior and its width. Small sets get several maps
+    per pass. Last, poses are refined from where they are, and the optima themselves make the map. Noise is that of a particle's data
+    set and optics, its contrast that of its micrograph.
+
     Each half is solvent flattened by a mask of its own. Slices are inserted well beyond the scored rings, so that the correlation of
-    the half-maps there is unbiased; it alone decides the resolution limit of the next pass.
+    the half-maps there is unbiased. Within the molecule it decides the resolution limit of the next pass; the resolution that is
+    reported is that of the whole sphere.
 
     Searches over all views reach shifts up to three times their spread, from the second one on those about a particle's last shift, up
     to 0.9 of the resolution of the search or 0.06 of the mask diameter, whichever is larger. The prior stays about zero.
 
-    If one particle in eight or more is not explained better by the detail of the map, these particles are taken for junk and left out
+    If the detail of the map does not help one particle in eight more than noise explains, such particles are taken for junk and left out
     (``in_map``), and the refinement begins once more; where poses were certain all the same, it goes on from the map that it has.
 
     Half-maps that agree do not prove that a map is right. The verdict rests on two other figures: how certain the poses are, and
