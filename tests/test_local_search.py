@@ -14,7 +14,7 @@ from cryodask.kernels import projection as pj
 from cryodask.kernels.expectation import ctf_values
 from cryodask.kernels.fourier import soft_sphere
 from cryodask.kernels.fsc import fsc
-from cryodask.kernels.half_grid import empty_half_grid, half_volume, reconstruct_half
+from cryodask.kernels.half_grid import empty_half_grid, half_volume, reconstruct_half, resized_half_grid
 from cryodask.kernels.orientations import angular_error_deg, random_rotations
 from cryodask.kernels.rows import ImageRows, image_rows, independent, shell_counts, shell_power
 from cryodask.kernels.symmetry import symmetry_operators
@@ -205,3 +205,38 @@ def test_both_forms_give_the_same_poses(some, monkeypatch):
     apart = angular_error_deg(one.rotations[:, 0], other.rotations[:, 0], symmetry_operators("C1"))
     assert float(apart.quantile(0.9)) < 0.1
     assert float((one.total - other.total).abs().median()) < 0.02
+
+
+def test_poses_are_drawn_with_the_width_and_the_shares_of_their_modes():
+    """Two modes with shares of 3 to 1; the covariance of what is drawn about each is the inverse of minus the Hessian."""
+    g = torch.Generator().manual_seed(2)
+    rotations = random_rotations(2, g).double()
+    root = torch.randn(5, 5, generator=g).double()
+    hessian = root @ root.T * 400.0 + torch.diag(torch.tensor([900.0, 900.0, 900.0, 4.0, 4.0]).double())
+    shifts = torch.tensor([[0.0, 0.0], [50.0, 50.0]])
+    modes = local_search.Modes(
+        rotations[None].float(), shifts[None], torch.tensor([2]), torch.zeros(1, 2).double(),
+        torch.tensor([[np.log(3.0), 0.0]]).double(), torch.linalg.cholesky(hessian).expand(1, 2, 5, 5),
+    )  # fmt: skip
+    draws = 40_000
+    poses, moved = modes.draw(torch.rand(1, draws, 6, generator=g).double())
+    first = moved[0, :, 0] < 25.0
+    assert abs(float(first.double().mean()) - 0.75) < 0.01
+    for mode, own in enumerate((first, ~first)):
+        # turned(omega, R) = exp(-[omega]x) R: read omega back from the small rotation between
+        small = poses[0, own].double() @ rotations[mode].T
+        omega = 0.5 * torch.stack([small[:, 1, 2] - small[:, 2, 1], small[:, 2, 0] - small[:, 0, 2], small[:, 0, 1] - small[:, 1, 0]], 1)
+        off = torch.cat([omega, moved[0, own].double() - shifts[mode]], 1)
+        scale = torch.linalg.inv(hessian).diagonal().sqrt()
+        found = torch.cov((off / scale).T)
+        expected = torch.linalg.inv(hessian) / scale[:, None] / scale
+        assert float((found - expected).abs().max()) < 0.06
+
+
+def test_a_grid_keeps_its_slices_when_it_grows_and_shrinks():
+    grid = torch.randn(empty_half_grid(6).shape, generator=torch.Generator().manual_seed(0))
+    larger = resized_half_grid(grid, 9)
+    assert larger.shape == empty_half_grid(9).shape
+    assert torch.equal(resized_half_grid(larger, 6), grid)
+    assert float(larger.square().sum()) == pytest.approx(float(grid.square().sum()), rel=1e-5)
+    assert torch.equal(resized_half_grid(grid, 6), grid)

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from cryodask.errors import InputError
 from cryodask.kernels.fourier import soft_sphere
 from cryodask.kernels.fsc import fsc
-from cryodask.kernels.maximisation import measure_support, next_rings
+from cryodask.kernels.maximisation import measure_support, next_rings, solvent_support
 from cryodask.kernels.orientations import angular_error_deg, euler_to_matrix, random_rotations
 from cryodask.kernels.projection import cut_map
 from cryodask.kernels.symmetry import symmetry_operators
@@ -200,6 +200,23 @@ def test_next_rings_keep_a_guard_shell_until_the_end():
         support = measure_support(*halves, torch.ones(BOX, BOX, BOX), inserted=inserted, common=4, operators=1, generator=g)
         assert support.last == inserted
         assert next_rings(support, inserted=inserted, limit=limit, start=4) == want
+
+
+def test_the_search_may_use_what_solvent_hides():
+    """A small molecule in a large sphere of noise: shells that are lost in the sphere are supported within the molecule, noise is not."""
+    sphere = soft_sphere(BOX, PIXEL, 85.0, 10.0)
+    molecule = cut_map(blob_map(BOX, blobs=12, reach=0.15, width_px=1.0), 20)
+    for seed in range(3):
+        g = torch.Generator().manual_seed(seed)
+        last = []
+        for strength in (10.0, 0.0):
+            halves = [cut_map(strength * molecule + torch.randn(BOX, BOX, BOX, generator=g), 20.5) for _ in range(2)]
+            rule = {"inserted": 20, "common": 3, "operators": 1, "generator": g}
+            support = measure_support(*halves, sphere, **rule)
+            last.append((support.last, solvent_support(*halves, sphere, support, PIXEL, **rule).last))
+        (in_sphere, in_molecule), (_, of_noise) = last
+        assert in_molecule >= in_sphere + 3
+        assert of_noise <= 5
 
 
 def with_junk(images, seed):
