@@ -24,7 +24,6 @@ from cryodask.store.project import Arrival, Project
 from cryodask.store.shards import Layout, ShardReader, file_crc, write_shard
 from cryodask.store.table import Column
 
-
 COLUMNS = {
     "numbers": ([1, 2.5], 0),
     "arrays": ([np.arange(3.0), np.zeros(0), np.ones(1)], 1),
@@ -34,7 +33,7 @@ COLUMNS = {
 }
 
 
-@pytest.mark.parametrize("values, ndim", COLUMNS.values(), ids=COLUMNS)
+@pytest.mark.parametrize(("values", "ndim"), COLUMNS.values(), ids=COLUMNS)
 def test_a_column_of_encoded_values_is_that_of_the_values(values, ndim):
     found, expected = Column.of_encoded([encode_value(v) for v in values], "f4", ndim), Column.of(values, "f4", ndim)
     assert found.flat.dtype == expected.flat.dtype
