@@ -134,9 +134,7 @@ class Table:
             stored={v.name: np.array([v.name in r["shards"] for r in good], dtype=bool) for v in gives if v.kind == "bulk"},
             failures={row: r for row, r in records.items() if not r["ok"]},
             columns={
-                v.name: Column.of_encoded([r["columns"][v.name] for r in good], v.dtype, len(v.dims))
-                for v in wanted
-                if v.dtype != "U"
+                v.name: Column.of_encoded([r["columns"][v.name] for r in good], v.dtype, len(v.dims)) for v in wanted if v.dtype != "U"
             },
             texts={v.name: _objects([r["columns"][v.name] for r in good]) for v in wanted if v.dtype == "U"},
         )
