@@ -42,6 +42,19 @@ def peers_stack() -> dict[str, Path]:
     return {name: folder / name for name in ("p64", "p128", "truth64.mrc", "truth128.mrc")}
 
 
+def another_stack(box: int, count: int, seed: int) -> Path:
+    """A stack like p64 or p128 of :func:`peers_stack`, of other particles; without the suffix."""
+    folder = peers_stack()[f"p{box}"].parent
+    full = f"p128_n{count}_s{seed}"
+    out = folder / (full if box == 128 else f"p64_n{count}_s{seed}")
+    if not out.with_suffix(".star").exists():
+        script = SHARED / "peers" / "make_stack.py"
+        for arguments in (["stack", "truth128.mrc", full, "--particles", str(count), "--seed", str(seed)], ["halve", full, out.name]):
+            if arguments[0] == "stack" or box == 64:
+                subprocess.run([sys.executable, str(script), *arguments], cwd=folder, check=True)
+    return out
+
+
 def read_stack(stack: Path, star: Path) -> tuple[np.ndarray, ParticleSet, Any]:
     """Images `(n, y, x)` float32, their set (halves by parity), and the STAR rows."""
     with mrcfile.open(stack, permissive=True) as f:

@@ -193,7 +193,7 @@ def main() -> None:
     arguments = parser.parse_args()
     count, numbers = (2000, (1, 2)) if arguments.quick else (20_000, (1, 2, 4))
     params = Classify2DParams(classes=32, resolution_angstrom=14.0, shift_range_angstrom=20.0, iterations=2)
-    folder = OUT / "blocks"
+    folder = OUT / "blocks" / "stages" / "extract"
     shutil.rmtree(folder, ignore_errors=True)
     try:
         torch.set_num_threads(1)

@@ -295,7 +295,7 @@ def main() -> None:
     if arguments.many:
         many(arguments.many[0], int(arguments.many[1]))
         return
-    folder = OUT / "overhead"
+    folder = OUT / "overhead" / "stages" / "motion"
     out: dict[str, Any] = {}
     try:
         if arguments.only != "many":

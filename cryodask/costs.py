@@ -92,12 +92,29 @@ class StageCost:
 
 
 @dataclass(frozen=True)
+class ParticleCost:
+    """CPU seconds of one thread for all iterations of a stage: ``fixed`` per run, ``per_particle``, and ``per_drawn``.
+
+    The last is for passes that use some of the particles, at most ``drawn``.
+    """
+
+    fixed: float
+    per_particle: float
+    per_drawn: float
+    drawn: int
+
+    def seconds(self, count: float) -> float:
+        """CPU seconds of a run with ``count`` particles."""
+        return self.fixed + self.per_particle * count + self.per_drawn * min(count, self.drawn)
+
+
+@dataclass(frozen=True)
 class Costs:
-    """Measured seconds and bytes. ``particle_stages``: CPU seconds per particle for all iterations, by box size in pixels."""
+    """Measured seconds and bytes. ``particle_stages``: cost of the stages that take all particles, by box size in pixels."""
 
     source: str
     map_stages: Mapping[str, StageCost]
-    particle_stages: Mapping[str, Mapping[int, float]]
+    particle_stages: Mapping[str, Mapping[int, ParticleCost]]
     bytes: Mapping[str, float]
     memory_megapixels: float
     memory_bytes: float
@@ -112,12 +129,17 @@ class Costs:
         }
         return {name: cost.fixed + cost.per_unit * units[cost.unit] for name, cost in self.map_stages.items()}
 
-    def particle_seconds(self, stage: str, edge: int) -> float:
-        """CPU seconds per particle: a power law in box size through the two measured sizes, never below the smaller one."""
+    def particle_seconds(self, stage: str, edge: int, count: float) -> float:
+        """CPU seconds of a run with ``count`` particles of ``edge`` pixels.
+
+        A power law in box size through the measured sizes (a constant if there is one), never below the smallest.
+        """
         known = self.particle_stages[stage]
         small, large = min(known), max(known)
-        power = max(0.0, math.log(known[large] / known[small]) / math.log(large / small))
-        return known[small] * max(1.0, edge / small) ** power
+        first, last = known[small].seconds(count), known[large].seconds(count)
+        if last <= first:
+            return first
+        return first * max(1.0, edge / small) ** (math.log(last / first) / math.log(large / small))
 
 
 @functools.cache
@@ -125,10 +147,16 @@ def measured_costs() -> Costs:
     """Costs measured with the stages of this version (``benchmarks/stage_costs.py``); they are part of the package."""
     data = json.loads(resources.files("cryodask").joinpath("stage_costs.json").read_text())
     return Costs(
-        source=f"measured {data['measured']} on {data['machine']}; {data['movies']}",
+        source=f"measured on {data['machine']}; movies {data['movies']}; particles {data['particles']}",
         map_stages={n: StageCost(c["unit"], c["fixed_seconds"], c["seconds_per_unit"]) for n, c in data["map_stages"].items()},
-        particle_stages={n: {int(edge): s for edge, s in c.items()} for n, c in data["particle_stages"].items()},
+        particle_stages={n: {int(box): _particle_cost(c) for box, c in by_box.items()} for n, by_box in data["particle_stages"].items()},
         bytes=data["bytes"],
         memory_megapixels=data["worker_memory"]["megapixels"],
         memory_bytes=data["worker_memory"]["peak_bytes"],
+    )
+
+
+def _particle_cost(data: Mapping[str, float]) -> ParticleCost:
+    return ParticleCost(
+        data["fixed_seconds"], data["seconds_per_particle"], data["seconds_per_drawn_particle"], int(data["drawn_particles"])
     )

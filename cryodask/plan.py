@@ -152,9 +152,9 @@ def plan_facility(
     # --- cores
     movie_seconds = costs.movie_seconds(load) if from_movies else {}
     live = per_second * sum(movie_seconds.values()) / busy
-    stages = ["classify2d", *(["refine3d"] if analysis else [])]
-    each = {stage: costs.particle_seconds(stage, load.scale_to) for stage in stages}
-    used = {stage: seconds * (load.sorted_share if stage == "refine3d" else 1.0) for stage, seconds in each.items()}
+    stages = {"classify2d": 1.0, **({"refine3d": load.sorted_share} if analysis else {})}
+    in_a_set = particles_a_day / load.microscopes
+    used = {stage: costs.particle_seconds(stage, load.scale_to, share * in_a_set) / in_a_set for stage, share in stages.items()}
     batch = particles_a_day * load.repeats * sum(used.values()) / _DAY / busy
     weights = SHAPES[blueprint]
     beside = sum(w for lane, w in weights.items() if lane in _BESIDE) / sum(weights.values())
@@ -189,7 +189,7 @@ def plan_facility(
     needs = [
         Need("cores for batch", batch, "cores",
             f"{particles_a_day / 1e6:.2f} million particles per day x {load.repeats} x "
-            f"{sum(used.values()):.3f} CPU s ({', '.join(f'{n} {s:.3f}' for n, s in used.items())}) / {busy:g}"),
+            f"{sum(used.values()):.4f} CPU s ({', '.join(f'{n} {s:.4f}' for n, s in used.items())}) / {busy:g}"),
         Need("cores", cores, "cores", f"{beside:.0%} of them for other lanes{by_weight}"),
         Need("GPUs", gpus, "", "for the lane learning; no stage needs one" if gpus else "no stage needs one"),
         Need("memory of a worker", worker, "GiB", f"{peak_said}, x 1.5, a tenth left free"),
@@ -229,7 +229,8 @@ def _assumptions(load: Load, blueprint: str, costs: Costs, busy: float, peak: fl
             f"every particle {load.repeats} times, {load.sorted_share:.0%} of them refined",
             "given, or assumed: people rerun their processing",
         ),
-        ("2D and 3D", "linear in particles; refinement measured with D2: C1 needs more", "measured on 2400 particles"),
+        ("sets of particles", "one per microscope and day", "assumed: each has the fixed costs of 2D and 3D once"),
+        ("2D and 3D", "a fixed part and one per particle; refinement measured with D2: C1 needs more", "two numbers of particles measured"),
         ("busy", f"{busy:.0%} of a core's time", "assumed: catching up after pauses, lost jobs"),
         ("peaks", f"{peak:g} x the mean of reading and writing", "assumed"),
         ("lanes", ", ".join(f"{n} {w:g}" for n, w in SHAPES[blueprint].items()), f"blueprint {blueprint}"),

@@ -161,6 +161,21 @@ def test_particles_without_places_come_back_by_a_mark_of_their_name() -> None:
     assert told == {"unproven": 2}
 
 
+@given(NAMES, PLACES)
+@settings(max_examples=100, deadline=None)
+def test_particles_of_another_birth_far_away_change_no_first_table(names: list[int], places: list[tuple[int, int]]) -> None:
+    """A first table is made in a shorter way than one that is compared with others."""
+    far = born(Birth(7), ROW, of_places([(500, 500)]), None)
+    for found in (of_names(names), of_places(places)):
+        found["claimed_id"] = np.zeros(len(found["pick_y"]), np.int64)
+        (alone, told), (beside, told_beside) = (with_ids(BIRTH, ROW, found, known) for known in (None, known_of([(far, False)])))
+        assert told == told_beside
+        assert alone.keys() == beside.keys()
+        for name in ("particle_id", "particle_half", "pick_y", "pick_x", "pick_score"):
+            assert alone[name].dtype == beside[name].dtype
+            assert alone[name].tolist() == beside[name].tolist()
+
+
 @pytest.mark.parametrize("names", [[], [4]])
 def test_small_tables(names: list[int]) -> None:
     assert len(born(BIRTH, ROW, of_names(names), born(BIRTH, ROW, of_names([4]), None))["particle_id"]) == 1

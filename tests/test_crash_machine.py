@@ -150,8 +150,13 @@ class Store(RuleBasedStateMachine):
                 yield item.row
 
         self._run(work, before, split)
+        there = self._generation().committed()
         for item in items:
             self.failed[item.row].add(item.revision)
+            if self.acknowledged.get(item.row, item.revision) < item.revision and item.row not in there:
+                # the failure of a later input outranks the result, whose shards are nobody's from then on
+                del self.acknowledged[item.row]
+                self.damaged.discard(item.row)
 
     @rule(some=names, before=moments(4), split=st.booleans())
     def change_inputs(self, some, before, split):

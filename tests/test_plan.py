@@ -15,7 +15,7 @@ import yaml
 from typer.testing import CliRunner
 
 from cryodask.cli_plan import plan
-from cryodask.costs import Load, measured_costs
+from cryodask.costs import Load, ParticleCost, measured_costs
 from cryodask.errors import ProjectFileError
 from cryodask.plan import SHAPES, costs_of_project, plan_facility
 from cryodask.run.recipe import make_plan
@@ -55,8 +55,11 @@ def test_the_sum_can_be_done_by_hand():
         for cost in costs.map_stages.values()
     )
     live = 4 * 300 / 3600 * seconds / 0.7
-    particles = 4 * 300 * 24 * 200
-    batch = particles * 2 * (costs.particle_stages["classify2d"][128] + 0.5 * costs.particle_stages["refine3d"][128]) / 86400 / 0.7
+    in_a_set = 300 * 24 * 200  # of a microscope and day; half of them are refined
+    flat, refined = costs.particle_stages["classify2d"][64], costs.particle_stages["refine3d"][128]  # classes cost no more at 128 pixels
+    runs = flat.fixed + flat.per_particle * in_a_set
+    runs += refined.fixed + refined.per_particle * in_a_set / 2 + refined.per_drawn * min(in_a_set / 2, refined.drawn)
+    batch = 4 * 2 * runs / 86400 / 0.7
     assert found["cores for live"] == pytest.approx(live)
     assert found["cores for batch"] == pytest.approx(batch, rel=1e-6)
     assert found["cores"] == math.ceil(max((live + batch) / 0.75, 2 * live))
@@ -71,8 +74,22 @@ def test_costs_of_a_movie_are_those_that_were_measured():
     # 3838 x 3710 x 32 frames took 10.7 s with reading in benchmarks/motion.py
     motion = costs.map_stages["motion"].per_unit * 3838 * 3710 * 32 / 1e6
     assert 0.5 * 10.7 < motion < 1.5 * 10.7
-    assert costs.particle_seconds("refine3d", 64) < costs.particle_seconds("refine3d", 128) < costs.particle_seconds("refine3d", 256)
-    assert costs.particle_seconds("classify2d", 16) == costs.particle_seconds("classify2d", 64)
+    small, middle, large = (costs.particle_seconds("refine3d", box, 1e5) for box in (64, 128, 256))
+    assert small < middle < large
+    assert costs.particle_seconds("classify2d", 16, 1000) == costs.particle_seconds("classify2d", 64, 1000)
+
+
+def test_particles_cost_a_fixed_part_and_passes_that_draw_some_of_them():
+    cost = ParticleCost(fixed=10.0, per_particle=0.01, per_drawn=0.1, drawn=1000)
+    assert [cost.seconds(n) for n in (0, 500, 1000, 3000)] == pytest.approx([10.0, 65.0, 120.0, 140.0])
+
+
+def test_between_and_beyond_two_boxes_seconds_are_a_power_law():
+    by_box = {64: ParticleCost(2.0, 0.02, 0.0, 0), 128: ParticleCost(1.0, 0.07, 0.1, 100)}  # of 100 particles 4 and 18 s
+    costs = replace(measured_costs(), particle_stages={"refine3d": by_box, "ab_initio": {64: by_box[64]}})
+    found = [costs.particle_seconds("refine3d", box, 100) for box in (32, 64, 128, 256)]
+    assert found == pytest.approx([4.0, 4.0, 18.0, 81.0])
+    assert [costs.particle_seconds("ab_initio", box, 100) for box in (64, 256)] == pytest.approx([4.0, 4.0])
 
 
 def test_movies_that_stay_where_they_lie_save_their_copy():

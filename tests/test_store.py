@@ -22,6 +22,24 @@ from cryodask.store.journal import Journal, content_crc, decode_value, encode_va
 from cryodask.store.layouts import Grid
 from cryodask.store.project import Arrival, Project
 from cryodask.store.shards import Layout, ShardReader, file_crc, write_shard
+from cryodask.store.table import Column
+
+COLUMNS = {
+    "numbers": ([1, 2.5], 0),
+    "arrays": ([np.arange(3.0), np.zeros(0), np.ones(1)], 1),
+    "pictures": ([np.arange(6.0).reshape(2, 3), np.zeros((2, 3))], 2),
+    "one dtype each": ([np.arange(3), np.arange(2.0)], 1),
+    "none": ([], 1),
+}
+
+
+@pytest.mark.parametrize(("values", "ndim"), COLUMNS.values(), ids=COLUMNS)
+def test_a_column_of_encoded_values_is_that_of_the_values(values, ndim):
+    found, expected = Column.of_encoded([encode_value(v) for v in values], "f4", ndim), Column.of(values, "f4", ndim)
+    assert found.flat.dtype == expected.flat.dtype
+    assert found.flat.tolist() == expected.flat.tolist()
+    assert found.shapes.tolist() == expected.shapes.tolist()
+    assert found.shapes.shape == expected.shapes.shape
 
 
 @settings(max_examples=40, deadline=None)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -235,6 +236,15 @@ class Chain:
     def _journals(self, link: Link) -> Generation:
         # kept, because its journals are read incrementally
         return self._read.setdefault(link.label, Generation(link.folder))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Context manager in which this process commits items together, stage by stage (see :func:`~cryodask.run.here.process_here`)."""
+        with ExitStack() as stack:
+            # left in reverse order: what an early stage made is safe before what was made from it
+            for link in reversed(self.links):
+                stack.enter_context(self._generation(link.label).together())
+            yield
 
     # --- in a worker --------------------------------------------------------------------------------------------------------------
     def run(self, item: Item, brief: Brief, device: str, attempt: int) -> None:

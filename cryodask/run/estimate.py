@@ -90,7 +90,7 @@ class Estimator:
         edge = image_edge(self.plan, self.project, step)
         if edge is None or step.stage.name not in measured_costs().particle_stages:
             return None
-        return measured_costs().particle_seconds(step.stage.name, edge) * todo
+        return measured_costs().particle_seconds(step.stage.name, edge, todo)
 
     def _particles_an_exposure(self, step: Step) -> int | None:
         """Mean number of particles per exposure that has any."""

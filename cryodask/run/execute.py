@@ -23,11 +23,12 @@ from cryodask.run.events.reports import Reports
 from cryodask.run.events.tally import Tally
 from cryodask.run.groups import chains_of
 from cryodask.run.health import Watch, scheduler_needed
+from cryodask.run.here import process_here
 from cryodask.run.imports import left_out_text, nothing_fits, rows_told
 from cryodask.run.inputs import SHARED_REASONS, StepInputs, particle_set, step_inputs, whole_values
 from cryodask.run.keys import Keys
 from cryodask.run.made_in import MadeIn, before_adding
-from cryodask.run.map import MapRunner, process_here
+from cryodask.run.map import MapRunner
 from cryodask.run.recipe import Plan, Step
 from cryodask.run.record import note_line
 from cryodask.run.refs import Refer

@@ -103,7 +103,7 @@ class TableImport:
         self._images = bool(step.params.images)
         self._codes = {name: code for code, name in enumerate(self.table.micrographs)}
         self._stems = {Path(name).stem: code for name, code in self._codes.items()}
-        self._digests = row_digests(self.table)
+        self._digests = self.table.digests
         self._stacks: list[Path | None] = []
         if self._images:
             self._stacks = [find_beside(stack, Path(self.path)) for stack in self.table.stacks]
@@ -148,19 +148,6 @@ class TableImport:
         if self._images:
             digest.update("".join(self._contents[i] for i in np.unique(self.table.stack[rows]).tolist()).encode())
         return digest.hexdigest()
-
-
-def row_digests(table: Any) -> np.ndarray:
-    """One hash per row of a particle table: depends on all its values, not on its position in the file."""
-    total = np.zeros(len(table), np.uint64)
-    with np.errstate(over="ignore"):
-        columns = [*(v for _, v in sorted(table.columns.items())), table.image_index.astype(np.float64)]
-        for i, values in enumerate(columns):
-            exact = np.asarray(values, np.int64 if values.dtype == np.int64 else np.float64)  # an id does not fit into a float
-            z = np.ascontiguousarray(exact).view(np.uint64) + np.uint64(0x9E3779B97F4A7C15) * np.uint64(2 * i + 1)
-            z = (z ^ (z >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
-            total += z ^ (z >> np.uint64(29))
-    return total
 
 
 class PicksImport:

@@ -24,7 +24,7 @@ from cryodask.errors import CryodaskError
 from cryodask.run.devices import CPU_DEVICE, GPU, GPU_DEVICE, gpu_items, with_gpus
 from cryodask.run.health import Watch, scheduler_needed
 from cryodask.run.isolation import ItemDied, ItemFailure, blamed_at_first_death, in_child, time_limit
-from cryodask.run.residents import Run, in_run, keep, new_run, release_everywhere, run_here, stop_everywhere, stopped_here
+from cryodask.run.residents import Run, in_run, keep, new_run, release_everywhere, stop_everywhere, stopped_here
 from cryodask.store.project import Item
 
 PREFIX = "item"
@@ -368,40 +368,6 @@ class MapRunner:
             self.event("quarantined", item, f"{name}: {message}")
             return
         self.event("again", item, f"{name}: {message}")
-
-
-def process_here(
-    job: Job,
-    source: Iterable[Item | None],
-    *,
-    event: Callable[[str, Item | None, str], None] = lambda kind, item, text: None,
-    first_attempt: int = 0,
-    stopped: Callable[[], bool] = lambda: False,
-) -> None:
-    """Process and commit items in this process: for stages that cost less than the message to a worker.
-
-    Raises
-    ------
-    CryodaskError
-        If an error affects all items (a full disk).
-    """
-    with run_here():
-        for number, item in enumerate(item for item in source if item is not None):
-            if stopped():
-                return
-            event(*_processed_here(job, item, first_attempt + number))
-
-
-def _processed_here(job: Job, item: Item, attempt: int) -> tuple[str, Item, str]:
-    """Process one item; returns the event for it."""
-    try:
-        job.run(item, job.brief(item, False), CPU_DEVICE, attempt)
-    except Exception as error:  # as on a worker: whatever a stage raises is recorded
-        if isinstance(error, CryodaskError) and error.on_failure == "stop":
-            raise
-        job.quarantine(item, type(error).__name__, str(error)[:2000], 1)
-        return "quarantined", item, f"{type(error).__name__}: {error}"
-    return "done", item, ""
 
 
 def _word_of(future: Future[Any]) -> str:

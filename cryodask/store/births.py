@@ -45,6 +45,9 @@ def known_of(tables: Iterable[tuple[Mapping[str, Any], bool]]) -> dict[str, np.n
     """
     parts: dict[str, list[np.ndarray]] = {name: [np.zeros(0, VARIABLES[name].dtype)] for name in KNOWN}
     parts["own"] = [np.zeros(0, bool)]
+    tables = list(tables)
+    if not tables:
+        return {name: some[0] for name, some in parts.items()}
     for table, own in tables:
         count = len(table["particle_id"])
         filled = {"natural_key": np.full(count, -1, np.int64), "own": np.full(count, own), **table}
@@ -140,6 +143,8 @@ def _settle(birth: Birth, row: int, found: Mapping[str, Any], before: Mapping[st
         table["natural_key"] = np.asarray(natural, np.int64)[kept]
     half = np.asarray(found.get("half_set", np.full(count, -1)), np.int8)[kept]
     table["particle_half"] = _halves(birth, table["particle_id"], half, known)
+    if not len(known["particle_id"]):
+        return {name: values.astype(VARIABLES[name].dtype) for name, values in table.items()}, kept
     gone = _latest(known, known["own"] & ~np.isin(known["particle_id"], ids[kept]))
     lost = {name: known[name][gone] for name in table}
     lost["pick_score"] = np.full(len(gone), np.nan, np.float32)
@@ -167,6 +172,8 @@ def _by_name(
         if key >= 0 and own and (np.isfinite(score) or key not in named):  # if two had the same name, the later one
             named[key] = one
     ids, kept = given.copy(), np.ones(len(given), bool)
+    if not len(known["particle_id"]) and not given.any() and len(set(called)) == len(called):
+        return ids, kept
     taken: set[int] = set()
     used: set[Any] = set()
     for i in [*np.flatnonzero(given > 0).tolist(), *np.flatnonzero((given == 0) & (lead == np.arange(len(given)))).tolist()]:
@@ -184,6 +191,8 @@ def _by_place(
     birth: Birth, ids: np.ndarray, fresh: np.ndarray, place: np.ndarray, known: Mapping[str, np.ndarray], not_these: np.ndarray
 ) -> None:
     """Assign the ids of known particles by position; `ids` is filled in place."""
+    if not len(known["particle_id"]):
+        return
     taken = np.concatenate([ids[ids > 0], not_these])
     candidates = (known["own"] | (birth_of(known["particle_id"]) == birth.number)) & ~np.isin(known["particle_id"], taken)
     old = _latest(known, candidates & np.isfinite(known["pick_y"]) & np.isfinite(known["pick_x"]))
@@ -200,10 +209,12 @@ def _latest(known: Mapping[str, np.ndarray], mask: np.ndarray) -> np.ndarray:
 
 def _halves(birth: Birth, ids: np.ndarray, given: np.ndarray, known: Mapping[str, np.ndarray]) -> np.ndarray:
     """Half-sets are assigned once: known particles (or their parents) keep theirs, others as given, else by the rule."""
+    new = np.where(given >= 0, given, half_sets(ids, birth.seed)).astype(np.int8)
+    if not len(known["particle_id"]):
+        return new
     once: dict[int, int] = {}
     for one, half in zip(known["particle_id"].tolist(), known["particle_half"].tolist()):
         once.setdefault(one, half)
-    new = np.where(given >= 0, given, half_sets(ids, birth.seed))
     both = zip(ids.tolist(), parent_of(ids).tolist(), new.tolist())
     return np.array([once.get(one, once.get(parent, half)) for one, parent, half in both], np.int8)
 

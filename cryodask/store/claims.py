@@ -73,6 +73,8 @@ def proven(row: int, found: Mapping[str, Any], known: Mapping[str, np.ndarray]) 
     """
     claimed = np.asarray(found["claimed_id"], np.int64)
     count, parent = len(claimed), parent_of(claimed)
+    if not claimed.any():
+        return {"particle_id": claimed, "lead": np.arange(count), "copy": np.zeros(count, np.int64)}
     y, x, placed = _claimed_places(found, count)
     keys = np.asarray(found.get("natural_key", np.full(count, -1)), np.int64)
     places, names = _proofs(known)

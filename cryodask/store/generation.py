@@ -13,8 +13,8 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -230,6 +230,12 @@ class Generation:
             record = _record(row, name, columns, shards, {**info, **made_in, **({"layouts": layouts} if layouts else {})})
             self.journal.append(record)
         return record
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Context manager in which commits are not safe before its end: then all are, with one sync."""
+        with disk_errors(self.path), self.journal.together():
+            yield
 
     def _layout_of_value(self, var: Var, value: Any) -> Layout:
         """The first data set's layout if the value fits it, else that of another data set with its size and type."""

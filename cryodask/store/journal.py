@@ -14,7 +14,8 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,7 @@ class Journal:
         self._lock = threading.Lock()
         self._fd: int | None = None
         self._pid = self._epoch = 0
+        self._held: list[Record] | None = None
         self._ends = Ends(self.folder)
         self._file = self.folder
         self._reading = threading.Lock()
@@ -124,6 +126,9 @@ class Journal:
         TakenOverError
             In a driver that has lost the lock. Nothing is written.
         """
+        if self._held is not None:
+            self._held += records
+            return
         holder = holder_of(self.folder)
         if holder is not None:
             records = tuple({**record, "epoch": holder.epoch} for record in records)
@@ -150,6 +155,17 @@ class Journal:
                 os.close(self._fd)
                 self._fd = None
                 raise
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Hold back the records appended in the block, and write them at its end with one sync. Only for a journal of one thread."""
+        self._held = []
+        try:
+            yield
+        finally:
+            held, self._held = self._held, None
+            if held:
+                self.append(*held)
 
     def refuse_void(self, epoch: int) -> None:
         """Refuse work whose lines would be void, so that it does not overwrite the results of others.

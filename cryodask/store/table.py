@@ -14,6 +14,7 @@ import os
 import struct
 import zipfile
 import zlib
+from binascii import a2b_base64
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +49,17 @@ class Column:
         arrays = [np.asarray(v, dtype=dtype) for v in values]
         flat = np.concatenate([a.ravel() for a in arrays]) if arrays else np.zeros(0, dtype)
         return cls(flat, np.array([a.shape for a in arrays], dtype=np.int64).reshape(len(arrays), ndim))
+
+    @classmethod
+    def of_encoded(cls, values: list[Any], dtype: str, ndim: int) -> Column:
+        """From a list of values as they are in records (see :func:`~cryodask.store.journal.encode_value`)."""
+        types = {v["dtype"] if isinstance(v, dict) and len(v["shape"]) == ndim else "" for v in values}
+        if len(types) != 1 or "" in types:
+            return cls.of([decode_value(v) for v in values], dtype, ndim)
+        # one array of all bytes: an array per item would cost several times more
+        raw = b"".join([a2b_base64(v["base64"]) for v in values])
+        shapes = np.array([v["shape"] for v in values], dtype=np.int64).reshape(len(values), ndim)
+        return cls(np.frombuffer(raw, types.pop()).astype(dtype), shapes)
 
     def take(self, index: np.ndarray) -> Column:
         """Some items, in the order of ``index``."""
@@ -122,9 +134,7 @@ class Table:
             stored={v.name: np.array([v.name in r["shards"] for r in good], dtype=bool) for v in gives if v.kind == "bulk"},
             failures={row: r for row, r in records.items() if not r["ok"]},
             columns={
-                v.name: Column.of([decode_value(r["columns"][v.name]) for r in good], v.dtype, len(v.dims))
-                for v in wanted
-                if v.dtype != "U"
+                v.name: Column.of_encoded([r["columns"][v.name] for r in good], v.dtype, len(v.dims)) for v in wanted if v.dtype != "U"
             },
             texts={v.name: _objects([r["columns"][v.name] for r in good]) for v in wanted if v.dtype == "U"},
         )

@@ -142,7 +142,7 @@ def _lines(file: IO[bytes]) -> Iterator[bytes]:
         if new and not cut:
             raise _UnusualError
         lines, rest = data[:cut], data[cut:]
-        if found := _NEXT_BLOCK.search(b"\n" + lines):
+        if b"data_" in lines and (found := _NEXT_BLOCK.search(b"\n" + lines)):
             file.seek(found.start() - len(data), 1)
             yield lines[: found.start()]
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,19 @@ class ParticleTable:
     def half_set(self) -> np.ndarray:
         """Half of each particle, int8: 0 or 1, -1 where the file gives none."""
         return self.columns.get("half_set", np.full(len(self), -1, dtype=np.int8))
+
+    @functools.cached_property
+    def digests(self) -> np.ndarray:
+        """One hash per row, uint64: depends on all its values, not on its position in the file."""
+        total = np.zeros(len(self), np.uint64)
+        with np.errstate(over="ignore"):
+            columns = [*(v for _, v in sorted(self.columns.items())), self.image_index.astype(np.float64)]
+            for i, values in enumerate(columns):
+                exact = np.asarray(values, np.int64 if values.dtype == np.int64 else np.float64)  # an id does not fit into a float
+                z = np.ascontiguousarray(exact).view(np.uint64) + np.uint64(0x9E3779B97F4A7C15) * np.uint64(2 * i + 1)
+                z = (z ^ (z >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
+                total += z ^ (z >> np.uint64(29))
+        return total
 
     @property
     def particle_id(self) -> np.ndarray | None:

@@ -179,8 +179,9 @@ class LogFile:
             return
         line = f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(event.time))}  {text}\n"
         try:
-            self._path.parent.mkdir(exist_ok=True)
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(line)
+            if not self._path.exists():
+                self._path.parent.mkdir(exist_ok=True)
+            with open(self._path, "ab", buffering=0) as file:
+                file.write(line.encode())
         except OSError:
             return
