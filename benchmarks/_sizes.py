@@ -214,9 +214,9 @@ def pass_state(case: Case, particles: Particles, params: Refine3DParams, phase: 
     reference = resize_map(cut_map(torch.from_numpy(particles.truth), rings), rf.map_box(rings, box))
     last = phase == "local"
     return {
-        **state, "iteration": 9, "phase": phase, "passes": params.iterations - 1 if last else 0, "fine": last, "checked": last,
-        "rings": rings, "best_rings": rings, "maps": torch.stack([reference, reference]).numpy(), "noise_power": np.ones(box // 2),
-        "scale": 1.0, "shift_sigma_angstrom": SHIFT_SD_ANGSTROM, "pose_certainty": 0.9,
+        **state, **rf.beginning(state | {"start_maps": state["maps"]}, particles.set.count), "iteration": 9, "phase": phase,
+        "passes": params.iterations - 1 if last else 0, "rings": rings, "best_rings": rings, "parts": 1,
+        "maps": torch.stack([reference, reference]).numpy(), "scale": 1.0, "shift_sigma_angstrom": SHIFT_SD_ANGSTROM, "pose_certainty": 0.9,
     }  # fmt: skip
 
 
