@@ -29,7 +29,6 @@ DRAWS = 4
 DRAWN_BATCH = 250
 """Particles of a half-set between two maps while poses are drawn."""
 DRAWN_PASSES, FEWEST_DRAWN_PASSES = 6, 2
-FEWEST_GLOBAL_PASSES = 2
 DRAWN_PARTICLES = 5000
 """Particles of a half-set that a drawn pass uses at most: 14 Angstrom need no more."""
 MEMORY = 3.0
@@ -255,7 +254,7 @@ def next_phase(state: State, new: State, *, iterations: int) -> None:
         if decisive and math.isnan(state["pose_certainty"]):
             # only the first such pass tells: later the certainty rises whether or not the poses are right
             new["pose_certainty"] = certainty
-        ready = decisive and new["passes"] >= FEWEST_GLOBAL_PASSES and (certainty >= SURE or new["stalled"] >= 1)
+        ready = decisive and (certainty >= SURE or new["stalled"] >= 1)
         if ready or new["stalled"] >= 2:
             new["phase"], new["stalled"] = "local" if decisive else "verdict", 0
     elif new["stalled"] >= 1:
