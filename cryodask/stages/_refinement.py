@@ -50,7 +50,7 @@ stood still at 11.3 with 0.61, where a right map had 0.65."""
 CERTAIN_ANYHOW = 0.85
 """Pose certainty that decides at any resolution, for data that end before that: wrong maps had at most 0.64 there."""
 SURE = 0.9
-"""Pose certainty from which further passes over all views change nothing."""
+"""Pose certainty, in the last part of a pass, from which further passes over all views change nothing."""
 REACH_STEPS, REACH_OF_MASK = 3.0, 0.06
 """How far views are searched about a particle's last shift: steps of the shifts, or a share of the mask's diameter if that is more."""
 FIRST_ANGSTROM = 28.0
@@ -254,8 +254,8 @@ def next_phase(state: State, new: State, *, iterations: int) -> None:
         if decisive and math.isnan(state["pose_certainty"]):
             # only the first such pass tells: later the certainty rises whether or not the poses are right
             new["pose_certainty"] = certainty
-        ready = decisive and (certainty >= SURE or new["stalled"] >= 1)
-        if ready or new["stalled"] >= 2:
+        sure = decisive and new["certainty"] >= SURE
+        if sure or new["stalled"] >= 2:
             new["phase"], new["stalled"] = "local" if decisive else "verdict", 0
     elif new["stalled"] >= 1:
         new["phase"] = "verdict"
