@@ -250,11 +250,12 @@ def next_phase(state: State, new: State, *, iterations: int) -> None:
     new["best_log_likelihood"] = max(likelihood, state["best_log_likelihood"])
     new["stalled"] = 0 if improved else state["stalled"] + 1
     if state["phase"] == "global":
-        decisive = min(part["rings"] for part in parts) >= sizes.ring_of(DECISIVE_ANGSTROM) or certainty >= CERTAIN_ANYHOW
+        fine = sizes.ring_of(DECISIVE_ANGSTROM)
+        sure = new["certainty"] >= SURE and state["rings"] >= fine
+        decisive = sure or min(part["rings"] for part in parts) >= fine or certainty >= CERTAIN_ANYHOW
         if decisive and math.isnan(state["pose_certainty"]):
             # only the first such pass tells: later the certainty rises whether or not the poses are right
-            new["pose_certainty"] = certainty
-        sure = decisive and new["certainty"] >= SURE
+            new["pose_certainty"] = new["certainty"] if sure else certainty
         if sure or new["stalled"] >= 2:
             new["phase"], new["stalled"] = "local" if decisive else "verdict", 0
     elif new["stalled"] >= 1:
