@@ -19,7 +19,9 @@ def check_particles(particles: ParticleSet, mask_diameter_angstrom: float | None
     """
     nothing = np.full(particles.count, np.nan)
     u, v = (np.asarray(particles.columns.get(f"defocus_{axis}_angstrom", nothing), float) for axis in "uv")
-    lacking = int((~(np.abs(u + v) >= 2.0 * _LEAST_DEFOCUS_ANGSTROM)).sum())
+    # a phase plate needs no defocus
+    phase = np.asarray(particles.columns.get("phase_shift_deg", np.zeros(particles.count)), float)
+    lacking = int((~((np.abs(u + v) >= 2.0 * _LEAST_DEFOCUS_ANGSTROM) | (np.isfinite(u + v) & (np.abs(phase) > 1.0)))).sum())
     if lacking:
         raise InputError(
             f"{lacking} of {particles.count} particles have no CTF: their defocus is missing or zero",
