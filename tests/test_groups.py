@@ -59,3 +59,4 @@ def test_a_micrograph_without_evidence_keeps_a_contrast_of_1():
     assert found[2] / found[1] == pytest.approx(5 / 3, rel=0.05)
     assert (found * [0.0, 400.0, 400.0]).sum() / 800.0 == pytest.approx(1.0)
     assert list(gr.updated_contrast(np.zeros(2), np.zeros(2))) == [1.0, 1.0]
+    assert list(gr.updated_contrast(np.array([-3.0, 5.0]), np.array([40.0, 40.0]))) == [1.0, 1.0]

@@ -91,9 +91,14 @@ def pose_sums(state: State, block: Loaded, rows: Tensor, terms: Tensor, noise_po
 
 
 def updated_contrast(cross: np.ndarray, norm: np.ndarray) -> np.ndarray:
-    """Likeliest contrast of each micrograph `(micrograph,)`, with a prior about 1; the mean over the signal is 1."""
+    """Likeliest contrast of each micrograph `(micrograph,)`, with a prior about 1; the mean over the signal is 1.
+
+    All are 1 where the map explains nothing.
+    """
     # own maps fit the noise a little, which raises the contrast of all alike
     common = cross.sum() / max(norm.sum(), 1e-30)
+    if common < 0.1:
+        return np.ones_like(norm)
     prior = 0.5 / CONTRAST_SPREAD**2
-    found = np.clip((cross / max(common, 1e-3) + prior) / (norm + prior), *_CONTRAST_LIMITS)
-    return found / (found @ norm / norm.sum()) if norm.sum() > 0 else np.ones_like(found)
+    found = np.clip((cross / common + prior) / (norm + prior), *_CONTRAST_LIMITS)
+    return np.asarray(found / (found @ norm / norm.sum()))
