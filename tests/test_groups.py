@@ -6,8 +6,10 @@ import pytest
 from _particles import blob_map, simulate
 
 from cryodask.run.blocks import ParticlesInMemory, iterate_here
+from cryodask.run.inputs import _data_sets
 from cryodask.stages import _groups as gr
 from cryodask.stages.refine3d import Refine3DParams, refine3d
+from cryodask.store.project import Item
 
 BOX, PIXEL, COUNT = 48, 4.0, 360
 
@@ -60,3 +62,19 @@ def test_a_micrograph_without_evidence_keeps_a_contrast_of_1():
     assert (found * [0.0, 400.0, 400.0]).sum() / 800.0 == pytest.approx(1.0)
     assert list(gr.updated_contrast(np.zeros(2), np.zeros(2))) == [1.0, 1.0]
     assert list(gr.updated_contrast(np.array([-3.0, 5.0]), np.array([40.0, 40.0]))) == [1.0, 1.0]
+
+
+def test_data_sets_are_told_apart_by_their_first_exposure_and_not_by_their_name():
+    class Exposures:  # what of a project is needed
+        def __init__(self, names):
+            places = [(4, "early"), (1, "late"), (2, "early"), (3, "other")]
+            self._items = [
+                Item(row, f"m{row}", f"c{row}", {"data_set": names[name], "source": name if name == "other" else ""})
+                for row, name in places
+            ]
+
+        def items(self):
+            return self._items
+
+    for names in ({"early": "a", "late": "b", "other": "a"}, {"early": "z", "late": "y", "other": "z"}):
+        assert list(_data_sets(Exposures(names), np.array([1, 2, 3, 4, 4]))) == [1, 2, 3, 2, 2]
