@@ -49,13 +49,18 @@ JUNK_LABEL = "cryodaskJunk"
 
 @dataclass(frozen=True)
 class Molecule:
-    """An atomic model: its file, which part of it, its point group and the diameter of its spherical mask."""
+    """An atomic model: its file, which part of it, its point group and the diameter of its spherical mask.
+
+    With ``copies`` a ring is made of the part, about z, with its centre ``ring_radius_angstrom`` from the axis.
+    """
 
     file: Path
     mask_diameter_angstrom: float | None
     symmetry: str = "C1"
     chains: tuple[str, ...] = ()
     assembly: bool = False
+    copies: int = 1
+    ring_radius_angstrom: float = 0.0
 
 
 _MODELS = SHARED / "data" / "models"
@@ -67,6 +72,8 @@ MOLECULES = {
     "4jsv": Molecule(_MODELS / "4jsv.pdb.gz", 160.0, chains=("B", "D")),
     "5a1a": Molecule(_MODELS / "5a1a.cif.gz", 200.0, symmetry="D2"),
     "7a4m": Molecule(_MODELS / "7a4m.cif.gz", 150.0, symmetry="O", assembly=True),
+    "ring4": Molecule(_MODELS / "4jsv.pdb.gz", 150.0, symmetry="C4", chains=("D",), copies=4, ring_radius_angstrom=38.0),
+    "ring7": Molecule(_MODELS / "4jsv.pdb.gz", 190.0, symmetry="C7", chains=("D",), copies=7, ring_radius_angstrom=60.0),
 }
 
 
@@ -95,7 +102,13 @@ def read_atoms(model: Molecule) -> tuple[np.ndarray, list[str]]:
         transforms = [operator.transform for part in structure.assemblies[0].generators for operator in part.operators]
         positions = np.concatenate([positions @ np.array(t.mat.tolist()).T + np.array(t.vec.tolist()) for t in transforms])
         elements = elements * len(transforms)
-    return positions - positions.mean(0), elements
+    positions = positions - positions.mean(0)
+    if model.copies > 1:
+        angles = 2.0 * np.pi * np.arange(model.copies) / model.copies
+        turns = np.array([[[np.cos(a), np.sin(a), 0.0], [-np.sin(a), np.cos(a), 0.0], [0.0, 0.0, 1.0]] for a in angles])
+        off = positions + np.array([model.ring_radius_angstrom, 0.0, 0.0])
+        positions, elements = np.concatenate([off @ turn for turn in turns]), elements * model.copies
+    return positions, elements
 
 
 def density(positions: np.ndarray, elements: list[str], box: int, pixel: float, b_factor_a2: float = B_FACTOR_A2) -> np.ndarray:
