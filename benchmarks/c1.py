@@ -6,7 +6,8 @@
 
 Molecules: 9be6, 6bqn, 7yc8, 6rn2, 4jsv (none symmetric), 5a1a (D2), 7a4m (O), rings of one protein (ring4, ring7), or a PDB or mmCIF
 file; 2000 particles of 64 pixels of 3.54 A at physical noise (see _molecules.py) unless said otherwise. A given STAR file is one of RELION
-3.1, with white protein and noise of about unit variance; poses in it serve the judge only. ``--seed`` is that of the run; the stack's is ``--stack-seed``.
+3.1, with white protein and noise of about unit variance; poses in it serve the judge only. ``--seed`` is that of the run; the stack's is
+``--stack-seed``.
 
 CPU seconds are user and system time of this process with one thread, without the judge. The last line is JSON; keys that the product or
 the data do not give are null.
