@@ -31,9 +31,10 @@ DRAWS = 2
 NOISE_RATE = 0.3
 HOLD = 22
 """Steps at the last resolution. Ending where the likelihood stands still instead left 17 % of the poses at a mate (nucleosome)."""
-MOST_STEPS, MOST_STEPS_OF_LARGE_GROUPS = 250, 40
-"""A tie may take 110 steps to break (a ribozyme); round shells of large groups have none."""
-LARGE_GROUP = 12
+MOST_STEPS, MOST_STEPS_OF_LARGE_GROUPS = 250, 60
+"""A tie may take 110 steps to break (a ribozyme); with symmetry there is hardly one, but rings and shells may never reach the end: the
+refinement that follows does (C7, O)."""
+LARGE_GROUP = 4
 BEYOND = 6
 """Shells inserted beyond the last ring."""
 SHIFT_RANGE_ANGSTROM = 12.0
