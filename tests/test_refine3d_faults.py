@@ -16,6 +16,7 @@ from cryodask.kernels.rows import image_rows
 from cryodask.kernels.signal_share import explained_share
 from cryodask.kernels.verdict import LEAST_EXPLAINED
 from cryodask.stage import ParticleSet
+from cryodask.stages import _verdict
 from cryodask.stages.ab_initio import AbInitioParams, ab_initio
 from cryodask.stages.refine3d import Refine3DParams, refine3d
 
@@ -177,3 +178,18 @@ def test_noise_of_the_maps_does_not_count_against_them_but_missing_signal_does()
     noisy = whole.copy()
     noisy[[0, 2, 4], 6:] = 9.0
     assert explained_share(noisy, np.ones(10)) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("certainty", "phase"), [(0.8, "sort"), (float("nan"), "verdict")])
+def test_junk_is_sorted_out_only_where_poses_were_decided(certainty, phase):
+    """A third of the particles is not helped; noise explains a tenth at a mean gain of 3.3."""
+    state = {
+        "phase": "verdict", "pose_certainty": certainty, "view_coverage": 1.0, "cut_share": 0.0, "noise_power": np.ones((1, 12)),
+        "sorted": False, "length_angstrom": 200.0, "start_rings": 7,
+    }  # fmt: skip
+    sums = [{"tested": 120, "gain": 396.0, "gain_square": 2500.0, "unhelped": 40, "count": 500, "products": np.zeros((5, 8))}]
+    new, metrics = _verdict.judged(state, sums)
+    assert new["phase"] == phase
+    assert ("unhelped" in metrics) == (phase == "sort")
+    few, _ = _verdict.judged(state, [{**sums[0], "unhelped": 20}])
+    assert few["phase"] == "verdict"

@@ -191,7 +191,7 @@ def search(
     box: int, rings: list[int], most: list[int], steps: list[int], least: float, nats: float, prior: float, operators: Tensor,
     survivors: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """See :func:`cryodask.kernels._slices_numba.search`; returns rotations, shifts, score, evidence and count of the modes."""
+    """See :func:`cryodask.kernels._slices_numba.search`; returns rotations, shifts, score, evidence, count and factor of the modes."""
     n, widest = shifts.shape[:2]
     device = images.device
     pose, shift = rotations.double(), shifts.double()

@@ -95,7 +95,8 @@ def judged(new: State, sums: list[Sums]) -> tuple[State, Metrics]:
     succeeded = Evidence(**figures).succeeded
     new |= {"succeeded": succeeded, **figures, "done": True}
     unhelped = sum(s["unhelped"] for s in sums) / tested
-    if not new["sorted"] and unhelped - unhelped_by_noise(gain) > JUNK_SHARE and unhelped < 1.0 - JUNK_SHARE:
+    junk = unhelped - unhelped_by_noise(gain) > JUNK_SHARE and unhelped < 1.0 - JUNK_SHARE
+    if junk and not new["sorted"] and not math.isnan(new["pose_certainty"]):
         return {**new, "phase": "sort", "done": False}, {"phase": "verdict", "unhelped": unhelped}
     if not succeeded:
         new["resolution_angstrom"] = new["length_angstrom"] / new["start_rings"]
