@@ -38,7 +38,7 @@ def _memory(params: PostprocessParams, sizes: Sizes) -> float:
 
 
 @stage(
-    version=2,
+    version=3,
     shape="whole",
     needs=["half_map", "solvent_mask", "map_pixel_size_angstrom"],
     optional=["succeeded", "fourier_coverage"],
