@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cryodask.cluster.settings import Line, Memory, SlurmSettings, network_file_system, parse_settings
+from cryodask.documents import StrictModel, expand, read_yaml
 from cryodask.errors import ClusterError, ProjectFileError, StoreError
 
 if TYPE_CHECKING:
@@ -34,11 +35,7 @@ if TYPE_CHECKING:
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Stripe(_Section):
+class Stripe(StrictModel):
     """How Lustre spreads the files of a folder: over ``count`` targets (-1 for all), in pieces of ``size``."""
 
     count: int = Field(1, ge=-1)
@@ -46,7 +43,7 @@ class Stripe(_Section):
     pool: Line | None = None
 
 
-class Folder(_Section):
+class Folder(StrictModel):
     """A folder that all nodes can see. ``mode`` is octal; new files inherit the group of the folder where the first digit is 2."""
 
     path: Line
@@ -55,14 +52,14 @@ class Folder(_Section):
     stripe: Stripe | None = None
 
 
-class Scratch(_Section):
+class Scratch(StrictModel):
     """Where workers spill: a node-local disk. A network file system is refused unless ``network`` is set."""
 
     path: Line = "${TMPDIR:-/tmp}"
     network: bool = False
 
 
-class Storage(_Section):
+class Storage(StrictModel):
     """``raw``: what the microscopes write, one folder per session. ``projects``: project files and results."""
 
     raw: Folder
@@ -70,21 +67,21 @@ class Storage(_Section):
     scratch: Scratch = Scratch()
 
 
-class Simulated(_Section):
+class Simulated(StrictModel):
     """What is made before a session starts, for trying a blueprint: movies or particles, as ``cryodask.simulate`` makes them."""
 
     movies: dict[str, Any] | None = None
     particles: dict[str, Any] | None = None
 
 
-class Watch(_Section):
+class Watch(StrictModel):
     """When a watched session ends, apart from a file ``stop`` in its results."""
 
     movies: int | None = Field(None, ge=1)
     idle_minutes: float | None = Field(None, gt=0)
 
 
-class Session(_Section):
+class Session(StrictModel):
     """What runs as a separate job on the cluster: a project (``inputs``, ``microscope``, ``pipeline`` of a project file), or a command.
 
     In every string, ``{raw}`` and ``{projects}`` stand for the folders and ``{name}`` for the session.
@@ -103,15 +100,15 @@ class Session(_Section):
         return self
 
 
-class Blueprint(_Section):
+class Blueprint(StrictModel):
     """A blueprint as stored on disk, with its profile applied. ``people``: the lanes that each person may use."""
 
     name: Name
     about: str = ""
     cluster: Any
     storage: Storage
-    people: dict[Name, list[str]] = {}
-    sessions: dict[Name, Session] = {}
+    people: dict[Name, list[str]] = Field(default_factory=dict)
+    sessions: dict[Name, Session] = Field(default_factory=dict)
 
     @field_validator("cluster")
     @classmethod
@@ -131,6 +128,13 @@ class Blueprint(_Section):
         return self
 
 
+def _absolute(given: str, folder: str | Path, file: str | Path) -> str:
+    try:
+        return str((Path(folder) / expand(given)).absolute())
+    except ValueError as error:
+        raise ProjectFileError(f"{file}: {given!r}: {error}.", "", "write the path in full") from None
+
+
 @dataclass(frozen=True)
 class Started:
     """What :func:`start` started; ``invitations`` holds the new ones, for people who had none."""
@@ -148,12 +152,7 @@ def read_blueprint(path: str | Path, profile: str | None = None, folder: str | P
     ------
     ProjectFileError
     """
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ProjectFileError(
-            f"{path} is not a valid blueprint: {error}", "wrong indentation", "compare it with configs/blueprints"
-        ) from None
+    content = read_yaml(path, "blueprint")
     if not isinstance(content, dict) or "cluster" not in content or "storage" not in content:
         raise ProjectFileError(
             f"{path} is not a blueprint: it has no cluster or no storage.", "it is another kind of file", "see configs/blueprints"
@@ -166,13 +165,13 @@ def read_blueprint(path: str | Path, profile: str | None = None, folder: str | P
     storage = content["storage"]
     for name in ("raw", "projects"):
         if isinstance(storage.get(name), dict) and "path" in storage[name]:
-            storage[name]["path"] = str((Path(folder) / Path(storage[name]["path"]).expanduser()).absolute())
+            storage[name]["path"] = _absolute(storage[name]["path"], folder, path)
     scratch = storage.get("scratch") or {}
     for pool in (content["cluster"].get("pools") or {}).values():
         pool.setdefault("scratch", scratch.get("path", "${TMPDIR:-/tmp}"))
         pool.setdefault("network_scratch", scratch.get("network", False))
     if "logs" in content["cluster"]:
-        content["cluster"]["logs"] = str((Path(folder) / Path(content["cluster"]["logs"]).expanduser()).absolute())
+        content["cluster"]["logs"] = _absolute(content["cluster"]["logs"], folder, path)
     try:
         return Blueprint.model_validate(content)
     except ValidationError as error:
@@ -415,7 +414,7 @@ def start(blueprint: Blueprint) -> Started:
     except ClusterError:
         running = service.start(blueprint.cluster, blueprint.name)
     invitations = invite_people(blueprint) if encrypted(blueprint.cluster) else {}
-    runs: dict[str, SubmittedRun | str] = {}
+    runs: dict[str, SubmittedRun | str] = Field(default_factory=dict)
     queue = in_thread(slurm.squeue())
     if queue is None:
         raise ClusterError(

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
+
+from cryodask.documents import StrictModel
 
 
 class InputFileMark:
@@ -56,7 +58,5 @@ def marked_fields(model: type[BaseModel], mark: type) -> list[str]:
     return [n for n, f in model.model_fields.items() if carries(f.annotation, f.metadata)]
 
 
-class Params(BaseModel):
-    """Base of the parameters of every stage: frozen, and unknown names are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class Params(StrictModel):
+    """Base of the parameters of every stage: frozen, and unknown names and words for numbers are refused."""

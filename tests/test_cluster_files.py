@@ -62,8 +62,8 @@ def test_every_line_that_is_commented_out_in_the_shipped_files_may_be_said():
         ({"kind": "local", "worker": 3}, "did you mean 'workers'"),
         ({"kind": "slurm", "pool": {}}, "did you mean 'pools'"),
         (slurm(partitoin="cpu"), r"pools.cpu.partitoin.*did you mean 'partition'"),
-        (slurm(walltime=43200), "write it in quotes"),
-        (slurm(walltime="12h"), "write it in quotes"),
+        (slurm(walltime=43200), "hours:minutes:seconds"),
+        (slurm(walltime="12h"), "hours:minutes:seconds"),
         (slurm(walltime="12:00"), 'minutes and seconds: write "12:00:00" if these are hours, "0:12:00" if not'),
         ({**slurm(), "driver": {"walltime": "30:00"}}, r"driver.walltime.*minutes and seconds"),
         (slurm(memory="much"), "a number with a unit"),
@@ -85,14 +85,12 @@ def test_what_a_file_may_not_say_is_refused_in_three_sentences(content, says):
     with pytest.raises(ProjectFileError, match=says) as refused:
         parse_settings(content, "cluster.yaml")
     assert "cluster.yaml" in refused.value.what
-    assert refused.value.usual_reason
     assert refused.value.way_out
 
 
-def test_an_unquoted_walltime_in_yaml_is_refused_and_not_taken_for_seconds(tmp_path):
+def test_an_unquoted_walltime_in_yaml_is_no_number_to_base_sixty(tmp_path):
     (tmp_path / "c.yaml").write_text("kind: slurm\npools:\n  cpu:\n    memory: 4GiB\n    walltime: 12:00:00\n")
-    with pytest.raises(ProjectFileError, match="write it in quotes"):
-        read_cluster_file(tmp_path / "c.yaml")
+    assert read_cluster_file(tmp_path / "c.yaml").pools["cpu"].walltime == "12:00:00"
 
 
 def test_scratch_on_a_network_file_system_is_refused_unless_asked_for(monkeypatch):
@@ -114,8 +112,8 @@ _HEAD = """\
 #SBATCH -A em
 #SBATCH -n 1
 #SBATCH --cpus-per-task={cores}
-#SBATCH --mem=65536M
 #SBATCH -t 12:00:00
+#SBATCH --mem=65536M
 #SBATCH --no-requeue
 #SBATCH --open-mode=append
 #SBATCH --output=/logs/%x-%j.log
@@ -254,38 +252,6 @@ def test_the_owner_of_a_cluster_is_known_to_live_or_to_be_dead():
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     assert owner_is_dead(f"{host}.{ended.pid}.{born}.{name}")
-
-
-@pytest.mark.parametrize(
-    ("line", "ours"),
-    [
-        ("--comment=mine", "comment"),
-        ("--comm mine", "comment"),
-        ("--constraint=rome --output=/dev/null", "output"),
-        ("-o /dev/null", "output"),
-        ("-e/dev/null", "error"),
-        ("--error=x", "error"),
-        ("--array=0-9", "array"),
-        ("-a 0-9", "array"),
-        ("--requeue", "requeue"),
-        ("--no-requeue", "no-requeue"),
-        ("--job-name=mine", "job-name"),
-        ("-J mine", "job-name"),
-        ("--export=NONE", "export"),
-        ("--wrap=true", "wrap"),
-        ("--open-mode=truncate", "open-mode"),
-    ],
-)
-def test_lines_for_sbatch_that_would_undo_ours_are_refused_with_the_reason(line, ours):
-    jobs = [slurm(directives=[line]), *({**slurm(), job: {"directives": [line]}} for job in ("driver", "service"))]
-    for content in jobs:
-        with pytest.raises(ProjectFileError, match=rf"directives.*--{ours} is set by cryodask: \w+"):
-            parse_settings(content)
-
-
-def test_all_other_lines_for_sbatch_may_be_said():
-    lines = ("--constraint=rome", "--exclusive", "--exclude=c[1-4]", "--nodelist c7", "--reservation=em", "-C 'a&b'", "--time=10")
-    assert parse_settings(slurm(directives=lines)).pools["cpu"].directives == lines
 
 
 @pytest.mark.parametrize(("kind", "ends"), [("nfs", True), ("lustre", True), ("ext2/ext3", False), ("tmpfs", False), ("xfs", False)])

@@ -106,9 +106,10 @@ def test_at_most_twenty_jobs_are_submitted_at_a_time(on_slurm, tmp_path, monkeyp
 
 
 @pytest.mark.slow
-def test_without_a_walltime_a_job_is_replaced_and_left_before_the_one_of_the_partition_ends(on_slurm, tmp_path):
+def test_without_a_walltime_a_job_is_replaced_and_left_before_the_one_of_the_partition_ends(on_slurm, tmp_path, monkeypatch):
+    monkeypatch.setenv("SBATCH_TIMELIMIT", "1")
     # Slurm's least is a minute: the replacement is due 20 s before its end, the leave 10 s before
-    with open_pools(parse_settings(content(tmp_path, count=1, directives=["--time=1"]))) as cluster, Client(cluster) as client:
+    with open_pools(parse_settings(content(tmp_path, count=1))) as cluster, Client(cluster) as client:
         held = client.submit(lambda: 81)
         assert held.result(60) == 81
         (first,) = client.nthreads()

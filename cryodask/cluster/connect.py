@@ -92,7 +92,7 @@ def _of_address(name: str, settings: AddressSettings) -> Client:
         return _running(name, settings.address)
     if settings.scheduler_file:
         return _of_scheduler_file(name, settings.scheduler_file)
-    shared = service.find(str(Path(settings.invitation or "").expanduser()))
+    shared = service.find(settings.invitation or "")
     return _existing(name, address=shared.address, security=shared.security)
 
 
@@ -108,7 +108,7 @@ def _of_plugin(name: str, settings: PluginSettings) -> Client:
 
 
 def _of_scheduler_file(name: str, file: str) -> Client:
-    path = Path(file).expanduser()
+    path = Path(file)
     _reach(_address_in(path), f", which {path} names")
     return _existing(name, scheduler_file=str(path))
 

@@ -5,25 +5,25 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
-import yaml
 from dask.utils import parse_bytes
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     NonNegativeInt,
     PositiveInt,
     ValidationError,
+    ValidationInfo,
     model_validator,
 )
 
+from cryodask.cluster.directives import checked_directive, checked_shell_line
+from cryodask.documents import StrictModel, expand, read_yaml
 from cryodask.errors import ProjectFileError
 from cryodask.plugins import Plugins
 
@@ -45,67 +45,57 @@ def _memory(text: str) -> str:
 
 
 def _walltime(given: object) -> object:
-    # YAML reads an unquoted 12:00:00 as the number 43200, which Slurm would interpret as minutes
     said = str(given)
     if not isinstance(given, (int, float)) and re.fullmatch(r"\d+:\d\d", said):
         raise ValueError(f'Slurm reads two numbers as minutes and seconds: write "{said}:00" if these are hours, "0:{said}" if not')
     if isinstance(given, (int, float)) or not re.fullmatch(r"\d+-\d+:\d\d(:\d\d)?|\d+:\d\d:\d\d", said):
-        raise ValueError('write it in quotes, as "hours:minutes:seconds" or "days-hours:minutes:seconds"')
+        raise ValueError('write it as "hours:minutes:seconds" or "days-hours:minutes:seconds"')
     return given
 
 
 def _one_line(text: str) -> str:
-    if "\n" in text:
-        raise ValueError("must be a single line")
+    if not text.strip() or not text.isprintable():
+        raise ValueError("must be a single line of printable characters")
     return text
 
 
-# lines of a cluster file come after cryodask's own, and the last one counts
-_OUR_DIRECTIVES = {
-    "comment": "it identifies cryodask's jobs in the queue",
-    "job-name": "it identifies the log of a job",
-    "output": "the log shows why a job failed; set its folder with logs: in the cluster file",
-    "error": "the log would no longer show why a job failed",
-    "open-mode": "it would let a job overwrite an existing log",
-    "array": "each job has its own names; count: sets the number of jobs",
-    "requeue": "a lost job is replaced at once, under a new name",
-    "no-requeue": "a lost job is replaced at once, under a new name",
-    "export": "jobs need the environment in which they were submitted; environment: adds to it",
-    "wrap": "a job has a script already",
-}
-_SHORT = {"-J": "job-name", "-o": "output", "-e": "error", "-a": "array"}
+def _file(path: str, info: ValidationInfo) -> str:
+    """A path as written in a cluster file: relative to that file. Addresses of images are no paths."""
+    return path if "://" in path else os.path.normpath(Path((info.context or {}).get("folder", ""), expand(path)).absolute())
 
 
-def _directive(line: str) -> str:
-    for word in shlex.split(_one_line(line)):
-        long = word.removeprefix("--").partition("=")[0] if word.startswith("--") else ""
-        # sbatch accepts abbreviated long options
-        ours = next((name for name in _OUR_DIRECTIVES if long and name.startswith(long)), None) or _SHORT.get(word[:2])
-        if ours:
-            raise ValueError(f"--{ours} is set by cryodask: {_OUR_DIRECTIVES[ours]}")
-    return line
+def _program(path: str, info: ValidationInfo) -> str:
+    return _file(path, info) if "/" in path else path
+
+
+def _on_node(path: str) -> str:
+    # variables are those of the node, but a tilde in quotes would be a folder of that name
+    return os.path.expanduser(path)
 
 
 Memory = Annotated[str, AfterValidator(_memory)]
-Directive = Annotated[str, AfterValidator(_directive)]
 Walltime = Annotated[str, BeforeValidator(_walltime)]
 Line = Annotated[str, AfterValidator(_one_line)]
+Directive = Annotated[Line, AfterValidator(checked_directive)]
+Command = Annotated[Line, AfterValidator(checked_shell_line)]
+FilePath = Annotated[Line, AfterValidator(_file)]
+Program = Annotated[Line, AfterValidator(_program)]
+NodePath = Annotated[Line, AfterValidator(_on_node)]
+Word = Annotated[str, Field(pattern=r"^[\w.,:+=@/-]+$")]
+MemoryOption = Literal["mem", "mem-per-cpu", "none"]
+Weight = Annotated[float, Field(strict=True)]
 PoolName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 ServiceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class _Sharing(_Section):
+class _Sharing(StrictModel):
     """How lanes share the workers (see ``FairShareScheduler``)."""
 
-    lanes: dict[str, float | dict[str, Any]] = {}
+    lanes: dict[str, Weight | dict[str, Any]] = Field(default_factory=dict)
     strict: tuple[str, ...] = ()
-    reserve: dict[str, int] = {}
+    reserve: dict[str, int] = Field(default_factory=dict)
     default_lane: str = "default"
-    memory_share: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}
+    memory_share: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _lanes_exist(self) -> Self:
@@ -119,17 +109,18 @@ class _Sharing(_Section):
         return self.model_dump(include=set(_Sharing.model_fields))
 
 
-class JobSettings(_Section):
+class JobSettings(StrictModel):
     """A Slurm job without workers: a service's scheduler or a driver. ``partition``, ``account`` and ``qos`` as in a pool."""
 
-    partition: Line | None = None
-    account: Line | None = None
-    qos: Line | None = None
+    partition: Word | None = None
+    account: Word | None = None
+    qos: Word | None = None
     cores: PositiveInt = 1
     memory: Memory = "4GiB"
+    memory_option: MemoryOption = "mem"
     walltime: Walltime | None = None
-    environment: tuple[Line, ...] = ()
-    python: Line | None = None
+    environment: tuple[Command, ...] = ()
+    python: Program | None = None
     directives: tuple[Directive, ...] = ()
 
     @property
@@ -148,7 +139,7 @@ class ServiceSettings(JobSettings):
     where: Literal["process", "slurm"] = "process"
     name: ServiceName | None = None
     certificates: bool = False
-    address_file: Line | None = None
+    address_file: FilePath | None = None
 
 
 class LocalSettings(_Sharing):
@@ -158,7 +149,7 @@ class LocalSettings(_Sharing):
     workers: PositiveInt | None = None
     gpus: NonNegativeInt = 0
     memory: str | int | None = None
-    scratch: str | None = None
+    scratch: FilePath | None = None
     service: ServiceSettings | None = None
 
     @model_validator(mode="after")
@@ -174,13 +165,13 @@ class LocalSettings(_Sharing):
         return self
 
 
-class AddressSettings(_Section):
+class AddressSettings(StrictModel):
     """An existing scheduler: its address, its scheduler file, or an invitation to a cluster (a ``.invite`` file)."""
 
     kind: Literal["address"]
     address: str | None = None
-    scheduler_file: str | None = None
-    invitation: Annotated[str, Field(pattern=r"\.invite$")] | None = None
+    scheduler_file: FilePath | None = None
+    invitation: Annotated[str, Field(pattern=r"\.invite$"), AfterValidator(_file)] | None = None
 
     @model_validator(mode="after")
     def _one_of_three(self) -> AddressSettings:
@@ -189,16 +180,16 @@ class AddressSettings(_Section):
         return self
 
 
-class PoolSettings(_Section):
+class PoolSettings(StrictModel):
     """Jobs of one kind. ``cores``, ``memory`` and ``gpus`` are per job, ``resources`` per worker process.
 
     A job with ``gpus`` has one worker process bound to each of them. ``memory`` is requested from Slurm: the workers' own limits
     are a tenth lower, since Slurm kills whole jobs.
     """
 
-    partition: Line | None = None
-    account: Line | None = None
-    qos: Line | None = None
+    partition: Word | None = None
+    account: Word | None = None
+    qos: Word | None = None
     count: int | None = Field(None, ge=0)
     minimum: int = Field(0, ge=0)
     maximum: int | None = Field(None, ge=0)
@@ -206,14 +197,15 @@ class PoolSettings(_Section):
     processes: PositiveInt = 1
     gpus: int = Field(0, ge=0)
     memory: Memory
+    memory_option: MemoryOption = "mem"
     walltime: Walltime | None = None
-    resources: dict[str, float] = {}
-    interface: Line | None = None
-    scratch: Line = "${TMPDIR:-/tmp}"
+    resources: dict[str, float] = Field(default_factory=dict)
+    interface: Word | None = None
+    scratch: NodePath = "${TMPDIR:-/tmp}"
     network_scratch: bool = False
-    environment: tuple[Line, ...] = ()
-    image: Line | None = None
-    python: Line | None = None
+    environment: tuple[Command, ...] = ()
+    image: FilePath | None = None
+    python: Program | None = None
     directives: tuple[Directive, ...] = ()
 
     @property
@@ -273,12 +265,12 @@ class SlurmSettings(_Sharing):
 
     kind: Literal["slurm"]
     pools: dict[PoolName, PoolSettings] = Field(min_length=1)
-    interface: Line | None = None
+    interface: Word | None = None
     port: int = Field(0, ge=0, le=65535)
-    logs: Line = "~/.local/state/cryodask/logs"
+    logs: FilePath = Field("~/.local/state/cryodask/logs", validate_default=True)
     poll_seconds: float = Field(10.0, gt=0)
     replacements_per_hour: int = Field(60, ge=0)
-    floor: dict[str, int] = {}
+    floor: dict[str, int] = Field(default_factory=dict)
     catch_up_minutes: float = Field(10.0, gt=0)
     idle_minutes: float = Field(10.0, ge=0)
     max_graph_bytes: Memory = "256MiB"
@@ -307,7 +299,7 @@ class SlurmSettings(_Sharing):
         return self
 
 
-class PluginSettings(_Section):
+class PluginSettings(StrictModel):
     """A kind of workers from another package (entry points of the group ``cryodask.pool_kinds``, named like ``kind``).
 
     A subclass defines the settings of the cluster file, and ``open``.
@@ -347,23 +339,11 @@ def read_cluster_file(path: str | Path) -> Settings:
     ------
     ProjectFileError
     """
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except FileNotFoundError:
-        raise ProjectFileError(
-            f"There is no cluster file {path}.",
-            "",
-            "give the path of a .yaml file; configs/clusters has examples",
-        ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ProjectFileError(
-            f"{path} is not a valid cluster file: {error}", "wrong indentation, or another kind of file", "compare it with configs/clusters"
-        ) from None
-    return parse_settings(content or {}, str(path))
+    return parse_settings(read_yaml(path, "cluster file") or {}, str(path), folder=Path(path).parent)
 
 
-def parse_settings(content: object, where: str = "the cluster settings") -> Settings:
-    """Checked settings from the content of a cluster file.
+def parse_settings(content: object, where: str = "the cluster settings", *, folder: str | Path = "") -> Settings:
+    """Checked settings from the content of a cluster file; its relative paths start in ``folder``.
 
     Raises
     ------
@@ -382,11 +362,12 @@ def parse_settings(content: object, where: str = "the cluster settings") -> Sett
             f"use {' or '.join(kinds)}",
         )
     try:
-        return cast(Settings, kinds[kind].model_validate(dict(content)))
+        return cast(Settings, kinds[kind].model_validate(dict(content), context={"folder": folder}))
     except ValidationError as error:
+        misspelt = any(p["type"] == "extra_forbidden" for p in error.errors())
         raise ProjectFileError(
             f"{where}: {'; '.join(_problem(p, kind) for p in error.errors())}.",
-            "a setting is misspelt, or belongs to another section",
+            "a setting is misspelt, or belongs to another section" if misspelt else "",
             f"correct these lines; see configs/clusters/{kind}.yaml for all settings",
         ) from None
 
@@ -434,7 +415,7 @@ def network_file_system(path: str) -> str:
         mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
     except OSError:
         return ""
-    real = os.path.realpath(os.path.expanduser(path))
+    real = os.path.realpath(path)
     above = [(len(point), kind) for point, kind in mounts if real == point or real.startswith(point.rstrip("/") + "/")]
     kind = max(above, default=(0, ""))[1]
     return kind if kind in _NETWORK or kind.startswith(_NETWORK_FUSE) else ""

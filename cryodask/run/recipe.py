@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
+from cryodask.documents import StrictModel, expand, read_yaml
 from cryodask.errors import ProjectFileError
 from cryodask.parameters import marked_fields
 from cryodask.run.graph import Graph, Step, point_group, resolve
@@ -25,13 +25,14 @@ from cryodask.stage import InputFileMark, Params, SourceFileMark, Stage, load_st
 __all__ = ["Plan", "ProjectFile", "Step", "make_plan", "position", "read_project_file"]
 
 
-class Movies(BaseModel):
+SomePath = Annotated[str, AfterValidator(expand)]
+
+
+class Movies(StrictModel):
     """Movies of one data set, and the gain of their camera."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    movies: str | None = Field(None, description="pattern of movie files, for example movies/*.tif")
-    gain: str | None = Field(None, description="gain reference that multiplies the counts (MRC, TIFF)")
+    movies: SomePath | None = Field(None, description="pattern of movie files, for example movies/*.tif")
+    gain: SomePath | None = Field(None, description="gain reference that multiplies the counts (MRC, TIFF)")
     gain_rotate: Literal[0, 90, 180, 270] = Field(0, description="clockwise rotation of the gain, degrees")
     gain_flip: Literal["none", "up-down", "left-right"] = Field("none", description="flip of the gain, after the rotation")
 
@@ -39,10 +40,10 @@ class Movies(BaseModel):
 class Inputs(Movies):
     """Where a project starts: movies, or another program's results (at most one of the first four)."""
 
-    micrographs: str | None = Field(None, description="short form of a first step import_micrographs: {star: ...}")
-    particles: str | None = Field(None, description="short form of a first step import_particles: {star: ...}")
-    half_maps: tuple[str, str] | None = Field(None, description="short form of a first step import_map: {half_maps: [...]}")
-    coordinates: str | None = Field(None, description="short form of a step import_picks: {folder: ...} after the micrographs")
+    micrographs: SomePath | None = Field(None, description="short form of a first step import_micrographs: {star: ...}")
+    particles: SomePath | None = Field(None, description="short form of a first step import_particles: {star: ...}")
+    half_maps: tuple[SomePath, SomePath] | None = Field(None, description="short form of a first step import_map: {half_maps: [...]}")
+    coordinates: SomePath | None = Field(None, description="short form of a step import_picks: {folder: ...} after the micrographs")
 
     @model_validator(mode="after")
     def _one_start(self) -> Inputs:
@@ -54,10 +55,8 @@ class Inputs(Movies):
         return self
 
 
-class Microscope(BaseModel):
+class Microscope(StrictModel):
     """Optics and exposure, the same for all movies of the project."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     voltage_kv: float = Field(gt=0, le=3000, description="acceleration voltage, kV")
     spherical_aberration_mm: float = Field(ge=0, le=20, description="Cs, mm")
@@ -71,25 +70,30 @@ class DataSet(Movies):
     """One of several data sets in a project: its movies, gain and microscope."""
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_-]+$", description="name of the data set")
-    movies: str = Field(description="pattern of movie files, for example day1/*.tif")
+    movies: SomePath = Field(description="pattern of movie files, for example day1/*.tif")
     microscope: Microscope | None = Field(None, description="its optics and exposure; by default those of the project")
 
 
-class ProjectFile(BaseModel):
+class ProjectFile(StrictModel):
     """A project file as stored on disk."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str = Field(min_length=1, pattern=r"^[^/]+$", description="name of the project, and of the folder with its results")
+    name: str = Field(min_length=1, description="name of the project, and of the folder with its results")
     inputs: Inputs | list[DataSet] | None = Field(
         None, description="where it starts, or a list of data sets; omitted if the pipeline begins with import steps"
     )
     microscope: Microscope | None = Field(None, description="optics and exposure")
     pipeline: list[Any] = Field(min_length=1, description="the steps: `stage`, `stage: {parameter: value}`, `stage as name: {...}`")
-    cluster: str = Field("local", description="local, the name of a cluster, a cluster file, or the address of a Dask scheduler")
+    cluster: SomePath = Field("local", description="local, the name of a cluster, a cluster file, or the address of a Dask scheduler")
     workers: int | None = Field(None, ge=1, description="number of local workers; by default one per core")
     item_limit_seconds: float | None = Field(3600, gt=0, description="an exposure that takes longer is quarantined; null for no limit")
-    folder: str | None = Field(None, description="folder for the results; by default a folder with the project's name, beside this file")
+    folder: SomePath | None = Field(None, description="folder for the results; default: one with the project's name, beside this file")
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name: str) -> str:
+        if "/" in name or not name.isprintable() or name.strip() != name or set(name) == {"."} or name.startswith("~"):
+            raise ValueError("must be the name of a folder, without / and spaces at its ends")
+        return name
 
     @model_validator(mode="after")
     def _different_names(self) -> ProjectFile:
@@ -150,7 +154,7 @@ class Plan:
 
     def resolve(self, name: str) -> str:
         """Resolve a path of the project file against the folder of that file."""
-        return str((self.path.parent / Path(name).expanduser()).resolve()) if name else name
+        return str((self.path.parent / name).resolve()) if name else name
 
     def relative(self, path: str | Path) -> str:
         """A path as the project stores it: relative to the project file's folder if inside it, else absolute."""
@@ -177,7 +181,14 @@ def project_folder(path: str | Path) -> Path:
 
 
 def _folder(path: Path, file: ProjectFile) -> Path:
-    return (path.parent / (file.folder or file.name)).resolve()
+    home, folder = path.parent.resolve(), (path.parent / (file.folder or file.name)).resolve()
+    if home.is_relative_to(folder):
+        raise ProjectFileError(
+            f"{path}: the results would lie in {folder}, around the project file itself.",
+            "",
+            "give a folder of its own, beside the project file or elsewhere",
+        )
+    return folder
 
 
 def read_project_file(path: str | Path) -> ProjectFile:
@@ -189,18 +200,7 @@ def read_project_file(path: str | Path) -> ProjectFile:
         With every problem found, and the nearest known name for each unknown one.
     """
     path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise ProjectFileError(f"There is no project file {path}.", "", "give the path of a .yaml file") from None
-    except OSError as error:
-        raise ProjectFileError(
-            f"{path} cannot be read: {error.strerror}.",
-            "it is a folder, or you have no permission to read it",
-            "give the path of a .yaml file",
-        ) from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ProjectFileError(f"{path} cannot be read: {error}", "wrong indentation or a missing quote", "fix it and rerun") from None
+    content = read_yaml(path, "project file")
     if not isinstance(content, dict):
         raise ProjectFileError(
             f"{path} is not a project file: it has no keys.",
@@ -355,7 +355,10 @@ def _make_params(path: Path, stage: Stage, label: str, values: dict[str, Any], *
 
 def _existing(path: Path, label: str, name: str, given: str, *, ahead: bool) -> str:
     """The file or folder that a parameter names, as an absolute path."""
-    file = (path.parent / Path(given).expanduser()).resolve()
+    try:
+        file = (path.parent / expand(given)).resolve()
+    except ValueError as error:
+        raise ProjectFileError(f"{label}.{name}: {given!r}: {error}.", "", "write the path in full") from None
     if not file.exists() and not ahead:
         raise ProjectFileError(f"{label}.{name}: there is no file {file}.", "", "check the path; paths are relative to the project file")
     return str(file)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shlex
@@ -35,7 +34,7 @@ _FORGET_OWN_SHAPE = 'for v in ${!SLURM_@}; do case $v in SLURM_CONF|SLURM_JOB_ID
 def job_script(job: JobSettings, command: str, *, name: str, log: str, comment: str, signal: str = "") -> str:
     """The script of a job that runs one shell command."""
     asked = [f"-J {name}", *(f"-{k} {v}" for k, v in (("p", job.partition), ("A", job.account), ("t", job.walltime)) if v)]
-    asked += [f"-n 1 --cpus-per-task={job.cores}", f"--mem={math.ceil(job.memory_bytes / 2**20)}M"]
+    asked += [f"-n 1 --cpus-per-task={job.cores}", *slurm.memory_directive(job, job.cores)]
     asked += ["--no-requeue", "--open-mode=append", f"--output={shlex.quote(log)}", f"--comment={comment}"]
     asked += [*([f"--qos={job.qos}"] if job.qos else []), *([f"--signal={signal}"] if signal else []), *job.directives]
     exports = [f"export {key}={value}" for key, value in ONE_THREAD.items()]

@@ -133,7 +133,7 @@ def owner_of(folder: Path) -> str:
 def address_file(folder: Path, settings: LocalSettings | SlurmSettings) -> Path:
     """File where invited users find the current address."""
     chosen = settings.service and settings.service.address_file
-    return Path(chosen).expanduser().absolute() if chosen else state_folder() / "addresses" / f"{folder.name}.json"
+    return Path(chosen) if chosen else state_folder() / "addresses" / f"{folder.name}.json"
 
 
 def name_for(settings: SlurmSettings | LocalSettings, file: str | Path) -> str:

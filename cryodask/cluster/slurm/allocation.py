@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from cryodask.cluster.slurm.slurm import (
     DEATH_SECONDS,
     directives_of,
     logs_of,
+    memory_directive,
     prologue_of,
     python_of,
     refuse_clear_text,
@@ -37,9 +37,9 @@ def allocation_script(settings: SlurmSettings, driver: str, *, certificates: Pat
     refuse_clear_text(settings, certificates)
     (name, pool), logs = next(iter(settings.pools.items())), logs_of(settings)
     workers, tasks = pool.workers_per_job, pool.wanted * pool.workers_per_job
-    cores, mebibytes = pool.cores // workers, math.ceil(pool.memory_bytes / 2**20 / pool.cores)
+    cores = pool.cores // workers
     asked = [f"-J {COMMENT}-batch", *(f"-{k} {v}" for k, v in (("p", pool.partition), ("A", pool.account), ("t", pool.walltime)) if v)]
-    asked += [f"-n {tasks}", f"--cpus-per-task={cores}", f"--mem-per-cpu={mebibytes}M"]
+    asked += [f"-n {tasks}", f"--cpus-per-task={cores}", *memory_directive(pool, pool.cores, tasks=tasks)]
     asked += [line for line in directives_of(pool, logs) if not line.startswith("--gres")]
     asked += [*(["--gpus-per-task=1"] if pool.gpus else []), *pool.directives]
     python, interface = python_of(pool), pool.interface or settings.interface

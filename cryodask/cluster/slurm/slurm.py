@@ -24,7 +24,7 @@ from distributed.deploy.spec import ProcessInterface
 
 from cryodask.cluster.access import tls
 from cryodask.cluster.environment import ALLOCATOR, ONE_THREAD, SETTINGS
-from cryodask.cluster.settings import PoolSettings, SlurmSettings
+from cryodask.cluster.settings import JobSettings, PoolSettings, SlurmSettings
 from cryodask.errors import ClusterError
 
 COMMENT = "cryodask"
@@ -102,12 +102,17 @@ def pool_job_class() -> type[Any]:
                 walltime=chosen.walltime,
                 job_name=f"{COMMENT}-{pool}",
                 job_cpu=chosen.cores,
-                job_mem=f"{math.ceil(chosen.memory_bytes / 2**20)}M",
+                job_directives_skip=["--mem="],  # written below
                 cores=chosen.cores // chosen.gpus if devices else chosen.cores,
                 processes=1 if devices else chosen.processes,
                 memory=chosen.worker_bytes if devices else chosen.limit_bytes,
                 python=python_of(chosen) if devices else f"exec {python_of(chosen)}",
-                job_extra_directives=[*directives_of(chosen, self.logs), f"--comment={COMMENT}:{cluster_id}:{name}", *chosen.directives],
+                job_extra_directives=[
+                    *memory_directive(chosen, chosen.cores),
+                    *directives_of(chosen, self.logs),
+                    f"--comment={COMMENT}:{cluster_id}:{name}",
+                    *chosen.directives,
+                ],
                 job_script_prologue=prologue_of(chosen, certificates),
                 worker_extra_args=worker_options_of(pool, chosen, certificates),
                 local_directory=f'"{chosen.scratch}"',
@@ -175,7 +180,7 @@ def _tidy(script: str) -> str:
 
 def logs_of(settings: SlurmSettings) -> Path:
     """Folder of the job logs."""
-    return Path(settings.logs).expanduser().absolute()
+    return Path(settings.logs)
 
 
 def python_of(pool: PoolSettings) -> str:
@@ -184,6 +189,15 @@ def python_of(pool: PoolSettings) -> str:
         return shlex.quote(pool.python or sys.executable)
     nvidia = "--nv " if pool.gpus else ""
     return f'apptainer exec {nvidia}--bind "{pool.scratch}" {shlex.quote(pool.image)} {shlex.quote(pool.python or "python3")}'
+
+
+def memory_directive(job: PoolSettings | JobSettings, cores: int, *, tasks: int = 1) -> list[str]:
+    """How a job asks for its memory: sites accept ``--mem`` or ``--mem-per-cpu``, or hand out memory by themselves."""
+    if job.memory_option == "none":
+        return []
+    if job.memory_option == "mem" and tasks == 1:
+        return [f"--mem={math.ceil(job.memory_bytes / 2**20)}M"]
+    return [f"--mem-per-cpu={math.ceil(job.memory_bytes / 2**20 / cores)}M"]
 
 
 def directives_of(pool: PoolSettings, logs: Path) -> list[str]:
