@@ -414,7 +414,7 @@ def start(blueprint: Blueprint) -> Started:
     except ClusterError:
         running = service.start(blueprint.cluster, blueprint.name)
     invitations = invite_people(blueprint) if encrypted(blueprint.cluster) else {}
-    runs: dict[str, SubmittedRun | str] = Field(default_factory=dict)
+    runs: dict[str, SubmittedRun | str] = {}
     queue = in_thread(slurm.squeue())
     if queue is None:
         raise ClusterError(

@@ -16,12 +16,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from cryodask.errors import GainError, InputError, MovieError
+from cryodask.formats.gain import FLIPS, orient_gain
 from cryodask.formats.movies import (
-    FLIPS,
-    best_gain_orientation,
-    check_gain,
     open_movie,
-    orient_gain,
     read_gain,
     write_mrc_movie,
     write_tiff_movie,
@@ -166,32 +163,6 @@ def test_gain_of_a_tiff_is_flipped_and_of_mrc_is_not(tmp_path: Path) -> None:
     write_mrc(tmp_path / "bad.mrc", gain - 1.0, 1.0)
     with pytest.raises(GainError, match="not valid for a gain"):
         read_gain(tmp_path / "bad.mrc")
-
-
-def scene_and_gain(shape: tuple[int, int] = (96, 80)) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(3)
-    gain = rng.normal(1.0, 0.05, shape).astype(np.float32)
-    return rng.poisson(40.0 / gain, shape).astype(np.float32), gain
-
-
-@pytest.mark.parametrize("rotate", [0, 90, 180, 270])
-@pytest.mark.parametrize("flip", ["none", "up-down"])
-def test_the_right_turn_of_a_gain_is_found(rotate: int, flip: str) -> None:
-    raw, gain = scene_and_gain((96, 96))
-    saved = np.rot90(gain[::-1] if flip == "up-down" else gain, rotate // 90)  # undone by the turn in question
-    best = best_gain_orientation(raw, saved)[0]
-    assert (best.rotate_deg, best.flip) == (rotate, flip)
-    assert np.array_equal(orient_gain(saved, best.rotate_deg, best.flip), gain)
-
-
-def test_a_wrong_gain_is_refused_with_the_turn_that_fits() -> None:
-    raw, gain = scene_and_gain()
-    check_gain(raw, gain)
-    with pytest.raises(GainError, match=r"(?s)80 x 96.*movies are 96 x 80.*rotate the gain by (90|270)"):
-        check_gain(raw, np.ascontiguousarray(gain.T))
-    with pytest.raises(GainError, match="flip: up-down"):
-        check_gain(raw, gain[::-1])
-    check_gain(raw, np.ones_like(gain))  # says nothing, harms nothing
 
 
 @pytest.mark.relion

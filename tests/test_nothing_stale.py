@@ -167,7 +167,7 @@ ONE_MOVIE_ONLY = {
 @pytest.mark.parametrize(("what", "change", "expected"), CHANGES, ids=[c[0] for c in CHANGES])
 def test_a_change_makes_again_exactly_what_depends_on_it(session, here, monkeypatch, what, change, expected):
     # roughness cannot tell the orientation of a toy gain
-    monkeypatch.setattr("cryodask.formats.movies.check_gain", lambda *a, **k: None)
+    monkeypatch.setattr("cryodask.formats.gain.check_gain", lambda *a, **k: None)
     before = _made(_run(session, here))
     change(session)
     after = _made(_run(session, here))

@@ -1,8 +1,4 @@
-"""Movies and gain references in any container: ``open_movie`` gives frames one by one, in MRC row order.
-
-A gain MULTIPLIES the raw counts, and is oriented as in RELION: first rotated by quarter turns, clockwise when row 0 is drawn at the
-top, then flipped. `best_gain_orientation` finds the orientation that fits the movies.
-"""
+"""Movies and gain references in any container: ``open_movie`` gives frames one by one, in MRC row order."""
 
 from __future__ import annotations
 
@@ -10,11 +6,12 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from cryodask.errors import GainError, MovieError
+from cryodask.formats.gain import Flip, orient_gain, reciprocal_gain
 from cryodask.formats.mrc import open_mrc, write_mrc
 from cryodask.formats.tiff import open_tiff, write_tiff
 from cryodask.plugins import Plugins
@@ -22,8 +19,6 @@ from cryodask.plugins import Plugins
 TIFF_ENDINGS = (".tif", ".tiff")
 MRC_ENDINGS = (".mrc", ".mrcs", ".st")
 MOVIE_ENDINGS = TIFF_ENDINGS + MRC_ENDINGS
-Flip = Literal["none", "up-down", "left-right"]
-FLIPS: tuple[Flip, ...] = ("none", "up-down", "left-right")
 
 
 class MovieFile(Protocol):
@@ -145,8 +140,8 @@ def write_mrc_movie(path: str | Path, frames: np.ndarray, pixel_size_angstrom: f
     write_mrc(path, frames, pixel_size_angstrom, stack=True)
 
 
-def read_gain(path: str | Path, rotate: int = 0, flip: Flip | int = "none") -> np.ndarray:
-    """Gain reference `(y, x)` float32, in MRC row order, oriented by `orient_gain`.
+def read_gain(path: str | Path, rotate: int = 0, flip: Flip | int = "none", *, divides: bool = False) -> np.ndarray:
+    """Gain reference `(y, x)` float32 that multiplies, in MRC row order, oriented by `orient_gain`; its reciprocal if it ``divides``.
 
     ``.mrc`` is read unchanged, ``.tif, .tiff, .gain`` (EER gains are TIFF files) with rows flipped.
     """
@@ -166,123 +161,4 @@ def read_gain(path: str | Path, rotate: int = 0, flip: Flip | int = "none") -> n
             "it is a dark reference, or damaged",
             "give the reference that multiplies the counts: about 1, and 0 at dead pixels",
         )
-    return orient_gain(gain, rotate, flip)
-
-
-def orient_gain(gain: np.ndarray, rotate_deg: int = 0, flip: Flip | int = "none") -> np.ndarray:
-    """Orient a gain as RELION does: rotate by ``rotate_deg`` (0, 90, 180, 270) clockwise with row 0 at the top, then ``flip``.
-
-    Parameters
-    ----------
-    gain : `(y, x)`
-    flip : "none", "up-down" or "left-right" (RELION's 0, 1, 2)
-
-    Notes
-    -----
-    RELION's ``--gain_rot 1`` is 90 degrees and ``--gain_flip 1`` up-down (both compared with RELION 3.1.3's sums).
-    """
-    if rotate_deg % 90:
-        raise GainError(f"a gain cannot be rotated by {rotate_deg} degrees", "", "choose 0, 90, 180 or 270")
-    name = FLIPS[flip] if isinstance(flip, int) and 0 <= flip < 3 else flip
-    if name not in FLIPS:
-        raise GainError(f"flip {flip!r} does not exist", "", f"choose one of {', '.join(FLIPS)}")
-    turned = np.rot90(gain, -(rotate_deg // 90) % 4)
-    if name == "up-down":
-        turned = turned[::-1]
-    elif name == "left-right":
-        turned = turned[:, ::-1]
-    return np.ascontiguousarray(turned)
-
-
-@dataclass(frozen=True)
-class GainOrientation:
-    """One of the eight orientations: ``rotate_deg``, ``flip``, and the roughness of the corrected sum (lower is better)."""
-
-    rotate_deg: int
-    flip: Flip
-    score: float
-
-
-EIGHT_TURNS: tuple[tuple[int, Flip], ...] = tuple((r, f) for f in ("none", "up-down") for r in (0, 90, 180, 270))
-
-
-def best_gain_orientation(frames_sum: np.ndarray, gain: np.ndarray) -> list[GainOrientation]:
-    """Rank the eight orientations of a gain by how flat they make a sum of frames.
-
-    Parameters
-    ----------
-    frames_sum : `(y, x)`
-        Unaligned, uncorrected sum of the frames of one movie or (better) of several.
-    gain : `(y, x)` float32
-        As given; orientations with the wrong shape are left out.
-
-    Returns
-    -------
-    list of GainOrientation
-        Best first. The score is the variance of the high-passed corrected sum over its squared mean: the right orientation removes
-        the fixed pattern of the detector, a wrong one adds a second pattern.
-    """
-    raw = np.asarray(frames_sum, np.float32)
-    usual = np.median(raw)
-    raw = np.minimum(raw, 3.0 * usual)  # a few hot pixels would dominate the pattern
-    ranking = []
-    for rotate, flip in EIGHT_TURNS:
-        turned = orient_gain(gain, rotate, flip)
-        if turned.shape == raw.shape:
-            ranking.append(GainOrientation(rotate, flip, _roughness(raw, turned)))
-    return sorted(ranking, key=lambda turn: turn.score)
-
-
-def _roughness(raw: np.ndarray, gain: np.ndarray) -> float:
-    corrected = raw * gain
-    good = (gain > 0) & (raw > 0)
-    # differences of neighbours suppress illumination gradients and keep pixel gains; two directions against column patterns
-    squares, pairs = 0.0, 0
-    for axis in (0, 1):
-        ahead, behind = np.delete(good, 0, axis), np.delete(good, -1, axis)
-        both = ahead & behind
-        step = np.diff(corrected, axis=axis)[both].astype(np.float64)
-        squares += float(step @ step)
-        pairs += step.size
-    mean = float(corrected[good].mean(dtype=np.float64)) if good.any() else 0.0
-    return squares / (2.0 * max(pairs, 1)) / max(mean, 1e-12) ** 2
-
-
-def check_gain(frames_sum: np.ndarray, gain: np.ndarray, name: str = "the gain", margin: float = 1.02) -> None:
-    """Raise GainError if the gain does not fit the movies in its orientation.
-
-    Parameters
-    ----------
-    frames_sum : `(y, x)`
-        Uncorrected sum of the frames of the first movie or movies.
-    gain : `(y, x)`
-        As used, in its final orientation.
-    margin : float
-        Factor by which another orientation must be less rough to count as better.
-
-    Raises
-    ------
-    GainError
-        If the shape is wrong (the message names the orientation that fits), or another orientation fits clearly better.
-    """
-    ranking = best_gain_orientation(frames_sum, gain)
-    rows, columns = np.shape(frames_sum)
-    if gain.shape != (rows, columns):
-        fits = f'With "rotate {ranking[0].rotate_deg}, flip {ranking[0].flip}" it fits best.' if ranking else ""
-        raise GainError(
-            f"{name} is {gain.shape[0]} x {gain.shape[1]} pixels, the movies are {rows} x {columns}",
-            f"the gain was saved in the camera's orientation. {fits}" if ranking else "it belongs to another camera mode",
-            _turn_advice(ranking[0]) if ranking else "give the gain of this camera mode",
-        )
-    given = next(turn for turn in ranking if turn.rotate_deg == 0 and turn.flip == "none")
-    if given.score > margin * ranking[0].score:
-        better = ranking[0]
-        raise GainError(
-            f"{name} fits the movies worse than in another orientation (roughness {given.score:.3g} against {better.score:.3g})",
-            "it was saved in another orientation: TIFF movies are flipped in y against MRC gains",
-            _turn_advice(better),
-        )
-
-
-def _turn_advice(turn: GainOrientation) -> str:
-    return f"in addition to the present setting, rotate the gain by {turn.rotate_deg} degrees, then flip: {turn.flip}"
+    return orient_gain(reciprocal_gain(gain) if divides else gain, rotate, flip)

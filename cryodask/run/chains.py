@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cryodask.errors import CryodaskError, MovieError, ProgramMissingError, StoreError
 from cryodask.products import COLLECTIONS, part_of
 from cryodask.programs import Program
-from cryodask.run import sources
+from cryodask.run import gains, sources
 from cryodask.run.chain import Chain, Link
 from cryodask.run.due import Known, due, known
 from cryodask.run.graph.chain import is_pinned, label_of
@@ -325,11 +323,7 @@ class ChainMaker:
         """Refuse a gain of the wrong shape or orientation before the first movie is corrected with it."""
         if "movie" not in step.stage.gives or data_set not in self.gains:
             return
-        from cryodask.formats.movies import check_gain
-
-        total = sources.sum_first_movies(step, values, (sizes["y"], sizes["x"]))
-        listed = self.plan.data_sets.get(data_set)
-        check_gain(total, np.load(self.gains[data_set]), name=(listed.gain if listed is not None else "") or "")
+        gains.check_orientation(self.plan, step, data_set, self.gains[data_set], (sizes["y"], sizes["x"]), values)
 
     # --- particles ------------------------------------------------------------------------------------------------------------
     def slices(self, step: Step) -> Slices:

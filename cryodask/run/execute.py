@@ -11,7 +11,7 @@ from typing import Any
 from distributed import Client
 
 from cryodask.errors import InputError
-from cryodask.run import sources
+from cryodask.run import gains, sources
 from cryodask.run.backlog import Backlog
 from cryodask.run.blocks import iterate_on_workers
 from cryodask.run.chain import Chain
@@ -111,7 +111,7 @@ class Execution:
 
     def _settle_data_sets(self) -> None:
         """Set optics and gains, and the keys that follow from them."""
-        stored = sources.store_gains(self.plan, self.project.path)
+        stored = gains.store_gains(self.plan, self.project.path)
         found = data_sets(self.plan, self.project, {name: str(path.relative_to(self.project.path)) for name, path in stored.items()})
         state = self.project.state
         state.constants, state.gain = found.constants, found.gains

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cryodask.errors import CryodaskError
-from cryodask.run import sources
+from cryodask.run import gains, sources
 from cryodask.run.chains import ChainMaker, Target, stored_per_item
 from cryodask.run.checks import look_ahead
 from cryodask.run.data_sets import data_sets, keep_former
@@ -80,7 +80,7 @@ def preview(plan: Plan, wanted: Wanted | None = None) -> Preview:
         wanted.check(plan)
         chosen = {step.label for step in wanted.steps(plan)}
         blank = [shown for shown in blank if shown.step in chosen]
-        sources.load_gains(plan)
+        gains.check_gain_files(plan)
         sources.check_files(plan)
         project = Project(plan.folder) if (plan.folder / "project.json").exists() else None
         wanted.check_sources(plan, project.state if project is not None else ProjectState(name=plan.file.name))
@@ -143,7 +143,7 @@ class _Looking:
         project.foresee_exposures(listing)
         self.items = project.items()
         self.new = {item.row for item in self.items} - known_before
-        found = data_sets(plan, project, {name: f"{name_of}.npy" for name, name_of in sources.gain_digests(plan).items()})
+        found = data_sets(plan, project, {name: f"{name_of}.npy" for name, name_of in gains.gain_names(plan, plan.folder).items()})
         project.state.constants = found.constants
         out.warnings += found.said
         self.keys = Keys(plan, project, {name: Path(path).stem for name, path in found.gains.items()})

@@ -32,9 +32,10 @@ class Movies(StrictModel):
     """Movies of one data set, and the gain of their camera."""
 
     movies: SomePath | None = Field(None, description="pattern of movie files, for example movies/*.tif")
-    gain: SomePath | None = Field(None, description="gain reference that multiplies the counts (MRC, TIFF)")
+    gain: SomePath | None = Field(None, description="gain reference that multiplies the counts (MRC, TIFF), or `estimate`: from the movies")
     gain_rotate: Literal[0, 90, 180, 270] = Field(0, description="clockwise rotation of the gain, degrees")
     gain_flip: Literal["none", "up-down", "left-right"] = Field("none", description="flip of the gain, after the rotation")
+    gain_divides: bool = Field(False, description="whether the counts are divided by the gain instead")
 
 
 class Inputs(Movies):
@@ -184,9 +185,9 @@ def _folder(path: Path, file: ProjectFile) -> Path:
     home, folder = path.parent.resolve(), (path.parent / (file.folder or file.name)).resolve()
     if home.is_relative_to(folder):
         raise ProjectFileError(
-            f"{path}: the results would lie in {folder}, around the project file itself.",
-            "",
-            "give a folder of its own, beside the project file or elsewhere",
+            f"The results of {path} would be written into {folder}, among your files.",
+            f"its name or folder is {file.folder or file.name!r}",
+            "set a separate folder:  folder: results",
         )
     return folder
 

@@ -18,7 +18,7 @@ from distributed import Client
 from cryodask.cluster.connect import close, connect
 from cryodask.errors import ProjectFileError, Quarantined
 from cryodask.report import write_report
-from cryodask.run import sources
+from cryodask.run import gains, sources
 from cryodask.run.checks import look_ahead
 from cryodask.run.events import Events, Listener, RunStarted, whereabouts
 from cryodask.run.events.log import EventLog
@@ -158,15 +158,9 @@ def check_inputs(plan: Plan, wanted: Wanted | None = None) -> list[str]:
     """
     wanted = wanted or Wanted()
     watch = wanted.watch is not None
-    if plan.folder == plan.path.resolve().parent:
-        raise ProjectFileError(
-            f"The results of {plan.path} would be written into its own folder, among your files.",
-            f"its name or folder is {plan.file.folder or plan.file.name!r}",
-            "set a separate folder:  folder: results",
-        )
     if watch and not plan.has_movies:
         raise ProjectFileError("--watch needs movies.", f"{plan.path} starts from another program's results", "run it without --watch")
-    sources.load_gains(plan)
+    gains.check_gain_files(plan)
     sources.check_files(plan)
     project = Project.create(plan.folder, plan.file.name)
     with project.lock(force=wanted.force):

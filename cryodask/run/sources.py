@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import json
 import os
 from collections import Counter
@@ -14,13 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from cryodask.errors import CryodaskError, GainError, InputError, MovieError
+from cryodask.errors import CryodaskError, InputError, MovieError
 from cryodask.parameters import marked_fields
 from cryodask.run.imports import PicksImport, TableImport, content_id
 from cryodask.run.project_import import ProjectImport
-from cryodask.run.recipe import Movies, Plan, Step, list_movies
+from cryodask.run.recipe import Plan, Step, list_movies
 from cryodask.stage import SourceFileMark
-from cryodask.store.files import disk_errors, write_atomically
 from cryodask.store.layouts import Grid
 from cryodask.store.project import Arrival, Item, Project
 from cryodask.store.state import ProjectState
@@ -28,7 +26,6 @@ from cryodask.vocabulary import SLOTS, VARIABLES
 
 _PROBED = 5
 _CHECKED = 50
-_GAIN_MOVIES, _GAIN_FRAMES = 3, 24
 
 
 # --- exposures ---------------------------------------------------------------------------------------------------------------
@@ -211,57 +208,6 @@ def read_content_hash(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def load_gains(plan: Plan) -> dict[str, np.ndarray]:
-    """The gain reference of each data set that has one."""
-    gains = {name: _load_gain(plan, inputs) for name, inputs in plan.data_sets.items()}
-    return {name: gain for name, gain in gains.items() if gain is not None}
-
-
-def store_gains(plan: Plan, folder: Path) -> dict[str, Path]:
-    """Store the gain references in the project, named by the digest of their content."""
-    out = {}
-    for name, gain in load_gains(plan).items():
-        data, stem = _gain_file(gain)
-        with disk_errors(folder):
-            (folder / "inputs").mkdir(exist_ok=True)
-            path = folder / "inputs" / f"{stem}.npy"
-            if not path.exists():
-                write_atomically(path, data)
-        out[name] = path
-    return out
-
-
-def gain_digests(plan: Plan) -> dict[str, str]:
-    """File names of the data sets' gain references in a project."""
-    return {name: _gain_file(gain)[1] for name, gain in load_gains(plan).items()}
-
-
-def _gain_file(gain: np.ndarray) -> tuple[bytes, str]:
-    """A gain reference as file content, and its name without extension, derived from the content."""
-    buffer = io.BytesIO()
-    np.save(buffer, np.ascontiguousarray(gain, np.float32))
-    return buffer.getvalue(), f"gain-{hashlib.blake2b(buffer.getvalue(), digest_size=6).hexdigest()}"
-
-
-def _load_gain(plan: Plan, inputs: Movies) -> np.ndarray | None:
-    """The gain reference, rotated and flipped as the project file says and checked for valid values; None if there is none."""
-    from cryodask.formats import movies
-
-    if not inputs.gain:
-        return None
-    path = plan.resolve(inputs.gain)
-    if not Path(path).is_file():
-        raise GainError(f"There is no gain reference {path}.", "", "check inputs.gain; paths are relative to the project file")
-    gain = movies.read_gain(path, rotate=inputs.gain_rotate, flip=inputs.gain_flip)
-    if not np.isfinite(gain).all() or not (gain > 0).any():
-        raise GainError(
-            f"{path} has {int((~np.isfinite(gain)).sum())} NaN or infinite values and {int((gain > 0).sum())} positive ones.",
-            "it is not a gain reference, or it is truncated",
-            "give the camera's gain reference (it multiplies the counts)",
-        )
-    return gain
-
-
 def check_files(plan: Plan) -> None:
     """Refuse invalid half-maps and other maps of the project file before anything runs."""
     from cryodask.formats.mrc import open_mrc, read_mrc
@@ -305,7 +251,7 @@ def check_readable(plan: Plan, arrivals: list[Arrival]) -> None:
     failure: CryodaskError | None = None
     for arrival in mine[:_CHECKED]:
         try:
-            _processed(step, input_values(plan, arrival.inputs))
+            processed(step, input_values(plan, arrival.inputs))
         except CryodaskError as error:
             failure = failure or error
             continue
@@ -341,27 +287,9 @@ def absolute(plan: Plan, inputs: dict[str, Any]) -> dict[str, Any]:
     return {n: os.path.join(plan.path.parent.resolve(), v) if n.endswith("_path") else v for n, v in inputs.items()}
 
 
-def _processed(step: Step, values: dict[str, Any]) -> dict[str, Any]:
+def processed(step: Step, values: dict[str, Any]) -> dict[str, Any]:
+    """What a source step makes of one exposure."""
     return step.stage.process(step.params, **{n: values.get(n) for n in (*step.stage.needs, *step.stage.optional)})
-
-
-def sum_first_movies(step: Step, values_of: Iterable[dict[str, Any]], shape: tuple[int, int]) -> np.ndarray:
-    """Sum of some frames of the first readable movies, `(y, x)` float64: enough to see the gain's pattern."""
-    total = np.zeros(shape)
-    used = 0
-    for values in values_of:
-        try:
-            movie = _processed(step, values)["movie"]
-        except CryodaskError:
-            continue
-        if tuple(movie.shape[1:]) != shape:
-            continue
-        for i in range(min(len(movie), _GAIN_FRAMES)):
-            total += movie[i]
-        used += 1
-        if used == _GAIN_MOVIES:
-            break
-    return total
 
 
 def probe(step: Step, values_of: Iterable[dict[str, Any]]) -> Grid:
@@ -378,7 +306,7 @@ def probe(step: Step, values_of: Iterable[dict[str, Any]]) -> Grid:
         if len(seen) >= _PROBED:
             break
         try:
-            given = _processed(step, values)
+            given = processed(step, values)
         except CryodaskError as error:
             failure = error
             continue
