@@ -22,7 +22,7 @@ FOUR_BIT = 101
 _DTYPES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2", FOUR_BIT: "u1"}
 _REFUSED = {
     3: "complex 16-bit integers",
-    4: "complex 32-bit floats (a transform)",
+    4: "complex 32-bit floats, a transform",
     7: "32-bit integers",
     16: "RGB colours",
     17: "RGB colours",

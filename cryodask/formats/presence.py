@@ -8,19 +8,24 @@ import stat
 
 from cryodask.errors import CryodaskError
 
-_ESCAPED = re.compile(r"\\x[89a-f][0-9a-f]")
+_CONTROL = re.compile("[\x00-\x1f\x7f]")
+_ESCAPED = re.compile(r"\\x[0-9a-f]{2}")
 
 
 def check_file(path: str, error: type[CryodaskError], kind: str) -> None:
     """Raise unless the path is a regular file with content; ``kind`` is its format.
 
-    A name with bytes that are not UTF-8 is known by an escaped form (`show_name`), which no file has.
+    Other names than text are known by an escaped form (`show_name`), which no file has.
     """
     try:
         found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         if _ESCAPED.search(path):
-            raise error(f"The name of {path} is not UTF-8.", "it comes from a computer with another encoding", "rename it") from None
+            raise error(
+                f"The name of {path} has bytes that are not UTF-8, or control characters.",
+                "it comes from a computer with another encoding",
+                "rename it",
+            ) from None
         raise error(f"{path} does not exist.", "it was moved or renamed", "check the path") from None
     except (ValueError, OSError) as cause:
         raise error(f"{path!r} cannot be opened ({getattr(cause, 'strerror', None) or cause}).", "", "check the path") from None
@@ -35,5 +40,5 @@ def check_file(path: str, error: type[CryodaskError], kind: str) -> None:
 
 
 def show_name(path: str) -> str:
-    """A path in which bytes that are not UTF-8 are escaped with a backslash; other paths are unchanged."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    """A path as text of one line: control characters and bytes that are not UTF-8 are escaped with a backslash."""
+    return _CONTROL.sub(lambda c: f"\\x{ord(c[0]):02x}", os.fsencode(path).decode("utf-8", "backslashreplace"))
