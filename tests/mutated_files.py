@@ -21,9 +21,8 @@ import numpy as np
 import tifffile
 
 from cryodask.errors import CryodaskError
-from cryodask.formats.mrc import read_map, read_mrc
 from cryodask.formats.movies import open_movie
-from cryodask.formats.mrc import write_mrc
+from cryodask.formats.mrc import read_map, read_mrc, write_mrc
 
 WORDS = (-1, 0, 1, 2, 3, 4, 6, 7, 8, 12, 16, 64, 101, 127, 128, 255, 256, 1024, 65535, 2**31 - 1, -(2**31), 1146047817)
 
@@ -32,7 +31,8 @@ def mrc_originals(folder: Path) -> list[bytes]:
     """A movie, micrograph, stack and map, of all modes and both byte orders."""
     rng, out = np.random.default_rng(0), []
     for kind, shape, is_stack in (
-        ("i1", (5, 24, 20), True), ("i2", (3, 16, 18), True), ("f4", (12, 12, 12), False), ("u2", (4, 20, 24), True), ("f2", (30, 26), False)
+        ("i1", (5, 24, 20), True), ("i2", (3, 16, 18), True), ("f4", (12, 12, 12), False), ("u2", (4, 20, 24), True),
+        ("f2", (30, 26), False),
     ):  # fmt: skip
         write_mrc(folder / "o.mrc", rng.poisson(30, shape).astype(kind), 1.5, stack=is_stack)
         raw = (folder / "o.mrc").read_bytes()
@@ -66,7 +66,9 @@ def tiff_originals() -> list[bytes]:
     return out
 
 
-def mutated(originals: list[bytes], count: int, *, seed: int, places: Callable[[bytes], list[int]], order: Callable[[bytes], str]) -> Iterator[bytes]:
+def mutated(
+    originals: list[bytes], count: int, *, seed: int, places: Callable[[bytes], list[int]], order: Callable[[bytes], str]
+) -> Iterator[bytes]:
     """Files with a changed word, flipped bits, an end cut off, or bytes appended, removed or inserted; some with two changes.
 
     ``places``: offsets of the words that describe a file; most changes hit them.
@@ -87,7 +89,11 @@ def mutated(originals: list[bytes], count: int, *, seed: int, places: Callable[[
                 case 4:
                     del data[int(rng.integers(len(data))) :]
                 case 5:
-                    data += bytes(rng.integers(0, 256, rng.integers(1, 4000), dtype="u1")) if rng.random() < 0.7 else bytes(rng.integers(1, 900))
+                    data += (
+                        bytes(rng.integers(0, 256, rng.integers(1, 4000), dtype="u1"))
+                        if rng.random() < 0.7
+                        else bytes(rng.integers(1, 900))
+                    )
                 case 6:
                     at = int(rng.integers(len(data)))
                     data[at : at + int(rng.integers(0, 40))] = bytes(rng.integers(0, 256, rng.integers(0, 40), dtype="u1"))

@@ -132,7 +132,15 @@ def read_header(path: str, error: type[CryodaskError]) -> MrcHeader:
             f"{path} is not an MRC file: its header is invalid.", "it has another format in spite of its extension", "check the file"
         )
     # sizes of both byte orders may be plausible, and machine stamps are often wrong: the length of the file tells which is right
-    read = [header for order in plausible for header in _headers(path, raw, order, size, error)]
+    read: list[MrcHeader] = []
+    refused: list[CryodaskError] = []
+    for order in plausible:
+        try:
+            read += _headers(path, raw, order, size, error)
+        except CryodaskError as cause:
+            refused.append(cause)
+    if not read:
+        raise refused[0]
     header = next((h for h in read if h.needed_bytes == size), read[0])
     _check_length(path, header, size, error)
     return header

@@ -11,14 +11,35 @@ import tifffile
 
 from cryodask.errors import CryodaskError
 
-_WIDTH, _LENGTH, _COMPRESSION, _STRIPS, _STRIP_BYTES = 256, 257, 259, 273, 279
+_SUBFILE, _WIDTH, _LENGTH, _COMPRESSION, _STRIPS, _STRIP_BYTES = 254, 256, 257, 259, 273, 279
 _TILES, _TILE_BYTES = 324, 325
 # tags that change pixels; a reader that overlooks a damaged one misreads the page
 _ESSENTIAL = frozenset(
-    (254, _WIDTH, _LENGTH, 258, _COMPRESSION, 262, 266, _STRIPS, 274, 277, 278, _STRIP_BYTES, 284, 317, 322, 323, _TILES, _TILE_BYTES, 339)
+    (
+        _SUBFILE,
+        _WIDTH,
+        _LENGTH,
+        258,
+        _COMPRESSION,
+        262,
+        266,
+        _STRIPS,
+        274,
+        277,
+        278,
+        _STRIP_BYTES,
+        284,
+        317,
+        322,
+        323,
+        _TILES,
+        _TILE_BYTES,
+        339,
+    )
 )
-_SINGLE = frozenset((254, _WIDTH, _LENGTH, _COMPRESSION, 262, 266, 274, 277, 278, 284, 317, 322, 323))
-_INTEGERS = frozenset((1, 3, 4, 16))  # BYTE, SHORT, LONG, LONG8
+_SINGLE = frozenset((_SUBFILE, _WIDTH, _LENGTH, _COMPRESSION, 262, 266, 274, 277, 278, 284, 317, 322, 323))
+_INTEGERS = frozenset((3, 4, 16))  # SHORT, LONG, LONG8
+_OF_TILES = frozenset((322, 323, _TILES, _TILE_BYTES))
 _OTHER_IMAGES = frozenset((330, 34665, 34853))
 _MOST_BYTES = 1 << 32
 _PHOTOMETRIC = {0: "white is zero", 2: "RGB colours", 3: "a palette of colours", 4: "a mask", 5: "CMYK colours", 6: "YCbCr colours"}
@@ -112,6 +133,9 @@ def check_pages(path: str, tiff: tifffile.TiffFile, walked: list[Walked], error:
     used = 16 if tiff.is_bigtiff else 8
     for i, (page, own) in enumerate(zip(pages, walked)):
         where = f"{path}: page {i + 1} of {len(pages)}"
+        if other := (own.codes ^ walked[0].codes) - {_SUBFILE}:
+            verb, has = ("has", "lacks") if min(other) in own.codes else ("lacks", "has")
+            raise error(f"{where} {verb} the tag {min(other)} that the first {has}.", "it is damaged, or not a movie", "write it again")
         if refused := _damage(page, own, size):
             raise error(f"{where} {refused}.", "the transfer was interrupted, or the file is damaged", "copy it again, or remove it")
         if refused := _unread(page):
@@ -153,17 +177,22 @@ def _damage(page: tifffile.TiffPage, own: Walked, size: int) -> str:
     lost = own.codes - {tag.code for tag in page.tags}
     if lost:
         return f"has a damaged tag {min(lost)}"
+    if own.codes & _OF_TILES and (_STRIPS in own.codes or not own.codes >= _OF_TILES):
+        return "has tags of strips and of tiles"
     if _WIDTH not in own.codes or _LENGTH not in own.codes:
         return "has no width or height"
-    if page.imagewidth < 1 or page.imagelength < 1 or page.rowsperstrip < 1:
+    edges = (page.tilewidth, page.tilelength) if page.is_tiled else (page.rowsperstrip,)
+    if min(page.imagewidth, page.imagelength, *edges) < 1:
         return f"is {page.imagewidth} x {page.imagelength} pixels"
     if page.imagewidth * page.imagelength * max(1, page.bitspersample // 8) > _MOST_BYTES:
         return f"is {page.imagewidth} x {page.imagelength} pixels, more than any camera has"
     offsets, counts = page.dataoffsets, page.databytecounts
     segments = math.prod(page.chunked)
     part = "tile" if page.is_tiled else "strip"
-    if len(offsets) != segments or len(counts) != segments:
-        return f"has {min(len(offsets), len(counts))} of {segments} {part}s"
+    # tifffile cuts longer lists
+    listed = [page.tags[c].count for c in own.codes & {_STRIPS, _STRIP_BYTES, _TILES, _TILE_BYTES}]
+    if len(listed) != 2 or any(n != segments for n in (*listed, len(offsets), len(counts))):
+        return f"should have {segments} {part}s, but lists {' and '.join(map(str, listed)) or 'none'}"
     absent = [i for i, (o, n) in enumerate(zip(offsets, counts)) if o <= 0 or n <= 0]
     if absent:
         return f"has no data for {part} {absent[0] + 1}: writing was interrupted"
