@@ -271,6 +271,13 @@ def test_voxel_sizes(tmp_path: Path, words: dict[str, Any], of_map: float | str 
             assert read() == (None if wanted is None else pytest.approx(wanted, rel=1e-6))
 
 
+def test_a_stack_of_volumes_is_no_map(tmp_path: Path) -> None:
+    path = written(tmp_path, mrc(np.ones((8, 4, 4), "f4"), space_group=401, grid=(4, 4, 4)))
+    with pytest.raises(InputError, match="stack of 2 volumes"):
+        read_map(path)
+    assert read_map(written(tmp_path, mrc(np.ones((4, 4, 4), "f4"), space_group=401)))[0].shape == (4, 4, 4)
+
+
 @pytest.mark.parametrize("value", [NAN, float("inf"), -float("inf")])
 @pytest.mark.parametrize("kind", ["f4", "f2"])
 def test_a_value_that_is_not_finite_is_refused(tmp_path: Path, value: float, kind: str) -> None:

@@ -78,7 +78,7 @@ REFUSED: list[tuple[str, list[Any], str]] = [
     ("colours", [(np.stack([A] * 3, -1), {"photometric": "rgb"})], "colour image .3 samples"),
     ("colour planes", [(np.stack([A] * 3), {"photometric": "rgb", "planarconfig": "separate"})], "colour image .3 samples"),
     ("two samples", [(np.stack([A] * 2, -1), {"planarconfig": "contig"})], "colour image .2 samples"),
-    ("a colour page among grey ones", [A, (np.stack([A] * 3, -1), {"photometric": "rgb"})], "colour image|differs from the first"),
+    ("a colour page among grey ones", [A, (np.stack([A] * 3, -1), {"photometric": "rgb"})], "page 2 of 2 is a colour image"),
     ("white is zero", [(A, {"photometric": "miniswhite"})], "white is zero"),
     ("palette", [(A, {"photometric": "palette", "colormap": np.zeros((3, 256), "u2")})], "palette"),
     ("one bit", [A > 9], "pixels of 1 bit"),

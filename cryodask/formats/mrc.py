@@ -47,11 +47,6 @@ class MrcStack:
         """Native dtype of the pixels; uint8 for 4-bit data."""
         return self.header.file_dtype.newbyteorder("=")
 
-    @property
-    def is_volume(self) -> bool:
-        """Whether the header calls it a volume. Many programs do not."""
-        return self.header.is_volume
-
     def __getitem__(self, index: int) -> np.ndarray:
         """Section ``index``, `(y, x)`."""
         n = self.shape[0]
@@ -166,6 +161,8 @@ def read_map(path: str | Path, error: type[CryodaskError] = InputError) -> tuple
         Also if voxel sizes differ between axes, are negative or NaN, if the cell is not orthogonal, or a voxel is NaN or infinite.
     """
     stack = open_mrc(path, error)
+    if stack.header.volumes > 1:
+        raise error(f"{path} is a stack of {stack.header.volumes} volumes, not one map.", "", "give a file with one of them")
     sizes, angles = stack.header.voxel_size_angstrom, stack.header.cell_angles_deg
     known = tuple(size for size in sizes if size is not None)
     if bad := [size for size in known if not 0.01 < size < 1000.0]:

@@ -67,8 +67,8 @@ class MrcHeader:
         As the header gives it: cell edge over sampling. None where it is unset; may be negative or NaN.
     origin_angstrom : (z, y, x)
     cell_angles_deg : (alpha, beta, gamma)
-    is_volume : bool
-        By its space group; RELION and others write maps as stacks.
+    volumes : int
+        More than one for a stack of volumes (space group 401 and above).
     """
 
     file_shape: tuple[int, int, int]
@@ -80,7 +80,7 @@ class MrcHeader:
     voxel_size_angstrom: tuple[float | None, float | None, float | None]
     origin_angstrom: tuple[float, float, float]
     cell_angles_deg: tuple[float, float, float]
-    is_volume: bool
+    volumes: int
 
     @property
     def row_bytes(self) -> int:
@@ -205,7 +205,7 @@ def _headers(path: str, raw: bytes, order: str, size: int, error: type[CryodaskE
             voxel_size_angstrom=(voxel[0], voxel[1], x),
             origin_angstrom=(float(floats[51]), float(floats[50]), float(floats[49])),
             cell_angles_deg=(float(floats[13]), float(floats[14]), float(floats[15])),
-            is_volume=int(integers[22]) not in (0, 401) and sections > 1,
+            volumes=max(1, sections // int(integers[9])) if 401 <= integers[22] <= 630 and integers[9] > 0 else 1,
         )
 
     if half_width:

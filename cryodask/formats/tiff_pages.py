@@ -40,6 +40,7 @@ _ESSENTIAL = frozenset(
 _SINGLE = frozenset((_SUBFILE, _WIDTH, _LENGTH, _COMPRESSION, 262, 266, 274, 277, 278, 284, 317, 322, 323))
 _INTEGERS = frozenset((3, 4, 16))  # SHORT, LONG, LONG8
 _OF_TILES = frozenset((322, 323, _TILES, _TILE_BYTES))
+_OPTIONAL = frozenset((_SUBFILE, 266, 274, 284))  # their absence means the same as the only value that is read
 _OTHER_IMAGES = frozenset((330, 34665, 34853))
 _MOST_BYTES = 1 << 32
 _PHOTOMETRIC = {0: "white is zero", 2: "RGB colours", 3: "a palette of colours", 4: "a mask", 5: "CMYK colours", 6: "YCbCr colours"}
@@ -133,7 +134,7 @@ def check_pages(path: str, tiff: tifffile.TiffFile, walked: list[Walked], error:
     used = 16 if tiff.is_bigtiff else 8
     for i, (page, own) in enumerate(zip(pages, walked)):
         where = f"{path}: page {i + 1} of {len(pages)}"
-        if other := (own.codes ^ walked[0].codes) - {_SUBFILE}:
+        if other := (own.codes ^ walked[0].codes) - _OPTIONAL:
             verb, has = ("has", "lacks") if min(other) in own.codes else ("lacks", "has")
             raise error(f"{where} {verb} the tag {min(other)} that the first {has}.", "it is damaged, or not a movie", "write it again")
         if refused := _damage(page, own, size):

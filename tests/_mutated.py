@@ -1,6 +1,6 @@
 """Damaged MRC and TIFF files: each is read by cryodask and by a second reader (mrcfile, libtiff), which must agree.
 
-By hand, 5,000 files of each:  python tests/mutated_files.py 5000
+By hand, 5,000 files of each:  python tests/_mutated.py 5000
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def mrc_difference(path: Path) -> str:
                 order = [int(header[n]) for n in ("maps", "mapr", "mapc")]
         except Exception as error:
             return f"mrcfile refuses: {error}"
-        cube = theirs.reshape((1,) * (3 - theirs.ndim) + theirs.shape) if theirs.ndim < 3 else theirs
+        cube = theirs.reshape(-1, *theirs.shape[-2:])  # an image, or a stack of volumes
         cube = cube.transpose(order.index(3), order.index(2), order.index(1))
         ours = ours.reshape((1,) * (3 - ours.ndim) + ours.shape)
         if ours.dtype == np.uint8 and cube.dtype == np.int8:
