@@ -271,7 +271,10 @@ def check_files(plan: Plan) -> None:
         for name, path in ((n, p) for n, paths in plan.input_files(step).items() for p in paths):
             if Path(path).suffix.lower() not in (".mrc", ".map"):
                 continue
-            data = read_map(path)[0]
+            try:
+                data = read_map(path)[0]
+            except InputError as error:
+                raise InputError(f"{step.label}.{name}: {error.what}", error.usual_reason, error.way_out) from None
             if data.min() == data.max():
                 raise InputError(
                     f"{path}, given as {step.label}.{name}, is not a valid map: all {data.size} voxels are {data.flat[0]:g}.",
