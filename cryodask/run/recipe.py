@@ -320,9 +320,8 @@ def position(plan: Plan, label: str) -> int:
 
 def list_movies(plan: Plan, data_set: str = "", *, needed: bool = True) -> list[str]:
     """Paths of the movie files of a data set, sorted by name; raises if there are none, unless they are no longer ``needed``."""
-    pattern = _with_literal_parts(plan.resolve(plan.data_sets[data_set].movies or ""))
     # sort by parts, as Path does; making Paths would cost more than the listing
-    found = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)), key=lambda path: path.split(os.sep))
+    found = sorted(filter(os.path.isfile, movie_paths(plan, data_set)), key=lambda path: path.split(os.sep))
     if not found and needed:
         raise ProjectFileError(
             f"No movie matches {plan.data_sets[data_set].movies} in {plan.path.parent.resolve()}.",
@@ -330,6 +329,11 @@ def list_movies(plan: Plan, data_set: str = "", *, needed: bool = True) -> list[
             "check the pattern with ls",
         )
     return found
+
+
+def movie_paths(plan: Plan, data_set: str = "") -> list[str]:
+    """What the pattern of a data set matches now, unsorted."""
+    return glob.glob(_with_literal_parts(plan.resolve(plan.data_sets[data_set].movies or "")), recursive=True)
 
 
 def _with_literal_parts(pattern: str) -> str:
