@@ -300,7 +300,7 @@ def relion_local(case: Case, particles: Particles, folder: Path, counts: tuple[i
             f"--sym {case.symmetry} --pad 2 --norm --scale --zero_mask --flatten_solvent "
             "--preread_images --j 1 --skip_maximize --perturb 0"
         )
-        with open(folder / "log", "w") as log:
+        with open(folder / "log", "w", encoding="utf-8") as log:
             process = subprocess.Popen(command.split(), cwd=folder, stdout=log, stderr=log)
             _, status, used = os.wait4(process.pid, 0)
         if status:

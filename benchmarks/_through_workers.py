@@ -96,7 +96,7 @@ def stored(particles: Particles, count: int, folder: Path) -> StoredParticles:
 
 
 def _status() -> dict[str, int]:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmHWM", "VmRSS"))}
 
 

@@ -136,7 +136,7 @@ def received(client: Client) -> int:
 
 
 def read_log(log: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
 
 
 class Killer(threading.Thread):

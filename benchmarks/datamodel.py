@@ -287,7 +287,7 @@ def write_star(folder: Path, rows: int, micrographs: int) -> None:
         "rlnImageSize",
         "rlnMicrographPixelSize",
     ]
-    with open(folder / "particles.star", "w") as file:
+    with open(folder / "particles.star", "w", encoding="utf-8") as file:
         file.write("\ndata_optics\n\nloop_\n" + "".join(f"_{n} #{i + 1}\n" for i, n in enumerate(optics)))
         file.write("1 opticsGroup1 300.0 2.7 0.1 1.77 64 0.885\n\n\ndata_particles\n\nloop_\n")
         file.write("".join(f"_{n} #{i + 1}\n" for i, n in enumerate(labels)))

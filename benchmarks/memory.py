@@ -54,7 +54,7 @@ def make_movie(shape: tuple[int, int, int], gain: np.ndarray, seed: int) -> np.n
 
 def memory_of(pid: int) -> dict[str, int]:
     """Resident memory and its high-water mark of a process, bytes."""
-    text = Path(f"/proc/{pid}/status").read_text()
+    text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     return {name: int(re.search(rf"{name}:\s+(\d+)", text)[1]) * 1024 for name in ("VmRSS", "VmHWM")}  # type: ignore[index]
 
 
@@ -84,7 +84,7 @@ def measure(ending: str, shape: tuple[int, int, int], folder: Path, movies: int)
         pid = next(iter(client.run(_pid).values()))
         run(client, tiny, ending)
         idle = memory_of(pid)["VmRSS"]
-        Path(f"/proc/{pid}/clear_refs").write_text("5")
+        Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="utf-8")
         run(client, large, ending)
         peak = memory_of(pid)["VmHWM"]
         after = memory_of(pid)["VmRSS"]

@@ -62,7 +62,7 @@ np.savez("ours.npz", **out)
 
 def timed(command: list[str], folder: Path, log: str) -> tuple[float, int]:
     """CPU seconds (user + system) and peak resident bytes of a command."""
-    with open(folder / log, "w") as file:
+    with open(folder / log, "w", encoding="utf-8") as file:
         done = subprocess.run(["/usr/bin/time", "-v", *command], cwd=folder, stdout=file, stderr=subprocess.STDOUT)
     text = (folder / log).read_text()
     if done.returncode:

@@ -61,7 +61,7 @@ class Commit:
 
         started = time.thread_time()
         micrograph = process(item.row, self.rounds)
-        with open(self.folder / "process_seconds", "a") as file:
+        with open(self.folder / "process_seconds", "a", encoding="utf-8") as file:
             file.write(f"{time.thread_time() - started}\n")
         _generation_at(str(self.folder)).commit(item.row, item.name, {"micrograph_sum": micrograph})
 

@@ -219,12 +219,12 @@ def speed(case: Case, with_relion: bool) -> tuple[dict[str, Any], dict[str, Any]
 # --- memory -----------------------------------------------------------------------------------------------------------------------
 def resident(what: str = "VmHWM") -> int:
     """Resident memory of this process, bytes; ``VmHWM`` is the highest so far."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    line = next(line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith(what))
     return int(line.split()[1]) * 1024
 
 
 def reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def one_leaf(case: Case) -> dict[str, Any]:

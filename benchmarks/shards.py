@@ -68,13 +68,13 @@ def stream(raw: Path, shape: tuple[int, int, int]) -> None:
     write_shard(OUT / "warm", small, np.zeros((2, 8, 8), np.uint8))  # imports and buffers of the codec
     layout = Layout.of(shape, (1, 0, 0), "uint8")
     before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     write_shard(OUT / "streamed", layout, RawMovie(raw, shape))
     print(_status("VmHWM") - before)
 
 
 def _status(name: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())
+    found = re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))
     assert found is not None
     return int(found[1]) * 1024
 

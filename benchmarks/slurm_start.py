@@ -27,7 +27,7 @@ from cryodask.testing.slurm import TinySlurm, missing_programs
 
 def noted(number: int, log: str) -> int:
     """A result that is worth keeping."""
-    with open(log, "a") as file:
+    with open(log, "a", encoding="utf-8") as file:
         file.write(f"{number}\n")
     return number
 

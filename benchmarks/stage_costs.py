@@ -63,7 +63,7 @@ pipeline: [motion, ctf, {{pick: {{diameter_angstrom: {DIAMETER}}}}}, {{extract: 
 
 def _used() -> tuple[float, int]:
     """CPU seconds of this process and its threads, and its largest resident memory, bytes."""
-    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))
     assert found is not None
     return time.process_time(), int(found[1]) * 1024
 

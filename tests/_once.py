@@ -19,7 +19,7 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], obje
     base = factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "once" / name
     folder.parent.mkdir(exist_ok=True)
-    with open(folder.with_name(f"{name}.lock"), "w") as lock:
+    with open(folder.with_name(f"{name}.lock"), "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.with_name(f"{name}.made").exists():
             shutil.rmtree(folder, ignore_errors=True)

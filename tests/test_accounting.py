@@ -83,9 +83,9 @@ def logged(path, seconds, fail_until=0):
     def run(i):
         start = time.time()
         time.sleep(seconds)
-        with open(path, "a") as file:
+        with open(path, "a", encoding="utf-8") as file:
             file.write(f"{start} {time.time()}\n")
-        with open(path) as file:
+        with open(path, encoding="utf-8") as file:
             runs = len(file.readlines())
         if runs <= fail_until:
             raise ValueError("not yet")
@@ -150,7 +150,7 @@ def test_failed_runs_and_their_retries_count_as_what_they_used(cluster, tmp_path
 
 def held(path, go):
     def hold(i):
-        with open(path, "a") as file:
+        with open(path, "a", encoding="utf-8") as file:
             file.write(f"{time.time()}\n")
         while not os.path.exists(go):
             time.sleep(0.02)
@@ -185,7 +185,7 @@ def test_a_task_that_asks_to_run_elsewhere_counts_both_runs(cluster, tmp_path):
     def moves():
         first, start = not os.path.exists(path), time.time()
         time.sleep(2.5 if first else 0.1)
-        with open(path, "a") as file:
+        with open(path, "a", encoding="utf-8") as file:
             file.write(f"{start} {time.time()}\n")
         if first:
             raise Reschedule
@@ -375,7 +375,7 @@ def test_a_scheduler_that_is_killed_forgets_five_seconds_at_most(tmp_path):
         "--preload",
         str(preload),
     ]
-    with open(tmp_path / "log", "w") as log:
+    with open(tmp_path / "log", "w", encoding="utf-8") as log:
         pages = ["--dashboard-address", "127.0.0.1:0", "--no-dashboard"]
         scheduler = subprocess.Popen([*command, *pages], stderr=log)
         worker_command = [sys.executable, "-m", "distributed.cli.dask_worker", f"tcp://127.0.0.1:{port}", "--nthreads", "1", "--no-nanny"]

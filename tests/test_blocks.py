@@ -43,7 +43,7 @@ class Slow:
         self.log, self.pause_seconds = log, pause_seconds
 
     def expect(self, params: Any, state: Any, shared: Any, block: Any, previous: Any, context: Any) -> Any:
-        with open(self.log, "a") as file:
+        with open(self.log, "a", encoding="utf-8") as file:
             file.write(f"{os.getpid()} {state['iteration']} {block.index[0]}\n")
         time.sleep(self.pause_seconds)
         return classify2d.functions.expect(params, state, shared, block, previous, context)
@@ -51,7 +51,7 @@ class Slow:
 
 def done(log: Path) -> list[tuple[int, ...]]:
     """(process, iteration, first particle) of every block that was begun."""
-    return [tuple(map(int, line.split())) for line in log.read_text().splitlines()] if log.exists() else []
+    return [tuple(map(int, line.split())) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
 
 
 @pytest.fixture(scope="module")

@@ -151,7 +151,7 @@ def test_a_program_that_takes_too_long_ends_with_all_that_it_started(says, tmp_p
             context.run("says", [], timeout_seconds=5)
     child = int((tmp_path / "child").read_text())
     deadline = time.monotonic() + 120
-    while Path(f"/proc/{child}").exists() and "State:\tZ" not in Path(f"/proc/{child}/status").read_text():
+    while Path(f"/proc/{child}").exists() and "State:\tZ" not in Path(f"/proc/{child}/status").read_text(encoding="utf-8"):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 

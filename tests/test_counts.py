@@ -252,7 +252,7 @@ def test_a_step_that_was_killed_while_the_session_grew_finishes_its_set_first(tm
         import os
 
         if state["iteration"] == 1 and not os.path.exists(marker):
-            open(marker, "w").close()
+            open(marker, "w", encoding="utf-8").close()
             raise RuntimeError("killed")
         return state["iteration"] > 0
 

@@ -37,7 +37,7 @@ MOVIES = 24
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     return [text for language, text in found if language in languages]
 
 
@@ -205,7 +205,7 @@ def test_the_dry_run_of_the_page_is_what_is_printed(tmp_path):
 # --- commands ----------------------------------------------------------------------------------------------------------------
 def commands(page: Path) -> list[str]:
     """Commands in console blocks, and those in the text that begin with ``cryodask``."""
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     found = [line.removeprefix("$ ") for block in blocks(page, "console", "") for line in block.splitlines()]
     inline = re.findall(r"`(cryodask [^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
     return [c for c in dict.fromkeys([*found, *inline]) if c.startswith("cryodask ")]

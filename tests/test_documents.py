@@ -84,9 +84,9 @@ def test_results_never_lie_around_the_project_file(tmp_path):
     home.mkdir(parents=True)
     (home / "up").symlink_to("..")
     for folder in ("..", "../..", "/", ".", str(tmp_path), "../../data", "x/.."):
-        with pytest.raises(ProjectFileError, match="around the project file"):
+        with pytest.raises(ProjectFileError, match="among your files"):
             make_plan(project(home, folder=folder))
-    with pytest.raises(ProjectFileError, match="around the project file"):
+    with pytest.raises(ProjectFileError, match="among your files"):
         make_plan(project(home, name="up"))
     assert make_plan(project(home, folder="../results")).folder == tmp_path / "data" / "results"
 

@@ -55,9 +55,9 @@ def counts(project: Project, *labels: str) -> list[int]:
 
 def without(source: Path, target: Path, word: str) -> int:
     """A table without the rows that hold a word; how many are left."""
-    lines = source.read_text().splitlines()
-    target.write_text("\n".join(line for line in lines if "@" not in line or word not in line) + "\n")
-    return sum("@" in line for line in target.read_text().splitlines())
+    lines = source.read_text(encoding="utf-8").splitlines()
+    target.write_text("\n".join(line for line in lines if "@" not in line or word not in line) + "\n", encoding="utf-8")
+    return sum("@" in line for line in target.read_text(encoding="utf-8").splitlines())
 
 
 def forget(folder: Path, client, name: str) -> int:

@@ -79,7 +79,7 @@ def test_a_lane_that_fills_its_share_of_the_memory_waits_and_is_told(cluster_fil
 def once(path: str) -> int:
     """Takes its worker along the first time."""
     if not os.path.exists(path):
-        open(path, "w").close()
+        open(path, "w", encoding="utf-8").close()
         os.kill(os.getpid(), signal.SIGKILL)
     return os.getpid()
 

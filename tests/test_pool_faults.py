@@ -179,7 +179,7 @@ def held_back(until):
             return str, ("handed over",)
 
     def make(ran):
-        with open(ran, "a") as file:
+        with open(ran, "a", encoding="utf-8") as file:
             file.write("x")
         return Large()
 

@@ -255,7 +255,7 @@ def cancel(slurm, job, worker):
 
 
 def nanny_of(worker):
-    return int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1])
+    return int(Path(f"/proc/{worker}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
 
 
 def kill_worker(slurm, job, worker):

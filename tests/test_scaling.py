@@ -298,7 +298,7 @@ def counting(path, seconds, until=""):
     """A task that takes so long, and as long as there is no file ``until``."""
 
     def counted(i):
-        with open(path, "a") as file:
+        with open(path, "a", encoding="utf-8") as file:
             file.write(f"{i}\n")
         time.sleep(seconds)
         while until and not os.path.exists(until):

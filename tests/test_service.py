@@ -243,7 +243,7 @@ def test_stop_lets_what_runs_finish_if_asked_to(home, tmp_path):
 
         def slow(path):
             time.sleep(2)
-            open(path, "w").close()
+            open(path, "w", encoding="utf-8").close()
 
         future = client.submit(slow, str(tmp_path / "finished"))
         wait(lambda: any(client.processing().values()), "the task")

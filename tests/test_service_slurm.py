@@ -86,7 +86,7 @@ def invited(home, mixed, user, lanes):
     """Where that person has put the invitation."""
     said = cryodask("cluster", "invite", "mixed", user, "--lanes", lanes)
     path = home / f"{user}.invite"
-    path.write_text(Path(said.splitlines()[0]).read_text())
+    path.write_text(Path(said.splitlines()[0]).read_text(encoding="utf-8"))
     path.chmod(0o600)
     return str(path)
 
@@ -250,7 +250,7 @@ def test_a_project_is_submitted_and_the_user_told_how_to_follow_it(mixed, slurm,
     for words in ("tail -F", f"squeue -j {job}", f"scancel {job}", f"cryodask info {tmp_path / 'tiny.yaml'}"):
         assert words in said
     wait(lambda: job not in slurm.jobs(), "the end", 120)
-    log = Path(re.findall(r"tail -F (\S+)", said)[0]).read_text()
+    log = Path(re.findall(r"tail -F (\S+)", said)[0]).read_text(encoding="utf-8")
     assert "3 micrographs done" in log, log
     assert "motion" in cryodask("info", str(tmp_path / "tiny.yaml"))
     assert "are on one machine" in cryodask("submit", str(tmp_path / "tiny.yaml"), code=2)

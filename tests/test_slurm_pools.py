@@ -141,7 +141,7 @@ def test_each_worker_of_a_gpu_job_sees_one_device_of_its_own(pools, client):
 
 def counting(path, seconds=0.0):
     def counted(i):  # inside a function it travels by value: workers on other machines cannot import a test
-        with open(path, "a") as file:
+        with open(path, "a", encoding="utf-8") as file:
             file.write(f"{i}\n")
         time.sleep(seconds)
         return i * i

@@ -53,7 +53,7 @@ def write_like_relion(path, particles, micrographs, seed=0, extra_label=None):
     """A refined particles.star of 26 columns, written in pieces so that its writer is no larger than its reader."""
     random = np.random.default_rng(seed)
     labels = [*LABELS, *([extra_label] if extra_label else [])]
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         file.write(OPTICS + "".join(f"_{name} #{i}\n" for i, name in enumerate(labels, 1)))
         of = np.sort(random.integers(0, micrographs, particles))
         for begin in range(0, particles, 10_000):

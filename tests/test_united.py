@@ -301,13 +301,13 @@ CUT = {"extract": {"box": 128, "scale_to": 32}}
 
 def _rows_changed(star: Path, out: Path, change) -> None:
     """A STAR file of particles with other rows: `change` maps the list of rows, each a list of values, and gives the place of a column."""
-    lines = star.read_text().splitlines()
+    lines = star.read_text(encoding="utf-8").splitlines()
     start = max(i for i, line in enumerate(lines) if line.startswith("_")) + 1
     named = [line for line in lines[:start] if line.startswith("_")]
     named = named[max(i for i, line in enumerate(named) if line.endswith("#1")) :]
     at = {line.split()[0][1:]: i for i, line in enumerate(named)}
     rows = [line.split() for line in lines[start:] if line.strip()]
-    out.write_text("\n".join([*lines[:start], *("\t".join(row) for row in change(rows, at))]) + "\n")
+    out.write_text("\n".join([*lines[:start], *("\t".join(row) for row in change(rows, at))]) + "\n", encoding="utf-8")
 
 
 @pytest.fixture(scope="module")

@@ -123,7 +123,7 @@ def _address_in(path: Path) -> str:
     said: object = ""
     for _ in range(_FILE_LOOKS):
         try:
-            return str(json.loads(path.read_text())["address"])
+            return str(json.loads(path.read_text(encoding="utf-8"))["address"])
         except FileNotFoundError:
             raise ClusterError(
                 f"There is no scheduler file {path}.",

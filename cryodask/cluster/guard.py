@@ -106,7 +106,7 @@ class GuardedScheduler(FairShareScheduler):
             path = Path(self._users)
             found = path.stat().st_mtime_ns if path.exists() else 0  # nobody has been invited yet
             if found != changed:
-                known = json.loads(path.read_text()) if found else {}
+                known = json.loads(path.read_text(encoding="utf-8")) if found else {}
             self._read_users = monotonic(), found, known
         return known
 

@@ -412,7 +412,7 @@ def network_file_system(path: str) -> str:
     if "$" in path:
         return ""
     try:
-        mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+        mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
     except OSError:
         return ""
     real = os.path.realpath(path)

@@ -6,11 +6,11 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from cryodask.errors import GainError, MovieError
+from cryodask.errors import CryodaskError, GainError, MovieError
 from cryodask.formats.gain import Flip, orient_gain, reciprocal_gain
 from cryodask.formats.mrc import open_mrc, write_mrc
 from cryodask.formats.tiff import open_tiff, write_tiff
@@ -88,7 +88,7 @@ def _reader(ending: str) -> Reader | None:
     if ending in TIFF_ENDINGS:
         return Reader(TIFF_ENDINGS, lambda path: open_tiff(path, MovieError))
     if ending in MRC_ENDINGS:
-        return Reader(MRC_ENDINGS, lambda path: open_mrc(path, MovieError))
+        return Reader(MRC_ENDINGS, lambda path: open_mrc(path, MovieError, counts=True))
     return next((reader for reader in OTHERS.load().values() if ending in reader.endings), None)
 
 
@@ -110,7 +110,8 @@ def open_movie(path: str | Path) -> MovieFile:
     Raises
     ------
     MovieError
-        If the file is missing, empty, truncated, of another format, or not a greyscale movie.
+        If the file is missing, empty, truncated, longer than its header says, of another format, or not a greyscale movie. Reading a
+        frame raises it if the frame cannot be decoded, or has NaN or infinite pixels.
     """
     reader = _reader(Path(path).suffix.lower())
     if reader is None:
@@ -120,14 +121,73 @@ def open_movie(path: str | Path) -> MovieFile:
             "another kind of file is among the movies, or they have a camera format such as .eer or .dm4",
             "narrow the pattern of the movies, install a package that reads the format, or convert them to TIFF or MRC",
         )
-    movie = reader.open(path)
-    if min(movie.shape[1:]) < 4 or movie.dtype.kind not in "uif":
+    movie = _guarded(str(path), "cannot be opened", lambda: reader.open(path))
+    if len(movie.shape) != 3 or len(movie) < 1 or min(movie.shape[1:]) < 4 or movie.dtype.kind not in "uif":
         raise MovieError(
-            f"{path} is not a valid movie: its frames have {movie.shape[1]} x {movie.shape[2]} pixels of type {movie.dtype}",
+            f"{path} is not a valid movie: its shape is {' x '.join(map(str, movie.shape))}, its pixels are of type {movie.dtype}.",
             "another kind of file is among the movies",
             "remove it from the folder, or narrow the pattern of the movies",
         )
-    return movie
+    return CheckedMovie(movie)
+
+
+@dataclass(frozen=True)
+class CheckedMovie:
+    """A movie whose frames are checked as they are read: size, type, and finite values."""
+
+    movie: MovieFile
+
+    @property
+    def path(self) -> str:
+        """Path of the file."""
+        return str(self.movie.path)
+
+    @property
+    def pixel_size_angstrom(self) -> float | None:
+        """Pixel size in the header; None if the header has no plausible value."""
+        return self.movie.pixel_size_angstrom
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(frame, y, x)."""
+        return self.movie.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Dtype of the counts."""
+        return self.movie.dtype
+
+    def __len__(self) -> int:
+        return len(self.movie)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Frame ``index``, `(y, x)`, in MRC row order."""
+        n = len(self.movie)
+        if not -n <= index < n:
+            raise IndexError(index)
+        frame = _guarded(self.path, f"frame {index % n + 1} of {n} cannot be read", lambda: np.asarray(self.movie[index]))
+        where = f"{self.path}: frame {index % n + 1} of {n}"
+        if frame.shape != self.shape[1:] or frame.dtype != self.dtype:
+            raise MovieError(
+                f"{where} has {' x '.join(map(str, frame.shape))} pixels of type {frame.dtype}, the movie"
+                f" {' x '.join(map(str, self.shape[1:]))} of type {self.dtype}.",
+                "",
+                "write the movie with frames of one size and type",
+            )
+        if frame.dtype.kind == "f" and not np.isfinite(frame).all():
+            raise MovieError(f"{where} has NaN or infinite pixels.", "a failed conversion wrote it", "convert it again")
+        return frame
+
+
+def _guarded(path: str, what: str, read: Callable[[], Any]) -> Any:
+    """Call a reader. What it raises about one movie quarantines this movie; failures of the disk or of memory pass through."""
+    try:
+        return read()
+    except (CryodaskError, OSError, MemoryError):
+        raise
+    except Exception as cause:
+        said = " ".join(str(cause).split())[:100]
+        raise MovieError(f"{path} {what} ({type(cause).__name__}: {said}).", "the file is damaged", "copy it again") from cause
 
 
 def write_tiff_movie(path: str | Path, frames: np.ndarray, pixel_size_angstrom: float | None = None) -> None:

@@ -1,6 +1,6 @@
 """MRC files: images, stacks, maps and movies (MRC2014, modes 0, 1, 2, 6, 12 and the 4-bit mode 101 of SerialEM).
 
-Arrays have the order of the file: first row first, `(y, x)` or `(z, y, x)`.
+Arrays are `(y, x)` or `(z, y, x)`, first row first, in whatever order the axes are in the file.
 """
 
 from __future__ import annotations
@@ -13,67 +13,97 @@ from pathlib import Path
 import numpy as np
 
 from cryodask.errors import CryodaskError, InputError
+from cryodask.formats.four_bit import unpack
+from cryodask.formats.mrc_header import MrcHeader, common_size, read_header
 
-HEADER_BYTES = 1024
-FOUR_BIT = 101
-_DTYPES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2", FOUR_BIT: "u1"}
 _MODES = {"int8": 0, "int16": 1, "float32": 2, "uint16": 6, "float16": 12}
-_IMOD_STAMP = 1146047817
-_IMOD_SIGNED_BYTES = 1
 
 
 @dataclass(frozen=True)
 class MrcStack:
-    """A stack of sections, read one at a time; it keeps no file open and can be pickled.
+    """A stack of sections `(z, y, x)`, read one at a time; it keeps no file open and can be pickled.
 
     Sections are read with plain reads rather than a memory map: a file that shrinks while it is mapped kills
     the process, and mapped pages of a whole movie count as memory of the worker.
     """
 
     path: str
-    shape: tuple[int, int, int]
-    dtype: np.dtype
+    header: MrcHeader
     pixel_size_angstrom: float | None
-    offset: int
-    file_dtype: np.dtype
-    is_volume: bool = False
+    counts: bool
+    error: type[CryodaskError]
 
     def __len__(self) -> int:
         return self.shape[0]
 
     @property
-    def section_bytes(self) -> int:
-        """Bytes of one section in the file."""
-        _, rows, columns = self.shape
-        if self.file_dtype.names:  # two pixels per byte, every row starts at a byte
-            return rows * ((columns + 1) // 2)
-        return rows * columns * self.file_dtype.itemsize
+    def shape(self) -> tuple[int, int, int]:
+        """(z, y, x), whatever the order of the axes in the file."""
+        z, y, x = (self.header.file_shape[i] for i in self.header.order)
+        return z, y, x
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Native dtype of the pixels; uint8 for 4-bit data."""
+        return self.header.file_dtype.newbyteorder("=")
 
     def __getitem__(self, index: int) -> np.ndarray:
         """Section ``index``, `(y, x)`."""
-        n, rows, columns = self.shape
+        n = self.shape[0]
         at = index + n if index < 0 else index
         if not 0 <= at < n:
             raise IndexError(index)
-        four_bit = bool(self.file_dtype.names)
-        kind = np.dtype("u1") if four_bit else self.file_dtype
-        count = self.section_bytes // kind.itemsize
-        data = np.fromfile(self.path, kind, count, offset=self.offset + at * self.section_bytes)
-        if data.size < count:
-            raise InputError(f"{self.path}: section {at} of {n} ends too early", "the file is truncated", "copy it again")
-        if four_bit:
-            pairs = data.reshape(rows, -1)
-            section = np.empty((rows, 2 * pairs.shape[1]), np.uint8)
-            section[:, 0::2] = pairs & 15  # the first pixel of a pair is in the low bits
-            section[:, 1::2] = pairs >> 4
-            return np.ascontiguousarray(section[:, :columns])
-        return data.reshape(rows, columns).astype(self.dtype, copy=False)
+        along, first, second = self.header.order
+        if along == 0:
+            section = self._file_section(at)
+        elif along == 1:
+            section = np.concatenate([self._rows(s, at, 1) for s in range(self.header.file_shape[0])])
+        else:
+            section = np.stack([self._file_section(s)[:, at] for s in range(self.header.file_shape[0])])
+        return self._checked(np.ascontiguousarray(section.T) if first > second else section)
+
+    def read(self) -> np.ndarray:
+        """All sections, `(z, y, x)`."""
+        out = np.empty(self.header.file_shape, self.dtype)
+        for s in range(len(out)):
+            out[s] = self._file_section(s)
+        return self._checked(np.ascontiguousarray(out.transpose(self.header.order)))
+
+    def _file_section(self, s: int) -> np.ndarray:
+        return self._rows(s, 0, self.header.file_shape[1])
+
+    def _rows(self, s: int, first: int, count: int) -> np.ndarray:
+        header = self.header
+        start = header.offset + s * header.section_bytes + first * header.row_bytes
+        items = count * header.row_bytes // header.file_dtype.itemsize
+        data = np.fromfile(self.path, header.file_dtype, items, offset=start)
+        if data.size < items:
+            raise self.error(f"{self.path}: section {s + 1} of {header.file_shape[0]} ends too early.", "the file shrank", "copy it again")
+        rows = data.reshape(count, -1)
+        return unpack(rows, header.file_shape[2]) if header.packed else rows.astype(self.dtype, copy=False)
+
+    def _checked(self, data: np.ndarray) -> np.ndarray:
+        """Refuse integers that look unsigned although the mode is a signed one."""
+        unknown = not self.header.sign_known or self.dtype == np.int16
+        if unknown and data.min() < 0 and ((self.counts and self.dtype == np.int8) or _looks_unsigned(data)):
+            most = int(np.iinfo(self.dtype).max)
+            raise self.error(
+                f"{self.path} has negative values that look like unsigned ones above {most}.",
+                "a program wrote unsigned integers without saying so in the header",
+                "write it as unsigned 16-bit integers (mode 6), or set IMOD's flag for unsigned bytes",
+            )
+        return data
 
 
-_NIBBLES = np.dtype([("pair", "u1")])
+def _looks_unsigned(data: np.ndarray) -> bool:
+    """Whether the values are continuous where they change sign as unsigned integers do, rather than around zero."""
+    quarter = (int(np.iinfo(data.dtype).max) + 1) // 2
+    below, above = np.count_nonzero(data < -quarter), np.count_nonzero(data >= quarter)
+    near = min(np.count_nonzero(data < 0) - below, np.count_nonzero(data >= 0) - above)
+    return bool(min(below, above) > near)
 
 
-def open_mrc(path: str | Path, error: type[CryodaskError] = InputError) -> MrcStack:
+def open_mrc(path: str | Path, error: type[CryodaskError] = InputError, *, counts: bool = False) -> MrcStack:
     """Read the header of an MRC file and check it against the file's size.
 
     Parameters
@@ -81,66 +111,26 @@ def open_mrc(path: str | Path, error: type[CryodaskError] = InputError) -> MrcSt
     path : str or Path
     error : type
         Class of the error to raise: a broken movie concerns one item, a broken reference all of them.
+    counts : bool
+        The pixels are counts of electrons: bytes that are negative are refused, unless the header says that they are signed.
 
     Returns
     -------
     MrcStack
         Shape `(z, y, x)`; an image has one section. ``pixel_size_angstrom`` is None if the header has no plausible value.
+
+    Raises
+    ------
+    error
+        If the file is missing, no MRC file, not as long as its header says, has pixels that are not square, or a mode that is not read.
     """
     path = str(path)
+    header = read_header(path, error)
     try:
-        size = os.path.getsize(path)
-        with open(path, "rb") as file:
-            header = file.read(HEADER_BYTES)
-    except FileNotFoundError:
-        raise error(f"{path} does not exist", "it was moved or renamed", "check the path") from None
-    except IsADirectoryError:
-        raise error(f"{path} is a folder, not an MRC file", "", "give the path of the file") from None
-    if size == 0:
-        raise error(f"{path} is empty (0 bytes)", "the transfer has not started, or the disk was full", "copy it again")
-    if len(header) < HEADER_BYTES:
-        raise error(f"{path} has {size} bytes, less than an MRC header", "the file is truncated", "copy it again")
-    order = _byte_order(header)
-    if order is None:
-        raise error(
-            f"{path} is not an MRC file: its header is invalid", "it has another format in spite of its extension", "check the file"
-        )
-    integers = np.frombuffer(header, order + "i4", 256)
-    floats = np.frombuffer(header, order + "f4", 256)
-    columns, rows, sections, mode = (int(v) for v in integers[:4])
-    if mode not in _DTYPES:
-        raise error(
-            f"{path} has data mode {mode}, which is not supported",
-            "it has complex or colour data",
-            f"convert it to one of the modes {sorted(_DTYPES)}",
-        )
-    file_dtype = _NIBBLES if mode == FOUR_BIT else np.dtype(order + _DTYPES[mode])
-    if mode == 0 and integers[38] == _IMOD_STAMP and not integers[39] & _IMOD_SIGNED_BYTES:
-        file_dtype = np.dtype("u1")  # IMOD's flag for unsigned bytes, used in SerialEM's movies
-    dtype = np.dtype("u1") if mode == FOUR_BIT else file_dtype.newbyteorder("=")
-    offset = HEADER_BYTES + max(0, int(integers[23]))
-    pixel = float(floats[10]) / float(integers[7]) if integers[7] > 0 else 0.0
-    sane = np.isfinite(pixel) and 0.01 < pixel < 1000.0
-    volume = int(integers[22]) not in (0, 401) and sections > 1
-    stack = MrcStack(path, (sections, rows, columns), dtype, pixel if sane else None, offset, file_dtype, volume)
-    needed = offset + sections * stack.section_bytes
-    if size < needed:
-        whole = max(0, (size - offset) // stack.section_bytes)
-        raise error(
-            f"{path} is truncated: {size} bytes where its header says {needed} ({whole} of {sections} sections are complete)",
-            "the transfer was interrupted, or is not finished yet",
-            "copy it again, or remove it from the folder",
-        )
-    return stack
-
-
-def _byte_order(header: bytes) -> str | None:
-    """'<' or '>', whichever gives plausible sizes (machine stamps are often wrong), or None."""
-    for order in ("<", ">"):
-        columns, rows, sections, mode = np.frombuffer(header, order + "i4", 4)
-        if min(columns, rows, sections) > 0 and max(columns, rows, sections) < 10**7 and 0 <= mode < 1000:
-            return order
-    return None
+        pixel = common_size(header.voxel_size_angstrom[1:])
+    except ValueError as sizes:
+        raise error(f"{path} has pixels of {sizes} A (x, y), which are not square.", "", "correct the header, or resample it") from None
+    return MrcStack(path, header, pixel, counts, error)
 
 
 def read_mrc(path: str | Path, error: type[CryodaskError] = InputError) -> tuple[np.ndarray, float | None]:
@@ -153,12 +143,44 @@ def read_mrc(path: str | Path, error: type[CryodaskError] = InputError) -> tuple
     pixel_size_angstrom : float or None
     """
     stack = open_mrc(path, error)
-    if len(stack) == 1:
-        return stack[0], stack.pixel_size_angstrom
-    out = np.empty(stack.shape, stack.dtype)
-    for i in range(len(stack)):
-        out[i] = stack[i]
-    return out, stack.pixel_size_angstrom
+    return (stack[0] if len(stack) == 1 else stack.read()), stack.pixel_size_angstrom
+
+
+def read_map(path: str | Path, error: type[CryodaskError] = InputError) -> tuple[np.ndarray, float | None]:
+    """Read a map: like `read_mrc`, but its voxels must be cubes with finite values.
+
+    Returns
+    -------
+    data : `(z, y, x)`
+    voxel_size_angstrom : float or None
+        None if the header has no value.
+
+    Raises
+    ------
+    error
+        Also if voxel sizes differ between axes, are negative or NaN, if the cell is not orthogonal, or a voxel is NaN or infinite.
+    """
+    stack = open_mrc(path, error)
+    if stack.header.volumes > 1:
+        raise error(f"{path} is a stack of {stack.header.volumes} volumes, not one map.", "", "give a file with one of them")
+    sizes, angles = stack.header.voxel_size_angstrom, stack.header.cell_angles_deg
+    known = tuple(size for size in sizes if size is not None)
+    if bad := [size for size in known if not 0.01 < size < 1000.0]:
+        raise error(f"{path} has a voxel size of {bad[-1]:g} A in its header.", "the program that wrote it failed", "set it in the header")
+    try:
+        voxel = common_size(known) if sizes[2] is not None else None
+    except ValueError as different:
+        raise error(f"{path} has voxels of {different} A (x, y, z), which are not cubes.", "", "resample the map") from None
+    if any(angle and not abs(angle - 90.0) < 0.01 for angle in angles):
+        raise error(f"{path} has a cell with the angles {angles}.", "it is a crystallographic map", "resample it to an orthogonal cell")
+    data = stack[0] if len(stack) == 1 else stack.read()
+    if not np.isfinite(data).all():
+        raise error(
+            f"{path} is not a valid map: {int((~np.isfinite(data)).sum())} of {data.size} voxels are NaN or infinite.",
+            "the program that wrote it failed, or the file is damaged",
+            "check the map, and give another",
+        )
+    return data, voxel
 
 
 def mrc_header(shape: tuple[int, ...], dtype: np.dtype, pixel_size_angstrom: float, *, stack: bool, statistics: tuple[float, ...]) -> bytes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import heapq
+import logging
 import pickle
 import time
 from collections import Counter, deque
@@ -82,8 +83,14 @@ def work(item: Item, brief: Any, *, run: Run, blob: bytes, device: str, isolated
         with time_limit(limit_seconds):
             failure = attempt_item(run, blob, item, brief, device, attempt)
     if failure:
+        logging.getLogger("distributed.worker").addFilter(_is_not_of_an_item)
         raise ItemFailure(*failure)
     return _DONE
+
+
+def _is_not_of_an_item(record: logging.LogRecord) -> bool:
+    """Whether a log record is about something else than a failed item, which the driver reports in a sentence without a traceback."""
+    return not ("Compute Failed" in str(record.msg) and f"{ItemFailure.__name__}(" in record.getMessage())
 
 
 class MapRunner:

@@ -321,14 +321,32 @@ def position(plan: Plan, label: str) -> int:
 
 def list_movies(plan: Plan, data_set: str = "", *, needed: bool = True) -> list[str]:
     """Paths of the movie files of a data set, sorted by name; raises if there are none, unless they are no longer ``needed``."""
-    pattern = plan.resolve(plan.data_sets[data_set].movies or "")
     # sort by parts, as Path does; making Paths would cost more than the listing
-    found = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)), key=lambda path: path.split(os.sep))
+    found = sorted(filter(os.path.isfile, movie_paths(plan, data_set)), key=lambda path: path.split(os.sep))
     if not found and needed:
         raise ProjectFileError(
-            f"No movie matches {pattern}.", "the pattern in inputs.movies is wrong, or the disk is not mounted", "check the pattern with ls"
+            f"No movie matches {plan.data_sets[data_set].movies} in {plan.path.parent.resolve()}.",
+            "the pattern in inputs.movies is wrong, or the disk is not mounted",
+            "check the pattern with ls",
         )
     return found
+
+
+def movie_paths(plan: Plan, data_set: str = "") -> list[str]:
+    """What the pattern of a data set matches now, unsorted."""
+    return glob.glob(_with_literal_parts(plan.resolve(plan.data_sets[data_set].movies or "")), recursive=True)
+
+
+def _with_literal_parts(pattern: str) -> str:
+    """Escape the leading parts of a pattern that exist as they are written: a folder named ``grid[1]`` is no pattern."""
+    parts = Path(pattern).parts
+    done = ""
+    for i, part in enumerate(parts):
+        is_file_pattern = i == len(parts) - 1 and any(c in part for c in "*?")
+        if is_file_pattern or not os.path.lexists(os.path.join(done, part)):
+            return os.path.join(glob.escape(done), *parts[i:])
+        done = os.path.join(done, part)
+    return glob.escape(done)
 
 
 def _make_params(path: Path, stage: Stage, label: str, values: dict[str, Any], *, ahead: bool) -> Params:

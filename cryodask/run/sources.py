@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from cryodask.errors import CryodaskError, InputError, MovieError
+from cryodask.formats.presence import show_name
 from cryodask.parameters import marked_fields
 from cryodask.run.imports import PicksImport, TableImport, content_id
 from cryodask.run.project_import import ProjectImport
@@ -122,7 +123,7 @@ class Files:
 
     def arrival(self, variable: str, path: str | Path, source: str, data_set: str = "") -> Arrival:
         """A file as an exposure: its content, path, size and time."""
-        relative, name = self._plan.relative(path), Path(path).stem
+        relative, name = show_name(self._plan.relative(path)), show_name(Path(path).stem)
         inputs: dict[str, Any] = {variable: relative, "source": source, **({"data_set": data_set} if data_set else {})}
         try:
             stat = os.stat(path)
@@ -210,17 +211,19 @@ def read_content_hash(path: str | Path) -> str:
 
 def check_files(plan: Plan) -> None:
     """Refuse invalid half-maps and other maps of the project file before anything runs."""
-    from cryodask.formats.mrc import open_mrc, read_mrc
+    from cryodask.formats.mrc import open_mrc, read_map
 
     for step in plan.steps:
         for name, path in ((n, p) for n, paths in plan.input_files(step).items() for p in paths):
             if Path(path).suffix.lower() not in (".mrc", ".map"):
                 continue
-            data = np.asarray(read_mrc(path)[0])
-            if not np.isfinite(data).all() or data.min() == data.max():
+            try:
+                data = read_map(path)[0]
+            except InputError as error:
+                raise InputError(f"{step.label}.{name}: {error.what}", error.usual_reason, error.way_out) from None
+            if data.min() == data.max():
                 raise InputError(
-                    f"{path}, given as {step.label}.{name}, is not a valid map: {int((~np.isfinite(data)).sum())} of {data.size} voxels are"
-                    " NaN or infinite, or all are the same.",
+                    f"{path}, given as {step.label}.{name}, is not a valid map: all {data.size} voxels are {data.flat[0]:g}.",
                     "the program that wrote it failed, or the file is damaged",
                     "check the map, and give another",
                 )
@@ -230,6 +233,8 @@ def check_files(plan: Plan) -> None:
 
 
 def _check_half_maps(halves: list[Any]) -> None:
+    from cryodask.formats.mrc_header import is_same_size
+
     for half in halves:
         if len(set(half.shape)) > 1:
             raise InputError(
@@ -237,7 +242,8 @@ def _check_half_maps(halves: list[Any]) -> None:
                 "an image or a cropped map was given",
                 "give the two half-maps of one refinement",
             )
-    if len({(half.shape, half.pixel_size_angstrom) for half in halves}) > 1:
+    first, second = halves
+    if first.shape != second.shape or not is_same_size(first.pixel_size_angstrom or 0.0, second.pixel_size_angstrom or 0.0):
         text = " and ".join(f"{h.path}: {' x '.join(map(str, h.shape))} voxels of {h.pixel_size_angstrom} A" for h in halves)
         raise InputError(f"The half-maps differ ({text}).", "they come from different runs", "give the two half-maps of one refinement")
 

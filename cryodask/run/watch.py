@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import glob
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from cryodask.errors import CryodaskError
-from cryodask.run.recipe import Plan
+from cryodask.formats.presence import show_name
+from cryodask.run.recipe import Plan, movie_paths
 from cryodask.run.sources import Files
 from cryodask.run.stopping import Stop
 from cryodask.store.project import Arrival, Project
@@ -65,6 +65,7 @@ class Arrivals:
         self.pending: dict[str, Pending] = {}
         self.expected_frames: set[int] = set()
         self.over = False
+        self._plan = plan
         self._patterns = {name: plan.resolve(inputs.movies or "") for name, inputs in plan.data_sets.items()}
         self._source = next((s.label for s in plan.steps if s.stage.name == "ingest"), "ingest")
         self._files = Files(plan, project)
@@ -114,7 +115,7 @@ class Arrivals:
             rest = [path for path, p in self.pending.items() if now - p.since >= self.settled_seconds]
             out += self._take(rest)
             if self.pending:
-                names = ", ".join(sorted(self.pending)[:3])
+                names = ", ".join(show_name(path) for path in sorted(self.pending)[:3])
                 self.say(f"{len(self.pending)} files are still being written and are left for the next run: {names}")
         # do not overload a slow file system with listings
         self._next_poll = time.monotonic() + max(self._poll_seconds, 10 * (time.monotonic() - started))
@@ -122,7 +123,7 @@ class Arrivals:
 
     def in_other_sets(self) -> list[Arrival]:
         """Unchanged movies passed on before that the project file now lists in another (or renamed) data set."""
-        listed = {path: name for name, pattern in self._patterns.items() for path in glob.glob(pattern, recursive=True)}
+        listed = {path: name for name in self._patterns for path in movie_paths(self._plan, name)}
         moved = {n: p for n, p in self._taken.items() if p in listed and listed[p] != self._data_set[p]}
         self._data_set |= {path: listed[path] for path in moved.values()}
         found = {name: self._arrival(path) for name, path in moved.items()}
@@ -142,10 +143,10 @@ class Arrivals:
         return out
 
     def _new_paths(self) -> list[str]:
-        known = set(self._taken.values())
+        known = {show_name(path) for path in self._taken.values()}
         found: list[str] = []
-        for name, pattern in self._patterns.items():
-            new = [p for p in glob.glob(pattern, recursive=True) if p not in known and p not in self._refused]
+        for name in self._patterns:
+            new = [p for p in movie_paths(self._plan, name) if show_name(p) not in known and p not in self._refused]
             self._data_set |= dict.fromkeys(new, name)
             found += new
         return sorted(found)
@@ -177,7 +178,7 @@ class Arrivals:
             name = arrival.name
             if name in self._taken:
                 self._refused.add(path)
-                self.say(f"{path} is skipped: {self._taken[name]} has the same name; rename one of them")
+                self.say(f"{show_name(path)} is skipped: {show_name(self._taken[name])} has the same name; rename one of them")
                 continue
             self._taken[name], self._facts[name] = path, arrival.inputs
             out.append(arrival)

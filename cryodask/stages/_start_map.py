@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from cryodask.errors import InputError
-from cryodask.formats.mrc import read_mrc
+from cryodask.formats.mrc import read_map
 from cryodask.kernels.fourier import resize_map, soft_sphere
 from cryodask.kernels.map_evidence import density_skewness
 from cryodask.kernels.projection import cut_map
@@ -47,7 +47,7 @@ def start_map(
 def _given_map(params: Refine3DParams, particles: ParticleSet, inputs: dict[str, Any]) -> tuple[np.ndarray, float]:
     """The start map as given, and its voxel size."""
     if params.reference is not None:
-        data, voxel = read_mrc(params.reference)
+        data, voxel = read_map(params.reference)
         data = np.array(data, np.float32)
         if data.ndim != 3:
             raise InputError(

@@ -8,7 +8,8 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from cryodask.errors import InputError
-from cryodask.formats.mrc import read_mrc
+from cryodask.formats.mrc import read_map
+from cryodask.formats.mrc_header import is_same_size
 from cryodask.stage import Context, InputFile, Output, Params, stage
 from cryodask.stages._symmetry import PointGroup
 
@@ -40,10 +41,10 @@ def import_map(params: ImportMapParams, *, context: Context) -> dict[str, Any]:
     The map of two half-maps is their mean.
     """
     paths = params.half_maps or (params.file or "",)
-    maps = [read_mrc(path) for path in paths]
+    maps = [read_map(path) for path in paths]
     first, pixel = maps[0]
     for other, voxel in maps[1:]:
-        if first.shape != other.shape or (pixel or 0) != (voxel or 0):
+        if first.shape != other.shape or not is_same_size(pixel or 0.0, voxel or 0.0):
             raise InputError(
                 f"The half-maps differ: {first.shape} at {pixel} A and {other.shape} at {voxel} A.",
                 "they come from different refinements",
@@ -53,7 +54,7 @@ def import_map(params: ImportMapParams, *, context: Context) -> dict[str, Any]:
         raise InputError(
             f"{paths[0]} has the shape {first.shape} and is not a cube.", "it is an image or a cropped map", "pad it to a cube"
         )
-    if not pixel or pixel <= 0:
+    if not pixel:
         raise InputError(f"{paths[0]} has no voxel size in its header.", "the program that wrote it left it out", "set it in the header")
     stack = np.stack([data for data, _ in maps]).astype(np.float32)
     given: dict[str, Any] = {"final_map": stack.mean(0), "map_pixel_size_angstrom": float(pixel)}

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from cryodask.errors import InputError
-from cryodask.formats.mrc import read_mrc
+from cryodask.formats.mrc import read_map
 from cryodask.stage import Context, InputFile, Output, Params, stage
 
 _TOLERANCE = 0.01
@@ -29,7 +29,7 @@ class ImportMaskParams(Params):
 )
 def import_mask(params: ImportMaskParams, *, final_map: np.ndarray, map_pixel_size_angstrom: float, context: Context) -> dict[str, Any]:
     """Read a soft mask on the grid of a map: the same box and voxel size, values from 0 to 1."""
-    data, voxel = read_mrc(params.file)
+    data, voxel = read_map(params.file)
     mask, pixel = np.array(data, np.float32), float(map_pixel_size_angstrom)
     if mask.shape != np.shape(final_map):
         raise InputError(
@@ -41,7 +41,7 @@ def import_mask(params: ImportMaskParams, *, final_map: np.ndarray, map_pixel_si
         raise InputError(
             f"{params.file} has voxels of {voxel:.3f} A, the map of {pixel:.3f} A.", "it was made for another map", "make it for this map"
         )
-    if not np.isfinite(mask).all() or mask.min() < -_TOLERANCE or mask.max() > 1.0 + _TOLERANCE or mask.max() <= 0.0:
+    if mask.min() < -_TOLERANCE or mask.max() > 1.0 + _TOLERANCE or mask.max() <= 0.0:
         raise InputError(
             f"{params.file} has values from {mask.min():.3g} to {mask.max():.3g}.",
             "it is a map, not a mask",

@@ -39,7 +39,7 @@ def environment() -> dict[str, str]:
 
 def _instruction_set() -> str:
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return ""
     lines = [line for line in text.splitlines() if line.lower().startswith(("flags", "features"))]

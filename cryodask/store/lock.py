@@ -252,7 +252,7 @@ def _who(folder: Path) -> dict[str, Any]:
 
 def _boot() -> str:
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except OSError:
         return ""
 
@@ -270,7 +270,7 @@ def _namespaces() -> str:
 def _stat_of(pid: int) -> list[str]:
     """Fields of /proc/PID/stat from the state on; empty if there is no such process."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
     except (OSError, IndexError):
         return []
 
@@ -318,7 +318,7 @@ def _taken_over(holder: dict[str, Any], folder: Path) -> TakenOverError:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return _parsed(path.read_text())
+        return _parsed(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 

@@ -243,7 +243,7 @@ class _Owner:
             f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} {shape}{extra}"
             for (name, extra), port in zip(_NODES.items(), ports[1:])
         )
-        Path(self.conf).write_text(_CONF.format(dir=self.folder, host=host, user=_user(), port=ports[0], nodes=nodes))
+        Path(self.conf).write_text(_CONF.format(dir=self.folder, host=host, user=_user(), port=ports[0], nodes=nodes), encoding="utf-8")
         (self.folder / "plugstack.conf").touch()  # else the machine's own is read
         # Slurm sets CUDA_VISIBLE_DEVICES only for devices that have a device file, each its own
         for i in range(_GPUS):

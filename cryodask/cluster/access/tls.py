@@ -183,7 +183,7 @@ class Invitation:
     def present_address(self) -> str:
         """The scheduler's current address if this account can read it; else the one in the invitation."""
         try:
-            address = json.loads(Path(self.address_file).read_text())["address"]
+            address = json.loads(Path(self.address_file).read_text(encoding="utf-8"))["address"]
         except (OSError, ValueError, KeyError, TypeError):
             return self.address
         return address if isinstance(address, str) and address.startswith("tls://") else self.address
@@ -390,7 +390,7 @@ def write_secret(path: Path, text: str) -> None:
     """Write a file that only this account can read, atomically."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.unlink(missing_ok=True)
-    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -407,7 +407,7 @@ def read_secret(path: Path) -> str:
                 "it was copied with open permissions",
                 f"run  chmod 600 {path}, or ask for a new invitation",
             )
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ClusterError(
             f"There is no {path}.", "the path is wrong, or the file was never created", "check the folder of the cluster's files"

@@ -99,7 +99,7 @@ class UsageJournal:
     def _alone(self) -> Iterator[None]:
         """Context manager with a file lock, because two schedulers may share a folder during a hand-over."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with open(self.folder / "usage.lock", "a", opener=_private) as lock:
+        with open(self.folder / "usage.lock", "a", encoding="utf-8", opener=_private) as lock:
             with contextlib.suppress(OSError):  # some network file systems do not support locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield

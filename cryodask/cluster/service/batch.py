@@ -75,7 +75,7 @@ def sbatch(script: str) -> str:
 def last_words(log: Path) -> str:
     """The last lines of a log, joined."""
     try:
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     except OSError:
         return "it has no log"
     return " / ".join(lines[-3:])[-400:] or "its log is empty"

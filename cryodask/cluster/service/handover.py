@@ -252,7 +252,7 @@ class HandingOver:
 
     def _succeed_the_dead(self) -> bool:
         """Replace a dead predecessor; False if another process was faster: a start by hand, or a second successor."""
-        with open(os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)) as lock:
+        with open(os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600), encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             named = Whereabouts.read(self.folder / "scheduler.json")
             if named is None or named.id != self.follows:

@@ -332,7 +332,7 @@ def prepared(settings: SlurmSettings | LocalSettings, name: str) -> Iterator[Pat
     folder = folder_of(name)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     folder.chmod(0o700)
-    with open(os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)) as lock:
+    with open(os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600), encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -52,7 +52,7 @@ class Whereabouts:
             If it exists but cannot be read now, which says nothing about the service.
         """
         try:
-            return cls(**json.loads(path.read_text()))
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
         except (OSError, TypeError, ValueError) as error:

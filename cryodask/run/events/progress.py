@@ -16,6 +16,8 @@ from cryodask.run import events as of
 from cryodask.run.events import Event
 
 _LOG_EVERY_SECONDS = 60.0
+_EXPLAINED = 20
+"""Number of quarantined exposures that are printed with reason and advice; further ones take one line each."""
 
 
 def text_of(event: Event, *, every_exposure: bool = False) -> str:
@@ -106,6 +108,7 @@ class Terminal:
         self.console = Console(file=stream or sys.stdout, quiet=verbosity < 0, highlight=False, soft_wrap=True)
         self._verbose, self._moving = verbosity > 0, self.console.is_terminal and verbosity >= 0
         self._pace, self._note, self._logged = Pace(), "", 0.0
+        self._quarantined = 0
         self._bars: Bars | None = None
         self._bar: TaskID | None = None
 
@@ -114,7 +117,11 @@ class Terminal:
         self._pace(event)
         if isinstance(event, of.StepFinished | of.RunEnded):
             self.close()
-        if text := text_of(event, every_exposure=self._verbose):
+        text = text_of(event, every_exposure=self._verbose)
+        if isinstance(event, of.ExposureQuarantined):
+            self._quarantined += 1
+            text = text if self._quarantined <= _EXPLAINED else text.splitlines()[0]
+        if text:
             self.console.print(text, markup=False)
         if isinstance(event, of.StepStarted):
             self._note, self._logged = "", event.time

@@ -1,0 +1,163 @@
+"""Names of movies that are no plain text or look like patterns, maps and masks of other programs, and what many bad movies print."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_mrc_facts import mrc
+
+from cryodask.errors import InputError, MovieError, ProjectFileError
+from cryodask.formats.movies import open_movie
+from cryodask.formats.mrc import write_mrc
+from cryodask.formats.presence import show_name
+from cryodask.run import events as of
+from cryodask.run.events.progress import Terminal
+from cryodask.run.isolation import ItemFailure
+from cryodask.run.map import _is_not_of_an_item
+from cryodask.run.recipe import list_movies, make_plan
+from cryodask.run.sources import check_files, list_exposures
+from cryodask.stage import load_stages
+
+OPTICS = "microscope: {voltage_kv: 300, spherical_aberration_mm: 2.7, pixel_size_angstrom: 1}\npipeline: [ingest]\n"
+
+
+def found(folder: Path, pattern: str) -> list[str]:
+    (folder / "p.yaml").write_text(f"name: r\ninputs: {{movies: {pattern!r}}}\n{OPTICS}")
+    return [os.path.relpath(path, folder) for path in list_movies(make_plan(folder / "p.yaml"))]
+
+
+@pytest.mark.parametrize("name", ["grid[1]", "what?", "a*b", "[abc]", "{x}", "with space", "a'b", "[!1]", "**"])
+def test_the_folder_of_a_project_is_no_pattern(tmp_path: Path, name: str) -> None:
+    for folder in (name, "grid1", "whatx", "a_b", "a", "2"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "m.tif").touch()
+    assert found(tmp_path / name, "*.tif") == ["m.tif"]
+    assert found(tmp_path / name, "m.tif") == ["m.tif"]
+
+
+def test_folders_and_files_in_a_pattern_are_taken_as_they_are_written(tmp_path: Path) -> None:
+    for folder in ("day[1]", "day1", "day2"):
+        (tmp_path / folder).mkdir()
+        for file in ("a[3].tif", "a3.tif"):
+            (tmp_path / folder / file).touch()
+    assert found(tmp_path, "day[1]/*.tif") == ["day[1]/a3.tif", "day[1]/a[3].tif"]
+    assert found(tmp_path, "day[1]/a[3].tif") == ["day[1]/a[3].tif"]
+    assert found(tmp_path, "day[2]/a[3].tif") == ["day2/a3.tif"]
+    assert found(tmp_path, "day?/a3.tif") == ["day1/a3.tif", "day2/a3.tif"]
+    assert len(found(tmp_path, "**/*.tif")) == 6
+    with pytest.raises(ProjectFileError, match="No movie matches b"):
+        found(tmp_path, "b*.tif")
+
+
+@pytest.mark.parametrize(
+    ("raw", "shown"), [(b"m\xfc1", r"m\xfc1"), (b"m\n1", r"m\x0a1"), (b"m\x1b[31m", r"m\x1b[31m"), (b"\xff\xfe", r"\xff\xfe")]
+)
+def test_a_movie_whose_name_is_no_text_is_an_item_with_an_escaped_name(tmp_path: Path, raw: bytes, shown: str) -> None:
+    for name in (b"ok", raw):
+        (tmp_path / os.fsdecode(name + b".mrc")).write_bytes(mrc(np.full((2, 8, 8), len(name), "i2")))
+    (tmp_path / "p.yaml").write_text(f"name: r\ninputs: {{movies: '*.mrc'}}\n{OPTICS}")
+    plan = make_plan(tmp_path / "p.yaml")
+    arrivals = {a.name: a for a in list_exposures(plan, None)}
+    assert set(arrivals) == {"ok", shown}
+    odd = arrivals[shown].inputs["movie_path"]
+    odd.encode()
+    with pytest.raises(MovieError, match="not UTF-8, or control characters"):
+        open_movie(tmp_path / odd)
+
+
+@pytest.mark.parametrize("name", ["mü.tif", "a b", 'q"', "x\\y", "日本", ""])
+def test_text_is_shown_as_it_is(name: str) -> None:
+    assert show_name(name) == name
+
+
+# --- maps --------------------------------------------------------------------------------------------------------------------
+MAP = np.random.default_rng(0).normal(size=(8, 8, 8)).astype("f4")
+
+
+def imported(**params: Any) -> dict[str, Any]:
+    stage = load_stages()["import_map"]
+    return stage.process(stage.params(**params))
+
+
+@pytest.mark.parametrize(
+    ("voxels", "same"),
+    [((2.0, 2.0000005), True), ((1.06, 1.0601), True), ((0.83, 0.82995), True), ((1.0, 1.001), False), ((2.0, 1.0), False)],
+)
+def test_half_maps_are_on_one_grid_if_their_voxels_are_equal_within_rounding(
+    tmp_path: Path, voxels: tuple[float, float], same: bool
+) -> None:
+    for name, voxel in zip("ab", voxels):
+        write_mrc(tmp_path / f"{name}.mrc", MAP, voxel)
+    (tmp_path / "p.yaml").write_text("name: r\npipeline:\n  - import_map: {half_maps: [a.mrc, b.mrc]}\n  - mask\n")
+    paths = (str(tmp_path / "a.mrc"), str(tmp_path / "b.mrc"))
+    if same:
+        assert imported(half_maps=paths)["map_pixel_size_angstrom"] == pytest.approx(voxels[0])
+        check_files(make_plan(tmp_path / "p.yaml"))
+        return
+    with pytest.raises(InputError, match="half-maps differ"):
+        imported(half_maps=paths)
+    with pytest.raises(InputError, match="half-maps differ"):
+        check_files(make_plan(tmp_path / "p.yaml"))
+
+
+CUBE = (16.0, 16.0, 16.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"cell": CUBE}, ""), ({"cell": CUBE, "axes": (3, 1, 2)}, ""), ({"cell": (16.0, 16.0, 8.0)}, "not cubes"),
+        ({"cell": (16.0, 8.0, 16.0)}, "not square"), ({"cell": (-16.0,) * 3}, "voxel size of -2"), ({"cell": (0.0,) * 3}, "no voxel size"),
+        ({"cell": CUBE, "axes": (0, 0, 0)}, "invalid axes"), ({"cell": CUBE, "size": (8, 8, 7)}, "more sections follow"),
+        ({"cell": CUBE, "mode": 4}, "complex"), ({"cell": CUBE, "angles": (90.0, 101.0, 90.0)}, "angles"),
+        ({"cell": CUBE, "space_group": 401, "grid": (8, 8, 4)}, "stack of 2 volumes"),
+    ],
+)  # fmt: skip
+def test_maps_and_masks_are_read_by_what_their_header_says(tmp_path: Path, words: dict[str, Any], said: str) -> None:
+    values = np.abs(MAP) / np.abs(MAP).max()
+    axes = words.get("axes", (1, 2, 3))
+    stored = values.transpose(3 - axes[2], 3 - axes[1], 3 - axes[0]) if sorted(axes) == [1, 2, 3] else values
+    path = tmp_path / "m.mrc"
+    path.write_bytes(mrc(np.ascontiguousarray(stored), **words))
+    mask = load_stages()["import_mask"]
+
+    def masked() -> np.ndarray:
+        return mask.process(mask.params(file=str(path)), final_map=MAP, map_pixel_size_angstrom=2.0)["solvent_mask"]
+
+    if not said:
+        assert np.array_equal(imported(file=str(path))["final_map"], values)
+        assert np.array_equal(masked(), values)
+        return
+    with pytest.raises(InputError, match=said):
+        imported(file=str(path))
+    if said != "no voxel size":  # a mask is on the grid of its map
+        with pytest.raises(InputError, match=said):
+            masked()
+
+
+# --- what is printed ---------------------------------------------------------------------------------------------------------
+def test_a_hundred_bad_movies_print_fewer_than_two_hundred_lines() -> None:
+    stream = io.StringIO()
+    terminal = Terminal(stream)
+    for i in range(100):
+        message = str(MovieError(f"m{i}.tif is empty (0 bytes).", "the disk was full", "copy it again"))
+        terminal(of.ExposureQuarantined(time=0.0, run="r", step="ingest", name=f"m{i}", row=i, message=message))
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 20 * 3 + 80
+    assert lines[:3] == ["quarantined m0: m0.tif is empty (0 bytes).", "  Usual reason: the disk was full", "  What to do: copy it again"]
+    assert lines[-1] == "quarantined m99: m99.tif is empty (0 bytes)."
+
+
+def test_dask_is_silent_about_failed_items_and_about_nothing_else() -> None:
+    def kept(error: Exception) -> bool:
+        text = "Compute Failed\nKey:       %s\nException: %r\n"
+        return _is_not_of_an_item(logging.LogRecord("distributed.worker", logging.ERROR, "", 0, text, ("k", error), None))
+
+    assert not kept(ItemFailure("MovieError", "m.tif is empty", "quarantine"))
+    assert kept(ValueError("a fault"))
