@@ -243,7 +243,6 @@ OPTICS = ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast")
 """What the exposures of a data set share."""
 
 
-
 @dataclass(frozen=True)
 class Limits:
     """What physics and instruments allow of a quantity."""

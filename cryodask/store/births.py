@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from cryodask.store.claims import proven, same_place
+from cryodask.store.claims import SAME_PLACE_PX, proven, same_place
 from cryodask.store.identity import birth_of, half_sets, make_ids, number_of, parent_of, row_of
 from cryodask.vocabulary import VARIABLES
 
@@ -126,6 +126,8 @@ def _settle(birth: Birth, row: int, found: Mapping[str, Any], before: Mapping[st
     given = np.where((given > 0) & (row_of(given) == row), given, 0)
     lead, copy = (np.asarray(found.get(n, fill), np.int64) for n, fill in (("lead", np.arange(count)), ("copy", np.zeros(count))))
     ids, kept = _by_name(found, given, lead, known, natural)
+    if found.get("placed", True) and count > 1:
+        kept &= ~_at_one_place(np.stack([y, x], 1), score, kept, (given == 0) & (lead == np.arange(count)), natural)
     fresh = kept & (ids == 0) & (lead == np.arange(count))
     if found.get("placed", True):
         _by_place(birth, ids, fresh, np.stack([y, x], 1), known, np.asarray(found.get("left_out_id", ()), np.int64))
@@ -185,6 +187,27 @@ def _by_name(
             used.add(called[i])
             taken.add(int(ids[i]))
     return ids, kept
+
+
+def _at_one_place(place: np.ndarray, score: np.ndarray, kept: np.ndarray, judged: np.ndarray, natural: Any) -> np.ndarray:
+    """Mask of the judged particles within a pixel of another that is kept: of two that are judged, the first in order of numbering is.
+
+    Particles with names of their own may come with positions that say nothing, all the same or all zero; these are not compared.
+    """
+    from scipy.spatial import cKDTree
+
+    dropped = np.zeros(len(place), bool)
+    at = np.flatnonzero(kept & np.isfinite(place).all(1) & ((natural is None) | (place != 0).any(1)))
+    if len(at) < 2 or (natural is not None and (place[at] == place[at[0]]).all()):
+        return dropped
+    rank = np.empty(len(place), np.int64)
+    rank[np.arange(len(place)) if natural is not None else first_order(*place.T, score)] = np.arange(len(place))
+    rank[~judged] -= len(place)
+    for i, j in sorted(cKDTree(place[at]).query_pairs(SAME_PLACE_PX), key=lambda pair: max(rank[at[pair[0]]], rank[at[pair[1]]])):
+        first, second = sorted((at[i], at[j]), key=lambda one: rank[one])
+        if judged[second] and not dropped[first] and np.hypot(*(place[first] - place[second])) < SAME_PLACE_PX:
+            dropped[second] = True
+    return dropped
 
 
 def _by_place(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 
@@ -85,3 +86,10 @@ SIDE = frozenset(
 """Columns that no result depends on: whatever is not a number there is a missing value."""
 NONE = {"class_number": 0, "half_set": 0}
 """Integers of RELION that mean that there is no value."""
+
+_UID = re.compile(r"[0-9]{6,21}_(?=.)")
+
+
+def bare(name: str) -> str:
+    """A file name without the number that cryoSPARC puts before it (``000123_name``, or a uid of up to 21 digits)."""
+    return _UID.sub("", name, count=1) if _UID.match(name) else name

@@ -76,7 +76,11 @@ def read_coded_particles(path: Path, keep: Collection[str] | None = None) -> tup
 
 def _split(path: Path, names: Coded) -> Images:
     parts = [name.partition("@") for name in names.decode()]
-    bad = [number + sign + stack for number, sign, stack in parts if not (number.isascii() and number.isdigit() and sign and stack and int(number) > 0)]
+    bad = [
+        number + sign + stack
+        for number, sign, stack in parts
+        if not (number.isascii() and number.isdigit() and sign and stack and int(number) > 0)
+    ]
     if bad:
         raise StarError(
             f"{path}: image name {bad[0]!r} is not NUMBER@STACK",
@@ -211,7 +215,9 @@ def _numbers(path: Path, relion: str, column: Column, values: Any) -> np.ndarray
 
 
 def _not_a_number(path: Path, relion: str, row: int) -> StarError:
-    return StarError(f"{path}: {relion} is not a number in row {row + 1}", "the program that wrote it failed for this row", "remove the row")
+    return StarError(
+        f"{path}: {relion} is not a number in row {row + 1}", "the program that wrote it failed for this row", "remove the row"
+    )
 
 
 def _shifted(path: Path, what: str) -> StarError:

@@ -14,7 +14,9 @@ from pathlib import Path
 from cryodask.errors import StarError
 
 _BLANKS = " \t\x0b\x0c"
-_TOKEN = re.compile(r"""'(?:[^']|'(?=[^ \t\x0b\x0c]))*'(?![^ \t\x0b\x0c])|"(?:[^"]|"(?=[^ \t\x0b\x0c]))*"(?![^ \t\x0b\x0c])|[^ \t\x0b\x0c]+""")
+_TOKEN = re.compile(
+    r"""'(?:[^']|'(?=[^ \t\x0b\x0c]))*'(?![^ \t\x0b\x0c])|"(?:[^"]|"(?=[^ \t\x0b\x0c]))*"(?![^ \t\x0b\x0c])|[^ \t\x0b\x0c]+"""
+)
 
 
 @dataclass
