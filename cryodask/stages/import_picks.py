@@ -51,12 +51,9 @@ def import_picks(
         columns = read_coordinates(coordinates_path)
     except StarError as error:
         raise MicrographError(error.what, error.usual_reason, error.way_out) from error
-    named = columns.get("micrograph_name")
-    mine = (
-        _of(coordinates_path, named, micrograph_name)
-        if named is not None and micrograph_name
-        else np.ones(len(columns["particle_y"]), bool)
-    )
+    mine = np.ones(len(columns["particle_y"]), bool)
+    if micrograph_name and "micrograph_name" in columns:
+        mine = _of(coordinates_path, columns["micrograph_name"], micrograph_name)
     y, x = (np.asarray(columns[k], np.float32)[mine] for k in ("particle_y", "particle_x"))
     score = np.nan_to_num(np.asarray(columns.get("pick_score", np.zeros(len(mine))), np.float32)[mine])
     return {"pick_y": y, "pick_x": x, "pick_score": score}

@@ -201,7 +201,7 @@ def _at_one_place(place: np.ndarray, score: np.ndarray, kept: np.ndarray, judged
     if len(at) < 2 or (natural is not None and (place[at] == place[at[0]]).all()):
         return dropped
     rank = np.empty(len(place), np.int64)
-    rank[np.arange(len(place)) if natural is not None else first_order(*place.T, score)] = np.arange(len(place))
+    rank[np.arange(len(place)) if natural is not None else first_order(place[:, 0], place[:, 1], score)] = np.arange(len(place))
     rank[~judged] -= len(place)
     for i, j in sorted(cKDTree(place[at]).query_pairs(SAME_PLACE_PX), key=lambda pair: max(rank[at[pair[0]]], rank[at[pair[1]]])):
         first, second = sorted((at[i], at[j]), key=lambda one: rank[one])

@@ -75,6 +75,8 @@ def _scan(file: IO[bytes], wanted: frozenset[str], split_images: bool) -> dict[s
         if line[5:] in blocks or len(line.split()) > 1:
             raise _UnusualError
         blocks[line[5:]] = _read_block(file, wanted, split_images)
+    if not blocks:
+        raise _UnusualError
     return blocks
 
 

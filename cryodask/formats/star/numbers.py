@@ -1,6 +1,7 @@
 """What counts as a number in a STAR file, and within which limits a quantity lies.
 
-Only ASCII digits with an optional sign, point and exponent are a number. ``nan`` and ``inf``, as failed fits are written, are a missing value.
+Only ASCII digits with an optional sign, point and exponent are a number. ``nan`` and ``inf``, as failed fits are written, are a missing
+value.
 """
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ def _on_blanks(line: str) -> list[str]:
     return line.translate(_TO_SPACE).split(" ")
 
 
-_TO_SPACE = str.maketrans({c: " " for c in _BLANKS})
+_TO_SPACE = str.maketrans(dict.fromkeys(_BLANKS, " "))
 
 
 def _words(line: str) -> Iterator[str]:

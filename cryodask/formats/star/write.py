@@ -36,8 +36,9 @@ def write_micrographs_ctf(path: str | Path, columns: Mapping[str, Any]) -> None:
 def write_particles(path: str | Path, columns: Mapping[str, Any]) -> None:
     """Particles as RELION's ``particles.star``; columns as from :func:`read_particles`; scalars apply to all rows.
 
-    ``relion_optics`` are the texts that :func:`read_particles` gives. ``particle_id`` is written exactly, as ``_cryodaskParticleId``, which RELION passes on. Rows with equal optics share a group,
-    numbered in the order in which they appear. ``box`` is the size of the images, pixels.
+    ``particle_id`` is written exactly, as ``_cryodaskParticleId``, which RELION passes on. Rows with equal optics share a group,
+    numbered in the order in which they appear. ``box`` is the size of the images, pixels. ``relion_optics``: the texts of
+    :func:`read_particles`, written as columns of the groups.
     """
     _need(path, columns, ("image_index", "image_stack", "particle_pixel_size_angstrom", "box", *GROUP_OPTICS))
     _check_ids(path, columns.get("particle_id"))
