@@ -5,6 +5,7 @@ By hand, with more of them:  ``python tests/test_star_mutants.py SAMPLES_FOLDER 
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import random
 import sys
@@ -30,7 +31,26 @@ SAMPLES = [
     "betagal_10204/micrographs_ctf_official.star",
 ]
 _ROWS = 6
-_WORDS = ["nan", "inf", "True", "<NA>", "1_000", "\u0661", "1e400", "-", "''", '"a b"', "#", "_rlnX", "data_x", "loop_", "0x10", "1,5", "d'Arc", "a#b"]
+_WORDS = [
+    "nan",
+    "inf",
+    "True",
+    "<NA>",
+    "1_000",
+    "\u0661",
+    "1e400",
+    "-",
+    "''",
+    '"a b"',
+    "#",
+    "_rlnX",
+    "data_x",
+    "loop_",
+    "0x10",
+    "1,5",
+    "d'Arc",
+    "a#b",
+]
 _BYTES = b"\0 \t\n\r'\"#_;0123456789.-+eEadlnox@/\xff\xc3"
 
 
@@ -87,13 +107,12 @@ def verdict(path: Path) -> str:
     readers = (star.read_particles, star.read_micrographs, star.read_coordinates)
     for reader in readers:
         fast = _result(reader, path)
-        with mock.patch.object(read, "scan", lambda *_, **__: None):
+        with mock.patch.object(read, "scan", return_value=None):
             general = _result(reader, path)
         assert _alike(fast, general), (reader.__name__, fast, general)
-    try:
-        star.read_labels(path), star.read_optics(path)
-    except StarError:
-        pass
+    with contextlib.suppress(StarError):
+        star.read_labels(path)
+    star.read_optics(path)
     try:
         ours = {name: block.columns for name, block in read_blocks(path).items()}
     except StarError:
@@ -124,9 +143,7 @@ def _result(reader, path: Path):
 def _alike(a, b) -> bool:
     if isinstance(a, str) or isinstance(b, str):
         return a == b
-    return list(a) == list(b) and all(
-        np.array_equal(a[n], b[n], equal_nan=a[n].dtype.kind == "f") and a[n].dtype == b[n].dtype for n in a
-    )
+    return list(a) == list(b) and all(np.array_equal(a[n], b[n], equal_nan=a[n].dtype.kind == "f") and a[n].dtype == b[n].dtype for n in a)
 
 
 def tried(texts: list[str], count: int, seed: int, folder: Path) -> Counter[str]:

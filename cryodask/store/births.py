@@ -125,9 +125,9 @@ def _settle(birth: Birth, row: int, found: Mapping[str, Any], before: Mapping[st
     given = np.asarray(found.get("particle_id", np.zeros(count)), np.int64)
     given = np.where((given > 0) & (row_of(given) == row), given, 0)
     lead, copy = (np.asarray(found.get(n, fill), np.int64) for n, fill in (("lead", np.arange(count)), ("copy", np.zeros(count))))
-    ids, kept = _by_name(found, given, lead, known, natural)
+    ids, kept = _by_name(given, lead, known, natural)
     if found.get("placed", True) and count > 1:
-        kept &= ~_at_one_place(np.stack([y, x], 1), score, kept, (given == 0) & (lead == np.arange(count)), natural)
+        kept &= ~_at_one_place(np.stack([y, x], 1), score, kept, (given == 0) & (copy == 0), natural)
     fresh = kept & (ids == 0) & (lead == np.arange(count))
     if found.get("placed", True):
         _by_place(birth, ids, fresh, np.stack([y, x], 1), known, np.asarray(found.get("left_out_id", ()), np.int64))
@@ -160,24 +160,19 @@ def _as_known(before: Mapping[str, np.ndarray] | None) -> Mapping[str, np.ndarra
     return before if "own" in before else known_of([(before, True)])
 
 
-def _by_name(
-    found: Mapping[str, Any], given: np.ndarray, lead: np.ndarray, known: Mapping[str, np.ndarray], natural: Any
-) -> tuple[np.ndarray, np.ndarray]:
+def _by_name(given: np.ndarray, lead: np.ndarray, known: Mapping[str, np.ndarray], natural: Any) -> tuple[np.ndarray, np.ndarray]:
     """Ids given with the particles, else by natural key (0: unknown), and the mask without duplicates."""
     keys = np.asarray(natural, np.int64) if natural is not None else np.full(len(given), -1, np.int64)
-    called: list[Any] = keys.tolist()
-    if natural is None and found.get("placed", True):
-        # a particle without a name is identified by its position
-        called = list(zip(*(np.round(np.asarray(found[name], np.float64), 2).tolist() for name in ("pick_y", "pick_x"))))
+    called: list[int] = keys.tolist()
     named: dict[int, int] = {}
     for key, one, score, own in zip(*(known[n].tolist() for n in ("natural_key", "particle_id", "pick_score", "own"))):
         if key >= 0 and own and (np.isfinite(score) or key not in named):  # if two had the same name, the later one
             named[key] = one
     ids, kept = given.copy(), np.ones(len(given), bool)
-    if not len(known["particle_id"]) and not given.any() and len(set(called)) == len(called):
+    if not len(known["particle_id"]) and not given.any() and (natural is None or len(set(called)) == len(called)):
         return ids, kept
     taken: set[int] = set()
-    used: set[Any] = set()
+    used: set[int] = set()
     for i in [*np.flatnonzero(given > 0).tolist(), *np.flatnonzero((given == 0) & (lead == np.arange(len(given)))).tolist()]:
         if not given[i]:
             ids[i] = named.get(int(keys[i]), 0)
