@@ -160,10 +160,12 @@ def _givers(project: Project, exposures: ProductRef, part: str) -> list[str]:
 
 
 def _figures(project: Project, exposures: ProductRef, part: str, name: str) -> dict[str, float]:
-    """Values of a variable by the names of the exposures that have it."""
+    """Values of a variable by the names of the exposures that have one."""
     known = project.sets.exposure_values(exposures.parts[part], name, exposures.optics) if part in exposures.parts else None
     names = {item.row: item.name for item in project.items()}
-    return {names[r]: float(v) for r, v in zip(*(one.tolist() for one in known)) if r in names} if known is not None else {}
+    return (
+        {names[r]: float(v) for r, v in zip(*(one.tolist() for one in known)) if r in names and np.isfinite(v)} if known is not None else {}
+    )
 
 
 def _micrographs(project: Project, out: Path) -> list[Path]:

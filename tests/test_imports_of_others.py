@@ -311,3 +311,16 @@ def test_micrographs_keep_their_own_optics_and_a_failed_fit_concerns_only_its_ow
     assert (b.inputs["voltage_kv"], b.inputs["pixel_size_angstrom"]) == (200, 1.5)
     assert "defocus_u_angstrom" not in b.inputs
     assert [json.loads(one.inputs["relion_optics"])["rlnBeamTiltX"] for one in (a, b)] == ["0.5", "0"]
+
+
+@pytest.mark.parametrize(("other", "same"), [(2.0, True), (2.0000005, True), (1.999999, True), (2.001, False), (4.0, False)])
+def test_voxel_sizes_that_differ_by_the_rounding_of_a_header_are_equal(tmp_path, other, same):
+    halves = [str(tmp_path / f"h{i}.mrc") for i in (1, 2)]
+    for path, voxel in zip(halves, (2.0, other)):
+        write_mrc(path, np.random.default_rng(int(path[-5])).normal(size=(16, 16, 16)).astype(np.float32), voxel)
+    stage = load_stages()["import_map"]
+    if same:
+        assert stage.process(stage.params(half_maps=halves))["map_pixel_size_angstrom"] == 2.0
+    else:
+        with pytest.raises(InputError, match="The half-maps differ"):
+            stage.process(stage.params(half_maps=halves))

@@ -239,7 +239,9 @@ def _check_half_maps(halves: list[Any]) -> None:
                 "an image or a cropped map was given",
                 "give the two half-maps of one refinement",
             )
-    if len({(half.shape, half.pixel_size_angstrom) for half in halves}) > 1:
+    sizes = [half.pixel_size_angstrom or 0.0 for half in halves]
+    # a header stores the cell in single precision
+    if len({half.shape for half in halves}) > 1 or max(sizes) - min(sizes) > 1e-5 * max(sizes):
         text = " and ".join(f"{h.path}: {' x '.join(map(str, h.shape))} voxels of {h.pixel_size_angstrom} A" for h in halves)
         raise InputError(f"The half-maps differ ({text}).", "they come from different runs", "give the two half-maps of one refinement")
 

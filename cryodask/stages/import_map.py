@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,8 @@ def import_map(params: ImportMapParams, *, context: Context) -> dict[str, Any]:
     maps = [read_mrc(path) for path in paths]
     first, pixel = maps[0]
     for other, voxel in maps[1:]:
-        if first.shape != other.shape or (pixel or 0) != (voxel or 0):
+        # a header stores the cell in single precision
+        if first.shape != other.shape or not math.isclose(pixel or 0, voxel or 0, rel_tol=1e-5):
             raise InputError(
                 f"The half-maps differ: {first.shape} at {pixel} A and {other.shape} at {voxel} A.",
                 "they come from different refinements",
