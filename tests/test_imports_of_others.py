@@ -10,16 +10,19 @@ import pytest
 import torch
 import yaml
 from _star_tables import GROUP, PARTICLE, imported, loop, particles, stack, write
+from _told import Told
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cryodask.errors import InputError, MicrographError
 from cryodask.formats import star
 from cryodask.formats.mrc import write_mrc
+from cryodask.interop import export_relion
 from cryodask.kernels.ctf import ctf
 from cryodask.kernels.fourier import frequencies
 from cryodask.run.imports import Names, PicksImport
 from cryodask.run.recipe import make_plan
+from cryodask.run.session import run_plan
 from cryodask.run.sources import list_exposures
 from cryodask.stage import load_stages
 from cryodask.store.births import Birth, born
@@ -324,3 +327,15 @@ def test_voxel_sizes_that_differ_by_the_rounding_of_a_header_are_equal(tmp_path,
     else:
         with pytest.raises(InputError, match="The half-maps differ"):
             stage.process(stage.params(half_maps=halves))
+
+
+def test_what_is_kept_of_the_optics_goes_through_a_run_to_the_export(tmp_path, client):
+    path = file(tmp_path, [*some(3, CtfBfactor=[0, 12.5, 3]), *some(2, CtfBfactor=0)], [{**GROUP, "BeamTiltX": 0.5, "MagMat00": 1.02}])
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"name": "r", "pipeline": [{"import_particles": {"star": path.name}}]}))
+    told = Told()
+    export_relion(run_plan(make_plan(tmp_path / "r.yaml"), client, listen=[told]), tmp_path / "out")
+    assert "import_particles: 2 rows left out, because an earlier row has the same image: mic/a.mrc (2)" in told.said
+    assert "import_particles: beam tilt of up to 0.5 mrad is kept for the export, but not corrected here" in told.said
+    tables = star.read_tables(tmp_path / "out/particles.star")
+    assert tables["optics"][["rlnBeamTiltX", "rlnMagMat00"]].values.tolist() == [[0.5, 1.02]]
+    assert tables["particles"]["rlnCtfBfactor"].tolist() == [0, 12.5, 3]

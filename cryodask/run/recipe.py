@@ -62,23 +62,11 @@ def _within(name: str, description: str, default: Any = ...) -> Any:
     return Field(default, ge=LIMITS[name].least, le=LIMITS[name].most, description=description)
 
 
-<<<<<<< HEAD
 class Microscope(StrictModel):
     """Optics and exposure, the same for all movies of the project."""
 
     voltage_kv: float = _within("voltage_kv", "acceleration voltage, kV")
     spherical_aberration_mm: float = _within("spherical_aberration_mm", "Cs, mm")
-=======
-class Microscope(BaseModel):
-    """Optics and exposure, the same for all movies of the project."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    voltage_kv: float = _within("voltage_kv", "acceleration voltage, kV")
-    spherical_aberration_mm: float = Field(
-        ge=LIMITS["spherical_aberration_mm"].least, le=LIMITS["spherical_aberration_mm"].most, description="Cs, mm"
-    )
->>>>>>> 4754512 (tests: damaged STAR files against gemmi)
     amplitude_contrast: float = _within("amplitude_contrast", "amplitude contrast, as a fraction", 0.1)
     pixel_size_angstrom: float = _within("pixel_size_angstrom", "pixel size of the movies, Angstrom")
     dose_per_frame: float = Field(1.0, gt=0, description="exposure per frame, electrons per square Angstrom")

@@ -60,8 +60,9 @@ def _outputs(params: ImportParticlesParams) -> tuple[Output, ...]:
     parts = tuple(part for part, there in has.items() if there)
     sizes = frozenset(g["pixel_size_angstrom"] for g in groups if "pixel_size_angstrom" in g)
     images = {(int(g["box"]), g["particle_pixel_size_angstrom"]) for g in groups if g.keys() >= {"box", "particle_pixel_size_angstrom"}}
-    if params.pixel_size_angstrom and images and all(g.keys() >= {"box", "particle_pixel_size_angstrom"} for g in groups):
-        images = {(common_size(images, params.pixel_size_angstrom), params.pixel_size_angstrom)}
+    wanted = getattr(params, "pixel_size_angstrom", None)
+    if wanted and images and all(g.keys() >= {"box", "particle_pixel_size_angstrom"} for g in groups):
+        images = {(common_size(images, wanted), wanted)}
     image = images.pop() if len(images) == 1 and has["image"] else None
     return (
         Output("exposures", "exposures", ("optics",), pixel_sizes=sizes),
