@@ -30,8 +30,9 @@ _LINE = 1 << 16
 _BREAKS = [bytes([c]) for c in b"\0\x0b\x0c\r\x1c\x1d\x1e\x1f"]
 _QUOTES = [b"'", b'"']
 _NEXT_BLOCK = re.compile(rb"\n[ \t]*data_")
-# a comment beside values, and a row that begins with a name: which of both a line is, the general reader decides
-_NOT_A_ROW = re.compile(rb"[^\n]#|\n[ \t]*(?:[_;]|loop_)")
+# what a comment beside values, or a row that begins with a name, is the general reader decides
+_BESIDE_VALUES = re.compile(rb"[^\n]#")
+_NAME_FIRST = re.compile(rb"\n[ \t]*(?:[_;]|loop_)")
 _END = "end of the row"
 _TEXT, _WHOLE = frozenset((*TEXT, *KEPT)), frozenset(WHOLE)
 
@@ -154,7 +155,7 @@ def _lines(file: IO[bytes]) -> Iterator[bytes]:
         if found and len((b"\n" + lines)[found.start() :].split(b"\n", 2)[1].split()) > 1:
             raise _UnusualError
         rows = lines[: found.start()] if found else lines
-        if _NOT_A_ROW.search(b"\n" + rows):
+        if _NAME_FIRST.search(b"\n" + rows) or (b"#" in rows and _BESIDE_VALUES.search(b"\n" + rows)):
             raise _UnusualError
         yield rows
         if found:
