@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ _PARTICLE_COLUMNS = (
     "class_probability",
     "half_set",
     "log_likelihood",
+    "ctf_b_factor_angstrom2",
+    "ctf_scale_factor",
     "particle_id",
 )
 
@@ -123,6 +126,16 @@ def _optics(project: Project) -> dict[str, dict[str, float]]:
     return out
 
 
+def _kept_optics(project: Project, rows: Iterable[int]) -> dict[str, np.ndarray]:
+    """What imports keep of RELION's optics groups for exposures of some rows; the last import that knows an exposure counts."""
+    known = {item.row: item.inputs.get("relion_optics", "") for item in project.items()}
+    for label in project.stages:
+        if "relion_optics" in project.generation(label).meta["gives"]:
+            table = project.table_at(project.step(label).place, ["relion_optics"])
+            known.update((row, text) for row, text in zip(table.row.tolist(), table.texts["relion_optics"].tolist()) if text)
+    return {"relion_optics": np.array([known.get(row, "") for row in rows], dtype=object)}
+
+
 def _exposures(project: Project) -> ProductRef | None:
     """The exposures to write: those that the exported particles come from, else those of the last step that gives any."""
     label = _label_of_particles(project)
@@ -147,10 +160,12 @@ def _givers(project: Project, exposures: ProductRef, part: str) -> list[str]:
 
 
 def _figures(project: Project, exposures: ProductRef, part: str, name: str) -> dict[str, float]:
-    """Values of a variable by the names of the exposures that have it."""
+    """Values of a variable by the names of the exposures that have one."""
     known = project.sets.exposure_values(exposures.parts[part], name, exposures.optics) if part in exposures.parts else None
     names = {item.row: item.name for item in project.items()}
-    return {names[r]: float(v) for r, v in zip(*(one.tolist() for one in known)) if r in names} if known is not None else {}
+    return (
+        {names[r]: float(v) for r, v in zip(*(one.tolist() for one in known)) if r in names and np.isfinite(v)} if known is not None else {}
+    )
 
 
 def _micrographs(project: Project, out: Path) -> list[Path]:
@@ -166,6 +181,8 @@ def _micrographs(project: Project, out: Path) -> list[Path]:
         pixel = float(values["pixel_size_angstrom"][name])
         write_mrc(out / "micrographs" / f"{name}.mrc", pictures[name].values, pixel)
     columns: dict[str, Any] = {"micrograph_name": np.array([f"micrographs/{n}.mrc" for n in names], dtype=object)}
+    row_of_name = {item.name: item.row for item in project.items()}
+    columns |= _kept_optics(project, (row_of_name[n] for n in names))
     for name in ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast", "pixel_size_angstrom"):
         columns[name] = np.array([float(values[name][n]) for n in names])
     for part, some in _OF_MICROGRAPHS.items():
@@ -264,7 +281,7 @@ def _particles(project: Project, out: Path) -> list[Path]:
     by_name = _optics(project).get("pixel_size_angstrom", {})
     if by_name:
         columns["pixel_size_angstrom"] = np.array([by_name[n] for n in particles["micrograph"].values])
-    columns |= _births(project, particles, columns.get("pixel_size_angstrom"))
+    columns |= _births(project, particles, columns.get("pixel_size_angstrom")) | _kept_optics(project, particles["row"].values.tolist())
     columns |= {
         "micrograph_name": np.array([f"micrographs/{n}.mrc" for n in particles["micrograph"].values], dtype=object),
         "image_index": np.arange(count),

@@ -172,6 +172,11 @@ register(
     "exposures.ctf_quality",
 )
 
+register(
+    [Var("relion_optics", (), "U", "", "beam tilt, aberrations, magnification and MTF of RELION's optics group, JSON; no stage uses them")],
+    "exposures.aberrations",
+)
+
 # --- particles, exposure by exposure
 register(
     [
@@ -226,6 +231,8 @@ register(
         Var("particle_defocus_v_angstrom", ("slot",), "f4", "angstrom", "defocus v of the particle"),
         Var("particle_defocus_angle_deg", ("slot",), "f4", "degree", "astigmatism angle of the particle"),
         Var("particle_phase_shift_deg", ("slot",), "f4", "degree", "phase shift of the particle"),
+        Var("ctf_b_factor_angstrom2", ("slot",), "f4", "angstrom^2", "B factor of the particle from another program; no stage uses it"),
+        Var("ctf_scale_factor", ("slot",), "f4", "1", "scale factor of the particle from another program; no stage uses it"),
     ],
     "particles.ctf",
 )
@@ -234,6 +241,34 @@ CTF_COLUMNS = ("defocus_u_angstrom", "defocus_v_angstrom", "defocus_angle_deg", 
 """What describes the CTF of an exposure or particle, apart from the optics."""
 OPTICS = ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast")
 """What the exposures of a data set share."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What physics and instruments allow of a quantity."""
+
+    least: float
+    most: float
+    unit: str
+
+    def hold(self, value: Any) -> Any:
+        """Whether a value, or each of an array, lies within the limits; NaN does not."""
+        return (value >= self.least) & (value <= self.most)
+
+    def __str__(self) -> str:
+        return f"between {self.least:g} and {self.most:g}{' ' + self.unit if self.unit else ''}"
+
+
+LIMITS = {
+    "voltage_kv": Limits(20, 3000, "kV"),
+    "spherical_aberration_mm": Limits(0, 20, "mm"),
+    "amplitude_contrast": Limits(0, 1, ""),
+    "pixel_size_angstrom": Limits(0.05, 100, "A"),
+    "particle_pixel_size_angstrom": Limits(0.05, 100, "A"),
+    "defocus_u_angstrom": Limits(-500_000, 500_000, "A"),
+    "defocus_v_angstrom": Limits(-500_000, 500_000, "A"),
+}
+"""Limits of quantities, in the project file and in files of other programs."""
 
 # --- particle sets: one value per particle
 register(

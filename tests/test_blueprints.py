@@ -105,7 +105,7 @@ def test_a_wrong_pipeline_is_found_by_checking(tmp_path):
 def test_a_profile_or_file_that_does_not_exist_is_said(tmp_path):
     with pytest.raises(ProjectFileError, match="no profile 'tset'"):
         read_blueprint(CONFIGS / "mixed.yaml", "tset")
-    with pytest.raises(ProjectFileError, match="is not a valid blueprint"):
+    with pytest.raises(ProjectFileError, match="There is no blueprint"):
         read_blueprint(tmp_path / "none.yaml")
 
 

@@ -25,10 +25,11 @@ def particle_columns(draw):
         return np.array(draw(st.lists(values, min_size=n, max_size=n)))
 
     columns = {
+        name: column(st.floats(-1e5, 1e5).filter(lambda v: abs(v) >= 20)).astype(float)
+        for name in ("defocus_u_angstrom", "defocus_v_angstrom")
+    } | {
         name: column(NUMBERS).astype(float)
         for name in (
-            "defocus_u_angstrom",
-            "defocus_v_angstrom",
             "defocus_angle_deg",
             "particle_y",
             "particle_x",
@@ -231,8 +232,8 @@ _rlnDefocusU #3
     [
         ("a.mrc 1 10000\nb.mrc 1\n", "2 values for 3 columns"),
         ("a.mrc 1 10000\nb c.mrc 1 10000\n", "4 values for 3 columns"),
-        ("a.mrc 1 nan\n", "not a number in row 1"),
-        ("a.mrc 1 inf\n", "not a number in row 1"),
+        ("a.mrc nan 10000\n", "not a number in row 1"),
+        ("a.mrc inf 10000\n", "not a number in row 1"),
         ("a.mrc 1 10000\nb.mrc 1 eleven\n", "not numeric"),
         ("a.mrc 2 10000\n", "optics group 2 is not in"),
         ("a.mrc 1.5 10000\n", "not integers"),
@@ -248,7 +249,7 @@ def test_broken_rows_are_refused(tmp_path, rows, message):
 
 def test_a_mended_file_is_read_anew(tmp_path):
     path = tmp_path / "m.star"
-    path.write_text(HEAD + "a.mrc 1 nan\n")
+    path.write_text(HEAD + "a.mrc 1 ten\n")
     with pytest.raises(StarError):
         star.read_micrographs(path)
     path.write_text(HEAD + "a.mrc 1 10000\n")

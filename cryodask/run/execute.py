@@ -222,6 +222,8 @@ class Execution:
                 raise nothing_fits(label, missing)
             if missing:
                 self.events.say(left_out_text(label, missing))
+            for remark in said.remarks():
+                self.events.say(f"{label}: {remark}")
 
     def _map_items(self, chain: Chain, source: Iterator[Item | None], items: list[Item]) -> None:
         bad = chain.quarantined(items) if not self.wanted.retry_quarantined else 0

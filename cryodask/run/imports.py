@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from cryodask.errors import InputError
+from cryodask.formats.star import bare
 from cryodask.run.project_import import ProjectImport
 from cryodask.run.recipe import Step
 from cryodask.store.identity import birth_of
@@ -56,6 +57,10 @@ class Import(Protocol):
         """Rows of exposures that are not among `items`, by their name in the file; and whether these are all of its rows."""
         ...
 
+    def remarks(self) -> list[str]:
+        """What the run should tell of the source as a whole."""
+        ...
+
 
 def imports_of(project: Project, steps: Iterable[Step]) -> dict[str, Import]:
     """The imports among some steps, by label."""
@@ -90,19 +95,35 @@ class Former:
         return {name for names in self._names.values() for name in names}
 
 
+class Names:
+    """Names of exposures, without folder and extension; cryoSPARC puts a number of 6 to 21 digits before them."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._bare: dict[str, list[str]] = {}
+        for name in names:
+            self._bare.setdefault(bare(name), []).append(name)
+
+    def of(self, name: str) -> str | None:
+        """The one that a name means: itself, or the only one that is the same without such a number."""
+        alike = self._bare.get(bare(name), [])
+        return name if name in alike else alike[0] if len(alike) == 1 else None
+
+
 class TableImport:
     """Rows of a particle table by micrograph; they are sent with the exposure, so that no worker reads the table."""
 
     def __init__(self, step: Step, former: Former | None = None) -> None:
         from cryodask.formats.star import find_beside
-        from cryodask.stages.import_particles import read_table
+        from cryodask.stages.import_particles import checked, read_table
 
         self._former = former or Former()
         self.path = str(step.params.star)
         self.table = read_table(self.path)
+        self._size = checked(self.table, step.params)
         self._images = bool(step.params.images)
         self._codes = {name: code for code, name in enumerate(self.table.micrographs)}
-        self._stems = {Path(name).stem: code for name, code in self._codes.items()}
+        self._stems = Names(Path(name).stem for name in self._codes)
+        self._code_of = {Path(name).stem: code for name, code in self._codes.items()}
         self._digests = self.table.digests
         self._stacks: list[Path | None] = []
         if self._images:
@@ -116,7 +137,10 @@ class TableImport:
 
     def _code(self, item: Item) -> int | None:
         named = self._codes.get(str(item.inputs.get("micrograph_name")))
-        return named if named is not None else next((self._stems[n] for n in self._former.names(item) if n in self._stems), None)
+        if named is not None:
+            return named
+        found = next((stem for n in self._former.names(item) if (stem := self._stems.of(n)) is not None), None)
+        return self._code_of[found] if found is not None else None
 
     def _rows(self, item: Item) -> np.ndarray:
         code = self._code(item)
@@ -132,14 +156,27 @@ class TableImport:
         used = {self._code(item) for item in items}
         counts = np.diff(self.table.start)
         unknown = [code for code in range(len(counts)) if counts[code] and code not in used]
-        return {self.table.micrographs[code]: int(counts[code]) for code in unknown}, int(counts[unknown].sum()) == len(self.table)
+        return {self.table.micrographs[code]: int(counts[code]) for code in unknown}, int(counts[unknown].sum()) == int(counts.sum())
+
+    def remarks(self) -> list[str]:
+        """Rows whose image comes twice, and what no stage corrects."""
+        from cryodask.stages._particle_tables import uncorrected
+
+        codes, counts = np.unique(self.table.micrograph[self.table.repeated], return_counts=True)
+        twice = {self.table.micrographs[code]: count for code, count in zip(codes.tolist(), counts.tolist())}
+        text = f"{_several(len(self.table.repeated), 'row')} left out, because an earlier row has the same image: {_named(twice)}"
+        return [*([text] if twice else []), *uncorrected(self.table)]
 
     def values(self, item: Item) -> dict[str, Any]:
         """Rows of the exposure's particles, the table's path, and the micrograph's name there."""
         from cryodask.stages.import_particles import rows_of
 
         name = str(item.inputs.get("micrograph_name", item.name))
-        return {"particles_path": self.path, "micrograph_name": name, "particle_rows": rows_of(self.table, self._rows(item))}
+        return {
+            "particles_path": self.path,
+            "micrograph_name": name,
+            "particle_rows": rows_of(self.table, self._rows(item)) | {"size": self._size},
+        }
 
     def digest(self, item: Item) -> str:
         """Digest of the rows in any order, and of the stacks with their images."""
@@ -147,6 +184,11 @@ class TableImport:
         digest = hashlib.blake2b(np.sort(self._digests[rows]).tobytes(), digest_size=8)
         if self._images:
             digest.update("".join(self._contents[i] for i in np.unique(self.table.stack[rows]).tolist()).encode())
+        if self._size is not None:
+            digest.update(str(self._size).encode())
+        if self.table.kept_optics is not None:
+            kept = self.table.kept_optics
+            digest.update("".join(kept.names[i] for i in np.unique(kept.codes[rows]).tolist()).encode())
         return digest.hexdigest()
 
 
@@ -154,39 +196,58 @@ class PicksImport:
     """STAR files of picks: ``NAME.star`` or ``NAME_anything.star`` for each micrograph, unless it belongs to a longer name."""
 
     def __init__(self, folder: Path, former: Former | None = None) -> None:
-        self._former = former or Former()
-        self._files = sorted(folder.glob("*.star"), reverse=True)
+        self._folder, self._former = folder, former or Former()
+        self._files = sorted(folder.glob("*.star"))
         if not self._files:
             raise InputError(f"There is no STAR file in {folder}.", "", "give the folder with the picks")
         self._known: dict[frozenset[str], dict[str, Path]] = {}
         self._names: frozenset[str] = frozenset()
 
     def among(self, names: Iterable[str]) -> dict[str, Path]:
-        """Picks files of some micrographs."""
+        """Picks files of some micrographs.
+
+        Raises
+        ------
+        InputError
+            If a micrograph has several.
+        """
         known = frozenset(names)
         if known not in self._known:
-            out: dict[str, Path] = {}
+            fitting: dict[str, list[Path]] = {}
+            all_names = Names(known)
             for path in self._files:
                 stem = path.stem
-                ends = (n for n in range(len(stem), 0, -1) if stem[:n] in known and not stem[n : n + 1].isalnum())
-                end = next(ends, None)
-                if end is not None:
-                    out[stem[:end]] = path
-            self._known = {known: out}
+                starts = (stem[:n] for n in range(len(stem), 0, -1) if not stem[n : n + 1].isalnum())
+                name = next((found for start in starts if (found := all_names.of(start)) is not None), None)
+                if name is not None:
+                    fitting.setdefault(name, []).append(path)
+            for name, paths in fitting.items():
+                if len(paths) > 1:
+                    raise InputError(
+                        f"{name} has {len(paths)} picks files in {self._folder}: {', '.join(p.name for p in paths)}.",
+                        "several pickers wrote into one folder",
+                        "keep one of them there",
+                    )
+            self._known = {known: {name: paths[0] for name, paths in fitting.items()}}
         return self._known[known]
 
     def settle(self, names: Iterable[str]) -> None:
         """Set the names of all micrographs of the project: a file belongs to the longest one that matches."""
         self._names = frozenset(names) | self._former.all()
 
-    def _file(self, item: Item) -> Path | None:
+    def _named(self, item: Item) -> tuple[str, Path] | None:
+        """The exposure's picks file, and the name of the exposure that it fits."""
         found = self.among(self._names if item.name in self._names else self._names | {item.name})
-        return next((found[name] for name in self._former.names(item) if name in found), None)
+        return next(((name, found[name]) for name in self._former.names(item) if name in found), None)
+
+    def _file(self, item: Item) -> Path | None:
+        named = self._named(item)
+        return named[1] if named is not None else None
 
     def values(self, item: Item) -> dict[str, Any]:
-        """Path of the exposure's picks file, if it has one."""
-        path = self._file(item)
-        return {"coordinates_path": str(path)} if path is not None else {}
+        """Path of the exposure's picks file, if it has one, and the name by which its rows may call the exposure."""
+        named = self._named(item)
+        return {"coordinates_path": str(named[1]), "micrograph_name": named[0]} if named is not None else {}
 
     def claims(self) -> frozenset[int]:
         """Empty: picks files carry no ids."""
@@ -197,6 +258,10 @@ class PicksImport:
         known = {self._file(item) for item in items}
         unknown = [path for path in self._files if path not in known]
         return {path.name: 1 for path in unknown}, len(unknown) == len(self._files)
+
+    def remarks(self) -> list[str]:
+        """Nothing."""
+        return []
 
     def digest(self, item: Item) -> str:
         """Digest of the file's content."""
@@ -228,6 +293,10 @@ class EditsImport:
         names = {name for item in items for name in self._former.names(item)}
         unknown = {name: len(edits) for name, edits in self._edits.items() if name not in names}
         return unknown, bool(unknown) and len(unknown) == len(self._edits)
+
+    def remarks(self) -> list[str]:
+        """Nothing."""
+        return []
 
     def digest(self, item: Item) -> str:
         """Digest of these edits."""

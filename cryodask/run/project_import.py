@@ -59,6 +59,10 @@ class ProjectImport:
         """Empty: its exposures are those of the other project."""
         return {}, False
 
+    def remarks(self) -> list[str]:
+        """Nothing."""
+        return []
+
     def values(self, item: Item) -> dict[str, Any]:
         """Columns of the exposure and of its particles, and the location of their images."""
         from cryodask.store.particles import image_places

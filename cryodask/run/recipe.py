@@ -21,6 +21,7 @@ from cryodask.run.graph.chain import Draft
 from cryodask.run.graph.pins import Pins
 from cryodask.run.wrong_names import nearest, problems
 from cryodask.stage import InputFileMark, Params, SourceFileMark, Stage, load_stages
+from cryodask.vocabulary import LIMITS
 
 __all__ = ["Plan", "ProjectFile", "Step", "make_plan", "position", "read_project_file"]
 
@@ -56,13 +57,18 @@ class Inputs(Movies):
         return self
 
 
+def _within(name: str, description: str, default: Any = ...) -> Any:
+    """A field with the limits of a quantity."""
+    return Field(default, ge=LIMITS[name].least, le=LIMITS[name].most, description=description)
+
+
 class Microscope(StrictModel):
     """Optics and exposure, the same for all movies of the project."""
 
-    voltage_kv: float = Field(gt=0, le=3000, description="acceleration voltage, kV")
-    spherical_aberration_mm: float = Field(ge=0, le=20, description="Cs, mm")
-    amplitude_contrast: float = Field(0.1, ge=0, lt=1, description="amplitude contrast, as a fraction")
-    pixel_size_angstrom: float = Field(gt=0, le=100, description="pixel size of the movies, Angstrom")
+    voltage_kv: float = _within("voltage_kv", "acceleration voltage, kV")
+    spherical_aberration_mm: float = _within("spherical_aberration_mm", "Cs, mm")
+    amplitude_contrast: float = _within("amplitude_contrast", "amplitude contrast, as a fraction", 0.1)
+    pixel_size_angstrom: float = _within("pixel_size_angstrom", "pixel size of the movies, Angstrom")
     dose_per_frame: float = Field(1.0, gt=0, description="exposure per frame, electrons per square Angstrom")
     pre_exposure: float = Field(0.0, ge=0, description="exposure before the first frame, electrons per square Angstrom")
 

@@ -149,9 +149,11 @@ def _micrographs(plan: Plan, step: Step, files: Files) -> list[Arrival]:
     for i, name in enumerate(names):
         path = find_beside(name, star)
         made = files.arrival("micrograph_path", path or Path(name), step.label)
-        values = {n: float(columns[n][i]) for n in keep if np.isfinite(columns[n][i])}
+        values: dict[str, Any] = {n: float(columns[n][i]) for n in keep if np.isfinite(columns[n][i])}
+        if "relion_optics" in columns:
+            values["relion_optics"] = str(columns["relion_optics"][i])
         if made.name in picks:
-            values["coordinates_path"] = plan.relative(picks[made.name])  # type: ignore[assignment]
+            values["coordinates_path"] = plan.relative(picks[made.name])
         out.append(Arrival(made.name, made.content, {**made.inputs, **values}))
     return out
 

@@ -55,3 +55,40 @@ def exposures_of(ids: np.ndarray, usable: np.ndarray) -> Iterator[tuple[int, np.
     starts = np.flatnonzero(np.diff(rows, prepend=-1))
     for start, index in zip(starts, np.split(chosen[order], starts[1:])):
         yield int(rows[start]), index
+
+
+def too_near(ids: np.ndarray, places: np.ndarray, score: np.ndarray, limit_angstrom: float) -> np.ndarray:
+    """Mask `(n,)` of the particles that are too close to a better one that is kept.
+
+    Parameters
+    ----------
+    ids : `(n,)`, int64
+    places : `(n, 2)`
+        Positions in the exposure, angstrom; those that are not finite are near nothing.
+    score : `(n,)`
+        The higher is better; of two alike, the lower id.
+    """
+    from scipy.spatial import cKDTree
+
+    rank = np.empty(len(ids), np.int64)
+    rank[np.lexsort((ids, -score))] = np.arange(len(ids))
+    found = []
+    for _, index in exposures_of(ids, np.isfinite(places).all(1)):
+        pairs = cKDTree(places[index]).query_pairs(limit_angstrom, output_type="ndarray")
+        if len(pairs):
+            pairs = index[pairs]
+            found.append(pairs[np.hypot(*(places[pairs[:, 0]] - places[pairs[:, 1]]).T) < limit_angstrom])
+    dropped = np.zeros(len(ids), bool)
+    if not found:
+        return dropped
+    pairs = np.concatenate(found)
+    swap = rank[pairs[:, 0]] > rank[pairs[:, 1]]
+    better, worse = np.where(swap, pairs[:, 1], pairs[:, 0]), np.where(swap, pairs[:, 0], pairs[:, 1])
+    # equivalent to going through the particles by rank, but decides all that no undecided one outranks at once
+    while len(better):
+        outranked = np.zeros(len(ids), bool)
+        outranked[worse] = True
+        dropped[worse[~outranked[better]]] = True
+        open_ = ~(dropped[better] | dropped[worse])
+        better, worse = better[open_], worse[open_]
+    return dropped

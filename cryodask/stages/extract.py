@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from cryodask.errors import MicrographError
 from cryodask.products import Product
 from cryodask.stage import Context, Output, Params, Picture, Resources, Sizes, port, stage
+from cryodask.stages._sets import too_near
 from cryodask.stages.ctf import check_micrograph
 
 if TYPE_CHECKING:
@@ -35,6 +36,12 @@ class ExtractParams(Params):
     invert: bool = Field(True, description="invert the contrast: protein is dark in micrographs, white in particle images")
     ramp: bool = Field(True, description="subtract a plane fitted to the background")
     recentre: bool = Field(False, description="extract at the centres from a refinement or classification instead of the picks")
+    nearer_than_angstrom: float | None = Field(
+        None,
+        gt=0,
+        description="of particles nearer to each other than this, the one with the lowest id is extracted, Angstrom; by default one pixel "
+        "of the micrograph, so that no image is extracted twice",
+    )
 
     @model_validator(mode="after")
     def _even(self) -> ExtractParams:
@@ -92,7 +99,11 @@ def _memory(params: ExtractParams, sizes: Sizes) -> float:
     return 8.0 * sizes["y"] * sizes["x"] + batch + 4.0 * sizes.get("slot", 1000) * params.size**2
 
 
-REASONS = {1: "it is too close to the border of the micrograph", 2: "its refined centre is unknown"}
+REASONS = {
+    1: "it is too close to the border of the micrograph",
+    2: "its refined centre is unknown",
+    3: "it is too near to another particle",
+}
 """Meaning of the numbers in ``left_out_reason``."""
 
 CENTRES = (("centre_y_angstrom", "centre_x_angstrom"), ("class_centre_y_angstrom", "class_centre_x_angstrom"))
@@ -153,8 +164,9 @@ def extract(
 
     The pixel of a pick, rounded down, is at index n // 2 of the box; ``particle_y`` and ``particle_x`` are its position. With
     ``recentre`` it is the refined centre, with subpixel accuracy: that of the last 3D refinement, else of the last 2D classification. A
-    particle closer to the border than 0.4 background diameters is left out, with that reason; other box pixels beyond the border are
-    filled with the mirrored micrograph. Boxes are inverted to white protein, downscaled in Fourier space, a background plane is subtracted,
+    particle closer to the border than 0.4 background diameters is left out, with that reason, and so is one that is nearer than
+    ``nearer_than_angstrom`` to another, as two picks of one particle are after recentring. Other box pixels beyond the border are filled
+    with the mirrored micrograph. Boxes are inverted to white protein, downscaled in Fourier space, a background plane is subtracted,
     and they are normalised to mean 0 and standard deviation 1 outside ``background_diameter_angstrom``.
     """
     import torch
@@ -194,6 +206,10 @@ def extract(
         places = np.floor(places + _ROUNDING_PX).astype(np.int64)
     reach, size = _EDGE * diameter / pixel, np.array(image.shape, np.int64)
     whole = known & (places >= reach).all(1) & (places <= size - 1 - reach).all(1)
+    limit = params.nearer_than_angstrom or pixel * (1.0 - _ROUNDING_PX)
+    near = np.zeros(len(ids), bool)
+    near[whole] = too_near(ids[whole], places[whole] * pixel, np.zeros(int(whole.sum())), limit)
+    whole &= ~near
     rows, columns = places[whole].T.copy()
     particles = extract_particles(
         torch.from_numpy(image).to(context.device),
@@ -209,7 +225,7 @@ def extract(
     return {
         "particle_id": ids[whole],
         "left_out_id": ids[~whole],
-        "left_out_reason": np.where(known, 1, 2)[~whole].astype(np.int8),
+        "left_out_reason": np.where(near, 3, np.where(known, 1, 2))[~whole].astype(np.int8),
         "particle_image": particles.cpu().numpy(),
         "particle_y": rows.astype(np.float32),
         "particle_x": columns.astype(np.float32),

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from cryodask.errors import InputError, MicrographError
-from cryodask.formats.mrc import open_mrc
-from cryodask.formats.star import ParticleTable, find_beside, read_labels, read_optics, read_particle_table
+from cryodask.errors import InputError
+from cryodask.formats.star import ParticleTable, read_labels, read_optics, read_particle_table
 from cryodask.stage import Context, Output, Params, SourceFile, stage
+from cryodask.stages._particle_images import imported_images
+from cryodask.stages._particle_tables import check_table, common_size, kinds_of_images, one_optics
 from cryodask.vocabulary import CTF_COLUMNS, OPTICS
 
 _ANGLES = ("rot_deg", "tilt_deg", "psi_deg")
@@ -22,6 +23,7 @@ _ORIGINS = ("origin_y_angstrom", "origin_x_angstrom")
 _NEEDED = (
     *(*CTF_COLUMNS, *OPTICS, *_ANGLES, *_ORIGINS, "particle_y", "particle_x", "half_set", "class_number", "log_likelihood"),
     *("particle_pixel_size_angstrom", "pixel_size_angstrom", "particle_id", "birth_y", "birth_x"),
+    *("box", "phase_flipped", "ctf_b_factor_angstrom2", "ctf_scale_factor"),
 )
 
 
@@ -36,6 +38,12 @@ class ImportParticlesParams(Params):
 
     star: SourceFile = Field(description="RELION STAR file of particles")
     images: bool = Field(True, description="import the images from the stacks as well; without them the particles must be extracted")
+    pixel_size_angstrom: float | None = Field(
+        None,
+        gt=0,
+        description="pixel size to which the images are scaled in Fourier space, for a file with several pixel sizes or boxes, Angstrom; "
+        "at least the largest of them. The box is the shortest of them in Angstrom",
+    )
 
 
 def _outputs(params: ImportParticlesParams) -> tuple[Output, ...]:
@@ -52,6 +60,9 @@ def _outputs(params: ImportParticlesParams) -> tuple[Output, ...]:
     parts = tuple(part for part, there in has.items() if there)
     sizes = frozenset(g["pixel_size_angstrom"] for g in groups if "pixel_size_angstrom" in g)
     images = {(int(g["box"]), g["particle_pixel_size_angstrom"]) for g in groups if g.keys() >= {"box", "particle_pixel_size_angstrom"}}
+    wanted = getattr(params, "pixel_size_angstrom", None)
+    if wanted and images and all(g.keys() >= {"box", "particle_pixel_size_angstrom"} for g in groups):
+        images = {(common_size(images, wanted), wanted)}
     image = images.pop() if len(images) == 1 and has["image"] else None
     return (
         Output("exposures", "exposures", ("optics",), pixel_sizes=sizes),
@@ -83,11 +94,24 @@ def rows_of(table: ParticleTable, rows: np.ndarray) -> dict[str, Any]:
     columns = {name: table.columns[name][rows] for name in _NEEDED if name in table.columns}
     used, codes = np.unique(table.stack[rows], return_inverse=True)
     names = [table.stacks[int(i)] for i in used]
-    return {**columns, "stacks": names, "stack": codes, "image_index": table.image_index[rows]}
+    kept = table.kept_optics
+    texts = [kept.names[int(i)] for i in np.unique(kept.codes[rows])] if kept is not None else []
+    return {**columns, "stacks": names, "stack": codes, "image_index": table.image_index[rows], "relion_optics": texts}
+
+
+def checked(table: ParticleTable, params: ImportParticlesParams) -> int | None:
+    """Refuse a table that the stage cannot use; the box of its images in pixels, if they are scaled.
+
+    Raises
+    ------
+    InputError
+    """
+    check_table(params.star, table, images=params.images)
+    return kinds_of_images(params.star, table, params.pixel_size_angstrom) if params.images else None
 
 
 @stage(
-    version=1,
+    version=2,
     needs=["particles_path", "micrograph_name"],
     optional=["particle_rows"],
     ports=["exposures?:exposures[optics]"],
@@ -98,7 +122,7 @@ def rows_of(table: ParticleTable, rows: np.ndarray) -> dict[str, Any]:
         "natural_key", "particle_defocus_u_angstrom", "particle_defocus_v_angstrom", "particle_defocus_angle_deg",
         "particle_phase_shift_deg", "rot_deg", "tilt_deg", "psi_deg", "centre_y_angstrom", "centre_x_angstrom", "log_likelihood",
         "class_number", "class_probability", "voltage_kv", "spherical_aberration_mm", "amplitude_contrast",
-        "pixel_size_angstrom",
+        "pixel_size_angstrom", "relion_optics", "ctf_b_factor_angstrom2", "ctf_scale_factor",
     ],
 )  # fmt: skip
 def import_particles(
@@ -111,26 +135,33 @@ def import_particles(
 ) -> dict[str, Any]:
     """Read the particles of one micrograph from a RELION STAR file and its stacks, each with its own defocus, pose and half-set.
 
-    Images are used unchanged: protein white, background mean 0 and standard deviation 1, as RELION extracts them. A particle is
-    recognised by the name of its image, or by its position within 1 pixel, in any order of the file. One that was exported from this
-    project is recognised by its id, if its position at birth in the file proves it: ids of another project are ignored. A row whose
-    particle is present already is left out, and the run reports it. Origins become positions in the exposure.
+    Images are taken as RELION extracts them: protein white, background mean 0 and standard deviation 1. Images with another background
+    are normalised, phase-flipped ones are flipped back, and those that were multiplied by their CTF are refused. The optics of a
+    micrograph are those of its own rows, which must agree. Beam tilt, higher aberrations, magnification, MTF, B factors and scale factors
+    are kept for the export; no stage uses them. A particle is recognised by the name of its image, or by its position within 1 pixel, in
+    any order of the file. One that was exported from this project is recognised by its id, if its position at birth in the file proves
+    it: ids of another project are ignored. Of rows with the same image, or in one place, the first of the file is used; the run reports
+    the others, and rows whose particle is present already. Origins become positions in the exposure.
     """
     rows = particle_rows
     if rows is None:
         table = read_table(particles_path)
+        size = checked(table, params.model_copy(update={"star": particles_path}))
         known = micrograph_name in table.micrographs
-        rows = rows_of(table, table.rows_of(table.micrographs.index(micrograph_name)) if known else np.zeros(0, np.int64))
+        rows = rows_of(table, table.rows_of(table.micrographs.index(micrograph_name)) if known else np.zeros(0, np.int64)) | {"size": size}
     count = len(rows["image_index"])
     if "defocus_u_angstrom" not in rows and params.images:
         raise InputError(f"{particles_path} has no rlnDefocusU.", "the CTF was not estimated before extraction", "estimate the CTF first")
+
+    optics = one_optics(particles_path, micrograph_name, rows)
 
     def column(name: str, fill: float = np.nan) -> np.ndarray:
         return np.asarray(rows[name], np.float64) if name in rows else np.full(count, fill)
 
     pixel = float(column("pixel_size_angstrom", np.nan)[0]) if count else np.nan
-    image_pixel = float(column("particle_pixel_size_angstrom", 1.0)[0]) if count else 1.0
-    pixel = pixel if np.isfinite(pixel) else image_pixel
+    own_pixel = float(column("particle_pixel_size_angstrom", 1.0)[0]) if count else 1.0
+    image_pixel = params.pixel_size_angstrom if params.pixel_size_angstrom and params.images else own_pixel
+    pixel = pixel if np.isfinite(pixel) else own_pixel
     placed = "particle_y" in rows and "particle_x" in rows
     y, x = (column(n, 0.0) for n in ("particle_y", "particle_x"))
     box = [np.floor(v + 1e-6) if placed else v for v in (y, x)]
@@ -139,7 +170,9 @@ def import_particles(
     ctf = {"defocus_v_angstrom": column("defocus_v_angstrom") if "defocus_v_angstrom" in rows else u, "defocus_u_angstrom": u}
     ctf |= {name: column(name, 0.0) for name in ("defocus_angle_deg", "phase_shift_deg")}
     # a reimported table may no longer have rows of an exposure
-    images = _images(particles_path, micrograph_name, rows) if params.images and count else _NoImages()
+    images: Any = _NoImages()
+    if params.images and count:
+        images = imported_images(particles_path, micrograph_name, rows, params.pixel_size_angstrom)
     return {
         "particle_image": images,
         "particle_y": box[0],
@@ -155,13 +188,13 @@ def import_particles(
         **{f"claimed_{axis}": column(f"birth_{axis}") for axis in "yx" if f"birth_{axis}" in rows},
         "placed": placed,
         **{f"particle_{name}": values for name, values in ctf.items()},
-        **{name: column(name) for name in (*_ANGLES, "log_likelihood")},
+        **{name: column(name) for name in (*_ANGLES, "log_likelihood", "ctf_b_factor_angstrom2", "ctf_scale_factor")},
         "centre_y_angstrom": centre[0],
         "centre_x_angstrom": centre[1],
         "class_number": np.asarray(rows.get("class_number", np.zeros(count)), np.int32),
         "class_probability": np.ones(count, np.float32),
         "pixel_size_angstrom": pixel,
-        **{name: float(column(name)[0]) if count else np.nan for name in OPTICS},
+        **optics,
     }
 
 
@@ -173,48 +206,3 @@ def _natural_keys(rows: dict[str, Any]) -> np.ndarray:
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return ((z ^ (z >> np.uint64(31))) >> np.uint64(1)).astype(np.int64)
-
-
-def _images(star: str, micrograph: str, rows: dict[str, Any]) -> np.ndarray:
-    """Images `(n, y, x)` of the particles, checked."""
-    images = _read_images(star, rows)
-    if not np.isfinite(images).all():
-        raise MicrographError(f"Particles of {micrograph} have NaN or infinite pixels.", "the stack is damaged", "extract them again")
-    blank = int((images.std((1, 2)) == 0).sum())
-    if blank:
-        raise MicrographError(
-            f"{blank} of {len(images)} particles of {micrograph} are blank.",
-            "the extraction wrote empty boxes",
-            "remove them from the STAR file",
-        )
-    return images
-
-
-def _read_images(star: str, rows: dict[str, Any]) -> np.ndarray:
-    out: np.ndarray | None = None
-    for code, stack in enumerate(rows["stacks"]):
-        path = find_beside(stack, Path(star))
-        if path is None:
-            raise MicrographError(
-                f"The stack {stack} of {star} does not exist.", "the STAR file was moved without its stacks", "copy them beside it"
-            )
-        frames = open_mrc(path)
-        here = np.nonzero(rows["stack"] == code)[0]
-        index = rows["image_index"][here]
-        if index.max(initial=0) >= len(frames):
-            raise MicrographError(
-                f"{path} has {len(frames)} images, but {star} refers to number {int(index.max()) + 1}.",
-                "the stack is truncated, or belongs to another STAR file",
-                "copy it again",
-            )
-        for place, i in zip(here, index):
-            image = np.asarray(frames[int(i)], np.float32)
-            if out is None:
-                out = np.empty((len(rows["image_index"]), *image.shape), np.float32)
-            if image.shape != out.shape[1:]:
-                raise MicrographError(
-                    f"{path} has boxes of {image.shape}, not {out.shape[1:]}.", "the file combines two extractions", "split it"
-                )
-            out[place] = image
-    assert out is not None
-    return out

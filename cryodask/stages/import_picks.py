@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from cryodask.errors import MicrographError, StarError
-from cryodask.formats.star import read_coordinates
+from cryodask.formats.star import bare, read_coordinates
 from cryodask.products import Product
 from cryodask.stage import Context, Output, Params, SourceFile, stage
 
@@ -32,21 +32,44 @@ def _check(params: ImportPicksParams, inputs: dict[str, list[Product]]) -> Itera
 @stage(
     version=1,
     needs=["coordinates_path"],
+    optional=["micrograph_name"],
     ports=["exposures[micrograph]"],
     outputs=[Output("particles", "particles", ("position", "score"), births=True)],
     gives=["pick_y", "pick_x", "pick_score"],
     check=_check,
     light=lambda params: True,
 )
-def import_picks(params: ImportPicksParams, *, coordinates_path: str, context: Context) -> dict[str, Any]:
+def import_picks(
+    params: ImportPicksParams, *, coordinates_path: str, micrograph_name: str | None = None, context: Context
+) -> dict[str, Any]:
     """Read the picks of a micrograph from a RELION coordinate STAR file; all of them count as accepted.
 
-    A pick is recognised by its position, within 1 pixel. One that is listed twice counts once.
+    Rows that name another micrograph are not its picks. A pick is recognised by its position, within 1 pixel. Of several in one place
+    the best is used.
     """
     try:
         columns = read_coordinates(coordinates_path)
     except StarError as error:
         raise MicrographError(error.what, error.usual_reason, error.way_out) from error
-    y, x = (np.asarray(columns[k], np.float32) for k in ("particle_y", "particle_x"))
-    score = np.nan_to_num(np.asarray(columns.get("pick_score", np.zeros(len(y))), np.float32))
+    mine = np.ones(len(columns["particle_y"]), bool)
+    if micrograph_name and "micrograph_name" in columns:
+        mine = _of(coordinates_path, columns["micrograph_name"], micrograph_name)
+    y, x = (np.asarray(columns[k], np.float32)[mine] for k in ("particle_y", "particle_x"))
+    score = np.nan_to_num(np.asarray(columns.get("pick_score", np.zeros(len(mine))), np.float32)[mine])
     return {"pick_y": y, "pick_x": x, "pick_score": score}
+
+
+def _of(path: str, named: np.ndarray, micrograph: str) -> np.ndarray:
+    """Mask of the rows that are picks of a micrograph: those of its name, or of the only name that begins with it."""
+    stems = [bare(Path(str(name)).stem) for name in named]
+    own = bare(micrograph)
+    names = set(stems)
+    longer = sorted(n for n in names if n.startswith(own) and not n[len(own) : len(own) + 1].isalnum())
+    name = own if own in names or not names else longer[0] if len(longer) == 1 else None
+    if name is None:
+        raise MicrographError(
+            f"No row of {path} is of {micrograph}: they name {', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''}.",
+            "the file belongs to another micrograph",
+            "name the file as the micrograph of its rows",
+        )
+    return np.array([stem == name for stem in stems], bool)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from cryodask.store.claims import proven, same_place
+from cryodask.store.claims import SAME_PLACE_PX, proven, same_place
 from cryodask.store.identity import birth_of, half_sets, make_ids, number_of, parent_of, row_of
 from cryodask.vocabulary import VARIABLES
 
@@ -125,7 +125,9 @@ def _settle(birth: Birth, row: int, found: Mapping[str, Any], before: Mapping[st
     given = np.asarray(found.get("particle_id", np.zeros(count)), np.int64)
     given = np.where((given > 0) & (row_of(given) == row), given, 0)
     lead, copy = (np.asarray(found.get(n, fill), np.int64) for n, fill in (("lead", np.arange(count)), ("copy", np.zeros(count))))
-    ids, kept = _by_name(found, given, lead, known, natural)
+    ids, kept = _by_name(given, lead, known, natural)
+    if found.get("placed", True) and count > 1:
+        kept &= ~_at_one_place(np.stack([y, x], 1), score, kept, (given == 0) & (copy == 0), natural)
     fresh = kept & (ids == 0) & (lead == np.arange(count))
     if found.get("placed", True):
         _by_place(birth, ids, fresh, np.stack([y, x], 1), known, np.asarray(found.get("left_out_id", ()), np.int64))
@@ -158,24 +160,19 @@ def _as_known(before: Mapping[str, np.ndarray] | None) -> Mapping[str, np.ndarra
     return before if "own" in before else known_of([(before, True)])
 
 
-def _by_name(
-    found: Mapping[str, Any], given: np.ndarray, lead: np.ndarray, known: Mapping[str, np.ndarray], natural: Any
-) -> tuple[np.ndarray, np.ndarray]:
+def _by_name(given: np.ndarray, lead: np.ndarray, known: Mapping[str, np.ndarray], natural: Any) -> tuple[np.ndarray, np.ndarray]:
     """Ids given with the particles, else by natural key (0: unknown), and the mask without duplicates."""
     keys = np.asarray(natural, np.int64) if natural is not None else np.full(len(given), -1, np.int64)
-    called: list[Any] = keys.tolist()
-    if natural is None and found.get("placed", True):
-        # a particle without a name is identified by its position
-        called = list(zip(*(np.round(np.asarray(found[name], np.float64), 2).tolist() for name in ("pick_y", "pick_x"))))
+    called: list[int] = keys.tolist()
     named: dict[int, int] = {}
     for key, one, score, own in zip(*(known[n].tolist() for n in ("natural_key", "particle_id", "pick_score", "own"))):
         if key >= 0 and own and (np.isfinite(score) or key not in named):  # if two had the same name, the later one
             named[key] = one
     ids, kept = given.copy(), np.ones(len(given), bool)
-    if not len(known["particle_id"]) and not given.any() and len(set(called)) == len(called):
+    if not len(known["particle_id"]) and not given.any() and (natural is None or len(set(called)) == len(called)):
         return ids, kept
     taken: set[int] = set()
-    used: set[Any] = set()
+    used: set[int] = set()
     for i in [*np.flatnonzero(given > 0).tolist(), *np.flatnonzero((given == 0) & (lead == np.arange(len(given)))).tolist()]:
         if not given[i]:
             ids[i] = named.get(int(keys[i]), 0)
@@ -185,6 +182,27 @@ def _by_name(
             used.add(called[i])
             taken.add(int(ids[i]))
     return ids, kept
+
+
+def _at_one_place(place: np.ndarray, score: np.ndarray, kept: np.ndarray, judged: np.ndarray, natural: Any) -> np.ndarray:
+    """Mask of the judged particles within a pixel of another that is kept: of two that are judged, the first in order of numbering is.
+
+    Particles with names of their own may come with positions that say nothing, all the same or all zero; these are not compared.
+    """
+    from scipy.spatial import cKDTree
+
+    dropped = np.zeros(len(place), bool)
+    at = np.flatnonzero(kept & np.isfinite(place).all(1) & ((natural is None) | (place != 0).any(1)))
+    if len(at) < 2 or (natural is not None and (place[at] == place[at[0]]).all()):
+        return dropped
+    rank = np.empty(len(place), np.int64)
+    rank[np.arange(len(place)) if natural is not None else first_order(place[:, 0], place[:, 1], score)] = np.arange(len(place))
+    rank[~judged] -= len(place)
+    for i, j in sorted(cKDTree(place[at]).query_pairs(SAME_PLACE_PX), key=lambda pair: max(rank[at[pair[0]]], rank[at[pair[1]]])):
+        first, second = sorted((at[i], at[j]), key=lambda one: rank[one])
+        if judged[second] and not dropped[first] and np.hypot(*(place[first] - place[second])) < SAME_PLACE_PX:
+            dropped[second] = True
+    return dropped
 
 
 def _by_place(

@@ -5,7 +5,7 @@ of a stack from 1 (here from 0), and writes optics once per group (here once per
 later; a table of RELION 3.0 is read if it has its own optics columns, and refused otherwise.
 """
 
-from cryodask.formats.star.names import ALIASES, COLUMNS, OPTICS, Column
+from cryodask.formats.star.names import ALIASES, COLUMNS, OPTICS, Column, bare
 from cryodask.formats.star.particles import ParticleTable, read_particle_table
 from cryodask.formats.star.read import Columns, find_beside, read_coordinates, read_labels, read_micrographs, read_optics, read_particles
 from cryodask.formats.star.tables import Tables, read_tables, write_tables
@@ -19,6 +19,7 @@ __all__ = [
     "Columns",
     "ParticleTable",
     "Tables",
+    "bare",
     "find_beside",
     "read_coordinates",
     "read_labels",

@@ -1,7 +1,8 @@
 """Fast reading of regular STAR files in one pass: rows go from the file into pandas' C parser in pieces.
 
-Only files that read the same here and in :func:`~cryodask.formats.star.tables.read_tables` are accepted: tables with one row per line,
-without quotes, control characters or non-ASCII letters. For all others, and for everything broken, :func:`scan` returns None.
+Only files that read the same here and in :func:`~cryodask.formats.star.rows.read_blocks` are accepted: tables with one row per line,
+without quotes, control characters, comments beside values or non-ASCII letters. For all others, and for everything broken,
+:func:`scan` returns None.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from cryodask.formats.star.names import PARTICLE_ID, TEXT, WHOLE
+from cryodask.formats.star.names import KEPT, PARTICLE_ID, TEXT, WHOLE
 from cryodask.formats.star.texts import Coded, Coder, Images, split_image_names
 
 if TYPE_CHECKING:
@@ -29,9 +30,11 @@ _LINE = 1 << 16
 _BREAKS = [bytes([c]) for c in b"\0\x0b\x0c\r\x1c\x1d\x1e\x1f"]
 _QUOTES = [b"'", b'"']
 _NEXT_BLOCK = re.compile(rb"\n[ \t]*data_")
-_MISSING = {"nan", "NaN", "<NA>"}
+# what a comment beside values, or a row that begins with a name, is the general reader decides
+_BESIDE_VALUES = re.compile(rb"[^\n]#")
+_NAME_FIRST = re.compile(rb"\n[ \t]*(?:[_;]|loop_)")
 _END = "end of the row"
-_TEXT, _WHOLE = frozenset(TEXT), frozenset(WHOLE)
+_TEXT, _WHOLE = frozenset((*TEXT, *KEPT)), frozenset(WHOLE)
 
 
 class _UnusualError(Exception):
@@ -52,7 +55,7 @@ def scan(path: Path, wanted: Iterable[str], *, split_images: bool = False) -> di
     Returns
     -------
     dict
-        Block name to its columns, or to None for a list of pairs. None instead of a dict: the file is not regular.
+        Block name to its columns, or to None for a list of pairs without a wanted one. None instead of a dict: the file is not regular.
     """
     try:
         with open(path, "rb") as file:
@@ -67,10 +70,14 @@ def _scan(file: IO[bytes], wanted: frozenset[str], split_images: bool) -> dict[s
         if line.startswith("loop_"):
             raise _UnusualError
         if not line.startswith("data_"):
+            if line and not line.startswith("#"):
+                raise _UnusualError
             continue
-        if line[5:] in blocks:
+        if line[5:] in blocks or len(line.split()) > 1:
             raise _UnusualError
         blocks[line[5:]] = _read_block(file, wanted, split_images)
+    if not blocks:
+        raise _UnusualError
     return blocks
 
 
@@ -91,26 +98,28 @@ def _checked(data: bytes, refused: list[bytes]) -> bytes:
 
 def _read_block(file: IO[bytes], wanted: frozenset[str], split_images: bool) -> Loop | None:
     while (line := _read_line(file)) is not None:
-        if line.startswith("loop_"):
+        if line == "loop_":
             return _read_loop(file, _read_labels(file), wanted, split_images)
         if line.startswith("_"):
-            _skip_pairs(file, line)
+            _skip_pairs(file, line, wanted)
             return None
-        if line.startswith("data"):
+        if line and not line.startswith("#"):
             break
     raise _UnusualError
 
 
-def _skip_pairs(file: IO[bytes], line: str | None) -> None:
-    """Skip to the next block; of a list of pairs only the name is used."""
+def _skip_pairs(file: IO[bytes], line: str | None, wanted: frozenset[str]) -> None:
+    """Skip to the next block; a list of pairs that are wanted is a table of one row, for the general reader."""
+    seen: set[str] = set()
     while line is not None:
-        if line.startswith("_") and ("#" in line or len(line.split()) != 2):
-            raise _UnusualError
-        if line.startswith("loop_"):
-            raise _UnusualError
+        if line and not line.startswith("#"):
+            words = line.split()
+            if not line.startswith("_") or "#" in line or len(words) != 2 or words[0][1:] in wanted | seen:
+                raise _UnusualError
+            seen.add(words[0][1:])
         at = file.tell()
         line = _read_line(file)
-        if line is not None and line.startswith("data"):
+        if line is not None and line.startswith("data_"):
             file.seek(at)
             return
 
@@ -142,11 +151,16 @@ def _lines(file: IO[bytes]) -> Iterator[bytes]:
         if new and not cut:
             raise _UnusualError
         lines, rest = data[:cut], data[cut:]
-        if b"data_" in lines and (found := _NEXT_BLOCK.search(b"\n" + lines)):
+        found = _NEXT_BLOCK.search(b"\n" + lines) if b"data_" in lines else None
+        if found and len((b"\n" + lines)[found.start() :].split(b"\n", 2)[1].split()) > 1:
+            raise _UnusualError
+        rows = lines[: found.start()] if found else lines
+        if _NAME_FIRST.search(b"\n" + rows) or (b"#" in rows and _BESIDE_VALUES.search(b"\n" + rows)):
+            raise _UnusualError
+        yield rows
+        if found:
             file.seek(found.start() - len(data), 1)
-            yield lines[: found.start()]
             return
-        yield lines
         if not new:
             return
 
@@ -219,7 +233,7 @@ class _Column:
             self._add_images(values)
         elif self._text:
             codes, names = pd.factorize(values)
-            if not _MISSING.isdisjoint(names) or "" in names:
+            if "" in names:
                 raise _UnusualError
             self._coder.add(codes, names)
         elif values.dtype != np.int64 and (self._exact or values.dtype != np.float64):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 
@@ -27,6 +28,8 @@ COLUMNS = (
     Column("defocus_v_angstrom", "rlnDefocusV"),
     Column("defocus_angle_deg", "rlnDefocusAngle"),
     Column("phase_shift_deg", "rlnPhaseShift"),
+    Column("ctf_b_factor_angstrom2", "rlnCtfBfactor"),
+    Column("ctf_scale_factor", "rlnCtfScalefactor"),
     Column("ctf_resolution_angstrom", "rlnCtfMaxResolution"),
     Column("ctf_figure_of_merit", "rlnCtfFigureOfMerit"),
     Column("total_motion", "rlnAccumMotionTotal"),
@@ -55,12 +58,38 @@ OPTICS = (
     Column("pixel_size_angstrom", "rlnMicrographPixelSize"),
     Column("particle_pixel_size_angstrom", "rlnImagePixelSize"),
     Column("box", "rlnImageSize", "i8"),
+    Column("image_dimensions", "rlnImageDimensionality", "i8"),
+    Column("ctf_premultiplied", "rlnCtfDataAreCtfPremultiplied", "i8"),
+    Column("phase_flipped", "rlnCtfDataArePhaseFlipped", "i8"),
 )
+KEPT = (
+    *("rlnBeamTiltX", "rlnBeamTiltY", "rlnOddZernike", "rlnEvenZernike"),
+    *("rlnMagMat00", "rlnMagMat01", "rlnMagMat10", "rlnMagMat11", "rlnMtfFileName", "rlnMtfOriginalPixelSize"),
+)
+"""Columns of optics groups that are carried along as RELION writes them, in one text per row (``relion_optics``)."""
 ALIASES = {
     "rlnMicrographPixelSize": ("rlnMicrographOriginalPixelSize",),
+    "rlnCtfDataAreCtfPremultiplied": ("rlnDataAreCtfPremultiplied",),
+    "rlnCtfDataArePhaseFlipped": ("rlnDataArePhaseFlipped",),
     "particle_y": ("pick_y",),
     "particle_x": ("pick_x",),
 }
 TEXT = tuple(c.relion for c in (*COLUMNS, *OPTICS) if c.dtype == "str")
 WHOLE = tuple(c.relion for c in (*COLUMNS, *OPTICS) if c.dtype == "i8")
 PARTICLE_ID = "cryodaskParticleId"
+SIDE = frozenset(
+    {
+        *("ctf_resolution_angstrom", "ctf_figure_of_merit", "total_motion", "early_motion", "pick_score"),
+        *("class_probability", "log_likelihood", "ctf_b_factor_angstrom2", "ctf_scale_factor"),
+    }
+)
+"""Columns that no result depends on: whatever is not a number there is a missing value."""
+NONE = {"class_number": 0, "half_set": 0}
+"""Integers of RELION that mean that there is no value."""
+
+_UID = re.compile(r"[0-9]{6,21}_(?=.)")
+
+
+def bare(name: str) -> str:
+    """A file name without the number that cryoSPARC puts before it (``000123_name``, or a uid of up to 21 digits)."""
+    return _UID.sub("", name, count=1) if _UID.match(name) else name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ import numpy as np
 from cryodask.errors import StarError
 from cryodask.formats.star.names import COLUMNS, OPTICS
 from cryodask.formats.star.read import read_coded_particles
-from cryodask.formats.star.texts import Coded
+from cryodask.formats.star.texts import Coded, Images
+from cryodask.vocabulary import SLOTS
 
 _NUMERIC = {c.name for c in (*COLUMNS, *OPTICS) if c.dtype != "str"}
 
@@ -29,15 +31,20 @@ class ParticleTable:
     micrograph : int32 array `(particle,)`
         Index of each particle's micrograph in `micrographs`.
     micrographs : list of str
-        Distinct micrographs in order of first appearance; in a file without micrograph names, the stacks.
+        Distinct micrographs in order of first appearance. In a file without micrograph names, the stacks: one with images of several
+        optics groups, or of more particles than an exposure can hold, counts as several.
     stack, stacks
         The same for the stacks of the images.
     image_index : int64 array `(particle,)`
         Index of the image in its stack, from 0.
-    order : int64 array `(particle,)`
-        Rows sorted by micrograph, in file order within each.
+    order : int64 array
+        Rows sorted by micrograph, in file order within each; without repeated ones.
     start : int64 array `(micrograph + 1,)`
         The rows of micrograph k are ``order[start[k] : start[k + 1]]``.
+    repeated : int64 array
+        Rows whose image an earlier row of the file has; these are not among the rows of any micrograph.
+    kept_optics : Coded or None
+        What is carried along of each row's optics group, JSON.
     """
 
     columns: dict[str, np.ndarray]
@@ -48,12 +55,14 @@ class ParticleTable:
     image_index: np.ndarray
     order: np.ndarray
     start: np.ndarray
+    repeated: np.ndarray
+    kept_optics: Coded | None = None
 
     def __len__(self) -> int:
         return len(self.image_index)
 
     def rows_of(self, micrograph: int) -> np.ndarray:
-        """Rows of one micrograph, in file order."""
+        """Rows of one micrograph, in file order, each image once."""
         return self.order[self.start[micrograph] : self.start[micrograph + 1]]
 
     @property
@@ -100,12 +109,17 @@ def read_particle_table(path: str | Path, columns: Sequence[str] | None = None) 
         names = ", ".join(sorted(_NUMERIC))
         raise StarError(f"No numeric column of a STAR file is called {', '.join(unknown)}.", "", f"choose from {names}")
     read, images = read_coded_particles(path, columns)
-    micrographs = read.get("micrograph_name", images.stack)
+    micrographs = read.get("micrograph_name", None)
+    if micrographs is None:
+        micrographs = _exposures_of_stacks(images, np.asarray(read.get("optics_group", np.zeros(len(images.index), np.int64))))
     assert isinstance(micrographs, Coded)
     numbers = {n: v for n, v in read.items() if isinstance(v, np.ndarray) and (columns is None or n in columns)}
     if "half_set" in numbers:
         numbers["half_set"] = _half(path, numbers["half_set"])
-    count = np.bincount(micrographs.codes, minlength=len(micrographs.names))
+    repeated = _repeated(images)
+    rows = np.delete(np.arange(len(images.index)), repeated)
+    count = np.bincount(micrographs.codes[rows], minlength=len(micrographs.names))
+    kept = read.get("relion_optics")
     return ParticleTable(
         columns=numbers,
         micrograph=micrographs.codes,
@@ -113,9 +127,37 @@ def read_particle_table(path: str | Path, columns: Sequence[str] | None = None) 
         stack=images.stack.codes,
         stacks=images.stack.names,
         image_index=images.index,
-        order=np.argsort(micrographs.codes, kind="stable"),
+        order=rows[np.argsort(micrographs.codes[rows], kind="stable")],
         start=np.concatenate([[0], np.cumsum(count)]).astype(np.int64),
+        repeated=repeated,
+        kept_optics=kept if isinstance(kept, Coded) else None,
     )
+
+
+def _repeated(images: Images) -> np.ndarray:
+    """Rows whose image an earlier row has, whatever the spelling of its path."""
+    import pandas as pd
+
+    paths = pd.factorize(np.array([os.path.normpath(name) for name in images.stack.names], dtype=object))[0]
+    stack = paths[images.stack.codes] if len(paths) else images.stack.codes
+    return np.flatnonzero(pd.DataFrame({"stack": stack, "index": images.index}).duplicated().to_numpy())
+
+
+def _exposures_of_stacks(images: Images, optics_group: np.ndarray) -> Coded:
+    """The stacks as exposures, in pieces of one optics group and of as many images as an exposure can hold."""
+    import pandas as pd
+
+    piece = images.index // SLOTS
+    table = pd.DataFrame({"stack": images.stack.codes, "group": optics_group, "piece": piece})
+    several = (table.groupby("stack")["group"].nunique() > 1).to_dict()
+    codes = table.groupby(["stack", "group", "piece"], sort=False).ngroup().to_numpy()
+    first = table.iloc[np.unique(codes, return_index=True)[1]]
+    names = []
+    for stack, group, number in first.itertuples(index=False):
+        path = Path(images.stack.names[stack])
+        end = (f"_optics{group}" if several[stack] else "") + (f"_from{number * SLOTS + 1}" if number else "")
+        names.append(str(path.with_name(f"{path.stem}{end}{path.suffix}")) if end else images.stack.names[stack])
+    return Coded(codes.astype(np.int32), names)
 
 
 def _half(path: Path, subset: np.ndarray) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
+import json
+import os
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,16 @@ import numpy as np
 
 from cryodask.errors import StarError
 from cryodask.formats.star.blocks import Loop, scan
-from cryodask.formats.star.names import ALIASES, COLUMNS, OPTICS, PARTICLE_ID, Column
-from cryodask.formats.star.tables import read_tables
+from cryodask.formats.star.names import ALIASES, COLUMNS, KEPT, NONE, OPTICS, PARTICLE_ID, SIDE, Column
+from cryodask.formats.star.numbers import check_limits, floats, whole
+from cryodask.formats.star.rows import read_blocks, split_line, unquoted
 from cryodask.formats.star.texts import Coded, Images, encode
 
 Columns = dict[str, np.ndarray]
 Read = dict[str, "np.ndarray | Coded | Images"]
 
 _HEAD = [c for c in OPTICS if c.name in ("pixel_size_angstrom", "particle_pixel_size_angstrom", "box")]
+_PICKS = [c for c in COLUMNS if c.name in ("particle_x", "particle_y", "pick_score", "micrograph_name")]
 _OLD = ("rlnDetectorPixelSize", "rlnMagnification", "rlnOriginX", "rlnOriginY")
 
 
@@ -34,7 +37,8 @@ def read_micrographs(path: str | Path) -> Columns:
     Raises
     ------
     StarError
-        If the table or the optics are missing, or a column is missing, not numeric, or has NaN.
+        If the table or the optics are missing, a column that is needed is missing or not numeric, or a quantity is outside its limits.
+        A number that is missing (``nan``, ``inf``) is NaN, except in the optics.
     """
     path = Path(path)
     columns = _read(path, ("micrographs", "movies"), need="pixel_size_angstrom")
@@ -72,7 +76,11 @@ def read_coded_particles(path: Path, keep: Collection[str] | None = None) -> tup
 
 def _split(path: Path, names: Coded) -> Images:
     parts = [name.partition("@") for name in names.decode()]
-    bad = [number + sign + stack for number, sign, stack in parts if not (number.isdigit() and sign and stack and int(number) > 0)]
+    bad = [
+        number + sign + stack
+        for number, sign, stack in parts
+        if not (number.isascii() and number.isdigit() and sign and stack and int(number) > 0)
+    ]
     if bad:
         raise StarError(
             f"{path}: image name {bad[0]!r} is not NUMBER@STACK",
@@ -84,20 +92,39 @@ def _split(path: Path, names: Coded) -> Images:
 
 
 def read_coordinates(path: str | Path) -> Columns:
-    """Picks of one micrograph: ``particle_y, particle_x`` (pixels from 0) and, where given, ``pick_score``."""
+    """Picks of one micrograph: ``particle_y, particle_x`` (pixels from 0), and ``pick_score`` and ``micrograph_name`` where given.
+
+    A file may hold picks of several micrographs; then only ``micrograph_name`` says whose they are.
+
+    Raises
+    ------
+    StarError
+        If a coordinate is missing, or not a number.
+    """
     path = Path(path)
     tables = _tables(path, [c.relion for c in COLUMNS])
-    table = next((t for t in tables.values() if t is not None and "rlnCoordinateX" in t), None)
+    # a table without rows has no columns either
+    table = next((t for t in tables.values() if t and {"rlnCoordinateX", "rlnCoordinateY"} & set(t)), None)
     if table is None:
         raise missing_column(path, "rlnCoordinateX")
-    return {name: _decoded(values) for name, values in _translate(path, table, COLUMNS)}
+    columns = {name: _decoded(values) for name, values in _translate(path, table, _PICKS)}
+    for name, relion in (("particle_x", "rlnCoordinateX"), ("particle_y", "rlnCoordinateY")):
+        if name not in columns:
+            raise missing_column(path, relion)
+        if np.isnan(columns[name]).any():
+            raise _not_a_number(path, relion, int(np.flatnonzero(np.isnan(columns[name]))[0]))
+    return columns
 
 
 def find_beside(name: str, star: Path) -> Path | None:
-    """A file that a STAR file names: absolute, beside the STAR file, or relative to a folder above it (a RELION project)."""
-    candidates = (Path(name), *(folder / name for folder in star.resolve().parents))
+    """A file that a STAR file names: absolute, beside the STAR file, or relative to a folder above it (a RELION project).
+
+    The folders are those of the path by which the STAR file was given, then those of the file it is a link to.
+    """
+    folders = dict.fromkeys((*star.absolute().parents, *star.resolve().parents))
+    candidates = [Path(name)] if os.path.isabs(name) else [folder / name for folder in folders]
     # keep the name of a link, because many may point to one file
-    return next((p.absolute() for p in candidates if p.is_file()), None)
+    return next((p for p in candidates if p.is_file()), None)
 
 
 def missing_column(path: Path, relion: str) -> StarError:
@@ -111,14 +138,12 @@ def _decoded(values: np.ndarray | Coded | Images) -> np.ndarray:
 
 
 def _tables(path: Path, wanted: Iterable[str], *, split_images: bool = False) -> dict[str, Loop | None]:
-    """The wanted columns of every table, and None for every list of pairs; irregular files are read in full."""
-    import pandas as pd
-
+    """The wanted columns of every table; irregular files are read in full, and a list of pairs is a table of one row."""
     fast = scan(path, wanted, split_images=split_images)
     if fast is not None:
         return fast
-    tables = read_tables(path)
-    return {b: {str(n): t[n] for n in t.columns} if isinstance(t, pd.DataFrame) else None for b, t in tables.items()}
+    blocks = read_blocks(path)
+    return {b: {n: np.array(v, dtype=object) for n, v in block.columns.items()} for b, block in blocks.items()}
 
 
 def _wanted(keep: Collection[str] | None) -> list[str]:
@@ -126,7 +151,7 @@ def _wanted(keep: Collection[str] | None) -> list[str]:
     always = {"micrograph_name", "image_name", "optics_group"}
     kept = [c for c in COLUMNS if keep is None or c.name in keep or c.name in always]
     names = [c.relion for c in (*kept, *OPTICS)]
-    return [*names, *(alias for name in names for alias in ALIASES.get(name, ())), *_OLD]
+    return [*names, *(alias for name in names for alias in ALIASES.get(name, ())), *_OLD, *KEPT]
 
 
 def _read(path: Path, blocks: tuple[str, ...], need: str, *, keep: Collection[str] | None = None, split_images: bool = False) -> Read:
@@ -139,6 +164,7 @@ def _read(path: Path, blocks: tuple[str, ...], need: str, *, keep: Collection[st
             "give the file that lists them",
         )
     columns = dict(_translate(path, table, COLUMNS))
+    check_limits(path, columns, "row", lambda row: row + 1)
     optics = tables.get("optics")
     columns.update(_optics_of_old_table(path, table) if optics is None else _spread_optics(path, optics, columns))
     for name in ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast", need):
@@ -167,27 +193,31 @@ def _translate(path: Path, table: Loop, names: Iterable[Column]) -> Iterator[tup
 
 
 def _numbers(path: Path, relion: str, column: Column, values: Any) -> np.ndarray:
-    """A column as numbers of its type, counted as here; whole numbers never go through floats."""
-    if relion == PARTICLE_ID and len(values) and values.dtype.kind != "i":
+    """A column as numbers of its type, counted as here; whole numbers never go through floats. NaN where a number is missing."""
+    exact = values if values.dtype.kind == "i" else whole(values) if values.dtype == object else None
+    if relion == PARTICLE_ID and len(values) and exact is None:
         raise _shifted(path, f"{relion} has values other than integers below 2^63")
-    if column.dtype == "i8" and values.dtype.kind == "i":
-        return np.asarray(values, dtype=np.int64) - column.base
-    try:
-        numbers = np.asarray(values, dtype=np.float64)
-    except (ValueError, TypeError) as error:
-        raise _shifted(path, f"column {relion} is not numeric: {error}") from error
-    if not np.isfinite(numbers).all():
-        row = int(np.flatnonzero(~np.isfinite(numbers))[0])
-        raise StarError(
-            f"{path}: {relion} is not a number in row {row + 1}",
-            "the program that wrote it failed for this row",
-            "remove the row",
-        )
+    if column.dtype == "i8" and exact is not None:
+        return np.asarray(exact, dtype=np.int64) - column.base
+    numbers, bad = floats(values) if values.dtype == object else (np.array(values, dtype=np.float64), np.zeros(0, np.int64))
+    numbers[~np.isfinite(numbers)] = np.nan
+    if len(bad) and column.name not in SIDE:
+        raise _shifted(path, f"column {relion} is not numeric: {values[bad[0]]!r} in row {int(bad[0]) + 1}")
     if column.dtype == "i8":
-        if (numbers != np.round(numbers)).any():
+        none = np.isnan(numbers)
+        if none.any() and column.name not in NONE:
+            raise _not_a_number(path, relion, int(np.flatnonzero(none)[0]))
+        numbers[none] = NONE.get(column.name, 0)
+        if (numbers != np.round(numbers)).any() or (np.abs(numbers) >= 2.0**63).any():
             raise _shifted(path, f"{relion} has numbers that are not integers")
         return numbers.astype(np.int64) - column.base
-    return np.require(numbers, requirements="W")
+    return numbers
+
+
+def _not_a_number(path: Path, relion: str, row: int) -> StarError:
+    return StarError(
+        f"{path}: {relion} is not a number in row {row + 1}", "the program that wrote it failed for this row", "remove the row"
+    )
 
 
 def _shifted(path: Path, what: str) -> StarError:
@@ -197,12 +227,18 @@ def _shifted(path: Path, what: str) -> StarError:
 
 
 def _spread_optics(path: Path, optics: Loop, columns: Read) -> Read:
+    """The optics of each row. Every number of a group that is used must be there."""
     import pandas as pd
 
     groups = dict(_translate(path, optics, (Column("optics_group", "rlnOpticsGroup", "i8"), *OPTICS)))
     if "optics_group" not in groups or "optics_group" not in columns:
         raise missing_column(path, "rlnOpticsGroup")
-    row_of = {int(number): row for row, number in enumerate(np.asarray(groups.pop("optics_group")))}
+    groups |= _kept(path, optics)
+    numbers = np.asarray(groups.pop("optics_group")).tolist()
+    row_of = {number: row for row, number in enumerate(numbers)}
+    twice = next((n for n in numbers if numbers.count(n) > 1), None)
+    if twice is not None:
+        raise StarError(f"{path}: optics group {twice} is in data_optics twice", "tables were joined by hand", "number the groups anew")
     codes, used = pd.factorize(np.asarray(columns["optics_group"]))
     unknown = set(used.tolist()) - set(row_of)
     if unknown:
@@ -211,17 +247,34 @@ def _spread_optics(path: Path, optics: Loop, columns: Read) -> Read:
             "tables were joined by hand",
             "add the group to data_optics",
         )
-    rows = np.array([row_of[int(g)] for g in used], dtype=np.int64)[codes]
+    rows = np.array([row_of[int(g)] for g in used], dtype=np.int64)
+    there = {name: np.asarray(v)[rows] for name, v in groups.items() if not isinstance(v, (Coded, Images))}
+    check_limits(path, there, "optics group", lambda row: numbers[rows[row]], needed=True)
+    rows = rows[codes]
     return {name: Coded(v.codes[rows], v.names) if isinstance(v, Coded) else np.asarray(v)[rows] for name, v in groups.items()}
+
+
+def _kept(path: Path, table: Loop) -> Read:
+    """What no stage uses of an optics group, one JSON text per row; the file of an MTF by its full path, if it is there."""
+    labels = [n for n in KEPT if n in table]
+    if not labels:
+        return {}
+    texts = [_decoded(v if isinstance(v, Coded) else encode(v)).tolist() for v in (table[n] for n in labels)]
+    names = {n: str(find_beside(n, path) or n) for n in texts[labels.index("rlnMtfFileName")]} if "rlnMtfFileName" in labels else {}
+    rows = [{n: names[v] if n == "rlnMtfFileName" else v for n, v in zip(labels, row)} for row in zip(*texts)]
+    return {"relion_optics": encode(json.dumps(row) for row in rows)}
 
 
 def _optics_of_old_table(path: Path, table: Loop) -> Read:
     """Optics and origins of a RELION 3.0 table, from its own columns (origins were in pixels)."""
-    columns = dict(_translate(path, table, OPTICS))
+    columns = dict(_translate(path, table, OPTICS)) | _kept(path, table)
+    check_limits(path, columns, "row", lambda row: row + 1, needed=True)
     if {"rlnDetectorPixelSize", "rlnMagnification"} <= set(table):
         two = (Column("detector_um", "rlnDetectorPixelSize"), Column("magnification", "rlnMagnification"))
         detector, magnification = (np.asarray(values) for _, values in _translate(path, table, two))
-        pixel = detector * 1e4 / magnification
+        with np.errstate(divide="ignore", invalid="ignore"):
+            pixel = detector * 1e4 / magnification
+        check_limits(path, {"pixel_size_angstrom": pixel}, "row", lambda row: row + 1, needed=True)
         columns.setdefault("pixel_size_angstrom", pixel)
         columns.setdefault("particle_pixel_size_angstrom", pixel)
     if "particle_pixel_size_angstrom" in columns:
@@ -241,23 +294,30 @@ def read_labels(path: str | Path) -> frozenset[str]:
     """
     labels: set[str] = set()
     block = ""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                word = line.split(maxsplit=1)[0] if line.strip() else ""
-                if word.startswith("data_"):
-                    if labels and block != "optics":
-                        break
-                    block, labels = word.removeprefix("data_"), set()
-                elif word.startswith("_"):
-                    labels.add(word[1:])
-                elif word and not word.startswith("#") and word != "loop_" and labels and block != "optics":
-                    break
-    except OSError as error:
-        raise StarError(f"{path} cannot be read: {error.strerror}.", "", "check the path") from None
+    for words in _head(Path(path)):
+        if words[0].startswith("data_") and len(words) == 1:
+            if labels and block != "optics":
+                break
+            block, labels = words[0].removeprefix("data_"), set()
+        elif words[0].startswith("_"):
+            labels.add(words[0][1:])
+        elif words[0] != "loop_" and labels and block != "optics":
+            break
     if not labels:
         raise StarError(f"{path} has no table.", "it is another kind of file, or empty", "give a RELION STAR file")
     return frozenset(labels)
+
+
+def _head(path: Path) -> Iterator[list[str]]:
+    """Lines as words, without comments and blank lines; bytes that are no text do not matter before the whole file is read."""
+    try:
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
+            for number, line in enumerate(file, 1):
+                words = split_line(path, number, line.rstrip("\n"))
+                if words:
+                    yield words
+    except OSError as error:
+        raise StarError(f"{path} cannot be read: {error.strerror}.", "", "check the path") from None
 
 
 def read_optics(path: str | Path) -> list[dict[str, float]]:
@@ -269,25 +329,30 @@ def read_optics(path: str | Path) -> list[dict[str, float]]:
         ``pixel_size_angstrom`` of micrographs, ``particle_pixel_size_angstrom`` and ``box`` (pixels) of images, those that are given.
         Empty where the file has no table of optics at its head, or one that cannot be read: reading the whole file says why.
     """
-    groups: list[dict[str, float]] = []
-    labels: list[str] = []
-    inside = False
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                words = shlex.split(line, comments=True)
-                if not words or words[0] == "loop_":
-                    continue
-                if words[0].startswith("data_"):
-                    if inside or words[0] != "data_optics":
-                        break
-                    inside = True
-                elif words[0].startswith("_"):
-                    labels.append(words[0][1:])
-                else:
-                    row = dict(zip(labels, words, strict=True))
-                    found = {c.name: [row[n] for n in (c.relion, *ALIASES.get(c.relion, ())) if n in row] for c in _HEAD}
-                    groups.append({name: float(texts[0]) for name, texts in found.items() if texts})
-    except (OSError, ValueError):
+        names, rows = _head_table(Path(path))
+    except StarError:
         return []
+    groups: list[dict[str, float]] = []
+    for row in (dict(zip(names, row)) for row in rows if len(row) == len(names)):
+        found = {c.name: [row[n] for n in (c.relion, *ALIASES.get(c.relion, ())) if n in row] for c in _HEAD}
+        known = {name: float(floats([unquoted(texts[0])])[0][0]) for name, texts in found.items() if texts}
+        groups.append({name: value for name, value in known.items() if np.isfinite(value)})
     return groups
+
+
+def _head_table(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the table of optics, if the file begins with it."""
+    names: list[str] = []
+    rows: list[list[str]] = []
+    pairs: list[str] = []
+    for begun, words in enumerate(_head(path)):
+        if words[0].startswith("data_") and len(words) == 1:
+            if begun or words[0] != "data_optics":
+                break
+        elif words[0].startswith("_"):
+            names.append(words[0][1:])
+            pairs += words[1:]
+        elif words[0] != "loop_":
+            rows.append(words)
+    return names, [*rows, pairs] if pairs else rows

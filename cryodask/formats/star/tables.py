@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import linecache
-import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +10,8 @@ import numpy as np
 
 from cryodask.errors import StarError
 from cryodask.formats.star.names import TEXT
+from cryodask.formats.star.numbers import floats, whole
+from cryodask.formats.star.rows import read_blocks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,27 +22,31 @@ Tables = dict[str, "pd.DataFrame | dict[str, Any]"]
 def read_tables(path: str | Path) -> Tables:
     """All blocks of a STAR file: a DataFrame for a loop, a dict for a list of pairs, under RELION's names without ``data_``.
 
+    Columns of numbers are int64 or float64 (NaN where a number is missing), all others texts.
+
     Raises
     ------
     StarError
-        If the file is missing, has no block, or a row is longer or shorter than its header.
+        As :func:`~cryodask.formats.star.rows.read_blocks`.
     """
-    import starfile
+    import pandas as pd
 
-    path = Path(path)
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise StarError(f"{path} cannot be read: {error}", "the path is wrong, or it is not a STAR file", "check the path") from error
-    _check_rows(path, lines)
-    # starfile reads through linecache, which could return outdated content of the same path
-    linecache.checkcache(str(path))
-    try:
-        return dict(starfile.read(path, always_dict=True, parse_as_string=list(TEXT)))
-    except (ValueError, TypeError, KeyError, IndexError) as error:
-        raise StarError(
-            f"{path} cannot be parsed: {error}", "it is not a RELION STAR file, or was edited by hand", "write it again"
-        ) from error
+    out: Tables = {}
+    for name, block in read_blocks(Path(path)).items():
+        columns = {label: _typed(label, values) for label, values in block.columns.items()}
+        out[name] = {label: values.tolist()[0] for label, values in columns.items()} if block.pairs else pd.DataFrame(columns)
+    return out
+
+
+def _typed(label: str, texts: list[str]) -> np.ndarray:
+    if label not in TEXT and texts:
+        integers = whole(texts)
+        if integers is not None:
+            return integers
+        numbers, bad = floats(texts)
+        if not len(bad) and np.isfinite(numbers).any():
+            return numbers
+    return np.array(texts, dtype=object)
 
 
 def write_tables(path: str | Path, tables: Mapping[str, pd.DataFrame | Mapping[str, Any]]) -> None:
@@ -76,29 +80,3 @@ def write_tables(path: str | Path, tables: Mapping[str, pd.DataFrame | Mapping[s
                     )
     ready = {b: t if isinstance(t, pd.DataFrame) else dict(t) for b, t in tables.items()}
     starfile.write(ready, Path(path), float_format="%.9g", overwrite=True)
-
-
-def _check_rows(path: Path, lines: list[str]) -> None:
-    """Refuse ragged rows: the parser below would fill short ones with NaN."""
-    header, in_loop, blocks = 0, False, 0
-    for number, raw in enumerate(lines, 1):
-        line = raw.strip()
-        if line.startswith("data_"):
-            header, in_loop, blocks = 0, False, blocks + 1
-        elif line.startswith("loop_"):
-            in_loop = True
-        elif in_loop and line.startswith("_") and len(line.split("#")[0].split()) == 1:
-            header += 1
-        elif in_loop and line and not line.startswith("#"):
-            try:
-                fields = shlex.split(line, comments=True) if any(c in line for c in "'\"#") else line.split()
-            except ValueError as error:
-                raise StarError(f"{path}, line {number}: {error}", "a quote is not closed", "fix that line and rerun") from error
-            if len(fields) != header:
-                raise StarError(
-                    f"{path}, line {number}: {len(fields)} values for {header} columns",
-                    "the file is truncated, or a name contains a blank",
-                    "write the file again",
-                )
-    if not blocks:
-        raise StarError(f"{path} has no data_ block", "it is not a STAR file, or is empty", "check the path")

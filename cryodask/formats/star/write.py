@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,13 +10,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cryodask.errors import StarError
-from cryodask.formats.star.names import ALIASES, COLUMNS, OPTICS, Column
+from cryodask.formats.star.names import ALIASES, COLUMNS, KEPT, OPTICS, Column
 from cryodask.formats.star.tables import write_tables
 from cryodask.vocabulary import CTF_COLUMNS
 from cryodask.vocabulary import OPTICS as GROUP_OPTICS
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_NO_FACTOR = {"ctf_b_factor_angstrom2": 0.0, "ctf_scale_factor": 1.0}
+"""What RELION writes where a particle has no such factor."""
+_NEUTRAL = {"rlnMagMat00": "1", "rlnMagMat11": "1", "rlnOddZernike": "[0,0,0,0,0,0]", "rlnEvenZernike": "[0,0,0,0,0,0,0,0,0]"}
+"""Texts of an optics group without aberrations; all others are 0."""
 
 
 def write_micrographs_ctf(path: str | Path, columns: Mapping[str, Any]) -> None:
@@ -31,7 +37,8 @@ def write_particles(path: str | Path, columns: Mapping[str, Any]) -> None:
     """Particles as RELION's ``particles.star``; columns as from :func:`read_particles`; scalars apply to all rows.
 
     ``particle_id`` is written exactly, as ``_cryodaskParticleId``, which RELION passes on. Rows with equal optics share a group,
-    numbered in the order in which they appear. ``box`` is the size of the images, pixels.
+    numbered in the order in which they appear. ``box`` is the size of the images, pixels. ``relion_optics``: the texts of
+    :func:`read_particles`, written as columns of the groups.
     """
     _need(path, columns, ("image_index", "image_stack", "particle_pixel_size_angstrom", "box", *GROUP_OPTICS))
     _check_ids(path, columns.get("particle_id"))
@@ -175,12 +182,33 @@ def _check_ids(path: str | Path, ids: Any) -> None:
         )
 
 
+def _kept(texts: np.ndarray) -> dict[str, np.ndarray]:
+    """Columns of optics groups that were only carried along (``relion_optics``), one value per row."""
+    import pandas as pd
+
+    codes, names = pd.factorize(texts)
+    groups = [json.loads(name) if name else {} for name in names]
+    out = {}
+    for label in KEPT:
+        there = sum(label in group for group in groups)
+        # RELION has no word for a missing MTF
+        if there and (there == len(groups) or "Mtf" not in label):
+            out[label] = np.array([group.get(label, _NEUTRAL.get(label, "0")) for group in groups], dtype=object)[codes]
+    return out
+
+
 def _relion_tables(path: str | Path, columns: Mapping[str, Any], count: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Optics and main table under RELION's names; names that RELION lacks are refused, scalars spread over the rows."""
     import pandas as pd
 
     ours = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
     columns = {ours.get(name, name): values for name, values in columns.items()}
+    kept = _kept(np.broadcast_to(np.asarray(columns.pop("relion_optics", ""), dtype=object), count))
+    for name, none in _NO_FACTOR.items():
+        if name in columns and np.isfinite(columns[name]).any():
+            columns[name] = np.where(np.isfinite(columns[name]), columns[name], none)
+        else:
+            columns.pop(name, None)
     known = {c.name for c in (*COLUMNS, *OPTICS)}
     foreign = sorted(set(columns) - known)
     if foreign:
@@ -190,7 +218,7 @@ def _relion_tables(path: str | Path, columns: Mapping[str, Any], count: int) -> 
         values = np.broadcast_to(np.asarray(columns[column.name], dtype=object if column.dtype == "str" else column.dtype), count)
         return values if column.dtype == "str" else values + column.base
 
-    optics = pd.DataFrame({c.relion: spread(c) for c in OPTICS if c.name in columns})
+    optics = pd.DataFrame({c.relion: spread(c) for c in OPTICS if c.name in columns} | kept)
     group = optics.groupby(list(optics.columns), sort=False).ngroup().to_numpy() + 1
     first = np.unique(group, return_index=True)[1]
     optics = optics.iloc[first].reset_index(drop=True)

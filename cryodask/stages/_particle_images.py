@@ -1,0 +1,182 @@
+"""Images of imported particles: read from their stacks, and made what the stages take them for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cryodask.errors import MicrographError
+from cryodask.formats.mrc import open_mrc
+from cryodask.formats.star import find_beside
+from cryodask.vocabulary import CTF_COLUMNS, OPTICS
+
+SAME_PIXEL_SIZE = 1.0005
+"""Ratio of two pixel sizes up to which they count as one."""
+_RING = 0.375
+"""Radius outside which the background is measured, in boxes, as in ``extract``."""
+_NORMAL_MEAN, _NORMAL_SPREAD = 0.5, 2.0
+
+
+def imported_images(star: str, micrograph: str, rows: Mapping[str, Any], pixel_size_angstrom: float | None) -> np.ndarray:
+    """Images `(n, y, x)` of the particles of a micrograph, float32, protein white.
+
+    Those that were phase-flipped are flipped back with the CTF of their rows, those whose background is far from mean 0 and standard
+    deviation 1 are normalised, and with ``pixel_size_angstrom`` all are scaled to it in Fourier space, in a box of ``rows["size"]`` pixels.
+
+    Raises
+    ------
+    MicrographError
+        If a stack is missing, shorter than the table says, or has another box; if boxes or pixel sizes differ and no scale is asked for;
+        if an image is blank or has pixels that are NaN or infinite.
+    """
+    images = _read(star, rows)
+    blank = 0
+    for image in images:
+        if not np.isfinite(image).all():
+            raise MicrographError(f"Particles of {micrograph} have NaN or infinite pixels.", "the stack is damaged", "extract them again")
+        blank += bool(image.std() == 0)
+    if blank:
+        raise MicrographError(
+            f"{blank} of {len(images)} particles of {micrograph} are blank.",
+            "the extraction wrote empty boxes",
+            "remove them from the STAR file",
+        )
+    pixel = np.asarray(rows.get("particle_pixel_size_angstrom", np.ones(len(images))), np.float64)
+    kinds = sorted({(len(image), one) for image, one in zip(images, pixel.tolist())})
+    if pixel_size_angstrom is None and (len({box for box, _ in kinds}) > 1 or pixel.max() > SAME_PIXEL_SIZE * pixel.min()):
+        raise MicrographError(
+            f"{micrograph} has images of {' and '.join(f'{box} pixels of {one:g} A' for box, one in kinds)}.",
+            "the file combines two extractions",
+            f"set import_particles: {{pixel_size_angstrom: {pixel.max():g}}} to scale them to the coarsest",
+        )
+    out: np.ndarray | None = None
+    for box, one in kinds:
+        here = np.flatnonzero([len(image) == box and size == one for image, size in zip(images, pixel.tolist())])
+        stack = _normalised(_unflipped(np.stack([images[i] for i in here]), {n: np.asarray(v)[here] for n, v in _ctf(rows).items()}, one))
+        if pixel_size_angstrom is not None:
+            stack = _scaled(stack, one, pixel_size_angstrom, int(rows["size"]))
+        out = np.empty((len(images), *stack.shape[1:]), np.float32) if out is None else out
+        out[here] = stack
+    assert out is not None
+    return out
+
+
+def stack_beside(name: str, star: str) -> Path:
+    """A stack that a STAR file names.
+
+    Raises
+    ------
+    MicrographError
+        If it does not exist.
+    """
+    path = find_beside(name, Path(star))
+    if path is None:
+        raise MicrographError(
+            f"The stack {name} of {star} does not exist.", "the STAR file was moved without its stacks", "copy them beside it"
+        )
+    return path
+
+
+def _read(star: str, rows: Mapping[str, Any]) -> list[np.ndarray]:
+    """Each row's image `(y, x)`, as it is in its stack."""
+    out: list[Any] = [None] * len(rows["image_index"])
+    told = np.asarray(rows["box"]).tolist() if "box" in rows else None
+    for code, stack in enumerate(rows["stacks"]):
+        path = stack_beside(stack, star)
+        frames = open_mrc(path, MicrographError)
+        here = np.nonzero(rows["stack"] == code)[0]
+        index = rows["image_index"][here]
+        if index.max(initial=0) >= len(frames):
+            raise MicrographError(
+                f"{path} has {len(frames)} images, but {star} refers to number {int(index.max()) + 1}.",
+                "the stack is truncated, or belongs to another STAR file",
+                "copy it again",
+            )
+        height, width = frames.shape[1:]
+        if height != width:
+            raise MicrographError(f"{path} has images of {height} x {width} pixels.", "it is not a stack of particles", "check the path")
+        for place, i in zip(here.tolist(), index.tolist()):
+            if told is not None and told[place] != width:
+                raise MicrographError(
+                    f"{path} has boxes of {width} pixels, but rlnImageSize in {star} is {told[place]}.",
+                    "the stack belongs to another extraction",
+                    "give the STAR file that was written with it",
+                )
+            out[place] = np.asarray(frames[i], np.float32)
+    return out
+
+
+def _ctf(rows: Mapping[str, Any]) -> dict[str, Any]:
+    """What the CTF of each row is made of, and whether its image was phase-flipped."""
+    count = len(rows["image_index"])
+    out = {name: rows.get(name, np.zeros(count)) for name in (*CTF_COLUMNS, *OPTICS, "phase_flipped")}
+    return out if "defocus_v_angstrom" in rows else {**out, "defocus_v_angstrom": out["defocus_u_angstrom"]}
+
+
+def _unflipped(images: np.ndarray, ctf_of: Mapping[str, np.ndarray], pixel_size_angstrom: float) -> np.ndarray:
+    """Images that were multiplied by the sign of their CTF are multiplied by it again."""
+    flipped = np.flatnonzero(ctf_of["phase_flipped"])
+    if not len(flipped):
+        return images
+    import torch
+
+    from cryodask.kernels.ctf import ctf
+    from cryodask.kernels.fourier import frequencies
+
+    def column(name: str) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(ctf_of[name], np.float64)[flipped])[:, None, None]
+
+    box = images.shape[-1]
+    ky, kx = (k.double() / (box * pixel_size_angstrom) for k in frequencies((box, box)))
+    values = ctf(
+        ky[None],
+        kx[None],
+        defocus_angle_rad=torch.deg2rad(column("defocus_angle_deg")),
+        phase_shift_rad=torch.deg2rad(column("phase_shift_deg")),
+        **{name: column(name) for name in ("defocus_u_angstrom", "defocus_v_angstrom", *OPTICS)},
+    )
+    spectrum = torch.fft.fft2(torch.from_numpy(images[flipped]).double())
+    out = images.copy()
+    out[flipped] = torch.fft.ifft2(spectrum * torch.where(values < 0, -1.0, 1.0)).real.float().numpy()
+    return out
+
+
+def _normalised(images: np.ndarray) -> np.ndarray:
+    """Images with a background of about mean 0 and standard deviation 1 stay as they are; others are brought to it."""
+    box = images.shape[-1]
+    offset = np.arange(box) - box // 2
+    ring = images[:, np.hypot(offset[:, None], offset) > _RING * box]
+    mean, spread = np.median(ring.mean(1)), np.median(ring.std(1))
+    if abs(mean) <= _NORMAL_MEAN and 1.0 / _NORMAL_SPREAD <= spread <= _NORMAL_SPREAD:
+        return images
+    import torch
+
+    from cryodask.kernels.extraction import normalise_background
+
+    return normalise_background(torch.from_numpy(images), _RING * box, ramp=False).numpy()
+
+
+def _scaled(images: np.ndarray, pixel_size_angstrom: float, wanted_angstrom: float, size: int) -> np.ndarray:
+    """Images `(n, size, size)` of another pixel size, their centres still at n // 2, their background normalised again."""
+    box = images.shape[-1]
+    same = 1.0 / SAME_PIXEL_SIZE < wanted_angstrom / pixel_size_angstrom < SAME_PIXEL_SIZE
+    if same and size == box:
+        return images
+    import torch
+
+    from cryodask.kernels.extraction import normalise_background
+    from cryodask.kernels.fourier import resize_images
+    from cryodask.stages.extract import common_scale
+
+    cut, reduced = (size, size) if same else common_scale(pixel_size_angstrom, wanted_angstrom, size)
+    # the ratio of integers may need a box that is larger than the images: their background has mean 0
+    wide = np.zeros((len(images), cut, cut), np.float32)
+    shared = min(box, cut)
+    there, here = (slice(n // 2 - shared // 2, n // 2 - shared // 2 + shared) for n in (cut, box))
+    wide[:, there, there] = images[:, here, here]
+    edge = reduced // 2 - size // 2
+    small = resize_images(torch.from_numpy(wide), reduced)[:, edge : edge + size, edge : edge + size]
+    return normalise_background(small.contiguous(), _RING * size, ramp=False).numpy()

@@ -1,0 +1,166 @@
+"""What a table of particles from another program says of its images, and which of it an import can honour."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from cryodask.errors import InputError, MicrographError
+from cryodask.formats.mrc import open_mrc
+from cryodask.formats.star import COLUMNS, ParticleTable
+from cryodask.stages._particle_images import SAME_PIXEL_SIZE, stack_beside
+from cryodask.vocabulary import CTF_COLUMNS, OPTICS
+
+_OF_A_MICROGRAPH = (*OPTICS, "pixel_size_angstrom")
+_NEEDED = (
+    *(*CTF_COLUMNS, "particle_y", "particle_x", "rot_deg", "tilt_deg", "psi_deg"),
+    *("origin_y_angstrom", "origin_x_angstrom", "birth_y", "birth_x"),
+)
+_RELION = {c.name: c.relion for c in COLUMNS}
+
+
+def check_table(star: str, table: ParticleTable, *, images: bool) -> None:
+    """Refuse a table whose images mean something that no stage can honour.
+
+    Raises
+    ------
+    InputError
+        Of subtomograms; if the images are used, of images that were multiplied by their CTF.
+    """
+
+    def some(name: str, value: int) -> int:
+        return int((table.columns.get(name, np.zeros(0)) == value).sum())
+
+    if some("image_dimensions", 3):
+        raise InputError(f"{some('image_dimensions', 3):,} rows of {star} are subtomograms.", "", "give a table of images")
+    count = len(table) - some("ctf_premultiplied", 0)
+    if images and "ctf_premultiplied" in table.columns and count:
+        raise InputError(
+            f"{count:,} images of {star} were multiplied by their CTF (rlnCtfDataAreCtfPremultiplied), and no stage can use these.",
+            "",
+            "extract them again without that option, or take only their positions, import_particles: {images: false}, and extract here",
+        )
+
+
+def kinds_of_images(star: str, table: ParticleTable, pixel_size_angstrom: float | None) -> int | None:
+    """The common box in pixels for images that are to be scaled, else None.
+
+    Raises
+    ------
+    InputError
+        If the table says that boxes or pixel sizes differ and no scale is asked for, or the scale is finer than an image.
+    """
+    pixel = table.columns.get("particle_pixel_size_angstrom", np.ones(len(table)))
+    box = table.columns.get("box")
+    if box is None and pixel_size_angstrom is not None:
+        box = np.array([_box(star, name) for name in table.stacks], np.int64)[table.stack]
+    pairs = np.unique(np.stack([box if box is not None else np.zeros(len(table)), pixel], 1)[table.order], axis=0)
+    kinds = {(int(edge), float(one)) for edge, one in pairs}
+    if not kinds:
+        return None
+    finest, coarsest = min(p for _, p in kinds), max(p for _, p in kinds)
+    if pixel_size_angstrom is not None:
+        if pixel_size_angstrom * SAME_PIXEL_SIZE < coarsest:
+            raise InputError(
+                f"pixel_size_angstrom is {pixel_size_angstrom:g}, but {star} has images of {coarsest:g} A.",
+                "",
+                f"images are downscaled, not enlarged: set {coarsest:g} or more",
+            )
+        return common_size(kinds, pixel_size_angstrom)
+    if len({edge for edge, _ in kinds}) > 1 or coarsest > SAME_PIXEL_SIZE * finest:
+        text = " and ".join(f"{f'{edge} pixels of ' if edge else ''}{one:g} A" for edge, one in sorted(kinds))
+        raise InputError(
+            f"{star} has images of {text}.",
+            "its optics groups have other magnifications or boxes",
+            f"set import_particles: {{pixel_size_angstrom: {coarsest:g}}} to scale all to the coarsest, or import each group by itself",
+        )
+    return None
+
+
+def common_size(kinds: Iterable[tuple[int, float]], pixel_size_angstrom: float) -> int:
+    """The even box, pixels, that all images can fill at a pixel size: the shortest of their boxes (pixels, Angstrom per pixel)."""
+    return max(2, 2 * math.floor(min(box * pixel for box, pixel in kinds) / pixel_size_angstrom / 2 + 1e-3))
+
+
+def _box(star: str, stack: str) -> int:
+    return int(open_mrc(stack_beside(stack, star), MicrographError).shape[-1])
+
+
+def one_optics(star: str, micrograph: str, rows: Mapping[str, Any]) -> dict[str, Any]:
+    """Voltage, Cs, amplitude contrast, and what is only kept, of the one optics group that all rows of a micrograph must belong to.
+
+    Raises
+    ------
+    MicrographError
+        If they differ, or a number that is needed is missing in some rows.
+    """
+    for name in _NEEDED:
+        missing = int(np.isnan(rows[name]).sum()) if name in rows else 0
+        if missing:
+            raise MicrographError(
+                f"{_RELION[name]} of {missing} of {len(rows[name])} particles of {micrograph} is not a number in {star}.",
+                "the program that wrote it failed for these rows",
+                "remove them from the STAR file",
+            )
+    out: dict[str, Any] = dict.fromkeys(OPTICS, np.nan)
+    for name in _OF_A_MICROGRAPH:
+        values = np.unique(np.asarray(rows[name], np.float64)) if name in rows else np.zeros(0)
+        if len(values) > 1:
+            raise MicrographError(
+                f"The particles of {micrograph} have a {name} of {' and '.join(f'{v:g}' for v in values)} in {star}.",
+                "rows of two sessions have the same micrograph name, or the optics groups were mixed up",
+                "give the micrographs of each session their own names",
+            )
+        if len(values) and name in out:
+            out[name] = float(values[0])
+    kept = rows.get("relion_optics", [])
+    if len(kept) > 1:
+        raise MicrographError(
+            f"The particles of {micrograph} have different beam tilts, aberrations, magnifications or MTFs in {star}.",
+            "rows of two sessions have the same micrograph name",
+            "give the micrographs of each session their own names",
+        )
+    return {**out, "relion_optics": kept[0] if kept else ""}
+
+
+def uncorrected(table: ParticleTable) -> list[str]:
+    """What the table says of the optics that no stage corrects, as sentences with figures."""
+    groups = [json.loads(text) for text in table.kept_optics.names] if table.kept_optics is not None else []
+    out = []
+    tilt = max((math.hypot(_number(g.get("rlnBeamTiltX")), _number(g.get("rlnBeamTiltY"))) for g in groups), default=0.0)
+    if tilt > 0:
+        out.append(f"beam tilt of up to {tilt:.2g} mrad is kept for the export, but not corrected here")
+    if any(_is_set(g.get(name)) for g in groups for name in ("rlnOddZernike", "rlnEvenZernike")):
+        out.append("higher-order aberrations (rlnOddZernike, rlnEvenZernike) are kept for the export, but not corrected here")
+    stretch = max((_stretch(g) for g in groups), default=0.0)
+    if stretch > 0:
+        out.append(
+            f"a magnification that differs from the pixel size by up to {100 * stretch:.2g} % in a direction (rlnMagMat) is kept for the "
+            "export, but not corrected here"
+        )
+    return out
+
+
+def _number(text: str | None) -> float:
+    try:
+        value = float(text or 0)
+    except ValueError:
+        return 0.0
+    return value if math.isfinite(value) else 0.0
+
+
+def _is_set(text: str | None) -> bool:
+    return any(_number(one) for one in (text or "").strip("[]").split(","))
+
+
+def _stretch(group: Mapping[str, str]) -> float:
+    """Largest deviation of a magnification matrix from the identity."""
+    labels = ("rlnMagMat00", "rlnMagMat01", "rlnMagMat10", "rlnMagMat11")
+    if not all(label in group for label in labels):
+        return 0.0
+    matrix = np.array([_number(group[label]) for label in labels]).reshape(2, 2)
+    return float(np.linalg.norm(matrix - np.eye(2), 2))
