@@ -356,6 +356,7 @@ register(
         Var("fsc_masked", ("shell",), "f8", "1", "FSC of the masked half-maps"),
         Var("fsc_randomised", ("shell",), "f8", "1", "FSC of the masked half-maps with random phases"),
         Var("fsc_corrected", ("shell",), "f8", "1", "FSC corrected for the mask (Chen et al. 2013)"),
+        Var("noise_correlation", (), "f8", "1", "correlation of the half-maps in their solvent; 0 if independent, NaN if unknown"),
         Var(
             "resolution_angstrom",
             (),

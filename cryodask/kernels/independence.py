@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,15 +12,19 @@ from cryodask.kernels.fsc import fsc, half_shells, shell_sum
 
 _SAME = 0.9999
 """Correlation of a shell from which on both maps have the same values in it."""
-_EMPTY = 1e-5
-"""Power of a shell, over the strongest shell beyond it or at it, below which rounding decides what it holds."""
+_EMPTY = 1e-9
+"""Power of a shell, over that of the strongest, below which rounding decides what it holds."""
 _MOST_SMEARED = 1.3
 """Power of the solvent in a shell, over its share of the map's power there, above which it comes from other shells."""
 _WEAK_SHARE = 0.4
 _FLAT = 1e-6
 
-MOST_NOISE_CORRELATION = 0.3
-"""Independent maps have at most 0.12 (real, simulated, half and whole symmetry); maps that share a third of their noise power have more."""
+_MOST_CORRELATION = 0.5
+"""Of the noise of maps whose correlation says anything; a standard error comes on top. Half of the mean in each map gives 0.6."""
+_DOUBTFUL = 0.3
+"""Independent maps stay below. Seen: 0.04 for whole maps, 0.15 for low-passed ones."""
+_MOST_AGREEMENT = 0.97
+"""Correlation of the finer shells above which maps without solvent cannot be told from copies."""
 
 
 class Independence(NamedTuple):
@@ -29,43 +34,69 @@ class Independence(NamedTuple):
     ----------
     joined : int
         Last shell up to which both maps are the same: 0 if none is, Nyquist if the maps are copies, scaled or filtered.
-    noise_correlation : float
-        Correlation of the solvent in the finer half of the shells beyond, median; NaN if the solvent is flat or no shell is left.
+    noise_correlation, error : float
+        Correlation of the solvent in the finer half of the shells beyond, its median and standard error; NaN if the solvent is flat or
+        no shell is left.
+    agreement : float
+        Correlation of the whole maps in these shells.
     """
 
     joined: int
     noise_correlation: float
+    error: float
+    agreement: float
+
+    @property
+    def fault(self) -> str:
+        """Why the maps are not, or cannot be shown to be, independent; empty if they are."""
+        if np.isnan(self.agreement):
+            return "they are the same in every shell, up to scale and filters"
+        if abs(self.noise_correlation) > _MOST_CORRELATION + self.error:
+            return f"the noise of their solvent agrees: it correlates by {self.noise_correlation:.2f}, that of independent maps by 0"
+        if np.isnan(self.noise_correlation) and self.agreement > _MOST_AGREEMENT:
+            return f"they agree by {self.agreement:.2f} up to the finest shells, and a mask has removed the solvent, whose noise would tell"
+        return ""
+
+
+def doubt(noise_correlation: float) -> str:
+    """What makes the correlation of half-maps too high, if the noise of their solvent says so; empty if not."""
+    if not abs(noise_correlation) > _DOUBTFUL:
+        return ""
+    return f"the noise of the half-maps correlates by {noise_correlation:.2f}: they share density, and the resolution may be too fine"
 
 
 def independence(first: Tensor, second: Tensor) -> Independence:
     """Evidence for or against the independence of two half-maps `(z, y, x)` with cubic shape.
 
-    Shells that were joined on purpose are alike from the centre on; what lies beyond counts. Noise is looked for in the solvent: in the
-    half of the sphere inside the box in which the mean map, smoothed, is weakest. Maps that were low-passed together have no noise
-    beyond, so only shells with power in both count.
+    Shells that were joined on purpose are alike from the centre on; what lies beyond counts. Noise is looked for in the solvent: where,
+    of the sphere inside the box, the mean map, smoothed, is weakest. Maps that were low-passed together have no noise beyond, so only
+    shells with power in both count.
     """
     maps = torch.stack([first, second]).double()
     maps = maps - maps.mean((1, 2, 3), keepdim=True)
-    whole = fsc(maps[0], maps[1])
+    whole = fsc(maps[0], maps[1]).abs()
     power = torch.minimum(*(_shell_power(m) for m in maps))
-    used = power > _EMPTY * torch.flip(torch.cummax(torch.flip(power, (0,)), 0).values, (0,)).clamp(min=1e-300)
-    used &= power > _EMPTY**2 * power.max()
-    shells = torch.nonzero(used[1:]).flatten() + 1
-    different = [int(s) for s in shells if abs(float(whole[s])) < _SAME]
-    if not different:
-        return Independence(len(whole) - 1, float("nan"))
-    joined = different[0] - 1
+    shells = torch.nonzero(power[1:] > _EMPTY * power[1:].max()).flatten() + 1
+    different = shells[whole[shells] < _SAME]
+    if not len(different):
+        return Independence(len(whole) - 1, np.nan, np.nan, np.nan)
+    joined = int(different[0]) - 1
+    beyond = shells[shells > joined + 1]
+    finer = beyond[len(beyond) // 2 :] if len(beyond) else different
+    agreement = float(whole[finer].median())
     weight = _solvent(maps.sum(0))
     if weight is None:
-        return Independence(joined, float("nan"))
+        return Independence(joined, np.nan, np.nan, agreement)
     inside = [(m - (m * weight).sum() / weight.sum()) * weight for m in maps]
     # where a low-pass filter has left nothing, the edges of the weight smear the shells below
+    share = float((weight**2).mean())
     noise = torch.minimum(*(_shell_power(m) for m in inside))
-    beyond = shells[(shells > joined + 1) & (noise[shells] < _MOST_SMEARED * float((weight**2).mean()) * power[shells])]
-    beyond = beyond[len(beyond) // 2 :]
-    if len(beyond) < 2:
-        return Independence(joined, float("nan"))
-    return Independence(joined, float(fsc(*inside)[beyond].median()))
+    beyond = beyond[noise[beyond] < _MOST_SMEARED * share * power[beyond]]
+    finer = beyond[len(beyond) // 2 :]
+    if len(finer) < 2:
+        return Independence(joined, np.nan, np.nan, agreement)
+    points = 2.0 * np.pi * float(finer.double().mean()) ** 2 * share
+    return Independence(joined, float(fsc(*inside)[finer].median()), 1.0 / np.sqrt(max(points, 1.0)), agreement)
 
 
 def _shell_power(volume: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from cryodask.errors import InputError
 from cryodask.formats.mrc import read_map
 from cryodask.formats.mrc_header import is_same_size
 from cryodask.stage import Context, InputFile, Output, Params, stage
+from cryodask.stages._half_maps import check_half_maps, check_independent
 from cryodask.stages._symmetry import PointGroup
 
 
@@ -57,5 +58,8 @@ def import_map(params: ImportMapParams, *, context: Context) -> dict[str, Any]:
     if not pixel:
         raise InputError(f"{paths[0]} has no voxel size in its header.", "the program that wrote it left it out", "set it in the header")
     stack = np.stack([data for data, _ in maps]).astype(np.float32)
+    if params.half_maps:
+        check_half_maps(stack)
+        check_independent(stack)
     given: dict[str, Any] = {"final_map": stack.mean(0), "map_pixel_size_angstrom": float(pixel)}
     return given | ({"half_map": stack} if params.half_maps else {})

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from cryodask.errors import InputError
 from cryodask.stage import Context, Params, Picture, Resources, Sizes, stage
+from cryodask.stages._half_maps import check_half_maps
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -59,25 +60,6 @@ def mask(params: MaskParams, *, half_map: np.ndarray, map_pixel_size_angstrom: f
             "leave out mask.threshold, or determine it from the map filtered to the same resolution",
         )
     return {"solvent_mask": soft}
-
-
-def check_half_maps(half_map: np.ndarray) -> None:
-    """Refuse half-maps that are not two valid cubes.
-
-    Raises
-    ------
-    InputError
-        Wrong number or shape, NaN or infinite voxels, or a map of zeros.
-    """
-    if half_map.ndim != 4 or half_map.shape[0] != 2 or len(set(half_map.shape[1:])) != 1:
-        raise InputError(
-            f"half-maps have the shape {half_map.shape} and are not two equal cubes", "", "give both half-maps of one refinement"
-        )
-    for number, volume in enumerate(half_map, 1):
-        if not np.isfinite(volume).all():
-            raise InputError(f"half-map {number} has NaN or infinite voxels", "the refinement that made it failed", "check its report")
-        if not volume.any():
-            raise InputError(f"half-map {number} is zero everywhere", "no particle is in this half", "check the half-sets")
 
 
 @mask.figures

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from pydantic import Field
 
 from cryodask.errors import InputError
 from cryodask.stage import Context, Output, Params, Picture, Resources, Sizes, stage
-from cryodask.stages.mask import check_half_maps
+from cryodask.stages._half_maps import check_half_maps, check_independent
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -38,7 +38,7 @@ def _memory(params: PostprocessParams, sizes: Sizes) -> float:
 
 
 @stage(
-    version=3,
+    version=4,
     shape="whole",
     needs=["half_map", "solvent_mask", "map_pixel_size_angstrom"],
     optional=["succeeded", "fourier_coverage"],
@@ -52,6 +52,7 @@ def _memory(params: PostprocessParams, sizes: Sizes) -> float:
         "resolution_angstrom",
         "b_factor_angstrom2",
         "sharpened_map",
+        "noise_correlation",
     ],
     sizes=_sizes,
     resources=Resources(memory=_memory),
@@ -76,6 +77,7 @@ def postprocess(
     Where views leave a part of Fourier space empty, the map lacks it, and the resolution is lower than the correlation of the half-maps
     says (Baldwin & Lyumkis 2020); the share that they reach is known of maps of ``refine3d``.
     If the refinement of the half-maps has not succeeded, their correlation says nothing about the molecule, and no resolution is given.
+    Half-maps that are not independent are refused: the noise of their solvent agrees, or they are the same up to the resolution.
     With fewer than three shells between ``fit_from_angstrom`` and the resolution no fit is possible, and the B-factor is 0. The detector
     MTF is not corrected.
     """
@@ -103,6 +105,10 @@ def postprocess(
         known = np.asarray(fourier_coverage, float)
         coverage = torch.from_numpy(np.pad(known, (0, max(0, n // 2 + 1 - len(known))), "edge")[: n // 2 + 1])
         resolution = max(resolution, resolution_at(covered(curves.corrected.cpu(), coverage), 0.143, n, pixel))
+    noise_correlation = float("nan")
+    if succeeded is None or bool(succeeded):
+        independence = check_independent(half_map, resolution_angstrom=resolution, pixel_size_angstrom=pixel)
+        noise_correlation = independence.noise_correlation
     mean = maps.mean(0)
     b_factor = params.b_factor_angstrom2
     if b_factor is None:
@@ -120,6 +126,7 @@ def postprocess(
         "resolution_angstrom": resolution if succeeded is None or bool(succeeded) else float("nan"),
         "b_factor_angstrom2": float(b_factor),
         "sharpened_map": final.cpu().numpy(),
+        "noise_correlation": noise_correlation,
     }
 
 
@@ -135,7 +142,17 @@ _CURVES = {
 def says(result: Mapping[str, Any]) -> str:
     """The most important figure."""
     resolution = float(result["resolution_angstrom"])
-    return "no resolution, for the refinement has not succeeded" if np.isnan(resolution) else f"resolution {resolution:.2f} A"
+    if np.isnan(resolution):
+        return "no resolution, for the refinement has not succeeded"
+    return f"resolution {resolution:.2f} A{_but(result)}"
+
+
+def _but(result: Mapping[str, Any]) -> str:
+    from cryodask.kernels.independence import doubt
+
+    # results of earlier versions lack it
+    said = doubt(float(result["noise_correlation"])) if "noise_correlation" in result else ""
+    return f", but {said}" if said else ""
 
 
 @postprocess.figures
@@ -167,8 +184,9 @@ def draw_fsc(ds: xr.Dataset, how: str) -> Picture:
     axes.set_xticks(ticks, [f"1/{1 / t:.1f}" for t in ticks])
     axes.legend(frameon=False)
     caption = "Fourier shell correlation of the two half-maps of this run, unmasked and under the soft mask of stage mask. "
+    but = _but(cast("Mapping[str, Any]", ds))
     if np.isfinite(resolution):
-        caption += f"Resolution {resolution:.2f} Å: {how}"
+        caption += f"Resolution {resolution:.2f} Å{but}: {how}"
     else:
         caption += "No resolution: the refinement has not succeeded, and its half-maps may agree on a wrong map."
     return Picture("Fourier shell correlation", caption, figure)

@@ -12,7 +12,7 @@ from pydantic import Field
 from cryodask.errors import ProgramError, StarError
 from cryodask.formats.mrc import read_mrc, write_mrc
 from cryodask.stage import Context, EffortMark, InputFile, Output, Params, Picture, Program, Resources, Sizes, stage
-from cryodask.stages.mask import check_half_maps
+from cryodask.stages._half_maps import check_half_maps, check_independent
 from cryodask.stages.postprocess import draw_fsc, draw_sharpened
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def relion_postprocess(
     shell above 0.143, not interpolated, and its random phases depend on ``seed``.
     """
     check_half_maps(half_map)
+    check_independent(half_map)
     pixel = float(map_pixel_size_angstrom)
     for name, volume in (("half1.mrc", half_map[0]), ("half2.mrc", half_map[1]), ("mask.mrc", solvent_mask)):
         write_mrc(context.scratch / name, np.asarray(volume, np.float32), pixel)

@@ -1,0 +1,154 @@
+"""Half-maps that are not independent are refused with a number, and honest ones pass: simulated molecules and noise, in small boxes."""
+
+import numpy as np
+import pytest
+import torch
+
+from cryodask.errors import InputError
+from cryodask.formats.mrc import write_mrc
+from cryodask.kernels.independence import independence
+from cryodask.stage import load_stages
+from cryodask.stages._half_maps import check_independent
+from cryodask.stages.postprocess import says
+
+
+def radius(n):
+    k = np.fft.fftfreq(n, 1.0 / n)
+    return np.sqrt(k[:, None, None] ** 2 + k[None, :, None] ** 2 + k**2)
+
+
+def filtered(volume, amplitude):
+    return np.fft.ifftn(np.fft.fftn(volume) * amplitude).real
+
+
+def gaussian(volume, width):
+    n = volume.shape[0]
+    return filtered(volume, np.exp(-width * (radius(n) / n) ** 2))
+
+
+def lowpass(volume, shell):
+    return filtered(volume, 1.0 / (1.0 + np.exp(radius(volume.shape[0]) - shell)))
+
+
+def joined(first, second, shell):
+    inner = radius(first.shape[0]) <= shell
+    mean = filtered((first + second) / 2, inner)
+    return mean + filtered(first, ~inner), mean + filtered(second, ~inner)
+
+
+class Pair:
+    """Two honest half-maps of a molecule of 150 atoms, in a box of ``n`` voxels, with noise of this standard deviation and colour."""
+
+    def __init__(self, n, noise, seed):
+        rng = np.random.default_rng(seed)
+        grid = np.mgrid[:n, :n, :n] - n // 2
+        molecule = np.zeros((n, n, n))
+        for centre in rng.normal(0, 0.1 * n, (150, 3)):
+            molecule += np.exp(-((grid - centre[:, None, None, None]) ** 2).sum(0) / 2.0)
+        molecule /= molecule.std()
+        noises = [gaussian(rng.normal(size=molecule.shape), 8.0) * noise for _ in range(3)]
+        self.first, self.second, self.other_noise = molecule + noises[0], molecule + noises[1], noises[2]
+        self.noises, self.mean = noises[:2], molecule + (noises[0] + noises[1]) / 2
+        self.mask = gaussian((molecule > 0.5).astype(float), 30.0) > 0.05
+
+    def both(self, change):
+        return change(self.first), change(self.second)
+
+
+@pytest.fixture(scope="module", params=[(48, 0.5, 1), (48, 3.0, 3), (64, 1.0, 4), (65, 1.0, 5), (32, 0.4, 6)], ids=str)
+def pair(request):
+    return Pair(*request.param)
+
+
+HONEST = {
+    "as they are": lambda p: (p.first, p.second),
+    "negative": lambda p: p.both(np.negative),
+    "mirrored": lambda p: p.both(lambda m: m[::-1]),
+    "float16": lambda p: p.both(lambda m: m.astype(np.float16).astype(float)),
+    "int16": lambda p: p.both(lambda m: np.round(m * 1000)),
+    "scaled": lambda p: (p.first, 3.0 * p.second + 1.0),
+    "joined to 4": lambda p: joined(p.first, p.second, 4),
+    "joined to a sixth": lambda p: joined(p.first, p.second, p.first.shape[0] // 6),
+    "low-passed": lambda p: p.both(lambda m: lowpass(m, m.shape[0] // 4)),
+    "low-passed, not alike": lambda p: (p.first, lowpass(p.second, p.first.shape[0] // 4)),
+    "with a B-factor": lambda p: p.both(lambda m: gaussian(m, 10.0)),
+    "masked": lambda p: p.both(lambda m: m * p.mask),
+    "noise": lambda p: tuple(p.noises),
+}
+DEPENDENT = {
+    "the same": lambda p: (p.first, p.first),
+    "scaled copy": lambda p: (p.first, 3.0 * p.first + 2.0),
+    "negative copy": lambda p: (p.first, -p.first),
+    "rounded copy": lambda p: (p.first, p.first.astype(np.float16).astype(float)),
+    "low-passed copy": lambda p: (p.first, lowpass(p.first, p.first.shape[0] // 4)),
+    "blurred copy": lambda p: (p.first, gaussian(p.first, 20.0)),
+    "copy with a fifth of the noise": lambda p: (p.first, p.first + 0.2 * p.other_noise),
+    "copy with half of the noise": lambda p: (p.first, p.first + 0.5 * p.other_noise),
+    "copy with as much noise": lambda p: (p.first, p.first + p.other_noise),
+    "half the mean in both": lambda p: p.both(lambda m: 0.5 * m + 0.5 * p.mean),
+    "mostly the mean": lambda p: p.both(lambda m: 0.2 * m + 0.8 * p.mean),
+    "the mean and a half": lambda p: (p.first, p.mean),
+    "noise twice": lambda p: (p.noises[0], p.noises[0]),
+    "joined, and a copy beyond": lambda p: (lambda a, b: (a, a + 0.1 * p.other_noise))(*joined(p.first, p.second, 4)),
+    "masked copy": lambda p: (p.first * p.mask, p.first * p.mask),
+    "masked copy with a fifth of the noise": lambda p: (p.first * p.mask, (p.first + 0.2 * p.other_noise) * p.mask),
+}
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_honest_half_maps_pass(pair, name):
+    first, second = HONEST[name](pair)
+    check_independent(np.stack([first, second]))
+
+
+@pytest.mark.parametrize("name", DEPENDENT)
+def test_half_maps_that_are_not_independent_are_refused_with_a_number(pair, name):
+    first, second = DEPENDENT[name](pair)
+    with pytest.raises(InputError, match=r"not independent: (they are the same|.*by \d\.\d\d)"):
+        check_independent(np.stack([first, second]))
+
+
+def test_the_correlation_of_noise_is_what_the_mixture_makes_it():
+    # halves (1 + m) a + m b and m a + (1 + m) b of independent noise correlate by 2 m (1 + m) / ((1 + m)^2 + m^2)
+    pair = Pair(64, 1.0, 9)
+    for share, expected in ((0.0, 0.0), (0.5, 0.6), (0.8, 0.923)):
+        found = independence(*(torch.from_numpy((1 - share) * m + share * pair.mean) for m in (pair.first, pair.second)))
+        assert found.noise_correlation == pytest.approx(expected, abs=0.05)
+
+
+def test_maps_that_are_joined_up_to_where_they_agree_have_no_resolution():
+    pair = Pair(48, 3.0, 2)
+    noise = np.stack(joined(*pair.noises, 12))
+    check_independent(noise)
+    with pytest.raises(InputError, match=r"the same up to 13\.1 A"):
+        check_independent(noise, resolution_angstrom=48 * 3.0 / 12.5, pixel_size_angstrom=3.0)
+    check_independent(np.stack(joined(pair.first, pair.second, 3)), resolution_angstrom=12.0, pixel_size_angstrom=3.0)
+
+
+def test_no_stage_gives_a_resolution_of_copies(tmp_path):
+    pair, stages = Pair(48, 0.5, 1), load_stages()
+    for name, volume in (("a", pair.first), ("b", pair.second), ("c", 2.0 * pair.first)):
+        write_mrc(tmp_path / f"{name}.mrc", volume.astype(np.float32), 3.0)
+    read, process = stages["import_map"], stages["postprocess"]
+    halves = read.process(read.params(half_maps=(str(tmp_path / "a.mrc"), str(tmp_path / "b.mrc"))))
+    with pytest.raises(InputError, match="not independent"):
+        read.process(read.params(half_maps=(str(tmp_path / "a.mrc"), str(tmp_path / "c.mrc"))))
+    common = {"solvent_mask": np.ones((48, 48, 48), np.float32), "map_pixel_size_angstrom": 3.0}
+    # a signal-to-noise ratio of 4 per voxel, in shells up to Nyquist
+    assert 6.0 <= process.process(process.params(), half_map=halves["half_map"], **common)["resolution_angstrom"] < 7.0
+    copies = np.stack([pair.first, 2.0 * pair.first]).astype(np.float32)
+    with pytest.raises(InputError, match="not independent"):
+        process.process(process.params(), half_map=copies, **common)
+    told = process.process(process.params(), half_map=copies, succeeded=False, **common)
+    assert np.isnan(told["resolution_angstrom"])
+
+
+def test_a_resolution_that_may_be_too_fine_says_so():
+    pair, process = Pair(48, 0.5, 1), load_stages()["postprocess"]
+    halves = np.stack(pair.both(lambda m: 0.65 * m + 0.35 * pair.mean)).astype(np.float32)
+    told = process.process(
+        process.params(), half_map=halves, solvent_mask=np.ones(halves.shape[1:], np.float32), map_pixel_size_angstrom=3.0
+    )
+    # 2 m (1 + m) / ((1 + m)^2 + m^2) with m = 0.35 / 2 / 0.65
+    assert told["noise_correlation"] == pytest.approx(0.41, abs=0.05)
+    assert "may be too fine" in says(told)
