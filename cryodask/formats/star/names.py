@@ -20,6 +20,7 @@ class Column(NamedTuple):
 COLUMNS = (
     Column("micrograph_name", "rlnMicrographName", "str"),
     Column("movie_name", "rlnMicrographMovieName", "str"),
+    Column("metadata_name", "rlnMicrographMetadata", "str"),
     Column("image_name", "rlnImageName", "str"),
     Column("ctf_image", "rlnCtfImage", "str"),
     Column("optics_group", "rlnOpticsGroup", "i8"),
