@@ -33,13 +33,15 @@ OTHERS = Plugins("cryodask.exporters", _refused)
 """Exporters of other packages, by program."""
 
 
-def export(project: Project, name: str, folder: str | Path) -> list[Path]:
+def export(project: Project, name: str, folder: str | Path, *, symmetry: str | None = None) -> list[Path]:
     """Export a project to another program; return the paths written.
 
     Parameters
     ----------
     name : str
         ``relion``, or the name of an exporter of another package (entry points of the group ``cryodask.exporters``).
+    symmetry : str, optional
+        For ``relion``: point group of imported poses.
 
     Raises
     ------
@@ -47,7 +49,7 @@ def export(project: Project, name: str, folder: str | Path) -> list[Path]:
         There is no such exporter.
     """
     if name == "relion":
-        return export_relion(project, folder)
+        return export_relion(project, folder, symmetry=symmetry)
     known = OTHERS.load()
     if name not in known:
         raise ProjectFileError(

@@ -34,6 +34,8 @@ _COLUMNS = (
     "log_likelihood",
     "particle_id",
 )
+_IF_KNOWN = {"class_probability", "log_likelihood"}
+"""Columns that are left out if a particle has no value: imported poses have no likelihood."""
 _ANGLES = ("rot_deg", "tilt_deg", "psi_deg")
 
 
@@ -48,6 +50,9 @@ def write_particles(exposures: Exposures, out: Path, symmetry: str | None) -> li
     if not count:
         return []
     columns: dict[str, Any] = {n: particles[n].values for n in _COLUMNS if n in particles.variables}
+    for name in _IF_KNOWN & columns.keys():
+        if np.isnan(columns[name]).any():
+            del columns[name]
     if "half_set" in columns and (columns["half_set"] < 0).any():
         del columns["half_set"]
     if "class_number" in columns:
