@@ -162,10 +162,6 @@ def export(
         tuple[str, Path] | None,
         typer.Option("--to", metavar="NAME DIR", help="Write for another program, with an exporter of an installed package."),
     ] = None,
-    symmetry: Annotated[
-        str | None,
-        typer.Option(metavar="GROUP", help="With --relion: point group of imported poses, for RELION's asymmetric unit; e.g. D2."),
-    ] = None,
 ) -> None:
     """Export a project to other programs: STAR files, particle stacks, class averages, half-maps, map and mask."""
     from cryodask.interop import export as write
@@ -173,7 +169,7 @@ def export(
     name, folder = to or ("relion", relion)
     if folder is None or (to and relion):
         raise ProjectFileError("No program and folder were given.", "", "use --relion DIR, or --to NAME DIR")
-    for path in write(open_project(project), name, folder, symmetry=symmetry):
+    for path in write(open_project(project), name, folder):
         typer.echo(str(path))
 
 

@@ -33,15 +33,13 @@ OTHERS = Plugins("cryodask.exporters", _refused)
 """Exporters of other packages, by program."""
 
 
-def export(project: Project, name: str, folder: str | Path, *, symmetry: str | None = None) -> list[Path]:
+def export(project: Project, name: str, folder: str | Path) -> list[Path]:
     """Export a project to another program; return the paths written.
 
     Parameters
     ----------
     name : str
         ``relion``, or the name of an exporter of another package (entry points of the group ``cryodask.exporters``).
-    symmetry : str, optional
-        For ``relion``: point group of imported poses.
 
     Raises
     ------
@@ -49,7 +47,7 @@ def export(project: Project, name: str, folder: str | Path, *, symmetry: str | N
         There is no such exporter.
     """
     if name == "relion":
-        return export_relion(project, folder, symmetry=symmetry)
+        return export_relion(project, folder)
     known = OTHERS.load()
     if name not in known:
         raise ProjectFileError(

@@ -12,7 +12,7 @@ from cryodask.store.files import disk_errors
 from cryodask.store.project import Project
 
 
-def export_relion(project: Project, folder: str | Path, *, symmetry: str | None = None) -> list[Path]:
+def export_relion(project: Project, folder: str | Path) -> list[Path]:
     """Export a project as RELION 3.1 files; return the paths written.
 
     ``micrographs_ctf.star`` with ``micrographs/*.mrc``; ``corrected_micrographs.star`` with ``motion/*.star``, links to the movies
@@ -20,16 +20,12 @@ def export_relion(project: Project, folder: str | Path, *, symmetry: str | None 
     ``particles.star`` + ``.mrcs`` (the particles of the last refinement with their poses, else those of the last curation, else all),
     ``class_averages.mrcs`` + ``.star``, ``half1.mrc, half2.mrc`` (unmasked, unsharpened), ``map.mrc`` (sharpened where post-processing
     ran), ``mask.mrc``, ``postprocess.star``. Everything is in the row order of MRC files. The exposures are those that the particles
-    come from, without those that a selection excludes. Poses are mapped into RELION's asymmetric unit.
-
-    Parameters
-    ----------
-    symmetry : str, optional
-        Point group of imported poses; by default that of the refinement that gave them.
+    come from, without those that a selection excludes. Poses are mapped into RELION's asymmetric unit for the point group of
+    their map: that of the refinement that gave them, or of an ``import_map`` with ``frame_of``.
     """
     out = Path(folder)
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         exposures = Exposures.of(project)
         written = [*write_micrographs(exposures, out), *write_motion(exposures, out), *write_coordinates(exposures, out)]
-        return [*written, *write_particles(exposures, out, symmetry), *write_classes(project, out), *write_maps(project, out)]
+        return [*written, *write_particles(exposures, out), *write_classes(project, out), *write_maps(project, out)]

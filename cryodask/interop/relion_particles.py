@@ -39,7 +39,7 @@ _IF_KNOWN = {"class_probability", "log_likelihood"}
 _ANGLES = ("rot_deg", "tilt_deg", "psi_deg")
 
 
-def write_particles(exposures: Exposures, out: Path, symmetry: str | None) -> list[Path]:
+def write_particles(exposures: Exposures, out: Path) -> list[Path]:
     """``particles.star`` and ``particles.mrcs``; nothing if the last particles have no images."""
     project = exposures.project
     label = label_of_particles(project)
@@ -63,7 +63,7 @@ def write_particles(exposures: Exposures, out: Path, symmetry: str | None) -> li
         renamed |= {f"origin_{axis}_angstrom": f"class_origin_{axis}_angstrom" for axis in "yx"}
         columns |= {name: particles[old].values for name, old in renamed.items()}
     if "pose" in parts:
-        columns |= _within_the_unit(columns, symmetry or _point_group(project, parts["pose"]))
+        columns |= _within_the_unit(columns, _point_group(project, parts["pose"]))
     pixel, box = float(particles.attrs["particle_pixel_size_angstrom"]), int(particles.sizes["x"])
     names = particles["micrograph"].values
     by_name = exposures.optics.get("pixel_size_angstrom", {})
@@ -94,16 +94,19 @@ def _within_the_unit(columns: dict[str, Any], group: str) -> dict[str, Any]:
 
 
 def _point_group(project: Project, places: str) -> str:
-    """Point group of the map to which poses of some generations refer; C1 where it is unknown, as of imported poses."""
+    """Point group of the map to which poses of some generations refer; C1 where it is unknown."""
+    steps = project.state.steps
+    labels = {step.place: label for label, step in steps.items()}
+    maps = {step.params.get("frame_of"): step.params.get("symmetry") for step in steps.values() if step.stage == "import_map"}
     found = set()
-    steps = {step.place: step for step in project.state.steps.values()}
     for place in places.split("|"):
-        step = steps.get(place)
-        group = step.params.get("symmetry") if step is not None else None
-        if step is not None and step.stage == "import_project":
-            group = _foreign_point_group(project.home / step.params["project"], step.params["step"])
-        found.add(str(group or "C1"))
-    return found.pop() if len(found) == 1 else "C1"
+        label = labels.get(place, "")
+        params = steps[label].params if label else {}
+        if label and steps[label].stage == "import_project":
+            found.add(maps.get(label) or _foreign_point_group(project.home / params["project"], params["step"]))
+        else:
+            found.add(params.get("symmetry") or maps.get(label))
+    return str(found.pop() or "C1") if len(found) == 1 else "C1"
 
 
 def _foreign_point_group(folder: Path, label: str) -> str | None:
