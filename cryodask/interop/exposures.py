@@ -82,13 +82,9 @@ class Exposures:
         out = {}
         for item in self.project.items():
             values = tuple(self.optics.get(name, {}).get(item.name, np.nan) for name in (*OPTICS, "pixel_size_angstrom"))
-            key = (item.data_set, values)
-            if key not in found:
-                stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in item.data_set) or "opticsGroup"
-                taken = set(found.values())
-                named = (f"{stem}{n}" if n or not item.data_set else stem for n in range(0 if item.data_set else 1, len(found) + 3))
-                found[key] = next(name for name in named if name not in taken)
-            out[item.name] = found[key]
+            of_set = sum(data_set == item.data_set for data_set, _ in found)
+            plain = item.data_set if not of_set else f"{item.data_set}_{of_set + 1}"
+            out[item.name] = found.setdefault((item.data_set, values), plain if item.data_set else f"opticsGroup{of_set + 1}")
         return out
 
     def figures(self, part: str, name: str) -> dict[str, float]:
