@@ -80,3 +80,19 @@ def test_an_export_is_written_again_in_the_same_folder(exported):
     before = {p.name: p.readlink() for p in (exported / "relion" / "movies").iterdir()}
     export_relion(Project(exported / "p"), exported / "relion")
     assert {p.name: p.readlink() for p in (exported / "relion" / "movies").iterdir()} == before
+
+
+def test_the_same_particles_for_cryosparc(exported):
+    """Positions as fractions of each micrograph, exposure groups, and uids that are the ids of the project."""
+    from cryodask.formats import cryosparc
+    from cryodask.interop import export_cryosparc
+    from cryodask.store.project import Project
+
+    written = export_cryosparc(Project(exported / "p"), exported / "cs")
+    assert [path.name for path in written] == ["particles.csg", "particles.cs", "particles.mrcs"]
+    table, known = cryosparc.read_particles(exported / "cs" / "particles.csg"), star.read_particles(exported / "relion" / "particles.star")
+    assert table["cryosparc_uid"].tolist() == known["particle_id"].tolist()
+    for name in ("particle_y", "particle_x", "pixel_size_angstrom", "particle_pixel_size_angstrom"):
+        np.testing.assert_allclose(table[name], known[name], atol=1e-3, err_msg=name)
+    assert table["contrast_sign"].tolist() == [1] * 6
+    np.testing.assert_array_equal(read_mrc(exported / "cs/particles.mrcs")[0], read_mrc(exported / "relion/particles.mrcs")[0])

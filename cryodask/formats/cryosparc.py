@@ -43,7 +43,8 @@ def read_particles(path: str | Path) -> Columns:
         As :func:`cryodask.formats.star.read_particles`, with what the file has: ``image_stack, image_index, box,
         particle_pixel_size_angstrom``; the CTF; ``rot_deg, tilt_deg, psi_deg, origin_y_angstrom, origin_x_angstrom, half_set``;
         ``class_number`` of the last 2D classification, from 1; ``particle_y, particle_x, micrograph_name, pixel_size_angstrom``;
-        ``optics_group_name``. Always ``cryosparc_uid``, uint64.
+        ``optics_group_name``; ``contrast_sign``, 1 where protein is bright and -1 where the job was told that it is dark. Always
+        ``cryosparc_uid``, uint64.
 
     Raises
     ------
@@ -56,7 +57,9 @@ def read_particles(path: str | Path) -> Columns:
         out["image_stack"] = _texts(table["blob/path"])
         out["image_index"] = table["blob/idx"].astype(np.int64)
         out["box"] = table["blob/shape"][:, 0].astype(np.int64)
-        out["particle_pixel_size_angstrom"] = table["blob/psize_A"].astype(np.float64)
+        out["particle_pixel_size_angstrom"] = _doubles(table["blob/psize_A"])
+    if "blob/sign" in table:
+        out["contrast_sign"] = table["blob/sign"].astype(np.int64)
     out |= _ctf(table)
     if "alignments3D/pose" in table:
         out |= dict(zip(("rot_deg", "tilt_deg", "psi_deg"), _angles(table["alignments3D/pose"].astype(np.float64))))
@@ -72,7 +75,7 @@ def read_particles(path: str | Path) -> Columns:
         out["particle_x"] = table["location/center_x_frac"] * shape[:, 1]
         out["micrograph_name"] = _texts(table["location/micrograph_path"])
         if "location/micrograph_psize_A" in table:
-            out["pixel_size_angstrom"] = table["location/micrograph_psize_A"].astype(np.float64)
+            out["pixel_size_angstrom"] = _doubles(table["location/micrograph_psize_A"])
     return _checked(Path(path), out)
 
 
@@ -83,17 +86,17 @@ def read_micrographs(path: str | Path) -> Columns:
     for name, blob in (("micrograph_name", "micrograph_blob"), ("movie_name", "movie_blob")):
         if f"{blob}/path" in table:
             out[name] = _texts(table[f"{blob}/path"])
-            out.setdefault("pixel_size_angstrom", table[f"{blob}/psize_A"].astype(np.float64))
-    out |= {ours: table[theirs].astype(np.float64) for ours, theirs in _MICROSCOPE.items() if theirs in table}
+            out.setdefault("pixel_size_angstrom", _doubles(table[f"{blob}/psize_A"]))
+    out |= {ours: _doubles(table[theirs]) for ours, theirs in _MICROSCOPE.items() if theirs in table}
     return _checked(Path(path), {**out, **_ctf(table)})
 
 
-def write_particles(path: str | Path, columns: Mapping[str, Any], micrograph_shape: tuple[int, int] | None = None) -> None:
+def write_particles(path: str | Path, columns: Mapping[str, Any], micrograph_shape: Any = None) -> None:
     """Particles as a ``.cs`` file and its ``.csg`` group; columns as :func:`read_particles` gives them, what is missing is left out.
 
     Parameters
     ----------
-    micrograph_shape : (y, x), optional
+    micrograph_shape : (y, x), or array `(particle, 2)`, optional
         Size of the micrographs, pixels: positions are written as fractions of it, so without it there are none.
     """
     path = Path(path)
@@ -122,9 +125,10 @@ def write_particles(path: str | Path, columns: Mapping[str, Any], micrograph_sha
             fields["alignments3D/split"] = column("half_set").astype(np.uint32)
     if micrograph_shape is not None and "particle_y" in columns:
         fields["location/micrograph_path"] = column("micrograph_name").astype(str).astype("S")
-        fields["location/micrograph_shape"] = np.tile(np.array(micrograph_shape, np.uint32), (count, 1))
-        fields["location/center_x_frac"] = (column("particle_x") / micrograph_shape[1]).astype(np.float32)
-        fields["location/center_y_frac"] = (column("particle_y") / micrograph_shape[0]).astype(np.float32)
+        shape = np.broadcast_to(np.asarray(micrograph_shape, np.uint32), (count, 2))
+        fields["location/micrograph_shape"] = shape
+        fields["location/center_x_frac"] = (column("particle_x") / shape[:, 1]).astype(np.float32)
+        fields["location/center_y_frac"] = (column("particle_y") / shape[:, 0]).astype(np.float32)
         fields["location/micrograph_psize_A"] = column("pixel_size_angstrom").astype(np.float32)
     table = np.zeros(count, [(name, values.dtype.str, values.shape[1:]) for name, values in fields.items()])
     for name, values in fields.items():
@@ -184,8 +188,14 @@ def _texts(values: np.ndarray) -> np.ndarray:
     return np.array([text.removeprefix(">") for text in texts], dtype=object)
 
 
+def _doubles(values: np.ndarray) -> np.ndarray:
+    """Single precision as the decimal number that it stands for: 2.7, not 2.70000005."""
+    known, place = np.unique(values, return_inverse=True)
+    return np.array([float(str(v)) for v in known], np.float64)[place]
+
+
 def _ctf(table: dict[str, np.ndarray]) -> Columns:
-    out = {ours: table[theirs].astype(np.float64) * factor for ours, (theirs, factor) in _CTF.items() if theirs in table}
+    out = {ours: _doubles(table[theirs]) * factor for ours, (theirs, factor) in _CTF.items() if theirs in table}
     if "ctf/exp_group_id" in table:
         out["optics_group_name"] = np.array([f"exposure_group_{int(i)}" for i in table["ctf/exp_group_id"]], dtype=object)
     return out

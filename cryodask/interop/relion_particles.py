@@ -39,16 +39,19 @@ _IF_KNOWN = {"class_probability", "log_likelihood"}
 _ANGLES = ("rot_deg", "tilt_deg", "psi_deg")
 
 
-def write_particles(exposures: Exposures, out: Path) -> list[Path]:
-    """``particles.star`` and ``particles.mrcs``; nothing if the last particles have no images."""
+def exported_particles(exposures: Exposures) -> tuple[dict[str, Any], np.ndarray] | None:
+    """Columns and images `(particle, y, x)` of the particles to export; None if there are none, or they have no images.
+
+    Poses are as they are stored. ``half_set`` and likelihoods are left out if a particle has none.
+    """
     project = exposures.project
     label = label_of_particles(project)
     if label is None or "image" not in project.product(label, "particles").parts:
-        return []
+        return None
     particles = project.particles(label)
     count = int(particles.sizes["particle"])
     if not count:
-        return []
+        return None
     columns: dict[str, Any] = {n: particles[n].values for n in _COLUMNS if n in particles.variables}
     for name in _IF_KNOWN & columns.keys():
         if np.isnan(columns[name]).any():
@@ -57,14 +60,10 @@ def write_particles(exposures: Exposures, out: Path) -> list[Path]:
         del columns["half_set"]
     if "class_number" in columns:
         columns["class_number"] = np.maximum(columns["class_number"], 0)
-    parts = project.product(label, "particles").parts
-    if "pose" not in parts and "class_psi_deg" in particles:
+    if "pose" not in project.product(label, "particles").parts and "class_psi_deg" in particles:
         renamed = {"psi_deg": "class_psi_deg", "log_likelihood": "class_log_likelihood"}
         renamed |= {f"origin_{axis}_angstrom": f"class_origin_{axis}_angstrom" for axis in "yx"}
         columns |= {name: particles[old].values for name, old in renamed.items()}
-    if "pose" in parts:
-        columns |= _within_the_unit(columns, _point_group(project, parts["pose"]))
-    pixel, box = float(particles.attrs["particle_pixel_size_angstrom"]), int(particles.sizes["x"])
     names = particles["micrograph"].values
     by_name = exposures.optics.get("pixel_size_angstrom", {})
     if by_name:
@@ -75,10 +74,23 @@ def write_particles(exposures: Exposures, out: Path) -> list[Path]:
         "micrograph_name": np.array([micrograph_file(n) for n in names], dtype=object),
         "image_index": np.arange(count),
         "image_stack": "particles.mrcs",
-        "particle_pixel_size_angstrom": pixel,
-        "box": box,
+        "particle_pixel_size_angstrom": float(particles.attrs["particle_pixel_size_angstrom"]),
+        "box": int(particles.sizes["x"]),
     }
-    write_mrc(out / "particles.mrcs", particles["particle_image"].values, pixel, stack=True)
+    return columns, particles["particle_image"].values
+
+
+def write_particles(exposures: Exposures, out: Path) -> list[Path]:
+    """``particles.star`` and ``particles.mrcs``; nothing if the last particles have no images."""
+    found = exported_particles(exposures)
+    if found is None:
+        return []
+    columns, images = found
+    label = label_of_particles(exposures.project)
+    parts = exposures.project.product(label, "particles").parts if label is not None else {}
+    if "pose" in parts:
+        columns |= _within_the_unit(columns, _point_group(exposures.project, parts["pose"]))
+    write_mrc(out / "particles.mrcs", images, columns["particle_pixel_size_angstrom"], stack=True)
     star.write_particles(out / "particles.star", columns)
     return [out / "particles.star", out / "particles.mrcs"]
 
