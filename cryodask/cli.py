@@ -145,7 +145,9 @@ for _command in (cli_history.gc, cli_history.history, cli_history.keep, cli_hist
 def import_(
     results: Annotated[
         Path,
-        typer.Argument(metavar="RESULTS", help="RELION STAR file or project folder; cryoSPARC .cs or .csg file."),
+        typer.Argument(
+            metavar="RESULTS", help="RELION STAR file or project folder; cryoSPARC .cs or .csg file; folder of CTFFIND text files."
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Project file to write.")] = Path("project.yaml"),
 ) -> None:

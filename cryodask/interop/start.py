@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 
 from cryodask.errors import InputError, ProjectFileError, StarError
-from cryodask.formats import cryosparc, star
+from cryodask.formats import cryosparc, ctffind, star
 from cryodask.formats.movies import MOVIE_ENDINGS, open_movie
 from cryodask.store.files import disk_errors
 
@@ -69,7 +69,8 @@ def project_from(path: str | Path, output: str | Path) -> Path:
     ----------
     path : path
         A RELION STAR file of movies, corrected micrographs, micrographs or particles; a RELION project, whose newest such file is
-        taken; a cryoSPARC ``.cs`` or ``.csg`` file of particles or micrographs, which is converted into a STAR file beside the output.
+        taken; a cryoSPARC ``.cs`` or ``.csg`` file of particles or micrographs; a folder of text files of CTFFIND. The latter two are
+        converted into a STAR file beside the output.
 
     Raises
     ------
@@ -82,7 +83,8 @@ def project_from(path: str | Path, output: str | Path) -> Path:
     if path.suffix.lower() in (".cs", ".csg"):
         path = _converted(path, output)
     if path.is_dir():
-        path = _table_of(path)
+        fits = sorted(f for f in path.glob("*.txt") if not f.stem.endswith("_avrot"))
+        path = _table_of_fits(fits, output) if fits and not _relion_tables(path) else _table_of(path)
     tables = star.read_tables(path)
     if "particles" in tables:
         count = len(star.read_particles(path)["image_index"])
@@ -143,15 +145,38 @@ def _found(name: str, path: Path) -> Path:
     return file
 
 
+def _relion_tables(folder: Path) -> list[Path]:
+    """Tables of a RELION project to start from: all of the first kind that it has."""
+    every = ([p for p in (folder / name, *folder.glob(f"*/job*/{name}")) if p.is_file()] for name in _TABLES)
+    return next((found for found in every if found), [])
+
+
 def _table_of(folder: Path) -> Path:
-    """The table of a RELION project to start from: of the first kind that it has, the one written last."""
-    for name in _TABLES:
-        found = [p for p in (folder / name, *folder.glob(f"*/job*/{name}")) if p.is_file()]
-        if found:
-            return max(found, key=lambda p: p.stat().st_mtime)
-    raise ProjectFileError(
-        f"{folder} has none of {', '.join(_TABLES)}.", "it is not the folder of a RELION project", "give one of its STAR files"
-    )
+    """The table to start from that was written last."""
+    found = _relion_tables(folder)
+    if not found:
+        raise ProjectFileError(
+            f"{folder} has none of {', '.join(_TABLES)}.", "it is not the folder of a RELION project", "give one of its STAR files"
+        )
+    return max(found, key=lambda p: p.stat().st_mtime)
+
+
+def _table_of_fits(fits: list[Path], output: Path) -> Path:
+    """A STAR file of the micrographs that CTFFIND fitted; where it was given their spectra (``NAME_PS.mrc``), those of that name."""
+    target = _new(output.with_name(f"{output.stem}_micrographs.star"))
+    rows = []
+    for fit in fits:
+        image, row = ctffind.read_fit(fit)
+        whole = image.replace("_PS.mrc", ".mrc")
+        micrograph = star.find_beside(whole, fit) or star.find_beside(Path(whole).name, fit)
+        if micrograph is None:
+            raise InputError(f"{fit} is of {whole}, which does not exist.", "the micrographs were moved", "copy them beside the text files")
+        rows.append({"micrograph_name": _beside(micrograph, target), **row})
+    shared = [name for name in rows[0] if all(name in row for row in rows)]
+    columns: dict[str, Any] = {n: np.array([row[n] for row in rows], dtype=object if n == "micrograph_name" else float) for n in shared}
+    with disk_errors(target.parent):
+        star.write_micrographs_ctf(target, columns)
+    return target
 
 
 def _converted(path: Path, output: Path) -> Path:
