@@ -41,21 +41,22 @@ MAPS = """  - import_map: {half_maps: [half1.mrc, half2.mrc], symmetry: D2, fram
 """
 
 
-def exported(factory: Any, client: Any) -> Path:
+def exported(factory: Any, client: Any, params: SessionParams = PARAMS) -> Path:
     """The folder of the session: its project ``p``, and its export ``relion``."""
 
     def make(folder: Path) -> None:
-        simulated(factory, folder, PARAMS)
+        simulated(factory, folder, params)
         truth_map = mrcfile.read(folder / "truth" / "map_64_3.54A.mrc").astype(np.float32)
         rng = np.random.default_rng(0)
         for half in (1, 2):
             noise = 1.5 * truth_map.std() * rng.normal(size=truth_map.shape)
             write_mrc(folder / f"half{half}.mrc", (GREY_SCALE * (truth_map + noise)).astype(np.float32), PIXEL)
         write_truth(folder)
-        (folder / "p.yaml").write_text(PROJECT + MAPS)
+        project = PROJECT.replace("dose_per_frame: 6.667", f"dose_per_frame: {params.dose_per_frame:.5g}")
+        (folder / "p.yaml").write_text(project + MAPS)
         export_relion(run_plan(make_plan(folder / "p.yaml"), client), folder / "relion")
 
-    return once(factory, "relion-session", make)
+    return once(factory, f"relion-session-{params.height}", make)
 
 
 def write_truth(folder: Path) -> None:

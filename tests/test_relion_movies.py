@@ -13,7 +13,7 @@ from scipy.ndimage import map_coordinates
 
 from cryodask.formats import star
 from cryodask.formats.mrc import read_mrc
-from cryodask.simulate import load_truth
+from cryodask.simulate import SessionParams, load_truth
 from cryodask.store.project import Project
 from cryodask.vocabulary import CTF_COLUMNS, OPTICS
 
@@ -177,7 +177,7 @@ def test_what_is_written_for_each_movie(session):
     tables = star.read_tables(session / "relion" / "motion" / "movie_0001.star")
     general = tables["general"]
     assert [float(general[f"rln{n}"]) for n in ("ImageSizeX", "ImageSizeY", "ImageSizeZ", "MicrographBinning")] == [512, 512, 6, 1]
-    assert [float(general[f"rln{n}"]) for n in ("MicrographDoseRate", "MicrographPreExposure", "Voltage")] == [6.667, 0.0, 300.0]
+    assert [float(general[f"rln{n}"]) for n in ("MicrographDoseRate", "MicrographPreExposure", "Voltage")] == [6.6667, 0.0, 300.0]
     assert float(general["rlnMicrographOriginalPixelSize"]) == MICROGRAPH_PIXEL
     gain = read_mrc(session / "relion" / general["rlnMicrographGainName"])[0]
     np.testing.assert_array_equal(gain, read_mrc(session / "gain.mrc")[0])
@@ -187,3 +187,15 @@ def test_what_is_written_for_each_movie(session):
     hot = tables["hot_pixels"].to_numpy(float).astype(int)
     assert len(hot) == pytest.approx(20, abs=2)
     assert all(total[y, x] > 2.0 * np.median(total) for x, y in hot)
+
+
+@pytest.mark.slow
+def test_polishing_of_whole_movies_is_no_worse_than_our_sums(tmp_path_factory, client, tmp_path):
+    """Movies of the demo: 24 frames of 1024 x 1024 pixels, 40 particles each."""
+    params = SessionParams(movies=3, truth_maps=((64, 3.54),))
+    session = exported(tmp_path_factory, client, params)
+    folder = linked(session / "relion", tmp_path)
+    (folder / "polish").mkdir()
+    relion(folder, "motion_refine", *POLISH, "--o", "polish/", "--combine_frames", "--bfac_minfreq", 20)
+    own, shiny = agreement(session, folder)
+    assert shiny > 0.85 * own
