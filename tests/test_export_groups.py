@@ -12,7 +12,7 @@ from distributed import Client
 from cryodask.formats import star
 from cryodask.formats.movies import open_movie, write_mrc_movie, write_tiff_movie
 from cryodask.formats.mrc import read_mrc, write_mrc
-from cryodask.interop import export_relion
+from cryodask.interop import export_relion, relion
 from cryodask.run.recipe import make_plan
 from cryodask.run.session import run_plan
 
@@ -62,12 +62,12 @@ def test_each_data_set_is_an_optics_group_of_its_name(exported):
 
 @pytest.mark.parametrize("i", range(3))
 def test_the_motion_of_each_movie_names_its_own_gain_movie_and_dose(exported, i):
-    relion = exported / "relion"
-    general = star.read_tables(relion / "motion" / f"m{i}.star")["general"]
+    folder = exported / "relion"
+    general = star.read_tables(folder / "motion" / f"m{i}.star")["general"]
     assert float(general["rlnMicrographDoseRate"]) == 1.0 + i
     assert float(general["rlnVoltage"]) == list(SETS.values())[i][0]
-    np.testing.assert_array_equal(read_mrc(relion / general["rlnMicrographGainName"])[0], read_mrc(exported / f"gain{i}.mrc")[0])
-    link = relion / general["rlnMicrographMovieName"]
+    np.testing.assert_array_equal(read_mrc(folder / general["rlnMicrographGainName"])[0], read_mrc(exported / f"gain{i}.mrc")[0])
+    link = folder / general["rlnMicrographMovieName"]
     assert link.suffix == (".mrcs", ".tif", ".tif")[i], "RELION takes .mrc for one image"
     original = next((exported / f"d{i}").iterdir())
     assert (np.asarray(open_movie(link)[2]) == np.asarray(open_movie(original)[2])).all()
@@ -96,3 +96,16 @@ def test_the_same_particles_for_cryosparc(exported):
         np.testing.assert_allclose(table[name], known[name], atol=1e-3, err_msg=name)
     assert table["contrast_sign"].tolist() == [1] * 6
     np.testing.assert_array_equal(read_mrc(exported / "cs/particles.mrcs")[0], read_mrc(exported / "relion/particles.mrcs")[0])
+
+
+def test_a_name_that_relion_cannot_read_is_refused_before_anything_is_written(exported):
+    from cryodask.errors import StarError
+    from cryodask.interop.exposures import Exposures
+    from cryodask.store.project import Project
+
+    project = Project(exported / "p")
+    exposures = Exposures.of(project)
+    for name in ("a b", "a#", "it's", "tab\t"):
+        vars(exposures)["items"] = {name: project.items()[0]}
+        with pytest.raises(StarError, match="cannot read the name"):
+            relion._check_names(exposures)

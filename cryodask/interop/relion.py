@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cryodask.errors import StarError
 from cryodask.interop.exposures import Exposures
 from cryodask.interop.relion_maps import write_maps
 from cryodask.interop.relion_micrographs import write_coordinates, write_micrographs, write_motion
@@ -27,5 +28,13 @@ def export_relion(project: Project, folder: str | Path) -> list[Path]:
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         exposures = Exposures.of(project)
+        _check_names(exposures)
         written = [*write_micrographs(exposures, out), *write_motion(exposures, out), *write_coordinates(exposures, out)]
         return [*written, *write_particles(exposures, out), *write_classes(project, out), *write_maps(project, out)]
+
+
+def _check_names(exposures: Exposures) -> None:
+    """Refuse names that RELION cannot read, before anything large is written."""
+    bad = [name for name in exposures.items if name.split() != [name] or not name.isprintable() or any(c in name for c in "'\"#")]
+    if bad:
+        raise StarError(f"RELION cannot read the name {bad[0]!r}.", "it has blanks, quotes or #", "rename the movie; its results stay")
