@@ -143,13 +143,37 @@ for _command in (cli_history.gc, cli_history.history, cli_history.keep, cli_hist
 
 @app.command("import")
 def import_(
-    star: Annotated[Path, typer.Argument(metavar="STAR", help="RELION STAR file that lists micrographs or particles.")],
+    results: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RESULTS", help="RELION STAR file or project folder; cryoSPARC .cs or .csg file; folder of CTFFIND text files."
+        ),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Project file to write.")] = Path("project.yaml"),
 ) -> None:
-    """Write a project file that starts from another program's results."""
-    from cryodask.interop import project_from_star
+    """Write a project file that starts from another program's results: movies, micrographs or particles."""
+    from cryodask.interop import project_from
 
-    typer.echo(f"Wrote {project_from_star(star, output)}. Look it over, then:  cryodask run {output}")
+    typer.echo(f"Wrote {project_from(results, output)}. Look it over, then:  cryodask run {output}")
+
+
+@app.command()
+def init(
+    movies: Annotated[str, typer.Argument(metavar="MOVIES", help="Folder of movies, or a quoted pattern.")],
+    voltage: Annotated[float, typer.Option(prompt="Acceleration voltage, kV", help="Acceleration voltage, kV.", min=1)],
+    cs: Annotated[float, typer.Option(prompt="Spherical aberration Cs, mm", help="Spherical aberration Cs, mm.", min=0)],
+    pixel_size: Annotated[float, typer.Option(prompt="Pixel size of the movies, Angstrom", help="Pixel size, Angstrom.", min=0.01)],
+    dose: Annotated[float, typer.Option(prompt="Exposure per frame, e/A^2", help="Exposure per frame, e/A^2.", min=0.0001)],
+    diameter: Annotated[float, typer.Option(prompt="Diameter of the particles, Angstrom", help="Diameter, Angstrom.", min=10)],
+    gain: Annotated[Path | None, typer.Option(help="Gain reference that multiplies the counts.", exists=True, dir_okay=False)] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Project file to write.")] = Path("project.yaml"),
+) -> None:
+    """Write a commented project file for a folder of movies; what is not given as an option is asked for."""
+    from cryodask.interop import Session, project_from_movies
+
+    session = Session(voltage, cs, pixel_size, dose, diameter_angstrom=diameter)
+    path = project_from_movies(movies, output, session, gain)
+    typer.echo(f"Wrote {path}. Look it over, then:  cryodask run {path}")
 
 
 @app.command()
@@ -157,6 +181,9 @@ def export(
     project: ProjectArgument,
     relion: Annotated[
         Path | None, typer.Option("--relion", metavar="DIR", help="Folder for RELION 3.1 STAR files, stacks and maps.")
+    ] = None,
+    cryosparc: Annotated[
+        Path | None, typer.Option("--cryosparc", metavar="DIR", help="Folder for a cryoSPARC result group of the particles, and maps.")
     ] = None,
     to: Annotated[
         tuple[str, Path] | None,
@@ -166,10 +193,12 @@ def export(
     """Export a project to other programs: STAR files, particle stacks, class averages, half-maps, map and mask."""
     from cryodask.interop import export as write
 
-    name, folder = to or ("relion", relion)
-    if folder is None or (to and relion):
-        raise ProjectFileError("No program and folder were given.", "", "use --relion DIR, or --to NAME DIR")
-    for path in write(open_project(project), name, folder):
+    wanted = [given for given in (("relion", relion), ("cryosparc", cryosparc), to or ("", None)) if given[1] is not None]
+    if len(wanted) != 1:
+        what = "No program and folder were" if not wanted else "Several programs were"
+        raise ProjectFileError(f"{what} given.", "", "use one of --relion DIR, --cryosparc DIR and --to NAME DIR")
+    name, folder = wanted[0]
+    for path in write(open_project(project), name, Path(str(folder))):
         typer.echo(str(path))
 
 

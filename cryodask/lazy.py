@@ -12,7 +12,7 @@ from cryodask.vocabulary import SLOTS, VARIABLES, Var
 if TYPE_CHECKING:
     import xarray as xr
 
-_RAGGED = ("slot", "left_out")
+_RAGGED = ("slot", "left_out", "defect")
 """Dimensions whose length differs from micrograph to micrograph."""
 
 

@@ -125,7 +125,7 @@ def test_a_table_that_lost_a_micrograph_has_no_particles_there(folder, client):
 
 def test_an_exposure_that_fails_in_its_birth_has_no_particles_later(folder, client):
     picks = folder / "picks"
-    shutil.copytree(folder / "relion/coordinates", picks)
+    shutil.copytree(folder / "relion/coordinates/micrographs", picks)
     pipeline = [*PICKED[:2], {"import_picks": {"folder": "picks"}}, PICKED[3], CLASSES]
     labels = ("import_picks", "extract", "classify2d")
     everything = counts(run(folder, client, pipeline, "own", movies=True)[0], *labels)
@@ -156,7 +156,7 @@ def test_a_micrograph_whose_folder_is_called_otherwise_is_the_same(folder, clien
 
 @pytest.mark.parametrize("what", ["table", "picks", "edits"])
 def test_a_file_that_was_read_still_fits_when_movies_are_renamed(folder, client, what):
-    shutil.copytree(folder / "relion/coordinates", folder / "picks")
+    shutil.copytree(folder / "relion/coordinates/micrographs", folder / "picks")
     one = Project(folder / "p").particles("extract").isel(particle=0)
     (folder / "edits.csv").write_text(f"micrograph,action,y,x,particle_id\n{one['micrograph'].item()},add,100,100,\n")
     steps = {
@@ -218,7 +218,9 @@ def exported(project: Project, folder: Path) -> dict[str, set[str]]:
     """Names of the exposures in each part of an export."""
     export_relion(project, folder)
     found = {
-        name: {p.stem for p in (folder / name).iterdir()} for name in ("micrographs", "motion", "coordinates") if (folder / name).is_dir()
+        name: {p.stem for p in (folder / name).iterdir()}
+        for name in ("micrographs", "motion", "movies", "coordinates/micrographs")
+        if (folder / name).is_dir()
     }
     tables = {"micrographs_ctf": read_micrographs(folder / "micrographs_ctf.star"), "particles": read_particles(folder / "particles.star")}
     return found | {name: {Path(str(m)).stem for m in table["micrograph_name"]} for name, table in tables.items()}
@@ -227,7 +229,7 @@ def exported(project: Project, folder: Path) -> dict[str, set[str]]:
 def test_an_export_has_the_exposures_of_its_particles_only(folder, client):
     selected = [*PICKED[:3], {"select_exposures": {"leave_out": ["movie_0002"]}}, PICKED[3]]
     found = exported(run(folder, client, selected, "p", movies=True)[0], folder / "selected")
-    assert len(found) == 5
+    assert len(found) == 6
     assert all(names == {"movie_0001", "movie_0003", "movie_0004"} for names in found.values())
 
 
@@ -241,7 +243,7 @@ def test_a_union_is_exported_with_the_micrographs_of_all_its_sources(folder, cli
     pipeline = [{f"import_project as {n}": {"project": p, "step": "extract"}} for n, p in (("a", "p"), ("b", "other"))]
     pipeline += [{"merge": {"nearer_than_angstrom": 90, "from": {"particles": ["a", "b"]}}}, CLASSES]
     found = exported(run(folder, client, pipeline, "pool")[0], folder / "union")
-    assert found.keys() == {"micrographs", "coordinates", "micrographs_ctf", "particles"}
+    assert found.keys() == {"micrographs", "coordinates/micrographs", "micrographs_ctf", "particles"}
     assert all(names == {f"movie_000{n}" for n in range(1, 5)} for names in found.values())
 
 

@@ -245,6 +245,9 @@ def test_demo_movies_are_corrected_to_half_an_angstrom_and_local_beats_global(in
     assert error < 0.7  # 0.40 to 0.48 A seen; the target is 1.0
     assert error <= rms(whole["patch_shift"], truth["patch_shift"])
     assert local["hot_pixel_count"] == pytest.approx(25, abs=2)
+    true = {divmod(int(i), 1024) for i in session_detector(DEMO).hot_pixels}
+    assert len(true & {(int(y), int(x)) for y, x in local["hot_pixel"]}) >= 19
+    assert len(local["hot_pixel"]) <= 21, "those whose gain is 0 are not listed"
     assert local["total_motion"] == pytest.approx(np.linalg.norm(np.diff(truth["frame_shift"], axis=0), axis=1).sum(), rel=0.25)
     assert np.abs(local["patch_shift"].mean(1)).max() < 1e-3
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cryodask.formats import star
-from cryodask.interop import export_relion, project_from_star
+from cryodask.interop import export_relion, project_from
 from cryodask.kernels.fsc import fsc
 from cryodask.run.recipe import make_plan
 from cryodask.run.session import run_plan
@@ -32,7 +32,7 @@ def project(shared, client, tmp_path_factory):
     tables["particles"]["rlnImageName"] = [f"{n:06d}@particles_64.mrcs" for n in numbers]
     star.write_tables(folder / "particles.star", tables)
     (folder / "ngl.mrc").write_bytes(bz2.decompress((shared / "data" / "models" / "betagal_ngl_100_3.54A.mrc.bz2").read_bytes()))
-    project_from_star(folder / "particles.star", folder / "written.yaml")
+    project_from(folder / "particles.star", folder / "written.yaml")
     assert "particles.star" in (folder / "written.yaml").read_text()
     (folder / "p.yaml").write_text(
         "name: betagal\ninputs: {particles: particles.star}\npipeline:\n"

@@ -26,6 +26,7 @@ from cryodask.kernels.motion_patches import choose_patches, crop_for_patches, cu
 from cryodask.kernels.warp import add_warped, stripe_field
 from cryodask.stage import Frames
 from cryodask.stages.motion import NODES
+from cryodask.vocabulary import SLOTS
 
 if TYPE_CHECKING:
     from cryodask.stages.motion import MotionParams
@@ -107,8 +108,15 @@ def corrected(
         "motion_polynomial": relion_polynomial(position, node_shift, track, shape, pixel_size_angstrom),
         "total_motion": float(steps.sum()),
         "early_motion": float((steps * early).sum()),
-        "hot_pixel_count": int(defects),
+        "hot_pixel_count": int(defects.sum()),
+        "hot_pixel": _listed(defects, gain),
     }
+
+
+def _listed(defects: np.ndarray, gain: np.ndarray | None) -> np.ndarray:
+    """Defects `(defect, 2)` int16 (y, x) that differ from movie to movie, at most as many as a column may hold."""
+    own = defects if gain is None else defects & (gain > 0)
+    return np.argwhere(own)[:SLOTS].astype(np.int16)
 
 
 def _nodes(shape: tuple[int, int]) -> np.ndarray:
@@ -118,8 +126,8 @@ def _nodes(shape: tuple[int, int]) -> np.ndarray:
 
 def _measure(
     params: MotionParams, source: _Source, frames: int, shape: tuple[int, int], gain: Tensor | None, pixel: float, dose: float
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Displacement `(node, frame, 2)` and track `(frame, 2)` in Angstrom, and the number of defects."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Displacement `(node, frame, 2)` and track `(frame, 2)` in Angstrom, and the mask `(y, x)` of defects."""
     binning = max(1, min(int(params.alignment_resolution_angstrom / (2.8 * pixel)), min(shape) // 32))
     group = -(-frames // _MOST_ALIGNED)
     seen = survey(source, frames, shape, binning, group)
@@ -128,11 +136,12 @@ def _measure(
     if not bool((seen.total != 0).any()):
         raise MicrographError("the movie has no counts at all", "the beam was blanked, or the camera failed", "remove it")
     defects = find_defects(seen.total, gain)
-    source.repair = plan_repair(defects.cpu().numpy())
+    mask = defects.cpu().numpy()
+    source.repair = plan_repair(mask)
     binned, counts = seen.binned, seen.mean_count
     del seen
     nodes = _nodes(shape)
-    still = np.zeros((len(nodes), frames, 2)), np.zeros((frames, 2)), int(defects.sum())
+    still = np.zeros((len(nodes), frames, 2)), np.zeros((frames, 2)), mask
     groups = len(binned)
     if groups < 2 or min(shape) < 64:
         return still
@@ -166,7 +175,7 @@ def _measure(
         at, centres = np.arange(frames), np.array([m.mean() for m in members])
         displacement = _interpolate(at, centres, displacement)
     displacement -= displacement.mean(1, keepdims=True)
-    return displacement, displacement.mean(0), still[2]
+    return displacement, displacement.mean(0), mask
 
 
 def _interpolate(at: np.ndarray, centres: np.ndarray, displacement: np.ndarray) -> np.ndarray:

@@ -56,6 +56,7 @@ def _memory(params: MotionParams, sizes: Sizes) -> float:
         "total_motion",
         "early_motion",
         "hot_pixel_count",
+        "hot_pixel",
     ],
     sizes=lambda params, sizes: {**sizes, "patch": NODES**2, "coefficient": 36, "axis": 2},
     resources=Resources(memory=_memory),
@@ -82,8 +83,8 @@ def motion(
 
     ``frame_shift`` and ``patch_shift`` are displacements of the specimen in Angstrom (y, x), each with mean zero over the frames;
     ``patch_shift`` includes the whole-frame motion and is given at ``patch_position``, a 9 x 9 grid over the whole micrograph.
-    ``motion_polynomial`` is the local part in RELION's form and sign. The prior on velocity is of the form of Zivanov, Nakane &
-    Scheres (2019).
+    ``motion_polynomial`` is the local part in RELION's form and sign; ``hot_pixel`` lists up to 4096 repaired pixels. The prior on
+    velocity is of the form of Zivanov, Nakane & Scheres (2019).
     """
     from cryodask.stages._motion import corrected
 

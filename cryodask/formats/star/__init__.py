@@ -9,7 +9,14 @@ from cryodask.formats.star.names import ALIASES, COLUMNS, OPTICS, Column, bare
 from cryodask.formats.star.particles import ParticleTable, read_particle_table
 from cryodask.formats.star.read import Columns, find_beside, read_coordinates, read_labels, read_micrographs, read_optics, read_particles
 from cryodask.formats.star.tables import Tables, read_tables, write_tables
-from cryodask.formats.star.write import write_coordinates, write_micrographs_ctf, write_motion, write_particles, write_postprocess
+from cryodask.formats.star.write import (
+    write_coordinates,
+    write_corrected_micrographs,
+    write_micrographs_ctf,
+    write_motion,
+    write_particles,
+    write_postprocess,
+)
 
 __all__ = [
     "ALIASES",
@@ -29,6 +36,7 @@ __all__ = [
     "read_particles",
     "read_tables",
     "write_coordinates",
+    "write_corrected_micrographs",
     "write_micrographs_ctf",
     "write_motion",
     "write_particles",

@@ -21,6 +21,7 @@ class Column(NamedTuple):
 COLUMNS = (
     Column("micrograph_name", "rlnMicrographName", "str"),
     Column("movie_name", "rlnMicrographMovieName", "str"),
+    Column("metadata_name", "rlnMicrographMetadata", "str"),
     Column("image_name", "rlnImageName", "str"),
     Column("ctf_image", "rlnCtfImage", "str"),
     Column("optics_group", "rlnOpticsGroup", "i8"),
@@ -47,6 +48,7 @@ COLUMNS = (
     Column("class_probability", "rlnMaxValueProbDistribution"),
     Column("log_likelihood", "rlnLogLikeliContribution"),
     Column("particle_id", "cryodaskParticleId", "i8"),
+    Column("cryosparc_uid", "cryosparcUid", "str"),
     Column("birth_x", "cryodaskBirthX"),
     Column("birth_y", "cryodaskBirthY"),
 )

@@ -33,6 +33,14 @@ def write_micrographs_ctf(path: str | Path, columns: Mapping[str, Any]) -> None:
     write_tables(path, {"optics": optics, "micrographs": table})
 
 
+def write_corrected_micrographs(path: str | Path, columns: Mapping[str, Any]) -> None:
+    """Micrographs with the names of their motion files (``metadata_name``), as RELION's ``corrected_micrographs.star``."""
+    _need(path, columns, ("micrograph_name", "metadata_name", "pixel_size_angstrom", *GROUP_OPTICS))
+    optics, table = _relion_tables(path, columns, len(np.atleast_1d(columns["micrograph_name"])))
+    optics["rlnMicrographOriginalPixelSize"] = optics["rlnMicrographPixelSize"]
+    write_tables(path, {"optics": optics, "micrographs": table})
+
+
 def write_particles(path: str | Path, columns: Mapping[str, Any]) -> None:
     """Particles as RELION's ``particles.star``; columns as from :func:`read_particles`; scalars apply to all rows.
 
@@ -115,6 +123,7 @@ def write_motion(
     dose_per_frame: float,
     pre_exposure: float = 0.0,
     gain_name: str | None = None,
+    defect_name: str | None = None,
     motion_polynomial: np.ndarray | None = None,
     hot_pixel: np.ndarray | None = None,
 ) -> None:
@@ -126,6 +135,10 @@ def write_motion(
         Of a frame, pixels.
     frame_shift : array, `(frame, 2)`, Angstrom
         (y, x) displacement of the specimen. RELION stores the correction, its negative, in pixels, with frame 1 at zero.
+    gain_name : str, optional
+        Gain that multiplies the counts, in the frame of MRC files.
+    defect_name : str, optional
+        Mask of pixels to be repaired, 1 where they are.
     motion_polynomial : array, `(36,)`, optional
         RELION's coefficients of the local motion, X first.
     hot_pixel : array, `(n, 2)`, optional
@@ -140,6 +153,7 @@ def write_motion(
         "rlnImageSizeZ": len(correction),
         "rlnMicrographMovieName": movie_name,
         **({"rlnMicrographGainName": gain_name} if gain_name else {}),
+        **({"rlnMicrographDefectFile": defect_name} if defect_name else {}),
         "rlnMicrographBinning": 1.0,
         "rlnMicrographOriginalPixelSize": pixel_size_angstrom,
         "rlnMicrographDoseRate": dose_per_frame,

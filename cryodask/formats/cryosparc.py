@@ -1,0 +1,231 @@
+"""cryoSPARC's tables (``.cs``, NumPy structured arrays, and ``.csg`` groups of them), under the names of the vocabulary.
+
+Conventions: a pose is a rotation vector; the transpose of its rotation is RELION's matrix of Euler angles (as pyem and cryoDRGN
+read it). Shifts (x, y) are in pixels of ``alignments3D/psize_A`` and move the particle to the centre, as RELION's origins. Angles are
+in radians, U and V of the defocus as in RELION. Centres are fractions of the micrograph, whose shape is (y, x). A path that begins
+with ``>`` is relative to the file. ``uid`` identifies a row in all files, and all its 64 bits are kept.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from cryodask.errors import InputError
+
+Columns = dict[str, np.ndarray]
+
+_CTF = {
+    "voltage_kv": ("ctf/accel_kv", 1.0),
+    "spherical_aberration_mm": ("ctf/cs_mm", 1.0),
+    "amplitude_contrast": ("ctf/amp_contrast", 1.0),
+    "defocus_u_angstrom": ("ctf/df1_A", 1.0),
+    "defocus_v_angstrom": ("ctf/df2_A", 1.0),
+    "defocus_angle_deg": ("ctf/df_angle_rad", 180.0 / np.pi),
+    "phase_shift_deg": ("ctf/phase_shift_rad", 180.0 / np.pi),
+}
+"""Our name -> cryoSPARC's, and the factor from its unit to ours."""
+_MICROSCOPE = {"voltage_kv": "mscope_params/accel_kv", "spherical_aberration_mm": "mscope_params/cs_mm"}
+_CS_VERSION = "v4.0.0"
+
+
+def read_particles(path: str | Path) -> Columns:
+    """Particles of a ``.cs`` file, or of all files of a ``.csg`` group, joined by uid.
+
+    Returns
+    -------
+    dict of arrays `(particle,)`
+        As :func:`cryodask.formats.star.read_particles`, with what the file has: ``image_stack, image_index, box,
+        particle_pixel_size_angstrom``; the CTF; ``rot_deg, tilt_deg, psi_deg, origin_y_angstrom, origin_x_angstrom, half_set``;
+        ``class_number`` of the last 2D classification, from 1; ``particle_y, particle_x, micrograph_name, pixel_size_angstrom``;
+        ``optics_group_name``; ``contrast_sign``, 1 where protein is bright and -1 where the job was told that it is dark. Always
+        ``cryosparc_uid``, uint64.
+
+    Raises
+    ------
+    InputError
+        If the file is missing or damaged, has no uid, or one twice; or a column has NaN or infinite values.
+    """
+    table = _read(Path(path))
+    out: Columns = {"cryosparc_uid": table["uid"]}
+    if "blob/path" in table:
+        out["image_stack"] = _texts(table["blob/path"])
+        out["image_index"] = table["blob/idx"].astype(np.int64)
+        out["box"] = table["blob/shape"][:, 0].astype(np.int64)
+        out["particle_pixel_size_angstrom"] = _doubles(table["blob/psize_A"])
+    if "blob/sign" in table:
+        out["contrast_sign"] = table["blob/sign"].astype(np.int64)
+    out |= _ctf(table)
+    if "alignments3D/pose" in table:
+        out |= dict(zip(("rot_deg", "tilt_deg", "psi_deg"), _angles(table["alignments3D/pose"].astype(np.float64))))
+        shift = table["alignments3D/shift"].astype(np.float64) * table["alignments3D/psize_A"][:, None]
+        out |= {"origin_x_angstrom": shift[:, 0], "origin_y_angstrom": shift[:, 1]}
+        if "alignments3D/split" in table:
+            out["half_set"] = table["alignments3D/split"].astype(np.int64)
+    if "alignments2D/class" in table:
+        out["class_number"] = table["alignments2D/class"].astype(np.int64) + 1
+    if "location/center_x_frac" in table:
+        shape = table["location/micrograph_shape"].astype(np.float64)
+        out["particle_y"] = table["location/center_y_frac"] * shape[:, 0]
+        out["particle_x"] = table["location/center_x_frac"] * shape[:, 1]
+        out["micrograph_name"] = _texts(table["location/micrograph_path"])
+        if "location/micrograph_psize_A" in table:
+            out["pixel_size_angstrom"] = _doubles(table["location/micrograph_psize_A"])
+    return _checked(Path(path), out)
+
+
+def read_micrographs(path: str | Path) -> Columns:
+    """Exposures of a ``.cs`` file or ``.csg`` group: ``micrograph_name`` or ``movie_name``, optics, CTF, and ``cryosparc_uid``."""
+    table = _read(Path(path))
+    out: Columns = {"cryosparc_uid": table["uid"]}
+    for name, blob in (("micrograph_name", "micrograph_blob"), ("movie_name", "movie_blob")):
+        if f"{blob}/path" in table:
+            out[name] = _texts(table[f"{blob}/path"])
+            out.setdefault("pixel_size_angstrom", _doubles(table[f"{blob}/psize_A"]))
+    out |= {ours: _doubles(table[theirs]) for ours, theirs in _MICROSCOPE.items() if theirs in table}
+    return _checked(Path(path), {**out, **_ctf(table)})
+
+
+def write_particles(path: str | Path, columns: Mapping[str, Any], micrograph_shape: Any = None) -> None:
+    """Particles as a ``.cs`` file and its ``.csg`` group; columns as :func:`read_particles` gives them, what is missing is left out.
+
+    Parameters
+    ----------
+    micrograph_shape : (y, x), or array `(particle, 2)`, optional
+        Size of the micrographs, pixels: positions are written as fractions of it, so without it there are none.
+    """
+    path = Path(path)
+    count = len(np.atleast_1d(columns["image_index"]))
+
+    def column(name: str) -> np.ndarray:
+        return np.broadcast_to(np.asarray(columns[name]), count)
+
+    fields: dict[str, np.ndarray] = {"uid": column("cryosparc_uid").astype(np.uint64)}
+    fields["blob/path"] = np.char.add(b">", column("image_stack").astype(str).astype("S"))
+    fields["blob/idx"] = column("image_index").astype(np.uint32)
+    fields["blob/shape"] = np.repeat(column("box")[:, None], 2, axis=1).astype(np.uint32)
+    fields["blob/psize_A"] = column("particle_pixel_size_angstrom").astype(np.float32)
+    fields["blob/sign"] = np.ones(count, np.float32)
+    if "defocus_u_angstrom" in columns:
+        fields["ctf/type"] = np.full(count, b"imported")
+        groups = column("optics_group_name" if "optics_group_name" in columns else "voltage_kv")
+        fields["ctf/exp_group_id"] = np.unique(groups.astype(str), return_inverse=True)[1].astype(np.uint32)
+        fields |= {theirs: (column(ours) / factor).astype(np.float32) for ours, (theirs, factor) in _CTF.items() if ours in columns}
+    if "rot_deg" in columns:
+        fields |= _alignments(*(column(n).astype(np.float64) for n in ("rot_deg", "tilt_deg", "psi_deg")))
+        shift = np.stack([column(f"origin_{axis}_angstrom") for axis in "xy"], 1) / fields["blob/psize_A"][:, None]
+        fields["alignments3D/shift"] = shift.astype(np.float32)
+        fields["alignments3D/psize_A"] = fields["blob/psize_A"]
+        if "half_set" in columns:
+            fields["alignments3D/split"] = column("half_set").astype(np.uint32)
+    if micrograph_shape is not None and "particle_y" in columns:
+        fields["location/micrograph_path"] = column("micrograph_name").astype(str).astype("S")
+        shape = np.broadcast_to(np.asarray(micrograph_shape, np.uint32), (count, 2))
+        fields["location/micrograph_shape"] = shape
+        fields["location/center_x_frac"] = (column("particle_x") / shape[:, 1]).astype(np.float32)
+        fields["location/center_y_frac"] = (column("particle_y") / shape[:, 0]).astype(np.float32)
+        fields["location/micrograph_psize_A"] = column("pixel_size_angstrom").astype(np.float32)
+    table = np.zeros(count, [(name, values.dtype.str, values.shape[1:]) for name, values in fields.items()])
+    for name, values in fields.items():
+        table[name] = values
+    with open(path, "wb") as file:
+        np.save(file, table, allow_pickle=False)
+    slots = dict.fromkeys(name.split("/")[0] for name in fields if "/" in name)
+    group = {
+        "created": datetime.datetime.now().isoformat(sep=" "),
+        "group": {"description": "Particles of cryodask", "name": "particles", "title": "Particles", "type": "particle"},
+        "results": {slot: {"metafile": f">{path.name}", "num_items": count, "type": f"particle.{slot}"} for slot in slots},
+        "version": _CS_VERSION,
+    }
+    path.with_suffix(".csg").write_text(yaml.safe_dump(group, sort_keys=False))
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    """Columns by cryoSPARC's names; several files are joined by uid, and the first that has a column counts."""
+    if path.suffix.lower() != ".csg":
+        return _table(path)
+    try:
+        results = yaml.safe_load(path.read_text())["results"].values()
+        files = list(dict.fromkeys(str(result["metafile"]) for result in results))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is not a group of cryoSPARC: {type(error).__name__}: {error}", "", "export the group again") from error
+    tables = [_table(path.parent / name.removeprefix(">")) for name in files]
+    if not tables:
+        raise InputError(f"{path} names no files.", "", "export the group again")
+    first = tables[0]
+    out = dict(first)
+    for name, table in zip(files[1:], tables[1:]):
+        order = np.argsort(table["uid"])
+        at = np.searchsorted(table["uid"], first["uid"], sorter=order)
+        places = order[np.minimum(at, len(order) - 1)] if len(order) else order
+        if len(places) != len(first["uid"]) or (table["uid"][places] != first["uid"]).any():
+            raise InputError(f"{path}: {name} lacks particles of {files[0]}.", "the files are of two exports", "export the group again")
+        out |= {key: values[places] for key, values in table.items() if key not in out}
+    return out
+
+
+def _table(path: Path) -> dict[str, np.ndarray]:
+    try:
+        table = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path} cannot be read: {error}", "it is truncated, or not a .cs file", "export it again") from error
+    names = getattr(table, "dtype", np.dtype("f4")).names
+    if not names or "uid" not in names or table.ndim != 1:
+        raise InputError(f"{path} is not a table of cryoSPARC: it has no column uid.", "", "give a .cs file of particles or exposures")
+    if len(np.unique(table["uid"])) < len(table):
+        raise InputError(f"{path} has a uid twice.", "two sets were combined", "remove duplicates in cryoSPARC and export again")
+    return {name: table[name] for name in names}
+
+
+def _texts(values: np.ndarray) -> np.ndarray:
+    """Paths as text, without the mark of paths that are relative to the file."""
+    texts = [v.decode("utf-8", "surrogateescape") if isinstance(v, bytes) else str(v) for v in values.tolist()]
+    return np.array([text.removeprefix(">") for text in texts], dtype=object)
+
+
+def _doubles(values: np.ndarray) -> np.ndarray:
+    """Single precision as the decimal number that it stands for: 2.7, not 2.70000005."""
+    known, place = np.unique(values, return_inverse=True)
+    return np.array([float(str(v)) for v in known], np.float64)[place]
+
+
+def _ctf(table: dict[str, np.ndarray]) -> Columns:
+    out = {ours: _doubles(table[theirs]) * factor for ours, (theirs, factor) in _CTF.items() if theirs in table}
+    if "ctf/exp_group_id" in table:
+        out["optics_group_name"] = np.array([f"exposure_group_{int(i)}" for i in table["ctf/exp_group_id"]], dtype=object)
+    return out
+
+
+def _angles(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    import torch
+    from scipy.spatial.transform import Rotation
+
+    from cryodask.kernels.orientations import matrix_to_euler
+
+    matrices = Rotation.from_rotvec(vectors.reshape(-1, 3)).inv().as_matrix()
+    rot, tilt, psi = (np.degrees(angle.numpy()) for angle in matrix_to_euler(torch.from_numpy(matrices)))
+    return rot, tilt, psi
+
+
+def _alignments(rot_deg: np.ndarray, tilt_deg: np.ndarray, psi_deg: np.ndarray) -> dict[str, np.ndarray]:
+    import torch
+    from scipy.spatial.transform import Rotation
+
+    from cryodask.kernels.orientations import euler_to_matrix
+
+    matrices = euler_to_matrix(*(torch.from_numpy(np.radians(a)) for a in (rot_deg, tilt_deg, psi_deg))).numpy()
+    return {"alignments3D/pose": Rotation.from_matrix(matrices).inv().as_rotvec().astype(np.float32)}
+
+
+def _checked(path: Path, columns: Columns) -> Columns:
+    bad = [name for name, values in columns.items() if values.dtype.kind == "f" and not np.isfinite(values).all()]
+    if bad:
+        raise InputError(
+            f"{path}: {bad[0]} has NaN or infinite values.", "the job that wrote it has failed for some rows", "remove these rows"
+        )
+    return columns

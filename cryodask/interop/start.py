@@ -1,0 +1,270 @@
+"""Commented project files that start from a folder of movies, or from another program's results."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from cryodask.errors import InputError, ProjectFileError, StarError
+from cryodask.formats import cryosparc, ctffind, star
+from cryodask.formats.movies import MOVIE_ENDINGS, open_movie
+from cryodask.store.files import disk_errors
+
+_FINEST_ANGSTROM = 3.5
+"""Pixel size of the images of a first round of classes and maps."""
+_TABLES = ("corrected_micrographs.star", "movies.star", "micrographs_ctf.star", "particles.star")
+"""What a RELION project is started from: the first of these that is found."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a session of movies is processed with; ``dose_per_frame`` in electrons per square Angstrom."""
+
+    voltage_kv: float
+    spherical_aberration_mm: float
+    pixel_size_angstrom: float
+    dose_per_frame: float
+    amplitude_contrast: float = 0.1
+    pre_exposure: float = 0.0
+    diameter_angstrom: float = 150.0
+
+
+def project_from_movies(movies: str, output: str | Path, session: Session, gain: str | Path | None = None) -> Path:
+    """Write a project file for a folder or pattern of movies, with a comment for each setting.
+
+    Raises
+    ------
+    ProjectFileError
+        If the file exists, or there are no movies.
+    """
+    output = _new(Path(output))
+    folder, pattern = Path(movies), Path(movies).name
+    if folder.is_dir():
+        counts = {ending: len(list(folder.glob(f"*{ending}"))) for ending in MOVIE_ENDINGS}
+        most = max(counts, key=lambda ending: counts[ending])
+        found = sorted(folder.glob(f"*{most}"))
+        pattern = f"*{most}"
+    else:
+        folder = folder.parent
+        found = sorted(p for p in folder.glob(pattern) if p.is_file())
+    if not found:
+        raise ProjectFileError(
+            f"There are no movies in {movies}.", "", f"give a folder with {', '.join(MOVIE_ENDINGS)} files, or a pattern"
+        )
+    first = open_movie(found[0])
+    frames, height, width = first.shape
+    about = f"{len(found)} movies; the first has {frames} frames of {height} x {width} pixels"
+    return _written(output, about, _movie_lines(folder / pattern, gain, session, output))
+
+
+def project_from(path: str | Path, output: str | Path) -> Path:
+    """Write a project file that starts from another program's results.
+
+    Parameters
+    ----------
+    path : path
+        A RELION STAR file of movies, corrected micrographs, micrographs or particles; a RELION project, whose newest such file is
+        taken; a cryoSPARC ``.cs`` or ``.csg`` file of particles or micrographs; a folder of text files of CTFFIND. The latter two are
+        converted into a STAR file beside the output.
+
+    Raises
+    ------
+    ProjectFileError
+        If the output exists, or the project has no such file.
+    InputError, StarError
+        If the file cannot be used.
+    """
+    path, output = Path(path), _new(Path(output))
+    if path.suffix.lower() in (".cs", ".csg"):
+        path = _converted(path, output)
+    if path.is_dir():
+        fits = sorted(f for f in path.glob("*.txt") if not f.stem.endswith("_avrot"))
+        path = _table_of_fits(fits, output) if fits and not _relion_tables(path) else _table_of(path)
+    tables = star.read_tables(path)
+    if "particles" in tables:
+        count = len(star.read_particles(path)["image_index"])
+        steps = ["classify2d: {classes: 20}", "curate: {keep: auto}", "ab_initio: {symmetry: C1}      # point group of the molecule"]
+        steps += ["refine3d: {symmetry: C1}", "mask", "postprocess"]
+        return _written(output, f"{count} particles from {path.name}", {"inputs": {"particles": _beside(path, output)}}, steps)
+    table: Any = tables.get("micrographs", tables.get("movies"))
+    if table is None:
+        raise StarError(
+            f"{path} lists neither micrographs nor particles.",
+            "it is another kind of STAR file",
+            "give one that lists movies, micrographs or particles",
+        )
+    if "rlnMicrographMetadata" in table or "rlnMicrographName" not in table:
+        return _from_star_of_movies(path, output, table)
+    columns = star.read_micrographs(path)
+    pixel = float(columns["pixel_size_angstrom"][0])
+    steps = [] if "defocus_u_angstrom" in columns else ["ctf"]
+    about = f"{len(table)} micrographs from {path.name}"
+    return _written(output, about, {"inputs": {"micrographs": _beside(path, output)}}, [*steps, *_picking(150.0, pixel)])
+
+
+def _from_star_of_movies(path: Path, output: Path, table: Any) -> Path:
+    """From ``movies.star``, or ``corrected_micrographs.star`` with its files of motion, which name movies, gain and doses."""
+    columns, gain, dose, before = star.read_micrographs(path), None, 1.0, 0.0
+    names = [str(n) for n in columns.get("movie_name", ())]
+    if "rlnMicrographMetadata" in table:
+        general: list[Any] = [star.read_tables(_found(str(n), path))["general"] for n in table["rlnMicrographMetadata"]]
+        names = [str(one["rlnMicrographMovieName"]) for one in general]
+        same = {key: {str(one.get(f"rlnMicrograph{key}", "")) for one in general} for key in ("GainName", "DoseRate", "PreExposure")}
+        for key, values in same.items():
+            if len(values) > 1:
+                raise InputError(f"{path}: the movies have several values of rlnMicrograph{key}.", "", "make one project file for each")
+        gain = _found(values.pop(), path) if (values := same["GainName"] - {""}) else None
+        dose, before = (float(next(iter(same[key])) or default) for key, default in (("DoseRate", 1.0), ("PreExposure", 0.0)))
+    optics = {n: np.unique(columns[n]) for n in ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast", "pixel_size_angstrom")}
+    for name, values_of in optics.items():
+        if len(values_of) > 1:
+            raise InputError(f"{path}: the movies have several values of {name}.", "it has several optics groups", "make one file for each")
+    files = [_found(name, path) for name in names]
+    places = {(file.parent, file.suffix) for file in files}
+    if len(places) != 1:
+        raise InputError(f"{path}: its movies are in several folders, or of several formats.", "", "write one project file for each")
+    pattern = files[0].parent / f"*{files[0].suffix}"
+    session = Session(**{name: float(v[0]) for name, v in optics.items()}, dose_per_frame=dose, pre_exposure=before)
+    lines = _movie_lines(pattern, gain, session, output)
+    others = len(list(pattern.parent.glob(pattern.name))) - len(files)
+    about = f"{len(files)} movies from {path.name}" + (f"; the pattern below finds {others} more" if others else "")
+    if "rlnMicrographMetadata" not in table:
+        about += "; it does not say the dose: set dose_per_frame, and the gain"
+    return _written(output, about, lines)
+
+
+def _found(name: str, path: Path) -> Path:
+    file = star.find_beside(name, path)
+    if file is None:
+        raise InputError(f"{path} names {name}, which does not exist.", "the project was moved without it", "copy it, or fix the link")
+    return file
+
+
+def _relion_tables(folder: Path) -> list[Path]:
+    """Tables of a RELION project to start from: all of the first kind that it has."""
+    every = ([p for p in (folder / name, *folder.glob(f"*/job*/{name}")) if p.is_file()] for name in _TABLES)
+    return next((found for found in every if found), [])
+
+
+def _table_of(folder: Path) -> Path:
+    """The table to start from that was written last."""
+    found = _relion_tables(folder)
+    if not found:
+        raise ProjectFileError(
+            f"{folder} has none of {', '.join(_TABLES)}.", "it is not the folder of a RELION project", "give one of its STAR files"
+        )
+    return max(found, key=lambda p: p.stat().st_mtime)
+
+
+def _table_of_fits(fits: list[Path], output: Path) -> Path:
+    """A STAR file of the micrographs that CTFFIND fitted; where it was given their spectra (``NAME_PS.mrc``), those of that name."""
+    target = _new(output.with_name(f"{output.stem}_micrographs.star"))
+    rows = []
+    for fit in fits:
+        image, row = ctffind.read_fit(fit)
+        whole = image.replace("_PS.mrc", ".mrc")
+        micrograph = star.find_beside(whole, fit) or star.find_beside(Path(whole).name, fit)
+        if micrograph is None:
+            raise InputError(f"{fit} is of {whole}, which does not exist.", "the micrographs were moved", "copy them beside the text files")
+        rows.append({"micrograph_name": _beside(micrograph, target), **row})
+    shared = [name for name in rows[0] if all(name in row for row in rows)]
+    columns: dict[str, Any] = {n: np.array([row[n] for row in rows], dtype=object if n == "micrograph_name" else float) for n in shared}
+    with disk_errors(target.parent):
+        star.write_micrographs_ctf(target, columns)
+    return target
+
+
+def _converted(path: Path, output: Path) -> Path:
+    """A cryoSPARC table as a STAR file beside the output."""
+    target = _new(output.parent / f"{path.stem}.star")
+    columns: dict[str, Any] = cryosparc.read_particles(path)
+    columns.pop("contrast_sign", None)
+    with disk_errors(target.parent):
+        if "image_stack" in columns:
+            columns["cryosparc_uid"] = columns["cryosparc_uid"].astype(str).astype(object)
+            columns["image_stack"] = np.array([_beside(_of_job(n, path), target) for n in columns["image_stack"]], dtype=object)
+            star.write_particles(target, columns)
+            return target
+        columns = cryosparc.read_micrographs(path)
+        if "micrograph_name" not in columns:
+            raise InputError(f"{path} has neither particle images nor micrographs.", "", "give the .csg file of the result group")
+        del columns["cryosparc_uid"]
+        columns["micrograph_name"] = np.array([_beside(_of_job(n, path), target) for n in columns["micrograph_name"]], dtype=object)
+        columns.pop("movie_name", None)
+        star.write_micrographs_ctf(target, columns)
+    return target
+
+
+def _of_job(name: str, path: Path) -> Path:
+    """A file that a cryoSPARC table names: relative to it, or to a folder above it (the project of its job)."""
+    return star.find_beside(name, path) or path.parent / name
+
+
+def _new(path: Path) -> Path:
+    if path.exists():
+        raise ProjectFileError(
+            f"{path} exists and is not overwritten.", "an earlier import wrote it", "choose another name with --output, or remove it"
+        )
+    return path
+
+
+def _beside(path: str | Path, output: Path) -> str:
+    return os.path.relpath(Path(path).absolute(), output.absolute().parent)
+
+
+def _movie_lines(pattern: Path, gain: str | Path | None, session: Session, output: Path) -> dict[str, Any]:
+    named = {"gain": _beside(gain, output)} if gain else {}
+    return {"inputs": {"movies": _beside(pattern, output), **named}, "session": session}
+
+
+def _picking(diameter_angstrom: float, pixel_size_angstrom: float) -> list[str]:
+    box = 2 * round(0.8 * diameter_angstrom / pixel_size_angstrom)
+    small = max(8, min(box, 2 * round(0.5 * box * pixel_size_angstrom / _FINEST_ANGSTROM)))
+    return [
+        f"pick: {{diameter_angstrom: {diameter_angstrom:g}}}      # of the particle",
+        f"extract: {{box: {box}, scale_to: {small}}}      # box: 1.5 to 2 diameters, in pixels of the micrograph",
+        "classify2d: {classes: 20}",
+        "curate: {keep: auto}",
+    ]
+
+
+_MEANING = {
+    "voltage_kv": "",
+    "spherical_aberration_mm": "Cs",
+    "amplitude_contrast": "",
+    "pixel_size_angstrom": "of the movies",
+    "dose_per_frame": "electrons per square Angstrom",
+    "pre_exposure": "before the first frame",
+}
+
+
+def _written(output: Path, about: str, content: dict[str, Any], steps: list[str] | None = None) -> Path:
+    """Write a project file: values as YAML, each with a comment where its meaning is not in its name."""
+
+    def value(text: Any) -> str:
+        return yaml.safe_dump(text, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
+
+    session: Session | None = content.get("session")
+    lines = [
+        f"# {about}",
+        "# all settings: docs/project-file.md; check with:  cryodask run FILE --dry-run",
+        f"name: {value(output.stem)}",
+        "inputs:",
+    ]
+    notes = {"gain": "multiplies the counts; gain_rotate and gain_flip turn it"}
+    lines += [f"  {key}: {value(text)}" + (f"      # {notes[key]}" if key in notes else "") for key, text in content["inputs"].items()]
+    if session is not None:
+        steps = ["motion", "ctf", *_picking(session.diameter_angstrom, session.pixel_size_angstrom)]
+        lines.append("microscope:")
+        for key, meaning in _MEANING.items():
+            lines.append(f"  {key}: {getattr(session, key):g}" + (f"      # {meaning}" if meaning else ""))
+    lines += ["pipeline:", *(f"  - {step}" for step in steps or ())]
+    lines += ["cluster: local      # or the name of a cluster, or a cluster file", ""]
+    with disk_errors(output.parent):
+        output.write_text("\n".join(lines), encoding="utf-8")
+    return output

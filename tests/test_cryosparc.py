@@ -1,0 +1,156 @@
+"""cryoSPARC's tables: real ones against RELION's of the same particles, and anything written comes back."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cryodask.errors import InputError
+from cryodask.formats import cryosparc, star
+from cryodask.kernels.orientations import angular_error_deg, euler_to_matrix
+
+ANGLES = ("rot_deg", "tilt_deg", "psi_deg")
+
+
+@pytest.fixture(scope="module")
+def real(shared) -> Path:
+    return shared / "data" / "metadata" / "cryosparc"
+
+
+def test_a_real_table_is_the_star_file_that_it_was_imported_from(real):
+    table = cryosparc.read_particles(real / "empiar_10076_7.cs")
+    known = star.read_tables(real / "empiar_10076_7.star")[""]
+    for name, relion in (
+        ("defocus_u_angstrom", "rlnDefocusU"),
+        ("defocus_v_angstrom", "rlnDefocusV"),
+        ("defocus_angle_deg", "rlnDefocusAngle"),
+    ):
+        np.testing.assert_allclose(table[name], known[relion].to_numpy(float), rtol=1e-6)
+    assert [f"{i + 1}@{s}" for i, s in zip(table["image_index"], table["image_stack"])] == known["rlnImageName"].tolist()
+    assert table["particle_pixel_size_angstrom"] == pytest.approx(1.31, abs=1e-5)
+    assert table["voltage_kv"].tolist() == [300.0] * 7
+    assert table["cryosparc_uid"][0] == 3806243878409217281
+    assert table["optics_group_name"][0] == "exposure_group_23"
+
+
+def test_poses_of_a_real_refinement(real, tmp_path):
+    """The rotation of one particle computed by hand: the transpose of exp([w]x), row by row."""
+    (tmp_path / "p.cs").write_bytes(gzip.decompress((real / "cryosparc_P12_J24_001_particles.cs.gz").read_bytes()))
+    table = cryosparc.read_particles(tmp_path / "p.cs")
+    assert len(table["rot_deg"]) == 2019
+    w = np.array([2.3386633, -0.25595567, -1.2236784])
+    angle = np.linalg.norm(w)
+    k = np.array([[0, -w[2], w[1]], [w[2], 0, -w[0]], [-w[1], w[0], 0]]) / angle
+    expected = (np.eye(3) + np.sin(angle) * k + (1 - np.cos(angle)) * k @ k).T
+    found = euler_to_matrix(*(torch.deg2rad(torch.from_numpy(table[n][:1])) for n in ANGLES))[0].numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert table["origin_x_angstrom"][0] == pytest.approx(11.334375 * 2.95, rel=1e-5)
+    assert table["origin_y_angstrom"][0] == pytest.approx(-1.828125 * 2.95, rel=1e-5)
+    assert table["half_set"][0] == 1
+    assert table["defocus_angle_deg"][0] == pytest.approx(np.degrees(-1.3636448), rel=1e-5)
+
+
+def test_a_real_table_of_classes_and_an_empty_one(real):
+    table = cryosparc.read_particles(real / "cryosparc_J2_particles_exported.cs")
+    assert table["class_number"][0] == 5
+    assert table["image_stack"][0] == "J1/imported/000090334788266266069_18jam15b_0345_ali_DW.mrcs"
+    assert "rot_deg" not in table
+    assert all(len(values) == 0 for values in cryosparc.read_particles(real / "dataset_4k.cs").values())
+
+
+def columns(count: int, seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    u = rng.uniform(5e3, 3e4, count)
+    return {
+        "cryosparc_uid": rng.integers(0, 2**64, count, dtype=np.uint64),
+        "image_stack": np.array([f"particles_{i % 2}.mrcs" for i in range(count)], dtype=object),
+        "image_index": np.arange(count),
+        "box": np.full(count, 64),
+        "particle_pixel_size_angstrom": np.full(count, 2.5),
+        "voltage_kv": np.where(np.arange(count) % 2, 200.0, 300.0),
+        "spherical_aberration_mm": np.full(count, 2.7),
+        "amplitude_contrast": np.full(count, 0.1),
+        "defocus_u_angstrom": u,
+        "defocus_v_angstrom": u - rng.uniform(0, 500, count),
+        "defocus_angle_deg": rng.uniform(-180, 180, count),
+        "phase_shift_deg": rng.uniform(0, 180, count),
+        "rot_deg": rng.uniform(-180, 180, count),
+        "tilt_deg": rng.uniform(0, 180, count),
+        "psi_deg": rng.uniform(-180, 180, count),
+        "origin_y_angstrom": rng.normal(0, 5, count),
+        "origin_x_angstrom": rng.normal(0, 5, count),
+        "half_set": np.arange(count) % 2,
+        "particle_y": rng.uniform(0, 3000, count),
+        "particle_x": rng.uniform(0, 4000, count),
+        "micrograph_name": np.array([f"m{i}.mrc" for i in range(count)], dtype=object),
+        "pixel_size_angstrom": np.full(count, 1.25),
+    }
+
+
+@settings(max_examples=40, deadline=None)
+@given(count=st.integers(1, 40), seed=st.integers(0, 2**32 - 1), suffix=st.sampled_from([".cs", ".csg"]))
+def test_what_is_written_comes_back(tmp_path_factory, count, seed, suffix):
+    path, before = tmp_path_factory.mktemp("cs") / "p.cs", columns(count, seed)
+    cryosparc.write_particles(path, before, (3000, 4000))
+    after = cryosparc.read_particles(path.with_suffix(suffix))
+    poses = [euler_to_matrix(*(torch.deg2rad(torch.from_numpy(c[n])) for n in ANGLES)) for c in (before, after)]
+    assert float(angular_error_deg(*poses, np.eye(3)[None]).max()) < 0.05  # float32
+    for name, values in before.items():
+        if name in ANGLES:
+            continue
+        if values.dtype.kind == "f":
+            np.testing.assert_allclose(after[name], values, rtol=1e-5, atol=1e-3, err_msg=name)
+        else:
+            assert after[name].tolist() == values.tolist(), name
+
+
+def test_a_group_joins_its_files_by_uid(tmp_path):
+    one = columns(5, 1)
+    cryosparc.write_particles(tmp_path / "p.cs", one, (3000, 4000))
+    whole = np.load(tmp_path / "p.cs")
+    images = [n for n in whole.dtype.names if n == "uid" or n.startswith("blob")]
+    np.save((tmp_path / "blob.cs").open("wb"), whole[images])
+    np.save((tmp_path / "rest.cs").open("wb"), whole[["uid", *(n for n in whole.dtype.names if n not in images)]][::-1])
+    (tmp_path / "g.csg").write_text("results:\n  blob: {metafile: '>blob.cs'}\n  ctf: {metafile: '>rest.cs'}\n")
+    joined = cryosparc.read_particles(tmp_path / "g.csg")
+    for name, values in cryosparc.read_particles(tmp_path / "p.cs").items():
+        assert joined[name].tolist() == values.tolist(), name
+    np.save((tmp_path / "rest.cs").open("wb"), whole[["uid", "ctf/df1_A"]][:3])
+    with pytest.raises(InputError, match="lacks particles"):
+        cryosparc.read_particles(tmp_path / "g.csg")
+
+
+def test_files_that_are_no_tables_are_refused(tmp_path):
+    good = tmp_path / "p.cs"
+    cryosparc.write_particles(good, columns(4, 2))
+    table = np.load(good)
+    for name, content, message in (
+        ("empty.cs", b"", "cannot be read"),
+        ("cut.cs", good.read_bytes()[:-20], "cannot be read"),
+        ("text.cs", b"data_particles\n", "cannot be read"),
+        ("g.csg", b"results: 3\n", "not a group"),
+        ("h.csg", b"\xff", "not a group"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            cryosparc.read_particles(tmp_path / name)
+    with pytest.raises(InputError, match="cannot be read"):
+        cryosparc.read_particles(tmp_path / "absent.cs")
+    np.save((tmp_path / "plain.cs").open("wb"), np.zeros(3))
+    with pytest.raises(InputError, match="no column uid"):
+        cryosparc.read_particles(tmp_path / "plain.cs")
+    twice = table.copy()
+    twice["uid"][1] = twice["uid"][0]
+    np.save((tmp_path / "twice.cs").open("wb"), twice)
+    with pytest.raises(InputError, match="uid twice"):
+        cryosparc.read_particles(tmp_path / "twice.cs")
+    table["ctf/df1_A"][2] = np.nan
+    np.save((tmp_path / "nan.cs").open("wb"), table)
+    with pytest.raises(InputError, match="defocus_u_angstrom has NaN"):
+        cryosparc.read_particles(tmp_path / "nan.cs")

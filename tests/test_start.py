@@ -1,0 +1,148 @@
+"""Project files written for a folder of movies, and from other programs' results: each is one that cryodask accepts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from test_cryosparc import columns
+from typer.testing import CliRunner
+
+from cryodask.cli import app
+from cryodask.errors import InputError, ProjectFileError, StarError
+from cryodask.formats import cryosparc, star
+from cryodask.formats.movies import write_mrc_movie, write_tiff_movie
+from cryodask.formats.mrc import write_mrc
+from cryodask.interop import Session, project_from, project_from_movies
+from cryodask.run.recipe import make_plan
+
+SESSION = Session(300.0, 2.7, 1.1, 1.25, diameter_angstrom=160.0)
+
+
+def movies(folder: Path, count: int = 3, ending: str = ".tif") -> list[str]:
+    folder.mkdir(parents=True)
+    for i in range(count):
+        write = write_tiff_movie if ending == ".tif" else write_mrc_movie
+        write(folder / f"m{i}{ending}", np.full((4, 32, 48), i + 1, np.uint8), 1.1)
+    write_mrc(folder.parent / "gain.mrc", np.ones((32, 48), np.float32), 1.1)
+    return [f"{folder.name}/m{i}{ending}" for i in range(count)]
+
+
+def relion_project(folder: Path, doses: tuple[float, ...] = (1.25, 1.25, 1.25)) -> Path:
+    """A RELION project after motion correction."""
+    job = folder / "MotionCorr" / "job002"
+    (job / "motion").mkdir(parents=True)
+    names = movies(folder / "Movies")
+    for i, name in enumerate(names):
+        shifts = {"frame_shift": np.zeros((4, 2)), "pixel_size_angstrom": 1.1, "voltage_kv": 300.0, "pre_exposure": 0.5}
+        star.write_motion(
+            job / "motion" / f"m{i}.star", movie_name=name, width=48, height=32, dose_per_frame=doses[i], gain_name="gain.mrc", **shifts
+        )
+    lens = {"voltage_kv": 300.0, "spherical_aberration_mm": 2.7, "amplitude_contrast": 0.07, "pixel_size_angstrom": 1.1}
+    named = {
+        "micrograph_name": np.array([f"MotionCorr/job002/m{i}.mrc" for i in range(3)], dtype=object),
+        "metadata_name": np.array([f"MotionCorr/job002/motion/m{i}.star" for i in range(3)], dtype=object),
+    }
+    star.write_corrected_micrographs(job / "corrected_micrographs.star", {**lens, **named})
+    return folder
+
+
+@pytest.mark.parametrize("ending", [".tif", ".mrc"])
+@pytest.mark.parametrize("given", ["folder", "pattern"])
+def test_a_folder_of_movies(tmp_path, ending, given):
+    movies(tmp_path / "raw", ending=ending)
+    pattern = str(tmp_path / "raw") if given == "folder" else str(tmp_path / "raw" / f"m*{ending}")
+    path = project_from_movies(pattern, tmp_path / "p.yaml", SESSION, tmp_path / "gain.mrc")
+    plan = make_plan(path)
+    assert plan.file.microscope.model_dump() == {
+        "voltage_kv": 300.0, "spherical_aberration_mm": 2.7, "amplitude_contrast": 0.1, "pixel_size_angstrom": 1.1,
+        "dose_per_frame": 1.25, "pre_exposure": 0.0,
+    }  # fmt: skip
+    assert plan.file.inputs.gain == "gain.mrc"
+    assert "# 3 movies; the first has 4 frames of 32 x 48 pixels" in path.read_text()
+    assert [step.label for step in plan.steps] == ["ingest", "motion", "ctf", "pick", "extract", "classify2d", "curate"]
+    assert plan.steps[4].params.box == 232
+    with pytest.raises(ProjectFileError, match="is not overwritten"):
+        project_from_movies(pattern, path, SESSION)
+
+
+def test_init_asks_for_what_is_not_given(tmp_path):
+    movies(tmp_path / "raw")
+    words = ["init", str(tmp_path / "raw"), "-o", str(tmp_path / "p.yaml"), "--voltage", "200", "--cs", "2.7", "--pixel-size", "1.1"]
+    done = CliRunner().invoke(app, words, input="0.8\n170\n")
+    assert done.exit_code == 0, done.output
+    assert "Exposure per frame" in done.output
+    written = yaml.safe_load((tmp_path / "p.yaml").read_text())
+    assert written["microscope"]["voltage_kv"] == 200
+    assert written["microscope"]["dose_per_frame"] == 0.8
+    assert {"pick": {"diameter_angstrom": 170}} in written["pipeline"]
+
+
+@pytest.mark.parametrize("given", ["folder", "table"])
+def test_a_relion_project_with_its_movies(tmp_path, given):
+    relion_project(tmp_path / "rel")
+    start = tmp_path / "rel" if given == "folder" else tmp_path / "rel/MotionCorr/job002/corrected_micrographs.star"
+    plan = make_plan(project_from(start, tmp_path / "p.yaml"))
+    assert plan.file.inputs.movies == "rel/Movies/*.tif"
+    assert plan.file.inputs.gain == "rel/gain.mrc"
+    scope = plan.file.microscope
+    assert (scope.dose_per_frame, scope.pre_exposure, scope.amplitude_contrast, scope.voltage_kv) == (1.25, 0.5, 0.07, 300.0)
+
+
+def test_movies_that_one_project_file_cannot_describe_are_refused(tmp_path):
+    relion_project(tmp_path / "a", doses=(1.0, 1.25, 1.25))
+    with pytest.raises(InputError, match="several values of rlnMicrographDoseRate"):
+        project_from(tmp_path / "a", tmp_path / "p.yaml")
+    relion_project(tmp_path / "b")
+    (tmp_path / "b" / "Movies" / "m1.tif").unlink()
+    with pytest.raises(InputError, match=r"names Movies/m1\.tif, which does not exist"):
+        project_from(tmp_path / "b", tmp_path / "p.yaml")
+    (tmp_path / "c").mkdir()
+    with pytest.raises(ProjectFileError, match="has none of"):
+        project_from(tmp_path / "c", tmp_path / "p.yaml")
+    star.write_postprocess(
+        tmp_path / "x.star", **dict.fromkeys(("fsc_unmasked", "fsc_masked", "fsc_randomised", "fsc_corrected"), np.ones(2)),
+        shell_resolution_angstrom=np.array([99.0, 9.0]), resolution_angstrom=9.0, b_factor_angstrom2=0.0,
+    )  # fmt: skip
+    with pytest.raises(StarError, match="lists neither"):
+        project_from(tmp_path / "x.star", tmp_path / "p.yaml")
+    with pytest.raises(ProjectFileError, match="There are no movies"):
+        project_from_movies(str(tmp_path / "c"), tmp_path / "p.yaml", SESSION)
+    assert not (tmp_path / "p.yaml").exists()
+
+
+@pytest.mark.parametrize("ending", [".cs", ".csg"])
+def test_particles_of_cryosparc(tmp_path, ending):
+    (tmp_path / "job").mkdir()
+    before = columns(6, 4)
+    for i in range(2):
+        write_mrc(tmp_path / "job" / f"particles_{i}.mrcs", np.zeros((6, 64, 64), np.float32), 2.5, stack=True)
+    cryosparc.write_particles(tmp_path / "job" / "particles.cs", before, (3000, 4000))
+    plan = make_plan(project_from(tmp_path / "job" / f"particles{ending}", tmp_path / "p.yaml"))
+    assert plan.steps[0].label == "import_particles"
+    table = star.read_particles(tmp_path / "particles.star")
+    np.testing.assert_allclose(table["defocus_u_angstrom"], before["defocus_u_angstrom"], rtol=1e-6)
+    assert table["voltage_kv"].tolist() == before["voltage_kv"].tolist()
+    assert set(table["image_stack"]) == {"job/particles_0.mrcs", "job/particles_1.mrcs"}
+    assert star.read_tables(tmp_path / "particles.star")["particles"]["cryosparcUid"].tolist() == [str(u) for u in before["cryosparc_uid"]]
+
+
+def test_a_star_file_of_micrographs_and_one_of_movies(tmp_path):
+    lens = {"voltage_kv": 300.0, "spherical_aberration_mm": 2.7, "amplitude_contrast": 0.1, "pixel_size_angstrom": 1.1}
+    fit = {"defocus_u_angstrom": 1e4, "defocus_v_angstrom": 9e3, "defocus_angle_deg": 0.0}
+    write_mrc(tmp_path / "a.mrc", np.ones((64, 64), np.float32), 1.1)
+    star.write_micrographs_ctf(tmp_path / "mics.star", {"micrograph_name": np.array(["a.mrc"], dtype=object), **lens, **fit})
+    assert [s.label for s in make_plan(project_from(tmp_path / "mics.star", tmp_path / "p.yaml")).steps][:2] == [
+        "import_micrographs",
+        "pick",
+    ]
+    names = movies(tmp_path / "Movies", 2)
+    optics = "loop_\n_rlnOpticsGroupName\n_rlnOpticsGroup\n_rlnVoltage\n_rlnSphericalAberration\n_rlnAmplitudeContrast\n"
+    optics += "_rlnMicrographOriginalPixelSize\no 1 300 2.7 0.1 1.1\n"
+    rows = "loop_\n_rlnMicrographMovieName\n_rlnOpticsGroup\n" + "".join(f"{name} 1\n" for name in names)
+    (tmp_path / "movies.star").write_text(f"data_optics\n\n{optics}\n\ndata_movies\n\n{rows}\n")
+    path = project_from(tmp_path / "movies.star", tmp_path / "m.yaml")
+    assert make_plan(path).file.inputs.movies == "Movies/*.tif"
+    assert "set dose_per_frame" in path.read_text()
