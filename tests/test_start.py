@@ -91,9 +91,37 @@ def test_a_relion_project_with_its_movies(tmp_path, given):
     assert (scope.dose_per_frame, scope.pre_exposure, scope.amplitude_contrast, scope.voltage_kv) == (1.25, 0.5, 0.07, 300.0)
 
 
+def test_movies_of_several_folders_and_optics_become_data_sets(tmp_path):
+    project = relion_project(tmp_path / "rel")
+    job, other = project / "MotionCorr" / "job002", movies(project / "Day2", 2)
+    for i, name in enumerate(other):
+        star.write_motion(
+            job / "motion" / f"n{i}.star", movie_name=name, width=48, height=32, dose_per_frame=0.9,
+            frame_shift=np.zeros((4, 2)), pixel_size_angstrom=0.8, voltage_kv=200.0,
+        )  # fmt: skip
+    optics = {
+        "voltage_kv": np.array([300.0, 300.0, 300.0, 200.0, 200.0]), "pixel_size_angstrom": np.array([1.1, 1.1, 1.1, 0.8, 0.8]),
+        "spherical_aberration_mm": 2.7, "amplitude_contrast": 0.07,
+    }  # fmt: skip
+    names = ["m0", "m1", "m2", "n0", "n1"]
+    files = {
+        "micrograph_name": np.array([f"MotionCorr/job002/{n}.mrc" for n in names], dtype=object),
+        "metadata_name": np.array([f"MotionCorr/job002/motion/{n}.star" for n in names], dtype=object),
+    }
+    star.write_corrected_micrographs(job / "corrected_micrographs.star", {**optics, **files})
+    plan = make_plan(project_from(project, tmp_path / "p.yaml"))
+    first, second = plan.data_sets["set1"], plan.data_sets["set2"]
+    assert (first.movies, first.gain) == ("rel/Movies/*.tif", "rel/gain.mrc")
+    assert (second.movies, second.gain) == ("rel/Day2/*.tif", None)
+    assert plan.constants["set1"]["dose_per_frame"] == 1.25
+    assert {k: plan.constants["set2"][k] for k in ("voltage_kv", "pixel_size_angstrom", "dose_per_frame")} == {
+        "voltage_kv": 200.0, "pixel_size_angstrom": 0.8, "dose_per_frame": 0.9,
+    }  # fmt: skip
+
+
 def test_movies_that_one_project_file_cannot_describe_are_refused(tmp_path):
     relion_project(tmp_path / "a", doses=(1.0, 1.25, 1.25))
-    with pytest.raises(InputError, match="several values of rlnMicrographDoseRate"):
+    with pytest.raises(InputError, match=r"Movies differ in gain, dose or optics"):
         project_from(tmp_path / "a", tmp_path / "p.yaml")
     relion_project(tmp_path / "b")
     (tmp_path / "b" / "Movies" / "m1.tif").unlink()

@@ -59,7 +59,7 @@ def project_from_movies(movies: str, output: str | Path, session: Session, gain:
     first = open_movie(found[0])
     frames, height, width = first.shape
     about = f"{len(found)} movies; the first has {frames} frames of {height} x {width} pixels"
-    return _written(output, about, _movie_lines(folder / pattern, gain, session, output))
+    return _written(output, about, _movie_lines([(folder / pattern, Path(gain) if gain else None, session)], output))
 
 
 def project_from(path: str | Path, output: str | Path) -> Path:
@@ -108,34 +108,34 @@ def project_from(path: str | Path, output: str | Path) -> Path:
 
 
 def _from_star_of_movies(path: Path, output: Path, table: Any) -> Path:
-    """From ``movies.star``, or ``corrected_micrographs.star`` with its files of motion, which name movies, gain and doses."""
-    columns, gain, dose, before = star.read_micrographs(path), None, 1.0, 0.0
-    names = [str(n) for n in columns.get("movie_name", ())]
-    if "rlnMicrographMetadata" in table:
-        general: list[Any] = [star.read_tables(_found(str(n), path))["general"] for n in table["rlnMicrographMetadata"]]
-        names = [str(one["rlnMicrographMovieName"]) for one in general]
-        same = {key: {str(one.get(f"rlnMicrograph{key}", "")) for one in general} for key in ("GainName", "DoseRate", "PreExposure")}
-        for key, values in same.items():
-            if len(values) > 1:
-                raise InputError(f"{path}: the movies have several values of rlnMicrograph{key}.", "", "make one project file for each")
-        gain = _found(values.pop(), path) if (values := same["GainName"] - {""}) else None
-        dose, before = (float(next(iter(same[key])) or default) for key, default in (("DoseRate", 1.0), ("PreExposure", 0.0)))
-    optics = {n: np.unique(columns[n]) for n in ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast", "pixel_size_angstrom")}
-    for name, values_of in optics.items():
-        if len(values_of) > 1:
-            raise InputError(f"{path}: the movies have several values of {name}.", "it has several optics groups", "make one file for each")
-    files = [_found(name, path) for name in names]
-    places = {(file.parent, file.suffix) for file in files}
-    if len(places) != 1:
-        raise InputError(f"{path}: its movies are in several folders, or of several formats.", "", "write one project file for each")
-    pattern = files[0].parent / f"*{files[0].suffix}"
-    session = Session(**{name: float(v[0]) for name, v in optics.items()}, dose_per_frame=dose, pre_exposure=before)
-    lines = _movie_lines(pattern, gain, session, output)
-    others = len(list(pattern.parent.glob(pattern.name))) - len(files)
-    about = f"{len(files)} movies from {path.name}" + (f"; the pattern below finds {others} more" if others else "")
-    if "rlnMicrographMetadata" not in table:
+    """From ``movies.star``, or ``corrected_micrographs.star`` with its files of motion, which name movies, gain and doses.
+
+    Movies of another folder, gain, dose or optics are a data set of their own.
+    """
+    columns = star.read_micrographs(path)
+    known = "rlnMicrographMetadata" in table
+    general: list[Any] = [star.read_tables(_found(str(n), path))["general"] for n in table["rlnMicrographMetadata"]] if known else []
+    names = [str(one["rlnMicrographMovieName"]) for one in general] if known else [str(n) for n in columns.get("movie_name", ())]
+    groups: dict[tuple[Path, Path | None, Session], list[Path]] = {}
+    for row, name in enumerate(names):
+        file, one = _found(name, path), general[row] if known else {}
+        gain = str(one.get("rlnMicrographGainName", ""))
+        optics = {n: float(columns[n][row]) for n in ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast", "pixel_size_angstrom")}
+        dose, before = (float(one.get(f"rlnMicrograph{key}", default)) for key, default in (("DoseRate", 1.0), ("PreExposure", 0.0)))
+        session = Session(**optics, dose_per_frame=dose, pre_exposure=before)
+        groups.setdefault((file.parent / f"*{file.suffix}", _found(gain, path) if gain else None, session), []).append(file)
+    patterns = [pattern for pattern, _, _ in groups]
+    if shared := next((pattern for pattern in patterns if patterns.count(pattern) > 1), None):
+        raise InputError(
+            f"{path}: movies of {shared.parent} differ in gain, dose or optics.",
+            "several sessions were copied into one folder",
+            "sort them into folders, and list each as a data set of inputs",
+        )
+    others = sum(len(list(pattern.parent.glob(pattern.name))) for pattern in patterns) - len(names)
+    about = f"{len(names)} movies from {path.name}" + (f"; the patterns below find {others} more" if others else "")
+    if not known:
         about += "; it does not say the dose: set dose_per_frame, and the gain"
-    return _written(output, about, lines)
+    return _written(output, about, _movie_lines(list(groups), output))
 
 
 def _found(name: str, path: Path) -> Path:
@@ -217,17 +217,31 @@ def _beside(path: str | Path, output: Path) -> str:
     return os.path.relpath(Path(path).absolute(), output.absolute().parent)
 
 
-def _movie_lines(pattern: Path, gain: str | Path | None, session: Session, output: Path) -> dict[str, Any]:
-    named = {"gain": _beside(gain, output)} if gain else {}
-    return {"inputs": {"movies": _beside(pattern, output), **named}, "session": session}
+def _movie_lines(groups: list[tuple[Path, Path | None, Session]], output: Path) -> dict[str, Any]:
+    """The sections ``inputs`` and ``microscope`` of movies: of one data set, or a list of several with their optics."""
+    sets = [{"movies": _beside(pattern, output), **({"gain": _beside(gain, output)} if gain else {})} for pattern, gain, _ in groups]
+    if len(groups) == 1:
+        return {"inputs": sets[0], "session": groups[0][2]}
+    named = [{"name": f"set{n}", **one, "microscope": _microscope(session)} for n, (one, (*_, session)) in enumerate(zip(sets, groups), 1)]
+    sizes = {session.pixel_size_angstrom for *_, session in groups}
+    return {"inputs": named, "pixel_size_angstrom": sizes.pop() if len(sizes) == 1 else None}
 
 
-def _picking(diameter_angstrom: float, pixel_size_angstrom: float) -> list[str]:
-    box = 2 * round(0.8 * diameter_angstrom / pixel_size_angstrom)
-    small = max(8, min(box, 2 * round(0.5 * box * pixel_size_angstrom / _FINEST_ANGSTROM)))
+def _microscope(session: Session) -> dict[str, float]:
+    return {name: getattr(session, name) for name in _MEANING}
+
+
+def _picking(diameter_angstrom: float, pixel_size_angstrom: float | None) -> list[str]:
+    """Steps from micrographs to classes; without a pixel size for micrographs of several."""
+    box = f"box_angstrom: {1.6 * diameter_angstrom:g}, pixel_size_angstrom: {_FINEST_ANGSTROM}"
+    unit = "Angstrom"
+    if pixel_size_angstrom is not None:
+        pixels, unit = 2 * round(0.8 * diameter_angstrom / pixel_size_angstrom), "pixels of the micrograph"
+        small = max(8, min(pixels, 2 * round(0.5 * pixels * pixel_size_angstrom / _FINEST_ANGSTROM)))
+        box = f"box: {pixels}, scale_to: {small}"
     return [
         f"pick: {{diameter_angstrom: {diameter_angstrom:g}}}      # of the particle",
-        f"extract: {{box: {box}, scale_to: {small}}}      # box: 1.5 to 2 diameters, in pixels of the micrograph",
+        f"extract: {{{box}}}      # box: 1.5 to 2 diameters, in {unit}",
         "classify2d: {classes: 20}",
         "curate: {keep: auto}",
     ]
@@ -257,13 +271,18 @@ def _written(output: Path, about: str, content: dict[str, Any], steps: list[str]
         "inputs:",
     ]
     notes = {"gain": "multiplies the counts; gain_rotate and gain_flip turn it"}
-    lines += [f"  {key}: {value(text)}" + (f"      # {notes[key]}" if key in notes else "") for key, text in content["inputs"].items()]
+    if isinstance(content["inputs"], list):
+        lines += [f"  - {value(one)}" for one in content["inputs"]]
+    else:
+        lines += [f"  {key}: {value(text)}" + (f"      # {notes[key]}" if key in notes else "") for key, text in content["inputs"].items()]
+    if steps is None:
+        pixel = session.pixel_size_angstrom if session is not None else content["pixel_size_angstrom"]
+        steps = ["motion", "ctf", *_picking(session.diameter_angstrom if session is not None else 150.0, pixel)]
     if session is not None:
-        steps = ["motion", "ctf", *_picking(session.diameter_angstrom, session.pixel_size_angstrom)]
         lines.append("microscope:")
         for key, meaning in _MEANING.items():
             lines.append(f"  {key}: {getattr(session, key):g}" + (f"      # {meaning}" if meaning else ""))
-    lines += ["pipeline:", *(f"  - {step}" for step in steps or ())]
+    lines += ["pipeline:", *(f"  - {step}" for step in steps)]
     lines += ["cluster: local      # or the name of a cluster, or a cluster file", ""]
     with disk_errors(output.parent):
         output.write_text("\n".join(lines), encoding="utf-8")
