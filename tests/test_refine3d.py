@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from cryodask.errors import InputError
 from cryodask.kernels.fourier import soft_sphere
 from cryodask.kernels.fsc import fsc
-from cryodask.kernels.maximisation import measure_support, next_rings, solvent_support
+from cryodask.kernels.maximisation import HalfMaps, next_rings
 from cryodask.kernels.orientations import angular_error_deg, euler_to_matrix, random_rotations
 from cryodask.kernels.projection import cut_map
 from cryodask.kernels.symmetry import symmetry_operators
@@ -187,7 +187,7 @@ def test_independent_noise_has_no_support_beyond_the_common_shells():
         g = torch.Generator().manual_seed(seed)
         common = 30.0 * cut_map(torch.randn(BOX, BOX, BOX, generator=g), 4)
         halves = [cut_map(torch.randn(BOX, BOX, BOX, generator=g), 12.5) + common for _ in range(2)]
-        support = measure_support(*halves, mask, inserted=12, common=4, operators=4, generator=g)
+        support = HalfMaps.of(*halves, inserted=12, common=4, generator=g).support(mask, 4)
         assert support.last <= 5
         assert next_rings(support, inserted=12, limit=23, start=4) == 4
 
@@ -197,7 +197,7 @@ def test_next_rings_keep_a_guard_shell_until_the_end():
     signal = 100.0 * torch.randn(BOX, BOX, BOX, generator=g)
     for inserted, limit, want in ((12, 23, 11), (23, 23, 22)):
         halves = [cut_map(signal + torch.randn(BOX, BOX, BOX, generator=g), inserted + 0.5) for _ in range(2)]
-        support = measure_support(*halves, torch.ones(BOX, BOX, BOX), inserted=inserted, common=4, operators=1, generator=g)
+        support = HalfMaps.of(*halves, inserted=inserted, common=4, generator=g).support(torch.ones(BOX, BOX, BOX), 1)
         assert support.last == inserted
         assert next_rings(support, inserted=inserted, limit=limit, start=4) == want
 
@@ -211,9 +211,9 @@ def test_the_search_may_use_what_solvent_hides():
         last = []
         for strength in (10.0, 0.0):
             halves = [cut_map(strength * molecule + torch.randn(BOX, BOX, BOX, generator=g), 20.5) for _ in range(2)]
-            rule = {"inserted": 20, "common": 3, "operators": 1, "generator": g}
-            support = measure_support(*halves, sphere, **rule)
-            last.append((support.last, solvent_support(*halves, sphere, support, PIXEL, **rule).last))
+            maps = HalfMaps.of(*halves, inserted=20, common=3, generator=g)
+            support = maps.support(sphere, 1)
+            last.append((support.last, maps.solvent_support(sphere, support, PIXEL, 1).last))
         (in_sphere, in_molecule), (_, of_noise) = last
         assert in_molecule >= in_sphere + 3
         assert of_noise <= 5

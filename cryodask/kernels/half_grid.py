@@ -57,6 +57,12 @@ def fold_half_grid(grid: Tensor, operators: np.ndarray) -> Tensor:
     mates = torch.flip(plane, (0, 1)).clone()
     mates[..., 1] *= -1.0
     plane += mates
+    if all(np.allclose(np.abs(g), np.eye(3), atol=1e-6) for g in operators):
+        # half-turns about the axes: the half grid maps onto itself, or onto its mates
+        turned = [_half_turn(grid, g) for g in operators if not np.allclose(g, np.eye(3), atol=1e-6)]
+        for other in turned:
+            grid += other
+        return grid
     if len(operators) > 1:
         for channel in range(3):
             right = grid[..., channel]
@@ -65,6 +71,15 @@ def fold_half_grid(grid: Tensor, operators: np.ndarray) -> Tensor:
             # the imaginary part is odd under the group only together with its mates, so the whole grid is turned
             grid[..., channel] = symmetrise_grid(whole[None], operators)[0, :, :, right.shape[2] - 1 :]
     return grid
+
+
+def _half_turn(grid: Tensor, operator: np.ndarray) -> Tensor:
+    """``F(g k)`` of a half grid `(z, y, x, 3)`, for g = diag(+-1, +-1, +-1): where it turns x, F(g k) is the conjugate of F(-g k)."""
+    turned = np.diag(operator) * np.sign(operator[0, 0])
+    out = torch.flip(grid, [axis for axis, sign in ((0, turned[2]), (1, turned[1])) if sign < 0])
+    if operator[0, 0] < 0:
+        out[..., 1] *= -1.0
+    return out
 
 
 def shells_of_slab(half: int, z: int, device: torch.device) -> Tensor:

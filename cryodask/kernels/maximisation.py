@@ -42,66 +42,81 @@ def noise_correlation_sd(shells: int, operators: int, filled_fraction: float = 1
     return 1.0 / torch.sqrt(4.0 * math.pi * r**2 * filled_fraction / operators)
 
 
-def measure_support(
-    half1: Tensor, half2: Tensor, mask: Tensor, *, inserted: int, common: int, operators: int, generator: torch.Generator
-) -> Support:
-    """Apply the rule of this module to two unregularised half-maps.
+@dataclass(frozen=True)
+class HalfMaps:
+    """Two unregularised half-maps `(z, y, x)`, and what does not depend on a mask.
 
     Parameters
     ----------
-    half1, half2 : Tensor, `(z, y, x)`
+    first, second : Tensor, `(z, y, x)`
         Zero beyond shell ``inserted``.
-    mask : Tensor, `(z, y, x)`
-        Soft, not made from the maps.
     inserted : int
         Last shell to which slices were inserted.
     common : int
         Last shell of the map from which both halves started: correlated by construction, so that only 0.143 is required of it and phases
         are randomised only beyond it.
-    operators : int
-        Order of the point group.
+    unmasked : Tensor, `(shell,)`
+        Correlations without a mask.
+    randomised_from : int
+        First shell whose phases are random in ``noisy``.
+    noisy : tuple of pairs of `(z, y, x)`
+        The maps with random phases, once per draw.
     """
-    count = inserted + 1
-    unmasked = fsc(half1, half2)[:count]
-    masked = fsc(half1 * mask, half2 * mask)[:count]
-    weak = torch.nonzero(unmasked[1:] < 0.8)
-    first = max(int(weak[0]) + 1 if len(weak) else count, common + 1)
-    randomised = masked.clone()
-    corrected = masked.clone()
-    if first < count:
-        radius = half_radius(half1.shape[-1], half1.device)
-        transforms = [torch.fft.rfftn(h) for h in (half1, half2)]
-        draws = []
-        for _ in range(_RANDOM_DRAWS):
-            noisy = (torch.fft.irfftn(randomise_phases(t, radius, first - 0.5, generator), s=half1.shape) * mask for t in transforms)
-            draws.append(fsc(*noisy)[:count])
-        randomised[first:] = torch.stack(draws).mean(0)[first:]
-        corrected[first:] = ((masked - randomised) / (1.0 - randomised).clamp(min=0.05))[first:]
-    filled = float((mask.double() ** 2).sum() ** 2 / (mask.numel() * (mask.double() ** 4).sum()))
-    least_masked = (SIGNIFICANCE * noise_correlation_sd(count, operators, filled)).clamp(0.143, 0.9)
-    least_unmasked = SIGNIFICANCE * noise_correlation_sd(count, operators)
-    good = (corrected.cpu() >= least_masked) & (unmasked.cpu() >= least_unmasked)
-    shells = torch.arange(count)
-    good = torch.where(shells <= common, corrected.cpu() >= 0.143, good) | (shells < 2)
-    failed = torch.nonzero(~good)
-    last = int(failed[0]) - 1 if len(failed) else inserted
-    return Support(unmasked, masked, randomised, corrected, last)
 
+    first: Tensor
+    second: Tensor
+    inserted: int
+    common: int
+    unmasked: Tensor
+    randomised_from: int
+    noisy: tuple[tuple[Tensor, Tensor], ...]
 
-def solvent_support(
-    half1: Tensor, half2: Tensor, mask: Tensor, support: Support, voxel_angstrom: float, *, inserted: int, common: int, operators: int,
-    generator: torch.Generator,
-) -> Support:  # fmt: skip
-    """What the halves support within the molecule, for the next search: solvent fills most of a spherical ``mask`` and hides signal.
+    @classmethod
+    def of(cls, first: Tensor, second: Tensor, *, inserted: int, common: int, generator: torch.Generator) -> HalfMaps:
+        """Compare two maps without a mask, and randomise their phases."""
+        count = inserted + 1
+        unmasked = fsc(first, second)[:count]
+        weak = torch.nonzero(unmasked[1:] < 0.8)
+        start = max(int(weak[0]) + 1 if len(weak) else count, common + 1)
+        noisy: list[tuple[Tensor, Tensor]] = []
+        if start < count:
+            radius = half_radius(first.shape[-1], first.device)
+            transforms = [torch.fft.rfftn(h) for h in (first, second)]
+            for _ in range(_RANDOM_DRAWS):
+                one, other = (torch.fft.irfftn(randomise_phases(t, radius, start - 0.5, generator), s=first.shape) for t in transforms)
+                noisy.append((one, other))
+        return cls(first, second, inserted, common, unmasked, start, tuple(noisy))
 
-    The solvent mask is made from both maps, so its correlations are corrected by phase randomisation, and no resolution is reported from
-    them. The range ends where they fall below 0.143, and not before that of ``support``; other parameters as for :func:`measure_support`.
-    """
-    own = own_solvent_mask(0.5 * (half1 + half2) * mask, voxel_angstrom, support.last)
-    found = measure_support(half1, half2, mask * own, inserted=inserted, common=common, operators=operators, generator=generator)
-    low = torch.nonzero(found.corrected[common + 1 :] < 0.143)
-    last = common + int(low[0]) if len(low) else inserted
-    return replace(found, last=max(support.last, last))
+    def support(self, mask: Tensor, operators: int) -> Support:
+        """Apply the rule of this module under a soft mask `(z, y, x)`; ``operators``: order of the point group."""
+        count, start = self.inserted + 1, self.randomised_from
+        masked = fsc(self.first * mask, self.second * mask)[:count]
+        randomised = masked.clone()
+        corrected = masked.clone()
+        if self.noisy:
+            randomised[start:] = torch.stack([fsc(one * mask, other * mask)[:count] for one, other in self.noisy]).mean(0)[start:]
+            corrected[start:] = ((masked - randomised) / (1.0 - randomised).clamp(min=0.05))[start:]
+        filled = float((mask.double() ** 2).sum() ** 2 / (mask.numel() * (mask.double() ** 4).sum()))
+        least_masked = (SIGNIFICANCE * noise_correlation_sd(count, operators, filled)).clamp(0.143, 0.9)
+        least_unmasked = SIGNIFICANCE * noise_correlation_sd(count, operators)
+        good = (corrected.cpu() >= least_masked) & (self.unmasked.cpu() >= least_unmasked)
+        shells = torch.arange(count)
+        good = torch.where(shells <= self.common, corrected.cpu() >= 0.143, good) | (shells < 2)
+        failed = torch.nonzero(~good)
+        last = int(failed[0]) - 1 if len(failed) else self.inserted
+        return Support(self.unmasked, masked, randomised, corrected, last)
+
+    def solvent_support(self, mask: Tensor, support: Support, voxel_angstrom: float, operators: int) -> Support:
+        """What the maps support within the molecule, for the next search: solvent fills most of a spherical ``mask`` and hides signal.
+
+        The solvent mask is made from both maps, so its correlations are corrected by phase randomisation, and no resolution is reported
+        from them. The range ends where they fall below 0.143, and not before that of ``support``, which is that of ``mask``.
+        """
+        own = own_solvent_mask(0.5 * (self.first + self.second) * mask, voxel_angstrom, support.last)
+        found = self.support(mask * own, operators)
+        low = torch.nonzero(found.corrected[self.common + 1 :] < 0.143)
+        last = self.common + int(low[0]) if len(low) else self.inserted
+        return replace(found, last=max(support.last, last))
 
 
 def next_rings(support: Support, *, inserted: int, limit: int, start: int) -> int:

@@ -19,7 +19,7 @@ from cryodask.kernels.expectation import Particles
 from cryodask.kernels.fourier import resize_map, soft_sphere
 from cryodask.kernels.half_grid import empty_half_grid, fold_half_grid, half_volume, reconstruct_half
 from cryodask.kernels.local_search import insert, residual_power
-from cryodask.kernels.maximisation import measure_support
+from cryodask.kernels.maximisation import HalfMaps
 from cryodask.kernels.orientations import random_rotations, small_rotation
 from cryodask.kernels.projection import cut_map
 from cryodask.kernels.rows import ImageRows, shell_counts, shell_power
@@ -132,9 +132,8 @@ def break_ties(
         noise[known] += NOISE_RATE * ((power / batch / counts[: inserted + 1]).float()[known] - noise[known])
         noise[0] = noise[1]
         odd, even = (reconstruct_half(grid, inserted, box, image_box=box) for grid in memory)
-        support = measure_support(
-            odd, even, seen, inserted=inserted, common=1, operators=len(operators), generator=torch.Generator().manual_seed(seed)
-        )
+        halves = HalfMaps.of(odd, even, inserted=inserted, common=1, generator=torch.Generator().manual_seed(seed))
+        support = halves.support(seen, len(operators))
         rings = max(first, min(support.last, last, rings + 1))
         trusted = support.corrected.clamp(1e-4, 0.999)
         trusted[rings + 1 :] = 1e-4

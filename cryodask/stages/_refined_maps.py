@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from cryodask.kernels.fourier import soft_sphere
 from cryodask.kernels.half_grid import fold_half_grid, mean_weight, reconstruct_half, resized_half_grid
-from cryodask.kernels.maximisation import measure_support, next_rings, solvent_support
+from cryodask.kernels.maximisation import HalfMaps, next_rings
 from cryodask.kernels.symmetry import symmetry_operators
 from cryodask.stage import Context, Metrics, State, Sums
 from cryodask.stages import _refinement as rf
@@ -61,18 +61,16 @@ def _next_maps(params: Refine3DParams, state: State, new: State, sums: list[Sums
     first, second = (reconstruct_half(grid, inserted, small, image_box=sizes.box, mean=mean) for grid, mean in zip(grids, means))
     voxel = sizes.length_angstrom / small
     sphere = soft_sphere(small, voxel, 0.95 * sizes.mask_diameter_angstrom / 2, 10.0, device=context.device)
-    rule: dict[str, Any] = {
-        "inserted": inserted, "common": state["start_rings"], "operators": len(operators),
-        "generator": torch.Generator().manual_seed(params.seed + 7919 * state["iteration"]),
-    }  # fmt: skip
-    support = measure_support(first, second, sphere, **rule)
+    generator = torch.Generator().manual_seed(params.seed + 7919 * state["iteration"])
+    halves = HalfMaps.of(first, second, inserted=inserted, common=state["start_rings"], generator=generator)
+    support = halves.support(sphere, len(operators))
     if drawn:
         known = support
         rings = max(state["start_rings"], min(support.last, sizes.ring_of(rf.DRAWN_ANGSTROM)))
     else:
-        known = solvent_support(first, second, sphere, support, voxel, **rule)
+        known = halves.solvent_support(sphere, support, voxel, len(operators))
         rings = next_rings(known, inserted=inserted, limit=sizes.last, start=state["start_rings"])
-    del first, second
+    del first, second, halves
     new["rings"] = rings
     new["maps"] = rf.updated_maps(state, grids, means, known, inserted, rings)
     new["resolutions"] = np.append(state["resolutions"], sizes.length_angstrom / max(support.last, 1))

@@ -46,7 +46,7 @@ class AbInitioParams(Params):
 
 
 @stage(
-    version=3,
+    version=4,
     shape="tournament",
     needs=["particle_image"],
     ports=["exposures[ctf, optics, aberrations?]", "particles[image, ctf?]"],
