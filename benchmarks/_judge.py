@@ -22,7 +22,7 @@ from cryodask.kernels.fourier import soft_sphere
 from cryodask.kernels.fsc import fsc, half_radius
 from cryodask.kernels.half_grid import reconstruct_half
 from cryodask.kernels.local_search import grid_of_poses
-from cryodask.kernels.maximisation import crossing, measure_support
+from cryodask.kernels.maximisation import HalfMaps, crossing
 from cryodask.kernels.orientations import euler_to_matrix, healpix_angles, random_rotations
 from cryodask.kernels.rows import image_rows, shell_counts, shell_power
 from cryodask.kernels.symmetry import symmetry_operators
@@ -337,14 +337,8 @@ def true_poses(stack: Stack, mask_diameter: float, symmetry: str) -> tuple[dict[
         origins = torch.from_numpy(stack.poses.origins_angstrom / pixel).float()[some]
         grids.append(grid_of_poses(rows, some, noise, stack.poses.rotations[some], origins, last, operators))
     halves = [reconstruct_half(grid, last, box, image_box=box) for grid in grids]
-    support = measure_support(
-        *halves,
-        soft_sphere(box, pixel, 0.95 * mask_diameter / 2, 10.0),
-        inserted=last,
-        common=min(5, last),
-        operators=len(operators),
-        generator=torch.Generator().manual_seed(0),
-    )
+    maps = HalfMaps.of(*halves, inserted=last, common=min(5, last), generator=torch.Generator().manual_seed(0))
+    support = maps.support(soft_sphere(box, pixel, 0.95 * mask_diameter / 2, 10.0), len(operators))
     trusted = support.corrected.clamp(1e-4, 0.999)
     trusted[support.last + 1 :] = 1e-4
     final = reconstruct_half(grids[0] + grids[1], last, box, image_box=box, ssnr=2.0 * trusted / (1.0 - trusted)).numpy()
