@@ -192,6 +192,7 @@ register(
 register(
     [
         Var("pick_score", ("slot",), "f4", "1", "normalised correlation with the learnt radial template"),
+        Var("cryosparc_uid", ("slot",), "i8", "1", "uid of the particle in cryoSPARC, its 64 bits as a signed integer; 0 if it has none"),
         Var("pick_accepted", ("slot",), "i1", "1", "1 if the score is above the threshold"),
         Var("pick_threshold", (), "f8", "1", "score above which peaks are accepted"),
         Var("pick_count", (), "i8", "1", "peaks accepted"),

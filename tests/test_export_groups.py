@@ -28,12 +28,12 @@ def exported(tmp_path_factory) -> Path:
     inputs = []
     for i, (name, (voltage, pixel)) in enumerate(SETS.items()):
         (folder / f"d{i}").mkdir()
-        frames = rng.poisson(8.0, (3, 128, 128)).astype(np.uint8)
+        gain = rng.normal(1.0, 0.02, (128, 128)).astype(np.float32)
+        frames = rng.poisson(8.0 / gain, (3, 128, 128)).astype(np.uint8)
         if i == 0:
             write_mrc_movie(folder / "d0" / "m0.mrc", frames, pixel)
         else:
             write_tiff_movie(folder / f"d{i}" / f"m{i}.tif", frames, pixel)
-        gain = rng.normal(1.0, 0.02, (128, 128)).astype(np.float32)
         write_mrc(folder / f"gain{i}.mrc", gain, pixel)
         star.write_coordinates(folder / "picks" / f"m{i}.star", np.array([50.0, 70.0]), np.array([60.0, 64.0]))
         scope = {"voltage_kv": voltage, "spherical_aberration_mm": 2.7, "pixel_size_angstrom": pixel, "dose_per_frame": 1.0 + i}

@@ -60,7 +60,9 @@ def of_movies(folder: Path) -> Path:
     (folder / "movies").mkdir()
     for i in range(3):
         write_tiff_movie(folder / "movies" / f"m{i}.tif", frames_of(i, size=256), PIXEL)
-    write_mrc(folder / "gain.mrc", np.random.default_rng(0).uniform(0.9, 1.1, (256, 256)).astype(np.float32), PIXEL)
+    gain = np.full((256, 256), 1.05, np.float32)  # a pattern that the movies lack would be refused
+    gain[40, 50:53] = 0.0
+    write_mrc(folder / "gain.mrc", gain, PIXEL)
     (folder / "m.yaml").write_text(MOVIES)
     return folder / "m.yaml"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from test_counts import here  # noqa: F401
 from test_cryosparc import columns
 from typer.testing import CliRunner
 
@@ -14,9 +15,11 @@ from cryodask.cli import app
 from cryodask.errors import InputError, ProjectFileError, StarError
 from cryodask.formats import cryosparc, star
 from cryodask.formats.movies import write_mrc_movie, write_tiff_movie
-from cryodask.formats.mrc import write_mrc
-from cryodask.interop import Session, project_from, project_from_movies
+from cryodask.formats.mrc import read_mrc, write_mrc
+from cryodask.interop import Session, export_cryosparc, project_from, project_from_movies
 from cryodask.run.recipe import make_plan
+from cryodask.run.session import run_plan
+from cryodask.store.project import Project
 
 SESSION = Session(300.0, 2.7, 1.1, 1.25, diameter_angstrom=160.0)
 
@@ -154,7 +157,29 @@ def test_particles_of_cryosparc(tmp_path, ending):
     np.testing.assert_allclose(table["defocus_u_angstrom"], before["defocus_u_angstrom"], rtol=1e-6)
     assert table["voltage_kv"].tolist() == before["voltage_kv"].tolist()
     assert set(table["image_stack"]) == {"job/particles_0.mrcs", "job/particles_1.mrcs"}
-    assert star.read_tables(tmp_path / "particles.star")["particles"]["cryosparcUid"].tolist() == [str(u) for u in before["cryosparc_uid"]]
+    kept = star.read_tables(tmp_path / "particles.star")["particles"]["cryosparcUid"]
+    assert kept.tolist() == before["cryosparc_uid"].view(np.int64).tolist()
+
+
+def test_particles_of_cryosparc_go_back_with_their_uids_poses_and_images(tmp_path, here):  # noqa: F811
+    (tmp_path / "job").mkdir()
+    before = columns(6, 4)
+    images = np.random.default_rng(0).normal(size=(2, 6, 64, 64)).astype(np.float32)
+    for i in range(2):
+        write_mrc(tmp_path / "job" / f"particles_{i}.mrcs", images[i], 2.5, stack=True)
+    cryosparc.write_particles(tmp_path / "job" / "particles.cs", before, (3000, 4000))
+    path = project_from(tmp_path / "job" / "particles.csg", tmp_path / "p.yaml")
+    run_plan(make_plan(path), here, until="import_particles")
+    export_cryosparc(Project(tmp_path / "p"), tmp_path / "back")
+    after = cryosparc.read_particles(tmp_path / "back" / "particles.csg")
+    back, order = np.argsort(after["cryosparc_uid"]), np.argsort(before["cryosparc_uid"])
+    assert after["cryosparc_uid"][back].tolist() == before["cryosparc_uid"][order].tolist()
+    for name in ("rot_deg", "tilt_deg", "psi_deg", "origin_y_angstrom", "origin_x_angstrom", "defocus_u_angstrom", "half_set"):
+        np.testing.assert_allclose(after[name][back], before[name][order], atol=0.02, err_msg=name)
+    stored = read_mrc(tmp_path / "back" / "particles.mrcs")[0]
+    for one, other in zip(back, order):
+        original = images[other % 2, before["image_index"][other]]
+        assert np.corrcoef(stored[after["image_index"][one]].ravel(), original.ravel())[0, 1] > 0.9999
 
 
 def test_a_star_file_of_micrographs_and_one_of_movies(tmp_path):

@@ -20,7 +20,7 @@ def export_cryosparc(project: Project, folder: str | Path) -> list[Path]:
     """Export the particles of a project with CTF, poses, half-sets and positions, and its maps; return the paths written.
 
     ``particles.csg`` is what cryoSPARC's job "Import Result Group" takes; with ``particles.cs`` and ``particles.mrcs``. The uid of a
-    particle is its id in the project. Which particles, images, maps: as for RELION.
+    particle is the one it came with, else its id in the project. Which particles, images, maps: as for RELION.
     """
     out = Path(folder)
     with disk_errors(out):
@@ -32,7 +32,9 @@ def export_cryosparc(project: Project, folder: str | Path) -> list[Path]:
             return written
         columns, images = found
         write_mrc(out / "particles.mrcs", images, columns["particle_pixel_size_angstrom"], stack=True)
-        columns["cryosparc_uid"] = columns["particle_id"].astype(np.uint64)
+        own = columns["particle_id"]
+        known = np.asarray(columns.get("cryosparc_uid", np.zeros_like(own)), np.int64)
+        columns["cryosparc_uid"] = np.where(known != 0, known, own).view(np.uint64)
         shapes = _shapes(exposures)
         names = columns["micrograph_name"].tolist()
         shape = np.array([shapes[n] for n in names]) if all(n in shapes for n in names) else None

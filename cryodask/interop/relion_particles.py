@@ -35,6 +35,7 @@ _COLUMNS = (
     "ctf_b_factor_angstrom2",
     "ctf_scale_factor",
     "particle_id",
+    "cryosparc_uid",
 )
 _IF_KNOWN = {"class_probability", "log_likelihood", "ctf_b_factor_angstrom2", "ctf_scale_factor"}
 """Columns that are left out if a particle has no value: imported poses have no likelihood."""
@@ -60,6 +61,8 @@ def exported_particles(exposures: Exposures) -> tuple[dict[str, Any], np.ndarray
             del columns[name]
     if "half_set" in columns and (columns["half_set"] < 0).any():
         del columns["half_set"]
+    if not np.any(columns.get("cryosparc_uid", 0)):
+        columns.pop("cryosparc_uid", None)
     if "class_number" in columns:
         columns["class_number"] = np.maximum(columns["class_number"], 0)
     if "pose" not in project.product(label, "particles").parts and "class_psi_deg" in particles:

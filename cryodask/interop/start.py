@@ -186,7 +186,7 @@ def _converted(path: Path, output: Path) -> Path:
     columns.pop("contrast_sign", None)
     with disk_errors(target.parent):
         if "image_stack" in columns:
-            columns["cryosparc_uid"] = columns["cryosparc_uid"].astype(str).astype(object)
+            columns["cryosparc_uid"] = columns["cryosparc_uid"].view(np.int64)
             columns["image_stack"] = np.array([_beside(_of_job(n, path), target) for n in columns["image_stack"]], dtype=object)
             star.write_particles(target, columns)
             return target

@@ -23,7 +23,7 @@ _ORIGINS = ("origin_y_angstrom", "origin_x_angstrom")
 _NEEDED = (
     *(*CTF_COLUMNS, *OPTICS, *_ANGLES, *_ORIGINS, "particle_y", "particle_x", "half_set", "class_number", "log_likelihood"),
     *("particle_pixel_size_angstrom", "pixel_size_angstrom", "particle_id", "birth_y", "birth_x"),
-    *("box", "phase_flipped", "ctf_b_factor_angstrom2", "ctf_scale_factor"),
+    *("box", "phase_flipped", "ctf_b_factor_angstrom2", "ctf_scale_factor", "cryosparc_uid"),
 )
 
 
@@ -122,7 +122,7 @@ def checked(table: ParticleTable, params: ImportParticlesParams) -> int | None:
         "natural_key", "particle_defocus_u_angstrom", "particle_defocus_v_angstrom", "particle_defocus_angle_deg",
         "particle_phase_shift_deg", "rot_deg", "tilt_deg", "psi_deg", "centre_y_angstrom", "centre_x_angstrom", "log_likelihood",
         "class_number", "class_probability", "voltage_kv", "spherical_aberration_mm", "amplitude_contrast",
-        "pixel_size_angstrom", "relion_optics", "ctf_b_factor_angstrom2", "ctf_scale_factor",
+        "pixel_size_angstrom", "relion_optics", "ctf_b_factor_angstrom2", "ctf_scale_factor", "cryosparc_uid",
     ],
 )  # fmt: skip
 def import_particles(
@@ -193,6 +193,7 @@ def import_particles(
         "centre_x_angstrom": centre[1],
         "class_number": np.asarray(rows.get("class_number", np.zeros(count)), np.int32),
         "class_probability": np.ones(count, np.float32),
+        "cryosparc_uid": np.asarray(rows.get("cryosparc_uid", np.zeros(count)), np.int64),
         "pixel_size_angstrom": pixel,
         **optics,
     }

@@ -48,7 +48,7 @@ COLUMNS = (
     Column("class_probability", "rlnMaxValueProbDistribution"),
     Column("log_likelihood", "rlnLogLikeliContribution"),
     Column("particle_id", "cryodaskParticleId", "i8"),
-    Column("cryosparc_uid", "cryosparcUid", "str"),
+    Column("cryosparc_uid", "cryosparcUid", "i8"),
     Column("birth_x", "cryodaskBirthX"),
     Column("birth_y", "cryodaskBirthY"),
 )
