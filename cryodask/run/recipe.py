@@ -338,6 +338,17 @@ def list_movies(plan: Plan, data_set: str = "", *, needed: bool = True) -> list[
     return found
 
 
+def broken_links(plan: Plan) -> list[str]:
+    """A message for each data set whose pattern matches links to files that do not exist."""
+    out = []
+    for name, inputs in plan.data_sets.items():
+        broken = sorted(os.path.basename(p) for p in movie_paths(plan, name) if os.path.islink(p) and not os.path.exists(p))
+        if broken:
+            some = f"{len(broken)} link{'s' * (len(broken) > 1)}"
+            out.append(f"{some} among the movies {inputs.movies} lead to no file and are left out: {', '.join(broken[:3])}")
+    return out
+
+
 def movie_paths(plan: Plan, data_set: str = "") -> list[str]:
     """What the pattern of a data set matches now, unsorted."""
     return glob.glob(_with_literal_parts(plan.resolve(plan.data_sets[data_set].movies or "")), recursive=True)

@@ -15,6 +15,7 @@ import numpy as np
 
 from cryodask.errors import CryodaskError, InputError, MovieError
 from cryodask.formats.presence import show_name
+from cryodask.formats.star import stem
 from cryodask.parameters import marked_fields
 from cryodask.run.imports import PicksImport, TableImport, content_id
 from cryodask.run.project_import import ProjectImport
@@ -95,7 +96,8 @@ def _distinct(arrivals: list[Arrival]) -> list[Arrival]:
     seen: dict[str, Arrival] = {}
     for arrival in arrivals:
         if arrival.name in seen:
-            both = [next((str(v) for k, v in a.inputs.items() if k.endswith("_path")), a.name) for a in (seen[arrival.name], arrival)]
+            two = (seen[arrival.name].inputs, arrival.inputs)
+            both = [str(i.get("micrograph_name") or next((v for k, v in i.items() if k.endswith("_path")), arrival.name)) for i in two]
             raise InputError(
                 f"Two inputs have the same name {arrival.name}: {both[0]} and {both[1]}.",
                 "files with the same name are in several folders, or differ only in their extension",
@@ -179,7 +181,7 @@ def _particles(plan: Plan, project: Project | None, step: Step) -> list[Arrival]
         former, its_stack = known.get(Path(name).name, (name, None))
         if former not in listed and (stack is None or its_stack in (None, inputs["stack_path"])):
             inputs["micrograph_name"] = former
-        out.append(Arrival(Path(name).stem, f"table:{path}:{inputs['micrograph_name']}", inputs))
+        out.append(Arrival(stem(name), f"table:{path}:{inputs['micrograph_name']}", inputs))
     return out
 
 

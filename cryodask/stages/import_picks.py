@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from cryodask.errors import MicrographError, StarError
-from cryodask.formats.star import bare, read_coordinates
+from cryodask.formats.star import bare, read_coordinates, stem
 from cryodask.products import Product
 from cryodask.stage import Context, Output, Params, SourceFile, stage
 
@@ -61,7 +61,7 @@ def import_picks(
 
 def _of(path: str, named: np.ndarray, micrograph: str) -> np.ndarray:
     """Mask of the rows that are picks of a micrograph: those of its name, or of the only name that begins with it."""
-    stems = [bare(Path(str(name)).stem) for name in named]
+    stems = [bare(stem(str(name))) for name in named]
     own = bare(micrograph)
     names = set(stems)
     longer = sorted(n for n in names if n.startswith(own) and not n[len(own) : len(own) + 1].isalnum())
@@ -72,4 +72,4 @@ def _of(path: str, named: np.ndarray, micrograph: str) -> np.ndarray:
             "the file belongs to another micrograph",
             "name the file as the micrograph of its rows",
         )
-    return np.array([stem == name for stem in stems], bool)
+    return np.array([one == name for one in stems], bool)

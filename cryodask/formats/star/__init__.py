@@ -5,7 +5,8 @@ of a stack from 1 (here from 0), and writes optics once per group (here once per
 later; a table of RELION 3.0 is read if it has its own optics columns, and refused otherwise.
 """
 
-from cryodask.formats.star.names import ALIASES, COLUMNS, OPTICS, Column, bare
+from cryodask.formats.star.names import ALIASES, COLUMNS, OPTICS, Column, bare, stem
+from cryodask.formats.star.numbers import LEAST_DEFOCUS
 from cryodask.formats.star.particles import ParticleTable, read_particle_table
 from cryodask.formats.star.read import Columns, find_beside, read_coordinates, read_labels, read_micrographs, read_optics, read_particles
 from cryodask.formats.star.tables import Tables, read_tables, write_tables
@@ -14,6 +15,7 @@ from cryodask.formats.star.write import write_coordinates, write_micrographs_ctf
 __all__ = [
     "ALIASES",
     "COLUMNS",
+    "LEAST_DEFOCUS",
     "OPTICS",
     "Column",
     "Columns",
@@ -28,6 +30,7 @@ __all__ = [
     "read_particle_table",
     "read_particles",
     "read_tables",
+    "stem",
     "write_coordinates",
     "write_micrographs_ctf",
     "write_motion",

@@ -12,7 +12,7 @@ import numpy as np
 
 from cryodask.errors import StarError
 from cryodask.formats.star.blocks import Loop, scan
-from cryodask.formats.star.names import ALIASES, COLUMNS, KEPT, NONE, OPTICS, PARTICLE_ID, SIDE, Column
+from cryodask.formats.star.names import ALIASES, COLUMNS, KEPT, NONE, OPTICS, PARTICLE_ID, SIDE, Column, stem
 from cryodask.formats.star.numbers import check_limits, floats, whole
 from cryodask.formats.star.rows import read_blocks, split_line, unquoted
 from cryodask.formats.star.texts import Coded, Images, encode
@@ -137,6 +137,10 @@ def _decoded(values: np.ndarray | Coded | Images) -> np.ndarray:
     return values.decode() if isinstance(values, Coded) else values
 
 
+def _length(values: np.ndarray | Coded | Images) -> int:
+    return len(values.codes if isinstance(values, Coded) else values.index if isinstance(values, Images) else values)
+
+
 def _tables(path: Path, wanted: Iterable[str], *, split_images: bool = False) -> dict[str, Loop | None]:
     """The wanted columns of every table; irregular files are read in full, and a list of pairs is a table of one row."""
     fast = scan(path, wanted, split_images=split_images)
@@ -165,8 +169,10 @@ def _read(path: Path, blocks: tuple[str, ...], need: str, *, keep: Collection[st
         )
     columns = dict(_translate(path, table, COLUMNS))
     check_limits(path, columns, "row", lambda row: row + 1)
+    _check_names(path, columns)
     optics = tables.get("optics")
-    columns.update(_optics_of_old_table(path, table) if optics is None else _spread_optics(path, optics, columns))
+    columns.update({} if optics is None else _spread_optics(path, optics, columns))
+    columns.update(_optics_of_rows(path, table, columns))
     for name in ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast", need):
         if name not in columns:
             relion = next(c.relion for c in OPTICS if c.name == name)
@@ -231,9 +237,13 @@ def _spread_optics(path: Path, optics: Loop, columns: Read) -> Read:
     import pandas as pd
 
     groups = dict(_translate(path, optics, (Column("optics_group", "rlnOpticsGroup", "i8"), *OPTICS)))
+    groups |= _kept(path, optics)
+    if groups and _length(next(iter(groups.values()))) == 1 and columns:  # the only group is that of all rows
+        groups.setdefault("optics_group", np.asarray(columns.get("optics_group", [1]))[:1])
+        count = _length(next(iter(columns.values())))
+        columns.setdefault("optics_group", np.full(count, np.asarray(groups["optics_group"])[0]))
     if "optics_group" not in groups or "optics_group" not in columns:
         raise missing_column(path, "rlnOpticsGroup")
-    groups |= _kept(path, optics)
     numbers = np.asarray(groups.pop("optics_group")).tolist()
     row_of = {number: row for row, number in enumerate(numbers)}
     twice = next((n for n in numbers if numbers.count(n) > 1), None)
@@ -248,8 +258,8 @@ def _spread_optics(path: Path, optics: Loop, columns: Read) -> Read:
             "add the group to data_optics",
         )
     rows = np.array([row_of[int(g)] for g in used], dtype=np.int64)
-    there = {name: np.asarray(v)[rows] for name, v in groups.items() if not isinstance(v, (Coded, Images))}
-    check_limits(path, there, "optics group", lambda row: numbers[rows[row]], needed=True)
+    given = {name: np.asarray(v)[rows] for name, v in groups.items() if not isinstance(v, (Coded, Images))}
+    check_limits(path, given, "optics group", lambda row: numbers[rows[row]], needed=True)
     rows = rows[codes]
     return {name: Coded(v.codes[rows], v.names) if isinstance(v, Coded) else np.asarray(v)[rows] for name, v in groups.items()}
 
@@ -265,47 +275,85 @@ def _kept(path: Path, table: Loop) -> Read:
     return {"relion_optics": encode(json.dumps(row) for row in rows)}
 
 
-def _optics_of_old_table(path: Path, table: Loop) -> Read:
-    """Optics and origins of a RELION 3.0 table, from its own columns (origins were in pixels)."""
-    columns = dict(_translate(path, table, OPTICS)) | _kept(path, table)
-    check_limits(path, columns, "row", lambda row: row + 1, needed=True)
+def _optics_of_rows(path: Path, table: Loop, columns: Read) -> Read:
+    """Optics and origins that the rows have themselves (RELION 3.0 has no others); they must agree with those of their groups.
+
+    RELION passes over them where there are groups, so that images multiplied by their CTF would be taken for others.
+    """
+    own: Read = dict(_translate(path, table, OPTICS))
+    check_limits(path, own, "row", lambda row: row + 1, needed=True)
+    for name, values in own.items():
+        group = columns.get(name)
+        if isinstance(values, np.ndarray) and isinstance(group, np.ndarray) and not np.allclose(values, group, rtol=1e-3, atol=0):
+            row = int(np.flatnonzero(~np.isclose(values, group, rtol=1e-3, atol=0))[0])
+            relion = next(c.relion for c in OPTICS if c.name == name)
+            raise StarError(
+                f"{path}: {relion} of row {row + 1} is {values[row]:g}, but {group[row]:g} in its optics group.",
+                "the table was edited, or joined with another",
+                "remove the wrong one",
+            )
+    out = {name: values for name, values in own.items() if name not in columns} | _both_kept(columns, _kept(path, table))
     if {"rlnDetectorPixelSize", "rlnMagnification"} <= set(table):
         two = (Column("detector_um", "rlnDetectorPixelSize"), Column("magnification", "rlnMagnification"))
         detector, magnification = (np.asarray(values) for _, values in _translate(path, table, two))
         with np.errstate(divide="ignore", invalid="ignore"):
             pixel = detector * 1e4 / magnification
-        check_limits(path, {"pixel_size_angstrom": pixel}, "row", lambda row: row + 1, needed=True)
-        columns.setdefault("pixel_size_angstrom", pixel)
-        columns.setdefault("particle_pixel_size_angstrom", pixel)
-    if "particle_pixel_size_angstrom" in columns:
+        for name in {"pixel_size_angstrom", "particle_pixel_size_angstrom"} - {*columns, *out}:
+            check_limits(path, {name: pixel}, "row", lambda row: row + 1, needed=True)
+            out[name] = pixel
+    image_pixel = out.get("particle_pixel_size_angstrom", columns.get("particle_pixel_size_angstrom"))
+    if image_pixel is not None:
         origins = (Column("origin_x_angstrom", "rlnOriginX"), Column("origin_y_angstrom", "rlnOriginY"))
         for name, pixels in _translate(path, table, origins):
-            columns[name] = np.asarray(pixels) * np.asarray(columns["particle_pixel_size_angstrom"])
-    return columns
+            if name not in columns:
+                out[name] = np.asarray(pixels) * np.asarray(image_pixel)
+    return out
 
 
-def read_labels(path: str | Path) -> frozenset[str]:
-    """Labels of the first table that is not the optics, without the underscore; only the head of the file is read.
+def _both_kept(columns: Read, own: Read) -> Read:
+    """What is kept of the optics of the groups and of the rows; that of the groups counts, as in RELION."""
+    import pandas as pd
+
+    group, row = columns.get("relion_optics"), own.get("relion_optics")
+    if not isinstance(group, Coded) or not isinstance(row, Coded):
+        return own
+    codes, pairs = pd.factorize(group.codes.astype(np.int64) * len(row.names) + row.codes)
+    texts = [json.dumps(json.loads(row.names[p % len(row.names)]) | json.loads(group.names[p // len(row.names)])) for p in pairs.tolist()]
+    return {"relion_optics": Coded(codes.astype(np.int32), texts)}
+
+
+def _check_names(path: Path, columns: Read) -> None:
+    for name, relion in (("micrograph_name", "rlnMicrographName"), ("movie_name", "rlnMicrographMovieName")):
+        values = columns.get(name)
+        if isinstance(values, Coded) and (bad := [one for one in values.names if stem(one) in ("", ".", "..")]):
+            raise StarError(f"{path}: {relion} {bad[0]!r} is not the name of a file", "", "correct it, or remove its rows")
+
+
+def read_labels(path: str | Path, *tables: str) -> frozenset[str]:
+    """Labels, without the underscore, of the first of some tables that the file has, else of its first table that is not the optics.
+
+    No more is read than the head of the file, if it begins with the first of these tables.
 
     Raises
     ------
     StarError
         If the file cannot be read, or has no table.
     """
-    labels: set[str] = set()
-    block = ""
+    labels: dict[str, set[str]] = {}
+    block, in_head = "", True
     for words in _head(Path(path)):
         if words[0].startswith("data_") and len(words) == 1:
-            if labels and block != "optics":
+            block, in_head = words[0].removeprefix("data_"), True
+        elif words[0].startswith("_") and in_head:
+            labels.setdefault(block, set()).add(words[0][1:])
+        elif words[0] != "loop_":
+            in_head = False
+            if block == tables[0]:
                 break
-            block, labels = words[0].removeprefix("data_"), set()
-        elif words[0].startswith("_"):
-            labels.add(words[0][1:])
-        elif words[0] != "loop_" and labels and block != "optics":
-            break
-    if not labels:
+    found = next((labels[name] for name in (*tables, *(name for name in labels if name != "optics")) if name in labels), None)
+    if found is None:
         raise StarError(f"{path} has no table.", "it is another kind of file, or empty", "give a RELION STAR file")
-    return frozenset(labels)
+    return frozenset(found)
 
 
 def _head(path: Path) -> Iterator[list[str]]:
