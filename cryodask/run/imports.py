@@ -267,7 +267,10 @@ class PicksImport:
     def digest(self, item: Item) -> str:
         """Digest of the file's content."""
         path = self._file(item)
-        return content_id(path, path.stat().st_size) if path is not None else "none"
+        try:
+            return content_id(path, path.stat().st_size) if path is not None else "none"
+        except OSError:  # a link that leads nowhere: reading it says so
+            return f"unreadable:{path.name if path else ''}"
 
 
 class EditsImport:

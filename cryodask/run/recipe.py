@@ -100,6 +100,8 @@ class ProjectFile(StrictModel):
     def _names_a_folder(cls, name: str) -> str:
         if "/" in name or not name.isprintable() or name.strip() != name or set(name) == {"."} or name.startswith("~"):
             raise ValueError("must be the name of a folder, without / and spaces at its ends")
+        if len(os.fsencode(name)) > 200:
+            raise ValueError("is longer than a file system allows: give at most 200 characters")
         return name
 
     @model_validator(mode="after")

@@ -98,6 +98,8 @@ def _distinct(arrivals: list[Arrival]) -> list[Arrival]:
         if arrival.name in seen:
             two = (seen[arrival.name].inputs, arrival.inputs)
             both = [str(i.get("micrograph_name") or next((v for k, v in i.items() if k.endswith("_path")), arrival.name)) for i in two]
+            if both[0] == both[1]:
+                raise InputError(f"{both[0]} is listed twice.", "a table was joined with itself", "remove one of its rows")
             raise InputError(
                 f"Two inputs have the same name {arrival.name}: {both[0]} and {both[1]}.",
                 "files with the same name are in several folders, or differ only in their extension",
@@ -129,7 +131,7 @@ class Files:
         inputs: dict[str, Any] = {variable: relative, "source": source, **({"data_set": data_set} if data_set else {})}
         try:
             stat = os.stat(path)
-        except FileNotFoundError:  # gone since it was listed: its stage reports that, and the others are processed
+        except OSError:  # gone since it was listed, or a name that no file can have: its stage reports that, and the others are processed
             return Arrival(name, f"name:{relative}", inputs)
         inputs |= {"size": stat.st_size, "stat": [stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]}
         content = self._known.get((relative, stat.st_size, tuple(inputs["stat"])))
@@ -150,7 +152,7 @@ def _micrographs(plan: Plan, step: Step, files: Files) -> list[Arrival]:
     out = []
     for i, name in enumerate(names):
         path = find_beside(name, star)
-        made = files.arrival("micrograph_path", path or Path(name), step.label)
+        made = files.arrival("micrograph_path", path or star.absolute().parent / name, step.label)
         values: dict[str, Any] = {n: float(columns[n][i]) for n in keep if np.isfinite(columns[n][i])}
         if "relion_optics" in columns:
             values["relion_optics"] = str(columns["relion_optics"][i])

@@ -124,7 +124,7 @@ def find_beside(name: str, star: Path) -> Path | None:
     folders = dict.fromkeys((*star.absolute().parents, *star.resolve().parents))
     candidates = [Path(name)] if os.path.isabs(name) else [folder / name for folder in folders]
     # keep the name of a link, because many may point to one file
-    return next((p for p in candidates if p.is_file()), None)
+    return next((p for p in candidates if os.path.isfile(p)), None)  # False, too, for a name that no file can have
 
 
 def missing_column(path: Path, relion: str) -> StarError:
