@@ -223,6 +223,23 @@ def test_coordinates_of_another_frame_quarantine_their_micrograph(y, refused):
         extract()
 
 
+@pytest.mark.parametrize(("told", "refused"), [(None, False), (1.0, False), (1.005, False), (2.0, True), (0.5, True)])
+@pytest.mark.parametrize("where", ["MicrographPixelSize", "MicrographOriginalPixelSize", "optics"])
+def test_picks_in_pixels_of_another_size_quarantine_their_micrograph(tmp_path, told, refused, where):
+    rows = [{"CoordinateX": x, "CoordinateY": 5} for x in (3, 9)]
+    own = told is not None and where != "optics"
+    text = loop("coordinates", [{**row, where: told} if own else row for row in rows])
+    optics = loop("optics", [{**GROUP, "MicrographPixelSize": told}]) if told is not None and where == "optics" else ""
+    path = write(tmp_path / "a.star", optics + text)
+    stage = load_stages()["import_picks"]
+    values = {"coordinates_path": str(path), "micrograph_name": "a", "pixel_size_angstrom": 1.0}
+    if refused:
+        with pytest.raises(MicrographError, match=f"in pixels of {told:g} A"):
+            stage.process(stage.params(folder=str(tmp_path)), **values)
+    else:
+        assert stage.process(stage.params(folder=str(tmp_path)), **values)["pick_x"].tolist() == [3, 9]
+
+
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_unset_axes_are_those_of_old_files(tmp_path, order):
     data = np.arange(24, dtype="f4").reshape(2, 3, 4)
