@@ -118,23 +118,43 @@ def verify(
     project: ProjectArgument,
     repair: Annotated[bool, typer.Option("--repair", help="Invalidate damaged results; the next run recomputes them.")] = False,
 ) -> None:
-    """Reread everything and compare it with its checksums. The exit status is 1 if anything is damaged."""
+    """Reread everything and compare it with its checksums. The exit status is 1 if anything is damaged and not repaired."""
+    from cryodask.run.recipe import project_folder
+    from cryodask.store.broken_files import broken_files, set_aside
+    from cryodask.store.lock import ProjectLock
+
+    folder = project_folder(project)
+    broken = broken_files(folder)
+    for file in broken:
+        typer.echo(f"{file}: damaged, it cannot be read")
+    if broken and repair:
+        with ProjectLock(folder):
+            set_aside(broken)
+    elif broken:
+        typer.echo(f"{len(broken)} problems. Repair them with:  cryodask verify --repair {project}  and run the project again.")
+        raise typer.Exit(1)
+    if not (folder / "project.json").exists() and broken:
+        typer.echo(f"Set aside: {folder / 'project.json'}. Run the project again: its results are found and kept.")
+        return
     opened = open_project(project)
     problems = opened.verify()
     for problem in problems:
         typer.echo(problem)
     damaged = [p for p in problems if "harmless" not in p]
-    if not damaged:
+    if not damaged and not broken:
         typer.echo("Everything committed is intact.")
         return
-    if repair:
-        with opened.lock():
-            for item in open_project(project).repair():
-                typer.echo(f"invalidated: {item}")
-        typer.echo("Nothing was deleted. Run the project again to recompute these.")
-    else:
+    if not repair:
         typer.echo(f"{len(damaged)} problems. Repair them with:  cryodask verify --repair {project}  and run the project again.")
-    raise typer.Exit(1)
+        raise typer.Exit(1)
+    with opened.lock():
+        for item in open_project(project).repair():
+            typer.echo(f"invalidated: {item}")
+    left = [p for p in open_project(project).verify() if "harmless" not in p]
+    if left:
+        typer.echo(f"{len(left)} problems are left: {left[0]}")
+        raise typer.Exit(1)
+    typer.echo("Repaired; nothing was deleted. Run the project again to recompute what is missing.")
 
 
 for _command in (cli_history.gc, cli_history.history, cli_history.keep, cli_history.compare, cli_history.forget, cli_history.where):

@@ -66,9 +66,7 @@ def test_all_axis_orders_give_z_y_x(tmp_path: Path, axes: tuple[int, int, int], 
     assert voxel == 2.0
 
 
-@pytest.mark.parametrize(
-    "axes", [(0, 0, 0), (0, 2, 3), (-1, 2, 3), (1, -2, 3), (1, 1, 3), (2, 2, 2), (1, 2, 4), (3, 2, 2), (1, 2, 2**31 - 1)]
-)
+@pytest.mark.parametrize("axes", [(0, 2, 3), (-1, 2, 3), (1, -2, 3), (1, 1, 3), (2, 2, 2), (1, 2, 4), (3, 2, 2), (1, 2, 2**31 - 1)])
 def test_invalid_axes_are_refused(tmp_path: Path, axes: tuple[int, int, int]) -> None:
     path = written(tmp_path, mrc(np.ones((4, 4, 4), "f4"), axes=axes))
     for read, error in ((open_movie, MovieError), (read_mrc, InputError), (read_map, InputError)):

@@ -111,7 +111,7 @@ def verdict(path: Path) -> str:
             general = _result(reader, path)
         assert _alike(fast, general), (reader.__name__, fast, general)
     with contextlib.suppress(StarError):
-        star.read_labels(path)
+        star.read_labels(path, "particles", "images", "")
     star.read_optics(path)
     try:
         ours = {name: block.columns for name, block in read_blocks(path).items()}

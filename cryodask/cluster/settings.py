@@ -36,8 +36,8 @@ _NETWORK_FUSE = ("fuse.ceph", "fuse.gluster", "fuse.sshfs", "fuse.juicefs")
 
 def _memory(text: str) -> str:
     try:
-        fits = parse_bytes(text) >= 2**20
-    except ValueError:
+        fits = text.isascii() and parse_bytes(text) >= 2**20
+    except (ValueError, OverflowError):
         fits = False
     if not fits:
         raise ValueError("memory needs a number with a unit, such as 64GiB or 4000MB")
@@ -50,6 +50,8 @@ def _walltime(given: object) -> object:
         raise ValueError(f'Slurm reads two numbers as minutes and seconds: write "{said}:00" if these are hours, "0:{said}" if not')
     if isinstance(given, (int, float)) or not re.fullmatch(r"\d+-\d+:\d\d(:\d\d)?|\d+:\d\d:\d\d", said):
         raise ValueError('write it as "hours:minutes:seconds" or "days-hours:minutes:seconds"')
+    if not re.search("[1-9]", said):
+        raise ValueError("a job needs some time; Slurm takes zero for no limit")
     return given
 
 
@@ -83,7 +85,7 @@ Program = Annotated[Line, AfterValidator(_program)]
 NodePath = Annotated[Line, AfterValidator(_on_node)]
 Word = Annotated[str, Field(pattern=r"^[\w.,:+=@/-]+$")]
 MemoryOption = Literal["mem", "mem-per-cpu", "none"]
-Weight = Annotated[float, Field(strict=True)]
+Weight = Annotated[float, Field(strict=True, gt=0)]
 PoolName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 ServiceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 

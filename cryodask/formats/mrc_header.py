@@ -173,6 +173,8 @@ def _headers(path: str, raw: bytes, order: str, size: int, error: type[CryodaskE
             "copy it again",
         )
     axes = (int(integers[18]), int(integers[17]), int(integers[16]))
+    if axes == (0, 0, 0):  # unset, as in files from before the axes were in the header
+        axes = (3, 2, 1)
     if sorted(axes) != [1, 2, 3]:
         raise error(
             f"{path} has invalid axes in its header (mapc, mapr, maps = {axes[2]}, {axes[1]}, {axes[0]}).",

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from cryodask.errors import InputError
-from cryodask.formats.star import bare
+from cryodask.formats.star import bare, stem
 from cryodask.run.project_import import ProjectImport
 from cryodask.run.recipe import Step
 from cryodask.store.identity import birth_of
@@ -122,13 +122,14 @@ class TableImport:
         self._size = checked(self.table, step.params)
         self._images = bool(step.params.images)
         self._codes = {name: code for code, name in enumerate(self.table.micrographs)}
-        self._stems = Names(Path(name).stem for name in self._codes)
-        self._code_of = {Path(name).stem: code for name, code in self._codes.items()}
+        self._stems = Names(stem(name) for name in self._codes)
+        self._code_of = {stem(name): code for name, code in self._codes.items()}
         self._digests = self.table.digests
         self._stacks: list[Path | None] = []
         if self._images:
             self._stacks = [find_beside(stack, Path(self.path)) for stack in self.table.stacks]
             self._contents = [content_id(p, p.stat().st_size) if p else n for p, n in zip(self._stacks, self.table.stacks)]
+            self.table = self.table.with_stacks(self._contents)
 
     def stack_of(self, code: int) -> Path | None:
         """A stack with images of a micrograph, if one was found."""
@@ -139,7 +140,7 @@ class TableImport:
         named = self._codes.get(str(item.inputs.get("micrograph_name")))
         if named is not None:
             return named
-        found = next((stem for n in self._former.names(item) if (stem := self._stems.of(n)) is not None), None)
+        found = next((known for n in self._former.names(item) if (known := self._stems.of(n)) is not None), None)
         return self._code_of[found] if found is not None else None
 
     def _rows(self, item: Item) -> np.ndarray:
@@ -266,7 +267,10 @@ class PicksImport:
     def digest(self, item: Item) -> str:
         """Digest of the file's content."""
         path = self._file(item)
-        return content_id(path, path.stat().st_size) if path is not None else "none"
+        try:
+            return content_id(path, path.stat().st_size) if path is not None else "none"
+        except OSError:  # a link that leads nowhere: reading it says so
+            return f"unreadable:{path.name if path else ''}"
 
 
 class EditsImport:

@@ -100,6 +100,8 @@ class ProjectFile(StrictModel):
     def _names_a_folder(cls, name: str) -> str:
         if "/" in name or not name.isprintable() or name.strip() != name or set(name) == {"."} or name.startswith("~"):
             raise ValueError("must be the name of a folder, without / and spaces at its ends")
+        if len(os.fsencode(name)) > 200:
+            raise ValueError("is longer than a file system allows: give at most 200 characters")
         return name
 
     @model_validator(mode="after")
@@ -336,6 +338,17 @@ def list_movies(plan: Plan, data_set: str = "", *, needed: bool = True) -> list[
             "check the pattern with ls",
         )
     return found
+
+
+def broken_links(plan: Plan) -> list[str]:
+    """A message for each data set whose pattern matches links to files that do not exist."""
+    out = []
+    for name, inputs in plan.data_sets.items():
+        broken = sorted(os.path.basename(p) for p in movie_paths(plan, name) if os.path.islink(p) and not os.path.exists(p))
+        if broken:
+            some = f"{len(broken)} link{'s' * (len(broken) > 1)}"
+            out.append(f"{some} among the movies {inputs.movies} lead to no file and are left out: {', '.join(broken[:3])}")
+    return out
 
 
 def movie_paths(plan: Plan, data_set: str = "") -> list[str]:

@@ -26,7 +26,7 @@ from cryodask.run.events.progress import LogFile
 from cryodask.run.events.reports import Reports
 from cryodask.run.events.status import StatusFile
 from cryodask.run.execute import Execution
-from cryodask.run.recipe import Plan, list_movies, make_plan
+from cryodask.run.recipe import Plan, broken_links, list_movies, make_plan
 from cryodask.run.selection import Wanted
 from cryodask.run.stopping import Stop
 from cryodask.store.files import disk_errors, write_atomically
@@ -105,7 +105,7 @@ def _driving(plan: Plan, wanted: Wanted, events: Events) -> Iterator[Project]:
     with Project.create(plan.folder, plan.file.name).lock(force=wanted.force):
         project = Project(plan.folder)  # in the state the previous driver left
         with disk_errors(project.path):
-            write_atomically(project.path / "project.yaml", plan.path.read_text())
+            write_atomically(project.path / "project.yaml", plan.path.read_bytes())
         folder = project.path
         events.join(EventLog(folder, events.run), StatusFile(folder), LogFile(folder, events.run))
         events.emit(
@@ -170,4 +170,4 @@ def check_inputs(plan: Plan, wanted: Wanted | None = None) -> list[str]:
     ahead = look_ahead(plan, project, listing, wanted.asked)
     if ahead.problems:
         raise ProjectFileError(f"{plan.path}: " + "\n".join(ahead.problems), "", "see the rest with  cryodask run --dry-run")
-    return ahead.warnings
+    return [*ahead.warnings, *([] if watch else broken_links(plan))]

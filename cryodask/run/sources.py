@@ -15,6 +15,7 @@ import numpy as np
 
 from cryodask.errors import CryodaskError, InputError, MovieError
 from cryodask.formats.presence import show_name
+from cryodask.formats.star import stem
 from cryodask.parameters import marked_fields
 from cryodask.run.imports import PicksImport, TableImport, content_id
 from cryodask.run.project_import import ProjectImport
@@ -95,7 +96,10 @@ def _distinct(arrivals: list[Arrival]) -> list[Arrival]:
     seen: dict[str, Arrival] = {}
     for arrival in arrivals:
         if arrival.name in seen:
-            both = [next((str(v) for k, v in a.inputs.items() if k.endswith("_path")), a.name) for a in (seen[arrival.name], arrival)]
+            two = (seen[arrival.name].inputs, arrival.inputs)
+            both = [str(i.get("micrograph_name") or next((v for k, v in i.items() if k.endswith("_path")), arrival.name)) for i in two]
+            if both[0] == both[1]:
+                raise InputError(f"{both[0]} is listed twice.", "a table was joined with itself", "remove one of its rows")
             raise InputError(
                 f"Two inputs have the same name {arrival.name}: {both[0]} and {both[1]}.",
                 "files with the same name are in several folders, or differ only in their extension",
@@ -127,7 +131,7 @@ class Files:
         inputs: dict[str, Any] = {variable: relative, "source": source, **({"data_set": data_set} if data_set else {})}
         try:
             stat = os.stat(path)
-        except FileNotFoundError:  # gone since it was listed: its stage reports that, and the others are processed
+        except OSError:  # gone since it was listed, or a name that no file can have: its stage reports that, and the others are processed
             return Arrival(name, f"name:{relative}", inputs)
         inputs |= {"size": stat.st_size, "stat": [stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]}
         content = self._known.get((relative, stat.st_size, tuple(inputs["stat"])))
@@ -148,7 +152,7 @@ def _micrographs(plan: Plan, step: Step, files: Files) -> list[Arrival]:
     out = []
     for i, name in enumerate(names):
         path = find_beside(name, star)
-        made = files.arrival("micrograph_path", path or Path(name), step.label)
+        made = files.arrival("micrograph_path", path or star.absolute().parent / name, step.label)
         values: dict[str, Any] = {n: float(columns[n][i]) for n in keep if np.isfinite(columns[n][i])}
         if "relion_optics" in columns:
             values["relion_optics"] = str(columns["relion_optics"][i])
@@ -179,7 +183,7 @@ def _particles(plan: Plan, project: Project | None, step: Step) -> list[Arrival]
         former, its_stack = known.get(Path(name).name, (name, None))
         if former not in listed and (stack is None or its_stack in (None, inputs["stack_path"])):
             inputs["micrograph_name"] = former
-        out.append(Arrival(Path(name).stem, f"table:{path}:{inputs['micrograph_name']}", inputs))
+        out.append(Arrival(stem(name), f"table:{path}:{inputs['micrograph_name']}", inputs))
     return out
 
 

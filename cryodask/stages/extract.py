@@ -205,6 +205,13 @@ def extract(
         # coordinates of picks are rounded down, as in relion_preprocess
         places = np.floor(places + _ROUNDING_PX).astype(np.int64)
     reach, size = _EDGE * diameter / pixel, np.array(image.shape, np.int64)
+    outside = int((known & ~((places >= 0) & (places < size)).all(1)).sum())
+    if 2 * outside > len(ids):
+        raise MicrographError(
+            f"{outside} of {len(ids)} particles lie outside of the micrograph, {image.shape[0]} x {image.shape[1]} pixels of {pixel:g} A",
+            "their coordinates are pixels of another size, or belong to another micrograph",
+            "give the coordinates in pixels of this micrograph",
+        )
     whole = known & (places >= reach).all(1) & (places <= size - 1 - reach).all(1)
     limit = params.nearer_than_angstrom or pixel * (1.0 - _ROUNDING_PX)
     near = np.zeros(len(ids), bool)

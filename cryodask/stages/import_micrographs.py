@@ -22,7 +22,7 @@ class ImportMicrographsParams(Params):
 
 def _outputs(params: ImportMicrographsParams) -> tuple[Output, ...]:
     there = Path(getattr(params, "star", "")).is_file()
-    ctf = ("ctf",) if not there or {"rlnDefocusU", "rlnDefocusAngle"} & read_labels(params.star) else ()
+    ctf = ("ctf",) if not there or {"rlnDefocusU", "rlnDefocusAngle"} & read_labels(params.star, "micrographs", "movies", "") else ()
     sizes = frozenset(g["pixel_size_angstrom"] for g in read_optics(params.star) if "pixel_size_angstrom" in g) if there else frozenset()
     return (Output("exposures", "exposures", ("micrograph", "optics", *ctf), pixel_sizes=sizes),)
 

@@ -48,7 +48,7 @@ class ImportParticlesParams(Params):
 
 def _outputs(params: ImportParticlesParams) -> tuple[Output, ...]:
     there = Path(getattr(params, "star", "")).is_file()
-    labels, groups = (read_labels(params.star), read_optics(params.star)) if there else (_ANY, [])
+    labels, groups = (read_labels(params.star, "particles", "images", ""), read_optics(params.star)) if there else (_ANY, [])
     has = {
         "position": {"rlnCoordinateX", "rlnCoordinateY"} <= labels,
         "score": True,

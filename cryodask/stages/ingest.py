@@ -53,5 +53,12 @@ def ingest(params: IngestParams, *, movie_path: str, context: Context) -> dict[s
     sample = [np.asarray(movie[i], np.float64) for i in sorted({0, frames // 2, frames - 1})]
     mean = float(np.mean([f.mean() for f in sample]))
     if mean <= 0:
+        least = min(float(f.min()) for f in sample)
+        if least < 0:
+            raise MovieError(
+                f"{movie_path} has a mean of {mean:.3g} and values down to {least:.3g}, which are not counts.",
+                "a mean was subtracted from it, or unsigned integers were written as signed ones",
+                "give the counts as the camera recorded them",
+            )
         raise MovieError(f"{movie_path} has no counts.", "the beam was blanked, or the camera failed", "remove it from the folder")
     return {"movie": movie if params.storage == "chunked" else _InPlace(movie), "mean_count": mean}

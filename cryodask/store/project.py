@@ -122,7 +122,7 @@ class Project:
 
     def _mended(self) -> dict[int, tuple[str, int]]:
         seen = self._seen() if self._registry.unreadable or not self._registry.all() else {}
-        if self._registry.unreadable:
+        if self._registry.unreadable or (seen and not self._registry.all()):
             self._registry.repair(seen)
         return seen
 
@@ -414,7 +414,7 @@ class Project:
     def verify(self) -> list[str]:
         """Reread everything and compare checksums; returns one sentence per problem and per orphan file."""
         problems = Registry(self.path).damaged(self._seen())
-        for place, label in {self.step(label).place: label for label in self.stages}.items():
+        for place, label in self._kept_places().items():
             problems += [f"{label}: {p}" for p in self.generation_at(place).damaged()]
         problems += [f"left over from a killed process, harmless: {p}" for p in sorted(self.path.glob("stages/**/*.part"))]
         problems += [f"left over from a killed process, harmless: {p}" for p in sorted(self.path.glob("*.part"))]
@@ -422,8 +422,15 @@ class Project:
 
     def repair(self) -> list[str]:
         """Invalidate damaged items (driver only); the next run recomputes them. Returns ``stage: item`` for each."""
+        with disk_errors(self.path):
+            if Registry(self.path).damaged(seen := self._seen()):
+                Registry(self.path).repair(seen)
+        return [f"{label}: {name}" for place, label in self._kept_places().items() for name in self.generation_at(place).repair()]
+
+    def _kept_places(self) -> dict[str, str]:
+        """Places of the current results, with a step that has each; a result whose description is lost is computed again."""
         places = {self.step(label).place: label for label in self.stages}
-        return [f"{label}: {name}" for place, label in places.items() for name in self.generation_at(place).repair()]
+        return {place: label for place, label in places.items() if (self.path / "stages" / place / "zarr.json").exists()}
 
     # --- shown --------------------------------------------------------------------------------------------------------------
     def overview(self) -> list[tuple[str, str, str, str]]:

@@ -173,7 +173,7 @@ class Registry:
         self._look()
         out = [f"items.jsonl: line {n} is incomplete, harmless: it is ignored" for n in self._file.torn]
         known = set(self._rows.entries)
-        lost = sorted(({*seen, *range(max(known, default=-1))} - known) if self._file.damaged else ())
+        lost = sorted({*seen, *(range(max(known, default=-1)) if self._file.damaged else ())} - known)
         out += [f"items.jsonl: the line of row {row} is damaged; the next run rewrites it" for row in lost]
         out += [f"items.jsonl: line {n} is damaged; the next run rewrites it" for n in self._file.damaged[len(lost) :]]
         return out
@@ -197,6 +197,9 @@ class Registry:
                 lines.append(_line(Entry(Item(row, name, unknown_content(name), {}, revision, there=False), gone=True)))
             elif entry.item.revision < revision:
                 lines.append(_line(entry._replace(item=replace(entry.item, revision=revision))))
+        if lines and not self.path.exists():
+            append(self.path, b"".join(lines))
+            return
         set_aside(self.path, torn=True, add=b"".join(lines))
 
     def _write(self, entries: Iterable[Entry]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -217,3 +218,14 @@ def _other_format(folder: Path, found: int) -> StoreError:
         "another version made it",
         "process it with that version, or set another folder in the project file and rerun",
     )
+
+
+def is_damaged(folder: Path) -> bool:
+    """Whether a project has a ``project.json`` that is not one of any format."""
+    try:
+        text = (folder / _FILE).read_bytes()
+        return not isinstance(json.loads(text), dict)
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        return True

@@ -5,9 +5,11 @@ of a stack from 1 (here from 0), and writes optics once per group (here once per
 later; a table of RELION 3.0 is read if it has its own optics columns, and refused otherwise.
 """
 
-from cryodask.formats.star.names import ALIASES, COLUMNS, OPTICS, Column, bare
+from cryodask.formats.star.head import read_labels, read_optics
+from cryodask.formats.star.names import ALIASES, COLUMNS, OPTICS, Column, bare, stem
+from cryodask.formats.star.numbers import LEAST_DEFOCUS
 from cryodask.formats.star.particles import ParticleTable, read_particle_table
-from cryodask.formats.star.read import Columns, find_beside, read_coordinates, read_labels, read_micrographs, read_optics, read_particles
+from cryodask.formats.star.read import Columns, find_beside, read_coordinates, read_micrographs, read_particles
 from cryodask.formats.star.tables import Tables, read_tables, write_tables
 from cryodask.formats.star.write import (
     write_coordinates,
@@ -21,6 +23,7 @@ from cryodask.formats.star.write import (
 __all__ = [
     "ALIASES",
     "COLUMNS",
+    "LEAST_DEFOCUS",
     "OPTICS",
     "Column",
     "Columns",
@@ -35,6 +38,7 @@ __all__ = [
     "read_particle_table",
     "read_particles",
     "read_tables",
+    "stem",
     "write_coordinates",
     "write_corrected_micrographs",
     "write_micrographs_ctf",

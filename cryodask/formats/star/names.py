@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import NamedTuple
 
 
@@ -90,6 +91,12 @@ NONE = {"class_number": 0, "half_set": 0}
 """Integers of RELION that mean that there is no value."""
 
 _UID = re.compile(r"[0-9]{6,21}_(?=.)")
+_OF_WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+
+
+def stem(name: str) -> str:
+    """The name of a file without its folder and extension; EPU and SerialEM write paths of Windows."""
+    return (PureWindowsPath if _OF_WINDOWS.match(name) else PurePosixPath)(name).stem
 
 
 def bare(name: str) -> str:

@@ -21,7 +21,7 @@ _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _MISSING = re.compile(r"[+-]?(?:nan|inf|infinity)|<na>", re.IGNORECASE)
 _MOST = 1 << 63
-_MICROMETRES = 20.0
+LEAST_DEFOCUS = 20.0
 """Defoci below this are no defoci in Angstrom."""
 
 
@@ -81,5 +81,5 @@ def check_limits(path: Path, columns: Mapping[str, Any], of: str, number: Callab
                 "correct it there",
             )
         size = np.abs(values[~missing & (values != 0)])
-        if name == "defocus_u_angstrom" and len(size) and size.max() < _MICROMETRES:
+        if name in ("defocus_u_angstrom", "defocus_v_angstrom") and len(size) and size.max() < LEAST_DEFOCUS:
             raise StarError(f"{path}: {relion} is at most {size.max():g} A in all rows.", "it is in micrometres", "write it in Angstrom")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +65,17 @@ class ParticleTable:
         """Rows of one micrograph, in file order, each image once."""
         return self.order[self.start[micrograph] : self.start[micrograph + 1]]
 
+    def with_stacks(self, contents: Sequence[str]) -> ParticleTable:
+        """The table with each image once, now that the content of every stack is known: links and copies hold the same images."""
+        import pandas as pd
+
+        known = pd.factorize(np.array(contents, dtype=object))[0]
+        if len(set(known.tolist())) == len(known):
+            return self
+        repeated = np.union1d(self.repeated, _repeated(known[self.stack], self.image_index))
+        order, start = _grouped(self.micrograph, len(self.micrographs), repeated)
+        return replace(self, order=order, start=start, repeated=repeated)
+
     @property
     def half_set(self) -> np.ndarray:
         """Half of each particle, int8: 0 or 1, -1 where the file gives none."""
@@ -113,12 +124,14 @@ def read_particle_table(path: str | Path, columns: Sequence[str] | None = None) 
     if micrographs is None:
         micrographs = _exposures_of_stacks(images, np.asarray(read.get("optics_group", np.zeros(len(images.index), np.int64))))
     assert isinstance(micrographs, Coded)
+    micrographs = _each_once(micrographs)
     numbers = {n: v for n, v in read.items() if isinstance(v, np.ndarray) and (columns is None or n in columns)}
     if "half_set" in numbers:
         numbers["half_set"] = _half(path, numbers["half_set"])
-    repeated = _repeated(images)
-    rows = np.delete(np.arange(len(images.index)), repeated)
-    count = np.bincount(micrographs.codes[rows], minlength=len(micrographs.names))
+    if "class_number" in numbers:
+        _check_classes(path, numbers["class_number"])
+    repeated = _repeated(_each_once(images.stack).codes, images.index)
+    order, start = _grouped(micrographs.codes, len(micrographs.names), repeated)
     kept = read.get("relion_optics")
     return ParticleTable(
         columns=numbers,
@@ -127,20 +140,45 @@ def read_particle_table(path: str | Path, columns: Sequence[str] | None = None) 
         stack=images.stack.codes,
         stacks=images.stack.names,
         image_index=images.index,
-        order=rows[np.argsort(micrographs.codes[rows], kind="stable")],
-        start=np.concatenate([[0], np.cumsum(count)]).astype(np.int64),
+        order=order,
+        start=start,
         repeated=repeated,
         kept_optics=kept if isinstance(kept, Coded) else None,
     )
 
 
-def _repeated(images: Images) -> np.ndarray:
-    """Rows whose image an earlier row has, whatever the spelling of its path."""
+def _each_once(paths: Coded) -> Coded:
+    """Paths without their spellings: ``./a.mrc`` is ``a.mrc``. The first spelling is kept."""
     import pandas as pd
 
-    paths = pd.factorize(np.array([os.path.normpath(name) for name in images.stack.names], dtype=object))[0]
-    stack = paths[images.stack.codes] if len(paths) else images.stack.codes
-    return np.flatnonzero(pd.DataFrame({"stack": stack, "index": images.index}).duplicated().to_numpy())
+    codes = pd.factorize(np.array([os.path.normpath(name) for name in paths.names], dtype=object))[0]
+    first = np.unique(codes, return_index=True)[1]
+    if len(first) == len(paths.names):
+        return paths
+    return Coded(codes[paths.codes].astype(np.int32), [paths.names[i] for i in first.tolist()])
+
+
+def _repeated(stack: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Rows whose image an earlier row has."""
+    import pandas as pd
+
+    return np.flatnonzero(pd.DataFrame({"stack": stack, "index": index}).duplicated().to_numpy())
+
+
+def _grouped(micrograph: np.ndarray, micrographs: int, repeated: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``order`` and ``start`` of a table."""
+    rows = np.delete(np.arange(len(micrograph)), repeated)
+    count = np.bincount(micrograph[rows], minlength=micrographs)
+    return rows[np.argsort(micrograph[rows], kind="stable")], np.concatenate([[0], np.cumsum(count)]).astype(np.int64)
+
+
+def _check_classes(path: Path, classes: np.ndarray) -> None:
+    if len(classes) and np.abs(classes).max() > np.iinfo(np.int32).max:
+        raise StarError(
+            f"{path}: rlnClassNumber of row {int(np.abs(classes).argmax()) + 1} is {classes[np.abs(classes).argmax()]}.",
+            "the columns are shifted relative to the header",
+            "write the file again with the program that made it",
+        )
 
 
 def _exposures_of_stacks(images: Images, optics_group: np.ndarray) -> Coded:

@@ -12,16 +12,16 @@ import numpy as np
 
 from cryodask.errors import StarError
 from cryodask.formats.star.blocks import Loop, scan
-from cryodask.formats.star.names import ALIASES, COLUMNS, KEPT, NONE, OPTICS, PARTICLE_ID, SIDE, Column
+from cryodask.formats.star.names import ALIASES, COLUMNS, KEPT, NONE, OPTICS, PARTICLE_ID, SIDE, Column, stem
 from cryodask.formats.star.numbers import check_limits, floats, whole
-from cryodask.formats.star.rows import read_blocks, split_line, unquoted
+from cryodask.formats.star.rows import read_blocks
 from cryodask.formats.star.texts import Coded, Images, encode
 
 Columns = dict[str, np.ndarray]
 Read = dict[str, "np.ndarray | Coded | Images"]
 
-_HEAD = [c for c in OPTICS if c.name in ("pixel_size_angstrom", "particle_pixel_size_angstrom", "box")]
 _PICKS = [c for c in COLUMNS if c.name in ("particle_x", "particle_y", "pick_score", "micrograph_name")]
+_PIXELS = ("rlnMicrographPixelSize", *ALIASES["rlnMicrographPixelSize"])
 _OLD = ("rlnDetectorPixelSize", "rlnMagnification", "rlnOriginX", "rlnOriginY")
 
 
@@ -92,7 +92,8 @@ def _split(path: Path, names: Coded) -> Images:
 
 
 def read_coordinates(path: str | Path) -> Columns:
-    """Picks of one micrograph: ``particle_y, particle_x`` (pixels from 0), and ``pick_score`` and ``micrograph_name`` where given.
+    """Picks of one micrograph: ``particle_y, particle_x`` (pixels from 0), and where given ``pick_score``, ``micrograph_name`` and the
+    ``pixel_size_angstrom`` of these pixels.
 
     A file may hold picks of several micrographs; then only ``micrograph_name`` says whose they are.
 
@@ -102,7 +103,7 @@ def read_coordinates(path: str | Path) -> Columns:
         If a coordinate is missing, or not a number.
     """
     path = Path(path)
-    tables = _tables(path, [c.relion for c in COLUMNS])
+    tables = _tables(path, [*(c.relion for c in COLUMNS), *_PIXELS])
     # a table without rows has no columns either
     table = next((t for t in tables.values() if t and {"rlnCoordinateX", "rlnCoordinateY"} & set(t)), None)
     if table is None:
@@ -113,7 +114,9 @@ def read_coordinates(path: str | Path) -> Columns:
             raise missing_column(path, relion)
         if np.isnan(columns[name]).any():
             raise _not_a_number(path, relion, int(np.flatnonzero(np.isnan(columns[name]))[0]))
-    return columns
+    size = Column("pixel_size_angstrom", "rlnMicrographPixelSize")
+    told = [np.asarray(values) for one in (table, tables.get("optics")) if one for _, values in _translate(path, one, [size])]
+    return columns | ({"pixel_size_angstrom": told[0]} if told else {})
 
 
 def find_beside(name: str, star: Path) -> Path | None:
@@ -124,7 +127,7 @@ def find_beside(name: str, star: Path) -> Path | None:
     folders = dict.fromkeys((*star.absolute().parents, *star.resolve().parents))
     candidates = [Path(name)] if os.path.isabs(name) else [folder / name for folder in folders]
     # keep the name of a link, because many may point to one file
-    return next((p for p in candidates if p.is_file()), None)
+    return next((p for p in candidates if os.path.isfile(p)), None)  # False, too, for a name that no file can have
 
 
 def missing_column(path: Path, relion: str) -> StarError:
@@ -135,6 +138,10 @@ def missing_column(path: Path, relion: str) -> StarError:
 def _decoded(values: np.ndarray | Coded | Images) -> np.ndarray:
     assert not isinstance(values, Images)
     return values.decode() if isinstance(values, Coded) else values
+
+
+def _length(values: np.ndarray | Coded | Images) -> int:
+    return len(values.codes if isinstance(values, Coded) else values.index if isinstance(values, Images) else values)
 
 
 def _tables(path: Path, wanted: Iterable[str], *, split_images: bool = False) -> dict[str, Loop | None]:
@@ -165,8 +172,10 @@ def _read(path: Path, blocks: tuple[str, ...], need: str, *, keep: Collection[st
         )
     columns = dict(_translate(path, table, COLUMNS))
     check_limits(path, columns, "row", lambda row: row + 1)
+    _check_names(path, columns)
     optics = tables.get("optics")
-    columns.update(_optics_of_old_table(path, table) if optics is None else _spread_optics(path, optics, columns))
+    columns.update({} if optics is None else _spread_optics(path, optics, columns))
+    columns.update(_optics_of_rows(path, table, columns))
     for name in ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast", need):
         if name not in columns:
             relion = next(c.relion for c in OPTICS if c.name == name)
@@ -231,9 +240,13 @@ def _spread_optics(path: Path, optics: Loop, columns: Read) -> Read:
     import pandas as pd
 
     groups = dict(_translate(path, optics, (Column("optics_group", "rlnOpticsGroup", "i8"), *OPTICS)))
+    groups |= _kept(path, optics)
+    if groups and _length(next(iter(groups.values()))) == 1 and columns:  # the only group is that of all rows
+        groups.setdefault("optics_group", np.asarray(columns.get("optics_group", [1]))[:1])
+        count = _length(next(iter(columns.values())))
+        columns.setdefault("optics_group", np.full(count, np.asarray(groups["optics_group"])[0]))
     if "optics_group" not in groups or "optics_group" not in columns:
         raise missing_column(path, "rlnOpticsGroup")
-    groups |= _kept(path, optics)
     numbers = np.asarray(groups.pop("optics_group")).tolist()
     row_of = {number: row for row, number in enumerate(numbers)}
     twice = next((n for n in numbers if numbers.count(n) > 1), None)
@@ -248,8 +261,8 @@ def _spread_optics(path: Path, optics: Loop, columns: Read) -> Read:
             "add the group to data_optics",
         )
     rows = np.array([row_of[int(g)] for g in used], dtype=np.int64)
-    there = {name: np.asarray(v)[rows] for name, v in groups.items() if not isinstance(v, (Coded, Images))}
-    check_limits(path, there, "optics group", lambda row: numbers[rows[row]], needed=True)
+    given = {name: np.asarray(v)[rows] for name, v in groups.items() if not isinstance(v, (Coded, Images))}
+    check_limits(path, given, "optics group", lambda row: numbers[rows[row]], needed=True)
     rows = rows[codes]
     return {name: Coded(v.codes[rows], v.names) if isinstance(v, Coded) else np.asarray(v)[rows] for name, v in groups.items()}
 
@@ -265,94 +278,55 @@ def _kept(path: Path, table: Loop) -> Read:
     return {"relion_optics": encode(json.dumps(row) for row in rows)}
 
 
-def _optics_of_old_table(path: Path, table: Loop) -> Read:
-    """Optics and origins of a RELION 3.0 table, from its own columns (origins were in pixels)."""
-    columns = dict(_translate(path, table, OPTICS)) | _kept(path, table)
-    check_limits(path, columns, "row", lambda row: row + 1, needed=True)
+def _optics_of_rows(path: Path, table: Loop, columns: Read) -> Read:
+    """Optics and origins that the rows have themselves (RELION 3.0 has no others); they must agree with those of their groups.
+
+    RELION passes over them where there are groups, so that images multiplied by their CTF would be taken for others.
+    """
+    own: Read = dict(_translate(path, table, OPTICS))
+    check_limits(path, own, "row", lambda row: row + 1, needed=True)
+    for name, values in own.items():
+        group = columns.get(name)
+        if isinstance(values, np.ndarray) and isinstance(group, np.ndarray) and not np.allclose(values, group, rtol=1e-3, atol=0):
+            row = int(np.flatnonzero(~np.isclose(values, group, rtol=1e-3, atol=0))[0])
+            relion = next(c.relion for c in OPTICS if c.name == name)
+            raise StarError(
+                f"{path}: {relion} of row {row + 1} is {values[row]:g}, but {group[row]:g} in its optics group.",
+                "the table was edited, or joined with another",
+                "remove the wrong one",
+            )
+    out = {name: values for name, values in own.items() if name not in columns} | _both_kept(columns, _kept(path, table))
     if {"rlnDetectorPixelSize", "rlnMagnification"} <= set(table):
         two = (Column("detector_um", "rlnDetectorPixelSize"), Column("magnification", "rlnMagnification"))
         detector, magnification = (np.asarray(values) for _, values in _translate(path, table, two))
         with np.errstate(divide="ignore", invalid="ignore"):
             pixel = detector * 1e4 / magnification
-        check_limits(path, {"pixel_size_angstrom": pixel}, "row", lambda row: row + 1, needed=True)
-        columns.setdefault("pixel_size_angstrom", pixel)
-        columns.setdefault("particle_pixel_size_angstrom", pixel)
-    if "particle_pixel_size_angstrom" in columns:
+        for name in {"pixel_size_angstrom", "particle_pixel_size_angstrom"} - {*columns, *out}:
+            check_limits(path, {name: pixel}, "row", lambda row: row + 1, needed=True)
+            out[name] = pixel
+    image_pixel = out.get("particle_pixel_size_angstrom", columns.get("particle_pixel_size_angstrom"))
+    if image_pixel is not None:
         origins = (Column("origin_x_angstrom", "rlnOriginX"), Column("origin_y_angstrom", "rlnOriginY"))
         for name, pixels in _translate(path, table, origins):
-            columns[name] = np.asarray(pixels) * np.asarray(columns["particle_pixel_size_angstrom"])
-    return columns
+            if name not in columns:
+                out[name] = np.asarray(pixels) * np.asarray(image_pixel)
+    return out
 
 
-def read_labels(path: str | Path) -> frozenset[str]:
-    """Labels of the first table that is not the optics, without the underscore; only the head of the file is read.
+def _both_kept(columns: Read, own: Read) -> Read:
+    """What is kept of the optics of the groups and of the rows; that of the groups counts, as in RELION."""
+    import pandas as pd
 
-    Raises
-    ------
-    StarError
-        If the file cannot be read, or has no table.
-    """
-    labels: set[str] = set()
-    block = ""
-    for words in _head(Path(path)):
-        if words[0].startswith("data_") and len(words) == 1:
-            if labels and block != "optics":
-                break
-            block, labels = words[0].removeprefix("data_"), set()
-        elif words[0].startswith("_"):
-            labels.add(words[0][1:])
-        elif words[0] != "loop_" and labels and block != "optics":
-            break
-    if not labels:
-        raise StarError(f"{path} has no table.", "it is another kind of file, or empty", "give a RELION STAR file")
-    return frozenset(labels)
+    group, row = columns.get("relion_optics"), own.get("relion_optics")
+    if not isinstance(group, Coded) or not isinstance(row, Coded):
+        return own
+    codes, pairs = pd.factorize(group.codes.astype(np.int64) * len(row.names) + row.codes)
+    texts = [json.dumps(json.loads(row.names[p % len(row.names)]) | json.loads(group.names[p // len(row.names)])) for p in pairs.tolist()]
+    return {"relion_optics": Coded(codes.astype(np.int32), texts)}
 
 
-def _head(path: Path) -> Iterator[list[str]]:
-    """Lines as words, without comments and blank lines; bytes that are no text do not matter before the whole file is read."""
-    try:
-        with open(path, encoding="utf-8-sig", errors="replace") as file:
-            for number, line in enumerate(file, 1):
-                words = split_line(path, number, line.rstrip("\n"))
-                if words:
-                    yield words
-    except OSError as error:
-        raise StarError(f"{path} cannot be read: {error.strerror}.", "", "check the path") from None
-
-
-def read_optics(path: str | Path) -> list[dict[str, float]]:
-    """What the optics groups say of pixels and images, one dict per group; of the file no more than its head is read.
-
-    Returns
-    -------
-    list of dict
-        ``pixel_size_angstrom`` of micrographs, ``particle_pixel_size_angstrom`` and ``box`` (pixels) of images, those that are given.
-        Empty where the file has no table of optics at its head, or one that cannot be read: reading the whole file says why.
-    """
-    try:
-        names, rows = _head_table(Path(path))
-    except StarError:
-        return []
-    groups: list[dict[str, float]] = []
-    for row in (dict(zip(names, row)) for row in rows if len(row) == len(names)):
-        found = {c.name: [row[n] for n in (c.relion, *ALIASES.get(c.relion, ())) if n in row] for c in _HEAD}
-        known = {name: float(floats([unquoted(texts[0])])[0][0]) for name, texts in found.items() if texts}
-        groups.append({name: value for name, value in known.items() if np.isfinite(value)})
-    return groups
-
-
-def _head_table(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of the table of optics, if the file begins with it."""
-    names: list[str] = []
-    rows: list[list[str]] = []
-    pairs: list[str] = []
-    for begun, words in enumerate(_head(path)):
-        if words[0].startswith("data_") and len(words) == 1:
-            if begun or words[0] != "data_optics":
-                break
-        elif words[0].startswith("_"):
-            names.append(words[0][1:])
-            pairs += words[1:]
-        elif words[0] != "loop_":
-            rows.append(words)
-    return names, [*rows, pairs] if pairs else rows
+def _check_names(path: Path, columns: Read) -> None:
+    for name, relion in (("micrograph_name", "rlnMicrographName"), ("movie_name", "rlnMicrographMovieName")):
+        values = columns.get(name)
+        if isinstance(values, Coded) and (bad := [one for one in values.names if stem(one) in ("", ".", "..")]):
+            raise StarError(f"{path}: {relion} {bad[0]!r} is not the name of a file", "", "correct it, or remove its rows")

@@ -305,4 +305,4 @@ def _outputs(stage: Stage, label: str, params: Any) -> tuple[Output, ...]:
         return tuple(stage.outputs(params))
     except CryodaskError as error:
         text = error.what if error.what.startswith(label) else f"{label}: {error.what}"
-        raise WrongStep(f"{text} {error.way_out}".strip()) from error
+        raise WrongStep(f"{text.rstrip('.')}. {error.way_out[:1].upper()}{error.way_out[1:]}.".strip()) from error
