@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 from cryodask.errors import ProjectFileError
 
 _DIGITS = r"(?:0|[1-9][0-9]*)"
-_WHOLE = re.compile(rf"[-+]?{_DIGITS}$")
+_WHOLE = re.compile(rf"-?{_DIGITS}$")
 _NUMBER = re.compile(rf"[-+]?(?:{_DIGITS}(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$")
 _ODD = re.compile(r"\.(inf|nan)", re.IGNORECASE)
 _VARIABLE = re.compile(r"\$(?:[A-Za-z_]\w*|\{[^}]*\})")
@@ -44,7 +44,7 @@ for _tag, _pattern, _first in (
     ("bool", r"(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
     ("null", r"(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
     ("merge", r"<<$", "<"),
-    ("int", _WHOLE.pattern, "-+0123456789"),
+    ("int", _WHOLE.pattern, "-0123456789"),
     ("float", rf"{_NUMBER.pattern}|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$", "-+.0123456789"),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
@@ -90,6 +90,8 @@ class StrictModel(BaseModel):
     @classmethod
     def _a_word_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         kinds = set(_kinds(cls.model_fields[info.field_name or ""].annotation))
+        if type(value) is int and str in kinds and not kinds & {int, float, Any}:
+            return str(value)  # a session called 20261130
         if kinds & {int, float}:
             for one in _scalars(value):
                 if isinstance(one, bool) and not kinds & {bool, Any}:

@@ -68,7 +68,7 @@ def test_numbers_as_people_write_them_are_read(said, value, tmp_path):
     assert read_project_file(project(tmp_path, pixel_size_angstrom=said)).microscope.pixel_size_angstrom == value
 
 
-@pytest.mark.parametrize("name", ["2026-11-30", "017", "yes", "12_30", "1:30", "no", "grid 1"])
+@pytest.mark.parametrize("name", ["2026-11-30", "20261130", "-3", "017", "yes", "12_30", "1:30", "no", "grid 1"])
 def test_what_looks_like_a_number_elsewhere_is_a_name_where_a_name_belongs(name, tmp_path):
     assert read_project_file(project(tmp_path, name=name)).name == name
 
@@ -146,7 +146,10 @@ def test_files_are_utf8_with_and_without_a_mark(tmp_path, monkeypatch):
         assert read_project_file(tmp_path / "p.yaml").name == "Größe"
 
 
-@given(st.floats(allow_nan=False, allow_infinity=False) | st.integers() | st.text() | st.booleans() | st.none())
+TEXT = st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp")))  # what else breaks lines PyYAML does not write exactly
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False) | st.integers() | TEXT | st.booleans() | st.none())
 def test_what_pyyaml_writes_is_read_back(tmp_path_factory, value):
     path = tmp_path_factory.mktemp("y") / "f.yaml"
     path.write_text(yaml.safe_dump({"a": value}, allow_unicode=True), encoding="utf-8")
