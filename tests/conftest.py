@@ -73,7 +73,7 @@ def _no_client_of_a_closed_loop() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _one_thread_is_left() -> Iterator[None]:
-    """Threads of torch that share cores with other tests wait for each other and burn ten times the CPU time, here and in every later test."""
+    """Threads of torch that share cores with other processes spin while they wait: every later test would take ten times the CPU time."""
     yield
     import torch
 
