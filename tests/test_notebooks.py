@@ -23,7 +23,7 @@ LESS = {
     "restarts: 2, steps: 50": "restarts: 1, steps: 10",
     "symmetry: D2, iterations: 5}": "symmetry: D2, iterations: 1}",
     "workers: 3": "workers: 2",
-    "MOVIES = 24": "MOVIES = 4",
+    "MOVIES = 24": "MOVIES = 8",
     "frames=8, dose_per_frame=5,": "frames=4, dose_per_frame=10,",
     "dose_per_frame: 5}": "dose_per_frame: 10}",
     "patches: [3, 3]": "patches: [1, 1]",
