@@ -39,7 +39,12 @@ check: venv
 # most tests wait, for workers, jobs and faults: three at a time keep two cores busy
 TOGETHER := -n 3 --dist loadfile --no-loadscope-reorder
 
-test: venv system check
+# numba compiles for 20 s: once, not in each of the processes that begin together
+$(VENV)/.compiled: cryodask/kernels/_slices_numba.py | venv
+	$(BIN)/python -m pytest tests/test_local_search.py
+	touch $@
+
+test: venv system check $(VENV)/.compiled
 	$(BIN)/python -m pytest $(TOGETHER) -m "not slow"
 
 # the same tests, without Slurm, among other packages: the oldest that pyproject.toml admits, and the newest there are on the newest Python
@@ -80,7 +85,7 @@ $(NEWEST)/.ready: pyproject.toml | venv
 	$(NEWEST_PYTHON) -m venv --clear $(NEWEST)
 	$(call packages,$(NEWEST),highest,torch,$(EXTRAS))
 
-test-all: venv system check
+test-all: venv system check $(VENV)/.compiled
 	$(BIN)/python -m pytest $(TOGETHER)
 
 bench: venv system

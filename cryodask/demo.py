@@ -177,7 +177,6 @@ def score(project: Project, truth: Any) -> dict[str, Any]:
     from cryodask.simulate.docking import NEAR_DEG, dock
     from cryodask.simulate.model import MOLECULES, density_map
 
-    torch.set_num_threads(os.cpu_count() or 1)
     params, sizes = truth.params, sizes_of(truth.params)
     pixel, shape = params.pixel_size_angstrom, params.shape
     row_of = {name: i for i, name in enumerate(truth.names)}

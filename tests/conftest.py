@@ -71,4 +71,15 @@ def _no_client_of_a_closed_loop() -> Iterator[None]:
         dask.config.config.pop("scheduler")
 
 
+@pytest.fixture(autouse=True)
+def _one_thread_is_left() -> Iterator[None]:
+    """Threads of torch that share cores with other processes spin while they wait: every later test would take ten times the CPU time."""
+    yield
+    import torch
+
+    left = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert left == 1, f"this test leaves torch with {left} threads"
+
+
 slurm = pytest.fixture(scope="session")(slurm_for_tests)

@@ -68,7 +68,7 @@ def test_refinement_finds_the_poses_the_scale_and_the_spread_of_shifts(tmp_path)
     assert {len(result[name]) for name in ("rot_deg", "tilt_deg", "psi_deg", "origin_y_angstrom", "log_likelihood")} == {240}
 
 
-def test_passes_go_from_drawn_poses_over_all_views_to_local_ones(tmp_path):
+def test_clean_particles_pass_from_drawn_poses_to_local_ones_and_nothing_is_against_their_map(tmp_path):
     volume = blob_map(BOX, "D2", blobs=20, width_px=1.2)
     images, particles, _, _ = simulate(volume, 120, pixel=PIXEL, snr=0.3)
     result, history = refine(tmp_path, images, particles, volume, iterations=6)
@@ -76,7 +76,12 @@ def test_passes_go_from_drawn_poses_over_all_views_to_local_ones(tmp_path):
     assert list(dict.fromkeys(phases))[:5] == ["noise power", "grey scale", "draw", "global", "local"]
     assert phases[-1] == "verdict"
     assert sum(phase in ("global", "local") for phase in phases) <= 6
+    assert "sort" not in phases
+    assert result["in_map"].all()
     assert result["succeeded"]
+    assert 0.95 < result["explained_share"] < 1.15
+    assert result["view_coverage"] > 0.9
+    assert abs(result["cut_share"]) < 0.02
 
 
 def test_noise_is_not_refined_to_anything_better_than_its_start(tmp_path):
@@ -116,9 +121,10 @@ def test_scores_do_not_depend_on_how_particles_are_divided(tmp_path):
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_one_does_not(tmp_path):
-    volume = blob_map(BOX, "D2", blobs=8)
-    images, particles, _, _ = simulate(volume, 64, pixel=PIXEL, snr=0.2)
-    runs = [refine(tmp_path, images, particles, volume, iterations=1, seed=s)[0]["final_map"] for s in (1, 1, 2)]
+    volume = blob_map(32, "D2", blobs=8)
+    images, particles, _, _ = simulate(volume, 64, pixel=6.0, snr=0.2)
+    start = write_map(tmp_path / "coarse.mrc", volume, 6.0)
+    runs = [refine(tmp_path, images, particles, volume, reference=start, iterations=1, seed=s)[0]["final_map"] for s in (1, 1, 2)]
     assert np.array_equal(runs[0], runs[1])
     assert not np.array_equal(runs[0], runs[2])
 
@@ -237,9 +243,9 @@ def with_junk(images, seed):
 
 def test_junk_is_left_out_and_the_rest_is_refined(tmp_path):
     volume = blob_map(BOX, "D2", blobs=20, width_px=1.2)
-    images, particles, rotations, _ = simulate(volume, 320, pixel=PIXEL, snr=0.2, shift_px=1.0)
+    images, particles, rotations, _ = simulate(volume, 200, pixel=PIXEL, snr=0.2, shift_px=1.0)
     junk = with_junk(images, 5)
-    result, history = refine(tmp_path, images, particles, volume, iterations=6)
+    result, history = refine(tmp_path, images, particles, volume, iterations=4)
     assert [m["phase"] for m in history].count("sort") == 1
     assert np.mean(result["in_map"][junk]) < 0.15
     assert np.mean(result["in_map"][~junk]) > 0.95
@@ -247,14 +253,6 @@ def test_junk_is_left_out_and_the_rest_is_refined(tmp_path):
     errors = angular_error_deg(found, rotations, symmetry_operators("D2")).numpy()[~junk]
     assert np.mean(errors < 8) > 0.95
     assert result["succeeded"]
-
-
-def test_clean_particles_are_all_in_the_map(tmp_path):
-    volume = blob_map(BOX, "D2", blobs=20, width_px=1.2)
-    images, particles, _, _ = simulate(volume, 120, pixel=PIXEL, snr=0.3)
-    result, history = refine(tmp_path, images, particles, volume, iterations=4)
-    assert "sort" not in [m["phase"] for m in history]
-    assert result["in_map"].all()
 
 
 @pytest.mark.parametrize("wrong", ["another molecule's particles", "noise"])

@@ -41,7 +41,7 @@ def assert_refused(result, words):
 def test_a_point_group_that_is_too_high_is_refused(tmp_path):
     volume = blob_map(BOX, "D2", blobs=20, width_px=1.2)
     images, particles, _, _ = simulate(volume, 200, pixel=PIXEL, snr=0.3)
-    result, _ = refine(tmp_path, images, particles, volume, symmetry="D4", iterations=6)
+    result, _ = refine(tmp_path, images, particles, volume, symmetry="D4", iterations=4)
     assert result["explained_share"] < LEAST_EXPLAINED
     assert_refused(result, "the point group is too high")
 
@@ -50,17 +50,17 @@ def test_a_set_of_two_molecules_is_refused(tmp_path):
     volume, other = (blob_map(BOX, "D2", blobs=20, width_px=1.2, seed=seed) for seed in (3, 21))
     images, particles, _, _ = simulate(volume, 240, pixel=PIXEL, snr=0.3)
     images[1::4], images[2::4] = (simulate(other, 240, pixel=PIXEL, snr=0.3)[0][first::4] for first in (1, 2))
-    result, _ = refine(tmp_path, images, particles, volume, iterations=6)
+    result, _ = refine(tmp_path, images, particles, volume, iterations=4)
     assert_refused(result, "several molecules")
 
 
 def refine_views_within(tmp_path, degrees: float):
     volume = blob_map(BOX, blobs=30, width_px=1.2)
-    columns, views = ctf_columns(200), within(degrees, 200)
-    clean = project(volume, views, torch.zeros(200, 2), columns, PIXEL)
+    columns, views = ctf_columns(120), within(degrees, 120)
+    clean = project(volume, views, torch.zeros(120, 2), columns, PIXEL)
     images = clean / clean.std() * np.sqrt(0.3) + np.random.default_rng(1).standard_normal(clean.shape)
-    particles = ParticleSet(200, BOX, PIXEL, columns)
-    return refine(tmp_path, images.astype(np.float32), particles, volume, symmetry="C1", iterations=6)[0]
+    particles = ParticleSet(120, BOX, PIXEL, columns)
+    return refine(tmp_path, images.astype(np.float32), particles, volume, symmetry="C1", iterations=4)[0]
 
 
 def test_views_from_one_side_are_refused(tmp_path):
@@ -80,7 +80,7 @@ def test_views_that_leave_some_of_fourier_space_empty_lower_the_resolution(tmp_p
 def test_a_mask_that_cuts_the_molecule_is_refused(tmp_path):
     volume = blob_map(BOX, "D2", blobs=20, width_px=1.2)
     images, particles, _, _ = simulate(volume, 160, pixel=PIXEL, snr=0.3)
-    result, _ = refine(tmp_path, images, particles, volume, mask_diameter_angstrom=100.0, iterations=6)
+    result, _ = refine(tmp_path, images, particles, volume, mask_diameter_angstrom=100.0, iterations=4)
     assert result["held_out_z"] > 6.0
     assert_refused(result, "mask_diameter_angstrom is too small")
 
@@ -97,16 +97,6 @@ def test_particles_with_inverted_contrast_are_refused_before_poses_are_searched(
     images, particles, _, _ = simulate(volume, 160, pixel=PIXEL, snr=0.02)
     with pytest.raises(InputError, match="particles are darker than their surroundings"):
         refine(tmp_path, -images, particles, volume, iterations=4)
-
-
-def test_a_right_map_has_nothing_against_it(tmp_path):
-    volume = blob_map(BOX, "D2", blobs=20, width_px=1.2)
-    images, particles, _, _ = simulate(volume, 160, pixel=PIXEL, snr=0.3)
-    result, _ = refine(tmp_path, images, particles, volume, iterations=6)
-    assert result["succeeded"]
-    assert 0.95 < result["explained_share"] < 1.15
-    assert result["view_coverage"] > 0.9
-    assert abs(result["cut_share"]) < 0.02
 
 
 @pytest.mark.parametrize("lack", ["missing", "NaN", "zero"])

@@ -149,7 +149,7 @@ def particles(stage: str) -> tuple[Any, Any, ParticlesInMemory, dict[str, Any]]:
     if stage == "classify2d":
         params: Any = Classify2DParams(classes=4, resolution_angstrom=16.0, shift_range_angstrom=12.0, iterations=3)
         return classify2d.functions, params, ParticlesInMemory(of, images), {}
-    params = Refine3DParams(symmetry="D2", lowpass_angstrom=30, iterations=3)
+    params = Refine3DParams(symmetry="D2", lowpass_angstrom=30, iterations=1)
     inputs = {"final_map": volume.numpy(), "map_pixel_size_angstrom": 5.0}
     return refine3d.functions, params, ParticlesInMemory(of, images), inputs
 
