@@ -159,10 +159,19 @@ def joined_dataset(project: Project) -> xr.Dataset:
         if "particle_image" in dataset and "y" in dataset["particle_image"].dims:
             dataset = dataset.rename({"y": "box_y", "x": "box_x"})
         dataset = dataset.drop_vars([v for p in parts for v in p.data_vars if v in dataset.data_vars])
-        if "slot" in dataset.dims and any("slot" in p.dims for p in parts):
-            dataset = dataset.rename({"slot": f"{label}_slot"})
-        parts.append(_spread(dataset, registry))
+        parts.append(_spread(dataset.rename({dim: f"{label}_{dim}" for dim in _other_dims(dataset, parts)}), registry))
     return xr.merge(parts, join="exact", compat="override", combine_attrs="drop")
+
+
+def _other_dims(dataset: xr.Dataset, parts: list[xr.Dataset]) -> list[str]:
+    """Dimensions of a step that are not those of the same name in earlier ones: slots, and those of another length or index."""
+
+    def differs(part: xr.Dataset, dim: str) -> bool:
+        other = dim in dataset.indexes and dim in part.indexes and not dataset.indexes[dim].equals(part.indexes[dim])
+        return dim == "slot" or part.sizes[dim] != dataset.sizes[dim] or other
+
+    dims = [str(dim) for dim in dataset.dims if dim != "micrograph"]
+    return [dim for dim in dims if any(dim in part.dims and differs(part, dim) for part in parts)]
 
 
 def _spread(dataset: xr.Dataset, registry: xr.Dataset) -> xr.Dataset:
@@ -171,7 +180,7 @@ def _spread(dataset: xr.Dataset, registry: xr.Dataset) -> xr.Dataset:
         return dataset
     kinds = {str(n): v.dtype.kind for n, v in dataset.variables.items()}
     fills = {n: "" if k == "O" else np.nan if k == "f" else -1 for n, k in kinds.items() if n not in ("micrograph", "row")}
-    fills |= {n: 0 for n, k in kinds.items() if k == "u"}
+    fills |= {n: {"u": 0, "b": False, "c": np.nan}[k] for n, k in kinds.items() if k in "ubc"}
     out = dataset.drop_vars("row").reindex(micrograph=registry["micrograph"], fill_value=fills)
     return out.assign_coords(row=("micrograph", registry["row"].values))
 
