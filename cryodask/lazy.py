@@ -37,7 +37,7 @@ def apply_lazily(made: Any, dataset: xr.Dataset, params: Any) -> xr.Dataset:
     sizes = {**own, **made.sizes(params, own)}
     outs = made.gives_variables()
     # one item shows what the definition leaves open: lengths, and the dtype of variables stored with the dtype of the input
-    dtypes = {v.name: v.dtype for v in outs}
+    dtypes = {v.name: "O" if v.dtype == "U" else v.dtype for v in outs}  # numpy would cut texts to one character
     if "input" in dtypes.values() or any(d not in sizes for v in outs for d in v.dims):
         first = dataset[names].isel(micrograph=0) if "micrograph" in dataset.dims else dataset[names]
         given = made.process(params, **_whole_ones({n: _plain(first[n].values) for n in names}))
