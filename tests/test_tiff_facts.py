@@ -14,7 +14,7 @@ import pytest
 import tifffile
 
 from cryodask.errors import CryodaskError, MovieError
-from cryodask.formats.movies import MovieFile, Reader, open_movie
+from cryodask.formats.movies import MovieFile, Reader, open_movie, write_tiff_movie
 from cryodask.formats.tiff import open_tiff
 
 SHAPE = (4, 48, 40)
@@ -298,3 +298,15 @@ def test_failures_of_the_disk_are_not_the_file_s(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("tifffile.TiffFile", lambda *_: {}[0])
     with pytest.raises(CryodaskError, match=r"cannot be read as TIFF \(KeyError"):
         open_tiff(path)
+
+
+@pytest.mark.parametrize("value", [0, 1, 7, 255])
+@pytest.mark.parametrize("shape", [(6, 64, 64), (1, 16, 16), (40, 32, 48), (3, 256, 256)])
+@pytest.mark.parametrize("compression", [None, "lzw", "zlib"])
+def test_frames_of_one_value_are_a_movie_however_small_they_are_compressed(tmp_path, value, shape, compression):
+    tifffile.imwrite(tmp_path / "m.tif", np.full(shape, value, np.uint8), compression=compression, photometric="minisblack")
+    write_tiff_movie(tmp_path / "ours.tif", np.full(shape, value, np.uint8), 1.0)
+    for name in ("m.tif", "ours.tif"):
+        movie = open_movie(tmp_path / name)
+        assert movie.shape == shape
+        assert (np.asarray(movie[len(movie) - 1]) == value).all()

@@ -153,7 +153,9 @@ def check_pages(path: str, tiff: tifffile.TiffFile, walked: list[Walked], error:
         starts.update(page.dataoffsets)
         used += own.directory_bytes + sum(page.databytecounts) + sum(t.valuebytecount for t in page.tags if t.valuebytecount > 4)
     page_bytes = sum(sum(page.databytecounts) for page in pages) / len(pages)
-    if size - used >= max(0.5 * page_bytes, 16.0) and not any(own.has_other_images for own in walked):
+    # writers align directories and data, which counts where frames of one value are compressed to a few bytes
+    padding = 64 + 16 * len(pages)
+    if size - used >= max(0.5 * page_bytes, padding) and not any(own.has_other_images for own in walked):
         raise error(
             f"{path} has {size - used} bytes that none of its {len(pages)} pages list.",
             "writing it was interrupted, or a program stored several frames as one page",
