@@ -205,8 +205,8 @@ def on_gpu():
 
 
 def test_a_stage_that_needs_a_gpu_is_refused_before_work_where_no_worker_has_one_and_goes_to_one_that_has(on_gpu, tmp_path):
-    for name in ("half1", "half2"):
-        write_mrc(tmp_path / f"{name}.mrc", np.random.default_rng(0).normal(size=(8, 8, 8)).astype(np.float32), 1.0)
+    for seed, name in enumerate(("half1", "half2")):
+        write_mrc(tmp_path / f"{name}.mrc", np.random.default_rng(seed).normal(size=(8, 8, 8)).astype(np.float32), 1.0)
     (tmp_path / "p.yaml").write_text("name: p\ninputs: {half_maps: [half1.mrc, half2.mrc]}\npipeline: [needs_gpu]\n")
     plan = make_plan(tmp_path / "p.yaml")
     with pytest.raises(ProjectFileError, match="needs_gpu needs a GPU, but no worker of local has one"):

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.ndimage import gaussian_filter
 
 from cryodask.errors import GainError
 
@@ -232,6 +231,8 @@ def estimate_gain(halves: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, fl
 
 
 def _deviations(total: np.ndarray, good: np.ndarray) -> np.ndarray:
+    from scipy.ndimage import gaussian_filter
+
     weight = gaussian_filter(good.astype(np.float32), 16.0)
     around = gaussian_filter(np.where(good, total, 0.0).astype(np.float32), 16.0) / np.maximum(weight, 1e-3)
     return np.where(good, total / np.maximum(around, 1e-6) - 1.0, 0.0)

@@ -98,6 +98,9 @@ def _distinct(arrivals: list[Arrival]) -> list[Arrival]:
         if arrival.name in seen:
             two = (seen[arrival.name].inputs, arrival.inputs)
             both = [str(i.get("micrograph_name") or next((v for k, v in i.items() if k.endswith("_path")), arrival.name)) for i in two]
+            sources = [str(i.get("source", "")) for i in two]
+            if sources[0] != sources[1]:
+                both = [f"{name} of {source}" for name, source in zip(both, sources)]
             if both[0] == both[1]:
                 raise InputError(f"{both[0]} is listed twice.", "a table was joined with itself", "remove one of its rows")
             raise InputError(
