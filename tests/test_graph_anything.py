@@ -213,3 +213,8 @@ def test_sources_said_explicitly_give_the_same_graph(pipeline: list[Any]) -> Non
     assert again.problems == ()
     assert sources(again) == sources(graph)
     assert [s.outputs for s in again.steps] == [s.outputs for s in graph.steps]
+
+
+def test_a_stage_that_cannot_say_what_it_gives_is_a_problem_of_its_step():
+    (problem,) = resolve([{"classify3d": {"classes": [None]}}], STAGES, make_params=make_params).problems[:1]
+    assert "classify3d cannot say what it gives with these parameters (TypeError" in problem

@@ -306,3 +306,7 @@ def _outputs(stage: Stage, label: str, params: Any) -> tuple[Output, ...]:
     except CryodaskError as error:
         text = error.what if error.what.startswith(label) else f"{label}: {error.what}"
         raise WrongStep(f"{text.rstrip('.')}. {error.way_out[:1].upper()}{error.way_out[1:]}.".strip()) from error
+    except Exception as error:  # of a stage of another package
+        raise WrongStep(
+            f"{label}: {stage.name} cannot say what it gives with these parameters ({type(error).__name__}: {error})."
+        ) from error
