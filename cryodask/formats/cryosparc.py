@@ -207,7 +207,8 @@ def _angles(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     from cryodask.kernels.orientations import matrix_to_euler
 
-    matrices = Rotation.from_rotvec(vectors.reshape(-1, 3)).inv().as_matrix()
+    # older versions of scipy refuse no rotations
+    matrices = Rotation.from_rotvec(vectors.reshape(-1, 3)).inv().as_matrix() if vectors.size else np.zeros((0, 3, 3))
     rot, tilt, psi = (np.degrees(angle.numpy()) for angle in matrix_to_euler(torch.from_numpy(matrices)))
     return rot, tilt, psi
 
