@@ -224,7 +224,7 @@ def _short(page: tifffile.TiffPage) -> int | None:
 
 
 def _unread(page: tifffile.TiffPage) -> str:
-    """Why a page is not read as a movie frame although it is valid; empty if it is."""
+    """Why a valid page cannot be used as a movie frame; empty if it can."""
     tags = page.tags
     if page.is_reduced or page.is_mask:
         return "is a thumbnail or a mask"
