@@ -25,7 +25,7 @@ def particle_columns(draw):
         return np.array(draw(st.lists(values, min_size=n, max_size=n)))
 
     columns = {
-        name: column(st.floats(-1e5, 1e5).filter(lambda v: abs(v) >= 20)).astype(float)
+        name: column(st.floats(20, 1e5) | st.floats(-1e5, -20)).astype(float)
         for name in ("defocus_u_angstrom", "defocus_v_angstrom")
     } | {
         name: column(NUMBERS).astype(float)
