@@ -39,7 +39,7 @@ def kernels(request, monkeypatch) -> str:
     if request.param == "numba":
         pytest.importorskip("numba")
     else:
-        monkeypatch.setattr(local_search, "compiled", lambda: None)
+        monkeypatch.setattr(local_search, "compiled", lambda name, device: None)
     return request.param
 
 
@@ -200,7 +200,7 @@ def test_both_forms_give_the_same_poses(some, monkeypatch):
     )  # fmt: skip
     keywords = {"sigma_px": 1.5, "operators": symmetry_operators("C1"), "modes": 2}
     one = local_search.climb(*arguments, **keywords)
-    monkeypatch.setattr(local_search, "compiled", lambda: None)
+    monkeypatch.setattr(local_search, "compiled", lambda name, device: None)
     other = local_search.climb(*arguments, **keywords)
     apart = angular_error_deg(one.rotations[:, 0], other.rotations[:, 0], symmetry_operators("C1"))
     assert float(apart.quantile(0.9)) < 0.1

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from cryodask.errors import InputError
+from cryodask.kernels import half_grid
 from cryodask.kernels.symmetry import is_signed_permutation, permute_grid, symmetrise_grid, symmetry_operators
 
 GOLDEN = (1 + np.sqrt(5)) / 2
@@ -80,3 +81,26 @@ def test_other_groups_are_symmetrised_by_interpolation(name):
     inside = x**2 + y**2 + z**2 < 15**2
     error = float((got - want)[inside].norm() / want[inside].norm())
     assert error < 0.06
+
+
+@pytest.mark.parametrize("name", ["C1", "C2", "C7", "D2", "D3", "T", "I"])
+def test_compiled_and_torch_forms_of_half_grids_agree(name, monkeypatch):
+    """Folded, weighed and reconstructed: noise within the sphere of a grid of radius 8, equal but for rounding."""
+    pytest.importorskip("numba")
+    radius, half = 8, half_grid.grid_half(8)
+    generator = torch.Generator().manual_seed(3)
+    grid = torch.randn(2 * half + 1, 2 * half + 1, half + 1, 3, generator=generator)
+    grid[..., 2] = grid[..., 2].abs() + 0.5
+    k = torch.arange(-half, half + 1).float()
+    grid[k[:, None, None] ** 2 + k[:, None] ** 2 + k[half:] ** 2 > (2 * radius) ** 2] = 0.0
+
+    def computed():
+        folded = half_grid.fold_half_grid(grid.clone(), symmetry_operators(name))
+        ssnr = torch.linspace(5.0, 0.1, radius + 1)
+        map_ = half_grid.reconstruct_half(folded, radius, 20, image_box=20, ssnr=ssnr)
+        return map_, half_grid.mean_weight(folded, radius), half_grid.own_ssnr(folded, radius)
+
+    compiled = computed()
+    monkeypatch.setattr(half_grid, "compiled", lambda name, device: None)
+    for one, other in zip(compiled, computed(), strict=True):
+        assert float((one - other).abs().max()) < 1e-4 * float(other.abs().max())

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cryodask.kernels.compiled import compiled
 from cryodask.kernels.projection import PADDING, grid_half, gridding_correction
-from cryodask.kernels.symmetry import symmetrise_grid
+from cryodask.kernels.symmetry import coset_representatives, is_signed_permutation, symmetrise_grid
 
 _ROWS_TOGETHER = 8
 
@@ -57,19 +58,25 @@ def fold_half_grid(grid: Tensor, operators: np.ndarray) -> Tensor:
     mates = torch.flip(plane, (0, 1)).clone()
     mates[..., 1] *= -1.0
     plane += mates
+    kernels = compiled("grids", grid.device)
+    exact = np.array([g for g in operators if is_signed_permutation(g)])
+    if kernels is not None and len(exact) < len(operators):
+        once = grid.clone()
+        for g in coset_representatives(operators, list(exact))[1:]:
+            kernels.add_turned(once.numpy(), g, grid.numpy())
+        operators = exact
     if all(np.allclose(np.abs(g), np.eye(3), atol=1e-6) for g in operators):
         # half-turns about the axes: the half grid maps onto itself, or onto its mates
         turned = [_half_turn(grid, g) for g in operators if not np.allclose(g, np.eye(3), atol=1e-6)]
         for other in turned:
             grid += other
         return grid
-    if len(operators) > 1:
-        for channel in range(3):
-            right = grid[..., channel]
-            left = torch.flip(right[:, :, 1:], (0, 1, 2))
-            whole = torch.cat([-left if channel == 1 else left, right], 2)
-            # the imaginary part is odd under the group only together with its mates, so the whole grid is turned
-            grid[..., channel] = symmetrise_grid(whole[None], operators)[0, :, :, right.shape[2] - 1 :]
+    for channel in range(3):
+        right = grid[..., channel]
+        left = torch.flip(right[:, :, 1:], (0, 1, 2))
+        whole = torch.cat([-left if channel == 1 else left, right], 2)
+        # the imaginary part is odd under the group only together with its mates, so the whole grid is turned
+        grid[..., channel] = symmetrise_grid(whole[None], operators)[0, :, :, right.shape[2] - 1 :]
     return grid
 
 
@@ -93,6 +100,9 @@ def mean_weight(grid: Tensor, radius: int) -> Tensor:
     """Mean weight per shell `(radius + 2,)` float64 of a folded grid, the unstored half counted."""
     half = grid.shape[2] - 1
     sums, counts = (torch.zeros(radius + 2, dtype=torch.float64, device=grid.device) for _ in range(2))
+    if kernels := compiled("grids", grid.device):
+        kernels.weight_sums(grid.numpy(), radius, sums.numpy(), counts.numpy())
+        return sums / counts.clamp(min=1.0)
     twice = torch.full((2 * half + 1, half + 1), 2.0, dtype=torch.float64, device=grid.device)
     twice[:, 0] = 1.0
     for z in range(-half, half + 1):
@@ -145,20 +155,25 @@ def reconstruct_half(
     limit = min(half, wide // 2 - 1)
     k = torch.arange(-limit, limit + 1, device=device)
     # the alternating sign moves the origin to voxel map_box of the padded map
-    checkered = (1.0 - 2.0 * ((k[:, None] + k[None, limit:]) % 2)).float() * (map_box**3 / image_box**2)
+    scale = map_box**3 / image_box**2
+    checkered = (1.0 - 2.0 * ((k[:, None] + k[None, limit:]) % 2)).float() * scale
     window = slice(half - limit, half + limit + 1)
     start = wide // 2 - map_box // 2
     cut = slice(start, start + map_box)
+    kernels = compiled("grids", device)
     planes = torch.zeros(2 * limit + 1, map_box, limit + 1, dtype=torch.complex64, device=device)
     padded = torch.zeros(wide, limit + 1, dtype=torch.complex64, device=device)
     for z in range(-limit, limit + 1):
         if abs(z) > PADDING * (radius + 1):
             continue
-        shell = shells_of_slab(half, z, device)[window, : limit + 1]
-        plane = grid[z + half, window, : limit + 1]
-        factor = checkered / (plane[..., 2] + prior[shell.clamp(max=radius + 1)] + 1e-12)
-        factor = torch.where(shell <= radius, -factor if z % 2 else factor, torch.zeros_like(factor))
-        padded[k % wide] = torch.complex(plane[..., 0] * factor, plane[..., 1] * factor)
+        if kernels is not None:
+            kernels.filtered_plane(grid[z + half].numpy(), z, radius, prior.numpy(), np.float32(scale), padded.numpy())
+        else:
+            shell = shells_of_slab(half, z, device)[window, : limit + 1]
+            plane = grid[z + half, window, : limit + 1]
+            factor = checkered / (plane[..., 2] + prior[shell.clamp(max=radius + 1)] + 1e-12)
+            factor = torch.where(shell <= radius, -factor if z % 2 else factor, torch.zeros_like(factor))
+            padded[k % wide] = torch.complex(plane[..., 0] * factor, plane[..., 1] * factor)
         planes[z + limit] = torch.fft.ifft(padded, dim=0)[cut]
     out = torch.empty(map_box, map_box, map_box, device=device)
     for rows in torch.arange(map_box, device=device).split(_ROWS_TOGETHER):
@@ -173,6 +188,9 @@ def own_ssnr(grid: Tensor, radius: int) -> Tensor:
     half = grid.shape[2] - 1
     mean = mean_weight(grid, radius)
     power, counts = (torch.zeros(radius + 2, dtype=torch.float64, device=grid.device) for _ in range(2))
+    if kernels := compiled("grids", grid.device):
+        kernels.power_sums(grid.numpy(), radius, (0.1 * mean + 1e-20).float().numpy(), power.numpy(), counts.numpy())
+        return (mean * power / counts.clamp(min=1.0))[: radius + 1]
     twice = torch.full((2 * half + 1, half + 1), 2.0, dtype=torch.float64, device=grid.device)
     twice[:, 0] = 1.0
     for z in range(-half, half + 1):

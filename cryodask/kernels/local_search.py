@@ -7,11 +7,8 @@ Compiled by numba on CPUs where it is installed (extra ``compiled``); else, and 
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cryodask.kernels import _slices_torch
+from cryodask.kernels.compiled import compiled
 from cryodask.kernels.half_grid import empty_half_grid, fold_half_grid
 from cryodask.kernels.rows import ImageRows, row_shells
 
@@ -95,22 +93,8 @@ class Modes:
         return torch.where(there, self.evidence, -torch.inf)
 
 
-@lru_cache(maxsize=1)
-def compiled() -> Any:
-    """The compiled kernels, or None; says once that they are missing."""
-    if importlib.util.find_spec("numba") is None:
-        print(
-            "numba is not installed: poses are refined by torch, about four times slower (pip install 'cryodask[compiled]')",
-            file=sys.stderr,
-        )
-        return None
-    from cryodask.kernels import _slices_numba
-
-    return _slices_numba
-
-
-def _uses_compiled(images: ImageRows) -> Any:
-    return compiled() if images.values.device.type == "cpu" else None
+def _kernels(images: ImageRows) -> Any:
+    return compiled("slices", images.values.device)
 
 
 def pixel_weights(noise_power: Tensor, radius: int) -> Tensor:
@@ -149,7 +133,7 @@ def climb(
     weight = pixel_weights(noise_power, radius)
     rings, most, steps = ([getattr(level, name) for level in levels] for name in ("ring", "most", "steps"))
     prior = 1.0 / sigma_px**2
-    kernels = _uses_compiled(images)
+    kernels = _kernels(images)
     n, device = len(rows), rows.device
     found = (
         torch.eye(3, device=device).repeat(n, modes, 1, 1), torch.zeros(n, modes, 2, device=device),
@@ -183,7 +167,7 @@ def insert(
 ) -> None:
     """Add the images' slices at weighted poses `(n, pose, ...)` to a half grid, in place; shares below a hundredth are left out."""
     weight = pixel_weights(noise_power, radius)
-    kernels = _uses_compiled(images)
+    kernels = _kernels(images)
     for lot, group in images.lots(rows, _LOT):
         some, numbers = images.part(rows[lot], radius), images.ctf[rows[lot]]
         poses = rotations[lot], shifts_px[lot], shares[lot]
@@ -207,7 +191,7 @@ def shell_terms(images: ImageRows, rows: Tensor, volume: Tensor, rotations: Tens
 
     Beyond ``ring`` the model is zero.
     """
-    kernels = _uses_compiled(images)
+    kernels = _kernels(images)
     parts = []
     for lot in torch.arange(len(rows), device=rows.device).split(_LOT):
         some, numbers = images.part(rows[lot], radius), images.ctf[rows[lot]]

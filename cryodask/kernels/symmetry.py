@@ -101,7 +101,7 @@ def symmetrise_grid(grid: Tensor, operators: np.ndarray) -> Tensor:
     """
     exact = [g for g in operators if is_signed_permutation(g)]
     folded = torch.zeros_like(grid)
-    for g in _coset_representatives(operators, exact):
+    for g in coset_representatives(operators, exact):
         folded += permute_grid(grid, g) if is_signed_permutation(g) else _rotate_grid(grid, g)
     out = torch.zeros_like(grid)
     for g in exact:
@@ -109,7 +109,7 @@ def symmetrise_grid(grid: Tensor, operators: np.ndarray) -> Tensor:
     return out
 
 
-def _coset_representatives(operators: np.ndarray, subgroup: list[np.ndarray]) -> list[np.ndarray]:
+def coset_representatives(operators: np.ndarray, subgroup: list[np.ndarray]) -> list[np.ndarray]:
     """One g of each left coset g H."""
     left = list(operators)
     chosen = []
