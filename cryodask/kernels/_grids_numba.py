@@ -1,0 +1,113 @@
+"""Compiled loops over half Fourier grids of :mod:`cryodask.kernels.half_grid` (numba, float32 with float64 sums).
+
+Shells are those of :func:`cryodask.kernels.half_grid.shells_of_slab`. The functions release the interpreter's lock.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numba
+import numpy as np
+
+_F = np.float32
+
+
+def _jit(function: Any) -> Any:
+    return numba.njit(cache=True, nogil=True, error_model="numpy")(function)
+
+
+@_jit
+def _shell(x, y, z):  # type: ignore[no-untyped-def]
+    """Shell of a point of a grid that is padded twice."""
+    return int(np.rint(_F(0.5) * math.sqrt(_F(x * x + y * y + z * z))))
+
+
+@_jit
+def add_turned(grid, rotation, out):  # type: ignore[no-untyped-def]
+    """Add ``grid(rotation k)`` to ``out(k)``, both `(z, y, x, 3)`, by trilinear interpolation within the sphere that the grid holds."""
+    half = grid.shape[2] - 1
+    r00, r01, r02 = _F(rotation[0, 0]), _F(rotation[0, 1]), _F(rotation[0, 2])
+    r10, r11, r12 = _F(rotation[1, 0]), _F(rotation[1, 1]), _F(rotation[1, 2])
+    r20, r21, r22 = _F(rotation[2, 0]), _F(rotation[2, 1]), _F(rotation[2, 2])
+    for z in range(-half, half + 1):
+        for y in range(-half, half + 1):
+            left = half * half - z * z - y * y
+            if left < 0:
+                continue
+            for x in range(int(math.sqrt(left + 0.5)) + 1):
+                px, py, pz = r00 * x + r01 * y + r02 * z, r10 * x + r11 * y + r12 * z, r20 * x + r21 * y + r22 * z
+                sign = _F(1.0)
+                if px < 0:
+                    px, py, pz, sign = -px, -py, -pz, _F(-1.0)
+                py, pz = py + half, pz + half
+                # rounding may take a point on the sphere out of the last cell
+                ix, iy, iz = min(int(px), half - 1), min(int(py), 2 * half - 1), min(int(pz), 2 * half - 1)
+                u, v, w = px - _F(ix), py - _F(iy), pz - _F(iz)
+                re, im, weight = _F(0.0), _F(0.0), _F(0.0)
+                for dz in range(2):
+                    deep = w if dz else _F(1.0) - w
+                    for dy in range(2):
+                        across = deep * (v if dy else _F(1.0) - v)
+                        far = across * u
+                        near = across - far
+                        line = grid[iz + dz, iy + dy]
+                        re += near * line[ix, 0] + far * line[ix + 1, 0]
+                        im += near * line[ix, 1] + far * line[ix + 1, 1]
+                        weight += near * line[ix, 2] + far * line[ix + 1, 2]
+                here = out[z + half, y + half, x]
+                here[0] += re
+                here[1] += sign * im
+                here[2] += weight
+
+
+@_jit
+def weight_sums(grid, radius, sums, counts):  # type: ignore[no-untyped-def]
+    """Sums of the weights `(z, y, x, 3)` and numbers of points per shell up to ``radius``, the unstored half counted."""
+    half = grid.shape[2] - 1
+    for z in range(-half, half + 1):
+        for y in range(-half, half + 1):
+            for x in range(half + 1):
+                shell = _shell(x, y, z)
+                if shell <= radius:
+                    times = 2.0 if x else 1.0
+                    sums[shell] += times * grid[z + half, y + half, x, 2]
+                    counts[shell] += times
+
+
+@_jit
+def power_sums(grid, radius, ridge, sums, counts):  # type: ignore[no-untyped-def]
+    """Sums of |numerator / (weight + ridge of the shell)|^2 and numbers of points per shell up to ``radius``."""
+    half = grid.shape[2] - 1
+    for z in range(-half, half + 1):
+        for y in range(-half, half + 1):
+            for x in range(half + 1):
+                shell = _shell(x, y, z)
+                if shell <= radius:
+                    re, im, weight = grid[z + half, y + half, x]
+                    times, below = 2.0 if x else 1.0, weight + ridge[shell]
+                    sums[shell] += times * (re * re + im * im) / (below * below)
+                    counts[shell] += times
+
+
+@_jit
+def filtered_plane(plane, z, radius, prior, scale, out):  # type: ignore[no-untyped-def]
+    """Numerator / (weight + prior of the shell) of a plane `(y, x, 3)` into ``out`` `(y, x)`, times ``scale`` with the sign of the point.
+
+    ``out`` is padded: its rows are those of a transform, and it may be narrower than the grid. Points beyond ``radius`` are zero.
+    """
+    half, limit = plane.shape[1] - 1, out.shape[1] - 1
+    wide = out.shape[0]
+    for y in range(-limit, limit + 1):
+        row = out[y % wide]
+        for x in range(limit + 1):
+            shell = _shell(x, y, z)
+            if shell <= radius:
+                re, im, weight = plane[y + half, x]
+                factor = scale / (weight + prior[shell] + _F(1e-12))
+                if (x + y + z) % 2:
+                    factor = -factor
+                row[x] = complex(re * factor, im * factor)
+            else:
+                row[x] = 0.0
