@@ -154,8 +154,10 @@ def test_leaves_hold_every_particle_once_and_never_too_many(count, halves):
     assert np.array_equal(np.sort(np.concatenate([leaf.index for leaf in leaves])), np.arange(count))
     assert max(len(leaf.index) for leaf in leaves) <= 2000
     assert [leaf.number for leaf in leaves] == list(range(len(leaves)))
-    if count >= 300:
-        assert len(leaves) in {2**k for k in range(3, 12)}
+    for half in range(halves):
+        own = [len(leaf.index) for leaf in leaves if leaf.half == half]
+        assert len(own) in {2**k for k in range(12)} or count < halves
+        assert len(own) == 1 or min(own) >= 50 or count < halves
 
 
 @given(st.integers(1, 70))

@@ -1,6 +1,6 @@
-"""Compiled loops over half Fourier grids of :mod:`cryodask.kernels.half_grid` (numba, float32 with float64 sums).
+"""Compiled loops over half Fourier grids of :mod:`cryodask.kernels.half_grid`, and over transforms (numba, float32 with float64 sums).
 
-Shells are those of :func:`cryodask.kernels.half_grid.shells_of_slab`. The functions release the interpreter's lock.
+Shells of grids are those of :func:`cryodask.kernels.half_grid.shells_of_slab`. The functions release the interpreter's lock.
 """
 
 from __future__ import annotations
@@ -63,6 +63,21 @@ def add_turned(grid, rotation, out):  # type: ignore[no-untyped-def]
 
 
 @_jit
+def add_half_turn(grid, across_z, across_y, mates, out):  # type: ignore[no-untyped-def]
+    """Add a half grid `(z, y, x, 3)` to ``out``, read backwards along z and y, as conjugates if ``mates``."""
+    last = grid.shape[0] - 1
+    sign = _F(-1.0) if mates else _F(1.0)
+    for z in range(last + 1):
+        for y in range(last + 1):
+            source = grid[last - z if across_z else z, last - y if across_y else y]
+            line = out[z, y]
+            for x in range(grid.shape[2]):
+                line[x, 0] += source[x, 0]
+                line[x, 1] += sign * source[x, 1]
+                line[x, 2] += source[x, 2]
+
+
+@_jit
 def weight_sums(grid, radius, sums, counts):  # type: ignore[no-untyped-def]
     """Sums of the weights `(z, y, x, 3)` and numbers of points per shell up to ``radius``, the unstored half counted."""
     half = grid.shape[2] - 1
@@ -111,3 +126,21 @@ def filtered_plane(plane, z, radius, prior, scale, out):  # type: ignore[no-unty
                 row[x] = complex(re * factor, im * factor)
             else:
                 row[x] = 0.0
+
+
+@_jit
+def correlation_sums(first, second, sums):  # type: ignore[no-untyped-def]
+    """Sums over shells up to Nyquist of Re(conj(second) first), |first|^2 and |second|^2 of two real FFTs, into ``sums`` `(3, shell)`."""
+    n, columns = first.shape[0], first.shape[2]
+    for iz in range(n):
+        z = iz if iz < (n + 1) // 2 else iz - n
+        for iy in range(n):
+            y = iy if iy < (n + 1) // 2 else iy - n
+            for x in range(columns):
+                shell = int(np.rint(math.sqrt(_F(x * x + y * y + z * z))))
+                if shell < sums.shape[1]:
+                    times = 1.0 if x == 0 or 2 * x == n else 2.0
+                    a, b = first[iz, iy, x], second[iz, iy, x]
+                    sums[0, shell] += times * (a.real * b.real + a.imag * b.imag)
+                    sums[1, shell] += times * (a.real * a.real + a.imag * a.imag)
+                    sums[2, shell] += times * (b.real * b.real + b.imag * b.imag)

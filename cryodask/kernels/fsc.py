@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cryodask.kernels.compiled import compiled
+
 _END_OF_STRONG_SHELLS = 0.4
 """Unmasked FSC below which shells are no longer strong."""
 
@@ -53,14 +55,21 @@ def shell_sum(values: Tensor, shells: Tensor, weight: Tensor) -> Tensor:
 
 def fsc(first: Tensor, second: Tensor) -> Tensor:
     """Correlation of two cubic maps `(z, y, x)` in each Fourier shell, float64 `(shell,)`; 0 where a shell is empty of power."""
-    shells, weight = half_shells(first.shape[-1], first.device)
-    return _fsc_of_transforms(torch.fft.rfftn(first), torch.fft.rfftn(second), shells, weight)
+    return fsc_of_transforms(torch.fft.rfftn(first), torch.fft.rfftn(second))
 
 
-def _fsc_of_transforms(a: Tensor, b: Tensor, shells: Tensor, weight: Tensor) -> Tensor:
-    cross = shell_sum(a.real * b.real + a.imag * b.imag, shells, weight)
-    power_a = shell_sum(a.real**2 + a.imag**2, shells, weight)
-    power_b = shell_sum(b.real**2 + b.imag**2, shells, weight)
+def fsc_of_transforms(a: Tensor, b: Tensor) -> Tensor:
+    """The same of the real FFTs of two maps."""
+    n = a.shape[0]
+    if (kernels := compiled("grids", a.device)) and a.dtype == b.dtype == torch.complex64:
+        sums = torch.zeros(3, n // 2 + 1, dtype=torch.float64)
+        kernels.correlation_sums(a.contiguous().numpy(), b.contiguous().numpy(), sums.numpy())
+        cross, power_a, power_b = sums
+    else:
+        shells, weight = half_shells(n, a.device)
+        cross = shell_sum(a.real * b.real + a.imag * b.imag, shells, weight)
+        power_a = shell_sum(a.real**2 + a.imag**2, shells, weight)
+        power_b = shell_sum(b.real**2 + b.imag**2, shells, weight)
     return torch.where(power_a * power_b > 0, cross / torch.sqrt(power_a * power_b).clamp(min=1e-300), 0.0)
 
 
@@ -98,9 +107,8 @@ def corrected_fsc(
     -----
     Chen et al. (2013), with the margin of two shells of relion_postprocess, which draws once.
     """
-    shells, weight = half_shells(first.shape[-1], first.device)
     transforms = torch.fft.rfftn(first), torch.fft.rfftn(second)
-    unmasked = _fsc_of_transforms(*transforms, shells, weight)
+    unmasked = fsc_of_transforms(*transforms)
     masked = fsc(first * mask, second * mask)
     low = torch.nonzero(unmasked[1:] < randomise_below_fsc)
     start = int(low[0]) + 1 if len(low) else len(unmasked)

@@ -24,16 +24,26 @@ def half_volume(volume: Tensor, radius: int, image_box: int) -> Tensor:
     ``image_box`` is the box of the images whose grey values the slices shall have; it spans the same length as the map.
     """
     b, wide = volume.shape[-1], volume.shape[-1] * PADDING
-    padded = torch.zeros((wide,) * 3, dtype=torch.float32, device=volume.device)
-    # the map is moved so that its origin, voxel b // 2, lies at voxel 0
-    corner = torch.arange(b, device=volume.device) - b // 2
-    padded[corner[:, None, None] % wide, corner[None, :, None] % wide, corner[None, None] % wide] = volume.float() / gridding_correction(
-        b, volume.device
-    )
-    spectrum = torch.fft.rfftn(padded)
     half = min(grid_half(radius), wide // 2 - 1)
     k = torch.arange(-half, half + 1, device=volume.device) % wide
-    return (spectrum[k][:, k][:, :, : half + 1] * (image_box**2 / b**3)).contiguous()
+    map_ = volume.float() / gridding_correction(b, volume.device) * (image_box**2 / b**3)
+    # some planes at a time: the padded map is never there whole
+    planes = torch.empty(b, len(k), half + 1, dtype=torch.complex64, device=volume.device)
+    for some in torch.arange(b, device=volume.device).split(_ROWS_TOGETHER):
+        planes[some] = torch.fft.rfft2(_padded(_padded(map_[some], 2), 1))[:, k][:, :, : half + 1]
+    out = torch.empty(len(k), len(k), half + 1, dtype=torch.complex64, device=volume.device)
+    for some in torch.arange(len(k), device=volume.device).split(_ROWS_TOGETHER):
+        out[:, some] = torch.fft.fft(_padded(planes[:, some], 0), dim=0)[k]
+    return out
+
+
+def _padded(values: Tensor, dim: int) -> Tensor:
+    """Zeros in the middle of an axis, whose origin moves from its middle to its first place."""
+    count = values.shape[dim]
+    middle, shape = count // 2, list(values.shape)
+    shape[dim] = count * (PADDING - 1)
+    nothing = torch.zeros(shape, dtype=values.dtype, device=values.device)
+    return torch.cat([values.narrow(dim, middle, count - middle), nothing, values.narrow(dim, 0, middle)], dim)
 
 
 def empty_half_grid(radius: int, device: str = "cpu") -> Tensor:
@@ -67,7 +77,18 @@ def fold_half_grid(grid: Tensor, operators: np.ndarray) -> Tensor:
         operators = exact
     if all(np.allclose(np.abs(g), np.eye(3), atol=1e-6) for g in operators):
         # half-turns about the axes: the half grid maps onto itself, or onto its mates
-        turned = [_half_turn(grid, g) for g in operators if not np.allclose(g, np.eye(3), atol=1e-6)]
+        turns = [g for g in operators if not np.allclose(g, np.eye(3), atol=1e-6)]
+        if kernels is not None and turns:
+            before = grid.clone().numpy()
+            for g in turns:
+                kernels.add_half_turn(before, *_half_turn(g), grid.numpy())
+            return grid
+        turned = []
+        for g in turns:
+            across_z, across_y, conjugate = _half_turn(g)
+            turned.append(torch.flip(grid, [axis for axis, flipped in ((0, across_z), (1, across_y)) if flipped]))
+            if conjugate:
+                turned[-1][..., 1] *= -1.0
         for other in turned:
             grid += other
         return grid
@@ -80,13 +101,10 @@ def fold_half_grid(grid: Tensor, operators: np.ndarray) -> Tensor:
     return grid
 
 
-def _half_turn(grid: Tensor, operator: np.ndarray) -> Tensor:
-    """``F(g k)`` of a half grid `(z, y, x, 3)`, for g = diag(+-1, +-1, +-1): where it turns x, F(g k) is the conjugate of F(-g k)."""
+def _half_turn(operator: np.ndarray) -> tuple[bool, bool, bool]:
+    """How a half grid is read for ``F(g k)``, g = diag(+-1, +-1, +-1): z backwards, y backwards, conjugates (of F(-g k), if g turns x)."""
     turned = np.diag(operator) * np.sign(operator[0, 0])
-    out = torch.flip(grid, [axis for axis, sign in ((0, turned[2]), (1, turned[1])) if sign < 0])
-    if operator[0, 0] < 0:
-        out[..., 1] *= -1.0
-    return out
+    return bool(turned[2] < 0), bool(turned[1] < 0), bool(operator[0, 0] < 0)
 
 
 def shells_of_slab(half: int, z: int, device: torch.device) -> Tensor:

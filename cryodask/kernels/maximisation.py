@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cryodask.kernels.fsc import fsc, half_radius, randomise_phases
+from cryodask.kernels.fsc import fsc, fsc_of_transforms, half_radius, randomise_phases
 from cryodask.kernels.masking import own_solvent_mask
 
 SIGNIFICANCE = 3.0
@@ -75,13 +75,13 @@ class HalfMaps:
     def of(cls, first: Tensor, second: Tensor, *, inserted: int, common: int, generator: torch.Generator) -> HalfMaps:
         """Compare two maps without a mask, and randomise their phases."""
         count = inserted + 1
-        unmasked = fsc(first, second)[:count]
+        transforms = torch.fft.rfftn(first), torch.fft.rfftn(second)
+        unmasked = fsc_of_transforms(*transforms)[:count]
         weak = torch.nonzero(unmasked[1:] < 0.8)
         start = max(int(weak[0]) + 1 if len(weak) else count, common + 1)
         noisy: list[tuple[Tensor, Tensor]] = []
         if start < count:
             radius = half_radius(first.shape[-1], first.device)
-            transforms = [torch.fft.rfftn(h) for h in (first, second)]
             for _ in range(_RANDOM_DRAWS):
                 one, other = (torch.fft.irfftn(randomise_phases(t, radius, start - 0.5, generator), s=first.shape) for t in transforms)
                 noisy.append((one, other))

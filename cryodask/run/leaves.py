@@ -15,7 +15,7 @@ import numpy as np
 from cryodask.stage import ParticleSet
 
 _LEAVES = 8
-_SMALLEST_LEAF, _LARGEST_LEAF = 32, 2000
+_SMALLEST_LEAF, _LARGEST_LEAF = 50, 2000
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,8 @@ class Merge:
 
 
 def cut_leaves(particles: ParticleSet, halves: int) -> list[Leaf]:
-    """Split a set into leaves, independently of the workers: at least four per half-set, at most 2000 particles each.
-
-    The number is a power of two if the set is large enough, so that the branches of the tree fit 2, 4, 8 ... workers.
+    """Split a set into leaves, independently of the workers: four per half-set, fewer if less than 50 particles each were left, more
+    if more than 2000 were. The number is a power of two, so that the branches of the tree fit 2, 4, 8 ... workers.
     """
     half_of = particles.columns["half_set"] if halves == 2 else np.zeros(particles.count, np.int8)
     leaves: list[Leaf] = []
@@ -47,8 +46,10 @@ def cut_leaves(particles: ParticleSet, halves: int) -> list[Leaf]:
         count = _LEAVES // halves
         while len(index) > count * _LARGEST_LEAF:
             count *= 2
-        size = max(-(-len(index) // count), _SMALLEST_LEAF)
-        for start in range(0, len(index), size):
+        while count > 1 and len(index) < count * _SMALLEST_LEAF:
+            count //= 2
+        size = -(-len(index) // count)
+        for start in range(0, len(index), max(size, 1)):
             leaves.append(Leaf(len(leaves), half, index[start : start + size]))
     return leaves
 
