@@ -14,6 +14,7 @@ import numpy as np
 
 from cryodask.errors import InputError, MicrographError
 from cryodask.programs import Program
+from cryodask.run.content import IMAGES, refuse_changed
 from cryodask.run.devices import on_device
 from cryodask.run.due import Said, due, joined, said_of
 from cryodask.run.events.reports import report_of
@@ -338,6 +339,8 @@ class Chain:
             if name == "gain":
                 path = self.gains.get(item.data_set)
                 return _gain_at(path) if path else None
+            if name in IMAGES and name in values:
+                refuse_changed(item, name, values[name])
             return None if name not in values and name in link.stage.optional else _known(name, item, values)
         return self._stored(label, name, item, values, records)
 
