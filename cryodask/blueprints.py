@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from cryodask.cluster.settings import Line, Memory, SlurmSettings, network_file_system, parse_settings
+from cryodask.cluster.fields import Line, Memory, network_file_system
+from cryodask.cluster.settings import SlurmSettings, parse_settings
 from cryodask.documents import StrictModel, expand, read_yaml
 from cryodask.errors import ClusterError, ProjectFileError, StoreError
 

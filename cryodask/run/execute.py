@@ -29,6 +29,7 @@ from cryodask.run.inputs import SHARED_REASONS, StepInputs, particle_set, step_i
 from cryodask.run.keys import Keys
 from cryodask.run.made_in import MadeIn, before_adding
 from cryodask.run.map import MapRunner
+from cryodask.run.offers import refuse_beyond_workers
 from cryodask.run.recipe import Plan, Step
 from cryodask.run.record import note_line
 from cryodask.run.refs import Refer
@@ -86,7 +87,9 @@ class Execution:
             self.events.say(f"{label}: {why}")
         state.forget(waits)
         self.wanted.check_sources(self.plan, state)
-        for group in chains_of(self.plan, [s for s in self.wanted.steps(self.plan) if s.label not in waits]):
+        todo = [s for s in self.wanted.steps(self.plan) if s.label not in waits]
+        refuse_beyond_workers(self.plan, self.project, todo, self.items, self.client)
+        for group in chains_of(self.plan, todo):
             self.stop.check()
             if group[0].stage.shape == "map":
                 self._run_map(group)
@@ -243,6 +246,7 @@ class Execution:
                 live=self.arrivals is not None,
                 stopped=self._stopped,
                 needs_gpu=any(link.stage.resources.gpus for link in chain.links),
+                licences=tuple(sorted({name for link in chain.links for name in link.stage.resources.licences})),
             )
             tally.runner.run(source)
             tally.count()

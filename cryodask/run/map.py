@@ -22,7 +22,7 @@ from distributed import Client, Future, KilledWorker
 from distributed.client import ClosedClientError
 
 from cryodask.errors import CryodaskError
-from cryodask.run.devices import CPU_DEVICE, GPU, GPU_DEVICE, gpu_items, with_gpus
+from cryodask.run.devices import CPU_DEVICE, GPU_DEVICE, dask_resources, gpu_items, with_gpus
 from cryodask.run.health import Watch, scheduler_needed
 from cryodask.run.isolation import ItemDied, ItemFailure, blamed_at_first_death, in_child, time_limit
 from cryodask.run.residents import Run, in_run, keep, new_run, release_everywhere, stop_everywhere, stopped_here
@@ -113,6 +113,8 @@ class MapRunner:
         Polled; once it returns true nothing new is started, and :meth:`run` returns when the items in flight have finished.
     needs_gpu : bool
         Items go only to workers with GPUs; otherwise a GPU is used if one is free.
+    licences : tuple of str
+        Each item in flight holds one of each.
     """
 
     def __init__(
@@ -128,8 +130,9 @@ class MapRunner:
         live: bool = False,
         stopped: Callable[[], bool] = lambda: False,
         needs_gpu: bool = False,
+        licences: tuple[str, ...] = (),
     ) -> None:
-        self.needs_gpu = needs_gpu
+        self.needs_gpu, self.licences = needs_gpu, licences
         self.client, self.job, self.event = client, job, event
         self.live, self.stopped = live, stopped
         self.backoff, self.limit_seconds, self.first_attempt = backoff_seconds, limit_seconds, first_attempt
@@ -235,7 +238,8 @@ class MapRunner:
         if self.suspects:
             self._send([self.suspects.popleft() for _ in range(min(max(1, room), len(self.suspects)))], isolated=True, device=usual)
             room = self.window - len(self.flying)
-        for_gpus = max(0, gpu_items(self.watch.workers, self.on_gpus) - len(self.for_gpus))
+        # a GPU that is only used if free may be on a worker without the licence
+        for_gpus = 0 if self.licences else max(0, gpu_items(self.watch.workers, self.on_gpus) - len(self.for_gpus))
         if not self.live and room < self.window / 2 and len(self.flying) > 1:  # a few large messages are cheaper than many small ones
             room = 0
         room = max(room, for_gpus)
@@ -278,7 +282,7 @@ class MapRunner:
                 pure=False,
                 retries=0,
                 priority=int(isolated),
-                resources={GPU: 1} if device == GPU_DEVICE else None,
+                resources=dask_resources(device, self.licences),
             )
         if device == GPU_DEVICE:
             self.for_gpus |= {str(future.key): time.monotonic() for future in futures}

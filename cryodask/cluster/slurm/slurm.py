@@ -110,6 +110,7 @@ def pool_job_class() -> type[Any]:
                 job_extra_directives=[
                     *memory_directive(chosen, chosen.cores),
                     *directives_of(chosen, self.logs),
+                    *licence_directive(chosen),
                     f"--comment={COMMENT}:{cluster_id}:{name}",
                     *chosen.directives,
                 ],
@@ -207,6 +208,11 @@ def directives_of(pool: PoolSettings, logs: Path) -> list[str]:
     return lines + ([f"--qos={pool.qos}"] if pool.qos else []) + ([f"--gres=gpu:{pool.gpus}"] if pool.gpus else [])
 
 
+def licence_directive(pool: PoolSettings, jobs: int = 1) -> list[str]:
+    """How jobs ask for their licences."""
+    return [f"--licenses={','.join(f'{name}:{jobs * n}' for name, n in pool.licences.items())}"] if pool.licences else []
+
+
 def prologue_of(pool: PoolSettings, certificates: Path | None) -> list[str]:
     """Shell commands before the workers of a pool start."""
     settings = {"DASK_" + k.upper().replace(".", "__").replace("-", "_"): str(v) for k, v in SETTINGS.items()}
@@ -229,7 +235,7 @@ def _refuse_network(scratch: str) -> str:
 
 def worker_options_of(name: str, pool: PoolSettings, certificates: Path | None) -> list[str]:
     """Command-line options of Dask for a worker of a pool."""
-    resources = {**({"GPU": 1.0} if pool.gpus else {}), **pool.resources, f"pool-{name}": 1e9}
+    resources = {**pool.worker_resources, f"pool-{name}": 1e9}
     # without the address every worker would serve HTTP on all interfaces of the node
     options = ["--dashboard-address", "127.0.0.1:0", "--no-dashboard"]
     options += ["--preload-nanny", "cryodask.cluster.guard"] if certificates else []
