@@ -174,7 +174,7 @@ def import_(
     """Write a project file that starts from another program's results: movies, micrographs or particles."""
     from cryodask.interop import project_from
 
-    typer.echo(f"Wrote {project_from(results, output)}. Look it over, then:  cryodask run {output}")
+    typer.echo(f"Wrote {project_from(results, output)}. Check it, then:  cryodask run {output}")
 
 
 @app.command()
@@ -193,7 +193,7 @@ def init(
 
     session = Session(voltage, cs, pixel_size, dose, diameter_angstrom=diameter)
     path = project_from_movies(movies, output, session, gain)
-    typer.echo(f"Wrote {path}. Look it over, then:  cryodask run {path}")
+    typer.echo(f"Wrote {path}. Check it, then:  cryodask run {path}")
 
 
 @app.command()

@@ -196,7 +196,7 @@ def scale(
     for word in jobs:
         pool, _, count = word.partition("=")
         if not count.isdigit():
-            raise ProjectFileError(f"{word!r} gives no number of jobs.", "", "write it as  cpu=4")
+            raise ProjectFileError(f"{word!r} does not state a number of jobs.", "", "write it as  cpu=4")
         wanted[pool] = int(count)
     found = service.find(name)
     found.scale(**wanted)

@@ -75,7 +75,7 @@ def _why(word: str, name: str) -> str:
     if not word.startswith("-"):
         return f"{word!r} is not an option of sbatch"
     if bare in _SETTINGS:
-        return f"{option} is what the setting {_SETTINGS[bare]} is for"
+        return f"{option} is not allowed: use the setting {_SETTINGS[bare]}"
     if bare in _REASONS:
         return f"{option} is set by cryodask: {_REASONS[bare]}"
     if name in _WITH_VALUE:

@@ -290,7 +290,7 @@ class PluginSettings(StrictModel):
 def _refused(name: str, kind: object) -> str:
     """Why a kind of another package cannot be used; empty if it can."""
     if name in _KINDS:
-        return f"the name {name} is taken by cryodask"
+        return f"the name {name} is used by cryodask itself"
     if not (isinstance(kind, type) and issubclass(kind, PluginSettings) and kind.open is not PluginSettings.open):
         return f"it is not a subclass of {PluginSettings.__module__}.PluginSettings with a function open"
     return ""

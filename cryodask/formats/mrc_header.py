@@ -161,7 +161,7 @@ def _headers(path: str, raw: bytes, order: str, size: int, error: type[CryodaskE
     columns, rows, sections, mode = (int(v) for v in integers[:4])
     if mode not in _DTYPES:
         raise error(
-            f"{path} has data mode {mode} ({_REFUSED.get(mode, 'unknown')}), which is not read.",
+            f"{path} has data mode {mode} ({_REFUSED.get(mode, 'unknown')}), which is not supported.",
             "",
             f"convert it to one of the modes {', '.join(map(str, sorted(_DTYPES)))}",
         )

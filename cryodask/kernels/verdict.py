@@ -60,7 +60,7 @@ class Evidence:
         """What is wrong with the map or the particles; figures that are not known (NaN) object to nothing."""
         out = []
         if self.cut_share > MOST_CUT:
-            out.append(f"{100 * self.cut_share:.0f} % of the density lies outside of the mask: mask_diameter_angstrom is too small")
+            out.append(f"{100 * self.cut_share:.0f} % of the density lies outside the mask: mask_diameter_angstrom is too small")
         if self.view_coverage < LEAST_COVERAGE:
             out.append(f"the views reach {100 * self.view_coverage:.0f} % of Fourier space (needed {100 * LEAST_COVERAGE:.0f} %)")
         # of a map that was not found it says nothing new

@@ -361,7 +361,10 @@ class MapRunner:
             name, message, action = error.args
         elif isinstance(error, KilledWorker):
             name, action = "KilledWorker", "quarantine"
-            message = f"its worker died {_LONELY_DEATHS} times, although the item ran in its own process (a limit on both together?)"
+            message = (
+                f"its worker died {_LONELY_DEATHS} times, although the item ran in its own process "
+                "(is there a memory limit on both together?)"
+            )
         else:
             name, message, action = type(error).__name__, str(error)[:2000], "quarantine"
         if action == "stop":

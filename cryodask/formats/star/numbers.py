@@ -72,7 +72,9 @@ def check_limits(path: Path, columns: Mapping[str, Any], of: str, number: Callab
         relion = next(c.relion for c in (*COLUMNS, *OPTICS) if c.name == name)
         if needed and missing.any():
             at = number(int(np.flatnonzero(missing)[0]))
-            raise StarError(f"{path}: {relion} of {of} {at} is not a number", "the program that wrote it did not know it", "add it there")
+            raise StarError(
+                f"{path}: {relion} of {of} {at} is not a number", "the program that wrote it did not have this value", "add it there"
+            )
         if len(outside):
             at = number(int(outside[0]))
             raise StarError(

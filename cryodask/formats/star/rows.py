@@ -70,7 +70,7 @@ def read_blocks(path: Path) -> dict[str, Block]:
             name = words[0].removeprefix("data_")
             if name in blocks:
                 raise refused(
-                    path, number, f"the table data_{name} comes twice (first in line {at[name]})", "files were joined by hand", "keep one"
+                    path, number, f"the table data_{name} occurs twice (first in line {at[name]})", "files were joined by hand", "keep one"
                 )
             at[name], blocks[name] = number, Block()
             reader = _BlockReader(path, name, blocks[name])
@@ -110,7 +110,7 @@ class _BlockReader:
         label = words[0][1:]
         if label in self._at:
             raise self._refused(
-                number, f"the column _{label} comes twice (first in line {self._at[label]})", "columns were joined by hand", "keep one"
+                number, f"the column _{label} occurs twice (first in line {self._at[label]})", "columns were joined by hand", "keep one"
             )
         self._at[label] = number
         self._block.columns[label] = [unquoted(w) for w in words[1:]]
