@@ -188,7 +188,7 @@ def init(
     gain: Annotated[Path | None, typer.Option(help="Gain reference that multiplies the counts.", exists=True, dir_okay=False)] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Project file to write.")] = Path("project.yaml"),
 ) -> None:
-    """Write a commented project file for a folder of movies; what is not given as an option is asked for."""
+    """Write a commented project file for a folder of movies; asks for whatever is not given as an option."""
     from cryodask.interop import Session, project_from_movies
 
     session = Session(voltage, cs, pixel_size, dose, diameter_angstrom=diameter)

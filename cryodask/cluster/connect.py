@@ -120,7 +120,7 @@ def _running(name: str, address: str) -> Client:
 
 
 def _address_in(path: Path) -> str:
-    """The address in a scheduler file; a Client itself would wait for ever for a missing file."""
+    """The address in a scheduler file; a Client itself would wait forever for a missing file."""
     said: object = ""
     for _ in range(_FILE_LOOKS):
         try:
@@ -234,8 +234,8 @@ class LaneCluster(LocalCluster):
     """A ``LocalCluster`` whose scheduler has lanes, and whose worker processes die with this one, even if it is killed.
 
     ``lanes``, ``strict``, ``reserve``, ``default_lane`` and ``memory_share`` as in FairShareScheduler; ``gpus``: this many worker processes
-    have one GPU each (the resource ``GPU``), the others see none; ``licences``: as many have one of each (the resource ``licence-NAME``);
-    all other arguments as in ``LocalCluster``.
+    have one GPU each (the resource ``GPU``), the others see none; ``licences``: by name, how many have one (the resource
+    ``licence-NAME``); all other arguments as in ``LocalCluster``.
     """
 
     def __init__(

@@ -45,7 +45,7 @@ def _one_line(text: str) -> str:
 
 
 def _file(path: str, info: ValidationInfo) -> str:
-    """A path as written in a cluster file: relative to that file. Addresses of images are no paths."""
+    """A path as written in a cluster file: relative to that file. Addresses of images are not paths."""
     return path if "://" in path else os.path.normpath(Path((info.context or {}).get("folder", ""), expand(path)).absolute())
 
 

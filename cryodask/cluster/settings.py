@@ -102,7 +102,7 @@ class ServiceSettings(JobSettings):
 class LocalSettings(_Sharing):
     """Single-threaded worker processes on this machine.
 
-    The first ``gpus`` of them are bound to one GPU each. ``licences``: how many of each there are; as many of the workers have one.
+    The first ``gpus`` of them are bound to one GPU each. ``licences``: how many of each there are; that many workers have one.
     """
 
     kind: Literal["local"] = "local"

@@ -110,7 +110,7 @@ def read_header(path: str, error: type[CryodaskError]) -> MrcHeader:
     Raises
     ------
     error
-        If the file is no regular file, of another format, shorter or longer than its header says, or of a mode that is not read.
+        If the file is not a regular file, of another format, shorter or longer than its header says, or of an unsupported mode.
 
     Warns
     -----

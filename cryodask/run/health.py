@@ -166,7 +166,7 @@ class Watch:
         """Raise ClusterError when the scheduler is gone for good.
 
         A client that has lost its scheduler tries to reconnect for half a minute, then closes. But on any error other than a refused
-        connection the reconnecting task dies, and the client stays "connecting" for ever.
+        connection the reconnecting task dies, and the client stays "connecting" forever.
         """
         trying: asyncio.Task[None] | None = self.client._handle_report_task
         given_up = self.client.status == "connecting" and trying is not None and trying.done()
@@ -176,7 +176,7 @@ class Watch:
     def _ask(self) -> None:
         scheduler = self.client.scheduler
         try:
-            # scheduler_info() would block for ever on a hanging scheduler
+            # scheduler_info() would block forever on a hanging scheduler
             answer = self.client.sync(scheduler.identity, n_workers=-1, callback_timeout=_ANSWER_SECONDS) if scheduler else None
         except (OSError, TimeoutError):
             answer = None

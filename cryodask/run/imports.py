@@ -39,7 +39,7 @@ class Import(Protocol):
         ...
 
     def remarks(self) -> list[str]:
-        """What the run should tell of the source as a whole."""
+        """What the run should report about the source as a whole."""
         ...
 
 
@@ -141,7 +141,7 @@ class TableImport:
         return {self.table.micrographs[code]: int(counts[code]) for code in unknown}, int(counts[unknown].sum()) == int(counts.sum())
 
     def remarks(self) -> list[str]:
-        """Rows whose image comes twice, and what no stage corrects."""
+        """Rows whose image occurs twice, and what no stage corrects."""
         from cryodask.stages._particle_tables import uncorrected
 
         codes, counts = np.unique(self.table.micrograph[self.table.repeated], return_counts=True)

@@ -357,7 +357,7 @@ def movie_paths(plan: Plan, data_set: str = "") -> list[str]:
 
 
 def _with_literal_parts(pattern: str) -> str:
-    """Escape the leading parts of a pattern that exist as they are written: a folder named ``grid[1]`` is no pattern."""
+    """Escape the leading parts of a pattern that exist as they are written: a folder named ``grid[1]`` is not a pattern."""
     parts = Path(pattern).parts
     done = ""
     for i, part in enumerate(parts):

@@ -300,7 +300,7 @@ def absolute(plan: Plan, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def processed(step: Step, values: dict[str, Any]) -> dict[str, Any]:
-    """What a source step makes of one exposure."""
+    """Outputs of a source step for one exposure."""
     return step.stage.process(step.params, **{n: values.get(n) for n in (*step.stage.needs, *step.stage.optional)})
 
 

@@ -1,4 +1,4 @@
-"""Birth tables: the numbers of an exposure's particles, assigned once and kept for ever.
+"""Birth tables: the numbers of an exposure's particles, assigned once and kept forever.
 
 The table of an exposure is stored in the commit record of the stage that creates the particles: ``particle_id``, ``particle_half``,
 ``pick_y``, ``pick_x``, ``pick_score``, and ``natural_key`` if the particles have names of their own. It is append-only: whenever it is

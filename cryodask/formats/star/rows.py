@@ -1,4 +1,4 @@
-"""The lines of a STAR file as blocks of texts: the general reader, which takes any layout and refuses what it cannot take by its line.
+"""The lines of a STAR file as blocks of texts: the general reader, which accepts any layout and refuses what it cannot read, with the line.
 
 A quote opens at the start of a value and closes before a blank, as in CIF; ``#`` at the start of a value begins a comment. Blank lines and
 comments may stand anywhere, lines may end as on any system, and a list of pairs is a table of one row.
@@ -54,7 +54,7 @@ def read_blocks(path: Path) -> dict[str, Block]:
     Raises
     ------
     StarError
-        With the line: a row that is longer or shorter than its header, or stands before ``loop_``; a table or column that comes twice;
+        With the line: a row that is longer or shorter than its header, or stands before ``loop_``; a table or columnthat occurs twice;
         a quote that is not closed; text of several lines.
     """
     blocks: dict[str, Block] = {}
