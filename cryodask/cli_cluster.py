@@ -41,7 +41,7 @@ def start(
 
     if cluster == "local":
         raise ProjectFileError(
-            "'local' stands for workers that end with their program, so there is nothing to start.",
+            "'local' means workers that end with their program, so there is nothing to start.",
             "it is meant for  cryodask run  and  connect()",
             "give a cluster file with  kind: local, such as configs/clusters/local.yaml",
         )

@@ -315,7 +315,7 @@ _TOLD = {
 }
 
 
-def rows_told(label: str, records: Sequence[Record]) -> list[str]:
+def row_messages(label: str, records: Sequence[Record]) -> list[str]:
     """Messages about what happened to the rows in some records of a step."""
     out = []
     for kind, text in _TOLD.items():

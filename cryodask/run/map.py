@@ -182,7 +182,7 @@ class MapRunner:
                         self._look_at_gpus()
                         self.event("looked", None, "")
                         if self._stopping:
-                            self._take_back()
+                            self._withdraw()
                     if not self._stopping and self.stopped():
                         self._stop()
                     if not self._stopping:
@@ -219,7 +219,7 @@ class MapRunner:
         self._told_of_stop |= new
         self._told += stop_everywhere(self.client, self._run, new)
 
-    def _take_back(self) -> None:
+    def _withdraw(self) -> None:
         """Cancel items that have reached no worker since the last check; those that reach one meanwhile are refused there."""
         self._tell_new_workers()
         sent = self.watch.processing(self.watch.workers)

@@ -187,7 +187,7 @@ def _by_name(given: np.ndarray, lead: np.ndarray, known: Mapping[str, np.ndarray
 def _at_one_place(place: np.ndarray, score: np.ndarray, kept: np.ndarray, judged: np.ndarray, natural: Any) -> np.ndarray:
     """Mask of the judged particles within a pixel of another that is kept: of two that are judged, the first in order of numbering is.
 
-    Particles with names of their own may come with positions that say nothing, all the same or all zero; these are not compared.
+    Particles with names of their own may come with meaningless positions, all the same or all zero; these are not compared.
     """
     from scipy.spatial import cKDTree
 

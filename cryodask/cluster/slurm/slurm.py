@@ -135,7 +135,7 @@ def pool_job_class() -> type[Any]:
                 self.logs.mkdir(parents=True, exist_ok=True)
                 await super().start()
             except (RuntimeError, OSError, ValueError) as error:
-                said = str(error) if isinstance(error, OSError) else slurms_words(str(error))
+                said = str(error) if isinstance(error, OSError) else sbatch_message(str(error))
                 self.unsure = bool(_AWAY.search(said))
                 if is_full(said):
                     self.full = said
@@ -285,7 +285,7 @@ def is_full(said: str) -> bool:
     return any("Submit" in limit for limit in limits) if limits else "job submit limit" in said
 
 
-def slurms_words(error: str) -> str:
+def sbatch_message(error: str) -> str:
     """The message of sbatch, without its prefix."""
     said = re.findall(r"^sbatch: (?:error: )?(.+)$", error, re.M)
     return "; ".join(dict.fromkeys(line.strip() for line in said)) or " ".join(error.split())[-300:]

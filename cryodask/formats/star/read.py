@@ -251,7 +251,7 @@ def _spread_optics(path: Path, optics: Loop, columns: Read) -> Read:
     row_of = {number: row for row, number in enumerate(numbers)}
     twice = next((n for n in numbers if numbers.count(n) > 1), None)
     if twice is not None:
-        raise StarError(f"{path}: optics group {twice} is in data_optics twice", "tables were joined by hand", "number the groups anew")
+        raise StarError(f"{path}: optics group {twice} is in data_optics twice", "tables were joined by hand", "renumber the groups")
     codes, used = pd.factorize(np.asarray(columns["optics_group"]))
     unknown = set(used.tolist()) - set(row_of)
     if unknown:
