@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from distributed import Client
 
@@ -13,6 +12,7 @@ from cryodask.cluster.fields import GPU, licence
 from cryodask.cluster.settings import LocalSettings, Settings, SlurmSettings
 from cryodask.errors import ProjectFileError
 from cryodask.run.groups import chains_of
+from cryodask.run.health import scheduler_identity
 from cryodask.run.known import movie_header, step_sizes
 from cryodask.run.recipe import Plan, Step
 from cryodask.store.project import Arrival, Item, Project
@@ -66,7 +66,7 @@ def refuse_beyond_workers(plan: Plan, project: Project, steps: Sequence[Step], i
     ------
     ProjectFileError
     """
-    known: dict[str, Any] = client.sync(client.scheduler.identity, n_workers=-1) if client.scheduler else {}
+    known = scheduler_identity(client) or {}
     workers = known.get("workers", {}).values()
     if not workers or "missing" in known:
         return
@@ -82,7 +82,7 @@ def refuse_beyond_workers(plan: Plan, project: Project, steps: Sequence[Step], i
     header = movie_header(plan, [Arrival(i.name, i.content, i.inputs) for i in items[:1]])
     problems = list(beyond_offers(plan, project, steps, header[1] if header else None, offers))
     if problems:
-        raise ProjectFileError("\n".join(problems))
+        raise ProjectFileError("\n".join(problems), "", "or run it on another cluster, with --cluster")
 
 
 def beyond_offers(
