@@ -78,7 +78,7 @@ def read_stack(stack: Path, star: Path) -> tuple[np.ndarray, ParticleSet, Any]:
 
 
 def real_stack() -> tuple[np.ndarray, ParticleSet]:
-    """The 2374 particles of EMPIAR-10204 with the tutorial's CTF, and the folder of their start map."""
+    """The 2374 particles of EMPIAR-10204 with the tutorial's CTF, and the folder of their starting map."""
     folder = OUT / "stacks"
     folder.mkdir(parents=True, exist_ok=True)
     source = SHARED / "data" / "betagal_10204"

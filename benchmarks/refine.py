@@ -1,6 +1,6 @@
 """Refinement of 2400 simulated particles with noise like real data (beta-galactosidase, D2) from the true map at 40 A.
 
-The start map is on a grey scale that is 37 times wrong, as maps of other programs are. RELION 3.1.3 on the same stack: median error
+The starting map is on a grey scale that is 37 times wrong, as maps of other programs are. RELION 3.1.3 on the same stack: median error
 2.81 degrees after nine iterations and 4,511 CPU seconds, not yet converged.
 """
 

@@ -6,16 +6,9 @@ A blueprint (``configs/blueprints``) may have ``profiles``: their values replace
 from __future__ import annotations
 
 import copy
-import grp
-import os
-import shutil
-import stat
-import subprocess
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from cryodask.cluster.settings import Line, Memory, SlurmSettings, network_file_system, parse_settings
+from cryodask.cluster.fields import Line
+from cryodask.cluster.settings import SlurmSettings, parse_settings
+from cryodask.cluster.shared_folders import Folder, differences, find_group, make_folder, striping
 from cryodask.documents import StrictModel, expand, read_yaml
 from cryodask.errors import ClusterError, ProjectFileError, StoreError
 
@@ -33,23 +28,6 @@ if TYPE_CHECKING:
     from cryodask.cluster.service.service import Service
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
-
-
-class Stripe(StrictModel):
-    """How Lustre spreads the files of a folder: over ``count`` targets (-1 for all), in pieces of ``size``."""
-
-    count: int = Field(1, ge=-1)
-    size: Memory | None = None
-    pool: Line | None = None
-
-
-class Folder(StrictModel):
-    """A folder that all nodes can see. ``mode`` is octal; new files inherit the group of the folder where the first digit is 2."""
-
-    path: Line
-    mode: str = Field("2770", pattern=r"^[0-7]{3,4}$")
-    group: Line | None = None
-    stripe: Stripe | None = None
 
 
 class Scratch(StrictModel):
@@ -194,94 +172,6 @@ def _merged(below: Any, above: Any) -> Any:
     return out
 
 
-# --- folders ---------------------------------------------------------------------------------------------------------------------
-def striping(folder: Folder) -> list[str] | None:
-    """The command that sets the striping of a folder; None if the folder is not on Lustre or ``lfs`` is not installed."""
-    above = Path(folder.path)
-    while not above.exists():
-        above = above.parent
-    if folder.stripe is None or shutil.which("lfs") is None or network_file_system(str(above)) != "lustre":
-        return None
-    words = ["lfs", "setstripe", "-c", str(folder.stripe.count)]
-    if folder.stripe.size:
-        from dask.utils import parse_bytes
-
-        words += ["-S", str(parse_bytes(folder.stripe.size))]
-    words += ["-p", folder.stripe.pool] if folder.stripe.pool else []
-    return [*words, folder.path]
-
-
-def make_folder(folder: Folder) -> None:
-    """Make a folder with its mode, group and striping. An existing one is left as it is; a warning lists what differs.
-
-    Raises
-    ------
-    StoreError
-    """
-    path = Path(folder.path)
-    group = -1 if folder.group is None else _group(folder.group)
-    if path.exists():
-        if different := _different(folder):
-            warnings.warn(f"The folder {path} is left as it is: {different}.", stacklevel=2)
-        return
-    try:
-        path.mkdir(parents=True)
-        with _removed_if_it_fails(path):
-            os.chown(path, -1, group)
-            path.chmod(int(folder.mode, 8))
-            command = striping(folder)
-            done = subprocess.run(command, capture_output=True, text=True) if command else None
-            if command and done and done.returncode:
-                raise StoreError(
-                    f"{' '.join(command)} failed: {(done.stderr or done.stdout).strip()}",
-                    "the stripe count exceeds the number of targets, or the pool does not exist",
-                    "change stripe under storage in the blueprint",
-                )
-    except OSError as error:
-        raise StoreError(
-            f"The folder {path} cannot be created as the blueprint describes it: {error.strerror}.",
-            "this account has no write permission there, or is not a member of the group",
-            "run this from the service account, or change storage",
-        ) from None
-
-
-@contextmanager
-def _removed_if_it_fails(folder: Path) -> Iterator[None]:
-    """Remove the folder if the block fails; the next attempt would mistake it for one that belongs to the site."""
-    try:
-        yield
-    except BaseException:
-        folder.rmdir()
-        raise
-
-
-def _different(folder: Folder) -> str:
-    """How an existing folder differs from the blueprint; empty if it does not."""
-    there = Path(folder.path).stat()
-    words = []
-    if stat.S_IMODE(there.st_mode) != int(folder.mode, 8):
-        words.append(f"its mode is {stat.S_IMODE(there.st_mode):o}, not {folder.mode}")
-    if folder.group and there.st_gid != _group(folder.group):
-        words.append(f"its group is {_name_of(there.st_gid)}, not {folder.group}")
-    return ", ".join(words)
-
-
-def _name_of(group: int) -> str:
-    try:
-        return grp.getgrgid(group).gr_name
-    except KeyError:
-        return str(group)
-
-
-def _group(name: str) -> int:
-    try:
-        return grp.getgrnam(name).gr_gid
-    except KeyError:
-        raise StoreError(
-            f"The group {name} does not exist on this machine.", "it is defined on other machines only", "list groups with  getent group"
-        ) from None
-
-
 # --- sessions --------------------------------------------------------------------------------------------------------------------
 def _placed(value: Any, words: Mapping[str, str]) -> Any:
     if isinstance(value, str):
@@ -355,8 +245,8 @@ def check(blueprint: Blueprint) -> Iterator[str]:
         yield f"folder {folder.path} {there}, mode {folder.mode}" + (f", group {folder.group}" if folder.group else "")
         try:
             if folder.group:
-                _group(folder.group)
-            if not new and (different := _different(folder)):
+                find_group(folder.group)
+            if not new and (different := differences(folder)):
                 yield f"  left as it is: {different}"
         except StoreError as error:
             yield f"  {error.what} {error.way_out}"
@@ -437,7 +327,7 @@ def start(blueprint: Blueprint) -> Started:
 def invite_people(blueprint: Blueprint) -> dict[str, Path]:
     """Invite those of a blueprint's people who have no valid invitation to its cluster.
 
-    A new invitation would invalidate the old one, so for everybody else only the lanes are updated. The owner needs none.
+    A new invitation would invalidate the old one, so foreverybody else only the lanes are updated. The owner needs none.
 
     Raises
     ------

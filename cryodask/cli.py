@@ -174,7 +174,7 @@ def import_(
     """Write a project file that starts from another program's results: movies, micrographs or particles."""
     from cryodask.interop import project_from
 
-    typer.echo(f"Wrote {project_from(results, output)}. Look it over, then:  cryodask run {output}")
+    typer.echo(f"Wrote {project_from(results, output)}. Check it, then:  cryodask run {output}")
 
 
 @app.command()
@@ -188,12 +188,12 @@ def init(
     gain: Annotated[Path | None, typer.Option(help="Gain reference that multiplies the counts.", exists=True, dir_okay=False)] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Project file to write.")] = Path("project.yaml"),
 ) -> None:
-    """Write a commented project file for a folder of movies; what is not given as an option is asked for."""
+    """Write a commented project file for a folder of movies; asks for whatever is not given as an option."""
     from cryodask.interop import Session, project_from_movies
 
     session = Session(voltage, cs, pixel_size, dose, diameter_angstrom=diameter)
     path = project_from_movies(movies, output, session, gain)
-    typer.echo(f"Wrote {path}. Look it over, then:  cryodask run {path}")
+    typer.echo(f"Wrote {path}. Check it, then:  cryodask run {path}")
 
 
 @app.command()

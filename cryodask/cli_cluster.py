@@ -41,7 +41,7 @@ def start(
 
     if cluster == "local":
         raise ProjectFileError(
-            "'local' stands for workers that end with their program, so there is nothing to start.",
+            "'local' means workers that end with their program, so there is nothing to start.",
             "it is meant for  cryodask run  and  connect()",
             "give a cluster file with  kind: local, such as configs/clusters/local.yaml",
         )
@@ -196,7 +196,7 @@ def scale(
     for word in jobs:
         pool, _, count = word.partition("=")
         if not count.isdigit():
-            raise ProjectFileError(f"{word!r} gives no number of jobs.", "", "write it as  cpu=4")
+            raise ProjectFileError(f"{word!r} does not state a number of jobs.", "", "write it as  cpu=4")
         wanted[pool] = int(count)
     found = service.find(name)
     found.scale(**wanted)

@@ -114,7 +114,7 @@ def _dry_run(project: Path, wanted: Wanted, *, as_json: bool) -> None:
 
 def watch(
     project: ProjectArgument,
-    last: Annotated[int, typer.Option(metavar="N", help="Begin with this many earlier events.", min=0)] = 20,
+    last: Annotated[int, typer.Option(metavar="N", help="Show this many earlier events first.", min=0)] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="Print every event as a line of JSON.")] = False,
 ) -> None:
     """Follow a run from another terminal until it ends. Ctrl-C does not affect the run."""

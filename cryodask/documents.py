@@ -144,5 +144,5 @@ def expand(path: str) -> str:
     if unset and unset[0] in path:
         raise ValueError(f"the environment variable {unset[0]} is not set")
     if full.startswith("~"):
-        raise ValueError(f"{path.partition('/')[0]} is not the home folder of anybody here")
+        raise ValueError(f"{path.partition('/')[0]} is not the home folder of any user of this machine")
     return full

@@ -80,10 +80,14 @@ class Resources:
     gpus : 0 or 1
         1: a call (of a map or whole stage) needs a GPU to itself, and sees no other; a run is refused before any work if no worker has one.
         0: it uses a GPU if one is free, and else a CPU.
+    licences : tuple of str
+        Names of licences; a call (of a map or whole stage) holds one of each. Cluster files say which workers have them, and a run is
+        refused before any work if none has.
     """
 
     memory: Callable[[Any, Sizes], float] | None = None
     gpus: Literal[0, 1] = 0
+    licences: tuple[str, ...] = ()
 
 
 @dataclass(repr=False)
@@ -332,10 +336,11 @@ def stage(
         if sizes:
             made.sizes = sizes
         made.resources, made.programs = resources or Resources(), tuple(programs)
-        if made.resources.gpus not in (0, 1) or (shape not in ("map", "whole") and (made.resources.gpus or made.programs)):
-            asked = f"{made.resources.gpus} GPUs and {len(made.programs)} programs"
-            what = f"Stage {called!r} asks for {asked}, but a GPU and programs are only for map and whole stages."
-            raise PluginError(what, "", "leave out gpus and programs; blocks and tournaments use the available GPUs")
+        asked = made.resources
+        if asked.gpus not in (0, 1) or (shape not in ("map", "whole") and (asked.gpus or asked.licences or made.programs)):
+            numbers = f"{asked.gpus} GPUs, {len(asked.licences)} licences and {len(made.programs)} programs"
+            what = f"Stage {called!r} asks for {numbers}, but one GPU, licences and programs are only for map and whole stages."
+            raise PluginError(what, "", "leave them out; blocks and tournaments use the available GPUs")
         STAGES[called] = made
         return made
 

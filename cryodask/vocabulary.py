@@ -181,8 +181,8 @@ register(
 # --- particles, exposure by exposure
 register(
     [
-        Var("particle_id", ("slot",), "i8", "1", "identity of the particle (birth, exposure, number, copy), kept for ever"),
-        Var("particle_half", ("slot",), "i1", "1", "half-set of the gold standard, 0 or 1, given at birth"),
+        Var("particle_id", ("slot",), "i8", "1", "identity of the particle (birth, exposure, number, copy); never changes"),
+        Var("particle_half", ("slot",), "i1", "1", "gold-standard half-set, 0 or 1, assigned at birth"),
         Var("natural_key", ("slot",), "i8", "1", "hash of the particle's name in its source"),
         Var("pick_y", ("slot",), "f4", "pixel", "row of the particle's centre in the micrograph"),
         Var("pick_x", ("slot",), "f4", "pixel", "column of the particle's centre in the micrograph"),
@@ -201,7 +201,7 @@ register(
             ("radius",),
             "f4",
             "1",
-            f"learnt radial profile to {PROFILE_REACH_DIAMETERS} diameters, positive = brighter than around",
+            f"learnt radial profile to {PROFILE_REACH_DIAMETERS} diameters, positive: brighter than the surroundings",
         ),
     ],
     "particles.score",
@@ -275,9 +275,11 @@ LIMITS = {
 # --- particle sets: one value per particle
 register(
     [
-        Var("half_set", ("particle",), "i1", "1", "half-set of the gold standard, 0 or 1, given at birth and kept for ever"),
-        Var("position_y_angstrom", ("particle",), "f8", "angstrom", "the pick's place in the exposure, rows, from the centre of pixel 0"),
-        Var("position_x_angstrom", ("particle",), "f8", "angstrom", "the pick's place in the exposure, columns"),
+        Var("half_set", ("particle",), "i1", "1", "gold-standard half-set, 0 or 1, assigned at birth; never changes"),
+        Var(
+            "position_y_angstrom", ("particle",), "f8", "angstrom", "position of the pick in the exposure, rows, from the centre of pixel 0"
+        ),
+        Var("position_x_angstrom", ("particle",), "f8", "angstrom", "position of the pick in the exposure, columns"),
     ],
     "particles.position",
 )
@@ -291,7 +293,7 @@ register(
 register(
     [
         Var("class_psi_deg", ("particle",), "f4", "degree", "in-plane angle against the average of its class"),
-        Var("class_centre_y_angstrom", ("particle",), "f8", "angstrom", "centre found by classification, a place in the exposure, rows"),
+        Var("class_centre_y_angstrom", ("particle",), "f8", "angstrom", "centre found by classification, position in the exposure, rows"),
         Var("class_centre_x_angstrom", ("particle",), "f8", "angstrom", "the same, columns"),
         Var("class_origin_y_angstrom", ("particle",), "f4", "angstrom", "shift that moves the particle to the centre of its box, along y"),
         Var("class_origin_x_angstrom", ("particle",), "f4", "angstrom", "the same, along x"),
@@ -304,7 +306,7 @@ register(
         Var("rot_deg", ("particle",), "f4", "degree", "first Euler angle (ZYZ, RELION's AngleRot)"),
         Var("tilt_deg", ("particle",), "f4", "degree", "second Euler angle"),
         Var("psi_deg", ("particle",), "f4", "degree", "third Euler angle, in plane"),
-        Var("centre_y_angstrom", ("particle",), "f8", "angstrom", "refined centre, a place in the exposure, rows"),
+        Var("centre_y_angstrom", ("particle",), "f8", "angstrom", "refined centre, position in the exposure, rows"),
         Var("centre_x_angstrom", ("particle",), "f8", "angstrom", "the same, columns"),
         Var("origin_y_angstrom", ("particle",), "f4", "angstrom", "shift that moves the particle to the centre of its box, along y"),
         Var("origin_x_angstrom", ("particle",), "f4", "angstrom", "shift that moves the particle to the centre of its box, along x"),
@@ -325,7 +327,7 @@ register(
         Var("removal_reason", ("dropped",), "i1", "1", "why: number of the rule that left the particle out"),
     ]
 )
-register([Var("annotation", ("particle",), "f8", "1", "a column of one's own")], "particles.note")
+register([Var("annotation", ("particle",), "f8", "1", "a column added by the user")], "particles.note")
 
 # --- averages, maps and curves
 register(
@@ -372,14 +374,14 @@ register(
 )
 register(
     [
-        Var("succeeded", (), "?", "1", "whether the evidence that needs no truth speaks for the map"),
+        Var("succeeded", (), "?", "1", "whether the evidence, which needs no ground truth, supports the map"),
         Var("pose_certainty", (), "f8", "1", "mean share of a particle's likeliest pose in its posterior, at the first decisive pass"),
-        Var("held_out_gain", (), "f8", "nat", "gain of log-likelihood per unseen particle by detail finer than the start"),
+        Var("held_out_gain", (), "f8", "nat", "gain in log-likelihood per unseen particle from detail finer than the starting map"),
         Var("held_out_z", (), "f8", "1", "the same in standard errors"),
-        Var("explained_share", (), "f8", "1", "share of the particles' explicable signal that the map of the other half explains"),
-        Var("fourier_coverage", ("shell",), "f8", "1", "share of each Fourier shell that views reach"),
+        Var("explained_share", (), "f8", "1", "share of the particles' explainable signal that the map of the other half explains"),
+        Var("fourier_coverage", ("shell",), "f8", "1", "share of each Fourier shell that the views cover"),
         Var("view_coverage", (), "f8", "1", "the same at the resolution of the half-maps"),
-        Var("cut_share", (), "f8", "1", "share of the half-maps' common power outside of the spherical mask"),
+        Var("cut_share", (), "f8", "1", "share of the half-maps' common power outside the spherical mask"),
         Var("iteration_log_likelihood", ("iteration",), "f8", "nat", "mean log-likelihood per particle in each iteration"),
         Var(
             "iteration_certainty",

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_counts import here, run, session  # noqa: F401
 
 from cryodask.formats.star import write_coordinates
-from cryodask.run.imports import rows_told
+from cryodask.run.imports import row_messages
 from cryodask.stages.edit_picks import EditPicksParams, edit_picks
 from cryodask.store.births import Birth, born, known_of, with_ids
 from cryodask.store.claims import birth_marks
@@ -253,7 +253,7 @@ def test_edits_of_particles_that_are_not_there_are_counted_and_told() -> None:
     assert made["unmatched"] == 2, "one was removed before it was moved, one was never there"
     table, told = with_ids(Birth(9), 3, made, None)
     assert told == {"unmatched": 2}
-    assert rows_told("edit_picks", [{"name": "m1", **told}]) == [
+    assert row_messages("edit_picks", [{"name": "m1", **told}]) == [
         "edit_picks: 2 rows without effect, because the particle does not exist (another picking run, or not accepted): m1 (2)"
     ]
     assert set(table["particle_id"].tolist()) >= set(make_ids(1, 3, np.array([0, 2])).tolist())

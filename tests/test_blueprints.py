@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 import yaml
 
-from cryodask import blueprints
-from cryodask.blueprints import Folder, check, invite_people, make_folder, read_blueprint, striping
+from cryodask.blueprints import check, invite_people, read_blueprint
+from cryodask.cluster import shared_folders
 from cryodask.cluster.service import service
+from cryodask.cluster.shared_folders import Folder, make_folder, striping
 from cryodask.errors import ProjectFileError, StoreError
 from cryodask.formats.star import read_particles
 from cryodask.simulate import simulate_particles
@@ -170,17 +171,17 @@ def test_stripes_are_set_on_lustre_once_and_nowhere_else(tmp_path, monkeypatch):
     (bin_ / "lfs").chmod(0o755)
     folder = Folder(path=str(tmp_path / "raw"), stripe={"count": -1, "size": "16MiB", "pool": "flash"})
     on_lustre = Folder.model_validate(folder)
-    monkeypatch.setattr(blueprints, "network_file_system", lambda path: "lustre")
+    monkeypatch.setattr(shared_folders, "network_file_system", lambda path: "lustre")
     assert striping(on_lustre) is None  # no lfs
     monkeypatch.setenv("PATH", f"{bin_}:{os.environ['PATH']}")
     make_folder(on_lustre)
     make_folder(on_lustre)  # it is there now: its stripes stay
     assert (tmp_path / "said").read_text() == f"setstripe -c -1 -S {16 * 2**20} -p flash {tmp_path}/raw\n"
-    monkeypatch.setattr(blueprints, "network_file_system", lambda path: "nfs")
+    monkeypatch.setattr(shared_folders, "network_file_system", lambda path: "nfs")
     make_folder(folder.model_copy(update={"path": str(tmp_path / "other")}))
     assert "other" not in (tmp_path / "said").read_text()
     (bin_ / "lfs").write_text("#!/bin/sh\necho 'lfs: no such pool' >&2\nexit 2\n")
-    monkeypatch.setattr(blueprints, "network_file_system", lambda path: "lustre")
+    monkeypatch.setattr(shared_folders, "network_file_system", lambda path: "lustre")
     with pytest.raises(StoreError, match="no such pool"):
         make_folder(folder.model_copy(update={"path": str(tmp_path / "third")}))
 

@@ -208,6 +208,33 @@ def test_steps_that_need_frames_of_a_referenced_ingest_say_which_are_missing(fol
     assert "m004.mrc" in project.failures()[0]["message"]
 
 
+def test_movies_in_place_are_checked_at_ingest_and_never_read_once_they_have_changed(folder, here):
+    movie(folder, "d2", 5, edge=24)  # the others have 16 pixels
+    movie(folder, "d2", 6)
+    in_place = [{"ingest": {"storage": "in_place"}}, *STEPS[:3]]
+    project = run(folder, here, [one(), two()], in_place)
+    said = "movie of m005 has shape (2, 24, 24), not (2, 16, 16) like most of its data set."
+    assert [(f["name"], f["stage"], f["message"].splitlines()[0]) for f in project.failures()] == [("m005", "ingest", said)]
+    movie(folder, "d2", 40)
+    (folder / "d2" / "m040.mrc").rename(folder / "d2" / "m004.mrc")
+    whole = (folder / "d2" / "m003.mrc").read_bytes()
+    (folder / "d2" / "m003.mrc").write_bytes(whole[:-100])
+    (folder / "d1" / "m002.mrc").touch()
+    # a run that has listed its movies before, as in a watched session or with a set that is listed no longer
+    project = run(folder, here, [one()], [in_place[0], {"toy_motion": {"number": 2}}, *in_place[2:]])
+    failures = {f["name"]: f["message"] for f in project.failures() if f["stage"] == "toy_motion"}
+    assert set(failures) == {"m003", "m004"}
+    assert all("has changed since it was registered" in message for message in failures.values())
+    assert "m002" in project["toy_motion"]["micrograph"].values
+    # listed again they are other exposures: one is good, the other is truncated
+    told = Told()
+    project = run(folder, here, [one(), two()], in_place, listen=[told])
+    assert any(text.startswith("m004 was recorded again: it is a new exposure") for text in told.said)
+    messages = {f["name"]: f["message"] for f in project.failures()}
+    assert set(messages) == {"m003", "m005"}
+    assert "is truncated" in messages["m003"]
+
+
 def test_forgotten_exposures_of_a_data_set_that_is_listed_no_longer_come_back_with_its_optics(folder, here):
     before = made(run(folder, here, [one(), two()], STEPS[:4]))
     project = run(folder, here, [one()], STEPS[:4])

@@ -237,6 +237,6 @@ def test_what_no_runner_can_place_is_refused_when_it_is_registered(shape, gpus, 
         """Nothing."""
 
     options = {"resources": Resources(gpus=gpus), "programs": [Program("ls")] * programs}
-    with pytest.raises(PluginError, match=f"asks for {gpus} GPUs and {programs} programs"):
+    with pytest.raises(PluginError, match=f"asks for {gpus} GPUs, 0 licences and {programs} programs"):
         stage(version=1, shape=shape, needs=["particle_id"], gives=["particle_id"], **options)(wrong)
     assert "wrong" not in STAGES

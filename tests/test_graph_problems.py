@@ -224,7 +224,7 @@ WRONG: list[tuple[str, list[Any], str, Any]] = [
         [*MAP, {"pick as p2": {"diameter_angstrom": 180}}, {"extract as e2": {"box": 160}}, {"refine3d as r2": {}}],
         "no map was made from the particles",
     ),
-    wrong("start map twice", [*MAP, {"refine3d as b": {"reference": "x.mrc", "from": {"map": "refine3d"}}}], "given twice"),
+    wrong("starting map twice", [*MAP, {"refine3d as b": {"reference": "x.mrc", "from": {"map": "refine3d"}}}], "given twice"),
     wrong("local refinement without poses", [*CLEAN, "ab_initio", {"refine3d": {"local": True}}], "starts from poses"),
     wrong("no model", [*MAP, "dock"], "dock needs a model"),
     wrong("model not docked", [*MAP, {"import_model": {"file": "m.cif"}}, "model_map"], "Add  - dock"),

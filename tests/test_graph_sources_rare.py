@@ -235,7 +235,7 @@ MORE_RIGHT: list[tuple[Any, ...]] = [
         BARE,
     ),
     (
-        "a start map from a file",
+        "a starting map from a file",
         [*CLEAN, {"refine3d": {"reference": "x.mrc"}}, *POST, "ctf_refine"],
         {"refine3d.map": None, "ctf_refine.map": "postprocess"},
     ),

@@ -14,7 +14,7 @@ from _once import simulated
 
 from cryodask.run.recipe import make_plan
 from cryodask.run.session import run_plan
-from cryodask.simulate import SessionParams
+from cryodask.simulate import SessionParams, load_truth
 from cryodask.store.identity import parse_id, row_of
 from cryodask.store.project import Project
 
@@ -105,6 +105,17 @@ def test_positions_and_centres_are_places_in_the_exposure(done, session):
     again = done.particles("again")
     assert float(np.abs(again["origin_y_angstrom"]).max()) <= 0.01 * PIXEL
     assert float(np.abs(again["origin_x_angstrom"]).max()) <= 0.01 * PIXEL
+
+
+def test_after_recentring_the_true_position_of_a_particle_is_within_a_pixel_of_the_centre_of_its_box(done, session):
+    """The refinement finds 126 of 127 poses; the particle with the wrong one (41 degrees off) is 15 px away, the others at most 0.9 px."""
+    truth, found = load_truth(session), done.particles("again")
+    movie = [truth.names.index(name) for name in found["micrograph"].values]
+    away = [truth.columns[n][movie] - found[n].values[:, None] for n in ("particle_y", "particle_x")]
+    nearest_px = np.nanmin(np.hypot(*away), axis=1)
+    assert (nearest_px > 1).sum() <= 2
+    assert np.median(nearest_px) < 0.5
+    assert len(np.unique([*zip(movie, np.nanargmin(np.hypot(*away), axis=1))], axis=0)) == len(movie), "no particle is there twice"
 
 
 def test_one_particle_is_followed_through_all_steps(done):

@@ -151,4 +151,4 @@ def test_a_resolution_that_may_be_too_fine_says_so():
     )
     # 2 m (1 + m) / ((1 + m)^2 + m^2) with m = 0.35 / 2 / 0.65
     assert told["noise_correlation"] == pytest.approx(0.41, abs=0.05)
-    assert "may be too fine" in says(told)
+    assert "may be overestimated" in says(told)

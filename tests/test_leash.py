@@ -38,7 +38,7 @@ from cryodask.run.isolation import in_child
 from cryodask.run.residents import Run
 
 class Freezing:
-    \"\"\"A job that holds the interpreter for ever.\"\"\"
+    \"\"\"A job that holds the interpreter forever.\"\"\"
 
     def run(self, item, brief, device, attempt):
         begun("isolated")

@@ -217,7 +217,7 @@ def test_coordinates_of_another_frame_quarantine_their_micrograph(y, refused):
         return stage.process(stage.params(box=16), micrograph_dw=image, pixel_size_angstrom=2.0, **values)
 
     if refused:
-        with pytest.raises(MicrographError, match="2 of 3 particles lie outside of the micrograph, 64 x 64 pixels"):
+        with pytest.raises(MicrographError, match="2 of 3 particles lie outside the micrograph, 64 x 64 pixels"):
             extract()
     else:
         extract()

@@ -63,7 +63,7 @@ def test_refinement_of_real_particles_agrees_with_the_known_map(project, shared)
     sphere = soft_sphere(64, 3.54, 95.0, 10.0)
     halves = torch.from_numpy(project["refine3d"]["half_map"].values)
     curve = fsc(halves.mean(0) * sphere, torch.from_numpy(known) * sphere)
-    assert float(curve[15]) > 0.6  # 15.1 A; the start map is zero beyond 40 A
+    assert float(curve[15]) > 0.6  # 15.1 A; the starting map is zero beyond 40 A
     assert float(project["postprocess"]["resolution_angstrom"]) < 13.0
 
 

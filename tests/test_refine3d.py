@@ -257,7 +257,7 @@ def test_junk_is_left_out_and_the_rest_is_refined(tmp_path):
 
 @pytest.mark.parametrize("wrong", ["another molecule's particles", "noise"])
 def test_no_figure_is_given_where_the_particles_are_not_of_the_map(tmp_path, wrong):
-    """40 A is all that the start map gives; there is no other molecule in 160 particles of signal-to-noise 0.02."""
+    """40 A is all that the starting map gives; there is no other molecule in 160 particles of signal-to-noise 0.02."""
     volume = blob_map(BOX, "D2", blobs=20, width_px=1.2)
     of = blob_map(BOX, "D2", blobs=20, width_px=1.2, seed=21) if wrong == "another molecule's particles" else volume
     images, particles, _, _ = simulate(of, 160, pixel=PIXEL, snr=0.0 if wrong == "noise" else 0.02)

@@ -20,7 +20,7 @@ from cryodask.stages import _verdict
 from cryodask.stages.ab_initio import AbInitioParams, ab_initio
 from cryodask.stages.refine3d import Refine3DParams, refine3d
 
-START = 192.0 / 4  # of a start map at 40 A
+START = 192.0 / 4  # of a starting map at 40 A
 
 
 def within(degrees: float, count: int, seed: int = 0) -> torch.Tensor:

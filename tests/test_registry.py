@@ -1,4 +1,4 @@
-"""A row belongs to a content for ever, and a name is a label that may move."""
+"""A row belongs to a content forever, and a name is a label that may move."""
 
 from __future__ import annotations
 

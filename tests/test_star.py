@@ -247,7 +247,7 @@ def test_broken_rows_are_refused(tmp_path, rows, message):
         star.read_micrographs(path)
 
 
-def test_a_mended_file_is_read_anew(tmp_path):
+def test_a_corrected_file_is_reread(tmp_path):
     path = tmp_path / "m.star"
     path.write_text(HEAD + "a.mrc 1 ten\n")
     with pytest.raises(StarError):

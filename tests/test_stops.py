@@ -144,7 +144,7 @@ def test_a_disk_that_is_full_when_a_record_is_written_leaves_no_half_record(tmp_
 # --- nothing may be written any more -----------------------------------------------------------------------------------------
 
 
-def test_a_project_that_becomes_read_only_stops_with_the_reason_and_goes_on_when_it_is_mended(tmp_path, movies, client, undisturbed):
+def test_a_project_that_becomes_read_only_stops_with_the_reason_and_goes_on_when_it_is_fixed(tmp_path, movies, client, undisturbed):
     plan = of_movies(tmp_path, movies)
     (tmp_path / "p.yaml").write_text(PROJECT.replace("workers: 1", f"cluster: {client.scheduler.address}"))
     command = [sys.executable, "-m", "cryodask.cli", "run", "p.yaml"]

@@ -28,6 +28,7 @@ from cryodask.cluster.access.tls import Authority, connection_errors
 from cryodask.cluster.access.versions import RELEASE
 from cryodask.cluster.environment import ALLOCATOR, ONE_THREAD, SETTINGS
 from cryodask.cluster.fairshare import FairShareScheduler
+from cryodask.cluster.fields import GPU, licence
 from cryodask.cluster.settings import AddressSettings, LocalSettings, PluginSettings, SlurmSettings, read_cluster_file
 from cryodask.cluster.slurm.slurm import new_cluster_id, owner_is_dead
 from cryodask.errors import ClusterError
@@ -119,7 +120,7 @@ def _running(name: str, address: str) -> Client:
 
 
 def _address_in(path: Path) -> str:
-    """The address in a scheduler file; a Client itself would wait for ever for a missing file."""
+    """The address in a scheduler file; a Client itself would wait forever for a missing file."""
     said: object = ""
     for _ in range(_FILE_LOOKS):
         try:
@@ -233,7 +234,8 @@ class LaneCluster(LocalCluster):
     """A ``LocalCluster`` whose scheduler has lanes, and whose worker processes die with this one, even if it is killed.
 
     ``lanes``, ``strict``, ``reserve``, ``default_lane`` and ``memory_share`` as in FairShareScheduler; ``gpus``: this many worker processes
-    have one GPU each (the resource ``GPU``), the others see none; all other arguments as in ``LocalCluster``.
+    have one GPU each (the resource ``GPU``), the others see none; ``licences``: by name, how many have one (the resource
+    ``licence-NAME``); all other arguments as in ``LocalCluster``.
     """
 
     def __init__(
@@ -245,9 +247,10 @@ class LaneCluster(LocalCluster):
         default_lane: str = "default",
         memory_share: Mapping[str, float] | None = None,
         gpus: int = 0,
+        licences: Mapping[str, int] | None = None,
         **kwargs: Any,
     ) -> None:
-        self._gpus = gpus
+        self._gpus, self._licences = gpus, dict(licences or {})
         self._sharing = {
             "lanes": lanes, "strict": tuple(strict), "reserve": reserve, "default_lane": default_lane, "memory_share": memory_share
         }  # fmt: skip
@@ -260,6 +263,9 @@ class LaneCluster(LocalCluster):
             self.scheduler_spec["options"] = {**self.scheduler_spec.get("options", {}), **self._sharing}
             if self._gpus:
                 self._hand_out_gpus()
+            for name, number in self._licences.items():
+                for worker in list(self.worker_spec)[:number]:
+                    self._give(worker, licence(name))
         await super()._start()
 
     def _hand_out_gpus(self) -> None:
@@ -275,9 +281,14 @@ class LaneCluster(LocalCluster):
         for name, device in zip(names, given):
             spec = self.worker_spec[name]
             options = {**spec["options"], "env": {**(spec["options"].get("env") or {}), "CUDA_VISIBLE_DEVICES": device or ""}}
-            if device is not None:
-                options["resources"] = {**(options.get("resources") or {}), "GPU": 1}
             self.worker_spec[name] = {**spec, "options": options}
+            if device is not None:
+                self._give(name, GPU)
+
+    def _give(self, worker: Any, resource: str) -> None:
+        spec = self.worker_spec[worker]
+        resources = {**(spec["options"].get("resources") or {}), resource: 1}
+        self.worker_spec[worker] = {**spec, "options": {**spec["options"], "resources": resources}}
 
 
 class _PlainHeartbeats(WorkerPlugin):
@@ -322,6 +333,7 @@ def local_cluster(settings: LocalSettings, *, asynchronous: bool = False) -> Lan
         local_directory=settings.scratch,
         silence_logs=40,
         gpus=settings.gpus,
+        licences=settings.licences,
         **settings.sharing(),
         asynchronous=asynchronous,
     )

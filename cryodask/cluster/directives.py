@@ -1,4 +1,4 @@
-"""Lines for sbatch that people add to jobs: options that no setting of a cluster file speaks of, and nothing else.
+"""Lines for sbatch that people add to jobs: options for which a cluster file has no setting, and nothing else.
 
 They come after cryodask's own directives, and of two equal options the last one counts.
 """
@@ -43,7 +43,7 @@ def checked_directive(line: str) -> str:
     Raises
     ------
     ValueError
-        For an option that a setting speaks of, or that is not on the list.
+        For an option for which there is a setting, or that is not on the list.
     """
     words = shlex.split(line)
     if not words:
@@ -75,7 +75,7 @@ def _why(word: str, name: str) -> str:
     if not word.startswith("-"):
         return f"{word!r} is not an option of sbatch"
     if bare in _SETTINGS:
-        return f"{option} is what the setting {_SETTINGS[bare]} is for"
+        return f"{option} is not allowed: use the setting {_SETTINGS[bare]}"
     if bare in _REASONS:
         return f"{option} is set by cryodask: {_REASONS[bare]}"
     if name in _WITH_VALUE:

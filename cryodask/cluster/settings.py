@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,83 +10,39 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
 from dask.utils import parse_bytes
 from pydantic import (
-    AfterValidator,
     BaseModel,
-    BeforeValidator,
     Field,
     NonNegativeInt,
     PositiveInt,
     ValidationError,
-    ValidationInfo,
     model_validator,
 )
 
-from cryodask.cluster.directives import checked_directive, checked_shell_line
-from cryodask.documents import StrictModel, expand, read_yaml
+from cryodask.cluster.fields import (
+    GPU,
+    Command,
+    Directive,
+    FilePath,
+    Invitation,
+    Licences,
+    Memory,
+    MemoryOption,
+    NodePath,
+    PoolName,
+    Program,
+    ServiceName,
+    Walltime,
+    Weight,
+    Word,
+    licence,
+    network_file_system,
+)
+from cryodask.documents import StrictModel, read_yaml
 from cryodask.errors import ProjectFileError
 from cryodask.plugins import Plugins
 
 if TYPE_CHECKING:
     from distributed.deploy.cluster import Cluster
-
-_NETWORK = {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb3", "afs", "glusterfs", "pvfs2", "wekafs", "panfs", "9p"}
-_NETWORK_FUSE = ("fuse.ceph", "fuse.gluster", "fuse.sshfs", "fuse.juicefs")
-
-
-def _memory(text: str) -> str:
-    try:
-        fits = text.isascii() and parse_bytes(text) >= 2**20
-    except (ValueError, OverflowError):
-        fits = False
-    if not fits:
-        raise ValueError("memory needs a number with a unit, such as 64GiB or 4000MB")
-    return text
-
-
-def _walltime(given: object) -> object:
-    said = str(given)
-    if not isinstance(given, (int, float)) and re.fullmatch(r"\d+:\d\d", said):
-        raise ValueError(f'Slurm reads two numbers as minutes and seconds: write "{said}:00" if these are hours, "0:{said}" if not')
-    if isinstance(given, (int, float)) or not re.fullmatch(r"\d+-\d+:\d\d(:\d\d)?|\d+:\d\d:\d\d", said):
-        raise ValueError('write it as "hours:minutes:seconds" or "days-hours:minutes:seconds"')
-    if not re.search("[1-9]", said):
-        raise ValueError("a job needs some time; Slurm takes zero for no limit")
-    return given
-
-
-def _one_line(text: str) -> str:
-    if not text.strip() or not text.isprintable():
-        raise ValueError("must be a single line of printable characters")
-    return text
-
-
-def _file(path: str, info: ValidationInfo) -> str:
-    """A path as written in a cluster file: relative to that file. Addresses of images are no paths."""
-    return path if "://" in path else os.path.normpath(Path((info.context or {}).get("folder", ""), expand(path)).absolute())
-
-
-def _program(path: str, info: ValidationInfo) -> str:
-    return _file(path, info) if "/" in path else path
-
-
-def _on_node(path: str) -> str:
-    # variables are those of the node, but a tilde in quotes would be a folder of that name
-    return os.path.expanduser(path)
-
-
-Memory = Annotated[str, AfterValidator(_memory)]
-Walltime = Annotated[str, BeforeValidator(_walltime)]
-Line = Annotated[str, AfterValidator(_one_line)]
-Directive = Annotated[Line, AfterValidator(checked_directive)]
-Command = Annotated[Line, AfterValidator(checked_shell_line)]
-FilePath = Annotated[Line, AfterValidator(_file)]
-Program = Annotated[Line, AfterValidator(_program)]
-NodePath = Annotated[Line, AfterValidator(_on_node)]
-Word = Annotated[str, Field(pattern=r"^[\w.,:+=@/-]+$")]
-MemoryOption = Literal["mem", "mem-per-cpu", "none"]
-Weight = Annotated[float, Field(strict=True, gt=0)]
-PoolName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-ServiceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 
 class _Sharing(StrictModel):
@@ -145,11 +100,15 @@ class ServiceSettings(JobSettings):
 
 
 class LocalSettings(_Sharing):
-    """Single-threaded worker processes on this machine; the first ``gpus`` of them are bound to one GPU each."""
+    """Single-threaded worker processes on this machine.
+
+    The first ``gpus`` of them are bound to one GPU each. ``licences``: how many of each there are; that many workers have one.
+    """
 
     kind: Literal["local"] = "local"
     workers: PositiveInt | None = None
     gpus: NonNegativeInt = 0
+    licences: Licences = Field(default_factory=dict)
     memory: str | int | None = None
     scratch: FilePath | None = None
     service: ServiceSettings | None = None
@@ -173,7 +132,7 @@ class AddressSettings(StrictModel):
     kind: Literal["address"]
     address: str | None = None
     scheduler_file: FilePath | None = None
-    invitation: Annotated[str, Field(pattern=r"\.invite$"), AfterValidator(_file)] | None = None
+    invitation: Invitation | None = None
 
     @model_validator(mode="after")
     def _one_of_three(self) -> AddressSettings:
@@ -183,10 +142,10 @@ class AddressSettings(StrictModel):
 
 
 class PoolSettings(StrictModel):
-    """Jobs of one kind. ``cores``, ``memory`` and ``gpus`` are per job, ``resources`` per worker process.
+    """Jobs of one kind. ``cores``, ``memory``, ``gpus`` and ``licences`` are per job, ``resources`` per worker process.
 
     A job with ``gpus`` has one worker process bound to each of them. ``memory`` is requested from Slurm: the workers' own limits
-    are a tenth lower, since Slurm kills whole jobs.
+    are a tenth lower, since Slurm kills whole jobs. ``licences`` are requested from Slurm, too, and divided equally among the processes.
     """
 
     partition: Word | None = None
@@ -202,6 +161,7 @@ class PoolSettings(StrictModel):
     memory_option: MemoryOption = "mem"
     walltime: Walltime | None = None
     resources: dict[str, float] = Field(default_factory=dict)
+    licences: Licences = Field(default_factory=dict)
     interface: Word | None = None
     scratch: NodePath = "${TMPDIR:-/tmp}"
     network_scratch: bool = False
@@ -219,6 +179,12 @@ class PoolSettings(StrictModel):
     def workers_per_job(self) -> int:
         """Number of worker processes per job."""
         return self.gpus or self.processes
+
+    @property
+    def worker_resources(self) -> dict[str, float]:
+        """Dask resources of one worker process."""
+        held = {licence(name): number / self.workers_per_job for name, number in self.licences.items()}
+        return {**({GPU: 1.0} if self.gpus else {}), **held, **self.resources}
 
     @property
     def memory_bytes(self) -> int:
@@ -245,6 +211,13 @@ class PoolSettings(StrictModel):
             raise ValueError("a job has one process per GPU: leave out processes")
         if self.cores < self.workers_per_job:
             raise ValueError(f"{self.workers_per_job} processes need as many cores, not {self.cores}")
+        for name, number in self.licences.items():
+            if number % self.workers_per_job:
+                raise ValueError(
+                    f"{number} licences {name} cannot be divided equally among {self.workers_per_job} processes: give a multiple of that"
+                )
+        if self.licences and any(re.search(r"(^|\s)(--licenses|-L)", line) for line in self.directives):
+            raise ValueError("licences are requested from Slurm already: leave them out of directives")
         if not self.network_scratch and (kind := network_file_system(self.scratch)):
             raise ValueError(
                 f"scratch {self.scratch} is on a network file system ({kind}), which spilling workers would overload;"
@@ -317,7 +290,7 @@ class PluginSettings(StrictModel):
 def _refused(name: str, kind: object) -> str:
     """Why a kind of another package cannot be used; empty if it can."""
     if name in _KINDS:
-        return f"the name {name} is taken by cryodask"
+        return f"the name {name} is used by cryodask itself"
     if not (isinstance(kind, type) and issubclass(kind, PluginSettings) and kind.open is not PluginSettings.open):
         return f"it is not a subclass of {PluginSettings.__module__}.PluginSettings with a function open"
     return ""
@@ -407,17 +380,3 @@ def _problem(problem: Any, kind: str) -> str:
 def _nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def network_file_system(path: str) -> str:
-    """Type of the network file system of a path on this machine; empty for a local one, or if only the node can tell."""
-    if "$" in path:
-        return ""
-    try:
-        mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
-    except OSError:
-        return ""
-    real = os.path.realpath(path)
-    above = [(len(point), kind) for point, kind in mounts if real == point or real.startswith(point.rstrip("/") + "/")]
-    kind = max(above, default=(0, ""))[1]
-    return kind if kind in _NETWORK or kind.startswith(_NETWORK_FUSE) else ""

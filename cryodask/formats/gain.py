@@ -51,7 +51,7 @@ def orient_gain(gain: np.ndarray, rotate_deg: int = 0, flip: Flip | int = "none"
 
 
 def reciprocal_gain(gain: np.ndarray) -> np.ndarray:
-    """The gain `(y, x)` that multiplies, of one that divides; dead pixels stay 0."""
+    """The gain `(y, x)` that multiplies, from one that divides; dead pixels stay 0."""
     return np.divide(1.0, gain, out=np.zeros_like(gain, np.float32), where=gain > 0)
 
 

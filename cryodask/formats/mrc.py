@@ -122,7 +122,7 @@ def open_mrc(path: str | Path, error: type[CryodaskError] = InputError, *, count
     Raises
     ------
     error
-        If the file is missing, no MRC file, not as long as its header says, has pixels that are not square, or a mode that is not read.
+        If the file is missing, not an MRC file, not as long as its header says, has pixels that are not square, or an unsupported mode.
     """
     path = str(path)
     header = read_header(path, error)

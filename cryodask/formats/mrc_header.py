@@ -110,7 +110,7 @@ def read_header(path: str, error: type[CryodaskError]) -> MrcHeader:
     Raises
     ------
     error
-        If the file is no regular file, of another format, shorter or longer than its header says, or of a mode that is not read.
+        If the file is not a regular file, of another format, shorter or longer than its header says, or of an unsupported mode.
 
     Warns
     -----
@@ -161,7 +161,7 @@ def _headers(path: str, raw: bytes, order: str, size: int, error: type[CryodaskE
     columns, rows, sections, mode = (int(v) for v in integers[:4])
     if mode not in _DTYPES:
         raise error(
-            f"{path} has data mode {mode} ({_REFUSED.get(mode, 'unknown')}), which is not read.",
+            f"{path} has data mode {mode} ({_REFUSED.get(mode, 'unknown')}), which is not supported.",
             "",
             f"convert it to one of the modes {', '.join(map(str, sorted(_DTYPES)))}",
         )

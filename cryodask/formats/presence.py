@@ -1,4 +1,4 @@
-"""Whether a path is a file that can be read at all, in the same words for each format."""
+"""Checks that a path is a readable file, with the same messages for every format."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ESCAPED = re.compile(r"\\x[0-9a-f]{2}")
 def check_file(path: str, error: type[CryodaskError], kind: str) -> None:
     """Raise unless the path is a regular file with content; ``kind`` is its format.
 
-    Other names than text are known by an escaped form (`show_name`), which no file has.
+    Names that are not valid text are shown in an escaped form (`show_name`), which no file has.
     """
     try:
         found = os.stat(path)

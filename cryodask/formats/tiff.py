@@ -92,7 +92,7 @@ def open_tiff(path: str | Path, error: type[CryodaskError] = InputError) -> Tiff
     Raises
     ------
     error
-        If the file is missing, no TIFF file, truncated or damaged, holds images that its directory does not list, has colours, or pages
+        If the file is missing, not a TIFF file, truncated or damaged, holds images that its directory does not list, has colours, or pages
         that differ in size, type, compression or meaning.
     """
     path = str(path)

@@ -57,7 +57,7 @@ class Walked:
 
 
 def walk_pages(path: str, error: type[CryodaskError]) -> list[Walked]:
-    """Follow the chain of page directories; raise an error if it leads out of the file, to itself, or if a tag comes twice.
+    """Follow the chain of page directories; raise an error if it leads out of the file, to itself, or if a tag occurs twice.
 
     tifffile stops silently at a broken link, so that a truncated movie would be taken for a shorter one.
     """

@@ -21,7 +21,7 @@ def _refused(name: str, exporter: object) -> str:
     """Why an exporter of another package cannot be used; empty if it can."""
     if name in _OWN or not callable(exporter):
         return (
-            f"the name {name} is taken by cryodask"
+            f"the name {name} is used by cryodask itself"
             if name in _OWN
             else f"it is a {type(exporter).__name__}, not a function (project, folder)"
         )

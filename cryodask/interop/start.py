@@ -23,7 +23,7 @@ _TABLES = ("corrected_micrographs.star", "movies.star", "micrographs_ctf.star", 
 
 @dataclass(frozen=True)
 class Session:
-    """What a session of movies is processed with; ``dose_per_frame`` in electrons per square Angstrom."""
+    """Settings for processing a session of movies; ``dose_per_frame`` in electrons per square Angstrom."""
 
     voltage_kv: float
     spherical_aberration_mm: float

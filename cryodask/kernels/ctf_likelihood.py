@@ -1,4 +1,4 @@
-"""Last refinement of a CTF: the likelihood of the whole spectrum under one smooth background and rings of flexible strength.
+"""Final refinement of a CTF: the likelihood of the whole spectrum under one smooth background and rings of flexible strength.
 
 Power = N(k) + S(k) sin^2(argument of the CTF), with N a cubic over the whole range and S a linear spline. The spline's knots stand
 closer than the lobes of a particle's form factor at low frequency, where rings are wide, and three rings apart further out, so that S can

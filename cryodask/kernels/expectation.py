@@ -242,7 +242,7 @@ def log_likelihoods(
 
 
 def likelihoods(scores: Tensor, top: Tensor) -> Tensor:
-    """``exp(scores - top)``; what is smaller than e^-80 of the best is e^-80, for denormal results take fourteen times as long."""
+    """``exp(scores - top)``; what is smaller than e^-80 of the best is e^-80, because denormal results take fourteen times as long."""
     return (scores - top).clamp_(min=-80.0).exp_()
 
 

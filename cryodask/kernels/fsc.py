@@ -54,7 +54,7 @@ def shell_sum(values: Tensor, shells: Tensor, weight: Tensor) -> Tensor:
 
 
 def fsc(first: Tensor, second: Tensor) -> Tensor:
-    """Correlation of two cubic maps `(z, y, x)` in each Fourier shell, float64 `(shell,)`; 0 where a shell is empty of power."""
+    """Correlation of two cubic maps `(z, y, x)` in each Fourier shell, float64 `(shell,)`; 0 for a shell without power."""
     return fsc_of_transforms(torch.fft.rfftn(first), torch.fft.rfftn(second))
 
 

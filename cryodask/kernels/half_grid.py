@@ -1,6 +1,6 @@
 """Half Fourier grids (x >= 0): the volume that slices are taken from, and the grid that they are inserted into.
 
-The transform of a real map is Hermitian, so the half with x >= 0 says all. Grids are padded twice, like those of
+The transform of a real map is Hermitian, so the half with x >= 0 contains everything. Grids are padded twice, like those of
 :mod:`cryodask.kernels.projection`, whose units and conventions hold here. Axes are ``(z, y, x)``, with z and y from -half to half and x
 from 0 to half.
 """

@@ -52,25 +52,31 @@ class Independence(NamedTuple):
         if np.isnan(self.agreement):
             return "they are the same in every shell, up to scale and filters"
         if abs(self.noise_correlation) > _MOST_CORRELATION + self.error:
-            return f"the noise of their solvent agrees: it correlates by {self.noise_correlation:.2f}, that of independent maps by 0"
+            return f"the noise of their solvent agrees: its correlation is {self.noise_correlation:.2f}; for independent maps it is 0"
         if np.isnan(self.noise_correlation) and self.agreement > _MOST_AGREEMENT:
-            return f"they agree by {self.agreement:.2f} up to the finest shells, and a mask has removed the solvent, whose noise would tell"
+            return (
+                f"they correlate by {self.agreement:.2f} up to the finest shells, and a mask has removed the solvent, "
+                "whose noise would show whether they are independent"
+            )
         return ""
 
 
 def doubt(noise_correlation: float) -> str:
-    """What makes the correlation of half-maps too high, if the noise of their solvent says so; empty if not."""
+    """Why the correlation of half-maps may be too high, judged by the noise of their solvent; empty if it is not."""
     if not abs(noise_correlation) > _DOUBTFUL:
         return ""
-    return f"the noise of the half-maps correlates by {noise_correlation:.2f}: they share density, and the resolution may be too fine"
+    return (
+        f"the noise of the half-maps has a correlation of {noise_correlation:.2f}: they share density, "
+        "and the resolution may be overestimated"
+    )
 
 
 def independence(first: Tensor, second: Tensor) -> Independence:
     """Evidence for or against the independence of two half-maps `(z, y, x)` with cubic shape.
 
-    Shells that were joined on purpose are alike from the centre on; what lies beyond counts. Noise is looked for in the solvent: where,
-    of the sphere inside the box, the mean map, smoothed, is weakest. Maps that were low-passed together have no noise beyond, so only
-    shells with power in both count.
+    Shells that were joined on purpose are identical from the centre outwards; only those beyond count. Noise is measured in the solvent:
+    where the smoothed mean map is weakest within the sphere inscribed in the box. Maps that were low-passed together have no noise
+    beyond, so only shells with power in both count.
     """
     maps = torch.stack([first, second]).double()
     maps = maps - maps.mean((1, 2, 3), keepdim=True)

@@ -1,4 +1,4 @@
-"""What a map says against itself: Fourier space that no view has filled, a mask that cuts it, density darker than the solvent."""
+"""Faults that show in the map itself: Fourier space that no view has filled, a mask that cuts it, density darker than the solvent."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _smooth_planes(grid: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 def cut_share(halves: Tensor, pixel_size_angstrom: float, diameter_angstrom: float, rings: int) -> float:
-    """Share of the power that two half-maps `(2, z, y, x)` have in common which lies outside of the spherical mask, up to ``rings``.
+    """Share of the power that two half-maps `(2, z, y, x)` have in common which lies outside the spherical mask, up to ``rings``.
 
     Only the ball inscribed in the box counts. Noise of independent halves is not common.
     """

@@ -1,9 +1,9 @@
 """What two half-maps support: shell correlations, their significance, and the resolution limit of the next search.
 
-The rule is strict because it must not be fooled by noise: the halves share the low-resolution start, and a soft mask smears its strong
-shells into the next ones. A shell counts as supported when the masked correlation, corrected by phase randomisation (Chen et al. 2013),
-exceeds 0.143 and three standard deviations of a correlation of noise, AND the unmasked one exceeds three of its own; the supported
-range ends at the first shell that fails.
+The rule is strict because it must not be fooled by noise: the halves share the low-resolution starting map, and a soft mask smears its
+strong shells into the next ones. A shell counts as supported when the masked correlation, corrected by phase randomisation (Chen et
+al. 2013), exceeds 0.143 and three standard deviations of a correlation of noise, AND the unmasked one exceeds three of its own; the
+supported range ends at the first shell that fails.
 """
 
 from __future__ import annotations

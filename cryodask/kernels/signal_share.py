@@ -84,7 +84,7 @@ def has_surroundings(length_angstrom: float, diameter_angstrom: float) -> bool:
 
 
 def explained_share(products: np.ndarray, noise_power: np.ndarray) -> float:
-    """Share of the explicable signal that a map explains, NaN if no shell tells.
+    """Share of the explainable signal that a map explains, NaN if no shell is informative.
 
     ``products`` as of :func:`signal_products`; ``noise_power`` weights shells. The correlation of the two halves' projections is the
     square of that of one half with the truth: it says how much of a shell's signal the map of one half can explain.

@@ -1,6 +1,6 @@
-"""Whether a refinement has found the molecule: evidence that needs no truth, and cannot be had by aligning noise.
+"""Whether a refinement has found the molecule: evidence that needs no ground truth, and that aligned noise cannot give.
 
-The correlation of two half-maps cannot tell, because both inherit the errors of their common start: a chimera of pseudo-symmetry mates
+The correlation of two half-maps cannot tell, because both inherit the errors of their starting map: a chimera of pseudo-symmetry mates
 agrees with itself. Two things can. Particles of a right map have one pose that is much likelier than all others; those of a chimera do
 not. And particles that a map has never seen become likelier by its detail; by the detail of a wrong map they do not.
 
@@ -30,13 +30,13 @@ FIGURES = ("pose_certainty", "held_out_gain", "held_out_z", "explained_share", "
 
 @dataclass(frozen=True)
 class Evidence:
-    """What speaks for a map, and against it.
+    """Evidence for and against a map.
 
     ``pose_certainty``: mean share of the likeliest pose in a particle's posterior, at the first pass over all views that was fine
     enough (NaN: none was). ``held_out_gain``: mean gain of log-likelihood per particle by the detail of the other half's map, over the
     same map cut at the resolution of the start; ``held_out_z``: in standard errors. ``explained_share`` of the particles' signal by the
     map of the other half (NaN: not known, the mask fills the box); ``view_coverage``: share of Fourier space that views reach at the
-    resolution of the half-maps; ``cut_share`` of their common power outside of the mask.
+    resolution of the half-maps; ``cut_share`` of their common power outside the mask.
     """
 
     pose_certainty: float
@@ -48,7 +48,7 @@ class Evidence:
 
     @property
     def succeeded(self) -> bool:
-        """Whether all of it speaks for the map."""
+        """Whether all of the evidence supports the map."""
         return self.found and not self.objections()
 
     @property
@@ -57,10 +57,10 @@ class Evidence:
         return self.pose_certainty >= CERTAIN and self.held_out_gain >= LEAST_GAIN and self.held_out_z >= LEAST_Z
 
     def objections(self) -> list[str]:
-        """What is wrong with the map or the particles; figures that are not known (NaN) object to nothing."""
+        """What is wrong with the map or the particles; figures that are not known (NaN) are not held against it."""
         out = []
         if self.cut_share > MOST_CUT:
-            out.append(f"{100 * self.cut_share:.0f} % of the density lies outside of the mask: mask_diameter_angstrom is too small")
+            out.append(f"{100 * self.cut_share:.0f} % of the density lies outside the mask: mask_diameter_angstrom is too small")
         if self.view_coverage < LEAST_COVERAGE:
             out.append(f"the views reach {100 * self.view_coverage:.0f} % of Fourier space (needed {100 * LEAST_COVERAGE:.0f} %)")
         # of a map that was not found it says nothing new
@@ -72,7 +72,7 @@ class Evidence:
         return out
 
     def sentence(self) -> str:
-        """The verdict with its figures, for people."""
+        """The verdict with its figures, as a sentence."""
         if math.isnan(self.pose_certainty):
             figures = "the particles never agreed on a map fine enough to decide their orientations"
         else:

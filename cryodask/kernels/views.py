@@ -29,7 +29,7 @@ PARENT_RINGS = 9
 KEPT_PARENTS = 48
 KEPT_SHIFTS = 60
 SCALE_ROUNDS, SCALE_PARTICLES = 4, 240
-"""Rounds of EM, and particles, that determine the grey scale of a start map."""
+"""Rounds of EM, and particles, that determine the grey scale of a starting map."""
 START_NATS = 40.0
 """A view of the coarse grid this much below the best cannot be the right one, even if it lies badly to the pose."""
 _TOGETHER = 2

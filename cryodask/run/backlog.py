@@ -12,7 +12,7 @@ _AGAIN_EVERY = 10
 
 
 class Backlog:
-    """Pending movies. People look at the newest result, so it must not wait for a backlog; and no movie may wait for ever.
+    """Pending movies. People look at the newest result, so it must not wait for a backlog; and no movie may wait forever.
 
     Every fourth start is the oldest movie. While there are new movies, every tenth is one that was processed before and is recomputed with
     other parameters.

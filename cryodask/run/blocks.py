@@ -22,7 +22,7 @@ from distributed.client import FuturesCancelledError
 
 from cryodask.errors import ClusterError, InputError
 from cryodask.run.checkpoints import last_checkpoint, read_state, write_checkpoint
-from cryodask.run.devices import CPU_DEVICE, GPU, GPU_DEVICE, on_device, with_gpus
+from cryodask.run.devices import CPU_DEVICE, GPU_DEVICE, dask_resources, on_device, with_gpus
 from cryodask.run.events.reports import report_of
 from cryodask.run.health import Watch
 from cryodask.run.isolation import blamed_at_first_death
@@ -263,7 +263,7 @@ class _Iteration:
         self.sent += 1
         key = f"{kind}-{self.token}-{self.sent}"
         self.at[key] = address
-        needs = {GPU: 1} if self.device == GPU_DEVICE and function is not _merge else None
+        needs = None if function is _merge else dask_resources(self.device)
         with blamed_at_first_death():
             return self.watch.client.submit(function, *arguments, workers=[address], resources=needs, key=key, pure=False)
 

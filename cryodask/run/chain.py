@@ -14,8 +14,9 @@ import numpy as np
 
 from cryodask.errors import InputError, MicrographError
 from cryodask.programs import Program
+from cryodask.run.content import IMAGES, refuse_changed
 from cryodask.run.devices import on_device
-from cryodask.run.due import Said, due, joined, said_of
+from cryodask.run.due import FactSource, due, facts_digest, joined
 from cryodask.run.events.reports import report_of
 from cryodask.run.grids import brings_movies, mark
 from cryodask.run.imports import Import
@@ -38,7 +39,7 @@ class Link:
     """One stage of the chain: where its needs come from and where its results go.
 
     ``source`` maps each variable to ``inputs``, ``particles``, or the label of the step that gives it. ``whole``: variables of maps and
-    masks, the same for every exposure. ``within``: the step of this chain in which the particles of the stage are born (empty: they are
+    masks, the same forevery exposure. ``within``: the step of this chain in which the particles of the stage are born (empty: they are
     sent along), ``threshold``: what decides which of them are accepted. ``birth``: particles are born here. ``recipes``: how each data set
     is processed. ``programs``: those that the stage runs, with the versions in its key.
     """
@@ -109,7 +110,7 @@ class Chain:
     imports: dict[str, Import] = field(default_factory=dict)
     epoch: int = 0
     topic: str = ""
-    origins: dict[str, Said] = field(default_factory=dict)
+    origins: dict[str, FactSource] = field(default_factory=dict)
     grids: dict[str, Grid] = field(default_factory=dict)
     _read: dict[str, Generation] = field(default_factory=dict)
     _fresh: dict[str, dict[int, Record]] = field(default_factory=dict)
@@ -145,9 +146,9 @@ class Chain:
 
     def due(self, link: Link, items: Iterable[Item]) -> dict[int, Made]:
         """What the result of each item in a link must be made from, in the current state of the project."""
-        return due(items, link.recipes, self.expected[link.label] if link.takes_particles else None, *self._said(link.label))
+        return due(items, link.recipes, self.expected[link.label] if link.takes_particles else None, *self._fact_sources(link.label))
 
-    def _said(self, label: str) -> tuple[Said | None, Said | None]:
+    def _fact_sources(self, label: str) -> tuple[FactSource | None, FactSource | None]:
         return self.imports.get(label), self.origins.get(label)
 
     def quarantine(self, item: Item, error: str, message: str, tries: int) -> None:
@@ -200,7 +201,7 @@ class Chain:
             particles = self._particles(link, item, Brief(records), values, records)
         except MicrographError:  # the birth itself is pending
             return made
-        said = said_of(item, *self._said(link.label))
+        said = facts_digest(item, *self._fact_sources(link.label))
         return made._replace(slice=joined(slice_digest(particles), said)) if particles is not None else made
 
     def brief(self, item: Item, again: bool) -> Brief:
@@ -222,7 +223,7 @@ class Chain:
                 claimed = self.imports[link.label].claims() if link.label in self.imports else frozenset[int]()
                 births[link.label] = self.book.at(item.row, link.birth.number, claimed, again=again or item.revision > 0)
         values = {label: given.values(item) for label, given in self.imports.items()}
-        said = {link.label: said_of(item, *self._said(link.label)) for link in self.links}
+        said = {link.label: facts_digest(item, *self._fact_sources(link.label)) for link in self.links}
         digests = {label: digest for label, digest in said.items() if digest is not None}
         return Brief(records, slices, births, values, digests)
 
@@ -268,7 +269,7 @@ class Chain:
             report = report_of(self.topic, link.label, item.row, item.name)
             with on_device(device, log=generation.path / log, programs=link.programs, report=report) as context:
                 given = link.stage.process(link.params, context=context, **needs)
-            _refuse_nonsense(link, item, given)
+            _refuse_nan_pixels(link, item, given)
             told: dict[str, Any] = {}
             if link.birth is not None:
                 before = [(brief.births[link.label], True)] if link.label in brief.births else []
@@ -338,6 +339,8 @@ class Chain:
             if name == "gain":
                 path = self.gains.get(item.data_set)
                 return _gain_at(path) if path else None
+            if name in IMAGES and name in values:
+                refuse_changed(item, name, values[name])
             return None if name not in values and name in link.stage.optional else _known(name, item, values)
         return self._stored(label, name, item, values, records)
 
@@ -399,7 +402,7 @@ def _gain_at(path: Path) -> np.ndarray:
     return keep(("gain", path), lambda: np.asarray(np.load(path)))
 
 
-def _refuse_nonsense(link: Link, item: Item, given: dict[str, Any]) -> None:
+def _refuse_nan_pixels(link: Link, item: Item, given: dict[str, Any]) -> None:
     for name, value in given.items():
         if isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.ndim >= 2 and not np.isfinite(value).all():
             raise MicrographError(

@@ -1,4 +1,4 @@
-"""Checks before any work: cluster file and lanes, disk space, memory of the workers, movie headers."""
+"""Checks before any work: cluster file and lanes, disk space, movie headers; what workers must have is in offers.py."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cryodask.cluster.connect import local_memory
 from cryodask.cluster.service import service
 from cryodask.cluster.service.whereabouts import folder_of, settings_of
-from cryodask.cluster.settings import AddressSettings, LocalSettings, PluginSettings, Settings, SlurmSettings, read_cluster_file
+from cryodask.cluster.settings import AddressSettings, LocalSettings, PluginSettings, Settings, read_cluster_file
 from cryodask.errors import CryodaskError, ProgramMissingError
-from cryodask.run.known import movie_header, step_sizes
-from cryodask.run.recipe import Plan, Step
+from cryodask.run.known import movie_header
+from cryodask.run.offers import beyond_offers, offers_of
+from cryodask.run.recipe import Plan
 from cryodask.store.project import Arrival, Project
 
 _STORED_SHARE = 0.5
@@ -67,8 +67,8 @@ def look_ahead(plan: Plan, project: Project | None, listing: list[Arrival], aske
         known = {item.content for item in project.items()} if project is not None else set()
         _check_disk(plan, [a for a in listing if a.content not in known], out.movie, out.problems)
     if settings is not None:
-        out.problems += _without_gpu(plan, settings, where)
-        out.problems += _too_large(plan, project, out.movie, _with_workers(settings, asked.workers or plan.file.workers), where)
+        offers = offers_of(_with_workers(settings, asked.workers or plan.file.workers), where)
+        out.problems += beyond_offers(plan, project, plan.steps, out.movie, offers)
     return out
 
 
@@ -177,62 +177,3 @@ def _check_disk(plan: Plan, fresh: list[Arrival], shape: tuple[int, ...], proble
 
 def _dims(step: Any) -> set[str]:
     return {d for v in step.stage.gives_variables() if v.kind == "bulk" for d in v.dims}
-
-
-def _without_gpu(plan: Plan, settings: Settings, where: str) -> Iterator[str]:
-    """Steps that need a GPU if no worker can have one."""
-    if isinstance(settings, LocalSettings):
-        there = settings.gpus > 0
-    else:
-        there = not isinstance(settings, SlurmSettings) or any(pool.gpus for pool in settings.pools.values())
-    for step in plan.steps:
-        if step.stage.resources.gpus and not there:
-            yield f"{step.label} needs a GPU, but no worker of {where} has one. Use a cluster file with gpus: N (configs/clusters)."
-
-
-def _too_large(plan: Plan, project: Project | None, movie: tuple[int, int, int] | None, settings: Settings, where: str) -> Iterator[str]:
-    """Steps whose declared memory (per item of a per-exposure stage, or per call) exceeds that of every worker that could run them."""
-    memory = _worker_memory(settings)
-    if not memory:
-        return
-    for step in plan.steps:
-        if step.stage.resources.memory is None:
-            continue
-        sizes = step_sizes(plan, project, step, movie)
-        if not sizes:
-            continue
-        try:
-            needed = float(step.stage.resources.memory(step.params, sizes))
-        except KeyError:  # it depends on sizes that are not known yet
-            continue
-        if needed > max(memory.values()):
-            yield f"{step.label} needs about {_gb(needed)} {_for(step, sizes)}, but {_offered(settings, memory, where)}"
-
-
-def _for(step: Step, sizes: dict[str, int]) -> str:
-    if step.stage.shape == "map":
-        return f"for an exposure of {' x '.join(str(sizes[d]) for d in ('frame', 'y', 'x'))}"
-    count = next((f"{sizes[d]} particles of " for d in ("particle", "slot") if d in sizes), "")
-    return f"for {count}{sizes['y']} pixels" if "y" in sizes else f"for {count.removesuffix(' of ')}"
-
-
-def _offered(settings: Settings, memory: dict[str, float], where: str) -> str:
-    if isinstance(settings, SlurmSettings):
-        each = ", ".join(f"{name} {_gb(has)}" for name, has in memory.items())
-        return f"no pool has workers with that much: {each} per worker. Give a pool of {where} more memory, or fewer processes."
-    way_out = "Use fewer workers (workers: N in the project file), or workers with more memory."
-    if isinstance(settings, LocalSettings) and settings.memory:
-        way_out = f"Raise memory in {where}."
-    return f"each worker has {_gb(next(iter(memory.values())))}. {way_out}"
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.{1 if size >= 1e10 else 2}f} GB"
-
-
-def _worker_memory(settings: Settings) -> dict[str, float]:
-    """Memory limit of a worker in bytes, by pool; empty if there is none, or it is unknown before workers start."""
-    if isinstance(settings, SlurmSettings):
-        return {name: float(pool.worker_bytes) for name, pool in settings.pools.items()}
-    has = local_memory(settings) if isinstance(settings, LocalSettings) else None
-    return {} if has is None else {"": float(has)}

@@ -9,17 +9,17 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cryodask.cluster.fields import GPU, licence
 from cryodask.context import Context, no_report
 from cryodask.errors import ClusterError
 from cryodask.programs import Program
 from cryodask.run.events.reports import Report
 
-GPU = "GPU"
 CPU_DEVICE, GPU_DEVICE = "cpu", "cuda"
 _AHEAD = 2
 
@@ -57,6 +57,11 @@ def _one_thread() -> None:
     limit = getattr(sys.modules.get("torch"), "set_num_threads", None)
     if limit is not None:
         limit(1)
+
+
+def dask_resources(device: str, licences: Iterable[str] = ()) -> dict[str, float] | None:
+    """Dask resources of a task on a device that holds some licences; None if it needs none."""
+    return {**({GPU: 1.0} if device == GPU_DEVICE else {}), **dict.fromkeys(map(licence, licences), 1.0)} or None
 
 
 def with_gpus(workers: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:

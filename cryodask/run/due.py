@@ -14,7 +14,7 @@ from cryodask.store.made import Made, settled, settled_in
 from cryodask.store.project import Item, Project
 
 
-class Said(Protocol):
+class FactSource(Protocol):
     """A further source of facts about an exposure: an import, or another project."""
 
     def digest(self, item: Item) -> str:
@@ -22,12 +22,12 @@ class Said(Protocol):
         ...
 
 
-def said_of(item: Item, *said: Said | None) -> str | None:
+def facts_digest(item: Item, *facts: FactSource | None) -> str | None:
     """Digest of all further facts about an exposure; None if there are none."""
-    return "-".join(one.digest(item) for one in said if one is not None) or None
+    return "-".join(one.digest(item) for one in facts if one is not None) or None
 
 
-def due(items: Iterable[Item], recipes: Mapping[str, str], given: Slices | None, *said: Said | None) -> dict[int, Made]:
+def due(items: Iterable[Item], recipes: Mapping[str, str], given: Slices | None, *facts: FactSource | None) -> dict[int, Made]:
     """What the result of each item must be made from, in the current state of the project.
 
     Parameters
@@ -37,14 +37,14 @@ def due(items: Iterable[Item], recipes: Mapping[str, str], given: Slices | None,
         The recipe of the step for each data set.
     given : Slices or None
         The particles of the step; None if it takes none.
-    *said : Said or None
+    *facts : FactSource or None
         Imported values of the exposures, and values from other projects that the step reads.
     """
     items = list(items)
     slices: dict[int, str] | None = given.digests(item.row for item in items) if given is not None else None
     out = {}
     for item in items:
-        more = said_of(item, *said)
+        more = facts_digest(item, *facts)
         out[item.row] = Made(item.fingerprint, recipes.get(item.data_set), more if slices is None else joined(slices[item.row], more))
     return out
 

@@ -24,11 +24,12 @@ from cryodask.run.events.tally import Tally
 from cryodask.run.groups import chains_of
 from cryodask.run.health import Watch, scheduler_needed
 from cryodask.run.here import process_here
-from cryodask.run.imports import left_out_text, nothing_fits, rows_told
+from cryodask.run.imports import left_out_text, nothing_fits, row_messages
 from cryodask.run.inputs import SHARED_REASONS, StepInputs, particle_set, step_inputs, whole_values
 from cryodask.run.keys import Keys
 from cryodask.run.made_in import MadeIn, before_adding
 from cryodask.run.map import MapRunner
+from cryodask.run.offers import refuse_beyond_workers
 from cryodask.run.recipe import Plan, Step
 from cryodask.run.record import note_line
 from cryodask.run.refs import Refer
@@ -86,7 +87,9 @@ class Execution:
             self.events.say(f"{label}: {why}")
         state.forget(waits)
         self.wanted.check_sources(self.plan, state)
-        for group in chains_of(self.plan, [s for s in self.wanted.steps(self.plan) if s.label not in waits]):
+        todo = [s for s in self.wanted.steps(self.plan) if s.label not in waits]
+        refuse_beyond_workers(self.plan, self.project, todo, self.items, self.client)
+        for group in chains_of(self.plan, todo):
             self.stop.check()
             if group[0].stage.shape == "map":
                 self._run_map(group)
@@ -169,10 +172,10 @@ class Execution:
                 g.sizes["frame"] for g in self._generation(steps[0].label).grids.values() if "frame" in g.sizes
             }
         for step in steps:
-            self._take_back_what_changed(step)
+            self._invalidate_changed_files(step)
         items = maker.concerned(steps, self.items)
         if self.arrivals is None:
-            self._say_what_is_left_out(chain, items)
+            self._report_left_out(chain, items)
         maker.take_over(chain, steps, items)
         todo = chain.unfinished(items, retry_quarantined=self.wanted.retry_quarantined)
         rows = {item.row for item in todo}
@@ -193,9 +196,9 @@ class Execution:
         records = [self.project.records(s.label) for s in steps]
         if self.arrivals is not None:
             rows = {item.row for item in items}
-            self._say_what_is_left_out(chain, items)
+            self._report_left_out(chain, items)
         for step, known in zip(steps, records):
-            for sentence in rows_told(step.label, [r for row, r in known.items() if row in rows]):
+            for sentence in row_messages(step.label, [r for row, r in known.items() if row in rows]):
                 self.events.say(sentence)
         bad = {row for r in records for row, record in r.items() if not record["ok"]}
         done = len(items) - len(bad)
@@ -213,7 +216,7 @@ class Execution:
         if all(item.row in bad or all(item.row in r for r in records) for item in items):
             self._finish(*steps)
 
-    def _say_what_is_left_out(self, chain: Chain, items: list[Item]) -> None:
+    def _report_left_out(self, chain: Chain, items: list[Item]) -> None:
         """Report rows of imported files without an exposure; refuse if that is all of them, unless exposures may still arrive."""
         for label, said in chain.imports.items():
             missing, whole = said.left_out(items)
@@ -243,6 +246,7 @@ class Execution:
                 live=self.arrivals is not None,
                 stopped=self._stopped,
                 needs_gpu=any(link.stage.resources.gpus for link in chain.links),
+                licences=tuple(sorted({name for link in chain.links for name in link.stage.resources.licences})),
             )
             tally.runner.run(source)
             tally.count()
@@ -284,7 +288,7 @@ class Execution:
         folders = [path for path in generation_folders(self.project.path) if path.parent.name in stages]
         return {row for path in folders for row in Generation(path).committed()}
 
-    def _take_back_what_changed(self, step: Step) -> None:
+    def _invalidate_changed_files(self, step: Step) -> None:
         for problem in self._generation(step.label).check_files():
             self.events.say(f"{step.label}: {problem}; it is recomputed")
 
@@ -320,7 +324,7 @@ class Execution:
         gives = stored_variables(step)
         generation = Generation.create(path, meta=meta, gives=gives, per_item=False)
         self._adopt(step, key)
-        self._take_back_what_changed(step)
+        self._invalidate_changed_files(step)
         self._begin(step.label, [step])
         if generation.committed():
             newer = step.stage.newer(version)

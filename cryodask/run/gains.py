@@ -149,7 +149,7 @@ def _estimate(paths: list[str]) -> np.ndarray:
         raise GainError(
             f"A gain cannot be estimated from {used} readable movies.",
             "the session has just begun",
-            "start when there are more, or give a gain",
+            "wait for more movies, or give a gain",
         )
     gain, reliability, pattern = references.estimate_gain(halves)
     if reliability >= _RELIABLE:
@@ -164,5 +164,5 @@ def _estimate(paths: list[str]) -> np.ndarray:
     raise GainError(
         f"{used} movies are too few to estimate a gain: half of them agree with the others on {100 * reliability:.0f} % of the pattern.",
         "",
-        f"start when there are about {needed} movies, or give a gain",
+        f"wait for about {needed} movies, or give a gain",
     )

@@ -1,4 +1,4 @@
-"""Frame size, number of frames and pixel type of the movies of each data set, by majority of its stored movies."""
+"""Frame size, number of frames and pixel type of the movies of each data set, by majority of its movies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from cryodask.stage import Stage
 from cryodask.store.generation import Generation
-from cryodask.store.layouts import Grid, layout_on
+from cryodask.store.layouts import Grid, layout_on, layout_text
 from cryodask.store.project import Item
 from cryodask.store.shards import Layout
 from cryodask.vocabulary import VARIABLES
@@ -24,32 +24,30 @@ def brings_movies(stage: Stage) -> bool:
 
 
 def mark(grid: Grid) -> str:
-    """Size and type of the movies of a data set, in the form recorded with a failure."""
-    return _text(layout_on(VARIABLES[_MOVIE], grid))
+    """Size and type of the movies of a data set, in the form recorded with a failure and with a movie that is read in place."""
+    return layout_text(layout_on(VARIABLES[_MOVIE], grid))
 
 
-def stored_marks(generation: Generation) -> dict[int, str]:
-    """Size and type of each stored movie, by row; movies that are read in place are not included."""
+def movie_marks(generation: Generation) -> dict[int, str]:
+    """Size and type of each committed movie, by row: from its stored frames, or from its record if it is read in place."""
     table, var = generation.table(()), VARIABLES[_MOVIE]
-    if not table.stored.get(_MOVIE, np.zeros(0)).any() or "y" not in generation.meta["sizes"]:
+    if "y" not in generation.meta["sizes"]:
         return {}
-    usual = _text(generation.layout(var))
+    if not table.stored.get(_MOVIE, np.zeros(0)).any():
+        return {row: record["grid"] for row, record in generation.committed().items() if "grid" in record}
+    usual = layout_text(generation.layout(var))
     own = {text: _text_in(json.loads(text)) for text in set(table.layouts.tolist()) if text}
     stored = table.stored[_MOVIE]
     return {row: own.get(text) or usual for row, text in zip(table.row[stored].tolist(), table.layouts[stored].tolist())}
 
 
-def _text(layout: Layout) -> str:
-    return f"{'x'.join(map(str, layout.shape))}.{layout.dtype}"
-
-
 def _text_in(layouts: Mapping[str, tuple[list[int], str]]) -> str:
     own = layouts.get(_MOVIE)
-    return _text(Layout.of(tuple(own[0]), VARIABLES[_MOVIE].chunk, own[1])) if own is not None else ""
+    return layout_text(Layout.of(tuple(own[0]), VARIABLES[_MOVIE].chunk, own[1])) if own is not None else ""
 
 
 def known_grids(generations: Iterable[Generation], items: Iterable[Item]) -> dict[str, Grid]:
-    """Size and type of most stored movies of each data set; data sets without stored movies are left out.
+    """Size and type of most movies of each data set; data sets without committed movies are left out.
 
     Parameters
     ----------
@@ -65,7 +63,7 @@ def known_grids(generations: Iterable[Generation], items: Iterable[Item]) -> dic
         if _MOVIE not in generation.meta["gives"]:
             continue
         grids |= {mark(grid): grid for grid in generation.grids.values() if "y" in grid.sizes}
-        for row, text in stored_marks(generation).items():
+        for row, text in movie_marks(generation).items():
             if row in data_sets:
                 counts.setdefault(data_sets.pop(row), Counter())[text] += 1
     usual = {name: count.most_common(1)[0][0] for name, count in counts.items()}
@@ -75,7 +73,7 @@ def known_grids(generations: Iterable[Generation], items: Iterable[Item]) -> dic
 def misplaced(
     generation: Generation, items: Iterable[Item], known: Callable[[], dict[str, Grid]], look: Callable[[list[Item]], Grid | None]
 ) -> set[int]:
-    """Rows whose stored movie differs from those of its current data set, and rows that failed in a data set of another size.
+    """Rows whose movie differs from those of its current data set, and rows that failed in a data set of another size.
 
     Parameters
     ----------
@@ -86,9 +84,9 @@ def misplaced(
     known : callable ``() -> grids``
         As from :func:`known_grids`; called only if there is something to compare.
     look : callable ``(items) -> grid or None``
-        Reads size and type from the files of a data set that has no stored movie.
+        Reads size and type from the files of a data set that has no committed movie.
     """
-    stored = stored_marks(generation)
+    stored = movie_marks(generation)
     failed = {row: record["grid"] for row, record in generation.table(()).failures.items() if "grid" in record}
     if not stored and not failed:
         return set()

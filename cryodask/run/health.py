@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, cast
 
 from distributed import Client, Future, wait
 from distributed.client import ClosedClientError, FuturesCancelledError
@@ -41,6 +41,16 @@ def scheduler_needed(client: Client) -> Iterator[None]:
         yield
     except ClosedClientError as error:
         raise _gone(client) from error
+
+
+def scheduler_identity(client: Client) -> dict[str, Any] | None:
+    """What the scheduler says about itself and all workers; ``missing`` is set by clusters of pools only. None if it does not answer."""
+    try:
+        # scheduler_info() would block forever on a hanging scheduler
+        found = client.sync(client.scheduler.identity, n_workers=-1, callback_timeout=_ANSWER_SECONDS) if client.scheduler else None
+    except (OSError, TimeoutError):
+        return None
+    return cast("dict[str, Any] | None", found)
 
 
 class Watch:
@@ -166,7 +176,7 @@ class Watch:
         """Raise ClusterError when the scheduler is gone for good.
 
         A client that has lost its scheduler tries to reconnect for half a minute, then closes. But on any error other than a refused
-        connection the reconnecting task dies, and the client stays "connecting" for ever.
+        connection the reconnecting task dies, and the client stays "connecting" forever.
         """
         trying: asyncio.Task[None] | None = self.client._handle_report_task
         given_up = self.client.status == "connecting" and trying is not None and trying.done()
@@ -174,12 +184,7 @@ class Watch:
             raise _gone(self.client)
 
     def _ask(self) -> None:
-        scheduler = self.client.scheduler
-        try:
-            # scheduler_info() would block for ever on a hanging scheduler
-            answer = self.client.sync(scheduler.identity, n_workers=-1, callback_timeout=_ANSWER_SECONDS) if scheduler else None
-        except (OSError, TimeoutError):
-            answer = None
+        answer = scheduler_identity(self.client)
         self.answers = answer is not None
         if answer is not None:
             self.workers, self.lanes = answer["workers"], bool(answer.get("lanes"))

@@ -72,7 +72,7 @@ def _processed_together(
 
 
 def _recorded(job: Job, item: Item, error: Exception) -> str:
-    """Record a failed item; returns what the run tells of it. Errors that stop the run are raised."""
+    """Record a failed item; returns what the run reports about it. Errors that stop the run are raised."""
     if isinstance(error, CryodaskError) and error.on_failure == "stop":
         raise error
     job.quarantine(item, type(error).__name__, str(error)[:2000], 1)

@@ -11,31 +11,12 @@ import numpy as np
 
 from cryodask.errors import InputError
 from cryodask.formats.star import bare, stem
+from cryodask.run.content import content_id
 from cryodask.run.project_import import ProjectImport
 from cryodask.run.recipe import Step
 from cryodask.store.identity import birth_of
 from cryodask.store.lines import Record
 from cryodask.store.project import Item, Project
-
-_WHOLE_BYTES = 1 << 22
-_PIECES, _PIECE_BYTES = 8, 1 << 16
-
-
-def content_id(path: Path, size: int) -> str:
-    """Identity of a file's content: its size and a checksum of the whole file up to 4 MiB, or of 8 pieces of a larger one."""
-    import google_crc32c
-
-    whole = size <= _WHOLE_BYTES
-    starts = [0] if whole else [i * (size - _PIECE_BYTES) // (_PIECES - 1) for i in range(_PIECES)]
-    crc = 0
-    try:
-        with open(path, "rb") as file:
-            for start in starts:
-                file.seek(start)
-                crc = google_crc32c.extend(crc, file.read(_WHOLE_BYTES if whole else _PIECE_BYTES))
-    except OSError:
-        return f"unreadable:{path.name}"
-    return f"{size}-{crc:08x}"
 
 
 class Import(Protocol):
@@ -58,7 +39,7 @@ class Import(Protocol):
         ...
 
     def remarks(self) -> list[str]:
-        """What the run should tell of the source as a whole."""
+        """What the run should report about the source as a whole."""
         ...
 
 
@@ -160,7 +141,7 @@ class TableImport:
         return {self.table.micrographs[code]: int(counts[code]) for code in unknown}, int(counts[unknown].sum()) == int(counts.sum())
 
     def remarks(self) -> list[str]:
-        """Rows whose image comes twice, and what no stage corrects."""
+        """Rows whose image occurs twice, and what no stage corrects."""
         from cryodask.stages._particle_tables import uncorrected
 
         codes, counts = np.unique(self.table.micrograph[self.table.repeated], return_counts=True)
@@ -334,7 +315,7 @@ _TOLD = {
 }
 
 
-def rows_told(label: str, records: Sequence[Record]) -> list[str]:
+def row_messages(label: str, records: Sequence[Record]) -> list[str]:
     """Messages about what happened to the rows in some records of a step."""
     out = []
     for kind, text in _TOLD.items():

@@ -54,7 +54,7 @@ _DEADLINES_LOCK = threading.Lock()
 def time_limit(seconds: float | None) -> Iterator[None]:
     """Context manager that ends this process if its body takes longer.
 
-    Nothing less ends code that hangs in a library or on a disk. The watchdog does not run Python code: it works while the GIL is held,
+    Nothing less can end code that hangs in a library or on a disk. The watchdog does not run Python code: it works while the GIL is held,
     and writes the stacks of all threads to the worker's log.
     """
     if seconds is None:

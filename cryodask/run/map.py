@@ -22,7 +22,7 @@ from distributed import Client, Future, KilledWorker
 from distributed.client import ClosedClientError
 
 from cryodask.errors import CryodaskError
-from cryodask.run.devices import CPU_DEVICE, GPU, GPU_DEVICE, gpu_items, with_gpus
+from cryodask.run.devices import CPU_DEVICE, GPU_DEVICE, dask_resources, gpu_items, with_gpus
 from cryodask.run.health import Watch, scheduler_needed
 from cryodask.run.isolation import ItemDied, ItemFailure, blamed_at_first_death, in_child, time_limit
 from cryodask.run.residents import Run, in_run, keep, new_run, release_everywhere, stop_everywhere, stopped_here
@@ -101,7 +101,7 @@ class MapRunner:
     client : Client
     job : Job
     event : callable ``(kind, item or None, text)``
-        Called for every item that is ``done``, ``quarantined`` or retried (``again``), on a stall (``stalled``), and every two seconds
+        Called forevery item that is ``done``, ``quarantined`` or retried (``again``), on a stall (``stalled``), and every two seconds
         (``looked``).
     limit_seconds : float, optional
         An item that takes longer is quarantined; the worker process is killed.
@@ -113,6 +113,8 @@ class MapRunner:
         Polled; once it returns true nothing new is started, and :meth:`run` returns when the items in flight have finished.
     needs_gpu : bool
         Items go only to workers with GPUs; otherwise a GPU is used if one is free.
+    licences : tuple of str
+        Each item in flight holds one of each.
     """
 
     def __init__(
@@ -128,8 +130,9 @@ class MapRunner:
         live: bool = False,
         stopped: Callable[[], bool] = lambda: False,
         needs_gpu: bool = False,
+        licences: tuple[str, ...] = (),
     ) -> None:
-        self.needs_gpu = needs_gpu
+        self.needs_gpu, self.licences = needs_gpu, licences
         self.client, self.job, self.event = client, job, event
         self.live, self.stopped = live, stopped
         self.backoff, self.limit_seconds, self.first_attempt = backoff_seconds, limit_seconds, first_attempt
@@ -179,7 +182,7 @@ class MapRunner:
                         self._look_at_gpus()
                         self.event("looked", None, "")
                         if self._stopping:
-                            self._take_back()
+                            self._withdraw()
                     if not self._stopping and self.stopped():
                         self._stop()
                     if not self._stopping:
@@ -216,7 +219,7 @@ class MapRunner:
         self._told_of_stop |= new
         self._told += stop_everywhere(self.client, self._run, new)
 
-    def _take_back(self) -> None:
+    def _withdraw(self) -> None:
         """Cancel items that have reached no worker since the last check; those that reach one meanwhile are refused there."""
         self._tell_new_workers()
         sent = self.watch.processing(self.watch.workers)
@@ -235,7 +238,8 @@ class MapRunner:
         if self.suspects:
             self._send([self.suspects.popleft() for _ in range(min(max(1, room), len(self.suspects)))], isolated=True, device=usual)
             room = self.window - len(self.flying)
-        for_gpus = max(0, gpu_items(self.watch.workers, self.on_gpus) - len(self.for_gpus))
+        # a GPU that is only used if free may be on a worker without the licence
+        for_gpus = 0 if self.licences else max(0, gpu_items(self.watch.workers, self.on_gpus) - len(self.for_gpus))
         if not self.live and room < self.window / 2 and len(self.flying) > 1:  # a few large messages are cheaper than many small ones
             room = 0
         room = max(room, for_gpus)
@@ -278,7 +282,7 @@ class MapRunner:
                 pure=False,
                 retries=0,
                 priority=int(isolated),
-                resources={GPU: 1} if device == GPU_DEVICE else None,
+                resources=dask_resources(device, self.licences),
             )
         if device == GPU_DEVICE:
             self.for_gpus |= {str(future.key): time.monotonic() for future in futures}
@@ -357,7 +361,10 @@ class MapRunner:
             name, message, action = error.args
         elif isinstance(error, KilledWorker):
             name, action = "KilledWorker", "quarantine"
-            message = f"its worker died {_LONELY_DEATHS} times, although the item ran in its own process (a limit on both together?)"
+            message = (
+                f"its worker died {_LONELY_DEATHS} times, although the item ran in its own process "
+                "(is there a memory limit on both together?)"
+            )
         else:
             name, message, action = type(error).__name__, str(error)[:2000], "quarantine"
         if action == "stop":

@@ -86,7 +86,7 @@ class ProjectFile(StrictModel):
 
     name: str = Field(min_length=1, description="name of the project, and of the folder with its results")
     inputs: Inputs | list[DataSet] | None = Field(
-        None, description="where it starts, or a list of data sets; omitted if the pipeline begins with import steps"
+        None, description="source of the data, or a list of data sets; omitted if the pipeline begins with import steps"
     )
     microscope: Microscope | None = Field(None, description="optics and exposure")
     pipeline: list[Any] = Field(min_length=1, description="the steps: `stage`, `stage: {parameter: value}`, `stage as name: {...}`")
@@ -275,7 +275,7 @@ def _unknown_group(step: Step) -> Iterator[str]:
     if "symmetry" in type(step.params).model_fields and step.params.symmetry is None and step.inputs:
         draft = Draft(step.label, step.stage, step.params, step.inputs)
         if point_group(draft) is None:
-            start = next((p.ref for p in step.inputs.get("map", ())), "its start map")
+            start = next((p.ref for p in step.inputs.get("map", ())), "its starting map")
             yield f"{step.label}: the point group of {start} is unknown, so C1 is assumed. Set symmetry, even if it is C1."
 
 
@@ -357,7 +357,7 @@ def movie_paths(plan: Plan, data_set: str = "") -> list[str]:
 
 
 def _with_literal_parts(pattern: str) -> str:
-    """Escape the leading parts of a pattern that exist as they are written: a folder named ``grid[1]`` is no pattern."""
+    """Escape the leading parts of a pattern that exist as they are written: a folder named ``grid[1]`` is not a pattern."""
     parts = Path(pattern).parts
     done = ""
     for i, part in enumerate(parts):

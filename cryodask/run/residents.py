@@ -228,7 +228,7 @@ def release_everywhere(client: Client, run: Run, addresses: Iterable[str]) -> No
             while time.monotonic() < until and not all(future.done() for future in told):
                 time.sleep(0.02)
         finally:
-            # a task for a lost worker would stay for ever and keep a service from ending
+            # a task for a lost worker would stay forever and keep a service from ending
             for future in told:
                 future.release()
 

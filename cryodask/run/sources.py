@@ -17,7 +17,8 @@ from cryodask.errors import CryodaskError, InputError, MovieError
 from cryodask.formats.presence import show_name
 from cryodask.formats.star import stem
 from cryodask.parameters import marked_fields
-from cryodask.run.imports import PicksImport, TableImport, content_id
+from cryodask.run.content import content_id, stamp
+from cryodask.run.imports import PicksImport, TableImport
 from cryodask.run.project_import import ProjectImport
 from cryodask.run.recipe import Plan, Step, list_movies
 from cryodask.stage import SourceFileMark
@@ -113,11 +114,7 @@ def _distinct(arrivals: list[Arrival]) -> list[Arrival]:
 
 
 class Files:
-    """Files as exposures.
-
-    Their content is read once: a file with the same path, size, times and inode is assumed unchanged. The ctime counts too, because a
-    rename or ``cp -p`` over a file keeps its other times.
-    """
+    """Files as exposures; the content of a file with the same path, size, times and inode is not read again."""
 
     def __init__(self, plan: Plan, project: Project | None) -> None:
         self._plan = plan
@@ -136,7 +133,7 @@ class Files:
             stat = os.stat(path)
         except OSError:  # gone since it was listed, or a name that no file can have: its stage reports that, and the others are processed
             return Arrival(name, f"name:{relative}", inputs)
-        inputs |= {"size": stat.st_size, "stat": [stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]}
+        inputs |= {"size": stat.st_size, "stat": stamp(stat)}
         content = self._known.get((relative, stat.st_size, tuple(inputs["stat"])))
         return Arrival(name, content or content_id(Path(path), stat.st_size), inputs)
 
@@ -303,7 +300,7 @@ def absolute(plan: Plan, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def processed(step: Step, values: dict[str, Any]) -> dict[str, Any]:
-    """What a source step makes of one exposure."""
+    """Outputs of a source step for one exposure."""
     return step.stage.process(step.params, **{n: values.get(n) for n in (*step.stage.needs, *step.stage.optional)})
 
 

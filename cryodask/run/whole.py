@@ -13,7 +13,7 @@ from distributed import Client, Future, KilledWorker
 from distributed.client import ClosedClientError
 
 from cryodask.errors import ClusterError
-from cryodask.run.devices import CPU_DEVICE, GPU, GPU_DEVICE, on_device, with_gpus
+from cryodask.run.devices import CPU_DEVICE, GPU_DEVICE, dask_resources, on_device, with_gpus
 from cryodask.run.events.reports import report_of
 from cryodask.run.health import Watch
 from cryodask.run.isolation import blamed_at_first_death
@@ -50,7 +50,8 @@ def run_whole(stage_name: str, params: Any, inputs: dict[str, Any], watch: Watch
     """Call a whole stage on a worker; ``log`` keeps the output of programs."""
     stage = find_stage(stage_name)
     blob = cloudpickle.dumps((stage_name, params, inputs, log, stage.program_versions(), report))
-    device, needs = (GPU_DEVICE, {GPU: 1}) if stage.resources.gpus else (CPU_DEVICE, None)
+    device = GPU_DEVICE if stage.resources.gpus else CPU_DEVICE
+    needs = dask_resources(device, stage.resources.licences)
     tasks = {0: lambda: _submit(watch.client, _whole_task, blob, device, resources=needs)}
     result = _results(watch, tasks, lambda number, of: None)[0]
     return {**result, MADE_IN: [result[MADE_IN]]}
@@ -79,14 +80,13 @@ def run_tournament(
 
 def _submitter(watch: Watch, function: Callable[..., Any], blob: bytes, argument: Any) -> Callable[[], Future[Any]]:
     def submit() -> Future[Any]:
-        on_gpu = bool(with_gpus(watch.workers))
-        device, needs = (GPU_DEVICE, {GPU: 1}) if on_gpu else (CPU_DEVICE, None)
-        return _submit(watch.client, function, blob, argument, device, resources=needs)
+        device = GPU_DEVICE if with_gpus(watch.workers) else CPU_DEVICE
+        return _submit(watch.client, function, blob, argument, device, resources=dask_resources(device))
 
     return submit
 
 
-def _submit(client: Client, function: Callable[..., Any], *arguments: Any, resources: dict[str, int] | None = None) -> Future[Any]:
+def _submit(client: Client, function: Callable[..., Any], *arguments: Any, resources: dict[str, float] | None = None) -> Future[Any]:
     with blamed_at_first_death():
         return client.submit(function, *arguments, resources=resources, pure=False)
 

@@ -1,8 +1,8 @@
 """Where a molecule lies in a refined map, from the poses that its particles were given and their true ones.
 
 A map that was refined without a reference has a frame and a hand of its own. With true poses B and found ones A, the rotation R = A^T B is
-the same for all particles whose pose is right, if the hand is. The mirror image of a map, z to -z, explains the same images with the
-poses M A M, M = diag(1, 1, -1).
+the same for all particles whose pose is right, provided that the hand is right, too. The mirror image of a map, z to -z, explains the
+same images with the poses M A M, M = diag(1, 1, -1).
 """
 
 from __future__ import annotations

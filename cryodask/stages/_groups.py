@@ -1,4 +1,4 @@
-"""What particles have in common: those of a data set the noise power, those of a micrograph the contrast.
+"""Noise power per data set and contrast per micrograph, each shared by its particles.
 
 Data sets differ in camera, dose and scaling, micrographs in the thickness of the ice. Groups and their values are part of the state, so
 that every block numbers them alike.

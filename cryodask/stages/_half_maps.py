@@ -34,7 +34,7 @@ def check_half_maps(half_map: np.ndarray) -> None:
 def check_independent(half_map: np.ndarray, *, resolution_angstrom: float | None = None, pixel_size_angstrom: float = 1.0) -> Independence:
     """Refuse half-maps `(2, z, y, x)` whose correlation says nothing about resolution; returns the evidence.
 
-    ``resolution_angstrom``: the resolution that would be reported; it must lie beyond the shells that were joined on purpose.
+    ``resolution_angstrom``: the resolution that would be reported; it must be finer than the shells that were joined on purpose.
 
     Raises
     ------
@@ -52,7 +52,7 @@ def check_independent(half_map: np.ndarray, *, resolution_angstrom: float | None
     box = half_map.shape[-1] * pixel_size_angstrom
     if resolution_angstrom is not None and found.joined and box / resolution_angstrom < found.joined + 2:
         raise InputError(
-            f"The half-maps are the same up to {box / found.joined:.1f} A and do not agree beyond: that is no resolution.",
+            f"The half-maps are the same up to {box / found.joined:.1f} A but not beyond, so no resolution can be stated.",
             "one map was mixed into both up to there",
             way_out,
         )

@@ -1,4 +1,4 @@
-"""Images of imported particles: read from their stacks, and made what the stages take them for."""
+"""Images of imported particles: read from their stacks, and converted to the form that the stages assume."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _read(star: str, rows: Mapping[str, Any]) -> list[np.ndarray]:
 
 
 def _ctf(rows: Mapping[str, Any]) -> dict[str, Any]:
-    """What the CTF of each row is made of, and whether its image was phase-flipped."""
+    """The CTF parameters of each row, and whether its image was phase-flipped."""
     count = len(rows["image_index"])
     out = {name: rows.get(name, np.zeros(count)) for name in (*CTF_COLUMNS, *OPTICS, "phase_flipped")}
     return out if "defocus_v_angstrom" in rows else {**out, "defocus_v_angstrom": out["defocus_u_angstrom"]}
@@ -145,7 +145,7 @@ def _unflipped(images: np.ndarray, ctf_of: Mapping[str, np.ndarray], pixel_size_
 
 
 def _normalised(images: np.ndarray) -> np.ndarray:
-    """Images with a background of about mean 0 and standard deviation 1 stay as they are; others are brought to it."""
+    """Images whose background has about mean 0 and standard deviation 1 stay as they are; others are normalised to it."""
     box = images.shape[-1]
     offset = np.arange(box) - box // 2
     ring = images[:, np.hypot(offset[:, None], offset) > _RING * box]

@@ -1,4 +1,4 @@
-"""What a table of particles from another program says of its images, and which of it an import can honour."""
+"""What a table of particles from another program says about its images, and what of it an import can use."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _RELION = {c.name: c.relion for c in COLUMNS}
 
 
 def check_table(star: str, table: ParticleTable, *, images: bool) -> None:
-    """Refuse a table whose images mean something that no stage can honour.
+    """Refuse a table of images that no stage can use.
 
     Raises
     ------
@@ -136,7 +136,7 @@ def one_optics(star: str, micrograph: str, rows: Mapping[str, Any]) -> dict[str,
 
 
 def uncorrected(table: ParticleTable) -> list[str]:
-    """What the table says of the optics that no stage corrects, as sentences with figures."""
+    """What the table says about optical aberrations that no stage corrects, as sentences with figures."""
     groups = [json.loads(text) for text in table.kept_optics.names] if table.kept_optics is not None else []
     out = []
     tilt = max((math.hypot(_number(g.get("rlnBeamTiltX")), _number(g.get("rlnBeamTiltY"))) for g in groups), default=0.0)

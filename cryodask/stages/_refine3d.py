@@ -37,7 +37,7 @@ maximise = _refined_maps.maximise
 
 @dataclass(frozen=True)
 class Loaded:
-    """Particles of a block: on polar rings for searches over all views, and as rows for everything else; row of their micrograph."""
+    """Particles of a block: on polar rings for searches over all views, and as rows foreverything else; row of their micrograph."""
 
     index: np.ndarray
     micrograph: np.ndarray
@@ -78,7 +78,7 @@ def start(params: Refine3DParams, particles: ParticleSet, inputs: dict[str, Any]
     rings = min(int(length / lowpass + 1e-6), box // 2 - 2)
     if rings < 2:
         raise InputError(
-            f"a start map at {lowpass:g} A has only {rings} Fourier shells in a box of {length:.0f} A",
+            f"a starting map at {lowpass:g} A has only {rings} Fourier shells in a box of {length:.0f} A",
             "the low-pass is too strong for the box",
             "lower refine3d.lowpass_angstrom",
         )

@@ -54,7 +54,7 @@ SURE = 0.9
 REACH_STEPS, REACH_OF_MASK = 3.0, 0.06
 """How far views are searched about a particle's last shift: steps of the shifts, or a share of the mask's diameter if that is more."""
 FIRST_ANGSTROM = 28.0
-"""Low-pass of start maps, and the resolution beyond which the verdict asks whether detail helps."""
+"""Low-pass of starting maps, and the resolution beyond which the verdict asks whether detail helps."""
 MAP_MARGIN = 8
 """Extra shells in the box of a transferred map: masks broaden spectra, and a tighter box would alias."""
 VERDICT_PARTICLES = 120
@@ -149,7 +149,7 @@ def updated_noise_power(state: State, sums: list[Sums], rate: float = 1.0) -> np
 
 
 def updated_scale(new: State, sums: list[Sums]) -> tuple[State, Metrics]:
-    """The grey scale of the start map after a round of EM."""
+    """The grey scale of the starting map after a round of EM."""
     cross, norm = (sum(s[name] for s in sums) for name in ("cross", "norm"))
     old = new["scale"] or 1.0
     new["scale"] = max(cross / (2.0 * max(norm, 1e-30)), 1e-3 * old) if cross > 0 else 1e-3 * old
@@ -171,7 +171,7 @@ def beginning(state: State, count: int) -> State:
 
 
 def every_for_scale(state: State) -> int:
-    """Of how many particles one is used for the grey scale: fine maps need fewer, whose scores are dear."""
+    """Of how many particles one is used for the grey scale: fine maps need fewer particles, and each costs more."""
     wanted = SCALE_PARTICLES if state["rings"] <= COARSE_RINGS else SCALE_PARTICLES_OF_FINE_MAPS
     return max(1, int(state["count"]) // wanted)
 
@@ -291,9 +291,9 @@ def parts_of_pass(count: int) -> tuple[int, float]:
 
 
 def centred(state: State) -> bool:
-    """Whether views are searched about the last shifts: after a pass over all views, which has found a shift for every particle.
+    """Whether views are searched about the last shifts: after a pass over all views, which has found a shift forevery particle.
 
-    Not for the verdict: shifts under a blurred map are spread more widely, and it would lose by their being cut off.
+    Not for the verdict: with a blurred map shifts spread more widely, and limiting them would bias the comparison against it.
     """
     return state["phase"] == "global" and state["passes"] > 0
 
@@ -318,7 +318,7 @@ def coarse_rings(state: State) -> int:
 
 
 def grid_jitter_rad(state: State, order_of_group: int) -> float | None:
-    """How far the grid of views is turned at random, so that no view is favoured; None: anyhow."""
+    """Largest random rotation of the grid of views, so that no view is favoured; None: any rotation."""
     if state["phase"] == "global":
         return 0.15
     return None if order_of_group == 1 else 0.1

@@ -27,13 +27,13 @@ def start_map(
     params: Refine3DParams, particles: ParticleSet, inputs: dict[str, Any], *, lowpass_angstrom: float, mask_diameter_angstrom: float,
     rings: int,
 ) -> torch.Tensor:  # fmt: skip
-    """Start map `(z, y, x)` on its own grey scale, with nothing at all beyond ``rings``."""
+    """Starting map `(z, y, x)` on its own grey scale, without any signal beyond ``rings``."""
     data, voxel = _given_map(params, particles, inputs)
     box, pixel = particles.box, float(particles.pixel_size_angstrom)
     reference = resample_map(torch.from_numpy(data), voxel, box, pixel, cut_angstrom=lowpass_angstrom / 2)
     if density_skewness(reference) < _DARK:
         raise InputError(
-            f"{params.reference or 'the start map'} is darker than its surroundings",
+            f"{params.reference or 'the starting map'} is darker than its surroundings",
             "the contrast of the map is inverted, or that of the particles that it was made from",
             "multiply it by -1; particles must be white: see the parameter invert of extract",
         )
@@ -45,7 +45,7 @@ def start_map(
 
 
 def _given_map(params: Refine3DParams, particles: ParticleSet, inputs: dict[str, Any]) -> tuple[np.ndarray, float]:
-    """The start map as given, and its voxel size."""
+    """The starting map as given, and its voxel size."""
     if params.reference is not None:
         data, voxel = read_map(params.reference)
         data = np.array(data, np.float32)
@@ -57,7 +57,7 @@ def _given_map(params: Refine3DParams, particles: ParticleSet, inputs: dict[str,
             )
         name = params.reference
     elif inputs.get("final_map") is not None:
-        data, voxel, name = np.array(inputs["final_map"], np.float32), float(inputs["map_pixel_size_angstrom"]), "the start map"
+        data, voxel, name = np.array(inputs["final_map"], np.float32), float(inputs["map_pixel_size_angstrom"]), "the starting map"
     else:
         raise InputError(
             "refine3d has no map to start from",

@@ -62,7 +62,7 @@ def mean_gain(sums: list[Sums]) -> tuple[int, float, float]:
 
 
 def refuse_inverted(state: State) -> None:
-    """Refuse particles that the inverted start map explains better than the map: mean gain by the map, and in standard errors.
+    """Refuse particles that the inverted starting map explains better than the map: mean gain by the map, and in standard errors.
 
     Raises
     ------
@@ -71,7 +71,7 @@ def refuse_inverted(state: State) -> None:
     gain, z = state.get("gain_of_contrast", (0.0, 0.0))
     if z < -LEAST_Z:
         raise InputError(
-            f"the particles are darker than their surroundings: the inverted start map explains them better, by {-gain:.1f} nats each",
+            f"the particles are darker than their surroundings: the inverted starting map explains them better, by {-gain:.1f} nats each",
             "the contrast of the images is inverted",
             "extract them with invert, or multiply their stacks by -1",
         )

@@ -38,8 +38,8 @@ def draw_evidence(ds: xr.Dataset, sentence: str) -> Picture:
     axes.axhline(CERTAIN, color="grey", linewidth=0.8, linestyle=":")
     axes.set(xlabel="iteration", ylabel="share of the likeliest pose", ylim=(0.0, 1.02), xlim=(0.5, len(iteration) + 0.5))
     caption = (
-        f"{sentence[:1].upper()}{sentence[1:]}. Correlation of the half-maps (high by construction below the low-pass of the start map; it "
-        "does not show errors that both halves inherited); views of the particles; likelihood, which rises wherever finer rings are "
+        f"{sentence[:1].upper()}{sentence[1:]}. Correlation of the half-maps (high by construction below the low-pass of the starting map; "
+        "it does not show errors that both halves inherited); views of the particles; likelihood, which rises wherever finer rings are "
         "scored (on one scale while poses are drawn, on another afterwards); mean share of a particle’s likeliest pose in its "
         "posterior, which must exceed the dotted line when the rings first decide the orientations."
     )

@@ -34,7 +34,7 @@ class AbInitioParams(Params):
         ge=1,
         description="independent chains from random orientations; the likeliest map wins; by default 1, for groups of order 4 and more 4",
     )
-    particles: int = Field(2000, ge=50, description="number of particles used, taken evenly from the set")
+    particles: int = Field(2000, ge=50, description="number of particles used, spread evenly over the set")
     mask_diameter_angstrom: float | None = Field(
         None, gt=0, description="diameter of the soft spherical mask, Angstrom; by default 0.75 of the box"
     )
@@ -62,19 +62,19 @@ class AbInitioParams(Params):
     params=AbInitioParams,
 )
 class ab_initio:
-    """Makes an initial map from the particles alone.
+    """Make an initial map from the particles alone.
 
-    A chain of stochastic expectation maximisation starts from random orientations and ends near 28 A. There, parts of a molecule that
-    are alike are still exchanged for one another, and often its mirror image is mixed in; a second phase with a short memory goes on to
-    14 A, until chance has decided for one of them. With several restarts the likeliest map wins. For molecules of high symmetry, and
-    large ones, it suffices that the map is right to 28 A: that is what ``refine3d`` starts from.
+    A chain of stochastic expectation maximisation starts from random orientations and ends near 28 A. At that resolution, similar parts
+    of a molecule are still interchanged, and often its mirror image is mixed in; a second phase, whose map soon forgets earlier particles,
+    continues to 14 A, until one of the alternatives has won by chance. With several restarts the likeliest map wins. For molecules of high
+    symmetry, and large ones, it suffices that the map is right to 28 A: that is what ``refine3d`` starts from.
     The handedness of the map is undetermined: a map and its mirror image explain projections equally well. Check the refined map below 8 A
     (helices are right-handed) and mirror it if necessary.
     """
 
     @staticmethod
     def select(params: AbInitioParams, particles: ParticleSet) -> np.ndarray:
-        """Indices of the particles used, taken evenly from the set."""
+        """Indices of the particles used, spread evenly over the set."""
         if particles.count < 50:
             raise InputError(
                 f"{particles.count} particles are too few for an initial map",
@@ -112,7 +112,7 @@ class ab_initio:
 
     @staticmethod
     def finish(params: AbInitioParams, particles: ParticleBlock, chains: list[dict[str, Any]], context: Context) -> dict[str, Any]:
-        """The likeliest map, taken on to the final resolution, at the box of the particles."""
+        """The likeliest map, refined to the final resolution, in the box of the particles."""
         import torch
 
         from cryodask.kernels.fourier import resize_map

@@ -41,7 +41,7 @@ def _check(params: AnnotateParams, inputs: dict[str, list[Product]]) -> Iterator
     person=True,
 )
 def annotate(params: AnnotateParams, inputs: dict[str, list[SetView]]) -> dict[str, Any]:
-    """Adds a number per particle from a user's table; particles that it does not list get NaN.
+    """Add a number per particle from a user's table; particles that it does not list get NaN.
 
     Particles are identified by ``particle_id``: the integer, or ``birth.row.number``.
     """

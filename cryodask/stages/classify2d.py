@@ -41,7 +41,7 @@ class Classify2DParams(Params):
     functions="cryodask.stages._classify2d",
 )  # fmt: skip
 class classify2d:
-    """Sorts particles into two-dimensional classes and averages them.
+    """Sort particles into two-dimensional classes and average them.
 
     Expectation maximisation over classes, rotations and shifts with Gaussian noise per Fourier ring, in polar coordinates, where a
     matrix product and one short Fourier transform score all rotations at once. The start is random; resolution and sharpness of

@@ -28,7 +28,7 @@ class CtfParams(Params):
     """Parameters of stage ``ctf``."""
 
     coarsest_angstrom: float = Field(30.0, description="coarse end of the fitted range, Angstrom", gt=0)
-    finest_angstrom: float = Field(3.5, description="fine end of the fitted range, Angstrom; never finer than 2.7 pixels", gt=0)
+    finest_angstrom: float = Field(3.5, description="fine end of the fitted range, Angstrom; at least 2.7 pixels", gt=0)
     least_defocus_angstrom: float = Field(3000.0, description="smallest mean defocus to search, Angstrom", gt=0)
     largest_defocus_angstrom: float = Field(50000.0, description="largest mean defocus to search, Angstrom", gt=0)
     largest_astigmatism_angstrom: float = Field(2000.0, description="largest difference of defocus u and v to search, Angstrom", ge=0)
@@ -36,7 +36,9 @@ class CtfParams(Params):
         300.0, description="expected difference of defocus u and v, Angstrom: a weak prior where the rings are faint", gt=0
     )
     phase_shift_deg: float = Field(0.0, description="known phase shift of a phase plate, degrees; not fitted", ge=0, lt=180)
-    tile_angstrom: float = Field(900.0, description="edge of the tiles whose spectra are averaged, Angstrom; longer if needed", gt=0)
+    tile_angstrom: float = Field(
+        900.0, description="edge length of the tiles whose spectra are averaged, Angstrom; increased if needed", gt=0
+    )
 
     @model_validator(mode="after")
     def _ranges(self) -> CtfParams:

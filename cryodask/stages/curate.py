@@ -91,7 +91,7 @@ def curate(
     class_resolution_angstrom: np.ndarray | None = None,
     context: Context,
 ) -> dict[str, Any]:
-    """Decides which particles and classes later stages use, by class and by simple limits.
+    """Decide which particles and classes later stages use, by class and by simple limits.
 
     Nothing is deleted: every particle that is left out is stored with its reason, and this stage can be rerun with another choice.
     Classes are numbered from 1. ``auto`` compares the score of a class with that of a typical good class, so that it keeps everything if

@@ -118,7 +118,7 @@ def edit_picks(
     pick_edits: list[Edit] | None = None,
     context: Context,
 ) -> dict[str, Any]:
-    """Applies manual edits to the picks of an exposure.
+    """Apply manual edits to the picks of an exposure.
 
     A moved pick keeps its id, a removed one is stored with that reason, and an added one gets an id of this step: it is identified by its
     position, and counts once if listed twice. A removal with a position also applies to what another picking run finds there. The run

@@ -39,8 +39,8 @@ class ExtractParams(Params):
     nearer_than_angstrom: float | None = Field(
         None,
         gt=0,
-        description="of particles nearer to each other than this, the one with the lowest id is extracted, Angstrom; by default one pixel "
-        "of the micrograph, so that no image is extracted twice",
+        description="of particles closer to each other than this, only the one with the lowest id is extracted, Angstrom; by default one "
+        "pixel of the micrograph, so that no image is extracted twice",
     )
 
     @model_validator(mode="after")
@@ -102,7 +102,7 @@ def _memory(params: ExtractParams, sizes: Sizes) -> float:
 REASONS = {
     1: "it is too close to the border of the micrograph",
     2: "its refined centre is unknown",
-    3: "it is too near to another particle",
+    3: "it is too close to another particle",
 }
 """Meaning of the numbers in ``left_out_reason``."""
 
@@ -164,7 +164,7 @@ def extract(
 
     The pixel of a pick, rounded down, is at index n // 2 of the box; ``particle_y`` and ``particle_x`` are its position. With
     ``recentre`` it is the refined centre, with subpixel accuracy: that of the last 3D refinement, else of the last 2D classification. A
-    particle closer to the border than 0.4 background diameters is left out, with that reason, and so is one that is nearer than
+    particle closer to the border than 0.4 background diameters is left out, with that reason, and so is one that is closer than
     ``nearer_than_angstrom`` to another, as two picks of one particle are after recentring. Other box pixels beyond the border are filled
     with the mirrored micrograph. Boxes are inverted to white protein, downscaled in Fourier space, a background plane is subtracted,
     and they are normalised to mean 0 and standard deviation 1 outside ``background_diameter_angstrom``.
@@ -208,7 +208,7 @@ def extract(
     outside = int((known & ~((places >= 0) & (places < size)).all(1)).sum())
     if 2 * outside > len(ids):
         raise MicrographError(
-            f"{outside} of {len(ids)} particles lie outside of the micrograph, {image.shape[0]} x {image.shape[1]} pixels of {pixel:g} A",
+            f"{outside} of {len(ids)} particles lie outside the micrograph, {image.shape[0]} x {image.shape[1]} pixels of {pixel:g} A",
             "their coordinates are pixels of another size, or belong to another micrograph",
             "give the coordinates in pixels of this micrograph",
         )

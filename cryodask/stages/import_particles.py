@@ -138,10 +138,10 @@ def import_particles(
     Images are taken as RELION extracts them: protein white, background mean 0 and standard deviation 1. Images with another background
     are normalised, phase-flipped ones are flipped back, and those that were multiplied by their CTF are refused. The optics of a
     micrograph are those of its own rows, which must agree. Beam tilt, higher aberrations, magnification, MTF, B factors and scale factors
-    are kept for the export; no stage uses them. A particle is recognised by the name of its image, or by its position within 1 pixel, in
-    any order of the file. One that was exported from this project is recognised by its id, if its position at birth in the file proves
-    it: ids of another project are ignored. Of rows with the same image, or in one place, the first of the file is used; the run reports
-    the others, and rows whose particle is present already. Origins become positions in the exposure.
+    are kept for the export; no stage uses them. A particle is recognised by the name of its image, or by its position within 1 pixel,
+    whatever the order of the file. One that was exported from this project is recognised by its id, if its position at birth in the file
+    confirms it; ids of another project are ignored. Of several rows with the same image or position, the first in the file is used; the
+    run reports the others, and rows whose particle already exists. Origins become positions in the exposure.
     """
     rows = particle_rows
     if rows is None:

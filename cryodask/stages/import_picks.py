@@ -52,9 +52,8 @@ def import_picks(
 ) -> dict[str, Any]:
     """Read the picks of a micrograph from a RELION coordinate STAR file; all of them count as accepted.
 
-    Coordinates are pixels of the micrograph; a file that gives another pixel size is refused. Rows that name another micrograph are not
-    its picks. A pick is recognised by its position, within 1 pixel. Of several in one place
-    the best is used.
+    Coordinates are pixels of the micrograph; a file that gives another pixel size is refused. Rows that name another micrograph
+    are ignored. A pick is recognised by its position, within 1 pixel; of several at one position, the best is used.
     """
     try:
         columns = read_coordinates(coordinates_path)

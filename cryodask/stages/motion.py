@@ -25,10 +25,10 @@ class MotionParams(Params):
 
     patches: tuple[int, int] = Field(
         default=(5, 5),
-        description="maximum number of patches down and across for local motion; fewer are used if the signal is weak, (1, 1) turns it off",
+        description="maximum number of patches (rows, columns) for local motion; fewer are used if the signal is weak, (1, 1) turns it off",
     )
     alignment_resolution_angstrom: float = Field(
-        default=8.0, gt=2.0, le=40.0, description="finest detail used to measure motion, Angstrom; the weights fall off by themselves"
+        default=8.0, gt=2.0, le=40.0, description="finest detail used to measure motion, Angstrom; finer detail gets less weight anyway"
     )
     frames_in_memory_mb: Annotated[int, EffortMark] = Field(
         default=512, ge=0, description="memory for the raw frames of a movie, megabytes; larger movies are read twice"

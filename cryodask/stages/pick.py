@@ -28,7 +28,7 @@ class PickParams(Params):
     threshold: Annotated[float | Literal["auto"], ThresholdMark] = Field(
         "auto", description="score above which peaks are accepted, or auto"
     )
-    rounds: int = Field(3, description="number of times the radial template is relearnt", ge=1, le=10)
+    rounds: int = Field(3, description="number of times the radial template is relearned", ge=1, le=10)
 
 
 def _sizes(params: PickParams, sizes: Sizes) -> Sizes:

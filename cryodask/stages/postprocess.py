@@ -143,7 +143,7 @@ def says(result: Mapping[str, Any]) -> str:
     """The most important figure."""
     resolution = float(result["resolution_angstrom"])
     if np.isnan(resolution):
-        return "no resolution, for the refinement has not succeeded"
+        return "no resolution, because the refinement has not succeeded"
     return f"resolution {resolution:.2f} A{_but(result)}"
 
 

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 class Refine3DParams(Params):
     """Parameters of ``refine3d``."""
 
-    symmetry: PointGroup | None = Field(None, description="point group: C1, C4, D2, T, O, I ...; by default that of the start map")
-    reference: InputFile | None = Field(None, description="start map, an MRC file; by default the map of an earlier step")
+    symmetry: PointGroup | None = Field(None, description="point group: C1, C4, D2, T, O, I ...; by default that of the starting map")
+    reference: InputFile | None = Field(None, description="starting map, an MRC file; by default the map of an earlier step")
     lowpass_angstrom: float | None = Field(
-        None, gt=0, description="low-pass of the start map, Angstrom; by default 28 for the map of an earlier step, 40 for a file"
+        None, gt=0, description="low-pass of the starting map, Angstrom; by default 28 for the map of an earlier step, 40 for a file"
     )
     mask_diameter_angstrom: float | None = Field(
         None, gt=0, description="diameter of the soft spherical mask, Angstrom; by default 0.75 of the box"
@@ -57,29 +57,29 @@ class Refine3DParams(Params):
     functions="cryodask.stages._refine3d",
 )  # fmt: skip
 class refine3d:
-    """Refines a map against the particles, in two independent halves (gold standard), and says whether it succeeded.
+    """Refine a map against the particles, in two independent halves (gold standard), and judge whether it succeeded.
 
     Expectation maximisation over orientations, in-plane angles and shifts with Gaussian noise per Fourier ring (Scheres 2012, J. Mol.
-    Biol. 415, 406). Poses are first drawn from their whole posterior, which keeps noise from being aligned to the start map, with a new
+    Biol. 415, 406). Poses are first drawn from their whole posterior, which keeps noise from being aligned to the starting map, with a new
     map after every few hundred particles. Then all views are searched: the likeliest of a coarse grid climb to optima of pose and shift
     (Levenberg-Marquardt), and poses are drawn about these by their share of the posterior and its width. Small sets get several maps
-    per pass. Last, poses are refined from where they are, and the optima themselves make the map. Noise is that of a particle's data
-    set and optics, its contrast that of its micrograph.
+    per pass. Finally, each pose is refined from its current value, and the map is made from these optima. The noise is measured per data
+    set and optics group, the contrast per micrograph.
 
-    Each half is solvent flattened by a mask of its own. Slices are inserted well beyond the scored rings, so that the correlation of
-    the half-maps there is unbiased. Within the molecule it decides the resolution limit of the next pass; the resolution that is
-    reported is that of the whole sphere.
+    Each half is solvent-flattened with its own mask. Slices are inserted well beyond the scored rings, so that the correlation of
+    the half-maps there is unbiased. The correlation within the molecule sets the resolution limit of the next pass; the reported
+    resolution is that of the whole sphere.
 
-    Searches over all views reach shifts up to three times their spread, from the second one on those about a particle's last shift, up
-    to 0.9 of the resolution of the search or 0.06 of the mask diameter, whichever is larger. The prior stays about zero.
+    The first search over all views covers shifts up to three times their spread; later ones cover shifts about a particle's last one, up
+    to 0.9 of the resolution of the search or 0.06 of the mask diameter, whichever is larger. The prior stays centred on zero.
 
-    If the detail of the map does not help one particle in eight more than noise explains, such particles are taken for junk and left out
-    (``in_map``), and the refinement begins once more; where poses were certain all the same, it goes on from the map that it has.
+    If detail of the map fails to help at least one particle in eight more than noise explains, these particles are treated as junk and
+    left out (``in_map``), and the refinement starts again; if the poses were certain anyway, it continues from the current map.
 
     Half-maps that agree do not prove that a map is right. The verdict rests on two other figures: how certain the poses are, and
-    whether detail of a map makes particles likelier that it has never seen. A map that passes is still refused if it explains too little
+    whether detail of the map makes particles likelier that it has never seen. A map that passes is still refused if it explains too little
     of its particles' signal (wrong point group, two molecules), if the views reach less than half of Fourier space, or if density lies
-    outside of the mask; the sentence of the verdict says which. A refinement that has not succeeded reports the resolution of its start.
+    outside the mask; the verdict says which. A refinement that has not succeeded reports the resolution of its starting map.
     Parts of Fourier space that no view reaches count as noise in the resolution.
     """
 
@@ -91,7 +91,7 @@ def says(result: Mapping[str, Any]) -> str:
 
     evidence = Evidence(**{name: float(result[name]) for name in FIGURES if name in result})
     figure = f"{float(result['resolution_angstrom']):.2f} A"
-    return f"resolution {figure}, {evidence.sentence()}" if evidence.succeeded else f"{evidence.sentence()}; its start has {figure}"
+    return f"resolution {figure}, {evidence.sentence()}" if evidence.succeeded else f"{evidence.sentence()}; its starting map has {figure}"
 
 
 @refine3d.figures  # type: ignore[attr-defined]  # mypy does not see what class decorators return

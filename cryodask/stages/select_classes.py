@@ -46,7 +46,7 @@ def select_classes(
     class_score: np.ndarray | None = None,
     context: Context,
 ) -> dict[str, Any]:
-    """Keeps the particles of manually chosen classes. Without a choice the step waits, and other branches of the run continue.
+    """Keep the particles of manually chosen classes. Without a choice the step waits, and other branches of the run continue.
 
     Numbers belong to one classification: when it is recomputed, the step stops until the choice is confirmed or changed.
     """

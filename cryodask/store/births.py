@@ -1,4 +1,4 @@
-"""Birth tables: the numbers of an exposure's particles, assigned once and kept for ever.
+"""Birth tables: the numbers of an exposure's particles, assigned once and kept forever.
 
 The table of an exposure is stored in the commit record of the stage that creates the particles: ``particle_id``, ``particle_half``,
 ``pick_y``, ``pick_x``, ``pick_score``, and ``natural_key`` if the particles have names of their own. It is append-only: whenever it is
@@ -187,7 +187,7 @@ def _by_name(given: np.ndarray, lead: np.ndarray, known: Mapping[str, np.ndarray
 def _at_one_place(place: np.ndarray, score: np.ndarray, kept: np.ndarray, judged: np.ndarray, natural: Any) -> np.ndarray:
     """Mask of the judged particles within a pixel of another that is kept: of two that are judged, the first in order of numbering is.
 
-    Particles with names of their own may come with positions that say nothing, all the same or all zero; these are not compared.
+    Particles with names of their own may come with meaningless positions, all the same or all zero; these are not compared.
     """
     from scipy.spatial import cKDTree
 

@@ -25,7 +25,17 @@ from cryodask.store import check, environments
 from cryodask.store.environments import MADE_IN, Environment
 from cryodask.store.files import check_writable, disk_errors, fsync_folder, write_atomically
 from cryodask.store.journal import Journal, content_crc, decode_value, encode_value
-from cryodask.store.layouts import Grid, as_stored, check_dimensions, create_array, fits, layout_of_value, layout_on, name_of_size
+from cryodask.store.layouts import (
+    Grid,
+    as_stored,
+    check_dimensions,
+    create_array,
+    fits,
+    layout_of_value,
+    layout_on,
+    layout_text,
+    name_of_size,
+)
 from cryodask.store.lines import Record
 from cryodask.store.shards import Layout, ShardFile, ShardReader, write_shard
 from cryodask.store.table import Table, TableReader, write_compaction
@@ -214,8 +224,11 @@ class Generation:
                 value = values[var.name]
                 check_dimensions(var, value, name)
                 if var.kind == "bulk":
-                    if not getattr(value, "stored", True):
-                        continue  # a movie that is read in place
+                    if not getattr(value, "stored", True):  # a movie that is read in place
+                        if grid is not None:
+                            as_stored(var, layout_on(var, grid), value, name)
+                            info["grid"] = layout_text(layout_on(var, grid))
+                        continue
                     layout = layout_on(var, grid) if grid is not None else self._layout_of_value(var, value)
                     array = self.array_name(var, layout)
                     if array != var.name:

@@ -33,13 +33,18 @@ def layout_of_value(var: Var, value: Any) -> Layout:
     return Layout.of(shape, var.chunk, np.dtype(value.dtype if var.dtype == "input" else var.dtype).str)
 
 
+def layout_text(layout: Layout) -> str:
+    """Shape and type of a layout, as recorded for a movie that is not stored."""
+    return f"{'x'.join(map(str, layout.shape))}.{layout.dtype}"
+
+
 def name_of_size(var: Var, layout: Layout) -> str:
     """Name of the array for items of another size or type than those of the first data set, as ``movie.40x4092x5760.uint8``."""
     return f"{var.name}.{'x'.join(map(str, layout.shape))}.{np.dtype(layout.dtype).name}"
 
 
 def create_array(group: Any, name: str, var: Var, layout: Layout) -> None:
-    """Create an array in a Zarr group with room for every exposure, one shard each."""
+    """Create an array in a Zarr group with room forevery exposure, one shard each."""
     group.create_array(
         name,
         shape=(_CAPACITY, *layout.shape),

@@ -94,7 +94,7 @@ class Project:
     def update_exposures(self, listing: Iterable[Arrival], *, complete: bool) -> Update:
         """Compare a listing of inputs with the registry and register what is new (driver only); see :meth:`Registry.update`."""
         with disk_errors(self.path):
-            seen = self._mended()
+            seen = self._repaired_registry()
             least = max(seen, default=-1) + 1 if not self._registry.all() else 0
             return self._registry.update(listing, complete=complete, keep=RowsWithResults(self), least_row=least)
 
@@ -107,7 +107,7 @@ class Project:
         """Assign exposures, by row, to the name of another data set (driver only); with ``foresee`` nothing is written."""
         with disk_errors(self.path):
             if not foresee:
-                self._mended()
+                self._repaired_registry()
             self._registry.rename_data_sets(names, foresee=foresee)
 
     def foresee_generation(self, generation: Generation) -> None:
@@ -117,10 +117,10 @@ class Project:
     def forget_exposures(self, names: Iterable[str], *, undo: bool = False) -> list[Item]:
         """Exclude exposures on purpose, or include them again (driver only); their results stay."""
         with disk_errors(self.path):
-            self._mended()
+            self._repaired_registry()
             return self._registry.remember(names) if undo else self._registry.forget(names)
 
-    def _mended(self) -> dict[int, tuple[str, int]]:
+    def _repaired_registry(self) -> dict[int, tuple[str, int]]:
         seen = self._seen() if self._registry.unreadable or not self._registry.all() else {}
         if self._registry.unreadable or (seen and not self._registry.all()):
             self._registry.repair(seen)

@@ -1,4 +1,4 @@
-"""The registry of a project: the row of each exposure. A row belongs to one content for ever; a name is a label that may move.
+"""The registry of a project: the row of each exposure. A row belongs to one content forever; a name is a label that may move.
 
 ``items.jsonl`` has one checked line per change (see lines.py): ``{row, name, content, inputs, revision}`` and, if set,
 ``there: false`` (its file was missing from the last complete listing), ``gone: true`` (missing and without results), ``forgotten: true``

@@ -221,7 +221,7 @@ def _other_format(folder: Path, found: int) -> StoreError:
 
 
 def is_damaged(folder: Path) -> bool:
-    """Whether a project has a ``project.json`` that is not one of any format."""
+    """Whether a project has a ``project.json`` that is not valid in any format."""
     try:
         text = (folder / _FILE).read_bytes()
         return not isinstance(json.loads(text), dict)

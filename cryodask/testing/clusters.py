@@ -104,7 +104,7 @@ class ProcessCluster:
             if nanny.poll() is None:
                 alive.append(nanny)
             else:
-                _kill_group(nanny)  # a worker may outlive its nanny for a moment, a hung one for ever
+                _kill_group(nanny)  # a worker may outlive its nanny for a moment, a hung one forever
         self._nannies = alive
         for _ in range(self._count - len(alive)):
             scratch = tempfile.mkdtemp(dir=self._folder.name)

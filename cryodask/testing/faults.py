@@ -24,7 +24,7 @@ class FaultyJob:
     """Commits one journal line per item; ``faults`` maps rows to what goes wrong.
 
     ``raise``: an error that quarantines; ``os-error-once``, ``fails-twice``: an OSError on the first one or two tries, then success;
-    ``exit``: the process exits; ``segfault``: it dies by a signal; ``hang``: it waits for ever in C while other threads continue;
+    ``exit``: the process exits; ``segfault``: it dies by a signal; ``hang``: it waits forever in C while other threads continue;
     ``freeze``: the same while holding the GIL, so that nothing else in the process runs; ``memory``: it needs 4 GB and
     touches all of it; ``unpicklable``: an exception that cannot be pickled; ``disk-full``: an error that stops the run.
     """

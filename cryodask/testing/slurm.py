@@ -181,7 +181,7 @@ class TinySlurm:
         self.run("scancel", "-f", "-u", _user(), check=False)
         for node in _NODES:
             self.resume(node)
-        _wait(lambda: not self.jobs() and self._all_idle(), "jobs or nodes do not come to rest")
+        _wait(lambda: not self.jobs() and self._all_idle(), "jobs are left, or nodes are not idle")
 
     def _answers(self) -> bool:
         return "UP" in self.run("scontrol", "ping", check=False)
@@ -260,7 +260,7 @@ class _Owner:
         self.daemon("slurmctld", "-D", "-c", "-f", self.conf)
         for node in _NODES:
             self.daemon("slurmd", "-D", "-c", "-N", node, "-f", self.conf)
-        _wait(lambda: _all_idle(self.output("sinfo", "-h", "-N", "-o", "%N %T")), "the nodes do not get idle")
+        _wait(lambda: _all_idle(self.output("sinfo", "-h", "-N", "-o", "%N %T")), "the nodes do not become idle")
 
     def daemon(self, name: str, *options: str) -> None:
         program = _program(name)

@@ -270,7 +270,7 @@ class Accounting(SchedulerPlugin):
                 self._compacted = start
         except OSError as error:
             if self._journal is not None and not self._failing:
-                logger.warning("the usage journal %s cannot be written, what was used is kept in memory: %s", self._journal.path, error)
+                logger.warning("the usage journal %s cannot be written; usage is kept in memory: %s", self._journal.path, error)
             self._failing = True
         else:
             self._failing = False

@@ -69,16 +69,21 @@ def metrics(scheduler: FairShareScheduler, accounting: Accounting) -> str:
     runs = [({**labels, "outcome": name}, getattr(use, figure)) for labels, use in placed for name, figure in outcomes.items()]
     lanes = scheduler.lanes_now()
     families: list[tuple[str, str, str, list[tuple[dict[str, str], float]]]] = [
-        ("task_seconds_total", "counter", "Thread seconds of tasks.", [(labels, use.task_seconds) for labels, use in placed]),
+        ("task_seconds_total", "counter", "Seconds for which tasks held a thread.", [(labels, use.task_seconds) for labels, use in placed]),
         ("task_runs_total", "counter", "Runs of tasks: done, failed, or lost.", runs),
         ("result_bytes_total", "counter", "Bytes of results.", [(labels, use.bytes) for labels, use in placed]),
-        ("waiting_seconds_total", "counter", "Task seconds of waiting.", [(labels, use.waiting_seconds) for labels, use in waited]),
+        (
+            "waiting_seconds_total",
+            "counter",
+            "Number of ready tasks waiting on the scheduler, integrated over time, in seconds.",
+            [(labels, use.waiting_seconds) for labels, use in waited],
+        ),
     ]
     families += [
         (f"lane_{name}", "gauge", text, [({"lane": lane}, now[name]) for lane, now in lanes.items()])
         for name, text in (
             ("weight", "Weight of the lane."),
-            ("waiting", "Ready tasks that wait on the scheduler."),
+            ("waiting", "Ready tasks waiting on the scheduler."),
             ("running", "Tasks on workers."),
             ("clients", "Connected clients."),
         )
@@ -146,7 +151,7 @@ class LanesPanel:
         options: dict[str, Any] = {"x_axis_type": "datetime", "height": _HEIGHT, "sizing_mode": "stretch_width"}
         options["tools"] = "xpan,xwheel_zoom,reset"
         self._shares = plotting.figure(title="Share of the workers' time", y_range=(0, 100), y_axis_label="% of task seconds", **options)
-        self._waiting = plotting.figure(title="Ready tasks that wait", x_range=self._shares.x_range, y_axis_label="tasks", **options)
+        self._waiting = plotting.figure(title="Ready tasks waiting", x_range=self._shares.x_range, y_axis_label="tasks", **options)
         self._waiting.y_range.start = 0
         formats = dict.fromkeys(("seconds", "minsec", "minutes", "hourmin", "hours"), "%H:%M:%S")
         for plot in (self._shares, self._waiting):

@@ -56,7 +56,7 @@ def sbatch(script: str) -> str:
             "use a login node; without Slurm use a cluster file of kind local",
         )
     done = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True, start_new_session=True)
-    said = slurm.slurms_words(done.stderr) if done.returncode else ""
+    said = slurm.sbatch_message(done.stderr) if done.returncode else ""
     if slurm.is_full(said):
         raise ClusterError(
             f"Slurm accepts no more jobs for now: {said}.",

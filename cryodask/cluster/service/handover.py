@@ -29,7 +29,7 @@ _LIFE_LOOKS = 25
 # on a network file system a file that is being replaced may briefly appear missing
 _ABSENT_LOOKS = 10
 _AGAIN_SECONDS = 60.0
-# without a walltime there is no hurry, but also no reason to wait for ever
+# without a walltime there is no hurry, but also no reason to wait forever
 _PATIENCE_SECONDS = 600.0
 _SPARE_SECONDS = 20.0
 

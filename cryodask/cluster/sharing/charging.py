@@ -33,7 +33,7 @@ class ChargingScheduler(LanedScheduler):
         self._flights: dict[Any, Flight] = {}
         self._finished: dict[str, float] = {}
         self._rank: float | None = None
-        # ranks only increase, so that tasks left from one contest do not wait for ever behind the next
+        # ranks only increase, so that tasks left from one contest do not wait forever behind the next
         self._base = self._highest = 0.0
 
     def contest_begins(self) -> None:

@@ -11,6 +11,7 @@ from cryodask.cluster.slurm.slurm import (
     COMMENT,
     DEATH_SECONDS,
     directives_of,
+    licence_directive,
     logs_of,
     memory_directive,
     prologue_of,
@@ -41,7 +42,7 @@ def allocation_script(settings: SlurmSettings, driver: str, *, certificates: Pat
     asked = [f"-J {COMMENT}-batch", *(f"-{k} {v}" for k, v in (("p", pool.partition), ("A", pool.account), ("t", pool.walltime)) if v)]
     asked += [f"-n {tasks}", f"--cpus-per-task={cores}", *memory_directive(pool, pool.cores, tasks=tasks)]
     asked += [line for line in directives_of(pool, logs) if not line.startswith("--gres")]
-    asked += [*(["--gpus-per-task=1"] if pool.gpus else []), *pool.directives]
+    asked += [*(["--gpus-per-task=1"] if pool.gpus else []), *licence_directive(pool, pool.wanted), *pool.directives]
     python, interface = python_of(pool), pool.interface or settings.interface
     common = ["--scheduler-file", '"$CRYODASK_CLUSTER"', *(["--interface", interface] if interface else [])]
     common += ["--protocol tls://"] if certificates else []

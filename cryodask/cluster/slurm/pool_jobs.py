@@ -217,7 +217,7 @@ class PoolJobs(SpecCluster):
             await self._to_targets()
 
     def _undo_retirement(self, before: Mapping[str, Status]) -> None:
-        """Restore workers after an interrupted retirement, which in distributed leaves them without tasks for ever."""
+        """Restore workers after an interrupted retirement, which in distributed leaves them without tasks forever."""
         amm = self.scheduler.extensions["amm"]
         amm.policies -= {p for p in amm.policies if isinstance(p, RetireWorker) and p.address in before}
         for address, status in before.items():

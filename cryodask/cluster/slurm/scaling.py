@@ -32,7 +32,7 @@ class PoolShape:
     @classmethod
     def of(cls, name: str, pool: PoolSettings, minimum: int, maximum: int) -> PoolShape:
         """From the settings of a pool."""
-        resources = {**({"GPU": 1.0} if pool.gpus else {}), **pool.resources, f"pool-{name}": 1e9}
+        resources = {**pool.worker_resources, f"pool-{name}": 1e9}
         return cls(minimum, maximum, pool.cores, pool.workers_per_job, resources, pool.gpus, pool.memory_bytes)
 
     def slots(self, needs: Needs) -> int:

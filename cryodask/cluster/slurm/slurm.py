@@ -110,6 +110,7 @@ def pool_job_class() -> type[Any]:
                 job_extra_directives=[
                     *memory_directive(chosen, chosen.cores),
                     *directives_of(chosen, self.logs),
+                    *licence_directive(chosen),
                     f"--comment={COMMENT}:{cluster_id}:{name}",
                     *chosen.directives,
                 ],
@@ -134,7 +135,7 @@ def pool_job_class() -> type[Any]:
                 self.logs.mkdir(parents=True, exist_ok=True)
                 await super().start()
             except (RuntimeError, OSError, ValueError) as error:
-                said = str(error) if isinstance(error, OSError) else slurms_words(str(error))
+                said = str(error) if isinstance(error, OSError) else sbatch_message(str(error))
                 self.unsure = bool(_AWAY.search(said))
                 if is_full(said):
                     self.full = said
@@ -207,6 +208,11 @@ def directives_of(pool: PoolSettings, logs: Path) -> list[str]:
     return lines + ([f"--qos={pool.qos}"] if pool.qos else []) + ([f"--gres=gpu:{pool.gpus}"] if pool.gpus else [])
 
 
+def licence_directive(pool: PoolSettings, jobs: int = 1) -> list[str]:
+    """How jobs ask for their licences."""
+    return [f"--licenses={','.join(f'{name}:{jobs * n}' for name, n in pool.licences.items())}"] if pool.licences else []
+
+
 def prologue_of(pool: PoolSettings, certificates: Path | None) -> list[str]:
     """Shell commands before the workers of a pool start."""
     settings = {"DASK_" + k.upper().replace(".", "__").replace("-", "_"): str(v) for k, v in SETTINGS.items()}
@@ -229,7 +235,7 @@ def _refuse_network(scratch: str) -> str:
 
 def worker_options_of(name: str, pool: PoolSettings, certificates: Path | None) -> list[str]:
     """Command-line options of Dask for a worker of a pool."""
-    resources = {**({"GPU": 1.0} if pool.gpus else {}), **pool.resources, f"pool-{name}": 1e9}
+    resources = {**pool.worker_resources, f"pool-{name}": 1e9}
     # without the address every worker would serve HTTP on all interfaces of the node
     options = ["--dashboard-address", "127.0.0.1:0", "--no-dashboard"]
     options += ["--preload-nanny", "cryodask.cluster.guard"] if certificates else []
@@ -279,7 +285,7 @@ def is_full(said: str) -> bool:
     return any("Submit" in limit for limit in limits) if limits else "job submit limit" in said
 
 
-def slurms_words(error: str) -> str:
+def sbatch_message(error: str) -> str:
     """The message of sbatch, without its prefix."""
     said = re.findall(r"^sbatch: (?:error: )?(.+)$", error, re.M)
     return "; ".join(dict.fromkeys(line.strip() for line in said)) or " ".join(error.split())[-300:]

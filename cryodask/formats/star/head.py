@@ -43,7 +43,7 @@ def read_labels(path: str | Path, *tables: str) -> frozenset[str]:
 
 
 def _head(path: Path) -> Iterator[list[str]]:
-    """Lines as words, without comments and blank lines; bytes that are no text do not matter before the whole file is read."""
+    """Lines as words, without comments and blank lines; bytes that are not text do not matter until the whole file is read."""
     try:
         with open(path, encoding="utf-8-sig", errors="replace") as file:
             for number, line in enumerate(file, 1):
@@ -55,7 +55,7 @@ def _head(path: Path) -> Iterator[list[str]]:
 
 
 def read_optics(path: str | Path) -> list[dict[str, float]]:
-    """What the optics groups say of pixels and images, one dict per group; of the file no more than its head is read.
+    """What the optics groups say of pixels and images, one dict per group; only the head of the file is read.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""What counts as a number in a STAR file, and within which limits a quantity lies.
+"""What counts as a number in a STAR file, and the limits of quantities.
 
 Only ASCII digits with an optional sign, point and exponent are a number. ``nan`` and ``inf``, as failed fits are written, are a missing
 value.
@@ -52,7 +52,7 @@ def check_limits(path: Path, columns: Mapping[str, Any], of: str, number: Callab
     Parameters
     ----------
     columns : mapping
-        Columns under the vocabulary's names; texts are passed over.
+        Columns under the vocabulary's names; texts are ignored.
     of, number
         What an element belongs to ("row"), and its number there, for messages.
     needed : bool
@@ -72,7 +72,9 @@ def check_limits(path: Path, columns: Mapping[str, Any], of: str, number: Callab
         relion = next(c.relion for c in (*COLUMNS, *OPTICS) if c.name == name)
         if needed and missing.any():
             at = number(int(np.flatnonzero(missing)[0]))
-            raise StarError(f"{path}: {relion} of {of} {at} is not a number", "the program that wrote it did not know it", "add it there")
+            raise StarError(
+                f"{path}: {relion} of {of} {at} is not a number", "the program that wrote it did not have this value", "add it there"
+            )
         if len(outside):
             at = number(int(outside[0]))
             raise StarError(

@@ -148,7 +148,7 @@ def read_particle_table(path: str | Path, columns: Sequence[str] | None = None) 
 
 
 def _each_once(paths: Coded) -> Coded:
-    """Paths without their spellings: ``./a.mrc`` is ``a.mrc``. The first spelling is kept."""
+    """Paths irrespective of spelling: ``./a.mrc`` is ``a.mrc``. The first spelling is kept."""
     import pandas as pd
 
     codes = pd.factorize(np.array([os.path.normpath(name) for name in paths.names], dtype=object))[0]

@@ -202,7 +202,7 @@ def _translate(path: Path, table: Loop, names: Iterable[Column]) -> Iterator[tup
 
 
 def _numbers(path: Path, relion: str, column: Column, values: Any) -> np.ndarray:
-    """A column as numbers of its type, counted as here; whole numbers never go through floats. NaN where a number is missing."""
+    """A column as numbers of its type, with our offsets; integers are never converted by way of floats. NaN where a number is missing."""
     exact = values if values.dtype.kind == "i" else whole(values) if values.dtype == object else None
     if relion == PARTICLE_ID and len(values) and exact is None:
         raise _shifted(path, f"{relion} has values other than integers below 2^63")
@@ -251,7 +251,7 @@ def _spread_optics(path: Path, optics: Loop, columns: Read) -> Read:
     row_of = {number: row for row, number in enumerate(numbers)}
     twice = next((n for n in numbers if numbers.count(n) > 1), None)
     if twice is not None:
-        raise StarError(f"{path}: optics group {twice} is in data_optics twice", "tables were joined by hand", "number the groups anew")
+        raise StarError(f"{path}: optics group {twice} is in data_optics twice", "tables were joined by hand", "renumber the groups")
     codes, used = pd.factorize(np.asarray(columns["optics_group"]))
     unknown = set(used.tolist()) - set(row_of)
     if unknown:
@@ -281,7 +281,7 @@ def _kept(path: Path, table: Loop) -> Read:
 def _optics_of_rows(path: Path, table: Loop, columns: Read) -> Read:
     """Optics and origins that the rows have themselves (RELION 3.0 has no others); they must agree with those of their groups.
 
-    RELION passes over them where there are groups, so that images multiplied by their CTF would be taken for others.
+    RELION ignores them where there are groups, so that images multiplied by their CTF would not be recognised.
     """
     own: Read = dict(_translate(path, table, OPTICS))
     check_limits(path, own, "row", lambda row: row + 1, needed=True)

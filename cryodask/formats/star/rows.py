@@ -1,4 +1,4 @@
-"""The lines of a STAR file as blocks of texts: the general reader, which takes any layout and refuses what it cannot take by its line.
+"""The lines of a STAR file as blocks of texts: the general reader, which accepts any layout and refuses what it cannot read, with the line.
 
 A quote opens at the start of a value and closes before a blank, as in CIF; ``#`` at the start of a value begins a comment. Blank lines and
 comments may stand anywhere, lines may end as on any system, and a list of pairs is a table of one row.
@@ -54,7 +54,7 @@ def read_blocks(path: Path) -> dict[str, Block]:
     Raises
     ------
     StarError
-        With the line: a row that is longer or shorter than its header, or stands before ``loop_``; a table or column that comes twice;
+        With the line: a row that is longer or shorter than its header, or stands before ``loop_``; a table or columnthat occurs twice;
         a quote that is not closed; text of several lines.
     """
     blocks: dict[str, Block] = {}
@@ -70,7 +70,7 @@ def read_blocks(path: Path) -> dict[str, Block]:
             name = words[0].removeprefix("data_")
             if name in blocks:
                 raise refused(
-                    path, number, f"the table data_{name} comes twice (first in line {at[name]})", "files were joined by hand", "keep one"
+                    path, number, f"the table data_{name} occurs twice (first in line {at[name]})", "files were joined by hand", "keep one"
                 )
             at[name], blocks[name] = number, Block()
             reader = _BlockReader(path, name, blocks[name])
@@ -110,7 +110,7 @@ class _BlockReader:
         label = words[0][1:]
         if label in self._at:
             raise self._refused(
-                number, f"the column _{label} comes twice (first in line {self._at[label]})", "columns were joined by hand", "keep one"
+                number, f"the column _{label} occurs twice (first in line {self._at[label]})", "columns were joined by hand", "keep one"
             )
         self._at[label] = number
         self._block.columns[label] = [unquoted(w) for w in words[1:]]

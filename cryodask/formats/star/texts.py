@@ -52,7 +52,7 @@ class Coder:
 
 
 def encode(texts: Iterable[Any]) -> Coded:
-    """A text column from its values; anything but a text is taken as it prints."""
+    """A text column from its values; other values become their printed form."""
     import pandas as pd
 
     codes, names = pd.factorize(np.array([str(t) for t in texts], dtype=object))

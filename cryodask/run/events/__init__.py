@@ -115,7 +115,7 @@ class Iteration(Event):
 
 
 class Reported(Event):
-    """What a stage function says of its progress: ``fraction`` from 0 to 1; ``row`` and ``name`` of its exposure, if it works on one."""
+    """Progress reported by a stage function: ``fraction`` from 0 to 1; ``row`` and ``name`` of its exposure, if it works on one."""
 
     step: str
     row: int | None = None

@@ -60,7 +60,7 @@ def check_input(chain: Chain, draft: Draft, port: Port, product: Product) -> Non
             f"Take the particles from before {product.subtracted}, or extract them again."
         )
     if product.type == "particles" and len(product.pose_frames) > 1 and "pose" in port.parts:
-        align = "Bring them into one frame with align_maps before they are united, or refine" if "align_maps" in chain.stages else "Refine"
+        align = "Bring them into one frame with align_maps before they are merged, or refine" if "align_maps" in chain.stages else "Refine"
         frames = listed(sorted(product.pose_frames))
         raise WrongStep(f"{draft.label}: the poses of {product.ref} refer to {frames}, which do not overlay. {align} the set first.")
     if product.type == "weights" and None not in (draft.stage.purpose, product.purpose) and product.purpose != draft.stage.purpose:
