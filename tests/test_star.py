@@ -25,8 +25,7 @@ def particle_columns(draw):
         return np.array(draw(st.lists(values, min_size=n, max_size=n)))
 
     columns = {
-        name: column(st.floats(20, 1e5) | st.floats(-1e5, -20)).astype(float)
-        for name in ("defocus_u_angstrom", "defocus_v_angstrom")
+        name: column(st.floats(20, 1e5) | st.floats(-1e5, -20)).astype(float) for name in ("defocus_u_angstrom", "defocus_v_angstrom")
     } | {
         name: column(NUMBERS).astype(float)
         for name in (
