@@ -11,7 +11,7 @@ import numpy as np
 
 from cryodask.errors import InputError, MicrographError
 from cryodask.formats.mrc import open_mrc
-from cryodask.formats.star import COLUMNS, LEAST_DEFOCUS, ParticleTable
+from cryodask.formats.star import COLUMNS, ParticleTable, in_micrometres
 from cryodask.stages._particle_images import SAME_PIXEL_SIZE, stack_beside
 from cryodask.vocabulary import CTF_COLUMNS, OPTICS
 
@@ -107,10 +107,10 @@ def one_optics(star: str, micrograph: str, rows: Mapping[str, Any]) -> dict[str,
                 "remove them from the STAR file",
             )
     for name in ("defocus_u_angstrom", "defocus_v_angstrom"):
-        largest = np.abs(rows[name]).max(initial=0) if name in rows else 0.0
-        if 0 < largest < LEAST_DEFOCUS:
+        if name in rows and (small := in_micrometres(rows[name])).any():
             raise MicrographError(
-                f"{_RELION[name]} of the particles of {micrograph} is at most {largest:g} A in {star}.",
+                f"{_RELION[name]} of {small.sum()} of {len(small)} particles of {micrograph} is at most "
+                f"{np.abs(rows[name])[small].max():g} A in {star}.",
                 "it is in micrometres",
                 "write it in Angstrom",
             )
