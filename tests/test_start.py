@@ -199,3 +199,45 @@ def test_a_star_file_of_micrographs_and_one_of_movies(tmp_path):
     path = project_from(tmp_path / "movies.star", tmp_path / "m.yaml")
     assert make_plan(path).file.inputs.movies == "Movies/*.tif"
     assert "set dose_per_frame" in path.read_text()
+
+
+OPTICS = "data_optics\n\nloop_\n_rlnOpticsGroup\n_rlnVoltage\n_rlnSphericalAberration\n_rlnAmplitudeContrast\n_rlnMicrographPixelSize\n"
+OPTICS += "_rlnImagePixelSize\n1 300 2.7 0.1 1.1 1.1\n\n"
+LENS = {"Voltage": "300", "SphericalAberration": "2.7", "AmplitudeContrast": "0.1", "DetectorPixelSize": "5", "Magnification": "50000"}
+LISTS = {
+    "movies": {"MicrographMovieName": "Movies/m0.tif"},
+    "micrographs": {"MicrographName": "a.mrc", "DefocusU": "1e4"},
+    "particles": {"ImageName": "1@a.mrcs", "MicrographName": "a.mrc", "DefocusU": "1e4"},
+}
+
+
+@pytest.mark.parametrize("what", LISTS)
+@pytest.mark.parametrize("block", ["", "named", "old"])
+@pytest.mark.parametrize("layout", ["loop", "pairs"])
+def test_tables_of_all_names_and_ages_are_taken(tmp_path, what, block, layout):
+    movies(tmp_path / "Movies", 1)
+    row = LISTS[what] | (LENS if block == "old" else {"OpticsGroup": "1"})
+    name = {"particles": "images"}.get(what, what) if block == "named" else ""
+    if layout == "loop":
+        table = "loop_\n" + "".join(f"_rln{label}\n" for label in row) + " ".join(row.values()) + "\n"
+    else:
+        table = "".join(f"_rln{label} {value}\n" for label, value in row.items())
+    (tmp_path / "t.star").write_text(("" if block == "old" else OPTICS) + f"data_{name}\n\n{table}\n")
+    plan = make_plan(project_from(tmp_path / "t.star", tmp_path / "p.yaml"))
+    assert plan.steps[0].label == {"movies": "ingest", "micrographs": "import_micrographs", "particles": "import_particles"}[what]
+    assert plan.path.read_text().startswith(f"# 1 {what} from t.star")
+
+
+@pytest.mark.parametrize(
+    ("general", "said"),
+    [("data_x\n\n_a 1\n", "does not name its movie"), ("data_general\n\nloop_\n_a\n1\n", "does not name its movie")]
+    + [
+        (f"data_general\n\n_rlnMicrographMovieName Movies/m0.tif\n_rlnMicrographDoseRate {v}\n", "not a number")
+        for v in ("x", "nan", "1,2")
+    ],
+)
+def test_a_damaged_file_of_motion_is_named(tmp_path, general, said):
+    relion_project(tmp_path)
+    (tmp_path / "MotionCorr/job002/motion/m1.star").write_text(general)
+    with pytest.raises(InputError, match=rf"m1\.star.*{said}"):
+        project_from(tmp_path, tmp_path / "p.yaml")

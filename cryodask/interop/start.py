@@ -85,43 +85,56 @@ def project_from(path: str | Path, output: str | Path) -> Path:
     if path.is_dir():
         fits = sorted(f for f in path.glob("*.txt") if not f.stem.endswith("_avrot"))
         path = _table_of_fits(fits, output) if fits and not _relion_tables(path) else _table_of(path)
-    tables = star.read_tables(path)
-    if "particles" in tables:
+    kind, table = _listed(path)
+    if kind == "particles":
         count = len(star.read_particles(path)["image_index"])
         steps = ["classify2d: {classes: 20}", "curate: {keep: auto}", "ab_initio: {symmetry: C1}      # point group of the molecule"]
         steps += ["refine3d: {symmetry: C1}", "mask", "postprocess"]
         return _written(output, f"{count} particles from {path.name}", {"inputs": {"particles": _beside(path, output)}}, steps)
-    table: Any = tables.get("micrographs", tables.get("movies"))
-    if table is None:
-        raise StarError(
-            f"{path} lists neither micrographs nor particles.",
-            "it is another kind of STAR file",
-            "give one that lists movies, micrographs or particles",
-        )
-    if "rlnMicrographMetadata" in table or "rlnMicrographName" not in table:
+    if kind == "movies":
         return _from_star_of_movies(path, output, table)
     columns = star.read_micrographs(path)
     pixel = float(columns["pixel_size_angstrom"][0])
     steps = [] if "defocus_u_angstrom" in columns else ["ctf"]
-    about = f"{len(table)} micrographs from {path.name}"
+    about = f"{len(columns['micrograph_name'])} micrographs from {path.name}"
     return _written(output, about, {"inputs": {"micrographs": _beside(path, output)}}, [*steps, *_picking(150.0, pixel)])
 
 
-def _from_star_of_movies(path: Path, output: Path, table: Any) -> Path:
+def _listed(path: Path) -> tuple[str, dict[str, np.ndarray]]:
+    """What a STAR file lists, by the columns of its table (RELION 3.0 and older give the table no name), and that table."""
+    tables = star.read_tables(path)
+    found = next((tables[name] for name in ("particles", "images", "micrographs", "movies", "") if name in tables), None)
+    table = {} if found is None else {str(label): np.atleast_1d(np.asarray(values, object)) for label, values in found.items()}
+    if "rlnImageName" in table:
+        return "particles", table
+    if {"rlnMicrographMetadata", "rlnMicrographMovieName"} & set(table) and (
+        "rlnMicrographMetadata" in table or "rlnMicrographName" not in table
+    ):
+        return "movies", table
+    if "rlnMicrographName" in table:
+        return "micrographs", table
+    raise StarError(
+        f"{path} lists neither movies nor micrographs nor particles.",
+        "it is another kind of STAR file",
+        "give one with rlnImageName, rlnMicrographName or rlnMicrographMovieName",
+    )
+
+
+def _from_star_of_movies(path: Path, output: Path, table: dict[str, np.ndarray]) -> Path:
     """From ``movies.star``, or ``corrected_micrographs.star`` with its files of motion, which name movies, gain and doses.
 
     Movies of another folder, gain, dose or optics are a data set of their own.
     """
     columns = star.read_micrographs(path)
     known = "rlnMicrographMetadata" in table
-    general: list[Any] = [star.read_tables(_found(str(n), path))["general"] for n in table["rlnMicrographMetadata"]] if known else []
+    general = [_general(_found(str(n), path)) for n in table["rlnMicrographMetadata"]] if known else []
     names = [str(one["rlnMicrographMovieName"]) for one in general] if known else [str(n) for n in columns.get("movie_name", ())]
     groups: dict[tuple[Path, Path | None, Session], list[Path]] = {}
     for row, name in enumerate(names):
         file, one = _found(name, path), general[row] if known else {}
         gain = str(one.get("rlnMicrographGainName", ""))
         optics = {n: float(columns[n][row]) for n in ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast", "pixel_size_angstrom")}
-        dose, before = (float(one.get(f"rlnMicrograph{key}", default)) for key, default in (("DoseRate", 1.0), ("PreExposure", 0.0)))
+        dose, before = float(one.get("rlnMicrographDoseRate", 1.0)), float(one.get("rlnMicrographPreExposure", 0.0))
         session = Session(**optics, dose_per_frame=dose, pre_exposure=before)
         groups.setdefault((file.parent / f"*{file.suffix}", _found(gain, path) if gain else None, session), []).append(file)
     patterns = [pattern for pattern, _, _ in groups]
@@ -136,6 +149,17 @@ def _from_star_of_movies(path: Path, output: Path, table: Any) -> Path:
     if not known:
         about += "; it does not say the dose: set dose_per_frame, and the gain"
     return _written(output, about, _movie_lines(list(groups), output))
+
+
+def _general(path: Path) -> dict[str, Any]:
+    """What a file of motion says of its movie."""
+    general = star.read_tables(path).get("general")
+    if not isinstance(general, dict) or "rlnMicrographMovieName" not in general:
+        raise InputError(f"{path} does not name its movie (rlnMicrographMovieName).", "", "run the motion correction again")
+    for label in ("rlnMicrographDoseRate", "rlnMicrographPreExposure"):
+        if isinstance(value := general.get(label, 0.0), str) or not np.isfinite(value):
+            raise InputError(f"{path}: {label} is {value!r}, not a number.", "", "correct it there")
+    return general
 
 
 def _found(name: str, path: Path) -> Path:
