@@ -46,17 +46,17 @@ def check_table(star: str, table: ParticleTable, *, images: bool) -> None:
         )
 
 
-def kinds_of_images(star: str, table: ParticleTable, pixel_size_angstrom: float | None) -> int | None:
-    """The common box in pixels for images that are to be scaled, else None.
+def kinds_of_images(star: str, table: ParticleTable, pixel_size_angstrom: float | None, wanted_box: int | None = None) -> int | None:
+    """The common box in pixels for images that are to be scaled, cropped or padded, else None.
 
     Raises
     ------
     InputError
-        If the table says that boxes or pixel sizes differ and no scale is asked for, or the scale is finer than an image.
+        If the table says that boxes or pixel sizes differ and nothing else is asked for, or the scale is finer than an image.
     """
     pixel = table.columns.get("particle_pixel_size_angstrom", np.ones(len(table)))
     box = table.columns.get("box")
-    if box is None and pixel_size_angstrom is not None:
+    if box is None and pixel_size_angstrom is not None and wanted_box is None:
         box = np.array([_box(star, name) for name in table.stacks], np.int64)[table.stack]
     pairs = np.unique(np.stack([box if box is not None else np.zeros(len(table)), pixel], 1)[table.order], axis=0)
     kinds = {(int(edge), float(one)) for edge, one in pairs}
@@ -70,15 +70,15 @@ def kinds_of_images(star: str, table: ParticleTable, pixel_size_angstrom: float 
                 "",
                 f"images are downscaled, not enlarged: set {coarsest:g} or more",
             )
-        return common_size(kinds, pixel_size_angstrom)
-    if len({edge for edge, _ in kinds}) > 1 or coarsest > SAME_PIXEL_SIZE * finest:
+        return wanted_box or common_size(kinds, pixel_size_angstrom)
+    if (len({edge for edge, _ in kinds}) > 1 and wanted_box is None) or coarsest > SAME_PIXEL_SIZE * finest:
         text = " and ".join(f"{f'{edge} pixels of ' if edge else ''}{one:g} A" for edge, one in sorted(kinds))
         raise InputError(
             f"{star} has images of {text}.",
             "its optics groups have other magnifications or boxes",
             f"set import_particles: {{pixel_size_angstrom: {coarsest:g}}} to scale all to the coarsest, or import each group by itself",
         )
-    return None
+    return wanted_box
 
 
 def common_size(kinds: Iterable[tuple[int, float]], pixel_size_angstrom: float) -> int:
