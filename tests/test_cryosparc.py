@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,77 @@ def test_what_is_written_comes_back(tmp_path_factory, count, seed, suffix):
             np.testing.assert_allclose(after[name], values, rtol=1e-5, atol=1e-3, err_msg=name)
         else:
             assert after[name].tolist() == values.tolist(), name
+
+
+ABERRATIONS = {"ctf/shift_A": 2, "ctf/tilt_A": 2, "ctf/trefoil_A": 2, "ctf/tetra_A": 4, "ctf/anisomag": 4}
+
+
+def with_aberrations(path: Path, values: dict[str, np.ndarray]) -> None:
+    """Add fields to a table."""
+    table = np.load(path)
+    more = np.zeros(len(table), table.dtype.descr + [(name, "<f4", (v.shape[1],)) for name, v in values.items()])
+    for name in table.dtype.names:
+        more[name] = table[name]
+    for name, v in values.items():
+        more[name] = v
+    with open(path, "wb") as file:
+        np.save(file, more)
+
+
+@pytest.mark.parametrize("only", [*ABERRATIONS, ""])
+def test_aberrations_come_back_bit_for_bit_also_through_a_star_file(tmp_path, only):
+    rng = np.random.default_rng(5)
+    of = np.arange(6) % 3  # three exposure groups, one without any
+    given = {
+        n: np.where(of[:, None] > 0, rng.normal(size=(3, size))[of], 0).astype("f4") for n, size in ABERRATIONS.items() if only in (n, "")
+    }
+    if "ctf/tilt_A" in given:
+        given["ctf/tilt_A"] *= 5000
+    cryosparc.write_particles(tmp_path / "p.cs", columns(6, 3), (3000, 4000))
+    with_aberrations(tmp_path / "p.cs", given)
+    table = cryosparc.read_particles(tmp_path / "p.cs")
+    assert [bool(text) for text in table["relion_optics"]] == (of > 0).tolist()
+    del table["contrast_sign"]
+    star.write_particles(tmp_path / "p.star", {**table, "cryosparc_uid": table["cryosparc_uid"].view(np.int64)})
+    through = star.read_particles(tmp_path / "p.star")
+    through["cryosparc_uid"] = through["cryosparc_uid"].view(np.uint64)
+    for read in (table, through):
+        cryosparc.write_particles(tmp_path / "back.cs", read)
+        back = np.load(tmp_path / "back.cs")
+        for name, values in given.items():
+            assert back[name].tobytes() == values.tobytes(), name
+        assert not set(ABERRATIONS) - set(given) & set(back.dtype.names)
+
+
+def test_a_beam_tilt_is_cs_times_its_sine(tmp_path):
+    cryosparc.write_particles(tmp_path / "p.cs", columns(2, 3))
+    with_aberrations(tmp_path / "p.cs", {"ctf/tilt_A": np.array([[2.7e7 * np.sin(1e-3), 0], [0, -2.7e7 * np.sin(5e-4)]], "f4")})
+    groups = [json.loads(text) for text in cryosparc.read_particles(tmp_path / "p.cs")["relion_optics"]]
+    assert [[float(g[f"rlnBeamTilt{axis}"]) for axis in "XY"] for g in groups] == [[1.0, 0.0], [0.0, -0.5]]
+    relion = [json.dumps({"rlnBeamTiltX": "1", "rlnBeamTiltY": "0"}), json.dumps({"rlnBeamTiltY": "-0.5"})]
+    cryosparc.write_particles(tmp_path / "r.cs", {**columns(2, 3), "relion_optics": np.array(relion, dtype=object)})
+    assert np.load(tmp_path / "r.cs")["ctf/tilt_A"] == pytest.approx(np.load(tmp_path / "p.cs")["ctf/tilt_A"], rel=1e-6)
+    with_aberrations(tmp_path / "r.cs", {"ctf/trefoil_A": np.array([[1, np.nan], [0, 0]], "f4")})
+    with pytest.raises(InputError, match="ctf/trefoil_A has NaN"):
+        cryosparc.read_particles(tmp_path / "r.cs")
+
+
+@pytest.mark.parametrize("suffix", [".cs", ".csg"])
+@pytest.mark.parametrize("movies", [True, False])
+def test_micrographs_come_back(tmp_path, suffix, movies):
+    before = {n: v for n, v in columns(5, 7).items() if n in (*cryosparc._CTF, "cryosparc_uid", "pixel_size_angstrom")}
+    before["micrograph_name"] = np.array([f"micrographs/ä{i}.mrc" for i in range(5)], dtype=object)
+    if movies:
+        before["movie_name"] = np.array([f"/data/m{i}.tif" for i in range(5)], dtype=object)
+    cryosparc.write_micrographs(tmp_path / "m.cs", before, (3000, 4000))
+    after = cryosparc.read_micrographs(tmp_path / f"m{suffix}")
+    assert set(after) == {*before, "optics_group_name"}
+    for name, values in before.items():
+        if values.dtype.kind == "f":
+            np.testing.assert_allclose(after[name], values, rtol=1e-6, err_msg=name)
+        else:
+            assert after[name].tolist() == values.tolist(), name
+    assert np.load(tmp_path / "m.cs")["micrograph_blob/shape"].tolist() == [[3000, 4000]] * 5
 
 
 def test_a_group_joins_its_files_by_uid(tmp_path):

@@ -161,6 +161,25 @@ def test_particles_of_cryosparc(tmp_path, ending):
     assert kept.tolist() == before["cryosparc_uid"].view(np.int64).tolist()
 
 
+@pytest.mark.parametrize(("signs", "dark"), [([1, 1], False), ([-1, -1], True), ([1, -1], None)])
+def test_images_of_cryosparc_in_which_protein_is_dark_are_inverted(tmp_path, signs, dark):
+    before = columns(2, 4)
+    images = np.random.default_rng(0).normal(size=(2, 2, 64, 64)).astype(np.float32)
+    for i in range(2):
+        write_mrc(tmp_path / f"particles_{i}.mrcs", images[i], 2.5, stack=True)
+    cryosparc.write_particles(tmp_path / "particles.cs", before, (3000, 4000))
+    table = np.load(tmp_path / "particles.cs")
+    table["blob/sign"] = signs
+    np.save((tmp_path / "particles.cs").open("wb"), table)
+    if dark is None:
+        with pytest.raises(InputError, match="protein is bright and others in which it is dark"):
+            project_from(tmp_path / "particles.cs", tmp_path / "p.yaml")
+        return
+    step = make_plan(project_from(tmp_path / "particles.cs", tmp_path / "p.yaml")).steps[0]
+    given = step.stage.process(step.params, particles_path=step.params.star, micrograph_name="m1.mrc")
+    assert np.array_equal(given["particle_image"], images[1, 1:] * (-1 if dark else 1))
+
+
 def test_particles_of_cryosparc_go_back_with_their_uids_poses_and_images(tmp_path, here):  # noqa: F811
     (tmp_path / "job").mkdir()
     before = columns(6, 4)

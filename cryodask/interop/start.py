@@ -80,8 +80,9 @@ def project_from(path: str | Path, output: str | Path) -> Path:
         If the file cannot be used.
     """
     path, output = Path(path), _new(Path(output))
+    dark = False
     if path.suffix.lower() in (".cs", ".csg"):
-        path = _converted(path, output)
+        path, dark = _converted(path, output)
     if path.is_dir():
         fits = sorted(f for f in path.glob("*.txt") if not f.stem.endswith("_avrot"))
         path = _table_of_fits(fits, output) if fits and not _relion_tables(path) else _table_of(path)
@@ -90,7 +91,12 @@ def project_from(path: str | Path, output: str | Path) -> Path:
         count = len(star.read_particles(path)["image_index"])
         steps = ["classify2d: {classes: 20}", "curate: {keep: auto}", "ab_initio: {symmetry: C1}      # point group of the molecule"]
         steps += ["refine3d: {symmetry: C1}", "mask", "postprocess"]
-        return _written(output, f"{count} particles from {path.name}", {"inputs": {"particles": _beside(path, output)}}, steps)
+        given = yaml.safe_dump(
+            {"star": _beside(path, output), "invert": True}, default_flow_style=True, sort_keys=False, width=10**6
+        ).strip()
+        inputs = {} if dark else {"inputs": {"particles": _beside(path, output)}}
+        steps = [f"import_particles: {given}      # protein is dark in these images (blob/sign)", *steps] if dark else steps
+        return _written(output, f"{count} particles from {path.name}", inputs, steps)
     if kind == "movies":
         return _from_star_of_movies(path, output, table)
     columns = star.read_micrographs(path)
@@ -203,17 +209,23 @@ def _table_of_fits(fits: list[Path], output: Path) -> Path:
     return target
 
 
-def _converted(path: Path, output: Path) -> Path:
-    """A cryoSPARC table as a STAR file beside the output."""
+def _converted(path: Path, output: Path) -> tuple[Path, bool]:
+    """A cryoSPARC table as a STAR file beside the output, and whether protein is dark in its images."""
     target = _new(output.parent / f"{path.stem}.star")
     columns: dict[str, Any] = cryosparc.read_particles(path)
-    columns.pop("contrast_sign", None)
+    signs = np.unique(columns.pop("contrast_sign", np.ones(1, np.int64)))
+    if len(signs) > 1:
+        raise InputError(
+            f"{path} has images in which protein is bright and others in which it is dark (blob/sign).",
+            "particles of two imports were combined",
+            "export them separately, and merge them here",
+        )
     with disk_errors(target.parent):
         if "image_stack" in columns:
             columns["cryosparc_uid"] = columns["cryosparc_uid"].view(np.int64)
             columns["image_stack"] = np.array([_beside(_of_job(n, path), target) for n in columns["image_stack"]], dtype=object)
             star.write_particles(target, columns)
-            return target
+            return target, bool((signs < 0).any())
         columns = cryosparc.read_micrographs(path)
         if "micrograph_name" not in columns:
             raise InputError(f"{path} has neither particle images nor micrographs.", "", "give the .csg file of the result group")
@@ -221,7 +233,7 @@ def _converted(path: Path, output: Path) -> Path:
         columns["micrograph_name"] = np.array([_beside(_of_job(n, path), target) for n in columns["micrograph_name"]], dtype=object)
         columns.pop("movie_name", None)
         star.write_micrographs_ctf(target, columns)
-    return target
+    return target, False
 
 
 def _of_job(name: str, path: Path) -> Path:
@@ -292,13 +304,14 @@ def _written(output: Path, about: str, content: dict[str, Any], steps: list[str]
         f"# {about}",
         "# all settings: docs/project-file.md; check with:  cryodask run FILE --dry-run",
         f"name: {value(output.stem)}",
-        "inputs:",
     ]
     notes = {"gain": "multiplies the counts; gain_rotate and gain_flip turn it"}
-    if isinstance(content["inputs"], list):
-        lines += [f"  - {value(one)}" for one in content["inputs"]]
-    else:
-        lines += [f"  {key}: {value(text)}" + (f"      # {notes[key]}" if key in notes else "") for key, text in content["inputs"].items()]
+    if inputs := content.get("inputs"):
+        lines.append("inputs:")
+    if isinstance(inputs, list):
+        lines += [f"  - {value(one)}" for one in inputs]
+    elif inputs:
+        lines += [f"  {key}: {value(text)}" + (f"      # {notes[key]}" if key in notes else "") for key, text in inputs.items()]
     if steps is None:
         pixel = session.pixel_size_angstrom if session is not None else content["pixel_size_angstrom"]
         steps = ["motion", "ctf", *_picking(session.diameter_angstrom if session is not None else 150.0, pixel)]

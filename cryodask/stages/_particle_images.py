@@ -21,12 +21,14 @@ _RING = 0.375
 _NORMAL_MEAN, _NORMAL_SPREAD = 0.5, 2.0
 
 
-def imported_images(star: str, micrograph: str, rows: Mapping[str, Any], pixel_size_angstrom: float | None) -> np.ndarray:
+def imported_images(
+    star: str, micrograph: str, rows: Mapping[str, Any], pixel_size_angstrom: float | None, *, invert: bool = False
+) -> np.ndarray:
     """Images `(n, y, x)` of the particles of a micrograph, float32, protein white.
 
     Those that were phase-flipped are flipped back with the CTF of their rows, those whose background is far from mean 0 and standard
     deviation 1 are normalised, and with ``pixel_size_angstrom`` all are scaled to it in Fourier space. ``rows["size"]``: their box in
-    pixels, or None for the one that they have.
+    pixels, or None for the one that they have. ``invert``: protein is dark in the stacks.
 
     Raises
     ------
@@ -58,7 +60,8 @@ def imported_images(star: str, micrograph: str, rows: Mapping[str, Any], pixel_s
     out: np.ndarray | None = None
     for box, one in kinds:
         here = np.flatnonzero([len(image) == box and its == one for image, its in zip(images, pixel.tolist())])
-        stack = _normalised(_unflipped(np.stack([images[i] for i in here]), {n: np.asarray(v)[here] for n, v in _ctf(rows).items()}, one))
+        stack = np.stack([-images[i] if invert else images[i] for i in here])
+        stack = _normalised(_unflipped(stack, {n: np.asarray(v)[here] for n, v in _ctf(rows).items()}, one))
         if size is not None:
             stack = _scaled(stack, one, pixel_size_angstrom or one, int(size))
         out = np.empty((len(images), *stack.shape[1:]), np.float32) if out is None else out

@@ -142,12 +142,12 @@ def uncorrected(table: ParticleTable) -> list[str]:
     tilt = max((math.hypot(_number(g.get("rlnBeamTiltX")), _number(g.get("rlnBeamTiltY"))) for g in groups), default=0.0)
     if tilt > 0:
         out.append(f"beam tilt of up to {tilt:.2g} mrad is kept for the export, but not corrected here")
-    if any(_is_set(g.get(name)) for g in groups for name in ("rlnOddZernike", "rlnEvenZernike")):
-        out.append("higher-order aberrations (rlnOddZernike, rlnEvenZernike) are kept for the export, but not corrected here")
+    if any(_is_set(g.get(name)) for g in groups for name in ("rlnOddZernike", "rlnEvenZernike", "cryosparcTrefoil", "cryosparcTetrafoil")):
+        out.append("higher-order aberrations (trefoil, tetrafoil and others) are kept for the export, but not corrected here")
     stretch = max((_stretch(g) for g in groups), default=0.0)
     if stretch > 0:
         out.append(
-            f"a magnification that differs from the pixel size by up to {100 * stretch:.2g} % in a direction (rlnMagMat) is kept for the "
+            f"a magnification that differs from the pixel size by up to {100 * stretch:.2g} % in a direction is kept for the "
             "export, but not corrected here"
         )
     return out
@@ -166,9 +166,9 @@ def _is_set(text: str | None) -> bool:
 
 
 def _stretch(group: Mapping[str, str]) -> float:
-    """Largest deviation of a magnification matrix from the identity."""
+    """Largest deviation of a magnification matrix from the identity, which cryoSPARC leaves out."""
     labels = ("rlnMagMat00", "rlnMagMat01", "rlnMagMat10", "rlnMagMat11")
-    if not all(label in group for label in labels):
-        return 0.0
-    matrix = np.array([_number(group[label]) for label in labels]).reshape(2, 2)
-    return float(np.linalg.norm(matrix - np.eye(2), 2))
+    deviations = [np.array([_number(one) for one in group.get("cryosparcAnisomag", "0,0,0,0").strip("[]").split(",")])]
+    if all(label in group for label in labels):
+        deviations.append(np.array([_number(group[label]) for label in labels]) - np.eye(2).ravel())
+    return max(float(np.linalg.norm(one.reshape(2, 2), 2)) for one in deviations if one.size == 4)

@@ -51,6 +51,8 @@ class ImportParticlesParams(Params):
         "that they can be merged with others",
     )
 
+    invert: bool = Field(False, description="invert the contrast of the images: in the file protein is dark")
+
     @field_validator("box")
     @classmethod
     def _even(cls, box: int | None) -> int | None:
@@ -186,7 +188,7 @@ def import_particles(
     # a reimported table may no longer have rows of an exposure
     images: Any = _NoImages()
     if params.images and count:
-        images = imported_images(particles_path, micrograph_name, rows, params.pixel_size_angstrom)
+        images = imported_images(particles_path, micrograph_name, rows, params.pixel_size_angstrom, invert=params.invert)
     return {
         "particle_image": images,
         "particle_y": box[0],

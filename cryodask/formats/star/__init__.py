@@ -6,7 +6,7 @@ later; a table of RELION 3.0 is read if it has its own optics columns, and refus
 """
 
 from cryodask.formats.star.head import read_labels, read_optics
-from cryodask.formats.star.names import ALIASES, COLUMNS, OPTICS, Column, bare, stem
+from cryodask.formats.star.names import ALIASES, COLUMNS, CRYOSPARC, OPTICS, Column, bare, stem
 from cryodask.formats.star.numbers import in_micrometres
 from cryodask.formats.star.particles import ParticleTable, read_particle_table
 from cryodask.formats.star.read import Columns, find_beside, read_coordinates, read_micrographs, read_particles
@@ -23,6 +23,7 @@ from cryodask.formats.star.write import (
 __all__ = [
     "ALIASES",
     "COLUMNS",
+    "CRYOSPARC",
     "OPTICS",
     "Column",
     "Columns",
