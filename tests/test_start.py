@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 from test_counts import here  # noqa: F401
-from test_cryosparc import columns
+from test_cryosparc import columns, with_aberrations
 from typer.testing import CliRunner
 
 from cryodask.cli import app
@@ -187,10 +187,14 @@ def test_particles_of_cryosparc_go_back_with_their_uids_poses_and_images(tmp_pat
     for i in range(2):
         write_mrc(tmp_path / "job" / f"particles_{i}.mrcs", images[i], 2.5, stack=True)
     cryosparc.write_particles(tmp_path / "job" / "particles.cs", before, (3000, 4000))
+    tetra = np.arange(24, dtype=np.float32).reshape(6, 4)
+    with_aberrations(tmp_path / "job" / "particles.cs", {"ctf/tetra_A": tetra})
     path = project_from(tmp_path / "job" / "particles.csg", tmp_path / "p.yaml")
     run_plan(make_plan(path), here, until="import_particles")
     export_cryosparc(Project(tmp_path / "p"), tmp_path / "back")
     after = cryosparc.read_particles(tmp_path / "back" / "particles.csg")
+    written = np.load(tmp_path / "back" / "particles.cs")
+    assert written["ctf/tetra_A"][np.argsort(written["uid"])].tolist() == tetra[np.argsort(before["cryosparc_uid"])].tolist()
     back, order = np.argsort(after["cryosparc_uid"]), np.argsort(before["cryosparc_uid"])
     assert after["cryosparc_uid"][back].tolist() == before["cryosparc_uid"][order].tolist()
     for name in ("rot_deg", "tilt_deg", "psi_deg", "origin_y_angstrom", "origin_x_angstrom", "defocus_u_angstrom", "half_set"):
@@ -199,6 +203,29 @@ def test_particles_of_cryosparc_go_back_with_their_uids_poses_and_images(tmp_pat
     for one, other in zip(back, order):
         original = images[other % 2, before["image_index"][other]]
         assert np.corrcoef(stored[after["image_index"][one]].ravel(), original.ravel())[0, 1] > 0.9999
+
+
+def test_micrographs_go_to_cryosparc_and_back(tmp_path, here):  # noqa: F811
+    lens = {"voltage_kv": 300.0, "spherical_aberration_mm": 2.7, "amplitude_contrast": 0.1, "pixel_size_angstrom": 1.1}
+    fit = {
+        "defocus_u_angstrom": np.array([1e4, 2e4]),
+        "defocus_v_angstrom": np.array([9e3, 1.9e4]),
+        "defocus_angle_deg": np.array([5.0, 50.0]),
+    }
+    for i, name in enumerate("ab"):
+        write_mrc(tmp_path / f"{name}.mrc", np.random.default_rng(i).normal(size=(64, 48)).astype(np.float32), 1.1)
+    star.write_micrographs_ctf(tmp_path / "mics.star", {"micrograph_name": np.array(["a.mrc", "b.mrc"], dtype=object), **lens, **fit})
+    run_plan(make_plan(project_from(tmp_path / "mics.star", tmp_path / "p.yaml")), here, until="import_micrographs")
+    written = export_cryosparc(Project(tmp_path / "p"), tmp_path / "out")
+    assert [path.name for path in written] == ["micrographs.csg", "micrographs.cs"]
+    back = cryosparc.read_micrographs(tmp_path / "out" / "micrographs.csg")
+    assert back["micrograph_name"].tolist() == ["micrographs/a.mrc", "micrographs/b.mrc"]
+    for name, values in (lens | fit).items():
+        np.testing.assert_allclose(back[name], values, rtol=1e-6, err_msg=name)
+    assert np.load(tmp_path / "out" / "micrographs.cs")["micrograph_blob/shape"].tolist() == [[64, 48]] * 2
+    assert np.array_equal(read_mrc(tmp_path / "out" / "micrographs" / "a.mrc")[0], read_mrc(tmp_path / "a.mrc")[0])
+    plan = make_plan(project_from(tmp_path / "out" / "micrographs.csg", tmp_path / "again.yaml"))
+    assert [step.label for step in plan.steps][:2] == ["import_micrographs", "pick"]
 
 
 def test_a_star_file_of_micrographs_and_one_of_movies(tmp_path):
