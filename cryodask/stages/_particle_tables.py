@@ -32,13 +32,17 @@ def check_table(star: str, table: ParticleTable, *, images: bool) -> None:
         Of subtomograms; if the images are used, of images that were multiplied by their CTF.
     """
 
-    def some(name: str, value: int) -> int:
-        return int((table.columns.get(name, np.zeros(0)) == value).sum())
+    def unlike(name: str, value: int) -> int:
+        return int((table.columns.get(name, np.zeros(0)) != value).sum())
 
-    if some("image_dimensions", 3):
-        raise InputError(f"{some('image_dimensions', 3):,} rows of {star} are subtomograms.", "", "give a table of images")
-    count = len(table) - some("ctf_premultiplied", 0)
-    if images and "ctf_premultiplied" in table.columns and count:
+    if count := unlike("image_dimensions", 2):
+        raise InputError(
+            f"{count:,} rows of {star} are not images but have another rlnImageDimensionality, such as subtomograms.",
+            "",
+            "give a table of images",
+        )
+    count = unlike("ctf_premultiplied", 0)
+    if images and count:
         raise InputError(
             f"{count:,} images of {star} were multiplied by their CTF (rlnCtfDataAreCtfPremultiplied), and no stage can use these.",
             "",
