@@ -41,6 +41,8 @@ _NEUTRAL = {"ctf_b_factor_angstrom2": 0.0, "ctf_scale_factor": 1.0}
 """Our name -> cryoSPARC's, and the factor from its unit to ours."""
 _MICROSCOPE = {"voltage_kv": "mscope_params/accel_kv", "spherical_aberration_mm": "mscope_params/cs_mm"}
 _ABERRATIONS = dict(zip(CRYOSPARC, (("ctf/shift_A", 2), ("ctf/tilt_A", 2), ("ctf/trefoil_A", 2), ("ctf/tetra_A", 4), ("ctf/anisomag", 4))))
+_WIDTHS = {"blob/shape": 2, "alignments3D/pose": 3, "alignments3D/shift": 2, "location/micrograph_shape": 2, **dict(_ABERRATIONS.values())}
+"""Columns of vectors, and their lengths."""
 _ANGSTROM_PER_MM = 1e7
 _CS_VERSION = "v4.0.0"
 
@@ -65,11 +67,15 @@ def read_particles(path: str | Path) -> Columns:
     table = _read(Path(path))
     out: Columns = {"cryosparc_uid": table["uid"]}
     if "blob/path" in table:
-        out["image_stack"] = _texts(table["blob/path"])
+        out["image_stack"] = _texts(Path(path), table["blob/path"])
         out["image_index"] = table["blob/idx"].astype(np.int64)
+        if (table["blob/shape"][:, 0] != table["blob/shape"][:, 1]).any():
+            raise InputError(f"{path} has images that are not square (blob/shape).", "", "give a table of particles")
         out["box"] = table["blob/shape"][:, 0].astype(np.int64)
         out["particle_pixel_size_angstrom"] = _doubles(table["blob/psize_A"])
     if "blob/sign" in table:
+        if not np.isin(table["blob/sign"], (-1, 1)).all():
+            raise InputError(f"{path}: blob/sign is neither 1 nor -1 in some rows.", "another program wrote it", "correct it there")
         out["contrast_sign"] = table["blob/sign"].astype(np.int64)
     out |= _ctf(table) | _kept(Path(path), table)
     if "alignments3D/pose" in table:
@@ -84,7 +90,7 @@ def read_particles(path: str | Path) -> Columns:
         shape = table["location/micrograph_shape"].astype(np.float64)
         out["particle_y"] = table["location/center_y_frac"] * shape[:, 0]
         out["particle_x"] = table["location/center_x_frac"] * shape[:, 1]
-        out["micrograph_name"] = _texts(table["location/micrograph_path"])
+        out["micrograph_name"] = _texts(Path(path), table["location/micrograph_path"])
         if "location/micrograph_psize_A" in table:
             out["pixel_size_angstrom"] = _doubles(table["location/micrograph_psize_A"])
     return _checked(Path(path), out)
@@ -96,7 +102,7 @@ def read_micrographs(path: str | Path) -> Columns:
     out: Columns = {"cryosparc_uid": table["uid"]}
     for name, blob in (("micrograph_name", "micrograph_blob"), ("movie_name", "movie_blob")):
         if f"{blob}/path" in table:
-            out[name] = _texts(table[f"{blob}/path"])
+            out[name] = _texts(Path(path), table[f"{blob}/path"])
             out.setdefault("pixel_size_angstrom", _doubles(table[f"{blob}/psize_A"]))
     out |= {ours: _doubles(table[theirs]) for ours, theirs in _MICROSCOPE.items() if theirs in table}
     return _checked(Path(path), {**out, **_ctf(table), **_kept(Path(path), table)})
@@ -198,7 +204,7 @@ def _write_group(path: Path, fields: dict[str, np.ndarray], kind: str, name: str
         "results": {slot: {"metafile": f">{path.name}", "num_items": count, "type": f"{kind}.{slot}"} for slot in slots},
         "version": _CS_VERSION,
     }
-    path.with_suffix(".csg").write_text(yaml.safe_dump(group, sort_keys=False))
+    path.with_suffix(".csg").write_text(yaml.safe_dump(group, sort_keys=False), encoding="utf-8")
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
@@ -206,7 +212,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     if path.suffix.lower() != ".csg":
         return _table(path)
     try:
-        results = yaml.safe_load(path.read_text())["results"].values()
+        results = yaml.safe_load(path.read_text(encoding="utf-8"))["results"].values()
         files = list(dict.fromkeys(str(result["metafile"]) for result in results))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is not a group of cryoSPARC: {type(error).__name__}: {error}", "", "export the group again") from error
@@ -214,7 +220,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     if not tables:
         raise InputError(f"{path} names no files.", "", "export the group again")
     first = tables[0]
-    out = dict(first)
+    out = _Table(path, first)
     for name, table in zip(files[1:], tables[1:]):
         order = np.argsort(table["uid"])
         at = np.searchsorted(table["uid"], first["uid"], sorter=order)
@@ -235,12 +241,32 @@ def _table(path: Path) -> dict[str, np.ndarray]:
         raise InputError(f"{path} is not a table of cryoSPARC: it has no column uid.", "", "give a .cs file of particles or exposures")
     if len(np.unique(table["uid"])) < len(table):
         raise InputError(f"{path} has a uid twice.", "two sets were combined", "remove duplicates in cryoSPARC and export again")
-    return {name: table[name] for name in names}
+    for name, width in _WIDTHS.items():
+        if name in names and table[name].shape != (len(table), width):
+            raise InputError(f"{path}: {name} has the shape {table[name].shape[1:]}, not ({width},).", "another program wrote it", "fix it")
+    for name in ("ctf/df_angle_rad", "ctf/phase_shift_rad"):
+        if name in names and (np.abs(table[name]) > 2.001 * np.pi).any():
+            raise InputError(f"{path}: {name} is beyond 2 pi.", "it is in degrees", "convert it to radians")
+    return _Table(path, {name: table[name] for name in names})
 
 
-def _texts(values: np.ndarray) -> np.ndarray:
+class _Table(dict[str, np.ndarray]):
+    """Columns of a table; one that is missing beside those that need it is an error of the file."""
+
+    def __init__(self, path: Path, columns: Mapping[str, np.ndarray]) -> None:
+        super().__init__(columns)
+        self.path = path
+
+    def __missing__(self, name: str) -> np.ndarray:
+        raise InputError(f"{self.path} has no column {name}.", "the group lacks one of its files", "export the whole group again")
+
+
+def _texts(path: Path, values: np.ndarray) -> np.ndarray:
     """Paths as text, without the mark of paths that are relative to the file."""
-    texts = [v.decode("utf-8", "surrogateescape") if isinstance(v, bytes) else str(v) for v in values.tolist()]
+    try:
+        texts = [v.decode("utf-8") if isinstance(v, bytes) else str(v) for v in values.tolist()]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} names {error.object!r}, which is not UTF-8.", "it comes from another computer", "rename it") from None
     return np.array([text.removeprefix(">") for text in texts], dtype=object)
 
 
@@ -260,7 +286,7 @@ def _ctf(table: dict[str, np.ndarray]) -> Columns:
 
 def _kept(path: Path, table: dict[str, np.ndarray]) -> Columns:
     """Aberrations that are not 0, one JSON text per row; the beam tilt also as RELION has it, in mrad."""
-    there = {label: table[name].reshape(len(table["uid"]), size) for label, (name, size) in _ABERRATIONS.items() if name in table}
+    there = {label: table[name] for label, (name, _) in _ABERRATIONS.items() if name in table}
     if bad := next((label for label, values in there.items() if not np.isfinite(values).all()), None):
         raise InputError(
             f"{path}: {_ABERRATIONS[bad][0]} has NaN or infinite values.", "the job that wrote it has failed", "remove these rows"

@@ -111,6 +111,8 @@ def _listed(path: Path) -> tuple[str, dict[str, np.ndarray]]:
     tables = star.read_tables(path)
     found = next((tables[name] for name in ("particles", "images", "micrographs", "movies", "") if name in tables), None)
     table = {} if found is None else {str(label): np.atleast_1d(np.asarray(values, object)) for label, values in found.items()}
+    if table and not len(next(iter(table.values()))):
+        raise InputError(f"{path} lists nothing.", "its table is empty", "rewrite it, or give another file")
     if "rlnImageName" in table:
         return "particles", table
     if {"rlnMicrographMetadata", "rlnMicrographMovieName"} & set(table) and (
@@ -150,8 +152,9 @@ def _from_star_of_movies(path: Path, output: Path, table: dict[str, np.ndarray])
             "several sessions were copied into one folder",
             "sort them into folders, and list each as a data set of inputs",
         )
-    others = sum(len(list(pattern.parent.glob(pattern.name))) for pattern in patterns) - len(names)
-    about = f"{len(names)} movies from {path.name}" + (f"; the patterns below find {others} more" if others else "")
+    count = len({file for files in groups.values() for file in files})
+    others = sum(len(list(pattern.parent.glob(pattern.name))) for pattern in patterns) - count
+    about = f"{count} movies from {path.name}" + (f"; the patterns below find {others} more" if others else "")
     if not known:
         about += "; it does not say the dose: set dose_per_frame, and the gain"
     return _written(output, about, _movie_lines(list(groups), output))
