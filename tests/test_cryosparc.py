@@ -151,6 +151,44 @@ def test_aberrations_come_back_bit_for_bit_also_through_a_star_file(tmp_path, on
         assert not set(ABERRATIONS) - set(given) & set(back.dtype.names)
 
 
+@pytest.mark.parametrize(
+    "without",
+    ["blob/idx", "blob/shape", "blob/psize_A", "alignments3D/shift", "alignments3D/psize_A", "location/micrograph_shape",
+     "location/micrograph_path", "location/center_y_frac"],
+)  # fmt: skip
+def test_a_column_that_is_missing_beside_its_companions_is_named(tmp_path, without):
+    cryosparc.write_particles(tmp_path / "p.cs", columns(3, 1), (3000, 4000))
+    table = np.load(tmp_path / "p.cs")
+    np.save((tmp_path / "p.cs").open("wb"), table[[name for name in table.dtype.names if name != without]])
+    with pytest.raises(InputError, match=rf"p\.cs has no column {without}"):
+        cryosparc.read_particles(tmp_path / "p.cs")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("blob/sign", 0, "neither 1 nor -1"), ("blob/sign", np.nan, "neither 1 nor -1"), ("blob/shape", [64, 32], "not square"),
+        ("ctf/df_angle_rad", 45.0, "it is in degrees"), ("ctf/phase_shift_rad", 90.0, "it is in degrees"),
+        ("blob/path", b">\xfc.mrcs", "not UTF-8"),
+    ],
+)  # fmt: skip
+def test_values_that_cannot_be_are_named(tmp_path, name, value, said):
+    cryosparc.write_particles(tmp_path / "p.cs", columns(3, 1), (3000, 4000))
+    table = np.load(tmp_path / "p.cs")
+    table[name] = value
+    np.save((tmp_path / "p.cs").open("wb"), table)
+    with pytest.raises(InputError, match=said):
+        cryosparc.read_particles(tmp_path / "p.cs")
+
+
+@pytest.mark.parametrize(("name", "width"), [("ctf/tilt_A", 3), ("ctf/tetra_A", 2), ("ctf/anisomag", 2)])
+def test_vectors_of_another_length_are_named(tmp_path, name, width):
+    cryosparc.write_particles(tmp_path / "p.cs", columns(3, 1))
+    with_aberrations(tmp_path / "p.cs", {name: np.ones((3, width), "f4")})
+    with pytest.raises(InputError, match=rf"{name} has the shape \({width},\)"):
+        cryosparc.read_particles(tmp_path / "p.cs")
+
+
 def test_a_beam_tilt_is_cs_times_its_sine(tmp_path):
     cryosparc.write_particles(tmp_path / "p.cs", columns(2, 3))
     with_aberrations(tmp_path / "p.cs", {"ctf/tilt_A": np.array([[2.7e7 * np.sin(1e-3), 0], [0, -2.7e7 * np.sin(5e-4)]], "f4")})

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import yaml
 from _star_tables import GROUP, MICROGRAPH, PARTICLE, loop, particles, stack, write
+from test_counts import here  # noqa: F401
 
-from cryodask.errors import InputError, MicrographError, StarError
+from cryodask.errors import InputError, StarError
 from cryodask.formats import star
 from cryodask.formats.mrc import open_mrc, write_mrc
 from cryodask.run.checks import look_ahead
 from cryodask.run.recipe import make_plan
+from cryodask.run.session import run_plan
 from cryodask.run.sources import check_files, list_exposures
-from cryodask.stage import load_stages
 
 
 def plan_of(folder, *steps):
@@ -127,22 +128,18 @@ def test_maps_of_one_grid_in_two_places_are_refused(tmp_path, first, second, ref
 
 # --- defoci in micrometres ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("u", "v"), [(1.5, 1.4), (1.5, 15000.0), (15000.0, 1.4), (-1.5, -1.4)])
-def test_a_micrograph_with_a_defocus_in_micrometres_is_quarantined_and_no_other(tmp_path, u, v):
+def test_a_micrograph_with_a_defocus_in_micrometres_is_quarantined_and_no_other(tmp_path, here, u, v):  # noqa: F811
     rows = [{**MICROGRAPH, "MicrographName": f"{name}.mrc"} for name in "abc"]
     rows[1] |= {"DefocusU": u, "DefocusV": v}
     for i, name in enumerate("abc"):
-        write_mrc(tmp_path / f"{name}.mrc", np.full((8, 8), i, np.float32), 1.0)
+        write_mrc(tmp_path / f"{name}.mrc", np.random.default_rng(i).normal(size=(32, 32)).astype(np.float32), 1.0)
     write(tmp_path / "m.star", loop("optics", [GROUP]) + loop("micrographs", rows))
-    plan = plan_of(tmp_path, {"import_micrographs": {"star": "m.star"}})
-    stage = load_stages()["import_micrographs"]
-    for arrival in list_exposures(plan, None):
-        given = {n: arrival.inputs[n] for n in ("defocus_u_angstrom", "defocus_v_angstrom")}
-        made = lambda: stage.process(plan.steps[0].params, micrograph_path=str(tmp_path / f"{arrival.name}.mrc"), **given)  # noqa: B023, E731
-        if arrival.name == "b":
-            with pytest.raises(MicrographError, match="it is in micrometres"):
-                made()
-        else:
-            assert made()["micrograph_sum"].shape == (8, 8)
+    project = run_plan(plan_of(tmp_path, {"import_micrographs": {"star": "m.star"}}), here)
+    assert project["import_micrographs"]["micrograph"].values.tolist() == ["a", "c"]
+    (failure,) = project.failures()
+    assert failure["name"] == "b"
+    assert failure["error"] == "MicrographError"
+    assert "it is in micrometres" in failure["message"]
 
 
 def test_micrographs_that_all_have_a_defocus_in_micrometres_are_refused(tmp_path):

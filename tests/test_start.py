@@ -274,6 +274,14 @@ def test_tables_of_all_names_and_ages_are_taken(tmp_path, what, block, layout):
     assert plan.path.read_text().startswith(f"# 1 {what} from t.star")
 
 
+@pytest.mark.parametrize("what", LISTS)
+def test_a_table_without_rows_is_refused(tmp_path, what):
+    labels = "".join(f"_rln{label}\n" for label in (*LISTS[what], "OpticsGroup"))
+    (tmp_path / "t.star").write_text(f"{OPTICS}data_{what}\n\nloop_\n{labels}\n")
+    with pytest.raises(InputError, match=r"t\.star lists nothing"):
+        project_from(tmp_path / "t.star", tmp_path / "p.yaml")
+
+
 @pytest.mark.parametrize(
     ("general", "said"),
     [("data_x\n\n_a 1\n", "does not name its movie"), ("data_general\n\nloop_\n_a\n1\n", "does not name its movie")]
