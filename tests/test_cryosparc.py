@@ -202,6 +202,15 @@ def test_a_beam_tilt_is_cs_times_its_sine(tmp_path):
         cryosparc.read_particles(tmp_path / "r.cs")
 
 
+@pytest.mark.parametrize("text", ["x", "nan", "", "1,2", "[1]"])
+@pytest.mark.parametrize("label", ["rlnBeamTiltX", "cryosparcTilt"])
+def test_an_aberration_that_is_no_number_is_none(tmp_path, label, text):
+    optics = np.array([json.dumps({label: text}), ""], dtype=object)
+    cryosparc.write_particles(tmp_path / "r.cs", {**columns(2, 3), "relion_optics": optics})
+    whole = (label, text) in (("rlnBeamTiltX", "[1]"), ("cryosparcTilt", "1,2"))
+    assert np.load(tmp_path / "r.cs")["ctf/tilt_A"].any() == whole
+
+
 @pytest.mark.parametrize("suffix", [".cs", ".csg"])
 @pytest.mark.parametrize("movies", [True, False])
 def test_micrographs_come_back(tmp_path, suffix, movies):

@@ -23,6 +23,7 @@ import yaml
 
 from cryodask.errors import InputError
 from cryodask.formats.star import CRYOSPARC
+from cryodask.formats.star.numbers import floats
 
 Columns = dict[str, np.ndarray]
 
@@ -319,12 +320,18 @@ def _aberrations(texts: np.ndarray, spherical_aberration_mm: np.ndarray) -> dict
     fields = {}
     for label, (name, size) in _ABERRATIONS.items():
         if any(label in group for group in groups):
-            values = [[float(v) for v in group[label].strip("[]").split(",")] if label in group else [0.0] * size for group in groups]
+            values = [_numbers(group.get(label, ""), size) for group in groups]
             fields[name] = np.array(values, np.float32)[of]
     if "ctf/tilt_A" not in fields and any("rlnBeamTiltX" in group or "rlnBeamTiltY" in group for group in groups):
-        mrad = np.array([[float(group.get(f"rlnBeamTilt{axis}", 0)) for axis in "XY"] for group in groups])[of]
+        mrad = np.array([[_numbers(group.get(f"rlnBeamTilt{axis}", ""), 1)[0] for axis in "XY"] for group in groups])[of]
         fields["ctf/tilt_A"] = (np.sin(mrad * 1e-3) * spherical_aberration_mm[:, None] * _ANGSTROM_PER_MM).astype(np.float32)
     return fields
+
+
+def _numbers(text: str, count: int) -> list[float]:
+    """A list in a text; zeros, which mean none, where it holds anything but this many numbers: no stage depends on it."""
+    found, bad = floats(text.strip("[]").split(","))
+    return found.tolist() if len(found) == count and not len(bad) and np.isfinite(found).all() else [0.0] * count
 
 
 def _angles(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
