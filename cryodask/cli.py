@@ -95,6 +95,7 @@ def info(
     environment: Annotated[
         bool, typer.Option("--environment", help="Show the software versions that each step was computed with.")
     ] = False,
+    every: Annotated[bool, typer.Option("--all", help="Show every quarantined exposure, not one of each reason.")] = False,
 ) -> None:
     """Show what a project contains, stage by stage, and what was quarantined."""
     opened = open_project(project)
@@ -104,13 +105,17 @@ def info(
         typer.echo("\n".join(lines({label: opened.generation(label) for label in opened.stages})))
         return
     typer.echo(repr(opened))
+    from cryodask.run.events.quarantined import quarantined_lines
     from cryodask.run.events.status import status_sentence
 
     doing = status_sentence(opened.path)
     if doing:
         typer.echo(doing)
-    for failure in opened.failures():
-        typer.echo(f"quarantined in {failure['stage']}: {failure['name']}\n  {failure['error']}: {failure['message']}")
+    failures = opened.failures()
+    for line in quarantined_lines(failures, every=every):
+        typer.echo(line)
+    if len(failures) > 1 and not every:
+        typer.echo(f"Every exposure with its message:  cryodask info --all {project}")
 
 
 @app.command()

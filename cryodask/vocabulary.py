@@ -269,6 +269,8 @@ LIMITS = {
     "particle_pixel_size_angstrom": Limits(0.05, 100, "A"),
     "defocus_u_angstrom": Limits(-500_000, 500_000, "A"),
     "defocus_v_angstrom": Limits(-500_000, 500_000, "A"),
+    "dose_per_frame": Limits(0, 100, "e/A^2"),  # a whole exposure in one frame has less
+    "pre_exposure": Limits(0, 1000, "e/A^2"),
 }
 """Limits of quantities, in the project file and in files of other programs."""
 

@@ -363,6 +363,15 @@ def test_an_interface_that_this_machine_lacks_is_refused_with_those_it_has(tmp_p
     assert "lo" in refused.value.way_out
 
 
+@pytest.mark.parametrize(
+    ("text", "directive"), [("16G", "16384M"), ("16 g", "16384M"), ("16GiB", "16384M"), ("16GB", "15259M"), ("2000M", "2000M")]
+)
+def test_memory_without_a_b_is_binary_as_slurm_reads_it(text, directive):
+    settings = parse_settings(slurm(memory=text, count=1))
+    assert f"#SBATCH --mem={directive}\n" in dry_run(settings)["cpu"]
+    assert parse_settings({"kind": "local", "memory": text}).memory == settings.pools["cpu"].memory
+
+
 def test_a_worker_has_its_part_of_what_the_workers_of_a_job_may_fill():
     # a tenth of 64 GiB stays free: 0.9 * 64 * 2**30 = 61847529062 bytes; one of four processes has 15461882265, one of two GPUs 30923764531
     of_processes = parse_settings(slurm(memory="64GiB", cores=16, processes=4)).pools["cpu"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,124 @@ def test_what_is_written_comes_back(tmp_path_factory, count, seed, suffix):
             np.testing.assert_allclose(after[name], values, rtol=1e-5, atol=1e-3, err_msg=name)
         else:
             assert after[name].tolist() == values.tolist(), name
+
+
+ABERRATIONS = {"ctf/shift_A": 2, "ctf/tilt_A": 2, "ctf/trefoil_A": 2, "ctf/tetra_A": 4, "ctf/anisomag": 4}
+
+
+def with_aberrations(path: Path, values: dict[str, np.ndarray]) -> None:
+    """Add fields to a table."""
+    table = np.load(path)
+    more = np.zeros(len(table), table.dtype.descr + [(name, "<f4", (v.shape[1],)) for name, v in values.items()])
+    for name in table.dtype.names:
+        more[name] = table[name]
+    for name, v in values.items():
+        more[name] = v
+    with open(path, "wb") as file:
+        np.save(file, more)
+
+
+@pytest.mark.parametrize("only", [*ABERRATIONS, ""])
+def test_aberrations_come_back_bit_for_bit_also_through_a_star_file(tmp_path, only):
+    rng = np.random.default_rng(5)
+    of = np.arange(6) % 3  # three exposure groups, one without any
+    given = {
+        n: np.where(of[:, None] > 0, rng.normal(size=(3, size))[of], 0).astype("f4") for n, size in ABERRATIONS.items() if only in (n, "")
+    }
+    if "ctf/tilt_A" in given:
+        given["ctf/tilt_A"] *= 5000
+    cryosparc.write_particles(tmp_path / "p.cs", columns(6, 3), (3000, 4000))
+    with_aberrations(tmp_path / "p.cs", given)
+    table = cryosparc.read_particles(tmp_path / "p.cs")
+    assert [bool(text) for text in table["relion_optics"]] == (of > 0).tolist()
+    del table["contrast_sign"]
+    star.write_particles(tmp_path / "p.star", {**table, "cryosparc_uid": table["cryosparc_uid"].view(np.int64)})
+    through = star.read_particles(tmp_path / "p.star")
+    through["cryosparc_uid"] = through["cryosparc_uid"].view(np.uint64)
+    for read in (table, through):
+        cryosparc.write_particles(tmp_path / "back.cs", read)
+        back = np.load(tmp_path / "back.cs")
+        for name, values in given.items():
+            assert back[name].tobytes() == values.tobytes(), name
+        assert not set(ABERRATIONS) - set(given) & set(back.dtype.names)
+
+
+@pytest.mark.parametrize(
+    "without",
+    ["blob/idx", "blob/shape", "blob/psize_A", "alignments3D/shift", "alignments3D/psize_A", "location/micrograph_shape",
+     "location/micrograph_path", "location/center_y_frac"],
+)  # fmt: skip
+def test_a_column_that_is_missing_beside_its_companions_is_named(tmp_path, without):
+    cryosparc.write_particles(tmp_path / "p.cs", columns(3, 1), (3000, 4000))
+    table = np.load(tmp_path / "p.cs")
+    np.save((tmp_path / "p.cs").open("wb"), table[[name for name in table.dtype.names if name != without]])
+    with pytest.raises(InputError, match=rf"p\.cs has no column {without}"):
+        cryosparc.read_particles(tmp_path / "p.cs")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("blob/sign", 0, "neither 1 nor -1"), ("blob/sign", np.nan, "neither 1 nor -1"), ("blob/shape", [64, 32], "not square"),
+        ("ctf/df_angle_rad", 45.0, "it is in degrees"), ("ctf/phase_shift_rad", 90.0, "it is in degrees"),
+        ("blob/path", b">\xfc.mrcs", "not UTF-8"),
+    ],
+)  # fmt: skip
+def test_values_that_cannot_be_are_named(tmp_path, name, value, said):
+    cryosparc.write_particles(tmp_path / "p.cs", columns(3, 1), (3000, 4000))
+    table = np.load(tmp_path / "p.cs")
+    table[name] = value
+    np.save((tmp_path / "p.cs").open("wb"), table)
+    with pytest.raises(InputError, match=said):
+        cryosparc.read_particles(tmp_path / "p.cs")
+
+
+@pytest.mark.parametrize(("name", "width"), [("ctf/tilt_A", 3), ("ctf/tetra_A", 2), ("ctf/anisomag", 2)])
+def test_vectors_of_another_length_are_named(tmp_path, name, width):
+    cryosparc.write_particles(tmp_path / "p.cs", columns(3, 1))
+    with_aberrations(tmp_path / "p.cs", {name: np.ones((3, width), "f4")})
+    with pytest.raises(InputError, match=rf"{name} has the shape \({width},\)"):
+        cryosparc.read_particles(tmp_path / "p.cs")
+
+
+def test_a_beam_tilt_is_cs_times_its_sine(tmp_path):
+    cryosparc.write_particles(tmp_path / "p.cs", columns(2, 3))
+    with_aberrations(tmp_path / "p.cs", {"ctf/tilt_A": np.array([[2.7e7 * np.sin(1e-3), 0], [0, -2.7e7 * np.sin(5e-4)]], "f4")})
+    groups = [json.loads(text) for text in cryosparc.read_particles(tmp_path / "p.cs")["relion_optics"]]
+    assert [[float(g[f"rlnBeamTilt{axis}"]) for axis in "XY"] for g in groups] == [[1.0, 0.0], [0.0, -0.5]]
+    relion = [json.dumps({"rlnBeamTiltX": "1", "rlnBeamTiltY": "0"}), json.dumps({"rlnBeamTiltY": "-0.5"})]
+    cryosparc.write_particles(tmp_path / "r.cs", {**columns(2, 3), "relion_optics": np.array(relion, dtype=object)})
+    assert np.load(tmp_path / "r.cs")["ctf/tilt_A"] == pytest.approx(np.load(tmp_path / "p.cs")["ctf/tilt_A"], rel=1e-6)
+    with_aberrations(tmp_path / "r.cs", {"ctf/trefoil_A": np.array([[1, np.nan], [0, 0]], "f4")})
+    with pytest.raises(InputError, match="ctf/trefoil_A has NaN"):
+        cryosparc.read_particles(tmp_path / "r.cs")
+
+
+@pytest.mark.parametrize("text", ["x", "nan", "", "1,2", "[1]"])
+@pytest.mark.parametrize("label", ["rlnBeamTiltX", "cryosparcTilt"])
+def test_an_aberration_that_is_no_number_is_none(tmp_path, label, text):
+    optics = np.array([json.dumps({label: text}), ""], dtype=object)
+    cryosparc.write_particles(tmp_path / "r.cs", {**columns(2, 3), "relion_optics": optics})
+    whole = (label, text) in (("rlnBeamTiltX", "[1]"), ("cryosparcTilt", "1,2"))
+    assert np.load(tmp_path / "r.cs")["ctf/tilt_A"].any() == whole
+
+
+@pytest.mark.parametrize("suffix", [".cs", ".csg"])
+@pytest.mark.parametrize("movies", [True, False])
+def test_micrographs_come_back(tmp_path, suffix, movies):
+    before = {n: v for n, v in columns(5, 7).items() if n in (*cryosparc._CTF, "cryosparc_uid", "pixel_size_angstrom")}
+    before["micrograph_name"] = np.array([f"micrographs/ä{i}.mrc" for i in range(5)], dtype=object)
+    if movies:
+        before["movie_name"] = np.array([f"/data/m{i}.tif" for i in range(5)], dtype=object)
+    cryosparc.write_micrographs(tmp_path / "m.cs", before, (3000, 4000))
+    after = cryosparc.read_micrographs(tmp_path / f"m{suffix}")
+    assert set(after) == {*before, "optics_group_name"}
+    for name, values in before.items():
+        if values.dtype.kind == "f":
+            np.testing.assert_allclose(after[name], values, rtol=1e-6, err_msg=name)
+        else:
+            assert after[name].tolist() == values.tolist(), name
+    assert np.load(tmp_path / "m.cs")["micrograph_blob/shape"].tolist() == [[3000, 4000]] * 5
 
 
 def test_a_group_joins_its_files_by_uid(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import threading
@@ -11,10 +12,23 @@ import pytest
 from _told import Told
 
 from cryodask.errors import ClusterError
-from cryodask.run.events import KINDS, Counted, Event, Events, ExposureCommitted, Iteration, Noted, RunEnded, RunStarted, event_of
+from cryodask.run.events import (
+    KINDS,
+    Counted,
+    Event,
+    Events,
+    ExposureCommitted,
+    ExposureQuarantined,
+    Iteration,
+    Noted,
+    RunEnded,
+    RunStarted,
+    event_of,
+)
 from cryodask.run.events import log as event_log
 from cryodask.run.events.log import EventLog, event_files, follow, last_run, tail
-from cryodask.run.events.progress import Pace, text_of
+from cryodask.run.events.progress import Pace, Terminal, text_of
+from cryodask.run.events.quarantined import quarantined_lines
 from cryodask.store.lines import checked_line
 
 
@@ -152,3 +166,31 @@ def test_pace_and_lines_for_people():
     assert text_of(Iteration(time=0.0, run="r", step="refine3d", iteration=2, figures={"fsc_edge": 0.51234}), every_exposure=True) == (
         "refine3d: iteration 2  fsc edge 0.512"
     )
+
+
+ADVICE = "\n  Usual reason: r\n  What to do: w"
+
+
+@pytest.mark.parametrize("name", ["m{}", "a_{}_b"])
+def test_exposures_with_the_same_reason_are_told_together(name):
+    names = [name.format(i) for i in range(100)]
+    about = {"stage": "ingest", "error": "MovieError"}
+    failures = [{**about, "name": n, "message": f"/d/{n}.mrc ends after {7000 + i} bytes.{ADVICE}"} for i, n in enumerate(names)]
+    failures.append({**about, "name": "x", "message": "/d/x.mrc has negative values."})
+    lines = quarantined_lines(failures)
+    assert lines[0] == f"quarantined in ingest: 100 exposures for one reason: {', '.join(names[:3])} and 97 more"
+    assert lines[1:4] == [f"  {line.strip()}" for line in f"MovieError: {failures[0]['message']}".splitlines()]
+    assert lines[4:] == ["quarantined in ingest: x", "  MovieError: /d/x.mrc has negative values."]
+    assert len(quarantined_lines(failures, every=True)) == 100 * 4 + 2
+
+
+def test_a_hundred_reasons_take_fewer_than_200_lines():
+    names = [f"m{'x' * (i + 1)}" for i in range(100)]
+    told = [f"bad {'y' * len(n)}.{ADVICE}" for n in names]
+    failures = [{"stage": "s", "name": n, "error": "E", "message": message} for n, message in zip(names, told)]
+    assert len(quarantined_lines(failures)) == 20 * 4 + 80
+    stream = io.StringIO()
+    terminal = Terminal(stream)
+    for row, (n, message) in enumerate(zip(names, told)):
+        terminal(ExposureQuarantined(time=0, run="r", step="s", row=row, name=n, message=message))
+    assert len(stream.getvalue().splitlines()) == 20 * 3 + 80

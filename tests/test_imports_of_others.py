@@ -186,6 +186,48 @@ def test_images_of_several_scales_are_brought_to_one(tmp_path, kinds, wanted, si
     assert imported(path, images=False)["particle_count"] == 0
 
 
+@pytest.mark.parametrize("kind", [(64, 1.0), (48, 1.0), (41, 1.3)])
+@pytest.mark.parametrize("wanted", [None, 1.3, 2.6])
+@pytest.mark.parametrize("box", [16, 40, 48, 72])
+def test_images_are_cropped_or_padded_to_a_box(tmp_path, kind, wanted, box):
+    own, pixel = kind
+    images = np.random.default_rng(3).normal(0, 0.02, (2, own, own)).astype(np.float32) + wave(own, pixel, 16.0)
+    write_mrc(tmp_path / "a.mrcs", images / images.std(), pixel, stack=True)
+    rows = [{**PARTICLE, "ImageName": f"{n}@a.mrcs"} for n in (1, 2)]
+    path = write(tmp_path / "p.star", particles(rows, [{**GROUP, "ImagePixelSize": pixel, "ImageSize": own}]))
+    got = imported(path, box=box, pixel_size_angstrom=wanted)
+    final = wanted or pixel
+    assert got["particle_image"].shape == (2, box, box)
+    assert got["particle_pixel_size_angstrom"] == final
+    planned = load_stages()["import_particles"].outputs(
+        load_stages()["import_particles"].params(star=str(path), box=box, pixel_size_angstrom=wanted)
+    )
+    assert planned[1].image == (box, final)
+    edge = min(box, int(own * pixel / final))
+    inside = slice(box // 2 - edge // 4, box // 2 + edge // 4)
+    truth = wave(box, final, 16.0)[inside, inside]
+    for image in got["particle_image"]:
+        assert np.corrcoef(image[inside, inside].ravel(), truth.ravel())[0, 1] > 0.98
+        assert image.std() > 0.5  # no empty margins
+
+
+def test_an_odd_box_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="must be even, 33 is odd"):
+        imported(tmp_path / "p.star", box=33)
+
+
+def test_images_of_several_boxes_and_one_pixel_size_need_only_a_box(tmp_path):
+    groups = [{**GROUP, "OpticsGroup": i, "ImageSize": box} for i, box in ((1, 32), (2, 48))]
+    for i, box in ((1, 32), (2, 48)):
+        stack(tmp_path / f"{i}.mrcs", 1, box)
+    rows = [{**PARTICLE, "ImageName": f"1@{i}.mrcs", "OpticsGroup": i} for i in (1, 2)]
+    path = write(tmp_path / "p.star", particles(rows, groups))
+    assert imported(path, box=40)["particle_image"].shape == (2, 40, 40)
+    groups[1]["ImagePixelSize"] = 3.0
+    with pytest.raises(InputError, match="32 pixels of 2 A and 48 pixels of 3 A"):
+        imported(write(tmp_path / "p.star", particles(rows, groups)), box=40)
+
+
 # --- repeated particles -------------------------------------------------------------------------------------------------------
 @settings(max_examples=25, deadline=None)
 @given(order=st.permutations([0, 1, 2, 3, 0, 1, 3, 3]),

@@ -90,6 +90,10 @@ DEPENDENT = {
     "the mean and a half": lambda p: (p.first, p.mean),
     "noise twice": lambda p: (p.noises[0], p.noises[0]),
     "joined, and a copy beyond": lambda p: (lambda a, b: (a, a + 0.1 * p.other_noise))(*joined(p.first, p.second, 4)),
+    "shifted copy": lambda p: (p.first, np.roll(p.first, 1, 0)),
+    "far shifted copy": lambda p: (p.first, np.roll(p.first, (3, -5, 9), (0, 1, 2))),
+    "negative, shifted and blurred copy": lambda p: (p.first, -np.roll(gaussian(p.first, 20.0), 2, 1)),
+    "shifted copy with half of the noise": lambda p: (p.first, np.roll(p.first, 1, 2) + 0.5 * p.other_noise),
     "masked copy": lambda p: (p.first * p.mask, p.first * p.mask),
     "masked copy with a fifth of the noise": lambda p: (p.first * p.mask, (p.first + 0.2 * p.other_noise) * p.mask),
 }

@@ -154,6 +154,37 @@ def test_micrographs_are_never_looked_for_in_the_working_folder(tmp_path, monkey
     assert [a.inputs["micrograph_path"] for a in list_exposures(plan, None)] == ["star/a.mrc"]
 
 
+@pytest.mark.parametrize(
+    ("columns", "group", "said"),
+    [
+        ({"ImageName": ["1@a.mrcs", f"{10**20}@a.mrcs"]}, {}, "is not NUMBER@STACK"),
+        ({"MicrographName": "mic/a\x07.mrc"}, {}, "is not the name of a file"),
+        ({}, {"ImageDimensionality": 1}, "2 rows of .* are not images"),
+        ({}, {"ImageDimensionality": 0}, "2 rows of .* are not images"),
+    ],
+)
+def test_names_numbers_and_dimensions_that_cannot_be_are_refused(tmp_path, columns, group, said):
+    stack(tmp_path / "a.mrcs", 2)
+    with pytest.raises((StarError, InputError), match=said):
+        imported(write(tmp_path / "p.star", particles(some(2, **columns), [{**GROUP, **group}])))
+
+
+@pytest.mark.parametrize("kind", ["micrographs", "particles"])
+@pytest.mark.parametrize(("v", "refused"), [(14000, True), (15000, False), (15000.5, False), (None, False)])
+def test_astigmatism_needs_an_angle_and_a_defocus_alone_has_none(tmp_path, kind, v, refused):
+    row = {n: value for n, value in (MICROGRAPH if kind == "micrographs" else PARTICLE).items() if n not in ("DefocusAngle", "DefocusV")}
+    path = write(tmp_path / "t.star", loop("optics", [GROUP]) + loop(kind, [row if v is None else {**row, "DefocusV": v}]))
+    read = star.read_micrographs if kind == "micrographs" else star.read_particle_table
+    if refused:
+        with pytest.raises(StarError, match="has no column rlnDefocusAngle"):
+            read(path)
+    else:
+        read(path)
+    if kind == "micrographs" and v is None:
+        columns = star.read_micrographs(path)
+        assert [columns[f"defocus_{one}"].tolist() for one in ("u_angstrom", "v_angstrom", "angle_deg")] == [[15000], [15000], [0]]
+
+
 @pytest.mark.parametrize("name", ["n" * 300 + ".mrcs", "a.mrcs/b.mrcs", "loop.mrcs"])
 def test_a_stack_that_cannot_be_opened_quarantines_its_micrograph(tmp_path, name):
     stack(tmp_path / "a.mrcs", 3)
@@ -193,14 +224,16 @@ def test_class_numbers_do_not_wrap(tmp_path, value, fits):
 
 
 @pytest.mark.parametrize("label", ["DefocusU", "DefocusV"])
-@pytest.mark.parametrize(("values", "refused"), [([1.5, 1.4], True), ([1.5, 15000], False), ([0, 0], False), ([-1.5, -1.4], True)])
+@pytest.mark.parametrize(
+    ("values", "refused"), [([1.5, 1.4], 2), ([1.5, 15000], 1), ([1.5, 150], 0), ([0, 15000], 0), ([0, 0], 0), ([-1.5, -1.4], 2)]
+)
 def test_micrometres_among_angstrom_quarantine_their_micrograph(tmp_path, label, values, refused):
     stack(tmp_path / "a.mrcs", 4)
     mine = [{**row, label: value} for row, value in zip(some(2), values)]
     others = [{**PARTICLE, "ImageName": f"{i}@a.mrcs", "MicrographName": "mic/b.mrc"} for i in (3, 4)]
     path = write(tmp_path / "p.star", particles([*mine, *others]))
     if refused:
-        with pytest.raises(MicrographError, match=f"rln{label} of the particles of mic/a.mrc is at most 1.5 A"):
+        with pytest.raises(MicrographError, match=f"rln{label} of {refused} of 2 particles of mic/a.mrc is at most 1.5 A"):
             imported(path)
     else:
         assert len(imported(path)["half_set"]) == 2

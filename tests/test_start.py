@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 from test_counts import here  # noqa: F401
-from test_cryosparc import columns
+from test_cryosparc import columns, with_aberrations
 from typer.testing import CliRunner
 
 from cryodask.cli import app
@@ -161,6 +161,25 @@ def test_particles_of_cryosparc(tmp_path, ending):
     assert kept.tolist() == before["cryosparc_uid"].view(np.int64).tolist()
 
 
+@pytest.mark.parametrize(("signs", "dark"), [([1, 1], False), ([-1, -1], True), ([1, -1], None)])
+def test_images_of_cryosparc_in_which_protein_is_dark_are_inverted(tmp_path, signs, dark):
+    before = columns(2, 4)
+    images = np.random.default_rng(0).normal(size=(2, 2, 64, 64)).astype(np.float32)
+    for i in range(2):
+        write_mrc(tmp_path / f"particles_{i}.mrcs", images[i], 2.5, stack=True)
+    cryosparc.write_particles(tmp_path / "particles.cs", before, (3000, 4000))
+    table = np.load(tmp_path / "particles.cs")
+    table["blob/sign"] = signs
+    np.save((tmp_path / "particles.cs").open("wb"), table)
+    if dark is None:
+        with pytest.raises(InputError, match="protein is bright and others in which it is dark"):
+            project_from(tmp_path / "particles.cs", tmp_path / "p.yaml")
+        return
+    step = make_plan(project_from(tmp_path / "particles.cs", tmp_path / "p.yaml")).steps[0]
+    given = step.stage.process(step.params, particles_path=step.params.star, micrograph_name="m1.mrc")
+    assert np.array_equal(given["particle_image"], images[1, 1:] * (-1 if dark else 1))
+
+
 def test_particles_of_cryosparc_go_back_with_their_uids_poses_and_images(tmp_path, here):  # noqa: F811
     (tmp_path / "job").mkdir()
     before = columns(6, 4)
@@ -168,10 +187,14 @@ def test_particles_of_cryosparc_go_back_with_their_uids_poses_and_images(tmp_pat
     for i in range(2):
         write_mrc(tmp_path / "job" / f"particles_{i}.mrcs", images[i], 2.5, stack=True)
     cryosparc.write_particles(tmp_path / "job" / "particles.cs", before, (3000, 4000))
+    tetra = np.arange(24, dtype=np.float32).reshape(6, 4)
+    with_aberrations(tmp_path / "job" / "particles.cs", {"ctf/tetra_A": tetra})
     path = project_from(tmp_path / "job" / "particles.csg", tmp_path / "p.yaml")
     run_plan(make_plan(path), here, until="import_particles")
     export_cryosparc(Project(tmp_path / "p"), tmp_path / "back")
     after = cryosparc.read_particles(tmp_path / "back" / "particles.csg")
+    written = np.load(tmp_path / "back" / "particles.cs")
+    assert written["ctf/tetra_A"][np.argsort(written["uid"])].tolist() == tetra[np.argsort(before["cryosparc_uid"])].tolist()
     back, order = np.argsort(after["cryosparc_uid"]), np.argsort(before["cryosparc_uid"])
     assert after["cryosparc_uid"][back].tolist() == before["cryosparc_uid"][order].tolist()
     for name in ("rot_deg", "tilt_deg", "psi_deg", "origin_y_angstrom", "origin_x_angstrom", "defocus_u_angstrom", "half_set"):
@@ -180,6 +203,29 @@ def test_particles_of_cryosparc_go_back_with_their_uids_poses_and_images(tmp_pat
     for one, other in zip(back, order):
         original = images[other % 2, before["image_index"][other]]
         assert np.corrcoef(stored[after["image_index"][one]].ravel(), original.ravel())[0, 1] > 0.9999
+
+
+def test_micrographs_go_to_cryosparc_and_back(tmp_path, here):  # noqa: F811
+    lens = {"voltage_kv": 300.0, "spherical_aberration_mm": 2.7, "amplitude_contrast": 0.1, "pixel_size_angstrom": 1.1}
+    fit = {
+        "defocus_u_angstrom": np.array([1e4, 2e4]),
+        "defocus_v_angstrom": np.array([9e3, 1.9e4]),
+        "defocus_angle_deg": np.array([5.0, 50.0]),
+    }
+    for i, name in enumerate("ab"):
+        write_mrc(tmp_path / f"{name}.mrc", np.random.default_rng(i).normal(size=(64, 48)).astype(np.float32), 1.1)
+    star.write_micrographs_ctf(tmp_path / "mics.star", {"micrograph_name": np.array(["a.mrc", "b.mrc"], dtype=object), **lens, **fit})
+    run_plan(make_plan(project_from(tmp_path / "mics.star", tmp_path / "p.yaml")), here, until="import_micrographs")
+    written = export_cryosparc(Project(tmp_path / "p"), tmp_path / "out")
+    assert [path.name for path in written] == ["micrographs.csg", "micrographs.cs"]
+    back = cryosparc.read_micrographs(tmp_path / "out" / "micrographs.csg")
+    assert back["micrograph_name"].tolist() == ["micrographs/a.mrc", "micrographs/b.mrc"]
+    for name, values in (lens | fit).items():
+        np.testing.assert_allclose(back[name], values, rtol=1e-6, err_msg=name)
+    assert np.load(tmp_path / "out" / "micrographs.cs")["micrograph_blob/shape"].tolist() == [[64, 48]] * 2
+    assert np.array_equal(read_mrc(tmp_path / "out" / "micrographs" / "a.mrc")[0], read_mrc(tmp_path / "a.mrc")[0])
+    plan = make_plan(project_from(tmp_path / "out" / "micrographs.csg", tmp_path / "again.yaml"))
+    assert [step.label for step in plan.steps][:2] == ["import_micrographs", "pick"]
 
 
 def test_a_star_file_of_micrographs_and_one_of_movies(tmp_path):
@@ -199,3 +245,53 @@ def test_a_star_file_of_micrographs_and_one_of_movies(tmp_path):
     path = project_from(tmp_path / "movies.star", tmp_path / "m.yaml")
     assert make_plan(path).file.inputs.movies == "Movies/*.tif"
     assert "set dose_per_frame" in path.read_text()
+
+
+OPTICS = "data_optics\n\nloop_\n_rlnOpticsGroup\n_rlnVoltage\n_rlnSphericalAberration\n_rlnAmplitudeContrast\n_rlnMicrographPixelSize\n"
+OPTICS += "_rlnImagePixelSize\n1 300 2.7 0.1 1.1 1.1\n\n"
+LENS = {"Voltage": "300", "SphericalAberration": "2.7", "AmplitudeContrast": "0.1", "DetectorPixelSize": "5", "Magnification": "50000"}
+LISTS = {
+    "movies": {"MicrographMovieName": "Movies/m0.tif"},
+    "micrographs": {"MicrographName": "a.mrc", "DefocusU": "1e4"},
+    "particles": {"ImageName": "1@a.mrcs", "MicrographName": "a.mrc", "DefocusU": "1e4"},
+}
+
+
+@pytest.mark.parametrize("what", LISTS)
+@pytest.mark.parametrize("block", ["", "named", "old"])
+@pytest.mark.parametrize("layout", ["loop", "pairs"])
+def test_tables_of_all_names_and_ages_are_taken(tmp_path, what, block, layout):
+    movies(tmp_path / "Movies", 1)
+    row = LISTS[what] | (LENS if block == "old" else {"OpticsGroup": "1"})
+    name = {"particles": "images"}.get(what, what) if block == "named" else ""
+    if layout == "loop":
+        table = "loop_\n" + "".join(f"_rln{label}\n" for label in row) + " ".join(row.values()) + "\n"
+    else:
+        table = "".join(f"_rln{label} {value}\n" for label, value in row.items())
+    (tmp_path / "t.star").write_text(("" if block == "old" else OPTICS) + f"data_{name}\n\n{table}\n")
+    plan = make_plan(project_from(tmp_path / "t.star", tmp_path / "p.yaml"))
+    assert plan.steps[0].label == {"movies": "ingest", "micrographs": "import_micrographs", "particles": "import_particles"}[what]
+    assert plan.path.read_text().startswith(f"# 1 {what} from t.star")
+
+
+@pytest.mark.parametrize("what", LISTS)
+def test_a_table_without_rows_is_refused(tmp_path, what):
+    labels = "".join(f"_rln{label}\n" for label in (*LISTS[what], "OpticsGroup"))
+    (tmp_path / "t.star").write_text(f"{OPTICS}data_{what}\n\nloop_\n{labels}\n")
+    with pytest.raises(InputError, match=r"t\.star lists nothing"):
+        project_from(tmp_path / "t.star", tmp_path / "p.yaml")
+
+
+@pytest.mark.parametrize(
+    ("general", "said"),
+    [("data_x\n\n_a 1\n", "does not name its movie"), ("data_general\n\nloop_\n_a\n1\n", "does not name its movie")]
+    + [
+        (f"data_general\n\n_rlnMicrographMovieName Movies/m0.tif\n_rlnMicrographDoseRate {v}\n", "not a number")
+        for v in ("x", "nan", "1,2")
+    ],
+)
+def test_a_damaged_file_of_motion_is_named(tmp_path, general, said):
+    relion_project(tmp_path)
+    (tmp_path / "MotionCorr/job002/motion/m1.star").write_text(general)
+    with pytest.raises(InputError, match=rf"m1\.star.*{said}"):
+        project_from(tmp_path, tmp_path / "p.yaml")

@@ -17,7 +17,13 @@ _NETWORK = {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb3", "
 _NETWORK_FUSE = ("fuse.ceph", "fuse.gluster", "fuse.sshfs", "fuse.juicefs")
 
 
-def _memory(text: str) -> str:
+def _as_slurm(text: str) -> str:
+    """Memory as Slurm reads it: K, M, G and T without a B are powers of 1024 (Dask takes them for powers of 1000)."""
+    return re.sub(r"(?<=[0-9. ])([KMGT])$", r"\1iB", text.strip(), flags=re.IGNORECASE)
+
+
+def _memory(given: str) -> str:
+    text = _as_slurm(given)
     try:
         fits = text.isascii() and parse_bytes(text) >= 2**20
     except (ValueError, OverflowError):
@@ -59,6 +65,7 @@ def _on_node(path: str) -> str:
 
 
 Memory = Annotated[str, AfterValidator(_memory)]
+BinaryMemory = Annotated[str, AfterValidator(_as_slurm)]
 Walltime = Annotated[str, BeforeValidator(_walltime)]
 Line = Annotated[str, AfterValidator(_one_line)]
 Directive = Annotated[Line, AfterValidator(checked_directive)]

@@ -20,6 +20,7 @@ from pydantic import (
 
 from cryodask.cluster.fields import (
     GPU,
+    BinaryMemory,
     Command,
     Directive,
     FilePath,
@@ -109,7 +110,7 @@ class LocalSettings(_Sharing):
     workers: PositiveInt | None = None
     gpus: NonNegativeInt = 0
     licences: Licences = Field(default_factory=dict)
-    memory: str | int | None = None
+    memory: BinaryMemory | int | None = None
     scratch: FilePath | None = None
     service: ServiceSettings | None = None
 

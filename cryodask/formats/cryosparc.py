@@ -4,12 +4,17 @@ Conventions: a pose is a rotation vector; the transpose of its rotation is RELIO
 read it). Shifts (x, y) are in pixels of ``alignments3D/psize_A`` and move the particle to the centre, as RELION's origins. Angles are
 in radians, U and V of the defocus as in RELION. Centres are fractions of the micrograph, whose shape is (y, x). A path that begins
 with ``>`` is relative to the file. ``uid`` identifies a row in all files, and all its 64 bits are kept.
+
+Aberrations are those of the exposure group, kept as they are, in texts as :func:`cryodask.formats.star.read_particles` gives them:
+``ctf/shift_A, tilt_A, trefoil_A`` (x, y), ``tetra_A`` (four numbers) in Angstrom, ``anisomag`` (the matrix in Fourier space by rows, less
+the identity). Only the beam tilt has a known counterpart in RELION: ``tilt_A`` is Cs times the sine of the tilt (pyem's convention).
 """
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +22,8 @@ import numpy as np
 import yaml
 
 from cryodask.errors import InputError
+from cryodask.formats.star import CRYOSPARC
+from cryodask.formats.star.numbers import floats
 
 Columns = dict[str, np.ndarray]
 
@@ -28,9 +35,16 @@ _CTF = {
     "defocus_v_angstrom": ("ctf/df2_A", 1.0),
     "defocus_angle_deg": ("ctf/df_angle_rad", 180.0 / np.pi),
     "phase_shift_deg": ("ctf/phase_shift_rad", 180.0 / np.pi),
+    "ctf_b_factor_angstrom2": ("ctf/bfactor", 1.0),
+    "ctf_scale_factor": ("ctf/scale", 1.0),
 }
+_NEUTRAL = {"ctf_b_factor_angstrom2": 0.0, "ctf_scale_factor": 1.0}
 """Our name -> cryoSPARC's, and the factor from its unit to ours."""
 _MICROSCOPE = {"voltage_kv": "mscope_params/accel_kv", "spherical_aberration_mm": "mscope_params/cs_mm"}
+_ABERRATIONS = dict(zip(CRYOSPARC, (("ctf/shift_A", 2), ("ctf/tilt_A", 2), ("ctf/trefoil_A", 2), ("ctf/tetra_A", 4), ("ctf/anisomag", 4))))
+_WIDTHS = {"blob/shape": 2, "alignments3D/pose": 3, "alignments3D/shift": 2, "location/micrograph_shape": 2, **dict(_ABERRATIONS.values())}
+"""Columns of vectors, and their lengths."""
+_ANGSTROM_PER_MM = 1e7
 _CS_VERSION = "v4.0.0"
 
 
@@ -43,8 +57,8 @@ def read_particles(path: str | Path) -> Columns:
         As :func:`cryodask.formats.star.read_particles`, with what the file has: ``image_stack, image_index, box,
         particle_pixel_size_angstrom``; the CTF; ``rot_deg, tilt_deg, psi_deg, origin_y_angstrom, origin_x_angstrom, half_set``;
         ``class_number`` of the last 2D classification, from 1; ``particle_y, particle_x, micrograph_name, pixel_size_angstrom``;
-        ``optics_group_name``; ``contrast_sign``, 1 where protein is bright and -1 where the job was told that it is dark. Always
-        ``cryosparc_uid``, uint64.
+        ``optics_group_name``, ``relion_optics``; ``contrast_sign``, 1 where protein is bright and -1 where the job was told that it is
+        dark. Always ``cryosparc_uid``, uint64.
 
     Raises
     ------
@@ -54,13 +68,17 @@ def read_particles(path: str | Path) -> Columns:
     table = _read(Path(path))
     out: Columns = {"cryosparc_uid": table["uid"]}
     if "blob/path" in table:
-        out["image_stack"] = _texts(table["blob/path"])
+        out["image_stack"] = _texts(Path(path), table["blob/path"])
         out["image_index"] = table["blob/idx"].astype(np.int64)
+        if (table["blob/shape"][:, 0] != table["blob/shape"][:, 1]).any():
+            raise InputError(f"{path} has images that are not square (blob/shape).", "", "give a table of particles")
         out["box"] = table["blob/shape"][:, 0].astype(np.int64)
         out["particle_pixel_size_angstrom"] = _doubles(table["blob/psize_A"])
     if "blob/sign" in table:
+        if not np.isin(table["blob/sign"], (-1, 1)).all():
+            raise InputError(f"{path}: blob/sign is neither 1 nor -1 in some rows.", "another program wrote it", "correct it there")
         out["contrast_sign"] = table["blob/sign"].astype(np.int64)
-    out |= _ctf(table)
+    out |= _ctf(table) | _kept(Path(path), table)
     if "alignments3D/pose" in table:
         out |= dict(zip(("rot_deg", "tilt_deg", "psi_deg"), _angles(table["alignments3D/pose"].astype(np.float64))))
         shift = table["alignments3D/shift"].astype(np.float64) * table["alignments3D/psize_A"][:, None]
@@ -73,7 +91,7 @@ def read_particles(path: str | Path) -> Columns:
         shape = table["location/micrograph_shape"].astype(np.float64)
         out["particle_y"] = table["location/center_y_frac"] * shape[:, 0]
         out["particle_x"] = table["location/center_x_frac"] * shape[:, 1]
-        out["micrograph_name"] = _texts(table["location/micrograph_path"])
+        out["micrograph_name"] = _texts(Path(path), table["location/micrograph_path"])
         if "location/micrograph_psize_A" in table:
             out["pixel_size_angstrom"] = _doubles(table["location/micrograph_psize_A"])
     return _checked(Path(path), out)
@@ -85,10 +103,10 @@ def read_micrographs(path: str | Path) -> Columns:
     out: Columns = {"cryosparc_uid": table["uid"]}
     for name, blob in (("micrograph_name", "micrograph_blob"), ("movie_name", "movie_blob")):
         if f"{blob}/path" in table:
-            out[name] = _texts(table[f"{blob}/path"])
+            out[name] = _texts(Path(path), table[f"{blob}/path"])
             out.setdefault("pixel_size_angstrom", _doubles(table[f"{blob}/psize_A"]))
     out |= {ours: _doubles(table[theirs]) for ours, theirs in _MICROSCOPE.items() if theirs in table}
-    return _checked(Path(path), {**out, **_ctf(table)})
+    return _checked(Path(path), {**out, **_ctf(table), **_kept(Path(path), table)})
 
 
 def write_particles(path: str | Path, columns: Mapping[str, Any], micrograph_shape: Any = None) -> None:
@@ -106,16 +124,12 @@ def write_particles(path: str | Path, columns: Mapping[str, Any], micrograph_sha
         return np.broadcast_to(np.asarray(columns[name]), count)
 
     fields: dict[str, np.ndarray] = {"uid": column("cryosparc_uid").astype(np.uint64)}
-    fields["blob/path"] = np.char.add(b">", column("image_stack").astype(str).astype("S"))
+    fields["blob/path"] = np.char.add(b">", _encoded(column("image_stack")))
     fields["blob/idx"] = column("image_index").astype(np.uint32)
     fields["blob/shape"] = np.repeat(column("box")[:, None], 2, axis=1).astype(np.uint32)
     fields["blob/psize_A"] = column("particle_pixel_size_angstrom").astype(np.float32)
     fields["blob/sign"] = np.ones(count, np.float32)
-    if "defocus_u_angstrom" in columns:
-        fields["ctf/type"] = np.full(count, b"imported")
-        groups = column("optics_group_name" if "optics_group_name" in columns else "voltage_kv")
-        fields["ctf/exp_group_id"] = np.unique(groups.astype(str), return_inverse=True)[1].astype(np.uint32)
-        fields |= {theirs: (column(ours) / factor).astype(np.float32) for ours, (theirs, factor) in _CTF.items() if ours in columns}
+    fields |= _ctf_fields(columns, column)
     if "rot_deg" in columns:
         fields |= _alignments(*(column(n).astype(np.float64) for n in ("rot_deg", "tilt_deg", "psi_deg")))
         shift = np.stack([column(f"origin_{axis}_angstrom") for axis in "xy"], 1) / fields["blob/psize_A"][:, None]
@@ -124,25 +138,74 @@ def write_particles(path: str | Path, columns: Mapping[str, Any], micrograph_sha
         if "half_set" in columns:
             fields["alignments3D/split"] = column("half_set").astype(np.uint32)
     if micrograph_shape is not None and "particle_y" in columns:
-        fields["location/micrograph_path"] = column("micrograph_name").astype(str).astype("S")
+        fields["location/micrograph_path"] = _encoded(column("micrograph_name"))
         shape = np.broadcast_to(np.asarray(micrograph_shape, np.uint32), (count, 2))
         fields["location/micrograph_shape"] = shape
         fields["location/center_x_frac"] = (column("particle_x") / shape[:, 1]).astype(np.float32)
         fields["location/center_y_frac"] = (column("particle_y") / shape[:, 0]).astype(np.float32)
         fields["location/micrograph_psize_A"] = column("pixel_size_angstrom").astype(np.float32)
-    table = np.zeros(count, [(name, values.dtype.str, values.shape[1:]) for name, values in fields.items()])
-    for name, values in fields.items():
-        table[name] = values
+        if "micrograph_uid" in columns:
+            fields["location/micrograph_uid"] = column("micrograph_uid").astype(np.uint64)
+    _write_group(path, fields, "particle", "particles")
+
+
+def write_micrographs(path: str | Path, columns: Mapping[str, Any], micrograph_shape: Any) -> None:
+    """Exposures as a ``.cs`` file and its ``.csg`` group; columns as :func:`read_micrographs` gives them.
+
+    Parameters
+    ----------
+    micrograph_shape : (y, x), or array `(micrograph, 2)`
+        Pixels.
+    """
+    count = len(np.atleast_1d(columns["micrograph_name"]))
+
+    def column(name: str) -> np.ndarray:
+        return np.broadcast_to(np.asarray(columns[name]), count)
+
+    pixel = column("pixel_size_angstrom").astype(np.float32)
+    fields: dict[str, np.ndarray] = {"uid": column("cryosparc_uid").astype(np.uint64)}
+    fields["micrograph_blob/path"] = np.char.add(b">", _encoded(column("micrograph_name")))
+    fields["micrograph_blob/idx"] = np.zeros(count, np.uint32)
+    fields["micrograph_blob/shape"] = np.broadcast_to(np.asarray(micrograph_shape, np.uint32), (count, 2))
+    fields["micrograph_blob/psize_A"] = pixel
+    fields["micrograph_blob/format"] = np.full(count, b"MRC/1")
+    if "movie_name" in columns:
+        fields["movie_blob/path"], fields["movie_blob/psize_A"] = _encoded(column("movie_name")), pixel
+    fields |= {theirs: column(ours).astype(np.float32) for ours, theirs in _MICROSCOPE.items()}
+    _write_group(Path(path), fields | _ctf_fields(columns, column), "exposure", "micrographs")
+
+
+def _encoded(names: np.ndarray) -> np.ndarray:
+    return np.array([str(name).encode("utf-8", "surrogateescape") for name in names], dtype=bytes)
+
+
+def _ctf_fields(columns: Mapping[str, Any], column: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:
+    if "defocus_u_angstrom" not in columns:
+        return {}
+    groups = column("optics_group_name" if "optics_group_name" in columns else "voltage_kv")
+    fields = {"ctf/type": np.full(len(groups), b"imported")}
+    fields["ctf/exp_group_id"] = np.unique(groups.astype(str), return_inverse=True)[1].astype(np.uint32)
+    fields |= {theirs: (column(ours) / factor).astype(np.float32) for ours, (theirs, factor) in _CTF.items() if ours in columns}
+    if "relion_optics" in columns:
+        fields |= _aberrations(column("relion_optics"), column("spherical_aberration_mm"))
+    return fields
+
+
+def _write_group(path: Path, fields: dict[str, np.ndarray], kind: str, name: str) -> None:
+    count = len(fields["uid"])
+    table = np.zeros(count, [(field, values.dtype.str, values.shape[1:]) for field, values in fields.items()])
+    for field, values in fields.items():
+        table[field] = values
     with open(path, "wb") as file:
         np.save(file, table, allow_pickle=False)
-    slots = dict.fromkeys(name.split("/")[0] for name in fields if "/" in name)
+    slots = dict.fromkeys(field.split("/")[0] for field in fields if "/" in field)
     group = {
         "created": datetime.datetime.now().isoformat(sep=" "),
-        "group": {"description": "Particles of cryodask", "name": "particles", "title": "Particles", "type": "particle"},
-        "results": {slot: {"metafile": f">{path.name}", "num_items": count, "type": f"particle.{slot}"} for slot in slots},
+        "group": {"description": f"{name.title()} of cryodask", "name": name, "title": name.title(), "type": kind},
+        "results": {slot: {"metafile": f">{path.name}", "num_items": count, "type": f"{kind}.{slot}"} for slot in slots},
         "version": _CS_VERSION,
     }
-    path.with_suffix(".csg").write_text(yaml.safe_dump(group, sort_keys=False))
+    path.with_suffix(".csg").write_text(yaml.safe_dump(group, sort_keys=False), encoding="utf-8")
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
@@ -150,7 +213,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     if path.suffix.lower() != ".csg":
         return _table(path)
     try:
-        results = yaml.safe_load(path.read_text())["results"].values()
+        results = yaml.safe_load(path.read_text(encoding="utf-8"))["results"].values()
         files = list(dict.fromkeys(str(result["metafile"]) for result in results))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is not a group of cryoSPARC: {type(error).__name__}: {error}", "", "export the group again") from error
@@ -158,7 +221,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     if not tables:
         raise InputError(f"{path} names no files.", "", "export the group again")
     first = tables[0]
-    out = dict(first)
+    out = _Table(path, first)
     for name, table in zip(files[1:], tables[1:]):
         order = np.argsort(table["uid"])
         at = np.searchsorted(table["uid"], first["uid"], sorter=order)
@@ -179,12 +242,32 @@ def _table(path: Path) -> dict[str, np.ndarray]:
         raise InputError(f"{path} is not a table of cryoSPARC: it has no column uid.", "", "give a .cs file of particles or exposures")
     if len(np.unique(table["uid"])) < len(table):
         raise InputError(f"{path} has a uid twice.", "two sets were combined", "remove duplicates in cryoSPARC and export again")
-    return {name: table[name] for name in names}
+    for name, width in _WIDTHS.items():
+        if name in names and table[name].shape != (len(table), width):
+            raise InputError(f"{path}: {name} has the shape {table[name].shape[1:]}, not ({width},).", "another program wrote it", "fix it")
+    for name in ("ctf/df_angle_rad", "ctf/phase_shift_rad"):
+        if name in names and (np.abs(table[name]) > 2.001 * np.pi).any():
+            raise InputError(f"{path}: {name} is beyond 2 pi.", "it is in degrees", "convert it to radians")
+    return _Table(path, {name: table[name] for name in names})
 
 
-def _texts(values: np.ndarray) -> np.ndarray:
+class _Table(dict[str, np.ndarray]):
+    """Columns of a table; one that is missing beside those that need it is an error of the file."""
+
+    def __init__(self, path: Path, columns: Mapping[str, np.ndarray]) -> None:
+        super().__init__(columns)
+        self.path = path
+
+    def __missing__(self, name: str) -> np.ndarray:
+        raise InputError(f"{self.path} has no column {name}.", "the group lacks one of its files", "export the whole group again")
+
+
+def _texts(path: Path, values: np.ndarray) -> np.ndarray:
     """Paths as text, without the mark of paths that are relative to the file."""
-    texts = [v.decode("utf-8", "surrogateescape") if isinstance(v, bytes) else str(v) for v in values.tolist()]
+    try:
+        texts = [v.decode("utf-8") if isinstance(v, bytes) else str(v) for v in values.tolist()]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} names {error.object!r}, which is not UTF-8.", "it comes from another computer", "rename it") from None
     return np.array([text.removeprefix(">") for text in texts], dtype=object)
 
 
@@ -196,9 +279,59 @@ def _doubles(values: np.ndarray) -> np.ndarray:
 
 def _ctf(table: dict[str, np.ndarray]) -> Columns:
     out = {ours: _doubles(table[theirs]) * factor for ours, (theirs, factor) in _CTF.items() if theirs in table}
+    out = {name: values for name, values in out.items() if name not in _NEUTRAL or (values != _NEUTRAL[name]).any()}
     if "ctf/exp_group_id" in table:
         out["optics_group_name"] = np.array([f"exposure_group_{int(i)}" for i in table["ctf/exp_group_id"]], dtype=object)
     return out
+
+
+def _kept(path: Path, table: dict[str, np.ndarray]) -> Columns:
+    """Aberrations that are not 0, one JSON text per row; the beam tilt also as RELION has it, in mrad."""
+    there = {label: table[name] for label, (name, _) in _ABERRATIONS.items() if name in table}
+    if bad := next((label for label, values in there.items() if not np.isfinite(values).all()), None):
+        raise InputError(
+            f"{path}: {_ABERRATIONS[bad][0]} has NaN or infinite values.", "the job that wrote it has failed", "remove these rows"
+        )
+    there = {label: values for label, values in there.items() if values.any()}
+    if not there:
+        return {}
+    cs = table.get("ctf/cs_mm", np.zeros(len(table["uid"]), np.float32))
+    rows, of = np.unique(np.column_stack([*there.values(), cs]), axis=0, return_inverse=True)
+    texts = []
+    for row in rows:
+        group: dict[str, str] = {}
+        start = 0
+        for label, values in there.items():
+            own = row[start : start + values.shape[1]]
+            start += values.shape[1]
+            if own.any():
+                group[label] = f"[{','.join(str(v) for v in own)}]"
+            if label == "cryosparcTilt" and own.any() and row[-1] > 0:
+                tilt = np.arcsin(np.clip(own.astype(np.float64) / (float(row[-1]) * _ANGSTROM_PER_MM), -1.0, 1.0)) * 1e3
+                group |= {f"rlnBeamTilt{axis}": f"{mrad:.6g}" for axis, mrad in zip("XY", tilt)}
+        texts.append(json.dumps(group) if group else "")
+    return {"relion_optics": np.array(texts, dtype=object)[of.reshape(-1)]}
+
+
+def _aberrations(texts: np.ndarray, spherical_aberration_mm: np.ndarray) -> dict[str, np.ndarray]:
+    """Fields of aberrations from the texts of optics groups; a beam tilt of RELION's is converted."""
+    known, of = np.unique(texts.astype(str), return_inverse=True)
+    groups = [json.loads(text) if text else {} for text in known.tolist()]
+    fields = {}
+    for label, (name, size) in _ABERRATIONS.items():
+        if any(label in group for group in groups):
+            values = [_numbers(group.get(label, ""), size) for group in groups]
+            fields[name] = np.array(values, np.float32)[of]
+    if "ctf/tilt_A" not in fields and any("rlnBeamTiltX" in group or "rlnBeamTiltY" in group for group in groups):
+        mrad = np.array([[_numbers(group.get(f"rlnBeamTilt{axis}", ""), 1)[0] for axis in "XY"] for group in groups])[of]
+        fields["ctf/tilt_A"] = (np.sin(mrad * 1e-3) * spherical_aberration_mm[:, None] * _ANGSTROM_PER_MM).astype(np.float32)
+    return fields
+
+
+def _numbers(text: str, count: int) -> list[float]:
+    """A list in a text; zeros, which mean none, where it holds anything but this many numbers: no stage depends on it."""
+    found, bad = floats(text.strip("[]").split(","))
+    return found.tolist() if len(found) == count and not len(bad) and np.isfinite(found).all() else [0.0] * count
 
 
 def _angles(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -66,6 +66,8 @@ class MrcHeader:
     voxel_size_angstrom : (z, y, x)
         As the header gives it: cell edge over sampling. None where it is unset; may be negative or NaN.
     origin_angstrom : (z, y, x)
+    start : (z, y, x)
+        Index of the first voxel in a larger map (nxstart, nystart, nzstart), brought into this order.
     cell_angles_deg : (alpha, beta, gamma)
     volumes : int
         More than one for a stack of volumes (space group 401 and above).
@@ -79,6 +81,7 @@ class MrcHeader:
     offset: int
     voxel_size_angstrom: tuple[float | None, float | None, float | None]
     origin_angstrom: tuple[float, float, float]
+    start: tuple[int, int, int]
     cell_angles_deg: tuple[float, float, float]
     volumes: int
 
@@ -102,6 +105,24 @@ class MrcHeader:
     def order(self) -> tuple[int, int, int]:
         """Axes of the file that are z, y and x: ``data.transpose(order)`` is `(z, y, x)`."""
         return self.axes.index(3), self.axes.index(2), self.axes.index(1)
+
+    @property
+    def offset_voxels(self) -> tuple[float, float, float] | None:
+        """Where the first voxel lies, `(z, y, x)`: by the origin, or where that is 0 by the start indices (as ChimeraX has it).
+
+        None where this says nothing: the map begins at 0, or is centred at 0 (programs write either for the same map), or has no
+        voxel size.
+        """
+        shape = tuple(self.file_shape[i] for i in self.order)
+        origin = [v if math.isfinite(v) else 0.0 for v in self.origin_angstrom]
+        if any(origin):
+            if not all(self.voxel_size_angstrom):
+                return None
+            z, y, x = (v / float(size or 1.0) for v, size in zip(origin, self.voxel_size_angstrom))
+        else:
+            z, y, x = (float(v) for v in self.start)
+        usual = all(abs(v) < 1.0 for v in (z, y, x)) or all(abs(v + n / 2) <= 1.0 for v, n in zip((z, y, x), shape))
+        return None if usual else (z, y, x)
 
 
 def read_header(path: str, error: type[CryodaskError]) -> MrcHeader:
@@ -206,6 +227,7 @@ def _headers(path: str, raw: bytes, order: str, size: int, error: type[CryodaskE
             offset=HEADER_BYTES + extended,
             voxel_size_angstrom=(voxel[0], voxel[1], x),
             origin_angstrom=(float(floats[51]), float(floats[50]), float(floats[49])),
+            start=(int(integers[4 + 2 - axes.index(3)]), int(integers[4 + 2 - axes.index(2)]), int(integers[4 + 2 - axes.index(1)])),
             cell_angles_deg=(float(floats[13]), float(floats[14]), float(floats[15])),
             volumes=max(1, sections // int(integers[9])) if 401 <= integers[22] <= 630 and integers[9] > 0 else 1,
         )

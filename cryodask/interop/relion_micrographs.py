@@ -38,12 +38,12 @@ def _optics_columns(exposures: Exposures, names: list[str]) -> dict[str, Any]:
     return columns
 
 
-def write_micrographs(exposures: Exposures, out: Path) -> list[Path]:
-    """``micrographs_ctf.star``, and the micrographs that it lists; nothing if there are none with a CTF."""
+def exported_micrographs(exposures: Exposures, out: Path) -> tuple[dict[str, Any], np.ndarray]:
+    """Write the micrographs that have a CTF; their columns, and their sizes `(micrograph, 2)` in pixels (y, x). Empty if there are none."""
     every = [d for label in exposures.givers("micrograph") for d in exposures.project.by_image_size(label)]
     pictures = {str(n): d["micrograph_dw"].sel(micrograph=n) for d in every for n in d["micrograph"].values}
     if not pictures:
-        return []
+        return {}, np.zeros((0, 2), int)
     values, fits = exposures.optics, exposures.figures("ctf", "defocus_u_angstrom")
     names = [n for n in exposures.items if n in pictures and (not fits or n in fits)]
     (out / "micrographs").mkdir(exist_ok=True)
@@ -55,7 +55,14 @@ def write_micrographs(exposures: Exposures, out: Path) -> list[Path]:
             found = {**values.get(name, {}), **exposures.figures(part, name)}
             if names and all(n in found for n in names):
                 columns[name] = np.array([found[n] for n in names])
-    if "defocus_u_angstrom" not in columns:
+    shapes = np.array([pictures[name].shape for name in names]).reshape(-1, 2)
+    return (columns, shapes) if "defocus_u_angstrom" in columns else ({}, shapes[:0])
+
+
+def write_micrographs(exposures: Exposures, out: Path) -> list[Path]:
+    """``micrographs_ctf.star``, and the micrographs that it lists; nothing if there are none with a CTF."""
+    columns, _ = exported_micrographs(exposures, out)
+    if not columns:
         return []
     path = out / "micrographs_ctf.star"
     star.write_micrographs_ctf(path, columns)

@@ -80,48 +80,69 @@ def project_from(path: str | Path, output: str | Path) -> Path:
         If the file cannot be used.
     """
     path, output = Path(path), _new(Path(output))
+    dark = False
     if path.suffix.lower() in (".cs", ".csg"):
-        path = _converted(path, output)
+        path, dark = _converted(path, output)
     if path.is_dir():
         fits = sorted(f for f in path.glob("*.txt") if not f.stem.endswith("_avrot"))
         path = _table_of_fits(fits, output) if fits and not _relion_tables(path) else _table_of(path)
-    tables = star.read_tables(path)
-    if "particles" in tables:
+    kind, table = _listed(path)
+    if kind == "particles":
         count = len(star.read_particles(path)["image_index"])
         steps = ["classify2d: {classes: 20}", "curate: {keep: auto}", "ab_initio: {symmetry: C1}      # point group of the molecule"]
         steps += ["refine3d: {symmetry: C1}", "mask", "postprocess"]
-        return _written(output, f"{count} particles from {path.name}", {"inputs": {"particles": _beside(path, output)}}, steps)
-    table: Any = tables.get("micrographs", tables.get("movies"))
-    if table is None:
-        raise StarError(
-            f"{path} lists neither micrographs nor particles.",
-            "it is another kind of STAR file",
-            "give one that lists movies, micrographs or particles",
-        )
-    if "rlnMicrographMetadata" in table or "rlnMicrographName" not in table:
+        given = yaml.safe_dump(
+            {"star": _beside(path, output), "invert": True}, default_flow_style=True, sort_keys=False, width=10**6
+        ).strip()
+        inputs = {} if dark else {"inputs": {"particles": _beside(path, output)}}
+        steps = [f"import_particles: {given}      # protein is dark in these images (blob/sign)", *steps] if dark else steps
+        return _written(output, f"{count} particles from {path.name}", inputs, steps)
+    if kind == "movies":
         return _from_star_of_movies(path, output, table)
     columns = star.read_micrographs(path)
     pixel = float(columns["pixel_size_angstrom"][0])
     steps = [] if "defocus_u_angstrom" in columns else ["ctf"]
-    about = f"{len(table)} micrographs from {path.name}"
+    about = f"{len(columns['micrograph_name'])} micrographs from {path.name}"
     return _written(output, about, {"inputs": {"micrographs": _beside(path, output)}}, [*steps, *_picking(150.0, pixel)])
 
 
-def _from_star_of_movies(path: Path, output: Path, table: Any) -> Path:
+def _listed(path: Path) -> tuple[str, dict[str, np.ndarray]]:
+    """What a STAR file lists, by the columns of its table (RELION 3.0 and older give the table no name), and that table."""
+    tables = star.read_tables(path)
+    found = next((tables[name] for name in ("particles", "images", "micrographs", "movies", "") if name in tables), None)
+    table = {} if found is None else {str(label): np.atleast_1d(np.asarray(values, object)) for label, values in found.items()}
+    if table and not len(next(iter(table.values()))):
+        raise InputError(f"{path} lists nothing.", "its table is empty", "rewrite it, or give another file")
+    if "rlnImageName" in table:
+        return "particles", table
+    if {"rlnMicrographMetadata", "rlnMicrographMovieName"} & set(table) and (
+        "rlnMicrographMetadata" in table or "rlnMicrographName" not in table
+    ):
+        return "movies", table
+    if "rlnMicrographName" in table:
+        return "micrographs", table
+    raise StarError(
+        f"{path} lists neither movies nor micrographs nor particles.",
+        "it is another kind of STAR file",
+        "give one with rlnImageName, rlnMicrographName or rlnMicrographMovieName",
+    )
+
+
+def _from_star_of_movies(path: Path, output: Path, table: dict[str, np.ndarray]) -> Path:
     """From ``movies.star``, or ``corrected_micrographs.star`` with its files of motion, which name movies, gain and doses.
 
     Movies of another folder, gain, dose or optics are a data set of their own.
     """
     columns = star.read_micrographs(path)
     known = "rlnMicrographMetadata" in table
-    general: list[Any] = [star.read_tables(_found(str(n), path))["general"] for n in table["rlnMicrographMetadata"]] if known else []
+    general = [_general(_found(str(n), path)) for n in table["rlnMicrographMetadata"]] if known else []
     names = [str(one["rlnMicrographMovieName"]) for one in general] if known else [str(n) for n in columns.get("movie_name", ())]
     groups: dict[tuple[Path, Path | None, Session], list[Path]] = {}
     for row, name in enumerate(names):
         file, one = _found(name, path), general[row] if known else {}
         gain = str(one.get("rlnMicrographGainName", ""))
         optics = {n: float(columns[n][row]) for n in ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast", "pixel_size_angstrom")}
-        dose, before = (float(one.get(f"rlnMicrograph{key}", default)) for key, default in (("DoseRate", 1.0), ("PreExposure", 0.0)))
+        dose, before = float(one.get("rlnMicrographDoseRate", 1.0)), float(one.get("rlnMicrographPreExposure", 0.0))
         session = Session(**optics, dose_per_frame=dose, pre_exposure=before)
         groups.setdefault((file.parent / f"*{file.suffix}", _found(gain, path) if gain else None, session), []).append(file)
     patterns = [pattern for pattern, _, _ in groups]
@@ -131,11 +152,23 @@ def _from_star_of_movies(path: Path, output: Path, table: Any) -> Path:
             "several sessions were copied into one folder",
             "sort them into folders, and list each as a data set of inputs",
         )
-    others = sum(len(list(pattern.parent.glob(pattern.name))) for pattern in patterns) - len(names)
-    about = f"{len(names)} movies from {path.name}" + (f"; the patterns below find {others} more" if others else "")
+    count = len({file for files in groups.values() for file in files})
+    others = sum(len(list(pattern.parent.glob(pattern.name))) for pattern in patterns) - count
+    about = f"{count} movies from {path.name}" + (f"; the patterns below find {others} more" if others else "")
     if not known:
         about += "; it does not say the dose: set dose_per_frame, and the gain"
     return _written(output, about, _movie_lines(list(groups), output))
+
+
+def _general(path: Path) -> dict[str, Any]:
+    """What a file of motion says of its movie."""
+    general = star.read_tables(path).get("general")
+    if not isinstance(general, dict) or "rlnMicrographMovieName" not in general:
+        raise InputError(f"{path} does not name its movie (rlnMicrographMovieName).", "", "run the motion correction again")
+    for label in ("rlnMicrographDoseRate", "rlnMicrographPreExposure"):
+        if isinstance(value := general.get(label, 0.0), str) or not np.isfinite(value):
+            raise InputError(f"{path}: {label} is {value!r}, not a number.", "", "correct it there")
+    return general
 
 
 def _found(name: str, path: Path) -> Path:
@@ -179,17 +212,23 @@ def _table_of_fits(fits: list[Path], output: Path) -> Path:
     return target
 
 
-def _converted(path: Path, output: Path) -> Path:
-    """A cryoSPARC table as a STAR file beside the output."""
+def _converted(path: Path, output: Path) -> tuple[Path, bool]:
+    """A cryoSPARC table as a STAR file beside the output, and whether protein is dark in its images."""
     target = _new(output.parent / f"{path.stem}.star")
     columns: dict[str, Any] = cryosparc.read_particles(path)
-    columns.pop("contrast_sign", None)
+    signs = np.unique(columns.pop("contrast_sign", np.ones(1, np.int64)))
+    if len(signs) > 1:
+        raise InputError(
+            f"{path} has images in which protein is bright and others in which it is dark (blob/sign).",
+            "particles of two imports were combined",
+            "export them separately, and merge them here",
+        )
     with disk_errors(target.parent):
         if "image_stack" in columns:
             columns["cryosparc_uid"] = columns["cryosparc_uid"].view(np.int64)
             columns["image_stack"] = np.array([_beside(_of_job(n, path), target) for n in columns["image_stack"]], dtype=object)
             star.write_particles(target, columns)
-            return target
+            return target, bool((signs < 0).any())
         columns = cryosparc.read_micrographs(path)
         if "micrograph_name" not in columns:
             raise InputError(f"{path} has neither particle images nor micrographs.", "", "give the .csg file of the result group")
@@ -197,7 +236,7 @@ def _converted(path: Path, output: Path) -> Path:
         columns["micrograph_name"] = np.array([_beside(_of_job(n, path), target) for n in columns["micrograph_name"]], dtype=object)
         columns.pop("movie_name", None)
         star.write_micrographs_ctf(target, columns)
-    return target
+    return target, False
 
 
 def _of_job(name: str, path: Path) -> Path:
@@ -268,13 +307,14 @@ def _written(output: Path, about: str, content: dict[str, Any], steps: list[str]
         f"# {about}",
         "# all settings: docs/project-file.md; check with:  cryodask run FILE --dry-run",
         f"name: {value(output.stem)}",
-        "inputs:",
     ]
     notes = {"gain": "multiplies the counts; gain_rotate and gain_flip turn it"}
-    if isinstance(content["inputs"], list):
-        lines += [f"  - {value(one)}" for one in content["inputs"]]
-    else:
-        lines += [f"  {key}: {value(text)}" + (f"      # {notes[key]}" if key in notes else "") for key, text in content["inputs"].items()]
+    if inputs := content.get("inputs"):
+        lines.append("inputs:")
+    if isinstance(inputs, list):
+        lines += [f"  - {value(one)}" for one in inputs]
+    elif inputs:
+        lines += [f"  {key}: {value(text)}" + (f"      # {notes[key]}" if key in notes else "") for key, text in inputs.items()]
     if steps is None:
         pixel = session.pixel_size_angstrom if session is not None else content["pixel_size_angstrom"]
         steps = ["motion", "ctf", *_picking(session.diameter_angstrom if session is not None else 150.0, pixel)]

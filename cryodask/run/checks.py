@@ -13,6 +13,7 @@ from cryodask.cluster.service import service
 from cryodask.cluster.service.whereabouts import folder_of, settings_of
 from cryodask.cluster.settings import AddressSettings, LocalSettings, PluginSettings, Settings, read_cluster_file
 from cryodask.errors import CryodaskError, ProgramMissingError
+from cryodask.run.headers import is_other_size, other_pixel_sizes
 from cryodask.run.known import movie_header
 from cryodask.run.offers import beyond_offers, offers_of
 from cryodask.run.recipe import Plan
@@ -22,7 +23,6 @@ _STORED_SHARE = 0.5
 """A chunked movie takes at least this fraction of its file size, because well-packed TIFF files are compressed already."""
 _SUM_BYTES = 8.0
 """Two sums in float32 for each pixel of a movie."""
-_PIXEL_TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,14 @@ def look_ahead(plan: Plan, project: Project | None, listing: list[Arrival], aske
     if found is not None:
         first, out.movie, pixel = found
         stated = plan.constants.get(str(first.inputs.get("data_set", "")), {}).get("pixel_size_angstrom")
-        if pixel and stated and abs(pixel / stated - 1.0) > _PIXEL_TOLERANCE:
+        if is_other_size(pixel, stated):
             out.warnings.append(
                 f"The header of {first.name} gives a pixel size of {pixel:.3f} A, the project file {stated:g} A. Check "
                 "microscope.pixel_size_angstrom (a super-resolution movie has half the physical pixel size)."
             )
         known = {item.content for item in project.items()} if project is not None else set()
         _check_disk(plan, [a for a in listing if a.content not in known], out.movie, out.problems)
+    out.warnings += other_pixel_sizes(plan, listing)
     if settings is not None:
         offers = offers_of(_with_workers(settings, asked.workers or plan.file.workers), where)
         out.problems += beyond_offers(plan, project, plan.steps, out.movie, offers)

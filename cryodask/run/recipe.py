@@ -57,9 +57,10 @@ class Inputs(Movies):
         return self
 
 
-def _within(name: str, description: str, default: Any = ...) -> Any:
-    """A field with the limits of a quantity."""
-    return Field(default, ge=LIMITS[name].least, le=LIMITS[name].most, description=description)
+def _within(name: str, description: str, default: Any = ..., *, above: bool = False) -> Any:
+    """A field with the limits of a quantity; ``above``: the lower limit itself is excluded."""
+    least: Any = {"gt" if above else "ge": LIMITS[name].least}
+    return Field(default, le=LIMITS[name].most, description=description, **least)
 
 
 class Microscope(StrictModel):
@@ -69,8 +70,8 @@ class Microscope(StrictModel):
     spherical_aberration_mm: float = _within("spherical_aberration_mm", "Cs, mm")
     amplitude_contrast: float = _within("amplitude_contrast", "amplitude contrast, as a fraction", 0.1)
     pixel_size_angstrom: float = _within("pixel_size_angstrom", "pixel size of the movies, Angstrom")
-    dose_per_frame: float = Field(1.0, gt=0, description="exposure per frame, electrons per square Angstrom")
-    pre_exposure: float = Field(0.0, ge=0, description="exposure before the first frame, electrons per square Angstrom")
+    dose_per_frame: float = _within("dose_per_frame", "exposure per frame, electrons per square Angstrom", 1.0, above=True)
+    pre_exposure: float = _within("pre_exposure", "exposure before the first frame, electrons per square Angstrom", 0.0)
 
 
 class DataSet(Movies):

@@ -134,7 +134,7 @@ def parts_used(step: Step, port: Port) -> tuple[str, ...]:
 def variable_sources(plan: Plan, step: Step) -> dict[str, str]:
     """Source of each variable that a stage needs: ``inputs``, ``particles``, or the step (``LABEL``, ``LABEL@PLACE``) of its part.
 
-    Values that a source such as ``ingest`` gives without storing them (optics) come from the registry.
+    Values that a source such as ``ingest`` gives without storing them (optics) come from the registry, and so does all that it needs.
 
     A variable whose part is missing is left out: it is optional, or the plan would have refused the step.
     """
@@ -145,7 +145,7 @@ def variable_sources(plan: Plan, step: Step) -> dict[str, str]:
         if name == "particle_id" or (place is not None and place[0] == "particles"):
             if name == "particle_id" or (place is not None and _has(step, ports.get("particles"), place[1])):
                 out[name] = PARTICLES
-        elif place is None or name == "gain":
+        elif place is None or name == "gain" or not step.stage.ports:
             out[name] = INPUTS
         elif _has(step, ports.get(place[0]), place[1]):
             ref = step.inputs[ports[place[0]].name][0].parts[place[1]]

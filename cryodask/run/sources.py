@@ -18,6 +18,7 @@ from cryodask.formats.presence import show_name
 from cryodask.formats.star import stem
 from cryodask.parameters import marked_fields
 from cryodask.run.content import content_id, stamp
+from cryodask.run.headers import check_places
 from cryodask.run.imports import PicksImport, TableImport
 from cryodask.run.project_import import ProjectImport
 from cryodask.run.recipe import Plan, Step, list_movies
@@ -236,6 +237,7 @@ def check_files(plan: Plan) -> None:
     for step in plan.steps:
         if step.stage.name == "import_map" and step.params.half_maps:
             _check_half_maps([open_mrc(path) for path in step.params.half_maps])
+    check_places(plan)
 
 
 def _check_half_maps(halves: list[Any]) -> None:

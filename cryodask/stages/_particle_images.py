@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,14 @@ _RING = 0.375
 _NORMAL_MEAN, _NORMAL_SPREAD = 0.5, 2.0
 
 
-def imported_images(star: str, micrograph: str, rows: Mapping[str, Any], pixel_size_angstrom: float | None) -> np.ndarray:
+def imported_images(
+    star: str, micrograph: str, rows: Mapping[str, Any], pixel_size_angstrom: float | None, *, invert: bool = False
+) -> np.ndarray:
     """Images `(n, y, x)` of the particles of a micrograph, float32, protein white.
 
     Those that were phase-flipped are flipped back with the CTF of their rows, those whose background is far from mean 0 and standard
-    deviation 1 are normalised, and with ``pixel_size_angstrom`` all are scaled to it in Fourier space, in a box of ``rows["size"]`` pixels.
+    deviation 1 are normalised, and with ``pixel_size_angstrom`` all are scaled to it in Fourier space. ``rows["size"]``: their box in
+    pixels, or None for the one that they have. ``invert``: protein is dark in the stacks.
 
     Raises
     ------
@@ -46,7 +50,8 @@ def imported_images(star: str, micrograph: str, rows: Mapping[str, Any], pixel_s
         )
     pixel = np.asarray(rows.get("particle_pixel_size_angstrom", np.ones(len(images))), np.float64)
     kinds = sorted({(len(image), one) for image, one in zip(images, pixel.tolist())})
-    if pixel_size_angstrom is None and (len({box for box, _ in kinds}) > 1 or pixel.max() > SAME_PIXEL_SIZE * pixel.min()):
+    size, several = rows.get("size"), len({box for box, _ in kinds}) > 1
+    if (size is None and several) or (pixel_size_angstrom is None and pixel.max() > SAME_PIXEL_SIZE * pixel.min()):
         raise MicrographError(
             f"{micrograph} has images of {' and '.join(f'{box} pixels of {one:g} A' for box, one in kinds)}.",
             "the file combines two extractions",
@@ -54,10 +59,11 @@ def imported_images(star: str, micrograph: str, rows: Mapping[str, Any], pixel_s
         )
     out: np.ndarray | None = None
     for box, one in kinds:
-        here = np.flatnonzero([len(image) == box and size == one for image, size in zip(images, pixel.tolist())])
-        stack = _normalised(_unflipped(np.stack([images[i] for i in here]), {n: np.asarray(v)[here] for n, v in _ctf(rows).items()}, one))
-        if pixel_size_angstrom is not None:
-            stack = _scaled(stack, one, pixel_size_angstrom, int(rows["size"]))
+        here = np.flatnonzero([len(image) == box and its == one for image, its in zip(images, pixel.tolist())])
+        stack = np.stack([-images[i] if invert else images[i] for i in here])
+        stack = _normalised(_unflipped(stack, {n: np.asarray(v)[here] for n, v in _ctf(rows).items()}, one))
+        if size is not None:
+            stack = _scaled(stack, one, pixel_size_angstrom or one, int(size))
         out = np.empty((len(images), *stack.shape[1:]), np.float32) if out is None else out
         out[here] = stack
     assert out is not None
@@ -160,7 +166,10 @@ def _normalised(images: np.ndarray) -> np.ndarray:
 
 
 def _scaled(images: np.ndarray, pixel_size_angstrom: float, wanted_angstrom: float, size: int) -> np.ndarray:
-    """Images `(n, size, size)` of another pixel size, their centres still at n // 2, their background normalised again."""
+    """Images `(n, size, size)` of another pixel size, their centres still at n // 2, their background normalised again.
+
+    Where they are smaller than that they are mirrored at their edges, as micrographs are in ``extract``.
+    """
     box = images.shape[-1]
     same = 1.0 / SAME_PIXEL_SIZE < wanted_angstrom / pixel_size_angstrom < SAME_PIXEL_SIZE
     if same and size == box:
@@ -171,6 +180,12 @@ def _scaled(images: np.ndarray, pixel_size_angstrom: float, wanted_angstrom: flo
     from cryodask.kernels.fourier import resize_images
     from cryodask.stages.extract import common_scale
 
+    whole = 2 * math.floor(box * pixel_size_angstrom / wanted_angstrom / 2 + 1e-3)
+    if size > whole:
+        before = size // 2 - whole // 2
+        inner = images if same and whole == box else _scaled(images, pixel_size_angstrom, wanted_angstrom, whole)
+        wider = np.pad(inner, ((0, 0), *((before, size - whole - before),) * 2), mode="symmetric")
+        return normalise_background(torch.from_numpy(wider), _RING * size, ramp=False).numpy()
     cut, reduced = (size, size) if same else common_scale(pixel_size_angstrom, wanted_angstrom, size)
     # the ratio of integers may need a box that is larger than the images: their background has mean 0
     wide = np.zeros((len(images), cut, cut), np.float32)

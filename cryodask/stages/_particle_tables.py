@@ -11,7 +11,7 @@ import numpy as np
 
 from cryodask.errors import InputError, MicrographError
 from cryodask.formats.mrc import open_mrc
-from cryodask.formats.star import COLUMNS, LEAST_DEFOCUS, ParticleTable
+from cryodask.formats.star import COLUMNS, ParticleTable, in_micrometres
 from cryodask.stages._particle_images import SAME_PIXEL_SIZE, stack_beside
 from cryodask.vocabulary import CTF_COLUMNS, OPTICS
 
@@ -32,13 +32,17 @@ def check_table(star: str, table: ParticleTable, *, images: bool) -> None:
         Of subtomograms; if the images are used, of images that were multiplied by their CTF.
     """
 
-    def some(name: str, value: int) -> int:
-        return int((table.columns.get(name, np.zeros(0)) == value).sum())
+    def unlike(name: str, value: int) -> int:
+        return int((table.columns.get(name, np.zeros(0)) != value).sum())
 
-    if some("image_dimensions", 3):
-        raise InputError(f"{some('image_dimensions', 3):,} rows of {star} are subtomograms.", "", "give a table of images")
-    count = len(table) - some("ctf_premultiplied", 0)
-    if images and "ctf_premultiplied" in table.columns and count:
+    if count := unlike("image_dimensions", 2):
+        raise InputError(
+            f"{count:,} rows of {star} are not images but have another rlnImageDimensionality, such as subtomograms.",
+            "",
+            "give a table of images",
+        )
+    count = unlike("ctf_premultiplied", 0)
+    if images and count:
         raise InputError(
             f"{count:,} images of {star} were multiplied by their CTF (rlnCtfDataAreCtfPremultiplied), and no stage can use these.",
             "",
@@ -46,17 +50,17 @@ def check_table(star: str, table: ParticleTable, *, images: bool) -> None:
         )
 
 
-def kinds_of_images(star: str, table: ParticleTable, pixel_size_angstrom: float | None) -> int | None:
-    """The common box in pixels for images that are to be scaled, else None.
+def kinds_of_images(star: str, table: ParticleTable, pixel_size_angstrom: float | None, wanted_box: int | None = None) -> int | None:
+    """The common box in pixels for images that are to be scaled, cropped or padded, else None.
 
     Raises
     ------
     InputError
-        If the table says that boxes or pixel sizes differ and no scale is asked for, or the scale is finer than an image.
+        If the table says that boxes or pixel sizes differ and nothing else is asked for, or the scale is finer than an image.
     """
     pixel = table.columns.get("particle_pixel_size_angstrom", np.ones(len(table)))
     box = table.columns.get("box")
-    if box is None and pixel_size_angstrom is not None:
+    if box is None and pixel_size_angstrom is not None and wanted_box is None:
         box = np.array([_box(star, name) for name in table.stacks], np.int64)[table.stack]
     pairs = np.unique(np.stack([box if box is not None else np.zeros(len(table)), pixel], 1)[table.order], axis=0)
     kinds = {(int(edge), float(one)) for edge, one in pairs}
@@ -70,15 +74,15 @@ def kinds_of_images(star: str, table: ParticleTable, pixel_size_angstrom: float 
                 "",
                 f"images are downscaled, not enlarged: set {coarsest:g} or more",
             )
-        return common_size(kinds, pixel_size_angstrom)
-    if len({edge for edge, _ in kinds}) > 1 or coarsest > SAME_PIXEL_SIZE * finest:
+        return wanted_box or common_size(kinds, pixel_size_angstrom)
+    if (len({edge for edge, _ in kinds}) > 1 and wanted_box is None) or coarsest > SAME_PIXEL_SIZE * finest:
         text = " and ".join(f"{f'{edge} pixels of ' if edge else ''}{one:g} A" for edge, one in sorted(kinds))
         raise InputError(
             f"{star} has images of {text}.",
             "its optics groups have other magnifications or boxes",
             f"set import_particles: {{pixel_size_angstrom: {coarsest:g}}} to scale all to the coarsest, or import each group by itself",
         )
-    return None
+    return wanted_box
 
 
 def common_size(kinds: Iterable[tuple[int, float]], pixel_size_angstrom: float) -> int:
@@ -107,10 +111,10 @@ def one_optics(star: str, micrograph: str, rows: Mapping[str, Any]) -> dict[str,
                 "remove them from the STAR file",
             )
     for name in ("defocus_u_angstrom", "defocus_v_angstrom"):
-        largest = np.abs(rows[name]).max(initial=0) if name in rows else 0.0
-        if 0 < largest < LEAST_DEFOCUS:
+        if name in rows and (small := in_micrometres(rows[name])).any():
             raise MicrographError(
-                f"{_RELION[name]} of the particles of {micrograph} is at most {largest:g} A in {star}.",
+                f"{_RELION[name]} of {small.sum()} of {len(small)} particles of {micrograph} is at most "
+                f"{np.abs(rows[name])[small].max():g} A in {star}.",
                 "it is in micrometres",
                 "write it in Angstrom",
             )
@@ -142,12 +146,12 @@ def uncorrected(table: ParticleTable) -> list[str]:
     tilt = max((math.hypot(_number(g.get("rlnBeamTiltX")), _number(g.get("rlnBeamTiltY"))) for g in groups), default=0.0)
     if tilt > 0:
         out.append(f"beam tilt of up to {tilt:.2g} mrad is kept for the export, but not corrected here")
-    if any(_is_set(g.get(name)) for g in groups for name in ("rlnOddZernike", "rlnEvenZernike")):
-        out.append("higher-order aberrations (rlnOddZernike, rlnEvenZernike) are kept for the export, but not corrected here")
+    if any(_is_set(g.get(name)) for g in groups for name in ("rlnOddZernike", "rlnEvenZernike", "cryosparcTrefoil", "cryosparcTetrafoil")):
+        out.append("higher-order aberrations (trefoil, tetrafoil and others) are kept for the export, but not corrected here")
     stretch = max((_stretch(g) for g in groups), default=0.0)
     if stretch > 0:
         out.append(
-            f"a magnification that differs from the pixel size by up to {100 * stretch:.2g} % in a direction (rlnMagMat) is kept for the "
+            f"a magnification that differs from the pixel size by up to {100 * stretch:.2g} % in a direction is kept for the "
             "export, but not corrected here"
         )
     return out
@@ -166,9 +170,9 @@ def _is_set(text: str | None) -> bool:
 
 
 def _stretch(group: Mapping[str, str]) -> float:
-    """Largest deviation of a magnification matrix from the identity."""
+    """Largest deviation of a magnification matrix from the identity, which cryoSPARC leaves out."""
     labels = ("rlnMagMat00", "rlnMagMat01", "rlnMagMat10", "rlnMagMat11")
-    if not all(label in group for label in labels):
-        return 0.0
-    matrix = np.array([_number(group[label]) for label in labels]).reshape(2, 2)
-    return float(np.linalg.norm(matrix - np.eye(2), 2))
+    deviations = [np.array([_number(one) for one in group.get("cryosparcAnisomag", "0,0,0,0").strip("[]").split(",")])]
+    if all(label in group for label in labels):
+        deviations.append(np.array([_number(group[label]) for label in labels]) - np.eye(2).ravel())
+    return max(float(np.linalg.norm(one.reshape(2, 2), 2)) for one in deviations if one.size == 4)

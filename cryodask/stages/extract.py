@@ -132,7 +132,7 @@ def _check(params: ExtractParams, inputs: dict[str, list[Product]]) -> Iterator[
 
 
 @stage(
-    version=2,
+    version=3,
     needs=["micrograph_dw", "pixel_size_angstrom", "particle_id", "position_y_angstrom", "position_x_angstrom"],
     optional=[name for pair in CENTRES for name in pair],
     gives=[

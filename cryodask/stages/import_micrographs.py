@@ -10,7 +10,7 @@ from pydantic import Field
 
 from cryodask.errors import InputError, MicrographError
 from cryodask.formats.mrc import read_mrc
-from cryodask.formats.star import read_labels, read_optics
+from cryodask.formats.star import in_micrometres, read_labels, read_optics
 from cryodask.stage import Context, Output, Params, SourceFile, stage
 
 
@@ -27,12 +27,31 @@ def _outputs(params: ImportMicrographsParams) -> tuple[Output, ...]:
     return (Output("exposures", "exposures", ("micrograph", "optics", *ctf), pixel_sizes=sizes),)
 
 
-@stage(version=1, needs=["micrograph_path"], ports=[], outputs=_outputs, gives=["micrograph_sum", "micrograph_dw"])
-def import_micrographs(params: ImportMicrographsParams, *, micrograph_path: str, context: Context) -> dict[str, Any]:
+@stage(
+    version=1,
+    needs=["micrograph_path"],
+    optional=["defocus_u_angstrom", "defocus_v_angstrom"],
+    ports=[],
+    outputs=_outputs,
+    gives=["micrograph_sum", "micrograph_dw"],
+)
+def import_micrographs(
+    params: ImportMicrographsParams,
+    *,
+    micrograph_path: str,
+    defocus_u_angstrom: float | None = None,
+    defocus_v_angstrom: float | None = None,
+    context: Context,
+) -> dict[str, Any]:
     """Read motion-corrected micrographs (MRC) listed in a STAR file.
 
     The image is used both as plain and as dose-weighted sum, because the file does not say which of the two it is.
     """
+    for name, defocus in (("rlnDefocusU", defocus_u_angstrom), ("rlnDefocusV", defocus_v_angstrom)):
+        if defocus is not None and in_micrometres(np.array([defocus])).any():
+            raise MicrographError(
+                f"{name} of {micrograph_path} is {defocus:g} A in {params.star}.", "it is in micrometres", "write it in Angstrom"
+            )
     try:
         image, _ = read_mrc(micrograph_path)
     except InputError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from cryodask.errors import InputError
 from cryodask.formats.star import ParticleTable, read_labels, read_optics, read_particle_table
@@ -44,6 +44,21 @@ class ImportParticlesParams(Params):
         description="pixel size to which the images are scaled in Fourier space, for a file with several pixel sizes or boxes, Angstrom; "
         "at least the largest of them. The box is the shortest of them in Angstrom",
     )
+    box: int | None = Field(
+        None,
+        ge=8,
+        description="box size of the images, pixels, even: after scaling they are cropped to it, or padded with their mirrored edges, so "
+        "that they can be merged with others",
+    )
+
+    invert: bool = Field(False, description="invert the contrast of the images: in the file protein is dark")
+
+    @field_validator("box")
+    @classmethod
+    def _even(cls, box: int | None) -> int | None:
+        if box is not None and box % 2:
+            raise ValueError(f"must be even, {box} is odd (RELION and cryodask define the origin of odd boxes differently)")
+        return box
 
 
 def _outputs(params: ImportParticlesParams) -> tuple[Output, ...]:
@@ -60,9 +75,10 @@ def _outputs(params: ImportParticlesParams) -> tuple[Output, ...]:
     parts = tuple(part for part, there in has.items() if there)
     sizes = frozenset(g["pixel_size_angstrom"] for g in groups if "pixel_size_angstrom" in g)
     images = {(int(g["box"]), g["particle_pixel_size_angstrom"]) for g in groups if g.keys() >= {"box", "particle_pixel_size_angstrom"}}
-    wanted = getattr(params, "pixel_size_angstrom", None)
-    if wanted and images and all(g.keys() >= {"box", "particle_pixel_size_angstrom"} for g in groups):
-        images = {(common_size(images, wanted), wanted)}
+    wanted, box = getattr(params, "pixel_size_angstrom", None), getattr(params, "box", None)
+    if images and all(g.keys() >= {"box", "particle_pixel_size_angstrom"} for g in groups):
+        images = {(common_size(images, wanted), wanted)} if wanted else images
+        images = {(box, pixel) for _, pixel in images} if box else images
     image = images.pop() if len(images) == 1 and has["image"] else None
     return (
         Output("exposures", "exposures", ("optics",), pixel_sizes=sizes),
@@ -100,14 +116,14 @@ def rows_of(table: ParticleTable, rows: np.ndarray) -> dict[str, Any]:
 
 
 def checked(table: ParticleTable, params: ImportParticlesParams) -> int | None:
-    """Refuse a table that the stage cannot use; the box of its images in pixels, if they are scaled.
+    """Refuse a table that the stage cannot use; the box of its images in pixels, if they are scaled, cropped or padded.
 
     Raises
     ------
     InputError
     """
     check_table(params.star, table, images=params.images)
-    return kinds_of_images(params.star, table, params.pixel_size_angstrom) if params.images else None
+    return kinds_of_images(params.star, table, params.pixel_size_angstrom, params.box) if params.images else None
 
 
 @stage(
@@ -172,7 +188,7 @@ def import_particles(
     # a reimported table may no longer have rows of an exposure
     images: Any = _NoImages()
     if params.images and count:
-        images = imported_images(particles_path, micrograph_name, rows, params.pixel_size_angstrom)
+        images = imported_images(particles_path, micrograph_name, rows, params.pixel_size_angstrom, invert=params.invert)
     return {
         "particle_image": images,
         "particle_y": box[0],

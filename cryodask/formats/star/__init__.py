@@ -6,8 +6,8 @@ later; a table of RELION 3.0 is read if it has its own optics columns, and refus
 """
 
 from cryodask.formats.star.head import read_labels, read_optics
-from cryodask.formats.star.names import ALIASES, COLUMNS, OPTICS, Column, bare, stem
-from cryodask.formats.star.numbers import LEAST_DEFOCUS
+from cryodask.formats.star.names import ALIASES, COLUMNS, CRYOSPARC, OPTICS, Column, bare, stem
+from cryodask.formats.star.numbers import in_micrometres
 from cryodask.formats.star.particles import ParticleTable, read_particle_table
 from cryodask.formats.star.read import Columns, find_beside, read_coordinates, read_micrographs, read_particles
 from cryodask.formats.star.tables import Tables, read_tables, write_tables
@@ -23,7 +23,7 @@ from cryodask.formats.star.write import (
 __all__ = [
     "ALIASES",
     "COLUMNS",
-    "LEAST_DEFOCUS",
+    "CRYOSPARC",
     "OPTICS",
     "Column",
     "Columns",
@@ -31,6 +31,7 @@ __all__ = [
     "Tables",
     "bare",
     "find_beside",
+    "in_micrometres",
     "read_coordinates",
     "read_labels",
     "read_micrographs",

@@ -65,9 +65,12 @@ OPTICS = (
     Column("ctf_premultiplied", "rlnCtfDataAreCtfPremultiplied", "i8"),
     Column("phase_flipped", "rlnCtfDataArePhaseFlipped", "i8"),
 )
+CRYOSPARC = ("cryosparcShift", "cryosparcTilt", "cryosparcTrefoil", "cryosparcTetrafoil", "cryosparcAnisomag")
+"""Aberrations in cryoSPARC's own numbers, as lists, for the way back."""
 KEPT = (
     *("rlnBeamTiltX", "rlnBeamTiltY", "rlnOddZernike", "rlnEvenZernike"),
     *("rlnMagMat00", "rlnMagMat01", "rlnMagMat10", "rlnMagMat11", "rlnMtfFileName", "rlnMtfOriginalPixelSize"),
+    *CRYOSPARC,
 )
 """Columns of optics groups that are carried along as RELION writes them, in one text per row (``relion_optics``)."""
 ALIASES = {

@@ -21,8 +21,9 @@ _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _MISSING = re.compile(r"[+-]?(?:nan|inf|infinity)|<na>", re.IGNORECASE)
 _MOST = 1 << 63
-LEAST_DEFOCUS = 20.0
-"""Defoci below this are no defoci in Angstrom."""
+_LEAST_DEFOCUS = 20.0
+"""Defoci below this, but for 0, are no defoci in Angstrom if the others are not near focus either."""
+_NEAR_FOCUS = 1000.0
 
 
 def whole(texts: Sequence[str]) -> np.ndarray | None:
@@ -82,6 +83,15 @@ def check_limits(path: Path, columns: Mapping[str, Any], of: str, number: Callab
                 "it is in another unit, or the columns are shifted relative to the header",
                 "correct it there",
             )
-        size = np.abs(values[~missing & (values != 0)])
-        if name in ("defocus_u_angstrom", "defocus_v_angstrom") and len(size) and size.max() < LEAST_DEFOCUS:
-            raise StarError(f"{path}: {relion} is at most {size.max():g} A in all rows.", "it is in micrometres", "write it in Angstrom")
+        known = values[~missing & (values != 0)]
+        if name in ("defocus_u_angstrom", "defocus_v_angstrom") and len(known) and in_micrometres(known).all():
+            most = np.abs(known).max()
+            raise StarError(f"{path}: {relion} is at most {most:g} A in all rows.", "it is in micrometres", "write it in Angstrom")
+
+
+def in_micrometres(defocus_angstrom: np.ndarray) -> np.ndarray:
+    """Which of some defoci that belong together cannot be in Angstrom: all are too small, or some while half of them are far from focus."""
+    size = np.abs(np.asarray(defocus_angstrom, np.float64))
+    small = (size > 0) & (size < _LEAST_DEFOCUS)
+    known = size[size > 0]
+    return small if small.any() and (small[size > 0].all() or np.median(known) > _NEAR_FOCUS) else np.zeros(len(size), bool)

@@ -44,6 +44,9 @@ def read_micrographs(path: str | Path) -> Columns:
     columns = _read(path, ("micrographs", "movies"), need="pixel_size_angstrom")
     if "micrograph_name" not in columns and "movie_name" not in columns:
         raise missing_column(path, "rlnMicrographName")
+    if "defocus_u_angstrom" in columns:  # a table without astigmatism
+        columns.setdefault("defocus_v_angstrom", columns["defocus_u_angstrom"])
+        columns.setdefault("defocus_angle_deg", np.zeros(_length(columns["defocus_u_angstrom"])))
     return {name: _decoded(values) for name, values in columns.items()}
 
 
@@ -79,7 +82,7 @@ def _split(path: Path, names: Coded) -> Images:
     bad = [
         number + sign + stack
         for number, sign, stack in parts
-        if not (number.isascii() and number.isdigit() and sign and stack and int(number) > 0)
+        if not (number.isascii() and number.isdigit() and sign and stack and 0 < int(number) < 2**31)
     ]
     if bad:
         raise StarError(
@@ -173,6 +176,7 @@ def _read(path: Path, blocks: tuple[str, ...], need: str, *, keep: Collection[st
     columns = dict(_translate(path, table, COLUMNS))
     check_limits(path, columns, "row", lambda row: row + 1)
     _check_names(path, columns)
+    _check_astigmatism(path, columns)
     optics = tables.get("optics")
     columns.update({} if optics is None else _spread_optics(path, optics, columns))
     columns.update(_optics_of_rows(path, table, columns))
@@ -325,8 +329,15 @@ def _both_kept(columns: Read, own: Read) -> Read:
     return {"relion_optics": Coded(codes.astype(np.int32), texts)}
 
 
+def _check_astigmatism(path: Path, columns: Read) -> None:
+    """A defocus that depends on the direction needs an angle."""
+    u, v = columns.get("defocus_u_angstrom"), columns.get("defocus_v_angstrom")
+    if isinstance(u, np.ndarray) and isinstance(v, np.ndarray) and "defocus_angle_deg" not in columns and (np.abs(u - v) > 1.0).any():
+        raise missing_column(path, "rlnDefocusAngle")
+
+
 def _check_names(path: Path, columns: Read) -> None:
     for name, relion in (("micrograph_name", "rlnMicrographName"), ("movie_name", "rlnMicrographMovieName")):
         values = columns.get(name)
-        if isinstance(values, Coded) and (bad := [one for one in values.names if stem(one) in ("", ".", "..")]):
+        if isinstance(values, Coded) and (bad := [one for one in values.names if stem(one) in ("", ".", "..") or not one.isprintable()]):
             raise StarError(f"{path}: {relion} {bad[0]!r} is not the name of a file", "", "correct it, or remove its rows")

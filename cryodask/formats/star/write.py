@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cryodask.errors import StarError
-from cryodask.formats.star.names import ALIASES, COLUMNS, KEPT, OPTICS, Column
+from cryodask.formats.star.names import ALIASES, COLUMNS, CRYOSPARC, KEPT, OPTICS, Column
 from cryodask.formats.star.tables import write_tables
 from cryodask.vocabulary import CTF_COLUMNS
 from cryodask.vocabulary import OPTICS as GROUP_OPTICS
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _NO_FACTOR = {"ctf_b_factor_angstrom2": 0.0, "ctf_scale_factor": 1.0}
 """What RELION writes where a particle has no such factor."""
 _NEUTRAL = {"rlnMagMat00": "1", "rlnMagMat11": "1", "rlnOddZernike": "[0,0,0,0,0,0]", "rlnEvenZernike": "[0,0,0,0,0,0,0,0,0]"}
+_NEUTRAL |= {label: "[0,0,0,0]" if label in ("cryosparcTetrafoil", "cryosparcAnisomag") else "[0,0]" for label in CRYOSPARC}
 """Texts of an optics group without aberrations; all others are 0."""
 
 

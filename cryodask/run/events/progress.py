@@ -14,10 +14,11 @@ from rich.progress import Progress as Bars
 
 from cryodask.run import events as of
 from cryodask.run.events import Event
+from cryodask.run.events.quarantined import reason_of
 
 _LOG_EVERY_SECONDS = 60.0
 _EXPLAINED = 20
-"""Number of quarantined exposures that are printed with reason and advice; further ones take one line each."""
+"""Reasons for which exposures are quarantined that are printed with advice; further exposures take one line each."""
 
 
 def text_of(event: Event, *, every_exposure: bool = False) -> str:
@@ -108,7 +109,7 @@ class Terminal:
         self.console = Console(file=stream or sys.stdout, quiet=verbosity < 0, highlight=False, soft_wrap=True)
         self._verbose, self._moving = verbosity > 0, self.console.is_terminal and verbosity >= 0
         self._pace, self._note, self._logged = Pace(), "", 0.0
-        self._quarantined = 0
+        self._reasons: set[str] = set()
         self._bars: Bars | None = None
         self._bar: TaskID | None = None
 
@@ -119,8 +120,9 @@ class Terminal:
             self.close()
         text = text_of(event, every_exposure=self._verbose)
         if isinstance(event, of.ExposureQuarantined):
-            self._quarantined += 1
-            text = text if self._quarantined <= _EXPLAINED else text.splitlines()[0]
+            reason = reason_of(event.name, event.message)
+            text = text if reason not in self._reasons and len(self._reasons) < _EXPLAINED else text.splitlines()[0]
+            self._reasons.add(reason)
         if text:
             self.console.print(text, markup=False)
         if isinstance(event, of.StepStarted):
