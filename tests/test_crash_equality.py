@@ -38,8 +38,8 @@ pipeline:
   - extract: {{box: 128, scale_to: 32}}
   - classify2d: {{classes: 2, iterations: 7}}
   - curate: {{keep: all}}
-  - extract as full: {{box: 160, scale_to: 40, recentre: true}}
-  - refine3d: {{reference: truth/map_32_7.08A.mrc, symmetry: D2, iterations: 3}}
+  - extract as full: {{box: 160, scale_to: 32, recentre: true}}
+  - refine3d: {{reference: truth/map_32_7.08A.mrc, symmetry: D2, iterations: 2}}
   - refine3d as small: {{symmetry: D2, iterations: 1, from: {{particles: curate, map: refine3d}}}}
 cluster: {address}
 """
@@ -53,7 +53,7 @@ def session(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=[4, pytest.param(1, marks=pytest.mark.slow)], ids=lambda threads: f"{threads} threads")
+@pytest.fixture(scope="module", params=[2, pytest.param(1, marks=pytest.mark.slow)], ids=lambda threads: f"{threads} threads")
 def cluster(request):
     with ProcessCluster(2, threads=request.param) as made:
         yield made
