@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,36 +27,70 @@ from cryodask.stage import STAGES, Params, stage
 REPOSITORY = Path(__file__).parents[1]
 PAGE = REPOSITORY / "docs" / "own-stage.md"
 PARTS = ("ice_ring", "npy", "csv", "threads")
+Python = Callable[..., subprocess.CompletedProcess]
 
 
-def shell(line: str, folder: Path, *installed: Path) -> subprocess.CompletedProcess:
-    """A line of the page, where packages are installed in folders."""
-    words = [sys.executable, "-m", "cryodask.cli", *shlex.split(line)[1:]]
-    path = os.pathsep.join(map(str, [*installed, REPOSITORY]))
-    return subprocess.run(words, cwd=folder, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
-
-
-def shells(lines: Sequence[str], folder: Path, *installed: Path) -> subprocess.CompletedProcess:
-    """Lines of the page, one after the other in one process; it ends with the first that fails."""
-    code = f"""
-import shlex, sys
-from cryodask.cli import main
-for line in {list(lines)!r}:
-    sys.argv = shlex.split(line)
+# imported once and forked for every line: nothing that looks for packages when it is imported, and nothing that starts threads
+FRESH = """
+import json, os, sys, traceback
+import cryodask.cli, cryodask.cli_plan, cryodask.formats.movies, cryodask.stages, cryodask.cluster.settings
+for line in sys.stdin:
+    asked = json.loads(line)
+    process = os.fork()
+    if process:
+        print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+        continue
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(os.path.join(asked["said"], name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.chdir(asked["folder"])
+    sys.path[:0] = ["", *asked["path"]]
+    os.environ["PYTHONPATH"] = os.pathsep.join([*asked["path"], os.environ["PYTHONPATH"]])
+    status = 1
     try:
-        main()
+        exec(compile(asked["code"], "<string>", "exec"), {"__name__": "__main__"})
+        status = 0
     except SystemExit as ended:
-        if ended.code:
-            sys.exit(f"{{line}}: exit status {{ended.code}}")
+        status = ended.code or 0
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
+            status = 1
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(status)
 """
-    return python(code, folder, *installed)
 
 
-def python(code: str, folder: Path, *installed: Path) -> subprocess.CompletedProcess:
-    path = os.pathsep.join(map(str, [*installed, REPOSITORY]))
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
-    )
+@pytest.fixture(scope="module")
+def python(tmp_path_factory) -> Iterator[Python]:
+    """``python(code, folder, *installed)``: as by ``python -c`` in a folder, where packages are installed in others."""
+    said = tmp_path_factory.mktemp("said")
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    fresh = subprocess.Popen([sys.executable, "-c", FRESH], env={**os.environ, "PYTHONPATH": path}, stdin=-1, stdout=-1, text=True)
+    assert fresh.stdin is not None
+    assert fresh.stdout is not None
+
+    def run(code: str, folder: Path, *installed: Path) -> subprocess.CompletedProcess:
+        asked = {"code": code, "folder": str(folder), "path": [*map(str, installed)], "said": str(said)}
+        fresh.stdin.write(json.dumps(asked) + "\n")
+        fresh.stdin.flush()
+        status = int(fresh.stdout.readline())
+        return subprocess.CompletedProcess([code], status, (said / "out").read_text(), (said / "err").read_text())
+
+    yield run
+    fresh.stdin.close()
+    fresh.wait()
+    fresh.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def shell(python) -> Python:
+    """``shell(line, folder, *installed)``: a line of the page, where packages are installed in folders."""
+
+    def run(line: str, folder: Path, *installed: Path) -> subprocess.CompletedProcess:
+        return python(f"import shlex, sys; from cryodask.cli import main; sys.argv = shlex.split({line!r}); main()", folder, *installed)
+
+    return run
 
 
 def install(source: Path, target: Path) -> Path:
@@ -98,13 +132,14 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def used(folder) -> Path:
+def used(folder, shell) -> Path:
     """The commands of the page have been carried out."""
     (made, listed), run = [text.strip().splitlines() for text in blocks(PAGE, "sh")]
     assert made == "pip install ./icewatch"
-    shown = shells([listed, *run], folder, folder / "installed")
-    assert shown.returncode == 0, shown.stderr
-    assert "PluginWarning" not in shown.stderr
+    for line in (listed, *run):
+        shown = shell(line, folder, folder / "installed")
+        assert shown.returncode == 0, shown.stderr
+        assert "PluginWarning" not in shown.stderr
     return folder
 
 
@@ -130,14 +165,14 @@ def test_the_package_of_the_page_works_in_every_part(used):
     assert "A figure failed" not in report
 
 
-def test_the_stage_is_a_function_on_datasets_with_the_same_bits(used):
+def test_the_stage_is_a_function_on_datasets_with_the_same_bits(used, python):
     (code,) = [b for b in blocks(PAGE, "python") if not b.startswith("# ")]
     shown = python(code, used, used / "installed")
     assert shown.returncode == 0, shown.stderr
 
 
 # --- removed ---------------------------------------------------------------------------------------------------------------------------
-def test_results_stay_readable_where_the_package_is_not_installed(used):
+def test_results_stay_readable_where_the_package_is_not_installed(used, python, shell):
     code = """
 import cryodask, sys
 project = cryodask.open("session")
@@ -150,15 +185,15 @@ assert "icewatch" not in sys.modules
 """
     shown = python(code, used)
     assert (shown.returncode, shown.stderr) == (0, "")
-    looks = [f"cryodask {name} session" for name in ("info", "verify", "history", "gc")]
-    shown = shells([*looks, "cryodask report session --output without.html"], used)
-    assert shown.returncode == 0, shown.stderr
+    for words in ("info", "verify", "history", "gc", "report --output without.html"):
+        shown = shell(f"cryodask {words} session", used)
+        assert shown.returncode == 0, (words, shown.stderr)
     page = (used / "without.html").read_text()
     assert "The stage ice_ring is not installed, so its figures are missing." in page
     assert "Motion over the session" in page
 
 
-def test_what_needs_the_package_says_so_where_it_is_not_installed(used):
+def test_what_needs_the_package_says_so_where_it_is_not_installed(used, python, shell):
     shown = shell("cryodask run session.yaml --dry-run", used)
     assert shown.returncode == 2
     assert "There is no stage 'ice_ring'" in shown.stdout
@@ -173,7 +208,7 @@ def test_what_needs_the_package_says_so_where_it_is_not_installed(used):
 
 
 # --- broken ----------------------------------------------------------------------------------------------------------------------------
-def test_a_package_that_cannot_be_imported_warns_once_and_breaks_nothing_else(used, tmp_path):
+def test_a_package_that_cannot_be_imported_warns_once_and_breaks_nothing_else(used, tmp_path, shell):
     target = broken(used, tmp_path, lambda text: text.replace("import numpy as np", "import nunpy as np"))
     shown = shell("cryodask stages", used, target)
     assert shown.returncode == 0
@@ -188,8 +223,9 @@ def test_a_package_that_cannot_be_imported_warns_once_and_breaks_nothing_else(us
     assert shown.returncode == 2
     assert "There is no stage 'ice_ring'" in shown.stdout
     assert "No module named 'nunpy'" in shown.stdout
-    shown = shells(["cryodask info session", "cryodask report session --output broken.html"], used, target)
-    assert shown.returncode == 0, shown.stderr
+    for line in ("cryodask info session", "cryodask report session --output broken.html"):
+        shown = shell(line, used, target)
+        assert shown.returncode == 0, shown.stderr
     assert "No module named &#39;nunpy&#39;" in (used / "broken.html").read_text()
 
 
@@ -211,7 +247,7 @@ def test_a_package_that_cannot_be_imported_warns_once_and_breaks_nothing_else(us
         ("def ice_ring(", "def motion(", "Two stages are called 'motion'"),
     ],
 )
-def test_a_stage_that_the_runner_cannot_call_is_refused_when_it_is_registered(used, tmp_path, old, new, said):
+def test_a_stage_that_the_runner_cannot_call_is_refused_when_it_is_registered(used, tmp_path, old, new, said, shell):
     target = broken(used, tmp_path, lambda text: text.replace(old, new, 1))
     shown = shell("cryodask stages", used, target)
     assert shown.returncode == 0
@@ -235,7 +271,7 @@ def test_a_stage_that_the_runner_cannot_call_is_refused_when_it_is_registered(us
         ("class Threads(PluginSettings)", "class Threads(Params)", "", "it is not a subclass of cryodask.cluster.settings.PluginSettings"),
     ],
 )
-def test_other_parts_are_refused_with_the_reason(used, tmp_path, old, new, line, said):
+def test_other_parts_are_refused_with_the_reason(used, tmp_path, old, new, line, said, python, shell):
     target = broken(used, tmp_path, lambda text: text.replace(old, new, 1))
     # the other parts of the package work
     code = """
@@ -252,7 +288,7 @@ main()
     assert shown.stderr.count("PluginWarning") == 1
 
 
-def test_a_figure_that_fails_is_a_box_with_the_error(used, tmp_path):
+def test_a_figure_that_fails_is_a_box_with_the_error(used, tmp_path, shell):
     target = broken(used, tmp_path, lambda text: text.replace('dataset["ice_ring_strength"].values, "."', '1 / 0, "."'))
     shown = shell("cryodask report session --output failed.html", used, target)
     assert shown.returncode == 0, shown.stderr
