@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from _fresh import Fresh
 from _once import simulated
 from test_docs import blocks
 
@@ -27,70 +26,12 @@ from cryodask.stage import STAGES, Params, stage
 REPOSITORY = Path(__file__).parents[1]
 PAGE = REPOSITORY / "docs" / "own-stage.md"
 PARTS = ("ice_ring", "npy", "csv", "threads")
-Python = Callable[..., subprocess.CompletedProcess]
-
-
-# imported once and forked for every line: nothing that looks for packages when it is imported, and nothing that starts threads
-FRESH = """
-import json, os, sys, traceback
-import cryodask.cli, cryodask.cli_plan, cryodask.formats.movies, cryodask.stages, cryodask.cluster.settings
-for line in sys.stdin:
-    asked = json.loads(line)
-    process = os.fork()
-    if process:
-        print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
-        continue
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(os.path.join(asked["said"], name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    os.chdir(asked["folder"])
-    sys.path[:0] = ["", *asked["path"]]
-    os.environ["PYTHONPATH"] = os.pathsep.join([*asked["path"], os.environ["PYTHONPATH"]])
-    status = 1
-    try:
-        exec(compile(asked["code"], "<string>", "exec"), {"__name__": "__main__"})
-        status = 0
-    except SystemExit as ended:
-        status = ended.code or 0
-        if isinstance(status, str):
-            print(status, file=sys.stderr)
-            status = 1
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush(), sys.stderr.flush()
-    os._exit(status)
-"""
 
 
 @pytest.fixture(scope="module")
-def python(tmp_path_factory) -> Iterator[Python]:
-    """``python(code, folder, *installed)``: as by ``python -c`` in a folder, where packages are installed in others."""
-    said = tmp_path_factory.mktemp("said")
-    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-    fresh = subprocess.Popen([sys.executable, "-c", FRESH], env={**os.environ, "PYTHONPATH": path}, stdin=-1, stdout=-1, text=True)
-    assert fresh.stdin is not None
-    assert fresh.stdout is not None
-
-    def run(code: str, folder: Path, *installed: Path) -> subprocess.CompletedProcess:
-        asked = {"code": code, "folder": str(folder), "path": [*map(str, installed)], "said": str(said)}
-        fresh.stdin.write(json.dumps(asked) + "\n")
-        fresh.stdin.flush()
-        status = int(fresh.stdout.readline())
-        return subprocess.CompletedProcess([code], status, (said / "out").read_text(), (said / "err").read_text())
-
-    yield run
-    fresh.stdin.close()
-    fresh.wait()
-    fresh.stdout.close()
-
-
-@pytest.fixture(scope="module")
-def shell(python) -> Python:
-    """``shell(line, folder, *installed)``: a line of the page, where packages are installed in folders."""
-
-    def run(line: str, folder: Path, *installed: Path) -> subprocess.CompletedProcess:
-        return python(f"import shlex, sys; from cryodask.cli import main; sys.argv = shlex.split({line!r}); main()", folder, *installed)
-
-    return run
+def fresh() -> Iterator[Fresh]:
+    with Fresh() as made:
+        yield made
 
 
 def install(source: Path, target: Path) -> Path:
@@ -132,12 +73,12 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def used(folder, shell) -> Path:
+def used(folder, fresh) -> Path:
     """The commands of the page have been carried out."""
     (made, listed), run = [text.strip().splitlines() for text in blocks(PAGE, "sh")]
     assert made == "pip install ./icewatch"
     for line in (listed, *run):
-        shown = shell(line, folder, folder / "installed")
+        shown = fresh.shell(line, folder, folder / "installed")
         assert shown.returncode == 0, shown.stderr
         assert "PluginWarning" not in shown.stderr
     return folder
@@ -165,14 +106,14 @@ def test_the_package_of_the_page_works_in_every_part(used):
     assert "A figure failed" not in report
 
 
-def test_the_stage_is_a_function_on_datasets_with_the_same_bits(used, python):
+def test_the_stage_is_a_function_on_datasets_with_the_same_bits(used, fresh):
     (code,) = [b for b in blocks(PAGE, "python") if not b.startswith("# ")]
-    shown = python(code, used, used / "installed")
+    shown = fresh.python(code, used, used / "installed")
     assert shown.returncode == 0, shown.stderr
 
 
 # --- removed ---------------------------------------------------------------------------------------------------------------------------
-def test_results_stay_readable_where_the_package_is_not_installed(used, python, shell):
+def test_results_stay_readable_where_the_package_is_not_installed(used, fresh):
     code = """
 import cryodask, sys
 project = cryodask.open("session")
@@ -183,34 +124,34 @@ assert "ice_ring_strength" in project.joined() and "ice_ring_strength" in projec
 project.history("ice_ring")
 assert "icewatch" not in sys.modules
 """
-    shown = python(code, used)
+    shown = fresh.python(code, used)
     assert (shown.returncode, shown.stderr) == (0, "")
     for words in ("info", "verify", "history", "gc", "report --output without.html"):
-        shown = shell(f"cryodask {words} session", used)
+        shown = fresh.shell(f"cryodask {words} session", used)
         assert shown.returncode == 0, (words, shown.stderr)
     page = (used / "without.html").read_text()
     assert "The stage ice_ring is not installed, so its figures are missing." in page
     assert "Motion over the session" in page
 
 
-def test_what_needs_the_package_says_so_where_it_is_not_installed(used, python, shell):
-    shown = shell("cryodask run session.yaml --dry-run", used)
+def test_what_needs_the_package_says_so_where_it_is_not_installed(used, fresh):
+    shown = fresh.shell("cryodask run session.yaml --dry-run", used)
     assert shown.returncode == 2
     assert "There is no stage 'ice_ring'" in shown.stdout
     assert "a stage of another package needs that package to be installed" in shown.stdout
-    shown = shell("cryodask export session --to csv tables2", used)
+    shown = fresh.shell("cryodask export session --to csv tables2", used)
     assert "There is no exporter 'csv'" in shown.stderr
     assert "use one of these: relion" in shown.stderr
-    shown = python("from cryodask.cluster import connect; connect('threads.yaml')", used)
+    shown = fresh.python("from cryodask.cluster import connect; connect('threads.yaml')", used)
     assert "there is no kind of cluster 'threads'" in shown.stderr
-    shown = python("from cryodask.formats.movies import open_movie; open_movie('movies/movie_0001.npy')", used)
+    shown = fresh.python("from cryodask.formats.movies import open_movie; open_movie('movies/movie_0001.npy')", used)
     assert "install a package that reads the format" in shown.stderr
 
 
 # --- broken ----------------------------------------------------------------------------------------------------------------------------
-def test_a_package_that_cannot_be_imported_warns_once_and_breaks_nothing_else(used, tmp_path, shell):
+def test_a_package_that_cannot_be_imported_warns_once_and_breaks_nothing_else(used, tmp_path, fresh):
     target = broken(used, tmp_path, lambda text: text.replace("import numpy as np", "import nunpy as np"))
-    shown = shell("cryodask stages", used, target)
+    shown = fresh.shell("cryodask stages", used, target)
     assert shown.returncode == 0
     assert "refine3d" in shown.stdout
     assert "ice_ring" not in shown.stdout
@@ -219,12 +160,12 @@ def test_a_package_that_cannot_be_imported_warns_once_and_breaks_nothing_else(us
         "ice_ring (cryodask.stages) of the package icewatch 1.0 cannot be loaded: ModuleNotFoundError: No module named 'nunpy'"
         in shown.stderr
     )
-    shown = shell("cryodask run session.yaml --dry-run", used, target)
+    shown = fresh.shell("cryodask run session.yaml --dry-run", used, target)
     assert shown.returncode == 2
     assert "There is no stage 'ice_ring'" in shown.stdout
     assert "No module named 'nunpy'" in shown.stdout
     for line in ("cryodask info session", "cryodask report session --output broken.html"):
-        shown = shell(line, used, target)
+        shown = fresh.shell(line, used, target)
         assert shown.returncode == 0, shown.stderr
     assert "No module named &#39;nunpy&#39;" in (used / "broken.html").read_text()
 
@@ -247,9 +188,9 @@ def test_a_package_that_cannot_be_imported_warns_once_and_breaks_nothing_else(us
         ("def ice_ring(", "def motion(", "Two stages are called 'motion'"),
     ],
 )
-def test_a_stage_that_the_runner_cannot_call_is_refused_when_it_is_registered(used, tmp_path, old, new, said, shell):
+def test_a_stage_that_the_runner_cannot_call_is_refused_when_it_is_registered(used, tmp_path, old, new, said, fresh):
     target = broken(used, tmp_path, lambda text: text.replace(old, new, 1))
-    shown = shell("cryodask stages", used, target)
+    shown = fresh.shell("cryodask stages", used, target)
     assert shown.returncode == 0
     assert "\nmotion " in shown.stdout
     assert re.search(said, shown.stderr), shown.stderr
@@ -271,7 +212,7 @@ def test_a_stage_that_the_runner_cannot_call_is_refused_when_it_is_registered(us
         ("class Threads(PluginSettings)", "class Threads(Params)", "", "it is not a subclass of cryodask.cluster.settings.PluginSettings"),
     ],
 )
-def test_other_parts_are_refused_with_the_reason(used, tmp_path, old, new, line, said, python, shell):
+def test_other_parts_are_refused_with_the_reason(used, tmp_path, old, new, line, said, fresh):
     target = broken(used, tmp_path, lambda text: text.replace(old, new, 1))
     # the other parts of the package work
     code = """
@@ -282,15 +223,15 @@ movies.OTHERS.load(), settings.OTHERS.load()
 sys.argv = ["cryodask", "stages", "ice_ring"]
 main()
 """
-    shown = shell(line, used, target) if line else python(code, used, target)
+    shown = fresh.shell(line, used, target) if line else fresh.python(code, used, target)
     assert line or shown.returncode == 0, shown.stderr
     assert re.search(said, shown.stderr), shown.stderr
     assert shown.stderr.count("PluginWarning") == 1
 
 
-def test_a_figure_that_fails_is_a_box_with_the_error(used, tmp_path, shell):
+def test_a_figure_that_fails_is_a_box_with_the_error(used, tmp_path, fresh):
     target = broken(used, tmp_path, lambda text: text.replace('dataset["ice_ring_strength"].values, "."', '1 / 0, "."'))
-    shown = shell("cryodask report session --output failed.html", used, target)
+    shown = fresh.shell("cryodask report session --output failed.html", used, target)
     assert shown.returncode == 0, shown.stderr
     page = (used / "failed.html").read_text()
     assert re.search(
