@@ -38,9 +38,8 @@ pipeline:
   - extract: {{box: 128, scale_to: 32}}
   - classify2d: {{classes: 2, iterations: 7}}
   - curate: {{keep: all}}
-  - extract as full: {{box: 160, scale_to: 40, recentre: true}}
-  - refine3d: {{reference: truth/map_32_7.08A.mrc, symmetry: D2, iterations: 3}}
-  - refine3d as small: {{symmetry: D2, iterations: 1, from: {{particles: curate, map: refine3d}}}}
+  - extract as full: {{box: 160, scale_to: 32, recentre: true}}
+  - refine3d: {{reference: truth/map_32_7.08A.mrc, symmetry: D2, iterations: 2}}
 cluster: {address}
 """
 COMMAND = [sys.executable, "-m", "cryodask.cli", "run", "tiny.yaml"]
@@ -53,7 +52,7 @@ def session(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=[4, pytest.param(1, marks=pytest.mark.slow)], ids=lambda threads: f"{threads} threads")
+@pytest.fixture(scope="module", params=[2, pytest.param(1, marks=pytest.mark.slow)], ids=lambda threads: f"{threads} threads")
 def cluster(request):
     with ProcessCluster(2, threads=request.param) as made:
         yield made
@@ -131,7 +130,6 @@ def test_killed_once_by_each_kind_of_death_in_map_and_block_stages_and_resumed_g
         "curate",
         "full",
         "refine3d",
-        "small",
     }
     chaos = Chaos(cluster, seed=1)
     strikes = {"map": 2, "blocks": 3}  # five in a row are of five kinds
@@ -150,7 +148,7 @@ def test_a_run_that_was_stopped_and_overtaken_ends_with_its_own_status_and_chang
 
     def start() -> subprocess.Popen[bytes]:
         with open(folder / f"said-{len(drivers)}", "wb") as said:
-            drivers.append(subprocess.Popen(COMMAND, cwd=folder, stdout=said, stderr=said))
+            drivers.append(subprocess.Popen([*COMMAND, "--until", "curate"], cwd=folder, stdout=said, stderr=said))
         return drivers[-1]
 
     def wait(condition) -> None:
@@ -186,7 +184,9 @@ def test_a_run_that_was_stopped_and_overtaken_ends_with_its_own_status_and_chang
     assert "TakenOverError: " in told
     assert "Traceback" not in told
     assert failures(folder) == []
-    assert contents(folder) == undisturbed
+    until = Project(folder / "tiny").stages
+    assert until[-1] == "curate"
+    assert contents(folder) == {(label, row): content for (label, row), content in undisturbed.items() if label in until}
     assert [p for p in Project(folder / "tiny").verify() if "harmless" not in p] == []
 
 

@@ -10,8 +10,10 @@ from pydantic import ValidationError
 
 from cryodask.errors import MicrographError
 from cryodask.formats.star import read_micrographs
+from cryodask.kernels.ctf_bands import banded
 from cryodask.kernels.ctf_cells import lens_of, polar_cells
-from cryodask.kernels.ctf_fit import fit_ctf
+from cryodask.kernels.ctf_fit import _score, fit_ctf
+from cryodask.kernels.descent import descend, with_gradient
 from cryodask.kernels.spectrum import Spectrum, fast_even_size, log_power_image, power_spectrum, spectrum_of_amplitudes
 from cryodask.simulate import Optics, simulate_micrograph
 from cryodask.stages.ctf import CtfParams, ctf
@@ -199,3 +201,28 @@ def test_the_polar_table_keeps_every_pixel_once():
     k = np.hypot(ky, kx)
     expected = ((k > 1 / 30.01) & (k < 1 / 9.99) & (np.abs(ky) > 1.5 / 900) & (kx > 1.5 / 900)).sum()
     assert cells.weight.sum() == expected
+
+
+# --- the search for a maximum
+def test_the_score_has_the_derivatives_that_it_says():
+    cells = polar_cells(ring_spectrum(12000, 11600, 30, noise=0.05), 1 / 30, 1 / 4)
+    data, lens = banded(cells, 6), lens_of(300.0, 2.7, 0.1)
+    at = torch.tensor([11700.0, 250.0, 300.0], dtype=torch.float64)
+    _, gradient = _score(data, lens, at, 300.0)
+    for i, step in enumerate(torch.eye(3, dtype=torch.float64)):
+        numeric = (_score(data, lens, at + step, 300.0)[0] - _score(data, lens, at - step, 300.0)[0]) / 2.0
+        assert float(gradient[i]) == pytest.approx(numeric, rel=1e-3)
+
+
+def test_a_curved_valley_is_followed_to_its_end():
+    """Rosenbrock's function, from its usual start, to its minimum at (1, 1)."""
+    calls = []
+
+    @with_gradient
+    def valley(x):
+        calls.append(x)
+        return 100.0 * (x[1] - x[0] ** 2) ** 2 + (1.0 - x[0]) ** 2
+
+    found = descend(valley, torch.tensor([-1.2, 1.0], dtype=torch.float64), evaluations=60)
+    assert found.tolist() == pytest.approx([1.0, 1.0], abs=0.01)
+    assert len(calls) <= 60

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import typer
 import yaml
+from _command import command
 from test_docs import blocks, commands, example
 
 from cryodask.cli import app
@@ -50,8 +49,7 @@ def test_the_commands_run_one_after_the_other_and_then_the_python(folder, monkey
     monkeypatch.chdir(folder)
     (block,) = blocks(PAGE, "sh")
     for line in block.splitlines():
-        words = [sys.executable, "-m", "cryodask.cli", *shlex.split(line, comments=True)[1:]]
-        done = subprocess.run(words, capture_output=True, text=True)
+        done = command(*shlex.split(line, comments=True)[1:])
         assert done.returncode == 0, (line, done.stdout, done.stderr)
     assert "Not solved: the" in (folder / "clpb" / "report.html").read_text()
     # lazy columns are read on workers, which have another working directory
@@ -71,8 +69,8 @@ def test_every_pipeline_of_the_page_resolves(block, tmp_path):
 
 def test_commands_in_the_text_exist(tmp_path, folder, monkeypatch):
     monkeypatch.chdir(folder)
-    for command in commands(PAGE):
-        name, *words = shlex.split(command, comments=True)[1:]
+    for line in commands(PAGE):
+        name, *words = shlex.split(line, comments=True)[1:]
         typer.main.get_command(app).commands[name].make_context(name, words)  # type: ignore[attr-defined]
 
 

@@ -459,15 +459,27 @@ def test_a_disk_without_space_leaves_a_lock_that_keeps_nobody_waiting(folder, cl
 
 
 # --- many at once ---------------------------------------------------------------------------------------------------------------
-CONTENDER = """
+FORK = """
+def fork(numbers):
+    'In a process for each of several numbers: its own.'
+    sys.stdin.readline()  # all start at the same moment
+    for number in numbers[1:]:
+        if os.fork() == 0:
+            return number
+    if len(numbers) > 1 and os.fork():
+        sys.exit(any(os.wait()[1] >> 8 for _ in numbers))
+    return numbers[0]
+"""
+CONTENDER = (
+    f"""
 import os, random, signal, sys, time
 from cryodask.errors import LockedError
 from cryodask.store.project import Project
-
-folder, seed = sys.argv[1], int(sys.argv[2])
-dice = random.Random(seed)
+{FORK}"""
+    + """
+folder = sys.argv[1]
+dice = random.Random(int(fork(sys.argv[3:])))
 inside = os.path.join(folder, "inside")
-sys.stdin.readline()  # all start at the same moment
 while True:
     try:
         with Project(folder).lock() as lock:
@@ -476,21 +488,22 @@ while True:
             print(f"{lock.epoch} {'alone' if not others else others}", flush=True)
             time.sleep(dice.uniform(0, 0.05))
             os.unlink(f"{inside}-{lock.epoch}")
-            if dice.random() < float(sys.argv[3]):
+            if dice.random() < float(sys.argv[2]):
                 os.kill(os.getpid(), signal.SIGKILL)
         break
     except LockedError:
         time.sleep(0.01)
 """
+)
 
 
 @pytest.mark.parametrize(("apart", "dying"), [(False, 0.0), (False, 0.5), (True, 0.0)])
 def test_of_many_drivers_that_start_at_the_same_moment_one_at_a_time_has_the_project(apart, dying, folder):
+    seeds = [*map(str, range(8))]
+    command = [sys.executable, "-c", CONTENDER, str(folder), str(dying)]
     before = container() if apart else []
-    many = [
-        subprocess.Popen([*before, sys.executable, "-c", CONTENDER, str(folder), str(seed), str(dying)], stdin=-1, stdout=-1, text=True)
-        for seed in range(8)
-    ]
+    commands = [[*before, *command, seed] for seed in seeds] if apart else [[*command, *seeds]]
+    many = [subprocess.Popen(words, stdin=-1, stdout=-1, text=True) for words in commands]
     try:
         for one in many:
             one.stdin.write("\n")
@@ -543,27 +556,24 @@ project.save()
 
 
 def test_drivers_that_make_a_project_at_the_same_moment_lose_nothing_of_each_other(tmp_path):
-    code = """
-import sys
+    code = f"""
+import os, sys
 from cryodask.errors import LockedError
 from cryodask.store.project import Project
-sys.stdin.readline()
+{FORK}
+number = fork(sys.argv[2:])
 while True:
     try:
         with Project.create(sys.argv[1], "p").lock():
             project = Project(sys.argv[1])
-            project.state.removed[sys.argv[2]] = 1.0
+            project.state.removed[number] = 1.0
             project.save()
         break
     except LockedError:
         pass
 """
     folder = tmp_path / "new"
-    many = [subprocess.Popen([sys.executable, "-c", code, str(folder), str(n)], stdin=-1, text=True) for n in range(8)]
-    for one in many:
-        one.stdin.write("\n")
-        one.stdin.flush()
-    assert [one.communicate(timeout=120) and one.returncode for one in many] == [0] * 8
+    subprocess.run([sys.executable, "-c", code, str(folder), *map(str, range(8))], input="\n", text=True, check=True, timeout=120)
     assert set(Project(folder).state.removed) == {str(n) for n in range(8)}
 
 

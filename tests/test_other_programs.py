@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from _fresh import Fresh
 from _once import simulated
 from test_docs import blocks
-from test_plugins import install, shell, shells
+from test_plugins import install
 
 import cryodask
 from cryodask.simulate import SessionParams
@@ -34,16 +36,23 @@ def folder(tmp_path_factory) -> Path:
     return made
 
 
+@pytest.fixture(scope="module")
+def fresh() -> Iterator[Fresh]:
+    with Fresh() as made:
+        yield made
+
+
 def logs(project: Project) -> list[Path]:
     return sorted((project.generation("relion_lowpass").path / "logs").iterdir())
 
 
-def test_the_commands_of_the_page_work_and_the_log_of_each_exposure_is_kept(folder):
+def test_the_commands_of_the_page_work_and_the_log_of_each_exposure_is_kept(folder, fresh):
     (text,) = blocks(PAGE, "sh")
     made, *lines = text.strip().splitlines()
     assert made == "pip install ./lowpass"
-    shown = shells(lines, folder, folder / "installed")
-    assert shown.returncode == 0, shown.stderr
+    for line in lines:
+        shown = fresh.shell(line, folder, folder / "installed")
+        assert shown.returncode == 0, shown.stderr
     project = cryodask.open(folder / "session")
     step, before = project["relion_lowpass"], project["motion"]
     assert step.sizes["micrograph"] == 3
@@ -59,7 +68,7 @@ def test_the_commands_of_the_page_work_and_the_log_of_each_exposure_is_kept(fold
     assert str(project.generation("relion_lowpass").meta["version"]).startswith("1 with relion_image_handler ")
 
 
-def test_an_exposure_whose_program_fails_is_quarantined_with_the_last_lines_and_the_others_go_on(folder, tmp_path, monkeypatch):
+def test_an_exposure_whose_program_fails_is_quarantined_with_the_last_lines_and_the_others_go_on(folder, fresh, tmp_path, monkeypatch):
     for name in ("movies", "session.yaml"):
         (tmp_path / name).symlink_to(folder / name)
     (tmp_path / "bin").mkdir()
@@ -73,7 +82,7 @@ cp in.mrc out.mrc
     )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    shown = shell("cryodask run session.yaml --workers 1", tmp_path, folder / "installed")
+    shown = fresh.shell("cryodask run session.yaml --workers 1", tmp_path, folder / "installed")
     assert shown.returncode == 0, shown.stderr
     project = cryodask.open(tmp_path / "session")
     (failure,) = project.failures()
@@ -83,7 +92,7 @@ cp in.mrc out.mrc
     )
     assert project["relion_lowpass"].sizes["micrograph"] == 2
     assert len(logs(project)) == 3, "that of the failure is kept"
-    shown = shell("cryodask run session.yaml --workers 1 --retry-quarantined", tmp_path, folder / "installed")
+    shown = fresh.shell("cryodask run session.yaml --workers 1 --retry-quarantined", tmp_path, folder / "installed")
     assert shown.returncode == 0, shown.stderr
     assert cryodask.open(tmp_path / "session")["relion_lowpass"].sizes["micrograph"] == 3
     assert np.isfinite(cryodask.open(tmp_path / "session")["relion_lowpass"]["micrograph_lowpass"].values).all()

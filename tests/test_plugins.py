@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from _fresh import Fresh
 from _once import simulated
 from test_docs import blocks
 
@@ -29,34 +28,10 @@ PAGE = REPOSITORY / "docs" / "own-stage.md"
 PARTS = ("ice_ring", "npy", "csv", "threads")
 
 
-def shell(line: str, folder: Path, *installed: Path) -> subprocess.CompletedProcess:
-    """A line of the page, where packages are installed in folders."""
-    words = [sys.executable, "-m", "cryodask.cli", *shlex.split(line)[1:]]
-    path = os.pathsep.join(map(str, [*installed, REPOSITORY]))
-    return subprocess.run(words, cwd=folder, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
-
-
-def shells(lines: Sequence[str], folder: Path, *installed: Path) -> subprocess.CompletedProcess:
-    """Lines of the page, one after the other in one process; it ends with the first that fails."""
-    code = f"""
-import shlex, sys
-from cryodask.cli import main
-for line in {list(lines)!r}:
-    sys.argv = shlex.split(line)
-    try:
-        main()
-    except SystemExit as ended:
-        if ended.code:
-            sys.exit(f"{{line}}: exit status {{ended.code}}")
-"""
-    return python(code, folder, *installed)
-
-
-def python(code: str, folder: Path, *installed: Path) -> subprocess.CompletedProcess:
-    path = os.pathsep.join(map(str, [*installed, REPOSITORY]))
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
-    )
+@pytest.fixture(scope="module")
+def fresh() -> Iterator[Fresh]:
+    with Fresh() as made:
+        yield made
 
 
 def install(source: Path, target: Path) -> Path:
@@ -98,13 +73,14 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def used(folder) -> Path:
+def used(folder, fresh) -> Path:
     """The commands of the page have been carried out."""
     (made, listed), run = [text.strip().splitlines() for text in blocks(PAGE, "sh")]
     assert made == "pip install ./icewatch"
-    shown = shells([listed, *run], folder, folder / "installed")
-    assert shown.returncode == 0, shown.stderr
-    assert "PluginWarning" not in shown.stderr
+    for line in (listed, *run):
+        shown = fresh.shell(line, folder, folder / "installed")
+        assert shown.returncode == 0, shown.stderr
+        assert "PluginWarning" not in shown.stderr
     return folder
 
 
@@ -130,14 +106,14 @@ def test_the_package_of_the_page_works_in_every_part(used):
     assert "A figure failed" not in report
 
 
-def test_the_stage_is_a_function_on_datasets_with_the_same_bits(used):
+def test_the_stage_is_a_function_on_datasets_with_the_same_bits(used, fresh):
     (code,) = [b for b in blocks(PAGE, "python") if not b.startswith("# ")]
-    shown = python(code, used, used / "installed")
+    shown = fresh.python(code, used, used / "installed")
     assert shown.returncode == 0, shown.stderr
 
 
 # --- removed ---------------------------------------------------------------------------------------------------------------------------
-def test_results_stay_readable_where_the_package_is_not_installed(used):
+def test_results_stay_readable_where_the_package_is_not_installed(used, fresh):
     code = """
 import cryodask, sys
 project = cryodask.open("session")
@@ -148,34 +124,34 @@ assert "ice_ring_strength" in project.joined() and "ice_ring_strength" in projec
 project.history("ice_ring")
 assert "icewatch" not in sys.modules
 """
-    shown = python(code, used)
+    shown = fresh.python(code, used)
     assert (shown.returncode, shown.stderr) == (0, "")
-    looks = [f"cryodask {name} session" for name in ("info", "verify", "history", "gc")]
-    shown = shells([*looks, "cryodask report session --output without.html"], used)
-    assert shown.returncode == 0, shown.stderr
+    for words in ("info", "verify", "history", "gc", "report --output without.html"):
+        shown = fresh.shell(f"cryodask {words} session", used)
+        assert shown.returncode == 0, (words, shown.stderr)
     page = (used / "without.html").read_text()
     assert "The stage ice_ring is not installed, so its figures are missing." in page
     assert "Motion over the session" in page
 
 
-def test_what_needs_the_package_says_so_where_it_is_not_installed(used):
-    shown = shell("cryodask run session.yaml --dry-run", used)
+def test_what_needs_the_package_says_so_where_it_is_not_installed(used, fresh):
+    shown = fresh.shell("cryodask run session.yaml --dry-run", used)
     assert shown.returncode == 2
     assert "There is no stage 'ice_ring'" in shown.stdout
     assert "a stage of another package needs that package to be installed" in shown.stdout
-    shown = shell("cryodask export session --to csv tables2", used)
+    shown = fresh.shell("cryodask export session --to csv tables2", used)
     assert "There is no exporter 'csv'" in shown.stderr
     assert "use one of these: relion" in shown.stderr
-    shown = python("from cryodask.cluster import connect; connect('threads.yaml')", used)
+    shown = fresh.python("from cryodask.cluster import connect; connect('threads.yaml')", used)
     assert "there is no kind of cluster 'threads'" in shown.stderr
-    shown = python("from cryodask.formats.movies import open_movie; open_movie('movies/movie_0001.npy')", used)
+    shown = fresh.python("from cryodask.formats.movies import open_movie; open_movie('movies/movie_0001.npy')", used)
     assert "install a package that reads the format" in shown.stderr
 
 
 # --- broken ----------------------------------------------------------------------------------------------------------------------------
-def test_a_package_that_cannot_be_imported_warns_once_and_breaks_nothing_else(used, tmp_path):
+def test_a_package_that_cannot_be_imported_warns_once_and_breaks_nothing_else(used, tmp_path, fresh):
     target = broken(used, tmp_path, lambda text: text.replace("import numpy as np", "import nunpy as np"))
-    shown = shell("cryodask stages", used, target)
+    shown = fresh.shell("cryodask stages", used, target)
     assert shown.returncode == 0
     assert "refine3d" in shown.stdout
     assert "ice_ring" not in shown.stdout
@@ -184,12 +160,13 @@ def test_a_package_that_cannot_be_imported_warns_once_and_breaks_nothing_else(us
         "ice_ring (cryodask.stages) of the package icewatch 1.0 cannot be loaded: ModuleNotFoundError: No module named 'nunpy'"
         in shown.stderr
     )
-    shown = shell("cryodask run session.yaml --dry-run", used, target)
+    shown = fresh.shell("cryodask run session.yaml --dry-run", used, target)
     assert shown.returncode == 2
     assert "There is no stage 'ice_ring'" in shown.stdout
     assert "No module named 'nunpy'" in shown.stdout
-    shown = shells(["cryodask info session", "cryodask report session --output broken.html"], used, target)
-    assert shown.returncode == 0, shown.stderr
+    for line in ("cryodask info session", "cryodask report session --output broken.html"):
+        shown = fresh.shell(line, used, target)
+        assert shown.returncode == 0, shown.stderr
     assert "No module named &#39;nunpy&#39;" in (used / "broken.html").read_text()
 
 
@@ -211,9 +188,9 @@ def test_a_package_that_cannot_be_imported_warns_once_and_breaks_nothing_else(us
         ("def ice_ring(", "def motion(", "Two stages are called 'motion'"),
     ],
 )
-def test_a_stage_that_the_runner_cannot_call_is_refused_when_it_is_registered(used, tmp_path, old, new, said):
+def test_a_stage_that_the_runner_cannot_call_is_refused_when_it_is_registered(used, tmp_path, old, new, said, fresh):
     target = broken(used, tmp_path, lambda text: text.replace(old, new, 1))
-    shown = shell("cryodask stages", used, target)
+    shown = fresh.shell("cryodask stages", used, target)
     assert shown.returncode == 0
     assert "\nmotion " in shown.stdout
     assert re.search(said, shown.stderr), shown.stderr
@@ -235,7 +212,7 @@ def test_a_stage_that_the_runner_cannot_call_is_refused_when_it_is_registered(us
         ("class Threads(PluginSettings)", "class Threads(Params)", "", "it is not a subclass of cryodask.cluster.settings.PluginSettings"),
     ],
 )
-def test_other_parts_are_refused_with_the_reason(used, tmp_path, old, new, line, said):
+def test_other_parts_are_refused_with_the_reason(used, tmp_path, old, new, line, said, fresh):
     target = broken(used, tmp_path, lambda text: text.replace(old, new, 1))
     # the other parts of the package work
     code = """
@@ -246,15 +223,15 @@ movies.OTHERS.load(), settings.OTHERS.load()
 sys.argv = ["cryodask", "stages", "ice_ring"]
 main()
 """
-    shown = shell(line, used, target) if line else python(code, used, target)
+    shown = fresh.shell(line, used, target) if line else fresh.python(code, used, target)
     assert line or shown.returncode == 0, shown.stderr
     assert re.search(said, shown.stderr), shown.stderr
     assert shown.stderr.count("PluginWarning") == 1
 
 
-def test_a_figure_that_fails_is_a_box_with_the_error(used, tmp_path):
+def test_a_figure_that_fails_is_a_box_with_the_error(used, tmp_path, fresh):
     target = broken(used, tmp_path, lambda text: text.replace('dataset["ice_ring_strength"].values, "."', '1 / 0, "."'))
-    shown = shell("cryodask report session --output failed.html", used, target)
+    shown = fresh.shell("cryodask report session --output failed.html", used, target)
     assert shown.returncode == 0, shown.stderr
     page = (used / "failed.html").read_text()
     assert re.search(

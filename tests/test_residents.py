@@ -143,9 +143,9 @@ def kept_here() -> dict[str, int]:
 
 
 # --- block stages: the same bits with one thread and with four -------------------------------------------------------------------
-def particles(stage: str) -> tuple[Any, Any, ParticlesInMemory, dict[str, Any]]:
+def particles(stage: str, count: int = 160) -> tuple[Any, Any, ParticlesInMemory, dict[str, Any]]:
     volume = blob_map(32, "D2" if stage == "refine3d" else "C1")
-    images, of, _, _ = simulate(volume, 400, pixel=5.0, snr=0.2)
+    images, of, _, _ = simulate(volume, count, pixel=5.0, snr=0.2)
     if stage == "classify2d":
         params: Any = Classify2DParams(classes=4, resolution_angstrom=16.0, shift_range_angstrom=12.0, iterations=3)
         return classify2d.functions, params, ParticlesInMemory(of, images), {}
@@ -185,7 +185,8 @@ def test_a_block_stage_that_fails_in_this_process_leaves_nothing_behind():
 
 
 def test_runs_one_after_the_other_leave_the_worker_as_the_first_left_it(tmp_path):
-    functions, params, of, inputs = particles("classify2d")
+    functions, params, of, inputs = particles("classify2d", 400)
+    params = params.model_copy(update={"iterations": 1})
     with LaneCluster(n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster, Client(cluster) as client:
         sizes = []
         for number in range(6):

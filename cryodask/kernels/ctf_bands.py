@@ -63,8 +63,16 @@ def free_of_background(data: Banded, values: Tensor) -> Tensor:
     return values - (data.background * share[data.band]).sum(1)
 
 
-def ring_strengths(data: Banded, rings: Tensor) -> tuple[Tensor, Tensor]:
-    """Explained sum of squares and mean ring strength of each band."""
+class Rings(NamedTuple):
+    """Explained sum of squares and mean ring strength, `(band,)`, and the derivative of the explained sums by the ring of each cell."""
+
+    explained: Tensor
+    strength: Tensor
+    derivative: Tensor
+
+
+def ring_strengths(data: Banded, rings: Tensor) -> Rings:
+    """Fit ``rings`` `(cell,)`, of a strength that changes linearly within each band, to the log power."""
     first = free_of_background(data, rings)
     second = free_of_background(data, rings * data.place)
     w, y = data.cells.weight, data.residual
@@ -73,4 +81,7 @@ def ring_strengths(data: Banded, rings: Tensor) -> tuple[Tensor, Tensor]:
     aa, bb = aa + _RIDGE, bb + _RIDGE
     determinant = aa * bb - ab * ab
     strength, change = (bb * ay - ab * by) / determinant, (aa * by - ab * ay) / determinant
-    return strength * ay + change * by, strength
+    # strengths and background are at their optimum, so that they count as constants
+    here, slope = strength[data.band], change[data.band]
+    derivative = 2.0 * w * (y - here * first - slope * second) * (here + slope * data.place)
+    return Rings(strength * ay + change * by, strength, derivative)

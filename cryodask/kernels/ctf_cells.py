@@ -102,9 +102,20 @@ def _polynomial(x: Tensor, y: Tensor, weight: Tensor, degree: int) -> Tensor:
     return fit
 
 
+def argument(cells: Cells, lens: Lens, parameters: Tensor) -> Tensor:
+    """Argument of the CTF's sine in every cell, for (z0, u, v): z = z0 + (u cos 2 theta + v sin 2 theta) / 2, Angstrom."""
+    return lens.quadratic * defocus_of(cells, parameters) * cells.k2 + lens.quartic * cells.k2**2 + lens.offset
+
+
 def sine_square(cells: Cells, lens: Lens, parameters: Tensor) -> Tensor:
-    """sin^2 of the CTF's argument in every cell, for (z0, u, v): z = z0 + (u cos 2 theta + v sin 2 theta) / 2, Angstrom."""
-    return torch.sin(lens.quadratic * defocus_of(cells, parameters) * cells.k2 + lens.quartic * cells.k2**2 + lens.offset) ** 2
+    """sin^2 of the CTF's argument in every cell, for the parameters of :func:`argument`."""
+    return torch.sin(argument(cells, lens, parameters)) ** 2
+
+
+def argument_gradient(cells: Cells, lens: Lens, weight: Tensor) -> Tensor:
+    """Derivatives `(3,)` by (z0, u, v) of a sum over the cells, of which ``weight`` `(cell,)` are those by their arguments."""
+    along = lens.quadratic * cells.k2 * weight
+    return torch.stack([along.sum(), 0.5 * (along * cells.cos2).sum(), 0.5 * (along * cells.sin2).sum()])
 
 
 def defocus_of(cells: Cells, parameters: Tensor) -> Tensor:

@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 
 from cryodask.kernels.ctf_bands import Banded, band_count, banded, bands_of, ring_strengths
-from cryodask.kernels.ctf_cells import SEARCH_SECTORS, Cells, Lens, polar_cells, sine_square
+from cryodask.kernels.ctf_cells import SEARCH_SECTORS, Cells, Lens, argument, argument_gradient, polar_cells
 from cryodask.kernels.ctf_likelihood import log_likelihood, refine_by_likelihood
 from cryodask.kernels.ctf_quality import agreement, equiphase_curves
+from cryodask.kernels.descent import descend
 from cryodask.kernels.spectrum import Spectrum
+
+_UNIT = 100.0  # Angstrom: of defocus and astigmatism in the search for a maximum
 
 
 class CtfFit(NamedTuple):
@@ -102,7 +105,7 @@ def fit_ctf(
 
 
 def _search(cells: Cells, lens: Lens, least: float, largest: float, astigmatism: float, expected: float, count: int = 5) -> list[Tensor]:
-    """The best distinct maxima over mean defocus and astigmatism, as tensors (z0, u, v): see :func:`sine_square`."""
+    """The best distinct maxima over mean defocus and astigmatism, as tensors (z0, u, v): see :func:`argument`."""
     step = 25.0 if largest <= 20000.0 else 50.0
     grid = torch.arange(least, largest + step, step, dtype=torch.float64)
     table = _sector_table(cells, lens, grid)
@@ -158,30 +161,29 @@ def _sector_table(cells: Cells, lens: Lens, grid: Tensor, bands: int = 8) -> Ten
 # --- the refinement
 
 
-def _score(data: Banded, lens: Lens, parameters: Tensor, expected: float) -> Tensor:
-    explained, strength = ring_strengths(data, sine_square(data.cells, lens, parameters))
-    return (explained * torch.sign(strength)).sum() - data.cells.noise * (parameters[1:] ** 2).sum() / expected**2
+def _score(data: Banded, lens: Lens, parameters: Tensor, expected: float) -> tuple[float, Tensor]:
+    """Score, and its derivatives by (z0, u, v)."""
+    phase = argument(data.cells, lens, parameters)
+    rings = ring_strengths(data, torch.sin(phase) ** 2)
+    sign = torch.sign(rings.strength)
+    prior = data.cells.noise / expected**2
+    gradient = argument_gradient(data.cells, lens, sign[data.band] * rings.derivative * torch.sin(2.0 * phase))
+    gradient[1:] -= 2.0 * prior * parameters[1:]
+    return float((rings.explained * sign).sum() - prior * (parameters[1:] ** 2).sum()), gradient
 
 
 def _own_score(cells: Cells, lens: Lens, parameters: Tensor, expected: float) -> float:
     """Score in the bands that suit this defocus."""
-    return float(_score(banded(cells, band_count(cells, lens, float(parameters[0]))), lens, parameters, expected))
+    return _score(banded(cells, band_count(cells, lens, float(parameters[0]))), lens, parameters, expected)[0]
 
 
 def _refine(cells: Cells, lens: Lens, start: Tensor, expected: float) -> Tensor:
-    """Parameters (z0, u, v) of the local maximum at ``start``, by L-BFGS."""
+    """Parameters (z0, u, v) of the local maximum at ``start``."""
     data = banded(cells, band_count(cells, lens, float(start[0])))
-    unit = torch.tensor([100.0, 100.0, 100.0], dtype=torch.float64)
-    with torch.enable_grad():
-        x = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-        size = abs(float(_score(data, lens, start, expected))) + 1e-12
-        search = torch.optim.LBFGS([x], max_iter=25, max_eval=35, tolerance_change=1e-4, line_search_fn="strong_wolfe")
+    size = abs(_score(data, lens, start, expected)[0]) + 1e-12
 
-        def loss() -> Tensor:
-            search.zero_grad()
-            value = -_score(data, lens, start + x * unit, expected) / size
-            value.backward()
-            return value
+    def loss(x: Tensor) -> tuple[float, Tensor]:
+        score, gradient = _score(data, lens, start + _UNIT * x, expected)
+        return -score / size, -_UNIT / size * gradient
 
-        search.step(loss)
-    return (start + x * unit).detach()
+    return start + _UNIT * descend(loss, torch.zeros(3, dtype=torch.float64))

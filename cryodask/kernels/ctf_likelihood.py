@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cryodask.kernels.ctf_cells import Cells, Lens, sine_square
+from cryodask.kernels.descent import descend, with_gradient
 
 _BACKGROUND_DEGREE = 3
 _LOBE = 0.007  # 1/Angstrom: half the period of the form factor of a particle of 70 Angstrom radius
@@ -137,17 +138,11 @@ def _climb(
     expected: float,
 ) -> Tensor:
     weight = cells.weight / (cells.noise * variance)
-    with torch.enable_grad():
-        x = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-        search = torch.optim.LBFGS([x], max_iter=20, max_eval=30, tolerance_change=1e-4, line_search_fn="strong_wolfe")
 
-        def loss() -> Tensor:
-            search.zero_grad()
-            at = start + 100.0 * x
-            explained = _fit(background, rings, penalty, weight, power, sine_square(cells, lens, at))[2]
-            value = -0.5 * (explained - (at[1:] ** 2).sum() / expected**2)
-            value.backward()
-            return value
+    @with_gradient
+    def loss(x: Tensor) -> Tensor:
+        at = start + 100.0 * x
+        explained = _fit(background, rings, penalty, weight, power, sine_square(cells, lens, at))[2]
+        return -0.5 * (explained - (at[1:] ** 2).sum() / expected**2)
 
-        search.step(loss)
-    return (start + 100.0 * x).detach()
+    return start + 100.0 * descend(loss, torch.zeros(3, dtype=torch.float64))

@@ -48,7 +48,7 @@ def equiphase_curves(cells: Cells, lens: Lens, parameters: Tensor, shells: int) 
     background of its band, ``fitted`` is sin^2 of the CTF's argument at the mean defocus.
     """
     data = banded(cells, band_count(cells, lens, float(parameters[0])))
-    _, strength = ring_strengths(data, sine_square(cells, lens, parameters))
+    strength = ring_strengths(data, sine_square(cells, lens, parameters)).strength
     rings = free_of_background(data, sine_square(cells, lens, parameters))
     # the background of the fit, not of the bare data: rings are put back where the parabola had taken part of them
     y = data.residual + strength[data.band] * (sine_square(cells, lens, parameters) - rings)

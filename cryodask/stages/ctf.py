@@ -68,7 +68,7 @@ def _check(params: CtfParams, inputs: dict[str, list[Product]]) -> Iterator[str]
 
 
 @stage(
-    version=1,
+    version=2,
     check=_check,
     needs=["micrograph_sum", "pixel_size_angstrom", "voltage_kv", "spherical_aberration_mm", "amplitude_contrast"],
     gives=[
