@@ -347,7 +347,8 @@ def test_micrographs_keep_their_own_optics_and_a_failed_fit_concerns_only_its_ow
         write_mrc(tmp_path / f"{n}.mrc", np.random.default_rng(ord(n)).normal(size=(32, 32)).astype(np.float32), 1.0)
     groups = [{**GROUP, "BeamTiltX": 0.5}, {**GROUP, "OpticsGroup": 2, "Voltage": 200, "MicrographPixelSize": 1.5, "BeamTiltX": 0}]
     rows = [
-        {"MicrographName": f"{n}.mrc", "OpticsGroup": g, "DefocusU": u, "DefocusV": 14000} for n, g, u in (("a", 1, 15000), ("b", 2, "inf"))
+        {"MicrographName": f"{n}.mrc", "OpticsGroup": g, "DefocusU": u, "DefocusV": 14000, "DefocusAngle": 0}
+        for n, g, u in (("a", 1, 15000), ("b", 2, "inf"))
     ]
     write(tmp_path / "m.star", loop("optics", groups) + loop("micrographs", rows))
     (tmp_path / "p.yaml").write_text(yaml.safe_dump({"name": "r", "pipeline": [{"import_micrographs": {"star": "m.star"}}]}))

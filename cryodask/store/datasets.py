@@ -85,7 +85,7 @@ def result_dataset(generation: Generation, record: Record | None) -> xr.Dataset:
     if record["shards"]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Object at .* is not recognized")  # the journal is inside the group
-            stored = xr.open_zarr(generation.path, consolidated=False, chunks={}, mask_and_scale=False)
+            stored = xr.open_zarr(generation.path.absolute(), consolidated=False, chunks={}, mask_and_scale=False)
         dataset = dataset.merge(stored[list(record["shards"])])
     return dataset.assign_attrs(attrs)
 

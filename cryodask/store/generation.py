@@ -63,7 +63,8 @@ class Generation:
         self._meta: dict[str, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path}
+        # whoever unpickles it may have another working folder
+        return {"path": self.path.absolute()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["path"])  # type: ignore[misc]
