@@ -81,7 +81,8 @@ def test_the_figures_of_the_page_are_those_of_the_program():
         f"fewer than {_refine3d._FEWEST} particles",
         f"after {Refine3DParams().iterations} passes", f"{_refinement.DRAWN_PARTICLES:,} particles per half",
         f"larger than {_refinement.WIDEST_UNIT_ANGSTROM:g}", f"at most {AbInitioParams().particles:,} particles",
-        f"of {_STEPS} steps", f"four of {_STEPS_OF_CHEAP_CHAINS} steps", f"Some {_refinement.VERDICT_PARTICLES} particles", f"cut at {_refinement.FIRST_ANGSTROM:g} Å",
+        f"of {_STEPS} steps", f"four of {_STEPS_OF_CHEAP_CHAINS} steps",
+        f"Some {_refinement.VERDICT_PARTICLES} particles", f"cut at {_refinement.FIRST_ANGSTROM:g} Å",
     ):  # fmt: skip
         assert said in " ".join(TEXT.split()), said
     assert "one particle in eight" in TEXT
