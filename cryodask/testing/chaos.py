@@ -90,7 +90,7 @@ class Chaos:
         strikes: Mapping[str, int],
         pause_seconds: tuple[float, float],
         place: Callable[[], str] = lambda: "",
-        may_end_with: Collection[int] = (2,),
+        may_end_with: Collection[int] = (3,),
         limit_seconds: float = 600.0,
     ) -> int:
         """Run a driver, kill and restart parts at random moments until the driver ends with 0; returns how often it was started.
