@@ -297,7 +297,11 @@ def _explanation(address: str, error: BaseException) -> tuple[str, str, str] | N
     if "Timed out trying to connect" in words:
         return f"No scheduler answers at {address}.", "it has ended, or a firewall is in between", "restart it and use its new address"
     if "CommClosedError" in words and address.startswith("tcp://"):
-        return f"{address} closed an unencrypted connection.", "the cluster requires certificates, or the scheduler is ending", "use its tls:// address, or restart it"
+        return (
+            f"{address} closed an unencrypted connection.",
+            "the cluster requires certificates, or the scheduler is ending",
+            "use its tls:// address, or restart it",
+        )
     if "CommClosedError" in words or "IOStream is not idle" in words:  # tornado's message if it closes before the encryption starts
         return (
             f"{address} closed the connection.",
