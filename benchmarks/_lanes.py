@@ -122,7 +122,7 @@ class Workers:
 
 @dataclass
 class Cluster:
-    """A scheduler with workers and one client forevery name."""
+    """A scheduler with workers and one client for every name."""
 
     clients: dict[str, Client]
     workers: Workers

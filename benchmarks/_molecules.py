@@ -1,6 +1,6 @@
 """Simulated particle stacks of known molecules with physical noise, kept as RELION files under benchmarks/out/stacks.
 
-Physical noise: one microscope forevery molecule, so weakly scattering ones get weak signal. Its noise is such that beta-galactosidase
+Physical noise: one microscope for every molecule, so weakly scattering ones get weak signal. Its noise is such that beta-galactosidase
 (5a1a) has var(signal) / var(noise) = 0.05 in 64 pixels of 3.54 A; in units of projected voxels it grows as 1 / pixel^2. Images are
 divided by the noise, whose standard deviation is then 1 per pixel. Slices come from a projector of this file, padded four times,
 not from the product's.

@@ -327,7 +327,7 @@ def start(blueprint: Blueprint) -> Started:
 def invite_people(blueprint: Blueprint) -> dict[str, Path]:
     """Invite those of a blueprint's people who have no valid invitation to its cluster.
 
-    A new invitation would invalidate the old one, so foreverybody else only the lanes are updated. The owner needs none.
+    A new invitation would invalidate the old one, so for everybody else only the lanes are updated. The owner needs none.
 
     Raises
     ------

@@ -67,7 +67,7 @@ class Context:
         return self._scratch.path
 
     def rng(self, *seeds: int) -> np.random.Generator:
-        """A random generator that depends on the seeds alone: the same forevery worker, order of items and repetition.
+        """A random generator that depends on the seeds alone: the same for every worker, order of items and repetition.
 
         Pass whatever distinguishes the draws, for example ``context.rng(params.seed, row)``. Any integers will do.
         """

@@ -63,7 +63,7 @@ inputs:                                     # a list of data sets; a single one 
   - name: glacios
     movies: "glacios/*.tif"
     microscope: {voltage_kv: 200, spherical_aberration_mm: 2.7, pixel_size_angstrom: 1.1, dose_per_frame: 1.3}
-microscope:                                 # forevery data set without its own
+microscope:                                 # for every data set without its own
   voltage_kv: 300
   spherical_aberration_mm: 2.7
   amplitude_contrast: 0.1

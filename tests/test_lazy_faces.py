@@ -92,7 +92,7 @@ STARTS = {
 
 @pytest.fixture(scope="module")
 def projects(tmp_path_factory, client) -> dict[str, Project]:
-    """A finished project forevery map stage."""
+    """A finished project for every map stage."""
     out: dict[str, Project] = {}
     for make, stages in STARTS.items():
         done = run_plan(make_plan(make(tmp_path_factory.mktemp(make.__name__))), client)

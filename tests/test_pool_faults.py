@@ -89,7 +89,7 @@ def test_a_scratch_that_fills_up_fails_the_tasks_that_write_there_and_no_others(
         futures = client.map(writes, range(12))
         others = client.map(abs, range(20))
         assert client.gather(others) == list(range(20))
-        wait(lambda: all(f.done() for f in futures), "an answer forevery task")
+        wait(lambda: all(f.done() for f in futures), "an answer for every task")
         failed = [f for f in futures if f.status == "error"]
         assert 4 <= len(failed) < 12
         assert all(re.search("No space left on device", str(f.exception())) for f in failed)

@@ -96,7 +96,7 @@ class FairShareScheduler(ReservingScheduler):
             self.WORKER_SATURATION = 1.1  # without a bound on the tasks queued on workers there is nothing to share
         self.periodic_callbacks["fairshare"] = PeriodicCallback(self._tick, _TICK_MILLISECONDS)
         if (stealing := self.extensions.get("stealing")) is not None:
-            # work stealing leaves a task's resources booked on the victim forever, so tasks with resources stay where they were sent
+            # a stolen task's resources would stay booked on the worker it was stolen from, so tasks with resources are never stolen
             put = stealing.put_key_in_stealable
             stealing.put_key_in_stealable = lambda ts: None if ts.resource_restrictions else put(ts)
 

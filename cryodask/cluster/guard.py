@@ -57,7 +57,7 @@ class GuardedScheduler(FairShareScheduler):
     users : mapping or path, optional
         ``{"anna": {"lanes": ["hpda"]}}``: who may connect, into which lanes (all if none are named; a request for any other lane
         counts as the first one). A path is an authority's ``people.json``, reread when it changes. Without it every certificate is valid
-        forevery lane.
+        for every lane.
     max_graph_bytes : int or str
         Size limit of a graph as sent, enforced before it is unpickled; ``max_graph_tasks`` is enforced before the scheduler adds any task.
 

@@ -159,7 +159,7 @@ def write_coordinates(exposures: Exposures, out: Path) -> list[Path]:
 
 
 def _picks(project: Project, label: str) -> dict[int, tuple[np.ndarray, ...]]:
-    """Accepted positions (y, x, pixels) and scores by row: forevery exposure of a picker, or for those with particles of a union."""
+    """Accepted positions (y, x, pixels) and scores by row: for every exposure of a picker, or for those with particles of a union."""
     if project.generation(label).meta["per_item"]:
         picks, rows = project[label], {item.name: item.row for item in project.items()}
         out = {}

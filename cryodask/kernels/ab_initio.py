@@ -92,7 +92,7 @@ def run_chain(
     score : float
         Mean log-likelihood gain per particle in the last steps, for comparing chains of the same particles.
     trace : list of float
-        The same forevery step.
+        The same for every step.
     """
     box, device = data.box, str(images.values.device)
     length = box * pixel_size_angstrom

@@ -39,7 +39,7 @@ class Link:
     """One stage of the chain: where its needs come from and where its results go.
 
     ``source`` maps each variable to ``inputs``, ``particles``, or the label of the step that gives it. ``whole``: variables of maps and
-    masks, the same forevery exposure. ``within``: the step of this chain in which the particles of the stage are born (empty: they are
+    masks, the same for every exposure. ``within``: the step of this chain in which the particles of the stage are born (empty: they are
     sent along), ``threshold``: what decides which of them are accepted. ``birth``: particles are born here. ``recipes``: how each data set
     is processed. ``programs``: those that the stage runs, with the versions in its key.
     """

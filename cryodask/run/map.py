@@ -101,7 +101,7 @@ class MapRunner:
     client : Client
     job : Job
     event : callable ``(kind, item or None, text)``
-        Called forevery item that is ``done``, ``quarantined`` or retried (``again``), on a stall (``stalled``), and every two seconds
+        Called for every item that is ``done``, ``quarantined`` or retried (``again``), on a stall (``stalled``), and every two seconds
         (``looked``).
     limit_seconds : float, optional
         An item that takes longer is quarantined; the worker process is killed.

@@ -37,7 +37,7 @@ maximise = _refined_maps.maximise
 
 @dataclass(frozen=True)
 class Loaded:
-    """Particles of a block: on polar rings for searches over all views, and as rows foreverything else; row of their micrograph."""
+    """Particles of a block: on polar rings for searches over all views, and as rows for everything else; row of their micrograph."""
 
     index: np.ndarray
     micrograph: np.ndarray

@@ -291,7 +291,7 @@ def parts_of_pass(count: int) -> tuple[int, float]:
 
 
 def centred(state: State) -> bool:
-    """Whether views are searched about the last shifts: after a pass over all views, which has found a shift forevery particle.
+    """Whether views are searched about the last shifts: after a pass over all views, which has found a shift for every particle.
 
     Not for the verdict: with a blurred map shifts spread more widely, and limiting them would bias the comparison against it.
     """

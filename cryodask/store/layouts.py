@@ -44,7 +44,7 @@ def name_of_size(var: Var, layout: Layout) -> str:
 
 
 def create_array(group: Any, name: str, var: Var, layout: Layout) -> None:
-    """Create an array in a Zarr group with room forevery exposure, one shard each."""
+    """Create an array in a Zarr group with room for every exposure, one shard each."""
     group.create_array(
         name,
         shape=(_CAPACITY, *layout.shape),

@@ -1,7 +1,7 @@
 """Fast reading of regular STAR files in one pass: rows go from the file into pandas' C parser in pieces.
 
 Only files that read the same here and in :func:`~cryodask.formats.star.rows.read_blocks` are accepted: tables with one row per line,
-without quotes, control characters, comments beside values or non-ASCII letters. For all others, and foreverything broken,
+without quotes, control characters, comments beside values or non-ASCII letters. For all others, and for everything broken,
 :func:`scan` returns None.
 """
 

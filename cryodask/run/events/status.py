@@ -1,4 +1,4 @@
-"""``status.json``: what the driver of a project is doing now, foreverybody who can read the folder; written from its events."""
+"""``status.json``: what the driver of a project is doing now, for everybody who can read the folder; written from its events."""
 
 from __future__ import annotations
 
