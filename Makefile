@@ -18,9 +18,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 # RELION is the other side of the convention tests (without it their committed figures are used), Slurm what pools are tested on,
-# strace what shows the order of system calls
-PROGRAMS := relion_project sinfo munged strace
-PACKAGES := relion slurm-wlm munge strace
+# strace what shows the order of system calls, chromium and nginx what the pages are tested with
+PROGRAMS := relion_project sinfo munged strace chromium nginx
+PACKAGES := relion slurm-wlm munge strace chromium nginx-light
 system:
 	@for program in $(PROGRAMS); do command -v $$program >/dev/null || missing="$$missing $$program"; done; \
 	if [ -z "$$missing" ]; then :; \
@@ -36,8 +36,8 @@ check: venv
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# most tests wait, for workers, jobs and faults: three at a time keep two cores busy
-TOGETHER := -n 3 --dist loadfile --no-loadscope-reorder
+# most tests wait, for workers, jobs and faults: five at a time keep two cores busy
+TOGETHER := -n 5 --dist loadfile --no-loadscope-reorder
 
 # numba compiles for 20 s: once, not in each of the processes that begin together
 $(VENV)/.compiled: cryodask/kernels/_slices_numba.py cryodask/kernels/_grids_numba.py | venv
@@ -47,8 +47,8 @@ $(VENV)/.compiled: cryodask/kernels/_slices_numba.py cryodask/kernels/_grids_num
 test: venv system check $(VENV)/.compiled
 	$(BIN)/python -m pytest $(TOGETHER) -m "not slow"
 
-# the same tests, without Slurm, among other packages: the oldest that pyproject.toml admits, and the newest there are on the newest Python
-FAST := -m "not slow and not slurm"
+# the fast tests, without Slurm, among other packages: the oldest that pyproject.toml admits, and the newest there are on the newest Python
+FAST := -m "not slow and not heavy and not slurm"
 # these ask about packages, `make test` asks about load: a failure counts if it stays when the test is run again alone
 define among
 export PATH=$(abspath $(1)/bin):$$PATH; python -m pytest $(TOGETHER) $(FAST) || python -m pytest --last-failed --last-failed-no-failures none $(FAST)

@@ -30,6 +30,7 @@ OUT = Path(__file__).parent / "out"
 WORKERS, THREADS = 2, 8
 PLAIN, FAIR = "plain", "lanes"
 KINDS = (PLAIN, FAIR)
+OWNER = "service"
 
 # tasks that sleep need no memory manager, and a busy machine no warnings; profiling threads would blur the cost of scheduling
 dask.config.set(
@@ -85,12 +86,15 @@ class Workers:
         self.count, self.threads = count, threads
         self._processes: list[subprocess.Popen[str]] = []
 
-    def join(self, address: str, resources: dict[str, float] | None = None, modules: Iterable[str] = ()) -> None:
+    def join(
+        self, address: str, resources: dict[str, float] | None = None, modules: Iterable[str] = (), certificates: str | None = None
+    ) -> None:
         """Let all workers join a scheduler; processes that were killed are replaced."""
         self._processes = [p for p in self._processes if p.poll() is None]
         while len(self._processes) < self.count:
             self._processes.append(_start("worker"))
-        self._tell({"address": address, "threads": self.threads, "resources": resources, "modules": list(modules)})
+        told = {"address": address, "threads": self.threads, "resources": resources, "modules": list(modules)}
+        self._tell({**told, "certificates": certificates})
 
     def leave(self) -> None:
         """Let them leave the scheduler."""
@@ -122,14 +126,15 @@ class Workers:
 
 @dataclass
 class Cluster:
-    """A scheduler with workers and one client for every name."""
+    """A scheduler with workers and one client for every name; ``owner`` asks the scheduler where those may not."""
 
     clients: dict[str, Client]
     workers: Workers
+    owner: Client | None = None
 
     def ask(self, question: Callable[..., Any], *args: Any) -> Any:
         """Answer of a function that runs in the scheduler process as ``question(*args, dask_scheduler=scheduler)``."""
-        return next(iter(self.clients.values())).run_on_scheduler(question, *args)
+        return (self.owner or next(iter(self.clients.values()))).run_on_scheduler(question, *args)
 
     def log(self) -> list[Ran]:
         """All tasks that have ended."""
@@ -145,23 +150,31 @@ def cluster(
     resources: dict[str, float] | None = None,
     record: bool = True,
     modules: Iterable[str] = (),
+    certificates: str | None = None,
     **options: Any,
 ) -> Iterator[Cluster]:
     """A fresh scheduler, plain or with lanes (``options`` are those of `FairShareScheduler`), with workers and a client a name.
 
+    With the folder of an authority in ``certificates`` both speak TLS, and the one with lanes is guarded: clients ``LANE/PERSON`` have
+    certificates.
+
     ``modules`` are imported in advance: a scheduler that unpickles its first dataframe stands still for seconds.
     """
-    process = _start("scheduler", json.dumps({"kind": kind, "record": record, "modules": list(modules), "options": options}))
+    process = _start(
+        "scheduler",
+        json.dumps({"kind": kind, "record": record, "modules": list(modules), "options": options, "certificates": certificates}),
+    )
     try:
         assert process.stdout is not None
         address = process.stdout.readline().strip()
-        workers.join(address, resources, modules)
-        clients = {name: Client(address, name=name, set_as_default=False) for name in names}
+        workers.join(address, resources, modules, certificates)
+        clients = {name: Client(address, name=name, set_as_default=False, **secure(certificates, name.split("/")[-1])) for name in names}
+        owner = Client(address, set_as_default=False, **secure(certificates, OWNER)) if certificates else None
         next(iter(clients.values())).wait_for_workers(workers.count)
         try:
-            yield Cluster(clients, workers)
+            yield Cluster(clients, workers, owner)
         finally:
-            for client in clients.values():
+            for client in [*clients.values(), *([owner] if owner else [])]:
                 client.close(timeout=60)  # twenty thousand futures take their time on a busy machine
             workers.leave()
     finally:
@@ -251,12 +264,26 @@ def _start(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
-async def _be_a_scheduler(kind: str, record: bool, modules: list[str], options: dict[str, Any]) -> None:
+def secure(certificates: str | None, name: str) -> dict[str, Any]:
+    """The certificate of a name, if there is an authority."""
+    if certificates is None:
+        return {}
+    from cryodask.cluster.access import tls
+
+    return {"security": tls.security(certificates, name)}
+
+
+async def _be_a_scheduler(kind: str, record: bool, modules: list[str], options: dict[str, Any], certificates: str | None) -> None:
     for module in modules:
         importlib.import_module(module)
-    where = {"dashboard": False, "host": "127.0.0.1", "port": 0}
+    where = {"dashboard": False, "host": "127.0.0.1", "port": 0, **secure(certificates, "scheduler")}
+    where |= {"protocol": "tls"} if certificates else {}
     if kind == PLAIN:
         scheduler = Scheduler(**where)
+    elif certificates:
+        from cryodask.cluster.guard import GuardedScheduler
+
+        scheduler = GuardedScheduler(**where, owner=OWNER, users=f"{certificates}/people.json", **options)
     else:
         from cryodask.cluster.fairshare import FairShareScheduler
 
@@ -282,7 +309,7 @@ async def _be_a_worker() -> None:
                 importlib.import_module(module)
             worker = await Worker(
                 message["address"], nthreads=message["threads"], resources=message["resources"], dashboard=False, host="127.0.0.1",
-                memory_limit="4GB",
+                memory_limit="4GB", **secure(message["certificates"], "worker"),
             )  # fmt: skip
         print("done", flush=True)
 

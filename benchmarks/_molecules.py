@@ -25,23 +25,22 @@ import numpy as np
 import pandas as pd
 import starfile
 import torch
-from scipy.ndimage import gaussian_filter
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _stacks import OUT, SHARED, read_map
 
 from cryodask.formats.mrc import write_mrc
 from cryodask.kernels.expectation import ctf_values
-from cryodask.kernels.fourier import resize_map
 from cryodask.kernels.orientations import euler_to_matrix, matrix_to_euler, random_rotations
 from cryodask.stage import ParticleSet
+from cryodask.stages._models import Atoms
+from cryodask.stages._models import density as electron_density
 
 STACKS = OUT / "stacks"
 REFERENCE_BOX, REFERENCE_PIXEL, REFERENCE_SNR = 64, 3.54, 0.05
 VOLTAGE_KV, SPHERICAL_ABERRATION_MM, AMPLITUDE_CONTRAST = 300.0, 2.7, 0.1
 MICROGRAPHS = 24
 B_FACTOR_A2 = 100.0
-SOLVENT_SHARE, SOLVENT_BLUR_ANGSTROM = 0.6, 4.0
 SHIFT_SD_ANGSTROM = 4.0
 POSE_LABELS = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi", "rlnOriginYAngst", "rlnOriginXAngst")
 JUNK_LABEL = "cryodaskJunk"
@@ -113,29 +112,7 @@ def read_atoms(model: Molecule) -> tuple[np.ndarray, list[str]]:
 
 def density(positions: np.ndarray, elements: list[str], box: int, pixel: float, b_factor_a2: float = B_FACTOR_A2) -> np.ndarray:
     """Electron scattering of the atoms minus a smooth solvent, `(z, y, x)` float32, one absolute scale for all molecules."""
-    side, fine = box * pixel, box
-    # gemmi samples points, so detail finer than the grid would fold back: sample finely, then crop in Fourier space
-    while side / fine > 1.9:
-        fine *= 2
-    voxel = side / fine
-    structure, model, chain, residue = gemmi.Structure(), gemmi.Model(1), gemmi.Chain("A"), gemmi.Residue()
-    structure.cell, structure.spacegroup_hm = gemmi.UnitCell(side, side, side, 90, 90, 90), "P 1"
-    residue.name, residue.seqid = "ALA", gemmi.SeqId("1")
-    for position, element in zip(positions + fine // 2 * voxel, elements):
-        atom = gemmi.Atom()
-        atom.name, atom.element, atom.pos = "X", gemmi.Element(element), gemmi.Position(*position)
-        atom.b_iso, atom.occ = b_factor_a2, 1.0
-        residue.add_atom(atom)
-    chain.add_residue(residue)
-    model.add_chain(chain)
-    structure.add_model(model)
-    calculator = gemmi.DensityCalculatorE()
-    calculator.grid.set_unit_cell(structure.cell)
-    calculator.grid.set_size(fine, fine, fine)
-    calculator.add_model_density_to_grid(structure[0])
-    rho = np.array(calculator.grid, copy=True).transpose(2, 1, 0).astype(np.float64)
-    rho -= SOLVENT_SHARE * gaussian_filter(rho, SOLVENT_BLUR_ANGSTROM / voxel, mode="wrap")
-    return resize_map(torch.from_numpy(rho.astype(np.float32)), box).numpy()
+    return electron_density(Atoms(positions, elements, np.zeros(len(positions), np.int64), []), positions, box, pixel, b_factor_a2)
 
 
 # --- sampling the transform of a map ----------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@
 
 Three micrographs of apoferritin (EMPIAR-10146 crops, 1240 x 1200 pixels at a nominal 1.5 A), diameter 72 pixels, and the wrong
 diameters 60 and 84. A pick counts if it is the partner of a marked particle within 0.4 diameter; 0.4 diameter at the border is left out.
+Simulated: usual micrographs, eleven crowded ones (particles 0.75 diameters apart), a defocus of 0.3 to 2.5 um, particles 2.2 times as
+long as wide, small particles (116 kDa), few electrons (6 and 12 per A^2), and one of 4096 x 4096 pixels for the CPU seconds.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import mrcfile
 import numpy as np
@@ -20,6 +24,7 @@ from matplotlib.figure import Figure
 from scipy.optimize import linear_sum_assignment
 
 from cryodask.simulate import Optics, simulate_micrograph
+from cryodask.simulate.model import MOLECULES, Molecule
 from cryodask.stages.pick import PickParams, pick
 from cryodask.store.births import accepted
 
@@ -43,6 +48,35 @@ def run(image: np.ndarray, diameter_angstrom: float, pixel: float) -> tuple[np.n
     out = pick.process(PickParams(diameter_angstrom=diameter_angstrom), micrograph_dw=image, pixel_size_angstrom=pixel)
     seconds = time.process_time() - start
     return np.stack([out["pick_y"], out["pick_x"]], 1)[accepted(out["pick_score"], out["pick_threshold"])], seconds
+
+
+def elongated() -> Molecule:
+    """Two molecules of beta-galactosidase end to end: 290 x 130 Angstrom."""
+    one = MOLECULES["beta-galactosidase"]()
+    axis = int(np.argmax(np.ptp(np.concatenate(list(one.positions.values())), axis=0)))
+    shift = 55.0 * np.eye(3)[axis]
+    return Molecule({e: np.concatenate([p - shift, p + shift]) for e, p in one.positions.items()})
+
+
+def small() -> Molecule:
+    """A quarter of beta-galactosidase, 116 kDa."""
+    one = MOLECULES["beta-galactosidase"]().positions
+    part = {e: p[(p[:, 0] > 0) & (p[:, 1] > 0)] for e, p in one.items()}
+    centre = np.concatenate(list(part.values())).mean(0)
+    return Molecule({e: p - centre for e, p in part.items()})
+
+
+def simulated(name: str, diameter: float, seeds: Sequence[int], defocus: Sequence[float], **scene: Any) -> list[float]:
+    """F1 of simulated micrographs, printed."""
+    figures = []
+    for seed, z in zip(seeds, defocus):
+        optics = Optics(pixel_size_angstrom=1.77, defocus_u_angstrom=z, defocus_v_angstrom=z - 100.0)
+        micrograph = simulate_micrograph(optics=optics, seed=seed, **{"shape": (1536, 1536), "signal_amplitude": 0.7, **scene})
+        truth = np.stack([micrograph.particles.y, micrograph.particles.x], 1)
+        found, _ = run(micrograph.image, diameter, 1.77)
+        figures.append(score(found, truth, micrograph.image.shape, diameter / 1.77)[0])
+    print(f"{name:40s} F1 {' '.join(f'{f:.3f}' for f in figures)}")
+    return figures
 
 
 def main() -> None:
@@ -86,10 +120,39 @@ def main() -> None:
     if figures:
         worst = np.min(figures, 0)
         print(f"simulated: mean F1 {np.mean(figures, 0)[0]:.3f}, least precision {worst[1]:.3f}, least recall {worst[2]:.3f}")
+    MOLECULES.update({"elongated": elongated, "small": small})
+    crowded = simulated("crowded", 180.0, range(50, 61), np.arange(6000, 22500, 1500), particles=400, distance_angstrom=135.0)
+    low = simulated("defocus 0.3 to 2.5 um", 180.0, range(100, 106), [3000, 4000, 5500, 8000, 15000, 25000], particles=60)
+    long = simulated(
+        "elongated", 220.0, range(200, 204), [8000, 12000, 16000, 20000], particles=40, distance_angstrom=300.0, molecule="elongated"
+    )
+    little = simulated("small", 95.0, range(210, 214), [8000, 12000, 16000, 20000], particles=80, distance_angstrom=130.0, molecule="small")
+    noisy = {
+        f"{dose:g}": simulated(
+            f"{dose:g} electrons/A^2, amplitude 0.5", 180.0, range(110, 113), [12000] * 3, particles=60, dose=dose, signal_amplitude=0.5
+        )
+        for dose in (6.0, 12.0)
+    }
+    large = simulate_micrograph(shape=(4096, 4096), optics=Optics(pixel_size_angstrom=0.85), particles=250, signal_amplitude=0.7, seed=5)
+    cpu = min(run(large.image, 180.0, 0.85)[1] for _ in range(3))
+    print(f"4096 x 4096 pixels: {cpu:.2f} CPU s")
     out = Path(__file__).parent / "out"
     out.mkdir(exist_ok=True)
     figure.savefig(out / "picking.png", dpi=110)
-    print(json.dumps({"f1": [round(f, 3) for f in right], "f1_wrong_diameter": [round(f, 3) for f in wrong]}))
+    given = {
+        "f1": right,
+        "f1_wrong_diameter": wrong,
+        "f1_crowded": crowded,
+        "f1_low_defocus": low,
+        "f1_elongated": long,
+        "f1_small": little,
+    }
+    rounded = {name: [round(f, 3) for f in values] for name, values in given.items()}
+    print(
+        json.dumps(
+            {**rounded, "f1_few_electrons": {n: round(float(np.mean(f)), 3) for n, f in noisy.items()}, "cpu_seconds_4k": round(cpu, 3)}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from distributed import Client
 
 import cryodask
 from cryodask.cluster import LaneCluster
-from cryodask.cluster.connect import local_environment
+from cryodask.cluster.local import local_environment
 from cryodask.formats.mrc import write_mrc
 from cryodask.simulate.particles import simulate_particles
 from cryodask.store.project import Project

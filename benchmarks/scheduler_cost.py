@@ -1,12 +1,13 @@
 """Cost of lanes: CPU of the scheduler process, and speed and transfers of dask.array, against plain Dask.
 
-``python benchmarks/scheduler_cost.py [--quick] [--pairs 7] [--only cpu]``
+``python benchmarks/scheduler_cost.py [--quick] [--pairs 7] [--only cpu|guarded|array]``
 
 1. CPU (user + system) of the scheduler process for 20,000 tasks that do nothing, on 2 real worker processes of 4 threads, from connected
    clients to the last result: without start-up. Roots, and chains of two. One lane against plain Dask with one client, two lanes against
    plain Dask with two. The two of a pair are fresh processes that run at the same time, both schedulers on the same core: on a shared
    machine whose speed varies by half within minutes, runs one after the other differ by a fifth, and these by a few percent. A ratio is
    that of the medians, its spread that of the pairs. Where ``perf`` can count them, also instructions of that process.
+   The guarded rows are the same with certificates: a guarded scheduler against a plain one, both over TLS. Limits: 1.05 and 1.10.
 2. dask.array (a reduction, a rechunk, map_overlap): wall seconds, and bytes that the workers received from each other, again with one
    client and with two that compute at the same time. Both clusters are there, and compute in turn, nine times a pair; medians. Single
    computations differ by a third.
@@ -18,6 +19,7 @@ import argparse
 import json
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,12 +29,13 @@ from uuid import uuid4
 
 import dask.array as da
 import psutil
-from _lanes import FAIR, KINDS, OUT, PLAIN, Cluster, Workers, cluster, counted, finish, in_turn
+from _lanes import FAIR, KINDS, OUT, OWNER, PLAIN, Cluster, Workers, cluster, counted, finish, in_turn
 from dask._task_spec import Task, TaskRef
 from distributed import Client, Scheduler
 
 LANES = {"A": 1, "B": 1}
 NAMES = {"one_lane": ("A/x",), "two_lanes": ("A/x", "B/x")}
+PEOPLE = {"one_lane": ("A/anna",), "two_lanes": ("A/anna", "B/bert")}
 
 
 Send = Callable[[Client, int], list[Any]]
@@ -66,20 +69,26 @@ def process_id(dask_scheduler: Scheduler) -> int:
 
 
 @contextmanager
-def both(workers: dict[str, Workers], names: tuple[str, ...], number: int, modules: tuple[str, ...] = ()) -> Iterator[dict[str, Cluster]]:
+def both(
+    workers: dict[str, Workers], names: tuple[str, ...], number: int, modules: tuple[str, ...] = (), certificates: str | None = None
+) -> Iterator[dict[str, Cluster]]:
     """A plain cluster and one with lanes; which of them starts first changes from pair to pair."""
     with ExitStack() as stack:
         made = {}
         for kind in in_turn(number):
             options = {} if kind == PLAIN else {"lanes": LANES}
-            made[kind] = stack.enter_context(cluster(workers[kind], kind, names, record=False, modules=modules, **options))
+            made[kind] = stack.enter_context(
+                cluster(workers[kind], kind, names, record=False, modules=modules, certificates=certificates, **options)
+            )
         yield made
 
 
-def costs(workers: dict[str, Workers], names: tuple[str, ...], number: int, send: Send, tasks: int) -> dict[str, dict[str, float]]:
+def costs(
+    workers: dict[str, Workers], names: tuple[str, ...], number: int, send: Send, tasks: int, certificates: str | None = None
+) -> dict[str, dict[str, float]]:
     """CPU seconds, and instructions, of both scheduler processes, which run at the same time on the same core."""
     core = min(os.sched_getaffinity(0))
-    with both(workers, names, number) as made:
+    with both(workers, names, number, certificates=certificates) as made:
         processes = {kind: one.ask(process_id) for kind, one in made.items()}
         for process in processes.values():
             psutil.Process(process).cpu_affinity([core])
@@ -141,13 +150,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one pair of 2,000 tasks, as a smoke test")
     parser.add_argument("--pairs", type=int, default=7, help="pairs of clusters of each kind")
-    parser.add_argument("--only", choices=["cpu", "array"], help="run only this part")
+    parser.add_argument("--only", choices=["cpu", "guarded", "array"], help="run only this part")
     arguments = parser.parse_args()
     pairs, tasks, turns = (1, 2000, 1) if arguments.quick else (arguments.pairs, 20_000, 9)
     workers = {kind: Workers(threads=4) for kind in KINDS}
     try:
-        ratios = {name: cpu(workers, name, pairs, tasks) if arguments.only != "array" else {} for name in NAMES}
-        found = {name: array(workers, name, pairs, turns) if arguments.only != "cpu" else {} for name in NAMES}
+        ratios = {name: cpu(workers, name, pairs, tasks) if arguments.only in (None, "cpu") else {} for name in NAMES}
+        secured = guarded(workers, pairs, tasks) if arguments.only in (None, "guarded") else {}
+        found = {name: array(workers, name, pairs, turns) if arguments.only in (None, "array") else {} for name in NAMES}
     finally:
         for those in workers.values():
             those.close()
@@ -157,24 +167,40 @@ def main() -> None:
         for name in NAMES:
             each = [r[what]["ratio"] for r in ratios[name].values() if what in r]
             result |= {f"{measure}_ratio_{name}": max(each)} if each else {}
+    for name, those in secured.items():
+        result[f"cpu_ratio_guarded_{name}"] = max(r["seconds"]["ratio"] for r in those.values())
     result["cpu"] = ratios
+    result["guarded"] = secured
     result["array"] = found
     print(json.dumps(result))
 
 
-def cpu(workers: dict[str, Workers], name: str, pairs: int, tasks: int) -> dict[str, dict[str, dict[str, float]]]:
+def guarded(workers: dict[str, Workers], pairs: int, tasks: int) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+    """Ratios of CPU seconds over TLS with certificates, for one person and for two."""
+    from cryodask.cluster.access.tls import Authority
+
+    with tempfile.TemporaryDirectory() as folder:
+        authority = Authority.create(f"{folder}/authority", owner=OWNER, cluster="benchmark")
+        for who in ("anna", "bert"):
+            authority.invite(who, [], address="tls://127.0.0.1:1")
+        return {name: cpu(workers, name, pairs, tasks, str(authority.folder)) for name in PEOPLE}
+
+
+def cpu(
+    workers: dict[str, Workers], name: str, pairs: int, tasks: int, certificates: str | None = None
+) -> dict[str, dict[str, dict[str, float]]]:
     """Ratios of CPU seconds and of instructions by kind of tasks, with the spread of the pairs."""
     result = {}
     for title, send in (("roots", send_roots), ("chains", send_chains)):
         spent: dict[str, list[dict[str, float]]] = {PLAIN: [], FAIR: []}
         for number in range(pairs):
-            for kind, found in costs(workers, NAMES[name], number, send, tasks).items():
+            for kind, found in costs(workers, (PEOPLE if certificates else NAMES)[name], number, send, tasks, certificates).items():
                 spent[kind].append(found)
         of = {what: {kind: [run[what] for run in spent[kind] if what in run] for kind in spent} for what in ("seconds", "instructions")}
         result[title] = {what: ratio_of(of[what][FAIR], of[what][PLAIN]) for what in of if of[what][PLAIN]}
         plain, ours = (" ".join(f"{seconds:.2f}" for seconds in of["seconds"][kind]) for kind in (PLAIN, FAIR))
         print(
-            f"{name:<10}{title:<12}"
+            f"{name:<10}{title:<8}{'guarded' if certificates else '':<8}"
             + "  ".join(f"{what} {_text(ratio)}" for what, ratio in result[title].items())
             + f"   plain {plain} s, lanes {ours} s",
             flush=True,

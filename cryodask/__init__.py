@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from distributed import Client
 
     from cryodask.store.project import Project
+    from cryodask.web.widget import PickWidget
 
 __version__ = VERSION
-__all__ = ["connect", "open", "run_project"]
+__all__ = ["connect", "open", "pick_widget", "run_project"]
 
 
 def open(path: str | os.PathLike[str]) -> Project:
@@ -45,6 +46,31 @@ def connect(where: str | os.PathLike[str] = "local", **options: Any) -> Client:
     from cryodask.cluster.connect import connect as connect_
 
     return connect_(where, **options)
+
+
+def pick_widget(project: Project | str | os.PathLike[str], exposure: str | int) -> PickWidget:
+    """Edit the picks of an exposure in a notebook, on the same page as in the dashboard.
+
+    Parameters
+    ----------
+    project : Project or path
+    exposure : str or int
+        Its name, or its row.
+
+    Returns
+    -------
+    PickWidget
+        Shown by the notebook; ``widget.freeze()`` is the button "Use these picks". Needs the package ``anywidget``.
+
+    Raises
+    ------
+    InputError
+        If there is no such exposure.
+    """
+    from cryodask.web.widget import PickWidget
+
+    folder = open(project).path if isinstance(project, str | os.PathLike) else project.path
+    return PickWidget(folder, exposure)
 
 
 def run_project(

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from cryodask import cli_cluster, cli_history, cli_plan, cli_run
+from cryodask import cli_cluster, cli_dashboard, cli_edits, cli_history, cli_plan, cli_run, cli_storage
 from cryodask.cli_history import ProjectArgument, open_project
 from cryodask.errors import CryodaskError, ProjectFileError, exit_status
 from cryodask.version import VERSION
@@ -31,6 +31,15 @@ class Molecules(StrEnum):
     clpb = "clpb"
 
 
+class Containers(StrEnum):
+    """Formats in which movies can be simulated."""
+
+    tiff = "tiff"
+    mrc = "mrc"
+    eer = "eer"
+
+
+ENDINGS = {Containers.tiff: "tif", Containers.mrc: "mrc", Containers.eer: "eer"}
 MoleculeOption = Annotated[Molecules, typer.Option(help="The molecule: beta-galactosidase (D2), or clpb, an asymmetric hexamer (C1).")]
 
 
@@ -48,10 +57,14 @@ def options(
 
 
 app.add_typer(cli_cluster.app)
+app.add_typer(cli_edits.app)
 app.command()(cli_run.run)
 app.command()(cli_run.watch)
 app.command()(cli_cluster.submit)
 app.command()(cli_plan.plan)
+app.command()(cli_dashboard.dashboard)
+app.command()(cli_dashboard.password)
+app.add_typer(cli_dashboard.facility_app)
 app.add_typer(cli_plan.blueprint, name="blueprint")
 
 
@@ -78,13 +91,13 @@ def simulate(
     frames: Annotated[int, typer.Option(help="Frames per movie.", min=1)] = 24,
     particles: Annotated[int, typer.Option(help="Particles per movie.", min=0)] = 40,
     seed: Annotated[int, typer.Option(help="Seed; the same seed gives the same movies.")] = 1,
-    mrc: Annotated[bool, typer.Option("--mrc", help="Write MRC movies instead of TIFF.")] = False,
+    container: Annotated[Containers, typer.Option("--format", help="Format of the movies.")] = Containers.tiff,
 ) -> None:
     """Simulate movies with known ground truth, and write a project file for them."""
     from cryodask.demo import simulate_folder
 
     path = simulate_folder(
-        folder, movies=movies, size=size, frames=frames, particles=particles, seed=seed, mrc=mrc, molecule=molecule.value
+        folder, movies=movies, size=size, frames=frames, particles=particles, seed=seed, ending=ENDINGS[container], molecule=molecule.value
     )
     typer.echo(f"Movies, gain and truth are in {folder}. Process them with:\n  cryodask run {path}")
 
@@ -107,10 +120,13 @@ def info(
     typer.echo(repr(opened))
     from cryodask.run.events.quarantined import quarantined_lines
     from cryodask.run.events.status import status_sentence
+    from cryodask.store.away import away_sentences
 
     doing = status_sentence(opened.path)
     if doing:
         typer.echo(doing)
+    for line in away_sentences(opened.path):
+        typer.echo(line)
     failures = opened.failures()
     for line in quarantined_lines(failures, every=every):
         typer.echo(line)
@@ -125,6 +141,7 @@ def verify(
 ) -> None:
     """Reread everything and compare it with its checksums. The exit status is 1 if anything is damaged and not repaired."""
     from cryodask.run.recipe import project_folder
+    from cryodask.store.away import away_sentences
     from cryodask.store.broken_files import broken_files, set_aside
     from cryodask.store.lock import ProjectLock
 
@@ -147,7 +164,8 @@ def verify(
         typer.echo(problem)
     damaged = [p for p in problems if "harmless" not in p]
     if not damaged and not broken:
-        typer.echo("Everything committed is intact.")
+        away = away_sentences(opened.path)
+        typer.echo("\n".join([*away, f"Everything committed is intact{' or away on purpose' if away else ''}."]))
         return
     if not repair:
         typer.echo(f"{len(damaged)} problems. Repair them with:  cryodask verify --repair {project}  and run the project again.")
@@ -164,6 +182,8 @@ def verify(
 
 for _command in (cli_history.gc, cli_history.history, cli_history.keep, cli_history.compare, cli_history.forget, cli_history.where):
     app.command()(_command)
+for _one in (cli_storage.archive, cli_storage.restore, cli_storage.thin, cli_storage.handover, cli_storage.storage):
+    app.command()(_one)
 
 
 @app.command("import")
@@ -179,7 +199,9 @@ def import_(
     """Write a project file that starts from another program's results: movies, micrographs or particles."""
     from cryodask.interop import project_from
 
-    typer.echo(f"Wrote {project_from(results, output)}. Check it, then:  cryodask run {output}")
+    written = project_from(results, output)
+    about = written.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+    typer.echo(f"Wrote {written}: {about}.\nCheck it, then:  cryodask run {output}")
 
 
 @app.command()
@@ -212,7 +234,11 @@ def export(
     ] = None,
     to: Annotated[
         tuple[str, Path] | None,
-        typer.Option("--to", metavar="NAME DIR", help="Write for another program, with an exporter of an installed package."),
+        typer.Option(
+            "--to",
+            metavar="NAME DIR",
+            help="emdb: maps and model; empiar: deposition JSON; oscem: metadata; or an installed exporter.",
+        ),
     ] = None,
 ) -> None:
     """Export a project to other programs: STAR files, particle stacks, class averages, half-maps, map and mask."""
@@ -233,11 +259,12 @@ def report(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="HTML file to write; by default report.html in the project.")
     ] = None,
+    url: Annotated[str, typer.Option(metavar="ADDRESS", help="Page of the project in a dashboard, to link to.", show_default=False)] = "",
 ) -> None:
     """Write the report: one self-contained HTML page."""
     from cryodask.report import write_report
 
-    typer.echo(f"Report: {write_report(open_project(project), output)}")
+    typer.echo(f"Report: {write_report(open_project(project), output, live=url)}")
 
 
 @app.command()

@@ -244,30 +244,38 @@ def usage(
     name: NameArgument,
     hours: Annotated[float | None, typer.Option(help="Only the last hours.", min=0)] = None,
     by: Annotated[str, typer.Option(help="Columns to group by, separated by commas: lane, user, project, pool.")] = "lane,user",
+    hourly: Annotated[bool, typer.Option("--hourly", help="One line per hour (per day before two months ago), from the journal.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show who used how much."""
-    from cryodask.cluster.accounting.accounting import read_usage
+    from cryodask.cluster.accounting.accounting import read_history, read_usage
     from cryodask.cluster.service import service
 
     since, keys = None if hours is None else time.time() - 3600 * hours, tuple(part.strip() for part in by.split(",") if part.strip())
     wrong = [key for key in keys if key not in ("lane", "user", "project", "pool")]
     if wrong or not keys:
         raise ProjectFileError(f"Usage cannot be grouped by {by!r}.", "", "use lane, user, project or pool")
-    try:
-        rows = service.find(name).usage(since, keys)
-    except ClusterError:
+    if hourly:
         if name not in service.known():
-            raise
-        rows = read_usage(service.folder_of(name), since, keys)  # the journal of a cluster that has ended
+            service.find(name)  # says which clusters there are
+            raise ClusterError(f"The journal of {name} is with the account that started it.", "", "leave out --hourly")
+        rows = read_history(service.folder_of(name), since, keys)
+    else:
+        try:
+            rows = service.find(name).usage(since, keys)
+        except ClusterError:
+            if name not in service.known():
+                raise
+            rows = read_usage(service.folder_of(name), since, keys)  # the journal of a cluster that has ended
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
     from dask.utils import format_bytes
 
-    columns = (*keys, "task hours", "tasks", "failed", "mean wait s", "results")
+    columns = (*(["from"] if hourly else []), *keys, "task hours", "tasks", "failed", "mean wait s", "results")
     table = [
         (
+            *([time.strftime("%Y-%m-%d %H:%M", time.localtime(row["from"]))] if hourly else []),
             *(row[key] for key in keys), f"{row['task_seconds'] / 3600:.3f}", row["tasks"], row["failed"],
             f"{row['waiting_seconds'] / max(1, row['tasks']):.2f}", format_bytes(row["bytes"]),
         )
@@ -284,16 +292,22 @@ def invite(
         str, typer.Option(help="Lanes they may use, separated by commas; by default all. The first is their default lane.")
     ] = "",
     days: Annotated[float, typer.Option(help="How long the invitation is valid.", min=0)] = 365,
+    role: Annotated[str, typer.Option(help="user, or viewer: one who sees states and usage, and submits nothing.")] = "user",
     revoke: Annotated[bool, typer.Option("--revoke", help="Revoke the invitation instead.")] = False,
+    cancel_work: Annotated[bool, typer.Option("--cancel-work", help="With --revoke: also cancel the tasks of that user.")] = False,
 ) -> None:
     """Make an invitation file that gives a user access, or revoke it."""
     from cryodask.cluster.service import service
 
+    if role not in ("user", "viewer"):
+        raise ProjectFileError(f"There is no role {role!r}.", "", "use user or viewer")
+    if cancel_work and not revoke:
+        raise ProjectFileError("--cancel-work cancels the work of somebody whose invitation is revoked.", "", "use it with --revoke")
     if revoke:
-        service.authority_of(name).revoke(user)
-        typer.echo(f"{user} no longer has access to {name}.")
+        cancelled = service.revoke(name, user, cancel_work=cancel_work)
+        typer.echo(f"{user} no longer has access to {name}." + (f" {cancelled} tasks were cancelled." if cancel_work else ""))
         return
-    path = service.invite(name, user, [lane.strip() for lane in lanes.split(",") if lane.strip()], days=days)
+    path = service.invite(name, user, [lane.strip() for lane in lanes.split(",") if lane.strip()], days=days, role=role)  # type: ignore[arg-type]
     typer.echo(
         f"{path}\nTreat this file as a password. {user} keeps it as ~/.config/cryodask/{name}.invite (mode 600), and then connects with\n"
     )

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -26,6 +27,11 @@ _LINES_QUOTED, _CHARACTERS_QUOTED = 12, 1200
 
 def no_report(fraction: float, figures: dict[str, float]) -> None:
     """Default ``on_report``: discard the report."""
+
+
+def made_anew(key: Hashable, make: Callable[[], Any]) -> Any:
+    """Default ``keep``: nothing is kept."""
+    return make()
 
 
 @dataclass
@@ -46,6 +52,9 @@ class Context:
         Programs that the stage declares, with the versions in its key.
     on_report : callable ``(fraction, figures)``
         Called with each report of the function.
+    keep : callable ``(key, make) -> object``
+        What all calls of a step on a worker share, such as the transform of a map: made on the first call, kept while there is memory. It
+        must depend on the parameters and on the maps of the step alone, and must not be changed.
     """
 
     device: str = "cpu"
@@ -53,6 +62,7 @@ class Context:
     log: Path | None = None
     programs: Mapping[Program, str] = field(default_factory=dict)
     on_report: Callable[[float, dict[str, float]], None] = no_report
+    keep: Callable[[Hashable, Callable[[], Any]], Any] = made_anew
     _scratch: _Scratch | None = field(default=None, init=False, repr=False)
     _ran: int = field(default=0, init=False, repr=False)
 
@@ -217,3 +227,10 @@ def _remove(lock: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.with_name(folder.name + ".output").unlink(missing_ok=True)
     lock.unlink(missing_ok=True)
+
+
+def return_freed_memory() -> None:
+    """Give freed memory back to the system: glibc keeps what was freed between other blocks, and would grow with every step of a call."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

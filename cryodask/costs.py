@@ -9,8 +9,9 @@ import functools
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import resources
+from typing import Any
 
 from cryodask.errors import ProjectFileError
 
@@ -110,7 +111,10 @@ class ParticleCost:
 
 @dataclass(frozen=True)
 class Costs:
-    """Measured seconds and bytes. ``particle_stages``: cost of the stages that take all particles, by box size in pixels."""
+    """Measured seconds and bytes. ``particle_stages``: cost of the stages that take all particles, by box size in pixels.
+
+    ``later_stages``: stages that process each movie again once there is a map; they are no part of live processing.
+    """
 
     source: str
     map_stages: Mapping[str, StageCost]
@@ -119,6 +123,7 @@ class Costs:
     memory_megapixels: float
     memory_bytes: float
     notes: tuple[Assumption, ...] = ()
+    later_stages: Mapping[str, StageCost] = field(default_factory=dict)
 
     def movie_seconds(self, load: Load) -> dict[str, float]:
         """CPU seconds per movie, by stage."""
@@ -148,12 +153,17 @@ def measured_costs() -> Costs:
     data = json.loads(resources.files("cryodask").joinpath("stage_costs.json").read_text())
     return Costs(
         source=f"measured on {data['machine']}; movies {data['movies']}; particles {data['particles']}",
-        map_stages={n: StageCost(c["unit"], c["fixed_seconds"], c["seconds_per_unit"]) for n, c in data["map_stages"].items()},
+        map_stages={n: _stage_cost(c) for n, c in data["map_stages"].items()},
+        later_stages={n: _stage_cost(c) for n, c in data.get("later_stages", {}).items()},
         particle_stages={n: {int(box): _particle_cost(c) for box, c in by_box.items()} for n, by_box in data["particle_stages"].items()},
         bytes=data["bytes"],
         memory_megapixels=data["worker_memory"]["megapixels"],
         memory_bytes=data["worker_memory"]["peak_bytes"],
     )
+
+
+def _stage_cost(data: Mapping[str, Any]) -> StageCost:
+    return StageCost(data["unit"], data["fixed_seconds"], data["seconds_per_unit"])
 
 
 def _particle_cost(data: Mapping[str, float]) -> ParticleCost:

@@ -55,18 +55,20 @@ def sizes_of(params: Any) -> Sizes:
 
 def write_project_file(folder: Path, params: Any) -> Path:
     """Write a project file for a simulated session."""
-    sizes = sizes_of(params)
+    sizes, is_eer = sizes_of(params), params.format == "eer"
     content = {
         "name": PROJECT_NAMES[params.molecule],
-        "inputs": {"movies": f"movies/*.{params.format}", "gain": "gain.mrc"},
+        "inputs": {"movies": f"movies/*.{params.format}", "gain": "gain.gain" if is_eer else "gain.mrc"},
         "microscope": {
             "voltage_kv": params.voltage_kv,
             "spherical_aberration_mm": params.spherical_aberration_mm,
             "amplitude_contrast": params.amplitude_contrast,
             "pixel_size_angstrom": params.pixel_size_angstrom,
-            "dose_per_frame": round(params.dose_per_frame, 5),
+            # of a camera frame
+            "dose_per_frame": round(params.dose_per_frame / params.camera_frames, 7) if is_eer else round(params.dose_per_frame, 5),
         },
         "pipeline": [
+            *([{"ingest": {"eer_fraction_frames": params.camera_frames}}] if is_eer else []),
             {"motion": {}},
             {"ctf": {}},
             {"pick": {"diameter_angstrom": sizes.diameter_angstrom}},
@@ -86,9 +88,9 @@ def write_project_file(folder: Path, params: Any) -> Path:
 
 
 def simulate_folder(
-    folder: Path, *, movies: int, size: int, frames: int, particles: int, seed: int, mrc: bool = False, molecule: str = BETA_GALACTOSIDASE
+    folder: Path, *, movies: int, size: int, frames: int, particles: int, seed: int, ending: str = "tif", molecule: str = BETA_GALACTOSIDASE
 ) -> Path:
-    """Simulate a session into ``folder`` and write its project file; returns the project file."""
+    """Simulate a session into ``folder`` and write its project file; returns the project file. ``ending``: tif, mrc or eer."""
     from cryodask.simulate import SessionParams, simulate_session
 
     dose = 40.0 / 24.0
@@ -101,7 +103,7 @@ def simulate_folder(
         particles=particles,
         seed=seed,
         dose_per_frame=dose,
-        format="mrc" if mrc else "tif",
+        format=ending,  # type: ignore[arg-type]  # checked by the model
     )
     with _simulating(movies, f"{movies} movies") as one_done:
         simulate_session(folder, params, lambda done, total: one_done() if done else None, processes=min(os.cpu_count() or 1, movies))

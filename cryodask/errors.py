@@ -13,6 +13,8 @@
     │   ├── DiskError
     │   │   └── DiskFullError
     │   ├── LockedError
+    │   ├── AwayError             stops: data that were removed on purpose are needed (found before any work)
+    │   ├── ArchiveError          stops an archive run: the archive cannot be used, or its copy differs; nothing is removed
     │   └── TakenOverError
     ├── ClusterError              stops: workers cannot be started or are gone
     ├── Stopped                   the user stopped the run
@@ -109,6 +111,14 @@ class DiskFullError(DiskError):
 
 class LockedError(StoreError):
     """Another driver is working on this project."""
+
+
+class AwayError(StoreError):
+    """Data that were archived or thinned on purpose are needed; the message has the command that brings them back."""
+
+
+class ArchiveError(StoreError):
+    """An archive cannot be reached or written, or a copy in it is not what was written. The local file stays."""
 
 
 class TakenOverError(StoreError):

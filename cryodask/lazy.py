@@ -25,6 +25,10 @@ def apply_lazily(made: Any, dataset: xr.Dataset, params: Any) -> xr.Dataset:
 
     if made.shape != "map":
         raise TypeError(f"{made.name} is a {made.shape} stage and cannot be applied to a Dataset; run it with cryodask.run_project()")
+    if "particle_image" in made.needs:
+        raise TypeError(
+            f"{made.name} takes the particles of an exposure with their images, not a Dataset; run it with cryodask.run_project()"
+        )
     if "position_y_angstrom" in made.needs and "position_y_angstrom" not in dataset and "pick_y" in dataset:
         dataset = _with_positions(dataset)
     names = [n for n in (*made.needs, *made.optional) if n in dataset]

@@ -31,15 +31,24 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 def die_with_spawner() -> None:
-    """Like :func:`die_with_parent`, for a process started by multiprocessing; a no-op in any other process."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        die_with_parent(parent.pid)
+    """Like :func:`die_with_parent`, for a process started by multiprocessing; a no-op in any other process.
 
-
-async def dask_setup(worker: Any) -> None:
-    """``preload`` for workers whose nanny runs in the driver.
-
-    distributed starts each worker in a thread that lives as long as the worker is wanted.
+    The parent of a forked process is multiprocessing's fork server, which ends when no process holds the pipe to it any more.
     """
-    die_with_spawner()
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    die_with_parent()
+    _let_go_of_fork_server()
+    if not parent.is_alive():  # it has died before the kernel watched
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _let_go_of_fork_server() -> None:
+    """Close this process's end of the pipe: multiprocessing passes it on, and the fork server would outlive the driver with its workers."""
+    from multiprocessing import forkserver
+
+    server: Any = forkserver._forkserver
+    if server._forkserver_pid is None and server._forkserver_alive_fd is not None:
+        os.close(server._forkserver_alive_fd)
+        server._forkserver_alive_fd = None

@@ -44,7 +44,11 @@ class ThresholdMark:
 
 
 class EffortMark:
-    """Marks a parameter that limits time or memory but does not affect the result; it is not part of the key."""
+    """Marks a parameter that limits time or memory, or says when the step runs, but does not affect results; not part of the key."""
+
+
+class AddedMark:
+    """Marks a parameter that a stage was given after it had results: at its default it is not part of the key, so they stay current."""
 
 
 def marked_fields(model: type[BaseModel], mark: type) -> list[str]:

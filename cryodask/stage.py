@@ -5,7 +5,8 @@ steps and gives to them, see products.py) follow from these variables unless the
 
 ``map``
     ``process(params, *, context, needs ...) -> dict`` : one exposure in, its products out. A stage that takes particles gets
-    those of the exposure; maps are passed as a whole.
+    those of the exposure, and with ``particle_image`` among its needs a :class:`ParticleBlock` with their images as they are stored; maps
+    are passed as a whole.
 ``blocks``
     a class of static functions for iterations over particle blocks (such as expectation maximisation), see :class:`BlockFunctions`.
 ``tournament``
@@ -33,7 +34,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cryodask.context import Context
 from cryodask.errors import PluginError, ProgramMissingError
-from cryodask.parameters import ChoiceMark, EffortMark, InputFile, InputFileMark, Params, SourceFile, SourceFileMark, ThresholdMark
+from cryodask.parameters import (
+    AddedMark,
+    ChoiceMark,
+    EffortMark,
+    InputFile,
+    InputFileMark,
+    Params,
+    SourceFile,
+    SourceFileMark,
+    ThresholdMark,
+)
 from cryodask.plugins import Plugins
 from cryodask.ports import Check, Output, Outputs, Port, derived_outputs, derived_ports, port
 from cryodask.programs import Program
@@ -55,8 +66,8 @@ from cryodask.stage_functions import (
 from cryodask.vocabulary import VARIABLES, Var
 
 __all__ = [
-    "BlockFunctions", "ChoiceMark", "Columns", "Context", "EffortMark", "ExposureView", "Frames", "InputFile", "InputFileMark", "Metrics",
-    "Output", "Params", "ParticleBlock", "ParticleSet", "Picture", "Port", "Program", "Resources", "SetView", "SourceFile",
+    "AddedMark", "BlockFunctions", "ChoiceMark", "Columns", "Context", "EffortMark", "ExposureView", "Frames", "InputFile", "InputFileMark",
+    "Metrics", "Output", "Params", "ParticleBlock", "ParticleSet", "Picture", "Port", "Program", "Resources", "SetView", "SourceFile",
     "SourceFileMark", "Stage", "State", "Sums", "ThresholdMark", "TournamentFunctions", "port", "stage",
 ]  # fmt: skip
 

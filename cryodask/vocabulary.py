@@ -87,6 +87,7 @@ def _scalars(rows: Iterable[tuple[str, str, str]], dtype: str = "f8") -> list[Va
 register(
     [
         Var("movie_path", (), "U", "", "movie file"),
+        Var("eer_dose_per_frame", (), "f8", "electron/angstrom^2", "exposure of a camera frame of EER movies by the project file"),
         Var("micrograph_path", (), "U", "", "motion-corrected micrograph, MRC file"),
         Var("coordinates_path", (), "U", "", "STAR file of the micrograph's picks"),
         Var("particles_path", (), "U", "", "STAR file of particles"),
@@ -101,6 +102,8 @@ register(
         Var("movie", ("frame", "y", "x"), "input", "electron", "raw counts", "bulk", (1, 0, 0)),
         Var("gain", ("y", "x"), "f4", "1", "gain reference: multiplies the counts"),
         Var("mean_count", (), "f8", "electron/pixel", "mean count per pixel and frame, before the gain"),
+        Var("frames_per_fraction", (), "i4", "1", "camera frames summed in a frame of the movie when it was read (EER); else 1"),
+        Var("dose_per_fraction", (), "f8", "electron/angstrom^2", "exposure of a frame that is a sum of camera frames (EER); else NaN"),
     ],
     "exposures.frames",
 )
@@ -130,6 +133,19 @@ register(
         Var("micrograph_dw", ("y", "x"), "f4", "electron", "aligned sum, dose-weighted", "bulk", (512, 512)),
     ],
     "exposures.micrograph",
+)
+register(
+    [
+        Var(
+            "micrograph_preview",
+            ("preview", "preview_y", "preview_x"),
+            "u1",
+            "1",
+            "to look at: the sum of all frames, and its power spectrum, both small and 8-bit",
+            "bulk",
+            (1, 0, 0),
+        )
+    ]
 )
 register(
     [
@@ -195,6 +211,8 @@ register(
         Var("cryosparc_uid", ("slot",), "i8", "1", "uid of the particle in cryoSPARC, its 64 bits as a signed integer; 0 if it has none"),
         Var("pick_accepted", ("slot",), "i1", "1", "1 if the score is above the threshold"),
         Var("pick_threshold", (), "f8", "1", "score above which peaks are accepted"),
+        Var("pick_chance", (), "f8", "1", "highest score of a peak of noise with the power spectrum of the micrograph"),
+        Var("pick_excess_skew", (), "f8", "1", "third moment of the score map, minus that of such noise"),
         Var("pick_count", (), "i8", "1", "peaks accepted"),
         Var(
             "pick_profile",
@@ -223,6 +241,8 @@ register(
         Var("image_row", ("particle",), "i8", "1", "row of the exposure whose shard has the image"),
         Var("image_slot", ("particle",), "i4", "1", "its place in that shard"),
         Var("particle_count", (), "i8", "1", "particles extracted"),
+        Var("subtraction_contrast", (), "f8", "1", "contrast of the particles of an exposure, relative to the map that was subtracted"),
+        Var("subtracted_share", (), "f8", "1", "share of the signal that was subtracted"),
         Var("particle_pixel_size_angstrom", (), "f8", "angstrom", "pixel size of the particle images"),
     ],
     "particles.image",
@@ -235,9 +255,24 @@ register(
         Var("particle_phase_shift_deg", ("slot",), "f4", "degree", "phase shift of the particle"),
         Var("ctf_b_factor_angstrom2", ("slot",), "f4", "angstrom^2", "B factor of the particle from another program; no stage uses it"),
         Var("ctf_scale_factor", ("slot",), "f4", "1", "scale factor of the particle from another program; no stage uses it"),
+        Var("beam_tilt_x_mrad", ("particle",), "f4", "mrad", "beam tilt along x, in RELION's sign"),
+        Var("beam_tilt_y_mrad", ("particle",), "f4", "mrad", "beam tilt along y, in RELION's sign"),
+        Var("trefoil_x_angstrom3", ("particle",), "f4", "angstrom^3", "trefoil: phase error x |k|^3 cos 3 theta, k in 1/angstrom"),
+        Var("trefoil_y_angstrom3", ("particle",), "f4", "angstrom^3", "trefoil: phase error y |k|^3 sin 3 theta"),
+        Var("tetrafoil_x_angstrom4", ("particle",), "f4", "angstrom^4", "tetrafoil: adds x |k|^4 cos 4 theta to the argument of the CTF"),
+        Var("tetrafoil_y_angstrom4", ("particle",), "f4", "angstrom^4", "tetrafoil: adds y |k|^4 sin 4 theta"),
+        Var("magnification_xx", ("particle",), "f4", "1", "magnification matrix M: the image at k shows the projection at M k"),
+        Var("magnification_xy", ("particle",), "f4", "1", "magnification matrix, off the diagonal"),
+        Var("magnification_yy", ("particle",), "f4", "1", "magnification matrix, along y"),
     ],
     "particles.ctf",
 )
+
+ABERRATIONS = (
+    *("beam_tilt_x_mrad", "beam_tilt_y_mrad", "trefoil_x_angstrom3", "trefoil_y_angstrom3"),
+    *("tetrafoil_x_angstrom4", "tetrafoil_y_angstrom4", "magnification_xx", "magnification_xy", "magnification_yy"),
+)
+"""What CTF refinement finds for an optics group; every particle of the group has the same values."""
 
 CTF_COLUMNS = ("defocus_u_angstrom", "defocus_v_angstrom", "defocus_angle_deg", "phase_shift_deg")
 """What describes the CTF of an exposure or particle, apart from the optics."""
@@ -269,6 +304,11 @@ LIMITS = {
     "particle_pixel_size_angstrom": Limits(0.05, 100, "A"),
     "defocus_u_angstrom": Limits(-500_000, 500_000, "A"),
     "defocus_v_angstrom": Limits(-500_000, 500_000, "A"),
+    "phase_shift_deg": Limits(-360, 360, "degrees"),
+    "particle_y": Limits(-10_000_000, 10_000_000, "pixels"),
+    "particle_x": Limits(-10_000_000, 10_000_000, "pixels"),
+    "origin_y_angstrom": Limits(-100_000, 100_000, "A"),
+    "origin_x_angstrom": Limits(-100_000, 100_000, "A"),
     "dose_per_frame": Limits(0, 100, "e/A^2"),  # a whole exposure in one frame has less
     "pre_exposure": Limits(0, 1000, "e/A^2"),
 }
@@ -330,6 +370,66 @@ register(
     ]
 )
 register([Var("annotation", ("particle",), "f8", "1", "a column added by the user")], "particles.note")
+register(
+    [
+        Var("aberration_count", ("optics_group",), "i8", "1", "particles of each optics group whose CTF was refined"),
+        Var("aberration_fitted", ("optics_group",), "?", "1", "whether they are enough for its aberrations to be fitted"),
+        Var("aberration_value", ("optics_group", "aberration"), "f8", "1", "fitted aberrations, in the order and units of the columns"),
+        Var("aberration_deviation", ("optics_group", "aberration"), "f8", "1", "their standard deviations; NaN: not fitted"),
+        Var("defocus_change_angstrom", ("particle",), "f4", "angstrom", "refined minus earlier mean defocus of each particle"),
+        Var("defocus_spread_angstrom", (), "f8", "angstrom", "estimated spread of the particles' defocus about that of their micrograph"),
+        Var("refinement_frequency", ("shell",), "f8", "1/angstrom", "frequency of each Fourier shell"),
+        Var("fsc_before", ("shell",), "f8", "1", "FSC of masked half-maps before the refinement of the CTF"),
+        Var("fsc_after", ("shell",), "f8", "1", "FSC of masked half-maps after it, at the same poses"),
+        Var("resolution_before_angstrom", (), "f8", "angstrom", "where the former falls below 0.143"),
+        Var("resolution_after_angstrom", (), "f8", "angstrom", "where the latter falls below 0.143"),
+    ]
+)
+
+register(
+    [
+        Var("class3d_number", ("particle",), "i4", "1", "3D class, counted from 1; 0 where the particle has none"),
+        Var("class3d_probability", ("particle",), "f4", "1", "posterior probability of that class"),
+    ],
+    "particles.class3d",
+)
+register(
+    [
+        Var("class3d_share", ("class",), "f8", "1", "share of the particles in each 3D class: mean posterior probability"),
+        Var("class3d_resolution_angstrom", ("class",), "f8", "angstrom", "resolution of the half-maps of each 3D class"),
+        Var("class3d_confusion", ("class", "other_class"), "f8", "1", "expected share of a class (first axis) put into another one"),
+        Var("class3d_separation", ("class", "other_class"), "f8", "1", "mean d^2 between the images of two classes, in units of noise"),
+        Var("iteration_class_share", ("iteration", "class"), "f8", "1", "share of each class after each iteration"),
+        Var("iteration_changed_share", ("iteration",), "f8", "1", "share of the particles that changed class in each iteration"),
+        Var("start_score", ("start",), "f8", "nat", "mean log-likelihood per particle of the classification from each start"),
+        Var("class_gain", (), "f8", "nat", "gain of log-likelihood per particle by the classes of the other half-set over the consensus"),
+        Var("class_gain_z", (), "f8", "1", "the same in standard errors"),
+    ]
+)
+
+register(
+    [Var(f"component{j}", ("particle",), "f4", "1", f"coordinate along component {j} of an analysis of variability") for j in range(1, 7)],
+    "particles.components",
+)
+register(
+    [
+        Var(
+            "component_map", ("component", "z", "y", "x"), "f4", "1", "maps of the components, per standard deviation", "bulk", (1, 0, 0, 0)
+        ),
+        Var(
+            "component_series",
+            ("component", "step", "z", "y", "x"),
+            "f4",
+            "1",
+            "maps along each component, from -2 to 2 standard deviations",
+            "bulk",
+            (1, 1, 0, 0, 0),
+        ),
+        Var("component_strength", ("component",), "f8", "1", "norm of each component"),
+        Var("component_agreement", ("component",), "f8", "1", "canonical correlations of the components of the half-sets alone"),
+        Var("component_gain", (), "f8", "nat", "log-likelihood per particle that the components explain"),
+    ]
+)
 
 # --- averages, maps and curves
 register(
@@ -348,13 +448,34 @@ register(
 )
 register(
     [
+        Var("to_final_map", ("z", "y", "x"), "f4", "1", "map of the input 'to'; never stored", "bulk"),
+        Var("to_map_pixel_size_angstrom", (), "f8", "angstrom", "voxel size of that map; never stored"),
+    ]
+)
+register(
+    [
         Var("final_map", ("z", "y", "x"), "f4", "1", "map of all particles, unsharpened", "bulk"),
         Var("map_pixel_size_angstrom", (), "f8", "angstrom", "voxel size of the map"),
+        Var("class_map", ("class", "z", "y", "x"), "f4", "1", "map of each 3D class, unsharpened", "bulk", (1, 0, 0, 0)),
         Var("chain_score", ("chain",), "f8", "1", "mean log-likelihood per particle of each restart"),
     ],
     "map.final",
 )
-register([Var("half_map", ("half", "z", "y", "x"), "f4", "1", "unmasked, unsharpened half-maps", "bulk", (1, 0, 0, 0))], "map.half_maps")
+register(
+    [
+        Var("half_map", ("half", "z", "y", "x"), "f4", "1", "unmasked, unsharpened half-maps", "bulk", (1, 0, 0, 0)),
+        Var(
+            "class_half_map",
+            ("class", "half", "z", "y", "x"),
+            "f4",
+            "1",
+            "unmasked, unsharpened half-maps of each 3D class",
+            "bulk",
+            (1, 1, 0, 0, 0),
+        ),
+    ],
+    "map.half_maps",
+)
 register(
     [
         Var("shell_resolution_angstrom", ("shell",), "f8", "angstrom", "resolution of each Fourier shell"),
@@ -399,7 +520,62 @@ register(
     [
         Var("sharpened_map", ("z", "y", "x"), "f4", "1", "sharpened and low-passed map", "bulk"),
         Var("b_factor_angstrom2", (), "f8", "angstrom^2", "B-factor applied to the map; negative sharpens"),
+        Var(
+            "log_amplitude",
+            ("shell",),
+            "f8",
+            "1",
+            "ln of the mean amplitude of the unmasked mean map, weighted by its FSC; NaN where there is none",
+        ),
+        Var(
+            "log_amplitude_fitted",
+            ("shell",),
+            "f8",
+            "1",
+            "line through it whose slope is a quarter of the fitted B-factor; NaN outside the fit",
+        ),
+        Var("local_resolution_angstrom", ("z", "y", "x"), "f4", "angstrom", "resolution about each voxel", "bulk"),
+        Var("local_resolution_percentile", ("percentile",), "f8", "angstrom", "its 5th, 25th, 50th, 75th and 95th percentile in the mask"),
     ],
     "map.view",
+)
+register(
+    [
+        Var("cone_axis", ("cone", "axis3"), "f8", "1", "axes of the cones, x, y, z"),
+        Var("cone_fsc", ("cone", "shell"), "f8", "1", "FSC of the half-maps in a cone of 20 degrees about each axis"),
+        Var("cone_resolution_angstrom", ("cone",), "f8", "angstrom", "where it first falls below 0.143"),
+        Var("cone_frequency", ("shell",), "f8", "1/angstrom", "frequency of each Fourier shell"),
+        Var("cone_area_ratio", (), "f8", "1", "least over largest area under the cones' FSC"),
+        Var("view_sampling", (), "f8", "1", "harmonic mean of the sampling of directions by the views; 1 if even, NaN if unknown"),
+        Var("unreached_share", (), "f8", "1", "share of directions that no view samples; NaN if unknown"),
+    ]
+)
+register(
+    [
+        Var(
+            "model_file",
+            ("byte",),
+            "u1",
+            "1",
+            "an atomic model, mmCIF; coordinates in Angstrom from the centre of voxel 0 of the map",
+            "bulk",
+        ),
+        Var("dock_hand", (), "U", "", "hand of the map by docking: right, mirrored or unknown"),
+        Var("dock_correlation", (), "f8", "1", "mean correlation of the shells with the map, at the best pose"),
+        Var("dock_correlation_mirrored", (), "f8", "1", "the same with the mirror image of the map"),
+        Var("dock_resolution_angstrom", (), "f8", "angstrom", "resolution of the map that was assumed"),
+        Var("dock_rotation", ("axis3", "axis3b"), "f8", "1", "rotation of the model's coordinates, to their left"),
+        Var("dock_shift_angstrom", ("axis3",), "f8", "angstrom", "what is added after the rotation, x, y, z"),
+    ],
+    "model.atoms",
+)
+register(
+    [
+        Var("model_fsc", ("shell",), "f8", "1", "FSC of the map with the model's density under the model's mask"),
+        Var("model_frequency", ("shell",), "f8", "1/angstrom", "frequency of each Fourier shell"),
+        Var("model_resolution_angstrom", (), "f8", "angstrom", "where that falls below 0.5"),
+        Var("residue_name", ("residue",), "U", "", "chain, residue name and number of each residue of the model"),
+        Var("residue_correlation", ("residue",), "f4", "1", "local correlation of map and model, mean over the residue's atoms"),
+    ]
 )
 register([Var("solvent_mask", ("z", "y", "x"), "f4", "1", "soft mask around the molecule", "bulk")], "mask.mask")

@@ -237,23 +237,12 @@ existing("expand")
 existing("contract")
 declare("junk", ["particles[image]", "weights[weights]"], [P("quality")], shape="blocks", purpose="junk")
 declare("train_junk", ["particles[image, note]"], [Output("weights", "weights", ("weights",))], "epochs seed", purpose="junk")
-declare(
-    "subtract",
-    [WITH_CTF, port("particles[image, pose, ctf?]", copies=True), "map[final]", "mask!:mask[mask]"],
-    [P("image", subtracted=True)],
-    shape="blocks",
-)
+existing("subtract")
 
 # --- maps ------------------------------------------------------------------------------------------------------------------------------
 
 
-def ab_initio_outputs(params: Any) -> tuple[Output, ...]:
-    if int(params.classes or 1) == 1:
-        return PRODUCT["ab_initio"].outputs(params)
-    return of_classes("class3d", "final", "new", 1)(params)
-
-
-existing("ab_initio", "classes", outputs=ab_initio_outputs)
+existing("ab_initio")
 existing(
     "refine3d",
     "local",
@@ -261,13 +250,7 @@ existing(
     check=check_refine3d,
 )
 declare("reconstruct", [WITH_CTF, POSED], [M()], "symmetry", shape="blocks")
-declare(
-    "classify3d",
-    [WITH_CTF, POSED, "map[final]", MASK],
-    of_classes("class3d", "final half_maps", "same", 3),
-    "classes seed symmetry restarts",
-    shape="blocks",
-)
+existing("classify3d")
 declare(
     "align_classify3d",
     [WITH_CTF, "particles[image, ctf?]", "maps*:map[final]"],
@@ -275,27 +258,9 @@ declare(
     "classes seed symmetry decoys",
     shape="blocks",
 )
-declare(
-    "variability",
-    [WITH_CTF, replace(POSED, whole=True), "map[final]", MASK],
-    [P("components"), Output("series", "map", ("view",), frame="same")],
-    "components",
-    shape="blocks",
-)
-declare(
-    "ctf_refine",
-    [WITH_CTF, "particles[image, pose, ctf?]", "map[final, half_maps, fsc]", MASK],
-    [E("aberrations"), P("ctf")],
-    "defocus tilt magnification trefoil tetrafoil",
-    shape="map",
-)
-declare(
-    "polish",
-    ["exposures[frames, field, ctf, optics, dose, aberrations?]", "particles[pose, ctf?]", "map[final, half_maps, fsc]", MASK],
-    [E("micrograph field"), P("image pose", frame="same")],
-    "box scale_to",
-    shape="map",
-)
+existing("variability")
+existing("ctf_refine")
+existing("polish")
 existing("mask", ports=["model?!:model[atoms]"])
 existing("import_mask")
 
@@ -310,21 +275,12 @@ def imported_map(params: Any) -> tuple[Output, ...]:
 
 existing("import_map", outputs=imported_map)
 existing("postprocess")
-declare("local_resolution", ["map[half_maps]", replace(RELATED_MASK, optional=True)], [M("view")])
-declare(
-    "align_maps",
-    [port("particles[pose]", copies=True), "map[final]", "to!:map[final]"],
-    [P("pose", frame="to"), M(frame="to")],
-    "symmetry",
-)
-declare(
-    "hand",
-    ["map[final]", "particles?:particles[pose]", "model!:model[atoms]"],
-    [P("pose", frame="flipped"), M(frame="flipped")],
-)
-declare("import_model", [], [Output("model", "model", ("atoms",), frame="unknown")], files="file")
-declare("dock", ["map[final]", "model[atoms]"], [Output("model", "model", ("atoms",), frame="same")], "resolution_angstrom")
-declare("model_map", ["map[fsc]", "model[atoms]"], [])
+existing("local_resolution")
+existing("align_maps", "symmetry", ports=[port("map[final]")])
+existing("hand")
+existing("import_model")
+existing("dock")
+existing("model_map")
 
 # --- adapters and others -----------------------------------------------------------------------------------------------------------------
 existing("external.relion_postprocess")

@@ -33,6 +33,7 @@ async def guarded(folder: Path | None, *, workers: int = 2, memory_limit: Any = 
         "distributed.worker.memory.pause": False,
         "distributed.admin.tick.limit": "60s",
     }
+    settings["cryodask.people_on_workers"] = options.pop("people_on_workers", False)
     options = {"owner": OWNER, "users": folder / "people.json" if folder else None, **options}
     protocol = "tls" if folder else "tcp"
     with dask.config.set(settings):

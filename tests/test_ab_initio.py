@@ -32,6 +32,7 @@ def best_correlation(volume, truth, radius):
     return best
 
 
+@pytest.mark.heavy
 def test_a_tournament_finds_the_molecule_and_knows_it():
     """Of 30 steps, seed 2 finds the molecule (correlation 0.997) and seed 1 does not (0.52); the likelihood tells them apart."""
     pixel = 7.0

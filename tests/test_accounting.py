@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -18,10 +19,13 @@ from types import SimpleNamespace
 import pytest
 from distributed import Client, Reschedule, get_client, get_task_stream, secede
 from distributed.utils import open_port
+from typer.testing import CliRunner
 
+from cryodask.cli import app
 from cryodask.cluster import LaneCluster
-from cryodask.cluster.accounting.accounting import Accounting, read_usage
+from cryodask.cluster.accounting.accounting import Accounting, read_history, read_usage
 from cryodask.cluster.accounting.journal import DAY, HOUR, UsageJournal
+from cryodask.errors import ClusterError
 
 NAMES = ("lane", "user", "project", "pool")
 
@@ -490,6 +494,47 @@ def test_since_counts_from_the_hour_on(tmp_path):
     assert [row["tasks"] for row in read_usage(tmp_path, since=(hour - 2) * HOUR + 1800, by=[])] == [6]
     with pytest.raises(ValueError, match="not by laen"):
         read_usage(tmp_path, by=["laen"])
+
+
+def test_history_has_a_row_per_hour_and_per_day_before_two_months(tmp_path):
+    hour = time.time() // HOUR
+    day = (time.time() - 80 * DAY) // DAY * 24
+    journal = UsageJournal(tmp_path, NAMES)
+    old = {key_of(day + h): {"tasks": 1.0, "task_seconds": 60.0} for h in range(24)}
+    journal.append(old | {key_of(hour - 5): {"tasks": 2.0}, key_of(hour - 1): {"tasks": 4.0}, key_of(hour - 1, "hpda"): {"tasks": 8.0}})
+    found = read_history(tmp_path, by=["lane"])
+    assert [(row["from"], row["seconds"], row["lane"], row["tasks"]) for row in found] == [
+        (day * HOUR, DAY, "live", 24),
+        ((hour - 5) * HOUR, HOUR, "live", 2),
+        ((hour - 1) * HOUR, HOUR, "hpda", 8),
+        ((hour - 1) * HOUR, HOUR, "live", 4),
+    ]
+    assert found[0]["task_seconds"] == 24 * 60
+    journal.compact(time.time())
+    assert read_history(tmp_path, by=["lane"]) == found
+    assert [row["tasks"] for row in read_history(tmp_path, (hour - 2) * HOUR + 1800, [])] == [12]
+    assert sum(row["tasks"] for row in found) == read_usage(tmp_path, by=[])[0]["tasks"]
+    assert read_history(tmp_path / "none") == []
+
+
+def test_the_command_prints_hours_from_the_journal_of_this_account(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    folder = tmp_path / "cryodask" / "clusters" / "box"
+    hour = time.time() // HOUR
+    UsageJournal(folder, NAMES).append({key_of(hour - 3): {"tasks": 2.0, "task_seconds": 7200.0}, key_of(hour): {"tasks": 1.0}})
+    (folder / "settings.json").write_text("{}")
+
+    def said(*words):
+        return CliRunner().invoke(app, ["cluster", "usage", "box", "--hourly", *words])
+
+    assert [row["from"] for row in json.loads(said("--json").output)] == [(hour - 3) * HOUR, hour * HOUR]
+    assert [row["lane"] for row in json.loads(said("--json", "--by", "lane", "--hours", "2").output)] == ["live"]
+    lines = said("--by", "user").output.splitlines()
+    assert lines[0].split()[:2] == ["from", "user"]
+    assert time.strftime("%Y-%m-%d %H:%M", time.localtime((hour - 3) * HOUR)) in lines[1] + lines[2]
+    assert "2.000" in said().output
+    (folder / "settings.json").unlink()
+    assert isinstance(said().exception, ClusterError)
 
 
 # --- the pages -------------------------------------------------------------------------------------------------------------------

@@ -444,6 +444,7 @@ def many(project, count: int = 30) -> None:
         write_tiff_movie(project.folder / "movies" / f"m{i}.tif", frames_of(i), PIXEL)
 
 
+@pytest.mark.heavy
 def test_a_second_driver_is_refused_and_ctrl_c_ends_the_first_cleanly(project, client, refused):
     many(project)
     process = started(project.folder)
@@ -467,7 +468,7 @@ def test_a_second_driver_is_refused_and_ctrl_c_ends_the_first_cleanly(project, c
 def test_a_worker_that_is_killed_costs_nothing(project):
     many(project, 6)
     process = started(project.folder)
-    workers = running([p.pid for p in psutil.Process(process.pid).children(recursive=True)], "spawn_main")
+    workers = running([p.pid for p in psutil.Process(process.pid).children(recursive=True)], "spawn_main", "forkserver")
     workers[-1].kill()
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
@@ -590,6 +591,17 @@ def test_results_never_go_among_the_users_own_files(project, refused):
     with pytest.raises(errors.ProjectFileError, match="among your files"):
         project(("name: p", "name: p\nfolder: ."))
     assert "among your files" in refused("run", project.folder / "p.yaml")
+
+
+def test_a_folder_of_other_files_is_not_taken_for_results(project, refused):
+    """A project called ``mic`` beside a folder mic/ with micrographs must not write its results among them."""
+    project(("name: p", "name: mic"))
+    theirs = project.folder / "mic"
+    theirs.mkdir()
+    (theirs / "m1.mrc").write_bytes(b"theirs")
+    said = refused("run", project.folder / "p.yaml")
+    assert "among other files (m1.mrc)" in said
+    assert [path.name for path in theirs.iterdir()] == ["m1.mrc"]
 
 
 def test_every_error_of_the_package_says_what_happened_and_what_to_do():

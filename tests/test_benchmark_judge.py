@@ -44,6 +44,7 @@ def stack() -> Stack:
     return Stack("blobs", images, ParticleSet(COUNT, BOX, PIXEL, columns), poses, truth, PIXEL, {})
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("mirrored", "with_poses"), [(False, True), (True, True), (True, False)])
 def test_the_judge_finds_a_known_placement(stack: Stack, mirrored: bool, with_poses: bool) -> None:
     volume = placed(MapTransform(stack.truth, PIXEL), BOX, PIXEL, TURN, SHIFT)

@@ -251,6 +251,7 @@ def refined(project):
     assert np.isnan(resolution) or 11 <= resolution < 60
 
 
+@pytest.mark.heavy
 @pytest.mark.slurm
 def test_sessions_of_every_kind_run_beside_each_other_and_a_second_start_leaves_them_alone(facility, slurm, tmp_path, monkeypatch):
     """The blueprint ``mixed``, and with it the session of ``image-analysis``, with fewer iterations."""

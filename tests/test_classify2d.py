@@ -51,6 +51,7 @@ def classified():
     return labels[order], iterate_here(classify2d.functions, params, ParticlesInMemory(particles, images[order]))
 
 
+@pytest.mark.heavy
 def test_classes_are_pure_in_a_mixture_with_junk(classified):
     labels, result = classified
     table = np.zeros((16, 3), int)
@@ -69,6 +70,7 @@ def test_junk_lies_in_low_scores_and_auto_curation_removes_it(classified):
     assert kept[labels == 2].mean() <= 0.4
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("symmetry", ["C1", "D2"])
 def test_classes_are_centred_on_the_molecule_not_where_their_average_came_to_lie(symmetry):
     """Picks 2 pixels off an axis: classes lie 0.47 (C1) and 0.12 pixels (D2) off; 1.12 and 1.00 where averages stay as they come."""

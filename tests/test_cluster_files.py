@@ -153,7 +153,7 @@ def test_the_script_of_a_pool_as_text():
     before, dask, after = parts(dry_run(parse_settings({"kind": "slurm", "logs": "/logs", "pools": {"cpu": pool}}))["cpu"])
     directives = "#SBATCH --qos=long\n#SBATCH --comment=cryodask:CLUSTER:cpu-0\n#SBATCH --constraint=rome\nmodule load openmpi\n"
     assert before == _HEAD.format(pool="cpu", partition="cpu", cores=16) + directives + _EXPORTS
-    assert "export DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT=60s\n" in dask
+    assert "export DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT=45s\n" in dask
     assert without_scratch(after) == (
         f"exec /opt/py {_WORKER} cpu-0 --nthreads 4 --memory-limit 14.40GiB --nworkers 4 --nanny --death-timeout 180"
         ' --local-directory "/scratch" --dashboard-address 127.0.0.1:0 --no-dashboard --resources "disk=2,pool-cpu=1e+09"'

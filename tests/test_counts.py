@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
 import _toy_stages as toys
 import numpy as np
@@ -12,11 +14,13 @@ import pytest
 import yaml
 from _told import Told
 from distributed import Client
+from pydantic import Field
 
 from cryodask.formats.movies import write_mrc_movie
 from cryodask.run.preview import preview
 from cryodask.run.recipe import draft_plan, make_plan
 from cryodask.run.session import run_plan
+from cryodask.stage import STAGES, AddedMark
 from cryodask.store.births import Birth, born
 from cryodask.store.identity import half_sets
 from cryodask.store.project import Project
@@ -87,6 +91,7 @@ def renewed(before: Project | dict, after: Project) -> dict[str, int]:
     return counts
 
 
+@pytest.mark.heavy
 def test_counted_on_200_exposures(tmp_path, here):
     folder = session(tmp_path, 200)
     first = run(folder, here)
@@ -381,3 +386,17 @@ def test_history_compare_keep_and_gc_on_five_generations(tmp_path, here):
     assert fewer.verify() == []
     with pytest.raises(KeyError, match="Did you mean 'toy_pick'"):
         fewer["toy_pic"]
+
+
+class WithMore(toys.ToyParams):
+    more: Annotated[int, AddedMark] = Field(1, description="came later")
+
+
+def test_a_parameter_that_came_later_recomputes_nothing_until_it_is_given(tmp_path, here, monkeypatch):
+    folder = session(tmp_path, 3)
+    before = made(run(folder, here, PIPELINE[:3]))
+    monkeypatch.setitem(STAGES, "toy_ctf", replace(toys.toy_ctf, params=WithMore))
+    after = run(folder, here, PIPELINE[:3])
+    assert renewed(before, after) == {}
+    assert renewed(before, run(folder, here, ["toy_motion", {"toy_ctf": {"more": 1}}, "toy_pick"])) == {}
+    assert renewed(before, run(folder, here, ["toy_motion", {"toy_ctf": {"more": 2}}, "toy_pick"])) == {"toy_ctf": 3}

@@ -119,6 +119,7 @@ def check_equality(chaos: Chaos, session: Path, folder: Path, undisturbed, strik
     assert contents(folder) == undisturbed
 
 
+@pytest.mark.heavy
 def test_killed_once_by_each_kind_of_death_in_map_and_block_stages_and_resumed_gives_the_same_bits(session, cluster, undisturbed, tmp_path):
     assert {label for label, _ in undisturbed} == {
         "ingest",
@@ -142,6 +143,7 @@ def test_killed_once_by_each_kind_of_death_in_map_and_block_stages_and_resumed_g
     assert {kill.what for kill in chaos.log} == set(EVERY_KIND) - {"everything"}
 
 
+@pytest.mark.heavy
 def test_a_run_that_was_stopped_and_overtaken_ends_with_its_own_status_and_changes_no_bit(session, cluster, undisturbed, tmp_path):
     folder = prepared(session, tmp_path, cluster.address)
     drivers: list[subprocess.Popen[bytes]] = []

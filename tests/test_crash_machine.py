@@ -354,6 +354,7 @@ def explore(examples: int, steps: int) -> type[Store]:
     return machine
 
 
+@pytest.mark.heavy
 def test_killed_at_any_of_a_few_moments_the_store_loses_nothing_acknowledged():
     assert explore(examples=6, steps=12).kills >= 10
 

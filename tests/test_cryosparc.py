@@ -254,7 +254,8 @@ def test_files_that_are_no_tables_are_refused(tmp_path):
         ("cut.cs", good.read_bytes()[:-20], "cannot be read"),
         ("text.cs", b"data_particles\n", "cannot be read"),
         ("g.csg", b"results: 3\n", "not a group"),
-        ("h.csg", b"\xff", "not a group"),
+        ("h.csg", b"\xff", "not a valid group"),
+        ("i.csg", b"results: {a: {metafile: x.cs}}\nresults: {a: {metafile: y.cs}}\n", "'results' is given twice"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match=message):

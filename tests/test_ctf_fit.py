@@ -58,6 +58,17 @@ def test_a_prior_hides_astigmatism_only_under_noise():
     assert clear.defocus_u_angstrom - clear.defocus_v_angstrom == pytest.approx(800, abs=60)
 
 
+@pytest.mark.heavy
+@pytest.mark.parametrize("limit", [0.0, 300.0, 2000.0])
+def test_no_fit_has_more_astigmatism_than_the_largest(limit):
+    """Noise leads a fit anywhere (1791 A with a limit of 200), and rings of 3750 A lie beyond every limit here."""
+    spectra = [ring_spectrum(16000, 15000, 20, noise=3.0, strength=0.02, seed=seed) for seed in (5, 7)]
+    for spectrum in (*spectra, ring_spectrum(18750, 15000, 20)):
+        fit = fit_ctf(spectrum, lens_of(300.0, 2.7, 0.1), largest_astigmatism_angstrom=limit)
+        assert fit.defocus_u_angstrom - fit.defocus_v_angstrom <= limit + 1e-6
+        assert fit.defocus_u_angstrom >= fit.defocus_v_angstrom
+
+
 def test_real_spectra_agree_with_the_tutorial_and_none_is_aliased(shared):
     """RELION's tutorial values by CTFFIND; an aliased fit would be 25,000 A away. 22 A RMS, 35 A at most are reached."""
     folder = shared / "data/betagal_10204"
@@ -99,6 +110,7 @@ def run(image, pixel=1.77, **params):
     )
 
 
+@pytest.mark.heavy
 def test_small_simulated_micrographs_come_out_within_their_noise():
     """1024 x 1024 pixels of 1.77 A, 40 particles of half the power: 52 A RMS over 24 seeds."""
     errors = []

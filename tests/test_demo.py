@@ -75,6 +75,6 @@ def test_a_session_without_symmetry_is_measured_against_its_truth(asymmetric):
     assert found["succeeded"] is False
     assert found["resolution_fsc143_angstrom"] is None
     assert found["poses_right"] < 0.5
-    # true poses of the same particles give a map in the frame of the refined one
-    assert found["resolution_true_poses_angstrom"] < 0.7 * found["resolution_truth_fsc05_angstrom"]
+    # the same particles at their true poses: 20.3 A; in a wrong frame they would be no better than the refined map, 29 A and worse
+    assert found["resolution_true_poses_angstrom"] < 24
     assert np.isfinite(found["pose_error_median_deg"])

@@ -45,6 +45,7 @@ def folder(tmp_path_factory, client) -> Path:
     return made
 
 
+@pytest.mark.heavy
 def test_the_commands_run_one_after_the_other_and_then_the_python(folder, monkeypatch, capsys, client):
     monkeypatch.chdir(folder)
     (block,) = blocks(PAGE, "sh")

@@ -17,8 +17,8 @@ import pytest
 from _lanes import GATE, LOG, client, cluster, have_run, have_shares, held, is_clean, longest, run, slack, sleep, until, until_clean
 from distributed import Client, Reschedule, SpecCluster, Worker, get_client, get_worker
 
-from cryodask.cluster.connect import LaneCluster
 from cryodask.cluster.fairshare import FairShareScheduler
+from cryodask.cluster.local import LaneCluster
 
 
 # --- shares ------------------------------------------------------------------------------------------------------------------------
@@ -342,6 +342,7 @@ def test_as_scheduler_class_of_a_cluster():
 
 def test_a_restart_in_the_middle_of_a_contest_leaves_nothing_behind():
     with (
+        dask.config.set({"distributed.deploy.lost-worker-timeout": "1h"}),  # else a slow start closes the nanny for good
         LaneCluster(n_workers=1, threads_per_worker=2, lanes={"A": 1, "B": 1}, dashboard_address=None) as made,
         Client(made, name="A/x") as a,
         Client(made, name="B/x", set_as_default=False) as b,

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import starfile
 import torch
+import xarray as xr
 
 from cryodask.errors import InputError
 from cryodask.kernels.fsc import corrected_fsc, fsc, half_radius, resolution_at, shell_resolutions
 from cryodask.kernels.masking import density_threshold, low_pass, otsu_threshold, soft_mask
 from cryodask.stages.mask import MaskParams, mask
-from cryodask.stages.postprocess import PostprocessParams, postprocess
+from cryodask.stages.postprocess import PostprocessParams, draw, postprocess
 
 N, PIXEL = 64, 2.0
 
@@ -106,6 +107,10 @@ def test_otsu_parts_two_heaps_and_bears_equal_values():
     assert (np.ones(5) > otsu_threshold(np.ones(5))).all()
 
 
+def dataset_of(out):
+    return xr.Dataset({name: ({0: (), 1: ("shell",), 3: ("z", "y", "x")}[np.ndim(value)], value) for name, value in out.items()})
+
+
 def test_postprocess_recovers_a_known_b_factor():
     """A flat spectrum blurred with B = 150 must be given B = -150 back."""
     shape = (N, N, N)
@@ -119,6 +124,16 @@ def test_postprocess_recovers_a_known_b_factor():
     whole = np.ones(shape, np.float32)
     out = postprocess.process(PostprocessParams(), half_map=halves, solvent_mask=whole, map_pixel_size_angstrom=PIXEL)
     assert out["b_factor_angstrom2"] == pytest.approx(-150.0, abs=15.0)
+    # the line of the Guinier plot has that slope, and goes through the shells that were fitted
+    square = out["shell_resolution_angstrom"] ** -2.0
+    fitted = np.isfinite(out["log_amplitude_fitted"])
+    assert 4 * np.polyfit(square[fitted], out["log_amplitude_fitted"][fitted], 1)[0] == pytest.approx(out["b_factor_angstrom2"])
+    assert np.abs(out["log_amplitude"] - out["log_amplitude_fitted"])[fitted].max() < 0.5
+    ds = dataset_of(out)
+    pictures = {picture.title: picture.caption for picture in draw(ds)}
+    assert list(pictures) == ["Fourier shell correlation", "Guinier plot", "Sharpened map"]
+    assert f"B-factor of {out['b_factor_angstrom2']:.0f} Å²" in pictures["Guinier plot"]
+    assert [picture.title for picture in draw(ds.drop_vars(["log_amplitude", "log_amplitude_fitted"]))][1] == "Sharpened map"
     assert out["resolution_angstrom"] < 4.5
     assert out["shell_resolution_angstrom"].shape == out["fsc_corrected"].shape == (N // 2 + 1,)
 
@@ -133,6 +148,10 @@ def test_an_asked_b_factor_is_used_and_a_low_resolution_map_is_not_sharpened():
     fitted = postprocess.process(PostprocessParams(), half_map=halves, solvent_mask=whole, map_pixel_size_angstrom=PIXEL)
     assert fitted["resolution_angstrom"] > 10.0
     assert fitted["b_factor_angstrom2"] == 0.0
+    half = resolution_at(torch.from_numpy(fitted["fsc_corrected"]), 0.5, N, PIXEL)
+    pictures = {picture.title: picture.caption for picture in draw(dataset_of(fitted))}
+    assert f"falls to 0.5 at {half:.2f} Å" in pictures["Fourier shell correlation"]
+    assert "Too few shells for a fit" in pictures["Guinier plot"]
 
 
 def test_broken_maps_and_masks_are_refused():

@@ -190,3 +190,12 @@ def test_movies_that_were_corrected_need_no_estimate(tmp_path, session):
         write_tiff_movie(tmp_path / f"m{i:02d}.tif", frames)
     with pytest.raises(GainError, match="no fixed pattern"):
         store_gains(plan, tmp_path)
+
+
+def test_a_dead_pixel_of_a_gain_that_divides_is_dead_whatever_its_rest():
+    gain = np.ones((8, 8), np.float32)
+    gain[2, 3], gain[4, 5], gain[6, 7] = 1e-40, 5e-5, 0.0
+    made = reciprocal_gain(gain)
+    assert np.isfinite(made).all()
+    assert made[2, 3] == made[4, 5] == made[6, 7] == 0.0
+    assert made.max() == 1.0

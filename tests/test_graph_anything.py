@@ -188,6 +188,7 @@ def broken(graph: Graph, step: Step, place: dict[str, int]) -> list[str]:
     return out
 
 
+@pytest.mark.heavy
 @settings(max_examples=150, deadline=None)
 @given(growing())
 def test_what_is_accepted_holds_under_checks_that_do_not_use_the_rules(pipeline: list[Any]) -> None:
@@ -216,5 +217,5 @@ def test_sources_said_explicitly_give_the_same_graph(pipeline: list[Any]) -> Non
 
 
 def test_a_stage_that_cannot_say_what_it_gives_is_a_problem_of_its_step():
-    (problem,) = resolve([{"classify3d": {"classes": [None]}}], STAGES, make_params=make_params).problems[:1]
-    assert "classify3d cannot say what it gives with these parameters (TypeError" in problem
+    (problem,) = resolve([{"align_classify3d": {"classes": [None]}}], STAGES, make_params=make_params).problems[:1]
+    assert "align_classify3d cannot say what it gives with these parameters (TypeError" in problem

@@ -65,19 +65,6 @@ WRONG: list[tuple[str, list[Any], str, Any]] = [
     ),
     wrong("merge of expanded and unexpanded", [*EXPANDED, {"merge": source(particles=["refine3d", "expand"])}], "symmetry copies"),
     wrong(
-        "merged after a CTF refinement each",
-        [
-            *MAP,
-            K3,
-            {"refine3d as r1": {"from": "classify3d.class1"}},
-            "ctf_refine",
-            {"refine3d as r2": {"from": "classify3d.class2"}},
-            {"ctf_refine as t2": {}},
-            {"merge": source(particles=["ctf_refine", "t2"])},
-        ],
-        "different values for the same exposures",
-    ),
-    wrong(
         "curate by CTF without ctf",
         [
             {"import_particles": {"star": "p.star", "has": "image,ctf,position"}},
@@ -364,7 +351,7 @@ MORE_WRONG: list[tuple[str, list[Any], str, Any]] = [
     wrong("network of another purpose, by name", [*PRE, "train_denoiser", {"junk": source(weights="train_denoiser")}], "not to junk"),
     wrong("no network", [*PRE, "junk"], "Stages that give weights"),
     wrong("averages of an import", [{"import_project": {"project": "x"}}, "curate"], "gives no class averages", BARE),
-    wrong("view as a reference", [*MAP, "variability", {"refine3d as r": source(map="variability.series")}], "Use the map before it"),
+    wrong("view as a reference", [*MAP, "local_resolution", {"refine3d as r": source(map="local_resolution")}], "Use the map before it"),
     wrong("half-maps of an imported map", [{"import_map": {"file": "x.mrc"}}, "mask"], "half-maps", BARE),
     wrong(
         "two pixel sizes, curated box",

@@ -77,17 +77,18 @@ RIGHT: list[tuple[Any, ...]] = [
             "p1.map": "postprocess",
             "ctf_refine.particles": "p1",
             "ctf_refine.map": "pp1",
-            "p2.exposures": "ctf_refine",
+            "p2.exposures": "polish",
+            "p2.particles": "ctf_refine",
             "p2.map": "pp1",
             "polish2.map": "p2",
-            "polish2.exposures": "ctf_refine",
+            "polish2.exposures": "polish",
             "p3.exposures": "polish2",
         },
     ),
     (
         "CTF refinement first, then polish",
         [*MAP, *POST, "ctf_refine", {"refine3d as c1": {}}, "polish", {"refine3d as c2": {}}],
-        {"ctf_refine.map": "postprocess", "c1.exposures": "ctf_refine", "polish.map": "c1", "c2.particles": "polish"},
+        {"ctf_refine.map": "postprocess", "c1.exposures": "ctf", "polish.map": "c1", "c2.particles": "polish"},
     ),
     (
         "two pickers joined",
@@ -142,7 +143,7 @@ RIGHT: list[tuple[Any, ...]] = [
     (
         "reconstructed with refined CTFs, then polished",
         [*MAP, "ctf_refine", "reconstruct", "polish"],
-        {"reconstruct.particles": "ctf_refine", "polish.map": "reconstruct", "polish.exposures": "ctf_refine"},
+        {"reconstruct.particles": "ctf_refine", "polish.map": "reconstruct", "polish.particles": "ctf_refine"},
     ),
     (
         "import: RELION's micrographs and picks",
@@ -270,7 +271,7 @@ RIGHT: list[tuple[Any, ...]] = [
             "ctf_refine",
             {"refine3d as fine": {}},
         ],
-        {"extract.exposures": "ctf", "fine.exposures": "ctf_refine"},
+        {"extract.exposures": "ctf", "fine.particles": "ctf_refine"},
         TWO,
     ),
     (
@@ -330,7 +331,7 @@ RIGHT: list[tuple[Any, ...]] = [
             {"ctf_refine as t2": {"from": {"particles": "r2"}}},
             {"refine3d as f1": {"from": {"particles": "t1"}}},
         ],
-        {"t1.map": "r1", "t2.map": "r2", "f1.exposures": "t1", "f1.map": "r1"},
+        {"t1.map": "r1", "t2.map": "r2", "f1.particles": "t1", "f1.map": "r1"},
     ),
     (
         "denoised for picking, extracted from the sums",

@@ -56,7 +56,7 @@ MORE_RIGHT: list[tuple[Any, ...]] = [
             "ctf_refine",
             {"refine3d as last": {}},
         ],
-        {"k2.map": "r", "rr.map": "k2.class2", "ctf_refine.map": "postprocess", "last.exposures": "ctf_refine", "last.map": "postprocess"},
+        {"k2.map": "r", "rr.map": "k2.class2", "ctf_refine.map": "postprocess", "last.particles": "ctf_refine", "last.map": "postprocess"},
     ),
     (
         "two classes together, map said",
@@ -87,7 +87,7 @@ MORE_RIGHT: list[tuple[Any, ...]] = [
     (
         "from fills particles and exposures of one step",
         [*MAP, "ctf_refine", "variability", {"refine3d as r": {"from": "ctf_refine"}}],
-        {"r.particles": "ctf_refine", "r.exposures": "ctf_refine", "r.map": "refine3d"},
+        {"r.particles": "ctf_refine", "r.exposures": "ctf", "r.map": "refine3d"},
     ),
     (
         "from fills particles and classes",
@@ -179,7 +179,7 @@ MORE_RIGHT: list[tuple[Any, ...]] = [
         BARE,
     ),
     (
-        "united after a CTF refinement each, exposures said",
+        "united after a CTF refinement each, every particle with its own",
         [
             *MAP,
             K3,
@@ -187,10 +187,10 @@ MORE_RIGHT: list[tuple[Any, ...]] = [
             {"ctf_refine as t1": {}},
             {"refine3d as r2": {"from": "classify3d.class2"}},
             {"ctf_refine as t2": {}},
-            {"merge": source(particles=["t1", "t2"], exposures="t1")},
+            {"merge": source(particles=["t1", "t2"])},
             {"refine3d as r": source(map="r1")},
         ],
-        {"r.exposures": "t1", "r.particles": "merge"},
+        {"r.exposures": "ctf", "r.particles": "merge"},
     ),
     (
         "expanded, subtracted, classified, contracted",

@@ -38,6 +38,7 @@ def mixed(tmp_path_factory):
     return states[-1], contrast
 
 
+@pytest.mark.heavy
 def test_each_data_set_has_the_power_of_its_own_noise(mixed):
     state, _ = mixed
     assert list(state["noise_groups"][:, 0]) == [3, 7]

@@ -66,6 +66,7 @@ def ids(project: Project, label: str) -> np.ndarray:
     return project.particles(label)["particle_id"].values
 
 
+@pytest.mark.heavy
 def test_every_step_is_given_exactly_the_particles_that_the_step_before_kept(done):
     assert done.failures() == []
     kept = ids(done, "curate")

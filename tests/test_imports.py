@@ -67,6 +67,7 @@ def forget(folder: Path, client, name: str) -> int:
     return counts(run_plan(make_plan(folder / "p.yaml"), client), "extract")[0]
 
 
+@pytest.mark.heavy
 def test_a_pooled_project_follows_its_source_that_forgets_an_exposure(folder, client):
     pipeline = [{"import_project as a": {"project": "p", "step": "extract"}}, CLASSES]
     project, _ = run(folder, client, pipeline, "pool")

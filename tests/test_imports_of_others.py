@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,8 @@ def test_what_no_stage_uses_is_kept(tmp_path):
 @pytest.mark.parametrize("label", ["DefocusU", "DefocusV", "DefocusAngle", "CoordinateX", "AngleRot", "AnglePsi", "OriginXAngst"])
 def test_a_missing_number_that_is_needed_concerns_its_micrograph_only(tmp_path, label):
     names = ["mic/a.mrc", "mic/b.mrc"] * 2
-    path = file(tmp_path, some(4, MicrographName=names, **{label: [9000, 9000, "nan", 9000]}))
+    number = 9 if label == "OriginXAngst" else 9000
+    path = file(tmp_path, some(4, MicrographName=names, **{label: [number, number, "nan", number]}))
     with pytest.raises(MicrographError, match=f"rln{label} of 1 of 2 particles of mic/a.mrc is not a number"):
         imported(path, "mic/a.mrc")
     assert len(imported(path, "mic/b.mrc")["particle_image"]) == 2
@@ -382,3 +384,60 @@ def test_what_is_kept_of_the_optics_goes_through_a_run_to_the_export(tmp_path, c
     tables = star.read_tables(tmp_path / "out/particles.star")
     assert tables["optics"][["rlnBeamTiltX", "rlnMagMat00"]].values.tolist() == [[0.5, 1.02]]
     assert tables["particles"]["rlnCtfBfactor"].tolist() == [0, 12.5, 3]
+
+
+# --- rows without a file ------------------------------------------------------------------------------------------------------
+def micrographs(folder: Path, *names: str) -> Path:
+    rows = [
+        {"MicrographName": name, "OpticsGroup": 1, "DefocusU": 1e4, "DefocusV": 1e4, "DefocusAngle": 0.0, "CtfMaxResolution": 4.0}
+        for name in names
+    ]
+    write(folder / "m.star", loop("optics", [GROUP]) + loop("micrographs", rows))
+    path = folder / "p.yaml"
+    path.write_text(yaml.safe_dump({"name": "p", "pipeline": [{"import_micrographs": {"star": "m.star"}}]}))
+    return path
+
+
+def micrograph(folder: Path, name: str, seed: int) -> None:
+    (folder / name).parent.mkdir(exist_ok=True)
+    write_mrc(folder / name, np.random.default_rng(seed).normal(size=(64, 64)).astype(np.float32), 1.0)
+
+
+def failures(project) -> dict[str, str]:
+    return {f["name"]: f["message"] for f in project.failures()}
+
+
+def complete(project) -> bool:
+    return not failures(project) and sorted(project["import_micrographs"]["micrograph"].values) == ["a", "b", "c"]
+
+
+def test_a_row_that_names_a_missing_folder_is_its_own_fault_until_its_file_comes(tmp_path, client):
+    plan = micrographs(tmp_path, "mic/a.mrc", "gone/b.mrc", "mic/c.mrc")
+    for seed, name in enumerate(("mic/a.mrc", "mic/c.mrc")):
+        micrograph(tmp_path, name, seed)
+    assert failures(run_plan(make_plan(plan), client)).keys() == {"b"}
+    micrograph(tmp_path, "gone/b.mrc", 2)
+    assert complete(run_plan(make_plan(plan), client))
+    # what was imported stays where a file has gone since
+    shutil.rmtree(tmp_path / "gone")
+    assert complete(run_plan(make_plan(plan), client))
+    shutil.rmtree(tmp_path / "mic")
+    assert complete(run_plan(make_plan(plan), client))
+
+
+def test_a_table_none_of_whose_files_is_there_is_refused_before_work(tmp_path):
+    with pytest.raises(InputError, match=r"None of the 2 micrographs .* exists; the first is mic/a\.mrc"):
+        list_exposures(make_plan(micrographs(tmp_path, "mic/a.mrc", "mic/b.mrc")), None)
+
+
+@pytest.mark.parametrize(("x", "y"), [(33.0, 0.0), (0.0, -32.5), (1e6, 1e6)])
+def test_an_origin_outside_its_image_is_refused(tmp_path, x, y):
+    # images of 32 pixels of 2 A
+    path = file(tmp_path, some(3, OriginXAngst=[0.0, x, 3.0], OriginYAngst=[31.9, y, -31.9]))
+    with pytest.raises((InputError, MicrographError), match=r"origins of 1 of 3 .* outside their images|XAngst of row 2 is 1e\+06"):
+        imported(path)
+
+
+def test_origins_within_their_images_are_kept(tmp_path):
+    got = imported(file(tmp_path, some(2, OriginXAngst=[-31.9, 2.5], OriginYAngst=[31.9, 0.0])))
+    assert got["particle_x"] * 1.0 - got["centre_x_angstrom"] == pytest.approx([-31.9, 2.5])

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.ndimage
 import torch
 
 from cryodask.errors import InputError
@@ -24,6 +25,10 @@ def filtered(volume, amplitude):
 def gaussian(volume, width):
     n = volume.shape[0]
     return filtered(volume, np.exp(-width * (radius(n) / n) ** 2))
+
+
+def moved(volume, shift):
+    return np.fft.ifftn(scipy.ndimage.fourier_shift(np.fft.fftn(volume), shift)).real
 
 
 def lowpass(volume, shell):
@@ -74,6 +79,8 @@ HONEST = {
     "with a B-factor": lambda p: p.both(lambda m: gaussian(m, 10.0)),
     "masked": lambda p: p.both(lambda m: m * p.mask),
     "noise": lambda p: tuple(p.noises),
+    "in different places": lambda p: (p.first, np.roll(p.second, (3, -5, 9), (0, 1, 2))),
+    "in places that differ by parts of a voxel": lambda p: (p.first, moved(p.second, (0.6, -0.3, 4.5))),
 }
 DEPENDENT = {
     "the same": lambda p: (p.first, p.first),
@@ -93,6 +100,13 @@ DEPENDENT = {
     "shifted copy": lambda p: (p.first, np.roll(p.first, 1, 0)),
     "far shifted copy": lambda p: (p.first, np.roll(p.first, (3, -5, 9), (0, 1, 2))),
     "negative, shifted and blurred copy": lambda p: (p.first, -np.roll(gaussian(p.first, 20.0), 2, 1)),
+    "copy between voxels": lambda p: (p.first, moved(p.first, (0.5, 0.5, 0.5))),
+    "copy half a voxel away": lambda p: (p.first, moved(p.first, (0.0, 0.5, 0.0))),
+    "copy a third of a voxel away, blurred": lambda p: (p.first, gaussian(moved(p.first, (0.3, -0.2, 0.35)), 10.0)),
+    "interpolated copy": lambda p: (p.first, scipy.ndimage.shift(p.first, (0.5, 0.5, 0.5), order=1, mode="wrap")),
+    "far copy between voxels": lambda p: (p.first, moved(p.first, (4.5, -7.5, 0.5))),
+    "noise, low-passed and shifted": lambda p: (p.noises[0], lowpass(moved(p.noises[0], (0.5, 0.5, 0.5)), p.first.shape[0] // 5)),
+    "noise, low-passed": lambda p: (p.noises[0], lowpass(p.noises[0], p.first.shape[0] // 5)),
     "shifted copy with half of the noise": lambda p: (p.first, np.roll(p.first, 1, 2) + 0.5 * p.other_noise),
     "masked copy": lambda p: (p.first * p.mask, p.first * p.mask),
     "masked copy with a fifth of the noise": lambda p: (p.first * p.mask, (p.first + 0.2 * p.other_noise) * p.mask),
@@ -108,7 +122,7 @@ def test_honest_half_maps_pass(pair, name):
 @pytest.mark.parametrize("name", DEPENDENT)
 def test_half_maps_that_are_not_independent_are_refused_with_a_number(pair, name):
     first, second = DEPENDENT[name](pair)
-    with pytest.raises(InputError, match=r"not independent: (they are the same|.*\d\.\d\d)"):
+    with pytest.raises(InputError, match=r"not independent: (.*they are the same|.*\d\.\d\d)"):
         check_independent(np.stack([first, second]))
 
 

@@ -103,8 +103,15 @@ def projects(tmp_path_factory, client) -> dict[str, Project]:
 
 def test_no_map_stage_is_forgotten():
     own = {name for name, s in load_stages().items() if s.shape == "map" and s.home.startswith("cryodask.stages.")}
-    # what another project or a person says is given to the stage by the driver: there is no Dataset that it could be applied to
-    assert {name for stages in STARTS.values() for name in stages} == own - {"import_project", "edit_picks"}
+    # what another project or a person says, or a refinement found of particles, is given to the stage by the driver: there is no Dataset
+    # that it could be applied to
+    given = {"import_project", "edit_picks", "subtract", "polish"}
+    assert {name for stages in STARTS.values() for name in stages} == own - given
+
+
+def test_a_stage_that_takes_particle_images_says_that_it_is_for_runs():
+    with pytest.raises(TypeError, match="subtract takes the particles of an exposure with their images"):
+        find_stage("subtract")(xr.Dataset())
 
 
 @pytest.mark.parametrize("name", [name for stages in STARTS.values() for name in stages])

@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
+import pytest
 
 from cryodask.cluster.connect import close, connect
 
@@ -146,6 +147,7 @@ def test_all_that_a_killed_driver_started_are_killed_with_it(tmp_path):
         driver.kill()
 
 
+@pytest.mark.heavy
 def test_a_killed_simulation_leaves_no_process(tmp_path):
     driver = started(SIMULATION, tmp_path)
     try:

@@ -68,7 +68,7 @@ def rows_of_slices(volume: torch.Tensor, rotations: torch.Tensor, radius: int) -
     values = pj.slices(pj.fourier_volume(volume, radius + 1), rotations, plane.ky, plane.kx)
     parts = torch.zeros(len(rotations), 2 * radius + 1, radius + 1, 2)
     parts[(slice(None), *in_rows(plane))] = torch.view_as_real(values)
-    ctf = torch.tensor([[0.0, 0.0, 0.0, 0.0, np.pi / 2, 1.0]]).double().expand(len(rotations), -1).contiguous()
+    ctf = torch.tensor([[0.0, 0.0, 0.0, 0.0, np.pi / 2, 1.0, 0.0, 0.0]]).double().expand(len(rotations), -1).contiguous()
     scale = torch.full((len(rotations),), float(parts.abs().max()) / 1000.0)
     return ImageRows((parts / scale[0]).half(), scale, ctf, radius, BOX, torch.zeros(len(rotations), dtype=torch.int64))
 
@@ -142,7 +142,7 @@ def _clean(some) -> np.ndarray:
 def test_terms_are_the_derivatives_of_the_likelihood(some):
     """Trilinear slices have kinks, so single differences deviate by some percent; over forty poses they average out."""
     volume = half_volume(some.volume, RADIUS + 1, BOX)
-    plane = _slices_torch._plane(10, RADIUS, "cpu")
+    plane = _slices_torch.plane_within(10, RADIUS, "cpu")
     images = some.rows.part(torch.arange(40), RADIUS).reshape(40, -1)[:, plane.place]
     contrast = _slices_torch.ctf_at(some.rows.ctf, plane.ky, plane.kx)
     weight = torch.ones(len(plane.place))

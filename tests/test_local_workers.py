@@ -21,7 +21,7 @@ from distributed import Client, KilledWorker, Worker
 from distributed.versions import get_versions
 
 from cryodask.cluster import LaneCluster, close, connect
-from cryodask.cluster.connect import local_memory
+from cryodask.cluster.local import local_memory
 from cryodask.cluster.settings import LocalSettings
 from cryodask.run.isolation import blamed_at_first_death
 
@@ -96,6 +96,28 @@ def test_a_task_whose_worker_died_is_tried_elsewhere_unless_it_asked_for_the_bla
             future.result(60)
     finally:
         close(client)
+
+
+def parent_and_draw(_: int) -> tuple[int, str | None, float]:
+    return os.getppid(), os.environ.get("CRYODASK_SAID_LATER"), float(np.random.random())  # noqa: NPY002
+
+
+def test_forked_workers_have_their_own_random_numbers_and_the_environment_of_their_cluster(monkeypatch):
+    seen = []
+    for said in ("first", "second"):
+        monkeypatch.setenv("CRYODASK_SAID_LATER", said)
+        client = connect("local", workers=2)
+        try:
+            # one task for each worker
+            futures = [client.submit(parent_and_draw, n, workers=[worker]) for n, worker in enumerate(workers_of(client))]
+            seen += client.gather(futures)
+        finally:
+            close(client)
+    parents, environment, draws = zip(*seen)
+    assert len(set(parents)) == 1, "one fork server for all"
+    assert parents[0] != os.getpid()
+    assert environment == ("first", "first", "second", "second")
+    assert len(set(draws)) == 4
 
 
 def test_clients_and_workers_of_other_versions_are_refused_without_certificates_too(monkeypatch):

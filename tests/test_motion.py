@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from cryodask.errors import GainError, MicrographError
 from cryodask.formats.movies import write_tiff_movie
 from cryodask.formats.mrc import write_mrc
-from cryodask.kernels.dose import critical_exposure, dose_weights, filtered_sum, low_rank_weights
+from cryodask.kernels.dose import critical_exposure, dose_weights, empty_sums, filtered_sum, low_rank_weights
 from cryodask.kernels.motion_frames import find_defects, plan_repair, repair_frame
 from cryodask.kernels.motion_model import (
     evaluate_relion_polynomial,
@@ -115,7 +115,7 @@ def test_frames_added_in_batches_are_the_weighted_sum_of_warped_frames() -> None
     y, x = stripe_field(nodes[:3], (75, 66), 32), stripe_field(nodes[3:], (75, 66), 32)
     weights = torch.rand(2, 3, generator=gen)
     sums = torch.zeros(2, 75, 66)
-    add_warped(sums, weights, frames, gain, y, x, stripe=32)
+    add_warped(list(sums), weights, frames, gain, y, x, stripe=32)
     each = torch.stack([warp_image(f * gain, y[i], x[i], stripe=32) for i, f in enumerate(frames)])
     assert (sums - torch.einsum("rf,fyx->ryx", weights, each)).abs().max() < 1e-4
 
@@ -134,6 +134,7 @@ def test_four_sums_reproduce_the_weights(frames: int, dose: float, limit: float)
     coefficients, filters, k = low_rank_weights(1.0, frames, dose)
     weights = dose_weights(k, frames, dose)
     assert len(coefficients) == 4
+    assert (coefficients[0] == 1.0).all(), "the first is the plain sum"
     assert np.abs(coefficients.T @ filters - weights).max() < limit * weights.max()
     assert np.allclose((weights**2).sum(0), 1.0)
 
@@ -142,8 +143,11 @@ def test_the_weighted_sum_is_that_of_filtering_every_frame() -> None:
     rng = np.random.default_rng(0)
     frames = scipy.ndimage.gaussian_filter(rng.normal(size=(12, 96, 90)), (0, 1, 1)).astype(np.float32)
     coefficients, filters, k = low_rank_weights(1.5, 12, 3.0)
-    sums = torch.from_numpy(np.einsum("rf,fyx->ryx", coefficients, frames).astype(np.float32))
-    fast = filtered_sum(sums, filters, k, 1.5).numpy()
+    sums = empty_sums(len(coefficients), (96, 90))
+    for one, values in zip(sums, np.einsum("rf,fyx->ryx", coefficients, frames)):
+        one[:96, :90] = torch.from_numpy(values)
+    fast = filtered_sum(sums, (96, 90), filters, k, 1.5).numpy()
+    assert not sums, "each sum is freed once it is transformed"
     radius = np.hypot(np.fft.fftfreq(96, 1.5)[:, None], np.fft.rfftfreq(90, 1.5)[None])
     weights = np.stack([np.interp(radius, k, w) for w in dose_weights(k, 12, 3.0)])
     slow = scipy.fft.irfft2((scipy.fft.rfft2(frames) * weights).sum(0), s=(96, 90))
@@ -335,6 +339,26 @@ def test_a_carbon_edge_leaves_the_ice_aligned() -> None:
     out = correct(shifted_counts(transform, shape, path, 4.0))
     truth = np.repeat(path[None], 81, 0) * PIXEL
     assert rms(out["patch_shift"], truth) < 0.5
+
+
+@pytest.mark.parametrize(("level", "mean"), [(0, 1.0), (0, 0.3), (7, 1.0)])
+def test_a_dead_strip_or_a_covered_region_does_not_hold_the_frames(level: int, mean: float) -> None:
+    """Its borders stand still: with them in the alignment the error was 0.7 to 2.6 pixels; uncorrected it is 2.7."""
+    shape = (384, 400)
+    path = np.stack([8.0 * (1 - np.exp(-np.arange(24) / 6)), np.linspace(0, 5, 24)], 1)
+    frames = shifted_counts(pattern(shape), shape, path, mean)
+    frames[:, :, 120:200] = level
+    out = correct(frames)
+    assert rms(out["frame_shift"] / PIXEL, path) < 0.2  # 0.08 and 0.11 without it
+    assert np.abs(out["patch_shift"] - out["frame_shift"]).max() < 0.5
+
+
+@pytest.mark.parametrize("gain", [0.0, None])
+def test_a_movie_of_which_everything_is_masked_or_still_has_no_motion_and_no_nan(gain: float | None) -> None:
+    frames = np.full((20, 96, 100), 3, np.uint8)
+    out = correct(frames, gain=None if gain is None else np.full((96, 100), gain, np.float32))
+    assert np.isfinite(out["micrograph_dw"]).all()
+    assert np.abs(out["frame_shift"]).max() < 0.1
 
 
 @pytest.mark.parametrize("kind", ["i1", "i2", "u2", "f4"])

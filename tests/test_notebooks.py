@@ -51,6 +51,7 @@ def run(path: Path, folder: Path, changes: dict[str, str]) -> set[str]:
     return found
 
 
+@pytest.mark.heavy
 def test_the_notebooks_run_on_a_small_session(tmp_path):
     found: set[str] = set()
     for path in NOTEBOOKS:

@@ -151,6 +151,9 @@ def test_micrographs_are_never_looked_for_in_the_working_folder(tmp_path, monkey
     write(tmp_path / "star/m.star", loop("optics", [GROUP]) + loop("micrographs", [MICROGRAPH]))
     monkeypatch.chdir(tmp_path / "here")
     plan = make_plan(project(tmp_path, {"import_micrographs": {"star": "star/m.star"}}))
+    with pytest.raises(InputError, match="None of the 1 micrographs"):
+        list_exposures(plan, None)
+    write_mrc(tmp_path / "star/a.mrc", np.ones((8, 8), np.float32), 1.0)
     assert [a.inputs["micrograph_path"] for a in list_exposures(plan, None)] == ["star/a.mrc"]
 
 
@@ -191,6 +194,18 @@ def test_a_stack_that_cannot_be_opened_quarantines_its_micrograph(tmp_path, name
     (tmp_path / "loop.mrcs").symlink_to("loop.mrcs")
     path = write(tmp_path / "p.star", particles(some(1, ImageName=f"1@{name}")))
     with pytest.raises(MicrographError, match="does not exist"):
+        imported(path)
+
+
+@pytest.mark.parametrize("other", ["a.mrcs", "b.mrcs"])
+def test_the_same_image_at_two_places_quarantines_its_micrograph(tmp_path, other):
+    """A copy within one stack, or in a stack written anew with others: it would be in both half-sets."""
+    images = stack(tmp_path / "a.mrcs", 3)
+    fresh = stack(tmp_path / "b.mrcs", 2, seed=1)
+    write_mrc(tmp_path / other, np.concatenate([images if other == "a.mrcs" else fresh, images[1:2]]), 2.0, stack=True)
+    last = 4 if other == "a.mrcs" else 3
+    path = write(tmp_path / "p.star", particles(some(4, ImageName=["1@a.mrcs", "2@a.mrcs", "3@a.mrcs", f"{last}@{other}"])))
+    with pytest.raises(MicrographError, match=rf"1 of 4 images of mic/a\.mrc are there twice: 2@a\.mrcs and {last}@{other} are equal"):
         imported(path)
 
 

@@ -221,6 +221,7 @@ def test_movies_of_one_date_that_swap_their_names_keep_their_results(session, he
     assert dict(zip(after["toy_motion"]["row"].values.tolist(), after["toy_motion"]["total_motion"].values.tolist())) == values
 
 
+@pytest.mark.heavy
 def test_maps_never_come_from_a_mixture_of_old_and_new(session, here):
     """After every change the result is that of a project made from nothing."""
     _run(session, here)

@@ -46,6 +46,7 @@ def logs(project: Project) -> list[Path]:
     return sorted((project.generation("relion_lowpass").path / "logs").iterdir())
 
 
+@pytest.mark.heavy
 def test_the_commands_of_the_page_work_and_the_log_of_each_exposure_is_kept(folder, fresh):
     (text,) = blocks(PAGE, "sh")
     made, *lines = text.strip().splitlines()
@@ -68,6 +69,7 @@ def test_the_commands_of_the_page_work_and_the_log_of_each_exposure_is_kept(fold
     assert str(project.generation("relion_lowpass").meta["version"]).startswith("1 with relion_image_handler ")
 
 
+@pytest.mark.heavy
 def test_an_exposure_whose_program_fails_is_quarantined_with_the_last_lines_and_the_others_go_on(folder, fresh, tmp_path, monkeypatch):
     for name in ("movies", "session.yaml"):
         (tmp_path / name).symlink_to(folder / name)

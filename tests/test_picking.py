@@ -7,11 +7,15 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from cryodask.errors import MicrographError
-from cryodask.kernels.picking import SUPPORT, _least_error, pick_particles
+from cryodask.kernels.acceptance import least_error, threshold
+from cryodask.kernels.picking import SUPPORT, pick_particles
+from cryodask.run.acceptance import NEEDED, acceptance_messages
 from cryodask.simulate import Optics, simulate_micrograph
 from cryodask.stages.pick import PickParams, pick
 from cryodask.store.births import accepted as accepted_mask
-from cryodask.vocabulary import PROFILE_REACH_DIAMETERS
+from cryodask.store.journal import encode_value
+from cryodask.store.table import Table
+from cryodask.vocabulary import PROFILE_REACH_DIAMETERS, VARIABLES
 
 
 def hits(found, truth, tolerance):
@@ -31,8 +35,8 @@ def figures(found, truth, shape, diameter):
 
 def accepted(image, diameter_angstrom, pixel, **params):
     out = pick.process(PickParams(diameter_angstrom=diameter_angstrom, **params), micrograph_dw=image, pixel_size_angstrom=pixel)
-    threshold = params.get("threshold", out["pick_threshold"])
-    return np.stack([out["pick_y"], out["pick_x"]], 1)[accepted_mask(out["pick_score"], threshold)], out
+    limit = params.get("threshold", out["pick_threshold"])
+    return np.stack([out["pick_y"], out["pick_x"]], 1)[accepted_mask(out["pick_score"], limit)], out
 
 
 def simulated(seed, particles=40, defocus=None, **kwargs):
@@ -112,6 +116,19 @@ def test_the_threshold_can_be_given():
     assert all(np.array_equal(out[name], same[name]) for name in out), "the peaks do not depend on it, and a second run gives the same bits"
 
 
+def test_one_and_four_threads_give_the_same_bits():
+    image, _ = simulated(3)
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            found.append(accepted(image, 180.0, 1.77)[1])
+    finally:
+        torch.set_num_threads(before)
+    assert all(np.array_equal(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_micrographs_need_not_be_square_or_large():
     image = np.random.default_rng(0).standard_normal((300, 701)).astype(np.float32)
     for diameter in (20.0, 140.0):
@@ -138,8 +155,58 @@ def test_broken_micrographs_and_diameters_are_refused():
 def test_two_heaps_of_scores_are_parted_between_them():
     rng = np.random.default_rng(0)
     for low, high in ((50, 50), (300, 20), (10, 150)):
-        score = np.sort(np.concatenate([rng.normal(1, 0.3, low), rng.normal(4, 0.6, high)]))[::-1].copy()
-        assert 1.4 < _least_error(torch.from_numpy(score)) < 3.2
+        score = np.concatenate([rng.normal(1, 0.3, low), rng.normal(4, 0.6, high)])
+        parted, gain = least_error(score)
+        assert 1.4 < parted < 3.2
+        assert gain > 0.25
+        assert threshold(score, 9.0, clear=True) == parted
+
+
+def test_one_heap_of_scores_is_not_cut():
+    """Particles without other peaks: noise of this spectrum reaches as high as they do, so that it cannot tell."""
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        score = rng.normal(2.3, 0.5, 240)
+        assert least_error(score)[1] < 0.05
+        assert (score > threshold(score, 4.0, clear=True)).mean() > 0.75
+        assert (score > threshold(score, 4.0, clear=False)).mean() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("seed", "defocus"), [(60, 21000), pytest.param(50, 6000, marks=pytest.mark.slow), pytest.param(53, 10500, marks=pytest.mark.slow)]
+)
+def test_crowded_particles_are_accepted(seed, defocus):
+    """Three of eleven fields 0.75 diameters apart; they lost all but a few particles while their scores were always parted (F1 0.02)."""
+    optics = Optics(pixel_size_angstrom=1.77, defocus_u_angstrom=defocus, defocus_v_angstrom=defocus - 100.0)
+    crowded = simulate_micrograph(
+        shape=(1536, 1536), optics=optics, particles=400, distance_angstrom=135.0, signal_amplitude=0.7, seed=seed
+    )
+    truth = np.stack([crowded.particles.y, crowded.particles.x], 1)
+    found, _ = accepted(crowded.image, 180.0, 1.77)
+    assert figures(found, truth, crowded.image.shape, 180 / 1.77)[0] > 0.95
+
+
+def _picked(name, score, own, chance, skew):
+    columns = {"pick_score": score, "pick_threshold": own, "pick_chance": chance, "pick_excess_skew": skew}
+    columns = {n: encode_value(np.asarray(v, VARIABLES[n].dtype)) for n, v in columns.items()}
+    return {"ok": True, "name": name, "columns": columns, "shards": {}}
+
+
+def test_the_run_says_where_hardly_any_peak_is_accepted():
+    score = np.linspace(0.2, 4.5, 60)
+    usual, faint, ice = (score, 2.0, 4.0, 1.5), (score, 4.4, 4.4, 0.19), (score, 4.4, 4.4, 0.02)
+    records = {i: {"row": i, **_picked(f"m{i}", *one)} for i, one in enumerate((usual, usual, faint, ice))}
+    gives = [VARIABLES[n] for n in NEEDED]
+    (said,) = acceptance_messages("pick", Table.of(records, gives, NEEDED), "auto")
+    assert "in 1 of 4 micrographs" in said
+    assert "m2" in said
+    assert "0.19" in said
+    assert "2.00, the median of the others" in said
+    (said,) = acceptance_messages("pick", Table.of(records, gives, NEEDED), 4.45)
+    assert "accepts 4 peaks" in said
+    none = Table.of({row: records[row] for row in (0, 1, 3)}, gives, NEEDED)
+    assert not list(acceptance_messages("pick", none, "auto"))
+    assert not list(acceptance_messages("pick", none, 1.0))
 
 
 def test_profiles_are_drawn_over_the_radius_on_which_they_were_learnt():

@@ -148,6 +148,7 @@ def test_every_lost_job_is_told_with_its_number_and_replaced(on_slurm, tmp_path)
             told = {cluster.what_is_missing()}
             while now().workers == 0:
                 told.add(cluster.what_is_missing())
+                time.sleep(0.05)
             # while a job waits, or its worker has not come yet, it is told for what
             known = r"pool cheap: (jobs are pending \(1 [\w, ]+\)|0 workers of \d running jobs have connected)"
             assert any(re.fullmatch(known, text) for text in told), (fault, told)

@@ -133,6 +133,7 @@ POOLS = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("pipeline", POOLS.values(), ids=POOLS)
 def test_sources_that_forget_exposures_and_take_them_back(tmp_path, here, pipeline):  # noqa: F811
     """Two projects of the same movies, processed differently, so that it shows from which of them something comes."""

@@ -32,6 +32,7 @@ def outcome(tmp_path_factory):
     return counts, events, records
 
 
+@pytest.mark.heavy
 def test_the_run_ends_with_every_item_done_or_listed(outcome):
     counts, _, records = outcome
     assert counts == {"seen": 207, "done": GOOD, "quarantined": len(GUILTY), "running": 0, "waiting": 0}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 import cryodask
 from cryodask.store.births import TABLE
@@ -110,6 +111,7 @@ def commit(project: Project, item, attempt: int) -> None:
     project.generation("extract").commit(item.row, item.name, {**given, "particle_image": images}, **made)
 
 
+@pytest.mark.heavy
 def test_readers_of_a_growing_project_see_whole_items_and_no_exception(tmp_path):
     project = growing(tmp_path / "p")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
@@ -160,7 +162,11 @@ def session(folder: Path, count: int) -> Project:
     rng = np.random.default_rng(0)
     for label in ("motion", "ctf", "pick", "extract"):
         gives = load_stages()[label].gives_variables()
-        sizes = {"y": 3838, "x": 3710, "ky": 512, "kx": 257, "slot": 4096} if label != "extract" else {"slot": 4096, "y": 64, "x": 64}
+        sizes = (
+            {"y": 3838, "x": 3710, "ky": 512, "kx": 257, "slot": 4096, "preview": 2, "preview_y": 1024, "preview_x": 990}
+            if label != "extract"
+            else {"slot": 4096, "y": 64, "x": 64}
+        )
         bulk = {v.name: 1 for v in gives if v.kind == "bulk"}
         meta = {"stage": label, "version": 1, "params": {}, "recipes": {"": label}, "inputs": {}}
         step = StepState(stage=label, key="key")
@@ -194,6 +200,7 @@ def session(folder: Path, count: int) -> Project:
     return project
 
 
+@pytest.mark.heavy
 def test_opening_many_items_costs_next_to_nothing_for_each_after_compaction(tmp_path):
     def calls(count: int) -> dict[str, int]:
         """How many function calls each look takes."""

@@ -42,6 +42,7 @@ def project(shared, client, tmp_path_factory):
     return run_plan(make_plan(folder / "p.yaml"), client)
 
 
+@pytest.mark.heavy
 def test_particles_keep_their_micrographs_and_their_ctf(project):
     particles = project.particles()
     assert particles.sizes["particle"] == COUNT

@@ -38,6 +38,7 @@ def assert_refused(result, words):
     assert words in refine3d.says(result)
 
 
+@pytest.mark.heavy
 def test_a_point_group_that_is_too_high_is_refused(tmp_path):
     volume = blob_map(BOX, "D2", blobs=20, width_px=1.2)
     images, particles, _, _ = simulate(volume, 200, pixel=PIXEL, snr=0.3)
@@ -46,6 +47,7 @@ def test_a_point_group_that_is_too_high_is_refused(tmp_path):
     assert_refused(result, "the point group is too high")
 
 
+@pytest.mark.heavy
 def test_a_set_of_two_molecules_is_refused(tmp_path):
     volume, other = (blob_map(BOX, "D2", blobs=20, width_px=1.2, seed=seed) for seed in (3, 21))
     images, particles, _, _ = simulate(volume, 240, pixel=PIXEL, snr=0.3)
@@ -63,12 +65,14 @@ def refine_views_within(tmp_path, degrees: float):
     return refine(tmp_path, images.astype(np.float32), particles, volume, symmetry="C1", iterations=4)[0]
 
 
+@pytest.mark.heavy
 def test_views_from_one_side_are_refused(tmp_path):
     result = refine_views_within(tmp_path, 10.0)
     assert result["view_coverage"] < 0.5
     assert_refused(result, "of Fourier space")
 
 
+@pytest.mark.heavy
 def test_views_that_leave_some_of_fourier_space_empty_lower_the_resolution(tmp_path):
     result = refine_views_within(tmp_path, 40.0)
     assert result["succeeded"]
@@ -77,6 +81,7 @@ def test_views_that_leave_some_of_fourier_space_empty_lower_the_resolution(tmp_p
     assert result["resolution_angstrom"] > 1.02 * halves
 
 
+@pytest.mark.heavy
 def test_a_mask_that_cuts_the_molecule_is_refused(tmp_path):
     volume = blob_map(BOX, "D2", blobs=20, width_px=1.2)
     images, particles, _, _ = simulate(volume, 160, pixel=PIXEL, snr=0.3)

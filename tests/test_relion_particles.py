@@ -165,7 +165,7 @@ def test_relion_star_handler_reads_every_table_that_we_write(session, tmp_path):
 
 
 BACK = {"local": "local/run_it001_data.star", "defocus": "defocus/particles_ctf_refine.star", "class3d": "class3d/run_it001_data.star"}
-BACK["polish"] = "polish/shiny.star"
+BACK["polished"] = "polish/shiny.star"
 
 
 def test_what_relion_found_comes_back_with_our_ids(session, done, client, tmp_path, ours):

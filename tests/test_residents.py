@@ -184,6 +184,7 @@ def test_a_block_stage_that_fails_in_this_process_leaves_nothing_behind():
     assert RESIDENTS.bytes_by_client() == before
 
 
+@pytest.mark.heavy
 def test_runs_one_after_the_other_leave_the_worker_as_the_first_left_it(tmp_path):
     functions, params, of, inputs = particles("classify2d", 400)
     params = params.model_copy(update={"iterations": 1})
@@ -245,5 +246,6 @@ def test_a_task_keeps_things_for_its_own_run(tmp_path: Path):
     residents.release(OTHER)
 
 
+@pytest.mark.heavy
 def test_code_counts_for_nothing():
     assert size_of({"functions": refine3d.functions, "kind": Refine3DParams, "image": np.zeros(10)}) == 80

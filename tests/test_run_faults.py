@@ -380,6 +380,7 @@ def test_a_controller_that_is_away_for_long_costs_no_item_and_is_named_when_work
 
 
 # --- the driver, which holds the scheduler ---------------------------------------------------------------------------------------
+@pytest.mark.heavy
 def test_a_killed_driver_with_pools_of_its_own_is_started_again_and_goes_on(session, gate, on_slurm, undisturbed, tmp_path):
     (tmp_path / "pools.yaml").write_text(yaml.safe_dump(content_of(session, tmp_path, {"cpu": {"count": 1}})))
     file = project_file(session, tmp_path, gate, cluster=str(tmp_path / "pools.yaml"))

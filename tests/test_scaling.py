@@ -367,6 +367,9 @@ def test_a_job_is_replaced_when_a_nanny_is_gone_and_not_while_one_starts_its_wor
         assert held.result(60) == 9
         (holder,) = client.who_has([held])[held.key]
         other = next(address for address in client.nthreads() if address != holder)
+        # a nanny ends with a worker that dies before the nanny has noticed its start, which is up to 50 ms after the worker is listed
+        states = lambda: set(client.run(lambda dask_worker: dask_worker.status.name, nanny=True).values())  # noqa: E731
+        wait(lambda: states() == {"running"}, "nannies that have noticed their workers")
         os.kill(client.run(os.getpid, workers=[other])[other], signal.SIGKILL)
         wait(lambda: cluster.pool_status()["gpu"].workers == 1, "the end of one worker")
         wait(lambda: cluster.pool_status()["gpu"].workers == 2, "its second life")

@@ -36,10 +36,9 @@ def particle_columns(draw):
             "rot_deg",
             "tilt_deg",
             "psi_deg",
-            "origin_y_angstrom",
-            "origin_x_angstrom",
         )
     }
+    columns |= {f"origin_{axis}_angstrom": column(st.floats(-1e3, 1e3)).astype(float) for axis in "yx"}
     columns["class_number"] = column(st.integers(0, 99)).astype(int)
     columns["half_set"] = column(st.integers(0, 1)).astype(int)
     columns["image_index"] = column(st.integers(0, 10**6)).astype(int)
@@ -162,6 +161,16 @@ def test_postprocess_table_has_relions_columns(tmp_path):
     assert tables["general"]["rlnFinalResolution"] == 12.0
     assert tables["fsc"]["rlnAngstromResolution"].tolist() == [999.0, 20.0, 10.0]
     assert tables["fsc"]["rlnFourierShellCorrelationCorrected"].tolist() == curve.tolist()
+
+
+def test_two_tables_of_coordinates_in_one_file_are_refused(tmp_path):
+    table = "loop_\n_rlnCoordinateX #1\n_rlnCoordinateY #2\n"
+    path = tmp_path / "picks.star"
+    path.write_text(f"data_first\n\n{table}10 20\n\ndata_second\n\n{table}30 40\n")
+    with pytest.raises(StarError, match="2 tables of coordinates: data_first, data_second"):
+        star.read_coordinates(path)
+    path.write_text(f"data_first\n\n{table}10 20\n\ndata_empty\n\n{table}")
+    assert star.read_coordinates(path)["particle_x"].tolist() == [10.0]
 
 
 def test_coordinates_are_read_by_starfile(tmp_path):

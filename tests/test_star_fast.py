@@ -58,7 +58,7 @@ def write_like_relion(path, particles, micrographs, seed=0, extra_label=None):
         of = np.sort(random.integers(0, micrographs, particles))
         for begin in range(0, particles, 10_000):
             rows = of[begin : begin + 10_000]
-            numbers = random.normal(0, 1000, (len(rows), len(FLOATS)))
+            numbers = random.normal(0, 50, (len(rows), len(FLOATS)))
             whole = np.stack([1 + rows % 2, random.integers(1, 5, len(rows)), random.integers(1, 3, len(rows)), rows], axis=1)
             for i, (m, f, w) in enumerate(zip(rows.tolist(), numbers.tolist(), whole.tolist()), begin):
                 names = f"{i % 999 + 1:06d}@Extract/job012/Movies/grid_{m:06d}_frames.mrcs MotionCorr/job002/Movies/grid_{m:06d}_frames.mrc"

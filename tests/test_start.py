@@ -19,6 +19,7 @@ from cryodask.formats.mrc import read_mrc, write_mrc
 from cryodask.interop import Session, export_cryosparc, project_from, project_from_movies
 from cryodask.run.recipe import make_plan
 from cryodask.run.session import run_plan
+from cryodask.run.sources import list_exposures
 from cryodask.store.project import Project
 
 SESSION = Session(300.0, 2.7, 1.1, 1.25, diameter_angstrom=160.0)
@@ -295,3 +296,81 @@ def test_a_damaged_file_of_motion_is_named(tmp_path, general, said):
     (tmp_path / "MotionCorr/job002/motion/m1.star").write_text(general)
     with pytest.raises(InputError, match=rf"m1\.star.*{said}"):
         project_from(tmp_path, tmp_path / "p.yaml")
+
+
+def imported_movies(folder: Path, names: list[str], *, dose: float = 40.0, gain: str = ">gain.mrc", drop: str = "-", **columns) -> Path:
+    """The exposures of a job that imported movies of 4 frames, as cryoSPARC 4 writes them."""
+    kinds = [
+        ("uid", "u8"), ("movie_blob/path", "S60"), ("movie_blob/shape", "u4", (3,)), ("movie_blob/psize_A", "f4"),
+        ("gain_ref_blob/path", "S60"), ("gain_ref_blob/flip_x", "u4"), ("gain_ref_blob/flip_y", "u4"), ("gain_ref_blob/rotate_num", "u4"),
+        ("mscope_params/accel_kv", "f4"), ("mscope_params/cs_mm", "f4"), ("mscope_params/total_dose_e_per_A2", "f4"),
+        ("mscope_params/phase_plate", "u4"), ("movie_blob/has_defect_file", "u4"), ("movie_blob/is_gain_corrected", "u4"),
+    ]  # fmt: skip
+    table = np.zeros(len(names), kinds)
+    rows = zip(*[range(1, len(names) + 1), [f">{name}" for name in names], [(4, 32, 48)] * len(names), [0.83] * len(names)])
+    for row, values in zip(table, rows):
+        row["uid"], row["movie_blob/path"], row["movie_blob/shape"], row["movie_blob/psize_A"] = values
+    table["gain_ref_blob/path"] = gain.encode()
+    table["mscope_params/accel_kv"], table["mscope_params/cs_mm"], table["mscope_params/total_dose_e_per_A2"] = 300, 2.7, dose
+    for name, values in columns.items():
+        field = next(n for n in table.dtype.names if n.endswith(f"/{name}"))
+        table[field] = values
+    with open(folder / "imported_movies.cs", "wb") as file:
+        np.save(file, table[[n for n in table.dtype.names if not n.startswith(drop)]])
+    return folder / "imported_movies.cs"
+
+
+def test_movies_that_cryosparc_imported_start_a_project(tmp_path):
+    table = imported_movies(tmp_path, movies(tmp_path / "imported"))
+    plan = make_plan(project_from(table, tmp_path / "p.yaml"))
+    microscope = {"voltage_kv": 300, "spherical_aberration_mm": 2.7, "amplitude_contrast": 0.1, "pixel_size_angstrom": 0.83}
+    found = dict(plan.file.microscope)
+    assert {name: found[name] for name in microscope} == pytest.approx(microscope)
+    assert found["dose_per_frame"] == pytest.approx(40.0 / 4)
+    assert [item.name for item in list_exposures(plan, None)] == ["m0", "m1", "m2"]
+    assert "gain: gain.mrc" in (tmp_path / "p.yaml").read_text()
+    assert "flips" not in (tmp_path / "p.yaml").read_text()
+
+
+def test_what_a_table_of_movies_does_not_say_is_left_to_the_user(tmp_path):
+    table = imported_movies(tmp_path, movies(tmp_path / "imported"), dose=0.0, flip_y=1)
+    text = project_from(table, tmp_path / "p.yaml").read_text()
+    assert "it does not say the dose: set dose_per_frame" in text
+    assert "cryoSPARC flips or rotates the gain" in text
+    (tmp_path / "imported" / "m1.tif").unlink()
+    with pytest.raises(InputError, match=r"m1\.tif, which does not exist"):
+        project_from(table, tmp_path / "q.yaml")
+
+
+@pytest.mark.parametrize(
+    ("columns", "dose", "words"),
+    [
+        ({"shape": [(4, 32, 48), (4, 32, 48), (3, 32, 48)]}, 10.0, "1 of the movies have another dose per frame than 10 e/A^2"),
+        ({"shape": [(4, 32, 48), (0, 32, 48), (4, 32, 48)]}, 10.0, "1 of the movies have another dose per frame"),
+        ({"shape": [(0, 32, 48)] * 3}, 1.0, "it does not say the dose"),
+        ({"phase_plate": 1}, 10.0, "there was a phase plate"),
+        ({"has_defect_file": 1}, 10.0, "there are defect files, which are not read"),
+        ({"is_gain_corrected": 1}, 10.0, "the gain was applied to 3 of the movies already"),
+    ],
+)
+def test_what_is_not_taken_over_of_a_table_of_movies_is_said(tmp_path, columns, dose, words):
+    path = project_from(imported_movies(tmp_path, movies(tmp_path / "imported"), **columns), tmp_path / "p.yaml")
+    assert words in path.read_text().splitlines()[0]
+    plan = make_plan(path)
+    assert dict(plan.file.microscope)["dose_per_frame"] == pytest.approx(dose)
+    assert ("gain: " in path.read_text().partition("pipeline")[0]) == ("is_gain_corrected" not in columns)
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"drop": "mscope_params"}, "does not say voltage_kv, spherical_aberration_mm of its movies"),
+        ({"psize_A": 0.0}, "pixel_size_angstrom of row 1 is 0"),
+        ({"accel_kv": 300_000}, "voltage_kv of row 1 is 300000"),
+        ({"gain": ">imported/m0.tif"}, "the gain m0.tif is in the folder of the movies"),
+    ],
+)
+def test_a_table_of_movies_that_cannot_be_right_is_refused(tmp_path, columns, words):
+    table = imported_movies(tmp_path, movies(tmp_path / "imported"), **columns)
+    with pytest.raises(InputError, match=words):
+        project_from(table, tmp_path / "p.yaml")

@@ -161,7 +161,7 @@ def test_a_task_that_has_not_begun_is_taken_back_at_once(monkeypatch):
     async def scenario():
         async with cluster(0) as scheduler, Worker(scheduler.address, nthreads=1, dashboard=False) as worker, client(scheduler, "a") as c:
             (given,) = await c.scatter([1])
-            futures = [c.submit(sleep, i, 1.0, given, key=f"task-{i}") for i in range(8)]
+            futures = [c.submit(sleep, i, 4.0, given, key=f"task-{i}") for i in range(8)]
             await until(lambda: worker.state.executing and worker.state.ready)
             begun = {ts.key for ts in worker.state.executing}
             await c.cancel(futures)

@@ -170,6 +170,7 @@ def two_data_sets(tmp_path_factory, session) -> Path:
     return folder
 
 
+@pytest.mark.heavy
 def test_two_data_sets_of_different_pixel_sizes_are_refined_together(two_data_sets, client):
     folder = two_data_sets
     for path in sorted((folder / "day2" / "movies").iterdir()):

@@ -12,6 +12,7 @@ from cryodask.kernels.symmetry import symmetry_operators
 BOX, PIXEL, COUNT = 48, 4.0, 8
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("symmetry", ["C1", "D2"])
 def test_the_coarser_grid_rules_out_hardly_any_evidence(symmetry):
     """Shifts over a third of the box at a signal-to-noise ratio of 0.02."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import getpass
 import json
-import logging
 import os
 import re
 import shutil
@@ -12,23 +11,21 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
 import dask
-from distributed import Client, LocalCluster, Nanny, Worker, WorkerPlugin
+from distributed import Client
 from distributed.comm import parse_host_port
 from distributed.deploy.cluster import Cluster
-from distributed.worker_memory import parse_memory_limit
 
 from cryodask.cluster.access.tls import Authority, connection_errors
 from cryodask.cluster.access.versions import RELEASE
-from cryodask.cluster.environment import ALLOCATOR, ONE_THREAD, SETTINGS
-from cryodask.cluster.fairshare import FairShareScheduler
-from cryodask.cluster.fields import GPU, licence
+from cryodask.cluster.environment import SETTINGS
+from cryodask.cluster.local import PlainHeartbeats, local_cluster, local_environment
 from cryodask.cluster.settings import AddressSettings, LocalSettings, PluginSettings, SlurmSettings, read_cluster_file
 from cryodask.cluster.slurm.slurm import new_cluster_id, owner_is_dead
 from cryodask.errors import ClusterError
@@ -230,122 +227,13 @@ def _interrupts_held_back() -> Iterator[list[int]]:
             signal.signal(signal.SIGINT, handler)
 
 
-class LaneCluster(LocalCluster):
-    """A ``LocalCluster`` whose scheduler has lanes, and whose worker processes die with this one, even if it is killed.
-
-    ``lanes``, ``strict``, ``reserve``, ``default_lane`` and ``memory_share`` as in FairShareScheduler; ``gpus``: this many worker processes
-    have one GPU each (the resource ``GPU``), the others see none; ``licences``: by name, how many have one (the resource
-    ``licence-NAME``); all other arguments as in ``LocalCluster``.
-    """
-
-    def __init__(
-        self,
-        *args: Any,
-        lanes: Mapping[str, Any] | None = None,
-        strict: Iterable[str] = (),
-        reserve: Mapping[str, int] | None = None,
-        default_lane: str = "default",
-        memory_share: Mapping[str, float] | None = None,
-        gpus: int = 0,
-        licences: Mapping[str, int] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self._gpus, self._licences = gpus, dict(licences or {})
-        self._sharing = {
-            "lanes": lanes, "strict": tuple(strict), "reserve": reserve, "default_lane": default_lane, "memory_share": memory_share
-        }  # fmt: skip
-        preload = kwargs.pop("preload", None) or dask.config.get("distributed.worker.preload")
-        super().__init__(*args, preload=[*preload, "cryodask.leash"], **kwargs)
-
-    async def _start(self) -> None:
-        if self.scheduler_spec["cls"] is not FairShareScheduler:
-            self.scheduler_spec["cls"] = FairShareScheduler
-            self.scheduler_spec["options"] = {**self.scheduler_spec.get("options", {}), **self._sharing}
-            if self._gpus:
-                self._hand_out_gpus()
-            for name, number in self._licences.items():
-                for worker in list(self.worker_spec)[:number]:
-                    self._give(worker, licence(name))
-        await super()._start()
-
-    def _hand_out_gpus(self) -> None:
-        """Assign one GPU to each of the first workers through the environment of the process, which torch reads once."""
-        names = list(self.worker_spec)
-        if self._gpus > len(names) or any(spec["cls"] is not Nanny for spec in self.worker_spec.values()):
-            raise ValueError(f"{self._gpus} GPUs need one worker process each, but there are {len(names)} workers")
-        here = os.environ.get("CUDA_VISIBLE_DEVICES")
-        devices = here.split(",") if here else list(map(str, range(self._gpus)))
-        if len(devices) < self._gpus:
-            raise ValueError(f"gpus is {self._gpus}, but CUDA_VISIBLE_DEVICES gives this process only {here}")
-        given: list[str | None] = [*devices[: self._gpus], *[None] * (len(names) - self._gpus)]
-        for name, device in zip(names, given):
-            spec = self.worker_spec[name]
-            options = {**spec["options"], "env": {**(spec["options"].get("env") or {}), "CUDA_VISIBLE_DEVICES": device or ""}}
-            self.worker_spec[name] = {**spec, "options": options}
-            if device is not None:
-                self._give(name, GPU)
-
-    def _give(self, worker: Any, resource: str) -> None:
-        spec = self.worker_spec[worker]
-        resources = {**(spec["options"].get("resources") or {}), resource: 1}
-        self.worker_spec[worker] = {**spec, "options": {**spec["options"], "resources": resources}}
-
-
-class _PlainHeartbeats(WorkerPlugin):
-    """A worker that ends during a heartbeat logs one line, without the traceback that Dask prints on the user's terminal."""
-
-    name = "cryodask-plain-heartbeats"
-
-    def setup(self, worker: Worker) -> None:
-        logging.getLogger("distributed.worker").addFilter(_without_traceback_of_heartbeats)
-
-
-def _without_traceback_of_heartbeats(record: logging.LogRecord) -> bool:
-    if record.exc_info and "communicate with scheduler during heartbeat" in record.getMessage():
-        record.exc_info = None
-    return True
-
-
-def local_environment() -> dict[str, Any]:
-    """Dask settings with which :func:`local_cluster` starts its workers."""
-    return {**SETTINGS, "distributed.nanny.pre-spawn-environ": {**ONE_THREAD, **ALLOCATOR, "PYTHONDONTWRITEBYTECODE": ""}}
-
-
-def local_workers(settings: LocalSettings) -> int:
-    """Number of worker processes of a local cluster."""
-    return settings.workers or max(os.cpu_count() or 1, settings.gpus)
-
-
-def local_memory(settings: LocalSettings) -> int | None:
-    """Memory limit of a local worker, bytes: from the file, else an equal share of the machine; None for no limit."""
-    return parse_memory_limit(settings.memory or "auto", 1, local_workers(settings), logger=logging.getLogger("distributed.worker"))
-
-
-def local_cluster(settings: LocalSettings, *, asynchronous: bool = False) -> LaneCluster:
-    """Start single-threaded worker processes on this machine, with a scheduler with lanes in this process."""
-    return LaneCluster(
-        n_workers=local_workers(settings),
-        threads_per_worker=1,
-        processes=True,
-        host="127.0.0.1",
-        dashboard_address="127.0.0.1:0",
-        memory_limit=local_memory(settings),
-        local_directory=settings.scratch,
-        silence_logs=40,
-        gpus=settings.gpus,
-        licences=settings.licences,
-        **settings.sharing(),
-        asynchronous=asynchronous,
-    )
-
-
 def _started(name: str, settings: LocalSettings) -> Client:
     with dask.config.set(local_environment()):
         cluster = local_cluster(settings)
         # the settings must outlive this block, because the scheduler is in this process
     dask.config.set(SETTINGS)
     client = Client(cluster, name=name)
-    client.register_plugin(_PlainHeartbeats())
+    client.register_plugin(PlainHeartbeats())
     _OWN_CLUSTERS[id(client)] = cluster, None
     return client
 

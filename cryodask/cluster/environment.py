@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import dask
+
 # One thread per task slot: the runners fill the cores with tasks, and the number of threads changes the last bits of sums.
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1")
 
@@ -29,3 +31,10 @@ SETTINGS: dict[str, Any] = {
     "distributed.admin.system-monitor.interval": "3s",
     "distributed.comm.timeouts.connect": "60s",
 }
+
+
+def as_the_site_says(kind: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a server with ``distributed.KIND.blocked-handlers``, for which distributed looks under the name of the class."""
+    if options.get("blocked_handlers") is None:
+        options["blocked_handlers"] = dask.config.get(f"distributed.{kind}.blocked-handlers", None) or []
+    return options

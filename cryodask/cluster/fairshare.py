@@ -21,6 +21,7 @@ from distributed.scheduler import TaskState, WorkerState
 from tornado.ioloop import PeriodicCallback
 
 from cryodask.cluster.dashboard import DashboardOnDemand, without_dashboard
+from cryodask.cluster.environment import as_the_site_says
 from cryodask.cluster.sharing.charging import FIRST, Flight
 from cryodask.cluster.sharing.lanes import Place, Share
 from cryodask.cluster.sharing.owners import THREADS
@@ -64,7 +65,7 @@ class FairShareScheduler(ReservingScheduler):
         **kwargs: Any,
     ) -> None:
         with_dashboard = without_dashboard(kwargs)
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **as_the_site_says("scheduler", kwargs))
         if with_dashboard:
             self.http_application.add_application(DashboardOnDemand(self, kwargs.get("http_prefix", "/")))
         self.share(lanes, strict=strict, reserve=reserve, default_lane=default_lane, memory_share=memory_share)
@@ -86,6 +87,7 @@ class FairShareScheduler(ReservingScheduler):
             raise ValueError(f"strict, reserve and memory_share name lanes that are not in lanes: {unknown}")
         self.cap_memory(memory_share)
         self.count_time()
+        self.slice_orders()
         self._pruned = monotonic()
         self._arrived: list[Share] = []
         self._target: WorkerState | None = None

@@ -227,6 +227,18 @@ class PoolSettings(StrictModel):
         return self
 
 
+class LimitSettings(StrictModel):
+    """What one person may have on a guarded scheduler; see ``cryodask.cluster.access.limits.Limits``."""
+
+    bytes: Memory = "256MiB"
+    names: PositiveInt = 10_000
+    topics: PositiveInt = 1_000
+    clients: PositiveInt = 64
+    recorders: PositiveInt = 8
+    connections: PositiveInt = 256
+    graph_tasks: PositiveInt = 50_000
+
+
 class SlurmSettings(_Sharing):
     """Pools of Slurm jobs on one scheduler, shared by lanes (see ``FairShareScheduler``).
 
@@ -236,7 +248,9 @@ class SlurmSettings(_Sharing):
 
     Pools with a ``maximum`` get as many jobs as are needed to do the pending work in ``catch_up_minutes``; a job that was not needed for
     ``idle_minutes`` is released. ``floor`` guarantees a lane a number of threads while it has clients. A guarded scheduler
-    refuses graphs above ``max_graph_bytes`` (as sent) or ``max_graph_tasks``.
+    refuses graphs above ``max_graph_bytes`` (as sent) or ``max_graph_tasks``; ``limits`` bounds what each person has. With
+    ``people_on_workers`` people may connect to workers themselves, which only ``direct=True`` needs; otherwise results go through the
+    scheduler.
     """
 
     kind: Literal["slurm"]
@@ -251,13 +265,15 @@ class SlurmSettings(_Sharing):
     idle_minutes: float = Field(10.0, ge=0)
     max_graph_bytes: Memory = "256MiB"
     max_graph_tasks: PositiveInt = 2_000_000
+    limits: LimitSettings = LimitSettings()
+    people_on_workers: bool = False
     single_allocation: bool = False
     service: ServiceSettings | None = None
     driver: JobSettings = JobSettings()
 
     def graph_limits(self) -> dict[str, Any]:
-        """The graph limits of ``GuardedScheduler``."""
-        return self.model_dump(include={"max_graph_bytes", "max_graph_tasks"})
+        """The limits of ``GuardedScheduler``."""
+        return self.model_dump(include={"max_graph_bytes", "max_graph_tasks", "limits"})
 
     @model_validator(mode="after")
     def _floors_have_lanes(self) -> SlurmSettings:
@@ -370,6 +386,7 @@ def _problem(problem: Any, kind: str) -> str:
             ("pools", 3): PoolSettings,
             ("service", 2): ServiceSettings,
             ("driver", 2): JobSettings,
+            ("limits", 2): LimitSettings,
         }
         model = inside.get((names[0], len(names))) or _KINDS.get(kind) or OTHERS.load()[kind]
         return f"unknown name {'.'.join(names)!r}{_nearest(names[-1], model.model_fields)}"

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from cryodask.errors import InputError
+from cryodask.documents import read_yaml
+from cryodask.errors import InputError, ProjectFileError
 from cryodask.formats.star import CRYOSPARC
 from cryodask.formats.star.numbers import floats
 
@@ -42,7 +43,14 @@ _NEUTRAL = {"ctf_b_factor_angstrom2": 0.0, "ctf_scale_factor": 1.0}
 """Our name -> cryoSPARC's, and the factor from its unit to ours."""
 _MICROSCOPE = {"voltage_kv": "mscope_params/accel_kv", "spherical_aberration_mm": "mscope_params/cs_mm"}
 _ABERRATIONS = dict(zip(CRYOSPARC, (("ctf/shift_A", 2), ("ctf/tilt_A", 2), ("ctf/trefoil_A", 2), ("ctf/tetra_A", 4), ("ctf/anisomag", 4))))
-_WIDTHS = {"blob/shape": 2, "alignments3D/pose": 3, "alignments3D/shift": 2, "location/micrograph_shape": 2, **dict(_ABERRATIONS.values())}
+_WIDTHS = {
+    "blob/shape": 2,
+    "movie_blob/shape": 3,
+    "alignments3D/pose": 3,
+    "alignments3D/shift": 2,
+    "location/micrograph_shape": 2,
+    **dict(_ABERRATIONS.values()),
+}
 """Columns of vectors, and their lengths."""
 _ANGSTROM_PER_MM = 1e7
 _CS_VERSION = "v4.0.0"
@@ -98,7 +106,11 @@ def read_particles(path: str | Path) -> Columns:
 
 
 def read_micrographs(path: str | Path) -> Columns:
-    """Exposures of a ``.cs`` file or ``.csg`` group: ``micrograph_name`` or ``movie_name``, optics, CTF, and ``cryosparc_uid``."""
+    """Exposures of a ``.cs`` file or ``.csg`` group: ``micrograph_name`` or ``movie_name``, optics, CTF, and ``cryosparc_uid``.
+
+    Of movies also, where the file has them, ``gain_name``, ``gain_turned`` (1 where cryoSPARC flips or rotates it), ``gain_corrected``
+    (1 where it was applied already), ``dose_per_frame`` (0 where it is not known), ``phase_plate`` and ``defects`` (1 where there are).
+    """
     table = _read(Path(path))
     out: Columns = {"cryosparc_uid": table["uid"]}
     for name, blob in (("micrograph_name", "micrograph_blob"), ("movie_name", "movie_blob")):
@@ -106,6 +118,18 @@ def read_micrographs(path: str | Path) -> Columns:
             out[name] = _texts(Path(path), table[f"{blob}/path"])
             out.setdefault("pixel_size_angstrom", _doubles(table[f"{blob}/psize_A"]))
     out |= {ours: _doubles(table[theirs]) for ours, theirs in _MICROSCOPE.items() if theirs in table}
+    if "movie_name" in out and "gain_ref_blob/path" in table:
+        out["gain_name"] = _texts(Path(path), table["gain_ref_blob/path"])
+        turns = [table[name] != 0 for name in ("gain_ref_blob/flip_x", "gain_ref_blob/flip_y", "gain_ref_blob/rotate_num") if name in table]
+        out["gain_turned"] = np.any(turns, axis=0).astype(np.int64) if turns else np.zeros(len(table["uid"]), np.int64)
+        out["gain_corrected"] = table.get("movie_blob/is_gain_corrected", np.zeros(len(table["uid"]))).astype(np.int64)
+    if "movie_name" in out and "movie_blob/shape" in table and "mscope_params/total_dose_e_per_A2" in table:
+        frames = table["movie_blob/shape"][:, 0].astype(np.float64)
+        dose = _doubles(table["mscope_params/total_dose_e_per_A2"])
+        out["dose_per_frame"] = np.divide(dose, frames, out=np.zeros(len(frames)), where=frames > 0)
+    for name, theirs in (("phase_plate", "mscope_params/phase_plate"), ("defects", "movie_blob/has_defect_file")):
+        if "movie_name" in out and theirs in table:
+            out[name] = table[theirs].astype(np.int64)
     return _checked(Path(path), {**out, **_ctf(table), **_kept(Path(path), table)})
 
 
@@ -213,9 +237,11 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     if path.suffix.lower() != ".csg":
         return _table(path)
     try:
-        results = yaml.safe_load(path.read_text(encoding="utf-8"))["results"].values()
+        results = read_yaml(path, "group of cryoSPARC")["results"].values()
         files = list(dict.fromkeys(str(result["metafile"]) for result in results))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except ProjectFileError as error:
+        raise InputError(error.what, "it was edited, or is damaged", "export the group again") from error
+    except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is not a group of cryoSPARC: {type(error).__name__}: {error}", "", "export the group again") from error
     tables = [_table(path.parent / name.removeprefix(">")) for name in files]
     if not tables:

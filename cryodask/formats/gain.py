@@ -17,6 +17,8 @@ Flip = Literal["none", "up-down", "left-right"]
 FLIPS: tuple[Flip, ...] = ("none", "up-down", "left-right")
 EIGHT_TURNS: tuple[tuple[int, Flip], ...] = tuple((r, f) for f in ("none", "up-down") for r in (0, 90, 180, 270))
 
+_DEAD = 1e-4
+"""Sensitivity of a pixel, relative to the median, up to which it is dead: dividing by it would leave noise or infinity."""
 _CLEARLY = 1.02
 """How many times rougher than another form of the gain counts as rougher."""
 _LEAST_EXPONENT = 0.6
@@ -51,8 +53,16 @@ def orient_gain(gain: np.ndarray, rotate_deg: int = 0, flip: Flip | int = "none"
 
 
 def reciprocal_gain(gain: np.ndarray) -> np.ndarray:
-    """The gain `(y, x)` that multiplies, from one that divides; dead pixels stay 0."""
-    return np.divide(1.0, gain, out=np.zeros_like(gain, np.float32), where=gain > 0)
+    """The gain `(y, x)` that multiplies, from one that divides; dead pixels, 0 or next to nothing, are 0."""
+    least = _DEAD * float(np.median(gain[gain > 0])) if (gain > 0).any() else 0.0
+    return np.divide(1.0, gain, out=np.zeros_like(gain, np.float32), where=gain > least)
+
+
+def on_frames(gain: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """A gain `(y, x)` for frames of a ``shape``: one of camera pixels is repeated 2 x 2 for super-resolution, any other stays as it is."""
+    if (2 * gain.shape[0], 2 * gain.shape[1]) != tuple(shape):
+        return gain
+    return np.repeat(np.repeat(gain, 2, 0), 2, 1)
 
 
 @dataclass(frozen=True)
@@ -177,7 +187,7 @@ def check_gain(frames_sum: np.ndarray, gain: np.ndarray, name: str = "the gain")
         where = " in another orientation" if (best.rotate_deg, best.flip) != (0, "none") else ""
         raise GainError(
             f"{name} fits the movies worse than {form}{where} would (roughness {given.score:.3g} against {best.score:.3g})",
-            "it divides the counts, as the .gain files of EER movies do"
+            "it divides the counts, as some programs write it"
             if best.power < 0
             else "it was saved in another orientation: TIFF movies are flipped in y against MRC gains",
             _advice(best),

@@ -11,6 +11,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from cryodask.errors import CryodaskError, GainError, MovieError
+from cryodask.formats.compressed import COMPRESSIONS, CompressedMrcStack, ending_of, open_compressed_mrc
+from cryodask.formats.eer import EerMovie, open_eer
+from cryodask.formats.fractions import EER_ENDINGS, Fractions
 from cryodask.formats.gain import Flip, orient_gain, reciprocal_gain
 from cryodask.formats.mrc import open_mrc, write_mrc
 from cryodask.formats.tiff import open_tiff, write_tiff
@@ -18,7 +21,8 @@ from cryodask.plugins import Plugins
 
 TIFF_ENDINGS = (".tif", ".tiff")
 MRC_ENDINGS = (".mrc", ".mrcs", ".st")
-MOVIE_ENDINGS = TIFF_ENDINGS + MRC_ENDINGS
+COMPRESSED_MRC_ENDINGS = tuple(mrc + compression for mrc in MRC_ENDINGS for compression in COMPRESSIONS)
+MOVIE_ENDINGS = TIFF_ENDINGS + MRC_ENDINGS + EER_ENDINGS + COMPRESSED_MRC_ENDINGS
 
 
 class MovieFile(Protocol):
@@ -89,21 +93,28 @@ def _reader(ending: str) -> Reader | None:
         return Reader(TIFF_ENDINGS, lambda path: open_tiff(path, MovieError))
     if ending in MRC_ENDINGS:
         return Reader(MRC_ENDINGS, lambda path: open_mrc(path, MovieError, counts=True))
+    if ending in COMPRESSED_MRC_ENDINGS:
+        return Reader(COMPRESSED_MRC_ENDINGS, lambda path: open_compressed_mrc(path, MovieError, counts=True))
+    if ending in EER_ENDINGS:
+        return Reader(EER_ENDINGS, lambda path: open_eer(str(path)))
     return next((reader for reader in OTHERS.load().values() if ending in reader.endings), None)
 
 
-def open_movie(path: str | Path) -> MovieFile:
+def open_movie(path: str | Path, fractions: Fractions | None = None) -> CheckedMovie:
     """Open a movie for reading frame by frame.
 
     Parameters
     ----------
     path : str or Path
         ``.tif, .tiff`` (any compression that tifffile reads; rows are flipped into MRC order), ``.mrc, .mrcs, .st``
-        (modes 0, 1, 2, 6, 12, 101), and formats of installed packages (entry points of the group ``cryodask.readers``).
+        (modes 0, 1, 2, 6, 12, 101), these with ``.gz, .bz2, .zst`` after them, ``.eer``, and formats of installed packages (entry
+        points of the group ``cryodask.readers``).
+    fractions : Fractions, optional
+        How the camera frames of an EER movie are summed; by default each is a frame. Other formats ignore it.
 
     Returns
     -------
-    MovieFile
+    CheckedMovie
         ``len``, ``shape`` `(frame, y, x)`, ``dtype``, ``[i]`` `(y, x)` decoded on access, ``pixel_size_angstrom`` (None if
         not in the header), ``path``. No file is kept open, so it can be pickled.
 
@@ -113,15 +124,17 @@ def open_movie(path: str | Path) -> MovieFile:
         If the file is missing, empty, truncated, longer than its header says, of another format, or not a greyscale movie. Reading a
         frame raises it if the frame cannot be decoded, or has NaN or infinite pixels.
     """
-    reader = _reader(Path(path).suffix.lower())
+    reader = _reader(ending_of(path))
     if reader is None:
         endings = [*MOVIE_ENDINGS, *(ending for other in OTHERS.load().values() for ending in other.endings)]
         raise MovieError(
             f"{path} is not in a supported movie format ({', '.join(endings)}).{OTHERS.hint('')}",
-            "another kind of file is among the movies, or they have a camera format such as .eer or .dm4",
+            "another kind of file is among the movies, or they have a camera format such as .dm4",
             "narrow the pattern of the movies, install a package that reads the format, or convert them to TIFF or MRC",
         )
     movie = _guarded(str(path), "cannot be opened", lambda: reader.open(path))
+    if fractions is not None and isinstance(movie, EerMovie):
+        movie = movie.fractionated(fractions)
     if len(movie.shape) != 3 or len(movie) < 1 or min(movie.shape[1:]) < 4 or movie.dtype.kind not in "uif":
         raise MovieError(
             f"{path} is not a valid movie: its shape is {' x '.join(map(str, movie.shape))}, its pixels are of type {movie.dtype}.",
@@ -148,14 +161,36 @@ class CheckedMovie:
         return self.movie.pixel_size_angstrom
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[int, int, int]:
         """(frame, y, x)."""
-        return self.movie.shape
+        frames, y, x = self.movie.shape
+        return frames, y, x
 
     @property
     def dtype(self) -> np.dtype:
         """Dtype of the counts."""
         return self.movie.dtype
+
+    @property
+    def frames_per_fraction(self) -> int:
+        """Number of camera frames in a frame; 1 unless they were summed on reading."""
+        return self.movie.frames_per_fraction if isinstance(self.movie, EerMovie) else 1
+
+    @property
+    def dose_per_fraction(self) -> float:
+        """Exposure of a frame, electrons per square Angstrom; NaN unless frames of known exposure were summed on reading."""
+        dose = self.movie.camera_dose_e_a2 if isinstance(self.movie, EerMovie) else None
+        return float("nan") if dose is None else dose * self.frames_per_fraction
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether frames should be read in order: the file is compressed as a whole, and a step back begins again."""
+        return isinstance(self.movie, CompressedMrcStack)
+
+    @property
+    def metadata_dose(self) -> float | None:
+        """Exposure of a camera frame by the metadata of an EER file, electrons per square Angstrom; None if there are none."""
+        return self.movie.metadata_dose_e_a2 if isinstance(self.movie, EerMovie) else None
 
     def __len__(self) -> int:
         return len(self.movie)
@@ -200,10 +235,21 @@ def write_mrc_movie(path: str | Path, frames: np.ndarray, pixel_size_angstrom: f
     write_mrc(path, frames, pixel_size_angstrom, stack=True)
 
 
-def read_gain(path: str | Path, rotate: int = 0, flip: Flip | int = "none", *, divides: bool = False) -> np.ndarray:
-    """Gain reference `(y, x)` float32 that multiplies, in MRC row order, oriented by `orient_gain`; its reciprocal if it ``divides``.
+def read_gain(
+    path: str | Path, rotate: int = 0, flip: Flip | int = "none", *, divides: bool | None = None, eer: bool = False
+) -> np.ndarray:
+    """Gain reference `(y, x)` float32 that multiplies, in MRC row order, oriented by `orient_gain`; its reciprocal if it divides.
 
-    ``.mrc`` is read unchanged, ``.tif, .tiff, .gain`` (EER gains are TIFF files) with rows flipped.
+    ``.mrc`` is read unchanged, ``.tif, .tiff, .gain`` (EER gains are TIFF files) with rows flipped, unless it is for EER movies, whose
+    rows are not flipped.
+
+    Parameters
+    ----------
+    divides : bool, optional
+        Whether the counts are divided by the gain. By default they are multiplied by it; but an MRC gain of EER movies divides, as in
+        RELION 3.1.3.
+    eer : bool
+        The gain is for EER movies.
     """
     ending = Path(path).suffix.lower()
     if ending in (*TIFF_ENDINGS, ".gain"):
@@ -221,4 +267,8 @@ def read_gain(path: str | Path, rotate: int = 0, flip: Flip | int = "none", *, d
             "it is a dark reference, or damaged",
             "give the reference that multiplies the counts: about 1, and 0 at dead pixels",
         )
+    if eer and ending not in MRC_ENDINGS:
+        gain = gain[::-1]  # as stored
+    if divides is None:
+        divides = eer and ending in MRC_ENDINGS
     return orient_gain(reciprocal_gain(gain) if divides else gain, rotate, flip)

@@ -79,8 +79,11 @@ class MrcStack:
         data = np.fromfile(self.path, header.file_dtype, items, offset=start)
         if data.size < items:
             raise self.error(f"{self.path}: section {s + 1} of {header.file_shape[0]} ends too early.", "the file shrank", "copy it again")
-        rows = data.reshape(count, -1)
-        return unpack(rows, header.file_shape[2]) if header.packed else rows.astype(self.dtype, copy=False)
+        return self._pixels(data.reshape(count, -1))
+
+    def _pixels(self, rows: np.ndarray) -> np.ndarray:
+        """Rows of the file as pixels."""
+        return unpack(rows, self.header.file_shape[2]) if self.header.packed else rows.astype(self.dtype, copy=False)
 
     def _checked(self, data: np.ndarray) -> np.ndarray:
         """Refuse integers that look unsigned although the mode is a signed one."""

@@ -39,6 +39,7 @@ _OTHER_FORMATS = {
     b"\x89HDF": "an HDF5 file",
 }
 _LARGEST_EDGE = 10**7
+_LONGEST_EXTENSION = 1 << 30
 _IMOD_STAMP = 1146047817
 _IMOD_SIGNED_BYTES, _IMOD_FOUR_BITS = 1, 16
 _ROUNDING = 2e-4
@@ -142,10 +143,23 @@ def read_header(path: str, error: type[CryodaskError]) -> MrcHeader:
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         raw = file.read(HEADER_BYTES)
+    header = parse_header(path, raw, size, error)
+    _check_length(path, header, size, error)
+    return header
+
+
+def parse_header(path: str, raw: bytes, size: int | None, error: type[CryodaskError]) -> MrcHeader:
+    """Interpret the first 1024 bytes of a file with ``size`` bytes; None if its length is not known, because it is compressed.
+
+    Raises
+    ------
+    error
+        If they are not a header, or it cannot be interpreted without the length of the file.
+    """
     for magic, name in _OTHER_FORMATS.items():
         if raw.startswith(magic):
             raise error(f"{path} is {name}, not an MRC file.", "", "uncompress or convert it, or give it the extension of its format")
-    if len(raw) < HEADER_BYTES:
+    if len(raw) < HEADER_BYTES and size is not None:
         raise error(f"{path} has {size} bytes, less than an MRC header: it is truncated.", "the transfer was interrupted", "copy it again")
     plausible = [order for order in _byte_orders(raw) if _is_plausible(raw, order)]
     if not plausible:
@@ -162,9 +176,13 @@ def read_header(path: str, error: type[CryodaskError]) -> MrcHeader:
             refused.append(cause)
     if not read:
         raise refused[0]
-    header = next((h for h in read if h.needed_bytes == size), read[0])
-    _check_length(path, header, size, error)
-    return header
+    if size is None and len({h.file_shape for h in read if h.file_dtype == read[0].file_dtype}) > 1:
+        raise error(
+            f"{path} has pixels of 4 bits, and its header does not say whether its width is in pixels or in bytes.",
+            "it is compressed, so that its length is not known",
+            "uncompress it",
+        )
+    return next((h for h in read if h.needed_bytes == size), read[0])
 
 
 def _byte_orders(raw: bytes) -> tuple[str, str]:
@@ -176,7 +194,7 @@ def _is_plausible(raw: bytes, order: str) -> bool:
     return min(columns, rows, sections) > 0 and max(columns, rows, sections) < _LARGEST_EDGE and 0 <= mode < 1000
 
 
-def _headers(path: str, raw: bytes, order: str, size: int, error: type[CryodaskError]) -> list[MrcHeader]:
+def _headers(path: str, raw: bytes, order: str, size: int | None, error: type[CryodaskError]) -> list[MrcHeader]:
     """What a header can mean in one byte order: bytes that are marked as packed have the width of the image, or half of it."""
     integers, floats = np.frombuffer(raw, order + "i4", 256), np.frombuffer(raw, order + "f4", 256)
     columns, rows, sections, mode = (int(v) for v in integers[:4])
@@ -187,9 +205,9 @@ def _headers(path: str, raw: bytes, order: str, size: int, error: type[CryodaskE
             f"convert it to one of the modes {', '.join(map(str, sorted(_DTYPES)))}",
         )
     extended = int(integers[23])
-    if extended < 0 or HEADER_BYTES + extended > size:
+    if extended < 0 or HEADER_BYTES + extended > (_LONGEST_EXTENSION if size is None else size):
         raise error(
-            f"{path} has {size} bytes, but its header announces an extended header of {extended} bytes.",
+            f"{path} has {'few' if size is None else size} bytes, but its header announces an extended header of {extended} bytes.",
             "the header is damaged, or the file is truncated",
             "copy it again",
         )

@@ -49,11 +49,17 @@ _SAMPLES = {1: "unsigned", 2: "signed", 3: "floating-point"}
 
 @dataclass(frozen=True)
 class Walked:
-    """One page directory: the codes of its essential tags, whether it refers to further images, and its bytes."""
+    """One page directory: the codes of its essential tags, whether it refers to further images, and its bytes.
+
+    ``values``: the content of every tag: the integer of those that have one, else the place (or the bytes, if they are few) of its data.
+    ``counts``: how many values a tag has.
+    """
 
     codes: frozenset[int]
     has_other_images: bool
     directory_bytes: int
+    values: dict[int, int]
+    counts: dict[int, int]
 
 
 def walk_pages(path: str, error: type[CryodaskError]) -> list[Walked]:
@@ -89,15 +95,24 @@ def walk_pages(path: str, error: type[CryodaskError]) -> list[Walked]:
                 raise error(f"{path} is damaged: its pages lead back to an earlier one.", "", "copy it again, or remove it")
             seen.add(link)
             table = file.read(entries * entry)
-            tags = list(struct.iter_unpack(order + ("HHQ8x" if big else "HHI4x"), table))
+            found = list(struct.iter_unpack(order + ("HHQ8s" if big else "HHI4s"), table))
+            tags = [(code, kind, count) for code, kind, count, _ in found]
             if wrong := _wrong_tag(tags):
                 raise error(f"{path}: page {len(pages) + 1} {wrong}.", "the file is damaged", "copy it again, or remove it")
             codes = {code for code, _, _ in tags}
-            pages.append(Walked(frozenset(codes & _ESSENTIAL), bool(codes & _OTHER_IMAGES), end + link_bytes - link))
+            values = {code: _value(order, kind, count, raw) for code, kind, count, raw in found}
+            counts = {code: count for code, _, count, _ in found}
+            pages.append(Walked(frozenset(codes & _ESSENTIAL), bool(codes & _OTHER_IMAGES), end + link_bytes - link, values, counts))
             link = struct.unpack(link_format, file.read(link_bytes))[0]
     if not pages:
         raise error(f"{path} has no pages.", "writing it was interrupted", "copy it again, or remove it")
     return pages
+
+
+def _value(order: str, kind: int, count: int, raw: bytes) -> int:
+    """The integer in an entry, or the place of its data."""
+    size = {3: 2, 4: 4}.get(kind, len(raw)) if count == 1 else len(raw)
+    return int.from_bytes(raw[:size], "little" if order == "<" else "big")
 
 
 def _wrong_tag(tags: list[tuple[int, int, int]]) -> str:

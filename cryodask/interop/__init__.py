@@ -7,6 +7,9 @@ from pathlib import Path
 
 from cryodask.errors import ProjectFileError
 from cryodask.interop.cryosparc import export_cryosparc
+from cryodask.interop.emdb import export_emdb
+from cryodask.interop.empiar import export_empiar
+from cryodask.interop.oscem import export_oscem
 from cryodask.interop.relion import export_relion
 from cryodask.interop.start import Session, project_from, project_from_movies
 from cryodask.plugins import Plugins
@@ -14,7 +17,7 @@ from cryodask.store.project import Project
 
 __all__ = ["OTHERS", "Session", "export", "export_cryosparc", "export_relion", "project_from", "project_from_movies"]
 
-_OWN = {"relion": export_relion, "cryosparc": export_cryosparc}
+_OWN = {"relion": export_relion, "cryosparc": export_cryosparc, "emdb": export_emdb, "empiar": export_empiar, "oscem": export_oscem}
 
 
 def _refused(name: str, exporter: object) -> str:
@@ -42,7 +45,8 @@ def export(project: Project, name: str, folder: str | Path) -> list[Path]:
     Parameters
     ----------
     name : str
-        ``relion``, ``cryosparc``, or the name of an exporter of another package (entry points of the group ``cryodask.exporters``).
+        ``relion``, ``cryosparc``, ``emdb``, ``empiar``, ``oscem``, or the name of an exporter of another package (entry points of the group
+        ``cryodask.exporters``).
 
     Raises
     ------

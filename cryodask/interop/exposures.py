@@ -16,13 +16,16 @@ from cryodask.vocabulary import OPTICS
 
 
 def label_of_particles(project: Project) -> str | None:
-    """The step whose particles are exported: the last refinement, or what has images of its particles; else the last set."""
+    """The step whose particles are exported: the last refinement, or what has given images of its particles since; else the last set."""
 
     def has(label: str, *parts: str) -> bool:
         ref = project.step(label).product("particles")
         return ref is not None and set(parts) <= set(ref.parts)
 
-    refined = project.latest("particles", "pose")
+    refined, imaged = project.latest("particles", "pose"), project.latest("particles", "image")
+    order = list(project.stages)
+    if refined is not None and imaged is not None and order.index(imaged) > order.index(refined) and has(imaged, "pose", "image"):
+        return imaged
     if refined is not None and has(refined, "image"):
         return refined
     both = (label for label in reversed(project.stages) if has(label, "pose", "image"))

@@ -8,7 +8,7 @@ from cryodask.errors import StarError
 from cryodask.interop.exposures import Exposures
 from cryodask.interop.relion_maps import write_maps
 from cryodask.interop.relion_micrographs import write_coordinates, write_micrographs, write_motion
-from cryodask.interop.relion_particles import write_classes, write_particles
+from cryodask.interop.relion_particles import write_classes, write_particles, write_tracks
 from cryodask.store.files import disk_errors
 from cryodask.store.project import Project
 
@@ -20,9 +20,10 @@ def export_relion(project: Project, folder: str | Path) -> list[Path]:
     (``movies/*``), the gains as they were applied (``gains/*.mrc``) and their defects; ``coordinates/micrographs/*.star``;
     ``particles.star`` + ``.mrcs`` (the particles of the last refinement with their poses, else those of the last curation, else all),
     ``class_averages.mrcs`` + ``.star``, ``half1.mrc, half2.mrc`` (unmasked, unsharpened), ``map.mrc`` (sharpened where post-processing
-    ran), ``mask.mrc``, ``postprocess.star``. Everything is in the row order of MRC files. The exposures are those that the particles
-    come from, without those that a selection excludes. Poses are mapped into RELION's asymmetric unit for the point group of
-    their map: that of the refinement that gave them, or of an ``import_map`` with ``frame_of``.
+    ran), ``mask.mrc``, ``postprocess.star``. After ``polish``: the refined motion, the new images as ``particles.mrcs`` (RELION's shiny
+    particles), and the particles' tracks (``polish/micrographs/*_tracks.star``). Everything is in the row order of MRC files. The
+    exposures are those that the particles come from, without those that a selection excludes. Poses are mapped into RELION's asymmetric
+    unit for the point group of their map: that of the refinement that gave them, or of an ``import_map`` with ``frame_of``.
     """
     out = Path(folder)
     with disk_errors(out):
@@ -30,7 +31,8 @@ def export_relion(project: Project, folder: str | Path) -> list[Path]:
         exposures = Exposures.of(project)
         _check_names(exposures)
         written = [*write_micrographs(exposures, out), *write_motion(exposures, out), *write_coordinates(exposures, out)]
-        return [*written, *write_particles(exposures, out), *write_classes(project, out), *write_maps(project, out)]
+        written += [*write_particles(exposures, out), *write_tracks(exposures, out)]
+        return [*written, *write_classes(project, out), *write_maps(project, out)]
 
 
 def _check_names(exposures: Exposures) -> None:

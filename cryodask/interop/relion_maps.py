@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cryodask.formats import star
 from cryodask.formats.mrc import write_mrc
 from cryodask.store.project import Project
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 def write_maps(project: Project, out: Path) -> list[Path]:
@@ -28,8 +32,10 @@ def write_maps(project: Project, out: Path) -> list[Path]:
         write_mrc(out / "mask.mrc", project[mask]["solvent_mask"].values, pixel)
         written.append(out / "mask.mrc")
     if post is not None:
-        curves = project[post].load()
-        write_mrc(out / "map.mrc", curves["sharpened_map"].values, pixel)
+        write_mrc(out / "map.mrc", project[post]["sharpened_map"].values, pixel)
+        written.append(out / "map.mrc")
+    curves = curves_of(project)
+    if curves is not None:
         star.write_postprocess(
             out / "postprocess.star",
             shell_resolution_angstrom=curves["shell_resolution_angstrom"].values,
@@ -40,5 +46,14 @@ def write_maps(project: Project, out: Path) -> list[Path]:
             resolution_angstrom=float(curves["resolution_angstrom"]),
             b_factor_angstrom2=float(curves["b_factor_angstrom2"]),
         )
-        written += [out / "map.mrc", out / "postprocess.star"]
+        written.append(out / "postprocess.star")
     return written
+
+
+def curves_of(project: Project) -> xr.Dataset | None:
+    """Result of the last step that has measured FSC curves of masked half-maps with a B-factor (post-processing); None if there is none."""
+    for label in reversed(project.stages):
+        gives = project.generation(label).meta["gives"]
+        if "fsc_corrected" in gives and "b_factor_angstrom2" in gives and project.generation(label).committed():
+            return project[label].load()
+    return None

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from cryodask.formats import star
+from cryodask.formats.fractions import is_eer
+from cryodask.formats.gain import on_frames, reciprocal_gain
 from cryodask.formats.mrc import write_mrc
 from cryodask.interop.exposures import Exposures
 from cryodask.store.identity import row_of
@@ -77,9 +79,11 @@ def write_motion(exposures: Exposures, out: Path) -> list[Path]:
         return []
     for folder in ("motion", "movies"):
         (out / folder).mkdir(exist_ok=True)
-    gains = _gains(project, out)
     found = {str(n): d.sel(micrograph=n) for d in project.by_image_size(label) for n in d["micrograph"].values}
     names, written = [n for n in exposures.items if n in found], []
+    shapes = {exposures.items[n].data_set: (int(found[n].sizes["y"]), int(found[n].sizes["x"])) for n in names}
+    gains = _gains(project, out, shapes)
+    fractions, upsampling = _fractions(project)
     for name in names:
         one, item = found[name], exposures.items[name]
         path = out / "motion" / f"{name}.star"
@@ -92,11 +96,14 @@ def write_motion(exposures: Exposures, out: Path) -> list[Path]:
             frame_shift=one["frame_shift"].values,
             pixel_size_angstrom=project.value_of(item, "pixel_size_angstrom"),
             voltage_kv=project.value_of(item, "voltage_kv"),
-            dose_per_frame=project.value_of(item, "dose_per_frame"),
+            dose_per_frame=fractions.get(name, (0, project.value_of(item, "dose_per_frame")))[1],
             pre_exposure=project.value_of(item, "pre_exposure"),
             motion_polynomial=one["motion_polynomial"].values,
             hot_pixel=hot[hot[:, 0] >= 0],
-            **gains.get(item.data_set, {}),
+            gain_name=gains.get(item.data_set, {}).get("gain_name"),
+            defect_name=gains.get(item.data_set, {}).get("defect_name"),
+            eer_grouping=fractions[name][0] if name in fractions else None,
+            eer_upsampling=upsampling,
         )
         written.append(path)
     if names:
@@ -106,6 +113,21 @@ def write_motion(exposures: Exposures, out: Path) -> list[Path]:
         star.write_corrected_micrographs(out / "corrected_micrographs.star", columns)
         written.append(out / "corrected_micrographs.star")
     return written
+
+
+def _fractions(project: Project) -> tuple[dict[str, tuple[int, float]], int]:
+    """Camera frames and exposure of the fractions of EER movies by name, and their upsampling."""
+    label = project.latest("exposures", "frames")
+    if label is None:
+        return {}, 1
+    generation = project.generation(label)
+    names = {item.row: item.name for item in project.items() if is_eer(str(item.inputs.get("movie_path", "")))}
+    named = {}
+    for row, record in generation.committed().items():
+        if row in names and "dose_per_fraction" in record["columns"]:
+            frames, dose = (generation.read(record, name) for name in ("frames_per_fraction", "dose_per_fraction"))
+            named[names[row]] = int(frames), float(dose)
+    return named, int(generation.meta["params"].get("eer_upsampling", 1))
 
 
 def found_column(found: dict[str, Any], names: list[str], variable: str) -> np.ndarray:
@@ -125,12 +147,14 @@ def _linked_movie(project: Project, item: Item, out: Path) -> str:
     return f"movies/{link.name}"
 
 
-def _gains(project: Project, out: Path) -> dict[str, dict[str, str]]:
+def _gains(project: Project, out: Path, shapes: dict[str, tuple[int, int]]) -> dict[str, dict[str, str]]:
     """Write the gain of each data set as it was applied, and the mask of its dead pixels; names of the files by data set."""
     written: dict[str, dict[str, str]] = {}
     for data_set, stored in project.state.gain.items():
-        gain = np.load(project.path / stored)
-        stem = Path(stored).stem
+        gain, stem = np.load(project.path / stored), Path(stored).stem
+        gain = on_frames(gain, shapes.get(data_set, gain.shape))
+        if any(is_eer(str(i.inputs.get("movie_path", ""))) for i in project.items() if i.data_set == data_set):
+            gain, stem = reciprocal_gain(gain), f"{stem}_divides"  # RELION divides EER movies by MRC gains
         (out / "gains").mkdir(exist_ok=True)
         write_mrc(out / "gains" / f"{stem}.mrc", gain, 1.0)
         written[data_set] = {"gain_name": f"gains/{stem}.mrc"}

@@ -11,12 +11,13 @@ from cryodask.errors import CryodaskError
 from cryodask.formats import star
 from cryodask.formats.mrc import write_mrc
 from cryodask.interop.exposures import Exposures, label_of_particles
+from cryodask.interop.refined_optics import with_refined_optics
 from cryodask.interop.relion_micrographs import micrograph_file
 from cryodask.store.birthbook import BirthBook
 from cryodask.store.claims import birth_marks
 from cryodask.store.identity import birth_of, parent_of, row_of
 from cryodask.store.project import Project
-from cryodask.vocabulary import CTF_COLUMNS, OPTICS
+from cryodask.vocabulary import ABERRATIONS, CTF_COLUMNS, OPTICS
 
 _COLUMNS = (
     *CTF_COLUMNS,
@@ -74,9 +75,10 @@ def exported_particles(exposures: Exposures) -> tuple[dict[str, Any], np.ndarray
     if by_name:
         columns["pixel_size_angstrom"] = np.array([by_name[n] for n in names])
     columns |= _births(project, particles, columns.get("pixel_size_angstrom"))
+    kept = np.array([exposures.kept_optics[n] for n in names], dtype=object)
     columns |= {
         "optics_group_name": np.array([exposures.groups[n] for n in names], dtype=object),
-        "relion_optics": np.array([exposures.kept_optics[n] for n in names], dtype=object),
+        "relion_optics": with_refined_optics(kept, {n: particles[n].values for n in ABERRATIONS if n in particles.variables}),
         "micrograph_name": np.array([micrograph_file(n) for n in names], dtype=object),
         "image_index": np.arange(count),
         "image_stack": "particles.mrcs",
@@ -101,6 +103,35 @@ def write_particles(exposures: Exposures, out: Path) -> list[Path]:
     return [out / "particles.star", out / "particles.mrcs"]
 
 
+def write_tracks(exposures: Exposures, out: Path) -> list[Path]:
+    """``polish/micrographs/NAME_tracks.star``: the tracks of the particles of a polished micrograph, as relion_motion_refine writes them.
+
+    Displacements of the specimen, Angstrom, from that of the first frame, in the order of ``particles.star``. Nothing if no step polished.
+    """
+    from cryodask.kernels.particle_motion import field_at
+
+    project = exposures.project
+    label = label_of_particles(project)
+    polished = [one for one in exposures.givers("field") if "patch_shift_before" in project.generation(one).meta["gives"]]
+    if not polished or label is None:
+        return []
+    particles, written = project.particles(label), []
+    names = particles["micrograph"].values
+    centre = np.stack([particles[f"centre_{axis}_angstrom"].values for axis in "yx"], -1)
+    for one in (d for step in polished for d in project.by_image_size(step)):
+        for name in (str(n) for n in one["micrograph"].values):
+            here, movie = names == name, one.sel(micrograph=name)
+            if not here.any():
+                continue
+            places = centre[here] / exposures.optics["pixel_size_angstrom"][name]
+            tracks = field_at(movie["patch_shift"].values, places, (int(one.sizes["y"]), int(one.sizes["x"])))
+            path = out / "polish" / Path(micrograph_file(name)).with_suffix("").with_name(f"{name}_tracks.star")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            star.write_particle_tracks(path, tracks - tracks[:, :1])
+            written.append(path)
+    return written
+
+
 def _within_the_unit(columns: dict[str, Any], group: str) -> dict[str, Any]:
     """Poses within RELION's asymmetric unit, beyond which its local searches lose them."""
     from cryodask.kernels.asymmetric_unit import into_unit
@@ -122,6 +153,9 @@ def _point_group(project: Project, places: str) -> str:
         params = steps[label].params if label else {}
         if label and steps[label].stage == "import_project":
             found.add(maps.get(label) or _foreign_point_group(project.home / params["project"], params["step"]))
+        elif label and steps[label].stage == "polish":
+            # it passes poses on
+            found.add(_point_group(project, steps[label].inputs["particles"][0].parts["pose"]))
         else:
             found.add(params.get("symmetry") or maps.get(label))
     return str(found.pop() or "C1") if len(found) == 1 else "C1"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -14,11 +14,14 @@ from cryodask.errors import InputError, ProjectFileError, StarError
 from cryodask.formats import cryosparc, ctffind, star
 from cryodask.formats.movies import MOVIE_ENDINGS, open_movie
 from cryodask.store.files import disk_errors
+from cryodask.vocabulary import LIMITS
 
 _FINEST_ANGSTROM = 3.5
 """Pixel size of the images of a first round of classes and maps."""
 _TABLES = ("corrected_micrographs.star", "movies.star", "micrographs_ctf.star", "particles.star")
 """What a RELION project is started from: the first of these that is found."""
+_AMPLITUDE_CONTRAST = 0.1
+"""What cryoSPARC assumes; its exposures have it once a CTF was fitted."""
 
 
 @dataclass(frozen=True)
@@ -80,30 +83,36 @@ def project_from(path: str | Path, output: str | Path) -> Path:
         If the file cannot be used.
     """
     path, output = Path(path), _new(Path(output))
-    dark = False
     if path.suffix.lower() in (".cs", ".csg"):
-        path, dark = _converted(path, output)
+        return _from_cryosparc(path, output)
     if path.is_dir():
         fits = sorted(f for f in path.glob("*.txt") if not f.stem.endswith("_avrot"))
         path = _table_of_fits(fits, output) if fits and not _relion_tables(path) else _table_of(path)
     kind, table = _listed(path)
     if kind == "particles":
-        count = len(star.read_particles(path)["image_index"])
-        steps = ["classify2d: {classes: 20}", "curate: {keep: auto}", "ab_initio: {symmetry: C1}      # point group of the molecule"]
-        steps += ["refine3d: {symmetry: C1}", "mask", "postprocess"]
-        given = yaml.safe_dump(
-            {"star": _beside(path, output), "invert": True}, default_flow_style=True, sort_keys=False, width=10**6
-        ).strip()
-        inputs = {} if dark else {"inputs": {"particles": _beside(path, output)}}
-        steps = [f"import_particles: {given}      # protein is dark in these images (blob/sign)", *steps] if dark else steps
-        return _written(output, f"{count} particles from {path.name}", inputs, steps)
+        return _from_particles(path, False, output)
     if kind == "movies":
         return _from_star_of_movies(path, output, table)
+    return _from_micrographs(path, output)
+
+
+def _from_particles(path: Path, dark: bool, output: Path) -> Path:
+    """From a STAR file of particles; ``dark``: protein is dark in their images."""
+    count = len(star.read_particles(path)["image_index"])
+    steps = ["classify2d: {classes: 20}", "curate: {keep: auto}", "ab_initio: {symmetry: C1}      # point group of the molecule"]
+    steps += ["refine3d: {symmetry: C1}", "mask", "postprocess"]
+    given = yaml.safe_dump({"star": _beside(path, output), "invert": True}, default_flow_style=True, sort_keys=False, width=10**6).strip()
+    inputs = {} if dark else {"inputs": {"particles": _beside(path, output)}}
+    steps = [f"import_particles: {given}      # protein is dark in these images (blob/sign)", *steps] if dark else steps
+    return _written(output, f"{count} particles from {path.name}", inputs, steps)
+
+
+def _from_micrographs(path: Path, output: Path) -> Path:
     columns = star.read_micrographs(path)
-    pixel = float(columns["pixel_size_angstrom"][0])
     steps = [] if "defocus_u_angstrom" in columns else ["ctf"]
     about = f"{len(columns['micrograph_name'])} micrographs from {path.name}"
-    return _written(output, about, {"inputs": {"micrographs": _beside(path, output)}}, [*steps, *_picking(150.0, pixel)])
+    steps += _picking(150.0, float(columns["pixel_size_angstrom"][0]))
+    return _written(output, about, {"inputs": {"micrographs": _beside(path, output)}}, steps)
 
 
 def _listed(path: Path) -> tuple[str, dict[str, np.ndarray]]:
@@ -128,23 +137,75 @@ def _listed(path: Path) -> tuple[str, dict[str, np.ndarray]]:
     )
 
 
-def _from_star_of_movies(path: Path, output: Path, table: dict[str, np.ndarray]) -> Path:
-    """From ``movies.star``, or ``corrected_micrographs.star`` with its files of motion, which name movies, gain and doses.
+class _Movie(NamedTuple):
+    """A movie that a table lists, its gain and its session."""
 
-    Movies of another folder, gain, dose or optics are a data set of their own.
-    """
+    file: Path
+    gain: Path | None
+    session: Session
+
+
+def _from_star_of_movies(path: Path, output: Path, table: dict[str, np.ndarray]) -> Path:
+    """From ``movies.star``, or ``corrected_micrographs.star`` with its files of motion, which name movies, gain and doses."""
     columns = star.read_micrographs(path)
     known = "rlnMicrographMetadata" in table
     general = [_general(_found(str(n), path)) for n in table["rlnMicrographMetadata"]] if known else []
     names = [str(one["rlnMicrographMovieName"]) for one in general] if known else [str(n) for n in columns.get("movie_name", ())]
-    groups: dict[tuple[Path, Path | None, Session], list[Path]] = {}
+    movies = []
     for row, name in enumerate(names):
-        file, one = _found(name, path), general[row] if known else {}
+        one = general[row] if known else {}
         gain = str(one.get("rlnMicrographGainName", ""))
-        optics = {n: float(columns[n][row]) for n in ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast", "pixel_size_angstrom")}
         dose, before = float(one.get("rlnMicrographDoseRate", 1.0)), float(one.get("rlnMicrographPreExposure", 0.0))
-        session = Session(**optics, dose_per_frame=dose, pre_exposure=before)
-        groups.setdefault((file.parent / f"*{file.suffix}", _found(gain, path) if gain else None, session), []).append(file)
+        session = Session(**_optics(path, columns, row), dose_per_frame=dose, pre_exposure=before)
+        movies.append(_Movie(_found(name, path), _found(gain, path) if gain else None, session))
+    return _from_movies(path, output, movies, "" if known else "; it does not say the dose: set dose_per_frame, and the gain")
+
+
+def _from_cryosparc_movies(path: Path, output: Path, columns: dict[str, np.ndarray]) -> Path:
+    """From the exposures of a job that imported movies; of several doses per frame, the one of most movies."""
+    count = len(columns["movie_name"])
+    columns = {"amplitude_contrast": np.full(count, _AMPLITUDE_CONTRAST), "gain_name": np.full(count, ""), **columns}
+    corrected = columns.get("gain_corrected", np.zeros(count)) != 0
+    known = np.round(columns.get("dose_per_frame", np.zeros(count)), 6)
+    doses, often = np.unique(known[known > 0], return_counts=True)
+    dose = float(doses[often.argmax()]) if len(doses) else 1.0
+    gains = {str(name) for name in columns["gain_name"][~corrected] if name}
+    movies = []
+    for row, (name, gain) in enumerate(zip(columns["movie_name"], columns["gain_name"])):
+        gain = next(iter(gains)) if len(gains) == 1 and not gain else str(gain)
+        session = Session(**_optics(path, columns, row), dose_per_frame=dose, pre_exposure=0.0)
+        movies.append(_Movie(_found(str(name), path), _found(gain, path) if gain and not corrected[row] else None, session))
+    notes = [] if len(doses) else ["it does not say the dose: set dose_per_frame"]
+    if others := int((known != dose).sum()) if len(doses) else 0:
+        notes.append(f"{others} of the movies have another dose per frame than {dose:g} e/A^2, or none")
+    if corrected.any():
+        notes.append(f"the gain was applied to {corrected.sum()} of the movies already")
+    if np.any(columns.get("gain_turned", 0)):
+        notes.append("cryoSPARC flips or rotates the gain: the first run says which gain_flip and gain_rotate fit")
+    if np.any(columns.get("phase_plate", 0)):
+        notes.append("there was a phase plate: its phase shift is not estimated here")
+    if np.any(columns.get("defects", 0)):
+        notes.append("there are defect files, which are not read")
+    return _from_movies(path, output, movies, "".join(f"; {note}" for note in notes))
+
+
+def _optics(path: Path, columns: dict[str, np.ndarray], row: int) -> dict[str, float]:
+    """Optics of a movie, within their limits."""
+    names = ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast", "pixel_size_angstrom")
+    if missing := [name for name in names if name not in columns]:
+        raise InputError(f"{path} does not say {', '.join(missing)} of its movies.", "it is of another job", "give the table of the import")
+    found = {name: float(columns[name][row]) for name in names}
+    for name, value in found.items():
+        if not LIMITS[name].hold(value):
+            raise InputError(f"{path}: {name} of row {row + 1} is {value:g}, which is not {LIMITS[name]}.", "", "correct it there")
+    return found
+
+
+def _from_movies(path: Path, output: Path, movies: list[_Movie], note: str) -> Path:
+    """Movies of another folder, gain, dose or optics are a data set of their own."""
+    groups: dict[tuple[Path, Path | None, Session], list[Path]] = {}
+    for movie in movies:
+        groups.setdefault((movie.file.parent / f"*{movie.file.suffix}", movie.gain, movie.session), []).append(movie.file)
     patterns = [pattern for pattern, _, _ in groups]
     if shared := next((pattern for pattern in patterns if patterns.count(pattern) > 1), None):
         raise InputError(
@@ -152,12 +213,15 @@ def _from_star_of_movies(path: Path, output: Path, table: dict[str, np.ndarray])
             "several sessions were copied into one folder",
             "sort them into folders, and list each as a data set of inputs",
         )
+    for (pattern, gain, _), _ in groups.items():
+        if gain is not None and gain.parent == pattern.parent and gain.suffix == pattern.suffix:
+            raise InputError(
+                f"{path}: the gain {gain.name} is in the folder of the movies, and would be taken for one.", "", "move it to another folder"
+            )
     count = len({file for files in groups.values() for file in files})
     others = sum(len(list(pattern.parent.glob(pattern.name))) for pattern in patterns) - count
     about = f"{count} movies from {path.name}" + (f"; the patterns below find {others} more" if others else "")
-    if not known:
-        about += "; it does not say the dose: set dose_per_frame, and the gain"
-    return _written(output, about, _movie_lines(list(groups), output))
+    return _written(output, about + note, _movie_lines(list(groups), output))
 
 
 def _general(path: Path) -> dict[str, Any]:
@@ -212,10 +276,28 @@ def _table_of_fits(fits: list[Path], output: Path) -> Path:
     return target
 
 
-def _converted(path: Path, output: Path) -> tuple[Path, bool]:
-    """A cryoSPARC table as a STAR file beside the output, and whether protein is dark in its images."""
-    target = _new(output.parent / f"{path.stem}.star")
+def _from_cryosparc(path: Path, output: Path) -> Path:
+    """From a cryoSPARC table: movies as they are, micrographs and particles by way of a STAR file beside the output."""
     columns: dict[str, Any] = cryosparc.read_particles(path)
+    if "image_stack" in columns:
+        return _from_particles(*_converted_particles(path, output, columns), output)
+    columns = cryosparc.read_micrographs(path)
+    if "micrograph_name" not in columns and "movie_name" in columns:
+        return _from_cryosparc_movies(path, output, columns)
+    if "micrograph_name" not in columns:
+        raise InputError(f"{path} has neither particle images nor exposures.", "", "give the .csg file of the result group")
+    target = _new(output.parent / f"{path.stem}.star")
+    columns["micrograph_name"] = np.array([_beside(_of_job(n, path), target) for n in columns["micrograph_name"]], dtype=object)
+    for name in ("cryosparc_uid", "movie_name", "gain_name", "gain_turned", "gain_corrected", "dose_per_frame", "phase_plate", "defects"):
+        columns.pop(name, None)
+    with disk_errors(target.parent):
+        star.write_micrographs_ctf(target, columns)
+    return _from_micrographs(target, output)
+
+
+def _converted_particles(path: Path, output: Path, columns: dict[str, Any]) -> tuple[Path, bool]:
+    """Particles as a STAR file beside the output, and whether protein is dark in their images."""
+    target = _new(output.parent / f"{path.stem}.star")
     signs = np.unique(columns.pop("contrast_sign", np.ones(1, np.int64)))
     if len(signs) > 1:
         raise InputError(
@@ -223,20 +305,11 @@ def _converted(path: Path, output: Path) -> tuple[Path, bool]:
             "particles of two imports were combined",
             "export them separately, and merge them here",
         )
+    columns["cryosparc_uid"] = columns["cryosparc_uid"].view(np.int64)
+    columns["image_stack"] = np.array([_beside(_of_job(n, path), target) for n in columns["image_stack"]], dtype=object)
     with disk_errors(target.parent):
-        if "image_stack" in columns:
-            columns["cryosparc_uid"] = columns["cryosparc_uid"].view(np.int64)
-            columns["image_stack"] = np.array([_beside(_of_job(n, path), target) for n in columns["image_stack"]], dtype=object)
-            star.write_particles(target, columns)
-            return target, bool((signs < 0).any())
-        columns = cryosparc.read_micrographs(path)
-        if "micrograph_name" not in columns:
-            raise InputError(f"{path} has neither particle images nor micrographs.", "", "give the .csg file of the result group")
-        del columns["cryosparc_uid"]
-        columns["micrograph_name"] = np.array([_beside(_of_job(n, path), target) for n in columns["micrograph_name"]], dtype=object)
-        columns.pop("movie_name", None)
-        star.write_micrographs_ctf(target, columns)
-    return target, False
+        star.write_particles(target, columns)
+    return target, bool((signs < 0).any())
 
 
 def _of_job(name: str, path: Path) -> Path:

@@ -28,12 +28,14 @@ def ctf_plane(numbers, radius, out):  # type: ignore[no-untyped-def]
     xx, xy, yy, four, constant, contrast = (
         _F(numbers[0]), _F(numbers[1]), _F(numbers[2]), _F(numbers[3]), _F(numbers[4]), _F(numbers[5])
     )  # fmt: skip
+    cosine, sine = _F(numbers[6]), _F(numbers[7])
     for row in range(2 * radius + 1):
         y = _F(row - radius)
         for column in range(radius + 1):
             x = _F(column)
-            square = x * x + y * y
-            out[row, column] = contrast * math.sin(xx * x * x + xy * x * y + yy * y * y - four * square * square + constant)
+            square, difference, product = x * x + y * y, x * x - y * y, _F(2.0) * x * y
+            tetrafoil = cosine * (difference * difference - product * product) + _F(2.0) * sine * difference * product
+            out[row, column] = contrast * math.sin(xx * x * x + xy * x * y + yy * y * y - four * square * square + constant + tetrafoil)
 
 
 @_jit

@@ -21,7 +21,7 @@ SAME_POSE_TRACE = 1.0 + 2.0 * math.cos(math.radians(2.0))
 
 
 @dataclass(frozen=True)
-class _Plane:
+class Plane:
     """Pixels of the half plane within a ring: frequencies `(pixel,)` and their place in rows up to ``radius``."""
 
     ky: Tensor
@@ -31,23 +31,29 @@ class _Plane:
 
 
 @lru_cache(maxsize=32)
-def _plane(ring: int, radius: int, device: str) -> _Plane:
+def plane_within(ring: int, radius: int, device: str) -> Plane:
     inside = independent(ring, device)
     ky, kx = torch.nonzero(inside, as_tuple=True)
     shell = row_shells(ring, device)[inside]
     ky = ky - ring
-    return _Plane(ky.float(), kx.float(), (ky + radius) * (radius + 1) + kx, shell)
+    return Plane(ky.float(), kx.float(), (ky + radius) * (radius + 1) + kx, shell)
+
+
+def ctf_argument(numbers: Tensor, ky: Tensor, kx: Tensor) -> Tensor:
+    """Argument of the sine of the CTF `(n, pixel)` float64 of the numbers of :func:`cryodask.kernels.rows.ctf_numbers`."""
+    xx, xy, yy, four, constant, _, cosine, sine = (numbers[:, i, None] for i in range(8))
+    x, y = kx.double(), ky.double()
+    square, difference, product = x * x + y * y, x * x - y * y, 2.0 * x * y
+    tetrafoil = cosine * (difference * difference - product * product) + 2.0 * sine * difference * product
+    return xx * x * x + xy * x * y + yy * y * y - four * square * square + constant + tetrafoil
 
 
 def ctf_at(numbers: Tensor, ky: Tensor, kx: Tensor) -> Tensor:
     """CTF `(n, pixel)` float32 of the numbers of :func:`cryodask.kernels.rows.ctf_numbers`."""
-    xx, xy, yy, four, constant, contrast = (numbers[:, i, None] for i in range(6))
-    x, y = kx.double(), ky.double()
-    square = x * x + y * y
-    return (contrast * torch.sin(xx * x * x + xy * x * y + yy * y * y - four * square * square + constant)).float()
+    return (numbers[:, 5, None] * torch.sin(ctf_argument(numbers, ky, kx))).float()
 
 
-def _corners(volume: Tensor, rotations: Tensor, plane: _Plane) -> tuple[Tensor, Tensor, Tensor]:
+def _corners(volume: Tensor, rotations: Tensor, plane: Plane) -> tuple[Tensor, Tensor, Tensor]:
     """Flat index of the lower corner, fractions (x, y, z) and sign (-1: conjugate) of the slices' points, each `(n, pixel)`."""
     half = volume.shape[2] - 1
     points = 2.0 * torch.einsum("nkj,kp->njp", rotations[:, :2], torch.stack([plane.kx, plane.ky]))
@@ -64,7 +70,7 @@ def _offsets(volume: Tensor) -> list[int]:
     return [z * deep + y * line + x for z in (0, 1) for y in (0, 1) for x in (0, 1)]
 
 
-def _slices(volume: Tensor, rotations: Tensor, plane: _Plane) -> tuple[Tensor, Tensor]:
+def sliced(volume: Tensor, rotations: Tensor, plane: Plane) -> tuple[Tensor, Tensor]:
     """Slices `(n, pixel)` and their gradients along the grid's x, y, z `(n, 3, pixel)`, complex64."""
     base, fraction, sign = _corners(volume, rotations, plane)
     flat = volume.reshape(-1)
@@ -82,18 +88,18 @@ def _slices(volume: Tensor, rotations: Tensor, plane: _Plane) -> tuple[Tensor, T
     return value, torch.where(mirrored[:, None], -gradient.conj(), gradient)
 
 
-def _phases(shifts: Tensor, plane: _Plane, box: int) -> Tensor:
+def shift_phases(shifts: Tensor, plane: Plane, box: int) -> Tensor:
     turns = (shifts[:, :1] * plane.ky + shifts[:, 1:] * plane.kx) * (2.0 * math.pi / box)
     return torch.polar(torch.ones_like(turns), turns)
 
 
 def _terms(
-    volume: Tensor, images: Tensor, contrast: Tensor, weight: Tensor, rotations: Tensor, shifts: Tensor, box: int, plane: _Plane
+    volume: Tensor, images: Tensor, contrast: Tensor, weight: Tensor, rotations: Tensor, shifts: Tensor, box: int, plane: Plane
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-likelihood gains `(n,)`, normal matrices `(n, 5, 5)` and gradients `(n, 5)`, float64, of poses on a plane."""
     poses = rotations.float()
-    value, gradient = _slices(volume, poses, plane)
-    factor = _phases(shifts.float(), plane, box) * contrast
+    value, gradient = sliced(volume, poses, plane)
+    factor = shift_phases(shifts.float(), plane, box) * contrast
     model = value * factor
     # derivatives along the image's axes: right, up, out
     right, up, out = (torch.einsum("nj,njp->np", poses[:, i].to(gradient.dtype), gradient) for i in range(3))
@@ -128,7 +134,7 @@ def _log_prior(shifts: Tensor, prior: float) -> Tensor:
 
 
 def _climb(
-    volume: Tensor, images: Tensor, contrast: Tensor, weight: Tensor, rotations: Tensor, shifts: Tensor, box: int, plane: _Plane,
+    volume: Tensor, images: Tensor, contrast: Tensor, weight: Tensor, rotations: Tensor, shifts: Tensor, box: int, plane: Plane,
     steps: int, least: float, prior: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Levenberg-Marquardt of many poses; returns rotations, shifts, log posterior and minus its Hessian."""
@@ -200,7 +206,7 @@ def search(
     factor = torch.eye(5, dtype=torch.float64, device=device).repeat(n, widest, 1, 1)
     alive = torch.arange(widest, device=device)[None] < starts[:, None]
     for ring, limit, count in zip(rings, most, steps):
-        plane = _plane(ring, radius, str(device))
+        plane = plane_within(ring, radius, str(device))
         pixels = images.flatten(1)[:, plane.place]
         contrast = ctf_at(numbers, plane.ky, plane.kx)
         own_weight = weight.flatten()[plane.place]
@@ -228,7 +234,7 @@ def insert(
     box: int, least: float,
 ) -> None:  # fmt: skip
     """Add slices of all poses with a share above ``least`` to half a grid `(z, y, x, 3)`, in place."""
-    plane = _plane(radius, radius, str(images.device))
+    plane = plane_within(radius, radius, str(images.device))
     pixels = images.flatten(1)[:, plane.place]
     own_weight = weight.flatten()[plane.place]
     flat = grid.view(-1, 3)
@@ -238,7 +244,7 @@ def insert(
         base, fraction, sign = _corners(grid, rotations[i, k], plane)
         contrast = ctf_at(numbers[i], plane.ky, plane.kx)
         scaled = contrast * own_weight * shares[i, k][:, None]
-        numerator = pixels[i] * _phases(-shifts[i, k], plane, box) * scaled
+        numerator = pixels[i] * shift_phases(-shifts[i, k], plane, box) * scaled
         values = torch.stack([numerator.real, numerator.imag * sign, contrast * scaled], -1).reshape(-1, 3)
         u, v, w = fraction.unbind(1)
         for number, offset in enumerate(_offsets(grid)):
@@ -249,8 +255,8 @@ def insert(
 
 def models(volume: Tensor, numbers: Tensor, rotations: Tensor, shifts: Tensor, box: int, ring: int) -> Tensor:
     """Slices of half a volume at one pose each, with CTF: `(n, pixel)` complex64 for the independent pixels of rows up to ``ring``."""
-    plane = _plane(ring, ring, str(volume.device))
-    return _slices(volume, rotations, plane)[0] * ctf_at(numbers, plane.ky, plane.kx) * _phases(shifts, plane, box)
+    plane = plane_within(ring, ring, str(volume.device))
+    return sliced(volume, rotations, plane)[0] * ctf_at(numbers, plane.ky, plane.kx) * shift_phases(shifts, plane, box)
 
 
 def shell_terms(
@@ -258,7 +264,7 @@ def shell_terms(
 ) -> Tensor:
     """Sums over shells of |image|^2, Re(conj(model) image), |model|^2, `(particle, 3, radius + 1)` float64; no model beyond ``ring``."""
     device = str(images.device)
-    whole, inner = _plane(radius, radius, device), _plane(ring, radius, device)
+    whole, inner = plane_within(radius, radius, device), plane_within(ring, radius, device)
     flat = images.flatten(1)
     out = torch.zeros(len(images), 3, radius + 1, dtype=torch.float64, device=images.device)
     out[:, 0].index_add_(1, whole.shell.clamp(max=radius), flat[:, whole.place].abs().square().double())

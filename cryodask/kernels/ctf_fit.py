@@ -56,7 +56,7 @@ def fit_ctf(
     """Fit defocus and astigmatism to a power spectrum.
 
     Every mean defocus of the range is searched with every astigmatism up to the largest; the five best distinct maxima are refined,
-    the likeliest of them wins, and is refined once more by its likelihood.
+    the likeliest of them wins, and is refined once more by its likelihood. No fit has more astigmatism than the largest.
 
     Parameters
     ----------
@@ -83,6 +83,7 @@ def fit_ctf(
     # drop maxima that the refinement has moved out of the range
     slack = 100.0
     inside = [p for p in refined if least_defocus_angstrom - slack <= float(p[0]) <= largest_defocus_angstrom + slack] or refined
+    inside = [_within(p, largest_astigmatism_angstrom) for p in inside]
     inside.sort(key=lambda p: -log_likelihood(cells, lens, p, expected_astigmatism_angstrom))
     best = inside[0]
     other = next((p for p in inside[1:] if abs(float(p[0] - best[0])) >= 300.0), None)
@@ -90,7 +91,7 @@ def fit_ctf(
     if other is not None:
         first, second = (_own_score(cells, lens, p, expected_astigmatism_angstrom) for p in (best, other))
         alternative = (float(other[0]), max(0.0, second / first) if first > 0 else 1.0)
-    last = refine_by_likelihood(cells, lens, best, expected_astigmatism_angstrom)
+    last = _within(refine_by_likelihood(cells, lens, best, expected_astigmatism_angstrom), largest_astigmatism_angstrom)
     half_ring = 0.5 / (lens.wavelength_angstrom * float(cells.k2.max()))
     if abs(float(last[0] - best[0])) < max(half_ring, 300.0):
         best = last
@@ -99,6 +100,14 @@ def fit_ctf(
     curves = equiphase_curves(cells, lens, best, shells)
     resolution, merit = agreement(cells, lens, best)
     return CtfFit(mean + half, mean - half, 0.5 * math.atan2(across, along), resolution, merit, *alternative, *curves)
+
+
+def _within(parameters: Tensor, largest_astigmatism_angstrom: float) -> Tensor:
+    """The same mean defocus and direction, with no more astigmatism than the largest."""
+    amount = float(torch.hypot(parameters[1], parameters[2]))
+    if amount <= largest_astigmatism_angstrom:
+        return parameters
+    return torch.cat([parameters[:1], parameters[1:] * (largest_astigmatism_angstrom / amount)])
 
 
 # --- the search

@@ -1,7 +1,7 @@
 """Exposure weighting of movie frames (Grant & Grigorieff 2015, eLife 4:e06980), at low rank.
 
 The weights are a smooth matrix of (frame, frequency): four products of a frame's coefficient and a filter reproduce them to
-0.3 % of the largest. So each frame is added to four sums in real space, and only the sums are Fourier transformed.
+0.4 % of the largest. So each frame is added to four sums in real space, and only the sums are Fourier transformed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 from cryodask.kernels.fourier import real_fft2, real_ifft2, smooth_size
 
 RANK = 4
+_BAND = 256
 
 
 def critical_exposure(k: np.ndarray, voltage_kv: float = 300.0) -> np.ndarray:
@@ -51,43 +52,58 @@ def dose_weights(k: np.ndarray, frames: int, dose_per_frame: float, pre_exposure
 def low_rank_weights(
     pixel_size_angstrom: float, frames: int, dose_per_frame: float, pre_exposure: float = 0.0, voltage_kv: float = 300.0, rank: int = RANK
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Factors of `dose_weights`: coefficients `(rank, frame)`, filters `(rank, frequency)` and the frequencies, 1/Angstrom."""
+    """Factors of `dose_weights`: coefficients `(rank, frame)`, filters `(rank, frequency)` and the frequencies, 1/Angstrom.
+
+    The first coefficients are all 1, so that the first sum is the plain one; the others are the best for the rest.
+    """
     k = np.linspace(0.0, 0.7072 / pixel_size_angstrom, 2048)
-    u, s, vt = np.linalg.svd(dose_weights(k, frames, dose_per_frame, pre_exposure, voltage_kv), full_matrices=False)
-    kept = min(rank, len(s))
-    return (u[:, :kept] * s[:kept]).T.copy(), vt[:kept], k
+    weights = dose_weights(k, frames, dose_per_frame, pre_exposure, voltage_kv)
+    mean = weights.mean(0)
+    u, s, vt = np.linalg.svd(weights - mean, full_matrices=False)
+    kept = min(rank - 1, len(s) - 1)  # the rest has one rank less than the frames
+    return np.concatenate([np.ones((1, frames)), (u[:, :kept] * s[:kept]).T]), np.concatenate([mean[None], vt[:kept]]), k
 
 
-def filtered_sum(sums: Tensor, filters: np.ndarray, k: np.ndarray, pixel_size_angstrom: float) -> Tensor:
+def empty_sums(rank: int, shape: tuple[int, int], device: torch.device | str = "cpu") -> list[Tensor]:
+    """Zeros `(row, column)` for each sum, large enough for its transform: ``[:y, :x]`` is the image."""
+    return [torch.zeros(smooth_size(shape[0]), smooth_size(shape[1]), device=device) for _ in range(rank)]
+
+
+def filtered_sum(sums: list[Tensor], shape: tuple[int, int], filters: np.ndarray, k: np.ndarray, pixel_size_angstrom: float) -> Tensor:
     """Sum over r of ``sums[r]`` filtered with ``filters[r]``: the dose-weighted image.
 
     Parameters
     ----------
-    sums : `(rank, y, x)` float32
-        Consumed: their memory may be overwritten.
+    sums : list of `(row, column)` float32
+        From `empty_sums`. Consumed: each is freed as soon as it is transformed.
+    shape : (y, x)
+        Of the image in each.
     filters : `(rank, frequency)` at the equally spaced frequencies ``k``, 1/Angstrom
 
     Returns
     -------
     Tensor, `(y, x)` float32
     """
-    rank, height, width = sums.shape
-    device = sums.device
-    # pixels before the first and after the last are copies of the border, so any size with small factors will do
-    rows, columns = smooth_size(height), smooth_size(width)
+    height, width = shape
+    rows, columns = sums[0].shape
+    device = sums[0].device
     ky = torch.fft.fftfreq(rows, pixel_size_angstrom, device=device)[:, None]
     kx = torch.fft.rfftfreq(columns, pixel_size_angstrom, device=device)[None]
+    scale = float((len(k) - 1) / k[-1])
     table = torch.from_numpy(np.ascontiguousarray(filters, np.float32)).to(device)
-    index = (torch.sqrt(ky * ky + kx * kx) * float((len(k) - 1) / k[-1])).round_().to(torch.int32).clamp_(max=len(k) - 1)
-    place = index.view(-1)
-    padded = torch.empty(rows, columns, device=device)
     total: Tensor | None = None
-    for r in range(rank):
-        padded[:height, :width] = sums[r]
-        padded[:height, width:] = sums[r, :, -1:]
+    for r in range(len(filters)):
+        # pixels before the first and after the last are copies of the border, so any size with small factors will do
+        padded = sums.pop(0)
+        padded[:height, width:] = padded[:height, width - 1 : width]
         padded[height:] = padded[height - 1]
         spectrum = real_fft2(padded)
-        spectrum *= torch.index_select(table[r], 0, place).view(index.shape)
+        del padded
+        for first in range(0, rows, _BAND):  # an index for all rows would be as large as a sum
+            band = slice(first, first + _BAND)
+            index = (torch.sqrt(ky[band] ** 2 + kx * kx) * scale).round_().to(torch.int32).clamp_(max=len(k) - 1)
+            spectrum[band] *= torch.index_select(table[r], 0, index.view(-1)).view(index.shape)
         total = spectrum if total is None else total.add_(spectrum)
+        del spectrum
     assert total is not None
-    return real_ifft2(total, (rows, columns))[:height, :width].contiguous()
+    return real_ifft2(total, (rows, columns), overwrite=True)[:height, :width].contiguous()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cryodask.kernels import polar
-from cryodask.kernels.ctf import ctf
+from cryodask.kernels.ctf import ctf_phase
 from cryodask.kernels.fourier import soft_sphere
 from cryodask.kernels.orientations import euler_to_matrix, healpix_angles, in_plane_rotations
 from cryodask.kernels.projection import FourierVolume, shift_phases, slices
@@ -55,6 +55,7 @@ class Particles:
 
 
 _OF_THE_CTF = (*CTF_COLUMNS, *OPTICS)
+_TETRAFOIL = ("tetrafoil_x_angstrom4", "tetrafoil_y_angstrom4")
 
 
 def ctf_values(columns: Mapping[str, np.ndarray], ky: Tensor, kx: Tensor, length_angstrom: float) -> Tensor:
@@ -63,9 +64,10 @@ def ctf_values(columns: Mapping[str, np.ndarray], ky: Tensor, kx: Tensor, length
         torch.as_tensor(np.asarray(columns[name], np.float64), device=ky.device).reshape(-1, *[1] * ky.dim()) for name in _OF_THE_CTF
     )
     # the phase grows to hundreds of radians: frequencies in float64 until the sine is taken
-    return ctf(
-        ky.double() / length_angstrom,
-        kx.double() / length_angstrom,
+    y, x = ky.double() / length_angstrom, kx.double() / length_angstrom
+    argument = ctf_phase(
+        y,
+        x,
         defocus_u_angstrom=u,
         defocus_v_angstrom=v,
         defocus_angle_rad=torch.deg2rad(angle),
@@ -73,7 +75,13 @@ def ctf_values(columns: Mapping[str, np.ndarray], ky: Tensor, kx: Tensor, length
         spherical_aberration_mm=cs,
         amplitude_contrast=contrast,
         phase_shift_rad=torch.deg2rad(phase),
-    ).float()
+    )
+    if "tetrafoil_x_angstrom4" in columns:
+        fourfold = (x * x - y * y) ** 2 - (2.0 * x * y) ** 2, 4.0 * (x * x - y * y) * x * y
+        for axis, basis in zip("xy", fourfold):
+            own = torch.as_tensor(np.asarray(columns[f"tetrafoil_{axis}_angstrom4"], np.float64), device=ky.device)
+            argument = argument + own.reshape(-1, *[1] * ky.dim()) * basis
+    return torch.sin(argument).float()
 
 
 def load_particles(
@@ -99,7 +107,7 @@ def load_particles(
     for start in range(0, len(images), 256):
         lot = slice(start, start + 256)
         x = torch.as_tensor(np.ascontiguousarray(images[lot], dtype=np.float32), device=device)
-        some = {name: columns[name][lot] for name in _OF_THE_CTF}
+        some = {name: columns[name][lot] for name in (*_OF_THE_CTF, *_TETRAFOIL) if name in columns}
         parts.append((polar.polar_transforms(x * mask, grid), ctf_values(some, grid.ky, grid.kx, box * pixel_size_angstrom).half()))
     polar_images, polar_ctf = (torch.cat(p) for p in zip(*parts))
     group = torch.zeros(len(index), dtype=torch.int64, device=device) if group is None else group

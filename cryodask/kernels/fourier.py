@@ -128,8 +128,8 @@ def real_fft2(images: Tensor) -> Tensor:
     return torch.from_numpy(scipy.fft.rfft2(images.numpy(), workers=1))
 
 
-def real_ifft2(transforms: Tensor, shape: tuple[int, int]) -> Tensor:
-    """``torch.fft.irfft2`` over the last two axes to `(..., *shape)`; on the CPU by pocketfft."""
+def real_ifft2(transforms: Tensor, shape: tuple[int, int], *, overwrite: bool = False) -> Tensor:
+    """``torch.fft.irfft2`` over the last two axes to `(..., *shape)`; on the CPU by pocketfft, which may use the memory of its input."""
     if transforms.device.type != "cpu":
         return torch.fft.irfft2(transforms, s=shape)
-    return torch.from_numpy(scipy.fft.irfft2(transforms.numpy(), s=shape, workers=1))
+    return torch.from_numpy(scipy.fft.irfft2(transforms.numpy(), s=shape, workers=1, overwrite_x=overwrite))

@@ -163,20 +163,21 @@ def climb(
 
 
 def insert(
-    images: ImageRows, rows: Tensor, grid: Tensor, radius: int, noise_power: Tensor, rotations: Tensor, shifts_px: Tensor, shares: Tensor
-) -> None:
-    """Add the images' slices at weighted poses `(n, pose, ...)` to a half grid, in place; shares below a hundredth are left out."""
+    images: ImageRows, rows: Tensor, grid: Tensor, radius: int, noise_power: Tensor, rotations: Tensor, shifts_px: Tensor, shares: Tensor,
+    *, least: float = LEAST_SHARE,
+) -> None:  # fmt: skip
+    """Add the images' slices at weighted poses `(n, pose, ...)` to a half grid, in place; shares below ``least`` are left out."""
     weight = pixel_weights(noise_power, radius)
     kernels = _kernels(images)
     for lot, group in images.lots(rows, _LOT):
         some, numbers = images.part(rows[lot], radius), images.ctf[rows[lot]]
         poses = rotations[lot], shifts_px[lot], shares[lot]
         if kernels is None:
-            _slices_torch.insert(grid, some, numbers, radius, weight[group], *poses, images.box, LEAST_SHARE)
+            _slices_torch.insert(grid, some, numbers, radius, weight[group], *poses, images.box, least)
         else:
             kernels.insert(
                 grid.numpy(), grid.shape[2] - 1, some.numpy(), numbers.numpy(), radius, weight[group].numpy(),
-                *(t.contiguous().numpy() for t in poses), float(images.box), LEAST_SHARE,
+                *(t.contiguous().numpy() for t in poses), float(images.box), least,
             )  # fmt: skip
 
 

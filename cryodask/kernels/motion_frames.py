@@ -11,12 +11,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.ndimage
 import torch
 from torch import Tensor
 
 from cryodask.kernels.fourier import real_fft2, smooth_size
 
 HOT_SIGMA = 6.0
+_WIDE = 5
+_REPAIR_REACH = _WIDE // 2
+_FRAMES_TO_COMPARE = 16
+_LEAST_OPEN = 0.05
 _DEAD_BELOW = 20.0
 """A pixel without counts is dead where at least this many were expected (chance 2e-9)."""
 
@@ -176,7 +181,7 @@ def transform_frames(
     Notes
     -----
     The frame is tapered to its mean over 2 % at its border: a sharp border stands still while the specimen moves, and would pull
-    every shift to zero.
+    every shift to zero. So would the border of a dead strip or a covered region, which no neighbour can replace: they are tapered alike.
     """
     frames, h, w = binned.shape
     device = binned.device
@@ -185,6 +190,8 @@ def transform_frames(
     extent = (float(rows * binning), float(columns * binning))
     keep = [min(smooth_size(math.ceil(2.0 * e * pixel_size_angstrom / resolution_angstrom)), n) for e, n in zip(extent, (rows, columns))]
     taper = _taper(h, device)[:, None] * _taper(w, device)[None]
+    if (window := open_window(mask)) is not None:
+        taper = taper * window
     weight = taper if gain is None else taper * gain
     half = keep[0] // 2
     values = torch.zeros(frames, keep[0], keep[1] // 2 + 1, dtype=torch.complex64, device=device)
@@ -221,6 +228,44 @@ def crop_transform(transform: MovieTransform, resolution_angstrom: float, pixel_
     return MovieTransform(
         values, transform.fy[rows], transform.fx[:, :columns], transform.k[rows][:, :columns], transform.extent, (keep[0], keep[1])
     )
+
+
+def open_window(mask: Tensor) -> Tensor | None:
+    """Window `(h, w)` that falls to 0 at masked regions at least 5 bins wide; None if there are none, or nothing else.
+
+    Narrower ones are replaced by the counts of their neighbours.
+    """
+    core = _core(mask)
+    if not bool((core > 0).any()):
+        return None
+    distance = scipy.ndimage.distance_transform_edt((core == 0).cpu().numpy())
+    edge = max(4, round(0.02 * min(mask.shape)))
+    beyond = torch.from_numpy(np.clip((distance - _REPAIR_REACH - 0.5) / edge, 0.0, 1.0).astype(np.float32)).to(mask.device)
+    window = 0.5 - 0.5 * torch.cos(math.pi * beyond)
+    return window if float(window.mean()) > _LEAST_OPEN else None
+
+
+def still_bins(binned: Tensor) -> Tensor:
+    """Mask `(h, w)` of regions at least 5 bins wide that cannot show motion in `(frame, h, w)` counts.
+
+    They have no counts where at least 20 were expected in 5 x 5 bins and all frames, or exactly the same number in each of at least 16.
+    """
+    total = binned.sum(0, dtype=torch.float32)
+    mean = float(total.mean())
+    still = (total == 0) & (_WIDE**2 * mean > _DEAD_BELOW)
+    if len(binned) >= _FRAMES_TO_COMPARE and mean > 0.0:
+        still |= (binned.amin(0) == binned.amax(0)) & (total > 0)
+    # opened: a bin counts only within a whole square
+    return _widened(_core(still)) > 0
+
+
+def _core(mask: Tensor) -> Tensor:
+    """Middles `(h, w)` of the masked squares of 5 x 5; beyond the border everything counts as masked."""
+    return -torch.nn.functional.max_pool2d(-mask.float()[None, None], _WIDE, 1, _WIDE // 2)[0, 0]
+
+
+def _widened(mask: Tensor) -> Tensor:
+    return torch.nn.functional.max_pool2d(mask[None, None], _WIDE, 1, _WIDE // 2)[0, 0]
 
 
 def _taper(n: int, device: torch.device) -> Tensor:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from cryodask.kernels.acceptance import is_clear, threshold
 from cryodask.kernels.spectrum import fast_even_size
 from cryodask.kernels.subpixel import vertex
 
@@ -24,16 +26,15 @@ SPACING = 0.75
 """Smallest distance between two picks, diameters."""
 MARGIN = 0.4
 """Picks closer than this to the border, diameters, are dropped."""
-_CLEAR_SKEW = 0.5
-_LEAST_GROUP = 3
-_LEAST_SPREAD = 0.15
+_MEDIAN_PIXELS = 1_000_000
 
 
 class Picks(NamedTuple):
     """Peaks in descending order of score: positions `(peak,)` in pixels of the input image, scores, and how they were found.
 
     ``profile`` `(radius,)` runs from 0 to SUPPORT diameters, positive = brighter than the surroundings; ``threshold`` is the automatic
-    one; ``skew`` is the third moment of the score map, ``null_skew`` that of an image of noise with the same power spectrum.
+    one; ``skew`` is the third moment of the score map, ``null_skew`` that of an image of noise with the same power spectrum, which has
+    ``null_count`` peaks, the highest of them ``chance``.
     """
 
     y: Tensor
@@ -43,6 +44,8 @@ class Picks(NamedTuple):
     profile: Tensor
     skew: float
     null_skew: float
+    chance: float
+    null_count: int
 
 
 class _Field(NamedTuple):
@@ -78,9 +81,9 @@ def pick_particles(image: Tensor, diameter_px: float, *, rounds: int = 3, profil
     Returns
     -------
     Picks
-        Scores are in standard deviations of the score map. The threshold separates the scores of the peaks into two groups with minimum
-        error (Kittler & Illingworth 1986). As a control, the same procedure runs on noise with the same power spectrum, and
-        unless the score map is clearly more skewed than that of the noise, the threshold is above all peaks of the noise.
+        Scores are in standard deviations of the score map. The threshold separates the scores of the peaks into two groups, unless they
+        are one (see :func:`cryodask.kernels.acceptance.threshold`). As a control, the same procedure runs on noise with the same power
+        spectrum, and unless the score map is clearly more skewed than that of the noise, the threshold is above all peaks of the noise.
     """
     field = _field(image, diameter_px)
     skew, template, scores = max((_learn(field, start, rounds) for start in _starts(field)), key=lambda r: r[0])
@@ -88,16 +91,18 @@ def pick_particles(image: Tensor, diameter_px: float, *, rounds: int = 3, profil
     noise = _random_phases(field, seed)
     null_skew, _, null_scores = max((_learn(noise, start, rounds) for start in _starts(noise)), key=lambda r: r[0])
     null = _peaks(noise, null_scores)[2]
-    threshold = _threshold(score, null, clear=skew > null_skew + _CLEAR_SKEW)
+    chance = float(null.max()) if len(null) else 0.0
     places = torch.linspace(0.0, SUPPORT * field.diameter, profile_points)
     return Picks(
         y * field.scale[0] + field.origin[0],
         x * field.scale[1] + field.origin[1],
         score,
-        threshold,
+        threshold(score.cpu().numpy(), chance, is_clear(skew - null_skew, len(null))),
         _interpolate(template, places),
         skew,
         null_skew,
+        chance,
+        len(null),
     )
 
 
@@ -107,9 +112,10 @@ def _field(image: Tensor, diameter_px: float) -> _Field:
     A border of 1.5 diameters is mirrored, so that a gradient over the image makes no step at the periodic boundary of the Fourier
     transform.
     """
-    middle = image.median()
-    spread = 1.4826 * (image - middle).abs().median().clamp(min=1e-12)
-    image = (image - middle).clamp(-8.0 * spread, 8.0 * spread)
+    some = image.reshape(-1)[:: _stride(image.numel())]
+    middle = some.median()
+    spread = 1.4826 * (some - middle).abs().median().clamp(min=1e-12)
+    image = (image - middle).clamp_(-8.0 * spread, 8.0 * spread)
     pool = max(1, int(diameter_px / (2.0 * DIAMETER_PX)))
     pooled = torch.nn.functional.avg_pool2d(image[None, None], pool) if pool > 1 else image[None, None]
     border = min(int(1.5 * diameter_px / pool), min(pooled.shape[-2:]) - 1)
@@ -124,6 +130,11 @@ def _field(image: Tensor, diameter_px: float) -> _Field:
     inner = [slice(math.ceil(border / s), math.floor((border + n - 1) / s) + 1) for s, n in zip(steps, pooled.shape[-2:])]
     origin = 0.5 * (pool - 1) - border * pool
     return _with_geometry(normal, diameter, (inner[0], inner[1]), (origin, origin), (steps[0] * pool, steps[1] * pool))
+
+
+def _stride(pixels: int) -> int:
+    """Step between the pixels of which a median is taken: about a million, not all in a few columns."""
+    return max(1, pixels // _MEDIAN_PIXELS) | 1
 
 
 def _with_geometry(
@@ -186,7 +197,7 @@ def _learn(field: _Field, profile: Tensor, rounds: int) -> tuple[float, Tensor, 
             break
         profile = _mean_profile(field, rows[whole], columns[whole], len(profile))
     scores = _scores(field, profile)
-    return float((scores[field.inner] ** 3).mean()), profile, scores
+    return _mean(scores[field.inner] ** 3), profile, scores
 
 
 def _mean_profile(field: _Field, rows: Tensor, columns: Tensor, length: int) -> Tensor:
@@ -200,9 +211,15 @@ def _mean_profile(field: _Field, rows: Tensor, columns: Tensor, length: int) -> 
 def _scores(field: _Field, profile: Tensor) -> Tensor:
     """Correlation of every position with the template, in standard deviations of the map."""
     template = _interpolate(profile, field.radius)
-    template = (template - (template * field.support).sum() / field.support.sum()) * field.support
+    template = (template - _mean(template * field.support) / _mean(field.support)) * field.support
     scores = torch.fft.irfft2(field.transform * torch.fft.rfft2(template).conj(), s=field.image.shape)
-    return scores / scores[field.inner].std().clamp(min=1e-30)
+    inner = scores[field.inner]
+    return scores / max(_mean((inner - _mean(inner)) ** 2) ** 0.5, 1e-30)
+
+
+def _mean(values: Tensor) -> float:
+    """Mean in double precision, by numpy: sums of torch depend on the number of threads."""
+    return float(values.cpu().numpy().mean(dtype=np.float64))
 
 
 def _interpolate(profile: Tensor, radius: Tensor) -> Tensor:
@@ -218,7 +235,9 @@ def _interpolate(profile: Tensor, radius: Tensor) -> Tensor:
 def _peaks(field: _Field, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rows, columns (to a fraction of a pixel) and heights of the positive peaks, highest first, no two closer than SPACING."""
     reach = max(1, int(0.5 * SPACING * field.diameter))
-    highest = torch.nn.functional.max_pool2d(scores[None, None], 2 * reach + 1, 1, reach)[0, 0]
+    size = 2 * reach + 1
+    along_y = torch.nn.functional.max_pool2d(scores[None, None], (size, 1), 1, (reach, 0))
+    highest = torch.nn.functional.max_pool2d(along_y, (1, size), 1, (0, reach))[0, 0]
     edge = max(1, math.floor(MARGIN * field.diameter))
     inside = torch.zeros_like(scores, dtype=torch.bool)
     rows_in, columns_in = field.inner
@@ -235,36 +254,9 @@ def _peaks(field: _Field, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _apart(y: Tensor, x: Tensor, distance: float) -> Tensor:
     """Indices that remain when each point, best first, removes all others closer than ``distance``."""
-    near = (y[:, None] - y[None]) ** 2 + (x[:, None] - x[None]) ** 2 < distance**2
-    alive = torch.ones(len(y), dtype=torch.bool, device=y.device)
-    for i in range(len(y)):
-        if alive[i]:
-            alive[i + 1 :] &= ~near[i, i + 1 :]
-    return torch.nonzero(alive)[:, 0]
-
-
-def _threshold(score: Tensor, null: Tensor, clear: bool) -> float:
-    """Threshold for descending ``score``; ``null``: the peaks of noise, ``clear``: whether there is more than noise."""
-    chance = float(null.max()) if len(null) else 0.0
-    if len(score) < 2 * _LEAST_GROUP:
-        return chance
-    parted = _least_error(score)
-    # particles alone would be split in the middle: scores that noise never reaches are accepted in any case
-    return min(parted, chance) if clear else max(parted, chance)
-
-
-def _least_error(score: Tensor) -> float:
-    """Threshold that separates ``score`` into two normal distributions with minimum error (Kittler & Illingworth 1986)."""
-    s, n = score.double().flip(0), len(score)
-    count = torch.arange(1, n, dtype=torch.float64, device=s.device)
-    first, second = torch.cumsum(s, 0), torch.cumsum(s * s, 0)
-
-    def spread(number: Tensor, total: Tensor, squares: Tensor) -> Tensor:
-        return torch.sqrt((squares / number - (total / number) ** 2).clamp(min=_LEAST_SPREAD**2))
-
-    low = spread(count, first[:-1], second[:-1])
-    high = spread(n - count, first[-1] - first[:-1], second[-1] - second[:-1])
-    p = count / n
-    error = p * torch.log(low / p) + (1.0 - p) * torch.log(high / (1.0 - p))
-    best = int(error[_LEAST_GROUP - 1 : n - _LEAST_GROUP].argmin()) + _LEAST_GROUP
-    return float(0.5 * (s[best - 1] + s[best]))
+    near = torch.triu((y[:, None] - y[None]) ** 2 + (x[:, None] - x[None]) ** 2 < distance**2, 1)
+    alive = [True] * len(y)
+    # most are alone, because each is the highest in its surroundings
+    for i, j in torch.nonzero(near).tolist():
+        alive[j] &= not alive[i]
+    return torch.nonzero(torch.tensor(alive, device=y.device, dtype=torch.bool))[:, 0]

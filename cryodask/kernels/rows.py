@@ -25,7 +25,7 @@ class ImageRows:
     """Half transforms of images, DFT / box, of one box and pixel size.
 
     ``values`` `(n, 2 radius + 1, radius + 1, 2)` float16 (real, imaginary), in units of ``scale`` `(n,)` float32;
-    ``ctf`` `(n, 6)` float64 of :func:`ctf_numbers`; ``group`` `(n,)` int64, the row of noise power spectra that holds for an image.
+    ``ctf`` `(n, 8)` float64 of :func:`ctf_numbers`; ``group`` `(n,)` int64, the row of noise power spectra that holds for an image.
     """
 
     values: Tensor
@@ -73,9 +73,10 @@ def image_rows(
 
 
 def ctf_numbers(columns: Mapping[str, np.ndarray], length_angstrom: float) -> np.ndarray:
-    """Numbers `(n, 6)` float64 that give a particle's CTF at integer frequencies (cycles per ``length_angstrom``).
+    """Numbers `(n, 8)` float64 that give a particle's CTF at integer frequencies (cycles per ``length_angstrom``).
 
-    ``CTF(x, y) = f sin(a x^2 + b x y + c y^2 - d (x^2 + y^2)^2 + e)`` with a contrast f of 1; columns as in the vocabulary.
+    ``CTF(x, y) = f sin(a x^2 + b x y + c y^2 - d (x^2 + y^2)^2 + e + g (x^4 - 6 x^2 y^2 + y^4) + h (4 x^3 y - 4 x y^3))`` with a contrast
+    f of 1; columns as in the vocabulary, those of the tetrafoil (g, h) only where it is known.
     """
     # the same for all, or an array like the other columns
     wavelength: np.ndarray = electron_wavelength_angstrom(np.asarray(columns["voltage_kv"], np.float64))  # type: ignore[arg-type, assignment]
@@ -93,6 +94,7 @@ def ctf_numbers(columns: Mapping[str, np.ndarray], length_angstrom: float) -> np
             0.5 * math.pi * spherical * wavelength**3 / length_angstrom**4,
             amplitude + np.radians(np.asarray(columns["phase_shift_deg"], np.float64)),
             np.ones_like(mean),
+            *(np.zeros_like(mean) + columns.get(f"tetrafoil_{axis}_angstrom4", 0.0) / length_angstrom**4 for axis in "xy"),
         ],
         -1,
     )

@@ -12,10 +12,14 @@ from cryodask.kernels.masking import low_pass_factor
 
 
 class Guinier(NamedTuple):
-    """Fall of the amplitudes: `(shell,)` 1/d^2 in 1/Angstrom^2 and ln of the weighted mean amplitude; B-factor and intercept of the fit."""
+    """Fall of the amplitudes.
+
+    `(shell,)`: 1/d^2 in 1/Angstrom^2, ln of the weighted mean amplitude, and which shells were fitted; B-factor and intercept of the fit.
+    """
 
     inverse_square: Tensor
     log_amplitude: Tensor
+    fitted: Tensor
     b_factor_angstrom2: float
     intercept: float
 
@@ -48,10 +52,10 @@ def fit_b_factor(volume: Tensor, corrected: Tensor, *, pixel_size_angstrom: floa
     log_amplitude = torch.log(level.clamp(min=1e-300))
     use = (s >= 1.0 / from_angstrom) & (s <= 1.0 / to_angstrom * (1 + 1e-9)) & (level > 0)
     if int(use.sum()) < 3:
-        return Guinier(s * s, log_amplitude, 0.0, float("nan"))
+        return Guinier(s * s, log_amplitude, torch.zeros_like(use), 0.0, float("nan"))
     x, y = (s * s)[use], log_amplitude[use]
     slope = float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
-    return Guinier(s * s, log_amplitude, 4.0 * slope, float(y.mean() - slope * x.mean()))
+    return Guinier(s * s, log_amplitude, use, 4.0 * slope, float(y.mean() - slope * x.mean()))
 
 
 def sharpen(

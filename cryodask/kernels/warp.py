@@ -162,7 +162,7 @@ def warp_image(image: Tensor, shift_y: Tensor, shift_x: Tensor, *, stripe: int =
 
 
 def add_warped(
-    sums: Tensor,
+    sums: Sequence[Tensor],
     coefficients: Tensor,
     frames: Sequence[Tensor],
     gain: Tensor | None,
@@ -176,20 +176,21 @@ def add_warped(
 
     Parameters
     ----------
-    sums : `(sum, y, x)` float32
+    sums : sequence of `(y, x)` float32
     coefficients : `(sum, frame)` float32
         Weight of each frame in each sum.
     frames : sequence of `(y, x)`, raw counts
-        A batch; eight at a time keeps the buffer in the cache.
+        A batch; a few at a time keep the buffer in the cache.
     gain : `(y, x)` float32, optional
     shift_y, shift_x : `(frame, stripe, x)` float32, pixels
         Where the frames are read: the displacement of the specimen.
     """
-    count, height, width = sums.shape
-    buffer = torch.empty(len(frames), stripe * width, device=sums.device)
-    flat = sums.view(count, height * width)
+    height, width = sums[0].shape
+    buffer = torch.empty(len(frames), stripe * width, device=sums[0].device)
     for i, (first, last) in enumerate(stripe_rows(height, stripe)):
         size = (last - first) * width
         for f, frame in enumerate(frames):
             buffer[f, :size] = warp_rows(frame, gain, first, last, shift_y[f, i], shift_x[f, i], taps).view(-1)
-        flat[:, first * width : first * width + size].addmm_(coefficients, buffer[:, :size])
+        part = coefficients @ buffer[:, :size]
+        for r, one in enumerate(sums):
+            one[first:last] += part[r].view(last - first, width)

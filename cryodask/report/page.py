@@ -12,9 +12,11 @@ from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
+from cryodask.errors import AwayError, ProjectFileError
 from cryodask.stage import OTHERS, STAGES, Picture, Stage, load_stages
 from cryodask.store.files import disk_errors
 from cryodask.store.generation import Generation
@@ -49,15 +51,32 @@ class Section:
     pictures: list[Shown]
 
 
-def write_report(project: Project, output: str | Path | None = None) -> Path:
-    """Write the page; ``report.html`` in the project's folder by default. Returns its path."""
+def write_report(project: Project, output: str | Path | None = None, *, live: str = "") -> Path:
+    """Write the page; ``report.html`` in the project's folder by default. Returns its path.
+
+    Parameters
+    ----------
+    project : Project
+    output : path, optional
+    live : str
+        Address of the project's live page, to which the report then has a link.
+
+    Raises
+    ------
+    ProjectFileError
+        If ``live`` is not an http address.
+    """
     import jinja2
 
+    # a link to javascript: or a file would be followed by whoever opens the report
+    if live and not (urlsplit(live).scheme in ("http", "https") and urlsplit(live).netloc):
+        raise ProjectFileError(f"{live!r} is not the address of a page.", "", "give it as the browser shows it, beginning with https://")
     load_stages()
     path = Path(output) if output else project.path / "report.html"
     environment = jinja2.Environment(loader=jinja2.PackageLoader("cryodask.report", "."), autoescape=True, trim_blocks=True)
     page = environment.get_template("page.html").render(
         project=project,
+        live=live,
         when=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         version=version("cryodask"),
         facts=facts(project),
@@ -149,6 +168,8 @@ def _shown(project: Project, label: str, generation: Generation, stage: Stage) -
     try:
         for picture in _pictures(project, label, generation, stage):
             yield Shown(picture.title, picture.caption, _png(picture))
+    except AwayError as error:
+        yield Shown("Images are away", error.problem, "")
     except Exception as error:  # figures of plug-ins may raise anything
         at = traceback.extract_tb(error.__traceback__)[-1]
         yield Shown("A figure failed", f"{type(error).__name__}: {error} ({Path(at.filename).name}, line {at.lineno})", "")

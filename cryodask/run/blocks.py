@@ -27,7 +27,7 @@ from cryodask.run.events.reports import report_of
 from cryodask.run.health import Watch
 from cryodask.run.isolation import blamed_at_first_death
 from cryodask.run.leaves import Leaf, cut_leaves, home_of_leaves, merges, settle
-from cryodask.run.particles import StoredParticles
+from cryodask.run.particles import StoredParticles, particle_block
 from cryodask.run.residents import RESIDENTS, Run, new_run, release_everywhere, run_here
 from cryodask.stage import Columns, Context, Metrics, ParticleBlock, ParticleSet, State, Sums
 from cryodask.store.environments import MADE_IN, environment
@@ -59,7 +59,7 @@ class ParticlesInMemory:
     def block(self, index: np.ndarray, half: int = 0) -> ParticleBlock:
         """Some particles with their images."""
         columns = {name: values[index] for name, values in self.set.columns.items()}
-        return ParticleBlock(index, np.asarray(self.images[index], np.float32), columns, self.set.pixel_size_angstrom, half)
+        return particle_block(index, np.asarray(self.images[index], np.float32), columns, self.set.pixel_size_angstrom, half)
 
 
 @dataclass(frozen=True)

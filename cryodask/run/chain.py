@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,17 +21,18 @@ from cryodask.run.due import FactSource, due, facts_digest, joined
 from cryodask.run.events.reports import report_of
 from cryodask.run.grids import brings_movies, mark
 from cryodask.run.imports import Import
-from cryodask.run.refs import INPUTS, PARTICLES
+from cryodask.run.refs import IMAGES_OF_PARTICLES, INPUTS, PARTICLES
 from cryodask.run.residents import keep
 from cryodask.run.slices import Slices, slice_digest, slice_of_birth
 from cryodask.run.whole import Stored
-from cryodask.stage import Params, Stage, find_stage
+from cryodask.stage import Params, ParticleBlock, Stage, find_stage
 from cryodask.store.birthbook import BirthBook
 from cryodask.store.births import KNOWN, TABLE, Birth, known_of, with_ids
 from cryodask.store.generation import Generation
 from cryodask.store.journal import Record, decode_value
 from cryodask.store.layouts import Grid
 from cryodask.store.made import Made, settled
+from cryodask.store.particles import images_at
 from cryodask.store.project import Item
 
 
@@ -41,7 +43,8 @@ class Link:
     ``source`` maps each variable to ``inputs``, ``particles``, or the label of the step that gives it. ``whole``: variables of maps and
     masks, the same for every exposure. ``within``: the step of this chain in which the particles of the stage are born (empty: they are
     sent along), ``threshold``: what decides which of them are accepted. ``birth``: particles are born here. ``recipes``: how each data set
-    is processed. ``programs``: those that the stage runs, with the versions in its key.
+    is processed. ``programs``: those that the stage runs, with the versions in its key. ``images``: results with the images of its
+    particles, if it takes images.
     """
 
     label: str
@@ -55,6 +58,7 @@ class Link:
     birth: Birth | None = None
     recipes: dict[str, str] = field(default_factory=dict)
     programs: dict[Program, str] = field(default_factory=dict)
+    images: tuple[Generation, ...] = ()
 
     @property
     def stage(self) -> Stage:
@@ -138,11 +142,32 @@ class Chain:
         failed: set[int] = set()
         rows = {item.row for item in items}
         for link in self.links:
-            records = self._journals(link).records()
-            here, bad = settled(records, self.due(link, [item for item in items if item.row in records]))
+            here, bad = self._settled(link, items)
             failed |= bad - lacking
             lacking |= rows - here
         return lacking, failed
+
+    def lacking_by_step(self, items: list[Item]) -> dict[str, set[int]]:
+        """Rows that each stage has to process."""
+        rows = {item.row for item in items}
+        return {link.label: rows - self._settled(link, items)[0] for link in self.links}
+
+    def _settled(self, link: Link, items: list[Item]) -> tuple[set[int], set[int]]:
+        records = self._journals(link).records()
+        return settled(records, self.due(link, [item for item in items if item.row in records]))
+
+    def link_of(self, label: str) -> Link:
+        """The link of a step of the chain, or before it."""
+        return self._link(label)
+
+    def generation_of(self, label: str) -> Generation:
+        """The results of such a step, read incrementally."""
+        return self._journals(self._link(label))
+
+    def record_of(self, label: str, row: int) -> Record | None:
+        """Record of a committed item in such a step."""
+        record = self.generation_of(label).records().get(row)
+        return record if record is not None and record["ok"] else None
 
     def due(self, link: Link, items: Iterable[Item]) -> dict[int, Made]:
         """What the result of each item in a link must be made from, in the current state of the project."""
@@ -268,6 +293,7 @@ class Chain:
             log = f"logs/{item.name}-{item.row}.log"
             report = report_of(self.topic, link.label, item.row, item.name)
             with on_device(device, log=generation.path / log, programs=link.programs, report=report) as context:
+                context.keep = functools.partial(_kept, link.folder)
                 given = link.stage.process(link.params, context=context, **needs)
             _refuse_nan_pixels(link, item, given)
             told: dict[str, Any] = {}
@@ -333,8 +359,12 @@ class Chain:
         if name in link.whole:
             stored = link.whole[name]
             return keep(stored, stored.load)
+        if label == PARTICLES and name == IMAGES_OF_PARTICLES:
+            return _block(link, item, particles or {})
         if label == PARTICLES:
-            return (particles or {})[name]
+            given = particles or {}
+            # a part may come without some of its columns: imported poses have no likelihood
+            return given.get(name) if name in link.stage.optional else given[name]
         if label == INPUTS:
             if name == "gain":
                 path = self.gains.get(item.data_set)
@@ -359,6 +389,8 @@ class Chain:
             raise _not_finished(item, name, label)
         if name in record["columns"] or name in record["shards"]:
             return self._generation(label).read(record, name)
+        if name not in self._generation(label).meta["gives"]:
+            return None  # results of a version of the stage that did not give it
         # a movie that is read in place was not stored; its stage opens it again
         giver = self._link(label)
         needs = {n: self._value(n, giver, item, values, records, None) for n in giver.stage.needs}
@@ -393,6 +425,23 @@ def _not_finished(item: Item, name: str, label: str) -> MicrographError:
     return MicrographError(f"{item.name} has no {name}: step {label} did not finish it.", "it was quarantined there", "see the report")
 
 
+def _block(link: Link, item: Item, particles: dict[str, np.ndarray]) -> ParticleBlock:
+    """The particles of an exposure with their images as they are stored."""
+    columns = {**particles}
+    slots = columns.pop(IMAGES_OF_PARTICLES)
+    lacking = int((slots < 0).sum())
+    if lacking:
+        raise MicrographError(
+            f"{lacking} of {len(slots)} particles of {item.name} have no image.", "their extraction did not finish", "run the project again"
+        )
+    pixels = columns.get("particle_pixel_size_angstrom", np.zeros(0))
+    return ParticleBlock(np.arange(len(slots)), images_at(link.images, item.row, slots), columns, float(pixels[0]) if len(pixels) else 1.0)
+
+
+def _kept(folder: Path, key: Hashable, make: Callable[[], Any]) -> Any:
+    return keep(("stage", folder, key), make)
+
+
 def _generation_at(folder: Path) -> Generation:
     # one journal file per process and generation
     return keep(("generation", folder), lambda: Generation(folder))
@@ -413,7 +462,12 @@ def _refuse_nan_pixels(link: Link, item: Item, given: dict[str, Any]) -> None:
 
 
 def _stop_if_the_folder_is_gone(item: Item, inputs: dict[str, Any], message: str) -> None:
-    """Raise if the folder of an item's input is missing or empty: an unmounted disk must not quarantine a whole session."""
+    """Raise if the folder of an item's input is missing or empty: an unmounted disk must not quarantine a whole session.
+
+    A row of a table whose file was never there, while files of other rows were, is a fault of that row.
+    """
+    if "micrograph_path" in inputs and "stat" not in item.inputs:
+        return
     for name, value in inputs.items():
         # an archived movie leaves its folder behind
         if not name.endswith("_path") or os.path.exists(str(value)) or Path(str(value)).name not in message:

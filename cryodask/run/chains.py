@@ -17,12 +17,12 @@ from cryodask.run.due import Known, due, known
 from cryodask.run.graph.chain import is_pinned, label_of
 from cryodask.run.grids import brings_movies, known_grids, misplaced
 from cryodask.run.imports import Import, PicksImport, imports_of
-from cryodask.run.inputs import exposure_rows
+from cryodask.run.inputs import exposure_rows, stored_at
 from cryodask.run.keys import Keys
 from cryodask.run.origins import Origins, origins_of
 from cryodask.run.project_import import ProjectImport
 from cryodask.run.recipe import Plan, Step
-from cryodask.run.refs import INPUTS, PARTICLES, Refer, parts_used, pinned_place, stage_of, variable_sources
+from cryodask.run.refs import IMAGES_OF_PARTICLES, INPUTS, PARTICLES, Refer, parts_used, pinned_place, port_of, stage_of, variable_sources
 from cryodask.run.slices import Slices
 from cryodask.run.whole import Stored
 from cryodask.stage import Version
@@ -32,6 +32,7 @@ from cryodask.store.files import holder_of
 from cryodask.store.generation import Generation
 from cryodask.store.history import births_on_disk, generation_folders
 from cryodask.store.layouts import Grid
+from cryodask.store.particles import image_givers, image_slots, particle_columns
 from cryodask.store.project import Item, Project
 from cryodask.vocabulary import SLOTS, VARIABLES
 
@@ -122,6 +123,7 @@ class ChainMaker:
             birth=Birth(birth["number"], self.project.state.seed) if birth else None,
             recipes=self.project.state.steps[step.label].recipes,
             programs=self._programs(step),
+            images=self._image_givers(step, source),
         )
 
     @staticmethod
@@ -151,12 +153,13 @@ class ChainMaker:
         refer = Refer(self.plan, self.project.state)
         out = {}
         for name in (*step.stage.needs, *step.stage.optional):
-            place = part_of(name)
-            port = next((p for p in step.stage.ports if place is not None and p.type == place[0]), None)
+            port, name_there = port_of(step, name)
+            place = part_of(name_there)
             if place is None or place[0] in COLLECTIONS or port is None or place[1] not in parts_used(step, port):
                 continue
-            product = step.inputs[port.name][0]
-            out[name] = Stored(self.project.generation_at(refer.place(product.parts[place[1]])).path, name)
+            found = stored_at(self.project, refer.place(step.inputs[port.name][0].parts[place[1]]), name_there)
+            if found is not None:
+                out[name] = found
         return out
 
     def _generation(self, step: Step, source: dict[str, str], grids: dict[str, dict[str, Grid]]) -> Generation:
@@ -165,7 +168,7 @@ class ChainMaker:
         target = self.target(step)
         key = target.key
         path = self.project.path / "stages" / stage.name / key
-        needed = self._needed_sizes(source, grids)
+        needed = self._needed_sizes(source, grids, self._image_givers(step, source))
         bulk = [v for v in stage.gives_variables() if v.kind == "bulk"]
         if needed or not bulk:
             needed = needed or {"": {}}
@@ -183,14 +186,18 @@ class ChainMaker:
         self.adopt(step, target)
         return generation
 
-    def _needed_sizes(self, source: dict[str, str], grids: dict[str, dict[str, Grid]]) -> dict[str, dict[str, int]]:
-        """Lengths of the dimensions of a step's inputs, by data set."""
+    def _needed_sizes(
+        self, source: dict[str, str], grids: dict[str, dict[str, Grid]], images: Iterable[Generation]
+    ) -> dict[str, dict[str, int]]:
+        """Lengths of the dimensions of a step's inputs, by data set; ``images``: results with the particle images that it takes."""
         given: dict[str, list[tuple[str, dict[str, Grid]]]] = {}
         for name, labels in source.items():
             for label in labels.split("|"):
                 if label in (INPUTS, PARTICLES) or not VARIABLES[name].dims or stage_of(self.plan, label).shape != "map":
                     continue
                 given.setdefault(name, []).append((label, grids.get(label) or self._source_generation(label).grids))
+        for generation in images:
+            given.setdefault(IMAGES_OF_PARTICLES, []).append((generation.key, generation.grids))
         out: dict[str, dict[str, int]] = {}
         for name, givers in given.items():
             for number, (label, sizes_there) in enumerate(givers):
@@ -201,6 +208,12 @@ class ChainMaker:
                     if sizes:
                         out.setdefault(place, {}).update(sizes)
         return out
+
+    def _image_givers(self, step: Step, source: dict[str, str]) -> tuple[Generation, ...]:
+        """Results that hold the images of a step's particles; empty if it takes no images."""
+        if source.get(IMAGES_OF_PARTICLES) != PARTICLES:
+            return ()
+        return image_givers(self.project, Refer(self.plan, self.project.state).product(step.inputs["particles"][0]))
 
     def _grids(self, step: Step, key: str) -> dict[str, Grid]:
         """Sizes and types of the movies by data set, from movies stored in this generation, else in others of the stage."""
@@ -336,8 +349,12 @@ class ChainMaker:
             ref = ref.model_copy(update={"exposures": taken.parts, "optics": taken.optics})
         ids = self.project.sets.ids(ref)
         port = step.stage.port("particles")
-        columns = self.project.sets.columns(ref, ids, parts_used(step, port) if port is not None else ())
+        parts = parts_used(step, port) if port is not None else ()
         wanted = {n for n, source in variable_sources(self.plan, step).items() if source == PARTICLES}
+        if IMAGES_OF_PARTICLES in wanted:
+            columns = particle_columns(self.project, ref, ids, {"position", *parts})
+            return Slices.of(ids, {**columns, IMAGES_OF_PARTICLES: image_slots(self.project, ref, ids)})
+        columns = self.project.sets.columns(ref, ids, parts)
         return Slices.of(ids, {n: v for n, v in columns.items() if n in wanted})
 
     def take_over(self, chain: Chain, steps: list[Step], items: list[Item]) -> None:

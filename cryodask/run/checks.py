@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from cryodask.cluster.service import service
 from cryodask.cluster.service.whereabouts import folder_of, settings_of
 from cryodask.cluster.settings import AddressSettings, LocalSettings, PluginSettings, Settings, read_cluster_file
 from cryodask.errors import CryodaskError, ProgramMissingError
+from cryodask.formats.movies import CheckedMovie
 from cryodask.run.headers import is_other_size, other_pixel_sizes
 from cryodask.run.known import movie_header
 from cryodask.run.offers import beyond_offers, offers_of
@@ -21,6 +23,8 @@ from cryodask.store.project import Arrival, Project
 
 _STORED_SHARE = 0.5
 """A chunked movie takes at least this fraction of its file size, because well-packed TIFF files are compressed already."""
+_OTHER_DOSE = 0.2
+"""Metadata of EER movies and the project file may differ by this fraction; the beam is not the same at all times."""
 _SUM_BYTES = 8.0
 """Two sums in float32 for each pixel of a movie."""
 
@@ -57,8 +61,10 @@ def look_ahead(plan: Plan, project: Project | None, listing: list[Arrival], aske
     out.problems += _missing_programs(plan, project)
     found = movie_header(plan, listing)
     if found is not None:
-        first, out.movie, pixel = found
-        stated = plan.constants.get(str(first.inputs.get("data_set", "")), {}).get("pixel_size_angstrom")
+        first, movie = found
+        constants = plan.constants.get(str(first.inputs.get("data_set", "")), {})
+        out.movie, pixel, stated = movie.shape, movie.pixel_size_angstrom, constants.get("pixel_size_angstrom")
+        out.warnings += _exposure_of_fractions(first.name, movie, "eer_dose_per_frame" in constants)
         if is_other_size(pixel, stated):
             out.warnings.append(
                 f"The header of {first.name} gives a pixel size of {pixel:.3f} A, the project file {stated:g} A. Check "
@@ -71,6 +77,23 @@ def look_ahead(plan: Plan, project: Project | None, listing: list[Arrival], aske
         offers = offers_of(_with_workers(settings, asked.workers or plan.file.workers), where)
         out.problems += beyond_offers(plan, project, plan.steps, out.movie, offers)
     return out
+
+
+def _exposure_of_fractions(name: str, movie: CheckedMovie, stated: bool) -> Iterator[str]:
+    """What EER movies are summed to where the project file leaves it to their metadata, or contradicts them."""
+    if math.isnan(movie.dose_per_fraction):
+        return
+    told, used = movie.metadata_dose, movie.dose_per_fraction / movie.frames_per_fraction
+    if not stated:
+        yield (
+            f"The project file gives no dose_per_frame: by the metadata of {name} a camera frame has {used:.4g} e/A^2, and"
+            f" {movie.frames_per_fraction} of them make a fraction of {movie.dose_per_fraction:.3g} e/A^2."
+        )
+    elif told is not None and abs(used / told - 1.0) > _OTHER_DOSE:
+        yield (
+            f"The metadata of {name} give an exposure of {told:.4g} e/A^2 per camera frame, the project file {used:.4g}. Check"
+            " microscope.dose_per_frame, which for EER movies is that of one camera frame."
+        )
 
 
 def _unknown_exposures(plan: Plan, project: Project | None, listing: list[Arrival]) -> Iterator[str]:

@@ -57,9 +57,14 @@ def refuse_changed(item: Item, name: str, path: str) -> None:
         return
     if item.inputs.get("size") == stat.st_size and list(item.inputs.get("stat", ())) == stamp(stat):
         return
-    if _OF_A_FILE.fullmatch(item.content) and content_id(Path(path), stat.st_size) != item.content:
+    if is_of_a_file(item.content) and content_id(Path(path), stat.st_size) != item.content:
         raise IMAGES[name](
             f"{path} has changed since it was registered.",
             "it was overwritten, truncated, or recorded again under the same name",
             "restore the file, or rerun: if it is a new recording, it becomes a new exposure",
         )
+
+
+def is_of_a_file(content: str) -> bool:
+    """Whether an identity is that of the bytes of a file, as :func:`content_id` gives it."""
+    return _OF_A_FILE.fullmatch(content) is not None

@@ -1,11 +1,14 @@
-"""Manual decisions: steps that wait for one, and class numbers, which belong to the classification they were chosen from."""
+"""Manual decisions: steps that wait for one, decisions made in the browser, and class numbers, which belong to one classification."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
 
 import numpy as np
 
+from cryodask.edits.frozen import Frozen, frozen
 from cryodask.errors import ProjectFileError
 from cryodask.run.graph.chain import is_pinned, label_of
 from cryodask.run.graph.choices import chosen_classes
@@ -13,12 +16,64 @@ from cryodask.run.recipe import Plan, Step
 from cryodask.run.refs import Refer
 from cryodask.store.identity import place_of
 from cryodask.store.project import Project
+from cryodask.store.sets import class_of
 from cryodask.store.state import Choice
+
+FOR_A_PERSON = "waits for a person"
 
 
 def decided(step: Step) -> bool:
-    """Whether the manual decision of a step has been made: any parameter is given."""
-    return not step.stage.person or step.params != type(step.params)()
+    """Whether the manual decision of a step has been made: any parameter is given, and it does not wait for edits."""
+    return (not step.stage.person or step.params != type(step.params)()) and not getattr(step.params, "wait", False)
+
+
+def with_decisions(plan: Plan, project: Project) -> tuple[Plan, list[str]]:
+    """The plan with the decisions that people have frozen by eye, and a sentence about each.
+
+    ``select_classes`` without numbers keeps the classes that were chosen from its current classification, every ``select_exposures``
+    leaves out excluded exposures, and ``edit_picks`` without a file no longer waits.
+    """
+    said: list[str] = []
+    picks, excluded = frozen(project.path, "picks"), frozen(project.path, "exposures")
+    steps: list[Step] = []
+    for step in plan.steps:
+        update: dict[str, object] = {}
+        if step.stage.name == "edit_picks" and picks is not None and step.params.file is None:
+            update["wait"] = False
+            said.append(f"{step.label}: {_several(sum(map(len, picks.picks.values())), 'edit')}{_by(picks)}")
+        elif step.stage.name == "select_exposures" and excluded is not None:
+            update["rows_excluded"] = tuple(sorted({*step.params.rows_excluded, *excluded.numbers}))
+            said.append(f"{step.label}: {_several(len(excluded.numbers), 'exposure')} excluded by eye{_by(excluded)}")
+        elif step.stage.name == "select_classes" and not step.params.keep and (chosen := _chosen(plan, project, step)) is not None:
+            update["keep"] = tuple(sorted(chosen.numbers))
+            said.append(f"{step.label}: keeps classes {', '.join(map(str, sorted(chosen.numbers)))}{_by(chosen)}")
+        steps.append(replace(step, params=step.params.model_copy(update=update)) if update else step)
+    return replace(plan, graph=replace(plan.graph, steps=tuple(steps))), said
+
+
+def _chosen(plan: Plan, project: Project, step: Step) -> Frozen | None:
+    """The classes that were frozen for the current classification of a step; they are recorded as chosen from exactly that result."""
+    ref = step.inputs["particles"][0].parts["class2d"]
+    label = label_of(ref)
+    if not is_pinned(ref) and label not in project.state.steps:
+        return None
+    place = Refer(plan, project.state).place(ref)
+    chosen = frozen(project.path, "classes", place)
+    if chosen is None or not chosen.numbers:
+        return None
+    if not is_pinned(ref):
+        choice = Choice(values=sorted(chosen.numbers), place=place, stage="select_classes", part="class2d", label=label)
+        project.state.choices[choice.subject] = choice
+    return chosen
+
+
+def _by(decision: Frozen) -> str:
+    when = datetime.fromtimestamp(decision.time, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return f", frozen by {decision.who} on {when}"
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count} {what}" + ("s" if count != 1 else "")
 
 
 def waiting(plan: Plan) -> dict[str, str]:
@@ -28,7 +83,7 @@ def waiting(plan: Plan) -> dict[str, str]:
         taken = [p for products in step.inputs.values() for p in products]
         behind = {label for p in taken for label in map(label_of, (*p.behind, p.ref)) if label not in p.at}
         if not decided(step):
-            out[step.label] = "waits for a person"
+            out[step.label] = FOR_A_PERSON
         elif blocked := sorted(behind & set(out)):
             out[step.label] = f"waits for {blocked[0]}"
     return out
@@ -60,11 +115,18 @@ def check_choice(plan: Plan, project: Project, step: Step, *, confirmed: bool) -
 
 
 def _choices(plan: Plan, project: Project, step: Step) -> list[Choice]:
-    """Choices that the parameters of a step make in the classifications behind its particles."""
+    """Choices of a step in the classifications behind its particles: by its parameters, or by taking a class (``classify3d.class2``)."""
     particles = step.inputs.get("particles", ())
     parts = particles[0].parts if particles else {}
     refer = Refer(plan, project.state)
+    taken: dict[str, set[int]] = {}
+    for product in (p for products in step.inputs.values() for p in products):
+        if (number := class_of(product.output)) and not product.pinned:
+            taken.setdefault(product.step, set()).add(number)
     return [
+        Choice(values=sorted(values), place=refer.place(label), stage=step.stage.name, part="class3d", label=label)
+        for label, values in taken.items()
+    ] + [
         Choice(values=sorted(set(values)), place=refer.place(parts[part]), stage=step.stage.name, part=part, label=label_of(parts[part]))
         for part, values in chosen_classes(step.params, parts).items()
         if part in parts and not is_pinned(parts[part])  # for an earlier result its key identifies the classification
@@ -95,8 +157,9 @@ def _nearest(project: Project, old: str, new: str, values: Sequence[int]) -> str
         for place in (old, new):
             generation = project.generation_at(place)
             record = generation.committed()[0]
-            numbers.append((np.asarray(generation.read(record, "particle_id")), np.asarray(generation.read(record, "class_number"))))
-    except (KeyError, OSError):
+            column = next(n for n in ("class_number", "class3d_number") if n in generation.meta["gives"])
+            numbers.append((np.asarray(generation.read(record, "particle_id")), np.asarray(generation.read(record, column))))
+    except (KeyError, OSError, StopIteration):
         return ""
     (old_ids, old_number), (new_ids, new_number) = numbers
     said = []

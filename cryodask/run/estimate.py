@@ -71,7 +71,8 @@ class Estimator:
 
     def _of_exposures(self, step: Step, todo: int) -> float | None:
         costs = measured_costs()
-        cost = costs.map_stages.get(step.stage.name)
+        later = costs.later_stages.get(step.stage.name)
+        cost = later or costs.map_stages.get(step.stage.name)
         if cost is None or self.movie is None:
             return None
         frames, y, x = self.movie
@@ -81,6 +82,8 @@ class Estimator:
             if particles is None or box is None:
                 return None
             load = Load(megapixels=y * x / 1e6, frames=frames, particles=particles, box=box)
+        if later is not None:
+            return (later.fixed + later.per_unit * load.frame_megapixels) * todo
         each = costs.movie_seconds(load)
         # decoding, compressing and writing scale with the movie, so they are counted in the step that reads movies
         stored = each["store"] if "movie" in step.stage.gives else 0.0

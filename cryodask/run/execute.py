@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from distributed import Client
 
+from cryodask.edits.frozen import stamp
 from cryodask.errors import InputError
 from cryodask.run import gains, sources
+from cryodask.run.acceptance import messages_of_picks
 from cryodask.run.backlog import Backlog
 from cryodask.run.blocks import iterate_on_workers
 from cryodask.run.chain import Chain
 from cryodask.run.chains import ChainMaker, Target
 from cryodask.run.data_sets import data_sets, keep_former
-from cryodask.run.decisions import check_choice, waiting
+from cryodask.run.decisions import FOR_A_PERSON, check_choice, waiting, with_decisions
 from cryodask.run.events import Events, ExposureArrived, Iteration, Stalled, StepFinished, StepStarted
 from cryodask.run.events.reports import Reports
 from cryodask.run.events.tally import Tally
@@ -33,6 +35,7 @@ from cryodask.run.offers import refuse_beyond_workers
 from cryodask.run.recipe import Plan, Step
 from cryodask.run.record import note_line
 from cryodask.run.refs import Refer
+from cryodask.run.remake import Needs, bring_back, needs_of_chain, needs_of_set
 from cryodask.run.results import freeze, frozen_ids, run_set, scalars, sentence_of, settle_result, stored_variables
 from cryodask.run.selection import Wanted
 from cryodask.run.stopping import Stop
@@ -62,13 +65,12 @@ class Execution:
 
     # --- the whole run --------------------------------------------------------------------------------------------------------
     def run(self) -> None:
-        """Run the requested steps."""
+        """Run the requested steps; when people have decided something meanwhile, go on with what follows from it."""
         steps = self.plan.steps
         state = self.project.state
         self.update = frozenset(self.wanted.update)
         self.wanted.count_recomputations(self.plan, state.again)
         state.home = os.path.relpath(self.plan.path.parent.resolve(), self.project.path.resolve())
-        state.runs += 1
         state.reorder([s.label for s in steps])
         self.arrivals: Arrivals | None = None
         if self.wanted.watch is None:
@@ -81,10 +83,27 @@ class Execution:
             self.items = self.project.items()
             self._register(self.arrivals.in_other_sets())
             self._register(self.arrivals.first())
+        undecided = self.plan
+        while True:
+            before = stamp(self.project.path)
+            self._run_decided(undecided)
+            if stamp(self.project.path) == before:
+                break
+            self.events.say("new decisions were frozen during the run; it goes on with them")
+            self.arrivals = None
+
+    def _run_decided(self, undecided: Plan) -> None:
+        """Run the steps whose decisions are made."""
+        self.plan, said = with_decisions(undecided, self.project)
+        state = self.project.state
+        state.runs += 1
         self._settle_data_sets()
         waits = waiting(self.plan)
+        self.events.waiting_for = [label for label, why in waits.items() if why == FOR_A_PERSON]
         for label, why in waits.items():
-            self.events.say(f"{label}: {why}")
+            said.append(f"{label}: {why}")
+        for sentence in said:
+            self.events.say(sentence)
         state.forget(waits)
         self.wanted.check_sources(self.plan, state)
         todo = [s for s in self.wanted.steps(self.plan) if s.label not in waits]
@@ -162,10 +181,7 @@ class Execution:
 
     # --- per exposure ---------------------------------------------------------------------------------------------------------
     def _run_map(self, steps: list[Step]) -> None:
-        def adopt(step: Step, target: Target) -> None:
-            self._adopt(step, target.key, target.recipes)
-
-        maker = ChainMaker(self.plan, self.project, self.keys, self.items, self.gains, self.update, adopt)
+        maker = self._maker()
         chain = maker.chain(steps)
         if self.arrivals is not None:
             self.arrivals.expected_frames = {
@@ -183,6 +199,8 @@ class Execution:
             self._note_environment(step, counts(self.project.records(step.label).values()))
         names = " > ".join(s.label for s in steps)
         before = len(items) - len(todo)
+        if todo:
+            self._bring_back(needs_of_chain(self.project, chain, todo, chain.lacking_by_step(todo)), maker)
         self._begin(names if len(names) < 40 else f"{steps[0].label} > ... > {steps[-1].label}", steps, len(items), before)
         if self.arrivals is not None and "movie" in steps[0].stage.gives:
             self._map_items(chain, self._live(maker, steps, chain, todo, self.arrivals), self.items)
@@ -198,7 +216,8 @@ class Execution:
             rows = {item.row for item in items}
             self._report_left_out(chain, items)
         for step, known in zip(steps, records):
-            for sentence in row_messages(step.label, [r for row, r in known.items() if row in rows]):
+            new = [r for row, r in known.items() if row in rows]
+            for sentence in (*row_messages(step.label, new), *(messages_of_picks(self.project, step) if new else ())):
                 self.events.say(sentence)
         bad = {row for r in records for row, record in r.items() if not record["ok"]}
         done = len(items) - len(bad)
@@ -216,6 +235,15 @@ class Execution:
         if all(item.row in bad or all(item.row in r for r in records) for item in items):
             self._finish(*steps)
 
+    def _bring_back(self, needs: Needs, maker: ChainMaker) -> None:
+        """Recompute thinned arrays that a step needs; refuse if files must be restored first."""
+
+        def send(chain: Chain, items: list[Item]) -> None:
+            self._send(chain, iter(items), lambda kind, item, text: None)
+            self.stop.check()
+
+        bring_back(needs, self.plan, self.project, maker, self.items, send, self.events.say)
+
     def _report_left_out(self, chain: Chain, items: list[Item]) -> None:
         """Report rows of imported files without an exposure; refuse if that is all of them, unless exposures may still arrive."""
         for label, said in chain.imports.items():
@@ -232,26 +260,33 @@ class Execution:
         bad = chain.quarantined(items) if not self.wanted.retry_quarantined else 0
         done = len(items) - len(chain.unfinished(items, retry_quarantined=self.wanted.retry_quarantined)) - bad
         tally = Tally(self.events, self.step, items, done, bad, self.arrivals)
-        first_attempt = self.project.state.runs * 1_000_000
-        if all(link.stage.light(link.params) for link in chain.links):
-            process_here(chain, source, event=tally, first_attempt=first_attempt, stopped=self._stopped)
-        else:
-            chain.topic = self.reports.topic
-            tally.runner = MapRunner(
-                self.client,
-                chain,
-                event=tally,
-                limit_seconds=self.plan.file.item_limit_seconds,
-                first_attempt=first_attempt,
-                live=self.arrivals is not None,
-                stopped=self._stopped,
-                needs_gpu=any(link.stage.resources.gpus for link in chain.links),
-                licences=tuple(sorted({name for link in chain.links for name in link.stage.resources.licences})),
-            )
-            tally.runner.run(source)
-            tally.count()
+        self._send(chain, source, tally)
         self.project.compact()
         self.stop.check()
+
+    def _send(self, chain: Chain, source: Iterator[Item | None], event: Callable[[str, Item | None, str], None]) -> None:
+        """Process items on the workers, or here if that costs less."""
+        first_attempt = self.project.state.runs * 1_000_000
+        if all(link.stage.light(link.params) for link in chain.links):
+            process_here(chain, source, event=event, first_attempt=first_attempt, stopped=self._stopped)
+            return
+        chain.topic = self.reports.topic
+        runner = MapRunner(
+            self.client,
+            chain,
+            event=event,
+            limit_seconds=self.plan.file.item_limit_seconds,
+            first_attempt=first_attempt,
+            live=self.arrivals is not None,
+            stopped=self._stopped,
+            needs_gpu=any(link.stage.resources.gpus for link in chain.links),
+            licences=tuple(sorted({name for link in chain.links for name in link.stage.resources.licences})),
+        )
+        if isinstance(event, Tally):
+            event.runner = runner
+        runner.run(source)
+        if isinstance(event, Tally):
+            event.count()
 
     def _stopped(self) -> bool:
         self.reports.emit()
@@ -332,6 +367,7 @@ class Execution:
             self._finish(step)
             self._end([step], f"done before{older}")
             return
+        self._bring_back(needs_of_set(self.plan, self.project, inputs), self._maker())
         if inputs.ids is not None:
             freeze(generation, inputs.ids)
         started = time.time()
@@ -342,6 +378,12 @@ class Execution:
         generation.commit_result(result, made_in, seconds=round(time.time() - started, 3))
         self._finish(step)
         self._end([step], sentence_of(step, result))
+
+    def _maker(self) -> ChainMaker:
+        def adopt(step: Step, target: Target) -> None:
+            self._adopt(step, target.key, target.recipes)
+
+        return ChainMaker(self.plan, self.project, self.keys, self.items, self.gains, self.update, adopt)
 
     def _compute(self, step: Step, inputs: StepInputs, generation: Generation) -> dict[str, Any]:
         stage = step.stage

@@ -13,7 +13,9 @@ import numpy as np
 from cryodask.errors import CryodaskError, GainError
 from cryodask.formats import gain as references
 from cryodask.formats import movies
-from cryodask.run.recipe import Movies, Plan, Step, list_movies
+from cryodask.formats.defects import apply_defects, read_defects
+from cryodask.formats.fractions import Fractions, is_eer
+from cryodask.run.recipe import Movies, Plan, Step, fractions_of, list_movies
 from cryodask.run.sources import processed
 from cryodask.store.files import disk_errors, write_atomically
 
@@ -25,21 +27,25 @@ _FLAT = 0.002
 
 
 def check_gain_files(plan: Plan) -> None:
-    """Refuse missing and invalid gain references before anything runs."""
+    """Refuse missing and invalid gain references and lists of defects before anything runs."""
     for inputs in plan.data_sets.values():
-        if inputs.gain and inputs.gain != ESTIMATE:
-            _read(plan, inputs)
-        elif inputs.gain and (inputs.gain_rotate, inputs.gain_flip, inputs.gain_divides) != (0, "none", False):
-            raise GainError("An estimated gain cannot be turned or inverted.", "", "leave out gain_rotate, gain_flip and gain_divides")
+        if inputs.gain == ESTIMATE:
+            if (inputs.gain_rotate, inputs.gain_flip, bool(inputs.gain_divides)) != (0, "none", False):
+                raise GainError("An estimated gain cannot be turned or inverted.", "", "leave out gain_rotate, gain_flip and gain_divides")
+            _defects(plan, inputs)
+        elif inputs.gain or inputs.defects:
+            _given(plan, inputs)
 
 
 def store_gains(plan: Plan, folder: Path) -> dict[str, Path]:
     """Store the gain references in the project, named by the digest of their content; missing estimates are made."""
     out = {}
     for name, inputs in plan.data_sets.items():
-        if not inputs.gain:
+        if not (inputs.gain or inputs.defects):
             continue
-        data, stem = _as_file(_estimated(plan, name, folder) if inputs.gain == ESTIMATE else _read(plan, inputs))
+        data, stem = _as_file(
+            _without_defects(plan, inputs, _estimated(plan, name, folder)) if inputs.gain == ESTIMATE else _given(plan, inputs)
+        )
         path = folder / "inputs" / f"{stem}.npy"
         if not path.exists():
             _write(path, data)
@@ -53,9 +59,10 @@ def gain_names(plan: Plan, folder: Path) -> dict[str, str]:
     for name, inputs in plan.data_sets.items():
         if inputs.gain == ESTIMATE:
             kept = _estimate_path(name, folder)
-            out[name] = _as_file(np.load(kept))[1] if kept.exists() else "gain-not-estimated-yet"
-        elif inputs.gain:
-            out[name] = _as_file(_read(plan, inputs))[1]
+            made = kept.exists()
+            out[name] = _as_file(_without_defects(plan, inputs, np.load(kept)))[1] if made else "gain-not-estimated-yet"
+        elif inputs.gain or inputs.defects:
+            out[name] = _as_file(_given(plan, inputs))[1]
     return out
 
 
@@ -69,7 +76,25 @@ def check_orientation(plan: Plan, step: Step, data_set: str, gain: Path, shape: 
     listed = plan.data_sets.get(data_set)
     if listed is None or listed.gain != ESTIMATE:
         total = _sum_first_movies(step, values, shape)
-        references.check_gain(total, np.load(gain), name=(listed.gain if listed is not None else "") or "the gain")
+        name = ((listed.gain or listed.defects) if listed is not None else "") or "the gain"
+        references.check_gain(total, references.on_frames(np.load(gain), shape), name=name)
+
+
+def _given(plan: Plan, inputs: Movies) -> np.ndarray:
+    """The gain reference of a data set with its defects; 1 elsewhere if only defects are given."""
+    return _without_defects(plan, inputs, _read(plan, inputs) if inputs.gain else None)
+
+
+def _without_defects(plan: Plan, inputs: Movies, gain: np.ndarray | None) -> np.ndarray:
+    defects = _defects(plan, inputs)
+    if defects is not None:
+        return apply_defects(gain, defects, inputs.defects or "")
+    assert gain is not None
+    return gain
+
+
+def _defects(plan: Plan, inputs: Movies) -> np.ndarray | None:
+    return read_defects(plan.resolve(inputs.defects), eer=is_eer(inputs.movies or "")) if inputs.defects else None
 
 
 def _read(plan: Plan, inputs: Movies) -> np.ndarray:
@@ -77,7 +102,9 @@ def _read(plan: Plan, inputs: Movies) -> np.ndarray:
     path = plan.resolve(inputs.gain or "")
     if not Path(path).is_file():
         raise GainError(f"There is no gain reference {path}.", "", "check inputs.gain; paths are relative to the project file")
-    return movies.read_gain(path, rotate=inputs.gain_rotate, flip=inputs.gain_flip, divides=inputs.gain_divides)
+    return movies.read_gain(
+        path, rotate=inputs.gain_rotate, flip=inputs.gain_flip, divides=inputs.gain_divides, eer=is_eer(inputs.movies or "")
+    )
 
 
 def _as_file(gain: np.ndarray) -> tuple[bytes, str]:
@@ -122,19 +149,19 @@ def _estimated(plan: Plan, data_set: str, folder: Path) -> np.ndarray:
     path = _estimate_path(data_set, folder)
     if path.exists():
         return np.asarray(np.load(path))
-    gain = _estimate(list_movies(plan, data_set))
+    gain = _estimate(list_movies(plan, data_set), fractions_of(plan, data_set))
     buffer = io.BytesIO()
     np.save(buffer, gain)
     _write(path, buffer.getvalue())
     return gain
 
 
-def _estimate(paths: list[str]) -> np.ndarray:
+def _estimate(paths: list[str], fractions: Fractions | None) -> np.ndarray:
     halves: tuple[np.ndarray, np.ndarray] | None = None
     used, reliability, pattern = 0, 0.0, 0.0
     for path in paths[:_MOST_MOVIES]:
         try:
-            movie = movies.open_movie(path)
+            movie = movies.open_movie(path, fractions)
             total = sum((movie[i].astype(np.float64) for i in range(len(movie))), np.zeros(movie.shape[1:]))
         except CryodaskError:
             continue  # it will be quarantined by name

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from cryodask.run.graph.chain import is_pinned, label_of
 from cryodask.run.recipe import Plan, Step
-from cryodask.run.refs import parts_used
+from cryodask.run.refs import IMAGES_OF_PARTICLES, parts_used
 
 
 def chains_of(plan: Plan, steps: Sequence[Step]) -> Iterator[list[Step]]:
@@ -40,6 +40,9 @@ def _waits_for(plan: Plan, step: Step, chain: list[Step]) -> bool:
     for product in step.inputs.get("particles", ()):
         given = (product.ids, *(product.parts[p] for p in product.parts if p in _used(step)))
         refs = {label_of(ref) for ref in given if not is_pinned(ref)}
+        # where images are stored is known only when their step is done
+        if IMAGES_OF_PARTICLES in step.stage.needs and refs & here:
+            return True
         if any(label in here and not _is_pure_birth(plan.graph.step(label)) for label in refs):
             return True
         if len(refs & here) and not refs <= here:

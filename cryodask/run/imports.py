@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from cryodask.edits.frozen import frozen
 from cryodask.errors import InputError
 from cryodask.formats.star import bare, stem
 from cryodask.run.content import content_id
@@ -54,8 +55,8 @@ def imports_of(project: Project, steps: Iterable[Step]) -> dict[str, Import]:
             out[step.label] = TableImport(step, former)
         elif step.stage.name == "import_picks":
             out[step.label] = PicksImport(Path(step.params.folder), former)
-        elif step.stage.name == "edit_picks" and step.params.file:
-            out[step.label] = EditsImport(Path(step.params.file), former)
+        elif step.stage.name == "edit_picks":
+            out[step.label] = EditsImport(Path(step.params.file), former) if step.params.file else FrozenEdits(project)
     return out
 
 
@@ -287,6 +288,35 @@ class EditsImport:
         """Digest of these edits."""
         edits = self._of(item)
         return hashlib.blake2b(repr(edits).encode(), digest_size=8).hexdigest() if edits else "none"
+
+
+class FrozenEdits:
+    """Edits of picks that people made in the browser and said to use."""
+
+    def __init__(self, project: Project) -> None:
+        found = frozen(project.path, "picks")
+        self._edits = found.picks if found is not None else {}
+
+    def values(self, item: Item) -> dict[str, Any]:
+        """Edits of the exposure."""
+        return {"pick_edits": self._edits.get(item.row, [])}
+
+    def claims(self) -> frozenset[int]:
+        """Empty: accepted picks keep their own ids."""
+        return frozenset()
+
+    def left_out(self, items: Iterable[Item]) -> tuple[dict[str, int], bool]:
+        """Nothing: the edits stay, for an exposure that comes back."""
+        return {}, False
+
+    def remarks(self) -> list[str]:
+        """Nothing."""
+        return []
+
+    def digest(self, item: Item) -> str:
+        """Digest of these edits; empty without edits, as before anybody edited anything."""
+        edits = self._edits.get(item.row)
+        return hashlib.blake2b(repr(edits).encode(), digest_size=8).hexdigest() if edits else ""
 
 
 # --- what goes nowhere -------------------------------------------------------------------------------------------------------

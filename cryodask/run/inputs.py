@@ -12,19 +12,23 @@ from cryodask.errors import InputError
 from cryodask.products import COLLECTIONS, columns_of, part_of
 from cryodask.run.particles import StoredParticles
 from cryodask.run.recipe import Plan, Step
-from cryodask.run.refs import Refer, parts_used
+from cryodask.run.refs import IMAGES_OF_PARTICLES, Refer, parts_used, port_of
 from cryodask.run.whole import Stored
 from cryodask.stage import ExposureView, ParticleSet, SetView
-from cryodask.store.identity import aligned, row_of, rows_in
+from cryodask.store.birthbook import BirthBook
+from cryodask.store.identity import aligned, birth_of, parent_of, place_of, row_of, rows_in
 from cryodask.store.particles import image_places, particle_columns
 from cryodask.store.project import Project
-from cryodask.store.sets import kept_rows, place_of_row
-from cryodask.store.state import ProductRef
+from cryodask.store.sets import class_of, kept_rows, place_of_row
+from cryodask.store.state import ProductRef, parted
 from cryodask.vocabulary import VARIABLES
 
 EXPOSURE_LACKS = 101
 """``removal_reason`` of particles whose exposure is not in the step's input, or lacks something that the step needs."""
 SHARED_REASONS = {EXPOSURE_LACKS: "its exposure is missing, or lacks data that the step needs"}
+
+_OF_CLASSES = {"final_map": "class_map", "half_map": "class_half_map"}
+"""Variables of a map, and those that hold them for all classes of a step."""
 
 
 @dataclass(frozen=True)
@@ -147,9 +151,23 @@ def particle_set(project: Project, inputs: StepInputs) -> StoredParticles:
         )
     columns["micrograph"] = row_of(inputs.ids)
     columns["data_set"] = _data_sets(project, columns["micrograph"])
-    columns.setdefault("half_set", np.zeros(len(inputs.ids), np.int8))
+    if "half_set" not in columns:  # tables without coordinates give no positions, with which the halves are stored
+        columns["half_set"] = _halves_at_birth(project, inputs.ids)
     found = ParticleSet(len(inputs.ids), images.shape[-1], float(pixels[0]), columns)
     return StoredParticles(found, inputs.ids, images)
+
+
+def _halves_at_birth(project: Project, ids: np.ndarray) -> np.ndarray:
+    """Half-set of each particle `(n,)` int8 as its birth table has it; by the parity of its place where it has none."""
+    own, book = parent_of(ids), BirthBook(project)
+    out = (np.arange(len(ids)) % 2).astype(np.int8)
+    for birth, row in sorted(set(zip(birth_of(own).tolist(), row_of(own).tolist()))):
+        known = book.at(row, birth)
+        here = np.flatnonzero((birth_of(own) == birth) & (row_of(own) == row))
+        at = place_of(own[here], np.sort(known["particle_id"]))
+        halves = known["particle_half"][np.argsort(known["particle_id"])]
+        out[here[at >= 0]] = halves[at[at >= 0]]
+    return out
 
 
 def _data_sets(project: Project, rows: np.ndarray) -> np.ndarray:
@@ -166,29 +184,37 @@ def whole_values(plan: Plan, project: Project, inputs: StepInputs) -> dict[str, 
     """The other variables that a stage needs, by name; stored ones are read where they are used."""
     step, refer = inputs.step, Refer(plan, project.state)
     out: dict[str, Any] = {}
-    ports = {port.type: port for port in reversed(step.stage.ports)}
     columns: dict[str, np.ndarray] | None = None
     for name in (*step.stage.needs, *step.stage.optional):
-        place = part_of(name)
-        if place is None or place[0] not in ports or name == "particle_image":
+        port, name_there = port_of(step, name)
+        place = part_of(name_there)
+        if place is None or port is None or name == IMAGES_OF_PARTICLES:
             continue
-        port = ports[place[0]]
         products = step.inputs.get(port.name, ())
         if not products or place[1] not in parts_used(step, port):
             continue
         if place[0] not in COLLECTIONS:
-            generation = project.generation_at(refer.place(products[0].parts[place[1]]))
-            if name in generation.meta["gives"]:
-                out[name] = Stored(generation.path, name)
+            found = stored_at(project, refer.place(products[0].parts[place[1]]), name_there)
+            if found is not None:
+                out[name] = found
         elif inputs.ids is not None and inputs.ref is not None:
             if name == "particle_id":
                 out[name] = inputs.ids
             elif place[0] == "particles":
                 columns = columns if columns is not None else project.sets.columns(inputs.ref, inputs.ids)
-                out[name] = columns[name]
+                if name in columns or name in step.stage.needs:
+                    out[name] = columns[name]
             else:
                 out |= project.sets.of_exposures(inputs.ref, row_of(inputs.ids), [name])
     return out
+
+
+def stored_at(project: Project, place: str, name: str) -> Stored | None:
+    """Where a result holds a variable of its map (of one class, if the place names it), mask or model; None if it does not give it."""
+    generation, number = project.generation_at(place), class_of(parted(place)[1])
+    if number and _OF_CLASSES.get(name) in generation.meta["gives"]:
+        return Stored(generation.path, _OF_CLASSES[name], number - 1)
+    return Stored(generation.path, name) if name in generation.meta["gives"] else None
 
 
 # --- steps that work on sets alone ---------------------------------------------------------------------------------------------

@@ -28,12 +28,12 @@ from cryodask.run.inputs import StepInputs
 from cryodask.run.recipe import Plan, Step
 from cryodask.run.refs import INPUTS, Refer, givers_of, parts_used, pinned_place, united_parts, variable_sources
 from cryodask.run.sources import source_name
-from cryodask.stage import EffortMark, SourceFileMark, Version
+from cryodask.stage import AddedMark, EffortMark, SourceFileMark, Version
 from cryodask.store.generation import generation_key
 from cryodask.store.identity import rows_in
 from cryodask.store.places import line_of
 from cryodask.store.project import Project
-from cryodask.store.state import StepState
+from cryodask.store.state import StepState, parted
 from cryodask.vocabulary import VARIABLES
 
 _KEPT: dict[tuple[str, int, int], str] = {}
@@ -78,6 +78,9 @@ class Keys:
         effort = marked_fields(type(step.params), EffortMark)
         for moves_nothing in [*effort, step.stage.threshold] if step.stage.threshold else effort:
             out.pop(moves_nothing, None)
+        for added in marked_fields(type(step.params), AddedMark):
+            if getattr(step.params, added) == type(step.params).model_fields[added].default:
+                out.pop(added, None)
         return out
 
     def again(self, step: Step) -> dict[str, Any]:
@@ -228,7 +231,10 @@ class Keys:
     def _recipe_at(self, place: str) -> str:
         """How a generation was made, regardless of its exposures and particles."""
         recipes = self.project.state.recipes_at(place)
-        return str(self._used(recipes) if recipes else self.project.generation_at(place).meta.get("recipe") or place)
+        if recipes:
+            return str(self._used(recipes))
+        recipe, output = self.project.generation_at(place).meta.get("recipe"), parted(place)[1]
+        return f"{recipe}.{output}" if recipe and output else str(recipe or place)
 
     def _given(self, place: str, part: str, kind: str, rows: np.ndarray, optics: str) -> Any:
         """Digest of what a generation gives some exposures; for a single result its key."""

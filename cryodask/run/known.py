@@ -5,29 +5,30 @@ from __future__ import annotations
 import os
 
 from cryodask.errors import CryodaskError
-from cryodask.formats.movies import open_movie
+from cryodask.formats.movies import CheckedMovie, open_movie
 from cryodask.formats.mrc import open_mrc
 from cryodask.products import Product
 from cryodask.run.graph.chain import is_pinned, label_of
 from cryodask.run.inputs import step_inputs
-from cryodask.run.recipe import Plan, Step
+from cryodask.run.recipe import Plan, Step, fractions_of
 from cryodask.run.refs import pinned_place
 from cryodask.stage import Sizes
 from cryodask.store.project import Arrival, Project
 from cryodask.vocabulary import SLOTS, VARIABLES
 
 
-def movie_header(plan: Plan, listing: list[Arrival]) -> tuple[Arrival, tuple[int, int, int], float | None] | None:
-    """The first movie, its shape (frame, y, x), and the pixel size in its header, Angstrom; None if no movie can be read."""
-    first = next((a for a in listing if "movie_path" in a.inputs), None)
+def movie_header(plan: Plan, listing: list[Arrival]) -> tuple[Arrival, CheckedMovie] | None:
+    """The first movie, as it will be read; None if it cannot be."""
+    home = plan.path.parent.resolve()
+    movies = ((a, os.path.join(home, str(a.inputs["movie_path"]))) for a in listing if "movie_path" in a.inputs)
+    # others may be away
+    first, path = next(((a, path) for a, path in movies if os.path.exists(path)), (None, ""))
     if first is None:
         return None
     try:
-        movie = open_movie(os.path.join(plan.path.parent.resolve(), str(first.inputs["movie_path"])))
+        return first, open_movie(path, fractions_of(plan, str(first.inputs.get("data_set", ""))))
     except (CryodaskError, OSError):
         return None  # its stage reports the error
-    frames, y, x = movie.shape
-    return first, (frames, y, x), movie.pixel_size_angstrom
 
 
 def step_sizes(plan: Plan, project: Project | None, step: Step, movie: tuple[int, int, int] | None) -> Sizes:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from distributed import Client
 
-from cryodask.cluster.connect import local_memory
 from cryodask.cluster.fields import GPU, licence
+from cryodask.cluster.local import local_memory
 from cryodask.cluster.settings import LocalSettings, Settings, SlurmSettings
 from cryodask.errors import ProjectFileError
 from cryodask.run.groups import chains_of
@@ -80,7 +80,8 @@ def refuse_beyond_workers(plan: Plan, project: Project, steps: Sequence[Step], i
         "Start workers that do: dask worker --resources {resources}.",
     )
     header = movie_header(plan, [Arrival(i.name, i.content, i.inputs) for i in items[:1]])
-    problems = list(beyond_offers(plan, project, steps, header[1] if header else None, offers))
+    movie = header[1].shape if header else None
+    problems = list(beyond_offers(plan, project, steps, movie, offers))
     if problems:
         raise ProjectFileError("\n".join(problems), "", "or run it on another cluster, with --cluster")
 

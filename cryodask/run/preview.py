@@ -13,7 +13,7 @@ from cryodask.run import gains, sources
 from cryodask.run.chains import ChainMaker, Target, stored_per_item
 from cryodask.run.checks import look_ahead
 from cryodask.run.data_sets import data_sets, keep_former
-from cryodask.run.decisions import check_choice, waiting
+from cryodask.run.decisions import check_choice, waiting, with_decisions
 from cryodask.run.due import Known
 from cryodask.run.estimate import Estimator, Source
 from cryodask.run.groups import chains_of
@@ -93,7 +93,7 @@ def preview(plan: Plan, wanted: Wanted | None = None) -> Preview:
         out.steps = blank
         return out
     if project is not None:
-        out.steps = _Looking(plan, project, listing, wanted, ahead.movie, out).steps()
+        out.steps = _Looking(with_decisions(plan, project)[0], project, listing, wanted, ahead.movie, out).steps()
         return out
     out.steps = blank
     for shown in blank:

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, Field, ValidationError, field_validator, mo
 
 from cryodask.documents import StrictModel, expand, read_yaml
 from cryodask.errors import ProjectFileError
+from cryodask.formats.fractions import Fractions, is_eer
 from cryodask.parameters import marked_fields
 from cryodask.run.graph import Graph, Step, point_group, resolve
 from cryodask.run.graph.chain import Draft
@@ -36,7 +37,10 @@ class Movies(StrictModel):
     gain: SomePath | None = Field(None, description="gain reference that multiplies the counts (MRC, TIFF), or `estimate`: from the movies")
     gain_rotate: Literal[0, 90, 180, 270] = Field(0, description="clockwise rotation of the gain, degrees")
     gain_flip: Literal["none", "up-down", "left-right"] = Field("none", description="flip of the gain, after the rotation")
-    gain_divides: bool = Field(False, description="whether the counts are divided by the gain instead")
+    gain_divides: bool | None = Field(
+        None, description="whether the counts are divided by the gain; by default only by an MRC gain of EER movies, as in RELION 3.1"
+    )
+    defects: SomePath | None = Field(None, description="SerialEM's list of the camera's defects (text); they count as pixels of gain 0")
 
 
 class Inputs(Movies):
@@ -70,7 +74,12 @@ class Microscope(StrictModel):
     spherical_aberration_mm: float = _within("spherical_aberration_mm", "Cs, mm")
     amplitude_contrast: float = _within("amplitude_contrast", "amplitude contrast, as a fraction", 0.1)
     pixel_size_angstrom: float = _within("pixel_size_angstrom", "pixel size of the movies, Angstrom")
-    dose_per_frame: float = _within("dose_per_frame", "exposure per frame, electrons per square Angstrom", 1.0, above=True)
+    dose_per_frame: float = _within(
+        "dose_per_frame",
+        "exposure per frame (of EER movies: per camera frame, by default that of their metadata), electrons per square Angstrom",
+        1.0,
+        above=True,
+    )
     pre_exposure: float = _within("pre_exposure", "exposure before the first frame, electrons per square Angstrom", 0.0)
 
 
@@ -145,10 +154,10 @@ class Plan:
     @property
     def constants(self) -> dict[str, dict[str, Any]]:
         """Optics and exposure by data set."""
-        own = self.file.microscope.model_dump() if self.file.microscope else {}
+        own = self.file.microscope
         if isinstance(self.file.inputs, list):
-            return {d.name: d.microscope.model_dump() if d.microscope else own for d in self.file.inputs}
-        return {"": own}
+            return {d.name: _constants(d.microscope or own, d) for d in self.file.inputs}
+        return {"": _constants(own, self.single)}
 
     @property
     def has_movies(self) -> bool:
@@ -179,6 +188,14 @@ class Plan:
         """Parameters of a step that name files whose content enters the key, if given."""
         found = {n: getattr(step.params, n) for n in marked_fields(type(step.params), InputFileMark)}
         return {n: list(v) if isinstance(v, tuple | list) else [v] for n, v in found.items() if v}
+
+
+def _constants(microscope: Microscope | None, movies: Movies | None) -> dict[str, Any]:
+    """Optics and exposure of a data set; that of EER movies counts at reading, and their files know it if the project file does not."""
+    if microscope is None:
+        return {}
+    stated = movies is not None and is_eer(movies.movies or "") and "dose_per_frame" in microscope.model_fields_set
+    return {**microscope.model_dump(), **({"eer_dose_per_frame": microscope.dose_per_frame} if stated else {})}
 
 
 def project_folder(path: str | Path) -> Path:
@@ -339,6 +356,12 @@ def list_movies(plan: Plan, data_set: str = "", *, needed: bool = True) -> list[
             "check the pattern with ls",
         )
     return found
+
+
+def fractions_of(plan: Plan, data_set: str) -> Fractions | None:
+    """How the EER movies of a data set are summed when they are read; None if no step reads movies."""
+    step = next((step for step in plan.steps if step.stage.name == "ingest"), None)
+    return None if step is None else step.params.fractions(plan.constants.get(data_set, {}).get("eer_dose_per_frame"))
 
 
 def broken_links(plan: Plan) -> list[str]:

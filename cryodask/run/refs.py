@@ -11,11 +11,14 @@ from cryodask.run.graph.chain import is_pinned, label_of, used_parts
 from cryodask.run.recipe import Plan
 from cryodask.stage import Port, Stage, find_stage
 from cryodask.store.state import ProductRef, ProjectState, StepState
+from cryodask.vocabulary import VARIABLES
 
 INPUTS = "inputs"
 """Source of registry facts of an exposure, of its data set's optics, and of the gain."""
 PARTICLES = "particles"
 """Source of values of the exposure's particles."""
+IMAGES_OF_PARTICLES = "particle_image"
+"""A per-exposure stage that needs it gets the particles of the exposure as a :class:`~cryodask.stage.ParticleBlock`."""
 
 
 def stage_of(plan: Plan, ref: str) -> Stage:
@@ -36,8 +39,11 @@ class Refer:
     state: ProjectState
 
     def place(self, ref: str) -> str:
-        """``STAGE/KEY`` of the step that ``STEP`` or ``STEP.OUTPUT`` names; for a pinned reference its own place."""
-        return pinned_place(ref) if is_pinned(ref) else self.state.steps[label_of(ref)].place
+        """Place that ``STEP`` or ``STEP.OUTPUT`` names; for a pinned reference its own."""
+        if is_pinned(ref):
+            return pinned_place(ref)
+        output = ref.partition(".")[2]
+        return self.state.steps[label_of(ref)].place + (f".{output}" if output else "")
 
     def ids_of(self, product: Product) -> str:
         """The generation that determines which particles (or exposures) are in a set.
@@ -48,7 +54,7 @@ class Refer:
             return self.place(product.ids) if product.ids else ""
         step = self.plan.graph.step(product.step)
         if product.type != "particles" or not product.ids or product.ids == product.ref or step.stage.shape != "map":
-            return self.place(product.step if product.type == "particles" and product.ids else product.ids) if product.ids else ""
+            return self.place(product.ref if product.type == "particles" and product.ids else product.ids) if product.ids else ""
         base = next((p for products in step.inputs.values() for p in products if p.type == "particles" and p.ids == product.ids), None)
         return self.ids_of(base) if base is not None else self.place(product.ids)
 
@@ -129,6 +135,16 @@ def parts_used(step: Step, port: Port) -> tuple[str, ...]:
     """Parts of a port that a step uses: the required ones, and those optional ones that are present."""
     products = step.inputs.get(port.name, ())
     return tuple(p for p in used_parts(port, step.params) if products and all(p in product.parts for product in products))
+
+
+def port_of(step: Step, name: str) -> tuple[Port | None, str]:
+    """The port that a variable comes from, and its name there: a second port of a type puts its own name before (``to_final_map``)."""
+    for port in step.stage.ports:
+        own = name.removeprefix(f"{port.name}_")
+        if port.name != port.type and own != name and own in VARIABLES:
+            return port, own
+    place = part_of(name)
+    return next((p for p in step.stage.ports if place is not None and p.type == place[0]), None), name
 
 
 def variable_sources(plan: Plan, step: Step) -> dict[str, str]:

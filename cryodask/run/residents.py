@@ -8,7 +8,6 @@ lane of the run.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 import time
@@ -25,6 +24,7 @@ from distributed import Client, Future, get_worker
 from distributed.client import ClosedClientError
 
 from cryodask.cluster.sharing.memory import RESIDENTS_METRIC
+from cryodask.context import return_freed_memory
 
 T = TypeVar("T")
 
@@ -201,9 +201,7 @@ def new_run(client: Client) -> Run:
 def release(run: Run) -> None:
     """Drop what this process keeps for a run, and return the memory to the system."""
     RESIDENTS.release(run)
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # glibc keeps freed memory and would grow from run to run
-        trim(0)
+    return_freed_memory()
 
 
 _STOPPED = "stopped"

@@ -166,7 +166,7 @@ def check_inputs(plan: Plan, wanted: Wanted | None = None) -> list[str]:
     with project.lock(force=wanted.force):
         pass  # refused now if another driver is working or the folder is read-only
     listing = [] if watch else sources.list_exposures(plan, project)
-    sources.check_readable(plan, listing)
+    sources.check_readable(plan, listing, project)
     ahead = look_ahead(plan, project, listing, wanted.asked)
     if ahead.problems:
         raise ProjectFileError(f"{plan.path}: " + "\n".join(ahead.problems), "", "see the rest with  cryodask run --dry-run")

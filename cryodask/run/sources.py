@@ -7,23 +7,26 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cryodask.errors import CryodaskError, InputError, MovieError
+from cryodask.formats.compressed import stem_of
 from cryodask.formats.presence import show_name
 from cryodask.formats.star import stem
 from cryodask.parameters import marked_fields
-from cryodask.run.content import content_id, stamp
+from cryodask.run.content import IMAGES, content_id, stamp
 from cryodask.run.headers import check_places
 from cryodask.run.imports import PicksImport, TableImport
 from cryodask.run.project_import import ProjectImport
 from cryodask.run.recipe import Plan, Step, list_movies
 from cryodask.stage import SourceFileMark
+from cryodask.store.away import Ledger
 from cryodask.store.layouts import Grid
+from cryodask.store.listing import unknown_content
 from cryodask.store.project import Arrival, Item, Project
 from cryodask.store.state import ProjectState
 from cryodask.vocabulary import SLOTS, VARIABLES
@@ -49,7 +52,8 @@ def list_exposures(plan: Plan, project: Project | None) -> list[Arrival]:
             for name in plan.data_sets:
                 # all movies of a project may have been archived
                 needed = project is None or not any(i.data_set == name for i in project.items())
-                out += [files.arrival("movie_path", path, step.label, name) for path in list_movies(plan, name, needed=needed)]
+                listed = [files.arrival("movie_path", path, step.label, name) for path in list_movies(plan, name, needed=needed)]
+                out += [*listed, *files.away(name, {str(a.inputs["movie_path"]) for a in listed})]
         elif kind == "import_micrographs":
             out += _micrographs(plan, step, files)
         elif kind == "import_particles" and ("exposures", "exposures") in step.outputs:
@@ -115,28 +119,55 @@ def _distinct(arrivals: list[Arrival]) -> list[Arrival]:
 
 
 class Files:
-    """Files as exposures; the content of a file with the same path, size, times and inode is not read again."""
+    """Files as exposures; the content of a file with the same path, size, times and inode is not read again.
+
+    A file that was archived and removed on purpose (see store/away.py), or that a table lists although it has gone, is an exposure as
+    before.
+    """
 
     def __init__(self, plan: Plan, project: Project | None) -> None:
         self._plan = plan
+        self._away = away_originals(project) if project is not None else {}
         self._known = {
             (str(v), item.inputs.get("size"), tuple(item.inputs.get("stat", ()))): item.content
             for item in (project.items() if project is not None else ())
             for k, v in item.inputs.items()
             if k.endswith("_path")
         }
+        items = project.items() if project is not None else []
+        self.is_first = not items
+        paths = ((str(item.inputs[name]), item) for item in items for name in IMAGES if name in item.inputs)
+        self._former = {path: item for path, item in paths if item.there and "stat" in item.inputs}
 
     def arrival(self, variable: str, path: str | Path, source: str, data_set: str = "") -> Arrival:
         """A file as an exposure: its content, path, size and time."""
-        relative, name = show_name(self._plan.relative(path)), show_name(Path(path).stem)
+        relative, name = show_name(self._plan.relative(path)), show_name(stem_of(path))
         inputs: dict[str, Any] = {variable: relative, "source": source, **({"data_set": data_set} if data_set else {})}
         try:
             stat = os.stat(path)
-        except OSError:  # gone since it was listed, or a name that no file can have: its stage reports that, and the others are processed
-            return Arrival(name, f"name:{relative}", inputs)
+        except OSError:
+            former = self._away.get(relative) or self._former.get(relative)
+            if former is not None:
+                return Arrival(name, former.content, {**former.inputs, **inputs})
+            # gone since it was listed, or a name that no file can have: its stage reports that, and the others are processed
+            return Arrival(name, unknown_content(name), inputs)
         inputs |= {"size": stat.st_size, "stat": stamp(stat)}
         content = self._known.get((relative, stat.st_size, tuple(inputs["stat"])))
         return Arrival(name, content or content_id(Path(path), stat.st_size), inputs)
+
+    def away(self, data_set: str, listed: Container[str]) -> list[Arrival]:
+        """Movies of a data set that are away, other than those ``listed``."""
+        mine = [item for path, item in self._away.items() if item.inputs.get("movie_path") == path and path not in listed]
+        return [Arrival(item.name, item.content, item.inputs) for item in mine if item.data_set == data_set]
+
+
+def away_originals(project: Project) -> dict[str, Item]:
+    """Exposures whose movie or micrograph was removed on purpose, by its path in the registry."""
+    absent = Ledger(project.path).absent()
+    if not absent:
+        return {}
+    paths = ((str(item.inputs[name]), item) for item in project.items() for name in IMAGES if name in item.inputs)
+    return {path: item for path, item in paths if f"inputs:{path}" in absent}
 
 
 def _micrographs(plan: Plan, step: Step, files: Files) -> list[Arrival]:
@@ -160,6 +191,12 @@ def _micrographs(plan: Plan, step: Step, files: Files) -> list[Arrival]:
         if made.name in picks:
             values["coordinates_path"] = plan.relative(picks[made.name])
         out.append(Arrival(made.name, made.content, {**made.inputs, **values}))
+    if files.is_first and not any("stat" in arrival.inputs for arrival in out):
+        raise InputError(
+            f"None of the {len(out):,} micrographs of {star} exists; the first is {names[0]}.",
+            "their disk is not mounted, or the file was moved without them",
+            "mount it, or put the file back beside them: names are relative to its folder, or to one above",
+        )
     return out
 
 
@@ -256,12 +293,19 @@ def _check_half_maps(halves: list[Any]) -> None:
         raise InputError(f"The half-maps differ ({text}).", "they come from different runs", "give the two half-maps of one refinement")
 
 
-def check_readable(plan: Plan, arrivals: list[Arrival]) -> None:
-    """Raise if none of the first items can be read (a wrong folder, another format), before workers are started."""
+def check_readable(plan: Plan, arrivals: list[Arrival], project: Project) -> None:
+    """Raise if none of the first items can be read (a wrong folder, another format), before workers are started.
+
+    Files that are away are not tried; whether they are needed is decided when their step is reached. Nor is anything tried where an
+    earlier run has registered some of them: its results may be all that is needed.
+    """
     if not plan.steps or plan.steps[0].stage.shape != "map" or plan.steps[0].inputs:
         return
     step = plan.steps[0]
-    mine = [a for a in arrivals if a.inputs.get("source") == step.label]
+    away = {item.content for item in away_originals(project).values()}
+    mine = [a for a in arrivals if a.inputs.get("source") == step.label and a.content not in away]
+    if {a.content for a in mine} & {item.content for item in project.items()}:
+        return
     failure: CryodaskError | None = None
     for arrival in mine[:_CHECKED]:
         try:

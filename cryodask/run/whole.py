@@ -30,15 +30,17 @@ _TRIES = 3
 
 @dataclass(frozen=True)
 class Stored:
-    """A variable of a finished step, read where it is used, so that maps are not sent with the graph."""
+    """A variable of a finished step, read where it is used, so that maps are not sent with the graph; ``index``: one of several maps."""
 
     folder: Path
     name: str
+    index: int | None = None
 
     def load(self) -> Any:
         """The value."""
         generation = Generation(self.folder)
-        return generation.read(generation.committed()[0], self.name)
+        value = generation.read(generation.committed()[0], self.name)
+        return value if self.index is None else value[self.index]
 
 
 def loaded(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 ::
 
     folder/movies/movie_0001.tif ...      raw counts
-    folder/gain.mrc                       multiplies the counts, in the MRC frame
+    folder/gain.mrc                       multiplies the counts, in the MRC frame (of EER movies: gain.gain)
     folder/truth/session.json             the parameters
     folder/truth/movie_0001.npz ...       ground truth of each movie, named as in the vocabulary
     folder/truth/map_128_1.77A.mrc ...    the molecule
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import tifffile
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -28,6 +29,7 @@ from cryodask.errors import InputError
 from cryodask.formats.movies import write_mrc_movie, write_tiff_movie
 from cryodask.formats.mrc import write_mrc
 from cryodask.leash import die_with_spawner
+from cryodask.simulate.eer import encode_frame, metadata_xml, spread_events, write_eer
 from cryodask.simulate.model import MOLECULES, MoleculeName, density_map
 from cryodask.simulate.movie import (
     Detector,
@@ -77,7 +79,8 @@ class SessionParams(BaseModel):
     truth_maps: tuple[tuple[int, float], ...] = Field(
         default=((128, 1.77), (64, 3.54)), description="boxes (voxels) and voxel sizes (Angstrom) of the truth maps"
     )
-    format: Literal["tif", "mrc"] = Field(default="tif", description="container of the movies: LZW TIFF or MRC stack")
+    format: Literal["tif", "mrc", "eer"] = Field(default="tif", description="container of the movies: LZW TIFF, MRC stack or EER")
+    camera_frames: int = Field(default=40, ge=1, le=255, description="camera frames per frame, and most counts of a pixel, in EER movies")
     seed: int = Field(default=1, ge=0, description="seed: movie i of a seed is always the same")
 
     @property
@@ -195,7 +198,11 @@ def prepare_session(folder: str | Path, params: SessionParams) -> None:
     folder = Path(folder)
     (folder / "movies").mkdir(parents=True, exist_ok=True)
     (folder / "truth").mkdir(exist_ok=True)
-    write_mrc(folder / "gain.mrc", session_detector(params).gain, params.pixel_size_angstrom)
+    gain = session_detector(params).gain
+    if params.format == "eer":
+        tifffile.imwrite(folder / "gain.gain", gain)  # multiplies, with rows as in the movies; an MRC gain would divide
+    else:
+        write_mrc(folder / "gain.mrc", gain, params.pixel_size_angstrom)
     for box, voxel in params.truth_maps:
         write_mrc(folder / "truth" / f"map_{box}_{voxel:g}A.mrc", density_map(MOLECULES[params.molecule](), box, voxel), voxel)
     (folder / "truth" / "session.json").write_text(json.dumps(params.model_dump(mode="json"), indent=1) + "\n")
@@ -211,9 +218,27 @@ def simulate_one(folder: str | Path, params: SessionParams, index: int) -> str:
     path = folder / "movies" / f"{name}.{params.format}"
     if params.format == "tif":
         write_tiff_movie(path, frames, params.pixel_size_angstrom)
-    else:
+    elif params.format == "mrc":
         write_mrc_movie(path, frames, params.pixel_size_angstrom)
+    else:
+        _write_eer_movie(path, frames, params, index)
     return str(path)
+
+
+def _write_eer_movie(path: Path, frames: np.ndarray, params: SessionParams, index: int) -> None:
+    """A movie whose frames are fractions of ``camera_frames`` camera frames."""
+    rng, pixel = _rng(params, 2, index), params.pixel_size_angstrom
+    recorded = len(frames) * params.camera_frames
+    metadata = metadata_xml(
+        {
+            "numberOfFrames": (recorded, ""),
+            "sensorPixelSize.height": (f"{pixel * 1e-10:.6g}", "m"),
+            "sensorPixelSize.width": (f"{pixel * 1e-10:.6g}", "m"),
+            "totalDose": (f"{len(frames) * params.dose_per_frame * pixel**2:.6g}", "e/pixel"),
+        }
+    )
+    streams = (encode_frame(events, frame.size) for frame in frames for events in spread_events(rng, frame, params.camera_frames))
+    write_eer(path, streams, params.shape, metadata=metadata)
 
 
 def simulate_session(

@@ -11,6 +11,9 @@ from cryodask.errors import InputError
 if TYPE_CHECKING:
     from cryodask.kernels.independence import Independence
 
+_DOUBTFUL = 0.3
+"""Independent maps stay below. Seen: 0.04 for whole maps, 0.15 for low-passed ones."""
+
 
 def check_half_maps(half_map: np.ndarray) -> None:
     """Refuse half-maps that are not two valid cubes.
@@ -57,3 +60,13 @@ def check_independent(half_map: np.ndarray, *, resolution_angstrom: float | None
             way_out,
         )
     return found
+
+
+def doubt(noise_correlation: float) -> str:
+    """Why the correlation of half-maps may be too high, judged by the noise of their solvent; empty if it is not."""
+    if not abs(noise_correlation) > _DOUBTFUL:
+        return ""
+    return (
+        f"the noise of the half-maps has a correlation of {noise_correlation:.2f}: they share density, "
+        "and the resolution may be overestimated"
+    )

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cryodask.context import return_freed_memory
 from cryodask.errors import MicrographError
-from cryodask.kernels.dose import filtered_sum, low_rank_weights
+from cryodask.kernels.dose import empty_sums, filtered_sum, low_rank_weights
 from cryodask.kernels.motion_align import align_frames
 from cryodask.kernels.motion_frames import (
     Repair,
@@ -18,11 +19,13 @@ from cryodask.kernels.motion_frames import (
     find_defects,
     plan_repair,
     repair_frame,
+    still_bins,
     survey,
     transform_frames,
 )
 from cryodask.kernels.motion_model import FittedField, relion_polynomial
 from cryodask.kernels.motion_patches import choose_patches, crop_for_patches, cut_patches, fit_local_motion
+from cryodask.kernels.preview import preview
 from cryodask.kernels.warp import add_warped, stripe_field
 from cryodask.stage import Frames
 from cryodask.stages.motion import NODES
@@ -32,19 +35,21 @@ if TYPE_CHECKING:
     from cryodask.stages.motion import MotionParams
 
 _STRIPE = 64
-_BATCH = 8
+_BATCH = 4
 _MOST_ALIGNED = 64
 """Movies with more frames are aligned in groups of neighbouring frames, and the trajectory is interpolated."""
 
 
-class _Source:
-    """Reads frames as tensors; keeps them if they fit in memory, and repairs defects once known."""
+class FrameSource:
+    """Reads frames as tensors, and repairs defects once known; keeps those of a movie that is read in place, if they fit in memory."""
 
     def __init__(self, movie: Frames, device: str, budget_mb: int) -> None:
         self.movie, self.device = movie, device
         self.kind = _working_type(np.dtype(movie.dtype))
+        # those in the store are decoded again at a tenth of the cost of a stage, those in memory are there already
+        slow = not getattr(movie, "stored", True)
         # one block for all frames, because single frames would fragment the heap
-        fits = int(np.prod(movie.shape)) * self.kind.itemsize <= budget_mb * 2**20
+        fits = slow and int(np.prod(movie.shape)) * self.kind.itemsize <= budget_mb * 2**20
         self.kept = torch.empty(movie.shape, dtype=_TORCH[self.kind.name], device=device) if fits else None
         self.known: set[int] = set()
         self.repair: Repair | None = None
@@ -52,8 +57,10 @@ class _Source:
 
     def __call__(self, index: int) -> Tensor:
         if self.kept is None:
-            # a frame of an in-memory array is a view, which the repair must not change
-            frame = torch.from_numpy(np.array(self.movie[index], self.kind)).to(self.device)
+            read = np.asarray(self.movie[index])
+            if read.flags.writeable and not read.flags.owndata:  # a view of the movie, which the repair must not change
+                read = read.copy()
+            frame = torch.from_numpy(np.require(read, self.kind, ["C", "W"])).to(self.device)
         else:
             frame = self.kept[index]
             if index not in self.known:
@@ -88,11 +95,11 @@ def corrected(
     """Output of stage ``motion`` for a movie `(frame, y, x)` with a gain `(y, x)` of matching shape."""
     frames, height, width = movie.shape
     shape = (height, width)
-    source = _Source(movie, device, params.frames_in_memory_mb)
+    source = FrameSource(movie, device, params.frames_in_memory_mb)
     # never written to, so the gain shared by all movies of a worker is not copied
     factor = None if gain is None else torch.from_numpy(np.require(gain, np.float32, ["C", "W"])).to(device)
     node_shift, track, defects = _measure(params, source, frames, shape, factor, pixel_size_angstrom, dose_per_frame)
-    plain, weighted = _sum_frames(
+    plain, weighted = sum_frames(
         source, frames, shape, factor, node_shift / pixel_size_angstrom, pixel_size_angstrom, dose_per_frame, pre_exposure, voltage_kv
     )
     position = _nodes(shape)
@@ -102,6 +109,7 @@ def corrected(
     return {
         "micrograph_sum": plain,
         "micrograph_dw": weighted,
+        "micrograph_preview": preview(plain),
         "frame_shift": track.astype(np.float32),
         "patch_position": position.astype(np.float32),
         "patch_shift": node_shift.astype(np.float32),
@@ -125,7 +133,7 @@ def _nodes(shape: tuple[int, int]) -> np.ndarray:
 
 
 def _measure(
-    params: MotionParams, source: _Source, frames: int, shape: tuple[int, int], gain: Tensor | None, pixel: float, dose: float
+    params: MotionParams, source: FrameSource, frames: int, shape: tuple[int, int], gain: Tensor | None, pixel: float, dose: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Displacement `(node, frame, 2)` and track `(frame, 2)` in Angstrom, and the mask `(y, x)` of defects."""
     binning = max(1, min(int(params.alignment_resolution_angstrom / (2.8 * pixel)), min(shape) // 32))
@@ -140,6 +148,7 @@ def _measure(
     source.repair = plan_repair(mask)
     binned, counts = seen.binned, seen.mean_count
     del seen
+    return_freed_memory()
     nodes = _nodes(shape)
     still = np.zeros((len(nodes), frames, 2)), np.zeros((frames, 2)), mask
     groups = len(binned)
@@ -148,12 +157,13 @@ def _measure(
     transform = transform_frames(
         binned,
         None if gain is None else bin_gain(gain, defects, binning),
-        bin_mask(defects, binning),
+        bin_mask(defects, binning) | still_bins(binned),
         binning=binning,
         pixel_size_angstrom=pixel,
         resolution_angstrom=max(params.alignment_resolution_angstrom, 2.0 * binning * pixel),
     )
     del binned, defects
+    return_freed_memory()
     members = [np.arange(g * group, min(frames, (g + 1) * group)) for g in range(groups)]
     exposure = np.array([(m.mean() + 0.5) * dose for m in members])
     mean_count = np.array([counts[m].sum() for m in members])
@@ -163,10 +173,13 @@ def _measure(
     if count is not None:
         # free what the patches no longer use first: together they would be the memory peak of the stage
         transform = crop_for_patches(transform, whole, pixel)
+        return_freed_memory()
         patches = cut_patches(transform, whole, count, shape, pixel)
         del transform
+        return_freed_memory()
         field = fit_local_motion(patches, whole, mean_count, exposure, pixel)
         del patches
+        return_freed_memory()
     track = whole.shift * pixel
     displacement = np.repeat(track[None], len(nodes), 0)
     if field is not None:
@@ -185,8 +198,8 @@ def _interpolate(at: np.ndarray, centres: np.ndarray, displacement: np.ndarray) 
     return displacement[:, left] * (1.0 - share) + displacement[:, left + 1] * share
 
 
-def _sum_frames(
-    source: _Source,
+def sum_frames(
+    source: FrameSource,
     frames: int,
     shape: tuple[int, int],
     gain: Tensor | None,
@@ -198,21 +211,21 @@ def _sum_frames(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Plain and dose-weighted sums of the frames resampled at their displacement, `(y, x)` float32."""
     coefficients, filters, k = low_rank_weights(pixel, frames, dose, pre_exposure, voltage_kv)
-    rank = len(coefficients)
-    every = np.concatenate([coefficients, np.ones((1, frames))]).astype(np.float32)
     device = source.device
-    sums = torch.zeros(rank + 1, *shape, device=device)
+    weights = torch.from_numpy(coefficients.astype(np.float32)).to(device)
+    sums = empty_sums(len(coefficients), shape, device)
+    images = [one[: shape[0], : shape[1]] for one in sums]
     for start in range(0, frames, _BATCH):
         members = range(start, min(frames, start + _BATCH))
         batch = [source(f) for f in members]
         nodes = torch.from_numpy(node_shift_px[:, list(members)].astype(np.float32)).to(device)
         nodes = nodes.permute(1, 2, 0).reshape(len(batch), 2, NODES, NODES)
         shift_y, shift_x = (stripe_field(nodes[:, axis], shape, _STRIPE) for axis in (0, 1))
-        part = torch.from_numpy(every[:, list(members)].copy()).to(device)
-        add_warped(sums, part, batch, gain, shift_y, shift_x, stripe=_STRIPE)
+        add_warped(images, weights[:, list(members)].contiguous(), batch, gain, shift_y, shift_x, stripe=_STRIPE)
     # free the raw frames to make room for the transforms
     batch.clear()
     source.kept = None
-    plain = sums[rank].cpu().numpy().copy()
-    weighted = filtered_sum(sums[:rank], filters, k, pixel)
-    return plain, weighted.cpu().numpy()
+    plain = images[0].cpu().numpy().copy()
+    images.clear()
+    return_freed_memory()
+    return plain, filtered_sum(sums, shape, filters, k, pixel).cpu().numpy()

@@ -35,3 +35,18 @@ def check_particles(particles: ParticleSet, mask_diameter_angstrom: float | None
             "the diameter is that of another molecule, or in other units",
             "set mask_diameter_angstrom to about 1.1 times the diameter of the molecule, or extract larger boxes",
         )
+
+
+def check_mask(mask: np.ndarray, shape: tuple[int, ...]) -> None:
+    """Refuse a mask that is not on the grid of a map of this shape.
+
+    Raises
+    ------
+    InputError
+    """
+    if np.shape(mask) != shape:
+        raise InputError(
+            f"the mask has {' x '.join(map(str, np.shape(mask)))} voxels, the map {' x '.join(map(str, shape))}",
+            "it was made for another map",
+            "make the mask from this map, or resample it onto its grid",
+        )

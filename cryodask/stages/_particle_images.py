@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,7 +35,7 @@ def imported_images(
     ------
     MicrographError
         If a stack is missing, shorter than the table says, or has another box; if boxes or pixel sizes differ and no scale is asked for;
-        if an image is blank or has pixels that are NaN or infinite.
+        if an image is blank or has pixels that are NaN or infinite; if an origin is outside its image.
     """
     images = _read(star, rows)
     blank = 0
@@ -48,7 +49,9 @@ def imported_images(
             "the extraction wrote empty boxes",
             "remove them from the STAR file",
         )
+    _refuse_repeated(micrograph, images, rows)
     pixel = np.asarray(rows.get("particle_pixel_size_angstrom", np.ones(len(images))), np.float64)
+    _check_origins(star, micrograph, rows, np.array([len(image) for image in images]) * pixel)
     kinds = sorted({(len(image), one) for image, one in zip(images, pixel.tolist())})
     size, several = rows.get("size"), len({box for box, _ in kinds}) > 1
     if (size is None and several) or (pixel_size_angstrom is None and pixel.max() > SAME_PIXEL_SIZE * pixel.min()):
@@ -68,6 +71,38 @@ def imported_images(
         out[here] = stack
     assert out is not None
     return out
+
+
+def _refuse_repeated(micrograph: str, images: list[np.ndarray], rows: Mapping[str, Any]) -> None:
+    """An image that is there twice would be in both half-sets, whose maps would then agree in its noise."""
+    seen: dict[bytes, int] = {}
+    pairs = [
+        (first, i)
+        for i, image in enumerate(images)
+        if (first := seen.setdefault(hashlib.blake2b(image.tobytes(), digest_size=16).digest(), i)) != i
+    ]
+    if pairs:
+        one, other = (f"{rows['image_index'][i] + 1}@{rows['stacks'][rows['stack'][i]]}" for i in pairs[0])
+        raise MicrographError(
+            f"{len(pairs)} of {len(images)} images of {micrograph} are there twice: {one} and {other} are equal to the last bit.",
+            "two tables with particles in common were joined, and their stacks written anew",
+            "remove one row of each pair from the STAR file",
+        )
+
+
+def _check_origins(star: str, micrograph: str, rows: Mapping[str, Any], length_angstrom: np.ndarray) -> None:
+    """A particle is within its image of that length, or its origin is wrong."""
+    nothing = np.zeros(len(length_angstrom))
+    largest = np.max([np.abs(np.asarray(rows.get(f"origin_{axis}_angstrom", nothing), np.float64)) for axis in "yx"], axis=0)
+    outside = np.flatnonzero(largest > length_angstrom / 2)
+    if len(outside):
+        worst = int(outside[largest[outside].argmax()])
+        raise MicrographError(
+            f"The origins of {len(outside)} of {len(largest)} particles of {micrograph} in {star} are outside their images: "
+            f"up to {largest[worst]:g} A in an image of {length_angstrom[worst]:g} A.",
+            "they are in another unit, or the images were extracted again in smaller boxes",
+            "correct rlnOriginXAngst and rlnOriginYAngst, or remove these rows",
+        )
 
 
 def stack_beside(name: str, star: str) -> Path:

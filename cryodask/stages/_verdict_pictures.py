@@ -97,21 +97,33 @@ def draw_halves(halves: np.ndarray, pixel_angstrom: float, resolution_angstrom: 
 
 
 def _low_passed(volume: np.ndarray, pixel_angstrom: float, resolution_angstrom: float) -> tuple[np.ndarray, np.ndarray]:
-    """A half-map low-passed at the resolution, and the same within the mask that it makes for itself."""
-    import torch
+    """A half-map low-passed at the resolution, and the same without the specks around its largest connected part.
 
-    from cryodask.kernels.masking import own_solvent_mask
-    from cryodask.kernels.projection import cut_map
+    Without torch, which a driver does not import otherwise.
+    """
+    from scipy.fft import irfftn, rfftn
+    from scipy.ndimage import label
 
-    shell = volume.shape[-1] * pixel_angstrom / resolution_angstrom
-    smooth = cut_map(torch.from_numpy(np.asarray(volume, np.float32)), shell)
-    return smooth.numpy(), (smooth * own_solvent_mask(smooth, pixel_angstrom, round(shell))).numpy()
+    n = volume.shape[-1]
+    full, half = np.fft.fftfreq(n, 1.0 / n), np.fft.rfftfreq(n, 1.0 / n)
+    radius = np.sqrt(full[:, None, None] ** 2 + full[None, :, None] ** 2 + half**2)
+    spectrum = rfftn(np.asarray(volume, np.float32))
+    spectrum[radius > n * pixel_angstrom / resolution_angstrom] = 0.0
+    smooth = irfftn(spectrum, volume.shape).astype(np.float32)
+    parts, _ = label(smooth > _surface_level(smooth))
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0
+    return smooth, np.where((parts == 0) | (parts == sizes.argmax()), smooth, 0.0)
+
+
+def _surface_level(volume: np.ndarray) -> float:
+    return 0.25 * float(np.percentile(volume, 99.9))
 
 
 def surface(volume: np.ndarray, axis: int) -> np.ndarray:
     """Surface of a map seen along an axis, lit from the viewer, 0 (background) to 1, at a quarter of the 99.9th percentile."""
     seen = np.moveaxis(volume, axis, 0)
-    threshold = 0.25 * float(np.percentile(seen, 99.9))
+    threshold = _surface_level(seen)
     inside = seen > threshold
     hit = inside.any(0)
     first = inside.argmax(0)

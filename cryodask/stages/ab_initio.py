@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from pydantic import Field
 
 from cryodask.errors import InputError
-from cryodask.stage import Context, Output, Params, ParticleBlock, ParticleSet, Picture, stage
+from cryodask.stage import AddedMark, Context, Output, Params, ParticleBlock, ParticleSet, Picture, stage
 from cryodask.stages._particle_checks import check_particles
 from cryodask.stages._symmetry import PointGroup
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _CHAIN_ANGSTROM = 28.0
 _RESTARTS, _ORDER_OF_CHEAP_CHAINS = 4, 4
-"""With symmetry a chain costs little and errs more often: of a D2 molecule of five blobs, one of two."""
+"""With symmetry a chain is cheap and fails more often: every second one for a D2 molecule of five blobs."""
 _STEPS, _STEPS_OF_CHEAP_CHAINS = 150, 75
 """With symmetry each particle counts several times in the map, and half the steps suffice: 5 of 6 chains of beta-galactosidase (D2) found
 the fold in 75 steps, and a ring of seven (C7) scored the same after 75 and after 150."""
@@ -32,9 +32,17 @@ class AbInitioParams(Params):
     restarts: int | None = Field(
         None,
         ge=1,
-        description="independent chains from random orientations; the likeliest map wins; by default 1, for groups of order 4 and more 4",
+        description="independent chains from random orientations; the likeliest map wins; by default 1, from group order 4 on 4",
     )
-    particles: int = Field(2000, ge=50, description="number of particles used, spread evenly over the set")
+    classes: Annotated[int, AddedMark] = Field(
+        1,
+        ge=1,
+        le=20,
+        description="number of maps; for a mixture, one or two more than there are molecules, because junk needs classes of its own",
+    )
+    particles: int = Field(
+        2000, ge=50, description="number of particles used, spread evenly over the set; with several classes all are used and sorted"
+    )
     mask_diameter_angstrom: float | None = Field(
         None, gt=0, description="diameter of the soft spherical mask, Angstrom; by default 0.75 of the box"
     )
@@ -42,14 +50,30 @@ class AbInitioParams(Params):
         None, gt=0, description="largest shift of a particle from its pick, Angstrom; by default 0.1 of the mask diameter"
     )
     resolution_angstrom: float = Field(
-        14.16, gt=5, description="resolution of the map, Angstrom; chains end at 28, and finer detail is found on one map of all particles"
+        14.16,
+        gt=5,
+        description="resolution of the map, Angstrom; chains end at 28, and only the best map is refined further, with all particles used",
     )
     steps: int | None = Field(
         None,
         ge=10,
-        description="steps per chain, with 120 to 250 particles each; by default 150, for groups of order 4 and more 75",
+        description="steps per chain, with 120 to 250 particles each; by default 150, or 75 for point groups of order 4 or more",
     )
     seed: int = Field(0, description="seed of the first chain")
+
+
+_MOST_SORTED, _FEWEST_OF_A_CLASS = 50_000, 50
+
+
+def outputs(params: Any) -> tuple[Output, ...]:
+    """The map; with classes, all particles with their class, and for each class its particles and its map in a frame of its own."""
+    if int(params.classes) == 1:
+        return (Output("map", "map", ("final",), frame="new"),)
+    found = [Output("particles", "particles", ("class3d",), on="particles", partition=True)]
+    for k in range(1, int(params.classes) + 1):
+        found.append(Output(f"class{k}", "particles", on="particles", subset=True))
+        found.append(Output(f"class{k}", "map", ("final",), frame="new"))
+    return tuple(found)
 
 
 @stage(
@@ -57,19 +81,26 @@ class AbInitioParams(Params):
     shape="tournament",
     needs=["particle_image"],
     ports=["exposures[ctf, optics, aberrations?]", "particles[image, ctf?]"],
-    gives=["final_map", "map_pixel_size_angstrom", "chain_score"],
-    outputs=[Output("map", "map", ("final",), frame="new")],
+    gives=[
+        "final_map", "map_pixel_size_angstrom", "chain_score", "class_map", "class3d_number", "class3d_probability", "class3d_share",
+        "iteration_class_share",
+    ],
+    outputs=outputs,
     params=AbInitioParams,
-)
+)  # fmt: skip
 class ab_initio:
     """Make an initial map from the particles alone.
 
     A chain of stochastic expectation maximisation starts from random orientations and ends near 28 A. At that resolution, similar parts
     of a molecule are still interchanged, and often its mirror image is mixed in; a second phase, whose map soon forgets earlier particles,
-    continues to 14 A, until one of the alternatives has won by chance. With several restarts the likeliest map wins. For molecules of high
-    symmetry, and large ones, it suffices that the map is right to 28 A: that is what ``refine3d`` starts from.
-    The handedness of the map is undetermined: a map and its mirror image explain projections equally well. Check the refined map below 8 A
-    (helices are right-handed) and mirror it if necessary.
+    continues to 14 A, until one of the alternatives has won by chance. With several restarts the likeliest map wins. For large molecules,
+    and those of high symmetry, a map that is correct to 28 A suffices: that is what ``refine3d`` starts from.
+    The handedness of the map is undetermined: a map and its mirror image explain the particles equally well. Check the refined map once it
+    is better than 8 A (alpha helices are right-handed), and mirror it if necessary (``hand``).
+
+    With ``classes``, a chain makes several maps at once, to 28 A, and sorts all particles into them, for mixtures of molecules and junk.
+    The classes are given equal weight for the first 70 % of the chain, because the first good map would otherwise attract every particle.
+    Each map is in its own frame; refine the particles of a class against its map (``from: ab_initio.class1``).
     """
 
     @staticmethod
@@ -79,9 +110,11 @@ class ab_initio:
             raise InputError(
                 f"{particles.count} particles are too few for an initial map",
                 "picking or curation left hardly any",
-                "check the picks and the classes; some 500 particles are a fair start",
+                "check the picks and the classes; some 500 particles are a reasonable start",
             )
         check_particles(particles, params.mask_diameter_angstrom)
+        if params.classes > 1:
+            return _all_of(params, particles)
         count = min(particles.count, params.particles)
         return np.unique(np.round(np.linspace(0, particles.count - 1, count)).astype(np.int64))
 
@@ -97,6 +130,8 @@ class ab_initio:
 
         length, diameter, end = _sizes(params, particles)
         small = working_box(length, end, particles.images.shape[-1])
+        if params.classes > 1:
+            return _class_chain(params, particles, small, seed, context)
         volume, score, trace = run_chain(
             **_loaded(params, particles, small, small // 2 - 1, context),
             symmetry=params.symmetry,
@@ -121,6 +156,8 @@ class ab_initio:
 
         scores = np.array([c["score"] for c in chains])
         best = chains[int(np.argmax(scores))]
+        if params.classes > 1:
+            return _sorted_classes(particles, best, scores)
         volume = torch.from_numpy(np.array(best["map"], np.float32))
         box = particles.images.shape[-1]
         length, _, end = _sizes(params, particles)
@@ -141,6 +178,67 @@ class ab_initio:
             "map_pixel_size_angstrom": float(particles.pixel_size_angstrom),
             "chain_score": scores,
         }
+
+
+def _all_of(params: AbInitioParams, particles: ParticleSet) -> np.ndarray:
+    """Indices of all particles, for classes; refuses too few per class, and more than one worker can sort."""
+    if particles.count < _FEWEST_OF_A_CLASS * params.classes:
+        raise InputError(
+            f"{particles.count} particles are too few for {params.classes} initial maps",
+            "",
+            f"ask for fewer classes: at least {_FEWEST_OF_A_CLASS} particles each are needed, 500 are a reasonable start",
+        )
+    if particles.count > _MOST_SORTED:
+        raise InputError(
+            f"ab_initio sorts at most {_MOST_SORTED} particles into classes, not {particles.count}",
+            "",
+            "use a subset of the particles, chosen with select",
+        )
+    return np.arange(particles.count)
+
+
+def _class_chain(params: AbInitioParams, particles: ParticleBlock, small: int, seed: int, context: Context) -> dict[str, Any]:
+    """One restart with several maps."""
+    from dataclasses import replace
+
+    import torch
+
+    from cryodask.kernels.ab_initio_classes import SCHEDULE, run_class_chain
+
+    _, diameter, end = _sizes(params, particles)
+    schedule = replace(
+        SCHEDULE, steps=params.steps or SCHEDULE.steps, first_resolution_angstrom=max(45.0, end), last_resolution_angstrom=end
+    )
+    with torch.no_grad():
+        found = run_class_chain(
+            **_loaded(params, particles, small, small // 2 - 1, context),
+            classes=params.classes,
+            symmetry=params.symmetry,
+            shift_range_angstrom=params.shift_range_angstrom or 0.1 * diameter,
+            schedule=schedule,
+            seed=seed,
+        )
+    posterior = torch.softmax(found.evidence, 1).cpu().numpy()
+    return {"map": found.volumes.cpu().numpy(), "posterior": posterior, "score": found.score, "course": found.shares.numpy(), "seed": seed}
+
+
+def _sorted_classes(particles: ParticleBlock, best: dict[str, Any], scores: np.ndarray) -> dict[str, Any]:
+    """The classes of the likeliest chain, largest first."""
+    import torch
+
+    from cryodask.kernels.fourier import resize_map
+
+    order = np.argsort(-best["posterior"].sum(0), kind="stable")
+    posterior, box = best["posterior"][:, order], particles.images.shape[-1]
+    return {
+        "class_map": np.stack([resize_map(torch.from_numpy(best["map"][k]), box).numpy() for k in order]),
+        "class3d_number": posterior.argmax(1).astype(np.int32) + 1,
+        "class3d_probability": posterior.max(1),
+        "class3d_share": posterior.mean(0),
+        "iteration_class_share": best["course"][:, order],
+        "map_pixel_size_angstrom": float(particles.pixel_size_angstrom),
+        "chain_score": scores,
+    }
 
 
 def _cheap(params: AbInitioParams) -> bool:
@@ -190,10 +288,17 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
             "Initial map",
             "Projections and sections of the likeliest map. Its handedness is undetermined: the mirror image fits equally well.",
         )
+    if "class_map" in ds:
+        from cryodask.stages._class_pictures import draw_course, draw_initial_classes
+
+        yield draw_initial_classes(ds["class_map"].values, ds["class3d_share"].values)
+        yield draw_course(ds["iteration_class_share"].values)
     if "chain_score" in ds:
         figure = Figure(figsize=(5.0, 2.8), layout="constrained")
         axes = figure.subplots()
         scores = np.sort(ds["chain_score"].values)[::-1]
         axes.bar(np.arange(len(scores)), scores)
         axes.set(xlabel="restart, best first", ylabel="log-likelihood per particle", ylim=(0.9 * float(scores.min()), None))
-        yield Picture("Restarts", "Mean likelihood gain of each restart. If several of the best agree, the fold was found.", figure)
+        yield Picture(
+            "Restarts", "Mean likelihood gain of each restart. If the best ones agree, they probably found the correct fold.", figure
+        )

@@ -31,7 +31,7 @@ class CtfParams(Params):
     finest_angstrom: float = Field(3.5, description="fine end of the fitted range, Angstrom; at least 2.7 pixels", gt=0)
     least_defocus_angstrom: float = Field(3000.0, description="smallest mean defocus to search, Angstrom", gt=0)
     largest_defocus_angstrom: float = Field(50000.0, description="largest mean defocus to search, Angstrom", gt=0)
-    largest_astigmatism_angstrom: float = Field(2000.0, description="largest difference of defocus u and v to search, Angstrom", ge=0)
+    largest_astigmatism_angstrom: float = Field(2000.0, description="largest difference of defocus u and v, Angstrom", ge=0)
     expected_astigmatism_angstrom: float = Field(
         300.0, description="expected difference of defocus u and v, Angstrom: a weak prior where the rings are faint", gt=0
     )
@@ -68,7 +68,7 @@ def _check(params: CtfParams, inputs: dict[str, list[Product]]) -> Iterator[str]
 
 
 @stage(
-    version=2,
+    version=3,
     check=_check,
     needs=["micrograph_sum", "pixel_size_angstrom", "voltage_kv", "spherical_aberration_mm", "amplitude_contrast"],
     gives=[

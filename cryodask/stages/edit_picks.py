@@ -1,20 +1,20 @@
-"""Stage ``edit_picks``: manually added, moved and removed picks."""
+"""Stage ``edit_picks``: picks that people added, moved and removed, in the browser or in a table."""
 
 from __future__ import annotations
 
 import csv
 import difflib
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cryodask.errors import InputError
 from cryodask.products import Product
-from cryodask.stage import Context, Output, Params, SourceFile, stage
+from cryodask.stage import Context, EffortMark, Output, Params, SourceFile, stage
+from cryodask.store.births import natural_keys
 from cryodask.store.claims import SAME_PLACE_PX
 from cryodask.store.identity import parse_id
 
@@ -26,13 +26,23 @@ class EditPicksParams(Params):
     """Parameters of ``edit_picks``."""
 
     file: SourceFile | None = Field(
-        None, description="CSV with the columns micrograph, action (add, move, remove), y, x (pixels), particle_id; by default no edits"
+        None,
+        description="CSV with the columns micrograph, action (add, move, remove), y, x (pixels), particle_id; "
+        "by default the edits that were frozen in the browser, if any",
     )
+    wait: Annotated[bool, EffortMark] = Field(False, description="whether the step waits until edits are frozen; not with a file")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> EditPicksParams:
+        if self.wait and self.file is not None:
+            raise ValueError("with a file there is nothing to wait for: leave out file or wait")
+        return self
 
 
 ACTIONS = ("add", "move", "remove")
 Edit = dict[str, Any]
-"""``action``, ``place`` (y, x in pixels; for a removal optionally the particle's position) and ``id`` (for move and remove)."""
+"""``action``, ``place`` (y, x in pixels; for a removal optionally the particle's position), ``id`` (for move and remove), and for an added
+pick optionally a ``name`` by which it is recognised wherever it is moved."""
 
 
 def read_edits(path: str | Path) -> dict[str, list[Edit]]:
@@ -120,9 +130,10 @@ def edit_picks(
 ) -> dict[str, Any]:
     """Apply manual edits to the picks of an exposure.
 
-    A moved pick keeps its id, a removed one is stored with that reason, and an added one gets an id of this step: it is identified by its
+    Edits come from the browser, once they are frozen (``cryodask dashboard``, ``cryodask edits``), or from a table. A moved pick keeps its
+    id, a removed one is stored with that reason, and an added one gets an id of this step: an added row of a table is identified by its
     position, and counts once if listed twice. A removal with a position also applies to what another picking run finds there. The run
-    reports how many edits name a particle that does not exist.
+    reports how many edits name a particle that does not exist. Only exposures with new edits are processed again.
     """
     pixel = float(pixel_size_angstrom)
     ids = np.asarray(particle_id, np.int64)
@@ -131,10 +142,12 @@ def edit_picks(
     row_of = {int(one): i for i, one in enumerate(ids.tolist())}
     kept = np.ones(len(ids), bool)
     added: list[tuple[float, float]] = []
+    names: list[str] = []
     unmatched = 0
     for edit in pick_edits or ():
         if edit["action"] == "add":
             added.append(edit["place"])
+            names.append(edit.get("name") or f"{edit['place'][0]:.2f} {edit['place'][1]:.2f}")
             continue
         known = row_of.get(edit["id"])
         if known is None and edit["action"] == "remove" and "place" in edit:
@@ -147,11 +160,10 @@ def edit_picks(
         else:
             kept[known] = False
     new = np.array(added, float).reshape(-1, 2)
-    keys = [int.from_bytes(hashlib.blake2b(f"{y:.2f} {x:.2f}".encode(), digest_size=8).digest(), "little") >> 1 for y, x in new]
     every = np.concatenate([places[kept], new])
     return {
         "particle_id": np.concatenate([ids[kept], np.zeros(len(new), np.int64)]),
-        "natural_key": np.concatenate([ids[kept], np.array(keys, np.int64)]),
+        "natural_key": np.concatenate([ids[kept], natural_keys(names)]),
         "half_set": np.concatenate([np.asarray(half_set, np.int8)[kept], np.full(len(new), -1, np.int8)]),
         "pick_y": every[:, 0].astype(np.float32),
         "pick_x": every[:, 1].astype(np.float32),

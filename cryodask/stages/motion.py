@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +10,8 @@ import numpy as np
 from pydantic import Field
 
 from cryodask.errors import GainError
+from cryodask.formats.gain import on_frames
+from cryodask.kernels.preview import preview_shape
 from cryodask.stage import Context, EffortMark, Frames, Params, Picture, Resources, Sizes, stage
 
 if TYPE_CHECKING:
@@ -16,8 +19,8 @@ if TYPE_CHECKING:
 
 NODES = 9
 """The local motion is stored on a regular grid of 9 x 9 nodes, from the first to the last pixel of the micrograph."""
-_IMAGES = 9
-"""Number of float32 images in memory at a time: the dose-weighted sums (kernels.dose.RANK), the plain one, and work space."""
+_IMAGES = 7
+"""Number of float32 images in memory at a time: the sums (kernels.dose.RANK) and their transforms, the plain one, and the gain."""
 
 
 class MotionParams(Params):
@@ -31,7 +34,9 @@ class MotionParams(Params):
         default=8.0, gt=2.0, le=40.0, description="finest detail used to measure motion, Angstrom; finer detail gets less weight anyway"
     )
     frames_in_memory_mb: Annotated[int, EffortMark] = Field(
-        default=512, ge=0, description="memory for the raw frames of a movie, megabytes; larger movies are read twice"
+        default=512,
+        ge=0,
+        description="memory for the raw frames of a movie that is read in place, megabytes; larger movies, and stored ones, are read twice",
     )
 
 
@@ -42,13 +47,19 @@ def _memory(params: MotionParams, sizes: Sizes) -> float:
     return kept + _IMAGES * 4.0 * pixels + 2.5e8
 
 
+def _sizes(params: MotionParams, sizes: Sizes) -> Sizes:
+    small = dict(zip(("preview_y", "preview_x"), preview_shape(sizes["y"], sizes["x"]))) if {"y", "x"} <= sizes.keys() else {}
+    return {**sizes, "patch": NODES**2, "coefficient": 36, "axis": 2, "preview": 2, **small}
+
+
 @stage(
-    version=1,
+    version=2,
     needs=["movie", "pixel_size_angstrom", "dose_per_frame", "pre_exposure", "voltage_kv"],
-    optional=["gain"],
+    optional=["gain", "dose_per_fraction"],
     gives=[
         "micrograph_sum",
         "micrograph_dw",
+        "micrograph_preview",
         "frame_shift",
         "patch_position",
         "patch_shift",
@@ -58,7 +69,7 @@ def _memory(params: MotionParams, sizes: Sizes) -> float:
         "hot_pixel_count",
         "hot_pixel",
     ],
-    sizes=lambda params, sizes: {**sizes, "patch": NODES**2, "coefficient": 36, "axis": 2},
+    sizes=_sizes,
     resources=Resources(memory=_memory),
 )
 def motion(
@@ -68,13 +79,15 @@ def motion(
     gain: np.ndarray | None = None,
     pixel_size_angstrom: float,
     dose_per_frame: float,
+    dose_per_fraction: float | None = None,
     pre_exposure: float = 0.0,
     voltage_kv: float = 300.0,
     context: Context,
 ) -> dict[str, Any]:
     """Align the frames of a movie, globally and locally, and sum them, plain and dose-weighted.
 
-    The gain multiplies the counts; hot, dead and gain-0 pixels are replaced by the counts of a good neighbour. Motion is measured by
+    The gain multiplies the counts (each of its pixels four of them if the movie is super-resolution and the gain is not); hot, dead and
+    gain-0 pixels are replaced by the counts of a good neighbour. Motion is measured by
     maximum likelihood: correlation peaks find it to a pixel, then each frame is matched to the sum with weights from the measured spectra
     of signal and noise. The whole-frame track and the local field (overlapping patches) are smoothed by a Gaussian process in exposure
     and position, with constants chosen for each movie by marginal likelihood, so that weak movies fall back to the whole-frame track.
@@ -83,12 +96,14 @@ def motion(
 
     ``frame_shift`` and ``patch_shift`` are displacements of the specimen in Angstrom (y, x), each with mean zero over the frames;
     ``patch_shift`` includes the whole-frame motion and is given at ``patch_position``, a 9 x 9 grid over the whole micrograph.
+    ``micrograph_preview`` is a small picture of the plain sum and of its spectrum, for people.
     ``motion_polynomial`` is the local part in RELION's form and sign; ``hot_pixel`` lists up to 4096 repaired pixels. The prior on
     velocity is of the form of Zivanov, Nakane & Scheres (2019).
     """
     from cryodask.stages._motion import corrected
 
     _, height, width = movie.shape
+    gain = None if gain is None else on_frames(gain, (height, width))
     if gain is not None and gain.shape != (height, width):
         raise GainError(
             f"the gain is {gain.shape[0]} x {gain.shape[1]} pixels, the movie {height} x {width}",
@@ -100,11 +115,16 @@ def motion(
         movie,
         gain,
         pixel_size_angstrom=pixel_size_angstrom,
-        dose_per_frame=dose_per_frame,
+        dose_per_frame=exposure_of_frame(dose_per_frame, dose_per_fraction),
         pre_exposure=pre_exposure,
         voltage_kv=voltage_kv,
         device=context.device,
     )
+
+
+def exposure_of_frame(dose_per_frame: float, dose_per_fraction: float | None) -> float:
+    """Exposure of a frame of the movie, electrons per square Angstrom: that of a fraction where camera frames were summed on reading."""
+    return dose_per_frame if dose_per_fraction is None or math.isnan(dose_per_fraction) else dose_per_fraction
 
 
 @motion.figures

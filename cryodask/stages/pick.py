@@ -51,9 +51,9 @@ def _check(params: PickParams, inputs: dict[str, list[Product]]) -> Iterator[str
 
 
 @stage(
-    version=1,
+    version=2,
     needs=["micrograph_dw", "pixel_size_angstrom"],
-    gives=["pick_y", "pick_x", "pick_score", "pick_threshold", "pick_profile"],
+    gives=["pick_y", "pick_x", "pick_score", "pick_threshold", "pick_profile", "pick_chance", "pick_excess_skew"],
     check=_check,
     sizes=_sizes,
     resources=Resources(memory=_memory),
@@ -65,7 +65,9 @@ def pick(params: PickParams, *, micrograph_dw: np.ndarray, pixel_size_angstrom: 
     ring of the diameter in either contrast; the mean of the best patches, averaged over directions, becomes the next template, and the
     family whose score map is most skewed is kept. All peaks are stored with their scores: the identity of a particle does not depend on
     the threshold, which decides which of them are accepted and can be changed later without picking again. ``pick_threshold`` is the
-    value of "auto" for this micrograph. The dose-weighted sum is used because particles are extracted from it, and
+    value of "auto" for this micrograph: it parts particles from other peaks, also where a crowded micrograph has hardly any others.
+    Where the score map is no more skewed than that of noise, only peaks above the highest one of noise (``pick_chance``) are accepted;
+    the run says so if that leaves out many. The dose-weighted sum is used because particles are extracted from it, and
     because it shows them best; the resolution used, an eighth of the diameter, is the same in both sums.
     """
     import torch
@@ -89,6 +91,8 @@ def pick(params: PickParams, *, micrograph_dw: np.ndarray, pixel_size_angstrom: 
         "pick_score": score,
         "pick_threshold": picks.threshold,
         "pick_profile": picks.profile.cpu().numpy().astype(np.float32),
+        "pick_chance": picks.chance,
+        "pick_excess_skew": picks.skew - picks.null_skew,
     }
 
 

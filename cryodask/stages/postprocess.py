@@ -10,7 +10,7 @@ from pydantic import Field
 
 from cryodask.errors import InputError
 from cryodask.stage import Context, Output, Params, Picture, Resources, Sizes, stage
-from cryodask.stages._half_maps import check_half_maps, check_independent
+from cryodask.stages._half_maps import check_half_maps, check_independent, doubt
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -38,7 +38,7 @@ def _memory(params: PostprocessParams, sizes: Sizes) -> float:
 
 
 @stage(
-    version=4,
+    version=5,
     shape="whole",
     needs=["half_map", "solvent_mask", "map_pixel_size_angstrom"],
     optional=["succeeded", "fourier_coverage"],
@@ -53,6 +53,8 @@ def _memory(params: PostprocessParams, sizes: Sizes) -> float:
         "b_factor_angstrom2",
         "sharpened_map",
         "noise_correlation",
+        "log_amplitude",
+        "log_amplitude_fitted",
     ],
     sizes=_sizes,
     resources=Resources(memory=_memory),
@@ -110,11 +112,9 @@ def postprocess(
         independence = check_independent(half_map, resolution_angstrom=resolution, pixel_size_angstrom=pixel)
         noise_correlation = independence.noise_correlation
     mean = maps.mean(0)
-    b_factor = params.b_factor_angstrom2
-    if b_factor is None:
-        last = params.fit_to_angstrom or resolution
-        fit = fit_b_factor(mean, curves.corrected, pixel_size_angstrom=pixel, from_angstrom=params.fit_from_angstrom, to_angstrom=last)
-        b_factor = fit.b_factor_angstrom2
+    last = params.fit_to_angstrom or resolution
+    fit = fit_b_factor(mean, curves.corrected, pixel_size_angstrom=pixel, from_angstrom=params.fit_from_angstrom, to_angstrom=last)
+    b_factor = fit.b_factor_angstrom2 if params.b_factor_angstrom2 is None else params.b_factor_angstrom2
     cut = params.low_pass_angstrom or resolution
     final = sharpen(mean, curves.corrected, pixel_size_angstrom=pixel, b_factor_angstrom2=b_factor, low_pass_angstrom=cut)
     return {
@@ -127,6 +127,8 @@ def postprocess(
         "b_factor_angstrom2": float(b_factor),
         "sharpened_map": final.cpu().numpy(),
         "noise_correlation": noise_correlation,
+        "log_amplitude": np.where(fit.log_amplitude > -600.0, fit.log_amplitude, np.nan),
+        "log_amplitude_fitted": np.where(fit.fitted, fit.intercept + 0.25 * fit.b_factor_angstrom2 * fit.inverse_square, np.nan),
     }
 
 
@@ -148,8 +150,6 @@ def says(result: Mapping[str, Any]) -> str:
 
 
 def _but(result: Mapping[str, Any]) -> str:
-    from cryodask.kernels.independence import doubt
-
     # results of earlier versions lack it
     said = doubt(float(result["noise_correlation"])) if "noise_correlation" in result else ""
     return f", but {said}" if said else ""
@@ -163,7 +163,34 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
         "the first crossing of 0.143 by the corrected curve, interpolated between shells, within the range where the curve without a mask "
         "is above noise (Chen et al. 2013: phases randomised beyond where the unmasked curve falls below the limit set).",
     )
+    if "log_amplitude" in ds:  # results of earlier versions lack it
+        yield draw_guinier(ds)
     yield draw_sharpened(ds)
+
+
+def draw_guinier(ds: xr.Dataset) -> Picture:
+    """Fall of the amplitudes, and the line from which the B-factor follows."""
+    from matplotlib.figure import Figure
+
+    square = ds["shell_resolution_angstrom"].values ** -2.0
+    measured, fitted = ds["log_amplitude"].values, ds["log_amplitude_fitted"].values
+    b_factor, resolution = float(ds["b_factor_angstrom2"]), float(ds["resolution_angstrom"])
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axes = figure.subplots()
+    shown = np.isfinite(measured) & (square > 0)
+    axes.plot(square[shown], measured[shown], "o", ms=3, color="#1f77b4", label="mean amplitude of the map, weighted by its FSC")
+    if np.isfinite(fitted).any():
+        axes.plot(square, fitted, color="black", lw=1.2, label="fit")
+    if np.isfinite(resolution):
+        axes.axvline(resolution**-2.0, color="black", lw=0.6, ls=":")
+    axes.set(xlabel="1/d², 1/Å²", ylabel="ln of the amplitude")
+    axes.legend(frameon=False)
+    slope = (
+        4.0 * float(np.polyfit(square[np.isfinite(fitted)], fitted[np.isfinite(fitted)], 1)[0]) if np.isfinite(fitted).sum() > 1 else None
+    )
+    caption = "Guinier plot of the unmasked mean map (Rosenthal & Henderson 2003). "
+    caption += "Too few shells for a fit. " if slope is None else f"The slope of the fit is a B-factor of {slope:.0f} Å². "
+    return Picture("Guinier plot", f"{caption}The map was sharpened with {b_factor:.0f} Å².", figure)
 
 
 def draw_fsc(ds: xr.Dataset, how: str) -> Picture:
@@ -172,11 +199,13 @@ def draw_fsc(ds: xr.Dataset, how: str) -> Picture:
 
     frequency = 1.0 / ds["shell_resolution_angstrom"].values
     resolution = float(ds["resolution_angstrom"])
+    half = _crossing(ds["fsc_corrected"].values, frequency, 0.5)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name, (label, colour) in _CURVES.items():
         axes.plot(frequency, ds[name].values, label=label, color=colour, lw=1.8 if name == "fsc_corrected" else 1.2)
-    axes.axhline(0.143, color="black", lw=0.6, ls=":")
+    for level in (0.143, 0.5):
+        axes.axhline(level, color="black", lw=0.6, ls=":")
     if np.isfinite(resolution):
         axes.axvline(1.0 / resolution, color="black", lw=0.6, ls=":")
     axes.set(xlabel="spatial frequency, 1/Å", ylabel="FSC", ylim=(-0.1, 1.03), xlim=(0, frequency[-1]))
@@ -187,9 +216,19 @@ def draw_fsc(ds: xr.Dataset, how: str) -> Picture:
     but = _but(cast("Mapping[str, Any]", ds))
     if np.isfinite(resolution):
         caption += f"Resolution {resolution:.2f} Å{but}: {how}"
+        caption += f" The corrected curve falls to 0.5 at {1.0 / half:.2f} Å." if half is not None else ""
     else:
         caption += "No resolution: the refinement has not succeeded, and its half-maps may agree on a wrong map."
     return Picture("Fourier shell correlation", caption, figure)
+
+
+def _crossing(curve: np.ndarray, frequency: np.ndarray, level: float) -> float | None:
+    """Frequency at which a curve first falls to a level, interpolated between shells; None if it does not, or begins below it."""
+    below = np.flatnonzero(curve[1:] < level) + 1
+    if not len(below) or below[0] < 2:
+        return None
+    i = int(below[0])
+    return float(np.interp(level, [curve[i], curve[i - 1]], [frequency[i], frequency[i - 1]]))
 
 
 def draw_sharpened(ds: xr.Dataset) -> Picture:

@@ -19,6 +19,7 @@ REASONS = {
     3: "its motion is unknown or larger than largest_motion_angstrom",
     4: "its defocus is unknown or smaller than least_defocus_angstrom",
     5: "its defocus is unknown or larger than largest_defocus_angstrom",
+    6: "it was excluded by eye",
 }
 """Meaning of the numbers in ``removal_reason``."""
 
@@ -47,6 +48,9 @@ class SelectExposuresParams(Params):
         None, description="exposures with a larger defocus (mean of u and v) are left out, Angstrom, underfocus positive"
     )
     leave_out: list[str] = Field(default_factory=list, description="names of exposures that are left out in any case")
+    rows_excluded: tuple[int, ...] = Field(
+        (), description="rows of exposures that were excluded by eye; filled in when the choice is frozen in the browser"
+    )
 
     @model_validator(mode="after")
     def _in_order(self) -> SelectExposuresParams:
@@ -82,8 +86,8 @@ def _check(params: SelectExposuresParams, inputs: dict[str, list[Product]]) -> I
 def select_exposures(params: SelectExposuresParams, inputs: dict[str, list[ExposureView]]) -> dict[str, Any]:
     """Keep the exposures whose figures are within limits, without those named in ``leave_out``.
 
-    Only the given limits apply; an exposure that lacks the figure for one of them is left out. Nothing is deleted: later
-    steps work on the kept exposures and their particles.
+    Only the given limits apply; an exposure that lacks the figure for one of them is left out. Exposures that people excluded in the
+    browser are left out once that choice is frozen. Nothing is deleted: later steps work on the kept exposures and their particles.
     """
     view = inputs["exposures"][0]
     reason = np.zeros(len(view.rows), np.int8)
@@ -96,6 +100,7 @@ def select_exposures(params: SelectExposuresParams, inputs: dict[str, list[Expos
             "",
             f"correct the name{f'; did you mean {near[0]!r}?' if near else ''}",
         )
+    reason[np.isin(view.rows, params.rows_excluded)] = 6
     reason[np.array([name in named for name in view.names], bool)] = 1
     for number, outside in _outside(params, view):
         reason[(reason == 0) & outside] = number

@@ -2,7 +2,7 @@
 
 A commit whose shards are missing or do not match its record is invalid. A further journal line undoes its lines, and the next run
 recomputes the item. If another intact record of the row matches the shards (a second attempt renamed its files over those of the
-first), that record counts again.
+first), that record counts again. A shard that was removed on purpose (see away.py) is not missing.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cryodask.store.away import Ledger
 from cryodask.store.files import disk_errors
 from cryodask.store.journal import Journal, JournalContents
 from cryodask.store.lines import Record
@@ -28,7 +29,8 @@ def damaged(generation: Generation) -> list[str]:
     contents = Journal(generation.journal.folder).read()
     torn = [f"journal line {line} is incomplete, harmless: it is ignored" for line in contents.torn_lines]
     lost = [f"{generation.path}: journal line {line} is damaged, its commit is lost" for line in contents.damaged_lines]
-    shards = [problem for record in contents.records.values() for problem in _problems(generation, contents, record)]
+    away = Ledger(generation.project)
+    shards = [problem for record in contents.records.values() for problem in _problems(generation, contents, record, away)]
     return [*torn, *lost, *damaged_compaction(generation.path), *shards]
 
 
@@ -43,8 +45,8 @@ def repair(generation: Generation) -> list[str]:
 
 def check_files(generation: Generation) -> list[str]:
     """Compare size and time of every committed shard with its record; read those that differ, and invalidate mismatches."""
-    contents = generation.journal.read()
-    touched = [record for record in contents.records.values() if not _untouched(generation, record)]
+    contents, away = generation.journal.read(), Ledger(generation.project)
+    touched = [record for record in contents.records.values() if not _untouched(generation, record, away)]
     return [problem for _, problem in _take_back(generation, contents, touched)]
 
 
@@ -53,22 +55,32 @@ def _shard_paths(generation: Generation, record: Record) -> Iterator[tuple[str, 
         yield name, generation.shard_of(record, name)
 
 
-def _untouched(generation: Generation, record: Record) -> bool:
+def _is_away(away: Ledger, path: Path, crc: int) -> bool:
+    """Whether a missing shard was removed on purpose, with these bytes."""
+    line = away.of_result(path)
+    return line is not None and line["crc"] == crc
+
+
+def _untouched(generation: Generation, record: Record, away: Ledger) -> bool:
     for name, path in _shard_paths(generation, record):
         try:
             there = os.stat(path)
         except FileNotFoundError:
+            if _is_away(away, path, record["shards"][name]):
+                continue
             return False
         if [there.st_size, there.st_mtime_ns] != record.get("files", {}).get(name, [there.st_size, there.st_mtime_ns]):
             return False
     return True
 
 
-def _problems(generation: Generation, contents: JournalContents, record: Record) -> Iterator[str]:
+def _problems(generation: Generation, contents: JournalContents, record: Record, away: Ledger) -> Iterator[str]:
     for name, path in _shard_paths(generation, record):
         try:
             crc = file_crc(path)
         except FileNotFoundError:
+            if _is_away(away, path, record["shards"][name]):
+                continue
             yield f"{path}: missing, though {record['name']} is committed"
             continue
         if crc == record["shards"][name]:
@@ -82,28 +94,29 @@ def _problems(generation: Generation, contents: JournalContents, record: Record)
             yield f"{path}: damaged, its bytes do not match the record of {record['name']}"
 
 
-def _fits(generation: Generation, record: Record) -> bool:
+def _fits(generation: Generation, record: Record, away: Ledger) -> bool:
     for name, path in _shard_paths(generation, record):
         try:
             if file_crc(path) != record["shards"][name]:
                 return False
         except FileNotFoundError:
-            return False
+            if not _is_away(away, path, record["shards"][name]):
+                return False
     return True
 
 
 def _take_back(generation: Generation, contents: JournalContents, records: list[Record]) -> list[tuple[Record, str]]:
     """Undo those of ``records`` (the current one of each row) that do not match; returns them with the reason."""
-    taken = []
+    taken, away = [], Ledger(generation.project)
     with disk_errors(generation.path):
         for record in records:
-            problem = next(_problems(generation, contents, record), None)
+            problem = next(_problems(generation, contents, record, away), None)
             if problem is None:
                 _set_times(generation, record)
                 continue
             row = record["row"]
             lines = contents.lines[row]
-            good = [crc for crc, r in lines if r["ok"] and _fits(generation, r)]
+            good = [crc for crc, r in lines if r["ok"] and _fits(generation, r, away)]
             # without a good record an old failure must not count either, or the item would never be recomputed
             generation.journal.undo(row, record["name"], [crc for crc, r in lines if crc not in good and (r["ok"] or not good)], problem)
             taken.append((record, problem))

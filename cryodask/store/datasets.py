@@ -86,8 +86,32 @@ def result_dataset(generation: Generation, record: Record | None) -> xr.Dataset:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Object at .* is not recognized")  # the journal is inside the group
             stored = xr.open_zarr(generation.path.absolute(), consolidated=False, chunks={}, mask_and_scale=False)
+        missing = [name for name in record["shards"] if not generation.shard_of(record, name).exists()]
+        # zarr reads a missing shard as zeros
+        stored = stored.assign({n: stored[n].copy(data=_unreadable(generation, record, stored[n])) for n in missing})
         dataset = dataset.merge(stored[list(record["shards"])])
     return dataset.assign_attrs(attrs)
+
+
+class _Missing:
+    """An array whose shard is missing: whoever reads it gets the error that says why."""
+
+    def __init__(self, generation: Generation, record: Record, like: xr.DataArray) -> None:
+        self.generation, self.record, self.name = generation, record, str(like.name)
+        self.shape, self.dtype, self.ndim = like.shape, like.dtype, like.ndim
+
+    def __getitem__(self, window: tuple[slice, ...]) -> np.ndarray:
+        out: np.ndarray = self.generation.read(self.record, self.name)[window]
+        return out
+
+
+def _unreadable(generation: Generation, record: Record, like: xr.DataArray) -> Any:
+    import dask.array as da
+
+    missing = _Missing(generation, record, like)
+    # without meta dask would read it at once
+    meta = np.empty((0,) * like.ndim, like.dtype)
+    return da.from_array(missing, chunks=-1, name=f"{like.name}-{uuid.uuid4().hex}", asarray=False, fancy=False, meta=meta)
 
 
 def _attrs(generation: Generation) -> dict[str, str]:

@@ -97,9 +97,10 @@ class Epochs:
     def _lengths(self, epoch: int) -> dict[str, dict[str, int]]:
         """Length in bytes of each journal of an epoch, by the place of its generation."""
         found: dict[str, dict[str, int]] = {}
-        for path in self.project.glob(f"stages/*/*/journal/{epoch:06d}-*.jsonl"):
-            with open(path, "rb") as file:  # a network file system is accurate about an open file; for others it may return cached values
-                found.setdefault(place_of_journal(path.parent), {})[path.name] = file.seek(0, os.SEEK_END)
+        for folder in ("stages", "tiers"):
+            for path in self.project.glob(f"{folder}/*/*/journal/{epoch:06d}-*.jsonl"):
+                with open(path, "rb") as file:  # a network file system is accurate about an open file; for others it may be cached
+                    found.setdefault(place_of_journal(path.parent), {})[path.name] = file.seek(0, os.SEEK_END)
         return found
 
     def trim(self) -> None:

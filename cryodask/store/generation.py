@@ -22,6 +22,7 @@ import numpy as np
 
 from cryodask.errors import StoreError
 from cryodask.store import check, environments
+from cryodask.store.away import Ledger
 from cryodask.store.environments import MADE_IN, Environment
 from cryodask.store.files import check_writable, disk_errors, fsync_folder, write_atomically
 from cryodask.store.journal import Journal, content_crc, decode_value, encode_value
@@ -261,19 +262,21 @@ class Generation:
 
     def link(self, other: Generation, records: list[Record]) -> None:
         """Link items from another generation of the same stage: hard links to its shards, one journal line each (driver only)."""
+        away = Ledger(self.project)
         with disk_errors(self.path):
             check_writable(self.path)
             taken = [self._laid_out_here(other, record) for record in records]
+            shared: dict[str, Record] = {}
             for theirs, record in zip(records, taken):
                 for name in record["shards"]:
                     source, target = other.shard_of(theirs, name), self.shard_of(record, name)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    part = target.with_name(f"{target.name}.{os.getpid()}.part")
-                    try:
-                        os.link(source, part)
-                    except OSError:  # a file system without hard links
-                        shutil.copy2(source, part)
-                    os.replace(part, target)
+                    line = away.of_result(source)
+                    if line is not None and not source.exists():
+                        shared[away.name_of(target)] = {k: v for k, v in line.items() if k != "trash"}
+                    else:
+                        _link_file(source, target)
+            away.note_all(shared)  # before the records, which would be invalid without
+            for record in taken:
                 if "log" in record:
                     (self.path / "logs").mkdir(exist_ok=True)
                     with suppress(FileNotFoundError):
@@ -421,6 +424,11 @@ class Generation:
         except FileNotFoundError:
             return ()
 
+    def forget(self) -> None:
+        """Free what was read: for readers that have taken from it what they need, and keep many projects open."""
+        self.journal = Journal(self.path / "journal")
+        self._tables = TableReader(self.path, self.journal)
+
     def tail_length(self) -> int:
         """Number of commit records that are not in the compaction, which a reader has to parse."""
         return self._tables.tail_length()
@@ -453,6 +461,16 @@ def _record(row: int, name: str, columns: dict[str, Any], shards: dict[str, Shar
         **_where(),
         **info,
     }
+
+
+def _link_file(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    try:
+        os.link(source, part)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, part)
+    os.replace(part, target)
 
 
 def consumed_key(generation: Generation, rows: list[int]) -> str:

@@ -109,10 +109,10 @@ def _removed(project: Project, places: list[str]) -> str:
 def _made(project: Project, place: str, steps: tuple[str, ...], label: str | None = None) -> Made:
     generation = project.generation_at(place)
     meta = generation.meta
-    committed = generation.committed()
+    items = len(generation.table(())) if meta["per_item"] else len(generation.committed())
     figures: dict[str, float] = {}
-    if not meta["per_item"] and 0 in committed:
-        columns = committed[0]["columns"]
+    if not meta["per_item"] and items:
+        columns = generation.committed()[0]["columns"]
         figures = {n: float(v) for n, v in columns.items() if n in VARIABLES and not VARIABLES[n].dims and isinstance(v, int | float)}
     stage, _, key = place.partition("/")
     lines = read_lines(generation.path)
@@ -121,8 +121,8 @@ def _made(project: Project, place: str, steps: tuple[str, ...], label: str | Non
         stage,
         key,
         steps=steps,
-        finished=any(one.finished for one in lines.values()) if meta["per_item"] and lines else bool(committed),
-        items=len(committed),
+        finished=any(one.finished for one in lines.values()) if meta["per_item"] and lines else bool(items),
+        items=items,
         created=float(meta["created"]),
         version=meta["version"],
         per_exposure=bool(meta["per_item"]),
@@ -243,10 +243,8 @@ def keep(project: Project, which: str, name: str) -> str:
     return place
 
 
-def compare(project: Project, first: str, second: str) -> pd.DataFrame:
-    """Differences in parameters, inputs and figures of two generations: a table with one column each; no rows if none differ."""
-    import pandas as pd
-
+def differences(project: Project, first: str, second: str) -> dict[str, list[Any]]:
+    """Parameters, inputs and figures in which two generations differ: both values of each; empty if none differ."""
     rows: dict[str, list[Any]] = {}
     both = [_made(project, place_named(project, which), (), which.partition("@")[0]) for which in (first, second)]
     inputs = [{**{port: " + ".join(refs) for port, refs in one.inputs.items()}, **one.parts} for one in both]
@@ -257,7 +255,14 @@ def compare(project: Project, first: str, second: str) -> pd.DataFrame:
                 rows[f"{kind} {name}"] = values
     if both[0].version != both[1].version:
         rows["version"] = [one.version for one in both]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=[first, second])
+    return rows
+
+
+def compare(project: Project, first: str, second: str) -> pd.DataFrame:
+    """:func:`differences` as a table with one column for each generation; no rows if none differ."""
+    import pandas as pd
+
+    return pd.DataFrame.from_dict(differences(project, first, second), orient="index", columns=[first, second])
 
 
 def curves(project: Project, *which: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -26,7 +26,8 @@ import numpy as np
 from cryodask.errors import TakenOverError
 from cryodask.store.epochs import Ends, journal_name
 from cryodask.store.files import fsync_folder, holder_of, write_all
-from cryodask.store.lines import LineFile, Record, checked_line, set_aside
+from cryodask.store.lines import LineFile, Record, checked_line, parse_line, set_aside
+from cryodask.store.row_index import RowIndex
 
 
 def encode_value(value: Any) -> Any:
@@ -100,6 +101,7 @@ class Journal:
         self._pid = self._epoch = 0
         self._held: list[Record] | None = None
         self._ends = Ends(self.folder)
+        self._index = RowIndex(self.folder)
         self._file = self.folder
         self._reading = threading.Lock()
         self._forget()
@@ -222,6 +224,25 @@ class Journal:
                 self._forget()
                 touched = self._take_in() or set()
             return self._settled(touched)
+
+    def record_of(self, row: int) -> Record | None:
+        """Current record of one row, for readers of single items: the records of all others are neither parsed nor kept."""
+        with self._reading:
+            self._ends.look()
+            lines = list(self._index.lines(row))
+        found: list[tuple[str, int, str, Record]] = []
+        undone: set[str] = set()
+        for name, offset, text in lines:
+            end = self._ends.end(name)
+            record = parse_line(text) if end is None or offset + len(text) <= end else None
+            if record is None or record["row"] != row:
+                continue
+            if "undoes" in record:
+                undone.update(record["undoes"])
+            else:
+                found.append((name, offset, text[:8].decode(), record))
+        alive = [entry for entry in found if entry[2] not in undone]
+        return max(alive, key=lambda entry: (rank(entry[3]), entry[:2]))[3] if alive else None
 
     def ever(self, row: int) -> list[Record]:
         """All successes of a row read so far, including undone ones: birth tables are continued from these."""

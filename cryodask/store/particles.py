@@ -12,7 +12,7 @@ import numpy as np
 from cryodask.errors import StoreError
 from cryodask.store.generation import Generation
 from cryodask.store.identity import place_of, row_of, row_runs, same_ids
-from cryodask.store.sets import runs
+from cryodask.store.sets import SetReader, runs
 from cryodask.vocabulary import CTF_COLUMNS, OPTICS, VARIABLES
 
 if TYPE_CHECKING:
@@ -73,11 +73,29 @@ def image_places(project: Project, ref: ProductRef, ids: np.ndarray) -> ImagePla
     return places
 
 
+def image_givers(project: Project, ref: ProductRef) -> tuple[Generation, ...]:
+    """Results that hold the images of a set."""
+    place = ref.parts["image"]
+    return tuple(project.generation_at(p) for p in project.sets.images(place).givers or (place,))
+
+
+def image_slots(project: Project, ref: ProductRef, ids: np.ndarray) -> np.ndarray:
+    """Where each particle's image is among :func:`image_givers`, `(n,)` int64: giver * 2^32 + slot in its exposure; -1 if there is none."""
+    places, found = _known_places(project, ref, ids)
+    out = np.full(len(ids), -1, np.int64)
+    out[found] = places.giver.astype(np.int64) << 32 | places.slot
+    return out
+
+
+def images_at(givers: tuple[Generation, ...], row: int, slots: np.ndarray) -> np.ndarray:
+    """Images `(n, y, x)` float32 of particles of one exposure, from their :func:`image_slots`."""
+    return ImagePlaces(givers, np.full(len(slots), row), slots & 0xFFFFFFFF, slots >> 32).read()
+
+
 def _known_places(project: Project, ref: ProductRef, ids: np.ndarray) -> tuple[ImagePlaces, np.ndarray]:
     """Locations of the images of those particles that have one, and the mask of these."""
     place = ref.parts["image"]
-    given = project.sets.images(place)
-    generations = tuple(project.generation_at(p) for p in given.givers or (place,))
+    given, generations = project.sets.images(place), image_givers(project, ref)
     giver = given.giver if given.giver is not None else np.zeros(len(given.ids), np.int16)
     every = ImagePlaces(generations, given.row, given.slot, giver)
     if same_ids(given.ids, ids):
@@ -87,10 +105,16 @@ def _known_places(project: Project, ref: ProductRef, ids: np.ndarray) -> tuple[I
     return every.take(at if found.all() else at[found]), found
 
 
-def particle_columns(project: Project, ref: ProductRef, ids: np.ndarray, parts: Iterable[str] | None = None) -> dict[str, np.ndarray]:
-    """Columns of the particles of a set: some parts (all if None) without images, optics, and CTF (per particle if available)."""
-    out = project.sets.columns(ref, ids, parts)
-    values = project.sets.of_runs(ref, *row_runs(ids), [*CTF_COLUMNS, *OPTICS])
+def particle_columns(
+    project: Project, ref: ProductRef, ids: np.ndarray, parts: Iterable[str] | None = None, *, sets: SetReader | None = None
+) -> dict[str, np.ndarray]:
+    """Columns of the particles of a set: some parts (all if None) without images, optics, and CTF (per particle if available).
+
+    ``sets``: the reader to use, whose memory is its own; by default that of the project, which keeps what it has read.
+    """
+    sets = sets or project.sets
+    out = sets.columns(ref, ids, parts)
+    values = sets.of_runs(ref, *row_runs(ids), [*CTF_COLUMNS, *OPTICS])
     for name in CTF_COLUMNS:
         own, theirs = out.get(name), values.get(name)
         if own is not None and theirs is not None:

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import html
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -29,7 +30,7 @@ from cryodask.store.lock import ProjectLock
 from cryodask.store.made import RowsWithResults, shown
 from cryodask.store.registry import Arrival, Item, Registry, Update
 from cryodask.store.sets import SetReader
-from cryodask.store.state import ProductRef, ProjectState, StepState
+from cryodask.store.state import ProductRef, ProjectState, StepState, parted
 from cryodask.store.table import Table
 
 __all__ = ["Arrival", "Item", "Project"]
@@ -47,6 +48,23 @@ class UnknownStep(StoreError, KeyError):
     """The project has no step of this name."""
 
     __str__ = StoreError.__str__
+
+
+_OWN = frozenset(
+    ("environments", "epochs", "events", "gains", "edits", "items.jsonl", "logs", "project.yaml", "report.html", "stages", "status.json")
+)
+"""What a project's folder may have before its ``project.json`` is there."""
+
+
+def _refuse_among_other_files(folder: Path) -> None:
+    """Refuse to begin a project in a folder that has files of something else and nothing of a project."""
+    there = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
+    if there and not _OWN & set(there):
+        raise StoreError(
+            f"The results would be written into {folder}, among other files ({', '.join(there[:3])}{', ...' if len(there) > 3 else ''}).",
+            "a folder has the name of the project",
+            "set another name, or a separate folder:  folder: results",
+        )
 
 
 class Project:
@@ -76,6 +94,7 @@ class Project:
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             if not (folder / "project.json").exists():
+                _refuse_among_other_files(folder)
                 with ProjectLock(folder):
                     if not (folder / "project.json").exists():
                         state = ProjectState(name=name)
@@ -229,7 +248,8 @@ class Project:
         return self.generation_at(self.step(label).place)
 
     def generation_at(self, place: str) -> Generation:
-        """Generation at ``STAGE/KEY``; the same object each time, because it caches what it has read."""
+        """Generation at ``STAGE/KEY``, or ``STAGE/KEY.OUTPUT``; the same object each time, because it caches what it has read."""
+        place = parted(place)[0]
         if place not in self._generations:
             self._generations[place] = Generation(self.path / "stages" / place)
         return self._generations[place]

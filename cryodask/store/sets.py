@@ -13,6 +13,7 @@ from cryodask.products import ORIGINS
 from cryodask.store.births import accepted
 from cryodask.store.identity import aligned, births_text, checked, place_of, row_runs, same_ids
 from cryodask.store.places import line_of
+from cryodask.store.state import parted
 from cryodask.store.table import Table
 from cryodask.vocabulary import CTF_COLUMNS, OPTICS, VARIABLES
 
@@ -26,6 +27,8 @@ _AS_SET = {f"particle_{name}": name for name in CTF_COLUMNS} | {"particle_half":
 _IMAGE_PLACES = ("image_giver", "image_row", "image_slot")
 _NOT_ASKED = np.zeros(0, np.int32)
 _OF_IMAGES = ("particle_y", "particle_x")
+_NOT_NUMBERS = ("i8", "U", "?")
+"""Ids and hashes, which are numbers in name only, texts, and marks."""
 _PLACES = {"pick_y": "position_y_angstrom", "pick_x": "position_x_angstrom"}
 
 
@@ -69,6 +72,25 @@ class SetReader:
         return ids if there.all() else ids[np.repeat(there, counts)]
 
     # --- columns ------------------------------------------------------------------------------------------------------------
+    def known(self, ref: ProductRef) -> dict[str, tuple[str, ...]]:
+        """Numeric columns that a set has one value per particle of, with the parts that each is read or derived from; reads no values."""
+        out: dict[str, tuple[str, ...]] = {}
+        for part, place in ref.parts.items():
+            for name in self._names(place, part):
+                if VARIABLES[name].dims in (("slot",), ("particle",)) and VARIABLES[name].dtype not in _NOT_NUMBERS:
+                    out[_PLACES.get(name, _AS_SET.get(name, name))] = (part,)
+        for axis in ("y", "x"):
+            if f"particle_{axis}" in out:
+                out[f"box_{axis}_angstrom"] = out.pop(f"particle_{axis}")
+        for origin, centre in ORIGINS.items():
+            box = f"box_{origin[-10]}_angstrom"
+            if centre in out and box in out:
+                out[origin] = (*out[centre], *out[box])
+        for name in (*CTF_COLUMNS, *OPTICS):
+            if VARIABLES[name].part.partition(".")[2] in ref.exposures:
+                out.setdefault(name, ())
+        return out
+
     def columns(self, ref: ProductRef, ids: np.ndarray, parts: Iterable[str] | None = None) -> dict[str, np.ndarray]:
         """Columns of some parts (all if None) for ``ids``; NaN or -1 for particles that a step did not process.
 
@@ -223,6 +245,9 @@ class SetReader:
         ids = kept[1]
         columns = {n: generation.read(record, n) for n in names if n in record["shards"]}
         columns |= {n: np.full(len(ids), record["columns"][n]) for n in names if n in record["columns"] and not VARIABLES[n].dims}
+        if number := class_of(parted(place)[1]):
+            here = np.asarray(generation.read(record, "class3d_number")) == number
+            ids, columns = ids[here], {n: values[here] for n, values in columns.items()}
         return Given(ids, columns, _NOT_ASKED, _NOT_ASKED)
 
     def images(self, place: str) -> Given:
@@ -240,6 +265,12 @@ class SetReader:
             if not there.all():
                 return Given(given.ids[there], {}, given.row[there], given.slot[there])
         return given
+
+
+def class_of(output: str) -> int:
+    """Number of the 3D class whose particles and map an output is, ``class2``; 0 for any other."""
+    number = output.removeprefix("class")
+    return int(number) if output.startswith("class") and number.isdecimal() else 0
 
 
 def kept_rows(project: Project, place: str) -> np.ndarray | None:

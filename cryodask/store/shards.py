@@ -23,6 +23,7 @@ import numpy as np
 from numcodecs import Blosc, blosc
 
 from cryodask.errors import DiskError
+from cryodask.store.away import explained
 from cryodask.store.files import fsync_folder, write_all
 
 _NO_CHUNK = np.iinfo(np.uint64).max
@@ -286,7 +287,7 @@ class ShardReader:
         try:
             return open(self.path, "rb")
         except FileNotFoundError as error:
-            raise self._damage("the file is missing") from error
+            raise explained(self.path) or self._damage("the file is missing") from error
 
     def _damage(self, why: str) -> DiskError:
         return _damage(self.path, why)

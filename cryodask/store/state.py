@@ -17,10 +17,18 @@ FORMAT = 2
 _FILE = "project.json"
 
 
+def parted(place: str) -> tuple[str, str]:
+    """The folder of a generation, ``STAGE/KEY``, and the output that a place names, as in ``STAGE/KEY.class2``; empty for none."""
+    stage, _, key = place.rpartition("/")
+    key, _, output = key.partition(".")
+    return f"{stage}/{key}", output
+
+
 class ProductRef(BaseModel):
     """A resolved product: the places of its ids and of each of its parts.
 
-    A place is ``STAGE/KEY``, the folder of a generation below ``stages/``; several that gave parts of exposures are ``A|B``. ``ids``:
+    A place is ``STAGE/KEY``, the folder of a generation below ``stages/``, with the name of an output where the generation has several of
+    the type (``STAGE/KEY.class2``); several that gave parts of exposures are ``A|B``. ``ids``:
     the generation that last determined which particles (or exposures) there are. ``exposures``: the parts of the particles'
     exposures; ``exposure_ids``: the generation that determined which exposures there are. ``output``: name of the output if a
     generation has several of the type; ``place``: the generation of that step. ``threshold``: score above which the peaks of a birth
@@ -42,7 +50,7 @@ class ProductRef(BaseModel):
     def places(self) -> set[str]:
         """All generations that contain its ids and parts."""
         named = (self.ids, self.exposure_ids, *self.parts.values(), *self.exposures.values())
-        return {place for places in named for place in places.split("|") if place}
+        return {parted(place)[0] for places in named for place in places.split("|") if place}
 
 
 class StepState(BaseModel):

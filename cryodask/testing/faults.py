@@ -72,7 +72,7 @@ class FaultyJob:
             kept = []
             for _ in range(_NEEDED_BYTES // _STEP_BYTES):
                 kept.append(np.ones(_STEP_BYTES, np.uint8))
-                time.sleep(0.002)  # as work on it would take
+                time.sleep(0.0005)  # as work on it would take
             return
         if fault == "unpicklable":
             raise _Unpicklable(lambda: None)

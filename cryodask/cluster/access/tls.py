@@ -27,6 +27,7 @@ from distributed import Security
 from cryodask.errors import ClusterError
 
 Role = Literal["scheduler", "worker", "owner", "user"]
+PersonRole = Literal["user", "viewer"]
 _SERVICES: tuple[Role, ...] = ("scheduler", "worker")
 
 
@@ -101,12 +102,14 @@ class Authority:
         write_secret(paths[1], _pem(key))
         return paths
 
-    def invite(self, user: str, lanes: Iterable[str], *, address: str, days: float = 365, address_file: str = "") -> Path:
+    def invite(
+        self, user: str, lanes: Iterable[str], *, address: str, days: float = 365, address_file: str = "", role: PersonRole = "user"
+    ) -> Path:
         """One file that gives a user access: address, authority, certificate and key. A new invitation invalidates the old one.
 
         The first lane is used when the user asks for one that is not allowed; no lanes means all lanes. If the
         address changes, the new one is read from ``address_file``, which needs no protection: the server there must
-        present a certificate of this authority.
+        present a certificate of this authority. A ``viewer`` sees states and usage, and submits nothing.
         """
         if not address.startswith("tls://"):
             raise ClusterError(
@@ -115,7 +118,7 @@ class Authority:
         path, key = self.certificate(user, days=days)
         certificate = _certificate(path.read_text(), path)
         expires = certificate.not_valid_after_utc.isoformat()
-        entry: dict[str, Any] = {"lanes": list(lanes), "serial": f"{certificate.serial_number:X}", "expires": expires}
+        entry: dict[str, Any] = {"lanes": list(lanes), "serial": f"{certificate.serial_number:X}", "expires": expires, "role": role}
         self._write_people({**self.people(), user: entry})
         invitation = Invitation(
             cluster=self.cluster, address=address, address_file=address_file, user=user, lanes=entry["lanes"], expires=expires,
@@ -130,13 +133,18 @@ class Authority:
     def revoke(self, user: str) -> None:
         """Revoke an invitation: the scheduler refuses that user from now on."""
         people = self.people()
-        if people.pop(user, None) is None:
+        self._entry(people, user)
+        del people[user]
+        self._write_people(people)
+
+    def _entry(self, people: Mapping[str, dict[str, Any]], user: str) -> dict[str, Any]:
+        if user not in people:
             raise ClusterError(
                 f"{user} is not invited to {self.cluster}.",
                 "the invitation was revoked, or never made",
-                f"invited are {', '.join(sorted(people))}",
+                f"invited are {', '.join(sorted(people))}" if people else "invite them first; nobody is invited",
             )
-        self._write_people(people)
+        return people[user]
 
     def people(self) -> dict[str, dict[str, Any]]:
         """Invited users: lanes, serial number of the valid certificate, and its expiry."""
@@ -146,10 +154,16 @@ class Authority:
     def _write_people(self, people: Mapping[str, Any]) -> None:
         write_secret(self.folder / "people.json", json.dumps(people, indent=1))
 
+    def set_role(self, user: str, role: PersonRole) -> None:
+        """Change what an invited user may do; the invitation stays valid."""
+        people = self.people()
+        people[user] = {**self._entry(people, user), "role": role}
+        self._write_people(people)
+
     def set_lanes(self, user: str, lanes: Iterable[str]) -> None:
         """Change the lanes of an invited user; the invitation stays valid."""
         people = self.people()
-        people[user] = {**people[user], "lanes": list(lanes)}
+        people[user] = {**self._entry(people, user), "lanes": list(lanes)}
         self._write_people(people)
 
 
@@ -288,7 +302,7 @@ def _explanation(address: str, error: BaseException) -> tuple[str, str, str] | N
         return (
             f"{address} does not speak TLS.",
             "the scheduler was started without certificates",
-            "use its tcp:// address, from its own machine",
+            "use its tcp:// address, on the machine where it runs",
         )
     if isinstance(error, PermissionError | ImportError):
         what, _, rest = str(error).partition("\n")
@@ -306,7 +320,7 @@ def _explanation(address: str, error: BaseException) -> tuple[str, str, str] | N
         return (
             f"{address} closed the connection.",
             "your certificate was refused, or the scheduler is ending",
-            f"check that it is running; else {ask}",
+            f"check that it is running; otherwise {ask}",
         )
     if isinstance(error, OSError):
         return (

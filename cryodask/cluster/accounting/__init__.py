@@ -1,5 +1,5 @@
 """Accounting of worker usage, and the pages that show it."""
 
-from cryodask.cluster.accounting.accounting import Accounting, read_usage
+from cryodask.cluster.accounting.accounting import Accounting, read_history, read_usage
 
-__all__ = ["Accounting", "read_usage"]
+__all__ = ["Accounting", "read_history", "read_usage"]

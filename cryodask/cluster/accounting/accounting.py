@@ -15,7 +15,7 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.scheduler import WorkerState
 from tornado.ioloop import PeriodicCallback
 
-from cryodask.cluster.accounting.journal import Sums, UsageJournal, add, bucket_start
+from cryodask.cluster.accounting.journal import Sums, UsageJournal, add, bucket_seconds, bucket_start
 from cryodask.cluster.fairshare import FairShareScheduler
 
 logger = logging.getLogger("cryodask.cluster")
@@ -309,6 +309,26 @@ class Accounting(SchedulerPlugin):
 def read_usage(folder: str | Path, since: float | None = None, by: Sequence[str] = KEYS) -> list[dict[str, Any]]:
     """Like :meth:`Accounting.usage`, but from the journal in a folder, with or without its scheduler; up to five seconds old."""
     return _rows(UsageJournal(folder, KEYS).read(), since, by)
+
+
+def read_history(folder: str | Path, since: float | None = None, by: Sequence[str] = KEYS) -> list[dict[str, Any]]:
+    """Like :func:`read_usage`, but one row per hour (per day for entries older than two months) and combination, the oldest first.
+
+    ``from`` and ``seconds`` are the start of that time, in seconds since 1970, and its length.
+    """
+    now = time.time()
+    buckets: dict[tuple[int, int], Sums] = {}
+    for (start, path), figures in UsageJournal(folder, KEYS).read().items():
+        # until the file is compacted, it has single hours of days that count as a whole by now
+        bucket = bucket_start(start, now), bucket_seconds(start, now)
+        add(buckets.setdefault(bucket, {}), (0, path), figures)
+    first = float("-inf") if since is None else bucket_start(since, now)
+    return [
+        {"from": start, "seconds": length, **row}
+        for (start, length), sums in sorted(buckets.items())
+        if start >= first
+        for row in _rows(sums, None, by)
+    ]
 
 
 def pool_of(ws: WorkerState | None) -> str:

@@ -19,8 +19,13 @@ Sums = dict[Bucket, dict[str, float]]
 
 def bucket_start(when: float, now: float) -> int:
     """Start of the hour, or of the day (UTC) for entries older than two months."""
-    length = HOUR if now - when < _HOURLY_DAYS * DAY else DAY
+    length = bucket_seconds(when, now)
     return int(when // length) * length
+
+
+def bucket_seconds(when: float, now: float) -> int:
+    """Length of the bucket that a time falls into: an hour, or a day for entries older than two months."""
+    return HOUR if now - when < _HOURLY_DAYS * DAY else DAY
 
 
 class UsageJournal:

@@ -270,7 +270,7 @@ class HandingOver:
         here.write(self.folder / "scheduler.json")
         (self.folder / "successor.json").unlink(missing_ok=True)
         self._publish_address(here.address)
-        self._say(f"runs at {here.address}, dashboard {here.dashboard}")
+        self._say(f"runs at {here.address}")
         if self.ends is not None and self.ends - time.time() < min(batch.margin_seconds(self.service), (self.ends - self.since) / 4):
             self.hand_over_soon()  # Slurm sent its signal while this process was waiting, and does not repeat it
 

@@ -24,6 +24,7 @@ from distributed.core import rpc
 from cryodask.cluster.access import tls
 from cryodask.cluster.service import batch
 from cryodask.cluster.service.batch import SubmittedRun, submit
+from cryodask.cluster.service.leftovers import Leftovers
 from cryodask.cluster.service.whereabouts import (
     Whereabouts,
     address_file,
@@ -49,7 +50,7 @@ from cryodask.cluster.settings import (
 from cryodask.cluster.slurm import slurm
 from cryodask.errors import ClusterError
 
-__all__ = ["Service", "SubmittedRun", "find", "invite", "known", "name_for", "start", "submit"]
+__all__ = ["Service", "SubmittedRun", "find", "invite", "known", "name_for", "revoke", "start", "submit"]
 
 _LOOK_SECONDS = 0.2
 _ANSWER_SECONDS = 15.0
@@ -130,7 +131,13 @@ class Service:
         self.ask("cluster_hand_over")
 
     def stop(self, *, drain_seconds: float = 0) -> None:
-        """Stop the service, after running tasks have finished or ``drain_seconds`` have passed. Returns when everything is gone."""
+        """Stop the service, after running tasks have finished or ``drain_seconds`` have passed. Returns when everything is gone.
+
+        Raises
+        ------
+        ClusterError
+            If it does not end, or if it has ended but Slurm does not answer, so that jobs may be left.
+        """
         folder = self._own_folder("be stopped")
         before = Whereabouts.read(folder / "scheduler.json")
         with suppress(ClusterError) if before and before.life() == "dead" else nullcontext():
@@ -144,6 +151,8 @@ class Service:
                     f"check {folder / 'service.log'}, or kill that process",
                 )
             time.sleep(_LOOK_SECONDS)
+        if (left := Leftovers.read(folder)) is not None:
+            raise left.error(self.name)
 
     def _own_folder(self, what: str) -> Path:
         if self.folder is None:
@@ -252,7 +261,7 @@ def _on_its_way(folder: Path) -> str:
     return str(launched) if launched is not None and not launched.ended() else ""
 
 
-def invite(name: str, user: str, lanes: list[str], *, days: float = 365) -> Path:
+def invite(name: str, user: str, lanes: list[str], *, days: float = 365, role: tls.PersonRole = "user") -> Path:
     """Make an invitation file for a service of this account, running or not.
 
     Raises
@@ -266,7 +275,22 @@ def invite(name: str, user: str, lanes: list[str], *, days: float = 365) -> Path
     if unknown:
         raise ClusterError(f"{name} has no lane {unknown[0]!r}.", "", f"its lanes are {', '.join(settings.lanes)}")
     where = address_file(folder, settings)
-    return authority.invite(user, lanes, address=found.address if found else "tls://not-started:0", days=days, address_file=str(where))
+    address = found.address if found else "tls://not-started:0"
+    return authority.invite(user, lanes, address=address, days=days, address_file=str(where), role=role)
+
+
+def revoke(name: str, user: str, *, cancel_work: bool = False) -> int:
+    """Revoke an invitation to a service of this account, running or not; returns how many tasks were cancelled.
+
+    Raises
+    ------
+    ClusterError
+    """
+    authority_of(name).revoke(user)
+    found = Whereabouts.read(folder_of(name) / "scheduler.json")
+    if not cancel_work or found is None or not found.lives():
+        return 0
+    return int(find(name).ask("cancel_work", user=user))
 
 
 def authority_of(name: str) -> tls.Authority:
@@ -404,6 +428,9 @@ def clean_up(name: str, *, force: bool = False) -> list[str]:
                 "it has just been started, or its successor is about to take over",
                 f"check with  cryodask cluster status {name}",
             )
+    slurm_too = bool(left) and isinstance(settings_of(folder), SlurmSettings)
+    if slurm_too and in_thread(slurm.squeue()) is None:
+        raise ClusterError(f"The jobs of {name} cannot be cancelled: Slurm does not answer.", "its controller is down", "try again later")
     for file, found in left.items():
         words += [f"job {job} cancelled" for job in in_thread(slurm.cancel_of(found.id))]
         (folder / file).unlink()

@@ -21,9 +21,11 @@ from typing import Any
 import dask
 
 from cryodask.cluster.access import tls
-from cryodask.cluster.connect import local_cluster, local_environment
+from cryodask.cluster.access.peers import asking
+from cryodask.cluster.local import local_cluster, local_environment
 from cryodask.cluster.service import batch
 from cryodask.cluster.service.handover import HandingOver
+from cryodask.cluster.service.leftovers import Leftovers, cancel_leftovers
 from cryodask.cluster.service.whereabouts import Whereabouts, encrypted, owner_of, settings_of
 from cryodask.cluster.settings import SlurmSettings
 from cryodask.cluster.slurm import slurm
@@ -75,6 +77,8 @@ class Serving(HandingOver):
         sampling = asyncio.ensure_future(self._sample())
         try:
             self._listen_to_requests()
+            for job in await cancel_leftovers(self.folder) if isinstance(self.settings, SlurmSettings) else ():
+                self._say(f"job {job}, left when this service ended, was cancelled")
             await self._first_jobs()
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, self._over.set)
@@ -87,6 +91,8 @@ class Serving(HandingOver):
         finally:
             sampling.cancel()
             await self.cluster.close()
+            if left := getattr(self.cluster, "jobs_left", []):
+                Leftovers(self.id, left).write(self.folder)
 
     async def _first_jobs(self) -> None:
         scaled = json.loads((self.folder / "scaled.json").read_text()) if self.follows else {}
@@ -123,6 +129,7 @@ class Serving(HandingOver):
         events = [*self.events, *((when, text) for when, _, text in (self.cluster.events if slurm_too else ()))]
         return {
             **{key: value for key, value in asdict(here).items() if key != "id"},
+            "dashboard": "" if asking() else here.dashboard,  # its address is a secret of the owner
             "state": self.state,
             "hand_over": self.ends - batch.margin_seconds(self.service) if self.ends else None,
             "workers": len(scheduler.workers),

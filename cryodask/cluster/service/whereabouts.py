@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import socket
 from collections.abc import Coroutine
@@ -13,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from cryodask.account import state_folder
 from cryodask.cluster.access import tls
 from cryodask.cluster.settings import AddressSettings, LocalSettings, PluginSettings, SlurmSettings, parse_settings
 from cryodask.cluster.slurm import slurm
@@ -95,11 +95,6 @@ class Whereabouts:
 
 
 # --- where services are kept -----------------------------------------------------------------------------------------------------
-def state_folder() -> Path:
-    """Folder of this account for state that outlives a process."""
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "cryodask"
-
-
 def make_passable(folder: Path) -> None:
     """Make a folder and its parents traversable for others whatever the umask, because it contains an address that all may read."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]

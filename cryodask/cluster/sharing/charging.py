@@ -6,10 +6,12 @@ import math
 from time import monotonic
 from typing import Any
 
+from distributed.protocol.serialize import ToPickle
 from distributed.scheduler import TaskState, WorkerState
 
 from cryodask.cluster.sharing.lanes import Share
 from cryodask.cluster.sharing.owners import LanedScheduler
+from cryodask.cluster.sharing.sealed import Sealed
 
 FIRST = -math.inf
 """Rank on a worker of tasks that must not wait there."""
@@ -69,6 +71,9 @@ class ChargingScheduler(LanedScheduler):
         flight = self._flights.get(ts.key)
         rank = flight.rank if flight is not None else FIRST if ts.actor else self._highest
         message["priority"] = (rank, *message["priority"])
+        ws = ts.processing_on
+        if ts.run_spec is not None and ws is not None and not ws.address.startswith("inproc://"):  # there nothing is pickled
+            message["run_spec"] = ToPickle(Sealed(ts.run_spec, "cryodask" in ws.extra))
         return message
 
     def _settle(self, key: Any, seconds: float | None = None) -> None:

@@ -17,7 +17,7 @@ from distributed.versions import get_versions
 
 from cryodask.cluster.access.versions import RELEASE, why_refused
 from cryodask.cluster.sharing.lanes import LaneOptions, LaneQueue, Owner, Share
-from cryodask.cluster.sharing.streams import GatheringScheduler
+from cryodask.cluster.sharing.slices import SlicingScheduler
 
 THREADS = "threads"
 _SAMPLED = 200
@@ -40,7 +40,7 @@ class _NewGraph(SchedulerPlugin):
         self._scheduler.limit_failures(given.get("allowed_failures") or {})
 
 
-class LanedScheduler(GatheringScheduler):
+class LanedScheduler(SlicingScheduler):
     """A scheduler that knows the owner of every task, with a queue of tasks waiting in lanes."""
 
     def configure_lanes(self, lanes: Mapping[str, Any] | None, strict: Iterable[str], default_lane: str) -> None:
@@ -74,6 +74,18 @@ class LanedScheduler(GatheringScheduler):
         if address not in self.workers:
             self.workers_changed(gone=address)
         return said
+
+    def report(self, msg: dict[str, Any], ts: TaskState | None = None, client: str | None = None) -> None:
+        """Like distributed's, but the error of a graph that could not be taken is told to its sender alone.
+
+        Others may have futures of the same keys, and would unpickle the sender's exception.
+        """
+        if ts is None and client is not None and msg.get("op") == "task-erred":
+            stream = self.client_comms.get(client)
+            if stream is not None and not stream.closed():
+                stream.send(msg)
+            return
+        super().report(msg, ts=ts, client=client)
 
     def contest_begins(self) -> None:
         """Called when a second owner has tasks."""

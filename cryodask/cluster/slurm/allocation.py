@@ -54,7 +54,7 @@ def allocation_script(settings: SlurmSettings, driver: str, *, certificates: Pat
     lines = [
         "#!/usr/bin/env bash",
         *(f"#SBATCH {line}" for line in asked),
-        *[line for line in prologue_of(pool, certificates) if "CUDA" not in line],
+        *[line for line in prologue_of(pool, certificates, people=settings.people_on_workers) if "CUDA" not in line],
         *_scheduler_exports(settings, certificates),
         f"folder={shlex.quote(str(logs))}/batch-$SLURM_JOB_ID",
         'mkdir -p -m 700 "$folder"',

@@ -59,6 +59,8 @@ class PoolJobs(SpecCluster):
         self._stays_until: dict[str, float] = {}
         self._fast_until = 0.0
         self._watching: asyncio.Task[None] | None = None
+        self.jobs_left: list[str] = []
+        """After the end: jobs that Slurm may still have."""
         self._certificates = certificates
         super().__init__(workers={}, name="cryodask", silence_logs=logging.ERROR, **options)
 
@@ -392,16 +394,18 @@ class PoolJobs(SpecCluster):
     # --- the end -----------------------------------------------------------------------------------------------------------------
     async def _close(self) -> None:
         watching, self._watching = self._watching, None
+        known = {job.job_id for job in self.workers.values() if job.job_id}
         if watching is not None:
             await _end({watching, *self._retirements})
-            await slurm.scancel([job.job_id for job in self.workers.values() if job.job_id])  # one call for all
+            await slurm.scancel(sorted(known))  # one call for all
             for job in self.workers.values():
                 await ProcessInterface.close(job)
         await super()._close()
-        if watching is not None and not await slurm.wait_until_gone(self.cluster_id, _CLOSE_SECONDS):
-            logger.warning(
-                "Slurm still shows jobs of this cluster, or does not answer. They end by themselves when they find no scheduler."
-            )
+        if watching is not None:
+            self.jobs_left = await slurm.cancel_until_gone(self.cluster_id, known, _CLOSE_SECONDS)
+        if self.jobs_left:
+            jobs = ", ".join(self.jobs_left)
+            logger.warning(f"Slurm may still have jobs of this cluster: {jobs}. They end within a minute when they find no scheduler.")
 
 
 async def _end(tasks: set[asyncio.Task[Any]]) -> None:

@@ -96,6 +96,12 @@ class PoolCluster(PoolJobs):
             asynchronous=asynchronous,
         )
 
+    @property
+    def dashboard_link(self) -> str:
+        """Address of Dask's dashboard; of a guarded scheduler with the secret word below which its pages are."""
+        link = str(super().dashboard_link)
+        return link.replace("/status", f"{getattr(self.scheduler, 'pages', '/').rstrip('/')}/status")
+
     # --- what users call ---------------------------------------------------------------------------------------------------------
     def scale_pool(self, **jobs: int) -> Any:
         """Set the number of jobs of the named pools; the others are unchanged. Workers that leave first move their results to others.

@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ _NETWORK = "nfs*|lustre|gpfs|fhgfs|beegfs|ceph*|cifs|smb*|afs|k-afs|panfs|pvfs2|
 
 # also bounds the import time of a worker, which can be a minute on a busy file system
 DEATH_SECONDS = 180
+# a worker that finds no scheduler ends after that: with its imports, a job that starts after its cluster is gone has ended within a minute
+_CONTACT_SECONDS = 45
 
 
 def load_jobqueue() -> Any:
@@ -114,7 +117,7 @@ def pool_job_class() -> type[Any]:
                     f"--comment={COMMENT}:{cluster_id}:{name}",
                     *chosen.directives,
                 ],
-                job_script_prologue=prologue_of(chosen, certificates),
+                job_script_prologue=prologue_of(chosen, certificates, people=settings.people_on_workers),
                 worker_extra_args=worker_options_of(pool, chosen, certificates),
                 local_directory=f'"{chosen.scratch}"',
                 death_timeout=DEATH_SECONDS,
@@ -213,11 +216,13 @@ def licence_directive(pool: PoolSettings, jobs: int = 1) -> list[str]:
     return [f"--licenses={','.join(f'{name}:{jobs * n}' for name, n in pool.licences.items())}"] if pool.licences else []
 
 
-def prologue_of(pool: PoolSettings, certificates: Path | None) -> list[str]:
-    """Shell commands before the workers of a pool start."""
-    settings = {"DASK_" + k.upper().replace(".", "__").replace("-", "_"): str(v) for k, v in SETTINGS.items()}
+def prologue_of(pool: PoolSettings, certificates: Path | None, *, people: bool = False) -> list[str]:
+    """Shell commands before the workers of a pool start; ``people`` may connect to them."""
+    chosen = {**SETTINGS, "distributed.comm.timeouts.connect": f"{_CONTACT_SECONDS}s"}
+    settings = {"DASK_" + k.upper().replace(".", "__").replace("-", "_"): str(v) for k, v in chosen.items()}
     values = {**ONE_THREAD, **ALLOCATOR, "PYTHONDONTWRITEBYTECODE": "", **settings}
     values |= tls.worker_environment(certificates) if certificates else {}
+    values |= {"DASK_CRYODASK__PEOPLE_ON_WORKERS": "True"} if people else {}
     lines = [*pool.environment, *(f"export {name}={shlex.quote(value)}" for name, value in values.items())]
     lines += [] if pool.network_scratch else [_refuse_network(pool.scratch)]
     return lines + ([': "${CUDA_VISIBLE_DEVICES:?Slurm gave this job no GPU}"'] if pool.gpus else [])
@@ -347,17 +352,22 @@ async def cancel_leftovers() -> list[str]:
     return [job.name for job in left]
 
 
-async def wait_until_gone(cluster_id: str, seconds: float) -> bool:
-    """Cancel the jobs of a cluster until Slurm shows none; False if that takes too long, or Slurm does not answer."""
-    deadline = time.monotonic() + seconds
+async def cancel_until_gone(cluster_id: str, known: Iterable[str], seconds: float) -> list[str]:
+    """Cancel the jobs of a cluster until Slurm shows none of them, or the time is over.
+
+    Returns the ids of jobs that may still be there: those ``known`` if Slurm never answered.
+    """
+    deadline, left = time.monotonic() + seconds, sorted(known)
     while time.monotonic() < deadline:
         queue = await squeue()
-        left = [job for job in queue or [] if job.cluster_id == cluster_id]
-        if queue is not None and not left:
-            return True
-        await scancel([job.job_id for job in left if job.alive])
+        jobs = [job for job in queue or [] if job.cluster_id == cluster_id]
+        if queue is not None:
+            left = [job.job_id for job in jobs]
+            if not left:
+                break
+        await scancel([job.job_id for job in jobs if job.alive])
         await asyncio.sleep(0.2 if queue is not None else 2.0)
-    return False
+    return left
 
 
 def new_cluster_id() -> str:

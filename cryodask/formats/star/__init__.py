@@ -16,6 +16,7 @@ from cryodask.formats.star.write import (
     write_corrected_micrographs,
     write_micrographs_ctf,
     write_motion,
+    write_particle_tracks,
     write_particles,
     write_postprocess,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "write_corrected_micrographs",
     "write_micrographs_ctf",
     "write_motion",
+    "write_particle_tracks",
     "write_particles",
     "write_postprocess",
     "write_tables",

@@ -108,9 +108,17 @@ def read_coordinates(path: str | Path) -> Columns:
     path = Path(path)
     tables = _tables(path, [*(c.relion for c in COLUMNS), *_PIXELS])
     # a table without rows has no columns either
-    table = next((t for t in tables.values() if t and {"rlnCoordinateX", "rlnCoordinateY"} & set(t)), None)
-    if table is None:
+    given = {name: t for name, t in tables.items() if t and {"rlnCoordinateX", "rlnCoordinateY"} & set(t)}
+    if not given:
         raise missing_column(path, "rlnCoordinateX")
+    filled = {name: t for name, t in given.items() if _length(next(iter(t.values())))}
+    if len(filled) > 1:
+        raise StarError(
+            f"{path} has {len(filled)} tables of coordinates: {', '.join(f'data_{name}' for name in filled)}",
+            "two pickers, or picks and their sorted-out rest, were written into one file",
+            "keep one of the tables",
+        )
+    table = next(iter((filled or given).values()))
     columns = {name: _decoded(values) for name, values in _translate(path, table, _PICKS)}
     for name, relion in (("particle_x", "rlnCoordinateX"), ("particle_y", "rlnCoordinateY")):
         if name not in columns:
@@ -314,6 +322,7 @@ def _optics_of_rows(path: Path, table: Loop, columns: Read) -> Read:
         for name, pixels in _translate(path, table, origins):
             if name not in columns:
                 out[name] = np.asarray(pixels) * np.asarray(image_pixel)
+                check_limits(path, {name: out[name]}, "row", lambda row: row + 1)
     return out
 
 

@@ -127,6 +127,8 @@ def write_motion(
     defect_name: str | None = None,
     motion_polynomial: np.ndarray | None = None,
     hot_pixel: np.ndarray | None = None,
+    eer_grouping: int | None = None,
+    eer_upsampling: int = 1,
 ) -> None:
     """Motion of one movie as RELION's per-movie STAR file, for Bayesian polishing.
 
@@ -144,6 +146,8 @@ def write_motion(
         RELION's coefficients of the local motion, X first.
     hot_pixel : array, `(n, 2)`, optional
         (y, x) of repaired pixels.
+    eer_grouping, eer_upsampling : int, optional
+        Of an EER movie: camera frames per frame, and pixels per camera pixel.
     """
     import pandas as pd
 
@@ -161,6 +165,7 @@ def write_motion(
         "rlnMicrographPreExposure": pre_exposure,
         "rlnVoltage": voltage_kv,
         "rlnMicrographStartFrame": 1,
+        **({"rlnEERGrouping": eer_grouping, "rlnEERUpsampling": eer_upsampling} if eer_grouping else {}),
         "rlnMotionModelVersion": 0 if motion_polynomial is None else 1,
     }
     shifts = {
@@ -175,6 +180,16 @@ def write_motion(
         tables["local_motion_model"] = pd.DataFrame(table)
     if hot_pixel is not None and len(hot_pixel):
         tables["hot_pixels"] = pd.DataFrame({"rlnCoordinateX": hot_pixel[:, 1], "rlnCoordinateY": hot_pixel[:, 0]}, dtype=np.float64)
+    write_tables(path, tables)
+
+
+def write_particle_tracks(path: str | Path, tracks: np.ndarray) -> None:
+    """Tracks `(particle, frame, 2)` (y, x) of the particles of a micrograph, Angstrom, as relion_motion_refine writes them."""
+    import pandas as pd
+
+    tables: dict[str, Any] = {"general": {"rlnParticleNumber": len(tracks)}}
+    for number, track in enumerate(np.asarray(tracks, np.float64)):
+        tables[str(number)] = pd.DataFrame({"rlnOriginXAngst": track[:, 1], "rlnOriginYAngst": track[:, 0]})
     write_tables(path, tables)
 
 

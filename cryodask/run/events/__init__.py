@@ -143,7 +143,9 @@ class StepFinished(Event):
 
 
 class RunEnded(Event):
-    """A run has ended: ``state`` is "finished" or the reason in a sentence, ``status`` the exit status of the command."""
+    """A run has ended: ``state`` is "finished", the steps that wait for a person, or the reason in a sentence; ``status`` the exit status
+    of the command.
+    """
 
     state: str
     status: int
@@ -175,6 +177,8 @@ class Events:
         self._listeners = list(listeners)
         self._early: list[Event] | None = []
         self._ended = False
+        self.waiting_for: list[str] = []
+        """Steps that wait for a person when the run ends."""
 
     def emit(self, kind: type[Event], **fields: Any) -> None:
         """Call all listeners. Fields are not validated, because only the driver emits events."""
@@ -210,7 +214,8 @@ class Events:
             return
         self._ended = True
         if error is None:
-            self.emit(RunEnded, state="finished", status=0)
+            state = f"waiting for a person: {', '.join(self.waiting_for)}" if self.waiting_for else "finished"
+            self.emit(RunEnded, state=state, status=0)
         else:
             said = str(error).splitlines()[0] if str(error) else type(error).__name__
             self.emit(RunEnded, state=f"stopped: {said}", status=exit_status(error))

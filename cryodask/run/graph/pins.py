@@ -11,7 +11,7 @@ from cryodask.run.graph.chain import Step, WrongStep, labels_of
 from cryodask.store import places
 from cryodask.store.generation import Generation
 from cryodask.store.places import Line
-from cryodask.store.state import ProductRef, ProjectState
+from cryodask.store.state import ProductRef, ProjectState, parted
 
 FACTS = ("frame", "point_group", "copies", "subtracted", "purpose")
 """Facts that its parameters determined. Sources, births and pixel sizes are those of the project."""
@@ -121,7 +121,7 @@ def _ref(place: str, line: Line) -> str:
     """``LABEL@PLACE``; the label is for display only."""
     if not place:
         return ""
-    first = place.partition("|")[0]
+    first = parted(place.partition("|")[0])[0]
     return f"{line.label_at(first) or first.partition('/')[0]}@{place}"
 
 

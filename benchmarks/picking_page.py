@@ -1,0 +1,149 @@
+"""The picking page without a GPU: how long until a micrograph of 4096 x 4096 is seen, and how fast it answers.
+
+``python benchmarks/picking_page.py [--quick] [--size 4096] [--repeat 7]``
+
+Micrographs are imported, so that there are no previews: the server makes the first picture from the whole micrograph, and has not cached
+it. ``first_picture_s`` is from the start of the navigation to the first picture on the canvas; contrast and low-pass are measured on the
+level of 2048 x 2048, in the page, from the slider to the drawn picture. Browser: the system's Chromium, headless, drawing in software.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from distributed import Client
+from playwright.sync_api import sync_playwright
+
+from cryodask.formats.mrc import write_mrc
+from cryodask.formats.star import write_coordinates
+from cryodask.run.recipe import make_plan
+from cryodask.run.session import run_plan
+
+OUT = Path(__file__).parent / "out" / "picking_page"
+PICKS = 400
+TOKEN = "benchmark"
+OPTICS = (
+    "data_optics\n\nloop_\n_rlnOpticsGroup #1\n_rlnVoltage #2\n_rlnSphericalAberration #3\n_rlnAmplitudeContrast #4\n"
+    "_rlnMicrographPixelSize #5\n1 300 2.7 0.1 1.0\n\ndata_micrographs\n\nloop_\n_rlnMicrographName #1\n_rlnOpticsGroup #2\n"
+)
+REPEATED = """([what, times]) => {
+  const spent = [];
+  for (let k = 0; k < times; k++) {
+    picker.form[what].value = what === "lowpass" ? 15 + 5 * k : 1 + 0.2 * k;
+    const begun = performance.now();
+    what === "lowpass" ? picker.filter() : picker.colour();
+    cancelAnimationFrame(picker.drawing);
+    picker.drawing = 0;
+    picker.paintAll();
+    spent.push(performance.now() - begun);
+  }
+  return spent;
+}"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", type=int, default=4096)
+    parser.add_argument("--repeat", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="2048 x 2048, three times")
+    asked = parser.parse_args()
+    size, repeat = (2048, 3) if asked.quick else (asked.size, asked.repeat)
+    shutil.rmtree(OUT, ignore_errors=True)
+    OUT.mkdir(parents=True)
+    make_project(size, repeat)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", "from cryodask.cli import main; main()", "dashboard", str(OUT / "session"), "--port", str(port)]
+    server = subprocess.Popen([*command, "--token", TOKEN], env=environment())
+    try:
+        found = measure(f"http://127.0.0.1:{port}", repeat)
+    finally:
+        server.kill()
+        server.wait()
+    limits = {"first_picture_s": 1.5, "contrast_ms": 50.0, "lowpass_ms": 200.0}
+    for name, values in found.items():
+        print(f"{name:<16} {statistics.median(values):8.2f}   (longest of {len(values)}: {max(values):.2f}; limit {limits[name]:g})")
+    plot(found, limits)
+    print(json.dumps({name: round(statistics.median(values), 3) for name, values in found.items()} | {"size": size}))
+
+
+def environment() -> dict[str, str]:
+    import os
+
+    return {**os.environ, "XDG_CACHE_HOME": str(OUT / "cache"), "XDG_STATE_HOME": str(OUT / "state")}
+
+
+def make_project(size: int, count: int) -> None:
+    rng = np.random.default_rng(1)
+    (OUT / "picks").mkdir()
+    names = []
+    for k in range(count):
+        write_mrc(OUT / f"m{k}.mrc", rng.normal(20.0, 4.5, (size, size)).astype(np.float32), 1.0)
+        write_coordinates(OUT / "picks" / f"m{k}.star", *rng.uniform(0, size - 1, (2, PICKS)), rng.uniform(1, 4, PICKS))
+        names.append(f"m{k}.mrc 1\n")
+    (OUT / "m.star").write_text(OPTICS + "".join(names))
+    pipeline = [{"import_micrographs": {"star": "m.star"}}, {"import_picks": {"folder": "picks"}}, "edit_picks"]
+    (OUT / "s.yaml").write_text(yaml.safe_dump({"name": "session", "pipeline": pipeline}))
+    with Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as client:
+        run_plan(make_plan(OUT / "s.yaml"), client)
+
+
+def measure(address: str, repeat: int) -> dict[str, list[float]]:
+    first: list[float] = []
+    found: dict[str, list[float]] = {}
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox", "--disable-gpu"])
+        page: Any = browser.new_page(viewport={"width": 1400, "height": 1000})
+        until = time.monotonic() + 60
+        while True:
+            try:
+                page.goto(f"{address}/?token={TOKEN}")
+                break
+            except Exception:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.2)
+        for row in range(repeat):
+            page.goto(f"{address}/s/session/pick/{row}")
+            page.wait_for_selector("body[data-ready=yes]")
+            first.append(page.evaluate("picker.spent.first") / 1e3)
+        # so that two pixels of the micrograph are one of the screen: the level of half its size
+        page.evaluate("() => { picker.frame.zoom = 0.5; picker.draw(); }")
+        page.wait_for_function("() => picker.shownStep === (picker.height > 2048 ? 2 : 1) || picker.steps.length === 1")
+        for name, what in (("lowpass_ms", "lowpass"), ("contrast_ms", "contrast")):
+            page.evaluate(REPEATED, [what, 2])  # compiled on first use
+            found[name] = page.evaluate(REPEATED, [what, repeat])
+        browser.close()
+    return {"first_picture_s": first, **found}
+
+
+def plot(found: dict[str, list[float]], limits: dict[str, float]) -> None:
+    """Save ``out/picking_page.png``."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, len(found), figsize=(9, 2.8), layout="constrained")
+    for axes, (name, values) in zip(panels, found.items()):
+        axes.plot(values, "o")
+        axes.axhline(limits[name], color="grey", linestyle=":", label="limit")
+        axes.set(title=name, xlabel="repetition", ylim=(0, None))
+    panels[0].legend()
+    figure.savefig(OUT.parent / "picking_page.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()

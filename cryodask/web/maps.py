@@ -1,0 +1,183 @@
+"""Maps, class averages and curves of the steps of a project, small enough for a page."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import struct
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cryodask.kernels.isosurface import isosurface, reduced
+from cryodask.store.generation import Generation
+from cryodask.store.lines import Record
+from cryodask.vocabulary import VARIABLES
+from cryodask.web.exposure import number, numbers
+from cryodask.web.follow import Follower
+from cryodask.web.pictures import Cache, upright
+
+LONGEST_SURFACE_VOXELS = 96
+MOST_TRIANGLES = 60_000
+_VARIABLES = ("sharpened_map", "final_map")
+_CURVES = ("fsc_unmasked", "fsc_masked", "fsc_randomised", "fsc_corrected")
+_ONE_AT_A_TIME = threading.Lock()
+"""A map of 400 voxels has 256 MB: several at once would be more than the whole server should have."""
+
+
+@dataclass(frozen=True)
+class MapStep:
+    """A finished step that gives a map."""
+
+    label: str
+    generation: Generation
+    record: Record
+    variable: str
+
+
+def map_steps(follower: Follower) -> list[MapStep]:
+    """All finished steps that give a map, in the order of the pipeline."""
+    out = []
+    for label in follower.project.stages:
+        generation = follower.project.generation(label)
+        if generation.meta["per_item"]:
+            continue
+        variable = next((v for v in _VARIABLES if v in generation.meta["gives"]), None)
+        record = generation.committed().get(0) if variable is not None else None
+        if variable is not None and record is not None and variable in record["shards"]:
+            out.append(MapStep(label, generation, record, variable))
+    return out
+
+
+def described(step: MapStep) -> dict[str, Any]:
+    """Size, figures and curves of a map, as JSON."""
+    columns = step.record["columns"]
+    figures = {
+        VARIABLES[name].doc: f"{value:.4g} {'' if VARIABLES[name].units == '1' else VARIABLES[name].units}".strip()
+        for name, value in columns.items()
+        if name in VARIABLES and not VARIABLES[name].dims and isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    shape = step.record.get("shape") or _shape(step)
+    out: dict[str, Any] = {"step": step.label, "variable": step.variable, "shape": list(shape), "figures": figures, "fsc": None}
+    if "fsc_corrected" in columns:
+        resolution = np.asarray(step.generation.read(step.record, "shell_resolution_angstrom"), dtype=np.float64)
+        with np.errstate(divide="ignore"):
+            curves = {name: numbers(step.generation.read(step.record, name)) for name in _CURVES if name in columns}
+            out["fsc"] = {"frequency": numbers(1.0 / resolution), **curves}
+    return out
+
+
+def section(cache: Cache, step: MapStep, axis: int, share: float) -> bytes:
+    """PNG of a section through a map, `share` (0 to 1) of the way along an axis (0 z, 1 y, 2 x)."""
+    grey = _grey(cache, step)
+    at = min(grey.shape[axis] - 1, max(0, round(share * (grey.shape[axis] - 1))))
+    return png(np.take(grey, at, axis))
+
+
+def surface(cache: Cache, step: MapStep, sigmas: float) -> bytes:
+    """Isosurface of a map at some standard deviations above its mean, but never above 90 % of the highest density.
+
+    A little-endian u4, the length of the JSON head (``vertices``, ``triangles``, ``size``) that follows, padded so that the arrays begin at
+    a multiple of 4 bytes; then (x, y, z) of the vertices, from the centre of the map (f4), and the triangles (u4).
+    """
+    small = _small(cache, step)
+    mean = float(small.mean())
+    level = min(mean + sigmas * float(small.std()), mean + 0.9 * (float(small.max()) - mean))
+    longest = max(small.shape)
+    while True:
+        vertices, triangles = isosurface(small, level)
+        if len(triangles) <= MOST_TRIANGLES or longest < 24:
+            break
+        longest = int(longest * 0.8)
+        small = reduced(small, longest)
+    centred = vertices[:, ::-1] - (np.array(small.shape[::-1], np.float32) - 1) / 2
+    head = json.dumps({"vertices": len(vertices), "triangles": len(triangles), "size": max(small.shape)}).encode()
+    head += b" " * (-(len(head) + 4) % 4)
+    return b"".join([struct.pack("<I", len(head)), head, centred.astype("<f4").tobytes(), triangles.astype("<u4").tobytes()])
+
+
+def orientations(step: MapStep) -> dict[str, Any]:
+    """How many particles have each viewing direction: counts by tilt (rows, 0 to 180 degrees) and rot (columns, -180 to 180)."""
+    names = ("rot_deg", "tilt_deg")
+    if not all(name in step.record["columns"] or name in step.record["shards"] for name in names):
+        return {"counts": None, "particles": 0}
+    rot, tilt = (np.asarray(step.generation.read(step.record, name), dtype=np.float64) for name in names)
+    # the same direction may be written with a negative tilt
+    rot, tilt = np.where(tilt < 0, rot + 180, rot), np.abs(tilt) % 360
+    rot, tilt = np.where(tilt > 180, rot + 180, rot), np.where(tilt > 180, 360 - tilt, tilt)
+    seen = np.isfinite(rot) & np.isfinite(tilt)
+    counts, _, _ = np.histogram2d(tilt[seen], (rot[seen] + 180) % 360 - 180, bins=(36, 72), range=((0, 180), (-180, 180)))
+    return {"counts": counts.astype(int).tolist(), "particles": int(seen.sum())}
+
+
+def averages(follower: Follower) -> tuple[str, list[dict[str, Any]], np.ndarray] | None:
+    """The step of the last classes, what is known of each, and their averages `(class, y, x)`; None before there are any."""
+    for label in reversed(follower.project.stages):
+        generation = follower.project.generation(label)
+        if "class_average" not in generation.meta["gives"]:
+            continue
+        record = generation.committed().get(0)
+        if record is None or "class_average" not in record["shards"]:
+            continue
+        about: dict[str, Any] = {}
+        for name in ("class_share", "class_resolution_angstrom", "class_score"):
+            if name in record["columns"] or name in record["shards"]:
+                about[name] = [number(v) for v in np.asarray(generation.read(record, name)).ravel()]
+        images = np.asarray(generation.read(record, "class_average"))
+        rows = [{"number": n + 1, **{k: v[n] for k, v in about.items() if n < len(v)}} for n in range(len(images))]
+        return label, rows, images
+    return None
+
+
+def average_png(images: np.ndarray, index: int) -> bytes:
+    """PNG of a class average; all classes share one grey scale in units of their own contrast."""
+    return png(_greys(images[index], 1.0, 99.8))
+
+
+def png(picture: np.ndarray) -> bytes:
+    """A PNG file of a picture `(y, x)` uint8 whose first row is the lowest."""
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(upright(picture))).save(file, "PNG")
+    return file.getvalue()
+
+
+# --- kept on the local disk ------------------------------------------------------------------------------------------------------
+def _grey(cache: Cache, step: MapStep) -> np.ndarray:
+    """The map in 8 bits, not in memory but mapped from the cache."""
+    return _kept(cache, step, "grey", lambda volume: _greys(volume, 0.5, 99.9))
+
+
+def _small(cache: Cache, step: MapStep) -> np.ndarray:
+    return np.asarray(_kept(cache, step, "small", lambda volume: reduced(volume, LONGEST_SURFACE_VOXELS)))
+
+
+def _kept(cache: Cache, step: MapStep, kind: str, make: Any) -> np.ndarray:
+    place = f"{step.generation.path}|{step.record['shards'][step.variable]}"
+    name = f"{hashlib.blake2b(place.encode(), digest_size=8).hexdigest()}-{kind}.npy"
+    with _ONE_AT_A_TIME:
+        path = cache.path(name, lambda: _array_bytes(make(np.asarray(step.generation.read(step.record, step.variable)))))
+    return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False)) if not isinstance(path, bytes) else np.load(io.BytesIO(path))
+
+
+def _array_bytes(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def _greys(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    bottom, top = np.percentile(values[tuple(slice(None, None, max(1, n // 128)) for n in values.shape)], (low, high))
+    scaled = np.subtract(values, np.float32(bottom), dtype=np.float32)
+    scaled *= np.float32(255 / max(float(top - bottom), 1e-12))
+    np.clip(scaled, 0, 255, out=scaled)
+    return np.asarray(np.nan_to_num(scaled, copy=False).astype(np.uint8))
+
+
+def _shape(step: MapStep) -> tuple[int, ...]:
+    from cryodask.store.shards import Layout
+
+    return Layout.of_array(step.generation.path / step.variable).shape

@@ -1,0 +1,347 @@
+"""The pages in a real browser: drawn without errors, live, by keyboard, accessible, behind prefixes and a proxy, whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import socket
+import subprocess
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from _browser import Tab, chromium
+from _web import HEIGHT, TOKEN, WIDTH, Command, Made, Site, make_project, serving, wait_for
+
+from cryodask.web.ledger import Ledger
+from cryodask.web.sessions import Sessions
+
+PAGES = ["", "s/session/", "s/session/maps", "s/session/history", "s/session/data", "s/session/people", "cluster", "admin/", "account"]
+CHOSEN = ["s/session/pick/0", "s/session/classes", "s/session/choose", "s/session/particles"]
+PAGES += CHOSEN
+PAGES += ["s/session/history?first=postprocess%40k1&second=postprocess%40k2", "nothing/here"]
+DRAWN = "document.body.dataset.sequence > 0 && document.getElementById('d-name').textContent !== 'No exposure chosen'"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("pages")
+    made = make_project(folder / "session", 6)
+    made.finish(key="k2", sharpening=-120.0)
+    made.particles(500)
+    with serving(Sessions({"": [folder / "session"]}, Ledger(folder / "audit")), cache=folder / "cache") as site:
+        yield site
+
+
+@contextlib.contextmanager
+def site_of(folder: Path, prefix: str = "") -> Iterator[tuple[Site, Made]]:
+    made = make_project(folder / "session", 5)
+    with serving(Sessions({"": [folder]}, Ledger(folder / "audit")), cache=folder / "cache", prefix=prefix) as site:
+        yield site, made
+
+
+@contextlib.contextmanager
+def tab(browser: Any, site: Site, **options: Any) -> Iterator[Tab]:
+    made = Tab(browser, site, **options)
+    try:
+        yield made.log_in()
+    finally:
+        made.close()
+
+
+# --- every page ------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1400])
+def test_every_page_is_accessible_fits_and_asks_no_other_host(browser, shown, width, dark):
+    from axe_playwright_python.sync_playwright import Axe
+
+    # axe is evaluated in the page, which the pages' own policy forbids
+    with tab(browser, shown, width=width, dark=dark, bypass_csp=True) as one:
+        for path in PAGES:
+            one.open(path)
+            if path == "s/session/":
+                one.until(DRAWN)
+                one.until("document.querySelectorAll('.uplot canvas').length >= 7")
+            if path in CHOSEN:
+                one.until("document.body.dataset.ready === 'yes'")
+            options = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]}
+            found = Axe().run(one.page, options=options).response["violations"]
+            assert [(v["id"], [n["html"][:160] for n in v["nodes"][:4]]) for v in found] == [], path
+            assert one.ask("document.documentElement.scrollWidth") <= width, path
+        assert one.hosts == {shown.address.removeprefix("http://")}
+        assert [w for w in one.wrong if "404" not in w] == []
+
+
+@pytest.mark.parametrize("path", [p for p in PAGES if p != "nothing/here"])
+def test_every_page_is_drawn_without_errors_under_its_own_policy(browser, shown, path):
+    with tab(browser, shown) as one:
+        one.open(path)
+        if path == "s/session/":
+            one.until(DRAWN)
+        if path.endswith("maps"):
+            one.until("document.getElementById('surface').dataset.triangles > 100")
+            one.until("document.querySelectorAll('#fsc .uplot').length === 1")
+        if "first=" in path:
+            one.until("document.querySelectorAll('#fsc .uplot').length === 1")
+            assert "sharpening" in one.text("main")
+        one.page.wait_for_load_state("networkidle" if path not in {"s/session/", "cluster"} else "load")
+        assert one.wrong == []
+
+
+def test_the_log_in_page_is_accessible(browser, shown):
+    from axe_playwright_python.sync_playwright import Axe
+
+    one = Tab(browser, shown, bypass_csp=True).open("s/session/maps")
+    assert one.page.url.endswith("login?next=s/session/maps")
+    assert Axe().run(one.page).violations_count == 0
+    one.page.fill("input[name=token]", TOKEN)
+    one.page.keyboard.press("Enter")
+    one.page.wait_for_url("**/s/session/maps")
+    one.close()
+
+
+# --- a session -------------------------------------------------------------------------------------------------------------------
+def test_the_micrograph_stands_upright_and_its_picks_are_where_they_belong(browser, shown):
+    with tab(browser, shown) as one:
+        one.open("s/session/").until(DRAWN)
+        # rows run upwards: what is bright in the first rows and columns is shown at the bottom left
+        bright = """() => {
+            const canvas = document.getElementById("d-micrograph"), {width: w, height: h} = canvas;
+            const mean = (x, y) => {
+                const d = canvas.getContext("2d").getImageData(x, y, w * 0.1, h * 0.1).data;
+                let sum = 0;
+                for (let i = 0; i < d.length; i += 4) sum += d[i + 3] ? d[i] : 0;
+                return (4 * sum) / d.length;
+            };
+            return [mean(0, h * 0.9), mean(0, 0), mean(w * 0.9, h * 0.9)];
+        }"""
+        one.page.uncheck("#d-show")
+        left, top, right = one.until(f"({bright})()", ok=lambda found: found[0] > 100)
+        assert left > top + 20
+        assert left > right + 20
+        picks = shown.json("/s/session/exposure/0")["picks"]
+        one.page.check("#d-show")
+        green = """([x, y]) => {
+            const canvas = document.getElementById("d-micrograph"), d = canvas.getContext("2d").getImageData(x - 2, y - 2, 5, 5).data;
+            let most = -255;
+            for (let i = 0; i < d.length; i += 4) most = Math.max(most, d[i + 1] - d[i]);
+            return most;
+        }"""
+        scale = 640 / WIDTH
+        for x, y, accepted in zip(picks["x"], picks["y"], picks["accepted"]):
+            at = [(x + 0.5) * scale + 9, (HEIGHT - y - 0.5) * scale]
+            if accepted and 20 < at[0] < 620 and 20 < at[1] < 490:
+                assert one.ask(green, at) > 40, (x, y)
+
+
+def test_a_range_is_brushed_saved_and_seen_by_others(browser, tmp_path):
+    with site_of(tmp_path) as (site, _), tab(browser, site) as one, tab(browser, site) as other:
+        one.open("s/session/").until(DRAWN)
+        assert one.text("c-kept") == "5"
+        box = one.page.locator(".plot .u-over").nth(3).bounding_box()
+        assert box is not None
+        one.page.mouse.move(box["x"] + 100, box["y"] + 2)
+        one.page.mouse.down()
+        one.page.mouse.move(box["x"] + 100, box["y"] + box["height"] * 0.6, steps=5)
+        one.page.mouse.up()
+        kept = one.until("document.getElementById('c-kept').textContent", ok=lambda text: text != "5")
+        one.page.click("#save")
+        one.until("document.getElementById('saved').textContent")
+        assert set(site.json("/s/session/thresholds")["ranges"]) == {"total_motion"}
+        other.open("s/session/").until(DRAWN)
+        assert other.text("c-kept") == kept
+        other.page.click("#step")
+        assert "largest_motion_angstrom" in other.until("document.getElementById('yaml').textContent")
+
+
+def test_everything_works_by_keyboard_alone(browser, shown):
+    with tab(browser, shown) as one:
+        one.open("s/session/").until(DRAWN)
+        press = one.page.keyboard.press
+        focused = "document.activeElement.id || document.activeElement.className || document.activeElement.getAttribute('aria-label')"
+
+        def tab_to(what: str) -> None:
+            for _ in range(120):
+                press("Tab")
+                if what in str(one.ask(focused)):
+                    return
+            raise AssertionError(f"{what} cannot be reached")
+
+        press("Tab")
+        assert one.ask("document.activeElement.className") == "skip"
+        press("Enter")
+        tab_to("Defocus (µm): to")
+        one.page.keyboard.type("1.495")
+        press("Enter")
+        one.until("document.getElementById('c-kept').textContent === '1'")
+        outline = one.ask("getComputedStyle(document.activeElement).outlineStyle")
+        assert outline == "solid"
+        tab_to("clear")
+        press("Enter")
+        one.until("document.getElementById('c-kept').textContent === '6'")
+        tab_to("f-sort")
+        one.page.keyboard.type("Motion")
+        tab_to("f-view")
+        one.page.keyboard.type("table")
+        one.until("document.querySelectorAll('#table tbody tr').length === 6")
+        tab_to("plain")
+        press("Enter")
+        first = one.text("d-name")
+        press("]")
+        one.until("document.getElementById('d-name').textContent", ok=lambda text: text != first)
+        one.open("s/session/maps").until("document.getElementById('surface').dataset.triangles > 100")
+        look = "document.getElementById('surface').toDataURL()"
+        before = one.ask(look)
+        tab_to("surface")
+        press("ArrowLeft")
+        one.until(look, ok=lambda now: now != before)
+        tab_to("sigmas")
+        press("ArrowRight")
+        one.until("document.getElementById('sigmas-text').textContent === '3.1'")
+
+
+def test_exposures_appear_as_they_are_committed(browser, tmp_path):
+    with site_of(tmp_path) as (site, made), tab(browser, site) as one:
+        one.open("s/session/").until(DRAWN)
+        made.register("a new exposure")
+        one.until("document.getElementById('c-exposures').textContent === '6'")
+        one.until("document.getElementById('gallery').textContent.includes('a new exposure')")
+        one.page.click("#gallery [data-row='5']")
+        one.until("document.getElementById('d-name').textContent === 'a new exposure'")
+        made.commit(5)
+        one.until("document.getElementById('c-done').textContent === '4'")
+        one.until("document.querySelector('#gallery [data-row=\"5\"] img')?.naturalWidth > 0")
+        one.until("document.getElementById('d-micrograph').getAttribute('aria-label').includes('9 picks')")
+        made.fail(3, "no such file")
+        one.until("document.getElementById('quarantine').textContent.includes('no such file')")
+        assert one.wrong == []
+
+
+def test_a_project_that_vanishes_or_changes_its_format_is_said_on_the_open_page(browser, tmp_path):
+    with site_of(tmp_path) as (site, made), tab(browser, site) as one:
+        one.open("s/session/").until(DRAWN)
+        place = made.project.path / "project.json"
+        content = place.read_text()
+        place.write_text(json.dumps({**json.loads(content), "format": 99}))
+        one.until("document.getElementById('problem').textContent.includes('format')")
+        shutil.move(made.project.path, tmp_path / "aside")
+        one.until("!document.getElementById('problem').classList.contains('hidden')")
+        assert one.text("c-done") == "3"
+        for path in ("maps", "history", "exposure/0", "map/postprocess", "thumbnail/0.jpg", "quarantine", ""):
+            status, _, body = site.ask(f"/s/session/{path}")
+            assert status in {200, 404, 409}, (path, status)
+            assert body
+        shutil.move(tmp_path / "aside", made.project.path)
+        place.write_text(content)
+        one.until("document.getElementById('problem').classList.contains('hidden')")
+
+
+def test_the_page_goes_on_when_the_server_is_killed_and_started_again(browser, tmp_path):
+    made = make_project(tmp_path / "projects" / "session", 5)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    words = (tmp_path / "projects", "--token", TOKEN, "--port", port)
+    with Command(*words, folder=tmp_path) as command, tab(browser, command.site) as one:
+        one.open("s/session/").until(DRAWN)
+        epoch = one.ask("document.body.dataset.epoch")
+        command.process.kill()
+        command.process.wait()
+        made.commit(3)
+        with Command(*words, folder=tmp_path):
+            one.until("document.body.dataset.epoch", ok=lambda now: now != epoch)
+            one.until("document.getElementById('c-done').textContent === '4'")
+            one.page.click("#save")  # the cookie is still good
+            one.until("document.getElementById('saved').textContent")
+
+
+# --- stored scripts --------------------------------------------------------------------------------------------------------------
+EVIL = ['<img src=x onerror="window.pwned=1">', '"><script>window.pwned=1</script>', "'`${window.pwned=1}`"]
+EVIL += ["</title><svg onload=window.pwned=1>"]
+
+
+def test_names_and_messages_are_never_read_as_html(browser, tmp_path):
+    folder = tmp_path / EVIL[0].replace("/", "")
+    make_project(folder, names=[name.replace("/", "_") for name in EVIL])
+    with serving(Sessions({EVIL[1]: [folder]}, Ledger(tmp_path / "audit")), cache=tmp_path / "cache") as site, tab(browser, site) as one:
+        (session,) = site.json("/api/v1/sessions")
+        for path in ("", f"s/{session['id']}/", f"s/{session['id']}/maps", f"s/{session['id']}/history", "admin/"):
+            one.open(path)
+            if path.endswith(f"{session['id']}/"):
+                one.until(DRAWN)
+                one.page.select_option("#f-view", "table")
+                one.until("document.querySelectorAll('#table tbody tr').length === 4")
+                one.until("document.getElementById('quarantine').textContent.includes('svg onload')")
+            assert one.ask("window.pwned === undefined"), path
+            assert one.ask("document.querySelectorAll('main img[src=x], main script, [onload], [onerror]').length") == 0, path
+        assert site.ask("/s/<script>alert(1)</script>/", headers={"Accept": "text/html"})[0] == 404
+
+
+# --- behind others ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("prefix", ["/node/c01/8801", "/user/anna/proxy/8801"])
+def test_pages_work_behind_a_prefix(browser, tmp_path, prefix):
+    with site_of(tmp_path, prefix) as (site, made), tab(browser, site) as one:
+        assert one.page.url.endswith(f"{prefix}/")
+        one.page.click("tbody th a")
+        one.until(DRAWN)
+        made.commit(3)
+        one.until("document.getElementById('c-done').textContent === '4'")
+        one.page.click("text=Maps")
+        one.until("document.getElementById('surface').dataset.triangles > 100")
+        assert one.wrong == []
+
+
+NGINX = """
+daemon off; pid {folder}/nginx.pid; error_log {folder}/error.log; worker_processes 1;
+events {{ worker_connections 64; }}
+http {{
+  access_log off; gzip on; gzip_types *; gzip_min_length 1; proxy_buffering on;
+  client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/f; uwsgi_temp_path {folder}/u;
+  scgi_temp_path {folder}/s;
+  server {{
+    listen 127.0.0.1:{port};
+    location /cryo/ {{ proxy_pass http://127.0.0.1:{behind}/; proxy_http_version 1.1; proxy_set_header Host $http_host; }}
+  }}
+}}
+"""
+
+
+def test_pages_are_live_behind_nginx_with_gzip_and_buffering(browser, tmp_path):
+    program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+    if program is None:
+        warnings.warn("nginx is not installed: its test is SKIPPED", stacklevel=1)
+        pytest.skip("needs nginx")
+    with site_of(tmp_path) as (site, made):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        settings = tmp_path / "nginx.conf"
+        settings.write_text(NGINX.format(folder=tmp_path, port=port, behind=site.port))
+        process = subprocess.Popen([program, "-c", str(settings), "-e", str(tmp_path / "error.log")], stderr=subprocess.DEVNULL)
+        front = Site(port, "/cryo")
+        try:
+            wait_for(lambda: _answers(front), "nginx to answer")
+            with tab(browser, front) as one:
+                one.open("s/session/").until(DRAWN)
+                made.commit(3)
+                one.until("document.getElementById('c-done').textContent === '4'")
+                one.page.click("#save")
+                one.until("document.getElementById('saved').textContent")
+                assert one.wrong == []
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def _answers(site: Site) -> bool:
+    try:
+        return site.ask("/healthz", token=None)[0] == 200
+    except OSError:
+        return False
