@@ -27,6 +27,8 @@ from cryodask.cluster.accounting.accounting import Accounting, read_history, rea
 from cryodask.cluster.accounting.journal import DAY, HOUR, UsageJournal
 from cryodask.errors import ClusterError
 
+pytestmark = pytest.mark.heavy
+
 NAMES = ("lane", "user", "project", "pool")
 
 

@@ -25,6 +25,8 @@ from cryodask.tiers.inventory import parse_rows
 from cryodask.tiers.marks import identity
 from cryodask.tiers.places import FolderArchive, safe_key
 
+pytestmark = pytest.mark.heavy
+
 DAY = 86400.0
 
 

@@ -28,6 +28,8 @@ from cryodask.run.session import run_plan
 from cryodask.store.journal import content_crc
 from cryodask.store.project import Project
 
+pytestmark = pytest.mark.heavy
+
 PROJECT = """
 name: p
 inputs: {movies: "movies/*"}
@@ -444,7 +446,6 @@ def many(project, count: int = 30) -> None:
         write_tiff_movie(project.folder / "movies" / f"m{i}.tif", frames_of(i), PIXEL)
 
 
-@pytest.mark.heavy
 def test_a_second_driver_is_refused_and_ctrl_c_ends_the_first_cleanly(project, client, refused):
     many(project)
     process = started(project.folder)

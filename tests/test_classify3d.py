@@ -20,6 +20,8 @@ from cryodask.run.recipe import make_plan
 from cryodask.run.session import run_plan
 from cryodask.stages.classify3d import LEAST_GAIN_Z, Classify3DParams, classify3d, draw, says
 
+pytestmark = pytest.mark.heavy
+
 FAST = {"classes": 2, "resolution_angstrom": 18.0, "restarts": 1, "iterations": 5, "mask_diameter_angstrom": 170.0}
 
 
@@ -66,7 +68,6 @@ def test_the_expected_confusion_is_about_the_true_one(some, found):
     assert abs(expected - right(some.labels, found["class3d_number"])) < 0.08
 
 
-@pytest.mark.heavy
 def test_one_state_split_in_two_is_said_not_to_be_supported():
     alone = two_states(700, share=0.0)
     result = classes_of(alone, alone.mask, restarts=1, iterations=1)
@@ -157,7 +158,6 @@ def test_pixel_size_of_the_map_may_differ_from_that_of_the_particles(some):
 
 
 # --- from a project file ---------------------------------------------------------------------------------------------------------
-@pytest.mark.heavy
 def test_later_steps_take_the_particles_and_the_map_of_a_class(some, found, tmp_path, client):
     focused = {"classify3d": {**FAST, "from": {"mask": "import_mask"}}}
     of_first = {"mask as first": {"from": {"map": "classify3d.class1"}}}

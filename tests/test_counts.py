@@ -25,6 +25,8 @@ from cryodask.store.births import Birth, born
 from cryodask.store.identity import half_sets
 from cryodask.store.project import Project
 
+pytestmark = pytest.mark.heavy
+
 PIPELINE = [
     "toy_motion",
     "toy_ctf",
@@ -91,7 +93,6 @@ def renewed(before: Project | dict, after: Project) -> dict[str, int]:
     return counts
 
 
-@pytest.mark.heavy
 def test_counted_on_200_exposures(tmp_path, here):
     folder = session(tmp_path, 200)
     first = run(folder, here)

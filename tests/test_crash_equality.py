@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from _files import written
 from _once import simulated
 
 from cryodask.run.recipe import make_plan
@@ -101,12 +102,12 @@ def place(folder: Path) -> str:
     except (OSError, ValueError):
         return ""
     stages = folder / "tiny" / "stages"
-    if any(stages.glob("refine3d/*/journal/*.jsonl")):
+    if written(stages, "refine3d/*/journal/*.jsonl"):
         return ""
-    if any(stages.glob("classify2d/*/checkpoints/*.npz")):
+    if written(stages, "classify2d/*/checkpoints/*.npz"):
         return "blocks"
-    done = sum(path.read_bytes().count(b"\n") for path in stages.glob("extract/*/journal/*.jsonl"))
-    return "map" if any(stages.glob("ingest/*/journal/*.jsonl")) and done < PARAMS.movies else ""
+    done = b"".join(written(stages, "extract/*/journal/*.jsonl")).count(b"\n")
+    return "map" if written(stages, "ingest/*/journal/*.jsonl") and done < PARAMS.movies else ""
 
 
 def check_equality(chaos: Chaos, session: Path, folder: Path, undisturbed, strikes: dict[str, int]) -> None:

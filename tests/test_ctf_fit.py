@@ -18,6 +18,8 @@ from cryodask.kernels.spectrum import Spectrum, fast_even_size, log_power_image,
 from cryodask.simulate import Optics, simulate_micrograph
 from cryodask.stages.ctf import CtfParams, ctf
 
+pytestmark = pytest.mark.heavy
+
 
 def astigmatism(u, v, angle_rad):
     return (u - v) * np.array([math.cos(2 * angle_rad), math.sin(2 * angle_rad)])
@@ -58,7 +60,6 @@ def test_a_prior_hides_astigmatism_only_under_noise():
     assert clear.defocus_u_angstrom - clear.defocus_v_angstrom == pytest.approx(800, abs=60)
 
 
-@pytest.mark.heavy
 @pytest.mark.parametrize("limit", [0.0, 300.0, 2000.0])
 def test_no_fit_has_more_astigmatism_than_the_largest(limit):
     """Noise leads a fit anywhere (1791 A with a limit of 200), and rings of 3750 A lie beyond every limit here."""
@@ -110,7 +111,6 @@ def run(image, pixel=1.77, **params):
     )
 
 
-@pytest.mark.heavy
 def test_small_simulated_micrographs_come_out_within_their_noise():
     """1024 x 1024 pixels of 1.77 A, 40 particles of half the power: 52 A RMS over 24 seeds."""
     errors = []

@@ -21,6 +21,8 @@ from cryodask.run.session import run_plan
 from cryodask.run.watch import Until
 from cryodask.store.project import Project
 
+pytestmark = pytest.mark.heavy
+
 STEPS = PIPELINE[:8]
 PER_EXPOSURE = ("ingest", "toy_motion", "toy_ctf", "toy_pick", "toy_extract", "full")
 OVER_SETS = {"toy_classify", "toy_curate", "toy_poses"}

@@ -16,6 +16,8 @@ from cryodask.stages.hand import HandParams, hand, mirrored_angles
 from cryodask.stages.import_model import ImportModelParams, import_model
 from cryodask.stages.model_map import ModelMapParams, model_map
 
+pytestmark = pytest.mark.heavy
+
 BOX, VOXEL = 40, 4.0
 
 
@@ -69,7 +71,6 @@ def test_a_model_is_placed_and_the_hand_is_right(model, placed):
     assert "correct hand" in dock.says(result)
 
 
-@pytest.mark.heavy
 def test_a_mirrored_map_is_recognised(model, placed):
     volume, _ = placed
     result = docked(dk.mirrored(torch.from_numpy(volume)).numpy(), model)
@@ -77,7 +78,6 @@ def test_a_mirrored_map_is_recognised(model, placed):
     assert "wrong hand" in dock.says(result)
 
 
-@pytest.mark.heavy
 def test_another_molecule_and_a_coarse_map_give_no_hand(placed, tmp_path, model):
     volume, _ = placed
     other = md.read_model(write_model(tmp_path / "o.cif", seed=9))

@@ -14,6 +14,8 @@ from cryodask import errors
 from cryodask.cli import app
 from cryodask.run.events import KINDS
 
+pytestmark = pytest.mark.heavy
+
 PAGE = (Path(__file__).parents[1] / "docs" / "running.md").read_text()
 
 

@@ -23,6 +23,8 @@ from cryodask.stages.select import class_numbers
 from cryodask.store.identity import birth_of
 from cryodask.store.project import Project
 
+pytestmark = pytest.mark.heavy
+
 ALL = "position_y_angstrom > 0"
 
 

@@ -26,6 +26,8 @@ from cryodask.run.recipe import make_plan
 from cryodask.store.identity import birth_of, id_text
 from cryodask.store.project import Project
 
+pytestmark = pytest.mark.heavy
+
 PICKED = ["toy_motion", "toy_ctf", "toy_pick"]
 EDITED = [*PICKED, "edit_picks", "toy_extract"]
 

@@ -32,6 +32,8 @@ from cryodask.web.checking.network import check_certificate, check_port, check_p
 from cryodask.web.checking.programs import check_slurm
 from cryodask.web.settings import Listen, OidcLogin
 
+pytestmark = pytest.mark.heavy
+
 _Usage = namedtuple("_Usage", "total used free")
 TB = 10**12
 

@@ -11,6 +11,8 @@ import pytest
 from _lanes import GATE, LOG, client, cluster, have_run, have_shares, held, longest, run, slack, sleep, until, until_clean
 from distributed import Worker
 
+pytestmark = pytest.mark.heavy
+
 
 def begun(name: str) -> float:
     return max(begin for key, begin, _ in LOG if key == name)

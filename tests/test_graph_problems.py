@@ -8,6 +8,8 @@ import pytest
 from _graph_plans import BARE, CLEAN, EXPANDED, FOCUS, HET, K3, MAP, MODEL, ONE, POST, PRE, TWO, TWO_STARTS, plan, source
 from _graph_stages import STAGES
 
+pytestmark = pytest.mark.heavy
+
 
 def wrong(name: str, pipeline: list[Any], text: str, inputs: Any = ONE) -> tuple[str, list[Any], str, Any]:
     return name, pipeline, text, inputs

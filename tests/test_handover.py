@@ -22,6 +22,8 @@ from cryodask.cluster.settings import parse_settings
 from cryodask.cluster.slurm.slurm import new_cluster_id
 from cryodask.errors import ClusterError
 
+pytestmark = pytest.mark.heavy
+
 BOX = {"kind": "local", "workers": 1}
 
 

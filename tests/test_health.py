@@ -20,6 +20,8 @@ from cryodask.store.project import Item
 from cryodask.testing.clusters import ProcessCluster
 from cryodask.testing.faults import FaultyJob
 
+pytestmark = pytest.mark.heavy
+
 MEMORY = 500_000_000
 
 

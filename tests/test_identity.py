@@ -18,6 +18,8 @@ from cryodask.simulate import SessionParams, load_truth
 from cryodask.store.identity import parse_id, row_of
 from cryodask.store.project import Project
 
+pytestmark = pytest.mark.heavy
+
 PIXEL = 1.77
 PARAMS = SessionParams(movies=14, height=512, width=512, frames=6, dose_per_frame=40 / 6, particles=11, truth_maps=())
 PIPELINE = [
@@ -66,7 +68,6 @@ def ids(project: Project, label: str) -> np.ndarray:
     return project.particles(label)["particle_id"].values
 
 
-@pytest.mark.heavy
 def test_every_step_is_given_exactly_the_particles_that_the_step_before_kept(done):
     assert done.failures() == []
     kept = ids(done, "curate")

@@ -22,6 +22,8 @@ from cryodask.store.generation import Generation
 from cryodask.store.layouts import Grid
 from cryodask.store.project import Project
 
+pytestmark = pytest.mark.heavy
+
 PARAMS = SessionParams(movies=4, height=448, width=448, frames=3, dose_per_frame=10, particles=8, truth_maps=())
 CLASSES = {"classify2d": {"classes": 2, "iterations": 1}}
 PICKED = [{"motion": {"patches": [1, 1]}}, "ctf", {"pick": {"diameter_angstrom": 180}}, {"extract": {"box": 128, "scale_to": 32}}]
@@ -67,7 +69,6 @@ def forget(folder: Path, client, name: str) -> int:
     return counts(run_plan(make_plan(folder / "p.yaml"), client), "extract")[0]
 
 
-@pytest.mark.heavy
 def test_a_pooled_project_follows_its_source_that_forgets_an_exposure(folder, client):
     pipeline = [{"import_project as a": {"project": "p", "step": "extract"}}, CLASSES]
     project, _ = run(folder, client, pipeline, "pool")

@@ -12,6 +12,8 @@ from cryodask.stage import load_stages
 from cryodask.stages._half_maps import check_independent
 from cryodask.stages.postprocess import says
 
+pytestmark = pytest.mark.heavy
+
 
 def radius(n):
     k = np.fft.fftfreq(n, 1.0 / n)

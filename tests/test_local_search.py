@@ -19,6 +19,8 @@ from cryodask.kernels.orientations import angular_error_deg, random_rotations
 from cryodask.kernels.rows import ImageRows, image_rows, independent, shell_counts, shell_power
 from cryodask.kernels.symmetry import symmetry_operators
 
+pytestmark = pytest.mark.heavy
+
 BOX, PIXEL, RADIUS = 32, 4.0, 14
 
 

@@ -24,6 +24,8 @@ from cryodask.store.files import append, write_atomically
 from cryodask.store.lock import ProjectLock
 from cryodask.store.project import Project
 
+pytestmark = pytest.mark.heavy
+
 APART_SECONDS = [-3600, -120, 120, 3600]
 
 
@@ -497,7 +499,6 @@ while True:
 )
 
 
-@pytest.mark.heavy
 @pytest.mark.parametrize(("apart", "dying"), [(False, 0.0), (False, 0.5), (True, 0.0)])
 def test_of_many_drivers_that_start_at_the_same_moment_one_at_a_time_has_the_project(apart, dying, folder):
     seeds = [*map(str, range(8))]

@@ -11,6 +11,8 @@ from cryodask.store.journal import Journal
 from cryodask.store.project import Item
 from cryodask.testing.faults import FaultyJob
 
+pytestmark = pytest.mark.heavy
+
 
 def _items(count: int) -> list[Item]:
     return [Item(row, f"item{row}", f"content {row}") for row in range(count)]

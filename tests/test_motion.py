@@ -32,6 +32,8 @@ from cryodask.simulate import DEMO, simulate_movie
 from cryodask.simulate.session import session_detector
 from cryodask.stages.motion import MotionParams, motion
 
+pytestmark = pytest.mark.heavy
+
 PIXEL = 1.77
 
 

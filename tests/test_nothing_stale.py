@@ -20,6 +20,8 @@ from cryodask.run.session import run_plan
 from cryodask.store.journal import content_crc
 from cryodask.store.project import Project
 
+pytestmark = pytest.mark.heavy
+
 MAPS = ["ingest", "toy_motion", "toy_ctf", "toy_pick", "toy_extract"]
 SINGLES = ["toy_classify", "curate", "toy_refine", "toy_mask", "toy_postprocess"]
 ALL = [*MAPS, *SINGLES]
@@ -221,7 +223,6 @@ def test_movies_of_one_date_that_swap_their_names_keep_their_results(session, he
     assert dict(zip(after["toy_motion"]["row"].values.tolist(), after["toy_motion"]["total_motion"].values.tolist())) == values
 
 
-@pytest.mark.heavy
 def test_maps_never_come_from_a_mixture_of_old_and_new(session, here):
     """After every change the result is that of a project made from nothing."""
     _run(session, here)

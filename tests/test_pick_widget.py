@@ -19,6 +19,8 @@ from cryodask.errors import InputError
 
 pytest.importorskip("anywidget")
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture
 def project(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

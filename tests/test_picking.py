@@ -17,6 +17,8 @@ from cryodask.store.journal import encode_value
 from cryodask.store.table import Table
 from cryodask.vocabulary import PROFILE_REACH_DIAMETERS, VARIABLES
 
+pytestmark = pytest.mark.heavy
+
 
 def hits(found, truth, tolerance):
     distance = np.hypot(*(found[:, None] - truth[None]).transpose(2, 0, 1))

@@ -23,6 +23,8 @@ from cryodask.plugins import Plugins, PluginWarning
 from cryodask.simulate import SessionParams
 from cryodask.stage import STAGES, Params, stage
 
+pytestmark = pytest.mark.heavy
+
 REPOSITORY = Path(__file__).parents[1]
 PAGE = REPOSITORY / "docs" / "own-stage.md"
 PARTS = ("ice_ring", "npy", "csv", "threads")

@@ -17,6 +17,8 @@ from cryodask.run.recipe import draft_plan, make_plan
 from cryodask.run.session import run_plan
 from cryodask.store.project import Project
 
+pytestmark = pytest.mark.heavy
+
 SOURCE = PIPELINE[:5]
 LOW = {"select as low": {"where": "position_y_angstrom < 5"}}
 HIGH = {"select as high": {"where": "position_y_angstrom > 5", "from": {"particles": "toy_classify"}}}
@@ -133,7 +135,6 @@ POOLS = {
 }
 
 
-@pytest.mark.heavy
 @pytest.mark.parametrize("pipeline", POOLS.values(), ids=POOLS)
 def test_sources_that_forget_exposures_and_take_them_back(tmp_path, here, pipeline):  # noqa: F811
     """Two projects of the same movies, processed differently, so that it shows from which of them something comes."""

@@ -9,6 +9,8 @@ from cryodask.kernels.preview import preview, preview_shape, spectrum_of
 from cryodask.stages import motion
 from cryodask.store.shards import Layout, write_shard
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.mark.parametrize("shape", [(4096, 4096), (4092, 5760), (512, 512), (300, 1100)])
 def test_the_longest_side_has_at_most_1024_pixels(shape):

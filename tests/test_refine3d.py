@@ -19,6 +19,8 @@ from cryodask.stage import Context, ParticleBlock, ParticleSet
 from cryodask.stages import _refinement as rf
 from cryodask.stages.refine3d import Refine3DParams, refine3d
 
+pytestmark = pytest.mark.heavy
+
 BOX, PIXEL = 48, 4.0
 functions = refine3d.functions
 
@@ -47,7 +49,6 @@ def refine(tmp_path, images, particles, volume, **params):
     return result, history
 
 
-@pytest.mark.heavy
 def test_refinement_finds_the_poses_the_scale_and_the_spread_of_shifts(tmp_path):
     volume = blob_map(BOX, "D2", blobs=20, width_px=1.2)
     images, particles, rotations, origins = simulate(volume, 240, pixel=PIXEL, snr=0.2, shift_px=1.0)
@@ -69,7 +70,6 @@ def test_refinement_finds_the_poses_the_scale_and_the_spread_of_shifts(tmp_path)
     assert {len(result[name]) for name in ("rot_deg", "tilt_deg", "psi_deg", "origin_y_angstrom", "log_likelihood")} == {240}
 
 
-@pytest.mark.heavy
 def test_clean_particles_pass_from_drawn_poses_to_local_ones_and_nothing_is_against_their_map(tmp_path):
     volume = blob_map(BOX, "D2", blobs=20, width_px=1.2)
     images, particles, _, _ = simulate(volume, 120, pixel=PIXEL, snr=0.3)
@@ -86,7 +86,6 @@ def test_clean_particles_pass_from_drawn_poses_to_local_ones_and_nothing_is_agai
     assert abs(result["cut_share"]) < 0.02
 
 
-@pytest.mark.heavy
 def test_noise_is_not_refined_to_anything_better_than_its_start(tmp_path):
     images = np.random.default_rng(0).standard_normal((200, BOX, BOX), dtype=np.float32)
     _, particles, _, _ = simulate(torch.zeros(BOX, BOX, BOX) + 1e-6, 200, pixel=PIXEL, snr=0.0)
@@ -244,7 +243,6 @@ def with_junk(images, seed):
     return junk
 
 
-@pytest.mark.heavy
 def test_junk_is_left_out_and_the_rest_is_refined(tmp_path):
     volume = blob_map(BOX, "D2", blobs=20, width_px=1.2)
     images, particles, rotations, _ = simulate(volume, 200, pixel=PIXEL, snr=0.2, shift_px=1.0)

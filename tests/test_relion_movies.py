@@ -17,7 +17,7 @@ from cryodask.simulate import SessionParams, load_truth
 from cryodask.store.project import Project
 from cryodask.vocabulary import CTF_COLUMNS, OPTICS
 
-pytestmark = pytest.mark.relion
+pytestmark = [pytest.mark.relion, pytest.mark.heavy]
 EXTRACT = ("--extract", "--extract_size", 128, "--scale", 64, "--norm", "--bg_radius", 24, "--invert_contrast")
 EXTRACT += ("--white_dust", -1, "--black_dust", -1)
 POLISH = ("--i", "particles.star", "--f", "postprocess.star", "--corr_mic", "corrected_micrographs.star", "--s_vel", 0.5, "--s_div", 5000)

@@ -23,7 +23,7 @@ from cryodask.simulate import load_truth
 from cryodask.simulate.score import TruePoses, half_maps_from_poses
 from cryodask.vocabulary import CTF_COLUMNS, OPTICS
 
-pytestmark = pytest.mark.relion
+pytestmark = [pytest.mark.relion, pytest.mark.heavy]
 REFINE = ("--i", "particles.star", "--ctf", "--particle_diameter", 200, "--flatten_solvent", "--zero_mask", "--norm", "--scale")
 REFINE += ("--oversampling", 1, "--offset_range", 4, "--offset_step", 2, "--pad", 1, "--random_seed", 1, "--j", 1)
 REFINE += ("--dont_combine_weights_via_disc",)

@@ -12,6 +12,8 @@ from cryodask.kernels.symmetry import permute_grid, symmetry_operators
 from cryodask.stages.mask import MaskParams, mask
 from cryodask.stages.postprocess import PostprocessParams, postprocess
 
+pytestmark = pytest.mark.heavy
+
 BOX, PIXEL = 64, 3.54
 
 

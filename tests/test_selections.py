@@ -9,6 +9,8 @@ from test_counts import here, run, session  # noqa: F401  here is a fixture
 
 from cryodask.store.project import Project
 
+pytestmark = pytest.mark.heavy
+
 BEFORE = ["toy_motion", "toy_ctf"]
 UNION = {"merge": {"nearer_than_angstrom": 1.5, "from": {"particles": ["toy_pick", "wide"]}}}
 AFTER = [

@@ -35,6 +35,8 @@ from cryodask.stage import Params, stage
 from cryodask.store import environments
 from cryodask.store.project import Item, Project
 
+pytestmark = pytest.mark.heavy
+
 COMMAND = [sys.executable, "-m", "cryodask.cli"]
 MICROSCOPE = {
     "voltage_kv": 300,
@@ -81,7 +83,6 @@ def story(events) -> list:
 
 
 # --- one story ---------------------------------------------------------------------------------------------------------------
-@pytest.mark.heavy
 def test_command_python_and_notebook_leave_equal_results_events_and_reports(tmp_path, client):
     ways = {name: session(tmp_path / name, workers=1) for name in ("command", "python", "client")}
     done = subprocess.run([*COMMAND, "run", str(ways["command"]), "--json"], capture_output=True, text=True, check=False)

@@ -20,6 +20,8 @@ from cryodask.simulate.model import beta_galactosidase, clpb, density_map, inter
 from cryodask.simulate.movie import random_drift
 from cryodask.simulate.scene import CountTable
 
+pytestmark = pytest.mark.heavy
+
 SMALL = SessionParams(movies=2, height=256, width=320, frames=6, particles=4, truth_maps=((32, 7.08),), hot_pixels=5)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from _files import written
 from test_bad_input import PIXEL, PROJECT, contents, failures, frames_of, particle_project, star_of_particles
 from test_lazy_faces import TABLE
 
@@ -23,6 +24,8 @@ from cryodask.run.events import Event, ExposureCommitted, ExposureQuarantined, I
 from cryodask.run.recipe import make_plan
 from cryodask.run.session import run_plan
 from cryodask.store.project import Project
+
+pytestmark = pytest.mark.heavy
 
 MOVIES = 12
 
@@ -153,7 +156,7 @@ def test_a_project_that_becomes_read_only_stops_with_the_reason_and_goes_on_when
         driver = subprocess.Popen(command, cwd=tmp_path, stdout=said, stderr=said)
     try:
         deadline = time.monotonic() + 120
-        while not any(p.stat().st_size for p in plan.folder.glob("stages/extract/*/journal/*.jsonl")):
+        while not any(written(plan.folder, "stages/extract/*/journal/*.jsonl")):
             assert driver.poll() is None, (tmp_path / "said").read_text()
             assert time.monotonic() < deadline
             time.sleep(0.01)

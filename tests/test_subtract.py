@@ -23,6 +23,8 @@ from cryodask.run.session import run_plan
 from cryodask.stage import ParticleBlock
 from cryodask.stages.subtract import SubtractParams, says, subtract
 
+pytestmark = pytest.mark.heavy
+
 COUNT = 60
 
 

@@ -27,6 +27,8 @@ from cryodask.stages.motion import motion
 from cryodask.store.identity import birth_of, copy_of, half_sets, parent_of
 from cryodask.store.project import Project
 
+pytestmark = pytest.mark.heavy
+
 PARAMS = SessionParams(movies=4, height=512, width=512, frames=4, dose_per_frame=10, particles=11, truth_maps=((32, 7.08),))
 PICKED = [{"motion": {"patches": [1, 1]}}, "ctf", {"pick": {"diameter_angstrom": 180}}]
 
@@ -170,7 +172,6 @@ def two_data_sets(tmp_path_factory, session) -> Path:
     return folder
 
 
-@pytest.mark.heavy
 def test_two_data_sets_of_different_pixel_sizes_are_refined_together(two_data_sets, client):
     folder = two_data_sets
     for path in sorted((folder / "day2" / "movies").iterdir()):

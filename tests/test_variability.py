@@ -15,6 +15,8 @@ from cryodask.run.session import run_plan
 from cryodask.stages._variability import agreement_of_components
 from cryodask.stages.variability import LEAST_AGREEMENT, VariabilityParams, draw, says, variability
 
+pytestmark = pytest.mark.heavy
+
 FAST = {"components": 2, "resolution_angstrom": 20.0, "iterations": 4, "mask_diameter_angstrom": 170.0}
 
 

@@ -25,6 +25,8 @@ from cryodask.run.watch import Arrivals, Until
 from cryodask.store.project import Project
 from cryodask.testing.faults import FaultyJob
 
+pytestmark = pytest.mark.heavy
+
 PROJECT = """
 name: live
 inputs: {movies: "movies/*.ENDING"}

@@ -17,6 +17,8 @@ from test_counts import run, session
 
 from cryodask.edits.frozen import frozen
 
+pytestmark = pytest.mark.heavy
+
 
 def make(folder: Path) -> None:
     with Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as client:

@@ -14,6 +14,8 @@ from cryodask.store.journal import Journal
 from cryodask.web.columns import COLUMNS
 from cryodask.web.follow import DONE, LEFT_OUT, QUARANTINED, STARTED, WAITING, Follower
 
+pytestmark = pytest.mark.heavy
+
 
 def unpacked(content: bytes) -> tuple[dict, dict[str, np.ndarray]]:
     (length,) = struct.unpack_from("<I", content)

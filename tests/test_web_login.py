@@ -35,6 +35,8 @@ from cryodask.web.serving import _listen
 from cryodask.web.sessions import Sessions
 from cryodask.web.settings import LoginSettings, read_facility
 
+pytestmark = pytest.mark.heavy
+
 PASSWORD = "correct horse battery"
 
 

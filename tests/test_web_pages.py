@@ -19,6 +19,8 @@ from _web import HEIGHT, TOKEN, WIDTH, Command, Made, Site, make_project, servin
 from cryodask.web.ledger import Ledger
 from cryodask.web.sessions import Sessions
 
+pytestmark = pytest.mark.heavy
+
 PAGES = ["", "s/session/", "s/session/maps", "s/session/history", "s/session/data", "s/session/people", "cluster", "admin/", "account"]
 CHOSEN = ["s/session/pick/0", "s/session/classes", "s/session/choose", "s/session/particles"]
 PAGES += CHOSEN

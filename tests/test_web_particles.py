@@ -23,6 +23,8 @@ from cryodask.web import particles
 from cryodask.web.ledger import Ledger
 from cryodask.web.sessions import Sessions
 
+pytestmark = pytest.mark.heavy
+
 COUNT = 3000
 COLUMNS = ["class_log_likelihood", "class_number", "class_origin_x_angstrom", "class_origin_y_angstrom", "class_probability"]
 READY = "document.body.dataset.ready === 'yes'"

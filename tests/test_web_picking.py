@@ -19,6 +19,8 @@ from cryodask.edits.board import Board
 from cryodask.edits.frozen import frozen
 from cryodask.edits.operations import new_id
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:

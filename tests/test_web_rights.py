@@ -17,6 +17,8 @@ from cryodask.web.people import Right, Role
 from cryodask.web.sessions import Sessions
 from cryodask.web.settings import LoginSettings
 
+pytestmark = pytest.mark.heavy
+
 OPEN, PERSON, BROWSER, ADMIN = "open", "person", "browser", "admin"
 """Rights of routes that belong to no session: for everybody; whoever is logged in; and not by a program; administrators."""
 

@@ -18,6 +18,8 @@ from cryodask.web.people import Person
 from cryodask.web.routes import cluster
 from cryodask.web.sessions import Sessions
 
+pytestmark = pytest.mark.heavy
+
 HOUR = 3600
 
 
