@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -274,14 +275,13 @@ def test_sums_follow_the_new_motion(movies, polished):
     assert all(np.isfinite(out["micrograph_dw"]).all() for out in polished)
 
 
-def test_same_result_with_four_threads(movies, polished):
-    torch.set_num_threads(4)
-    try:
-        again = run(movies[0])
-    finally:
-        torch.set_num_threads(1)
-    for name, value in polished[0].items():
-        assert np.array_equal(np.asarray(value), np.asarray(again[name]), equal_nan=not isinstance(value, str)), name
+def test_same_result_in_four_threads_at_once(movies, polished):
+    """As in a worker with four threads; torch has one thread in each, for its transforms of large maps depend on their number."""
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(run, [movies[0]] * 4))
+    for again in results:
+        for name, value in polished[0].items():
+            assert np.array_equal(np.asarray(value), np.asarray(again[name]), equal_nan=not isinstance(value, str)), name
 
 
 def kept(movie: SimpleNamespace, out: dict[str, Any]) -> bool:
@@ -293,7 +293,9 @@ def test_without_particles_the_motion_is_kept(movies):
     assert kept(movies[0], out)
     assert len(out["particle_id"]) == 0
     assert out["particle_image"].shape == (0, 128, 128)
-    assert np.abs(out["micrograph_dw"] - movies[0].before["micrograph_dw"]).max() < 1e-3 * movies[0].before["micrograph_dw"].std()
+    before = movies[0].before["micrograph_dw"]
+    # rounding of the nodes, which are stored in float32: 1.1e-5
+    assert np.sqrt(((out["micrograph_dw"] - before) ** 2).mean()) < 1e-4 * before.std()
 
 
 def test_two_particles_change_it_little_and_not_for_the_worse(movies):
