@@ -584,7 +584,7 @@ def test_a_viewer_looks_on(tmp_path):
                     await vera.scatter([1])
                 assert (await vera.scheduler.get_task_prefix_states())["done"]["memory"] == 1
                 assert (await vera.scheduler.identity())["type"] == "GuardedScheduler"
-            made.set_role("vera", "user")
+            made.invite("vera", [], address="tls://nowhere:1", role="user")
             await asyncio.sleep(1.1)
             async with person(scheduler, made.folder, "vera") as vera:
                 assert await vera.submit(load, key="hers") == 1

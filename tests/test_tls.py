@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -120,6 +121,21 @@ def test_inviting_the_owner_is_refused_and_leaves_the_owners_certificate_as_it_w
         made.certificate("anna", "owner")
     assert {path.name: path.read_bytes() for path in made.folder.glob("*.pem")} == before
     assert list(made.people()) == ["anna"]
+
+
+def test_invitations_and_revocations_at_the_same_time_lose_none(tmp_path):
+    made = tls.Authority.create(tmp_path / "a", owner="owner")
+    for number in range(8):
+        made.invite(f"old{number}", [], address="tls://here:1")
+
+    def change(number: int) -> None:
+        own = tls.Authority.open(tmp_path / "a")
+        own.invite(f"new{number}", [], address="tls://here:1")
+        own.revoke(f"old{number}")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(change, range(8)))
+    assert sorted(made.people()) == [f"new{number}" for number in range(8)]
 
 
 def test_missing_expired_foreign_and_broken_certificates_are_named_before_anything_connects(tmp_path):

@@ -7,6 +7,7 @@ a connected peer may do is decided in ``guard.py``, from the name and the role i
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -115,27 +116,44 @@ class Authority:
             raise ClusterError(
                 f"Nobody can be invited to {address}.", "the scheduler was started without certificates", "give its tls:// address"
             )
-        path, key = self.certificate(user, days=days)
-        certificate = _certificate(path.read_text(), path)
-        expires = certificate.not_valid_after_utc.isoformat()
-        entry: dict[str, Any] = {"lanes": list(lanes), "serial": f"{certificate.serial_number:X}", "expires": expires, "role": role}
-        self._write_people({**self.people(), user: entry})
-        invitation = Invitation(
-            cluster=self.cluster, address=address, address_file=address_file, user=user, lanes=entry["lanes"], expires=expires,
-            authority=_pem(self._certificate), certificate=path.read_text(), key=key.read_text(),
-        )  # fmt: skip
-        folder = self.folder / "invitations"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        target = folder / f"{self.cluster}-{user}.invite"
-        write_secret(target, json.dumps(asdict(invitation), indent=1))
+        target = self.folder / "invitations" / f"{self.cluster}-{user}.invite"
+        with self._changing() as people:
+            path, key = self.certificate(user, days=days)
+            certificate = _certificate(path.read_text(), path)
+            expires = certificate.not_valid_after_utc.isoformat()
+            people[user] = {"lanes": list(lanes), "serial": f"{certificate.serial_number:X}", "expires": expires, "role": role}
+            invitation = Invitation(
+                cluster=self.cluster, address=address, address_file=address_file, user=user, lanes=people[user]["lanes"],
+                expires=expires, authority=_pem(self._certificate), certificate=path.read_text(), key=key.read_text(),
+            )  # fmt: skip
+            target.parent.mkdir(mode=0o700, exist_ok=True)
+            write_secret(target, json.dumps(asdict(invitation), indent=1))
         return target
 
     def revoke(self, user: str) -> None:
         """Revoke an invitation: the scheduler refuses that user from now on."""
-        people = self.people()
-        self._entry(people, user)
-        del people[user]
-        self._write_people(people)
+        with self._changing() as people:
+            self._entry(people, user)
+            del people[user]
+
+    def set_lanes(self, user: str, lanes: Iterable[str]) -> None:
+        """Change the lanes of an invited user; the invitation stays valid."""
+        with self._changing() as people:
+            people[user] = {**self._entry(people, user), "lanes": list(lanes)}
+
+    def people(self) -> dict[str, dict[str, Any]]:
+        """Invited users: lanes, serial number of the valid certificate, and its expiry."""
+        path = self.folder / "people.json"
+        return json.loads(read_secret(path)) if path.exists() else {}
+
+    @contextmanager
+    def _changing(self) -> Iterator[dict[str, dict[str, Any]]]:
+        """The invited users, to be changed: written at the end, by one process at a time."""
+        with os.fdopen(os.open(self.folder / "people.lock", os.O_RDWR | os.O_CREAT, 0o600)) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            people = self.people()
+            yield people
+            write_secret(self.folder / "people.json", json.dumps(people, indent=1))
 
     def _entry(self, people: Mapping[str, dict[str, Any]], user: str) -> dict[str, Any]:
         if user not in people:
@@ -145,26 +163,6 @@ class Authority:
                 f"invited are {', '.join(sorted(people))}" if people else "invite them first; nobody is invited",
             )
         return people[user]
-
-    def people(self) -> dict[str, dict[str, Any]]:
-        """Invited users: lanes, serial number of the valid certificate, and its expiry."""
-        path = self.folder / "people.json"
-        return json.loads(read_secret(path)) if path.exists() else {}
-
-    def _write_people(self, people: Mapping[str, Any]) -> None:
-        write_secret(self.folder / "people.json", json.dumps(people, indent=1))
-
-    def set_role(self, user: str, role: PersonRole) -> None:
-        """Change what an invited user may do; the invitation stays valid."""
-        people = self.people()
-        people[user] = {**self._entry(people, user), "role": role}
-        self._write_people(people)
-
-    def set_lanes(self, user: str, lanes: Iterable[str]) -> None:
-        """Change the lanes of an invited user; the invitation stays valid."""
-        people = self.people()
-        people[user] = {**self._entry(people, user), "lanes": list(lanes)}
-        self._write_people(people)
 
 
 @dataclass(frozen=True)
