@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # compiled modules make workers start in 2 s instead of 7 s
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: venv system demo test test-oldest test-newest test-newest-here test-all check bench clean
+.PHONY: venv system demo test test-oldest test-newest test-newest-here test-all test-distributed check bench clean
 
 venv: $(VENV)/.ready
 
@@ -87,6 +87,10 @@ $(NEWEST)/.ready: pyproject.toml | venv
 
 test-all: venv system check $(VENV)/.compiled
 	$(BIN)/python -m pytest $(TOGETHER)
+
+# distributed's own tests with our schedulers in the place of its own; they come from the tag of its version, or from DISTRIBUTED_REPOSITORY
+test-distributed: venv
+	$(BIN)/python tests/of_distributed --folder $(VENV)/of_distributed $(DISTRIBUTED)
 
 bench: venv system
 	for b in benchmarks/[a-z]*.py; do echo "== $$b"; $(BIN)/python $$b || exit 1; done

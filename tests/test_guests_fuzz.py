@@ -14,18 +14,19 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import dask
 import numpy as np
 import pytest
 from _lanes import until
 from _secure import authority, guarded, person
-from distributed import Client, Event, Lock, Queue, Variable
+from distributed import Client, Event, Lock, Queue, Variable, Worker
 from distributed.comm.core import CommClosedError, connect
 from distributed.protocol import to_serialize
 from distributed.versions import get_versions
 
 from cryodask.cluster.access import tls
 from cryodask.cluster.access.gate import USER_OPS, USER_STREAM, VIEWER_OPS, VIEWER_STREAM, WORKER_OPS
-from cryodask.cluster.guard import GuardedScheduler
+from cryodask.cluster.guard import GuardedNanny, GuardedScheduler
 
 VERSIONS = get_versions()
 
@@ -120,9 +121,11 @@ class Victim:
 
     def __init__(self, scheduler: GuardedScheduler, bert: Client) -> None:
         self.scheduler, self.bert = scheduler, bert
+        self.servers: list[Any] = []
 
     async def begin(self) -> None:
         bert, scheduler = self.bert, self.scheduler
+        GATE.clear()
         self.kept = bert.submit(load, key="kept")
         await self.kept
         self.running = bert.submit(held, key="running")
@@ -168,9 +171,17 @@ class Victim:
             "extensions": {name: id(extension) for name, extension in s.extensions.items()},
             "handlers": sorted(s.handlers),
             "workers": sorted((ws.address, ws.status.name, ws.server_id) for ws in s.workers.values()),
+            "servers": [(server.status.name, sorted(getattr(server, "data", ())), getattr(server, "pid", None)) for server in self.servers],
             "scheduler": s.status.name,
             "draining": s.draining,
         }
+
+    def harm(self, message: dict[str, Any]) -> list[str]:
+        """What a message has changed, in words."""
+        now, before = self.state(), self.before
+        self.before = now
+        changed = [(name, before[name], now[name]) for name in now if now[name] != before[name]]
+        return [f"{message} changed {changed}"] if changed else []
 
     def _is_stranger(self, client: str, ts: Any) -> bool:
         # what bert has put into a variable or a dataset others may read, and hold while they do
@@ -228,9 +239,9 @@ def messages(random_: random.Random, handlers: dict[str, Any], ids: list[str], w
 
 
 @asynccontextmanager
-async def attacked(folder: Path, seed: int) -> AsyncIterator[tuple[GuardedScheduler, Victim, dict[str, Any], str]]:
+async def attacked(folder: Path, **options: Any) -> AsyncIterator[tuple[GuardedScheduler, Victim, dict[str, Any], str]]:
     async with AsyncExitStack() as stack:
-        scheduler = await stack.enter_async_context(guarded(folder, workers=2, memory_share={"hpda": 1.0}))
+        scheduler = await stack.enter_async_context(guarded(folder, workers=2, memory_share={"hpda": 1.0}, **options))
         bert = await stack.enter_async_context(person(scheduler, folder, "bert"))
         victim = Victim(scheduler, bert)
         await victim.begin()
@@ -249,7 +260,7 @@ async def _registered(scheduler: GuardedScheduler, secrets: dict[str, Any], clie
 
 async def _fuzz(folder: Path, seed: int, count: int) -> list[str]:
     random_, harms = random.Random(seed), []
-    async with attacked(folder, seed) as (scheduler, victim, secrets, mine):
+    async with attacked(folder) as (scheduler, victim, secrets, mine):
         ids = [victim.bert.id, mine]
         workers = list(scheduler.workers)
         handlers = {op: h for op, h in scheduler.handlers.items() if op not in ("register-worker", "feed")}
@@ -276,12 +287,37 @@ async def _fuzz(folder: Path, seed: int, count: int) -> list[str]:
                         comm.abort()
             except (CommClosedError, TypeError, OSError):  # closed by the other side, or what cannot be sent at all
                 pass
-            now = victim.state()
-            if now != victim.before:
-                changed = {name: (victim.before[name], now[name]) for name in now if now[name] != victim.before[name]}
-                harms.append(f"{message} changed {changed}")
-                victim.before = now
+            harms += victim.harm(message)
         stream.abort()
+    return harms
+
+
+async def _fuzz_workers(folder: Path, seed: int, count: int, admitted: bool) -> list[str]:
+    """The same to two workers and a nanny, which do or do not speak to people."""
+    random_, harms = random.Random(seed), []
+    async with attacked(folder, people_on_workers=admitted) as (scheduler, victim, secrets, mine):
+        with dask.config.set({"cryodask.people_on_workers": admitted}):
+            nanny = GuardedNanny(scheduler.address, nthreads=1, host="127.0.0.1", name="n", security=tls.security(folder, "worker"))
+        async with nanny:
+            await until(lambda: len(scheduler.workers) == 3)
+            servers = [worker for worker in Worker._instances if worker.address in scheduler.workers] + [nanny]
+            assert len(servers) == 3
+            victim.servers, victim.before = servers, {}
+            victim.before = victim.state()
+            addresses = [server.address for server in servers]
+            streams = [messages(random_, server.handlers, [victim.bert.id, mine], addresses) for server in servers]
+            for _ in range(count):
+                place = random_.randrange(3)
+                message = next(streams[place])
+                with suppress(CommClosedError, TypeError, OSError):
+                    comm = await connect(addresses[place], **secrets)
+                    try:
+                        await comm.write({**message, "reply": True})
+                        with suppress(TimeoutError):
+                            await asyncio.wait_for(comm.read(), 0.05)
+                    finally:
+                        comm.abort()
+                harms += victim.harm(message)
     return harms
 
 
@@ -291,3 +327,9 @@ def test_no_message_of_a_persons_changes_anothers_things(tmp_path, seed):
     count = 2000 if seed == 11 else 400
     harms = asyncio.run(asyncio.wait_for(_fuzz(folder, seed, count), 500))
     assert harms == []
+
+
+@pytest.mark.parametrize("admitted", [False, pytest.param(True, marks=pytest.mark.heavy)])
+def test_no_message_to_workers_and_nannies_changes_anothers_things(tmp_path, admitted):
+    folder = authority(tmp_path / "a", anna=["hpda"], bert=["hpda"]).folder
+    assert asyncio.run(asyncio.wait_for(_fuzz_workers(folder, 3, 200, admitted), 500)) == []
