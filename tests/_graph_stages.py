@@ -275,6 +275,7 @@ def imported_map(params: Any) -> tuple[Output, ...]:
 
 existing("import_map", outputs=imported_map)
 existing("postprocess")
+existing("reslog")
 existing("local_resolution")
 existing("align_maps", "symmetry", ports=[port("map[final]")])
 existing("hand")
