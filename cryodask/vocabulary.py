@@ -221,6 +221,15 @@ register(
             "1",
             f"learnt radial profile to {PROFILE_REACH_DIAMETERS} diameters, positive: brighter than the surroundings",
         ),
+        Var(
+            "excluded_regions",
+            ("cell_y", "cell_x"),
+            "i1",
+            "1",
+            "1 where contamination, crystals or carbon cover most of a cell of the exposure",
+        ),
+        Var("excluded_share", (), "f8", "1", "share of the exposure that they cover"),
+        Var("pick_excluded_count", (), "i8", "1", "peaks above the threshold on them, or half a diameter around; never accepted"),
     ],
     "particles.score",
 )

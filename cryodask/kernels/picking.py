@@ -12,9 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from cryodask.kernels.acceptance import is_clear, threshold
+from cryodask.kernels.contamination import unusual_regions
+from cryodask.kernels.fourier import blur
 from cryodask.kernels.spectrum import fast_even_size
 from cryodask.kernels.subpixel import vertex
 
@@ -34,7 +37,8 @@ class Picks(NamedTuple):
 
     ``profile`` `(radius,)` runs from 0 to SUPPORT diameters, positive = brighter than the surroundings; ``threshold`` is the automatic
     one; ``skew`` is the third moment of the score map, ``null_skew`` that of an image of noise with the same power spectrum, which has
-    ``null_count`` peaks, the highest of them ``chance``.
+    ``null_count`` peaks, the highest of them ``chance``. ``mask`` `(row, column)`, bool, shows the regions without particles, over the
+    whole image; half a diameter around them is left out, too, with ``left_out`` peaks that are above the threshold.
     """
 
     y: Tensor
@@ -46,12 +50,15 @@ class Picks(NamedTuple):
     null_skew: float
     chance: float
     null_count: int
+    mask: Tensor
+    left_out: int
 
 
 class _Field(NamedTuple):
     """Downscaled, normalised image with a mirrored border, and what is needed to correlate with it; lengths in its pixels.
 
-    ``inner`` is the part without the border; ``origin, scale`` (rows, columns) convert back to pixels of the input image.
+    ``inner`` is the part without the border, ``free`` the part of it where particles can be; ``origin, scale`` (rows, columns) convert
+    back to pixels of the input image.
     """
 
     image: Tensor
@@ -60,11 +67,20 @@ class _Field(NamedTuple):
     radius: Tensor
     support: Tensor
     inner: tuple[slice, slice]
+    free: Tensor
     origin: tuple[float, float]
     scale: tuple[float, float]
 
 
-def pick_particles(image: Tensor, diameter_px: float, *, rounds: int = 3, profile_points: int = 32, seed: int = 0) -> Picks:
+def pick_particles(
+    image: Tensor,
+    diameter_px: float,
+    *,
+    rounds: int = 3,
+    profile_points: int = 32,
+    seed: int = 0,
+    pixel_size_angstrom: float | None = None,
+) -> Picks:
     """All peaks of the learnt template in a micrograph, with scores, and a threshold for them.
 
     Parameters
@@ -77,6 +93,8 @@ def pick_particles(image: Tensor, diameter_px: float, *, rounds: int = 3, profil
         Number of times the profile is relearnt.
     seed : int
         Seed for the phases of the noise image, which sets the chance level.
+    pixel_size_angstrom : float, optional
+        If given, regions without particles (contamination, carbon; see :mod:`cryodask.kernels.contamination`) are left out.
 
     Returns
     -------
@@ -85,7 +103,11 @@ def pick_particles(image: Tensor, diameter_px: float, *, rounds: int = 3, profil
         are one (see :func:`cryodask.kernels.acceptance.threshold`). As a control, the same procedure runs on noise with the same power
         spectrum, and unless the score map is clearly more skewed than that of the noise, the threshold is above all peaks of the noise.
     """
-    field = _field(image, diameter_px)
+    reduced = _reduced(image, diameter_px)
+    mask = torch.zeros_like(reduced.image[reduced.inner], dtype=torch.bool)
+    if pixel_size_angstrom is not None:
+        mask = unusual_regions(reduced.image[reduced.inner], reduced.diameter, diameter_px * pixel_size_angstrom)
+    field = _field(reduced, mask)
     skew, template, scores = max((_learn(field, start, rounds) for start in _starts(field)), key=lambda r: r[0])
     y, x, score = _peaks(field, scores)
     noise = _random_phases(field, seed)
@@ -93,21 +115,43 @@ def pick_particles(image: Tensor, diameter_px: float, *, rounds: int = 3, profil
     null = _peaks(noise, null_scores)[2]
     chance = float(null.max()) if len(null) else 0.0
     places = torch.linspace(0.0, SUPPORT * field.diameter, profile_points)
+    limit = threshold(score.cpu().numpy(), chance, is_clear(skew - null_skew, len(null)))
     return Picks(
         y * field.scale[0] + field.origin[0],
         x * field.scale[1] + field.origin[1],
         score,
-        threshold(score.cpu().numpy(), chance, is_clear(skew - null_skew, len(null))),
+        limit,
         _interpolate(template, places),
         skew,
         null_skew,
         chance,
         len(null),
+        mask,
+        _left_out(field, scores, limit),
     )
 
 
-def _field(image: Tensor, diameter_px: float) -> _Field:
-    """Downscale until a particle is DIAMETER_PX wide, band-pass (0.05 to 1 diameter), divide by the local standard deviation.
+def _left_out(field: _Field, scores: Tensor, limit: float) -> int:
+    """Number of peaks above the threshold where there can be no particles."""
+    if bool(field.free[field.inner].all()):
+        return 0
+    anywhere = _inside(field.image, field.inner)
+    y, x, score = _peaks(field._replace(free=anywhere), scores)
+    return int(((score > limit) & ~field.free[y.round().long(), x.round().long()]).sum())
+
+
+class _Reduced(NamedTuple):
+    """Downscaled image with a mirrored border, before it is band-passed; the other members are those of :class:`_Field`."""
+
+    image: Tensor
+    diameter: float
+    inner: tuple[slice, slice]
+    origin: tuple[float, float]
+    scale: tuple[float, float]
+
+
+def _reduced(image: Tensor, diameter_px: float) -> _Reduced:
+    """Downscale until a particle is DIAMETER_PX wide.
 
     A border of 1.5 diameters is mirrored, so that a gradient over the image makes no step at the periodic boundary of the Fourier
     transform.
@@ -125,11 +169,27 @@ def _field(image: Tensor, diameter_px: float) -> _Field:
     reduced = _crop(torch.fft.rfft2(padded), height, width)
     steps = padded.shape[0] / height, padded.shape[1] / width
     diameter = diameter_px / pool / (0.5 * (steps[0] + steps[1]))
-    band = _blur(reduced, 0.05 * diameter) - _blur(reduced, diameter)
-    normal = band / torch.sqrt(_blur(band * band, 1.5 * diameter).clamp(min=1e-12 * float(band.var()) + 1e-30))
     inner = [slice(math.ceil(border / s), math.floor((border + n - 1) / s) + 1) for s, n in zip(steps, pooled.shape[-2:])]
     origin = 0.5 * (pool - 1) - border * pool
-    return _with_geometry(normal, diameter, (inner[0], inner[1]), (origin, origin), (steps[0] * pool, steps[1] * pool))
+    return _Reduced(reduced, diameter, (inner[0], inner[1]), (origin, origin), (steps[0] * pool, steps[1] * pool))
+
+
+def _field(reduced: _Reduced, mask: Tensor) -> _Field:
+    """Band-pass (0.05 to 1 diameter) and divide by the local standard deviation."""
+    diameter = reduced.diameter
+    band = blur(reduced.image, 0.05 * diameter) - blur(reduced.image, diameter)
+    normal = band / torch.sqrt(blur(band * band, 1.5 * diameter).clamp(min=1e-12 * float(band.var()) + 1e-30))
+    free = _inside(normal, reduced.inner)
+    if mask.any():
+        distance = distance_transform_edt(~mask.cpu().numpy())
+        free[reduced.inner] = torch.from_numpy(distance > 0.5 * diameter).to(free.device)
+    return _with_geometry(normal, diameter, reduced.inner, free, reduced.origin, reduced.scale)
+
+
+def _inside(image: Tensor, inner: tuple[slice, slice]) -> Tensor:
+    out = torch.zeros_like(image, dtype=torch.bool)
+    out[inner] = True
+    return out
 
 
 def _stride(pixels: int) -> int:
@@ -138,12 +198,12 @@ def _stride(pixels: int) -> int:
 
 
 def _with_geometry(
-    normal: Tensor, diameter: float, inner: tuple[slice, slice], origin: tuple[float, float], scale: tuple[float, float]
+    normal: Tensor, diameter: float, inner: tuple[slice, slice], free: Tensor, origin: tuple[float, float], scale: tuple[float, float]
 ) -> _Field:
     y, x = (torch.minimum(i, n - i).float() for n in normal.shape for i in [torch.arange(n, device=normal.device)])
     radius = torch.sqrt(y[:, None] ** 2 + x[None] ** 2)
     support = (radius <= SUPPORT * diameter).float()
-    return _Field(normal, torch.fft.rfft2(normal), diameter, radius, support, inner, origin, scale)
+    return _Field(normal, torch.fft.rfft2(normal), diameter, radius, support, inner, free, origin, scale)
 
 
 def _crop(transform: Tensor, height: int, width: int) -> Tensor:
@@ -155,18 +215,12 @@ def _crop(transform: Tensor, height: int, width: int) -> Tensor:
     return torch.fft.irfft2(low, s=(height, width))
 
 
-def _blur(image: Tensor, sigma: float) -> Tensor:
-    ky = torch.fft.fftfreq(image.shape[0], device=image.device)[:, None]
-    kx = torch.fft.rfftfreq(image.shape[1], device=image.device)[None]
-    return torch.fft.irfft2(torch.fft.rfft2(image) * torch.exp(-2.0 * (math.pi * sigma) ** 2 * (ky * ky + kx * kx)), s=image.shape)
-
-
 def _random_phases(field: _Field, seed: int) -> _Field:
     """Gaussian noise with the power spectrum of the image."""
     noise = torch.randn(field.image.shape, generator=torch.Generator().manual_seed(seed)).to(field.image.device)
     phase = torch.fft.rfft2(noise)
     image = torch.fft.irfft2(field.transform.abs() * phase / phase.abs().clamp(min=1e-12), s=field.image.shape)
-    return _with_geometry(image, field.diameter, field.inner, field.origin, field.scale)
+    return _with_geometry(image, field.diameter, field.inner, field.free, field.origin, field.scale)
 
 
 # --- learning
@@ -190,14 +244,14 @@ def _learn(field: _Field, profile: Tensor, rounds: int) -> tuple[float, Tensor, 
         y, x, _ = _peaks(field, _scores(field, profile))
         reach = math.ceil(SUPPORT * field.diameter) + 1
         height, width = field.image.shape
-        best = max(10, int(0.15 * field.image[field.inner].numel() / field.diameter**2))
+        best = max(10, int(0.15 * int(field.free.sum()) / field.diameter**2))
         rows, columns = y[:best].round().long(), x[:best].round().long()
         whole = (rows >= reach) & (rows < height - reach) & (columns >= reach) & (columns < width - reach)
         if not whole.any():
             break
         profile = _mean_profile(field, rows[whole], columns[whole], len(profile))
     scores = _scores(field, profile)
-    return _mean(scores[field.inner] ** 3), profile, scores
+    return _mean(scores[field.free] ** 3), profile, scores
 
 
 def _mean_profile(field: _Field, rows: Tensor, columns: Tensor, length: int) -> Tensor:
@@ -213,13 +267,13 @@ def _scores(field: _Field, profile: Tensor) -> Tensor:
     template = _interpolate(profile, field.radius)
     template = (template - _mean(template * field.support) / _mean(field.support)) * field.support
     scores = torch.fft.irfft2(field.transform * torch.fft.rfft2(template).conj(), s=field.image.shape)
-    inner = scores[field.inner]
+    inner = scores[field.free]
     return scores / max(_mean((inner - _mean(inner)) ** 2) ** 0.5, 1e-30)
 
 
 def _mean(values: Tensor) -> float:
     """Mean in double precision, by numpy: sums of torch depend on the number of threads."""
-    return float(values.cpu().numpy().mean(dtype=np.float64))
+    return float(values.cpu().numpy().mean(dtype=np.float64)) if values.numel() else 0.0
 
 
 def _interpolate(profile: Tensor, radius: Tensor) -> Tensor:
@@ -242,7 +296,7 @@ def _peaks(field: _Field, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     inside = torch.zeros_like(scores, dtype=torch.bool)
     rows_in, columns_in = field.inner
     inside[rows_in.start + edge : rows_in.stop - edge, columns_in.start + edge : columns_in.stop - edge] = True
-    rows, columns = torch.nonzero((scores == highest) & inside & (scores > 0)).unbind(1)
+    rows, columns = torch.nonzero((scores == highest) & inside & field.free & (scores > 0)).unbind(1)
     height = scores[rows, columns]
     order = torch.argsort(height, descending=True, stable=True)
     rows, columns, height = rows[order], columns[order], height[order]

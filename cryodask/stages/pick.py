@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 PROFILE_POINTS = 32
+MASK_CELLS = 64
 _LEAST_WIDTH_PX = 4.0
 
 
@@ -29,10 +30,11 @@ class PickParams(Params):
         "auto", description="score above which peaks are accepted, or auto"
     )
     rounds: int = Field(3, description="number of times the radial template is relearned", ge=1, le=10)
+    exclude_regions: bool = Field(True, description="pick nothing on contamination, crystals and carbon, nor half a diameter around them")
 
 
 def _sizes(params: PickParams, sizes: Sizes) -> Sizes:
-    return {"radius": PROFILE_POINTS}
+    return {"radius": PROFILE_POINTS, "cell_y": MASK_CELLS, "cell_x": MASK_CELLS}
 
 
 def _memory(params: PickParams, sizes: Sizes) -> float:
@@ -51,9 +53,20 @@ def _check(params: PickParams, inputs: dict[str, list[Product]]) -> Iterator[str
 
 
 @stage(
-    version=2,
+    version=3,
     needs=["micrograph_dw", "pixel_size_angstrom"],
-    gives=["pick_y", "pick_x", "pick_score", "pick_threshold", "pick_profile", "pick_chance", "pick_excess_skew"],
+    gives=[
+        "pick_y",
+        "pick_x",
+        "pick_score",
+        "pick_threshold",
+        "pick_profile",
+        "pick_chance",
+        "pick_excess_skew",
+        "excluded_regions",
+        "excluded_share",
+        "pick_excluded_count",
+    ],
     check=_check,
     sizes=_sizes,
     resources=Resources(memory=_memory),
@@ -67,8 +80,9 @@ def pick(params: PickParams, *, micrograph_dw: np.ndarray, pixel_size_angstrom: 
     the threshold, which decides which of them are accepted and can be changed later without picking again. ``pick_threshold`` is the
     value of "auto" for this micrograph: it parts particles from other peaks, also where a crowded micrograph has hardly any others.
     Where the score map is no more skewed than that of noise, only peaks above the highest one of noise (``pick_chance``) are accepted;
-    the run says so if that leaves out many. The dose-weighted sum is used because particles are extracted from it, and
-    because it shows them best; the resolution used, an eighth of the diameter, is the same in both sums.
+    the run says so if that leaves out many. Contamination, crystals and carbon, found by their mean and texture, are left out with half
+    a diameter around them: ``excluded_regions`` shows them on a coarse grid. The dose-weighted sum is used because particles are
+    extracted from it, and because it shows them best; the resolution used, an eighth of the diameter, is the same in both sums.
     """
     import torch
 
@@ -83,7 +97,14 @@ def pick(params: PickParams, *, micrograph_dw: np.ndarray, pixel_size_angstrom: 
             "the diameter was given in pixels or nanometres, or the pixel size is wrong",
             "give pick.diameter_angstrom in Angstrom and check the pixel size",
         )
-    picks = pick_particles(torch.from_numpy(image).to(context.device), diameter, rounds=params.rounds, profile_points=PROFILE_POINTS)
+    picks = pick_particles(
+        torch.from_numpy(image).to(context.device),
+        diameter,
+        rounds=params.rounds,
+        profile_points=PROFILE_POINTS,
+        pixel_size_angstrom=float(pixel_size_angstrom) if params.exclude_regions else None,
+    )
+    mask = picks.mask.float()
     y, x, score = (t[:SLOTS].cpu().numpy().astype(np.float32) for t in (picks.y, picks.x, picks.score))
     return {
         "pick_y": y,
@@ -93,6 +114,9 @@ def pick(params: PickParams, *, micrograph_dw: np.ndarray, pixel_size_angstrom: 
         "pick_profile": picks.profile.cpu().numpy().astype(np.float32),
         "pick_chance": picks.chance,
         "pick_excess_skew": picks.skew - picks.null_skew,
+        "excluded_regions": (torch.nn.functional.adaptive_avg_pool2d(mask[None], MASK_CELLS)[0] > 0.5).cpu().numpy().astype(np.int8),
+        "excluded_share": float(mask.mean()),
+        "pick_excluded_count": picks.left_out,
     }
 
 
@@ -123,17 +147,28 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
         f"{int(counts.sum())} particles in {len(counts)} micrographs (median {int(np.median(counts))}), of {int(good.sum())} peaks. "
         "Each micrograph has its own threshold. Profiles that differ from the median (black) point to ice, carbon or a wrong diameter."
     )
+    if "excluded_share" in ds and (ds["excluded_share"].values > 0).any():
+        share = ds["excluded_share"].values
+        caption += (
+            f" Contamination, crystals or carbon cover {share.mean():.1%} of the area, in {int((share > 0).sum())} micrographs (at most "
+            f"{share.max():.0%}); {int(ds['pick_excluded_count'].values.sum())} peaks on them are not accepted."
+        )
     yield Picture("Picks", caption, figure)
     if "micrograph_dw" in ds:
         yield _draw_places(ds)
 
 
 def _draw_places(ds: xr.Dataset) -> Picture:
-    """Picks on the micrographs with the most, the median and the fewest picks."""
+    """Picks on the micrographs with the most, the median and the fewest picks, and on the one with the largest excluded regions."""
     from matplotlib.figure import Figure
 
     order = np.argsort(ds["pick_count"].values, kind="stable")
-    chosen = list(dict.fromkeys([int(order[-1]), int(order[len(order) // 2]), int(order[0])]))
+    chosen = [int(order[-1]), int(order[len(order) // 2]), int(order[0])]
+    shown = "Micrographs with the most, the median and the fewest picks above the threshold (circles)"
+    if "excluded_share" in ds and (ds["excluded_share"].values > 0).any():
+        chosen.append(int(np.argmax(ds["excluded_share"].values)))
+        shown += ", and with the largest excluded regions (red: nothing is picked there, nor half a diameter around)"
+    chosen = list(dict.fromkeys(chosen))
     figure = Figure(figsize=(4.4 * len(chosen), 4.6), layout="constrained")
     for ax, i in zip(figure.subplots(1, len(chosen), squeeze=False)[0], chosen):
         one = ds.isel(micrograph=i)
@@ -143,13 +178,17 @@ def _draw_places(ds: xr.Dataset) -> Picture:
         small = image[:rows, :columns].reshape(rows // step, step, columns // step, step).mean((1, 3))
         low, high = np.percentile(small, [1, 99])
         ax.imshow(small, cmap="gray", vmin=low, vmax=high, origin="lower", extent=(0, columns, 0, rows))
+        title = f"{one['micrograph'].item()}: {int(one['pick_count'])}"
+        if "excluded_share" in ds and one["excluded_share"] > 0:
+            excluded = np.ma.masked_equal(one["excluded_regions"].values, 0)
+            extent = (0, image.shape[1], 0, image.shape[0])
+            ax.imshow(excluded, cmap="autumn", alpha=0.35, vmin=0, vmax=2, origin="lower", extent=extent, interpolation="nearest")
+            title += f", {float(one['excluded_share']):.1%} excluded"
         accepted = one["pick_accepted"].values > 0
         ax.scatter(one["pick_x"].values[accepted], one["pick_y"].values[accepted], s=90, facecolors="none", edgecolors="#2ca02c", lw=1)
-        ax.set_title(f"{one['micrograph'].item()}: {int(one['pick_count'])}", fontsize=9)
+        ax.set_title(title, fontsize=9)
         ax.set_axis_off()
-    return Picture(
-        "Picks on micrographs", "Micrographs with the most, the median and the fewest picks above the threshold (circles).", figure
-    )
+    return Picture("Picks on micrographs", f"{shown}.", figure)
 
 
 def _flat(column: xr.DataArray) -> np.ndarray:
