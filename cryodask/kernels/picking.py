@@ -1,4 +1,4 @@
-"""Particle picking without templates: a radial profile is learnt from each micrograph, starting from the diameter alone.
+"""Particle picking: a radial profile is learnt from each micrograph, starting from the diameter alone, or templates are given.
 
 A disk and a ring of the given diameter, bright and dark, are correlated with the band-passed, locally normalised image; the mean of the
 best patches, averaged over directions, is the next template. Of the four families the one with the most positive skew of its score map
@@ -20,6 +20,7 @@ from cryodask.kernels.contamination import unusual_regions
 from cryodask.kernels.fourier import blur
 from cryodask.kernels.spectrum import fast_even_size
 from cryodask.kernels.subpixel import vertex
+from cryodask.kernels.template_matching import Templates, extremes, matched_filters, turned, whitened, with_ctf
 
 DIAMETER_PX = 16.0
 """Diameter of a particle in the downscaled image that is used throughout, pixels."""
@@ -80,8 +81,10 @@ def pick_particles(
     profile_points: int = 32,
     seed: int = 0,
     pixel_size_angstrom: float | None = None,
+    exclude_regions: bool = True,
+    templates: Templates | None = None,
 ) -> Picks:
-    """All peaks of the learnt template in a micrograph, with scores, and a threshold for them.
+    """All peaks of the learnt template, or of given ones, in a micrograph, with scores, and a threshold for them.
 
     Parameters
     ----------
@@ -94,7 +97,11 @@ def pick_particles(
     seed : int
         Seed for the phases of the noise image, which sets the chance level.
     pixel_size_angstrom : float, optional
-        If given, regions without particles (contamination, carbon; see :mod:`cryodask.kernels.contamination`) are left out.
+        If given, regions without particles (contamination, carbon; see :mod:`cryodask.kernels.contamination`) can be left out.
+    exclude_regions : bool
+        Whether they are.
+    templates : Templates, optional
+        Look for these, at all in-plane rotations and in either contrast (see :mod:`cryodask.kernels.template_matching`).
 
     Returns
     -------
@@ -105,29 +112,31 @@ def pick_particles(
     """
     reduced = _reduced(image, diameter_px)
     mask = torch.zeros_like(reduced.image[reduced.inner], dtype=torch.bool)
-    if pixel_size_angstrom is not None:
+    if pixel_size_angstrom is not None and exclude_regions:
         mask = unusual_regions(reduced.image[reduced.inner], reduced.diameter, diameter_px * pixel_size_angstrom)
     field = _field(reduced, mask)
-    skew, template, scores = max((_learn(field, start, rounds) for start in _starts(field)), key=lambda r: r[0])
-    y, x, score = _peaks(field, scores)
-    noise = _random_phases(field, seed)
-    null_skew, _, null_scores = max((_learn(noise, start, rounds) for start in _starts(noise)), key=lambda r: r[0])
-    null = _peaks(noise, null_scores)[2]
-    chance = float(null.max()) if len(null) else 0.0
+    if templates is None:
+        found, null = (_by_profile(one, rounds) for one in (field, _random_phases(field, seed)))
+    else:
+        assert pixel_size_angstrom is not None
+        found, null = _by_templates(field, reduced.image, mask, templates, diameter_px * pixel_size_angstrom, seed)
+    y, x, score = _peaks(field, found.scores)
+    others = _peaks(field, null.scores)[2]
+    chance = float(others.max()) if len(others) else 0.0
     places = torch.linspace(0.0, SUPPORT * field.diameter, profile_points)
-    limit = threshold(score.cpu().numpy(), chance, is_clear(skew - null_skew, len(null)))
+    limit = threshold(score.cpu().numpy(), chance, is_clear(found.skew - null.skew, len(others)))
     return Picks(
         y * field.scale[0] + field.origin[0],
         x * field.scale[1] + field.origin[1],
         score,
         limit,
-        _interpolate(template, places),
-        skew,
-        null_skew,
+        _interpolate(found.profile, places),
+        found.skew,
+        null.skew,
         chance,
-        len(null),
+        len(others),
         mask,
-        _left_out(field, scores, limit),
+        _left_out(field, found.scores, limit),
     )
 
 
@@ -238,20 +247,69 @@ def _starts(field: _Field) -> list[Tensor]:
     return [disk, -disk, ring, -ring]
 
 
-def _learn(field: _Field, profile: Tensor, rounds: int) -> tuple[float, Tensor, Tensor]:
-    """Skew of the score map, profile and score map after ``rounds`` of picking and averaging."""
+class _Found(NamedTuple):
+    """Score map in its standard deviations, its skew, and the mean profile of the best peaks."""
+
+    skew: float
+    profile: Tensor
+    scores: Tensor
+
+
+def _by_profile(field: _Field, rounds: int) -> _Found:
+    """The family of learnt profiles whose score map is most skewed."""
+    return max((_learn(field, start, rounds) for start in _starts(field)), key=lambda r: r.skew)
+
+
+def _learn(field: _Field, profile: Tensor, rounds: int) -> _Found:
+    """``rounds`` of picking and averaging."""
     for _ in range(rounds):
-        y, x, _ = _peaks(field, _scores(field, profile))
-        reach = math.ceil(SUPPORT * field.diameter) + 1
-        height, width = field.image.shape
-        best = max(10, int(0.15 * int(field.free.sum()) / field.diameter**2))
-        rows, columns = y[:best].round().long(), x[:best].round().long()
-        whole = (rows >= reach) & (rows < height - reach) & (columns >= reach) & (columns < width - reach)
-        if not whole.any():
+        learnt = _profile_of_best(field, _scores(field, profile), len(profile))
+        if learnt is None:
             break
-        profile = _mean_profile(field, rows[whole], columns[whole], len(profile))
+        profile = learnt
     scores = _scores(field, profile)
-    return _mean(scores[field.free] ** 3), profile, scores
+    return _Found(_mean(scores[field.free] ** 3), profile, scores)
+
+
+def _profile_of_best(field: _Field, scores: Tensor, length: int) -> Tensor | None:
+    """Mean profile of the best peaks; None if there are none away from the border."""
+    y, x, _ = _peaks(field, scores)
+    reach = math.ceil(SUPPORT * field.diameter) + 1
+    height, width = field.image.shape
+    best = max(10, int(0.15 * int(field.free.sum()) / field.diameter**2))
+    rows, columns = y[:best].round().long(), x[:best].round().long()
+    whole = (rows >= reach) & (rows < height - reach) & (columns >= reach) & (columns < width - reach)
+    return _mean_profile(field, rows[whole], columns[whole], length) if bool(whole.any()) else None
+
+
+def _by_templates(
+    field: _Field, image: Tensor, mask: Tensor, templates: Templates, diameter_angstrom: float, seed: int
+) -> tuple[_Found, _Found]:
+    """The best score of all templates at each place, in the contrast that has the more skewed map; and the same of noise."""
+    clean = torch.ones_like(field.free)
+    clean[field.inner] = ~mask
+    pixel = diameter_angstrom / field.diameter
+    seen = with_ctf(turned(templates.images, templates.pixel_angstrom, diameter_angstrom, pixel), templates.lens, pixel)
+    white = whitened(image, clean, field.diameter)
+    filters = matched_filters(seen, white.amplitude)
+    flat = field._replace(image=white.image, transform=torch.fft.rfft2(white.image))
+    found = max(_standardised(field, extremes(white.image, filters)), key=lambda r: r.skew)
+    both = _standardised(field, extremes(_random_phases(flat, seed).image, filters))
+    # one picture of noise has few peaks: the highest of either contrast is a steadier limit
+    null = _Found(max(one.skew for one in both), found.profile, torch.maximum(both[0].scores, both[1].scores))
+    length = math.ceil(SUPPORT * field.diameter) + 3
+    profile = _profile_of_best(field, found.scores, length)
+    return found._replace(profile=field.image.new_zeros(length) if profile is None else profile), null
+
+
+def _standardised(field: _Field, extreme: tuple[Tensor, Tensor]) -> list[_Found]:
+    """Score maps of either contrast with mean 0 and standard deviation 1, from the highest and the lowest scores of filters."""
+    out = []
+    for scores in (extreme[0], -extreme[1]):
+        free = scores[field.free]
+        scores = (scores - _mean(free)) / max(_mean((free - _mean(free)) ** 2) ** 0.5, 1e-30)
+        out.append(_Found(_mean(scores[field.free] ** 3), field.image.new_zeros(0), scores))
+    return out
 
 
 def _mean_profile(field: _Field, rows: Tensor, columns: Tensor, length: int) -> Tensor:
