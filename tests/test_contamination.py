@@ -4,6 +4,7 @@ import mrcfile
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from scipy import ndimage
 
 from cryodask.kernels.contamination import unusual_regions
@@ -148,3 +149,23 @@ def test_a_micrograph_of_nothing_but_carbon_is_not_refused():
     out, found = picked(image)
     assert len(found) == 0 or out["excluded_share"] < 1.0
     assert np.isfinite(out["pick_threshold"])
+
+
+def test_the_report_shows_where_nothing_was_picked(contaminated, scenes):
+    image, _, _ = contaminated
+    made = [picked(image, 200.0, 4.0)[0], picked(scenes["ice"][: image.shape[0], : image.shape[1]], 200.0, 4.0)[0]]
+    slots = max(len(one["pick_y"]) for one in made)
+    columns = {}
+    for name in made[0]:
+        ragged = name in ("pick_y", "pick_x", "pick_score")
+        values = [np.pad(one[name], (0, slots - len(one[name])), constant_values=np.nan) if ragged else one[name] for one in made]
+        inner = ("slot",) if ragged else {"pick_profile": ("radius",), "excluded_regions": ("cell_y", "cell_x")}.get(name, ())
+        columns[name] = (("micrograph", *inner), np.stack([np.asarray(v) for v in values]))
+    ds = xr.Dataset(columns, {"micrograph": ["dirty", "clean"]})
+    good = (ds["pick_score"] > ds["pick_threshold"]).astype(np.int8)
+    ds = ds.assign(pick_accepted=good, pick_count=good.sum("slot"))
+    ds["micrograph_dw"] = (("micrograph", "y", "x"), np.stack([image, scenes["ice"][: image.shape[0], : image.shape[1]]]))
+    first, second = pick.draw(ds)
+    assert "in 1 micrographs (at most 17%)" in first.caption
+    assert "largest excluded regions" in second.caption
+    assert any("16.8% excluded" in axes.get_title() for axes in second.figure.axes)
