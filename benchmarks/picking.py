@@ -51,7 +51,7 @@ SHARES: list[float] = []
 """Excluded share of each micrograph of particles."""
 
 
-def run(image: np.ndarray, diameter_angstrom: float, pixel: float, count: int | None = None, **given: Any) -> tuple[np.ndarray, float]:
+def run(image: np.ndarray, diameter_angstrom: float, pixel: float, count: int = 12, **given: Any) -> tuple[np.ndarray, float]:
     """Accepted picks `(n, 2)` and CPU seconds; with ``count`` views of a map and a CTF, if ``given``."""
     params = PickParams(diameter_angstrom=diameter_angstrom, template_count=count)
     start = time.process_time()

@@ -14,7 +14,9 @@ from cryodask.formats.mrc import write_mrc
 from cryodask.formats.star import write_coordinates
 from cryodask.kernels import template_matching as tm
 from cryodask.kernels.picking import pick_particles
+from cryodask.products import Product
 from cryodask.run.recipe import make_plan
+from cryodask.run.refs import parts_used
 from cryodask.run.session import run_plan
 from cryodask.simulate import Optics, simulate_micrograph
 from cryodask.simulate.model import MOLECULES, density_map
@@ -195,14 +197,26 @@ def test_a_session_picks_again_with_its_own_class_averages(tmp_path):
         assert figures(found, truth[k], (640, 640), 180 / 3.54)[0] > 0.9
 
 
-@pytest.mark.parametrize(
-    ("params", "message"),
-    [
-        ({"from": {"templates": "curate"}}, "template_count is not set"),
-        ({"template_count": 3}, "template_count needs templates"),
-    ],
-)
-def test_the_plan_says_what_templates_lack(tmp_path, params, message):
-    path, _ = session(tmp_path, {"diameter_angstrom": 180, **params})
-    with pytest.raises(Exception, match=message):
-        make_plan(path)
+def test_the_ctf_counts_with_templates_only(tmp_path):
+    path, _ = session(tmp_path, {"diameter_angstrom": 180, "from": {"templates": "curate"}})
+    plan = make_plan(path)
+    # the CTF belongs to the key only with templates: without them picking does not wait for it, nor is it repeated when it changes
+    port = plan.graph.step("again").stage.port("exposures")
+    assert "ctf" in parts_used(plan.graph.step("again"), port)
+    text = path.read_text()
+    path.write_text(text.replace("from:\n      templates: curate", ""))
+    plan = make_plan(path)
+    assert "ctf" not in parts_used(plan.graph.step("again"), port)
+
+
+def test_templates_need_the_ctf_and_one_source():
+    def product(kind, *parts):
+        return Product(kind, "step", kind, 0, dict.fromkeys(parts, "step"))
+
+    params, exposures = PickParams(diameter_angstrom=180.0), product("exposures", "micrograph", "optics", "ctf")
+    classes, reference = product("classes", "averages"), product("map", "final")
+    assert not list(pick.check(params, {"exposures": [exposures], "templates": [classes]}))
+    (said,) = pick.check(params, {"exposures": [exposures], "templates": [classes], "reference": [reference]})
+    assert "not from both" in said
+    (said,) = pick.check(params, {"exposures": [product("exposures", "micrograph", "optics")], "reference": [reference]})
+    assert "no step gives it" in said

@@ -27,7 +27,7 @@ _KEPT = 0.97
 _BOX = 2.0
 """Edge of a template with its CTF, diameters."""
 _RINGS = 128
-_BLOCK = 16384
+_BLOCK = 8192
 _TILE = 448
 _WHITENING = 0.5
 """Exponent of the micrograph's power that counts as that of its noise. With 1 the particles of a crowded micrograph, which are much of its

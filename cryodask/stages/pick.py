@@ -34,9 +34,7 @@ class PickParams(Params):
         "auto", description="score above which peaks are accepted, or auto"
     )
     rounds: int = Field(3, description="number of times the radial template is relearned", ge=1, le=10)
-    template_count: int | None = Field(
-        None, ge=1, le=100, description="with templates: class averages to use, the largest first, or views of a map; 10 to 20 are enough"
-    )
+    template_count: int = Field(12, ge=1, le=100, description="with templates: class averages to use, the largest first, or views of a map")
     exclude_regions: bool = Field(True, description="pick nothing on contamination, crystals and carbon, nor half a diameter around them")
 
 
@@ -46,20 +44,13 @@ def _sizes(params: PickParams, sizes: Sizes) -> Sizes:
 
 def _memory(params: PickParams, sizes: Sizes) -> float:
     # the micrograph, a sorted copy for its median, and its transform
-    return 24.0 * sizes["y"] * sizes["x"] + (5.0e7 if params.template_count is None else 3.0e8)
+    return 24.0 * sizes["y"] * sizes["x"] + 1.2e8
 
 
 def _check(params: PickParams, inputs: dict[str, list[Product]]) -> Iterator[str]:
     given = [name for name in ("templates", "reference") if inputs.get(name)]
     if len(given) == 2:
         yield "templates come from class averages (templates) or from a map (reference), not from both. Leave out one of them in from."
-    if given and params.template_count is None:
-        yield f"from gives {given[0]}, but template_count is not set. Set the number of templates to use, for example template_count: 12."
-    if params.template_count is not None and not given:
-        yield (
-            "template_count needs templates. Write from: {templates: STEP} with a step that gives class averages, or "
-            "from: {reference: STEP} with one that gives a map."
-        )
     if given and "ctf" not in inputs["exposures"][0].parts:
         yield "templates are compared with the CTF of each exposure, but no step gives it. Add ctf before this step."
     for pixel in sorted(inputs["exposures"][0].pixel_sizes):
@@ -80,7 +71,7 @@ def _check(params: PickParams, inputs: dict[str, list[Product]]) -> Iterator[str
         "excluded_share", "pick_excluded_count",
     ],
     ports=[
-        port("exposures[micrograph, optics, ctf?]", also_if="template_count"),
+        port("exposures[micrograph, optics, ctf?]", also_with={"ctf": ("templates", "reference")}),
         "templates?!:classes[averages]",
         "reference?!:map[final]",
     ],
@@ -119,9 +110,9 @@ def pick(
     a diameter around them: ``excluded_regions`` shows them on a coarse grid. The dose-weighted sum is used because particles are
     extracted from it, and because it shows them best; the resolution used, an eighth of the diameter, is the same in both sums.
 
-    With templates (``from: {templates: curate}`` for class averages, ``from: {reference: refine3d}`` for views of a map, and
-    ``template_count``), the score of a place is the best of all templates at in-plane angles 15 degrees apart, with the CTF of the
-    exposure, against its noise, in either contrast. Acceptance and regions are the same.
+    With templates (``from: {templates: curate}`` for class averages, ``from: {reference: refine3d}`` for views of a map) the score of a
+    place is the best of all templates at in-plane angles 15 degrees apart, with the CTF of the exposure, against its noise, in either
+    contrast. Acceptance and excluded regions are the same.
     """
     import torch
 
@@ -143,7 +134,7 @@ def pick(
     lens = (
         defocus_u_angstrom, defocus_v_angstrom, defocus_angle_deg, phase_shift_deg, voltage_kv, spherical_aberration_mm, amplitude_contrast
     )  # fmt: skip
-    if params.template_count is not None:
+    if class_average is not None or final_map is not None:
         if any(value is None or not np.isfinite(value) for value in lens):
             raise MicrographError("its CTF is unknown, which templates need", "the fit of the CTF failed", "exclude it, or add a ctf step")
         if final_map is not None and map_pixel_size_angstrom is not None:
