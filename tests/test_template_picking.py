@@ -155,6 +155,28 @@ def test_class_averages_serve_as_well_and_the_largest_are_taken(projections, cro
         picked(image, **given, **{**LENS, "defocus_u_angstrom": float("nan")})
 
 
+def test_scores_tell_two_proteins_of_one_size_apart(projections, crowded):
+    """Measured on larger micrographs: 0.88 and 0.94 of the pairs are ranked rightly, 0.25 with the learnt profile."""
+    image, truth = crowded
+    optics = Optics(pixel_size_angstrom=PIXEL, defocus_u_angstrom=DEFOCUS + 500, defocus_v_angstrom=DEFOCUS, defocus_angle_deg=30.0)
+    other = simulate_micrograph(
+        shape=(1024, 1024), optics=optics, particles=50, distance_angstrom=200.0, signal_amplitude=0.7, seed=4, molecule="clpb"
+    )
+    image = np.where(np.arange(1024) < 512, image, other.image)
+    places = truth[truth[:, 1] < 440], np.stack([other.particles.y, other.particles.x], 1)[other.particles.x > 584]
+    ranked = {}
+    templates = tm.Templates(tm.views(projections, 12, 2.5), 3.54, tm.Lens(*LENS.values()))
+    for name, given in (("templates", templates), ("profile", None)):
+        picks = pick_particles(torch.from_numpy(image), 180 / PIXEL, pixel_size_angstrom=PIXEL, templates=given)
+        found = np.stack([picks.y, picks.x], 1)
+        near = [np.hypot(*(found[:, None] - some[None]).transpose(2, 0, 1)).min(1) < 25 for some in places]
+        right, wrong = (picks.score.numpy()[mask] for mask in near)
+        assert min(len(right), len(wrong)) > 10
+        ranked[name] = (right[:, None] > wrong[None]).mean()
+    assert ranked["templates"] > 0.8
+    assert ranked["profile"] < 0.5
+
+
 def test_noise_alone_gives_next_to_nothing(projections):
     noise = np.random.default_rng(2).normal(100.0, 10.0, (1024, 1024)).astype(np.float32)
     templates = tm.Templates(tm.views(projections, 12, 2.5), 3.54, tm.Lens(*LENS.values()))
