@@ -17,7 +17,8 @@ class Port:
     "explicit" (only by ``from``) or "none" (stays empty unless ``from`` fills it). ``many``: takes a list. ``copies``: whether the copies
     of a symmetry expansion are accepted; ``subtracted``: whether images after signal subtraction are. ``whole``: all classes are taken
     together, none need be chosen. ``unless``: parameter that replaces this input. ``also_if``: parameter without which
-    the parts ``also`` are not used, or such a parameter for some of them.
+    the parts ``also`` are not used, or such a parameter for some of them. ``also_with``: for some of them the ports without any of which
+    they are not used.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Port:
     whole: bool = False
     unless: str | None = None
     also_if: str | Mapping[str, str] | None = None
+    also_with: Mapping[str, tuple[str, ...]] | None = None
 
 
 @dataclass(frozen=True)

@@ -207,7 +207,7 @@ register(
 )
 register(
     [
-        Var("pick_score", ("slot",), "f4", "1", "normalised correlation with the learnt radial template"),
+        Var("pick_score", ("slot",), "f4", "1", "normalised correlation with the learnt radial template, or the best of the given ones"),
         Var("cryosparc_uid", ("slot",), "i8", "1", "uid of the particle in cryoSPARC, its 64 bits as a signed integer; 0 if it has none"),
         Var("pick_accepted", ("slot",), "i1", "1", "1 if the score is above the threshold"),
         Var("pick_threshold", (), "f8", "1", "score above which peaks are accepted"),
@@ -221,6 +221,15 @@ register(
             "1",
             f"learnt radial profile to {PROFILE_REACH_DIAMETERS} diameters, positive: brighter than the surroundings",
         ),
+        Var(
+            "excluded_regions",
+            ("cell_y", "cell_x"),
+            "i1",
+            "1",
+            "1 where contamination, crystals or carbon cover most of a cell of the exposure",
+        ),
+        Var("excluded_share", (), "f8", "1", "share of the exposure that they cover"),
+        Var("pick_excluded_count", (), "i8", "1", "peaks above the threshold on them, or half a diameter around; never accepted"),
     ],
     "particles.score",
 )
@@ -436,6 +445,7 @@ register(
     [
         Var("class_average", ("class", "y", "x"), "f4", "1", "2D class averages", "bulk", (1, 0, 0)),
         Var("class_share", ("class",), "f4", "1", "share of the particles in the class"),
+        Var("class_pixel_size_angstrom", (), "f8", "angstrom", "pixel size of the class averages"),
     ],
     "classes.averages",
 )

@@ -133,3 +133,10 @@ def real_ifft2(transforms: Tensor, shape: tuple[int, int], *, overwrite: bool = 
     if transforms.device.type != "cpu":
         return torch.fft.irfft2(transforms, s=shape)
     return torch.from_numpy(scipy.fft.irfft2(transforms.numpy(), s=shape, workers=1, overwrite_x=overwrite))
+
+
+def blur(image: Tensor, sigma: float) -> Tensor:
+    """A periodic image `(y, x)` convolved with a normal distribution of standard deviation ``sigma``, pixels."""
+    ky = torch.fft.fftfreq(image.shape[0], device=image.device)[:, None]
+    kx = torch.fft.rfftfreq(image.shape[1], device=image.device)[None]
+    return torch.fft.irfft2(torch.fft.rfft2(image) * torch.exp(-2.0 * (math.pi * sigma) ** 2 * (ky * ky + kx * kx)), s=image.shape)

@@ -1,4 +1,4 @@
-"""Particle picking without templates: a radial profile is learnt from each micrograph, starting from the diameter alone.
+"""Particle picking: a radial profile is learnt from each micrograph, starting from the diameter alone, or templates are given.
 
 A disk and a ring of the given diameter, bright and dark, are correlated with the band-passed, locally normalised image; the mean of the
 best patches, averaged over directions, is the next template. Of the four families the one with the most positive skew of its score map
@@ -12,11 +12,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from cryodask.kernels.acceptance import is_clear, threshold
+from cryodask.kernels.contamination import unusual_regions
+from cryodask.kernels.fourier import blur
 from cryodask.kernels.spectrum import fast_even_size
 from cryodask.kernels.subpixel import vertex
+from cryodask.kernels.template_matching import Templates, extremes, matched_filters, turned, whitened, with_ctf
 
 DIAMETER_PX = 16.0
 """Diameter of a particle in the downscaled image that is used throughout, pixels."""
@@ -34,7 +38,8 @@ class Picks(NamedTuple):
 
     ``profile`` `(radius,)` runs from 0 to SUPPORT diameters, positive = brighter than the surroundings; ``threshold`` is the automatic
     one; ``skew`` is the third moment of the score map, ``null_skew`` that of an image of noise with the same power spectrum, which has
-    ``null_count`` peaks, the highest of them ``chance``.
+    ``null_count`` peaks, the highest of them ``chance``. ``mask`` `(row, column)`, bool, shows the regions without particles, over the
+    whole image; half a diameter around them is left out, too, with ``left_out`` peaks that are above the threshold.
     """
 
     y: Tensor
@@ -46,12 +51,15 @@ class Picks(NamedTuple):
     null_skew: float
     chance: float
     null_count: int
+    mask: Tensor
+    left_out: int
 
 
 class _Field(NamedTuple):
     """Downscaled, normalised image with a mirrored border, and what is needed to correlate with it; lengths in its pixels.
 
-    ``inner`` is the part without the border; ``origin, scale`` (rows, columns) convert back to pixels of the input image.
+    ``inner`` is the part without the border, ``free`` the part of it where particles can be; ``origin, scale`` (rows, columns) convert
+    back to pixels of the input image.
     """
 
     image: Tensor
@@ -60,12 +68,23 @@ class _Field(NamedTuple):
     radius: Tensor
     support: Tensor
     inner: tuple[slice, slice]
+    free: Tensor
     origin: tuple[float, float]
     scale: tuple[float, float]
 
 
-def pick_particles(image: Tensor, diameter_px: float, *, rounds: int = 3, profile_points: int = 32, seed: int = 0) -> Picks:
-    """All peaks of the learnt template in a micrograph, with scores, and a threshold for them.
+def pick_particles(
+    image: Tensor,
+    diameter_px: float,
+    *,
+    rounds: int = 3,
+    profile_points: int = 32,
+    seed: int = 0,
+    pixel_size_angstrom: float | None = None,
+    exclude_regions: bool = True,
+    templates: Templates | None = None,
+) -> Picks:
+    """All peaks of the learnt template, or of given ones, in a micrograph, with scores, and a threshold for them.
 
     Parameters
     ----------
@@ -77,6 +96,12 @@ def pick_particles(image: Tensor, diameter_px: float, *, rounds: int = 3, profil
         Number of times the profile is relearnt.
     seed : int
         Seed for the phases of the noise image, which sets the chance level.
+    pixel_size_angstrom : float, optional
+        If given, regions without particles (contamination, carbon; see :mod:`cryodask.kernels.contamination`) can be left out.
+    exclude_regions : bool
+        Whether they are.
+    templates : Templates, optional
+        Look for these, at all in-plane rotations and in either contrast (see :mod:`cryodask.kernels.template_matching`).
 
     Returns
     -------
@@ -85,29 +110,57 @@ def pick_particles(image: Tensor, diameter_px: float, *, rounds: int = 3, profil
         are one (see :func:`cryodask.kernels.acceptance.threshold`). As a control, the same procedure runs on noise with the same power
         spectrum, and unless the score map is clearly more skewed than that of the noise, the threshold is above all peaks of the noise.
     """
-    field = _field(image, diameter_px)
-    skew, template, scores = max((_learn(field, start, rounds) for start in _starts(field)), key=lambda r: r[0])
-    y, x, score = _peaks(field, scores)
-    noise = _random_phases(field, seed)
-    null_skew, _, null_scores = max((_learn(noise, start, rounds) for start in _starts(noise)), key=lambda r: r[0])
-    null = _peaks(noise, null_scores)[2]
-    chance = float(null.max()) if len(null) else 0.0
+    reduced = _reduced(image, diameter_px)
+    mask = torch.zeros_like(reduced.image[reduced.inner], dtype=torch.bool)
+    if pixel_size_angstrom is not None and exclude_regions:
+        mask = unusual_regions(reduced.image[reduced.inner], reduced.diameter, diameter_px * pixel_size_angstrom)
+    field = _field(reduced, mask)
+    if templates is None:
+        found, null = (_by_profile(one, rounds) for one in (field, _random_phases(field, seed)))
+    else:
+        assert pixel_size_angstrom is not None
+        found, null = _by_templates(field, reduced.image, mask, templates, diameter_px * pixel_size_angstrom, seed)
+    y, x, score = _peaks(field, found.scores)
+    others = _peaks(field, null.scores)[2]
+    chance = float(others.max()) if len(others) else 0.0
     places = torch.linspace(0.0, SUPPORT * field.diameter, profile_points)
+    limit = threshold(score.cpu().numpy(), chance, is_clear(found.skew - null.skew, len(others)))
     return Picks(
         y * field.scale[0] + field.origin[0],
         x * field.scale[1] + field.origin[1],
         score,
-        threshold(score.cpu().numpy(), chance, is_clear(skew - null_skew, len(null))),
-        _interpolate(template, places),
-        skew,
-        null_skew,
+        limit,
+        _interpolate(found.profile, places),
+        found.skew,
+        null.skew,
         chance,
-        len(null),
+        len(others),
+        mask,
+        _left_out(field, found.scores, limit),
     )
 
 
-def _field(image: Tensor, diameter_px: float) -> _Field:
-    """Downscale until a particle is DIAMETER_PX wide, band-pass (0.05 to 1 diameter), divide by the local standard deviation.
+def _left_out(field: _Field, scores: Tensor, limit: float) -> int:
+    """Number of peaks above the threshold where there can be no particles."""
+    if bool(field.free[field.inner].all()):
+        return 0
+    anywhere = _inside(field.image, field.inner)
+    y, x, score = _peaks(field._replace(free=anywhere), scores)
+    return int(((score > limit) & ~field.free[y.round().long(), x.round().long()]).sum())
+
+
+class _Reduced(NamedTuple):
+    """Downscaled image with a mirrored border, before it is band-passed; the other members are those of :class:`_Field`."""
+
+    image: Tensor
+    diameter: float
+    inner: tuple[slice, slice]
+    origin: tuple[float, float]
+    scale: tuple[float, float]
+
+
+def _reduced(image: Tensor, diameter_px: float) -> _Reduced:
+    """Downscale until a particle is DIAMETER_PX wide.
 
     A border of 1.5 diameters is mirrored, so that a gradient over the image makes no step at the periodic boundary of the Fourier
     transform.
@@ -125,11 +178,27 @@ def _field(image: Tensor, diameter_px: float) -> _Field:
     reduced = _crop(torch.fft.rfft2(padded), height, width)
     steps = padded.shape[0] / height, padded.shape[1] / width
     diameter = diameter_px / pool / (0.5 * (steps[0] + steps[1]))
-    band = _blur(reduced, 0.05 * diameter) - _blur(reduced, diameter)
-    normal = band / torch.sqrt(_blur(band * band, 1.5 * diameter).clamp(min=1e-12 * float(band.var()) + 1e-30))
     inner = [slice(math.ceil(border / s), math.floor((border + n - 1) / s) + 1) for s, n in zip(steps, pooled.shape[-2:])]
     origin = 0.5 * (pool - 1) - border * pool
-    return _with_geometry(normal, diameter, (inner[0], inner[1]), (origin, origin), (steps[0] * pool, steps[1] * pool))
+    return _Reduced(reduced, diameter, (inner[0], inner[1]), (origin, origin), (steps[0] * pool, steps[1] * pool))
+
+
+def _field(reduced: _Reduced, mask: Tensor) -> _Field:
+    """Band-pass (0.05 to 1 diameter) and divide by the local standard deviation."""
+    diameter = reduced.diameter
+    band = blur(reduced.image, 0.05 * diameter) - blur(reduced.image, diameter)
+    normal = band / torch.sqrt(blur(band * band, 1.5 * diameter).clamp(min=1e-12 * float(band.var()) + 1e-30))
+    free = _inside(normal, reduced.inner)
+    if mask.any():
+        distance = distance_transform_edt(~mask.cpu().numpy())
+        free[reduced.inner] = torch.from_numpy(distance > 0.5 * diameter).to(free.device)
+    return _with_geometry(normal, diameter, reduced.inner, free, reduced.origin, reduced.scale)
+
+
+def _inside(image: Tensor, inner: tuple[slice, slice]) -> Tensor:
+    out = torch.zeros_like(image, dtype=torch.bool)
+    out[inner] = True
+    return out
 
 
 def _stride(pixels: int) -> int:
@@ -138,12 +207,12 @@ def _stride(pixels: int) -> int:
 
 
 def _with_geometry(
-    normal: Tensor, diameter: float, inner: tuple[slice, slice], origin: tuple[float, float], scale: tuple[float, float]
+    normal: Tensor, diameter: float, inner: tuple[slice, slice], free: Tensor, origin: tuple[float, float], scale: tuple[float, float]
 ) -> _Field:
     y, x = (torch.minimum(i, n - i).float() for n in normal.shape for i in [torch.arange(n, device=normal.device)])
     radius = torch.sqrt(y[:, None] ** 2 + x[None] ** 2)
     support = (radius <= SUPPORT * diameter).float()
-    return _Field(normal, torch.fft.rfft2(normal), diameter, radius, support, inner, origin, scale)
+    return _Field(normal, torch.fft.rfft2(normal), diameter, radius, support, inner, free, origin, scale)
 
 
 def _crop(transform: Tensor, height: int, width: int) -> Tensor:
@@ -155,18 +224,12 @@ def _crop(transform: Tensor, height: int, width: int) -> Tensor:
     return torch.fft.irfft2(low, s=(height, width))
 
 
-def _blur(image: Tensor, sigma: float) -> Tensor:
-    ky = torch.fft.fftfreq(image.shape[0], device=image.device)[:, None]
-    kx = torch.fft.rfftfreq(image.shape[1], device=image.device)[None]
-    return torch.fft.irfft2(torch.fft.rfft2(image) * torch.exp(-2.0 * (math.pi * sigma) ** 2 * (ky * ky + kx * kx)), s=image.shape)
-
-
 def _random_phases(field: _Field, seed: int) -> _Field:
     """Gaussian noise with the power spectrum of the image."""
     noise = torch.randn(field.image.shape, generator=torch.Generator().manual_seed(seed)).to(field.image.device)
     phase = torch.fft.rfft2(noise)
     image = torch.fft.irfft2(field.transform.abs() * phase / phase.abs().clamp(min=1e-12), s=field.image.shape)
-    return _with_geometry(image, field.diameter, field.inner, field.origin, field.scale)
+    return _with_geometry(image, field.diameter, field.inner, field.free, field.origin, field.scale)
 
 
 # --- learning
@@ -184,20 +247,69 @@ def _starts(field: _Field) -> list[Tensor]:
     return [disk, -disk, ring, -ring]
 
 
-def _learn(field: _Field, profile: Tensor, rounds: int) -> tuple[float, Tensor, Tensor]:
-    """Skew of the score map, profile and score map after ``rounds`` of picking and averaging."""
+class _Found(NamedTuple):
+    """Score map in its standard deviations, its skew, and the mean profile of the best peaks."""
+
+    skew: float
+    profile: Tensor
+    scores: Tensor
+
+
+def _by_profile(field: _Field, rounds: int) -> _Found:
+    """The family of learnt profiles whose score map is most skewed."""
+    return max((_learn(field, start, rounds) for start in _starts(field)), key=lambda r: r.skew)
+
+
+def _learn(field: _Field, profile: Tensor, rounds: int) -> _Found:
+    """``rounds`` of picking and averaging."""
     for _ in range(rounds):
-        y, x, _ = _peaks(field, _scores(field, profile))
-        reach = math.ceil(SUPPORT * field.diameter) + 1
-        height, width = field.image.shape
-        best = max(10, int(0.15 * field.image[field.inner].numel() / field.diameter**2))
-        rows, columns = y[:best].round().long(), x[:best].round().long()
-        whole = (rows >= reach) & (rows < height - reach) & (columns >= reach) & (columns < width - reach)
-        if not whole.any():
+        learnt = _profile_of_best(field, _scores(field, profile), len(profile))
+        if learnt is None:
             break
-        profile = _mean_profile(field, rows[whole], columns[whole], len(profile))
+        profile = learnt
     scores = _scores(field, profile)
-    return _mean(scores[field.inner] ** 3), profile, scores
+    return _Found(_mean(scores[field.free] ** 3), profile, scores)
+
+
+def _profile_of_best(field: _Field, scores: Tensor, length: int) -> Tensor | None:
+    """Mean profile of the best peaks; None if there are none away from the border."""
+    y, x, _ = _peaks(field, scores)
+    reach = math.ceil(SUPPORT * field.diameter) + 1
+    height, width = field.image.shape
+    best = max(10, int(0.15 * int(field.free.sum()) / field.diameter**2))
+    rows, columns = y[:best].round().long(), x[:best].round().long()
+    whole = (rows >= reach) & (rows < height - reach) & (columns >= reach) & (columns < width - reach)
+    return _mean_profile(field, rows[whole], columns[whole], length) if bool(whole.any()) else None
+
+
+def _by_templates(
+    field: _Field, image: Tensor, mask: Tensor, templates: Templates, diameter_angstrom: float, seed: int
+) -> tuple[_Found, _Found]:
+    """The best score of all templates at each place, in the contrast that has the more skewed map; and the same of noise."""
+    clean = torch.ones_like(field.free)
+    clean[field.inner] = ~mask
+    pixel = diameter_angstrom / field.diameter
+    seen = with_ctf(turned(templates.images, templates.pixel_angstrom, diameter_angstrom, pixel), templates.lens, pixel)
+    white = whitened(image, clean, field.diameter)
+    filters = matched_filters(seen, white.amplitude)
+    flat = field._replace(image=white.image, transform=torch.fft.rfft2(white.image))
+    found = max(_standardised(field, extremes(white.image, filters)), key=lambda r: r.skew)
+    both = _standardised(field, extremes(_random_phases(flat, seed).image, filters))
+    # one picture of noise has few peaks: the highest of either contrast is a steadier limit
+    null = _Found(max(one.skew for one in both), found.profile, torch.maximum(both[0].scores, both[1].scores))
+    length = math.ceil(SUPPORT * field.diameter) + 3
+    profile = _profile_of_best(field, found.scores, length)
+    return found._replace(profile=field.image.new_zeros(length) if profile is None else profile), null
+
+
+def _standardised(field: _Field, extreme: tuple[Tensor, Tensor]) -> list[_Found]:
+    """Score maps of either contrast with mean 0 and standard deviation 1, from the highest and the lowest scores of filters."""
+    out = []
+    for scores in (extreme[0], -extreme[1]):
+        free = scores[field.free]
+        scores = (scores - _mean(free)) / max(_mean((free - _mean(free)) ** 2) ** 0.5, 1e-30)
+        out.append(_Found(_mean(scores[field.free] ** 3), field.image.new_zeros(0), scores))
+    return out
 
 
 def _mean_profile(field: _Field, rows: Tensor, columns: Tensor, length: int) -> Tensor:
@@ -213,13 +325,13 @@ def _scores(field: _Field, profile: Tensor) -> Tensor:
     template = _interpolate(profile, field.radius)
     template = (template - _mean(template * field.support) / _mean(field.support)) * field.support
     scores = torch.fft.irfft2(field.transform * torch.fft.rfft2(template).conj(), s=field.image.shape)
-    inner = scores[field.inner]
+    inner = scores[field.free]
     return scores / max(_mean((inner - _mean(inner)) ** 2) ** 0.5, 1e-30)
 
 
 def _mean(values: Tensor) -> float:
     """Mean in double precision, by numpy: sums of torch depend on the number of threads."""
-    return float(values.cpu().numpy().mean(dtype=np.float64))
+    return float(values.cpu().numpy().mean(dtype=np.float64)) if values.numel() else 0.0
 
 
 def _interpolate(profile: Tensor, radius: Tensor) -> Tensor:
@@ -242,7 +354,7 @@ def _peaks(field: _Field, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     inside = torch.zeros_like(scores, dtype=torch.bool)
     rows_in, columns_in = field.inner
     inside[rows_in.start + edge : rows_in.stop - edge, columns_in.start + edge : columns_in.stop - edge] = True
-    rows, columns = torch.nonzero((scores == highest) & inside & (scores > 0)).unbind(1)
+    rows, columns = torch.nonzero((scores == highest) & inside & field.free & (scores > 0)).unbind(1)
     height = scores[rows, columns]
     order = torch.argsort(height, descending=True, stable=True)
     rows, columns, height = rows[order], columns[order], height[order]

@@ -134,7 +134,8 @@ def givers_of(plan: Plan, ref: str, part: str) -> list[str]:
 def parts_used(step: Step, port: Port) -> tuple[str, ...]:
     """Parts of a port that a step uses: the required ones, and those optional ones that are present."""
     products = step.inputs.get(port.name, ())
-    return tuple(p for p in used_parts(port, step.params) if products and all(p in product.parts for product in products))
+    filled = [name for name, taken in step.inputs.items() if taken]
+    return tuple(p for p in used_parts(port, step.params, filled) if products and all(p in product.parts for product in products))
 
 
 def port_of(step: Step, name: str) -> tuple[Port | None, str]:

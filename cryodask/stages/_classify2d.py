@@ -183,6 +183,7 @@ def result(params: Classify2DParams, state: State, columns: Columns) -> dict[str
         "class_number": columns["class_number"] + 1,
         "class_average": state["class_average"].astype(np.float32),
         "class_share": number / number.sum(),
+        "class_pixel_size_angstrom": state["length_angstrom"] / state["box"],
         "class_resolution_angstrom": state["class_resolution_angstrom"],
         "class_score": class_scores(
             state["ring_correlation"],

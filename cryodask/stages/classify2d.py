@@ -29,13 +29,13 @@ class Classify2DParams(Params):
 
 
 @stage(
-    version=2,
+    version=3,
     shape="blocks",
     needs=["particle_image"],
     ports=["exposures[ctf, optics, aberrations?]", "particles[image, ctf?]"],
     gives=[
         "class_number", "class_probability", "class_psi_deg", "class_centre_y_angstrom", "class_centre_x_angstrom", "class_log_likelihood",
-        "class_average", "class_share", "class_resolution_angstrom", "class_score",
+        "class_average", "class_share", "class_pixel_size_angstrom", "class_resolution_angstrom", "class_score",
     ],
     params=Classify2DParams,
     functions="cryodask.stages._classify2d",

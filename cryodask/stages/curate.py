@@ -61,11 +61,14 @@ def _check(params: CurateParams, inputs: dict[str, list[Product]]) -> Iterator[s
 
 
 @stage(
-    version=1,
+    version=2,
     shape="whole",
     needs=["class_number", "class_probability", "class_score"],
-    optional=["ctf_resolution_angstrom", "class_log_likelihood", "class_average", "class_share", "class_resolution_angstrom"],
-    gives=["class_average", "class_share", "class_resolution_angstrom", "class_score"],
+    optional=[
+        "ctf_resolution_angstrom", "class_log_likelihood", "class_average", "class_share", "class_pixel_size_angstrom",
+        "class_resolution_angstrom",
+    ],
+    gives=["class_average", "class_share", "class_pixel_size_angstrom", "class_resolution_angstrom", "class_score"],
     ports=[
         port("exposures?:exposures[ctf_quality?]", also_if="worst_ctf_resolution_angstrom"),
         port("particles[class2d, alignment2d?]", also_if="likelihood_deviations"),
@@ -77,7 +80,7 @@ def _check(params: CurateParams, inputs: dict[str, list[Product]]) -> Iterator[s
     ],
     check=_check,
     reasons={number: text for number, text in REASONS.items() if number},
-)
+)  # fmt: skip
 def curate(
     params: CurateParams,
     *,
@@ -88,6 +91,7 @@ def curate(
     class_log_likelihood: np.ndarray | None = None,
     class_average: np.ndarray | None = None,
     class_share: np.ndarray | None = None,
+    class_pixel_size_angstrom: float | None = None,
     class_resolution_angstrom: np.ndarray | None = None,
     context: Context,
 ) -> dict[str, Any]:
@@ -136,7 +140,9 @@ def curate(
     reason[~known] = 5
     kept = {"class_average": class_average, "class_share": class_share, "class_resolution_angstrom": class_resolution_angstrom}
     kept["class_score"] = score
-    classes = {name: np.asarray(values)[wanted] for name, values in kept.items() if values is not None}
+    classes: dict[str, Any] = {name: np.asarray(values)[wanted] for name, values in kept.items() if values is not None}
+    if class_pixel_size_angstrom is not None:
+        classes["class_pixel_size_angstrom"] = float(class_pixel_size_angstrom)
     return {"particle_kept": reason == 0, "removal_reason": reason, **classes}
 
 

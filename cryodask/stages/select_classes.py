@@ -23,11 +23,11 @@ class SelectClassesParams(Params):
 
 
 @stage(
-    version=1,
+    version=2,
     shape="whole",
     needs=["class_number", "class_average", "class_share"],
-    optional=["class_resolution_angstrom", "class_score"],
-    gives=["class_average", "class_share", "class_resolution_angstrom", "class_score"],
+    optional=["class_pixel_size_angstrom", "class_resolution_angstrom", "class_score"],
+    gives=["class_average", "class_share", "class_pixel_size_angstrom", "class_resolution_angstrom", "class_score"],
     ports=[port("particles[class2d]", copies=True, whole=True), "classes[averages, scores?]"],
     outputs=[
         Output("particles", "particles", on="particles", subset=True),
@@ -42,6 +42,7 @@ def select_classes(
     class_number: np.ndarray,
     class_average: np.ndarray,
     class_share: np.ndarray,
+    class_pixel_size_angstrom: float | None = None,
     class_resolution_angstrom: np.ndarray | None = None,
     class_score: np.ndarray | None = None,
     context: Context,
@@ -59,5 +60,7 @@ def select_classes(
     chosen = np.isin(np.arange(1, count + 1), params.keep)
     values: dict[str, np.ndarray | None] = {"class_average": class_average, "class_share": class_share}
     values |= {"class_resolution_angstrom": class_resolution_angstrom, "class_score": class_score}
-    classes = {name: np.asarray(v)[chosen] for name, v in values.items() if v is not None}
+    classes: dict[str, Any] = {name: np.asarray(v)[chosen] for name, v in values.items() if v is not None}
+    if class_pixel_size_angstrom is not None:
+        classes["class_pixel_size_angstrom"] = float(class_pixel_size_angstrom)
     return {"particle_kept": kept, "removal_reason": np.where(kept, 0, np.where(number > 0, 1, 2)).astype(np.int8), **classes}

@@ -76,12 +76,13 @@ class Graph:
         """
         products = {(p.type, p.ref): p for s in self.steps for p in s.outputs.values()}
         found: set[str] = set()
+        filled = [name for name, taken in step.inputs.items() if taken]
         for port in step.stage.ports:
             for product in step.inputs.get(port.name, ()):
                 if product.type not in COLLECTIONS:
                     found |= set() if product.pinned else {product.step}
                     continue
-                found |= _givers(product.parts[p] for p in used_parts(port, step.params) if p in product.parts)
+                found |= _givers(product.parts[p] for p in used_parts(port, step.params, filled) if p in product.parts)
                 found |= _settled_by(products, product)
             if port.many and port.type == "particles" and step.given("particles"):
                 sets = step.inputs.get(port.name, ())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -171,16 +171,21 @@ def replaced(port: Port, params: Any) -> bool:
     return port.unless is not None and _is_set(params, port.unless)
 
 
-def used_parts(port: Port, params: Any) -> tuple[str, ...]:
+def used_parts(port: Port, params: Any, filled: Collection[str] = ()) -> tuple[str, ...]:
     """Parts that a port reads: the required ones, and those that are read if present.
 
-    ``also_if`` names the parameter without which the latter are not read: one for all, or part -> parameter.
+    ``also_if`` names the parameter without which the latter are not read: one for all, or part -> parameter; ``also_with`` names ports,
+    of which one must be ``filled``.
     """
     needed: Any = port.also_if
-    if needed is None:
-        return (*port.parts, *port.also)
-    condition = needed if isinstance(needed, Mapping) else dict.fromkeys(port.also, needed)
-    return (*port.parts, *(part for part in port.also if part not in condition or _is_set(params, condition[part])))
+    condition = needed if isinstance(needed, Mapping) else dict.fromkeys(port.also, needed) if needed is not None else {}
+    beside = port.also_with or {}
+    read = (
+        part
+        for part in port.also
+        if (part not in condition or _is_set(params, condition[part])) and (part not in beside or set(beside[part]) & set(filled))
+    )
+    return (*port.parts, *read)
 
 
 def _is_set(params: Any, name: str) -> bool:
