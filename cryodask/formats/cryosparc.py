@@ -5,15 +5,13 @@ read it). Shifts (x, y) are in pixels of ``alignments3D/psize_A`` and move the p
 in radians, U and V of the defocus as in RELION. Centres are fractions of the micrograph, whose shape is (y, x). A path that begins
 with ``>`` is relative to the file. ``uid`` identifies a row in all files, and all its 64 bits are kept.
 
-Aberrations are those of the exposure group, kept as they are, in texts as :func:`cryodask.formats.star.read_particles` gives them:
-``ctf/shift_A, tilt_A, trefoil_A`` (x, y), ``tetra_A`` (four numbers) in Angstrom, ``anisomag`` (the matrix in Fourier space by rows, less
-the identity). Only the beam tilt has a known counterpart in RELION: ``tilt_A`` is Cs times the sine of the tilt (pyem's convention).
+Aberrations are those of the exposure group, in texts as :func:`cryodask.formats.star.read_particles` gives them; see
+:mod:`cryodask.formats.cryosparc_optics`.
 """
 
 from __future__ import annotations
 
 import datetime
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,8 +21,7 @@ import yaml
 
 from cryodask.documents import read_yaml
 from cryodask.errors import InputError, ProjectFileError
-from cryodask.formats.star import CRYOSPARC
-from cryodask.formats.star.numbers import floats
+from cryodask.formats import cryosparc_optics
 
 Columns = dict[str, np.ndarray]
 
@@ -42,17 +39,15 @@ _CTF = {
 _NEUTRAL = {"ctf_b_factor_angstrom2": 0.0, "ctf_scale_factor": 1.0}
 """Our name -> cryoSPARC's, and the factor from its unit to ours."""
 _MICROSCOPE = {"voltage_kv": "mscope_params/accel_kv", "spherical_aberration_mm": "mscope_params/cs_mm"}
-_ABERRATIONS = dict(zip(CRYOSPARC, (("ctf/shift_A", 2), ("ctf/tilt_A", 2), ("ctf/trefoil_A", 2), ("ctf/tetra_A", 4), ("ctf/anisomag", 4))))
 _WIDTHS = {
     "blob/shape": 2,
     "movie_blob/shape": 3,
     "alignments3D/pose": 3,
     "alignments3D/shift": 2,
     "location/micrograph_shape": 2,
-    **dict(_ABERRATIONS.values()),
+    **dict(cryosparc_optics.FIELDS.values()),
 }
 """Columns of vectors, and their lengths."""
-_ANGSTROM_PER_MM = 1e7
 _CS_VERSION = "v4.0.0"
 
 
@@ -86,7 +81,7 @@ def read_particles(path: str | Path) -> Columns:
         if not np.isin(table["blob/sign"], (-1, 1)).all():
             raise InputError(f"{path}: blob/sign is neither 1 nor -1 in some rows.", "another program wrote it", "correct it there")
         out["contrast_sign"] = table["blob/sign"].astype(np.int64)
-    out |= _ctf(table) | _kept(Path(path), table)
+    out |= _ctf(table) | cryosparc_optics.kept(Path(path), table)
     if "alignments3D/pose" in table:
         out |= dict(zip(("rot_deg", "tilt_deg", "psi_deg"), _angles(table["alignments3D/pose"].astype(np.float64))))
         shift = table["alignments3D/shift"].astype(np.float64) * table["alignments3D/psize_A"][:, None]
@@ -130,7 +125,7 @@ def read_micrographs(path: str | Path) -> Columns:
     for name, theirs in (("phase_plate", "mscope_params/phase_plate"), ("defects", "movie_blob/has_defect_file")):
         if "movie_name" in out and theirs in table:
             out[name] = table[theirs].astype(np.int64)
-    return _checked(Path(path), {**out, **_ctf(table), **_kept(Path(path), table)})
+    return _checked(Path(path), {**out, **_ctf(table), **cryosparc_optics.kept(Path(path), table)})
 
 
 def write_particles(path: str | Path, columns: Mapping[str, Any], micrograph_shape: Any = None) -> None:
@@ -211,7 +206,7 @@ def _ctf_fields(columns: Mapping[str, Any], column: Callable[[str], np.ndarray])
     fields["ctf/exp_group_id"] = np.unique(groups.astype(str), return_inverse=True)[1].astype(np.uint32)
     fields |= {theirs: (column(ours) / factor).astype(np.float32) for ours, (theirs, factor) in _CTF.items() if ours in columns}
     if "relion_optics" in columns:
-        fields |= _aberrations(column("relion_optics"), column("spherical_aberration_mm"))
+        fields |= {name: values.astype(np.float32) for name, values in cryosparc_optics.fields(columns, column).items()}
     return fields
 
 
@@ -309,55 +304,6 @@ def _ctf(table: dict[str, np.ndarray]) -> Columns:
     if "ctf/exp_group_id" in table:
         out["optics_group_name"] = np.array([f"exposure_group_{int(i)}" for i in table["ctf/exp_group_id"]], dtype=object)
     return out
-
-
-def _kept(path: Path, table: dict[str, np.ndarray]) -> Columns:
-    """Aberrations that are not 0, one JSON text per row; the beam tilt also as RELION has it, in mrad."""
-    there = {label: table[name] for label, (name, _) in _ABERRATIONS.items() if name in table}
-    if bad := next((label for label, values in there.items() if not np.isfinite(values).all()), None):
-        raise InputError(
-            f"{path}: {_ABERRATIONS[bad][0]} has NaN or infinite values.", "the job that wrote it has failed", "remove these rows"
-        )
-    there = {label: values for label, values in there.items() if values.any()}
-    if not there:
-        return {}
-    cs = table.get("ctf/cs_mm", np.zeros(len(table["uid"]), np.float32))
-    rows, of = np.unique(np.column_stack([*there.values(), cs]), axis=0, return_inverse=True)
-    texts = []
-    for row in rows:
-        group: dict[str, str] = {}
-        start = 0
-        for label, values in there.items():
-            own = row[start : start + values.shape[1]]
-            start += values.shape[1]
-            if own.any():
-                group[label] = f"[{','.join(str(v) for v in own)}]"
-            if label == "cryosparcTilt" and own.any() and row[-1] > 0:
-                tilt = np.arcsin(np.clip(own.astype(np.float64) / (float(row[-1]) * _ANGSTROM_PER_MM), -1.0, 1.0)) * 1e3
-                group |= {f"rlnBeamTilt{axis}": f"{mrad:.6g}" for axis, mrad in zip("XY", tilt)}
-        texts.append(json.dumps(group) if group else "")
-    return {"relion_optics": np.array(texts, dtype=object)[of.reshape(-1)]}
-
-
-def _aberrations(texts: np.ndarray, spherical_aberration_mm: np.ndarray) -> dict[str, np.ndarray]:
-    """Fields of aberrations from the texts of optics groups; a beam tilt of RELION's is converted."""
-    known, of = np.unique(texts.astype(str), return_inverse=True)
-    groups = [json.loads(text) if text else {} for text in known.tolist()]
-    fields = {}
-    for label, (name, size) in _ABERRATIONS.items():
-        if any(label in group for group in groups):
-            values = [_numbers(group.get(label, ""), size) for group in groups]
-            fields[name] = np.array(values, np.float32)[of]
-    if "ctf/tilt_A" not in fields and any("rlnBeamTiltX" in group or "rlnBeamTiltY" in group for group in groups):
-        mrad = np.array([[_numbers(group.get(f"rlnBeamTilt{axis}", ""), 1)[0] for axis in "XY"] for group in groups])[of]
-        fields["ctf/tilt_A"] = (np.sin(mrad * 1e-3) * spherical_aberration_mm[:, None] * _ANGSTROM_PER_MM).astype(np.float32)
-    return fields
-
-
-def _numbers(text: str, count: int) -> list[float]:
-    """A list in a text; zeros, which mean none, where it holds anything but this many numbers: no stage depends on it."""
-    found, bad = floats(text.strip("[]").split(","))
-    return found.tolist() if len(found) == count and not len(bad) and np.isfinite(found).all() else [0.0] * count
 
 
 def _angles(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
