@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from cryodask.formats import cryosparc, star
 from cryodask.formats.movies import write_mrc_movie, write_tiff_movie
 from cryodask.formats.mrc import read_mrc, write_mrc
 from cryodask.interop import Session, export_cryosparc, project_from, project_from_movies
-from cryodask.run.recipe import make_plan
+from cryodask.run.recipe import list_movies, make_plan
 from cryodask.run.session import run_plan
 from cryodask.run.sources import list_exposures
 from cryodask.store.project import Project
@@ -121,6 +122,24 @@ def test_movies_of_several_folders_and_optics_become_data_sets(tmp_path):
     assert {k: plan.constants["set2"][k] for k in ("voltage_kv", "pixel_size_angstrom", "dose_per_frame")} == {
         "voltage_kv": 200.0, "pixel_size_angstrom": 0.8, "dose_per_frame": 0.9,
     }  # fmt: skip
+
+
+def test_movies_that_the_table_does_not_list_are_left_out(tmp_path):
+    """A rejected movie, and another program's file of the same ending, lie beside those that a table lists."""
+    project = relion_project(tmp_path / "rel")
+    listed = {f.resolve() for f in (project / "Movies").iterdir()}
+    for name in ("rejected.tif", "average.tif"):
+        (project / "Movies" / name).write_bytes(b"not listed")
+    path = project_from(project, tmp_path / "p.yaml")
+    plan = make_plan(path)
+    assert plan.file.inputs.movies == "p_movies/1/*.tif"
+    found = [Path(name) for name in list_movies(plan)]
+    assert {file.resolve() for file in found} == listed
+    assert not any(Path(os.readlink(file)).is_absolute() for file in found)
+    assert "2 more beside them are not in it and are left out" in path.read_text()
+    path.unlink()
+    with pytest.raises(ProjectFileError, match="p_movies exists and is not overwritten"):
+        project_from(project, path)
 
 
 def test_movies_that_one_project_file_cannot_describe_are_refused(tmp_path):
