@@ -133,8 +133,9 @@ def test_aberrations_come_back_bit_for_bit_also_through_a_star_file(tmp_path, on
     given = {
         n: np.where(of[:, None] > 0, rng.normal(size=(3, size))[of], 0).astype("f4") for n, size in ABERRATIONS.items() if only in (n, "")
     }
-    if "ctf/tilt_A" in given:
-        given["ctf/tilt_A"] *= 5000
+    for name, factor in (("ctf/tilt_A", 5000), ("ctf/anisomag", 0.05)):
+        if name in given:
+            given[name] *= np.float32(factor)
     cryosparc.write_particles(tmp_path / "p.cs", columns(6, 3), (3000, 4000))
     with_aberrations(tmp_path / "p.cs", given)
     table = cryosparc.read_particles(tmp_path / "p.cs")
@@ -169,7 +170,14 @@ def test_a_column_that_is_missing_beside_its_companions_is_named(tmp_path, witho
     [
         ("blob/sign", 0, "neither 1 nor -1"), ("blob/sign", np.nan, "neither 1 nor -1"), ("blob/shape", [64, 32], "not square"),
         ("ctf/df_angle_rad", 45.0, "it is in degrees"), ("ctf/phase_shift_rad", 90.0, "it is in degrees"),
-        ("blob/path", b">\xfc.mrcs", "not UTF-8"),
+        ("blob/path", b">\xfc.mrcs", "not UTF-8"), ("blob/path", b"", "blob/path of row 1 is empty"),
+        ("blob/idx", 2**32 - 1, "blob/idx of row 1 is"), ("blob/shape", 0, "blob/shape of row 1 is 0, which is not between 2"),
+        ("blob/psize_A", 0, "blob/psize_A of row 1 is 0, which is not between 0.05 and 100 A"),
+        ("ctf/accel_kv", 3, "ctf/accel_kv of row 1 is 3, which is not between 20 and 3000 kV"), ("ctf/accel_kv", 3e5, "accel_kv"),
+        ("ctf/cs_mm", 2.7e7, "ctf/cs_mm of row 1"), ("ctf/amp_contrast", 10, "ctf/amp_contrast of row 1"),
+        ("ctf/df1_A", 1.5, "in micrometres"), ("alignments3D/split", 7, "alignments3D/split of row 1 is 7"),
+        ("alignments3D/pose", 1e9, "alignments3D/pose of row 1"), ("location/micrograph_shape", 0, "micrograph_shape of row 1 is 0"),
+        ("location/center_x_frac", 1.5, "center_x_frac of row 1 is 1.5"), ("location/center_y_frac", -0.2, "center_y_frac of row 1"),
     ],
 )  # fmt: skip
 def test_values_that_cannot_be_are_named(tmp_path, name, value, said):

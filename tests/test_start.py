@@ -384,7 +384,7 @@ def test_what_is_not_taken_over_of_a_table_of_movies_is_said(tmp_path, columns, 
     ("columns", "words"),
     [
         ({"drop": "mscope_params"}, "does not say voltage_kv, spherical_aberration_mm of its movies"),
-        ({"psize_A": 0.0}, "pixel_size_angstrom of row 1 is 0"),
+        ({"psize_A": 0.0}, "movie_blob/psize_A of row 1 is 0"),
         ({"accel_kv": 300_000}, "voltage_kv of row 1 is 300000"),
         ({"gain": ">imported/m0.tif"}, "the gain m0.tif is in the folder of the movies"),
     ],

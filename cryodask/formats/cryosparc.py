@@ -22,6 +22,8 @@ import yaml
 from cryodask.documents import read_yaml
 from cryodask.errors import InputError, ProjectFileError
 from cryodask.formats import cryosparc_optics
+from cryodask.formats.star.numbers import in_micrometres
+from cryodask.vocabulary import LIMITS, Limits
 
 Columns = dict[str, np.ndarray]
 
@@ -38,6 +40,7 @@ _CTF = {
 }
 _NEUTRAL = {"ctf_b_factor_angstrom2": 0.0, "ctf_scale_factor": 1.0}
 """Our name -> cryoSPARC's, and the factor from its unit to ours."""
+_PIXEL_SIZES = ("blob/psize_A", "alignments3D/psize_A", "location/micrograph_psize_A", "micrograph_blob/psize_A", "movie_blob/psize_A")
 _MICROSCOPE = {"voltage_kv": "mscope_params/accel_kv", "spherical_aberration_mm": "mscope_params/cs_mm"}
 _WIDTHS = {
     "blob/shape": 2,
@@ -48,6 +51,23 @@ _WIDTHS = {
     **dict(cryosparc_optics.FIELDS.values()),
 }
 """Columns of vectors, and their lengths."""
+_POSSIBLE = {
+    **{
+        theirs: (LIMITS[ours].least / factor, LIMITS[ours].most / factor, LIMITS[ours].unit if factor == 1.0 else "")
+        for ours, (theirs, factor) in _CTF.items()
+        if ours in LIMITS
+    },
+    **dict.fromkeys(_PIXEL_SIZES, (LIMITS["pixel_size_angstrom"].least, LIMITS["pixel_size_angstrom"].most, "A")),
+    "blob/shape": (2, 10_000, "pixels"),
+    "blob/idx": (0, 2**31, ""),
+    "alignments3D/split": (0, 1, ""),
+    "alignments3D/pose": (-4 * np.pi, 4 * np.pi, "radians"),
+    "location/micrograph_shape": (1, 1_000_000, "pixels"),
+    "location/center_x_frac": (-0.1, 1.1, ""),
+    "location/center_y_frac": (-0.1, 1.1, ""),
+    "ctf/anisomag": (-0.4, 0.4, ""),
+}
+"""Column -> least and most value, unit."""
 _CS_VERSION = "v4.0.0"
 
 
@@ -69,6 +89,7 @@ def read_particles(path: str | Path) -> Columns:
         If the file is missing or damaged, has no uid, or one twice; or a column has NaN or infinite values.
     """
     table = _read(Path(path))
+    _possible(Path(path), table)
     out: Columns = {"cryosparc_uid": table["uid"]}
     if "blob/path" in table:
         out["image_stack"] = _texts(Path(path), table["blob/path"])
@@ -107,6 +128,7 @@ def read_micrographs(path: str | Path) -> Columns:
     (1 where it was applied already), ``dose_per_frame`` (0 where it is not known), ``phase_plate`` and ``defects`` (1 where there are).
     """
     table = _read(Path(path))
+    _possible(Path(path), table)
     out: Columns = {"cryosparc_uid": table["uid"]}
     for name, blob in (("micrograph_name", "micrograph_blob"), ("movie_name", "movie_blob")):
         if f"{blob}/path" in table:
@@ -326,6 +348,33 @@ def _alignments(rot_deg: np.ndarray, tilt_deg: np.ndarray, psi_deg: np.ndarray) 
 
     matrices = euler_to_matrix(*(torch.from_numpy(np.radians(a)) for a in (rot_deg, tilt_deg, psi_deg))).numpy()
     return {"alignments3D/pose": Rotation.from_matrix(matrices).inv().as_rotvec().astype(np.float32)}
+
+
+def _possible(path: Path, table: Mapping[str, np.ndarray]) -> None:
+    """Refuse values that no microscope, image or pose has, by the name of their column."""
+    for name, (least, most, unit) in _POSSIBLE.items():
+        values = table.get(name)
+        if values is None:
+            continue
+        # NaN is reported as such
+        outside = (values < least) | (values > most)
+        if outside.any():
+            row = int(np.flatnonzero(outside.reshape(len(values), -1).any(1))[0])
+            value = float(values.reshape(len(values), -1)[row][outside.reshape(len(values), -1)[row]][0])
+            raise InputError(
+                f"{path}: {name} of row {row + 1} is {value:g}, which is not {Limits(least, most, unit)}.",
+                "it is in another unit, or the job that wrote it has failed",
+                "correct it there, or remove the row",
+            )
+    empty = np.flatnonzero(table["blob/path"] == b"") if "blob/path" in table and table["blob/path"].dtype.kind == "S" else np.zeros(0, int)
+    if len(empty):
+        raise InputError(f"{path}: blob/path of row {int(empty[0]) + 1} is empty.", "the particle was not extracted", "remove the row")
+    for name in ("ctf/df1_A", "ctf/df2_A"):
+        known = table[name][table[name] != 0] if name in table else np.zeros(0)
+        if len(known) and in_micrometres(known).all():
+            raise InputError(
+                f"{path}: {name} is at most {np.abs(known).max():g} A in all rows.", "it is in micrometres", "write it in Angstrom"
+            )
 
 
 def _checked(path: Path, columns: Columns) -> Columns:
