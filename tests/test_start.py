@@ -208,10 +208,16 @@ def test_particles_of_cryosparc_go_back_with_their_uids_poses_and_images(tmp_pat
         write_mrc(tmp_path / "job" / f"particles_{i}.mrcs", images[i], 2.5, stack=True)
     cryosparc.write_particles(tmp_path / "job" / "particles.cs", before, (3000, 4000))
     tetra = np.arange(24, dtype=np.float32).reshape(6, 4)
-    with_aberrations(tmp_path / "job" / "particles.cs", {"ctf/tetra_A": tetra})
+    with_aberrations(tmp_path / "job" / "particles.cs", {"ctf/tetra_A": tetra, "ctf/trefoil_A": tetra[:, :2]})
     path = project_from(tmp_path / "job" / "particles.csg", tmp_path / "p.yaml")
     run_plan(make_plan(path), here, until="import_particles")
     export_cryosparc(Project(tmp_path / "p"), tmp_path / "back")
+    told = CliRunner().invoke(app, ["export", str(tmp_path / "p"), "--relion", str(tmp_path / "relion")])
+    assert told.exit_code == 0
+    assert told.stderr.startswith("Warning: The trefoil that cryoSPARC has fitted is written as _cryosparcTrefoil only.")
+    group = star.read_tables(tmp_path / "relion/particles.star")["optics"]
+    assert "rlnOddZernike" not in group
+    assert any(text.strip("[]").split(",")[-1] != "0" for text in group["rlnEvenZernike"])
     after = cryosparc.read_particles(tmp_path / "back" / "particles.csg")
     written = np.load(tmp_path / "back" / "particles.cs")
     assert written["ctf/tetra_A"][np.argsort(written["uid"])].tolist() == tetra[np.argsort(before["cryosparc_uid"])].tolist()
