@@ -189,6 +189,66 @@ def test_values_that_cannot_be_are_named(tmp_path, name, value, said):
         cryosparc.read_particles(tmp_path / "p.cs")
 
 
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ([("uid", "<f8"), ("ctf/accel_kv", "<f4")], "uid is not a column of whole numbers"),
+        ([("uid", "<u8"), ("ctf/accel_kv", "S4")], "ctf/accel_kv is not a column of numbers"),
+        ([("uid", "<u8"), ("ctf/df_angle_rad", "U4")], "ctf/df_angle_rad is not a column of numbers"),
+        ([("uid", "<u8"), ("ctf/accel_kv", "<f4", (3,))], "ctf/accel_kv is not a column of numbers"),
+        ([("uid", "<u8", (2,))], "uid is not a column of whole numbers"),
+    ],
+)
+def test_columns_of_other_types_are_named(tmp_path, columns, said):
+    table = np.zeros(1, columns)
+    table["uid"] = 5
+    np.save((tmp_path / "p.cs").open("wb"), table)
+    with pytest.raises(InputError, match=said):
+        cryosparc.read_particles(tmp_path / "p.cs")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("num_items: 4", "num_items: 9", r"has 9 particles or exposures, but p\.cs has fewer"),
+        (">p.cs", ">gone.cs", r"gone\.cs does not exist"), ("results:", "other:", "no results with a metafile"),
+        ("num_items: 4", "num_items: many", "no results with a metafile"),
+    ],
+)  # fmt: skip
+def test_groups_that_do_not_fit_their_files_are_refused(tmp_path, old, new, said):
+    cryosparc.write_particles(tmp_path / "p.cs", columns(4, 1))
+    group = tmp_path / "p.csg"
+    group.write_text(group.read_text().replace(old, new))
+    with pytest.raises(InputError, match=said):
+        cryosparc.read_particles(group)
+
+
+def test_damaged_tables_are_read_or_refused(tmp_path):
+    cryosparc.write_particles(tmp_path / "p.cs", columns(4, 1), (3000, 4000))
+    rng = np.random.default_rng(1)
+    good = {ending: (tmp_path / f"p{ending}").read_bytes() for ending in (".cs", ".csg")}
+    refused = 0
+    for number in range(400):
+        ending = ".csg" if number % 4 == 0 else ".cs"
+        data = bytearray(good[ending])
+        for _ in range(rng.integers(1, 4)):
+            at, what = int(rng.integers(0, min(len(data), 1800))), rng.integers(0, 4)
+            if what == 0:
+                data[at] = int(rng.integers(0, 256))
+            elif what == 1:
+                del data[at : at + int(rng.integers(1, 20))]
+            elif what == 2:
+                data[at:at] = bytes(rng.integers(32, 127, int(rng.integers(1, 9)), dtype=np.uint8))
+            else:
+                data = data[: at + 2]
+        (tmp_path / f"q{ending}").write_bytes(data)
+        try:
+            cryosparc.read_particles(tmp_path / f"q{ending}")
+        except InputError:
+            refused += 1
+    assert refused > 280
+
+
 @pytest.mark.parametrize(("name", "width"), [("ctf/tilt_A", 3), ("ctf/tetra_A", 2), ("ctf/anisomag", 2)])
 def test_vectors_of_another_length_are_named(tmp_path, name, width):
     cryosparc.write_particles(tmp_path / "p.cs", columns(3, 1))
@@ -269,7 +329,7 @@ def test_files_that_are_no_tables_are_refused(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match=message):
             cryosparc.read_particles(tmp_path / name)
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="does not exist"):
         cryosparc.read_particles(tmp_path / "absent.cs")
     np.save((tmp_path / "plain.cs").open("wb"), np.zeros(3))
     with pytest.raises(InputError, match="no column uid"):

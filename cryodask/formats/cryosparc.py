@@ -14,7 +14,9 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import yaml
@@ -68,6 +70,10 @@ _POSSIBLE = {
     "ctf/anisomag": (-0.4, 0.4, ""),
 }
 """Column -> least and most value, unit."""
+_NUMBERS = {*_POSSIBLE, *_WIDTHS, *(theirs for theirs, _ in _CTF.values()), *_MICROSCOPE.values()}
+_NUMBERS |= {"blob/sign", "alignments2D/class", "ctf/exp_group_id", "mscope_params/total_dose_e_per_A2", "movie_blob/is_gain_corrected"}
+_DAMAGED = (OSError, ValueError, EOFError, MemoryError, SyntaxError, TypeError, OverflowError, RecursionError, BadZipFile, TokenError)
+"""What NumPy raises for a file whose header can be anything."""
 _CS_VERSION = "v4.0.0"
 
 
@@ -256,13 +262,22 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     try:
         results = read_yaml(path, "group of cryoSPARC")["results"].values()
         files = list(dict.fromkeys(str(result["metafile"]) for result in results))
+        rows = {str(result["metafile"]): int(result.get("num_items", 0)) for result in results}
     except ProjectFileError as error:
         raise InputError(error.what, "it was edited, or is damaged", "export the group again") from error
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is not a group of cryoSPARC: {type(error).__name__}: {error}", "", "export the group again") from error
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"{path} is not a group of cryoSPARC: it has no results with a metafile.", "it is truncated", "export the group again"
+        ) from error
     tables = [_table(path.parent / name.removeprefix(">")) for name in files]
     if not tables:
         raise InputError(f"{path} names no files.", "", "export the group again")
+    if short := next((name for name, table in zip(files, tables) if len(table["uid"]) < rows[name]), None):
+        raise InputError(
+            f"{path} has {rows[short]} particles or exposures, but {short.removeprefix('>')} has fewer.",
+            "the file was replaced by that of another job",
+            "export the group again",
+        )
     first = tables[0]
     out = _Table(path, first)
     for name, table in zip(files[1:], tables[1:]):
@@ -278,13 +293,23 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 def _table(path: Path) -> dict[str, np.ndarray]:
     try:
         table = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path} cannot be read: {error}", "it is truncated, or not a .cs file", "export it again") from error
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{path} does not exist.", "the path is wrong, or a group was copied without its files", "check the path"
+        ) from error
+    except _DAMAGED as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else "it is not a NumPy table of plain values"
+        raise InputError(f"{path} cannot be read: {why}.", "it is truncated, or not a .cs file", "export it again") from error
     names = getattr(table, "dtype", np.dtype("f4")).names
     if not names or "uid" not in names or table.ndim != 1:
         raise InputError(f"{path} is not a table of cryoSPARC: it has no column uid.", "", "give a .cs file of particles or exposures")
     if len(np.unique(table["uid"])) < len(table):
         raise InputError(f"{path} has a uid twice.", "two sets were combined", "remove duplicates in cryoSPARC and export again")
+    if table["uid"].dtype.kind not in "ui" or table["uid"].ndim != 1:
+        raise InputError(f"{path}: uid is not a column of whole numbers.", "another program wrote it", "export it again from cryoSPARC")
+    for name in (n for n in names if n in _NUMBERS):
+        if table[name].dtype.kind not in "iuf" or (name not in _WIDTHS and table[name].ndim != 1):
+            raise InputError(f"{path}: {name} is not a column of numbers.", "another program wrote it", "export it again from cryoSPARC")
     for name, width in _WIDTHS.items():
         if name in names and table[name].shape != (len(table), width):
             raise InputError(f"{path}: {name} has the shape {table[name].shape[1:]}, not ({width},).", "another program wrote it", "fix it")
@@ -366,7 +391,7 @@ def _possible(path: Path, table: Mapping[str, np.ndarray]) -> None:
                 "it is in another unit, or the job that wrote it has failed",
                 "correct it there, or remove the row",
             )
-    empty = np.flatnonzero(table["blob/path"] == b"") if "blob/path" in table and table["blob/path"].dtype.kind == "S" else np.zeros(0, int)
+    empty = np.flatnonzero(np.char.str_len(table["blob/path"]) == 0) if "blob/path" in table else np.zeros(0, int)
     if len(empty):
         raise InputError(f"{path}: blob/path of row {int(empty[0]) + 1} is empty.", "the particle was not extracted", "remove the row")
     for name in ("ctf/df1_A", "ctf/df2_A"):
