@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -242,6 +243,7 @@ def export(
     ] = None,
 ) -> None:
     """Export a project to other programs: STAR files, particle stacks, class averages, half-maps, map and mask."""
+    from cryodask.interop import ExportWarning
     from cryodask.interop import export as write
 
     wanted = [given for given in (("relion", relion), ("cryosparc", cryosparc), to or ("", None)) if given[1] is not None]
@@ -249,8 +251,13 @@ def export(
         what = "No program and folder were" if not wanted else "Several programs were"
         raise ProjectFileError(f"{what} given.", "", "use one of --relion DIR, --cryosparc DIR and --to NAME DIR")
     name, folder = wanted[0]
-    for path in write(open_project(project), name, Path(str(folder))):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", ExportWarning)
+        written = write(open_project(project), name, Path(str(folder)))
+    for path in written:
         typer.echo(str(path))
+    for one in said:
+        typer.echo(f"Warning: {one.message}", err=True)
 
 
 @app.command()

@@ -133,8 +133,9 @@ def test_aberrations_come_back_bit_for_bit_also_through_a_star_file(tmp_path, on
     given = {
         n: np.where(of[:, None] > 0, rng.normal(size=(3, size))[of], 0).astype("f4") for n, size in ABERRATIONS.items() if only in (n, "")
     }
-    if "ctf/tilt_A" in given:
-        given["ctf/tilt_A"] *= 5000
+    for name, factor in (("ctf/tilt_A", 5000), ("ctf/anisomag", 0.05)):
+        if name in given:
+            given[name] *= np.float32(factor)
     cryosparc.write_particles(tmp_path / "p.cs", columns(6, 3), (3000, 4000))
     with_aberrations(tmp_path / "p.cs", given)
     table = cryosparc.read_particles(tmp_path / "p.cs")
@@ -169,7 +170,14 @@ def test_a_column_that_is_missing_beside_its_companions_is_named(tmp_path, witho
     [
         ("blob/sign", 0, "neither 1 nor -1"), ("blob/sign", np.nan, "neither 1 nor -1"), ("blob/shape", [64, 32], "not square"),
         ("ctf/df_angle_rad", 45.0, "it is in degrees"), ("ctf/phase_shift_rad", 90.0, "it is in degrees"),
-        ("blob/path", b">\xfc.mrcs", "not UTF-8"),
+        ("blob/path", b">\xfc.mrcs", "not UTF-8"), ("blob/path", b"", "blob/path of row 1 is empty"),
+        ("blob/idx", 2**32 - 1, "blob/idx of row 1 is"), ("blob/shape", 0, "blob/shape of row 1 is 0, which is not between 2"),
+        ("blob/psize_A", 0, "blob/psize_A of row 1 is 0, which is not between 0.05 and 100 A"),
+        ("ctf/accel_kv", 3, "ctf/accel_kv of row 1 is 3, which is not between 20 and 3000 kV"), ("ctf/accel_kv", 3e5, "accel_kv"),
+        ("ctf/cs_mm", 2.7e7, "ctf/cs_mm of row 1"), ("ctf/amp_contrast", 10, "ctf/amp_contrast of row 1"),
+        ("ctf/df1_A", 1.5, "in micrometres"), ("alignments3D/split", 7, "alignments3D/split of row 1 is 7"),
+        ("alignments3D/pose", 1e9, "alignments3D/pose of row 1"), ("location/micrograph_shape", 0, "micrograph_shape of row 1 is 0"),
+        ("location/center_x_frac", 1.5, "center_x_frac of row 1 is 1.5"), ("location/center_y_frac", -0.2, "center_y_frac of row 1"),
     ],
 )  # fmt: skip
 def test_values_that_cannot_be_are_named(tmp_path, name, value, said):
@@ -179,6 +187,66 @@ def test_values_that_cannot_be_are_named(tmp_path, name, value, said):
     np.save((tmp_path / "p.cs").open("wb"), table)
     with pytest.raises(InputError, match=said):
         cryosparc.read_particles(tmp_path / "p.cs")
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ([("uid", "<f8"), ("ctf/accel_kv", "<f4")], "uid is not a column of whole numbers"),
+        ([("uid", "<u8"), ("ctf/accel_kv", "S4")], "ctf/accel_kv is not a column of numbers"),
+        ([("uid", "<u8"), ("ctf/df_angle_rad", "U4")], "ctf/df_angle_rad is not a column of numbers"),
+        ([("uid", "<u8"), ("ctf/accel_kv", "<f4", (3,))], "ctf/accel_kv is not a column of numbers"),
+        ([("uid", "<u8", (2,))], "uid is not a column of whole numbers"),
+    ],
+)
+def test_columns_of_other_types_are_named(tmp_path, columns, said):
+    table = np.zeros(1, columns)
+    table["uid"] = 5
+    np.save((tmp_path / "p.cs").open("wb"), table)
+    with pytest.raises(InputError, match=said):
+        cryosparc.read_particles(tmp_path / "p.cs")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("num_items: 4", "num_items: 9", r"has 9 particles or exposures, but p\.cs has fewer"),
+        (">p.cs", ">gone.cs", r"gone\.cs does not exist"), ("results:", "other:", "no results with a metafile"),
+        ("num_items: 4", "num_items: many", "no results with a metafile"),
+    ],
+)  # fmt: skip
+def test_groups_that_do_not_fit_their_files_are_refused(tmp_path, old, new, said):
+    cryosparc.write_particles(tmp_path / "p.cs", columns(4, 1))
+    group = tmp_path / "p.csg"
+    group.write_text(group.read_text().replace(old, new))
+    with pytest.raises(InputError, match=said):
+        cryosparc.read_particles(group)
+
+
+def test_damaged_tables_are_read_or_refused(tmp_path):
+    cryosparc.write_particles(tmp_path / "p.cs", columns(4, 1), (3000, 4000))
+    rng = np.random.default_rng(1)
+    good = {ending: (tmp_path / f"p{ending}").read_bytes() for ending in (".cs", ".csg")}
+    refused = 0
+    for number in range(400):
+        ending = ".csg" if number % 4 == 0 else ".cs"
+        data = bytearray(good[ending])
+        for _ in range(rng.integers(1, 4)):
+            at, what = int(rng.integers(0, min(len(data), 1800))), rng.integers(0, 4)
+            if what == 0:
+                data[at] = int(rng.integers(0, 256))
+            elif what == 1:
+                del data[at : at + int(rng.integers(1, 20))]
+            elif what == 2:
+                data[at:at] = bytes(rng.integers(32, 127, int(rng.integers(1, 9)), dtype=np.uint8))
+            else:
+                data = data[: at + 2]
+        (tmp_path / f"q{ending}").write_bytes(data)
+        try:
+            cryosparc.read_particles(tmp_path / f"q{ending}")
+        except InputError:
+            refused += 1
+    assert refused > 280
 
 
 @pytest.mark.parametrize(("name", "width"), [("ctf/tilt_A", 3), ("ctf/tetra_A", 2), ("ctf/anisomag", 2)])
@@ -208,7 +276,8 @@ def test_an_aberration_that_is_no_number_is_none(tmp_path, label, text):
     optics = np.array([json.dumps({label: text}), ""], dtype=object)
     cryosparc.write_particles(tmp_path / "r.cs", {**columns(2, 3), "relion_optics": optics})
     whole = (label, text) in (("rlnBeamTiltX", "[1]"), ("cryosparcTilt", "1,2"))
-    assert np.load(tmp_path / "r.cs")["ctf/tilt_A"].any() == whole
+    table = np.load(tmp_path / "r.cs")
+    assert ("ctf/tilt_A" in table.dtype.names and table["ctf/tilt_A"].any()) == whole
 
 
 @pytest.mark.parametrize("suffix", [".cs", ".csg"])
@@ -260,7 +329,7 @@ def test_files_that_are_no_tables_are_refused(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match=message):
             cryosparc.read_particles(tmp_path / name)
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="does not exist"):
         cryosparc.read_particles(tmp_path / "absent.cs")
     np.save((tmp_path / "plain.cs").open("wb"), np.zeros(3))
     with pytest.raises(InputError, match="no column uid"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -214,6 +215,29 @@ def test_a_row_that_comes_twice_is_called_that(tmp_path):
     write(tmp_path / "m.star", loop("optics", [GROUP]) + loop("micrographs", [MICROGRAPH, MICROGRAPH]))
     with pytest.raises(InputError, match=r"a\.mrc is listed twice"):
         list_exposures(make_plan(project(tmp_path, {"import_micrographs": {"star": "m.star"}})), None)
+
+
+@pytest.mark.parametrize(
+    ("second", "made", "said"),
+    [
+        ("a.mrc", "", r"a\.mrc is an input of both import_micrographs and other\. Usual reason: their tables or patterns overlap"),
+        ("x/a.mrc", "link", r"a\.mrc of import_micrographs and x/a\.mrc of other are the same image"),
+        ("x/a.mrc", "other", r"Two inputs have the same name a: a\.mrc of import_micrographs and x/a\.mrc of other"),
+    ],
+)
+def test_an_exposure_of_two_tables_is_the_same_file_a_copy_or_another(tmp_path, second, made, said):
+    write_mrc(tmp_path / "a.mrc", np.ones((8, 8), np.float32), 1.0)
+    (tmp_path / "x").mkdir()
+    if made == "link":
+        (tmp_path / "x/a.mrc").symlink_to(tmp_path / "a.mrc")
+    elif made:
+        write_mrc(tmp_path / "x/a.mrc", np.zeros((8, 8), np.float32), 1.0)
+    for name, image in (("m.star", "a.mrc"), ("n.star", second)):
+        write(tmp_path / name, loop("optics", [GROUP]) + loop("micrographs", [{**MICROGRAPH, "MicrographName": image}]))
+    steps = [{"import_micrographs": {"star": "m.star"}}, {"import_micrographs as other": {"star": "n.star"}}]
+    with pytest.raises(InputError) as error:
+        list_exposures(make_plan(project(tmp_path, *steps)), None)
+    assert re.search(said, str(error.value).replace("\n ", ""))
 
 
 def test_links_to_no_movie_are_told(tmp_path):

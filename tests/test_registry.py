@@ -241,6 +241,14 @@ def test_a_content_that_becomes_known_keeps_the_row_of_its_name(tmp_path):
     assert [(i.row, i.content, i.revision) for i in update.new] == [(0, "A", 1)]
 
 
+def test_a_name_that_is_given_to_a_missing_file_is_not_called_a_new_recording(tmp_path):
+    Registry(tmp_path).update(listing("a:A"), complete=True)
+    lost = Arrival("a", "name:a", {"micrograph_path": "elsewhere/a.mrc"})
+    update = checked_update(tmp_path, [lost], complete=True, keep=EVERY)
+    what = "a is now elsewhere/a.mrc, which does not exist: it is a new exposure; the results of the former one are kept as a~0"
+    assert update.said == [what]
+
+
 # --- what is known from outside ---------------------------------------------------------------------------------------------
 
 

@@ -173,6 +173,25 @@ def test_two_tables_of_coordinates_in_one_file_are_refused(tmp_path):
     assert star.read_coordinates(path)["particle_x"].tolist() == [10.0]
 
 
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (["0.5 0.25 0", "0.1 0.9 0"], "between 0 and 1 only"), (["0.5 0.25 0"], ""), (["0 1 0", "1 0 0"], ""),
+        (["0.5 0.25 0", "7 9 0"], ""), (["-5 2000 0"], ""),
+        (["5 5 7", "6 6 7"], "in three dimensions"), (["1e12 5 0"], "rlnCoordinateX of row 1 is 1e\\+12"),
+    ],
+)  # fmt: skip
+def test_coordinates_that_are_no_pixels_of_a_micrograph_are_refused(tmp_path, rows, said):
+    """Fractions of the micrograph, positions in a tomogram, and columns that are shifted."""
+    path = tmp_path / "picks.star"
+    path.write_text("data_\n\nloop_\n_rlnCoordinateX #1\n_rlnCoordinateY #2\n_rlnCoordinateZ #3\n" + "\n".join(rows) + "\n")
+    if said:
+        with pytest.raises(StarError, match=said):
+            star.read_coordinates(path)
+    else:
+        assert len(star.read_coordinates(path)["particle_x"]) == len(rows)
+
+
 def test_coordinates_are_read_by_starfile(tmp_path):
     star.write_coordinates(tmp_path / "c.star", np.array([1.5, 2.0]), np.array([3.0, 4.0]), np.array([0.1, 0.2]))
     table = starfile.read(tmp_path / "c.star")

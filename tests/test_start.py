@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from cryodask.formats import cryosparc, star
 from cryodask.formats.movies import write_mrc_movie, write_tiff_movie
 from cryodask.formats.mrc import read_mrc, write_mrc
 from cryodask.interop import Session, export_cryosparc, project_from, project_from_movies
-from cryodask.run.recipe import make_plan
+from cryodask.run.recipe import list_movies, make_plan
 from cryodask.run.session import run_plan
 from cryodask.run.sources import list_exposures
 from cryodask.store.project import Project
@@ -123,6 +124,24 @@ def test_movies_of_several_folders_and_optics_become_data_sets(tmp_path):
     }  # fmt: skip
 
 
+def test_movies_that_the_table_does_not_list_are_left_out(tmp_path):
+    """A rejected movie, and another program's file of the same ending, lie beside those that a table lists."""
+    project = relion_project(tmp_path / "rel")
+    listed = {f.resolve() for f in (project / "Movies").iterdir()}
+    for name in ("rejected.tif", "average.tif"):
+        (project / "Movies" / name).write_bytes(b"not listed")
+    path = project_from(project, tmp_path / "p.yaml")
+    plan = make_plan(path)
+    assert plan.file.inputs.movies == "p_movies/1/*.tif"
+    found = [Path(name) for name in list_movies(plan)]
+    assert {file.resolve() for file in found} == listed
+    assert not any(Path(os.readlink(file)).is_absolute() for file in found)
+    assert "2 more beside them are not in it and are left out" in path.read_text()
+    path.unlink()
+    with pytest.raises(ProjectFileError, match="p_movies exists and is not overwritten"):
+        project_from(project, path)
+
+
 def test_movies_that_one_project_file_cannot_describe_are_refused(tmp_path):
     relion_project(tmp_path / "a", doses=(1.0, 1.25, 1.25))
     with pytest.raises(InputError, match=r"Movies differ in gain, dose or optics"):
@@ -189,10 +208,16 @@ def test_particles_of_cryosparc_go_back_with_their_uids_poses_and_images(tmp_pat
         write_mrc(tmp_path / "job" / f"particles_{i}.mrcs", images[i], 2.5, stack=True)
     cryosparc.write_particles(tmp_path / "job" / "particles.cs", before, (3000, 4000))
     tetra = np.arange(24, dtype=np.float32).reshape(6, 4)
-    with_aberrations(tmp_path / "job" / "particles.cs", {"ctf/tetra_A": tetra})
+    with_aberrations(tmp_path / "job" / "particles.cs", {"ctf/tetra_A": tetra, "ctf/trefoil_A": tetra[:, :2]})
     path = project_from(tmp_path / "job" / "particles.csg", tmp_path / "p.yaml")
     run_plan(make_plan(path), here, until="import_particles")
     export_cryosparc(Project(tmp_path / "p"), tmp_path / "back")
+    told = CliRunner().invoke(app, ["export", str(tmp_path / "p"), "--relion", str(tmp_path / "relion")])
+    assert told.exit_code == 0
+    assert told.stderr.startswith("Warning: The trefoil that cryoSPARC has fitted is written as _cryosparcTrefoil only.")
+    group = star.read_tables(tmp_path / "relion/particles.star")["optics"]
+    assert "rlnOddZernike" not in group
+    assert any(text.strip("[]").split(",")[-1] != "0" for text in group["rlnEvenZernike"])
     after = cryosparc.read_particles(tmp_path / "back" / "particles.csg")
     written = np.load(tmp_path / "back" / "particles.cs")
     assert written["ctf/tetra_A"][np.argsort(written["uid"])].tolist() == tetra[np.argsort(before["cryosparc_uid"])].tolist()
@@ -365,7 +390,7 @@ def test_what_is_not_taken_over_of_a_table_of_movies_is_said(tmp_path, columns, 
     ("columns", "words"),
     [
         ({"drop": "mscope_params"}, "does not say voltage_kv, spherical_aberration_mm of its movies"),
-        ({"psize_A": 0.0}, "pixel_size_angstrom of row 1 is 0"),
+        ({"psize_A": 0.0}, "movie_blob/psize_A of row 1 is 0"),
         ({"accel_kv": 300_000}, "voltage_kv of row 1 is 300000"),
         ({"gain": ">imported/m0.tif"}, "the gain m0.tif is in the folder of the movies"),
     ],

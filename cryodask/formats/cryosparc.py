@@ -5,26 +5,27 @@ read it). Shifts (x, y) are in pixels of ``alignments3D/psize_A`` and move the p
 in radians, U and V of the defocus as in RELION. Centres are fractions of the micrograph, whose shape is (y, x). A path that begins
 with ``>`` is relative to the file. ``uid`` identifies a row in all files, and all its 64 bits are kept.
 
-Aberrations are those of the exposure group, kept as they are, in texts as :func:`cryodask.formats.star.read_particles` gives them:
-``ctf/shift_A, tilt_A, trefoil_A`` (x, y), ``tetra_A`` (four numbers) in Angstrom, ``anisomag`` (the matrix in Fourier space by rows, less
-the identity). Only the beam tilt has a known counterpart in RELION: ``tilt_A`` is Cs times the sine of the tilt (pyem's convention).
+Aberrations are those of the exposure group, in texts as :func:`cryodask.formats.star.read_particles` gives them; see
+:mod:`cryodask.formats.cryosparc_optics`.
 """
 
 from __future__ import annotations
 
 import datetime
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import yaml
 
 from cryodask.documents import read_yaml
 from cryodask.errors import InputError, ProjectFileError
-from cryodask.formats.star import CRYOSPARC
-from cryodask.formats.star.numbers import floats
+from cryodask.formats import cryosparc_optics
+from cryodask.formats.star.numbers import in_micrometres
+from cryodask.vocabulary import LIMITS, Limits
 
 Columns = dict[str, np.ndarray]
 
@@ -41,18 +42,38 @@ _CTF = {
 }
 _NEUTRAL = {"ctf_b_factor_angstrom2": 0.0, "ctf_scale_factor": 1.0}
 """Our name -> cryoSPARC's, and the factor from its unit to ours."""
+_PIXEL_SIZES = ("blob/psize_A", "alignments3D/psize_A", "location/micrograph_psize_A", "micrograph_blob/psize_A", "movie_blob/psize_A")
 _MICROSCOPE = {"voltage_kv": "mscope_params/accel_kv", "spherical_aberration_mm": "mscope_params/cs_mm"}
-_ABERRATIONS = dict(zip(CRYOSPARC, (("ctf/shift_A", 2), ("ctf/tilt_A", 2), ("ctf/trefoil_A", 2), ("ctf/tetra_A", 4), ("ctf/anisomag", 4))))
 _WIDTHS = {
     "blob/shape": 2,
     "movie_blob/shape": 3,
     "alignments3D/pose": 3,
     "alignments3D/shift": 2,
     "location/micrograph_shape": 2,
-    **dict(_ABERRATIONS.values()),
+    **dict(cryosparc_optics.FIELDS.values()),
 }
 """Columns of vectors, and their lengths."""
-_ANGSTROM_PER_MM = 1e7
+_POSSIBLE = {
+    **{
+        theirs: (LIMITS[ours].least / factor, LIMITS[ours].most / factor, LIMITS[ours].unit if factor == 1.0 else "")
+        for ours, (theirs, factor) in _CTF.items()
+        if ours in LIMITS
+    },
+    **dict.fromkeys(_PIXEL_SIZES, (LIMITS["pixel_size_angstrom"].least, LIMITS["pixel_size_angstrom"].most, "A")),
+    "blob/shape": (2, 10_000, "pixels"),
+    "blob/idx": (0, 2**31, ""),
+    "alignments3D/split": (0, 1, ""),
+    "alignments3D/pose": (-4 * np.pi, 4 * np.pi, "radians"),
+    "location/micrograph_shape": (1, 1_000_000, "pixels"),
+    "location/center_x_frac": (-0.1, 1.1, ""),
+    "location/center_y_frac": (-0.1, 1.1, ""),
+    "ctf/anisomag": (-0.4, 0.4, ""),
+}
+"""Column -> least and most value, unit."""
+_NUMBERS = {*_POSSIBLE, *_WIDTHS, *(theirs for theirs, _ in _CTF.values()), *_MICROSCOPE.values()}
+_NUMBERS |= {"blob/sign", "alignments2D/class", "ctf/exp_group_id", "mscope_params/total_dose_e_per_A2", "movie_blob/is_gain_corrected"}
+_DAMAGED = (OSError, ValueError, EOFError, MemoryError, SyntaxError, TypeError, OverflowError, RecursionError, BadZipFile, TokenError)
+"""What NumPy raises for a file whose header can be anything."""
 _CS_VERSION = "v4.0.0"
 
 
@@ -74,6 +95,7 @@ def read_particles(path: str | Path) -> Columns:
         If the file is missing or damaged, has no uid, or one twice; or a column has NaN or infinite values.
     """
     table = _read(Path(path))
+    _possible(Path(path), table)
     out: Columns = {"cryosparc_uid": table["uid"]}
     if "blob/path" in table:
         out["image_stack"] = _texts(Path(path), table["blob/path"])
@@ -86,7 +108,7 @@ def read_particles(path: str | Path) -> Columns:
         if not np.isin(table["blob/sign"], (-1, 1)).all():
             raise InputError(f"{path}: blob/sign is neither 1 nor -1 in some rows.", "another program wrote it", "correct it there")
         out["contrast_sign"] = table["blob/sign"].astype(np.int64)
-    out |= _ctf(table) | _kept(Path(path), table)
+    out |= _ctf(table) | cryosparc_optics.kept(Path(path), table)
     if "alignments3D/pose" in table:
         out |= dict(zip(("rot_deg", "tilt_deg", "psi_deg"), _angles(table["alignments3D/pose"].astype(np.float64))))
         shift = table["alignments3D/shift"].astype(np.float64) * table["alignments3D/psize_A"][:, None]
@@ -112,6 +134,7 @@ def read_micrographs(path: str | Path) -> Columns:
     (1 where it was applied already), ``dose_per_frame`` (0 where it is not known), ``phase_plate`` and ``defects`` (1 where there are).
     """
     table = _read(Path(path))
+    _possible(Path(path), table)
     out: Columns = {"cryosparc_uid": table["uid"]}
     for name, blob in (("micrograph_name", "micrograph_blob"), ("movie_name", "movie_blob")):
         if f"{blob}/path" in table:
@@ -130,7 +153,7 @@ def read_micrographs(path: str | Path) -> Columns:
     for name, theirs in (("phase_plate", "mscope_params/phase_plate"), ("defects", "movie_blob/has_defect_file")):
         if "movie_name" in out and theirs in table:
             out[name] = table[theirs].astype(np.int64)
-    return _checked(Path(path), {**out, **_ctf(table), **_kept(Path(path), table)})
+    return _checked(Path(path), {**out, **_ctf(table), **cryosparc_optics.kept(Path(path), table)})
 
 
 def write_particles(path: str | Path, columns: Mapping[str, Any], micrograph_shape: Any = None) -> None:
@@ -211,7 +234,7 @@ def _ctf_fields(columns: Mapping[str, Any], column: Callable[[str], np.ndarray])
     fields["ctf/exp_group_id"] = np.unique(groups.astype(str), return_inverse=True)[1].astype(np.uint32)
     fields |= {theirs: (column(ours) / factor).astype(np.float32) for ours, (theirs, factor) in _CTF.items() if ours in columns}
     if "relion_optics" in columns:
-        fields |= _aberrations(column("relion_optics"), column("spherical_aberration_mm"))
+        fields |= {name: values.astype(np.float32) for name, values in cryosparc_optics.fields(columns, column).items()}
     return fields
 
 
@@ -239,13 +262,22 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     try:
         results = read_yaml(path, "group of cryoSPARC")["results"].values()
         files = list(dict.fromkeys(str(result["metafile"]) for result in results))
+        rows = {str(result["metafile"]): int(result.get("num_items", 0)) for result in results}
     except ProjectFileError as error:
         raise InputError(error.what, "it was edited, or is damaged", "export the group again") from error
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is not a group of cryoSPARC: {type(error).__name__}: {error}", "", "export the group again") from error
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"{path} is not a group of cryoSPARC: it has no results with a metafile.", "it is truncated", "export the group again"
+        ) from error
     tables = [_table(path.parent / name.removeprefix(">")) for name in files]
     if not tables:
         raise InputError(f"{path} names no files.", "", "export the group again")
+    if short := next((name for name, table in zip(files, tables) if len(table["uid"]) < rows[name]), None):
+        raise InputError(
+            f"{path} has {rows[short]} particles or exposures, but {short.removeprefix('>')} has fewer.",
+            "the file was replaced by that of another job",
+            "export the group again",
+        )
     first = tables[0]
     out = _Table(path, first)
     for name, table in zip(files[1:], tables[1:]):
@@ -261,13 +293,23 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 def _table(path: Path) -> dict[str, np.ndarray]:
     try:
         table = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path} cannot be read: {error}", "it is truncated, or not a .cs file", "export it again") from error
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{path} does not exist.", "the path is wrong, or a group was copied without its files", "check the path"
+        ) from error
+    except _DAMAGED as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else "it is not a NumPy table of plain values"
+        raise InputError(f"{path} cannot be read: {why}.", "it is truncated, or not a .cs file", "export it again") from error
     names = getattr(table, "dtype", np.dtype("f4")).names
     if not names or "uid" not in names or table.ndim != 1:
         raise InputError(f"{path} is not a table of cryoSPARC: it has no column uid.", "", "give a .cs file of particles or exposures")
     if len(np.unique(table["uid"])) < len(table):
         raise InputError(f"{path} has a uid twice.", "two sets were combined", "remove duplicates in cryoSPARC and export again")
+    if table["uid"].dtype.kind not in "ui" or table["uid"].ndim != 1:
+        raise InputError(f"{path}: uid is not a column of whole numbers.", "another program wrote it", "export it again from cryoSPARC")
+    for name in (n for n in names if n in _NUMBERS):
+        if table[name].dtype.kind not in "iuf" or (name not in _WIDTHS and table[name].ndim != 1):
+            raise InputError(f"{path}: {name} is not a column of numbers.", "another program wrote it", "export it again from cryoSPARC")
     for name, width in _WIDTHS.items():
         if name in names and table[name].shape != (len(table), width):
             raise InputError(f"{path}: {name} has the shape {table[name].shape[1:]}, not ({width},).", "another program wrote it", "fix it")
@@ -311,55 +353,6 @@ def _ctf(table: dict[str, np.ndarray]) -> Columns:
     return out
 
 
-def _kept(path: Path, table: dict[str, np.ndarray]) -> Columns:
-    """Aberrations that are not 0, one JSON text per row; the beam tilt also as RELION has it, in mrad."""
-    there = {label: table[name] for label, (name, _) in _ABERRATIONS.items() if name in table}
-    if bad := next((label for label, values in there.items() if not np.isfinite(values).all()), None):
-        raise InputError(
-            f"{path}: {_ABERRATIONS[bad][0]} has NaN or infinite values.", "the job that wrote it has failed", "remove these rows"
-        )
-    there = {label: values for label, values in there.items() if values.any()}
-    if not there:
-        return {}
-    cs = table.get("ctf/cs_mm", np.zeros(len(table["uid"]), np.float32))
-    rows, of = np.unique(np.column_stack([*there.values(), cs]), axis=0, return_inverse=True)
-    texts = []
-    for row in rows:
-        group: dict[str, str] = {}
-        start = 0
-        for label, values in there.items():
-            own = row[start : start + values.shape[1]]
-            start += values.shape[1]
-            if own.any():
-                group[label] = f"[{','.join(str(v) for v in own)}]"
-            if label == "cryosparcTilt" and own.any() and row[-1] > 0:
-                tilt = np.arcsin(np.clip(own.astype(np.float64) / (float(row[-1]) * _ANGSTROM_PER_MM), -1.0, 1.0)) * 1e3
-                group |= {f"rlnBeamTilt{axis}": f"{mrad:.6g}" for axis, mrad in zip("XY", tilt)}
-        texts.append(json.dumps(group) if group else "")
-    return {"relion_optics": np.array(texts, dtype=object)[of.reshape(-1)]}
-
-
-def _aberrations(texts: np.ndarray, spherical_aberration_mm: np.ndarray) -> dict[str, np.ndarray]:
-    """Fields of aberrations from the texts of optics groups; a beam tilt of RELION's is converted."""
-    known, of = np.unique(texts.astype(str), return_inverse=True)
-    groups = [json.loads(text) if text else {} for text in known.tolist()]
-    fields = {}
-    for label, (name, size) in _ABERRATIONS.items():
-        if any(label in group for group in groups):
-            values = [_numbers(group.get(label, ""), size) for group in groups]
-            fields[name] = np.array(values, np.float32)[of]
-    if "ctf/tilt_A" not in fields and any("rlnBeamTiltX" in group or "rlnBeamTiltY" in group for group in groups):
-        mrad = np.array([[_numbers(group.get(f"rlnBeamTilt{axis}", ""), 1)[0] for axis in "XY"] for group in groups])[of]
-        fields["ctf/tilt_A"] = (np.sin(mrad * 1e-3) * spherical_aberration_mm[:, None] * _ANGSTROM_PER_MM).astype(np.float32)
-    return fields
-
-
-def _numbers(text: str, count: int) -> list[float]:
-    """A list in a text; zeros, which mean none, where it holds anything but this many numbers: no stage depends on it."""
-    found, bad = floats(text.strip("[]").split(","))
-    return found.tolist() if len(found) == count and not len(bad) and np.isfinite(found).all() else [0.0] * count
-
-
 def _angles(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     import torch
     from scipy.spatial.transform import Rotation
@@ -380,6 +373,33 @@ def _alignments(rot_deg: np.ndarray, tilt_deg: np.ndarray, psi_deg: np.ndarray) 
 
     matrices = euler_to_matrix(*(torch.from_numpy(np.radians(a)) for a in (rot_deg, tilt_deg, psi_deg))).numpy()
     return {"alignments3D/pose": Rotation.from_matrix(matrices).inv().as_rotvec().astype(np.float32)}
+
+
+def _possible(path: Path, table: Mapping[str, np.ndarray]) -> None:
+    """Refuse values that no microscope, image or pose has, by the name of their column."""
+    for name, (least, most, unit) in _POSSIBLE.items():
+        values = table.get(name)
+        if values is None:
+            continue
+        # NaN is reported as such
+        outside = (values < least) | (values > most)
+        if outside.any():
+            row = int(np.flatnonzero(outside.reshape(len(values), -1).any(1))[0])
+            value = float(values.reshape(len(values), -1)[row][outside.reshape(len(values), -1)[row]][0])
+            raise InputError(
+                f"{path}: {name} of row {row + 1} is {value:g}, which is not {Limits(least, most, unit)}.",
+                "it is in another unit, or the job that wrote it has failed",
+                "correct it there, or remove the row",
+            )
+    empty = np.flatnonzero(np.char.str_len(table["blob/path"]) == 0) if "blob/path" in table else np.zeros(0, int)
+    if len(empty):
+        raise InputError(f"{path}: blob/path of row {int(empty[0]) + 1} is empty.", "the particle was not extracted", "remove the row")
+    for name in ("ctf/df1_A", "ctf/df2_A"):
+        known = table[name][table[name] != 0] if name in table else np.zeros(0)
+        if len(known) and in_micrometres(known).all():
+            raise InputError(
+                f"{path}: {name} is at most {np.abs(known).max():g} A in all rows.", "it is in micrometres", "write it in Angstrom"
+            )
 
 
 def _checked(path: Path, columns: Columns) -> Columns:

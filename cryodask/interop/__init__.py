@@ -10,12 +10,13 @@ from cryodask.interop.cryosparc import export_cryosparc
 from cryodask.interop.emdb import export_emdb
 from cryodask.interop.empiar import export_empiar
 from cryodask.interop.oscem import export_oscem
+from cryodask.interop.refined_optics import ExportWarning
 from cryodask.interop.relion import export_relion
 from cryodask.interop.start import Session, project_from, project_from_movies
 from cryodask.plugins import Plugins
 from cryodask.store.project import Project
 
-__all__ = ["OTHERS", "Session", "export", "export_cryosparc", "export_relion", "project_from", "project_from_movies"]
+__all__ = ["OTHERS", "ExportWarning", "Session", "export", "export_cryosparc", "export_relion", "project_from", "project_from_movies"]
 
 _OWN = {"relion": export_relion, "cryosparc": export_cryosparc, "emdb": export_emdb, "empiar": export_empiar, "oscem": export_oscem}
 

@@ -10,6 +10,7 @@ import numpy as np
 from cryodask.formats import cryosparc
 from cryodask.formats.mrc import write_mrc
 from cryodask.interop.exposures import Exposures
+from cryodask.interop.refined_optics import warn_of_unconverted
 from cryodask.interop.relion_maps import write_maps
 from cryodask.interop.relion_micrographs import exported_micrographs, micrograph_file
 from cryodask.interop.relion_particles import exported_particles
@@ -34,6 +35,7 @@ def export_cryosparc(project: Project, folder: str | Path) -> list[Path]:
         if found is None:
             return written
         columns, images = found
+        warn_of_unconverted(columns["relion_optics"], "cryoSPARC")
         write_mrc(out / "particles.mrcs", images, columns["particle_pixel_size_angstrom"], stack=True)
         own = columns["particle_id"]
         known = np.asarray(columns.get("cryosparc_uid", np.zeros_like(own)), np.int64)

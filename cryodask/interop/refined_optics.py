@@ -2,18 +2,31 @@
 
 RELION 3.1 has Zernike polynomials of k in 1/Angstrom: the odd ones up to order 3 are (n, m) = (1, -1), (1, 1), (3, -3), (3, -1), (3, 1),
 (3, 3), the even ones up to order 4 (0, 0), (2, -2), (2, 0), (2, 2), (4, -4) ... (4, 4); m < 0 is a sine. Its even terms are subtracted from
-the argument of the CTF as it is written here. cryoSPARC's trefoil and tetrafoil are in units that are not documented, and are left out.
+the argument of the CTF as it is written here. What cryoSPARC calls them: :mod:`cryodask.formats.cryosparc_optics`.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 
 import numpy as np
 
+from cryodask.formats import cryosparc_optics
+
 _REPLACED = ("cryosparcShift", "cryosparcTilt", "cryosparcTrefoil", "cryosparcTetrafoil", "rlnEvenZernike")
 """What earlier programs knew of aberrations that were refined here."""
+
+
+class ExportWarning(UserWarning):
+    """Something of a project that another program's files cannot hold, or not in words that were tested."""
+
+
+def warn_of_unconverted(texts: np.ndarray, to: str) -> None:
+    """Warn of aberrations in the texts of optics groups that are not written for ``to``, "RELION" or "cryoSPARC"."""
+    for sentence in cryosparc_optics.unconverted(texts, to):
+        warnings.warn(sentence, ExportWarning, stacklevel=3)
 
 
 def with_refined_optics(texts: np.ndarray, columns: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -11,7 +11,7 @@ from cryodask.errors import CryodaskError
 from cryodask.formats import star
 from cryodask.formats.mrc import write_mrc
 from cryodask.interop.exposures import Exposures, label_of_particles
-from cryodask.interop.refined_optics import with_refined_optics
+from cryodask.interop.refined_optics import warn_of_unconverted, with_refined_optics
 from cryodask.interop.relion_micrographs import micrograph_file
 from cryodask.store.birthbook import BirthBook
 from cryodask.store.claims import birth_marks
@@ -94,6 +94,7 @@ def write_particles(exposures: Exposures, out: Path) -> list[Path]:
     if found is None:
         return []
     columns, images = found
+    warn_of_unconverted(columns["relion_optics"], "RELION")
     label = label_of_particles(exposures.project)
     parts = exposures.project.product(label, "particles").parts if label is not None else {}
     if "pose" in parts:

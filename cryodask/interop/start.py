@@ -202,7 +202,7 @@ def _optics(path: Path, columns: dict[str, np.ndarray], row: int) -> dict[str, f
 
 
 def _from_movies(path: Path, output: Path, movies: list[_Movie], note: str) -> Path:
-    """Movies of another folder, gain, dose or optics are a data set of their own."""
+    """Movies of another folder, gain, dose or optics are a data set of their own; movies that the table does not list are left out."""
     groups: dict[tuple[Path, Path | None, Session], list[Path]] = {}
     for movie in movies:
         groups.setdefault((movie.file.parent / f"*{movie.file.suffix}", movie.gain, movie.session), []).append(movie.file)
@@ -219,9 +219,25 @@ def _from_movies(path: Path, output: Path, movies: list[_Movie], note: str) -> P
                 f"{path}: the gain {gain.name} is in the folder of the movies, and would be taken for one.", "", "move it to another folder"
             )
     count = len({file for files in groups.values() for file in files})
-    others = sum(len(list(pattern.parent.glob(pattern.name))) for pattern in patterns) - count
-    about = f"{count} movies from {path.name}" + (f"; the patterns below find {others} more" if others else "")
-    return _written(output, about + note, _movie_lines(list(groups), output))
+    unlisted = {pattern: len(list(pattern.parent.glob(pattern.name))) - len(set(groups[key])) for pattern, key in zip(patterns, groups)}
+    links = _new(output.parent / f"{output.stem}_movies") if any(unlisted.values()) else None
+    sets = [
+        (_linked(groups[key], links / str(number)) if links is not None and unlisted[key[0]] else key[0], *key[1:])
+        for number, key in enumerate(groups, 1)
+    ]
+    about = f"{count} movies from {path.name}"
+    if links is not None:
+        about += f"; {sum(unlisted.values())} more beside them are not in it and are left out: {links.name} has links to those listed"
+    return _written(output, about + note, _movie_lines(sets, output))
+
+
+def _linked(movies: list[Path], folder: Path) -> Path:
+    """A folder of links to some movies, and the pattern that finds them."""
+    with disk_errors(folder):
+        folder.mkdir(parents=True)
+        for movie in sorted(set(movies)):
+            (folder / movie.name).symlink_to(os.path.relpath(movie.absolute(), folder.absolute()))
+    return folder / f"*{movies[0].suffix}"
 
 
 def _general(path: Path) -> dict[str, Any]:

@@ -29,6 +29,11 @@ _ZOOM, _ZOOMS = 4.0, 4
 """Steps within a voxel are this many times finer each time: 1/256 of a voxel at last."""
 _MOST_AGREEMENT = 0.97
 """Correlation of the finer shells above which maps without solvent cannot be told from copies."""
+_BAND, _WIDE_BAND = 0.01, 0.85
+"""Power of the difference of the maps, over its largest, that a shell within their band has; share of Nyquist of a band that no filter
+has cut."""
+_LEAK = 0.6
+"""Signal to noise that a low-passed molecule has at most in the solvent into which it reaches, relative to that of the whole map."""
 
 
 class Independence(NamedTuple):
@@ -39,8 +44,8 @@ class Independence(NamedTuple):
     joined : int
         Last shell up to which both maps are the same: 0 if none is, Nyquist if the maps are copies, scaled or filtered.
     noise_correlation, error : float
-        Correlation of the solvent in the finer half of the shells beyond, its median and standard error; NaN if the solvent is flat or
-        no shell is left.
+        Correlation of the solvent in the finer half of the shells beyond, its median; and the standard error of its inverse hyperbolic
+        tangent (Fisher, 1915). NaN if the solvent is flat or no shell is left.
     agreement : float
         Correlation of the whole maps in these shells.
     shift_voxels : (z, y, x)
@@ -53,6 +58,10 @@ class Independence(NamedTuple):
     error: float
     agreement: float
     shift_voxels: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    most: float = _MOST_CORRELATION
+    """Correlation of the solvent that independent maps can have: more in low-passed ones, whose molecule reaches into the solvent."""
+    comparable: bool = True
+    """Whether honest maps can agree up to their finest shells: those of low-passed maps, but not those without solvent."""
 
     @property
     def fault(self) -> str:
@@ -66,9 +75,9 @@ class Independence(NamedTuple):
     def _fault(self) -> str:
         if np.isnan(self.agreement):
             return "they are the same in every shell, up to scale and filters"
-        if abs(self.noise_correlation) > _MOST_CORRELATION + self.error:
+        if np.arctanh(min(abs(self.noise_correlation), _SAME)) > np.arctanh(self.most) + self.error:
             return f"the noise of their solvent agrees: its correlation is {self.noise_correlation:.2f}; for independent maps it is 0"
-        if np.isnan(self.noise_correlation) and self.agreement > _MOST_AGREEMENT:
+        if not self.comparable and self.agreement > _MOST_AGREEMENT:
             return (
                 f"they correlate by {self.agreement:.2f} up to the finest shells, and a mask has removed the solvent, "
                 "whose noise would show whether they are independent"
@@ -102,17 +111,32 @@ def independence(first: Tensor, second: Tensor) -> Independence:
     agreement = float(whole[finer].median())
     weight = _solvent(maps.sum(0))
     if weight is None:
-        return Independence(joined, np.nan, np.nan, agreement, shift)
+        return Independence(joined, np.nan, np.nan, agreement, shift, comparable=False)
     inside = [(m - (m * weight).sum() / weight.sum()) * weight for m in maps]
     # where a low-pass filter has left nothing, the edges of the weight smear the shells below
     share = float((weight**2).mean())
     noise = torch.minimum(*(_shell_power(m) for m in inside))
     beyond = beyond[noise[beyond] < _MOST_SMEARED * share * power[beyond]]
     finer = beyond[len(beyond) // 2 :]
+    low_passed = _is_low_passed(maps)
     if len(finer) < 2:
-        return Independence(joined, np.nan, np.nan, agreement, shift)
-    points = 2.0 * np.pi * float(finer.double().mean()) ** 2 * share
-    return Independence(joined, float(fsc(*inside)[finer].median()), 1.0 / np.sqrt(max(points, 1.0)), agreement, shift)
+        return Independence(joined, np.nan, np.nan, agreement, shift, comparable=low_passed)
+    # twice that of independent coefficients: a median, of shells that the weight of the solvent makes depend on each other
+    error = 2.0 / np.sqrt(max(2.0 * np.pi * float((finer.double() ** 2).sum()) * share, 1.0))
+    most = max(_MOST_CORRELATION, _leaked(float(whole[finer].median()))) if low_passed else _MOST_CORRELATION
+    return Independence(joined, float(fsc(*inside)[finer].median()), error, agreement, shift, most)
+
+
+def _leaked(agreement: float) -> float:
+    """Largest correlation in the solvent that a low-passed molecule reaching into it gives, with this correlation of the whole maps."""
+    return _LEAK * agreement / (1.0 - agreement + _LEAK * agreement)
+
+
+def _is_low_passed(maps: Tensor) -> bool:
+    """Whether a filter has cut the noise of two maps, which is in their difference, well below Nyquist."""
+    noise = _shell_power(maps[0] - maps[1])
+    band = int(torch.nonzero(noise[1:] > _BAND * noise[1:].max()).max()) + 1
+    return band < _WIDE_BAND * len(noise)
 
 
 def _shift(maps: Tensor, shells: Tensor) -> tuple[float, float, float]:

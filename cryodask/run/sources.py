@@ -102,20 +102,32 @@ def _distinct(arrivals: list[Arrival]) -> list[Arrival]:
     seen: dict[str, Arrival] = {}
     for arrival in arrivals:
         if arrival.name in seen:
-            two = (seen[arrival.name].inputs, arrival.inputs)
-            both = [str(i.get("micrograph_name") or next((v for k, v in i.items() if k.endswith("_path")), arrival.name)) for i in two]
-            sources = [str(i.get("source", "")) for i in two]
-            if sources[0] != sources[1]:
-                both = [f"{name} of {source}" for name, source in zip(both, sources)]
-            if both[0] == both[1]:
-                raise InputError(f"{both[0]} is listed twice.", "a table was joined with itself", "remove one of its rows")
-            raise InputError(
-                f"Two inputs have the same name {arrival.name}: {both[0]} and {both[1]}.",
-                "files with the same name are in several folders, or differ only in their extension",
-                "rename one of them, or make a separate project for each folder",
-            )
+            raise _twice(seen[arrival.name], arrival)
         seen[arrival.name] = arrival
     return arrivals
+
+
+def _twice(first: Arrival, second: Arrival) -> InputError:
+    """Error for two inputs of one name: the same file given twice, a copy of it, or another file."""
+    two = (first.inputs, second.inputs)
+    files = [str(i.get("micrograph_name") or next((v for k, v in i.items() if k.endswith("_path")), first.name)) for i in two]
+    steps, sets = ([str(i.get(key, "")) for i in two] for key in ("source", "data_set"))
+    where = f"{steps[0]} and {steps[1]}" if steps[0] != steps[1] else f"the data sets {sets[0]} and {sets[1]}" if sets[0] != sets[1] else ""
+    if files[0] == files[1] and not where:
+        return InputError(f"{files[0]} is listed twice.", "a table was joined with itself", "remove one of its rows")
+    if files[0] == files[1] and first.content == second.content:
+        return InputError(f"{files[0]} is an input of both {where}.", "their tables or patterns overlap", "leave it out of one of them")
+    if steps[0] != steps[1]:
+        files = [f"{name} of {step}" for name, step in zip(files, steps)]
+    if first.content == second.content:
+        return InputError(
+            f"{files[0]} and {files[1]} are the same image.", "one is a link to the other, or a copy of it", "leave out one of them"
+        )
+    return InputError(
+        f"Two inputs have the same name {first.name}: {files[0]} and {files[1]}.",
+        "files with the same name are in several folders, or differ only in their extension",
+        "rename one of them, or make a separate project for each folder",
+    )
 
 
 class Files:

@@ -167,7 +167,9 @@ class Comparison:
         if old is None:
             if former is not None:
                 kept = "" if gone else f"; the results of the former one are kept as {name}~{former}"
-                self.said.append(f"{name} was recorded again: it is a new exposure{kept}")
+                lost = entry.item.content == unknown_content(name)
+                what = f"is now {_origin(entry.item)}, which does not exist" if lost else "was recorded again"
+                self.said.append(f"{name} {what}: it is a new exposure{kept}")
             self.new.add(row)
             return
         there = old.item.there
@@ -228,7 +230,7 @@ def _by_name(listing: list[Arrival]) -> dict[str, Arrival]:
     return named
 
 
-def _origin(arrival: Arrival) -> str:
+def _origin(arrival: Arrival | Item) -> str:
     return next((str(v) for k, v in arrival.inputs.items() if k.endswith("_path")), arrival.content)
 
 

@@ -22,6 +22,7 @@ Read = dict[str, "np.ndarray | Coded | Images"]
 
 _PICKS = [c for c in COLUMNS if c.name in ("particle_x", "particle_y", "pick_score", "micrograph_name")]
 _PIXELS = ("rlnMicrographPixelSize", *ALIASES["rlnMicrographPixelSize"])
+_HEIGHT = "rlnCoordinateZ"
 _OLD = ("rlnDetectorPixelSize", "rlnMagnification", "rlnOriginX", "rlnOriginY")
 
 
@@ -106,7 +107,7 @@ def read_coordinates(path: str | Path) -> Columns:
         If a coordinate is missing, or not a number.
     """
     path = Path(path)
-    tables = _tables(path, [*(c.relion for c in COLUMNS), *_PIXELS])
+    tables = _tables(path, [*(c.relion for c in COLUMNS), *_PIXELS, _HEIGHT])
     # a table without rows has no columns either
     given = {name: t for name, t in tables.items() if t and {"rlnCoordinateX", "rlnCoordinateY"} & set(t)}
     if not given:
@@ -125,9 +126,21 @@ def read_coordinates(path: str | Path) -> Columns:
             raise missing_column(path, relion)
         if np.isnan(columns[name]).any():
             raise _not_a_number(path, relion, int(np.flatnonzero(np.isnan(columns[name]))[0]))
+    check_limits(path, columns, "row", lambda at: at + 1)
+    _check_frame(path, table, np.stack([columns["particle_x"], columns["particle_y"]]))
     size = Column("pixel_size_angstrom", "rlnMicrographPixelSize")
     told = [np.asarray(values) for one in (table, tables.get("optics")) if one for _, values in _translate(path, one, [size])]
     return columns | ({"pixel_size_angstrom": told[0]} if told else {})
+
+
+def _check_frame(path: Path, table: Read, places: np.ndarray) -> None:
+    """Refuse coordinates `(2, row)` that are not pixels of a micrograph."""
+    if _HEIGHT in table and (floats([str(v) for v in _decoded(table[_HEIGHT]).tolist()])[0] != 0.0).any():
+        raise StarError(
+            f"{path} has coordinates in three dimensions (rlnCoordinateZ).", "they are of a tomogram", "give the picks of micrographs"
+        )
+    if places.shape[1] > 1 and (places >= 0).all() and (places <= 1).all() and (places % 1 > 0).any():
+        raise StarError(f"{path} has coordinates between 0 and 1 only.", "they are fractions of the micrograph", "convert them to pixels")
 
 
 def find_beside(name: str, star: Path) -> Path | None:
