@@ -133,7 +133,12 @@ def _beside(transform: MovieTransform, motion: GlobalMotion) -> StillPattern:
 
 
 def _align(
-    transform: MovieTransform, mean_count: np.ndarray, exposure: np.ndarray, pixel_size_angstrom: float, rounds: int, still: StillPattern | None
+    transform: MovieTransform,
+    mean_count: np.ndarray,
+    exposure: np.ndarray,
+    pixel_size_angstrom: float,
+    rounds: int,
+    still: StillPattern | None,
 ) -> GlobalMotion:
     frames = len(mean_count)
     share = np.clip(mean_count / max(float(np.median(mean_count)), 1e-12), 1e-3, None)

@@ -120,10 +120,15 @@ def cut_patches(
 
 def fit_local_motion(
     patches: Patches, motion: GlobalMotion, mean_count: np.ndarray, exposure: np.ndarray, pixel_size_angstrom: float, rounds: int = 3
-) -> FittedField:
+) -> FittedField | None:
     """Local motion relative to the global one, Angstrom, as a field over positions in Angstrom.
 
     The first round uses frequencies below 1/12 A only, for its range of capture.
+
+    Returns
+    -------
+    FittedField or None
+        None if there is a still pattern, and the patches show less specimen when aligned along the field than without it.
     """
     assert motion.spectrum is not None
     count, frames = patches.values.shape[:2]
@@ -143,7 +148,9 @@ def fit_local_motion(
         curvature = np.array([float((information * slope).sum()) for slope in slopes])
         if curvature.min() <= 0.0:
             continue
-        gradient, amount = _patch_gradients(patches, local, weight, ratio, noise, motion)
+        gradient, amount, error = _patch_gradients(patches, local, weight, ratio, noise, motion)
+        # the signal powers have measurement errors, which dominate in movies with weak patches
+        amount = np.clip(1.0 + (amount - 1.0) / (1.0 + (error / 0.5) ** 2), 0.01, 4.0)
         # a patch with less signal than average is less informative; one without signal must not count as "no motion"
         steady = np.maximum(amount, 0.1)
         place_factor = steady / np.maximum(amount, 0.01) ** 2
@@ -155,7 +162,13 @@ def fit_local_motion(
         )
         local = field.at(positions) / pixel_size_angstrom
     assert field is not None
-    return field
+    if motion.still is None:
+        return field
+    # the pattern is allowed for only in the mean: what remains of a strong one may lead astray
+    weight, ratio, noise = _patch_weights(patches, motion.spectrum, frames)
+    weight = weight * (patches.k > 1.0 / LOWEST_ANGSTROM)
+    with_field, without = (_patch_gradients(patches, at, weight, ratio, noise, motion)[1].sum() for at in (local, np.zeros_like(local)))
+    return field if with_field > without else None
 
 
 def _patch_weights(patches: Patches, spectrum: Spectrum, frames: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,8 +183,8 @@ def _patch_weights(patches: Patches, spectrum: Spectrum, frames: int) -> tuple[T
 
 def _patch_gradients(
     patches: Patches, local: np.ndarray, weight: Tensor, ratio: Tensor, noise: Tensor, motion: GlobalMotion
-) -> tuple[np.ndarray, np.ndarray]:
-    """Gradients `(patch, frame, 2)` about the displacements ``local``, and each patch's signal power relative to the movie's."""
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Gradients `(patch, frame, 2)` about the displacements ``local``, each patch's signal power relative to the movie's, and its error."""
     count, frames = patches.values.shape[:2]
     device = patches.values.device
     # only rows and columns that carry weight: in the coarse round a quarter of the numbers or less
@@ -214,7 +227,5 @@ def _patch_gradients(
         gradient[p, :, 0] = -(projected[:, :, 0] @ wy[:, 0]).double().cpu().numpy()
         gradient[p, :, 1] = -projected[:, :, 1].sum(1).double().cpu().numpy()
         amount[p] = float((expected * (total.abs() ** 2 - power)).sum()) / max(expected_total, 1e-30)
-    # the signal powers have measurement errors, which dominate in movies with weak patches
     spread = float((expected**2 * 2.0 * frames * (frames - 1) * (noise * (1.0 + ratio)) ** 2).sum(dtype=torch.float64))
-    error = math.sqrt(spread) / max(expected_total, 1e-30)
-    return gradient, np.clip(1.0 + (amount - 1.0) / (1.0 + (error / 0.5) ** 2), 0.01, 4.0)
+    return gradient, amount, math.sqrt(spread) / max(expected_total, 1e-30)

@@ -16,8 +16,11 @@ from torch import Tensor
 
 from cryodask.kernels.motion_frames import MovieTransform
 
-LOWEST_ANGSTROM = 60.0
-"""Coarsest resolution used where there is such a pattern: gains also differ smoothly over the camera, with a power unknown here."""
+LOWEST_ANGSTROM = 30.0
+"""Coarsest resolution used where there is such a pattern.
+
+Gains also differ smoothly over the camera, with a power unknown here; coarser detail has a tenth of the information on shifts.
+"""
 _POSSIBLE, _SEPARATED = 5.0, 2.5
 _FINE = (0.65, 0.95)
 """Part of the frequencies, relative to the finest, at which the power is measured."""
@@ -74,8 +77,9 @@ def still_pattern(transform: MovieTransform, shift: Tensor | None = None) -> Sti
     ----------
     shift : `(frame, 2)`, optional
         Track of the specimen, pixels. With it the pattern is separated from the specimen by least squares, coefficient by
-        coefficient: frame f is specimen times its phase factor, plus pattern. Coefficients count by how well the two can be told apart;
-        where the track is too short for that the power is 0 and its deviation infinite. Without it specimen that moves little counts as pattern.
+        coefficient: frame f is specimen times its phase factor, plus pattern. Coefficients count by how well the two can be told
+        apart; where the track is too short for that the power is 0 and its deviation infinite. Without a track, specimen that
+        moves little counts as pattern.
     """
     frames = transform.values.shape[0]
     finest = float(transform.k[:, 0].max())
