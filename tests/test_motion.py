@@ -360,6 +360,27 @@ def test_an_empty_frame_does_not_pull_its_neighbours() -> None:
     assert np.isfinite(out["micrograph_dw"]).all()
 
 
+@pytest.mark.parametrize("mean", [0.2, 1.0])
+def test_ten_pixels_in_the_first_frames_are_followed(mean: float) -> None:
+    shape, burst = (384, 400), np.exp(-np.arange(20) / 1.5)
+    path = np.stack([-20.0 * burst, 14.0 * burst], 1)  # 12 pixels from the first frame to the second
+    out = correct(shifted_counts(pattern(shape), shape, path, mean), dose=1.0)
+    assert rms(out["frame_shift"] / PIXEL, path) < 0.4  # 0.07 at one electron per pixel, 0.2 at a fifth
+    assert out["still_pattern_share"] == 0.0
+
+
+def test_blank_frames_in_a_movie_of_many_weak_ones_do_not_matter() -> None:
+    """60 frames of half an electron per square Angstrom, the first, the last and two others without any."""
+    shape, blank = (384, 400), [0, 21, 22, 59]
+    path = np.stack([6.0 * (1 - np.exp(-np.arange(60) / 15)), np.linspace(0, 4, 60)], 1)
+    mean = np.full(60, 0.5 * PIXEL**2)
+    mean[blank] = 0.0
+    out = correct(shifted_counts(pattern(shape), shape, path, mean), dose=0.5)
+    kept = np.setdiff1d(np.arange(60), blank)
+    assert rms(out["frame_shift"][kept] / PIXEL, path[kept]) < 0.2
+    assert np.isfinite(out["micrograph_dw"]).all()
+
+
 @pytest.mark.parametrize("mean", [0.02, 0.2])
 def test_noise_without_signal_gives_no_motion(mean: float) -> None:
     frames = np.random.default_rng(0).poisson(mean, (20, 256, 256)).astype(np.uint8)
