@@ -55,7 +55,9 @@ def real_spectra(folder: Path) -> tuple[list[float], list[float]]:
     return defocus, vector
 
 
-def simulated(shape: int, pixels: list[float], defocus: tuple[float, float], most: float, particles: list[int], seed: int) -> tuple:
+def simulated(
+    shape: int, pixels: list[float], defocus: tuple[float, float], most: float, particles: list[int], seed: int, voltages: tuple = (300.0,)
+) -> tuple:
     """Errors of mean defocus, of the vector (Angstrom) and CPU seconds of stage ``ctf`` on micrographs of known truth."""
     rng = np.random.default_rng(seed)
     errors, vectors, seconds = [], [], []
@@ -66,6 +68,7 @@ def simulated(shape: int, pixels: list[float], defocus: tuple[float, float], mos
             defocus_u_angstrom=mean + length / 2,
             defocus_v_angstrom=mean - length / 2,
             defocus_angle_deg=angle,
+            voltage_kv=voltages[number % len(voltages)],
         )
         image = simulate_micrograph(shape=(shape, shape), optics=optics, particles=count, seed=seed + number).image
         start = time.process_time()
@@ -82,8 +85,9 @@ def simulated(shape: int, pixels: list[float], defocus: tuple[float, float], mos
         errors.append(0.5 * (u + v) - mean)
         ours = astigmatism(u, v, math.radians(out["defocus_angle_deg"]))
         vectors.append(float(np.hypot(*(ours - astigmatism(length, 0.0, math.radians(angle))))))
-        print(f"  {shape} px of {pixel:.2f} A, {count:3d} particles  defocus {mean:6.0f}  error {errors[-1]:+5.0f}  "
-              f"vector {vectors[-1]:4.0f}  fit to {out['ctf_resolution_angstrom']:.1f} A  {seconds[-1]:.2f} s")  # fmt: skip
+        print(f"  {optics.voltage_kv:.0f} kV, {shape} px of {pixel:.2f} A, {count:3d} particles  defocus {mean:6.0f}  "
+              f"error {errors[-1]:+5.0f}  vector {vectors[-1]:4.0f}  fit to {out['ctf_resolution_angstrom']:.1f} A  "
+              f"{seconds[-1]:.2f} s")  # fmt: skip
     return errors, vectors, seconds
 
 
@@ -92,6 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shared", type=Path, default=Path(__file__).parents[2] / "shared")
     parser.add_argument("--small", type=int, default=16, help="number of micrographs of 1024 x 1024 pixels")
+    parser.add_argument("--voltages", type=int, default=9, help="number of micrographs of 4096 x 4096 pixels at 100, 200 and 300 kV")
     args = parser.parse_args()
     print("11 real spectra, 200 kV, 1.4 A a pixel, against the tutorial's values (Angstrom)")
     real, vector = real_spectra(args.shared / "data" / "betagal_10204")
@@ -100,8 +105,13 @@ def main() -> None:
     large, large_vector, seconds = simulated(4096, pixels, (5000, 25000), 600, [60, 100, 140, 180, 220, 250], seed=1000)
     print(f"{args.small} simulated micrographs of 1024 x 1024, 40 particles")
     small, small_vector, small_seconds = simulated(1024, [1.77] * args.small, (8000, 20000), 300, [40] * args.small, seed=2000)
+    print(f"{args.voltages} simulated micrographs of 4096 x 4096, 0.35 to 4 um, 100, 200 and 300 kV")
+    wide, wide_vector, _ = simulated(
+        4096, [1.0] * args.voltages, (3500, 40000), 600, [120] * args.voltages, seed=3000, voltages=(100.0, 200.0, 300.0)
+    )
     print(f"real: RMS {rms(real):.0f}, mean {np.mean(real):+.0f}, largest {np.abs(real).max():.0f}, vector RMS {rms(vector):.0f} A")
     print(f"4096: RMS {rms(large):.0f}, vector RMS {rms(large_vector):.0f} A, {np.mean(seconds):.2f} CPU s each")
+    print(f"4096, 100 to 300 kV: RMS {rms(wide):.0f}, largest {np.abs(wide).max():.0f}, vector RMS {rms(wide_vector):.0f} A")
     print(f"1024: RMS {rms(small):.0f}, largest {np.abs(small).max():.0f}, vector RMS {rms(small_vector):.0f} A, "
           f"{np.mean(small_seconds):.2f} CPU s each")  # fmt: skip
     figure = Figure(figsize=(6, 3.2), layout="constrained")
@@ -118,6 +128,7 @@ def main() -> None:
         "defocus_max_error_angstrom": float(np.abs(real).max()),
         "astigmatism_vector_rms_angstrom": rms(vector),
         "simulated_defocus_rms_angstrom": rms(large),
+        "simulated_defocus_rms_100_to_300_kv_angstrom": rms(wide),
         "cpu_seconds_each": float(np.mean(seconds)),
     }
     print(json.dumps({k: round(v, 2) for k, v in result.items()}))

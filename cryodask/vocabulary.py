@@ -156,6 +156,13 @@ register(
         Var("total_motion", (), "f8", "angstrom", "path length of the whole-frame trajectory"),
         Var("early_motion", (), "f8", "angstrom", "its length in the first 4 electrons per square angstrom"),
         Var("hot_pixel_count", (), "i8", "1", "defect pixels repaired"),
+        Var(
+            "still_pattern_share",
+            (),
+            "f8",
+            "1",
+            "power of a pattern that stands still while the specimen moves, over that of the noise of a frame at fine detail; 0 if none",
+        ),
         Var("hot_pixel", ("defect", "axis"), "i2", "pixel", "rows and columns of repaired pixels, without those whose gain is 0", "table"),
     ],
     "exposures.field",
@@ -177,6 +184,7 @@ register(
             [
                 ("ctf_resolution_angstrom", "angstrom", "resolution to which the fit agrees with the rings"),
                 ("ctf_figure_of_merit", "1", "correlation of the fitted rings with the spectrum"),
+                ("ice_ring_strength", "1", "power about 3.90 or 3.66 A, rings of crystalline ice, over its smooth background, minus 1"),
                 ("ctf_alternative_defocus_angstrom", "angstrom", "mean defocus of the best fit elsewhere"),
                 ("ctf_alternative_score", "1", "score of the alternative over that of the fit: near 1 is a warning"),
             ]

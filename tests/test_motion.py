@@ -18,7 +18,7 @@ from cryodask.errors import GainError, MicrographError
 from cryodask.formats.movies import write_tiff_movie
 from cryodask.formats.mrc import write_mrc
 from cryodask.kernels.dose import critical_exposure, dose_weights, empty_sums, filtered_sum, low_rank_weights
-from cryodask.kernels.motion_frames import find_defects, plan_repair, repair_frame
+from cryodask.kernels.motion_frames import find_defects, plan_repair, repair_frame, transform_frames
 from cryodask.kernels.motion_model import (
     evaluate_relion_polynomial,
     fit_field,
@@ -27,10 +27,15 @@ from cryodask.kernels.motion_model import (
     relion_polynomial,
     velocity_covariance,
 )
+from cryodask.kernels.motion_still import still_pattern
 from cryodask.kernels.warp import add_warped, stripe_field, warp_image
+from cryodask.run.still_patterns import NEEDED, still_messages
 from cryodask.simulate import DEMO, simulate_movie
 from cryodask.simulate.session import session_detector
 from cryodask.stages.motion import MotionParams, motion
+from cryodask.store.journal import encode_value
+from cryodask.store.table import Table
+from cryodask.vocabulary import VARIABLES
 
 pytestmark = pytest.mark.heavy
 
@@ -179,6 +184,64 @@ def test_hot_dead_and_masked_pixels_are_found_and_repaired_without_a_trace() -> 
     assert torch.equal(again, once[7])
 
 
+# --- a pattern that stands still
+
+
+def test_the_power_of_a_still_pattern_is_found_beside_a_moving_specimen_and_is_none_without_one() -> None:
+    """Gain errors of 4 % at a mean count of 4, counts drawn twice: power 0.04^2 x 16 over noise 8, a share of 0.0032."""
+    shape, path = (320, 300), np.stack([12.0 * (1 - np.exp(-np.arange(20) / 6)), np.linspace(0, 7, 20)], 1)
+    path -= path.mean(0)
+    frames = shifted_counts(pattern(shape, blur=1.2), shape, path, 4.0)
+    uneven = np.random.default_rng(5).poisson(frames * (1.0 + 0.04 * np.random.default_rng(3).normal(size=shape)))
+    shift = torch.from_numpy(path).float()
+
+    def found(counts: np.ndarray, moved: torch.Tensor | None) -> tuple[float, float]:
+        none = torch.zeros(shape, dtype=torch.bool)
+        binned = torch.from_numpy(counts.astype(np.int16))
+        transform = transform_frames(binned, None, none, binning=1, pixel_size_angstrom=2.0, resolution_angstrom=4.0)
+        one = still_pattern(transform, moved)
+        return one.share, one.power / one.deviation
+
+    share, sure = found(uneven, shift)
+    assert share == pytest.approx(0.0032, rel=0.2)
+    assert sure > 6.0  # 1 / (20 frames x root of the coefficients) is a ninth of it
+    assert abs(found(frames, shift)[1]) < 2.5
+    assert found(frames, torch.zeros(20, 2)) == (0.0, 0.0), "without motion nothing can be told apart"
+
+
+@pytest.fixture(scope="module")
+def demo_movie() -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
+    params = DEMO.model_copy(update={"seed": 4, "height": 768, "width": 768, "particles": 24})
+    return (*simulate_movie(params, 0), session_detector(params).gain)
+
+
+def test_the_motion_of_a_movie_without_its_gain_or_with_a_wrong_one_is_found(
+    demo_movie: tuple[np.ndarray, dict[str, np.ndarray], np.ndarray],
+) -> None:
+    """A pattern that held the frames cost 1.5 to 10.6 A (three seeds, two movies each); 0.43 to 0.72 A where it is allowed for."""
+    frames, truth, gain = demo_movie
+    right, wrong = correct(frames, gain), correct(frames, np.ascontiguousarray(gain[::-1]))
+    assert right["still_pattern_share"] == 0.0
+    assert rms(wrong["patch_shift"], truth["patch_shift"]) < 0.6  # 0.43, with the right gain 0.44
+    # gains differ by 3 % from pixel to pixel: 2 x 0.03^2 x 5.2 counts = 0.0094 of the noise
+    assert wrong["still_pattern_share"] == pytest.approx(0.0094, rel=0.15)
+
+
+def test_the_run_says_how_strong_still_patterns_are_and_nothing_where_there_are_none() -> None:
+    gives = [VARIABLES[n] for n in NEEDED]
+
+    def said(*shares: float) -> list[str]:
+        columns = [{"still_pattern_share": encode_value(np.float64(share))} for share in shares]
+        records = {i: {"row": i, "ok": True, "name": f"m{i}", "columns": c, "shards": {}} for i, c in enumerate(columns)}
+        return list(still_messages("motion", Table.of(records, gives, NEEDED)))
+
+    assert not said(0.0, 0.0, 0.0)
+    assert not said(*[0.0] * 99, 0.001)
+    (one,) = said(0.0, 0.005, 0.01)
+    assert "in 2 of 3 movies" in one
+    assert "0.5 to 1 %" in one
+
+
 # --- the prior
 
 
@@ -296,6 +359,27 @@ def test_an_empty_frame_does_not_pull_its_neighbours() -> None:
     mean[5] = 0.0
     out = correct(shifted_counts(pattern(shape), shape, path, mean))
     assert rms(out["frame_shift"] / PIXEL, path) < 0.4
+    assert np.isfinite(out["micrograph_dw"]).all()
+
+
+@pytest.mark.parametrize("mean", [0.2, 1.0])
+def test_ten_pixels_in_the_first_frames_are_followed(mean: float) -> None:
+    shape, burst = (384, 400), np.exp(-np.arange(20) / 1.5)
+    path = np.stack([-20.0 * burst, 14.0 * burst], 1)  # 12 pixels from the first frame to the second
+    out = correct(shifted_counts(pattern(shape), shape, path, mean), dose=1.0)
+    assert rms(out["frame_shift"] / PIXEL, path) < 0.4  # 0.07 at one electron per pixel, 0.2 at a fifth
+    assert out["still_pattern_share"] == 0.0
+
+
+def test_blank_frames_in_a_movie_of_many_weak_ones_do_not_matter() -> None:
+    """60 frames of half an electron per square Angstrom, the first, the last and two others without any."""
+    shape, blank = (384, 400), [0, 21, 22, 59]
+    path = np.stack([6.0 * (1 - np.exp(-np.arange(60) / 15)), np.linspace(0, 4, 60)], 1)
+    mean = np.full(60, 0.5 * PIXEL**2)
+    mean[blank] = 0.0
+    out = correct(shifted_counts(pattern(shape), shape, path, mean), dose=0.5)
+    kept = np.setdiff1d(np.arange(60), blank)
+    assert rms(out["frame_shift"][kept] / PIXEL, path[kept]) < 0.2
     assert np.isfinite(out["micrograph_dw"]).all()
 
 

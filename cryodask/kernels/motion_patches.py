@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from cryodask.kernels.fourier import real_fft2, real_ifft2, smooth_size
-from cryodask.kernels.motion_align import GlobalMotion, Spectrum, ramps
+from cryodask.kernels.motion_align import GlobalMotion, Spectrum
 from cryodask.kernels.motion_frames import MovieTransform, crop_transform
 from cryodask.kernels.motion_model import FittedField, fit_field, local_priors
+from cryodask.kernels.motion_still import LOWEST_ANGSTROM, phase_factors
 
 OVERLAP_VARIANCE = 2.25
 """Patches at half their size share noise: treated as independent, their variance must be this much larger."""
@@ -96,7 +97,7 @@ def cut_patches(
     window = torch.sin(math.pi * (torch.arange(size[0], device=device) + 0.5) / size[0])[:, None] * torch.sin(
         math.pi * (torch.arange(size[1], device=device) + 0.5) / size[1]
     )
-    along_y, along_x = ramps(torch.from_numpy(motion.shift).float().to(device), small)
+    along_y, along_x = phase_factors(torch.from_numpy(motion.shift).float().to(device), small)
     values = torch.empty(places[0] * places[1], frames, size[0], size[1] // 2 + 1, dtype=torch.complex64, device=device)
     power = torch.zeros(values.shape[0], *values.shape[2:], device=device)
     for f in range(frames):
@@ -119,10 +120,15 @@ def cut_patches(
 
 def fit_local_motion(
     patches: Patches, motion: GlobalMotion, mean_count: np.ndarray, exposure: np.ndarray, pixel_size_angstrom: float, rounds: int = 3
-) -> FittedField:
+) -> FittedField | None:
     """Local motion relative to the global one, Angstrom, as a field over positions in Angstrom.
 
     The first round uses frequencies below 1/12 A only, for its range of capture.
+
+    Returns
+    -------
+    FittedField or None
+        None if there is a still pattern, and the patches show less specimen when aligned along the field than without it.
     """
     assert motion.spectrum is not None
     count, frames = patches.values.shape[:2]
@@ -135,12 +141,16 @@ def fit_local_motion(
         weight, ratio, noise = _patch_weights(patches, motion.spectrum, frames)
         if turn == 0:
             weight = weight * (patches.k < 1.0 / _COARSE_ANGSTROM)
+        if motion.still is not None:
+            weight = weight * (patches.k > 1.0 / LOWEST_ANGSTROM)
         information = weight * frames * ratio * noise
         slopes = [(2.0 * math.pi * f) ** 2 for f in (patches.fy, patches.fx)]
         curvature = np.array([float((information * slope).sum()) for slope in slopes])
         if curvature.min() <= 0.0:
             continue
-        gradient, amount = _patch_gradients(patches, local, weight, ratio, noise)
+        gradient, amount, error = _patch_gradients(patches, local, weight, ratio, noise, motion)
+        # the signal powers have measurement errors, which dominate in movies with weak patches
+        amount = np.clip(1.0 + (amount - 1.0) / (1.0 + (error / 0.5) ** 2), 0.01, 4.0)
         # a patch with less signal than average is less informative; one without signal must not count as "no motion"
         steady = np.maximum(amount, 0.1)
         place_factor = steady / np.maximum(amount, 0.01) ** 2
@@ -152,7 +162,13 @@ def fit_local_motion(
         )
         local = field.at(positions) / pixel_size_angstrom
     assert field is not None
-    return field
+    if motion.still is None:
+        return field
+    # the pattern is allowed for only in the mean: what remains of a strong one may lead astray
+    weight, ratio, noise = _patch_weights(patches, motion.spectrum, frames)
+    weight = weight * (patches.k > 1.0 / LOWEST_ANGSTROM)
+    with_field, without = (_patch_gradients(patches, at, weight, ratio, noise, motion)[1].sum() for at in (local, np.zeros_like(local)))
+    return field if with_field > without else None
 
 
 def _patch_weights(patches: Patches, spectrum: Spectrum, frames: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,8 +181,10 @@ def _patch_weights(patches: Patches, spectrum: Spectrum, frames: int) -> tuple[T
     return strength / (1.0 + strength) / noise * twice * (patches.k > 1.0 / _LOWEST_ANGSTROM), ratio, noise
 
 
-def _patch_gradients(patches: Patches, local: np.ndarray, weight: Tensor, ratio: Tensor, noise: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Gradients `(patch, frame, 2)` about the displacements ``local``, and each patch's signal power relative to the movie's."""
+def _patch_gradients(
+    patches: Patches, local: np.ndarray, weight: Tensor, ratio: Tensor, noise: Tensor, motion: GlobalMotion
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Gradients `(patch, frame, 2)` about the displacements ``local``, each patch's signal power relative to the movie's, and its error."""
     count, frames = patches.values.shape[:2]
     device = patches.values.device
     # only rows and columns that carry weight: in the coarse round a quarter of the numbers or less
@@ -182,6 +200,8 @@ def _patch_gradients(patches: Patches, local: np.ndarray, weight: Tensor, ratio:
     gradient = np.empty((count, frames, 2))
     amount = np.empty(count)
     slopes = torch.stack([torch.ones_like(wx[0]), wx[0]], 1)
+    whole = torch.from_numpy(motion.shift).float().to(device)
+    still = 0.0 if motion.still is None else motion.still.power * patches.power_scale
     for p in range(count):
         along_y = torch.polar(one, shift[p, :, :1] * wy[:, 0])
         along_x = torch.polar(one, shift[p, :, 1:] * wx[0])
@@ -191,13 +211,21 @@ def _patch_gradients(patches: Patches, local: np.ndarray, weight: Tensor, ratio:
         total = moved[0].clone()
         for f in range(1, frames):
             total += moved[f]
+        power = patches.power[p][rows, :columns]
+        held = None
+        if motion.still is not None:
+            # a pattern that stands still moves against the frames' alignment
+            back = shift[p] + whole
+            held = torch.polar(one, back[:, :1] * wy[:, 0])[:, :, None] * torch.polar(one, back[:, 1:] * wx[0])[:, None, :]
+            sum_held = held.sum(0)
+            power = power + still * (sum_held.abs() ** 2 - frames)
+            held *= torch.conj(sum_held) * (weight * still)
         moved *= torch.conj(total) * weight
+        if held is not None:
+            moved -= held
         projected = moved.imag @ slopes  # (frame, row, 2)
         gradient[p, :, 0] = -(projected[:, :, 0] @ wy[:, 0]).double().cpu().numpy()
         gradient[p, :, 1] = -projected[:, :, 1].sum(1).double().cpu().numpy()
-        power = patches.power[p][rows, :columns]
         amount[p] = float((expected * (total.abs() ** 2 - power)).sum()) / max(expected_total, 1e-30)
-    # the signal powers have measurement errors, which dominate in movies with weak patches
     spread = float((expected**2 * 2.0 * frames * (frames - 1) * (noise * (1.0 + ratio)) ** 2).sum(dtype=torch.float64))
-    error = math.sqrt(spread) / max(expected_total, 1e-30)
-    return gradient, np.clip(1.0 + (amount - 1.0) / (1.0 + (error / 0.5) ** 2), 0.01, 4.0)
+    return gradient, amount, math.sqrt(spread) / max(expected_total, 1e-30)

@@ -77,6 +77,16 @@ def power_spectrum(image: Tensor, *, pixel_size_angstrom: float, tile_angstrom: 
     return Spectrum(power / count, 1.0 / (n * pixel_size_angstrom), count)
 
 
+def cropped(spectrum: Spectrum, finest_angstrom: float) -> Spectrum:
+    """The same spectrum up to ``finest_angstrom``, as `power_spectrum` would have cut it."""
+    old = spectrum.power.shape[1] - 1
+    half = min(old, round(1.0 / (spectrum.step * finest_angstrom)))
+    if half == old:
+        return spectrum
+    rows = torch.cat([spectrum.power[:half], spectrum.power[2 * old - half :]])
+    return spectrum._replace(power=rows[:, : half + 1].contiguous())
+
+
 def _starts(length: int, tile: int) -> list[int]:
     """First pixels of tiles that overlap by half or a little more and reach both edges."""
     count = max(1, math.ceil((length - tile) / (tile / 2)) + 1) if length > tile else 1

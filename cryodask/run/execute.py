@@ -38,6 +38,7 @@ from cryodask.run.refs import Refer
 from cryodask.run.remake import Needs, bring_back, needs_of_chain, needs_of_set
 from cryodask.run.results import freeze, frozen_ids, run_set, scalars, sentence_of, settle_result, stored_variables
 from cryodask.run.selection import Wanted
+from cryodask.run.still_patterns import messages_of_motion
 from cryodask.run.stopping import Stop
 from cryodask.run.unions import image_givers
 from cryodask.run.watch import Arrivals
@@ -217,7 +218,8 @@ class Execution:
             self._report_left_out(chain, items)
         for step, known in zip(steps, records):
             new = [r for row, r in known.items() if row in rows]
-            for sentence in (*row_messages(step.label, new), *(messages_of_picks(self.project, step) if new else ())):
+            of_results = (*messages_of_picks(self.project, step), *messages_of_motion(self.project, step)) if new else ()
+            for sentence in (*row_messages(step.label, new), *of_results):
                 self.events.say(sentence)
         bad = {row for r in records for row, record in r.items() if not record["ok"]}
         done = len(items) - len(bad)

@@ -98,7 +98,7 @@ def corrected(
     source = FrameSource(movie, device, params.frames_in_memory_mb)
     # never written to, so the gain shared by all movies of a worker is not copied
     factor = None if gain is None else torch.from_numpy(np.require(gain, np.float32, ["C", "W"])).to(device)
-    node_shift, track, defects = _measure(params, source, frames, shape, factor, pixel_size_angstrom, dose_per_frame)
+    node_shift, track, defects, still = _measure(params, source, frames, shape, factor, pixel_size_angstrom, dose_per_frame)
     plain, weighted = sum_frames(
         source, frames, shape, factor, node_shift / pixel_size_angstrom, pixel_size_angstrom, dose_per_frame, pre_exposure, voltage_kv
     )
@@ -118,6 +118,7 @@ def corrected(
         "early_motion": float((steps * early).sum()),
         "hot_pixel_count": int(defects.sum()),
         "hot_pixel": _listed(defects, gain),
+        "still_pattern_share": still,
     }
 
 
@@ -134,8 +135,8 @@ def _nodes(shape: tuple[int, int]) -> np.ndarray:
 
 def _measure(
     params: MotionParams, source: FrameSource, frames: int, shape: tuple[int, int], gain: Tensor | None, pixel: float, dose: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Displacement `(node, frame, 2)` and track `(frame, 2)` in Angstrom, and the mask `(y, x)` of defects."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """Displacement `(node, frame, 2)` and track `(frame, 2)` in Angstrom, mask `(y, x)` of defects, and share of a still pattern."""
     binning = max(1, min(int(params.alignment_resolution_angstrom / (2.8 * pixel)), min(shape) // 32))
     group = -(-frames // _MOST_ALIGNED)
     seen = survey(source, frames, shape, binning, group)
@@ -150,7 +151,7 @@ def _measure(
     del seen
     return_freed_memory()
     nodes = _nodes(shape)
-    still = np.zeros((len(nodes), frames, 2)), np.zeros((frames, 2)), mask
+    still = np.zeros((len(nodes), frames, 2)), np.zeros((frames, 2)), mask, 0.0
     groups = len(binned)
     if groups < 2 or min(shape) < 64:
         return still
@@ -188,7 +189,7 @@ def _measure(
         at, centres = np.arange(frames), np.array([m.mean() for m in members])
         displacement = _interpolate(at, centres, displacement)
     displacement -= displacement.mean(1, keepdims=True)
-    return displacement, displacement.mean(0), mask
+    return displacement, displacement.mean(0), mask, 0.0 if whole.still is None else whole.still.share
 
 
 def _interpolate(at: np.ndarray, centres: np.ndarray, displacement: np.ndarray) -> np.ndarray:

@@ -22,6 +22,8 @@ SHELLS = 192
 _COARSEST_PIXELS = 1.5 * 2.7
 """Least coarse end of the fitted range, pixels: it ends at 2.7 and spans a factor of 1.5."""
 IMAGE = 256
+ICE_RING = 0.2
+"""Strength above which a ring of ice is counted in the report; 0.02 and less is seen without one."""
 
 
 class CtfParams(Params):
@@ -68,7 +70,7 @@ def _check(params: CtfParams, inputs: dict[str, list[Product]]) -> Iterator[str]
 
 
 @stage(
-    version=3,
+    version=4,
     check=_check,
     needs=["micrograph_sum", "pixel_size_angstrom", "voltage_kv", "spherical_aberration_mm", "amplitude_contrast"],
     gives=[
@@ -80,6 +82,7 @@ def _check(params: CtfParams, inputs: dict[str, list[Product]]) -> Iterator[str]
         "ctf_figure_of_merit",
         "ctf_alternative_defocus_angstrom",
         "ctf_alternative_score",
+        "ice_ring_strength",
         "spectrum_frequency",
         "spectrum_average",
         "spectrum_fit",
@@ -105,12 +108,16 @@ def ctf(
     and a band in which they are inverted counts against the fit, which keeps it from slipping by one ring. The best fit is
     refined by Whittle's likelihood of the whole spectrum, with one smooth background and a flexible ring strength, so that the lobes of the
     particles' own form factor are not mistaken for rings. Underfocus is positive; the angle is measured from +x to +y.
+
+    ``ice_ring_strength`` is the power about 3.90 or 3.66 A, where crystalline ice has its strongest rings, over its smooth background,
+    minus 1; NaN if pixels are too large to show them.
     """
     import torch
 
     from cryodask.kernels.ctf_cells import lens_of
     from cryodask.kernels.ctf_fit import fit_ctf
-    from cryodask.kernels.spectrum import log_power_image, power_spectrum
+    from cryodask.kernels.ice import FINEST_ANGSTROM, ice_ring_strength
+    from cryodask.kernels.spectrum import cropped, log_power_image, power_spectrum
 
     image = np.asarray(micrograph_sum, np.float32)
     check_micrograph(image)
@@ -127,27 +134,35 @@ def ctf(
     lens = lens_of(float(voltage_kv), float(spherical_aberration_mm), float(amplitude_contrast), math.radians(params.phase_shift_deg))
     tensor = torch.from_numpy(image).to(context.device)
 
-    def fitted(tile: float) -> tuple[Spectrum, Any]:
-        spectrum = power_spectrum(tensor, pixel_size_angstrom=pixel, tile_angstrom=tile, finest_angstrom=finest)
+    def fitted(tile: float) -> tuple[Spectrum, float, Any]:
+        # rings of ice lie beyond what is fitted; half a step of it more than their background
+        end = min(finest, FINEST_ANGSTROM - 0.02)
+        spectrum = power_spectrum(tensor, pixel_size_angstrom=pixel, tile_angstrom=tile, finest_angstrom=end)
         spectrum = spectrum._replace(power=spectrum.power.cpu())
-        return spectrum, fit_ctf(
+        ice = ice_ring_strength(spectrum)
+        spectrum = cropped(spectrum, finest)
+        return (
             spectrum,
-            lens,
-            coarsest_angstrom=params.coarsest_angstrom,
-            finest_angstrom=finest,
-            least_defocus_angstrom=params.least_defocus_angstrom,
-            largest_defocus_angstrom=params.largest_defocus_angstrom,
-            largest_astigmatism_angstrom=params.largest_astigmatism_angstrom,
-            expected_astigmatism_angstrom=params.expected_astigmatism_angstrom,
-            ring_step=1.0 / tile,
-            shells=SHELLS,
+            ice,
+            fit_ctf(
+                spectrum,
+                lens,
+                coarsest_angstrom=params.coarsest_angstrom,
+                finest_angstrom=finest,
+                least_defocus_angstrom=params.least_defocus_angstrom,
+                largest_defocus_angstrom=params.largest_defocus_angstrom,
+                largest_astigmatism_angstrom=params.largest_astigmatism_angstrom,
+                expected_astigmatism_angstrom=params.expected_astigmatism_angstrom,
+                ring_step=1.0 / tile,
+                shells=SHELLS,
+            ),
         )
 
-    spectrum, fit = fitted(params.tile_angstrom)
+    spectrum, ice, fit = fitted(params.tile_angstrom)
     # two samples per ring at the fine end
     needed = 4.0 * lens.wavelength_angstrom * fit.defocus_u_angstrom / finest
     if needed > 1.2 * params.tile_angstrom:
-        spectrum, fit = fitted(needed)
+        spectrum, ice, fit = fitted(needed)
     return {
         "defocus_u_angstrom": fit.defocus_u_angstrom,
         "defocus_v_angstrom": fit.defocus_v_angstrom,
@@ -157,6 +172,7 @@ def ctf(
         "ctf_figure_of_merit": fit.figure_of_merit,
         "ctf_alternative_defocus_angstrom": fit.alternative_defocus_angstrom,
         "ctf_alternative_score": fit.alternative_score,
+        "ice_ring_strength": ice,
         "spectrum_frequency": fit.frequency.float().numpy(),
         "spectrum_average": fit.average.float().numpy(),
         "spectrum_fit": fit.fitted.float().numpy(),
@@ -201,6 +217,9 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
     doubtful = int((ds["ctf_alternative_score"].values > 0.9).sum())
     if doubtful:
         caption += f" In {doubtful} another defocus fits nearly as well: check them."
+    icy = int((ds["ice_ring_strength"].values > ICE_RING).sum()) if "ice_ring_strength" in ds else 0
+    if icy:
+        caption += f" {icy} have rings of crystalline ice, more than {100 * ICE_RING:.0f} % above the background at 3.90 or 3.66 Å."
     yield Picture("Defocus", caption, figure)
     order = np.argsort(resolution)
     chosen = list(dict.fromkeys([int(order[0]), int(order[count // 2]), int(order[-1])]))

@@ -53,7 +53,7 @@ def _sizes(params: MotionParams, sizes: Sizes) -> Sizes:
 
 
 @stage(
-    version=2,
+    version=3,
     needs=["movie", "pixel_size_angstrom", "dose_per_frame", "pre_exposure", "voltage_kv"],
     optional=["gain", "dose_per_fraction"],
     gives=[
@@ -68,6 +68,7 @@ def _sizes(params: MotionParams, sizes: Sizes) -> Sizes:
         "early_motion",
         "hot_pixel_count",
         "hot_pixel",
+        "still_pattern_share",
     ],
     sizes=_sizes,
     resources=Resources(memory=_memory),
@@ -93,6 +94,10 @@ def motion(
     and position, with constants chosen for each movie by marginal likelihood, so that weak movies fall back to the whole-frame track.
     Frames are then resampled once at the moved positions by a 6-tap windowed sinc and added to four sums that represent the
     exposure weights (Grant & Grigorieff 2015) at low rank.
+
+    Where the frames share a pattern that stands still while the specimen moves, as with a missing or wrong gain, what it is expected
+    to add to all correlations is subtracted. If the patches nevertheless show less specimen along the local field than
+    without it, the field is dropped and the whole-frame track kept. ``still_pattern_share`` is then above 0, and the run says so.
 
     ``frame_shift`` and ``patch_shift`` are displacements of the specimen in Angstrom (y, x), each with mean zero over the frames;
     ``patch_shift`` includes the whole-frame motion and is given at ``patch_position``, a 9 x 9 grid over the whole micrograph.
