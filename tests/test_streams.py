@@ -237,6 +237,10 @@ def test_a_value_that_comes_beside_the_stream_is_not_taken_for_what_is_left_of_t
     run(scenario)
 
 
+def later(*keys: object, stimulus: str = "stimulus", with_next: bool = False) -> dict[str, object]:
+    return {"op": "free-keys", "keys": list(keys), "stimulus_id": stimulus, "later": with_next}
+
+
 def test_only_what_has_nothing_to_do_with_them_overtakes_what_may_be_forgotten():
     def task(key: str, *needs: str) -> dict[str, object]:
         return {"op": "compute-task", "key": key, "who_has": dict.fromkeys(needs, ("tcp://other",))}
@@ -245,13 +249,28 @@ def test_only_what_has_nothing_to_do_with_them_overtakes_what_may_be_forgotten()
         other = task("other", "far")
         for message in (task("old"), task("new", "far", "old"), {"op": "acquire-replicas", "who_has": {}}):
             stream = streams.WorkerStream("5ms")
-            stream.free_later("older", "first", with_next=False)
-            stream.free_later("old", "second", with_next=False)
+            stream.send(later("older", stimulus="first"), later("old", stimulus="second"))
             stream.send(other)
             stream.send(other, message)
             stream.send(other)
             free = {"op": "free-keys", "keys": ["older", "old"], "stimulus_id": "second"}
-            assert stream.buffer == [other, free, other, message, other]
+            assert stream.buffer == [other, other, free, message, other]
+
+    asyncio.run(scenario())
+
+
+def test_a_release_never_overtakes_a_task_that_was_sent_before_it():
+    """Tasks whose input is recomputed in the same round of transitions: a worker that dies in a shuffle."""
+
+    async def scenario():
+        stream = streams.WorkerStream("5ms")
+        needs = {"op": "compute-task", "key": "needs", "who_has": {"input": ("tcp://here",)}}
+        free = {"op": "free-keys", "keys": ["needs"], "stimulus_id": "stimulus"}
+        stream.send(needs, free, later("input"))
+        assert stream.buffer == [needs, free]
+        again = {"op": "compute-task", "key": "input", "who_has": {}}
+        stream.send(again)
+        assert stream.buffer[2:] == [{"op": "free-keys", "keys": ["input"], "stimulus_id": "stimulus"}, again]
 
     asyncio.run(scenario())
 
@@ -265,7 +284,7 @@ def test_a_worker_that_has_gone_is_told_nothing_and_nobody_fails_for_it():
         stream = streams.WorkerStream("5ms")
         stream.comm = Gone()
         for number in range(2 * streams._MOST):
-            stream.free_later(number, "stimulus", with_next=True)
+            stream.send(later(number, with_next=True))
         stream.send_old(time.monotonic() + 60)
         assert not stream.buffer
 
@@ -276,8 +295,7 @@ def test_a_small_value_does_not_make_wait_what_may_be_larger():
     async def scenario():
         for first in (True, False):
             stream = streams.WorkerStream("5ms")
-            stream.free_later("one", "stimulus", with_next=first)
-            stream.free_later("other", "stimulus", with_next=not first)
+            stream.send(later("one", with_next=first), later("other", with_next=not first))
             task = {"op": "compute-task", "key": "task", "who_has": {}}
             stream.send(task)
             assert stream.buffer == [{"op": "free-keys", "keys": ["one", "other"], "stimulus_id": "stimulus"}, task]

@@ -26,6 +26,9 @@ _ALONG_SECONDS = 2.5
 _ALONE_SECONDS = 3.5
 _MOST = 100
 _THERE_AND_BACK_SECONDS = 0.05
+_LATER = "later"
+"""Key of a message that releases results and may wait: whether at the latest for the next message. Streams keep such messages, in their
+order among the others: a task that was sent before its input was released must not be overtaken by the release."""
 
 
 class WorkerStream(BatchedSend):
@@ -37,19 +40,24 @@ class WorkerStream(BatchedSend):
         self._free_since = 0.0
 
     def send(self, *messages: Any) -> None:
-        """Like distributed's, but sends delayed releases first if a message concerns them, or if they have waited long enough."""
-        if self._free and (monotonic() - self._free_since >= _ALONG_SECONDS or not all(map(self._may_overtake, messages))):
-            super().send(self._free_keys(), *messages)
-        else:
-            super().send(*messages)
+        """Like distributed's, but keeps releases that may wait, and sends them first if a message concerns them, or after long enough."""
+        now: list[Any] = []
+        for message in messages:
+            if _LATER in message:
+                self._free_later(message)
+            elif self._free and (monotonic() - self._free_since >= _ALONG_SECONDS or not self._may_overtake(message)):
+                now += [self._free_keys(), message]
+            else:
+                now.append(message)
+        if len(self._free) >= _MOST and not self.closed():
+            now.append(self._free_keys())
+        if now:
+            super().send(*now)
 
-    def free_later(self, key: Any, stimulus_id: str, *, with_next: bool) -> None:
-        """Delay the release of a result: it is sent together with others, or at the latest with the next message."""
-        since = monotonic() - with_next * _ALONG_SECONDS
+    def _free_later(self, message: dict[str, Any]) -> None:
+        since = monotonic() - message[_LATER] * _ALONG_SECONDS
         self._free_since = min(since, self._free_since) if self._free else since
-        self._free[key] = stimulus_id
-        if len(self._free) >= _MOST:
-            self.send_free()
+        self._free.update(dict.fromkeys(message["keys"], message["stimulus_id"]))
 
     def send_old(self, now: float) -> None:
         """Send releases that have waited long enough."""
@@ -123,19 +131,18 @@ class GatheringScheduler(Scheduler):
             await asyncio.sleep(_THERE_AND_BACK_SECONDS)
 
     def _transition_memory_released(self, key: Any, stimulus_id: str) -> Any:
-        return self._freed_later(self.tasks[key], stimulus_id, *super()._transition_memory_released(key, stimulus_id))
+        return self._freed_later(self.tasks[key], *super()._transition_memory_released(key, stimulus_id))
 
     def _transition_memory_forgotten(self, key: Any, stimulus_id: str) -> Any:
-        return self._freed_later(self.tasks[key], stimulus_id, *super()._transition_memory_forgotten(key, stimulus_id))
+        return self._freed_later(self.tasks[key], *super()._transition_memory_forgotten(key, stimulus_id))
 
-    def _freed_later(self, ts: TaskState, stimulus_id: str, recommendations: Any, to_clients: Any, to_workers: Any) -> Any:
+    def _freed_later(self, ts: TaskState, recommendations: Any, to_clients: Any, to_workers: Any) -> Any:
         # data scattered from within a task may come again without prior notice to the scheduler
         if ts.nbytes <= _SMALL_BYTES and ts.run_spec is not None and not ts.actor:
-            for address in list(to_workers):
-                stream = self.stream_comms.get(address)
-                if isinstance(stream, WorkerStream):
-                    del to_workers[address]
-                    stream.free_later(ts.key, stimulus_id, with_next=ts.type not in _SIZE_IS_KNOWN)
+            for address, messages in to_workers.items():
+                if isinstance(self.stream_comms.get(address), WorkerStream):
+                    for message in messages:
+                        message[_LATER] = ts.type not in _SIZE_IS_KNOWN
         return recommendations, to_clients, to_workers
 
     _TRANSITIONS_TABLE = {  # noqa: RUF012  (distributed looks its functions up here, not as methods)
