@@ -288,6 +288,10 @@ def fill(name: str) -> int:
         return client.submit(operator.add, 1, 1, pure=False).result()
 
 
+def raised(counter: Any) -> int:
+    return counter.add().result()
+
+
 def test_what_tasks_do_with_names_and_nested_clients_works_as_before(tmp_path):
     async def scenario() -> None:
         async with two(tmp_path / "a") as (_scheduler, anna, _bert):
@@ -300,6 +304,8 @@ def test_what_tasks_do_with_names_and_nested_clients_works_as_before(tmp_path):
             with anna.as_current():
                 actor = await anna.submit(Counter, actor=True)
                 assert await actor.add() == 1
+                inner = dask.delayed(Counter)()  # an actor within a graph
+                assert await anna.compute(dask.delayed(raised)(inner), actors=inner) == 1
             retried = anna.submit(boom)
             with suppress(RuntimeError):
                 await retried

@@ -128,7 +128,7 @@ class OwningScheduler(FairShareScheduler):
             self._check_form(dsk, rest)
             self._check_bounds(dsk, user)
         self._known_before = self._check_keys(dsk, keys, client, user)
-        rest["actors"] = self._actors(rest.get("actors"), keys, user)
+        rest["actors"] = self._actors(rest.get("actors"), keys, dsk, user)
         new = [key for key in dsk if key not in self.tasks] if bounded else ()
         try:
             made = super()._create_taskstate_from_graph(dsk=dsk, client=client, keys=keys, submitting_task=submitting_task, **rest)
@@ -221,8 +221,8 @@ class OwningScheduler(FairShareScheduler):
             shared.add(key)
         return shared
 
-    def _actors(self, actors: Any, keys: set[Any], user: str) -> list[Any]:
-        """Keys that become actors.
+    def _actors(self, actors: Any, keys: set[Any], dsk: Mapping[Any, Any], user: str) -> list[Any]:
+        """Keys that become actors: all wanted ones, or some of the graph.
 
         Raises
         ------
@@ -232,7 +232,7 @@ class OwningScheduler(FairShareScheduler):
         wanted = list(keys) if actors is True else list(actors or ())
         for key in wanted:
             ts = self.tasks.get(key)
-            if key not in keys or (
+            if (key not in keys and key not in dsk) or (
                 ts is not None and not ts.actor and (self.whose(key) != user or ts.state not in ("released", "waiting"))
             ):
                 raise ValueError(f"The task {key!r} cannot become an actor: it exists already, or is not part of this graph.")
