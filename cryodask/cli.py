@@ -6,7 +6,7 @@ import sys
 import warnings
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -251,13 +251,20 @@ def export(
         what = "No program and folder were" if not wanted else "Several programs were"
         raise ProjectFileError(f"{what} given.", "", "use one of --relion DIR, --cryosparc DIR and --to NAME DIR")
     name, folder = wanted[0]
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings():
         warnings.simplefilter("always", ExportWarning)
+        show = warnings.showwarning
+
+        def shown(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, ExportWarning):
+                typer.echo(f"Warning: {message}", err=True)
+            else:
+                show(message, category, *where, **more)
+
+        warnings.showwarning = shown
         written = write(open_project(project), name, Path(str(folder)))
     for path in written:
         typer.echo(str(path))
-    for one in said:
-        typer.echo(f"Warning: {one.message}", err=True)
 
 
 @app.command()

@@ -184,7 +184,7 @@ register(
             [
                 ("ctf_resolution_angstrom", "angstrom", "resolution to which the fit agrees with the rings"),
                 ("ctf_figure_of_merit", "1", "correlation of the fitted rings with the spectrum"),
-                ("ice_ring_strength", "1", "power about 3.90 or 3.66 A, rings of crystalline ice, over its smooth background, minus 1"),
+                ("ice_ring_excess", "1", "power about 3.90 or 3.66 A, rings of crystalline ice, over its smooth background, minus 1"),
                 ("ctf_alternative_defocus_angstrom", "angstrom", "mean defocus of the best fit elsewhere"),
                 ("ctf_alternative_score", "1", "score of the alternative over that of the fit: near 1 is a warning"),
             ]

@@ -118,7 +118,7 @@ def test_the_step_says_what_it_has_left_out(contaminated):
     everywhere, before = picked(image, 200.0, 4.0, exclude_regions=False)
     assert everywhere["excluded_share"] == everywhere["pick_excluded_count"] == everywhere["excluded_regions"].sum() == 0
     assert out["excluded_share"] == pytest.approx(0.168, abs=0.02)
-    assert out["excluded_regions"].shape == (64, 64)
+    assert out["excluded_regions"].shape == (32, 32)
     assert out["excluded_regions"].mean() == pytest.approx(out["excluded_share"], abs=0.02)
     assert out["pick_excluded_count"] >= 1
     assert outline[tuple(before.astype(int).T)].sum() >= 2  # it has picked the contaminant

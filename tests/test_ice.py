@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from cryodask.kernels.ice import ice_ring_strength
+from cryodask.kernels.ice import ice_ring_excess
 from cryodask.kernels.spectrum import cropped, power_spectrum
 from cryodask.simulate import Optics, simulate_micrograph
 
@@ -35,7 +35,7 @@ def micrograph(spacing: float | None, strength: float, seed: int = 0) -> torch.T
 
 
 def strength_of(image: torch.Tensor) -> float:
-    return ice_ring_strength(power_spectrum(image, pixel_size_angstrom=PIXEL, tile_angstrom=450.0, finest_angstrom=3.1))
+    return ice_ring_excess(power_spectrum(image, pixel_size_angstrom=PIXEL, tile_angstrom=450.0, finest_angstrom=3.1))
 
 
 @pytest.mark.parametrize(("spacing", "strength"), [(3.66, 0.5), (3.90, 0.3)])
@@ -55,7 +55,7 @@ def test_a_ring_elsewhere_is_none() -> None:
 
 def test_pixels_too_large_to_show_rings_give_nan() -> None:
     image = torch.randn(400, 400, generator=torch.Generator().manual_seed(0))
-    assert math.isnan(ice_ring_strength(power_spectrum(image, pixel_size_angstrom=1.77, tile_angstrom=300.0, finest_angstrom=3.1)))
+    assert math.isnan(ice_ring_excess(power_spectrum(image, pixel_size_angstrom=1.77, tile_angstrom=300.0, finest_angstrom=3.1)))
 
 
 def test_a_cropped_spectrum_is_the_one_that_was_cut_there() -> None:

@@ -221,7 +221,7 @@ def test_a_row_that_comes_twice_is_called_that(tmp_path):
     ("second", "made", "said"),
     [
         ("a.mrc", "", r"a\.mrc is an input of both import_micrographs and other\. Usual reason: their tables or patterns overlap"),
-        ("x/a.mrc", "link", r"a\.mrc of import_micrographs and x/a\.mrc of other are the same image"),
+        ("x/a.mrc", "link", r"a\.mrc of import_micrographs and x/a\.mrc of other, which are the same image"),
         ("x/a.mrc", "other", r"Two inputs have the same name a: a\.mrc of import_micrographs and x/a\.mrc of other"),
     ],
 )

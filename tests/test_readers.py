@@ -148,7 +148,19 @@ def test_readers_of_a_growing_project_see_whole_items_and_no_exception(tmp_path)
     assert [p for p in Project(project.path).verify() if "harmless" not in p and "of row 1000" not in p] == []
 
 
-LENGTHS = {"defect": 3, "frame": 32, "axis": 2, "patch": 25, "coefficient": 36, "shell": 512, "radius": 64, "slot": 300, "left_out": 12}
+LENGTHS = {
+    "defect": 3,
+    "frame": 32,
+    "axis": 2,
+    "patch": 25,
+    "coefficient": 36,
+    "shell": 512,
+    "radius": 64,
+    "slot": 300,
+    "left_out": 12,
+    "cell_y": 32,
+    "cell_x": 32,
+}
 
 
 def session(folder: Path, count: int) -> Project:

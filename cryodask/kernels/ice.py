@@ -19,7 +19,7 @@ _OTHERS = ((1 / 4.02, 1 / 3.55), (1 / 3.48, 1 / 3.40))
 _RING = 0.001
 
 
-def ice_ring_strength(spectrum: Spectrum) -> float:
+def ice_ring_excess(spectrum: Spectrum) -> float:
     """Mean power within 0.004 1/A of the stronger of two reflections of crystalline ice, over the smooth background, minus 1.
 
     Parameters

@@ -119,12 +119,11 @@ def _twice(first: Arrival, second: Arrival) -> InputError:
         return InputError(f"{files[0]} is an input of both {where}.", "their tables or patterns overlap", "leave it out of one of them")
     if steps[0] != steps[1]:
         files = [f"{name} of {step}" for name, step in zip(files, steps)]
+    same = f"Two inputs have the same name {first.name}: {files[0]} and {files[1]}"
     if first.content == second.content:
-        return InputError(
-            f"{files[0]} and {files[1]} are the same image.", "one is a link to the other, or a copy of it", "leave out one of them"
-        )
+        return InputError(f"{same}, which are the same image.", "one is a link to the other, or a copy of it", "leave out one of them")
     return InputError(
-        f"Two inputs have the same name {first.name}: {files[0]} and {files[1]}.",
+        f"{same}.",
         "files with the same name are in several folders, or differ only in their extension",
         "rename one of them, or make a separate project for each folder",
     )

@@ -82,7 +82,7 @@ def _check(params: CtfParams, inputs: dict[str, list[Product]]) -> Iterator[str]
         "ctf_figure_of_merit",
         "ctf_alternative_defocus_angstrom",
         "ctf_alternative_score",
-        "ice_ring_strength",
+        "ice_ring_excess",
         "spectrum_frequency",
         "spectrum_average",
         "spectrum_fit",
@@ -109,14 +109,14 @@ def ctf(
     refined by Whittle's likelihood of the whole spectrum, with one smooth background and a flexible ring strength, so that the lobes of the
     particles' own form factor are not mistaken for rings. Underfocus is positive; the angle is measured from +x to +y.
 
-    ``ice_ring_strength`` is the power about 3.90 or 3.66 A, where crystalline ice has its strongest rings, over its smooth background,
+    ``ice_ring_excess`` is the power about 3.90 or 3.66 A, where crystalline ice has its strongest rings, over its smooth background,
     minus 1; NaN if pixels are too large to show them.
     """
     import torch
 
     from cryodask.kernels.ctf_cells import lens_of
     from cryodask.kernels.ctf_fit import fit_ctf
-    from cryodask.kernels.ice import FINEST_ANGSTROM, ice_ring_strength
+    from cryodask.kernels.ice import FINEST_ANGSTROM, ice_ring_excess
     from cryodask.kernels.spectrum import cropped, log_power_image, power_spectrum
 
     image = np.asarray(micrograph_sum, np.float32)
@@ -139,7 +139,7 @@ def ctf(
         end = min(finest, FINEST_ANGSTROM - 0.02)
         spectrum = power_spectrum(tensor, pixel_size_angstrom=pixel, tile_angstrom=tile, finest_angstrom=end)
         spectrum = spectrum._replace(power=spectrum.power.cpu())
-        ice = ice_ring_strength(spectrum)
+        ice = ice_ring_excess(spectrum)
         spectrum = cropped(spectrum, finest)
         return (
             spectrum,
@@ -172,7 +172,7 @@ def ctf(
         "ctf_figure_of_merit": fit.figure_of_merit,
         "ctf_alternative_defocus_angstrom": fit.alternative_defocus_angstrom,
         "ctf_alternative_score": fit.alternative_score,
-        "ice_ring_strength": ice,
+        "ice_ring_excess": ice,
         "spectrum_frequency": fit.frequency.float().numpy(),
         "spectrum_average": fit.average.float().numpy(),
         "spectrum_fit": fit.fitted.float().numpy(),
@@ -217,7 +217,7 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
     doubtful = int((ds["ctf_alternative_score"].values > 0.9).sum())
     if doubtful:
         caption += f" In {doubtful} another defocus fits nearly as well: check them."
-    icy = int((ds["ice_ring_strength"].values > ICE_RING).sum()) if "ice_ring_strength" in ds else 0
+    icy = int((ds["ice_ring_excess"].values > ICE_RING).sum()) if "ice_ring_excess" in ds else 0
     if icy:
         caption += f" {icy} have rings of crystalline ice, more than {100 * ICE_RING:.0f} % above the background at 3.90 or 3.66 Å."
     yield Picture("Defocus", caption, figure)

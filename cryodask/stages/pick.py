@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 PROFILE_POINTS = 32
-MASK_CELLS = 64
+MASK_CELLS = 32
 _LEAST_WIDTH_PX = 4.0
 _LENS = (
     "defocus_u_angstrom", "defocus_v_angstrom", "defocus_angle_deg", "phase_shift_deg", "voltage_kv", "spherical_aberration_mm",
