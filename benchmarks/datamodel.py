@@ -216,6 +216,7 @@ def _fill(project: Any, step: Any, link: Any, each: int, rng: np.random.Generato
 
     generation = Generation(link.folder)
     lengths = {"frame": 4, "axis": 2, "patch": 4, "coefficient": 36, "shell": 32, "radius": 32, "slot": each, "left_out": 0, "defect": 0}
+    lengths |= {"cell_y": 32, "cell_x": 32}
     with open(link.folder / "journal" / "node-1-a.jsonl", "wb") as file:
         for item in project.items():
             values: dict[str, Any] = {}
@@ -293,11 +294,12 @@ def write_star(folder: Path, rows: int, micrographs: int) -> None:
         file.write("".join(f"_{n} #{i + 1}\n" for i, n in enumerate(labels)))
         per = rows // micrographs
         for m in range(micrographs):
-            v = rng.random((per, 20))
+            v = 0.1 + 0.8 * rng.random((per, 20))  # places in cells of a grid, apart: two at one place would be one particle
             for i in range(per):
                 a = v[i]
                 file.write(
-                    f"{a[0] * 4000:12.6f} {a[1] * 4000:12.6f} {a[2]:12.6f} 1 {a[3] * 360:12.6f} {i + 1:06d}@Extract/job018/m{m:05d}.mrcs "
+                    f"{(i % 15 + a[0]) * 260:12.6f} {(i // 15 + a[1]) * 260:12.6f} {a[2]:12.6f} 1 {a[3] * 360:12.6f} "
+                    f"{i + 1:06d}@Extract/job018/m{m:05d}.mrcs "
                     f"MotionCorr/job002/m{m:05d}.mrc 1 {a[4] * 8:12.6f} {a[5]:12.6f} {5e3 + a[6] * 2e4:12.6f} {5e3 + a[7] * 2e4:12.6f} "
                     f"{a[8] * 180:12.6f} 0.000000 1.000000 0.000000 1 {a[9] * 360:12.6f} {a[10] * 180:12.6f} {a[11]:12.6f} {a[12]:12.6f} "
                     f"{a[13]:12.6f} {a[14] * 1e5:12.6f} {a[15]:12.6f} 3 {1 + i % 2}\n"
