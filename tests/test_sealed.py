@@ -172,7 +172,7 @@ def test_large_arguments_are_not_copied_into_the_message(known):
     spec = Task("t", np.sum, np.zeros(1_000_000))
     buffers: list[Any] = []
     frame = dumps(Sealed(spec, known), buffer_callback=buffers.append)
-    assert len(frame) < 3_000
+    assert len(frame) < 3_500
     assert sum(memoryview(b).nbytes for b in buffers) == 8_000_000
     again = loads(frame, buffers=buffers)
     assert again.key == "t"

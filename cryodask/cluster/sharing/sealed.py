@@ -35,7 +35,8 @@ class Sealed:
 
     def __reduce__(self) -> Any:
         buffers: list[pickle.PickleBuffer] = []
-        frame = dumps(self.spec, buffer_callback=buffers.append)
+        # backwards, because distributed pickles again, and slowly, what contains "__main__": the functions of every script and notebook
+        frame = dumps(self.spec, buffer_callback=buffers.append)[::-1]
         if self.known:
             return opened, (self.spec.key, frame, buffers)
         return call, (_Carried(), self.spec.key, frame, buffers)
@@ -66,7 +67,7 @@ def opened(key: Any, frame: bytes, buffers: list[Any]) -> Any:
     from distributed.protocol.pickle import loads
 
     try:
-        return loads(frame, buffers=buffers)
+        return loads(frame[::-1], buffers=buffers)
     except BaseException as error:  # code of a user, in the middle of a worker's message stream
         import socket
         from contextlib import suppress
