@@ -61,6 +61,16 @@ def client() -> Iterator[Any]:
     close(made)
 
 
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """A browser for the tests of pages."""
+    from _served import browser, need_browser
+
+    need_browser()
+    with browser() as started:
+        yield started
+
+
 @pytest.fixture(autouse=True)
 def _no_client_of_a_closed_loop() -> Iterator[None]:
     """Tasks of workers in this process that ask for a client leave it behind as the default one of whoever computes next."""

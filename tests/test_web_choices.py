@@ -11,7 +11,7 @@ import httpx
 import pytest
 from _classified import CLASSIFIED
 from _once import once
-from _served import Served, browser, need_browser, person
+from _served import Served, need_browser, person
 from distributed import Client
 from test_counts import run, session
 
@@ -32,13 +32,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     shutil.copytree(once(tmp_path_factory, "classified", make), folder / "projects")
     with Served(folder / "projects", folder) as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    need_browser()
-    with browser() as started:
-        yield started
 
 
 def opened(chromium: Any, served: Served, page: str) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from _once import once
 from _picked import PLACES, SHAPE, picked_project
-from _served import Served, browser, need_browser, person
+from _served import Served, need_browser, person
 
 from cryodask.edits.board import Board
 from cryodask.edits.frozen import frozen
@@ -30,13 +30,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     shutil.copytree(made, folder / "projects")
     with Served(folder / "projects", folder) as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    need_browser()
-    with browser() as started:
-        yield started
 
 
 def opened(page: Any, served: Served, row: int) -> Any:
