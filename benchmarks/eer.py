@@ -103,7 +103,7 @@ def parities(stream: bytes) -> list[tuple[str, int]]:
 
 
 def reading(path: Path, upsampling: int) -> dict[str, float]:
-    """Time per camera frame (CPU ms) and peak memory above that after the imports, of a process that reads a movie fraction by fraction."""
+    """CPU milliseconds per camera frame, and growth of peak memory since the imports, of a process that reads a movie by fractions."""
     code = (
         "import json, re, sys, time\n"
         "from cryodask.formats.fractions import Fractions\n"

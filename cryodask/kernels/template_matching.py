@@ -155,7 +155,7 @@ class Filters(NamedTuple):
 
 
 def with_ctf(bank: Tensor, lens: Lens, pixel_angstrom: float) -> Tensor:
-    """Templates `(filter, y, x)` as a micrograph with this CTF shows them, in inverted contrast."""
+    """Templates `(filter, y, x)` as they look in a micrograph with this CTF and inverted contrast: protein is white."""
     box = bank.shape[-1]
     transfer = ctf(
         torch.fft.fftfreq(box, pixel_angstrom, device=bank.device)[:, None],
