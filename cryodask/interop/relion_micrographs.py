@@ -81,7 +81,8 @@ def write_motion(exposures: Exposures, out: Path) -> list[Path]:
         (out / folder).mkdir(exist_ok=True)
     found = {str(n): d.sel(micrograph=n) for d in project.by_image_size(label) for n in d["micrograph"].values}
     names, written = [n for n in exposures.items if n in found], []
-    shapes = {exposures.items[n].data_set: (int(found[n].sizes["y"]), int(found[n].sizes["x"])) for n in names}
+    binning = int(project.generation(label).meta["params"].get("binning", 1))
+    shapes = {exposures.items[n].data_set: (binning * int(found[n].sizes["y"]), binning * int(found[n].sizes["x"])) for n in names}
     gains = _gains(project, out, shapes)
     fractions, upsampling = _fractions(project)
     for name in names:
@@ -91,10 +92,10 @@ def write_motion(exposures: Exposures, out: Path) -> list[Path]:
         star.write_motion(
             path,
             movie_name=_linked_movie(project, item, out),
-            width=int(one.sizes["x"]),
-            height=int(one.sizes["y"]),
+            width=binning * int(one.sizes["x"]),
+            height=binning * int(one.sizes["y"]),
             frame_shift=one["frame_shift"].values,
-            pixel_size_angstrom=project.value_of(item, "pixel_size_angstrom"),
+            pixel_size_angstrom=project.value_of(item, "pixel_size_angstrom") / binning,
             voltage_kv=project.value_of(item, "voltage_kv"),
             dose_per_frame=fractions.get(name, (0, project.value_of(item, "dose_per_frame")))[1],
             pre_exposure=project.value_of(item, "pre_exposure"),
@@ -104,13 +105,14 @@ def write_motion(exposures: Exposures, out: Path) -> list[Path]:
             defect_name=gains.get(item.data_set, {}).get("defect_name"),
             eer_grouping=fractions[name][0] if name in fractions else None,
             eer_upsampling=upsampling,
+            binning=binning,
         )
         written.append(path)
     if names:
         columns = _optics_columns(exposures, names)
         columns["metadata_name"] = np.array([f"motion/{n}.star" for n in names], dtype=object)
         columns["total_motion"], columns["early_motion"] = (found_column(found, names, n) for n in ("total_motion", "early_motion"))
-        star.write_corrected_micrographs(out / "corrected_micrographs.star", columns)
+        star.write_corrected_micrographs(out / "corrected_micrographs.star", columns, binning)
         written.append(out / "corrected_micrographs.star")
     return written
 

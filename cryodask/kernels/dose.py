@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cryodask.kernels.fourier import real_fft2, real_ifft2, smooth_size
+from cryodask.kernels.warp import response
 
 RANK = 4
 _BAND = 256
@@ -69,7 +70,9 @@ def empty_sums(rank: int, shape: tuple[int, int], device: torch.device | str = "
     return [torch.zeros(smooth_size(shape[0]), smooth_size(shape[1]), device=device) for _ in range(rank)]
 
 
-def filtered_sum(sums: list[Tensor], shape: tuple[int, int], filters: np.ndarray, k: np.ndarray, pixel_size_angstrom: float) -> Tensor:
+def filtered_sum(
+    sums: list[Tensor], shape: tuple[int, int], filters: np.ndarray, k: np.ndarray, pixel_size_angstrom: float, *, step: int = 1
+) -> Tensor:
     """Sum over r of ``sums[r]`` filtered with ``filters[r]``: the dose-weighted image.
 
     Parameters
@@ -79,12 +82,13 @@ def filtered_sum(sums: list[Tensor], shape: tuple[int, int], filters: np.ndarray
     shape : (y, x)
         Of the image in each.
     filters : `(rank, frequency)` at the equally spaced frequencies ``k``, 1/Angstrom
+    step : int
+        Every ``step``-th pixel of the frames was read: the response of that is divided out.
 
     Returns
     -------
     Tensor, `(y, x)` float32
     """
-    height, width = shape
     rows, columns = sums[0].shape
     device = sums[0].device
     ky = torch.fft.fftfreq(rows, pixel_size_angstrom, device=device)[:, None]
@@ -93,10 +97,7 @@ def filtered_sum(sums: list[Tensor], shape: tuple[int, int], filters: np.ndarray
     table = torch.from_numpy(np.ascontiguousarray(filters, np.float32)).to(device)
     total: Tensor | None = None
     for r in range(len(filters)):
-        # pixels before the first and after the last are copies of the border, so any size with small factors will do
-        padded = sums.pop(0)
-        padded[:height, width:] = padded[:height, width - 1 : width]
-        padded[height:] = padded[height - 1]
+        padded = _padded(sums.pop(0), shape)
         spectrum = real_fft2(padded)
         del padded
         for first in range(0, rows, _BAND):  # an index for all rows would be as large as a sum
@@ -106,4 +107,28 @@ def filtered_sum(sums: list[Tensor], shape: tuple[int, int], filters: np.ndarray
         total = spectrum if total is None else total.add_(spectrum)
         del spectrum
     assert total is not None
-    return real_ifft2(total, (rows, columns), overwrite=True)[:height, :width].contiguous()
+    _divide_response(total, columns, step)
+    return real_ifft2(total, (rows, columns), overwrite=True)[: shape[0], : shape[1]].contiguous()
+
+
+def flattened(sum_: Tensor, shape: tuple[int, int], step: int) -> Tensor:
+    """The image `(y, x)` in a sum of `empty_sums`, without the response of reading every ``step``-th pixel; consumes the sum."""
+    rows, columns = sum_.shape
+    spectrum = real_fft2(_padded(sum_, shape))
+    _divide_response(spectrum, columns, step)
+    return real_ifft2(spectrum, (rows, columns), overwrite=True)[: shape[0], : shape[1]].contiguous()
+
+
+def _padded(sum_: Tensor, shape: tuple[int, int]) -> Tensor:
+    """A sum whose pixels beyond the image are copies of its border, so that any size with small factors will do."""
+    height, width = shape
+    sum_[:height, width:] = sum_[:height, width - 1 : width]
+    sum_[height:] = sum_[height - 1]
+    return sum_
+
+
+def _divide_response(spectrum: Tensor, columns: int, step: int) -> None:
+    if step == 1:
+        return
+    spectrum /= response(torch.fft.fftfreq(spectrum.shape[0], device=spectrum.device), step)[:, None]
+    spectrum /= response(torch.fft.rfftfreq(columns, device=spectrum.device), step)

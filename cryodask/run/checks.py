@@ -65,10 +65,13 @@ def look_ahead(plan: Plan, project: Project | None, listing: list[Arrival], aske
         constants = plan.constants.get(str(first.inputs.get("data_set", "")), {})
         out.movie, pixel, stated = movie.shape, movie.pixel_size_angstrom, constants.get("pixel_size_angstrom")
         out.warnings += _exposure_of_fractions(first.name, movie, "eer_dose_per_frame" in constants)
-        if is_other_size(pixel, stated):
+        binning = _binning(plan)
+        if pixel is not None and is_other_size(binning * pixel, stated):
+            binned = f", {binning * pixel:.3f} A after binning" if binning > 1 else ""
             out.warnings.append(
-                f"The header of {first.name} gives a pixel size of {pixel:.3f} A, the project file {stated:g} A. Check "
-                "microscope.pixel_size_angstrom (a super-resolution movie has half the physical pixel size)."
+                f"The header of {first.name} gives a pixel size of {pixel:.3f} A{binned}, the project file {stated:g} A. Check "
+                "microscope.pixel_size_angstrom (a super-resolution movie has half the physical pixel size; motion: {binning: 2} "
+                "sums it at the physical one)."
             )
         known = {item.content for item in project.items()} if project is not None else set()
         _check_disk(plan, [a for a in listing if a.content not in known], out.movie, out.problems)
@@ -188,7 +191,11 @@ def _check_disk(plan: Plan, fresh: list[Arrival], shape: tuple[int, ...], proble
     steps = {s.stage.name: s for s in plan.steps}
     chunked = "ingest" in steps and getattr(steps["ingest"].params, "storage", "") == "chunked"
     movies = sum(float(a.inputs.get("size", 0)) for a in fresh) * _STORED_SHARE if chunked else 0.0
-    sums = _SUM_BYTES * shape[-1] * shape[-2] * len(fresh) if any(s.stage.shape == "map" and "y" in _dims(s) for s in plan.steps) else 0.0
+    sums = (
+        _SUM_BYTES * shape[-1] * shape[-2] / _binning(plan) ** 2 * len(fresh)
+        if any(s.stage.shape == "map" and "y" in _dims(s) for s in plan.steps)
+        else 0.0
+    )
     folder = next(p for p in (plan.folder, *plan.folder.parents) if p.exists())
     free = shutil.disk_usage(folder).free
     if movies + sums > free:
@@ -197,6 +204,11 @@ def _check_disk(plan: Plan, fresh: list[Arrival], shape: tuple[int, ...], proble
             f"{(movies + sums) / 1e9:.1f} GB. Free some space, set another `folder`, or read movies in place: "
             "ingest: {storage: in_place}."
         )
+
+
+def _binning(plan: Plan) -> int:
+    """Pixels of the movies per pixel of the micrographs."""
+    return max((int(getattr(step.params, "binning", 1)) for step in plan.steps if step.stage.name == "motion"), default=1)
 
 
 def _dims(step: Any) -> set[str]:

@@ -73,7 +73,9 @@ class Microscope(StrictModel):
     voltage_kv: float = _within("voltage_kv", "acceleration voltage, kV")
     spherical_aberration_mm: float = _within("spherical_aberration_mm", "Cs, mm")
     amplitude_contrast: float = _within("amplitude_contrast", "amplitude contrast, as a fraction", 0.1)
-    pixel_size_angstrom: float = _within("pixel_size_angstrom", "pixel size of the movies, Angstrom")
+    pixel_size_angstrom: float = _within(
+        "pixel_size_angstrom", "pixel size of the micrographs, Angstrom: that of the movies unless motion bins them"
+    )
     dose_per_frame: float = _within(
         "dose_per_frame",
         "exposure per frame (of EER movies: per camera frame, by default that of their metadata), electrons per square Angstrom",

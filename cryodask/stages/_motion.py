@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cryodask.context import return_freed_memory
 from cryodask.errors import MicrographError
-from cryodask.kernels.dose import empty_sums, filtered_sum, low_rank_weights
+from cryodask.kernels.dose import empty_sums, filtered_sum, flattened, low_rank_weights
 from cryodask.kernels.motion_align import align_frames
 from cryodask.kernels.motion_frames import (
     Repair,
@@ -92,16 +92,15 @@ def corrected(
     voltage_kv: float,
     device: str,
 ) -> dict[str, Any]:
-    """Output of stage ``motion`` for a movie `(frame, y, x)` with a gain `(y, x)` of matching shape."""
+    """Output of stage ``motion`` for a movie `(frame, y, x)` with a gain `(y, x)` of matching shape; the pixel is the micrograph's."""
     frames, height, width = movie.shape
-    shape = (height, width)
+    shape, step = (height, width), params.binning
+    pixel = pixel_size_angstrom / step
     source = FrameSource(movie, device, params.frames_in_memory_mb)
     # never written to, so the gain shared by all movies of a worker is not copied
     factor = None if gain is None else torch.from_numpy(np.require(gain, np.float32, ["C", "W"])).to(device)
-    node_shift, track, defects, still = _measure(params, source, frames, shape, factor, pixel_size_angstrom, dose_per_frame)
-    plain, weighted = sum_frames(
-        source, frames, shape, factor, node_shift / pixel_size_angstrom, pixel_size_angstrom, dose_per_frame, pre_exposure, voltage_kv
-    )
+    node_shift, track, defects, still = _measure(params, source, frames, shape, factor, pixel, dose_per_frame)
+    plain, weighted = sum_frames(source, frames, shape, factor, node_shift / pixel, pixel, dose_per_frame, pre_exposure, voltage_kv, step)
     position = _nodes(shape)
     steps = np.linalg.norm(np.diff(track, axis=0), axis=1)
     middle = pre_exposure + (np.arange(frames) + 0.5) * dose_per_frame
@@ -111,9 +110,9 @@ def corrected(
         "micrograph_dw": weighted,
         "micrograph_preview": preview(plain),
         "frame_shift": track.astype(np.float32),
-        "patch_position": position.astype(np.float32),
+        "patch_position": (position / step).astype(np.float32),
         "patch_shift": node_shift.astype(np.float32),
-        "motion_polynomial": relion_polynomial(position, node_shift, track, shape, pixel_size_angstrom),
+        "motion_polynomial": relion_polynomial(position, node_shift, track, shape, pixel),
         "total_motion": float(steps.sum()),
         "early_motion": float((steps * early).sum()),
         "hot_pixel_count": int(defects.sum()),
@@ -209,24 +208,30 @@ def sum_frames(
     dose: float,
     pre_exposure: float,
     voltage_kv: float,
+    step: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Plain and dose-weighted sums of the frames resampled at their displacement, `(y, x)` float32."""
-    coefficients, filters, k = low_rank_weights(pixel, frames, dose, pre_exposure, voltage_kv)
-    device = source.device
-    weights = torch.from_numpy(coefficients.astype(np.float32)).to(device)
-    sums = empty_sums(len(coefficients), shape, device)
-    images = [one[: shape[0], : shape[1]] for one in sums]
+    """Plain and dose-weighted sums of the frames resampled at their displacement, `(y // step, x // step)` float32.
+
+    ``shape``, ``node_shift_px`` and ``pixel`` are those of the frames.
+    """
+    coefficients, filters, k = low_rank_weights(step * pixel, frames, dose, pre_exposure, voltage_kv)
+    device, size = source.device, (shape[0] // step, shape[1] // step)
+    # a pixel of the sums has the counts of step x step pixels of the frames
+    weights = torch.from_numpy((step**2 * coefficients).astype(np.float32)).to(device)
+    sums = empty_sums(len(coefficients), size, device)
+    images = [one[: size[0], : size[1]] for one in sums]
     for start in range(0, frames, _BATCH):
         members = range(start, min(frames, start + _BATCH))
         batch = [source(f) for f in members]
         nodes = torch.from_numpy(node_shift_px[:, list(members)].astype(np.float32)).to(device)
         nodes = nodes.permute(1, 2, 0).reshape(len(batch), 2, NODES, NODES)
-        shift_y, shift_x = (stripe_field(nodes[:, axis], shape, _STRIPE) for axis in (0, 1))
-        add_warped(images, weights[:, list(members)].contiguous(), batch, gain, shift_y, shift_x, stripe=_STRIPE)
+        stripe = _STRIPE // step  # read from as many rows of the frames
+        shift_y, shift_x = (stripe_field(nodes[:, i], shape, stripe, step=step, every_column=n) for i, n in ((0, 1), (1, step)))
+        add_warped(images, weights[:, list(members)].contiguous(), batch, gain, shift_y, shift_x, stripe=stripe, step=step)
     # free the raw frames to make room for the transforms
     batch.clear()
     source.kept = None
-    plain = images[0].cpu().numpy().copy()
+    plain = images[0].clone() if step == 1 else flattened(sums[0].clone(), size, step)
     images.clear()
     return_freed_memory()
-    return plain, filtered_sum(sums, shape, filters, k, pixel).cpu().numpy()
+    return plain.cpu().numpy(), filtered_sum(sums, size, filters, k, step * pixel, step=step).cpu().numpy()

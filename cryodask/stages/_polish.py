@@ -139,8 +139,10 @@ def polished(
 ) -> dict[str, Any]:
     """Output of stage ``polish`` for a movie `(frame, y, x)`; ``node_shift`` `(81, frame, 2)` is the motion known so far."""
     given.check()
-    frames, shape, pixel = movie.shape[0], (movie.shape[1], movie.shape[2]), float(pixel_size_angstrom)
-    _check_field(node_shift, frames, shape, gain)
+    frames, shape = movie.shape[0], (movie.shape[1], movie.shape[2])
+    step, pixel = params.binning, float(pixel_size_angstrom) / params.binning
+    node_position = step * np.asarray(node_position, np.float64)
+    _check_field(node_position, node_shift, frames, shape, gain)
     device = context.device
     source = FrameSource(movie, device, params.frames_in_memory_mb)
     factor = None if gain is None else torch.from_numpy(np.require(gain, np.float32, ["C", "W"])).to(device)
@@ -165,13 +167,14 @@ def polished(
     centre[usable] += found.moved
     amount[usable] = found.steps.amount
     plain, weighted = sum_frames(
-        source, frames, shape, factor, found.nodes / pixel, pixel, dose_per_frame * scale, pre_exposure * scale, voltage_kv
+        source, frames, shape, factor, found.nodes / pixel, pixel, dose_per_frame * scale, pre_exposure * scale, voltage_kv, step
     )
     return {
         "micrograph_sum": plain,
         "micrograph_dw": weighted,
         "micrograph_preview": preview(plain),
         **_field(found.nodes, node_position, shape, pixel, exposure, dose_per_frame),
+        "patch_position": (node_position / step).astype(np.float32),
         "patch_shift_before": before.astype(np.float32),
         "hot_pixel_count": int(defects.sum()),
         "hot_pixel": np.asarray(hot_pixel, np.int16).reshape(-1, 2),
@@ -183,7 +186,7 @@ def polished(
         "polish_prior": found.kind,
         "motion_change_angstrom": _rms(change) if found.prior is not None else 0.0,
         "motion_deviation_angstrom": _rms(found.deviation) if found.prior is not None else float("nan"),
-        **_extracted(params, replace(poses, centre=centre), amount, weighted, pixel, context),
+        **_extracted(params, replace(poses, centre=centre), amount, weighted, step * pixel, context),
     }
 
 
@@ -191,7 +194,14 @@ def _rms(values: np.ndarray) -> float:
     return float(np.sqrt((values**2).sum(-1).mean())) if values.size else 0.0
 
 
-def _check_field(node_shift: np.ndarray, frames: int, shape: tuple[int, int], gain: np.ndarray | None) -> None:
+def _check_field(node_position: np.ndarray, node_shift: np.ndarray, frames: int, shape: tuple[int, int], gain: np.ndarray | None) -> None:
+    if node_position.size and np.abs(node_position.max(0) - np.array(shape) + 1.0).max() > 1.0:
+        last = node_position.max(0) + 1.0
+        raise MicrographError(
+            f"the motion is known for {last[0]:.0f} x {last[1]:.0f} pixels, but the frames have {shape[0]} x {shape[1]}",
+            "binning is not that of the motion correction, or the movie was replaced",
+            "set binning as in motion",
+        )
     if node_shift.ndim != 3 or node_shift.shape[1] != frames:
         raise MicrographError(
             f"the motion is known for {node_shift.shape[1] if node_shift.ndim == 3 else 0} frames, but the movie has {frames}",
@@ -361,7 +371,6 @@ def _field(
     early = np.clip((_EARLY_EXPOSURE - exposure[:-1]) / max(dose, 1e-9), 0.0, 1.0)
     return {
         "frame_shift": track.astype(np.float32),
-        "patch_position": np.asarray(position, np.float32),
         "patch_shift": nodes.astype(np.float32),
         "motion_polynomial": relion_polynomial(position, nodes, track, shape, pixel),
         "total_motion": float(steps.sum()),

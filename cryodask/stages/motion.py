@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
 
-from cryodask.errors import GainError
+from cryodask.errors import GainError, MicrographError
 from cryodask.formats.gain import on_frames
 from cryodask.kernels.preview import preview_shape
-from cryodask.stage import Context, EffortMark, Frames, Params, Picture, Resources, Sizes, stage
+from cryodask.stage import AddedMark, Context, EffortMark, Frames, Params, Picture, Resources, Sizes, stage
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -33,6 +33,10 @@ class MotionParams(Params):
     alignment_resolution_angstrom: float = Field(
         default=8.0, gt=2.0, le=40.0, description="finest detail used to measure motion, Angstrom; finer detail gets less weight anyway"
     )
+    binning: Annotated[Literal[1, 2], AddedMark] = Field(
+        default=1,
+        description="2: super-resolution movies, summed at the physical pixel size, which is microscope.pixel_size_angstrom then",
+    )
     frames_in_memory_mb: Annotated[int, EffortMark] = Field(
         default=512,
         ge=0,
@@ -44,12 +48,21 @@ def _memory(params: MotionParams, sizes: Sizes) -> float:
     pixels = float(sizes.get("y", 4096) * sizes.get("x", 4096))
     raw = sizes.get("frame", 40) * pixels
     kept = raw if raw <= params.frames_in_memory_mb * 2**20 else 4.0 * pixels
+    if params.binning > 1:  # while defects are looked for; the sums are small
+        return kept + 4.0 * 4.0 * pixels + 2.5e8
     return kept + _IMAGES * 4.0 * pixels + 2.5e8
 
 
 def _sizes(params: MotionParams, sizes: Sizes) -> Sizes:
-    small = dict(zip(("preview_y", "preview_x"), preview_shape(sizes["y"], sizes["x"]))) if {"y", "x"} <= sizes.keys() else {}
-    return {**sizes, "patch": NODES**2, "coefficient": 36, "axis": 2, "preview": 2, **small}
+    return {**micrograph_sizes(sizes, params.binning), "patch": NODES**2, "coefficient": 36, "axis": 2, "preview": 2}
+
+
+def micrograph_sizes(sizes: Sizes, binning: int) -> Sizes:
+    """Sizes of a movie's micrograph and of its preview beside the others."""
+    if not {"y", "x"} <= sizes.keys():
+        return sizes
+    height, width = sizes["y"] // binning, sizes["x"] // binning
+    return {**sizes, "y": height, "x": width, **dict(zip(("preview_y", "preview_x"), preview_shape(height, width)))}
 
 
 @stage(
@@ -95,6 +108,9 @@ def motion(
     Frames are then resampled once at the moved positions by a 6-tap windowed sinc and added to four sums that represent the
     exposure weights (Grant & Grigorieff 2015) at low rank.
 
+    With ``binning`` 2 every second pixel of the frames is read, behind a low-pass whose response is divided out of the sums: pixel (y, x)
+    of the micrograph is pixel (2 y, 2 x) of the movie, as where RELION crops the Fourier transform.
+
     Where the frames share a pattern that stands still while the specimen moves, as with a missing or wrong gain, what it is expected
     to add to all correlations is subtracted. If the patches nevertheless show less specimen along the local field than
     without it, the field is dropped and the whole-frame track kept. ``still_pattern_share`` is then above 0, and the run says so.
@@ -108,6 +124,7 @@ def motion(
     from cryodask.stages._motion import corrected
 
     _, height, width = movie.shape
+    check_binning(params.binning, (height, width))
     gain = None if gain is None else on_frames(gain, (height, width))
     if gain is not None and gain.shape != (height, width):
         raise GainError(
@@ -125,6 +142,21 @@ def motion(
         voltage_kv=voltage_kv,
         device=context.device,
     )
+
+
+def check_binning(binning: int, shape: tuple[int, ...]) -> None:
+    """Refuse frames that cannot be binned.
+
+    Raises
+    ------
+    MicrographError
+    """
+    if any(n % binning for n in shape):
+        raise MicrographError(
+            f"frames of {shape[0]} x {shape[1]} pixels cannot be binned by {binning}",
+            "this is not a super-resolution movie",
+            "set  binning: 1",
+        )
 
 
 def exposure_of_frame(dose_per_frame: float, dose_per_fraction: float | None) -> float:

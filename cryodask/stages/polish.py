@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from cryodask.formats.gain import on_frames
-from cryodask.kernels.preview import preview_shape
-from cryodask.stage import Context, EffortMark, Frames, Output, Params, Picture, Resources, Sizes, port, stage
+from cryodask.stage import AddedMark, Context, EffortMark, Frames, Output, Params, Picture, Resources, Sizes, port, stage
 from cryodask.stages.extract import REASONS, ExtractParams
-from cryodask.stages.motion import NODES, exposure_of_frame
+from cryodask.stages.motion import NODES, check_binning, exposure_of_frame, micrograph_sizes
 from cryodask.vocabulary import ABERRATIONS, Var, register
 
 if TYPE_CHECKING:
@@ -61,6 +60,7 @@ class PolishParams(Params):
     damage_scale: float = Field(
         1.0, gt=0.0, le=10.0, description="factor on the exposure in the weights of the frames; the report shows what the session says"
     )
+    binning: Annotated[Literal[1, 2], AddedMark] = Field(1, description="pixels of the movie per pixel of the micrograph, as in motion")
     rounds: int = Field(3, ge=1, le=10, description="number of times that displacements are measured and smoothed")
     frames_in_memory_mb: Annotated[int, EffortMark] = Field(
         default=512, ge=0, description="memory for the raw frames of a movie, megabytes; larger movies are read twice"
@@ -79,10 +79,9 @@ class PolishParams(Params):
 
 
 def _sizes(params: PolishParams, sizes: Sizes) -> Sizes:
-    small = dict(zip(("preview_y", "preview_x"), preview_shape(sizes["y"], sizes["x"]))) if {"y", "x"} <= sizes.keys() else {}
     size = params.scale_to or params.box
     own = {"particle_image.y": size, "particle_image.x": size}
-    return {**sizes, "patch": NODES**2, "coefficient": 36, "axis": 2, "preview": 2, **small, **own}
+    return {**micrograph_sizes(sizes, params.binning), "patch": NODES**2, "coefficient": 36, "axis": 2, "preview": 2, **own}
 
 
 def _memory(params: PolishParams, sizes: Sizes) -> float:
@@ -218,6 +217,7 @@ def polish(
         np.ones(count, bool) if in_map is None else np.asarray(in_map, bool),
         np.full(count, np.nan) if log_likelihood is None else np.asarray(log_likelihood), columns,
     )  # fmt: skip
+    check_binning(params.binning, movie.shape[1:])
     given = Reference(half_map, solvent_mask, fsc_corrected, float(map_pixel_size_angstrom))
     gain = None if gain is None else on_frames(gain, (movie.shape[1], movie.shape[2]))
     return polished(

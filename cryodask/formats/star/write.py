@@ -34,11 +34,14 @@ def write_micrographs_ctf(path: str | Path, columns: Mapping[str, Any]) -> None:
     write_tables(path, {"optics": optics, "micrographs": table})
 
 
-def write_corrected_micrographs(path: str | Path, columns: Mapping[str, Any]) -> None:
-    """Micrographs with the names of their motion files (``metadata_name``), as RELION's ``corrected_micrographs.star``."""
+def write_corrected_micrographs(path: str | Path, columns: Mapping[str, Any], binning: int = 1) -> None:
+    """Micrographs with the names of their motion files (``metadata_name``), as RELION's ``corrected_micrographs.star``.
+
+    ``binning``: pixels of the movies per pixel of the micrographs.
+    """
     _need(path, columns, ("micrograph_name", "metadata_name", "pixel_size_angstrom", *GROUP_OPTICS))
     optics, table = _relion_tables(path, columns, len(np.atleast_1d(columns["micrograph_name"])))
-    optics["rlnMicrographOriginalPixelSize"] = optics["rlnMicrographPixelSize"]
+    optics["rlnMicrographOriginalPixelSize"] = optics["rlnMicrographPixelSize"] / binning
     write_tables(path, {"optics": optics, "micrographs": table})
 
 
@@ -129,6 +132,7 @@ def write_motion(
     hot_pixel: np.ndarray | None = None,
     eer_grouping: int | None = None,
     eer_upsampling: int = 1,
+    binning: int = 1,
 ) -> None:
     """Motion of one movie as RELION's per-movie STAR file, for Bayesian polishing.
 
@@ -148,6 +152,8 @@ def write_motion(
         (y, x) of repaired pixels.
     eer_grouping, eer_upsampling : int, optional
         Of an EER movie: camera frames per frame, and pixels per camera pixel.
+    binning : int
+        Pixels of the movie per pixel of the micrograph. All else here is in pixels of the movie, whose size is ``pixel_size_angstrom``.
     """
     import pandas as pd
 
@@ -159,7 +165,7 @@ def write_motion(
         "rlnMicrographMovieName": movie_name,
         **({"rlnMicrographGainName": gain_name} if gain_name else {}),
         **({"rlnMicrographDefectFile": defect_name} if defect_name else {}),
-        "rlnMicrographBinning": 1.0,
+        "rlnMicrographBinning": float(binning),
         "rlnMicrographOriginalPixelSize": pixel_size_angstrom,
         "rlnMicrographDoseRate": dose_per_frame,
         "rlnMicrographPreExposure": pre_exposure,
