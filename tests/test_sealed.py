@@ -15,10 +15,11 @@ from _lanes import client, cluster
 from _secure import authority, guarded, person
 from dask._task_spec import Task
 from distributed import Client, get_client
+from distributed.protocol import core as messages
 from distributed.protocol.pickle import dumps, loads
 
 from cryodask.cluster import LaneCluster
-from cryodask.cluster.sharing.sealed import Sealed
+from cryodask.cluster.sharing.sealed import Sealed, sealed
 
 OPENED: set[int] = set()
 
@@ -204,6 +205,30 @@ def test_a_worker_without_cryodask_opens_them_too(tmp_path):
     said = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert said.startswith("3\n")
     assert "No module named 'only_there_'" in said
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("key", ["t", ("t", 3), "ключ"])
+@pytest.mark.parametrize(
+    "arguments", [([1, 2],), (np.arange(3),), (np.zeros(100_000),), (b"x" * 100_000,)], ids=["list", "few", "array", "bytes"]
+)
+def test_what_a_worker_reads_of_a_message_is_the_task(known, key, argument):
+    """Through distributed's own messages, with and without arrays that travel beside the pickle, and functions without a module."""
+    for function in (len, lambda values: len(values)):
+        again = messages.loads(messages.dumps({"run_spec": sealed(Task(key, function, argument), known)}))["run_spec"]
+        assert isinstance(again, Task)
+        assert again.key == key
+        assert again() == len(argument)
+
+
+def test_a_task_that_cannot_be_read_is_one_that_fails_in_its_own_name():
+    closed = Closed(ValueError, "not here")
+    message = messages.dumps({"run_spec": sealed(Task(("u", 1), increment, closed), True)})
+    OPENED.add(closed.number)
+    task = messages.loads(message)["run_spec"]
+    assert task.key == ("u", 1)
+    with pytest.raises(RuntimeError, match=r"cannot read task .'u', 1.\. ValueError: not here"):
+        task()
 
 
 def test_what_is_sealed_is_small():

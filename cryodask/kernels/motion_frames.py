@@ -24,6 +24,7 @@ _FRAMES_TO_COMPARE = 16
 _LEAST_OPEN = 0.05
 _DEAD_BELOW = 20.0
 """A pixel without counts is dead where at least this many were expected (chance 2e-9)."""
+_BAND_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -76,16 +77,28 @@ def find_defects(total: Tensor, gain: Tensor | None) -> Tensor:
 
     ``total`` is the unaligned sum of counts of the movie.
     """
-    corrected = total.float() if gain is None else total * gain
-    mean, deviation = _level(corrected[::4], float("inf"))
+
+    def corrected(rows: slice) -> Tensor:
+        return total[rows].float() if gain is None else total[rows] * gain[rows]
+
+    some = corrected(slice(None, None, 4))
+    mean, deviation = _level(some, float("inf"))
     # very hot pixels widen the distribution: repeat without them
-    mean, deviation = _level(corrected[::4], mean + HOT_SIGMA * deviation)
-    mask = corrected > mean + HOT_SIGMA * deviation
-    if gain is not None:
-        mask |= gain <= 0
-    if mean > _DEAD_BELOW:
-        mask |= total == 0
+    mean, deviation = _level(some, mean + HOT_SIGMA * deviation)
+    del some
+    mask = torch.empty(total.shape, dtype=torch.bool, device=total.device)
+    for rows in _bands(total.shape[0], _BAND_ROWS):  # float copies of a whole super-resolution frame would be the peak of the stage
+        part = corrected(rows) > mean + HOT_SIGMA * deviation
+        if gain is not None:
+            part |= gain[rows] <= 0
+        if mean > _DEAD_BELOW:
+            part |= total[rows] == 0
+        mask[rows] = part
     return mask
+
+
+def _bands(height: int, rows: int) -> list[slice]:
+    return [slice(y, min(height, y + rows)) for y in range(0, height, rows)]
 
 
 def _level(values: Tensor, limit: float) -> tuple[float, float]:
@@ -94,7 +107,7 @@ def _level(values: Tensor, limit: float) -> tuple[float, float]:
     count = max(int(kept.sum()), 1)
     below = torch.where(kept, values, torch.zeros((), device=values.device))
     mean = float(below.sum(dtype=torch.float64)) / count
-    centred = torch.where(kept, values - mean, torch.zeros((), device=values.device))
+    centred = below.sub_(mean).masked_fill_(~kept, 0.0)
     return mean, math.sqrt(float(centred.square_().sum(dtype=torch.float64)) / count)
 
 
@@ -143,10 +156,14 @@ def bin_mask(mask: Tensor, binning: int) -> Tensor:
 
 def bin_gain(gain: Tensor, mask: Tensor, binning: int) -> Tensor:
     """Gain of binned COUNTS: the bin's pixels over the sum of their sensitivities 1 / gain. Defects count as average."""
-    sensitivity = 1.0 / torch.where(mask | (gain <= 0), torch.ones((), device=gain.device), gain)
     h, w = gain.shape[0] // binning, gain.shape[1] // binning
-    blocks = sensitivity[: h * binning, : w * binning].reshape(h, binning, w, binning)
-    return binning**2 / blocks.sum((1, 3))
+    out = torch.empty(h, w, device=gain.device)
+    one = torch.ones((), device=gain.device)
+    for band in _bands(h, max(1, _BAND_ROWS // binning)):
+        rows = slice(band.start * binning, band.stop * binning), slice(0, w * binning)
+        sensitivity = 1.0 / torch.where(mask[rows] | (gain[rows] <= 0), one, gain[rows])
+        out[band] = binning**2 / sensitivity.reshape(-1, binning, w, binning).sum((1, 3))
+    return out
 
 
 @dataclass(frozen=True)

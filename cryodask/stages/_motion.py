@@ -220,9 +220,11 @@ def sum_frames(
     weights = torch.from_numpy((step**2 * coefficients).astype(np.float32)).to(device)
     sums = empty_sums(len(coefficients), size, device)
     images = [one[: size[0], : size[1]] for one in sums]
+    batch: list[Tensor] = []
     for start in range(0, frames, _BATCH):
         members = range(start, min(frames, start + _BATCH))
-        batch = [source(f) for f in members]
+        batch.clear()  # before the next frames are read
+        batch += [source(f) for f in members]
         nodes = torch.from_numpy(node_shift_px[:, list(members)].astype(np.float32)).to(device)
         nodes = nodes.permute(1, 2, 0).reshape(len(batch), 2, NODES, NODES)
         stripe = _STRIPE // step  # read from as many rows of the frames

@@ -6,12 +6,11 @@ import math
 from time import monotonic
 from typing import Any
 
-from distributed.protocol.serialize import ToPickle
 from distributed.scheduler import TaskState, WorkerState
 
 from cryodask.cluster.sharing.lanes import Share
 from cryodask.cluster.sharing.owners import LanedScheduler
-from cryodask.cluster.sharing.sealed import Sealed
+from cryodask.cluster.sharing.sealed import sealed
 
 FIRST = -math.inf
 """Rank on a worker of tasks that must not wait there."""
@@ -73,7 +72,7 @@ class ChargingScheduler(LanedScheduler):
         message["priority"] = (rank, *message["priority"])
         ws = ts.processing_on
         if ts.run_spec is not None and ws is not None and not ws.address.startswith("inproc://"):  # there nothing is pickled
-            message["run_spec"] = ToPickle(Sealed(ts.run_spec, "cryodask" in ws.extra))
+            message["run_spec"] = sealed(ts.run_spec, "cryodask" in ws.extra)
         return message
 
     def _settle(self, key: Any, seconds: float | None = None) -> None:
