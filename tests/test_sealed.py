@@ -209,9 +209,7 @@ def test_a_worker_without_cryodask_opens_them_too(tmp_path):
 
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("key", ["t", ("t", 3), "ключ"])
-@pytest.mark.parametrize(
-    "arguments", [([1, 2],), (np.arange(3),), (np.zeros(100_000),), (b"x" * 100_000,)], ids=["list", "few", "array", "bytes"]
-)
+@pytest.mark.parametrize("argument", [[1, 2], np.arange(3), np.zeros(100_000), b"x" * 100_000], ids=["list", "few", "array", "bytes"])
 def test_what_a_worker_reads_of_a_message_is_the_task(known, key, argument):
     """Through distributed's own messages, with and without arrays that travel beside the pickle, and functions without a module."""
     for function in (len, lambda values: len(values)):
