@@ -147,9 +147,9 @@ def test_what_is_no_movie_says_why(tmp_path: Path) -> None:
     (tmp_path / "noise.mrc").write_bytes(np.random.default_rng(0).bytes(4000))
     with pytest.raises(MovieError, match=r"is invalid|mode"):
         open_movie(tmp_path / "noise.mrc")
-    (tmp_path / "movie.dm4").write_bytes(b"\0\0\0\4")
+    (tmp_path / "movie.dm3").write_bytes(b"\0\0\0\4")
     with pytest.raises(MovieError, match="not in a supported movie format"):
-        open_movie(tmp_path / "movie.dm4")
+        open_movie(tmp_path / "movie.dm3")
     with pytest.raises(InputError, match="does not exist"):
         open_mrc(tmp_path / "absent.mrc")
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from cryodask.errors import GainError, MovieError
-from cryodask.formats.movies import MRC_ENDINGS, TIFF_ENDINGS, CheckedMovie, MovieFile
+from cryodask.formats.dm4 import open_dm4
+from cryodask.formats.movies import DM4_ENDINGS, MRC_ENDINGS, TIFF_ENDINGS, CheckedMovie, MovieFile
 from cryodask.formats.mrc import open_mrc
 from cryodask.formats.tiff import open_tiff
 
@@ -49,7 +50,7 @@ class Subtracted:
 
 
 def read_dark(path: str | Path, movie: CheckedMovie) -> np.ndarray:
-    """A dark reference for a movie, `(y, x)` float32 in MRC row order: TIFF is flipped, MRC is not.
+    """A dark reference for a movie, `(y, x)` float32 in MRC row order: TIFF and DM4 are flipped, MRC is not.
 
     Raises
     ------
@@ -59,9 +60,10 @@ def read_dark(path: str | Path, movie: CheckedMovie) -> np.ndarray:
         If it is not of the size of the movie, or of an electron counting (EER) movie.
     """
     ending = Path(path).suffix.lower()
-    if ending not in TIFF_ENDINGS + MRC_ENDINGS:
-        raise GainError(f"{path} is not in a supported format of dark references (.mrc, .tif).", "it has a camera format", "convert it")
-    stack: MovieFile = open_tiff(path, GainError) if ending in TIFF_ENDINGS else open_mrc(path, GainError)
+    if ending not in TIFF_ENDINGS + MRC_ENDINGS + DM4_ENDINGS:
+        raise GainError(f"{path} is not in a supported format of dark references (.mrc, .tif, .dm4).", "", "convert it to MRC")
+    opened = open_tiff if ending in TIFF_ENDINGS else open_dm4 if ending in DM4_ENDINGS else open_mrc
+    stack: MovieFile = opened(path, GainError)
     if len(stack) != 1:
         raise GainError(f"{path} has {len(stack)} sections; a dark reference must have exactly one.", "it is a movie", "check the path")
     dark = stack[0].astype(np.float32)

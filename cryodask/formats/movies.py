@@ -12,6 +12,7 @@ import numpy as np
 
 from cryodask.errors import CryodaskError, GainError, MovieError
 from cryodask.formats.compressed import COMPRESSIONS, CompressedMrcStack, ending_of, open_compressed_mrc
+from cryodask.formats.dm4 import open_dm4
 from cryodask.formats.eer import EerMovie, open_eer
 from cryodask.formats.fractions import EER_ENDINGS, Fractions
 from cryodask.formats.gain import Flip, orient_gain, reciprocal_gain
@@ -22,7 +23,8 @@ from cryodask.plugins import Plugins
 TIFF_ENDINGS = (".tif", ".tiff")
 MRC_ENDINGS = (".mrc", ".mrcs", ".st")
 COMPRESSED_MRC_ENDINGS = tuple(mrc + compression for mrc in MRC_ENDINGS for compression in COMPRESSIONS)
-MOVIE_ENDINGS = TIFF_ENDINGS + MRC_ENDINGS + EER_ENDINGS + COMPRESSED_MRC_ENDINGS
+DM4_ENDINGS = (".dm4",)
+MOVIE_ENDINGS = TIFF_ENDINGS + MRC_ENDINGS + EER_ENDINGS + COMPRESSED_MRC_ENDINGS + DM4_ENDINGS
 
 
 class MovieFile(Protocol):
@@ -95,6 +97,8 @@ def _reader(ending: str) -> Reader | None:
         return Reader(MRC_ENDINGS, lambda path: open_mrc(path, MovieError, counts=True))
     if ending in COMPRESSED_MRC_ENDINGS:
         return Reader(COMPRESSED_MRC_ENDINGS, lambda path: open_compressed_mrc(path, MovieError, counts=True))
+    if ending in DM4_ENDINGS:
+        return Reader(DM4_ENDINGS, lambda path: open_dm4(path, MovieError))
     if ending in EER_ENDINGS:
         return Reader(EER_ENDINGS, lambda path: open_eer(str(path)))
     return next((reader for reader in OTHERS.load().values() if ending in reader.endings), None)
@@ -107,7 +111,7 @@ def open_movie(path: str | Path, fractions: Fractions | None = None) -> CheckedM
     ----------
     path : str or Path
         ``.tif, .tiff`` (any compression that tifffile reads; rows are flipped into MRC order), ``.mrc, .mrcs, .st``
-        (modes 0, 1, 2, 6, 12, 101), these with ``.gz, .bz2, .zst`` after them, ``.eer``, and formats of installed packages (entry
+        (modes 0, 1, 2, 6, 12, 101), these with ``.gz, .bz2, .zst`` after them, ``.eer``, ``.dm4``, and formats of installed packages (entry
         points of the group ``cryodask.readers``).
     fractions : Fractions, optional
         How the camera frames of an EER movie are summed; by default each is a frame. Other formats ignore it.
@@ -129,7 +133,7 @@ def open_movie(path: str | Path, fractions: Fractions | None = None) -> CheckedM
         endings = [*MOVIE_ENDINGS, *(ending for other in OTHERS.load().values() for ending in other.endings)]
         raise MovieError(
             f"{path} is not in a supported movie format ({', '.join(endings)}).{OTHERS.hint('')}",
-            "another kind of file is among the movies, or they have a camera format such as .dm4",
+            "another kind of file is among the movies, or they have a camera format such as .dm3",
             "narrow the pattern of the movies, install a package that reads the format, or convert them to TIFF or MRC",
         )
     movie = _guarded(str(path), "cannot be opened", lambda: reader.open(path))
@@ -240,8 +244,8 @@ def read_gain(
 ) -> np.ndarray:
     """Gain reference `(y, x)` float32 that multiplies, in MRC row order, oriented by `orient_gain`; its reciprocal if it divides.
 
-    ``.mrc`` is read unchanged, ``.tif, .tiff, .gain`` (EER gains are TIFF files) with rows flipped, unless it is for EER movies, whose
-    rows are not flipped.
+    ``.mrc`` is read unchanged, ``.tif, .tiff, .gain`` (EER gains are TIFF files) and ``.dm4`` with rows flipped, unless it is for EER
+    movies, whose rows are not flipped.
 
     Parameters
     ----------
@@ -256,8 +260,10 @@ def read_gain(
         stack: MovieFile = open_tiff(path, GainError)
     elif ending in MRC_ENDINGS:
         stack = open_mrc(path, GainError)
+    elif ending in DM4_ENDINGS:
+        stack = open_dm4(path, GainError)
     else:
-        raise GainError(f"{path} is not in a supported gain format (.mrc, .tif, .gain)", "it has a camera format", "convert it to MRC")
+        raise GainError(f"{path} is not in a supported gain format (.mrc, .tif, .gain, .dm4)", "", "convert it to MRC")
     if len(stack) != 1:
         raise GainError(f"{path} has {len(stack)} sections, but a gain has one", "it is a movie", "check the path")
     gain = stack[0].astype(np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -77,12 +78,12 @@ def ingest(params: IngestParams, *, movie_path: str, eer_dose_per_frame: float |
     movie = opened if params.dark is None else Subtracted(opened, read_dark(params.dark, opened))
     frames = len(movie)
     once = opened.is_stream and params.storage == "chunked"  # storing it reads it to the end, and checks it
-    sample = [np.asarray(movie[i], np.float64) for i in ([0] if once else sorted({0, frames // 2, frames - 1}))]
-    while once and len(sample) < frames and not sample[-1].any():
-        sample.append(np.asarray(movie[len(sample)], np.float64))
-    mean = float(np.mean([f.mean() for f in sample]))
+    sample = [_measured(movie[i]) for i in ([0] if once else sorted({0, frames // 2, frames - 1}))]
+    while once and len(sample) < frames and sample[-1].is_empty:
+        sample.append(_measured(movie[len(sample)]))
+    mean = float(np.mean([one.mean for one in sample]))
     if mean <= 0:
-        least = min(float(f.min()) for f in sample)
+        least = min(one.least for one in sample)
         if least < 0:
             raise MovieError(
                 f"{movie_path} has a mean of {mean:.3g} and values down to {least:.3g}, which are not counts.",
@@ -96,3 +97,17 @@ def ingest(params: IngestParams, *, movie_path: str, eer_dose_per_frame: float |
         "frames_per_fraction": opened.frames_per_fraction,
         "dose_per_fraction": opened.dose_per_fraction,
     }
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Of a frame; as float64 it has eight times the memory of its counts, so that no two are kept."""
+
+    mean: float
+    least: float
+    is_empty: bool
+
+
+def _measured(frame: Any) -> _Measured:
+    values = np.asarray(frame, np.float64)
+    return _Measured(float(values.mean()), float(values.min()), not values.any())
