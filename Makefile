@@ -36,8 +36,8 @@ check: venv
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# most tests wait, for workers, jobs and faults: five at a time keep two cores busy
-TOGETHER := -n 5 --dist loadfile --no-loadscope-reorder
+# most tests wait, for workers, jobs and faults: four at a time keep two cores busy; each more imports, collects and starts its own for 15 CPU s
+TOGETHER := -n 4 --dist loadfile --no-loadscope-reorder
 
 # numba compiles for 20 s: once, not in each of the processes that begin together
 $(VENV)/.compiled: cryodask/kernels/_slices_numba.py cryodask/kernels/_grids_numba.py | venv

@@ -114,7 +114,7 @@ def check_equality(chaos: Chaos, session: Path, folder: Path, undisturbed, strik
     """Kill and resume a run in ``folder``; it must end, be whole, blame nobody, and hold what an undisturbed one holds."""
     folder.mkdir()
     prepared(session, folder, chaos.cluster.address)
-    chaos.run(COMMAND, folder, strikes=strikes, pause_seconds=(0.1, 1.0), place=lambda: place(folder))
+    chaos.run(COMMAND, folder, strikes=strikes, pause_seconds=(0.05, 0.5), place=lambda: place(folder))
     assert [p for p in Project(folder / "tiny").verify() if "harmless" not in p] == []
     assert failures(folder) == []
     assert contents(folder) == undisturbed

@@ -16,7 +16,7 @@ from cryodask.formats.mrc import read_mrc, write_mrc
 from cryodask.kernels.ctf import ctf
 from cryodask.kernels.orientations import euler_to_matrix
 from cryodask.simulate import Optics, SessionParams, load_truth, prepare_session, simulate_micrograph, simulate_movie, simulate_one
-from cryodask.simulate.model import beta_galactosidase, clpb, density_map, interaction_constant, phase_transform, scattering_factor
+from cryodask.simulate.model import _splat, beta_galactosidase, clpb, density_map, interaction_constant, phase_transform, scattering_factor
 from cryodask.simulate.movie import random_drift
 from cryodask.simulate.scene import CountTable
 
@@ -172,3 +172,11 @@ def test_drift_has_the_length_seen_in_real_movies() -> None:
     # RELION's tracks of 24 movies of EMPIAR-10204, 30.6 e/A^2: whole path 9.2-21.4 A, mean 13.2 A (the estimates' own noise included)
     lengths = [np.linalg.norm(np.diff(random_drift(np.random.default_rng(s), 24, 1.277), axis=0), axis=1).sum() for s in range(60)]
     assert 9.0 < np.mean(lengths) < 18.0
+
+
+def test_atoms_are_shared_among_their_neighbours_alike_on_small_and_large_grids():
+    """The two ways of adding up give the same bits; on the large grid there are more than 64 pixels to an atom."""
+    points = np.random.default_rng(0).uniform(0.0, 8.0, (50, 2))
+    small, large = _splat(points, (9, 9)), _splat(points, (128, 128))
+    assert np.array_equal(large[:9, :9], small)
+    assert float(large.sum()) == pytest.approx(50.0)

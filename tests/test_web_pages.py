@@ -61,42 +61,63 @@ def tab(browser: Any, site: Site, **options: Any) -> Iterator[Tab]:
 
 
 # --- every page ------------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1400])
-def test_every_page_is_accessible_fits_and_asks_no_other_host(browser, shown, width, dark):
+@pytest.fixture(scope="module")
+def inspected(browser: Any, shown: Site) -> Iterator[Tab]:
+    # axe is evaluated in the page, which the pages' own policy forbids
+    with tab(browser, shown, width=390, dark=True, bypass_csp=True) as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def walked(browser: Any, shown: Site) -> Iterator[Tab]:
+    with tab(browser, shown) as one:
+        yield one
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_every_page_is_accessible_fits_and_asks_no_other_host(inspected, shown, path):
+    """Dark and light, on a telephone and on a screen: a page is opened once, and follows."""
     from axe_playwright_python.sync_playwright import Axe
 
-    # axe is evaluated in the page, which the pages' own policy forbids
-    with tab(browser, shown, width=width, dark=dark, bypass_csp=True) as one:
-        for path in PAGES:
-            one.open(path)
-            if path == "s/session/":
-                one.until(DRAWN)
-                one.until("document.querySelectorAll('.uplot canvas').length >= 7")
-            if path in CHOSEN:
-                one.until("document.body.dataset.ready === 'yes'")
-            options = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]}
-            found = Axe().run(one.page, options=options).response["violations"]
-            assert [(v["id"], [n["html"][:160] for n in v["nodes"][:4]]) for v in found] == [], path
-            assert one.ask("document.documentElement.scrollWidth") <= width, path
-        assert one.hosts == {shown.address.removeprefix("http://")}
-        assert [w for w in one.wrong if "404" not in w] == []
+    one = inspected
+    one.page.set_viewport_size({"width": 390, "height": 900})
+    one.page.emulate_media(color_scheme="dark")
+    one.page.goto("about:blank")
+    one.wrong.clear()
+    one.open(path)
+    if path == "s/session/":
+        one.until(DRAWN)
+        one.until("document.querySelectorAll('.uplot canvas').length >= 7")
+    if path in CHOSEN:
+        one.until("document.body.dataset.ready === 'yes'")
+    one.ask(Axe().axe_script)
+    options = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"], "resultTypes": ["violations"]}
+    for width, scheme in ((390, "dark"), (390, "light"), (1400, "light"), (1400, "dark")):
+        one.page.set_viewport_size({"width": width, "height": 900})
+        one.page.emulate_media(color_scheme=scheme)
+        one.until("document.documentElement.scrollWidth", f"{path} to fit", ok=lambda found, width=width: found <= width)
+        found = one.ask("async (options) => (await axe.run(options)).violations", options)
+        assert [(v["id"], [n["html"][:160] for n in v["nodes"][:4]]) for v in found] == [], (path, width, scheme)
+    assert one.hosts - {"about"} == {shown.address.removeprefix("http://")}
+    assert [w for w in one.wrong if "404" not in w] == []
 
 
 @pytest.mark.parametrize("path", [p for p in PAGES if p != "nothing/here"])
-def test_every_page_is_drawn_without_errors_under_its_own_policy(browser, shown, path):
-    with tab(browser, shown) as one:
-        one.open(path)
-        if path == "s/session/":
-            one.until(DRAWN)
-        if path.endswith("maps"):
-            one.until("document.getElementById('surface').dataset.triangles > 100")
-            one.until("document.querySelectorAll('#fsc .uplot').length === 1")
-        if "first=" in path:
-            one.until("document.querySelectorAll('#fsc .uplot').length === 1")
-            assert "sharpening" in one.text("main")
-        one.page.wait_for_load_state("networkidle" if path not in {"s/session/", "cluster"} else "load")
-        assert one.wrong == []
+def test_every_page_is_drawn_without_errors_under_its_own_policy(walked, path):
+    one = walked
+    one.page.goto("about:blank")  # what the page before says while it is left is not of this one
+    one.wrong.clear()
+    one.open(path)
+    if path == "s/session/":
+        one.until(DRAWN)
+    if path.endswith("maps"):
+        one.until("document.getElementById('surface').dataset.triangles > 100")
+        one.until("document.querySelectorAll('#fsc .uplot').length === 1")
+    if "first=" in path:
+        one.until("document.querySelectorAll('#fsc .uplot').length === 1")
+        assert "sharpening" in one.text("main")
+    one.page.wait_for_load_state("networkidle" if path not in {"s/session/", "cluster"} else "load")
+    assert one.wrong == []
 
 
 def test_the_log_in_page_is_accessible(browser, shown):
@@ -291,6 +312,7 @@ def test_names_and_messages_are_never_read_as_html(browser, tmp_path):
 @pytest.mark.parametrize("prefix", ["/node/c01/8801", "/user/anna/proxy/8801"])
 def test_pages_work_behind_a_prefix(browser, tmp_path, prefix):
     with site_of(tmp_path, prefix) as (site, made), tab(browser, site) as one:
+        one.page.goto(f"{site.address}/?token={TOKEN}")
         assert one.page.url.endswith(f"{prefix}/")
         one.page.click("tbody th a")
         one.until(DRAWN)

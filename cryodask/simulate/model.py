@@ -102,13 +102,18 @@ def _splat(points: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     base = np.floor(points).astype(np.int64)
     fraction = points - base
     total = np.zeros(int(np.prod(shape)))
+    few = len(total) > 64 * len(points)  # then passes over the whole grid would take most of the time
     for corner in np.ndindex(*(2,) * len(shape)):
         place = np.zeros(len(points), np.int64)
         weight = np.ones(len(points))
         for axis, (step, size) in enumerate(zip(corner, shape)):
             place = place * size + (base[:, axis] + step) % size
             weight = weight * (fraction[:, axis] if step else 1.0 - fraction[:, axis])
-        total += np.bincount(place, weight, len(total))
+        if few:
+            hit, which = np.unique(place, return_inverse=True)
+            total[hit] += np.bincount(which, weight, len(hit))
+        else:
+            total += np.bincount(place, weight, len(total))
     return total.reshape(shape).astype(np.float32)
 
 
