@@ -35,7 +35,7 @@ class Right(StrEnum):
 _OF_ROLE = {
     Role.viewer: frozenset({Right.see}),
     Role.member: frozenset({Right.see, Right.edit}),
-    Role.pi: frozenset({Right.see, Right.edit, Right.manage}),
+    Role.pi: frozenset({Right.see, Right.edit, Right.manage, Right.operate}),
     Role.operator: frozenset({Right.see, Right.edit, Right.manage, Right.operate}),
     Role.admin: frozenset(Right),
 }
