@@ -15,6 +15,7 @@ from _web import Made, Site, make_project, serving
 
 from cryodask.edits.frozen import frozen
 from cryodask.stages.draw_mask import DrawMaskParams, draw_mask
+from cryodask.web import maps
 from cryodask.web.ledger import Ledger
 from cryodask.web.sessions import Sessions
 
@@ -169,6 +170,18 @@ def test_a_map_that_is_computed_again_has_no_mask_yet_and_offers_the_former(brow
         assert page.wrong == []
     lines = Ledger(Path(made.project.path).parent / "audit").records()
     assert [line["action"] for line in lines] == ["edit masks", "freeze masks", "edit masks"]
+
+
+def test_a_surface_of_fewer_triangles_has_the_same_size_and_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    z, y, x = np.mgrid[:60, :60, :60] - 29.5
+    ball = (20 - np.sqrt((z - 4) ** 2 + y**2 + x**2)).astype(np.float32)
+    for most in (100_000, 3000):
+        monkeypatch.setattr(maps, "MOST_TRIANGLES", most)
+        raw = maps.surface_at(ball, 0.0)
+        head = json.loads(raw[4 : 4 + int.from_bytes(raw[:4], "little")])
+        vertices = np.frombuffer(raw, "<f4", 3 * head["vertices"], 4 + int.from_bytes(raw[:4], "little")).reshape(-1, 3)
+        assert head["triangles"] < most
+        assert np.linalg.norm(vertices - (0, 0, 4), axis=1).mean() == pytest.approx(20, abs=0.3)
 
 
 def test_wrong_requests_are_explained(site: tuple[Site, Made]) -> None:

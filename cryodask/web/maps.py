@@ -96,17 +96,19 @@ def surface_at(small: np.ndarray, level: float) -> bytes:
     """Isosurface at a density, as a script reads it.
 
     A little-endian u4, the length of the JSON head (``vertices``, ``triangles``, ``size``) that follows, padded so that the arrays begin at
-    a multiple of 4 bytes; then (x, y, z) of the vertices, from the centre of the map (f4), and the triangles (u4).
+    a multiple of 4 bytes; then (x, y, z) of the vertices in voxels from the centre of the map (f4), and the triangles (u4).
     """
-    longest = max(small.shape)
+    longest, whole, step = max(small.shape), np.array(small.shape[::-1], np.float32), 1
     while True:
         vertices, triangles = isosurface(small, level)
         if len(triangles) <= MOST_TRIANGLES or longest < 24:
             break
         longest = int(longest * 0.8)
+        step *= -(-max(small.shape) // longest)
         small = reduced(small, longest)
-    centred = vertices[:, ::-1] - (np.array(small.shape[::-1], np.float32) - 1) / 2
-    head = json.dumps({"vertices": len(vertices), "triangles": len(triangles), "size": max(small.shape)}).encode()
+    # surfaces of the same map fit each other, however many voxels were averaged
+    centred = (vertices[:, ::-1] + 0.5) * step - whole / 2
+    head = json.dumps({"vertices": len(vertices), "triangles": len(triangles), "size": int(whole.max())}).encode()
     head += b" " * (-(len(head) + 4) % 4)
     return b"".join([struct.pack("<I", len(head)), head, centred.astype("<f4").tobytes(), triangles.astype("<u4").tobytes()])
 
