@@ -298,8 +298,12 @@ def test_pages_work_behind_a_prefix(browser, tmp_path, prefix):
         one.until(DRAWN)
         made.commit(3)
         one.until("document.getElementById('c-done').textContent === '4'")
+        made.refine()
         one.page.click("text=Maps")
         one.until("document.getElementById('surface').dataset.triangles > 100")
+        one.page.click("text=Choose a mask")
+        one.until("+document.getElementById('surface').dataset.veil > 50")
+        one.until("document.getElementById('section-2').naturalWidth === 40")
         assert one.wrong == []
 
 

@@ -161,14 +161,14 @@ def png(picture: np.ndarray) -> bytes:
 # --- kept on the local disk ------------------------------------------------------------------------------------------------------
 def _grey(cache: Cache, step: MapStep) -> np.ndarray:
     """The map in 8 bits, not in memory but mapped from the cache."""
-    return kept(cache, step, "grey", lambda volume: _greys(volume, 0.5, 99.9))
+    return _kept(cache, step, "grey", lambda volume: _greys(volume, 0.5, 99.9))
 
 
 def _small(cache: Cache, step: MapStep) -> np.ndarray:
-    return np.asarray(kept(cache, step, "small", lambda volume: reduced(volume, LONGEST_SURFACE_VOXELS)))
+    return np.asarray(_kept(cache, step, "small", lambda volume: reduced(volume, LONGEST_SURFACE_VOXELS)))
 
 
-def kept(cache: Cache, step: MapStep, kind: str, make: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+def _kept(cache: Cache, step: MapStep, kind: str, make: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """What is made from a map once, not in memory but mapped from the cache."""
     place = f"{step.generation.path}|{step.record['shards'][step.variable]}"
     name = f"{hashlib.blake2b(place.encode(), digest_size=8).hexdigest()}-{kind}.npy"

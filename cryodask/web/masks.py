@@ -1,4 +1,4 @@
-"""The mask of a map as it is being chosen: a coarse one, computed from the edits in a fraction of a second as stage ``draw_mask`` does."""
+"""The mask of a map as it is being chosen: a coarse one, computed from the edits in less than a second as stage ``draw_mask`` does."""
 
 from __future__ import annotations
 
@@ -7,36 +7,41 @@ import hashlib
 import io
 import json
 import struct
+import subprocess
+import sys
+import threading
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cryodask.edits.masks import Stroke
-from cryodask.errors import InputError
-from cryodask.web.maps import MapStep, kept, level_of, shape_of, surface_at
+from cryodask.errors import InputError, StoreError
+from cryodask.web.maps import MapStep, level_of, shape_of, surface_at
 from cryodask.web.pictures import Cache
 
 LONGEST_VOXELS = 96
 """Voxels per side of a coarse map; a mask has no finer detail than some voxels of it."""
+_LIMIT_SECONDS = 120.0
+_ONE_AT_A_TIME = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Coarse:
-    """A map on the grid of a page, band-limited: `map`, `(z, y, x)` float32.
+    """A map on the grid of a page, band-limited: the file of a `(z, y, x)` float32 array with ``size`` voxels per side.
 
-    ``voxels``, ``pixel_size_angstrom``: those of the map itself. ``spacing_angstrom``: of the coarse grid, which has the same first voxel.
+    ``voxels``, ``pixel_size_angstrom``: those of the map itself, which has the same first voxel.
     """
 
-    map: np.ndarray
+    file: Path
+    size: int
     voxels: int
     pixel_size_angstrom: float
 
-    @property
-    def spacing_angstrom(self) -> float:
-        """Voxel size of the coarse grid."""
-        return self.pixel_size_angstrom * self.voxels / len(self.map)
+    def lowpass_angstrom(self, recipe: dict[str, Any]) -> float:
+        """Resolution to which it is filtered: what the recipe says, as far as this grid holds that."""
+        return max(float(recipe["lowpass_angstrom"]), 2.2 * self.pixel_size_angstrom * self.voxels / self.size)
 
 
 def coarse_map(cache: Cache, step: MapStep) -> Coarse:
@@ -47,86 +52,72 @@ def coarse_map(cache: Cache, step: MapStep) -> Coarse:
     InputError
         If the map is not a cube.
     """
-    from cryodask.kernels.regions import low_passed
-
     shape = shape_of(step)
     if len(set(shape)) != 1:
         raise InputError(f"The map of {step.label} is {' x '.join(map(str, shape))} voxels, not a cube.", "", "pad it to a cube")
-    pixel = float(step.generation.read(step.record, "map_pixel_size_angstrom"))
-    size = min(LONGEST_VOXELS, shape[0])
-    spacing = pixel * shape[0] / size
-    small = kept(cache, step, f"coarse{size}", lambda volume: low_passed(volume, pixel, 2.0 * spacing, size))
-    return Coarse(np.asarray(small), shape[0], pixel)
+    pixel, size = float(step.generation.read(step.record, "map_pixel_size_angstrom")), min(LONGEST_VOXELS, shape[0])
+    job = {"do": "coarse", "generation": str(step.generation.path), "variable": step.variable, "pixel": pixel, "size": size}
+    path = cache.path(f"{_name(step, '')}-coarse{size}.npy", partial(_in_a_process, job))
+    if isinstance(path, bytes):
+        raise StoreError("The map cannot be prepared: the cache of the server takes no files.", "its disk is full", "make room there")
+    return Coarse(path, size, shape[0], pixel)
 
 
-def shown_lowpass(coarse: Coarse, recipe: dict[str, Any]) -> float:
-    """Resolution to which the coarse map is filtered: what the recipe says, as far as its grid holds that."""
-    return max(float(recipe["lowpass_angstrom"]), 2.2 * coarse.spacing_angstrom)
-
-
-def about(coarse: Coarse, recipe: dict[str, Any]) -> dict[str, Any]:
+def about(cache: Cache, step: MapStep, recipe: dict[str, Any]) -> dict[str, Any]:
     """Size and densities of a map for the controls of the page, as JSON."""
-    from cryodask.kernels.regions import density_threshold
-
-    smooth = _smooth(coarse, recipe)
+    coarse = coarse_map(cache, step)
+    head, _ = mask_of(cache, step, recipe)
     return {
         "voxels": coarse.voxels,
         "pixel_size_angstrom": coarse.pixel_size_angstrom,
-        "coarse": len(coarse.map),
-        "highest": float(smooth.max()),
-        "auto": density_threshold(smooth),
-        "shown_lowpass_angstrom": shown_lowpass(coarse, recipe),
+        "highest": head["highest"],
+        "auto": head["auto"],
+        "shown_lowpass_angstrom": coarse.lowpass_angstrom(recipe),
     }
 
 
 def mask_bytes(cache: Cache, step: MapStep, recipe: dict[str, Any]) -> bytes:
-    """The coarse mask, compressed with gzip: a little-endian u4, the length of the JSON head (``size``, ``share``), the head, and the mask
-    as bytes, 255 for 1; z, then y, then x.
-    """
-    mask = mask_of(cache, step, recipe)
-    head = json.dumps({"size": len(mask), "share": float(mask.mean() / 255)}).encode()
-    return gzip.compress(struct.pack("<I", len(head)) + head + mask.tobytes(), 1)
+    """The coarse mask as :mod:`cryodask.web.masking` writes it, compressed with gzip."""
+    return gzip.compress(_raw(cache, step, recipe), 1)
 
 
-def mask_of(cache: Cache, step: MapStep, recipe: dict[str, Any]) -> np.ndarray:
-    """The coarse mask, `(z, y, x)` uint8, 255 for 1."""
-    said = f"{step.generation.path}|{step.record['shards'][step.variable]}|{json.dumps(recipe, sort_keys=True)}"
-    name = f"{hashlib.blake2b(said.encode(), digest_size=12).hexdigest()}-mask.npy"
-    raw = cache.get(name, partial(_made, cache, step, recipe))
-    return np.asarray(np.load(io.BytesIO(raw), allow_pickle=False))
-
-
-def _made(cache: Cache, step: MapStep, recipe: dict[str, Any]) -> bytes:
-    from cryodask.kernels.regions import Drawn, density_threshold, soft_mask
-
-    coarse = coarse_map(cache, step)
-    smooth, spacing, pixel = _smooth(coarse, recipe), coarse.spacing_angstrom, coarse.pixel_size_angstrom
-    wanted = recipe["threshold"]
-    strokes = [Stroke.model_validate(one) for one in recipe["strokes"]]
-    mask = soft_mask(
-        smooth,
-        density_threshold(smooth) if wanted == "auto" else np.inf if wanted == "none" else float(wanted),
-        pixel_size_angstrom=spacing,
-        # the boundary lies half a voxel beyond the centres of the outermost ones
-        extend_angstrom=float(recipe["extend_angstrom"]) + (spacing - pixel) / 2,
-        edge_angstrom=float(recipe["edge_angstrom"]),
-        drawn=[Drawn(one.points, one.radius_angstrom, one.erase) for one in strokes],
-        centre=(coarse.voxels // 2) * pixel / spacing,
-    )
-    file = io.BytesIO()
-    np.save(file, np.round(255 * mask).astype(np.uint8))
-    return file.getvalue()
+def mask_of(cache: Cache, step: MapStep, recipe: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
+    """What is known of the coarse mask, and the mask, `(z, y, x)` uint8, 255 for 1."""
+    raw = _raw(cache, step, recipe)
+    length = struct.unpack_from("<I", raw)[0]
+    head = json.loads(raw[4 : 4 + length])
+    return head, np.frombuffer(raw, np.uint8, offset=4 + length).reshape((head["size"],) * 3)
 
 
 def surfaces(cache: Cache, step: MapStep, recipe: dict[str, Any] | None, sigmas: float) -> bytes:
     """Surface of the map, or of its mask at one half if there is a recipe; on the same grid (see :func:`~cryodask.web.maps.surface_at`)."""
     if recipe is not None:
-        return surface_at(mask_of(cache, step, recipe).astype(np.float32), 127.5)
-    small = coarse_map(cache, step).map
+        return surface_at(mask_of(cache, step, recipe)[1].astype(np.float32), 127.5)
+    small = np.load(io.BytesIO(coarse_map(cache, step).file.read_bytes()), allow_pickle=False)
     return surface_at(small, level_of(small, sigmas))
 
 
-def _smooth(coarse: Coarse, recipe: dict[str, Any]) -> np.ndarray:
-    from cryodask.kernels.regions import low_passed
+def _raw(cache: Cache, step: MapStep, recipe: dict[str, Any]) -> bytes:
+    coarse = coarse_map(cache, step)
+    job = {"do": "mask", "coarse": str(coarse.file), "pixel": coarse.pixel_size_angstrom, "voxels": coarse.voxels, "recipe": recipe}
+    job["lowpass"] = coarse.lowpass_angstrom(recipe)
+    return cache.get(f"{_name(step, json.dumps(recipe, sort_keys=True))}-mask", partial(_in_a_process, job))
 
-    return low_passed(coarse.map, coarse.spacing_angstrom, shown_lowpass(coarse, recipe))
+
+def _name(step: MapStep, more: str) -> str:
+    said = f"{step.generation.path}|{step.record['shards'][step.variable]}|{more}"
+    return hashlib.blake2b(said.encode(), digest_size=12).hexdigest()
+
+
+def _in_a_process(job: dict[str, Any]) -> bytes:
+    """The result of a job of :mod:`cryodask.web.masking`."""
+    with _ONE_AT_A_TIME:
+        words = [sys.executable, "-m", "cryodask.web.masking"]
+        try:
+            done = subprocess.run(words, input=json.dumps(job).encode(), capture_output=True, timeout=_LIMIT_SECONDS, check=False)
+        except subprocess.TimeoutExpired:
+            raise StoreError("The mask took too long to compute.", "the server is overloaded", "try again") from None
+    if done.returncode:
+        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise StoreError(f"The mask cannot be computed: {' '.join(last)}", "", "reload the page")
+    return done.stdout

@@ -56,7 +56,7 @@ def mask(request: Request, session: Seen, step: str) -> Response:
             "drawn": list(standing(log.of_row(0), of)),
             "edited": any(one["of"] == of for one in log.of_row(0)),
             "former": _former(log, of),
-            "map": masks.about(masks.coarse_map(_cache(request), found), recipe),
+            "map": masks.about(_cache(request), found, recipe),
             "highest": log.highest,
             "frozen": {"who": frozen.who, "time": frozen.time, "current": current} if frozen is not None else None,
             "used": board.is_used("draw_mask"),
@@ -67,7 +67,7 @@ def mask(request: Request, session: Seen, step: str) -> Response:
 
 @router.get("/s/{id}/mask/{step}/volume")
 def volume(request: Request, session: Seen, step: str) -> Response:
-    """The mask on a coarse grid, binary: see :func:`cryodask.web.masks.mask_bytes`."""
+    """The mask on a coarse grid, binary: see :mod:`cryodask.web.masking`."""
     board, found = _found(request, session, step)
     content = masks.mask_bytes(_cache(request), found, state_of(board.masks, _place(found)))
     return Response(content, media_type="application/octet-stream", headers={**_FRESH, "Content-Encoding": "gzip"})
