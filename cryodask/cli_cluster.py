@@ -319,7 +319,13 @@ def submit(
     cluster: Annotated[
         str | None, typer.Option(metavar="NAME|FILE", help="A running cluster or a cluster file; by default the one in the project file.")
     ] = None,
-    lane: Annotated[str, typer.Option(help="Lane of the run's tasks.")] = "batch",
+    lane: Annotated[str | None, typer.Option(help="Lane of the run's tasks; by default live with --watch, else batch.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Process movies as they arrive, newest first.")] = False,
+    until_idle: Annotated[
+        float | None, typer.Option(metavar="MINUTES", help="End --watch when nothing has arrived for this long.", min=0)
+    ] = None,
+    until_movies: Annotated[int | None, typer.Option(metavar="N", help="End --watch when this many movies have arrived.", min=1)] = None,
+    until: Annotated[str | None, typer.Option(metavar="STEP", help="Stop after this step.")] = None,
     partition: Annotated[
         str | None, typer.Option(help="Partition of the driver job; by default the one under driver: in the cluster file.")
     ] = None,
@@ -330,16 +336,25 @@ def submit(
     from cryodask.cluster.service import service
     from cryodask.cluster.settings import JobSettings, SlurmSettings, changed_job
     from cryodask.run.recipe import make_plan
+    from cryodask.run.selection import Wanted
+    from cryodask.run.watch import Until
 
+    if not watch and (until_idle is not None or until_movies is not None):
+        raise ProjectFileError("--until-idle and --until-movies need --watch.", "", "add --watch")
     plan = make_plan(project)
     where = cluster or plan.cluster
+    ends = Until(idle_seconds=None if until_idle is None else 60 * until_idle, movies=until_movies)
+    wanted = Wanted(until=until, watch=ends if watch else None)
+    wanted.check(plan)
+    lane = lane or ("live" if watch else "batch")
     given = {key: value for key, value in (("partition", partition), ("walltime", walltime)) if value}
     job = None
     if given:
         _, settings = service.of_word_or_file(where)
         base = settings.driver if isinstance(settings, SlurmSettings) else JobSettings()
         job = changed_job(base, **given)
-    command = [sys.executable, "-m", "cryodask.cli", "run", str(project.absolute()), "--cluster", "{cluster}", "--lane", "{lane}"]
+    driver = [sys.executable, "-m", "cryodask.cli", "run", str(project.absolute())]
+    command = [*driver, "--cluster", "{cluster}", "--lane", "{lane}", *wanted.words]
     sent = service.submit(command, where, lane=lane, name=plan.file.name, job=job, dry_run=dry_run)
     if dry_run:
         typer.echo(sent.script)

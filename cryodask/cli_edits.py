@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cryodask.edits.board import Board
 
 app = typer.Typer(
-    name="edits", help="Edits made by eye: picks, chosen classes, excluded exposures.", no_args_is_help=True, rich_markup_mode=None
+    name="edits", help="Edits made by eye: picks, chosen classes, excluded exposures, masks.", no_args_is_help=True, rich_markup_mode=None
 )
 
 
@@ -25,6 +25,7 @@ class Kind(StrEnum):
     picks = "picks"
     classes = "classes"
     exposures = "exposures"
+    masks = "masks"
 
 
 def _board(project: Path) -> Board:
@@ -53,16 +54,18 @@ def show(project: ProjectArgument) -> None:
         ("picks", "", "exposure", "with edited picks"),
         *(("classes", place, "kept class", f"of {label}") for label, place in board.classifications().items()),
     ]
-    for kind, of, what, how in (*subjects, ("exposures", "", "exposure", "excluded")):
+    masks = [("masks", place, "drawn stroke", f"on {label}") for label, place in board.maps().items()]
+    for kind, of, what, how in (*subjects, ("exposures", "", "exposure", "excluded"), *masks):
         log = board.log(kind)
         state, used = state_of(log, of), latest(log, of)
+        count = len(state["strokes"] if kind == "masks" else state)
         by = (
             f"runs use those frozen by {used.who} on {time.strftime('%Y-%m-%d %H:%M', time.localtime(used.time))}"
             if used
             else "nothing frozen"
         )
         newer = "; edited since" if used is not None and used.content != state else ""
-        typer.echo(f"{kind:<10} {_several(len(state), what)} {how}; {by}{newer}")
+        typer.echo(f"{kind:<10} {_several(count, what)} {how}; {by}{newer}")
     damaged = [f"edits/{kind.value}/{line}" for kind in Kind for line in board.log(kind.value).damaged()]
     for line in damaged:
         typer.echo(f"{line}: damaged, it cannot be read; restore the file from a back-up, or repeat the edit")
@@ -73,8 +76,11 @@ def show(project: ProjectArgument) -> None:
 @app.command()
 def freeze(
     project: ProjectArgument,
-    kind: Annotated[Kind, typer.Argument(metavar="picks|classes|exposures", help="What to use.")],
-    of: Annotated[str, typer.Option(metavar="STEP", help="For classes: the classification; by default the last one.")] = "",
+    kind: Annotated[Kind, typer.Argument(metavar="picks|classes|exposures|masks", help="What to use.")],
+    of: Annotated[
+        str,
+        typer.Option(metavar="STEP", help="For classes the classification, for masks the step with the map; by default the last one."),
+    ] = "",
 ) -> None:
     """Use the edits as they are now: the next run applies them, also one that is waiting for them."""
     from cryodask.edits.frozen import freeze as freeze_log
@@ -82,12 +88,18 @@ def freeze(
 
     board = _board(project)
     place = board.classification(of)[0] if kind is Kind.classes else ""
+    if kind is Kind.masks:
+        maps = board.maps()
+        place = maps.get(of, of if of in maps.values() else "") if of else next(iter(maps.values()), "")
+        if not place:
+            raise InputError(f"{board.project().name} has no map{f' of {of}' if of else ''}.", "", "run it until a step gives one first")
     if kind is Kind.classes and not place:
         raise InputError(
             f"{board.project().name} has no classes{f' of {of}' if of else ''} to choose from.", "", "run it until classify2d first"
         )
     made = freeze_log(board.log(kind.value), _who(), place)
-    typer.echo(f"{kind.value}: {len(made.content)} frozen as {made.digest}. The next run uses them.")
+    count = _several(len(made.content["strokes"]), "drawn stroke") if kind is Kind.masks else str(len(made.content))
+    typer.echo(f"{kind.value}: {count} frozen as {made.digest}. The next run uses them.")
 
 
 @app.command()

@@ -116,6 +116,12 @@ _STAR = (
 """Labels of a STAR file with everything that an import looks for."""
 
 
+_SECTIONS: dict[type[BaseModel], str] = {
+    ProjectFile: "the file", Inputs: "inputs", DataSet: "data set", Microscope: "microscope",
+}  # fmt: skip
+"""Models with a section of their own."""
+
+
 # --- types in words ---------------------------------------------------------------------------------------------------------------------
 def words_of(annotation: Any, name: str = "") -> str:
     """A type as the reader of a YAML file knows it."""
@@ -135,6 +141,8 @@ def words_of(annotation: Any, name: str = "") -> str:
         inner = [words_of(a, name) for a in args if a is not Ellipsis]
         what = inner[0] if inner[0].startswith("[") else f"{inner[0]}s"
         return f"list of {_COUNT[len(inner)]} {what}" if origin is tuple and Ellipsis not in args else f"list of {what}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation not in _SECTIONS:
+        return "mapping"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return f"[{_title(annotation)}](#{_title(annotation).replace(' ', '-')})"
     return {str: "text", int: "whole number", float: "number", bool: "true or false", Any: "step"}[annotation]
@@ -177,7 +185,7 @@ def default_of(field: FieldInfo) -> str:
 
 # --- tables -----------------------------------------------------------------------------------------------------------------------------
 def _title(model: type[BaseModel]) -> str:
-    return {ProjectFile: "the file", Inputs: "inputs", DataSet: "data set", Microscope: "microscope"}[model]
+    return _SECTIONS[model]
 
 
 def _cell(text: str) -> str:

@@ -27,6 +27,7 @@ from cryodask.store.project import Arrival, Project
 from cryodask.store.state import ProductRef, StepState
 from cryodask.tiers.policy import Storage
 from cryodask.web.app import create_app
+from cryodask.web.control import Starter
 from cryodask.web.login import Login, OwnLogin
 from cryodask.web.serving import _config
 from cryodask.web.sessions import Sessions
@@ -69,7 +70,7 @@ class Made:
             per_item=per_item,
             grids={"": self.grid if per_item else Grid({}, {})},
         )
-        kind = {"pick": "particles", "classify2d": "classes", "postprocess": "map"}.get(stage, "exposures")
+        kind = {"pick": "particles", "classify2d": "classes", "postprocess": "map", "refine3d": "map"}.get(stage, "exposures")
         product = ProductRef(type=kind, step=stage, output=kind, ids=place, place=place, threshold="auto" if stage == "pick" else None)
         step = StepState(stage=stage, key=key, params=params or {}, products={f"{kind}:{kind}": product})
         self.project.state.adopt(stage, step)
@@ -144,6 +145,15 @@ class Made:
         params = {"sharpening": sharpening}
         self._step("postprocess", tuple(given), per_item=False, key=key, params=params).commit_result(given)
         self.project.save()
+
+    def refine(self, size: int = 40, key: str = "a1") -> str:
+        """A map on which a mask can be chosen: two balls of other sizes, voxels of 3 A; returns its place."""
+        z, y, x = np.mgrid[:size, :size, :size] - size // 2
+        density = np.exp(-(z**2 + y**2 + (x + 8) ** 2) / 40) + np.exp(-(z**2 + (y - 4) ** 2 + (x - 9) ** 2) / 16)
+        given = {"final_map": density.astype(np.float32), "map_pixel_size_angstrom": 3.0}
+        self._step("refine3d", tuple(given), per_item=False, key=key).commit_result(given)
+        self.project.save()
+        return f"refine3d/{key}"
 
     def particles(self, count: int, label: str = "import_particles", **changed: Any) -> dict[str, np.ndarray]:
         """A step with particles: two groups in their columns, some values unknown; returns them."""
@@ -224,10 +234,16 @@ class Site:
 
 @contextlib.contextmanager
 def serving(
-    shown: Sessions, login: Login | None = None, *, cache: Path, prefix: str = "", storage: Storage | None = None
+    shown: Sessions,
+    login: Login | None = None,
+    *,
+    cache: Path,
+    prefix: str = "",
+    storage: Storage | None = None,
+    starter: Starter | None = None,
 ) -> Iterator[Site]:
     """A server in a thread of this process."""
-    app = create_app(shown, login or OwnLogin(TOKEN), prefix=prefix, cache=cache, storage=storage)
+    app = create_app(shown, login or OwnLogin(TOKEN), prefix=prefix, cache=cache, storage=storage, starter=starter)
     listening = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(_config(app))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)

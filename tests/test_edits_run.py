@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from _classified import CLASSIFIED
 from _told import Told
-from test_counts import here, made, renewed, run, session, write  # noqa: F401
+from test_counts import here, made, movie, renewed, run, session, write  # noqa: F401
 from typer.testing import CliRunner
 
 from cryodask.cli import app
@@ -23,6 +24,7 @@ from cryodask.interop.edited_picks import export_picks, import_edits
 from cryodask.run.events.status import status_sentence
 from cryodask.run.preview import preview
 from cryodask.run.recipe import make_plan
+from cryodask.run.watch import Until
 from cryodask.store.identity import birth_of, id_text
 from cryodask.store.project import Project
 
@@ -44,6 +46,12 @@ def particles(project: Project) -> dict[int, tuple[float, float]]:
             zip(table["position_y_angstrom"].values.tolist(), table["position_x_angstrom"].values.tolist()),
         )
     )
+
+
+def past(movies: Path) -> None:
+    """Movies that have been complete for a while."""
+    for path in movies.iterdir():
+        os.utime(path, (1, 1))
 
 
 def test_only_touched_exposures_run_again_and_ids_stay(tmp_path: Path, here: Any) -> None:  # noqa: F811
@@ -238,3 +246,83 @@ def test_star_files_there_and_back_and_the_command_line(tmp_path: Path, here: An
     again = export_picks(Board(folder / "toy"), tmp_path / "again")
     # the first line says when it was written
     assert [p.read_text().splitlines()[1:] for p in again] == [p.read_text().splitlines()[1:] for p in written]
+
+
+def test_a_mask_chosen_by_eye_and_a_map_that_is_computed_again(tmp_path: Path, here: Any) -> None:  # noqa: F811
+    folder = session(tmp_path, 4)
+    pipeline = [*CLASSIFIED[:-1], "toy_poses", "draw_mask", {"toy_postprocess": {"from": {"mask": "draw_mask"}}}]
+    told = Told()
+    project = run(folder, here, pipeline, listen=[told])
+    assert {"draw_mask: waits for a person", "toy_postprocess: waits for draw_mask"} <= set(told.said)
+    board, place = Board(folder / "toy"), project.step("toy_poses").place
+    assert board.maps() == {"toy_poses": place}
+
+    def edit(do: str, **more: Any) -> dict[str, Any]:
+        (one,) = board.take("masks", [{"id": new_id(), "n": board.masks.highest + 1, "do": do, "of": place, **more}], "anna")
+        return one
+
+    edit("set", name="threshold", value="none")
+    edit("set", name="edge_angstrom", value=2.0)
+    ball = edit("draw", stroke={"points": [[0.0, 0.0, 0.0]], "radius_angstrom": 2.0})
+    for wrong in ({"drawn": new_id()}, {"drawn": ball["id"], "of": "toy_poses/0123"}):
+        with pytest.raises(InputError, match=r"Nothing was drawn|has no map"):
+            edit("remove", **wrong)
+    assert "draw_mask" not in run(folder, here, pipeline)
+    result = CliRunner().invoke(app, ["edits", "freeze", str(folder / "toy"), "masks"])
+    assert "masks: 1 drawn stroke frozen as" in result.output
+    shown = CliRunner().invoke(app, ["edits", "show", str(folder / "toy")]).output
+    assert "masks      1 drawn stroke on toy_poses; runs use those frozen by" in shown
+    told = Told()
+    project = run(folder, here, pipeline, listen=[told])
+    assert any("draw_mask: 1 drawn stroke, frozen by " in line for line in told.said)
+    mask = np.asarray(project.generation("draw_mask").read(project.records("draw_mask")[0], "solvent_mask"))
+    n = mask.shape[0]
+    assert mask[n // 2, n // 2, n // 2] == 1.0
+    assert mask[0, 0, 0] == 0.0
+    assert "toy_postprocess" in project
+    # nothing is computed again, and what was recorded are the numbers
+    assert renewed(made(project), run(folder, here, pipeline)) == {}
+    recorded = project.generation("draw_mask").meta["params"]["strokes"]
+    assert recorded == [{"points": [[0.0, 0.0, 0.0]], "radius_angstrom": 2.0, "erase": False}]
+    # a mask belongs to one map: computed again in the same run, it has none yet
+    other = [*pipeline[:-3], {"toy_poses": {"number": 2}}, *pipeline[-2:]]
+    told = Told()
+    assert "draw_mask" not in run(folder, here, other, listen=[told])
+    assert "draw_mask: waits for a person" in told.said
+    # changed back, it is there
+    assert "toy_postprocess" in run(folder, here, pipeline) or "toy_postprocess" in run(folder, here, pipeline)
+
+
+def test_a_watched_session_goes_on_with_edits_while_it_runs(tmp_path: Path, here: Any) -> None:  # noqa: F811
+    """Frozen after four of eight movies: they are edited at once, and only the touched one is computed again; then the rest arrives."""
+    folder = session(tmp_path, 4)
+    steps: list[tuple[str, int]] = []
+    state: dict[str, Any] = {}
+
+    def act(event: Any) -> None:
+        project = folder / "toy"
+        if type(event).__name__ == "Counted" and not state.get("frozen") and event.done == 4:
+            board = state["board"] = Board(project)
+            state["before"] = made(board.project())
+            board.take("picks", [op(board, "remove", 2, pick=board.edited(2)[0].pick)], "anna")
+            freeze(board.picks, "anna")
+            state["frozen"] = True
+        elif type(event).__name__ == "StepStarted" and state.get("frozen") and not state.get("seen"):
+            state["seen"] = True
+            for number in range(4, 8):
+                movie(folder, number)
+            past(folder / "movies")
+
+    def hear(event: Any) -> None:
+        if type(event).__name__ == "StepFinished":
+            steps.append((event.result, event.done or 0))
+
+    past(folder / "movies")
+    told = Told()
+    after = run(folder, here, EDITED, watch=Until(movies=8), listen=[told, hear, act])
+    assert "new decisions were frozen during the run; it goes on with them" in told.said
+    first, second = "4 micrographs done so far", "8 micrographs done, 3 of them from before"
+    assert steps == [(first, 4), (second, 8), ("8 micrographs done", 8)]
+    again = {key for key, when in made(after).items() if state["before"].get(key, when) != when}
+    assert again == {("edit_picks", "m002")}
+    assert len(particles(after)) == 23

@@ -12,7 +12,8 @@ import xarray as xr
 
 from cryodask.errors import InputError
 from cryodask.kernels.fsc import corrected_fsc, fsc, half_radius, resolution_at, shell_resolutions
-from cryodask.kernels.masking import density_threshold, low_pass, otsu_threshold, soft_mask
+from cryodask.kernels.masking import low_pass
+from cryodask.kernels.regions import density_threshold, otsu_threshold, soft_mask
 from cryodask.stages.mask import MaskParams, mask
 from cryodask.stages.postprocess import PostprocessParams, draw, postprocess
 

@@ -21,8 +21,9 @@ from cryodask.web.sessions import Sessions
 
 pytestmark = pytest.mark.heavy
 
-PAGES = ["", "s/session/", "s/session/maps", "s/session/history", "s/session/data", "s/session/people", "cluster", "admin/", "account"]
-CHOSEN = ["s/session/pick/0", "s/session/classes", "s/session/choose", "s/session/particles"]
+PAGES = ["", "s/session/", "s/session/maps?step=postprocess", "s/session/history", "s/session/data", "s/session/people"]
+PAGES += ["cluster", "admin/", "account"]
+CHOSEN = ["s/session/pick/0", "s/session/classes", "s/session/choose", "s/session/particles", "s/session/mask"]
 PAGES += CHOSEN
 PAGES += ["s/session/history?first=postprocess%40k1&second=postprocess%40k2", "nothing/here"]
 DRAWN = "document.body.dataset.sequence > 0 && document.getElementById('d-name').textContent !== 'No exposure chosen'"
@@ -40,6 +41,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     made = make_project(folder / "session", 6)
     made.finish(key="k2", sharpening=-120.0)
     made.particles(500)
+    made.refine()
     with serving(Sessions({"": [folder / "session"]}, Ledger(folder / "audit")), cache=folder / "cache") as site:
         yield site
 
@@ -110,7 +112,7 @@ def test_every_page_is_drawn_without_errors_under_its_own_policy(walked, path):
     one.open(path)
     if path == "s/session/":
         one.until(DRAWN)
-    if path.endswith("maps"):
+    if "/maps" in path:
         one.until("document.getElementById('surface').dataset.triangles > 100")
         one.until("document.querySelectorAll('#fsc .uplot').length === 1")
     if "first=" in path:
@@ -251,6 +253,7 @@ def test_exposures_appear_as_they_are_committed(browser, tmp_path):
 
 def test_a_project_that_vanishes_or_changes_its_format_is_said_on_the_open_page(browser, tmp_path):
     with site_of(tmp_path) as (site, made), tab(browser, site) as one:
+        made.refine()
         one.open("s/session/").until(DRAWN)
         place = made.project.path / "project.json"
         content = place.read_text()
@@ -259,7 +262,10 @@ def test_a_project_that_vanishes_or_changes_its_format_is_said_on_the_open_page(
         shutil.move(made.project.path, tmp_path / "aside")
         one.until("!document.getElementById('problem').classList.contains('hidden')")
         assert one.text("c-done") == "3"
-        for path in ("maps", "history", "exposure/0", "map/postprocess", "thumbnail/0.jpg", "quarantine", ""):
+        for path in (
+            *("maps", "history", "exposure/0", "map/postprocess", "thumbnail/0.jpg", "quarantine", ""),
+            *("mask", "mask/refine3d", "mask/refine3d/volume", "mask/refine3d/surface?of=map", "control"),
+        ):
             status, _, body = site.ask(f"/s/session/{path}")
             assert status in {200, 404, 409}, (path, status)
             assert body
@@ -293,10 +299,17 @@ EVIL += ["</title><svg onload=window.pwned=1>"]
 
 def test_names_and_messages_are_never_read_as_html(browser, tmp_path):
     folder = tmp_path / EVIL[0].replace("/", "")
-    make_project(folder, names=[name.replace("/", "_") for name in EVIL])
+    make_project(folder, names=[name.replace("/", "_") for name in EVIL]).refine()
     with serving(Sessions({EVIL[1]: [folder]}, Ledger(tmp_path / "audit")), cache=tmp_path / "cache") as site, tab(browser, site) as one:
         (session,) = site.json("/api/v1/sessions")
-        for path in ("", f"s/{session['id']}/", f"s/{session['id']}/maps", f"s/{session['id']}/history", "admin/"):
+        for path in (
+            "",
+            f"s/{session['id']}/",
+            f"s/{session['id']}/maps",
+            f"s/{session['id']}/mask",
+            f"s/{session['id']}/history",
+            "admin/",
+        ):
             one.open(path)
             if path.endswith(f"{session['id']}/"):
                 one.until(DRAWN)
@@ -316,10 +329,14 @@ def test_pages_work_behind_a_prefix(browser, tmp_path, prefix):
         assert one.page.url.endswith(f"{prefix}/")
         one.page.click("tbody th a")
         one.until(DRAWN)
+        made.refine()
         made.commit(3)
         one.until("document.getElementById('c-done').textContent === '4'")
         one.page.click("text=Maps")
         one.until("document.getElementById('surface').dataset.triangles > 100")
+        one.page.click("text=Choose a mask")
+        one.until("+document.getElementById('surface').dataset.veil > 50")
+        one.until("document.getElementById('section-2').naturalWidth === 40")
         assert one.wrong == []
 
 

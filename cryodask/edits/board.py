@@ -1,4 +1,4 @@
-"""What people edit: the exposures, picks and classes of a project, and whether an operation fits them. Knows nothing of the web."""
+"""What people edit: the exposures, picks, classes and masks of a project, and whether an operation fits them. Knows nothing of the web."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import numpy as np
 import yaml
 
 from cryodask.edits.log import OperationLog
+from cryodask.edits.masks import drawn
 from cryodask.edits.operations import read_operations
 from cryodask.edits.picks import Pick, edited
-from cryodask.errors import InputError
+from cryodask.errors import InputError, StoreError
 from cryodask.store.generation import Generation
 from cryodask.store.identity import id_text
 from cryodask.store.lines import Record
@@ -66,6 +67,7 @@ class Board:
         self.picks = OperationLog(self.folder, "picks")
         self.classes = OperationLog(self.folder, "classes")
         self.exposures = OperationLog(self.folder, "exposures")
+        self.masks = OperationLog(self.folder, "masks")
         self._lock = threading.RLock()
         self._project: Project | None = None
 
@@ -76,9 +78,9 @@ class Board:
         ------
         InputError
         """
-        found = {"picks": self.picks, "classes": self.classes, "exposures": self.exposures}.get(kind)
+        found = {"picks": self.picks, "classes": self.classes, "exposures": self.exposures, "masks": self.masks}.get(kind)
         if found is None:
-            raise InputError(f"{kind!r} cannot be edited.", "", "the kinds are picks, classes, exposures")
+            raise InputError(f"{kind!r} cannot be edited.", "", "the kinds are picks, classes, exposures, masks")
         return found
 
     def project(self) -> Project:
@@ -207,6 +209,11 @@ class Board:
         place = known.get(of, of) if of else next(iter(known.values()), "")
         return (place, self.project().generation_at(place)) if place in known.values() else ("", None)
 
+    def maps(self) -> dict[str, str]:
+        """Steps with a map on which people can choose a mask, the last one first, and the place of their current result."""
+        project = self.project()
+        return {label: project.step(label).place for label in reversed(project.stages) if _has_map(project.generation(label))}
+
     def is_used(self, stage: str = "edit_picks") -> bool:
         """Whether the pipeline, as it was last run, has a step that applies edits of a kind: not one that the project file decides."""
         try:
@@ -243,6 +250,8 @@ class Board:
             self._check_picks(operations)
         elif kind == "classes":
             self._check_classes(operations)
+        elif kind == "masks":
+            self._check_masks(operations)
         else:
             known = {item.row for item in self.project().items()}
             for one in operations:
@@ -278,6 +287,20 @@ class Board:
                         "place the pick on the micrograph",
                     )
 
+    def _check_masks(self, operations: Sequence[Record]) -> None:
+        project = self.project()
+        for of in {one["of"] for one in operations}:
+            try:
+                there = _has_map(project.generation_at(of))
+            except (KeyError, StoreError):
+                there = False
+            if not there:
+                raise InputError(f"{project.name} has no map {of}.", "it was removed, or belongs to another project", "reload the page")
+            known = drawn(self.masks.of_row(0), of) | {one["id"] for one in operations if one["of"] == of and one["do"] == "draw"}
+            for one in operations:
+                if one["of"] == of and one.get("drawn") is not None and one["drawn"] not in known:
+                    raise InputError(f"Nothing was drawn as {one['drawn']} on {of}.", "it was drawn on another map", "reload the page")
+
     def _check_classes(self, operations: Sequence[Record]) -> None:
         project = self.project()
         for of in {one["of"] for one in operations}:
@@ -292,3 +315,11 @@ class Board:
             for one in operations:
                 if one["of"] == of and one["row"] > count:
                     raise InputError(f"There is no class {one['row']}: {of} has {count}.", "", "reload the page")
+
+
+def _has_map(generation: Generation) -> bool:
+    """Whether a result is a map with a known voxel size."""
+    if generation.meta["per_item"] or not {"final_map", "map_pixel_size_angstrom"} <= set(generation.meta["gives"]):
+        return False
+    record = generation.committed().get(0)
+    return record is not None and "final_map" in record["shards"]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cryodask.edits.choices import current
 from cryodask.edits.log import FROZEN_ROW, OperationLog
+from cryodask.edits.masks import recipe
 from cryodask.edits.operations import KINDS, new_id
 from cryodask.edits.picks import edits_of
 from cryodask.errors import InputError, StoreError
@@ -18,7 +20,9 @@ from cryodask.store.files import disk_errors, write_atomically
 
 @dataclass(frozen=True)
 class Frozen:
-    """A frozen state. ``of``: the classification that chosen classes belong to. ``time``: seconds since 1970, for display only."""
+    """A frozen state. ``of``: the classification that chosen classes belong to, or the map of a mask.
+    ``time``: seconds since 1970, for display only.
+    """
 
     kind: str
     digest: str
@@ -47,6 +51,8 @@ def state_of(log: OperationLog, of: str = "") -> dict[str, Any]:
     if log.kind == "picks":
         edits = {str(row): edits_of(log.of_row(row)) for row in log.rows()}
         return {row: some for row, some in edits.items() if some}
+    if log.kind == "masks":
+        return recipe(log.of_row(0), of)
     wanted = {"classes": "keep", "exposures": "leave_out"}[log.kind]
     values = current(one for row in log.rows() for one in log.of_row(row))
     return {str(row): found.value for (place, row, name), found in values.items() if (place, name) == (of, wanted)}
@@ -61,7 +67,7 @@ def freeze(log: OperationLog, who: str, of: str = "") -> Frozen:
     who : str
         Who decides.
     of : str
-        For classes: the classification, ``STAGE/KEY``.
+        For classes: the classification, ``STAGE/KEY``; for masks: the map.
 
     Returns
     -------
@@ -129,15 +135,22 @@ def latest(log: OperationLog, of: str = "") -> Frozen | None:
     return Frozen(log.kind, line["hash"], line["who"], line["time"], json.loads(text)["content"], of)
 
 
-def stamp(project: str | Path) -> dict[tuple[str, str], str]:
-    """Digests of all states that runs use now, by kind and classification; they change when somebody freezes another state."""
-    out: dict[tuple[str, str], str] = {}
-    for kind in KINDS:
-        if (Path(project) / "edits" / kind).is_dir():
-            log = OperationLog(project, kind)
-            log.look()
-            out |= {(kind, str(line["of"])): str(line["hash"]) for line in log.of_row(FROZEN_ROW)}
-    return out
+class Stamps:
+    """Digests of the states that runs use, read incrementally."""
+
+    def __init__(self, project: str | Path) -> None:
+        self._project = Path(project)
+        self._logs: dict[str, OperationLog] = {}
+
+    def now(self, kinds: Iterable[str] = tuple(KINDS)) -> dict[tuple[str, str], str]:
+        """Digests by kind, and by classification or map; they change when somebody freezes another state."""
+        out: dict[tuple[str, str], str] = {}
+        for kind in kinds:
+            if (self._project / "edits" / kind).is_dir():
+                log = self._logs.setdefault(kind, OperationLog(self._project, kind))
+                log.look()
+                out |= {(kind, str(line["of"])): str(line["hash"]) for line in log.of_row(FROZEN_ROW)}
+        return out
 
 
 def _path(project: Path, kind: str, digest: str) -> Path:

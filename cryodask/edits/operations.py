@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from cryodask.documents import StrictModel
+from cryodask.edits.masks import MaskNumber, Stroke, Threshold
 from cryodask.errors import InputError
 from cryodask.store.identity import MOST_ROWS
 from cryodask.store.lines import Record
@@ -17,6 +18,9 @@ MOST_AT_ONCE = 1000
 """Number of operations that are taken together."""
 MOST_COUNTED = 1 << 50
 """Counters are exact numbers in every browser."""
+
+PLACE = r"^[A-Za-z_][A-Za-z0-9_.]*/[0-9a-f]+$"
+"""STAGE/KEY"""
 
 OperationId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Coordinate = Annotated[float, Field(ge=0.0, le=1e6)]
@@ -55,7 +59,7 @@ class ClassOperation(Operation):
 
     do: Literal["set", "unset"]
     row: int = Field(ge=1, description="number of the class, from 1")
-    of: str = Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.]*/[0-9a-f]+$", description="the classification: STAGE/KEY")
+    of: str = Field(pattern=PLACE, description="the classification: STAGE/KEY")
     name: Literal["keep"] = "keep"
     value: str = Field("", max_length=200, description="the reason")
 
@@ -77,7 +81,34 @@ class ExposureOperation(Operation):
         return self
 
 
-KINDS: dict[str, type[Operation]] = {"picks": PickOperation, "classes": ClassOperation, "exposures": ExposureOperation}
+class MaskOperation(Operation):
+    """Set a number of the mask of a map, draw into it, or take a drawn stroke back. A mask belongs to one map."""
+
+    do: Literal["set", "draw", "remove", "restore"]
+    row: Literal[0] = 0
+    of: str = Field(pattern=PLACE, description="the map: STAGE/KEY")
+    name: str | None = Field(None, description="threshold, lowpass_angstrom, extend_angstrom or edge_angstrom")
+    value: Threshold | None = Field(None, description="a number; also auto or none for the threshold")
+    stroke: Stroke | None = None
+    drawn: OperationId | None = Field(None, description="the operation that drew what is removed or restored")
+
+    @model_validator(mode="after")
+    def _complete(self) -> MaskOperation:
+        has = {field for field in ("name", "value", "stroke", "drawn") if getattr(self, field) is not None}
+        wanted = {"set": {"name", "value"}, "draw": {"stroke"}}.get(self.do, {"drawn"})
+        if has != wanted:
+            raise ValueError(f"{self.do} needs {' and '.join(sorted(wanted))}, and nothing else")
+        if self.do == "set":
+            MaskNumber.model_validate({"name": self.name, "value": self.value})
+        return self
+
+
+KINDS: dict[str, type[Operation]] = {
+    "picks": PickOperation,
+    "classes": ClassOperation,
+    "exposures": ExposureOperation,
+    "masks": MaskOperation,
+}
 
 
 def new_id() -> str:
@@ -91,7 +122,7 @@ def read_operations(kind: str, given: Any) -> list[Record]:
     Parameters
     ----------
     kind : str
-        ``picks``, ``classes`` or ``exposures``.
+        ``picks``, ``classes``, ``exposures`` or ``masks``.
     given : list of dict
 
     Returns

@@ -1,4 +1,4 @@
-"""A soft mask around a molecule: low-pass, threshold, remove small regions, extend, soften."""
+"""The low-pass filter of maps, and the mask with which a refinement flattens the solvent. Masks themselves: see regions.py."""
 
 from __future__ import annotations
 
@@ -24,23 +24,6 @@ def low_pass(volume: Tensor, pixel_size_angstrom: float, resolution_angstrom: fl
 def low_pass_factor(radius: Tensor, cut_shell: float, edge_shells: float = 2.0) -> Tensor:
     """1 below ``cut_shell``, 0 above, a raised cosine of width ``edge_shells`` between."""
     return 0.5 + 0.5 * torch.cos(math.pi * ((radius - cut_shell + edge_shells / 2) / edge_shells).clamp(0.0, 1.0))
-
-
-def density_threshold(volume: np.ndarray) -> float:
-    """Density threshold between molecule and solvent, for a low-pass filtered map `(z, y, x)`.
-
-    The larger of 30 % of the density inside the molecule (median above Otsu's threshold) and 4 standard deviations of the solvent
-    (from the median absolute deviation over the inscribed sphere, most of which is solvent). The first applies to good maps, where ripples
-    around the molecule exceed the noise; the second to noisy ones.
-    """
-    n = volume.shape[0]
-    x = np.arange(n) - n // 2
-    inside = (x * x)[:, None, None] + (x * x)[None, :, None] + x * x <= (n / 2) ** 2
-    values = volume[inside].astype(np.float64)
-    solvent = float(np.median(values))
-    deviation = 1.4826 * float(np.median(np.abs(values - solvent)))
-    molecule = float(np.median(values[values > otsu_threshold(values)]))
-    return solvent + max(0.3 * (molecule - solvent), 4.0 * deviation)
 
 
 def own_solvent_mask(volume: Tensor, pixel_size_angstrom: float, rings: int) -> Tensor:
@@ -78,49 +61,3 @@ def _linear_weights(n: int, m: int, device: str) -> Tensor:
     weights[rows, low] = (1.0 - (place - low)).float()
     weights[rows, (low + 1).clamp(max=m - 1)] += (place - low).float()
     return weights
-
-
-def otsu_threshold(values: np.ndarray, bins: int = 512) -> float:
-    """Threshold that separates ``values`` into two classes of least variance (Otsu 1979); their maximum if all are equal."""
-    counts, edges = np.histogram(values, bins)
-    centres = 0.5 * (edges[1:] + edges[:-1])
-    below = np.cumsum(counts)
-    above = below[-1] - below
-    sums = np.cumsum(counts * centres)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        between = below * above * (sums / below - (sums[-1] - sums) / above) ** 2
-    best = int(np.nan_to_num(between).argmax())
-    # strictly less than the maximum wherever two classes exist, so that the upper class is never empty
-    return float(edges[best + 1]) if edges[-1] > edges[0] and best + 1 < bins else float(np.nextafter(values.max(), -np.inf))
-
-
-def soft_mask(
-    volume: np.ndarray,
-    threshold: float,
-    *,
-    pixel_size_angstrom: float,
-    extend_angstrom: float,
-    edge_angstrom: float,
-    smallest_share: float = 0.05,
-) -> np.ndarray:
-    """Soft mask of the region above ``threshold`` in a map `(z, y, x)`, float32 from 0 to 1; all zero if there is none.
-
-    Parameters
-    ----------
-    extend_angstrom : float
-        Distance by which the thresholded region grows.
-    edge_angstrom : float
-        Width of the raised cosine outside it.
-    smallest_share : float
-        Regions smaller than this fraction of the largest are dropped.
-    """
-    labels, count = ndimage.label(volume > threshold)
-    if not count:
-        return np.zeros(volume.shape, np.float32)
-    sizes = np.bincount(labels.reshape(-1))
-    sizes[0] = 0
-    core = (sizes >= smallest_share * sizes.max())[labels]
-    distance = ndimage.distance_transform_edt(~core) * pixel_size_angstrom
-    # with no edge the ramp becomes a step
-    ramp = np.clip((distance - extend_angstrom) / max(edge_angstrom, 1e-6), 0.0, 1.0)
-    return (0.5 + 0.5 * np.cos(np.pi * ramp)).astype(np.float32)

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 import numpy as np
 
 from cryodask.edits.frozen import Frozen, frozen
+from cryodask.edits.masks import Stroke
 from cryodask.errors import ProjectFileError
 from cryodask.run.graph.chain import is_pinned, label_of
 from cryodask.run.graph.choices import chosen_classes
@@ -31,7 +32,8 @@ def with_decisions(plan: Plan, project: Project) -> tuple[Plan, list[str]]:
     """The plan with the decisions that people have frozen by eye, and a sentence about each.
 
     ``select_classes`` without numbers keeps the classes that were chosen from its current classification, every ``select_exposures``
-    leaves out excluded exposures, and ``edit_picks`` without a file no longer waits.
+    leaves out excluded exposures, ``edit_picks`` without a file no longer waits, and ``draw_mask`` without parameters makes
+    the mask that was chosen on its current map.
     """
     said: list[str] = []
     picks, excluded = frozen(project.path, "picks"), frozen(project.path, "exposures")
@@ -47,6 +49,9 @@ def with_decisions(plan: Plan, project: Project) -> tuple[Plan, list[str]]:
         elif step.stage.name == "select_classes" and not step.params.keep and (chosen := _chosen(plan, project, step)) is not None:
             update["keep"] = tuple(sorted(chosen.numbers))
             said.append(f"{step.label}: keeps classes {', '.join(map(str, sorted(chosen.numbers)))}{_by(chosen)}")
+        elif step.stage.name == "draw_mask" and not decided(step) and (mask := _drawn(plan, project, step)) is not None:
+            update |= {**mask.content, "strokes": tuple(Stroke.model_validate(one) for one in mask.content["strokes"])}
+            said.append(f"{step.label}: {_several(len(mask.content['strokes']), 'drawn stroke')}{_by(mask)}")
         steps.append(replace(step, params=step.params.model_copy(update=update)) if update else step)
     return replace(plan, graph=replace(plan.graph, steps=tuple(steps))), said
 
@@ -65,6 +70,23 @@ def _chosen(plan: Plan, project: Project, step: Step) -> Frozen | None:
         choice = Choice(values=sorted(chosen.numbers), place=place, stage="select_classes", part="class2d", label=label)
         project.state.choices[choice.subject] = choice
     return chosen
+
+
+def still_decided(undecided: Plan, project: Project, step: Step) -> bool:
+    """Whether the mask of a step was chosen on the map that is current now: it may have been recomputed since the step was planned."""
+    before = undecided.graph.step(step.label)
+    if step.stage.name != "draw_mask" or decided(before):
+        return True
+    now, _ = with_decisions(replace(undecided, graph=replace(undecided.graph, steps=(before,))), project)
+    return bool(now.steps[0].params == step.params)
+
+
+def _drawn(plan: Plan, project: Project, step: Step) -> Frozen | None:
+    """The mask that was frozen for the current map of a step."""
+    ref = step.inputs["map"][0].parts["final"]
+    if not is_pinned(ref) and label_of(ref) not in project.state.steps:
+        return None
+    return frozen(project.path, "masks", Refer(plan, project.state).place(ref))
 
 
 def _by(decision: Frozen) -> str:

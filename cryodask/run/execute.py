@@ -10,7 +10,7 @@ from typing import Any
 
 from distributed import Client
 
-from cryodask.edits.frozen import stamp
+from cryodask.edits.frozen import Stamps
 from cryodask.errors import InputError
 from cryodask.run import gains, sources
 from cryodask.run.acceptance import messages_of_picks
@@ -19,7 +19,7 @@ from cryodask.run.blocks import iterate_on_workers
 from cryodask.run.chain import Chain
 from cryodask.run.chains import ChainMaker, Target
 from cryodask.run.data_sets import data_sets, keep_former
-from cryodask.run.decisions import FOR_A_PERSON, check_choice, waiting, with_decisions
+from cryodask.run.decisions import FOR_A_PERSON, check_choice, still_decided, waiting, with_decisions
 from cryodask.run.events import Events, ExposureArrived, Iteration, Stalled, StepFinished, StepStarted
 from cryodask.run.events.reports import Reports
 from cryodask.run.events.tally import Tally
@@ -49,6 +49,10 @@ from cryodask.store.generation import Generation
 from cryodask.store.history import generation_folders
 from cryodask.store.places import finish
 from cryodask.store.project import Arrival, Item, Project
+
+_GOES_ON = "new decisions were frozen during the run; it goes on with them"
+_LIVE_KINDS = ("picks", "exposures")
+"""Edits of single exposures, which a watched session applies while it runs."""
 
 
 @dataclass
@@ -84,17 +88,19 @@ class Execution:
             self.items = self.project.items()
             self._register(self.arrivals.in_other_sets())
             self._register(self.arrivals.first())
-        undecided = self.plan
+        undecided, self.stamps = self.plan, Stamps(self.project.path)
         while True:
-            before = stamp(self.project.path)
-            self._run_decided(undecided)
-            if stamp(self.project.path) == before:
+            before = self.stamps.now()
+            if not self._run_decided(undecided):
+                continue
+            if self.stamps.now() == before:
                 break
-            self.events.say("new decisions were frozen during the run; it goes on with them")
+            self.events.say(_GOES_ON)
             self.arrivals = None
 
-    def _run_decided(self, undecided: Plan) -> None:
-        """Run the steps whose decisions are made."""
+    def _run_decided(self, undecided: Plan) -> bool:
+        """Run the steps whose decisions are made; False if people have decided something that changes those already planned."""
+        self.decided_live, self.redecided = self.stamps.now(_LIVE_KINDS), False
         self.plan, said = with_decisions(undecided, self.project)
         state = self.project.state
         state.runs += 1
@@ -113,9 +119,14 @@ class Execution:
             self.stop.check()
             if group[0].stage.shape == "map":
                 self._run_map(group)
-            else:
+            elif still_decided(undecided, self.project, group[0]):
                 self._run_single(group[0])
+            else:
+                self.redecided = True
+            if self.redecided:
+                break
         self.project.save()
+        return not self.redecided
 
     def _begin(self, name: str, steps: list[Step], total: int | None = None, kept: int = 0) -> None:
         self.step, self._began = name, time.monotonic()
@@ -206,6 +217,10 @@ class Execution:
         if self.arrivals is not None and "movie" in steps[0].stage.gives:
             self._map_items(chain, self._live(maker, steps, chain, todo, self.arrivals), self.items)
             items = self.items
+            if self.redecided:
+                last = [bool(record["ok"]) for record in self.project.records(steps[-1].label).values()]
+                self._end(steps, f"{sum(last)} micrographs done so far", done=sum(last), quarantined=chain.quarantined(items))
+                return
             todo = chain.unfinished(self._register(self.arrivals.changed()))  # files that were rewritten meanwhile
         if todo:
             self._drop_dependents([s.label for s in steps])
@@ -299,12 +314,19 @@ class Execution:
         self.stop.check()
 
     def _live(self, maker: ChainMaker, steps: list[Step], chain: Chain, todo: list[Item], arrivals: Arrivals) -> Iterator[Item | None]:
-        """Items of a watched session as their files become complete, newest first; None while there is nothing new."""
+        """Items of a watched session as their files become complete, newest first; None while there is nothing new.
+
+        It ends early when people freeze edits that some of these steps apply; the session then goes on with them.
+        """
         made = self._made_before(steps) if todo else set()
         backlog = Backlog([i for i in todo if i.row not in made], [i for i in todo if i.row in made])
         data_sets = {item.data_set for item in self.items}
         while True:
             if arrivals.due:
+                if self.stamps.now(_LIVE_KINDS) != self.decided_live:
+                    self.events.say(_GOES_ON)
+                    self.redecided = True
+                    return
                 new = chain.unfinished(self._register(arrivals.poll()))
                 if new:
                     self._drop_dependents([link.label for link in chain.links])

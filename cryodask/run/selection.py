@@ -54,6 +54,16 @@ class Wanted:
     lane: str | None = None
 
     @property
+    def words(self) -> tuple[str, ...]:
+        """The options of the command line that are given again when the run is started again; without cluster and lane."""
+        words: list[str] = ["--watch"] if self.watch is not None else []
+        if self.watch is not None and self.watch.idle_seconds is not None:
+            words += ["--until-idle", f"{self.watch.idle_seconds / 60:g}"]
+        if self.watch is not None and self.watch.movies is not None:
+            words += ["--until-movies", str(self.watch.movies)]
+        return (*words, *(("--until", self.until) if self.until else ()), *(("--workers", str(self.workers)) if self.workers else ()))
+
+    @property
     def asked(self) -> Asked:
         """The options for cluster, workers and lane."""
         return Asked(self.cluster, self.workers, self.lane)

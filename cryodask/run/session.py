@@ -28,7 +28,8 @@ from cryodask.run.events.status import StatusFile
 from cryodask.run.execute import Execution
 from cryodask.run.recipe import Plan, broken_links, list_movies, make_plan
 from cryodask.run.selection import Wanted
-from cryodask.run.stopping import Stop
+from cryodask.run.started import Started
+from cryodask.run.stopping import Stop, forget
 from cryodask.store.files import disk_errors, write_atomically
 from cryodask.store.project import Project
 from cryodask.version import VERSION
@@ -107,6 +108,8 @@ def _driving(plan: Plan, wanted: Wanted, events: Events) -> Iterator[Project]:
         with disk_errors(project.path):
             write_atomically(project.path / "project.yaml", plan.path.read_bytes())
         folder = project.path
+        forget(folder)
+        _started(plan, wanted).write(folder)
         events.join(EventLog(folder, events.run), StatusFile(folder), LogFile(folder, events.run))
         events.emit(
             RunStarted,
@@ -123,6 +126,16 @@ def _driving(plan: Plan, wanted: Wanted, events: Events) -> Iterator[Project]:
             events.end(error)  # while this process still holds the lock
             raise
         events.end(None)
+
+
+def _started(plan: Plan, wanted: Wanted) -> Started:
+    """How to start this run again: a cluster that has a name or a file is asked for again, a scheduler that has an address is not."""
+    cluster = wanted.cluster
+    if cluster and ("://" in cluster or not Path(cluster).suffix):
+        cluster = None if "://" in cluster else cluster
+    elif cluster:
+        cluster = str(Path(cluster).absolute())
+    return Started(plan.path, wanted.words, wanted.watch is not None, cluster, wanted.lane)
 
 
 @contextmanager

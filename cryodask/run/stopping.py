@@ -1,4 +1,7 @@
-"""Stopping a run with Ctrl-C or a file called ``stop`` in the results: items in flight are finished, nothing new is started."""
+"""Stopping a run with Ctrl-C or a file called ``stop`` in the results: items in flight are finished, nothing new is started.
+
+A file called ``end`` ends a watched session: no further movies are taken, and the later steps run.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,14 @@ from types import FrameType
 
 from cryodask.errors import Stopped
 
-STOP_FILE = "stop"
+STOP_FILE, END_FILE = "stop", "end"
 _LOOK_SECONDS = 0.5
+
+
+def forget(folder: Path) -> None:
+    """Remove what was asked of an earlier run; before anybody can see that this one runs, and ask something of it."""
+    for name in (STOP_FILE, END_FILE):
+        (folder / name).unlink(missing_ok=True)
 
 
 class Stop:
@@ -23,8 +32,7 @@ class Stop:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._file = folder / STOP_FILE
-        self._file.unlink(missing_ok=True)  # left from an earlier run
+        self._file, self._end = folder / STOP_FILE, folder / END_FILE
         self._by, self._looked = "", float("-inf")
 
     @property
@@ -37,6 +45,11 @@ class Stop:
                 self._file.unlink(missing_ok=True)
                 self._by = "the file stop"
         return bool(self._by)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the end of a watched session was requested; the file stays until the next run."""
+        return self._end.exists()
 
     def check(self) -> None:
         """Raise if a stop was requested.

@@ -187,6 +187,9 @@ class Arrivals:
     def _is_over(self) -> bool:
         if self._stop is not None and self._stop.asked:
             return True
+        if self._stop is not None and self._stop.ended:
+            self.say("the session was ended by a person")
+            return True
         if self.until.movies is not None and len(self._taken) >= self.until.movies:
             self.say(f"{len(self._taken)} movies have arrived: the session is over")
             return True

@@ -13,8 +13,9 @@ from cryodask.errors import InputError
 from cryodask.kernels.fourier import resize_map, soft_sphere
 from cryodask.kernels.fsc import fsc
 from cryodask.kernels.known_poses import Posed
-from cryodask.kernels.masking import density_threshold, low_pass
+from cryodask.kernels.masking import low_pass
 from cryodask.kernels.orientations import euler_to_matrix
+from cryodask.kernels.regions import density_threshold
 from cryodask.kernels.resampling import resample_map
 from cryodask.kernels.rows import image_rows
 from cryodask.stage import Context, ParticleBlock, ParticleSet, State

@@ -43,7 +43,8 @@ def mask(params: MaskParams, *, half_map: np.ndarray, map_pixel_size_angstrom: f
     """
     import torch
 
-    from cryodask.kernels.masking import density_threshold, low_pass, soft_mask
+    from cryodask.kernels.masking import low_pass
+    from cryodask.kernels.regions import density_threshold, soft_mask
 
     check_half_maps(half_map)
     pixel = float(map_pixel_size_angstrom)
@@ -65,6 +66,11 @@ def mask(params: MaskParams, *, half_map: np.ndarray, map_pixel_size_angstrom: f
 @mask.figures
 def draw(ds: xr.Dataset) -> Iterator[Picture]:
     """Central sections of the mask."""
+    yield sections(ds, "Central sections of the soft mask, made from the mean of both half-maps.")
+
+
+def sections(ds: xr.Dataset, caption: str) -> Picture:
+    """Central sections of a mask, with the share of the box that it fills."""
     from matplotlib.figure import Figure
 
     volume = ds["solvent_mask"].values
@@ -75,6 +81,4 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
         axes.set_title(f"section across {name}", fontsize=9)
         axes.set_axis_off()
     share = 100.0 * float(volume.mean())
-    yield Picture(
-        "Mask", f"Central sections of the soft mask, made from the mean of both half-maps. It fills {share:.1f} % of the box.", figure
-    )
+    return Picture("Mask", f"{caption} It fills {share:.1f} % of the box.", figure)

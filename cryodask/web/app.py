@@ -19,14 +19,31 @@ from cryodask.account import cache_folder
 from cryodask.errors import CryodaskError, InputError, ProjectFileError, StoreError
 from cryodask.tiers.policy import Storage
 from cryodask.version import VERSION
+from cryodask.web.control import Starter
 from cryodask.web.gate import Gate
 from cryodask.web.login import Login
 from cryodask.web.pages import page, root_of
 from cryodask.web.pictures import Cache, Pictures
-from cryodask.web.routes import account, admin, api, classes, cluster, data, events, exposures, history, maps, particles, picking, sessions
+from cryodask.web.routes import (
+    account,
+    admin,
+    api,
+    classes,
+    cluster,
+    control,
+    data,
+    events,
+    exposures,
+    history,
+    maps,
+    masks,
+    particles,
+    picking,
+    sessions,
+)
 from cryodask.web.sessions import Sessions
 
-_ROUTERS = (account, sessions, events, exposures, picking, classes, particles, maps, history, data, cluster, admin, api)
+_ROUTERS = (account, sessions, control, events, exposures, picking, classes, particles, maps, masks, history, data, cluster, admin, api)
 _THREADS = 8
 _SAID = {
     401: "Log in first.",
@@ -37,7 +54,15 @@ _SAID = {
 }
 
 
-def create_app(shown: Sessions, login: Login, *, prefix: str = "", cache: Path | None = None, storage: Storage | None = None) -> Gate:
+def create_app(
+    shown: Sessions,
+    login: Login,
+    *,
+    prefix: str = "",
+    cache: Path | None = None,
+    storage: Storage | None = None,
+    starter: Starter | None = None,
+) -> Gate:
     """The ASGI application of a server.
 
     Parameters
@@ -52,6 +77,8 @@ def create_app(shown: Sessions, login: Login, *, prefix: str = "", cache: Path |
         Folder on a local disk for pictures; by default in the account's cache.
     storage : Storage, optional
         How long data are kept.
+    starter : Starter, optional
+        Starts the runs of sessions; by default none are started.
     """
 
     @asynccontextmanager
@@ -70,6 +97,7 @@ def create_app(shown: Sessions, login: Login, *, prefix: str = "", cache: Path |
     app.state.sessions, app.state.login, app.state.storage = shown, login, storage or Storage()
     app.state.pictures = Pictures(Cache(cache or cache_folder() / "pictures"))
     app.state.boards, app.state.levels = {}, Cache((cache or cache_folder()) / "levels")
+    app.state.starter = starter or Starter(None, strict=True)
     app.mount("/static", StaticFiles(directory=Path(__file__).parent / "static"), name="static")
     for module in _ROUTERS:
         app.include_router(module.router)

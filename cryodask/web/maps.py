@@ -7,6 +7,7 @@ import io
 import json
 import struct
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,8 +62,9 @@ def described(step: MapStep) -> dict[str, Any]:
         for name, value in columns.items()
         if name in VARIABLES and not VARIABLES[name].dims and isinstance(value, int | float) and not isinstance(value, bool)
     }
-    shape = step.record.get("shape") or _shape(step)
+    shape = shape_of(step)
     out: dict[str, Any] = {"step": step.label, "variable": step.variable, "shape": list(shape), "figures": figures, "fsc": None}
+    out["mask"] = {"final_map", "map_pixel_size_angstrom"} <= set(step.generation.meta["gives"])
     if "fsc_corrected" in columns:
         resolution = np.asarray(step.generation.read(step.record, "shell_resolution_angstrom"), dtype=np.float64)
         with np.errstate(divide="ignore"):
@@ -79,23 +81,34 @@ def section(cache: Cache, step: MapStep, axis: int, share: float) -> bytes:
 
 
 def surface(cache: Cache, step: MapStep, sigmas: float) -> bytes:
-    """Isosurface of a map at some standard deviations above its mean, but never above 90 % of the highest density.
+    """Isosurface of a map at some standard deviations above its mean; see :func:`level_of` and :func:`surface_at`."""
+    small = _small(cache, step)
+    return surface_at(small, level_of(small, sigmas))
+
+
+def level_of(volume: np.ndarray, sigmas: float) -> float:
+    """Density at some standard deviations above the mean, but never above 90 % of the highest."""
+    mean = float(volume.mean())
+    return min(mean + sigmas * float(volume.std()), mean + 0.9 * (float(volume.max()) - mean))
+
+
+def surface_at(small: np.ndarray, level: float) -> bytes:
+    """Isosurface at a density, as a script reads it.
 
     A little-endian u4, the length of the JSON head (``vertices``, ``triangles``, ``size``) that follows, padded so that the arrays begin at
-    a multiple of 4 bytes; then (x, y, z) of the vertices, from the centre of the map (f4), and the triangles (u4).
+    a multiple of 4 bytes; then (x, y, z) of the vertices in voxels from the centre of the map (f4), and the triangles (u4).
     """
-    small = _small(cache, step)
-    mean = float(small.mean())
-    level = min(mean + sigmas * float(small.std()), mean + 0.9 * (float(small.max()) - mean))
-    longest = max(small.shape)
+    longest, whole, step = max(small.shape), np.array(small.shape[::-1], np.float32), 1
     while True:
         vertices, triangles = isosurface(small, level)
         if len(triangles) <= MOST_TRIANGLES or longest < 24:
             break
         longest = int(longest * 0.8)
+        step *= -(-max(small.shape) // longest)
         small = reduced(small, longest)
-    centred = vertices[:, ::-1] - (np.array(small.shape[::-1], np.float32) - 1) / 2
-    head = json.dumps({"vertices": len(vertices), "triangles": len(triangles), "size": max(small.shape)}).encode()
+    # surfaces of the same map fit each other, however many voxels were averaged
+    centred = (vertices[:, ::-1] + 0.5) * step - whole / 2
+    head = json.dumps({"vertices": len(vertices), "triangles": len(triangles), "size": int(whole.max())}).encode()
     head += b" " * (-(len(head) + 4) % 4)
     return b"".join([struct.pack("<I", len(head)), head, centred.astype("<f4").tobytes(), triangles.astype("<u4").tobytes()])
 
@@ -155,7 +168,8 @@ def _small(cache: Cache, step: MapStep) -> np.ndarray:
     return np.asarray(_kept(cache, step, "small", lambda volume: reduced(volume, LONGEST_SURFACE_VOXELS)))
 
 
-def _kept(cache: Cache, step: MapStep, kind: str, make: Any) -> np.ndarray:
+def _kept(cache: Cache, step: MapStep, kind: str, make: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """What is made from a map once, not in memory but mapped from the cache."""
     place = f"{step.generation.path}|{step.record['shards'][step.variable]}"
     name = f"{hashlib.blake2b(place.encode(), digest_size=8).hexdigest()}-{kind}.npy"
     with _ONE_AT_A_TIME:
@@ -177,7 +191,8 @@ def _greys(values: np.ndarray, low: float, high: float) -> np.ndarray:
     return np.asarray(np.nan_to_num(scaled, copy=False).astype(np.uint8))
 
 
-def _shape(step: MapStep) -> tuple[int, ...]:
+def shape_of(step: MapStep) -> tuple[int, ...]:
+    """Voxels of a map in z, y and x."""
     from cryodask.store.shards import Layout
 
     return Layout.of_array(step.generation.path / step.variable).shape

@@ -15,6 +15,7 @@ from cryodask.account import state_folder
 from cryodask.errors import InputError
 from cryodask.tiers.policy import read_storage
 from cryodask.web.app import create_app
+from cryodask.web.control import HERE, Starter
 from cryodask.web.directory import Directory
 from cryodask.web.gate import Gate
 from cryodask.web.ledger import Ledger
@@ -43,7 +44,7 @@ def serve_own(folders: list[Path], *, port: int, token: str | None, prefix: str 
     token = token or secrets.token_urlsafe(24)
     listening = _listen("127.0.0.1", port)
     shown = Sessions({"": folders}, Ledger(state_folder() / "dashboard", private=True))
-    app = create_app(shown, OwnLogin(token), prefix=prefix)
+    app = create_app(shown, OwnLogin(token), prefix=prefix, starter=Starter(HERE, strict=False))
     say(f"http://127.0.0.1:{listening.getsockname()[1]}{prefix}/?token={token}")
     _run(_config(app), listening)
 
@@ -64,7 +65,7 @@ def serve_facility(path: Path, *, say: Callable[[str], None] = print) -> None:
     login = FacilityLogin(settings.login, directory, _secret(state / "cookie-secret"), listen.proxies)
     shown = Sessions(settings.folders, Ledger(state / "audit", private=True))
     listening = _listen(listen.host, listen.port)
-    app = create_app(shown, login, prefix=listen.prefix, storage=read_storage(path))
+    app = create_app(shown, login, prefix=listen.prefix, storage=read_storage(path), starter=Starter(settings.start, strict=True))
     kind = "http" if listen.certificate is None else "https"
     say(f"{kind}://{listen.host}:{listening.getsockname()[1]}{listen.prefix}/")
     _run(_config(app, listen.certificate, listen.key), listening)

@@ -73,6 +73,11 @@ class FacilitySettings(_Section):
     login: LoginSettings = LoginSettings()
     admins: list[str] = Field(default_factory=list, description="people who administer the facility, whatever the administration page says")
     state: Path | None = Field(default=None, description="folder for people, tokens and audit; by default in the account's state")
+    start: str | None = Field(
+        default=None,
+        description="where sessions are run that people start from their pages: 'here', in processes on this machine, or the name or file "
+        "of a cluster, as its jobs; by default none are started",
+    )
     storage: dict[str, Any] = Field(default_factory=dict, description="retention by category: see docs/storage.md")
 
     @model_validator(mode="after")

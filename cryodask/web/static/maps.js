@@ -16,6 +16,8 @@ if ($("step")) {
   const load = async () => {
     const found = await attempt(() => get(at()));
     if (!found) return;
+    $("to-mask").classList.toggle("hidden", !found.mask);
+    $("to-mask").href = `mask?step=${encodeURIComponent(found.step)}`;
     $("about").textContent = `${found.shape.join(" x ")} voxels`;
     $("figures").tBodies[0].replaceChildren(...Object.entries(found.figures).map(([name, text]) =>
       element("tr", {}, element("th", { scope: "row", text: name }), element("td", { class: "n", text }))));

@@ -1,6 +1,7 @@
 // The page of a session: counters, trends, exposures, quarantine; kept up to date while it is open.
 import { attempt, ask, element, follow, get, post, toast } from "./common.js";
 import { Columns } from "./columns.js";
+import { Control } from "./control.js";
 import { show } from "./exposure.js";
 import { Gallery } from "./gallery.js";
 import { byRow } from "./remarks.js";
@@ -11,6 +12,7 @@ const $ = (id) => document.getElementById(id);
 const columns = new Columns();
 const trends = new Trends($("trends"), columns, SHOWN, { onRange: redraw, onPoint: choose });
 const gallery = new Gallery(columns, trends, choose);
+const control = new Control();
 let quarantined = -1, stamp = "";
 
 function redraw() {
@@ -93,6 +95,7 @@ await attempt(pull);
 follow("events", {
   changed: (now) => {
     count(now);
+    control.look();
     if (now.quarantined !== quarantined) {
       quarantined = now.quarantined;
       listQuarantine();

@@ -2,10 +2,11 @@
 import { ask } from "./common.js";
 
 const FAR = -1e9;
-const INK = [110, 190, 225];
+const INK = [110, 190, 225], VEIL = [240, 160, 70];
 
 export class Surface {
   #mesh = null;
+  #veil = null;
   #turn = [1, 0, 0, 0, 1, 0, 0, 0, 1];
   #zoom = 1;
   #waiting = false;
@@ -37,15 +38,18 @@ export class Surface {
     });
   }
 
-  async load(address) {
+  /** The surface that is shown from now on; a veil is drawn over it, and lets it be seen through. */
+  async load(address, veil = false) {
     const buffer = await (await ask(address)).arrayBuffer();
     const length = new DataView(buffer).getUint32(0, true);
     const head = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length)));
     const vertices = new Float32Array(buffer, 4 + length, 3 * head.vertices);
     const triangles = new Uint32Array(buffer, 4 + length + vertices.byteLength, 3 * head.triangles);
     const reach = Math.sqrt(longest(vertices)) || head.size / 2;
-    this.#mesh = { vertices, triangles, normals: normals(vertices, triangles), reach };
-    this.canvas.dataset.triangles = head.triangles;
+    const mesh = { vertices, triangles, normals: normals(vertices, triangles), reach, ink: veil ? VEIL : INK };
+    if (veil) this.#veil = mesh;
+    else this.#mesh = mesh;
+    this.canvas.dataset[veil ? "veil" : "triangles"] = head.triangles;
     this.draw();
   }
 
@@ -62,7 +66,7 @@ export class Surface {
   }
 
   draw() {
-    if (this.#waiting || !this.#mesh) return;
+    if (this.#waiting || !(this.#mesh || this.#veil)) return;
     this.#waiting = true;
     requestAnimationFrame(() => {
       this.#waiting = false;
@@ -72,8 +76,16 @@ export class Surface {
 
   #paint() {
     const { width, height } = this.canvas, context = this.canvas.getContext("2d"), picture = context.createImageData(width, height);
-    const { vertices, triangles, normals: facing, reach } = this.#mesh, m = this.#turn, count = vertices.length / 3;
-    const scale = (Math.min(width, height) / (2 * reach)) * 0.92 * this.#zoom;
+    const reach = Math.max(this.#mesh?.reach || 0, this.#veil?.reach || 0), scale = (Math.min(width, height) / (2 * reach)) * 0.92 * this.#zoom;
+    const nearest = new Float32Array(width * height).fill(FAR);
+    if (this.#mesh) this.#shade(this.#mesh, scale, picture, nearest, () => true);
+    // every other pixel, with a depth of its own: what lies behind is seen between them
+    if (this.#veil) this.#shade(this.#veil, scale, picture, new Float32Array(width * height).fill(FAR), (x, y, z) => (x + y) % 2 === 0 && z > nearest[y * width + x]);
+    context.putImageData(picture, 0, 0);
+  }
+
+  #shade({ vertices, triangles, normals: facing, ink }, scale, picture, nearest, covers) {
+    const { width, height } = picture, m = this.#turn, count = vertices.length / 3;
     const xs = new Float32Array(count), ys = new Float32Array(count), depth = new Float32Array(count), light = new Float32Array(count);
     for (let i = 0, k = 0; i < count; i++, k += 3) {
       const x = vertices[k], y = vertices[k + 1], z = vertices[k + 2];
@@ -84,7 +96,7 @@ export class Surface {
       const right = m[0] * nx + m[1] * ny + m[2] * nz, up = m[3] * nx + m[4] * ny + m[5] * nz, near = m[6] * nx + m[7] * ny + m[8] * nz;
       light[i] = Math.min(1, 0.28 + 0.72 * Math.max(0, 0.75 * near + 0.45 * up - 0.35 * right));
     }
-    const nearest = new Float32Array(width * height).fill(FAR), pixels = picture.data;
+    const pixels = picture.data;
     for (let t = 0; t < triangles.length; t += 3) {
       const a = triangles[t], b = triangles[t + 1], c = triangles[t + 2];
       const area = (xs[b] - xs[a]) * (ys[c] - ys[a]) - (xs[c] - xs[a]) * (ys[b] - ys[a]);
@@ -97,16 +109,13 @@ export class Surface {
         const w = 1 - u - v;
         if (u < 0 || v < 0 || w < 0) continue;
         const z = u * depth[a] + v * depth[b] + w * depth[c], at = y * width + x;
-        if (z <= nearest[at]) continue;
+        if (z <= nearest[at] || !covers(x, y, z)) continue;
         nearest[at] = z;
         const shade = u * light[a] + v * light[b] + w * light[c];
-        pixels[4 * at] = INK[0] * shade;
-        pixels[4 * at + 1] = INK[1] * shade;
-        pixels[4 * at + 2] = INK[2] * shade;
+        for (let c = 0; c < 3; c++) pixels[4 * at + c] = ink[c] * shade;
         pixels[4 * at + 3] = 255;
       }
     }
-    context.putImageData(picture, 0, 0);
   }
 }
 
