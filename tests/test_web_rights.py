@@ -141,7 +141,7 @@ MAY: dict[str, set[str | Right]] = {
     "viewer": {OPEN, PERSON, BROWSER, Right.see},
     "member": {OPEN, PERSON, BROWSER, Right.see, Right.edit},
     "pi": {OPEN, PERSON, BROWSER, Right.see, Right.edit, Right.manage},
-    "operator": {OPEN, PERSON, BROWSER, Right.see, Right.edit, Right.manage},
+    "operator": {OPEN, PERSON, BROWSER, Right.see, Right.edit, Right.manage, Right.operate},
     "admin": {OPEN, PERSON, BROWSER, ADMIN, *Right},
     "token read": {OPEN, PERSON, Right.see},
     "token edit": {OPEN, PERSON, Right.see, Right.edit},
