@@ -152,7 +152,7 @@ def climb(
         else:
             out = tuple(values[lot] for values in found)
             kernels.search(
-                volume.numpy(), volume.shape[2] - 1, some.numpy(), numbers.numpy(), radius, weight[group].numpy(),
+                torch.view_as_real(volume).reshape(-1).numpy(), volume.shape[2] - 1, some.numpy(), numbers.numpy(), radius, weight[group].numpy(),
                 *(t.numpy() for t in begin), float(images.box), np.array(rings), np.array(most), np.array(steps), least_gain, nats, prior,
                 np.array(operators, np.float64), *(t.numpy() for t in out),
             )  # fmt: skip
