@@ -319,7 +319,8 @@ def search(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Climb from ``starts[i]`` candidates of each particle, ring limit by ring limit; the best ``most`` of a limit go on to the next.
 
-    ``volume`` is flat, with real and imaginary parts in turn. ``out_score`` is the log posterior of a mode, ``out_evidence`` the same minus half the log determinant of its Hessian (Laplace),
+    ``volume`` is flat, with real and imaginary parts in turn.
+    ``out_score`` is the log posterior of a mode, ``out_evidence`` the same minus half the log determinant of its Hessian (Laplace),
     ``out_factor`` the Cholesky factor of minus the Hessian. A step that is expected to gain less than ``least`` is the last one.
     """
     ctf = np.empty((2 * radius + 1, radius + 1), _F)

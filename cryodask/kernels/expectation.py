@@ -279,7 +279,7 @@ def log_likelihoods(
 
 
 def likelihoods(scores: Tensor, top: Tensor) -> Tensor:
-    """``exp(scores - top)`` in place; what is smaller than e^-80 of the best is e^-80, because denormal results take fourteen times as long."""
+    """``exp(scores - top)`` in place; what is smaller than e^-80 of the best is e^-80: denormal results take fourteen times as long."""
     return scores.sub_(top).clamp_(min=-80.0).exp_()
 
 
@@ -288,7 +288,7 @@ def draw_poses(scores: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor
 
     Also returns the log-likelihood summed over all poses, `(n,)`. ``uniforms`` `(n, draw)` are numbers in [0, 1).
     """
-    n, angles, _, views = scores.shape
+    angles, views = scores.shape[1], scores.shape[3]
     top = scores.amax((1, 2, 3))
     p = likelihoods(scores, top[:, None, None, None]).flatten(2)
     groups = p.sum(1).double().cumsum(1)

@@ -134,6 +134,7 @@ def climb(
     rings, most, steps = ([getattr(level, name) for level in levels] for name in ("ring", "most", "steps"))
     prior = 1.0 / sigma_px**2
     kernels = _kernels(images)
+    flat = None if kernels is None else torch.view_as_real(volume).reshape(-1).numpy()
     n, device = len(rows), rows.device
     found = (
         torch.eye(3, device=device).repeat(n, modes, 1, 1), torch.zeros(n, modes, 2, device=device),
@@ -152,7 +153,7 @@ def climb(
         else:
             out = tuple(values[lot] for values in found)
             kernels.search(
-                torch.view_as_real(volume).reshape(-1).numpy(), volume.shape[2] - 1, some.numpy(), numbers.numpy(), radius, weight[group].numpy(),
+                flat, volume.shape[2] - 1, some.numpy(), numbers.numpy(), radius, weight[group].numpy(),
                 *(t.numpy() for t in begin), float(images.box), np.array(rings), np.array(most), np.array(steps), least_gain, nats, prior,
                 np.array(operators, np.float64), *(t.numpy() for t in out),
             )  # fmt: skip

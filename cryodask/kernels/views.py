@@ -118,7 +118,9 @@ def _posteriors(
             children = bank.place[(parents[:, :, None] * 4 + torch.arange(4, device=device)).reshape(len(lot), -1)]
         for some in torch.arange(len(lot), device=device).split(together):
             own = whole if whole is not None else bank.table[children[some]].permute(0, 2, 3, 1)
-            offsets, phases = (views.offsets[likely[some]], bank.phases[likely[some]]) if kept < len(nearest) else (views.offsets, bank.phases)
+            offsets, phases = views.offsets, bank.phases
+            if kept < len(nearest):
+                offsets, phases = offsets[likely[some]], phases[likely[some]]
             yield lot[some], score(lot[some], own, bank, offsets, phases), children[some], about[lot[some], None] + offsets
 
 
