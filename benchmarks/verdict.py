@@ -3,7 +3,7 @@
     python benchmarks/verdict.py [--groups nothing,symmetry,harder,honesty] [--minutes 60] [--out verdict.jsonl]
 
 Each row is a run of c1.py in a process of its own, appended to a file of JSON lines under benchmarks/out as it ends; what is there already
-is not run again, so that an interrupted benchmark goes on. Rows of all groups take turns, so that any number of them is a fair sample.
+is not run again, so that an interrupted benchmark goes on; what failed is. Rows of all groups take turns, so that any number of them is a fair sample.
 
 nothing    the five asymmetric molecules from nothing, three seeds each
 symmetry   O, D2, C4 and C7 from nothing, two seeds each
@@ -117,8 +117,9 @@ def main() -> None:
             if time.monotonic() - began > 60.0 * a.minutes:
                 continue
             done[arguments] = measured(arguments)
-            with open(kept, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"arguments": arguments, "row": done[arguments]}) + "\n")
+            if "failed" not in done[arguments]:
+                with open(kept, "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"arguments": arguments, "row": done[arguments]}) + "\n")
         print(shown(arguments, done[arguments]), flush=True)
     rows = {arguments: done[arguments] for arguments in wanted if arguments in done}
     ended = {arguments: row for arguments, row in rows.items() if "failed" not in row}
