@@ -3,7 +3,8 @@
     python benchmarks/verdict.py [--groups nothing,symmetry,harder,honesty] [--minutes 60] [--out verdict.jsonl]
 
 Each row is a run of c1.py in a process of its own, appended to a file of JSON lines under benchmarks/out as it ends; what is there already
-is not run again, so that an interrupted benchmark goes on; what failed is. Rows of all groups take turns, so that any number of them is a fair sample.
+is not run again, so that an interrupted benchmark goes on; what failed is. Rows of all groups take turns, so that any number of them is a
+fair sample.
 
 nothing    the five asymmetric molecules from nothing, three seeds each
 symmetry   O, D2, C4 and C7 from nothing, two seeds each
