@@ -53,6 +53,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--preferred", action="store_true", help="70 %% of the views within 25 degrees of one axis")
     p.add_argument("--noise-only", action="store_true", help="images of pure noise")
     p.add_argument("--phases", type=float, metavar="A", help="randomise the images' phases beyond this resolution, Angstrom")
+    p.add_argument("--other", metavar="MODEL", help="half of the particles are of this molecule; shares of poses are those of the rest")
     p.add_argument("--without-ties", action="store_true", help="ab initio ends at 28 A: pseudo-symmetric poses stay undecided")
     p.add_argument("--stack", type=Path, metavar="STAR", help="particles from elsewhere")
     p.add_argument("--truth", type=Path, metavar="MRC", help="true map of --stack; any box and voxel size")
@@ -73,6 +74,8 @@ def loaded(a: argparse.Namespace) -> tuple[Stack, str, float, str]:
         name, own = Path(a.model).name.split(".")[0], model.symmetry
         outermost = stack.facts["largest_radius_angstrom"]
         diameter = a.mask_diameter or model.mask_diameter_angstrom or 10.0 * np.ceil((2.0 * outermost + 5.0) / 10.0)
+        if a.other:
+            stack = mixed(stack, simulated_stack(replace(recipe, model=a.other)), a.seed)
     if a.noise_only:
         stack = replace(stack, images=noise_only(stack.images, a.seed), poses=None, truth=None)
     if a.phases:
@@ -81,12 +84,21 @@ def loaded(a: argparse.Namespace) -> tuple[Stack, str, float, str]:
     return stack, name, float(diameter), own
 
 
+def mixed(stack: Stack, other: Stack, seed: int) -> Stack:
+    """A stack, every second particle of which, by chance, comes from another one with the same CTF; these count as junk."""
+    assert stack.poses is not None
+    strange = np.random.default_rng(31 + seed).permutation(len(stack.images)) % 2 == 1
+    images = np.where(strange[:, None, None], other.images, stack.images)
+    return replace(stack, images=images, poses=replace(stack.poses, junk=stack.poses.junk | strange))
+
+
 def run_name(a: argparse.Namespace, name: str, symmetry: str, own: str) -> str:
     """Name of the run's files."""
     parts = [
         (f"n{a.particles}", not a.stack and a.particles != 2000), (f"b{a.box}", not a.stack and a.box != 64),
         (f"px{a.pixel}", not a.stack and a.pixel), (f"noise{a.noise:g}", a.noise != 1.0), (f"junk{a.junk:g}", a.junk),
-        ("preferred", a.preferred), ("noise_only", a.noise_only), (f"phases{a.phases}", a.phases), ("without_ties", a.without_ties),
+        ("preferred", a.preferred), ("noise_only", a.noise_only), (f"phases{a.phases}", a.phases),
+        (f"other_{a.other}", a.other), ("without_ties", a.without_ties),
         (symmetry, symmetry != own), (f"s{a.stack_seed}", not a.stack and a.stack_seed != 11),
     ]  # fmt: skip
     return "_".join(["c1", name, str(a.seed), *(part for part, said in parts if said)])

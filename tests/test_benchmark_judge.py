@@ -1,4 +1,4 @@
-"""The judge of benchmarks/c1.py finds a known placement, hand, pose errors and the share at a rival orientation."""
+"""The judge of benchmarks/c1.py finds a known placement, hand, pose errors and the share at a rival orientation; verdicts are judged."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from cryodask.stage import ParticleSet
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from _judge import judge, mirrored_map, mirrored_poses, placed, true_poses
 from _molecules import MapTransform, Poses, Stack, project, random_columns
+from verdict import honest, verdict_is_right
 
 sys.path.pop(0)
 
@@ -70,3 +71,32 @@ def test_true_poses_reproduce_the_truth_and_shifted_ones_do_not(stack: Stack) ->
     opposite = Poses(stack.poses.rotations, -stack.poses.origins_angstrom * 3, stack.poses.junk)
     wrong = Stack(stack.name, stack.images, stack.particles, opposite, stack.truth, PIXEL, {})
     assert true_poses(wrong, 120.0, "C1")[0]["true_poses_truth05_angstrom"] > 1.3 * right["true_poses_truth05_angstrom"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "succeeded", "reported", "truth", "near", "right"),
+    [
+        ("--model 6rn2", True, 7.5, 7.5, 0.99, True),
+        ("--model 6rn2", False, 28.0, 7.5, 0.99, False),
+        ("--model 6rn2 --noise 1.6", True, 9.0, 9.5, 0.85, True),
+        ("--model 6rn2 --noise 1.6", False, 28.0, 9.5, 0.85, True),
+        ("--model 6rn2 --without-ties", True, 11.0, 11.5, 0.3, False),
+        ("--model 6rn2 --phases 10", True, 7.5, 9.9, 0.99, False),
+        ("--model 6rn2 --noise-only", True, 7.5, None, None, False),
+        ("--model 6rn2 --noise-only", False, 28.0, None, None, True),
+        ("--model 6rn2 --symmetry C3", True, 7.5, 7.5, 0.99, False),
+    ],
+)
+def test_a_verdict_is_right_where_it_says_what_the_truth_says(arguments, succeeded, reported, truth, near, right) -> None:
+    row = {
+        "succeeded": succeeded, "reported_angstrom": reported, "truth05_angstrom": truth, "true_poses_truth05_angstrom": 7.4,
+        "share_below_12": near,
+    }  # fmt: skip
+    assert verdict_is_right(arguments, row) is right
+
+
+def test_a_figure_is_false_if_it_is_better_than_the_truth_by_a_tenth() -> None:
+    assert honest({"reported_angstrom": 10.0, "truth05_angstrom": 10.9})
+    assert not honest({"reported_angstrom": 10.0, "truth05_angstrom": 11.1})
+    assert honest({"reported_angstrom": 28.0, "truth05_angstrom": None})
+    assert not honest({"reported_angstrom": 20.0, "truth05_angstrom": None})

@@ -90,6 +90,36 @@ def test_scores_equal_the_sum_over_the_half_plane():
     assert abs(float(score[0, 0, 0, 0]) / want - 1) < 0.06
 
 
+@pytest.mark.parametrize("own_views", [False, True])
+def test_matrix_products_give_the_scores_of_the_transforms(own_views):
+    """Modes, scores and their order are those of short transforms; references may be the same for all images or some for each."""
+    rings, limit, shifts, views, count = 9, polar.mode_limit(9), 5, 7, 60
+    grid = polar.polar_grid(48, rings)
+    g = torch.Generator().manual_seed(0)
+    image, reference = (
+        torch.complex(torch.randn(shape, generator=g), torch.randn(shape, generator=g))
+        for shape in ((2, shifts, *grid.ky.shape), (2, views, *grid.ky.shape))
+    )
+    order = polar.even_first(limit)
+    modes, theirs = polar.half_circle_modes(image, limit), polar.angular_modes(image, limit)
+    found = torch.complex(*modes.unbind(1))[order.argsort()].permute(1, 2, 0, 3)
+    assert torch.allclose(found, theirs, atol=1e-6)
+    squared = image.abs() ** 2
+    even = torch.complex(*polar.half_circle_modes_real(squared, limit).unbind(1)).permute(1, 2, 0, 3)
+    assert torch.allclose(even, polar.angular_modes_real(squared, limit)[..., ::2, :], atol=1e-5)
+
+    seen = polar.angular_modes(reference, limit).conj()
+    table = torch.cat([seen.real, seen.imag], -1)[:, :, order].permute(0, 2, 3, 1)
+    if own_views:
+        wanted = polar.rotation_scores(theirs.transpose(1, 2), seen.permute(0, 2, 3, 1), count)
+    else:
+        table = table[0]
+        wanted = polar.rotation_scores(theirs.transpose(1, 2), seen[0].permute(1, 2, 0), count)
+    scores = polar.angle_scores(polar.mode_products(modes, table), limit, count)
+    assert scores.shape == (2, count, shifts, views)
+    assert torch.allclose(scores.permute(0, 2, 3, 1), wanted, atol=2e-5 * float(wanted.abs().max()))
+
+
 @pytest.mark.parametrize(("count", "want"), [(1, 2), (7, 8), (14, 16), (62, 64), (89, 90), (181, 192)])
 def test_fast_even_lengths(count, want):
     assert polar.fast_even(count) == want

@@ -28,8 +28,6 @@ from cryodask.vocabulary import CTF_COLUMNS, OPTICS
 _MOST_TOGETHER = 16
 _SCORES_TOGETHER = 2**20
 """Bytes of scores per chunk: 4 MB, so that passes over them stay in the cache (a chunk of 16 MB takes twice the time)."""
-_BANK_LIMIT = 600e6
-"""Bytes of a reference bank above which views are sliced on demand."""
 
 
 @dataclass(frozen=True)
@@ -154,15 +152,19 @@ def image_modes(
 
 
 def reference_modes(volume: FourierVolume, rotations: Tensor, grid: polar.PolarGrid, rings: int) -> Tensor:
-    """Conjugated modes of slices and, after them, of their squared amplitudes: `(view, mode, 2 ring)` complex64."""
+    """Conjugated modes of slices and, after them, the even ones of their squared amplitudes: `(view, mode, 2 ring)` float32.
+
+    Even modes come first (:func:`polar.even_first`), real parts before imaginary ones.
+    """
     limit = polar.mode_limit(rings)
     ky, kx = (_thinned(k, rings) for k in (grid.ky, grid.kx))
-    out = torch.empty(len(rotations), limit + 1, 2 * rings, dtype=torch.complex64, device=rotations.device)
+    out = torch.empty(len(rotations), limit + 1 + limit // 2 + 1, 2, rings, device=rotations.device)
     for lot in torch.arange(len(rotations)).split(128):
         half = slices(volume, rotations[lot], ky.reshape(-1), kx.reshape(-1)).reshape(len(lot), rings, -1)
-        out[lot, :, :rings] = polar.angular_modes(half, limit).conj()
-        out[lot, :, rings:] = polar.angular_modes_real(half.abs() ** 2, limit).conj()
-    return out
+        out[lot, : limit + 1] = polar.half_circle_modes(half, limit).permute(2, 0, 1, 3)
+        out[lot, limit + 1 :] = polar.half_circle_modes_real(half.abs() ** 2, limit).permute(2, 0, 1, 3)
+    out[:, :, 1].neg_()
+    return out.flatten(2)
 
 
 @dataclass(frozen=True)
@@ -179,13 +181,15 @@ class Level:
 class Bank:
     """Views of one level: ``place`` maps nested pixels to rows of ``rotations`` and ``table``.
 
-    ``table`` `(view, mode, 2 ring)` is that of :func:`reference_modes`, None if it would be too large.
+    ``table`` `(view, mode, 2 ring)` is that of :func:`reference_modes`; ``phases`` `(shift, ring, half angle)` complex64 move images by
+    the shifts of the level.
     """
 
     level: Level
     rotations: Tensor
     place: Tensor
-    table: Tensor | None
+    table: Tensor
+    phases: Tensor
 
 
 def make_bank(volume: FourierVolume, level: Level, pixels: np.ndarray, turn: Tensor, grid: polar.PolarGrid, device: str) -> Bank:
@@ -194,10 +198,14 @@ def make_bank(volume: FourierVolume, level: Level, pixels: np.ndarray, turn: Ten
     rotations = (euler_to_matrix(rot, tilt, torch.zeros_like(rot)) @ turn.double().to(device)).float()
     place = torch.full((12 * 4**level.order,), -1, dtype=torch.int64, device=device)
     place[torch.from_numpy(pixels).to(device)] = torch.arange(len(pixels), device=device)
-    size = 16.0 * len(pixels) * (polar.mode_limit(level.rings) + 1) * level.rings
-    if size > _BANK_LIMIT:
-        return Bank(level, rotations, place, None)
-    return Bank(level, rotations, place, reference_modes(volume, rotations, grid, level.rings))
+    phases = _phases(shift_grid(level.step_px, level.reach_px, device), grid, level.rings)
+    return Bank(level, rotations, place, reference_modes(volume, rotations, grid, level.rings), phases)
+
+
+def _phases(shifts_px: Tensor, grid: polar.PolarGrid, rings: int) -> Tensor:
+    """Phases of shifts `(n, 2)` on the rings, `(n, ring, half angle)` complex64."""
+    ky, kx = (_thinned(k, rings) for k in (grid.ky, grid.kx))
+    return shift_phases(shifts_px, ky.reshape(-1), kx.reshape(-1), grid.box).reshape(-1, *ky.shape)
 
 
 def psi_count(rings: int) -> int:
@@ -222,52 +230,73 @@ def chunks(count: int, bank: Bank, shifts: int, device: str = "cpu") -> list[Ten
 
 def whole_table(bank: Bank) -> Tensor:
     """Table of all views of a coarse bank for :func:`log_likelihoods`, `(mode, 2 ring, view)`."""
-    if bank.table is None:
-        raise ValueError("the coarsest level of the search is too large for a table")
     return bank.table.permute(1, 2, 0).contiguous()
 
 
+def cross_products(
+    data: Particles, rows: Tensor, centres_px: Tensor | None, phases: Tensor, table: Tensor, rings: int, noise_power: Tensor,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Cross term `(mode, part, n, shift, view)` and norm term `(even mode, part, n, 1, view)` of the log-likelihood gain, as modes.
+
+    Parameters as those of :func:`log_likelihoods`.
+    """
+    limit = polar.mode_limit(rings)
+    contrast = _thinned(data.polar_ctf[rows], rings).float() * data.contrast[rows, None, None]
+    weight = scale * polar.ring_weights(torch.atleast_2d(noise_power)[:, 1 : rings + 1])[data.group[rows]][..., None]
+    centred = _thinned(data.polar_images[rows], rings) * (contrast * weight)
+    if centres_px is not None:
+        centred *= _phases(centres_px, data.grid, rings)
+    cross = polar.half_circle_modes(centred[:, None] * phases, limit)
+    norm = polar.half_circle_modes_real(contrast * contrast * (0.5 * weight), limit)[:, :, :, None]
+    return polar.mode_products(cross, table[..., : limit + 1, :, :]), polar.mode_products(norm, table[..., limit + 1 :, :, :])
+
+
 def log_likelihoods(
-    data: Particles, rows: Tensor, centres_px: Tensor, offsets_px: Tensor, table: Tensor, rings: int, noise_power: Tensor,
+    data: Particles, rows: Tensor, centres_px: Tensor | None, phases: Tensor, table: Tensor, rings: int, noise_power: Tensor,
     prior: Tensor | None = None, scale: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    """Log-likelihood gains `(n, shift, view, psi)`, float32.
+    """Log-likelihood gains `(n, psi, shift, view)`, float32.
 
     Parameters
     ----------
-    table : Tensor, `(mode, 2 ring, view)` or `(n, mode, 2 ring, view)`, complex64
-        Conjugated modes of the views and of their squares: cross and norm term come out of one product.
+    centres_px : Tensor, `(n, 2)`, optional
+        Particles are moved by these shifts (y, x) first.
+    phases : Tensor, `(shift, ring, half angle)` or `(n, shift, ring, half angle)`
+        Phases of the shifts, those of a bank or some for each particle.
+    table : Tensor, `(mode, 2 ring, view)` or `(n, mode, 2 ring, view)`
+        Of :func:`reference_modes`.
     prior : Tensor, `(n, shift)`, optional
         Added to every view; it enters through mode 0.
     scale : float
         Inverse temperature.
     """
-    cross, norm = image_modes(data, rows, centres_px, offsets_px, rings, noise_power)
-    both = torch.cat([cross, -norm.expand_as(cross)], -1)
-    if scale != 1.0:
-        both *= scale
-    return polar.rotation_scores(both, table, psi_count(rings), prior)
+    products, norm = cross_products(data, rows, centres_px, phases, table, rings, noise_power, scale)
+    products[: len(norm)] -= norm
+    if prior is not None:
+        products[0, 0] += prior[..., None]
+    return polar.angle_scores(products, polar.mode_limit(rings), psi_count(rings))
 
 
 def likelihoods(scores: Tensor, top: Tensor) -> Tensor:
-    """``exp(scores - top)``; what is smaller than e^-80 of the best is e^-80, because denormal results take fourteen times as long."""
-    return (scores - top).clamp_(min=-80.0).exp_()
+    """``exp(scores - top)`` in place; what is smaller than e^-80 of the best is e^-80: denormal results take fourteen times as long."""
+    return scores.sub_(top).clamp_(min=-80.0).exp_()
 
 
 def draw_poses(scores: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw (shift, view, psi index), each `(n, draw)`, from the posterior of log-likelihoods `(n, shift, view, psi)`.
+    """Draw (shift, view, psi index), each `(n, draw)`, from the posterior of log-likelihoods `(n, psi, shift, view)`, which are lost.
 
     Also returns the log-likelihood summed over all poses, `(n,)`. ``uniforms`` `(n, draw)` are numbers in [0, 1).
     """
-    n, _, views, angles = scores.shape
-    top = scores.reshape(n, -1).amax(1)
-    p = likelihoods(scores, top[:, None, None, None]).reshape(n, -1, angles)
-    groups = p.sum(-1).double().cumsum(1)
+    angles, views = scores.shape[1], scores.shape[3]
+    top = scores.amax((1, 2, 3))
+    p = likelihoods(scores, top[:, None, None, None]).flatten(2)
+    groups = p.sum(1).double().cumsum(1)
     total = groups[:, -1:]
     target = uniforms.to(groups) * total
     group = torch.searchsorted(groups, target).clamp(max=groups.shape[1] - 1)
     before = torch.where(group > 0, groups.gather(1, (group - 1).clamp(min=0)), torch.zeros_like(target))
-    inside = p.gather(1, group[..., None].expand(-1, -1, angles)).double().cumsum(-1)
+    inside = p.gather(2, group[:, None].expand(-1, angles, -1)).transpose(1, 2).double().cumsum(-1)
     angle = torch.searchsorted(inside, (target - before)[..., None])[..., 0].clamp(max=angles - 1)
     return group // views, group % views, angle, top + torch.log(total[:, 0]).float()
 

@@ -93,8 +93,8 @@ class Modes:
         return torch.where(there, self.evidence, -torch.inf)
 
 
-def _kernels(images: ImageRows) -> Any:
-    return compiled("slices", images.values.device)
+def _kernels(images: ImageRows, name: str = "insertion") -> Any:
+    return compiled(name, images.values.device)
 
 
 def pixel_weights(noise_power: Tensor, radius: int) -> Tensor:
@@ -133,7 +133,8 @@ def climb(
     weight = pixel_weights(noise_power, radius)
     rings, most, steps = ([getattr(level, name) for level in levels] for name in ("ring", "most", "steps"))
     prior = 1.0 / sigma_px**2
-    kernels = _kernels(images)
+    kernels = _kernels(images, "slices")
+    flat = None if kernels is None else torch.view_as_real(volume).reshape(-1).numpy()
     n, device = len(rows), rows.device
     found = (
         torch.eye(3, device=device).repeat(n, modes, 1, 1), torch.zeros(n, modes, 2, device=device),
@@ -152,7 +153,7 @@ def climb(
         else:
             out = tuple(values[lot] for values in found)
             kernels.search(
-                volume.numpy(), volume.shape[2] - 1, some.numpy(), numbers.numpy(), radius, weight[group].numpy(),
+                flat, volume.shape[2] - 1, some.numpy(), numbers.numpy(), radius, weight[group].numpy(),
                 *(t.numpy() for t in begin), float(images.box), np.array(rings), np.array(most), np.array(steps), least_gain, nats, prior,
                 np.array(operators, np.float64), *(t.numpy() for t in out),
             )  # fmt: skip
@@ -176,7 +177,7 @@ def insert(
             _slices_torch.insert(grid, some, numbers, radius, weight[group], *poses, images.box, least)
         else:
             kernels.insert(
-                grid.numpy(), grid.shape[2] - 1, some.numpy(), numbers.numpy(), radius, weight[group].numpy(),
+                grid.view(-1).numpy(), grid.shape[2] - 1, some.numpy(), numbers.numpy(), radius, weight[group].numpy(),
                 *(t.contiguous().numpy() for t in poses), float(images.box), least,
             )  # fmt: skip
 

@@ -229,6 +229,82 @@ def rotation_scores(image_modes: Tensor, reference_modes: Tensor, psi_count: int
     return torch.fft.irfft(product, n=psi_count, norm="forward")
 
 
+def even_first(limit: int) -> Tensor:
+    """Modes 0 .. ``limit`` in the order of :func:`half_circle_modes`: the even ones first."""
+    return torch.cat([torch.arange(0, limit + 1, 2), torch.arange(1, limit + 1, 2)])
+
+
+@lru_cache(maxsize=32)
+def _to_modes(count: int, limit: int, device: str) -> Tensor:
+    """Matrix `(mode and part, angle and part)` from ``count`` samples of a half circle to its modes, the even ones first."""
+    mode = even_first(limit).double()
+    turns = mode[:, None] * torch.arange(count).double() * (math.pi / count)
+    out = torch.zeros(limit + 1, 2, count, 2, dtype=torch.float64)
+    even = (mode % 2 == 0)[:, None]
+    # the real part of a half circle has the even modes, the imaginary part has the odd ones
+    out[:, 0, :, 0] = torch.where(even, torch.cos(turns), 0.0)
+    out[:, 1, :, 0] = torch.where(even, -torch.sin(turns), 0.0)
+    out[:, 0, :, 1] = torch.where(even, 0.0, torch.sin(turns))
+    out[:, 1, :, 1] = torch.where(even, 0.0, torch.cos(turns))
+    return (out / count).reshape(2 * (limit + 1), 2 * count).float().to(device)
+
+
+def half_circle_modes(half: Tensor, limit: int) -> Tensor:
+    """Like :func:`angular_modes`, but by one real matrix product: `(mode, part, ...)` float32 of half circles `(..., half angle)`.
+
+    Parts are the real and the imaginary one; even modes come first (:func:`even_first`). For the sizes of a search this takes a third of
+    the time of many short FFTs.
+    """
+    count = half.shape[-1]
+    samples = torch.view_as_real(half.contiguous()).reshape(-1, 2 * count)
+    return (_to_modes(count, limit, str(half.device)) @ samples.T).reshape(limit + 1, 2, *half.shape[:-1])
+
+
+def half_circle_modes_real(half: Tensor, limit: int) -> Tensor:
+    """The even modes of real functions of period pi `(..., half angle)` such as CTF^2: `(even mode, part, ...)`; the odd ones are 0."""
+    count, even = half.shape[-1], limit // 2 + 1
+    matrix = _to_modes(count, limit, str(half.device))[: 2 * even, ::2]
+    return (matrix @ half.reshape(-1, count).T).reshape(even, 2, *half.shape[:-1])
+
+
+def mode_products(modes: Tensor, table: Tensor) -> Tensor:
+    """Products of image modes with references, summed over rings: `(mode, part, n, row, view)` float32.
+
+    Parameters
+    ----------
+    modes : Tensor, `(mode, part, n, row, ring)`
+        As of :func:`half_circle_modes`, with the ring weights multiplied in.
+    table : Tensor, `(mode, 2 ring, view)` or `(n, mode, 2 ring, view)`
+        Conjugated modes of references, real parts before imaginary ones; the same views for all images or some for each.
+    """
+    re, im = modes.unbind(1)
+    left = torch.stack([torch.cat([re, -im], -1), torch.cat([im, re], -1)], 1)
+    count = left.shape[2:4]
+    if table.dim() == 3:
+        return torch.bmm(left.flatten(1, 3), table).unflatten(1, (2, *count))
+    own = torch.matmul(left.permute(2, 0, 1, 3, 4).flatten(2, 3), table)
+    return own.unflatten(2, (2, count[1])).permute(1, 2, 0, 3, 4)
+
+
+@lru_cache(maxsize=32)
+def _to_angles(limit: int, psi_count: int, device: str) -> Tensor:
+    """Matrix `(psi, mode and part)` from products of modes, the even ones first, to scores at in-plane angles."""
+    mode = even_first(limit).double()
+    turns = mode[:, None] * torch.arange(psi_count).double() * (2.0 * math.pi / psi_count)
+    factor = torch.where(mode > 0, 2.0, 1.0)[:, None]
+    return torch.stack([factor * torch.cos(turns), -factor * torch.sin(turns)], 1).reshape(-1, psi_count).T.float().contiguous().to(device)
+
+
+def angle_scores(products: Tensor, limit: int, psi_count: int) -> Tensor:
+    """Scores `(n, psi, row, view)` at ``psi_count`` in-plane rotations, numbered as in :func:`rotation_scores`, of :func:`mode_products`.
+
+    ``products`` are those of all modes up to ``limit``, or of the even ones only.
+    """
+    modes, _, n, rows, views = products.shape
+    scores = _to_angles(limit, psi_count, str(products.device))[:, : 2 * modes] @ products.reshape(2 * modes, -1)
+    return scores.reshape(psi_count, n, rows, views).transpose(0, 1)
+
+
 def ring_weights(noise_power: Tensor) -> Tensor:
     """2 pi r / sigma2(r), `(..., ring)`: the likelihood's weight of a ring in an integral over the half plane; input from ring 1 on."""
     r = torch.arange(1, noise_power.shape[-1] + 1, device=noise_power.device, dtype=noise_power.dtype)

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cryodask.kernels.compiled import compiled
+
 PADDING = 2
 
 
@@ -119,6 +121,13 @@ def _corners(rotations: Tensor, ky: Tensor, kx: Tensor, half: int) -> tuple[Tens
 
 def slices(volume: FourierVolume, rotations: Tensor, ky: Tensor, kx: Tensor) -> Tensor:
     """Trilinear central slices `(n, pixel)` complex64 at rotations `(n, 3, 3)` and image frequencies ``ky, kx`` `(pixel,)`."""
+    if kernels := compiled("grids", rotations.device):
+        found = torch.empty(len(rotations), len(kx), dtype=torch.complex64)
+        kernels.sliced(
+            volume.values.reshape(-1).numpy(), volume.half, rotations.float().contiguous().numpy(),
+            *(k.float().contiguous().numpy() for k in (ky, kx)), torch.view_as_real(found).reshape(len(rotations), -1).numpy(),
+        )  # fmt: skip
+        return found
     base, (x, y, z) = _corners(rotations, ky, kx, volume.half)
     side = volume.side
     out = torch.zeros(base.shape[0], 2, device=base.device)

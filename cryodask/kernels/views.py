@@ -32,8 +32,8 @@ SCALE_ROUNDS, SCALE_PARTICLES = 4, 240
 """Rounds of EM, and particles, that determine the grey scale of a starting map."""
 START_NATS = 40.0
 """A view of the coarse grid this much below the best cannot be the right one, even if it lies badly to the pose."""
-_TOGETHER = 2
-"""Particles whose children are scored together: their tables and scores must stay in the cache."""
+_TOGETHER_ON_GPU = 16
+"""Particles whose children are scored together on a GPU; on a CPU one at a time, so that its table and scores stay in the cache."""
 _MARGIN = 8
 
 
@@ -85,42 +85,43 @@ def _posteriors(
     data: ex.Particles, rows: Tensor, views: Views, noise_power: Tensor, sigma_px: float, centres_px: Tensor | None,
     inverse_temperature: float = 1.0,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:  # fmt: skip
-    """Places in ``rows``, log posteriors `(n, shift, view, psi)`, rows of the views in the bank `(n, view)` and shifts `(n, shift, 2)`."""
+    """Places in ``rows``, log posteriors `(n, psi, shift, view)`, rows of the views in the bank `(n, view)` and shifts `(n, shift, 2)`."""
     bank, device = views.bank, str(rows.device)
     if not len(rows):
         return
     about = torch.zeros(len(rows), 2, device=device) if centres_px is None else centres_px
 
-    def score(lot: Tensor, table: Tensor, level: ex.Level, offsets: Tensor) -> Tensor:
+    def score(lot: Tensor, table: Tensor, bank: ex.Bank, offsets: Tensor, phases: Tensor) -> Tensor:
         prior = ex.shift_log_prior(about[lot], offsets, sigma_px)
-        return ex.log_likelihoods(data, rows[lot], about[lot], offsets, table, level.rings, noise_power, prior, inverse_temperature)
+        centres = None if centres_px is None else centres_px[lot]
+        return ex.log_likelihoods(data, rows[lot], centres, phases, table, bank.level.rings, noise_power, prior, inverse_temperature)
 
     everything = torch.arange(len(bank.rotations), device=device)
     if views.parents is None:
         table = ex.whole_table(bank)
         for lot in ex.chunks(len(rows), bank, len(views.offsets), device):
             shifts = about[lot, None] + views.offsets
-            yield lot, score(lot, table, bank.level, views.offsets), everything.expand(len(lot), -1), shifts
+            yield lot, score(lot, table, bank, views.offsets, bank.phases), everything.expand(len(lot), -1), shifts
         return
     table = ex.whole_table(views.parents)
     prunes = len(views.parents.rotations) > KEPT_PARENTS
     whole = None if prunes else ex.whole_table(bank)
     nearest = torch.cdist(views.offsets, views.parent_offsets).argmin(1)
     kept = min(KEPT_SHIFTS, len(nearest))
-    together = _TOGETHER if prunes else len(ex.chunks(len(rows), bank, kept, device)[0])
+    together = (1 if device == "cpu" else _TOGETHER_ON_GPU) if prunes else len(ex.chunks(len(rows), bank, kept, device)[0])
     for lot in ex.chunks(len(rows), views.parents, len(views.parent_offsets), device):
-        coarse = score(lot, table, views.parents.level, views.parent_offsets)
-        likely = coarse.amax((2, 3))[:, nearest].topk(kept, 1).indices.sort(1).values
+        coarse = score(lot, table, views.parents, views.parent_offsets, views.parents.phases).amax(1)
+        likely = coarse.amax(2)[:, nearest].topk(kept, 1).indices.sort(1).values
         children = everything.expand(len(lot), -1)
         if prunes:
-            parents = views.parent_pixels[coarse.amax((1, 3)).topk(KEPT_PARENTS, 1).indices]
+            parents = views.parent_pixels[coarse.amax(1).topk(KEPT_PARENTS, 1).indices]
             children = bank.place[(parents[:, :, None] * 4 + torch.arange(4, device=device)).reshape(len(lot), -1)]
-        del coarse
         for some in torch.arange(len(lot), device=device).split(together):
-            own = whole if whole is not None else bank.table[children[some]].permute(0, 2, 3, 1)  # type: ignore[index]
-            offsets = views.offsets[likely[some]] if kept < len(nearest) else views.offsets
-            shifts = about[lot[some], None] + offsets
-            yield lot[some], score(lot[some], own, bank.level, offsets), children[some], shifts
+            own = whole if whole is not None else bank.table[children[some]].permute(0, 2, 3, 1)
+            offsets, phases = views.offsets, bank.phases
+            if kept < len(nearest):
+                offsets, phases = offsets[likely[some]], phases[likely[some]]
+            yield lot[some], score(lot[some], own, bank, offsets, phases), children[some], about[lot[some], None] + offsets
 
 
 def draw(
@@ -138,7 +139,7 @@ def draw(
     evidence = torch.empty(n, device=rows.device)
     for lot, scores, places, moves in _posteriors(data, rows, views, noise_power, sigma_px, None, inverse_temperature):
         shift, view, angle, evidence[lot] = ex.draw_poses(scores, uniforms[lot])
-        rotations[lot] = ex.psi_rotation(angle, scores.shape[-1]) @ views.bank.rotations[places.gather(1, view)]
+        rotations[lot] = ex.psi_rotation(angle, scores.shape[1]) @ views.bank.rotations[places.gather(1, view)]
         shifts[lot] = moves.gather(1, shift[..., None].expand(-1, -1, 2))
     return rotations, shifts, evidence
 
@@ -147,9 +148,8 @@ def evidence(data: ex.Particles, rows: Tensor, views: Views, noise_power: Tensor
     """Log evidence of particles `(n,)`: the posterior summed over the whole grid."""
     out = torch.empty(len(rows), device=rows.device)
     for lot, scores, _, _ in _posteriors(data, rows, views, noise_power, sigma_px, None):
-        flat = scores.reshape(len(lot), -1)
-        top = flat.amax(1, keepdim=True)
-        out[lot] = top[:, 0] + ex.likelihoods(flat, top).sum(1, dtype=torch.float64).log().float()
+        top = scores.amax((1, 2, 3))
+        out[lot] = top + ex.likelihoods(scores, top[:, None, None, None]).sum((1, 2, 3), dtype=torch.float64).log().float()
     return out
 
 
@@ -166,14 +166,13 @@ def start_poses(
     rotations, shifts, counts = [], [], []
     keep = min(keep, len(views.bank.rotations))
     for _, scores, places, moves in _posteriors(data, rows, views, noise_power, sigma_px, centres_px):
-        best, angles = scores.amax(1).max(-1)
+        best, angles = scores.amax(2).max(1)
         score, top = best.topk(keep, 1)
         counts.append((score >= score[:, :1] - START_NATS).sum(1))
         angle = angles.gather(1, top)
-        count = scores.shape[1]
-        of_views = scores.gather(2, top[:, None, :, None].expand(-1, count, -1, scores.shape[3]))
-        shift = of_views.gather(3, angle[:, None, :, None].expand(-1, count, -1, 1))[..., 0].argmax(1)
-        rotations.append(ex.psi_rotation(angle, scores.shape[-1]) @ views.bank.rotations[places.gather(1, top)])
+        each = torch.arange(len(top), device=top.device)[:, None]
+        shift = scores[each, angle, :, top].argmax(2)
+        rotations.append(ex.psi_rotation(angle, scores.shape[1]) @ views.bank.rotations[places.gather(1, top)])
         shifts.append(moves.gather(1, shift[..., None].expand(-1, -1, 2)))
     return Candidates(torch.cat(rotations), torch.cat(shifts), torch.cat(counts))
 
@@ -188,16 +187,13 @@ def scale_terms(
     """
     bank, device = views.bank, str(rows.device)
     rings = bank.level.rings
-    table = ex.whole_table(bank)
-    plain, squared = table[:, :rings].contiguous(), table[:, rings:].contiguous()
+    table, angles = ex.whole_table(bank), ex.psi_count(rings)
     cross_sum, norm_sum = 0.0, 0.0
     inverted = []
     for lot in ex.chunks(len(rows), bank, len(views.offsets), device) if len(rows) else ():
-        centres = torch.zeros(len(lot), 2, device=device)
-        cross_modes, norm_modes = ex.image_modes(data, rows[lot], centres, views.offsets, rings, noise_power)
-        cross = polar.rotation_scores(cross_modes, plain, ex.psi_count(rings))
-        norm = polar.rotation_scores(norm_modes, squared, ex.psi_count(rings))
-        prior = ex.shift_log_prior(centres, views.offsets, sigma_px)[:, :, None, None]
+        cross, norm = ex.cross_products(data, rows[lot], None, bank.phases, table, rings, noise_power)
+        cross, norm = (polar.angle_scores(products, polar.mode_limit(rings), angles) for products in (cross, norm))
+        prior = ex.shift_log_prior(torch.zeros(len(lot), 2, device=device), views.offsets, sigma_px)[:, None, :, None]
         if scale is None:
             gain, other = (prior + (sign * cross).clamp(min=0.0) ** 2 / (4.0 * norm.clamp(min=1e-9)) for sign in (1.0, -1.0))
             inverted.append(gain.flatten(1).logsumexp(1) - other.flatten(1).logsumexp(1))

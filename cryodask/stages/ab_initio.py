@@ -77,7 +77,7 @@ def outputs(params: Any) -> tuple[Output, ...]:
 
 
 @stage(
-    version=5,
+    version=6,
     shape="tournament",
     needs=["particle_image"],
     ports=["exposures[ctf, optics, aberrations?]", "particles[image, ctf?]"],

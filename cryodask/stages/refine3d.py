@@ -35,7 +35,7 @@ class Refine3DParams(Params):
 
 
 @stage(
-    version=6,
+    version=7,
     shape="blocks",
     needs=["particle_image", "final_map", "map_pixel_size_angstrom"],
     ports=[
