@@ -40,7 +40,7 @@ check: venv
 TOGETHER := -n 4 --dist loadfile --no-loadscope-reorder
 
 # numba compiles for 20 s: once, not in each of the processes that begin together
-$(VENV)/.compiled: cryodask/kernels/_slices_numba.py cryodask/kernels/_grids_numba.py | venv
+$(VENV)/.compiled: cryodask/kernels/_slices_numba.py cryodask/kernels/_grids_numba.py cryodask/kernels/_insertion_numba.py | venv
 	$(BIN)/python -m pytest tests/test_local_search.py
 	touch $@
 
