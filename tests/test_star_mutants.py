@@ -185,7 +185,7 @@ if __name__ == "__main__":
             except Exception as error:
                 line = traceback.extract_tb(error.__traceback__)[-1]
                 bad[f"{type(error).__name__} {line.filename.split('/')[-1]}:{line.lineno} {str(error)[:300]}"] += 1
-                Path(f"/tmp/h1/bad_{number}.star").write_bytes(data)
+                Path(tempfile.gettempdir(), f"bad_{number}.star").write_bytes(data)
     print(total, len(bad))
     for text, n in bad.most_common(12):
         print(n, text)
