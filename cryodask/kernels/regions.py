@@ -79,24 +79,24 @@ def soft_mask(
         Voxel from which the places in ``drawn`` are counted, in each dimension; by default n // 2.
     """
     # Angstrom outside the mask: 0 and less is in it, from the width of the edge on nothing is
-    outside = _outside(volume > threshold, smallest_share, pixel_size_angstrom) - np.float32(extend_angstrom)
+    outside = _outside(volume > threshold, smallest_share, pixel_size_angstrom) - extend_angstrom
     middle = volume.shape[0] // 2 if centre is None else centre
     for one in drawn:
         _draw(outside, one, pixel_size_angstrom, middle, edge_angstrom)
     # with no edge the ramp becomes a step
-    ramp = np.clip(outside / np.float32(max(edge_angstrom, 1e-6)), 0.0, 1.0)
-    return (0.5 + 0.5 * np.cos(np.float32(np.pi) * ramp)).astype(np.float32)
+    ramp = np.clip(outside / max(edge_angstrom, 1e-6), 0.0, 1.0)
+    return (0.5 + 0.5 * np.cos(np.pi * ramp)).astype(np.float32)
 
 
 def _outside(above: np.ndarray, smallest_share: float, pixel: float) -> np.ndarray:
-    """Distance of each voxel from the large regions of a mask, Angstrom, float32; infinite if there is none."""
+    """Distance of each voxel from the large regions of a mask, Angstrom, float64; infinite if there is none."""
     labels, count = ndimage.label(above)
     if not count:
-        return np.full(above.shape, np.inf, np.float32)
+        return np.full(above.shape, np.inf)
     sizes = np.bincount(labels.reshape(-1))
     sizes[0] = 0
     core = (sizes >= smallest_share * sizes.max())[labels]
-    return (ndimage.distance_transform_edt(~core) * pixel).astype(np.float32)
+    return np.asarray(ndimage.distance_transform_edt(~core) * pixel)
 
 
 def _draw(outside: np.ndarray, one: Drawn, pixel: float, centre: float, edge: float) -> None:
