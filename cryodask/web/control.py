@@ -104,7 +104,7 @@ class Starter:
             now = self.state(folder)
             if not now["start"]:
                 if now["why_not"]:
-                    raise InputError(now["why_not"], "", "")
+                    raise InputError(f"{folder.name} is not started from here.", "", now["why_not"])
                 raise StoreError(f"{folder.name} is {now['state']} already.", "", "reload the page")
             known = Started.read(folder)
             assert known is not None
