@@ -27,7 +27,7 @@ def _has_numba() -> bool:
     found = importlib.util.find_spec("numba") is not None
     if not found:
         print(
-            "numba is not installed: maps and poses are computed by torch, about four times slower (pip install 'cryodask[compiled]')",
+            "numba is not installed: torch refines poses, about fifteen times slower (pip install 'cryodask[compiled]')",
             file=sys.stderr,
         )
     return found
