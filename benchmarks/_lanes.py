@@ -298,6 +298,8 @@ async def _be_a_scheduler(kind: str, record: bool, modules: list[str], options: 
 
 
 async def _be_a_worker() -> None:
+    from cryodask.cluster.access.versions import RELEASE
+
     loop, worker = asyncio.get_running_loop(), None
     while line := await loop.run_in_executor(None, sys.stdin.readline):
         if worker is not None:
@@ -307,10 +309,13 @@ async def _be_a_worker() -> None:
         if message is not None:
             for module in message["modules"]:
                 importlib.import_module(module)
-            worker = await Worker(
+            worker = Worker(
                 message["address"], nthreads=message["threads"], resources=message["resources"], dashboard=False, host="127.0.0.1",
                 memory_limit="4GB", **secure(message["certificates"], "worker"),
             )  # fmt: skip
+            # as cryodask's own workers do; to others every task carries the function that opens it, 3 kB
+            worker.startup_information = {**worker.startup_information, "cryodask": lambda _: RELEASE}
+            await worker
         print("done", flush=True)
 
 
