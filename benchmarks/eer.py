@@ -103,7 +103,7 @@ def parities(stream: bytes) -> list[tuple[str, int]]:
 
 
 def reading(path: Path, upsampling: int) -> dict[str, float]:
-    """CPU milliseconds per camera frame, and growth of peak memory since the imports, of a process that reads a movie by fractions."""
+    """CPU milliseconds per camera frame, and growth of peak memory since the imports, of a process that reads a movie in fractions."""
     code = (
         "import json, re, sys, time\n"
         "from cryodask.formats.fractions import Fractions\n"

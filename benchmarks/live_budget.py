@@ -4,8 +4,8 @@
 ingest, motion, ctf, pick and extract in one fused task each, on a local cluster of one worker of one thread. The first movie imports and
 compiles what is needed, and the gain is compared with it; what is measured is the run that finds the second one. A stage's CPU is what its
 task measured; *store* is the rest of the worker process: decoding, compressing, checksums, writing. The platform is what driver,
-scheduler and nanny use meanwhile, the report of the session included. Goals: at most 13 CPU s a movie, 8 % for the platform, and no more
-bytes written than read; the second row has movies read in place (``ingest: {storage: in_place}``).
+scheduler and nanny use during that run, including the report of the session. Goals: at most 13 CPU s per movie, 8 % for the platform, and
+no more bytes written than read; the second row has movies read in place (``ingest: {storage: in_place}``).
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def main() -> None:
     finally:
         close(client)
     names = list(next(iter(found.values()))["seconds"])
-    print(f"CPU s a movie\n{'':10}" + "".join(f"{name:>10}" for name in names) + f"{'all':>10}{'platform':>10}{'out/in':>8}")
+    print(f"CPU s per movie\n{'':10}" + "".join(f"{name:>10}" for name in names) + f"{'all':>10}{'platform':>10}{'out/in':>8}")
     for storage, one in found.items():
         row = "".join(f"{one['seconds'][name]:10.2f}" for name in names)
         print(f"{storage:10}{row}{one['movie']:10.2f}{one['share']:10.1%}{one['bytes']:8.2f}")

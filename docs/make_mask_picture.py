@@ -5,17 +5,13 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
+from _shown import dashboard, run
 from PIL import Image
-from playwright.sync_api import Error, sync_playwright
+from playwright.sync_api import Page
 
 from cryodask.demo import simulate_folder
 from cryodask.formats.mrc import write_mrc
@@ -37,59 +33,40 @@ def main() -> None:
         write_mrc(home / "map.mrc", (density + noise).astype(np.float32), PIXEL_ANGSTROM)
         text = file.read_text()
         file.write_text(text[: text.index("pipeline:")] + STEPS)
-        cryodask = [sys.executable, "-c", "from cryodask.cli import main; main()"]
-        subprocess.run([*cryodask, "run", str(file), "--workers", "1", "--quiet"], check=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        environ = {**os.environ, "XDG_CACHE_HOME": f"{folder}/cache", "XDG_STATE_HOME": f"{folder}/state"}
-        server = subprocess.Popen([*cryodask, "dashboard", folder, "--port", str(port), "--token", "picture"], env=environ)
-        try:
-            picture(f"http://127.0.0.1:{port}")
-        finally:
-            server.kill()
-            server.wait()
+        run(file)
+        with dashboard(home, 1400, 860) as (page, address):
+            picture(page, address)
     print(OUT)
 
 
-def picture(address: str) -> None:
+def picture(page: Page, address: str) -> None:
     """Save a screenshot of the page after some strokes."""
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1400, "height": 860})
-        while True:
-            try:
-                page.goto(f"{address}/?token=picture")
-                break
-            except Error:
-                time.sleep(0.2)
-        page.goto(f"{address}/s/betagal/mask")
-        ready(page)
-        page.fill("#radius", "16")
-        page.check("[name=tool][value=erase]")
-        stroke(page, 0, (0.62, 0.30), (0.78, 0.40))
-        page.focus("#over-0")
-        ready(page)
-        page.screenshot(path=OUT)
-        browser.close()
+    page.goto(f"{address}/s/betagal/mask")
+    ready(page)
+    page.fill("#radius", "16")
+    page.check("[name=tool][value=erase]")
+    stroke(page, 0, (0.62, 0.30), (0.78, 0.40))
+    page.focus("#over-0")
+    ready(page)
+    page.screenshot(path=OUT)
     Image.open(OUT).convert("P", palette=Image.Palette.ADAPTIVE, colors=96).save(OUT, optimize=True)
 
 
-def stroke(page: object, axis: int, begin: tuple[float, float], end: tuple[float, float]) -> None:
+def stroke(page: Page, axis: int, begin: tuple[float, float], end: tuple[float, float]) -> None:
     """Draw a line on a section, from and to shares of its width and height."""
-    box = page.locator(f"#over-{axis}").bounding_box()  # type: ignore[attr-defined]
-    mouse = page.mouse  # type: ignore[attr-defined]
+    box, mouse = page.locator(f"#over-{axis}").bounding_box(), page.mouse
+    assert box is not None
     mouse.move(box["x"] + begin[0] * box["width"], box["y"] + begin[1] * box["height"])
     mouse.down()
     mouse.move(box["x"] + end[0] * box["width"], box["y"] + end[1] * box["height"], steps=6)
     mouse.up()
 
 
-def ready(page: object) -> None:
+def ready(page: Page) -> None:
     """Wait until everything is drawn."""
-    while not page.evaluate(READY):  # type: ignore[attr-defined]
-        page.wait_for_timeout(100)  # type: ignore[attr-defined]
-    page.wait_for_timeout(700)  # type: ignore[attr-defined]
+    while not page.evaluate(READY):
+        page.wait_for_timeout(100)
+    page.wait_for_timeout(700)
 
 
 if __name__ == "__main__":

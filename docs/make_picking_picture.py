@@ -6,16 +6,12 @@
 from __future__ import annotations
 
 import io
-import os
-import socket
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
+from _shown import dashboard, run
 from PIL import Image
-from playwright.sync_api import Error, sync_playwright
+from playwright.sync_api import Page
 
 from cryodask.demo import simulate_folder
 
@@ -38,43 +34,21 @@ def main() -> None:
         file = simulate_folder(home, movies=1, size=1024, frames=8, particles=40, seed=3)
         text = file.read_text()
         file.write_text(text[: text.index("pipeline:")] + STEPS)
-        cryodask = [sys.executable, "-c", "from cryodask.cli import main; main()"]
-        subprocess.run([*cryodask, "run", str(file), "--workers", "1", "--quiet"], check=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        environ = {**os.environ, "XDG_CACHE_HOME": f"{folder}/cache", "XDG_STATE_HOME": f"{folder}/state"}
-        server = subprocess.Popen([*cryodask, "dashboard", folder, "--port", str(port), "--token", "picture"], env=environ)
-        try:
-            picture(f"http://127.0.0.1:{port}")
-        finally:
-            server.kill()
-            server.wait()
+        run(file)
+        with dashboard(home, 1180, 760) as (page, address):
+            picture(page, address)
     print(OUT)
 
 
-def picture(address: str) -> None:
+def picture(page: Page, address: str) -> None:
     """Save a screenshot of the page after some edits."""
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1180, "height": 760})
-        until = time.monotonic() + 60
-        while True:
-            try:
-                page.goto(f"{address}/?token=picture")
-                break
-            except Error:
-                if time.monotonic() > until:
-                    raise
-                time.sleep(0.2)
-        session = page.locator("a[href*='s/']").first.get_attribute("href") or ""
-        page.goto(f"{address}/{session.removeprefix('./')}pick/0")
-        page.wait_for_selector("body[data-ready=yes]")
-        page.evaluate(MAKE_EDITS)
-        page.wait_for_function("() => !picker.queue.pending().length && !picker.sent.size")
-        whole = Image.open(io.BytesIO(page.screenshot()))
-        whole.convert("RGB").quantize(64).save(OUT, optimize=True)
-        browser.close()
+    session = page.locator("a[href*='s/']").first.get_attribute("href") or ""
+    page.goto(f"{address}/{session.removeprefix('./')}pick/0")
+    page.wait_for_selector("body[data-ready=yes]")
+    page.evaluate(MAKE_EDITS)
+    page.wait_for_function("() => !picker.queue.pending().length && !picker.sent.size")
+    whole = Image.open(io.BytesIO(page.screenshot()))
+    whole.convert("RGB").quantize(64).save(OUT, optimize=True)
 
 
 if __name__ == "__main__":

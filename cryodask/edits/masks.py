@@ -56,7 +56,7 @@ def recipe(operations: Iterable[Record], of: str) -> dict[str, Any]:
 
 
 def standing(operations: Iterable[Record], of: str) -> dict[str, Any]:
-    """The strokes on a map by the id of their operation, in order, without those that were taken back."""
+    """Strokes on a map by the id of their operation, in order, leaving out those since undone."""
     strokes: dict[str, Any] = {}
     taken: dict[str, bool] = {}
     for one in (one for one in operations if one["of"] == of):
@@ -68,5 +68,5 @@ def standing(operations: Iterable[Record], of: str) -> dict[str, Any]:
 
 
 def drawn(operations: Iterable[Record], of: str) -> set[str]:
-    """Ids of all strokes on a map, also of those that were taken back."""
+    """Ids of all strokes on a map, including those since undone."""
     return {one["id"] for one in operations if one["of"] == of and one["do"] == "draw"}

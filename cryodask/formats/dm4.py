@@ -156,8 +156,9 @@ def _tags(file: BinaryIO, length: int) -> Iterator[_Tag]:
     def group(path: tuple[str, ...]) -> Iterator[_Tag]:
         nonlocal left
         _, _, count = struct.unpack(">BBQ", _read(file, 10))
-        if len(path) > _DEEPEST or count > (left := left - count) + count:
+        if len(path) > _DEEPEST or count > left:
             raise ValueError("its tags do not end")
+        left -= count
         unnamed = 0
         for _ in range(count):
             what, size = struct.unpack(">BH", _read(file, 3))
