@@ -128,6 +128,7 @@ export MALLOC_TRIM_THRESHOLD_=536870912
 export PYTHONDONTWRITEBYTECODE=''
 """
 _COMMON = {"account": "em", "memory": "64GiB", "walltime": "12:00:00"}
+_PAGES = "--dashboard-address 127.0.0.1:0 --no-dashboard --preload cryodask.cluster.access.versions"
 _LIFETIME = "--lifetime 42600s --lifetime-stagger 300s"
 _WORKER = "-m distributed.cli.dask_worker SCHEDULER --name"
 
@@ -156,7 +157,7 @@ def test_the_script_of_a_pool_as_text():
     assert "export DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT=45s\n" in dask
     assert without_scratch(after) == (
         f"exec /opt/py {_WORKER} cpu-0 --nthreads 4 --memory-limit 14.40GiB --nworkers 4 --nanny --death-timeout 180"
-        ' --local-directory "/scratch" --dashboard-address 127.0.0.1:0 --no-dashboard --resources "disk=2,pool-cpu=1e+09"'
+        f' --local-directory "/scratch" {_PAGES} --resources "disk=2,pool-cpu=1e+09"'
         f" {_LIFETIME} --interface ib0\n"
     )
 
@@ -172,7 +173,7 @@ def test_the_script_of_a_job_with_two_gpus_starts_a_worker_for_each_in_the_image
         'for i in "${!devices[@]}"; do\n'
         "    CUDA_VISIBLE_DEVICES=${devices[$i]} apptainer exec --nv --bind \"${TMPDIR:-/tmp}\" '/software/cryo dask.sif' python3"
         f" {_WORKER} gpu-0-$i --nthreads 4 --memory-limit 28.80GiB --nanny --death-timeout 180"
-        ' --local-directory "${TMPDIR:-/tmp}" --dashboard-address 127.0.0.1:0 --no-dashboard --resources "GPU=1,pool-gpu=1e+09"'
+        f' --local-directory "${{TMPDIR:-/tmp}}" {_PAGES} --resources "GPU=1,pool-gpu=1e+09"'
         f" {_LIFETIME} &\n"
         "done\nwait\n"
     )

@@ -106,6 +106,17 @@ def test_command_python_and_notebook_leave_equal_results_events_and_reports(tmp_
     assert "done m001" in shown.stdout
     assert "3 micrographs done" in shown.stdout
 
+    # nothing is left to do: no workers are started, and the report is kept; with another movie, neither holds
+    report = tmp_path / "python" / "p" / "report.html"
+    written, told = report.stat().st_mtime_ns, Told()
+    cryodask.run_project(ways["python"], listen=[told])
+    assert (report.stat().st_mtime_ns, "Dask dashboard" in str(told.said)) == (written, False)
+    assert any("Report: " in sentence for sentence in told.said)
+    movie(tmp_path / "python", 3)
+    cryodask.run_project(ways["python"], client, listen=[told])
+    assert report.stat().st_mtime_ns > written
+    assert "Dask dashboard" in str(told.said)
+
 
 def test_an_input_that_is_wrong_a_strict_run_and_what_each_says(tmp_path, client):
     path = session(tmp_path, workers=None, cluster=client.scheduler.address)

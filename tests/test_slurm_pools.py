@@ -21,6 +21,7 @@ from distributed import Client
 
 from cryodask.cluster import close, connect
 from cryodask.cluster.access.tls import Authority, security
+from cryodask.cluster.access.versions import RELEASE
 from cryodask.cluster.settings import parse_settings
 from cryodask.cluster.slurm.allocation import allocation_script
 from cryodask.cluster.slurm.pools import PoolCluster, open_pools
@@ -107,6 +108,7 @@ def test_every_pool_is_scaled_alone(pools):
     now = pools.pool_status()
     assert {name: (s.running, s.workers) for name, s in now.items() if s.target} == {"cpu": (1, 1), "two": (1, 2), "gpu": (1, 2)}
     assert pools.what_is_missing() == ""
+    assert {worker.extra["cryodask"] for worker in pools.scheduler.workers.values()} == {RELEASE}
     with pytest.raises(ClusterError, match="scale_pool"):
         pools.scale(5)
     with pytest.raises(ClusterError, match="the pools are cpu, two"):

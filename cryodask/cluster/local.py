@@ -14,7 +14,7 @@ from distributed import LocalCluster, Nanny, Worker, WorkerPlugin
 from distributed.utils import get_mp_context
 from distributed.worker_memory import parse_memory_limit
 
-from cryodask.cluster.access.versions import RELEASE
+from cryodask.cluster.access.versions import announce
 from cryodask.cluster.environment import ALLOCATOR, ONE_THREAD, SETTINGS
 from cryodask.cluster.fairshare import FairShareScheduler
 from cryodask.cluster.fields import GPU, licence
@@ -157,6 +157,6 @@ async def dask_setup(worker: Worker) -> None:
     distributed starts each worker in a thread that lives as long as the worker is wanted.
     """
     die_with_spawner()
-    worker.startup_information["cryodask"] = lambda worker: RELEASE
+    announce(worker)
     if "numpy" in sys.modules:  # else all forked workers would draw the same numbers from NumPy's global generator
         sys.modules["numpy"].random.seed()

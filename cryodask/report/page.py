@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
+import json
 import os
 import traceback
 from collections.abc import Iterator
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 
 _DPI = 90
+_HEAD = 1024
+"""Characters of a page within which its state stands."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +77,18 @@ def write_report(project: Project, output: str | Path | None = None, *, live: st
         raise ProjectFileError(f"{live!r} is not the address of a page.", "", "give it as the browser shows it, beginning with https://")
     load_stages()
     path = Path(output) if output else project.path / "report.html"
+    sections = [_section(project, label) for label in project.stages]
+    complete = all(picture.png for section in sections for picture in section.pictures)
     environment = jinja2.Environment(loader=jinja2.PackageLoader("cryodask.report", "."), autoescape=True, trim_blocks=True)
     page = environment.get_template("page.html").render(
         project=project,
         live=live,
+        state=_state(project) if complete and not live else "",
         when=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         version=version("cryodask"),
         facts=facts(project),
         resolution=resolution_sentences(project),
-        sections=[_section(project, label) for label in project.stages],
+        sections=sections,
         failures=project.failures(),
     )
     with disk_errors(path):
@@ -89,6 +96,28 @@ def write_report(project: Project, output: str | Path | None = None, *, live: st
         part.write_text(page)
         os.replace(part, path)
     return path.resolve()
+
+
+def update_report(project: Project) -> Path:
+    """Like :func:`write_report`, but a page in the project's folder that shows these results, and all their figures, is kept."""
+    path = project.path / "report.html"
+    try:
+        with open(path, encoding="utf-8") as file:
+            kept = f'content="{_state(project)}"' in file.read(_HEAD)
+    except (OSError, UnicodeDecodeError):
+        kept = False
+    return path.resolve() if kept else write_report(project)
+
+
+def _state(project: Project) -> str:
+    """Digest of what the page is made from."""
+    load_stages()
+    steps = [
+        [label, project.step(label).place, project.generation(label).meta["params"], project.records(label)] for label in project.stages
+    ]
+    known = sorted(STAGES)
+    text = json.dumps([version("cryodask"), known, str(project.path), len(project.items()), project.failures(), steps], default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def facts(project: Project) -> list[tuple[str, str]]:

@@ -43,6 +43,7 @@ from cryodask.run.stopping import Stop
 from cryodask.run.unions import image_givers
 from cryodask.run.watch import Arrivals
 from cryodask.run.whole import loaded, run_tournament, run_whole
+from cryodask.run.workers import Workers
 from cryodask.stage import Version
 from cryodask.store.environments import MADE_IN, Environment, counts
 from cryodask.store.generation import Generation
@@ -57,11 +58,11 @@ _LIVE_KINDS = ("picks", "exposures")
 
 @dataclass
 class Execution:
-    """One run of a plan on the workers of a client; the caller holds the project's lock (see session.py)."""
+    """One run of a plan; the caller holds the project's lock (see session.py)."""
 
     plan: Plan
     project: Project
-    client: Client
+    workers: Workers
     events: Events
     wanted: Wanted
     stop: Stop
@@ -113,9 +114,8 @@ class Execution:
             self.events.say(sentence)
         state.forget(waits)
         self.wanted.check_sources(self.plan, state)
-        todo = [s for s in self.wanted.steps(self.plan) if s.label not in waits]
-        refuse_beyond_workers(self.plan, self.project, todo, self.items, self.client)
-        for group in chains_of(self.plan, todo):
+        self.todo, self._suited = [s for s in self.wanted.steps(self.plan) if s.label not in waits], False
+        for group in chains_of(self.plan, self.todo):
             self.stop.check()
             if group[0].stage.shape == "map":
                 self._run_map(group)
@@ -127,6 +127,25 @@ class Execution:
                 break
         self.project.save()
         return not self.redecided
+
+    def _client(self) -> Client:
+        """The client of the workers, which are found or started here if no step has needed them before.
+
+        Raises
+        ------
+        ClusterError, ProjectFileError
+            The latter if a step of this run needs more than any worker has.
+        """
+        if not self.workers.found:
+            with self.stop.at_once():
+                client = self.workers.client()
+            self.events.say(f"Dask dashboard: {client.dashboard_link}")
+            self.reports.listen(client)
+        client = self.workers.client()
+        if not self._suited:
+            refuse_beyond_workers(self.plan, self.project, self.todo, self.items, client)
+            self._suited = True
+        return client
 
     def _begin(self, name: str, steps: list[Step], total: int | None = None, kept: int = 0) -> None:
         self.step, self._began = name, time.monotonic()
@@ -211,10 +230,13 @@ class Execution:
             self._note_environment(step, counts(self.project.records(step.label).values()))
         names = " > ".join(s.label for s in steps)
         before = len(items) - len(todo)
+        live = self.arrivals is not None and "movie" in steps[0].stage.gives
+        if (todo or live) and not _light(chain):
+            self._client()  # what workers lack is said before a step begins
         if todo:
             self._bring_back(needs_of_chain(self.project, chain, todo, chain.lacking_by_step(todo)), maker)
         self._begin(names if len(names) < 40 else f"{steps[0].label} > ... > {steps[-1].label}", steps, len(items), before)
-        if self.arrivals is not None and "movie" in steps[0].stage.gives:
+        if live and self.arrivals is not None:
             self._map_items(chain, self._live(maker, steps, chain, todo, self.arrivals), self.items)
             items = self.items
             if self.redecided:
@@ -284,12 +306,12 @@ class Execution:
     def _send(self, chain: Chain, source: Iterator[Item | None], event: Callable[[str, Item | None, str], None]) -> None:
         """Process items on the workers, or here if that costs less."""
         first_attempt = self.project.state.runs * 1_000_000
-        if all(link.stage.light(link.params) for link in chain.links):
+        if _light(chain):
             process_here(chain, source, event=event, first_attempt=first_attempt, stopped=self._stopped)
             return
         chain.topic = self.reports.topic
         runner = MapRunner(
-            self.client,
+            self._client(),
             chain,
             event=event,
             limit_seconds=self.plan.file.item_limit_seconds,
@@ -384,6 +406,8 @@ class Execution:
         generation = Generation.create(path, meta=meta, gives=gives, per_item=False)
         self._adopt(step, key)
         self._invalidate_changed_files(step)
+        if step.stage.shape != "set" and not generation.committed():
+            self._client()
         self._begin(step.label, [step])
         if generation.committed():
             newer = step.stage.newer(version)
@@ -395,8 +419,7 @@ class Execution:
         if inputs.ids is not None:
             freeze(generation, inputs.ids)
         started = time.time()
-        with scheduler_needed(self.client):
-            result = self._compute(step, inputs, generation)
+        result = self._compute(step, inputs, generation)
         made_in = result.pop(MADE_IN, ())
         result = settle_result(self.project, step, inputs, result)
         generation.commit_result(result, made_in, seconds=round(time.time() - started, 3))
@@ -413,7 +436,12 @@ class Execution:
         stage = step.stage
         if stage.shape == "set":
             return run_set(self.plan, self.project, inputs, generation)
-        values = whole_values(self.plan, self.project, inputs)
+        client = self._client()
+        with scheduler_needed(client):
+            return self._compute_on(client, step, inputs, generation)
+
+    def _compute_on(self, client: Client, step: Step, inputs: StepInputs, generation: Generation) -> dict[str, Any]:
+        stage, values = step.stage, whole_values(self.plan, self.project, inputs)
 
         def tell(why: str) -> None:
             self.events.emit(Stalled, step=step.label, why=why)
@@ -429,7 +457,7 @@ class Execution:
                 self._looked()
 
             result = iterate_on_workers(
-                self.client,
+                client,
                 step.label,
                 stage.functions,
                 step.params,
@@ -441,7 +469,7 @@ class Execution:
                 topic=self.reports.topic,
             )
             return {**result, MADE_IN: made_in.found}
-        watch = Watch(self.client, tell, looked=self._looked)
+        watch = Watch(client, tell, looked=self._looked)
         report = self.reports.topic, step.label
         if stage.shape == "tournament":
 
@@ -450,3 +478,8 @@ class Execution:
 
             return run_tournament(stage.functions, step.params, particle_set(self.project, inputs), watch, on_chain, report)
         return run_whole(stage.name, step.params, values, watch, generation.path / "logs" / "result.log", report)
+
+
+def _light(chain: Chain) -> bool:
+    """Whether the items of a chain cost less here than sent to workers."""
+    return all(link.stage.light(link.params) for link in chain.links)

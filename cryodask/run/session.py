@@ -17,7 +17,7 @@ from distributed import Client
 
 from cryodask.cluster.connect import close, connect
 from cryodask.errors import ProjectFileError, Quarantined
-from cryodask.report import write_report
+from cryodask.report import update_report
 from cryodask.run import gains, sources
 from cryodask.run.checks import look_ahead
 from cryodask.run.events import Events, Listener, RunStarted, whereabouts
@@ -30,6 +30,7 @@ from cryodask.run.recipe import Plan, broken_links, list_movies, make_plan
 from cryodask.run.selection import Wanted
 from cryodask.run.started import Started
 from cryodask.run.stopping import Stop, forget
+from cryodask.run.workers import Workers
 from cryodask.store.files import disk_errors, write_atomically
 from cryodask.store.project import Project
 from cryodask.version import VERSION
@@ -66,9 +67,8 @@ def run_session(
             for warning in (*plan.graph.warnings, *warnings):
                 events.say(f"warning: {warning}")
             with _workers(plan, wanted, client) as workers:
-                events.say(f"Dask dashboard: {workers.dashboard_link}")
                 _execute(plan, project, workers, events, wanted)
-            events.say(f"Report: {write_report(project)}")
+            events.say(f"Report: {update_report(project)}")
             failures = project.failures()
             if wanted.strict and failures:
                 many = f"{len(failures)} exposures are" if len(failures) > 1 else "1 exposure is"
@@ -90,14 +90,14 @@ def run_plan(plan: Plan, client: Client, *, listen: Iterable[Listener] = (), **w
     """
     asked = Wanted(**wanted)
     asked.check(plan)
-    with Events(listen) as events, _driving(plan, asked, events) as project:
-        _execute(plan, project, client, events, asked)
+    with Events(listen) as events, _driving(plan, asked, events) as project, Workers(lambda: client) as workers:
+        _execute(plan, project, workers, events, asked)
     return project
 
 
-def _execute(plan: Plan, project: Project, client: Client, events: Events, wanted: Wanted) -> None:
-    with Stop(plan.folder).by_interrupt() as stop, Reports(client, events) as reports:
-        Execution(plan, project, client, events, wanted, stop, reports).run()
+def _execute(plan: Plan, project: Project, workers: Workers, events: Events, wanted: Wanted) -> None:
+    with Stop(plan.folder).by_interrupt() as stop, Reports(events) as reports:
+        Execution(plan, project, workers, events, wanted, stop, reports).run()
 
 
 @contextmanager
@@ -138,18 +138,13 @@ def _started(plan: Plan, wanted: Wanted) -> Started:
     return Started(plan.path, wanted.words, wanted.watch is not None, cluster, wanted.lane)
 
 
-@contextmanager
-def _workers(plan: Plan, wanted: Wanted, client: Client | None) -> Iterator[Client]:
+def _workers(plan: Plan, wanted: Wanted, client: Client | None) -> Workers:
     """The workers: those of a given client, or of a cluster that is left at the end."""
     if client is not None:
-        yield client
-        return
+        return Workers(lambda: client)
     lane = wanted.lane or ("live" if wanted.watch is not None else "batch")
-    own = connect(wanted.cluster or plan.cluster, workers=wanted.workers or plan.file.workers, lane=lane, project=plan.file.name)
-    try:
-        yield own
-    finally:
-        close(own)
+    where, number = wanted.cluster or plan.cluster, wanted.workers or plan.file.workers
+    return Workers(lambda: connect(where, workers=number, lane=lane, project=plan.file.name), close)
 
 
 def _inputs_text(plan: Plan, *, watch: bool) -> str:

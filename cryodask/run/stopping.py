@@ -34,6 +34,7 @@ class Stop:
     def __init__(self, folder: Path) -> None:
         self._file, self._end = folder / STOP_FILE, folder / END_FILE
         self._by, self._looked = "", float("-inf")
+        self._at_once = False
 
     @property
     def asked(self) -> bool:
@@ -73,7 +74,7 @@ class Stop:
             return
 
         def ask(number: int, frame: FrameType | None) -> None:
-            if self._by:
+            if self._by or self._at_once:
                 raise KeyboardInterrupt
             self._by = "Ctrl-C"
 
@@ -82,3 +83,12 @@ class Stop:
             yield self
         finally:
             signal.signal(signal.SIGINT, before)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Context manager: within, no items are in flight (the run waits for workers), and Ctrl-C interrupts at once."""
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distributed import Worker
 
 RELEASE = version("cryodask")
 
@@ -34,6 +37,16 @@ def why_refused(kind: str, theirs: dict[str, Any] | None, ours: dict[str, Any], 
         "  Usual reason: another environment was active\n"
         "  What to do: use the scheduler's environment; only the patch level of Python may differ"
     )
+
+
+def announce(worker: Worker) -> None:
+    """Have a worker that registers tell the scheduler which cryodask it has: versions are compared, and tasks are sent in less."""
+    worker.startup_information["cryodask"] = lambda worker: RELEASE
+
+
+async def dask_setup(worker: Worker) -> None:
+    """``--preload cryodask.cluster.access.versions`` for workers without certificates; those with certificates do it themselves."""
+    announce(worker)
 
 
 def _minor(versions: dict[str, Any]) -> str:

@@ -243,7 +243,7 @@ def worker_options_of(name: str, pool: PoolSettings, certificates: Path | None) 
     resources = {**pool.worker_resources, f"pool-{name}": 1e9}
     # without the address every worker would serve HTTP on all interfaces of the node
     options = ["--dashboard-address", "127.0.0.1:0", "--no-dashboard"]
-    options += ["--preload-nanny", "cryodask.cluster.guard"] if certificates else []
+    options += ["--preload-nanny", "cryodask.cluster.guard"] if certificates else ["--preload", "cryodask.cluster.access.versions"]
     options += ["--resources", '"' + ",".join(f"{k}={v:g}" for k, v in resources.items()) + '"']
     if pool.walltime:
         margin = leave_seconds(pool)

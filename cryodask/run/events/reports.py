@@ -52,14 +52,19 @@ class Reports:
 
     Parameters
     ----------
-    client : Client
     events : Events
     """
 
-    def __init__(self, client: Client, events: Events) -> None:
+    def __init__(self, events: Events) -> None:
         self.topic = REPORTS + events.run
-        self._client, self._events = client, events
+        self._client: Client | None = None
+        self._events = events
         self._arrived: SimpleQueue[Any] = SimpleQueue()
+
+    def listen(self, client: Client) -> None:
+        """Take the reports of this client's workers from now on."""
+        self._client = client
+        client.subscribe_topic(self.topic, self._take)
 
     def emit(self) -> None:
         """Emit what has arrived since the last call."""
@@ -74,10 +79,10 @@ class Reports:
             self._arrived.put(message)
 
     def __enter__(self) -> Reports:
-        self._client.subscribe_topic(self.topic, self._take)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.emit()
-        with suppress(Exception):  # the scheduler may be gone, and the subscription with it
-            self._client.unsubscribe_topic(self.topic)
+        if self._client is not None:
+            with suppress(Exception):  # the scheduler may be gone, and the subscription with it
+                self._client.unsubscribe_topic(self.topic)
