@@ -35,6 +35,8 @@ class Var:
     chunk: tuple[int, ...] = ()
     part: str = ""
     """``product.part`` that it belongs to (see products.py); empty for registry facts of an exposure."""
+    rounded: bool = False
+    """Bulk floats whose stage rounds them to a small part of their noise, so that they are worth compressing."""
 
     @property
     def ragged(self) -> bool:
@@ -129,8 +131,8 @@ register(
 )
 register(
     [
-        Var("micrograph_sum", ("y", "x"), "f4", "electron", "aligned sum of all frames", "bulk", (512, 512)),
-        Var("micrograph_dw", ("y", "x"), "f4", "electron", "aligned sum, dose-weighted", "bulk", (512, 512)),
+        Var("micrograph_sum", ("y", "x"), "f4", "electron", "aligned sum of all frames", "bulk", (512, 512), rounded=True),
+        Var("micrograph_dw", ("y", "x"), "f4", "electron", "aligned sum, dose-weighted", "bulk", (512, 512), rounded=True),
     ],
     "exposures.micrograph",
 )

@@ -272,7 +272,7 @@ def test_a_straggler_that_dies_after_its_rename_costs_the_item_which_is_made_aga
     project = made(tmp_path)
     generation = project.generation("motion")
     write_shard(shard(project, 1), generation.layout(generation.gives[0]), image(22.0))
-    assert ["bytes do not match the record of m1" in p for p in damage(project)] == [True]
+    assert [bool(re.search(r"(bytes do|length does) not match the record of m1", p)) for p in damage(project)] == [True]
     assert len(Project(project.path).generation("motion").check_files()) == 1
     assert sorted(shown(project)) == ["m0", "m2"]
     assert mended(project) == []

@@ -26,6 +26,7 @@ from cryodask.kernels.motion_frames import (
 from cryodask.kernels.motion_model import FittedField, relion_polynomial
 from cryodask.kernels.motion_patches import choose_patches, crop_for_patches, cut_patches, fit_local_motion
 from cryodask.kernels.preview import preview
+from cryodask.kernels.rounding import rounded_to_noise
 from cryodask.kernels.warp import add_warped, stripe_field
 from cryodask.stage import Frames
 from cryodask.stages.motion import NODES
@@ -101,6 +102,7 @@ def corrected(
     factor = None if gain is None else torch.from_numpy(np.require(gain, np.float32, ["C", "W"])).to(device)
     node_shift, track, defects, still = _measure(params, source, frames, shape, factor, pixel, dose_per_frame)
     plain, weighted = sum_frames(source, frames, shape, factor, node_shift / pixel, pixel, dose_per_frame, pre_exposure, voltage_kv, step)
+    plain, weighted = (rounded_to_noise(torch.from_numpy(image)).numpy() for image in (plain, weighted))
     position = _nodes(shape)
     steps = np.linalg.norm(np.diff(track, axis=0), axis=1)
     middle = pre_exposure + (np.arange(frames) + 0.5) * dose_per_frame

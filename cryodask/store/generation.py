@@ -15,6 +15,7 @@ import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -170,7 +171,7 @@ class Generation:
     @property
     def gives(self) -> list[Var]:
         """Variables it contains."""
-        return [VARIABLES[name] for name in self.meta["gives"] if name in VARIABLES]
+        return [self._as_here(VARIABLES[name]) for name in self.meta["gives"] if name in VARIABLES]
 
     def _bulk(self) -> list[Var]:
         return [v for v in self.gives if v.kind == "bulk"]
@@ -184,8 +185,16 @@ class Generation:
         """Shape, chunks and dtype of a bulk variable: for one item, or by default for the first data set."""
         own = (record or {}).get("layouts", {}).get(var.name)
         if own is not None:
-            return Layout.of(tuple(own[0]), var.chunk, own[1])
-        return layout_on(var, Grid(self.meta["sizes"], self.meta["dtypes"]))
+            return Layout.of(tuple(own[0]), var.chunk, own[1], rounded=self._rounded(var.name))
+        return layout_on(self._as_here(var), Grid(self.meta["sizes"], self.meta["dtypes"]))
+
+    def _as_here(self, var: Var) -> Var:
+        """A variable as it is stored here: an earlier version may have stored it as it was, and not rounded."""
+        rounded = self._rounded(var.name)
+        return var if var.rounded == rounded else replace(var, rounded=rounded)
+
+    def _rounded(self, name: str) -> bool:
+        return bool(self.meta.get("variables", {}).get(name, {}).get("rounded", False))
 
     def array_name(self, var: Var, layout: Layout) -> str:
         """Name of the Zarr array for a layout: that of the variable, with size and type unless it is the first data set's layout."""

@@ -24,13 +24,13 @@ class Grid(NamedTuple):
 def layout_on(var: Var, grid: Grid) -> Layout:
     """Layout of a bulk variable in a data set."""
     shape = tuple(grid.sizes.get(f"{var.name}.{d}", grid.sizes.get(d)) for d in var.dims)
-    return Layout.of(shape, var.chunk, np.dtype(grid.dtypes.get(var.name, var.dtype)).str)  # type: ignore[arg-type]
+    return Layout.of(shape, var.chunk, np.dtype(grid.dtypes.get(var.name, var.dtype)).str, rounded=var.rounded)  # type: ignore[arg-type]
 
 
 def layout_of_value(var: Var, value: Any) -> Layout:
     """Layout of a value itself."""
     shape = (SLOTS, *value.shape[1:]) if var.dims[0] == "slot" else tuple(value.shape)
-    return Layout.of(shape, var.chunk, np.dtype(value.dtype if var.dtype == "input" else var.dtype).str)
+    return Layout.of(shape, var.chunk, np.dtype(value.dtype if var.dtype == "input" else var.dtype).str, rounded=var.rounded)
 
 
 def layout_text(layout: Layout) -> str:
