@@ -39,9 +39,9 @@ check: venv
 # most tests wait, for workers, jobs and faults: four at a time keep two cores busy; each more imports, collects and starts its own for 15 CPU s
 TOGETHER := -n 4 --dist loadfile --no-loadscope-reorder
 
-# numba compiles for 20 s: once, not in each of the processes that begin together
+# numba compiles for 20 s, and pytest rewrites the modules of the tests for 8 s: once, not in each of the processes that begin together
 $(VENV)/.compiled: cryodask/kernels/_slices_numba.py cryodask/kernels/_grids_numba.py cryodask/kernels/_insertion_numba.py | venv
-	$(BIN)/python -m pytest tests/test_local_search.py
+	$(BIN)/python -m pytest -k test_local_search
 	touch $@
 
 test: venv system check $(VENV)/.compiled
