@@ -236,6 +236,7 @@ def test_short_rows_show_where_the_last_column_is_text_or_not_wanted(tmp_path):
         "data_particles\nloop_\n",
         "data_particles\nloop_\n_rlnImageName #1\n1@a.mrcs\n",
         "data_particles\nloop_\n_rlnImageName #1\n# c\n_rlnDefocusU\n1@a.mrcs 1\n",
+        "data_particles\nloop_\n_rlnImageName #1\n_rlnDefocusU a#2\n1@a.mrcs 1\n",
         "data_particles\n\ndata_b\nloop_\n_rlnImageName\n_rlnX\n1@a 1\n",
         "data_particles\nloop_\n_rlnImageName\n_rlnImageName\n1@a 1@a\n",
         "loop_\n_rlnImageName\n_rlnX\n1@a 1\ndata_x\n",
@@ -250,6 +251,17 @@ def test_odd_layouts_give_the_same_error(tmp_path, monkeypatch, text):
     with pytest.raises(StarError) as fast:
         star.read_particles(path)
     assert str(fast.value) == str(general.value)
+
+
+def test_optics_of_a_table_without_rows(tmp_path):
+    path = tmp_path / "p.star"
+    path.write_text(
+        OPTICS.replace(
+            "opticsGroup2            2     0.885000   200.000000     1.400000     0.100000     3.540000           64            2\n", ""
+        )
+        + "_rlnImageName #1\n_rlnOpticsGroup #2\n"
+    )
+    assert {len(values) for values in star.read_particles(path).values()} == {0}
 
 
 def test_a_long_table_before_the_optics_is_read_up_to_them(tmp_path, monkeypatch):

@@ -133,9 +133,10 @@ def _read_labels(file: IO[bytes]) -> list[str]:
         if line is None or not line.startswith("_"):
             file.seek(at)
             break
-        if len(line.split("#")[0].split()) != 1:
+        label, *comment = line.split()
+        if comment and not comment[0].startswith("#"):
             raise _UnusualError
-        labels.append(line.split()[0][1:])
+        labels.append(label[1:])
     if len(labels) < 2 or len({*labels, _END}) <= len(labels):
         raise _UnusualError
     return labels

@@ -267,7 +267,8 @@ def _spread_optics(path: Path, optics: Loop, columns: Read) -> Read:
     groups = dict(_translate(path, optics, (Column("optics_group", "rlnOpticsGroup", "i8"), *OPTICS)))
     groups |= _kept(path, optics)
     if groups and _length(next(iter(groups.values()))) == 1 and columns:  # the only group is that of all rows
-        groups.setdefault("optics_group", np.asarray(columns.get("optics_group", [1]))[:1])
+        named = np.asarray(columns.get("optics_group", []))
+        groups.setdefault("optics_group", named[:1] if len(named) else np.ones(1, np.int64))
         count = _length(next(iter(columns.values())))
         columns.setdefault("optics_group", np.full(count, np.asarray(groups["optics_group"])[0]))
     if "optics_group" not in groups or "optics_group" not in columns:
