@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from _star_tables import GROUP, MICROGRAPH, PARTICLE, imported, loop, pairs, particles, stack, write
+from pydantic import ValidationError
 from test_mrc_facts import mrc, written
 
 from cryodask.cli import app
@@ -17,7 +18,7 @@ from cryodask.cluster.settings import parse_settings
 from cryodask.errors import InputError, MicrographError, MovieError, ProjectFileError, StarError
 from cryodask.formats import star
 from cryodask.formats.mrc import read_mrc, write_mrc
-from cryodask.run.recipe import broken_links, make_plan
+from cryodask.run.recipe import ProjectFile, broken_links, make_plan
 from cryodask.run.session import run_plan
 from cryodask.run.sources import list_exposures
 from cryodask.stage import load_stages
@@ -118,6 +119,12 @@ def test_stems_of_paths_of_both_systems(name, found):
 def test_a_name_that_is_none_is_refused(tmp_path, name):
     with pytest.raises(StarError, match=r"rlnMicrographName .* is not the name of a file"):
         star.read_particle_table(write(tmp_path / "p.star", particles(some(2, MicrographName=["a.mrc", name]))))
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", " a", "a ", "~", "~anna", "$HOME", "a$b", "-x", "a\nb", "x" * 201, "ä" * 101])
+def test_a_project_is_named_like_a_folder_of_any_shell(name):
+    with pytest.raises(ValidationError, match="name"):
+        ProjectFile(name=name, pipeline=["ingest"])
 
 
 def test_a_micrograph_that_is_spelled_in_two_ways_is_one(tmp_path):

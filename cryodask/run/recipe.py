@@ -110,8 +110,9 @@ class ProjectFile(StrictModel):
     @field_validator("name")
     @classmethod
     def _names_a_folder(cls, name: str) -> str:
-        if "/" in name or not name.isprintable() or name.strip() != name or set(name) == {"."} or name.startswith("~"):
-            raise ValueError("must be the name of a folder, without / and spaces at its ends")
+        odd = "/" in name or "$" in name or not name.isprintable() or name.strip() != name
+        if odd or set(name) == {"."} or name.startswith(("~", "-")):
+            raise ValueError("must be the name of a folder: without / and $, without spaces at its ends, and not beginning with ~ or -")
         if len(os.fsencode(name)) > 200:
             raise ValueError("is longer than a file system allows: give at most 200 characters")
         return name
