@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def read_model(path: str, assembly: str | None = None) -> np.ndarray:
 
     try:
         structure = gemmi.read_structure(str(path))
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, IndexError, OSError) as error:
         raise InputError(
             f"{path} cannot be read as a model: {error}", "it is not a PDB or mmCIF file, or is damaged", "check the file"
         ) from error
@@ -78,17 +79,22 @@ def structure_of(model_file: np.ndarray) -> Any:
 def atoms_of(structure: Any) -> Atoms:
     """Atoms of the first model of a gemmi structure, and of the first conformer of each residue, without hydrogen and water."""
     positions, elements, residue, residues = [], [], [], []
-    for chain in structure[0]:
-        for one in chain:
-            conformer = next((a.altloc for a in one if a.altloc != "\0"), "\0")
-            atoms = [a for a in one if a.altloc in ("\0", conformer) and a.element.name not in ("H", "D") and not one.is_water()]
-            if not atoms:
-                continue
-            residues.append(f"{chain.name} {one.name} {one.seqid}")
-            positions += [a.pos.tolist() for a in atoms]
-            elements += [a.element.name for a in atoms]
-            residue += [len(residues) - 1] * len(atoms)
+    for chain, one, atoms in kept_atoms(structure):
+        residues.append(f"{chain} {one.name} {one.seqid}")
+        positions += [a.pos.tolist() for a in atoms]
+        elements += [a.element.name for a in atoms]
+        residue += [len(residues) - 1] * len(atoms)
     return Atoms(np.array(positions, float).reshape(-1, 3), elements, np.array(residue, np.int64), residues)
+
+
+def kept_atoms(structure: Any) -> Iterator[tuple[str, Any, list[Any]]]:
+    """Chain, residue and atoms that comparisons with a map use: no water, no hydrogen, the first conformer of each residue."""
+    for chain in structure[0]:
+        for residue in chain.first_conformer():
+            conformer = next((a.altloc for a in residue if a.altloc != "\0"), "\0")
+            atoms = [a for a in residue if a.altloc in ("\0", conformer) and not a.element.is_hydrogen]
+            if atoms and not residue.is_water():
+                yield chain.name, residue, atoms
 
 
 def density(atoms: Atoms, positions: np.ndarray, box: int, voxel_angstrom: float, b_factor_angstrom2: float) -> np.ndarray:
