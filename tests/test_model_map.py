@@ -208,12 +208,36 @@ def test_a_model_elsewhere_and_an_empty_map_are_refused(volume, structure):
             compared(empty, structure)
 
 
+CIF = """data_x
+loop_
+_atom_site.group_PDB
+_atom_site.id
+_atom_site.type_symbol
+_atom_site.label_atom_id
+_atom_site.label_alt_id
+_atom_site.label_comp_id
+_atom_site.label_asym_id
+_atom_site.label_seq_id
+_atom_site.Cartn_x
+_atom_site.Cartn_y
+_atom_site.Cartn_z
+_atom_site.auth_asym_id
+_atom_site.auth_seq_id
+_atom_site.occupancy
+_atom_site.B_iso_or_equiv
+"""
+ATOM = "ATOM {0} C CA . ALA A {0} {1} A {0} 1 20\n"
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "has no atoms|cannot be read"),
+        ("", "cannot be read as a model"),
         ("data_x\n_cell.length_a 10\n", "has no atoms"),
         ("HETATM    1  O   HOH A   1      10.000  10.000  10.000  1.00 20.00           O  \n" * 3000, "has only 0 atoms"),
+        (CIF + "".join(ATOM.format(i, f"{3 * i} 0 0") for i in range(1, 40)), "has only 39 atoms"),
+        (CIF + "".join(ATOM.format(i, "1 2 3") for i in range(1, 80)), "are in one place"),
+        (CIF + "".join(ATOM.format(i, "? 2 3" if i == 7 else f"{i} 0 0") for i in range(1, 80)), "has atoms without coordinates"),
     ],
 )
 def test_files_without_a_model_are_refused(tmp_path, text, said):
@@ -221,3 +245,10 @@ def test_files_without_a_model_are_refused(tmp_path, text, said):
     path.write_text(text)
     with pytest.raises(InputError, match=said):
         md.read_model(str(path))
+
+
+def test_a_model_of_crystal_symmetry_p1_is_taken_as_it_is(tmp_path):
+    text = "_cell.length_a 40\n_cell.length_b 40\n_cell.length_c 40\n_cell.angle_alpha 90\n_cell.angle_beta 90\n_cell.angle_gamma 90\n"
+    text += "_symmetry.space_group_name_H-M 'P 1'\n"
+    (tmp_path / "m.cif").write_text(CIF.replace("loop_", text + "loop_", 1) + "".join(ATOM.format(i, f"{i} 0 0") for i in range(1, 80)))
+    assert len(md.atoms_of(md.structure_of(md.read_model(str(tmp_path / "m.cif")))).elements) == 79

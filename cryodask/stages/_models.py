@@ -53,7 +53,12 @@ def read_model(path: str, assembly: str | None = None) -> np.ndarray:
     while len(structure) > 1:
         del structure[1]
     made = bytes_of(structure)
-    count = len(atoms_of(structure).elements)
+    positions = atoms_of(structure).positions
+    count = len(positions)
+    if not np.isfinite(positions).all():
+        raise InputError(f"{path} has atoms without coordinates.", "the file is damaged, or was edited by hand", "check the file")
+    if count > 1 and np.ptp(positions, axis=0).max() < 1.0:
+        raise InputError(f"All atoms of {path} are in one place.", "the program that wrote it failed", "check the file")
     if count < _FEWEST_ATOMS:
         raise InputError(
             f"{path} has only {count} atoms.", "it is a ligand, or a fragment", f"give a model of {_FEWEST_ATOMS} atoms or more"

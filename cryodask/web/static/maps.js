@@ -1,7 +1,7 @@
 // The page of maps.
 import { attempt, colour, element, get } from "./common.js";
 import { drawFsc } from "./fsc.js";
-import { Surface } from "./surface.js";
+import { SCALE, Surface } from "./surface.js";
 
 const $ = (id) => document.getElementById(id);
 const NAMES = { fsc_unmasked: "unmasked", fsc_masked: "masked", fsc_randomised: "phases randomised", fsc_corrected: "corrected" };
@@ -11,7 +11,7 @@ if ($("step")) {
   const surface = new Surface($("surface"));
   const at = () => `map/${encodeURIComponent($("step").value)}`;
   const drawSection = (axis) => { $(`section-${axis}`).src = `${at()}/section.png?axis=${axis}&at=${$(`at-${axis}`).value}`; };
-  const drawSurface = () => attempt(() => surface.load(`${at()}/surface?sigmas=${$("sigmas").value}`));
+  const drawSurface = async () => drawScale(await attempt(() => surface.load(`${at()}/surface?sigmas=${$("sigmas").value}`)));
 
   const load = async () => {
     const found = await attempt(() => get(at()));
@@ -38,6 +38,16 @@ if ($("step")) {
   $("sigmas").addEventListener("change", drawSurface);
   for (const axis of [0, 1, 2]) $(`at-${axis}`).addEventListener("input", () => drawSection(axis));
   load();
+}
+
+/** What the colours of a surface mean, if they mean anything. */
+function drawScale(head) {
+  $("scale").classList.toggle("hidden", !head?.label);
+  if (!head?.label) return;
+  $("scale-bar").style.background = `linear-gradient(to right, ${SCALE.map((c) => `rgb(${c.join(" ")})`).join(", ")})`;
+  const middle = (head.low + head.high) / 2;
+  for (const [name, value] of [["low", head.low], ["middle", middle], ["high", head.high]]) $(`scale-${name}`).textContent = value.toFixed(1);
+  $("scale-label").textContent = head.label;
 }
 
 /** Particles by tilt (down) and rot (across); every field is drawn with the share of the sphere that it covers in mind. */
