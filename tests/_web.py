@@ -159,7 +159,7 @@ class Made:
         """A ball whose local resolution falls from 3 A at its left to 9 A at its right."""
         z, y, x = np.mgrid[:size, :size, :size] - size // 2
         given = {
-            "sharpened_map": (12 - np.sqrt(z**2 + y**2 + x**2)).astype(np.float32),
+            "sharpened_map": np.clip(12 - np.sqrt(z**2 + y**2 + x**2), 0, 1).astype(np.float32),
             "local_resolution_angstrom": (6.0 + x / 4.0).astype(np.float32),
             "local_resolution_percentile": np.array([3.0, 4.5, 6.0, 7.5, 9.0]),
         }

@@ -38,6 +38,33 @@ def draw_slices(volume: np.ndarray, pixel_angstrom: float, title: str, caption: 
     return Picture(title, caption, figure)
 
 
+FSC_CURVES = {
+    "fsc_unmasked": ("unmasked", "#888888"),
+    "fsc_masked": ("masked", "#1f77b4"),
+    "fsc_randomised": ("masked, random phases", "#d62728"),
+    "fsc_corrected": ("corrected", "black"),
+}
+"""Name and colour of each curve of half-maps, the same in all figures."""
+
+
+def resolution_axis(axes: Any, last: float) -> None:
+    """Spatial frequencies from 0 to ``last``, 1/Angstrom, labelled by the resolutions that people think in: 1/10, 1/5."""
+    axes.set(xlabel="spatial frequency, 1/Å", xlim=(0.0, last))
+    ticks = [tick for tick in axes.get_xticks() if 0 < tick <= last]
+    axes.set_xticks(ticks, [f"1/{1 / tick:.1f}" for tick in ticks])
+
+
+def resolution_colours(best_angstrom: float, worst_angstrom: float) -> Any:
+    """Colours of resolutions, a matplotlib ``ScalarMappable``: blue where it is best, red where it is worst."""
+    import matplotlib
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
+
+    # the ends of the colour map are too dark to be told apart on a shaded surface
+    colours = ListedColormap(matplotlib.colormaps["turbo"](np.linspace(0.1, 0.92, 256)))
+    return ScalarMappable(Normalize(best_angstrom, max(worst_angstrom, best_angstrom + 0.1)), colours)
+
+
 def surface_level(volume: np.ndarray) -> float:
     """Density at which the surface of a map is drawn: a quarter of the 99.9th percentile."""
     return 0.25 * float(np.percentile(volume, 99.9))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cryodask.stage import Picture
+from cryodask.stages._map_pictures import resolution_axis
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -26,9 +27,8 @@ def draw_model_fsc(ds: xr.Dataset, sentence: str) -> Picture:
     axes = figure.subplots()
     axes.plot(ds["model_frequency"].values[1:], ds["model_fsc"].values[1:], color="black")
     axes.axhline(0.5, color="black", lw=0.6, ls=":")
-    axes.set(xlabel="spatial frequency, 1/Å", ylabel="map-model FSC", ylim=(-0.1, 1.03), xlim=(0, float(ds["model_frequency"].values[-1])))
-    ticks = [t for t in axes.get_xticks() if 0 < t <= float(ds["model_frequency"].values[-1])]
-    axes.set_xticks(ticks, [f"1/{1 / t:.1f}" for t in ticks])
+    axes.set(ylabel="map-model FSC", ylim=(-0.1, 1.03))
+    resolution_axis(axes, float(ds["model_frequency"].values[-1]))
     return Picture("Model and map", f"{sentence[:1].upper()}{sentence[1:]}.{_left_out(ds)}", figure)
 
 

@@ -8,17 +8,10 @@ import numpy as np
 
 from cryodask.kernels.verdict import CERTAIN
 from cryodask.stage import Picture
-from cryodask.stages._map_pictures import surface_seen, without_specks
+from cryodask.stages._map_pictures import FSC_CURVES, resolution_axis, surface_seen, without_specks
 
 if TYPE_CHECKING:
     import xarray as xr
-
-_CURVES = (
-    ("fsc_unmasked", "unmasked", "#888888"),
-    ("fsc_masked", "masked", "#1f77b4"),
-    ("fsc_randomised", "masked, random phases", "#d62728"),
-    ("fsc_corrected", "corrected", "black"),
-)
 
 
 def draw_evidence(ds: xr.Dataset, sentence: str) -> Picture:
@@ -49,12 +42,11 @@ def draw_evidence(ds: xr.Dataset, sentence: str) -> Picture:
 
 def _correlation(axes: Any, ds: xr.Dataset) -> None:
     frequency = 1.0 / ds["shell_resolution_angstrom"].values
-    for name, label, colour in _CURVES:
+    for name, (label, colour) in FSC_CURVES.items():
         axes.plot(frequency, ds[name].values, label=label, color=colour, linewidth=1.8 if name == "fsc_corrected" else 1.0)
     axes.axhline(0.143, color="grey", linewidth=0.8, linestyle=":")
-    axes.set(
-        xlabel="spatial frequency, 1/\u00c5", ylabel="Fourier shell correlation", ylim=(-0.1, 1.02), xlim=(0.0, float(frequency.max()))
-    )
+    axes.set(ylabel="Fourier shell correlation", ylim=(-0.1, 1.02))
+    resolution_axis(axes, float(frequency.max()))
     axes.legend(fontsize=7)
 
 

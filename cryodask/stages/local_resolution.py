@@ -12,7 +12,7 @@ from pydantic import Field
 from cryodask.errors import InputError
 from cryodask.stage import Context, Output, Params, Picture, Resources, Sizes, port, stage
 from cryodask.stages._half_maps import check_half_maps, check_independent
-from cryodask.stages._map_pictures import surface_seen, without_specks
+from cryodask.stages._map_pictures import resolution_colours, surface_seen, without_specks
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -104,16 +104,11 @@ def says(result: Mapping[str, Any]) -> str:
 @local_resolution.figures
 def draw(ds: xr.Dataset) -> Iterator[Picture]:
     """Surface and sections of the map, coloured by local resolution."""
-    import matplotlib
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import ListedColormap, Normalize
     from matplotlib.figure import Figure
 
     view, resolution = ds["sharpened_map"].values, ds["local_resolution_angstrom"].values
     percentiles = ds["local_resolution_percentile"].values
-    # the ends of the colour map are too dark to be told apart on a shaded surface
-    colours = ListedColormap(matplotlib.colormaps["turbo"](np.linspace(0.1, 0.92, 256)))
-    scale = ScalarMappable(Normalize(percentiles[0], max(percentiles[-1], percentiles[0] + 0.1)), colours)
+    scale = resolution_colours(float(percentiles[0]), float(percentiles[-1]))
     figure = Figure(figsize=(9, 6.0), layout="constrained")
     panels = figure.subplots(2, 3)
     fine_view, fine_resolution = _at_picture_size(without_specks(view)), _at_picture_size(resolution)

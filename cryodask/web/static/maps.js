@@ -4,7 +4,8 @@ import { drawFsc } from "./fsc.js";
 import { SCALE, Surface } from "./surface.js";
 
 const $ = (id) => document.getElementById(id);
-const NAMES = { fsc_unmasked: "unmasked", fsc_masked: "masked", fsc_randomised: "phases randomised", fsc_corrected: "corrected" };
+// the same names and colours as in the report
+const FSC = { fsc_unmasked: ["unmasked", "faint"], fsc_masked: ["masked", "dot"], fsc_randomised: ["masked, random phases", "bad"], fsc_corrected: ["corrected", "ink"] };
 let plot = null;
 
 if ($("step")) {
@@ -26,7 +27,7 @@ if ($("step")) {
     $("no-fsc").classList.toggle("hidden", Boolean(found.fsc));
     if (found.fsc) {
       const { frequency, ...curves } = found.fsc;
-      plot = drawFsc($("fsc"), Object.entries(curves).map(([name, values]) => ({ label: NAMES[name], frequency, values })));
+      plot = drawFsc($("fsc"), Object.entries(curves).map(([name, values]) => ({ label: FSC[name][0], ink: FSC[name][1], frequency, values })));
     }
     for (const axis of [0, 1, 2]) drawSection(axis);
     drawSurface();
