@@ -198,6 +198,22 @@ def test_nucleotides_are_residues_too(volume, structure):
     assert len(drawn(result)) == 3
 
 
+def test_a_model_that_was_docked_in_the_mirror_image_is_refused_with_the_way_out(volume, structure):
+    with pytest.raises(InputError, match=r"map has the wrong hand(?s:.*)- hand: \{from: \{model: dock\}\}"):
+        compared(volume, structure, dock_hand="mirrored")
+    assert compared(volume, structure, dock_hand="unknown")["q_missing"] == ""
+
+
+def test_another_molecule_does_not_fit(volume):
+    """Its residues have correlations and Q-scores near zero, and the report says so."""
+    other = bundle(1, 4, residues=14, spacing=9.0)
+    other[0].transform_pos_and_adp(gemmi.Transform(gemmi.Mat33([[0, 1, 0], [0, 0, 1], [1, 0, 0]]), gemmi.Vec3(0, 0, 0)))
+    result = compared(volume, other)
+    assert np.median(result["residue_correlation"]) < 0.5
+    assert abs(result["residue_q"].mean()) < 0.25 < result["residue_q_expected"].mean()
+    assert "of the residues do not fit" in model_map.says(result)
+
+
 def test_a_model_elsewhere_and_an_empty_map_are_refused(volume, structure):
     far = structure.clone()
     far[0].transform_pos_and_adp(gemmi.Transform(gemmi.Mat33(), gemmi.Vec3(100, 0, 0)))

@@ -144,6 +144,14 @@ def test_what_phenix_fails_with_is_quoted(given, structure, program, tmp_path, l
         )
 
 
+def test_a_model_in_the_mirror_image_is_refused(given, structure, program):
+    phenix(program, "exit 9")
+    with pytest.raises(InputError, match="map has the wrong hand"):
+        phenix_real_space_refine.process(
+            PhenixRealSpaceRefineParams(resolution_angstrom=3.0), **given, model_file=md.bytes_of(structure.clone()), dock_hand="mirrored"
+        )
+
+
 def test_an_unknown_resolution_is_refused(given, structure, program):
     phenix(program, "exit 9")
     with pytest.raises(InputError, match="resolution of the map is unknown"):

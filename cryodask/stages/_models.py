@@ -102,6 +102,21 @@ def kept_atoms(structure: Any) -> Iterator[tuple[str, Any, list[Any]]]:
                 yield chain.name, residue, atoms
 
 
+def check_hand(dock_hand: str | None) -> None:
+    """Refuse a model that `dock` has placed in the mirror image of the map.
+
+    Raises
+    ------
+    InputError
+    """
+    if dock_hand is not None and str(dock_hand) == "mirrored":
+        raise InputError(
+            "the map has the wrong hand: the model was docked in its mirror image",
+            "projections do not tell a map from its mirror image",
+            "mirror the map with  - hand: {from: {model: dock}}  and dock the model again after it",
+        )
+
+
 def density(atoms: Atoms, positions: np.ndarray, box: int, voxel_angstrom: float, b_factor_angstrom2: float) -> np.ndarray:
     """Electron scattering density of atoms minus a smooth solvent `(z, y, x)` float32; ``positions`` `(n, 3)` are relative to voxel n // 2.
 

@@ -31,6 +31,8 @@ def draw_evidence(ds: xr.Dataset, sentence: str) -> Picture:
     axes.plot(iteration, certainty, marker="o", markersize=3)
     axes.axhline(CERTAIN, color="grey", linewidth=0.8, linestyle=":")
     axes.set(xlabel="iteration", ylabel="share of the likeliest pose", ylim=(0.0, 1.02), xlim=(0.5, len(iteration) + 0.5))
+    for axes in figure.axes[-2:]:
+        axes.locator_params(axis="x", integer=True)
     caption = (
         f"{sentence[:1].upper()}{sentence[1:]}. Correlation of the half-maps (high by construction below the low-pass of the starting map; "
         "it does not show errors that both halves inherited); views of the particles; likelihood, which rises wherever finer rings are "

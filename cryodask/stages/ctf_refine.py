@@ -95,7 +95,7 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
     left.legend(frameon=False)
     right.hist(ds["defocus_change_angstrom"].values, bins=60, color="steelblue")
     right.set(xlabel="change of defocus, Å", ylabel="particles")
-    right.yaxis.get_major_locator().set_params(integer=True)
+    right.locator_params(axis="y", integer=True)
     spread = float(ds["defocus_spread_angstrom"])
     yield Picture(
         "CTF refinement",

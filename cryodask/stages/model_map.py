@@ -39,7 +39,7 @@ def _memory(params: ModelMapParams, sizes: Sizes) -> float:
     version=2,
     shape="whole",
     needs=["final_map", "map_pixel_size_angstrom", "model_file"],
-    optional=["resolution_angstrom", "sharpened_map"],
+    optional=["resolution_angstrom", "sharpened_map", "dock_hand"],
     ports=["map[final, fsc?, view?]", "model[atoms]"],
     outputs=[],
     gives=[
@@ -58,6 +58,7 @@ def model_map(
     model_file: np.ndarray,
     resolution_angstrom: float | None = None,
     sharpened_map: np.ndarray | None = None,
+    dock_hand: str | None = None,
     context: Context,
 ) -> dict[str, Any]:
     """Compare a docked model with its map: FSC under the model's mask; local correlation and Q-score of each residue, helix and strand.
@@ -78,8 +79,9 @@ def model_map(
     from cryodask.kernels.fsc import fsc, resolution_at
     from cryodask.kernels.model_scores import at_places, local_correlation, mask_about
     from cryodask.stages._model_parts import parts_of, secondary_structure
-    from cryodask.stages._models import atoms_of, density, structure_of
+    from cryodask.stages._models import atoms_of, check_hand, density, structure_of
 
+    check_hand(dock_hand)
     voxel, box = float(map_pixel_size_angstrom), final_map.shape[0]
     structure = structure_of(model_file)
     atoms, parts = atoms_of(structure), parts_of(structure)

@@ -44,7 +44,7 @@ def _memory(params: PhenixRealSpaceRefineParams, sizes: Sizes) -> float:
     shape="whole",
     programs=[PHENIX],
     needs=["final_map", "map_pixel_size_angstrom", "model_file"],
-    optional=["resolution_angstrom", "sharpened_map"],
+    optional=["resolution_angstrom", "sharpened_map", "dock_hand"],
     ports=["map[final, fsc?, view?]", "model[atoms]"],
     outputs=[Output("model", "model", ("atoms",), frame="same")],
     gives=["model_file", "moved_angstrom"],
@@ -59,6 +59,7 @@ def phenix_real_space_refine(
     model_file: np.ndarray,
     resolution_angstrom: float | None = None,
     sharpened_map: np.ndarray | None = None,
+    dock_hand: str | None = None,
 ) -> dict[str, Any]:
     """Refine a docked model against its map with ``phenix.real_space_refine`` (Afonine et al. 2018).
 
@@ -68,8 +69,9 @@ def phenix_real_space_refine(
     import gemmi
 
     from cryodask.stages._built import built_model, check_map, rms_movement
-    from cryodask.stages._models import bytes_of, structure_of
+    from cryodask.stages._models import bytes_of, check_hand, structure_of
 
+    check_hand(dock_hand)
     volume, voxel = final_map if sharpened_map is None else sharpened_map, float(map_pixel_size_angstrom)
     check_map(volume)
     known = params.resolution_angstrom or (float(resolution_angstrom) if resolution_angstrom is not None else float("nan"))
