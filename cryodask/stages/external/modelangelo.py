@@ -15,6 +15,8 @@ from cryodask.stage import Context, EffortMark, InputFile, Output, Params, Progr
 
 MODEL_ANGELO = Program(
     "model_angelo",
+    # not the numbers in warnings of the packages that it imports
+    version_pattern=r"(?im)(?:model[-_ ]?angelo\S*\s+(?:version\s+)?|^)v?(\d+\.\d+[\w.+-]*)",
     install="install ModelAngelo (github.com/3dem/model-angelo) with its weights, or load its module, where cryodask and its workers start",
 )
 
