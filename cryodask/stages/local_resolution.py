@@ -111,7 +111,7 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
     scale = resolution_colours(float(percentiles[0]), float(percentiles[-1]))
     figure = Figure(figsize=(9, 6.0), layout="constrained")
     panels = figure.subplots(2, 3)
-    fine_view, fine_resolution = _at_picture_size(without_specks(view)), _at_picture_size(resolution)
+    fine_view, fine_resolution = without_specks(_at_picture_size(view)), _at_picture_size(resolution)
     low, high = np.percentile(view, (60, 99.9))
     for axis, name in enumerate("zyx"):
         brightness, place = surface_seen(fine_view, axis)
