@@ -1,5 +1,5 @@
-"""Programs that build and refine models, by stand-ins that check their arguments and write such files as the programs' documentation
-describes. Neither program has been run for these tests.
+"""Programs that build and refine models, by stand-ins that check their arguments and write files of the names and formats that are expected
+of ModelAngelo 0.2 and 1.0 and of Phenix 1.21. Neither program has been run for these tests.
 """
 
 from __future__ import annotations
