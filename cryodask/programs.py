@@ -29,12 +29,15 @@ class Program:
         Regular expression whose first group matches the version in its output.
     install : str
         How to install it; ends the message that refuses a run without it.
+    version_program : str, optional
+        Another program on the PATH that prints the version of this one.
     """
 
     name: str
     version_arguments: tuple[str, ...] = ("--version",)
     version_pattern: str = r"(\d+\.\d+[\w.+-]*)"
     install: str = "install it, or load its module first"
+    version_program: str | None = None
 
     def version(self) -> str:
         """Version of the program on this machine; the program is run once per executable file.
@@ -44,9 +47,11 @@ class Program:
         ProgramMissingError
             It is not on the PATH, cannot be started, or reports no version.
         """
-        path = path_of(self.name)
-        if path is None:
-            raise ProgramMissingError(f"{self.name} is not on the PATH of {socket.gethostname()}.", "", f"{self.install}")
+        asked = self.version_program or self.name
+        for name in (self.name, asked):
+            if path_of(name) is None:
+                raise ProgramMissingError(f"{name} is not on the PATH of {socket.gethostname()}.", "", f"{self.install}")
+        path = path_of(asked) or asked
         key = str(path), Path(path).stat().st_mtime_ns, self.version_pattern
         if key not in _VERSIONS:
             _VERSIONS[key] = self._asked(path)

@@ -155,6 +155,17 @@ class Made:
         self.project.save()
         return f"refine3d/{key}"
 
+    def local_resolution(self, size: int = 40) -> None:
+        """A ball whose local resolution falls from 3 A at its left to 9 A at its right."""
+        z, y, x = np.mgrid[:size, :size, :size] - size // 2
+        given = {
+            "sharpened_map": np.clip(12 - np.sqrt(z**2 + y**2 + x**2), 0, 1).astype(np.float32),
+            "local_resolution_angstrom": (6.0 + x / 4.0).astype(np.float32),
+            "local_resolution_percentile": np.array([3.0, 4.5, 6.0, 7.5, 9.0]),
+        }
+        self._step("local_resolution", tuple(given), per_item=False).commit_result(given)
+        self.project.save()
+
     def particles(self, count: int, label: str = "import_particles", **changed: Any) -> dict[str, np.ndarray]:
         """A step with particles: two groups in their columns, some values unknown; returns them."""
         rng = np.random.default_rng(count)

@@ -11,6 +11,7 @@ from _states import PIXEL, two_states, write_project
 from test_docs import blocks
 
 from cryodask.formats.mrc import write_mrc
+from cryodask.kernels.q_score import COARSEST_ANGSTROM
 from cryodask.run.recipe import draft_plan
 from cryodask.stages import _classify3d
 from cryodask.stages.ab_initio import _MOST_SORTED
@@ -56,13 +57,14 @@ def test_maps_of_a_mixture_are_aligned_and_their_particles_merged(folder):
 def test_what_follows_a_map_resolves(folder, text):
     content = yaml.safe_load(FIRST)
     (folder / "5a1a.cif.gz").write_bytes(b"")
+    (folder / "sequences.fasta").write_text(">a\nMTMITDSLAV\n")
     steps = [next(iter(step)) if isinstance(step, dict) else step for step in yaml.safe_load(text)["pipeline"]]
     assert steps[0] == "refine3d"
     content["pipeline"] = [content["pipeline"][0], *yaml.safe_load(text)["pipeline"]]
     (folder / "after.yaml").write_text(yaml.safe_dump(content))
     graph = draft_plan(folder / "after.yaml").graph
     assert graph.problems == ()
-    assert [step.label for step in graph.steps[2:]] == [name.partition(" as ")[2] or name for name in steps]
+    assert [step.label for step in graph.steps[2:]] == [name.partition(" as ")[2] or name.rpartition(".")[2] for name in steps]
 
 
 def test_classes_of_a_mixture_are_refined_on_their_own(folder):
@@ -74,6 +76,7 @@ def test_classes_of_a_mixture_are_refined_on_their_own(folder):
 
 
 def test_the_figures_are_those_of_the_program():
+    assert f"a map worse than {COARSEST_ANGSTROM:g} A has none" in TEXT
     assert f"at least {LEAST_GAIN_Z:.0f} standard errors" in TEXT
     assert f"more than {100 * _ALIKE:.0f} %" in TEXT
     assert f"is below {LEAST_AGREEMENT:g}" in TEXT

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from _particles import blob_map
 
 from cryodask.errors import InputError
@@ -10,8 +11,10 @@ from cryodask.kernels import local_resolution as lr
 from cryodask.kernels.fourier import soft_sphere
 from cryodask.kernels.fsc import half_radius
 from cryodask.kernels.orientations import euler_to_matrix, random_rotations
+from cryodask.stages._map_pictures import surface_seen, without_specks
 from cryodask.stages.local_resolution import LocalResolutionParams, local_resolution
 from cryodask.stages.orientation import OrientationParams, orientation, warnings
+from cryodask.vocabulary import VARIABLES
 
 BOX, VOXEL = 48, 2.5
 
@@ -49,6 +52,56 @@ def test_stage_reports_percentiles_and_refuses_an_empty_mask(halves):
     assert np.isfinite(result["sharpened_map"]).all()
     with pytest.raises(InputError, match="mask is empty"):
         local_resolution.process(LocalResolutionParams(), solvent_mask=np.zeros((BOX,) * 3, np.float32), **given)
+
+
+def test_local_sharpening_brings_a_map_graded_in_b_factor_to_one_level():
+    """White signal with B factors of 50 and 350 A^2 in the two halves of the box: at 8 A amplitudes differ by exp(300 / 4 / 64) = 3.2."""
+    spectrum, square = torch.fft.rfftn(torch.randn(BOX, BOX, BOX, generator=torch.Generator().manual_seed(5))), half_radius(BOX) ** 2
+    sharp, blunt = (torch.fft.irfftn(spectrum * torch.exp(-b / 4 * square / (BOX * VOXEL) ** 2), s=(BOX,) * 3) for b in (50.0, 350.0))
+    graded = torch.where((torch.arange(BOX) < BOX // 2)[:, None, None], sharp, blunt)
+    even = lr.locally_sharpened(graded, VOXEL, torch.ones(BOX, BOX, BOX), 15.0)
+
+    def ratio(volume, d):
+        near = (half_radius(BOX) - BOX * VOXEL / d).abs() < 1.5
+        band = torch.fft.irfftn(torch.fft.rfftn(volume) * near, s=volume.shape)
+        return float(band[7:17].std() / band[31:41].std())
+
+    assert ratio(graded, 8.0) > 2.4  # less than 3.2, because a band leaks across the boundary
+    for d in (8.0, 10.0, 15.0):
+        assert ratio(even, d) == pytest.approx(1.0, abs=0.2)
+
+
+def test_the_surface_shows_the_hand_of_the_map_and_the_resolution_of_what_is_seen():
+    """Four blobs: seen along z the upper ones cover the lower ones, and those at large x are right."""
+    z, y, x = np.indices((BOX,) * 3)
+    volume = np.zeros((BOX,) * 3, np.float32)
+    for place, radius in (((35, 24, 24), 4), ((12, 24, 24), 9), ((24, 24, 40), 4)):
+        volume += np.sqrt((z - place[0]) ** 2 + (y - place[1]) ** 2 + (x - place[2]) ** 2) < radius
+    for axis, (near, side) in {0: (35 + 3, 24 + 3), 1: (24 - 3, 24 - 3)}.items():
+        brightness, place = surface_seen(volume, axis)
+        row = 24 if axis == 0 else 35
+        assert place[row, 24] == near
+        assert place[24, 40] == side
+        assert place[2, 2] == -1
+        assert brightness[2, 2] == 0.0
+        assert brightness[row, 24] > 0.5
+    # along x the blob at x = 40 is in front of those at 24
+    assert surface_seen(volume, 2)[1][24, 24] == 40 + 3
+    assert set(np.unique(without_specks(volume))) == {0.0, 1.0}
+    assert without_specks(volume)[24, 24, 40] == 0.0
+
+
+def test_the_report_colours_surface_and_sections(halves):
+    stack = torch.stack(halves).numpy()
+    result = local_resolution.process(
+        LocalResolutionParams(), half_map=stack, map_pixel_size_angstrom=VOXEL, solvent_mask=np.ones((BOX,) * 3)
+    )
+    ds = xr.Dataset({name: (VARIABLES[name].dims, np.asarray(value)) for name, value in result.items()})
+    (picture,) = local_resolution.draw(ds)
+    picture.figure.canvas.draw()
+    assert picture.figure.axes[-1].get_ylabel() == "local resolution, Å"
+    low, high = sorted(picture.figure.axes[-1].get_ylim())
+    assert (low, high) == pytest.approx(tuple(result["local_resolution_percentile"][[0, -1]]))
 
 
 def test_sampling_of_uniform_side_and_top_views_is_ordered():

@@ -184,6 +184,22 @@ def test_a_surface_of_fewer_triangles_has_the_same_size_and_place(monkeypatch: p
         assert np.linalg.norm(vertices - (0, 0, 4), axis=1).mean() == pytest.approx(20, abs=0.3)
 
 
+@pytest.mark.parametrize("most", [100_000, 3000])
+def test_a_surface_is_coloured_by_the_values_at_its_vertices(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """Values that are z: those of the vertices are their z, however many voxels were averaged."""
+    z, y, x = np.mgrid[:60, :60, :60] - 29.5
+    monkeypatch.setattr(maps, "MOST_TRIANGLES", most)
+    coloured = maps.Coloured(z.astype(np.float32), 4.0, 9.0, "local resolution, Å")
+    raw = maps.surface_at((20 - np.sqrt(z**2 + y**2 + x**2)).astype(np.float32), 0.0, coloured)
+    length = int.from_bytes(raw[:4], "little")
+    head = json.loads(raw[4 : 4 + length])
+    assert (head["low"], head["high"], head["label"]) == (4.0, 9.0, "local resolution, Å")
+    vertices = np.frombuffer(raw, "<f4", 3 * head["vertices"], 4 + length).reshape(-1, 3)
+    values = np.frombuffer(raw, "<f4", head["vertices"], 4 + length + 12 * (head["vertices"] + head["triangles"]))
+    assert len(raw) == 4 + length + 16 * head["vertices"] + 12 * head["triangles"]
+    assert np.abs(values - vertices[:, 2]).max() < 1e-3
+
+
 def test_wrong_requests_are_explained(site: tuple[Site, Made]) -> None:
     running, _ = site
     assert running.ask("/s/session/mask/postprocess")[0] == 404

@@ -42,6 +42,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     made.finish(key="k2", sharpening=-120.0)
     made.particles(500)
     made.refine()
+    made.local_resolution()
     with serving(Sessions({"": [folder / "session"]}, Ledger(folder / "audit")), cache=folder / "cache") as site:
         yield site
 
@@ -120,6 +121,23 @@ def test_every_page_is_drawn_without_errors_under_its_own_policy(walked, path):
         assert "sharpening" in one.text("main")
     one.page.wait_for_load_state("networkidle" if path not in {"s/session/", "cluster"} else "load")
     assert one.wrong == []
+
+
+def test_a_surface_is_coloured_by_local_resolution_with_its_scale(walked):
+    """The better resolved side of the ball is blue, the other red; a map without local resolution has one colour and no scale."""
+    one = walked
+    one.open("s/session/maps?step=local_resolution")
+    one.until("document.getElementById('surface').dataset.triangles > 100")
+    one.until("document.getElementById('scale-low').textContent === '3.0'")
+    assert (one.text("scale-high"), one.text("scale-label")) == ("9.0", "local resolution, Å")
+    look = "(share) => { const c = document.getElementById('surface'); "
+    look += "return [...c.getContext('2d').getImageData(share * c.width, c.height / 2, 1, 1).data]; }"
+    one.until("document.getElementById('surface').getContext('2d').getImageData(230, 230, 1, 1).data[3] === 255")
+    left, right = one.ask(look, 0.15), one.ask(look, 0.85)
+    assert left[2] > 1.5 * left[0], left
+    assert right[0] > 2 * right[2], right
+    one.page.select_option("#step", "postprocess")
+    one.until("document.getElementById('scale').classList.contains('hidden')")
 
 
 def test_the_log_in_page_is_accessible(browser, shown):

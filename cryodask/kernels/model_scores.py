@@ -44,3 +44,18 @@ def at_places(volume: Tensor, places_px: np.ndarray) -> np.ndarray:
     inside = ((places_px >= 0) & (places_px <= volume.shape[-1] - 1)).all(1)
     values = ndimage.map_coordinates(volume.cpu().numpy(), places_px[:, ::-1].T, order=1, mode="nearest")
     return np.where(inside, values, np.nan)
+
+
+def with_amplitudes_of(volume: Tensor, model: Tensor, mask: Tensor, voxel_angstrom: float, resolution_angstrom: float) -> Tensor:
+    """The density of a model `(z, y, x)` with the mean amplitude that a map has in each shell, both under a mask; zero beyond a resolution.
+
+    It is what a map of the same sharpening and resolution would show if it agreed with the model everywhere.
+    """
+    box = volume.shape[-1]
+    radius = half_radius(box, volume.device)
+    shell = radius.round().long().clamp(max=box // 2).flatten()
+    powers = [torch.fft.rfftn(v * mask).abs().double().square().flatten() for v in (volume, model)]
+    wanted, given = (torch.bincount(shell, power, box // 2 + 1) for power in powers)
+    scale = torch.sqrt(wanted / given.clamp(min=1e-30)).float()
+    keep = radius <= box * voxel_angstrom / resolution_angstrom
+    return torch.fft.irfftn(torch.fft.rfftn(model) * scale[shell].reshape(radius.shape) * keep, s=volume.shape)

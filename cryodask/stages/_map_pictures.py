@@ -38,6 +38,80 @@ def draw_slices(volume: np.ndarray, pixel_angstrom: float, title: str, caption: 
     return Picture(title, caption, figure)
 
 
+FSC_CURVES = {
+    "fsc_unmasked": ("unmasked", "#888888"),
+    "fsc_masked": ("masked", "#1f77b4"),
+    "fsc_randomised": ("masked, random phases", "#d62728"),
+    "fsc_corrected": ("corrected", "black"),
+}
+"""Name and colour of each curve of half-maps, the same in all figures."""
+
+
+def resolution_axis(axes: Any, last: float) -> None:
+    """Spatial frequencies from 0 to ``last``, 1/Angstrom, labelled by the resolutions that people think in: 1/10, 1/5."""
+    axes.set(xlabel="spatial frequency, 1/Å", xlim=(0.0, last))
+    ticks = [tick for tick in axes.get_xticks() if 0 < tick <= last]
+    axes.set_xticks(ticks, [f"1/{1 / tick:.1f}" for tick in ticks])
+
+
+def resolution_colours(best_angstrom: float, worst_angstrom: float) -> Any:
+    """Colours of resolutions, a matplotlib ``ScalarMappable``: blue where it is best, red where it is worst."""
+    import matplotlib
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
+
+    # the ends of the colour map are too dark to be told apart on a shaded surface
+    colours = ListedColormap(matplotlib.colormaps["turbo"](np.linspace(0.1, 0.92, 256)))
+    return ScalarMappable(Normalize(best_angstrom, max(worst_angstrom, best_angstrom + 0.1)), colours)
+
+
+def surface_level(volume: np.ndarray) -> float:
+    """Density at which the surface of a map is drawn: a quarter of the 99.9th percentile."""
+    return 0.25 * float(np.percentile(volume, 99.9))
+
+
+def without_specks(volume: np.ndarray) -> np.ndarray:
+    """A map without what lies above :func:`surface_level` around the largest connected part."""
+    from scipy.ndimage import label
+
+    parts, _ = label(volume > surface_level(volume))
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0
+    return np.where((parts == 0) | (parts == sizes.argmax()), volume, 0.0)
+
+
+def surface_seen(volume: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """Surface of a map at :func:`surface_level`, for ``imshow(..., origin="lower")``, lit from the viewer.
+
+    Along z (axis 0) x points right and y up, along y x and z, along x y and z; it is seen from the side that makes this right-handed, so
+    that the picture has the hand of the map.
+
+    Returns
+    -------
+    brightness : `(row, column)`
+        0 (background) to 1.
+    place : `(row, column)`
+        Index along the axis of the voxel that is seen; -1 where there is none.
+    """
+    towards = -1 if axis in (0, 2) else 1
+    seen = np.moveaxis(volume, axis, 0)[::towards]
+    threshold = surface_level(seen)
+    inside = seen > threshold
+    hit = inside.any(0)
+    first = inside.argmax(0)
+    rows, columns = np.indices(first.shape)
+    before = np.maximum(first - 1, 0)
+    here, there = seen[first, rows, columns], seen[before, rows, columns]
+    depth = first - np.clip((here - threshold) / np.maximum(here - there, 1e-12), 0.0, 1.0)
+    gradient = np.stack(np.gradient(seen), 0)[:, first, rows, columns]
+    facing = np.abs(gradient[0]) / np.maximum(np.linalg.norm(gradient, axis=0), 1e-12)
+    far = np.where(hit, depth, np.nan)
+    span = max(float(np.nanmax(far) - np.nanmin(far)), 1.0) if hit.any() else 1.0
+    nearness = 1.0 - 0.4 * (depth - (float(np.nanmin(far)) if hit.any() else 0.0)) / span
+    brightness = np.where(hit, (0.25 + 0.75 * facing) * nearness, 0.0)
+    return brightness, np.where(hit, first if towards == 1 else len(seen) - 1 - first, -1)
+
+
 def montage(
     images: Sequence[np.ndarray | None], across: int, gap_y: int = 2, gap_x: int = 2
 ) -> tuple[np.ndarray, list[tuple[float, float]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def read_model(path: str, assembly: str | None = None) -> np.ndarray:
 
     try:
         structure = gemmi.read_structure(str(path))
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, IndexError, OSError) as error:
         raise InputError(
             f"{path} cannot be read as a model: {error}", "it is not a PDB or mmCIF file, or is damaged", "check the file"
         ) from error
@@ -52,7 +53,12 @@ def read_model(path: str, assembly: str | None = None) -> np.ndarray:
     while len(structure) > 1:
         del structure[1]
     made = bytes_of(structure)
-    count = len(atoms_of(structure).elements)
+    positions = atoms_of(structure).positions
+    count = len(positions)
+    if not np.isfinite(positions).all():
+        raise InputError(f"{path} has atoms without coordinates.", "the file is damaged, or was edited by hand", "check the file")
+    if count > 1 and np.ptp(positions, axis=0).max() < 1.0:
+        raise InputError(f"All atoms of {path} are in one place.", "the program that wrote it failed", "check the file")
     if count < _FEWEST_ATOMS:
         raise InputError(
             f"{path} has only {count} atoms.", "it is a ligand, or a fragment", f"give a model of {_FEWEST_ATOMS} atoms or more"
@@ -78,17 +84,37 @@ def structure_of(model_file: np.ndarray) -> Any:
 def atoms_of(structure: Any) -> Atoms:
     """Atoms of the first model of a gemmi structure, and of the first conformer of each residue, without hydrogen and water."""
     positions, elements, residue, residues = [], [], [], []
-    for chain in structure[0]:
-        for one in chain:
-            conformer = next((a.altloc for a in one if a.altloc != "\0"), "\0")
-            atoms = [a for a in one if a.altloc in ("\0", conformer) and a.element.name not in ("H", "D") and not one.is_water()]
-            if not atoms:
-                continue
-            residues.append(f"{chain.name} {one.name} {one.seqid}")
-            positions += [a.pos.tolist() for a in atoms]
-            elements += [a.element.name for a in atoms]
-            residue += [len(residues) - 1] * len(atoms)
+    for chain, one, atoms in kept_atoms(structure):
+        residues.append(f"{chain} {one.name} {one.seqid}")
+        positions += [a.pos.tolist() for a in atoms]
+        elements += [a.element.name for a in atoms]
+        residue += [len(residues) - 1] * len(atoms)
     return Atoms(np.array(positions, float).reshape(-1, 3), elements, np.array(residue, np.int64), residues)
+
+
+def kept_atoms(structure: Any) -> Iterator[tuple[str, Any, list[Any]]]:
+    """Chain, residue and atoms that comparisons with a map use: no water, no hydrogen, the first conformer of each residue."""
+    for chain in structure[0]:
+        for residue in chain.first_conformer():
+            conformer = next((a.altloc for a in residue if a.altloc != "\0"), "\0")
+            atoms = [a for a in residue if a.altloc in ("\0", conformer) and not a.element.is_hydrogen]
+            if atoms and not residue.is_water():
+                yield chain.name, residue, atoms
+
+
+def check_hand(dock_hand: str | None) -> None:
+    """Refuse a model that `dock` has placed in the mirror image of the map.
+
+    Raises
+    ------
+    InputError
+    """
+    if dock_hand is not None and str(dock_hand) == "mirrored":
+        raise InputError(
+            "the map has the wrong hand: the model was docked in its mirror image",
+            "projections do not tell a map from its mirror image",
+            "mirror the map with  - hand: {from: {model: dock}}  and dock the model again after it",
+        )
 
 
 def density(atoms: Atoms, positions: np.ndarray, box: int, voxel_angstrom: float, b_factor_angstrom2: float) -> np.ndarray:

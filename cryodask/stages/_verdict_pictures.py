@@ -8,16 +8,10 @@ import numpy as np
 
 from cryodask.kernels.verdict import CERTAIN
 from cryodask.stage import Picture
+from cryodask.stages._map_pictures import FSC_CURVES, resolution_axis, surface_seen, without_specks
 
 if TYPE_CHECKING:
     import xarray as xr
-
-_CURVES = (
-    ("fsc_unmasked", "unmasked", "#888888"),
-    ("fsc_masked", "masked", "#1f77b4"),
-    ("fsc_randomised", "masked, random phases", "#d62728"),
-    ("fsc_corrected", "corrected", "black"),
-)
 
 
 def draw_evidence(ds: xr.Dataset, sentence: str) -> Picture:
@@ -37,6 +31,8 @@ def draw_evidence(ds: xr.Dataset, sentence: str) -> Picture:
     axes.plot(iteration, certainty, marker="o", markersize=3)
     axes.axhline(CERTAIN, color="grey", linewidth=0.8, linestyle=":")
     axes.set(xlabel="iteration", ylabel="share of the likeliest pose", ylim=(0.0, 1.02), xlim=(0.5, len(iteration) + 0.5))
+    for axes in figure.axes[-2:]:
+        axes.locator_params(axis="x", integer=True)
     caption = (
         f"{sentence[:1].upper()}{sentence[1:]}. Correlation of the half-maps (high by construction below the low-pass of the starting map; "
         "it does not show errors that both halves inherited); views of the particles; likelihood, which rises wherever finer rings are "
@@ -48,12 +44,11 @@ def draw_evidence(ds: xr.Dataset, sentence: str) -> Picture:
 
 def _correlation(axes: Any, ds: xr.Dataset) -> None:
     frequency = 1.0 / ds["shell_resolution_angstrom"].values
-    for name, label, colour in _CURVES:
+    for name, (label, colour) in FSC_CURVES.items():
         axes.plot(frequency, ds[name].values, label=label, color=colour, linewidth=1.8 if name == "fsc_corrected" else 1.0)
     axes.axhline(0.143, color="grey", linewidth=0.8, linestyle=":")
-    axes.set(
-        xlabel="spatial frequency, 1/\u00c5", ylabel="Fourier shell correlation", ylim=(-0.1, 1.02), xlim=(0.0, float(frequency.max()))
-    )
+    axes.set(ylabel="Fourier shell correlation", ylim=(-0.1, 1.02))
+    resolution_axis(axes, float(frequency.max()))
     axes.legend(fontsize=7)
 
 
@@ -85,7 +80,7 @@ def draw_halves(halves: np.ndarray, pixel_angstrom: float, resolution_angstrom: 
             )
             panels[row, column].set_title(f"half {row + 1}, section across {'zyx'[axis]}", fontsize=8)
         for column, axis in ((2, 0), (3, 2)):
-            panels[row, column].imshow(surface(molecule, axis), cmap="gray", origin="lower", vmin=0.0, vmax=1.0)
+            panels[row, column].imshow(surface_seen(molecule, axis)[0], cmap="gray", origin="lower", vmin=0.0, vmax=1.0)
             panels[row, column].set_title(f"surface along {'zyx'[axis]}", fontsize=8)
     for panel in panels.flat:
         panel.set_axis_off()
@@ -102,7 +97,6 @@ def _low_passed(volume: np.ndarray, pixel_angstrom: float, resolution_angstrom: 
     Without torch, which a driver does not import otherwise.
     """
     from scipy.fft import irfftn, rfftn
-    from scipy.ndimage import label
 
     n = volume.shape[-1]
     full, half = np.fft.fftfreq(n, 1.0 / n), np.fft.rfftfreq(n, 1.0 / n)
@@ -110,30 +104,4 @@ def _low_passed(volume: np.ndarray, pixel_angstrom: float, resolution_angstrom: 
     spectrum = rfftn(np.asarray(volume, np.float32))
     spectrum[radius > n * pixel_angstrom / resolution_angstrom] = 0.0
     smooth = irfftn(spectrum, volume.shape).astype(np.float32)
-    parts, _ = label(smooth > _surface_level(smooth))
-    sizes = np.bincount(parts.ravel())
-    sizes[0] = 0
-    return smooth, np.where((parts == 0) | (parts == sizes.argmax()), smooth, 0.0)
-
-
-def _surface_level(volume: np.ndarray) -> float:
-    return 0.25 * float(np.percentile(volume, 99.9))
-
-
-def surface(volume: np.ndarray, axis: int) -> np.ndarray:
-    """Surface of a map seen along an axis, lit from the viewer, 0 (background) to 1, at a quarter of the 99.9th percentile."""
-    seen = np.moveaxis(volume, axis, 0)
-    threshold = _surface_level(seen)
-    inside = seen > threshold
-    hit = inside.any(0)
-    first = inside.argmax(0)
-    rows, columns = np.indices(first.shape)
-    before = np.maximum(first - 1, 0)
-    here, there = seen[first, rows, columns], seen[before, rows, columns]
-    depth = first - np.clip((here - threshold) / np.maximum(here - there, 1e-12), 0.0, 1.0)
-    gradient = np.stack(np.gradient(seen), 0)[:, first, rows, columns]
-    facing = np.abs(gradient[0]) / np.maximum(np.linalg.norm(gradient, axis=0), 1e-12)
-    far = np.where(hit, depth, np.nan)
-    span = max(float(np.nanmax(far) - np.nanmin(far)), 1.0) if hit.any() else 1.0
-    nearness = 1.0 - 0.4 * (depth - (float(np.nanmin(far)) if hit.any() else 0.0)) / span
-    return np.where(hit, (0.25 + 0.75 * facing) * nearness, 0.0)
+    return smooth, without_specks(smooth)

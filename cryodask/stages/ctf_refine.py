@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from cryodask.stage import Output, Params, Picture, stage
+from cryodask.stages._map_pictures import resolution_axis
 from cryodask.stages._symmetry import PointGroup
 from cryodask.vocabulary import ABERRATIONS
 
@@ -88,10 +90,12 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
     left.plot(frequency, ds["fsc_before"].values, color="#888888", label="before")
     left.plot(frequency, ds["fsc_after"].values, color="black", label="after")
     left.axhline(0.143, color="black", lw=0.6, ls=":")
-    left.set(xlabel="spatial frequency, 1/Å", ylabel="FSC of the half-maps", ylim=(-0.1, 1.03))
+    left.set(ylabel="FSC of the half-maps", ylim=(-0.1, 1.03))
+    resolution_axis(left, float(frequency[-1]))
     left.legend(frameon=False)
     right.hist(ds["defocus_change_angstrom"].values, bins=60, color="steelblue")
     right.set(xlabel="change of defocus, Å", ylabel="particles")
+    right.locator_params(axis="y", integer=True)
     spread = float(ds["defocus_spread_angstrom"])
     yield Picture(
         "CTF refinement",
@@ -102,6 +106,12 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
     yield _draw_groups(ds)
 
 
+def with_deviation(value: float, deviation: float) -> str:
+    """A value to the first significant digit of its standard deviation: ``-1.15 ± 0.08``."""
+    digits = max(0, -math.floor(math.log10(deviation))) if deviation > 0 else 3
+    return f"{value:.{digits}f} ± {deviation:.{digits}f}"
+
+
 def _draw_groups(ds: xr.Dataset) -> Picture:
     from matplotlib.figure import Figure
 
@@ -110,10 +120,13 @@ def _draw_groups(ds: xr.Dataset) -> Picture:
     axes = figure.subplots()
     axes.set_axis_off()
     text = [
-        [f"{value:.4g} ± {deviation:.2g}" if np.isfinite(deviation) else "not fitted" for value, deviation in zip(*rows)]
+        [with_deviation(value, deviation) if np.isfinite(deviation) else "not fitted" for value, deviation in zip(*rows)]
         for rows in zip(values, deviations)
     ]
-    names = [name.replace("_angstrom", "\nÅ").replace("_mrad", "\nmrad").replace("_", " ") for name in ABERRATIONS]
+    names = [
+        name.replace("_angstrom3", "\nÅ³").replace("_angstrom4", "\nÅ⁴").replace("_mrad", "\nmrad").replace("_", " ")
+        for name in ABERRATIONS
+    ]
     rows = [f"group {g + 1}: {n}" for g, n in enumerate(ds["aberration_count"].values)]
     table = axes.table(text, colLabels=names, rowLabels=rows, loc="center")
     table.auto_set_font_size(False)

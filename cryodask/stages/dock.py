@@ -139,8 +139,9 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
     figure = Figure(figsize=(5, 1.6), layout="constrained")
     axes = figure.subplots()
     values = [float(ds["dock_correlation"]), float(ds["dock_correlation_mirrored"])]
-    bars = axes.barh(["map", "mirror image"], values, color=["steelblue", "#bbbbbb"])
-    axes.bar_label(bars, fmt="%.2f")
-    axes.set(xlabel="correlation of whitened spectra", xlim=(0, 1))
+    fits = {"right": 0, "mirrored": 1}.get(str(ds["dock_hand"].values))
+    bars = axes.barh(["map", "mirror image"], values, color=["steelblue" if i == fits else "#bbbbbb" for i in range(2)])
+    axes.bar_label(bars, fmt="%.2f", padding=3)
+    axes.set(xlabel="correlation of whitened spectra", xlim=(min(0.0, *values), 1.12), xticks=np.linspace(0, 1, 6))
     axes.invert_yaxis()
     yield Picture("Docking", says({str(name): ds[name].values for name in ds.data_vars if str(name).startswith("dock_")}), figure)

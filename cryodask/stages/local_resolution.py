@@ -12,12 +12,14 @@ from pydantic import Field
 from cryodask.errors import InputError
 from cryodask.stage import Context, Output, Params, Picture, Resources, Sizes, port, stage
 from cryodask.stages._half_maps import check_half_maps, check_independent
+from cryodask.stages._map_pictures import resolution_colours, surface_seen, without_specks
 
 if TYPE_CHECKING:
     import xarray as xr
 
 _PERCENTILES = (5, 25, 50, 75, 95)
 _LEAST_MASK_SHARE = 1e-4
+_LEAST_VOXELS, _MOST_VOXELS = 128, 256
 
 
 class LocalResolutionParams(Params):
@@ -101,25 +103,45 @@ def says(result: Mapping[str, Any]) -> str:
 
 @local_resolution.figures
 def draw(ds: xr.Dataset) -> Iterator[Picture]:
-    """Sections of the map coloured by local resolution."""
+    """Surface and sections of the map, coloured by local resolution."""
     from matplotlib.figure import Figure
 
     view, resolution = ds["sharpened_map"].values, ds["local_resolution_angstrom"].values
     percentiles = ds["local_resolution_percentile"].values
-    n = view.shape[0]
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    panels = figure.subplots(1, 3)
+    scale = resolution_colours(float(percentiles[0]), float(percentiles[-1]))
+    figure = Figure(figsize=(9, 6.0), layout="constrained")
+    panels = figure.subplots(2, 3)
+    fine_view, fine_resolution = without_specks(_at_picture_size(view)), _at_picture_size(resolution)
     low, high = np.percentile(view, (60, 99.9))
-    for axis, (panel, name) in enumerate(zip(panels, "zyx")):
-        section, local = np.take(view, n // 2, axis=axis), np.take(resolution, n // 2, axis=axis)
-        shade = np.clip((section - low) / max(high - low, 1e-12), 0.0, 1.0)
-        picture = panel.imshow(local, cmap="turbo_r", origin="lower", vmin=percentiles[0], vmax=max(percentiles[-1], percentiles[0] + 0.1))
-        panel.imshow(np.zeros_like(shade), cmap="gray", alpha=1.0 - shade, origin="lower", vmin=0, vmax=1)
-        panel.set_title(f"section across {name}", fontsize=9)
+    for axis, name in enumerate("zyx"):
+        brightness, place = surface_seen(fine_view, axis)
+        local = np.take_along_axis(np.moveaxis(fine_resolution, axis, 0), np.maximum(place, 0)[None], 0)[0]
+        lit = scale.to_rgba(local)[..., :3] * (0.25 + 0.75 * brightness)[..., None]
+        panels[0, axis].imshow(np.where(place[..., None] >= 0, lit, 1.0), origin="lower")
+        panels[0, axis].set_title(f"surface along {name}", fontsize=9)
+        section = np.take(view, view.shape[axis] // 2, axis)
+        shade = np.clip((section - low) / max(high - low, 1e-12), 0.0, 1.0)[..., None]
+        ink = scale.to_rgba(np.take(resolution, view.shape[axis] // 2, axis))[..., :3]
+        panels[1, axis].imshow(1.0 - shade * (1.0 - ink), origin="lower")
+        panels[1, axis].set_title(f"section across {name}", fontsize=9)
+    for panel in panels.flat:
         panel.set_axis_off()
-    figure.colorbar(picture, ax=panels, label="local resolution, Å")
+    bar = figure.colorbar(scale, ax=panels, label="local resolution, Å", extend="both", shrink=0.8)
+    bar.ax.invert_yaxis()
     yield Picture(
         "Local resolution",
-        f"The locally filtered map, coloured by its local resolution: {says({'local_resolution_percentile': percentiles})}.",
+        f"The locally filtered map, coloured by its local resolution: {says({'local_resolution_percentile': percentiles})}. The surface "
+        "encloses the densest voxels: those above a quarter of the 99.9th percentile.",
         figure,
     )
+
+
+def _at_picture_size(volume: np.ndarray) -> np.ndarray:
+    """A map with enough voxels for a smooth surface, and no more than needed."""
+    from scipy.ndimage import zoom
+
+    from cryodask.kernels.isosurface import reduced
+
+    small = reduced(volume, _MOST_VOXELS)
+    times = -(-_LEAST_VOXELS // max(small.shape))
+    return small if times == 1 else np.asarray(zoom(small, times, order=1, grid_mode=True, mode="nearest"))

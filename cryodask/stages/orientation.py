@@ -10,11 +10,13 @@ from pydantic import Field
 
 from cryodask.stage import Context, Params, Picture, Resources, Sizes, stage
 from cryodask.stages._half_maps import check_half_maps
+from cryodask.stages._map_pictures import resolution_axis, resolution_colours
 from cryodask.stages._symmetry import PointGroup
 
 if TYPE_CHECKING:
     import xarray as xr
 
+_FIRST_SHELL = 5
 LEAST_SAMPLING, MOST_UNREACHED, LEAST_RATIO = 0.5, 0.02, 0.5
 """Limits beyond which orientations are reported as biased (simulated: 70 % top views 0.45, 0, 0.59; only top views 0.04, 0.54, 0.38)."""
 
@@ -116,18 +118,23 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    frequency, curves = ds["cone_frequency"].values, ds["cone_fsc"].values
+    # the first shells have too few points in a cone
+    frequency, curves = ds["cone_frequency"].values[_FIRST_SHELL:], ds["cone_fsc"].values[:, _FIRST_SHELL:]
     left.fill_between(frequency, curves.min(0), curves.max(0), color="#bbccdd", label="lowest to highest cone")
     left.plot(frequency, np.median(curves, 0), color="black", label="median cone")
     left.axhline(0.143, color="black", lw=0.6, ls=":")
-    left.set(xlabel="spatial frequency, 1/Å", ylabel="FSC", ylim=(-0.1, 1.03))
+    left.set(ylabel="FSC", ylim=(-0.1, 1.03))
+    resolution_axis(left, float(frequency[-1]))
     left.legend(frameon=False)
     x, y, z = ds["cone_axis"].values.T
     radius = np.sqrt(np.clip(1.0 - z, 0.0, None))
     flat = np.hypot(x, y).clip(1e-9)
-    points = right.scatter(radius * x / flat, radius * y / flat, c=ds["cone_resolution_angstrom"].values, cmap="turbo_r", s=60)
-    right.set(aspect="equal", xticks=[], yticks=[], title="directions seen along z, equal-area projection")
-    figure.colorbar(points, ax=right, label="resolution, Å")
+    cones = ds["cone_resolution_angstrom"].values
+    scale = resolution_colours(float(cones.min()), float(cones.max()))
+    right.scatter(radius * x / flat, radius * y / flat, c=scale.to_rgba(cones), s=60)
+    right.set(aspect="equal", xticks=[], yticks=[])
+    right.set_title("directions, seen along z (equal area)", fontsize=9)
+    figure.colorbar(scale, ax=right, label="resolution, Å").ax.invert_yaxis()
     caption = (
         "FSC of the half-maps in cones with a half-angle of 20 degrees. "
         + says({str(name): ds[name].values for name in ds.data_vars})

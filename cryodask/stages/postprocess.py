@@ -11,6 +11,7 @@ from pydantic import Field
 from cryodask.errors import InputError
 from cryodask.stage import Context, Output, Params, Picture, Resources, Sizes, stage
 from cryodask.stages._half_maps import check_half_maps, check_independent, doubt
+from cryodask.stages._map_pictures import FSC_CURVES, resolution_axis
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -132,21 +133,18 @@ def postprocess(
     }
 
 
-_CURVES = {
-    "fsc_unmasked": ("without mask", "#888888"),
-    "fsc_masked": ("masked", "#1f77b4"),
-    "fsc_randomised": ("masked, phases random", "#d62728"),
-    "fsc_corrected": ("corrected", "black"),
-}
-
-
 @postprocess.sentence
 def says(result: Mapping[str, Any]) -> str:
     """The most important figure."""
     resolution = float(result["resolution_angstrom"])
     if np.isnan(resolution):
         return "no resolution, because the refinement has not succeeded"
-    return f"resolution {resolution:.2f} A{_but(result)}"
+    return f"resolution {resolution:.2f} A{', the limit of the voxels' if _at_limit(result) else ''}{_but(result)}"
+
+
+def _at_limit(result: Mapping[str, Any]) -> bool:
+    """Whether the resolution is that of the last shell: the curve does not fall below 0.143."""
+    return bool(float(result["resolution_angstrom"]) <= 1.0001 * float(np.asarray(result["shell_resolution_angstrom"])[-1]))
 
 
 def _but(result: Mapping[str, Any]) -> str:
@@ -202,19 +200,20 @@ def draw_fsc(ds: xr.Dataset, how: str) -> Picture:
     half = _crossing(ds["fsc_corrected"].values, frequency, 0.5)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for name, (label, colour) in _CURVES.items():
+    for name, (label, colour) in FSC_CURVES.items():
         axes.plot(frequency, ds[name].values, label=label, color=colour, lw=1.8 if name == "fsc_corrected" else 1.2)
     for level in (0.143, 0.5):
         axes.axhline(level, color="black", lw=0.6, ls=":")
     if np.isfinite(resolution):
         axes.axvline(1.0 / resolution, color="black", lw=0.6, ls=":")
-    axes.set(xlabel="spatial frequency, 1/Å", ylabel="FSC", ylim=(-0.1, 1.03), xlim=(0, frequency[-1]))
-    ticks = [t for t in axes.get_xticks() if 0 < t <= frequency[-1]]
-    axes.set_xticks(ticks, [f"1/{1 / t:.1f}" for t in ticks])
+    axes.set(ylabel="FSC", ylim=(-0.1, 1.03))
+    resolution_axis(axes, float(frequency[-1]))
     axes.legend(frameon=False)
     caption = "Fourier shell correlation of the two half-maps of this run, unmasked and under the soft mask of stage mask. "
     but = _but(cast("Mapping[str, Any]", ds))
     if np.isfinite(resolution):
+        if _at_limit(cast("Mapping[str, Any]", ds)):
+            how = "the limit of the voxels (Nyquist), up to which the corrected curve stays above 0.143; smaller voxels may show more."
         caption += f"Resolution {resolution:.2f} Å{but}: {how}"
         caption += f" The corrected curve falls to 0.5 at {1.0 / half:.2f} Å." if half is not None else ""
     else:

@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from cryodask.stage import Params, Picture, port, stage
+from cryodask.stages._map_pictures import resolution_axis
 from cryodask.stages._symmetry import PointGroup
 from cryodask.vocabulary import Var, register
 
@@ -113,7 +114,8 @@ def draw(ds: xr.Dataset) -> Iterator[Picture]:
     for number, (count, curve) in enumerate(zip(counts, curves)):
         right.plot(frequency, curve, color=str(0.75 * number / max(1, len(counts) - 1)), lw=1.2, label=f"{count:,}")
     right.axhline(0.143, color="black", lw=0.6, ls=":")
-    right.set(xlabel="spatial frequency, 1/Å", ylabel="corrected FSC", ylim=(-0.1, 1.03))
+    right.set(ylabel="corrected FSC", ylim=(-0.1, 1.03))
+    resolution_axis(right, float(frequency[-1]))
     right.legend(frameon=False, fontsize=7, title="particles", title_fontsize=7)
     sentence = says({str(name): ds[name].values for name in ds.data_vars})
     caption = (

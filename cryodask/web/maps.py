@@ -8,11 +8,12 @@ import json
 import struct
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from scipy.ndimage import map_coordinates
 
 from cryodask.kernels.isosurface import isosurface, reduced
 from cryodask.store.generation import Generation
@@ -26,6 +27,7 @@ LONGEST_SURFACE_VOXELS = 96
 MOST_TRIANGLES = 60_000
 _VARIABLES = ("sharpened_map", "final_map")
 _CURVES = ("fsc_unmasked", "fsc_masked", "fsc_randomised", "fsc_corrected")
+_LOCAL = "local_resolution_angstrom"
 _ONE_AT_A_TIME = threading.Lock()
 """A map of 400 voxels has 256 MB: several at once would be more than the whole server should have."""
 
@@ -38,6 +40,16 @@ class MapStep:
     generation: Generation
     record: Record
     variable: str
+
+
+@dataclass(frozen=True)
+class Coloured:
+    """Values `(z, y, x)` on the grid of a map, and the scale on which its surface is coloured."""
+
+    values: np.ndarray
+    low: float
+    high: float
+    label: str
 
 
 def map_steps(follower: Follower) -> list[MapStep]:
@@ -83,7 +95,15 @@ def section(cache: Cache, step: MapStep, axis: int, share: float) -> bytes:
 def surface(cache: Cache, step: MapStep, sigmas: float) -> bytes:
     """Isosurface of a map at some standard deviations above its mean; see :func:`level_of` and :func:`surface_at`."""
     small = _small(cache, step)
-    return surface_at(small, level_of(small, sigmas))
+    return surface_at(small, level_of(small, sigmas), _local_resolution(cache, step))
+
+
+def _local_resolution(cache: Cache, step: MapStep) -> Coloured | None:
+    """Local resolution of a map, if its step measured it, between its 5th and 95th percentile in the mask."""
+    if _LOCAL not in step.record["shards"]:
+        return None
+    limits = np.asarray(step.generation.read(step.record, "local_resolution_percentile"), dtype=np.float64)
+    return Coloured(_small(cache, replace(step, variable=_LOCAL)), float(limits[0]), float(limits[-1]), "local resolution, Å")
 
 
 def level_of(volume: np.ndarray, sigmas: float) -> float:
@@ -92,12 +112,14 @@ def level_of(volume: np.ndarray, sigmas: float) -> float:
     return min(mean + sigmas * float(volume.std()), mean + 0.9 * (float(volume.max()) - mean))
 
 
-def surface_at(small: np.ndarray, level: float) -> bytes:
+def surface_at(small: np.ndarray, level: float, coloured: Coloured | None = None) -> bytes:
     """Isosurface at a density, as a script reads it.
 
     A little-endian u4, the length of the JSON head (``vertices``, ``triangles``, ``size``) that follows, padded so that the arrays begin at
-    a multiple of 4 bytes; then (x, y, z) of the vertices in voxels from the centre of the map (f4), and the triangles (u4).
+    a multiple of 4 bytes; then (x, y, z) of the vertices in voxels from the centre of the map (f4), and the triangles (u4). If it is
+    coloured, the head has ``low``, ``high`` and ``label``, and the values of the vertices (f4) end the file.
     """
+    values = coloured.values if coloured is not None else None
     longest, whole, step = max(small.shape), np.array(small.shape[::-1], np.float32), 1
     while True:
         vertices, triangles = isosurface(small, level)
@@ -106,11 +128,17 @@ def surface_at(small: np.ndarray, level: float) -> bytes:
         longest = int(longest * 0.8)
         step *= -(-max(small.shape) // longest)
         small = reduced(small, longest)
+        values = reduced(values, longest) if values is not None else None
     # surfaces of the same map fit each other, however many voxels were averaged
     centred = (vertices[:, ::-1] + 0.5) * step - whole / 2
-    head = json.dumps({"vertices": len(vertices), "triangles": len(triangles), "size": int(whole.max())}).encode()
+    about: dict[str, Any] = {"vertices": len(vertices), "triangles": len(triangles), "size": int(whole.max())}
+    arrays = [centred.astype("<f4").tobytes(), triangles.astype("<u4").tobytes()]
+    if coloured is not None and values is not None:
+        about |= {"low": coloured.low, "high": coloured.high, "label": coloured.label}
+        arrays.append(map_coordinates(values, vertices.T, order=1, mode="nearest").astype("<f4").tobytes())
+    head = json.dumps(about).encode()
     head += b" " * (-(len(head) + 4) % 4)
-    return b"".join([struct.pack("<I", len(head)), head, centred.astype("<f4").tobytes(), triangles.astype("<u4").tobytes()])
+    return b"".join([struct.pack("<I", len(head)), head, *arrays])
 
 
 def orientations(step: MapStep) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 // FSC curves in one plot.
 import { colour } from "./common.js";
 
-/** `curves`: label -> { frequency, values }; all on the frequencies of the first. Returns the plot. */
+/** `curves`: label -> { frequency, values } and, if its meaning has a colour, its ink; all on the frequencies of the first. Returns the plot. */
 export function drawFsc(place, curves) {
   const axis = { stroke: colour("faint"), grid: { stroke: colour("line") }, ticks: { stroke: colour("line") } };
   const inks = [colour("dot"), colour("second"), colour("faint"), colour("good"), colour("warn"), colour("bad")];
@@ -14,7 +14,7 @@ export function drawFsc(place, curves) {
   const threshold = { draw: [(u) => {
     const y = u.valToPos(0.143, "y", true);
     u.ctx.save();
-    u.ctx.strokeStyle = colour("bad");
+    u.ctx.strokeStyle = colour("ink");
     u.ctx.setLineDash([5, 5]);
     u.ctx.beginPath();
     u.ctx.moveTo(u.bbox.left, y);
@@ -27,7 +27,7 @@ export function drawFsc(place, curves) {
     height: 240,
     scales: { x: { time: false }, y: { range: [-0.1, 1.05] } },
     axes: [axis, axis],
-    series: [{ label: "1/Å" }, ...curves.map(({ label }, i) => ({ label, stroke: inks[i % inks.length], width: 1.6, spanGaps: true }))],
+    series: [{ label: "1/Å" }, ...curves.map(({ label, ink }, i) => ({ label, stroke: ink ? colour(ink) : inks[i % inks.length], width: 1.6, spanGaps: true }))],
     hooks: threshold,
   }, data, place);
 }

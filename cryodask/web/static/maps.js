@@ -1,17 +1,18 @@
 // The page of maps.
 import { attempt, colour, element, get } from "./common.js";
 import { drawFsc } from "./fsc.js";
-import { Surface } from "./surface.js";
+import { SCALE, Surface } from "./surface.js";
 
 const $ = (id) => document.getElementById(id);
-const NAMES = { fsc_unmasked: "unmasked", fsc_masked: "masked", fsc_randomised: "phases randomised", fsc_corrected: "corrected" };
+// the same names and colours as in the report
+const FSC = { fsc_unmasked: ["unmasked", "faint"], fsc_masked: ["masked", "dot"], fsc_randomised: ["masked, random phases", "bad"], fsc_corrected: ["corrected", "ink"] };
 let plot = null;
 
 if ($("step")) {
   const surface = new Surface($("surface"));
   const at = () => `map/${encodeURIComponent($("step").value)}`;
   const drawSection = (axis) => { $(`section-${axis}`).src = `${at()}/section.png?axis=${axis}&at=${$(`at-${axis}`).value}`; };
-  const drawSurface = () => attempt(() => surface.load(`${at()}/surface?sigmas=${$("sigmas").value}`));
+  const drawSurface = async () => drawScale(await attempt(() => surface.load(`${at()}/surface?sigmas=${$("sigmas").value}`)));
 
   const load = async () => {
     const found = await attempt(() => get(at()));
@@ -26,7 +27,7 @@ if ($("step")) {
     $("no-fsc").classList.toggle("hidden", Boolean(found.fsc));
     if (found.fsc) {
       const { frequency, ...curves } = found.fsc;
-      plot = drawFsc($("fsc"), Object.entries(curves).map(([name, values]) => ({ label: NAMES[name], frequency, values })));
+      plot = drawFsc($("fsc"), Object.entries(curves).map(([name, values]) => ({ label: FSC[name][0], ink: FSC[name][1], frequency, values })));
     }
     for (const axis of [0, 1, 2]) drawSection(axis);
     drawSurface();
@@ -38,6 +39,16 @@ if ($("step")) {
   $("sigmas").addEventListener("change", drawSurface);
   for (const axis of [0, 1, 2]) $(`at-${axis}`).addEventListener("input", () => drawSection(axis));
   load();
+}
+
+/** What the colours of a surface mean, if they mean anything. */
+function drawScale(head) {
+  $("scale").classList.toggle("hidden", !head?.label);
+  if (!head?.label) return;
+  $("scale-bar").style.background = `linear-gradient(to right, ${SCALE.map((c) => `rgb(${c.join(" ")})`).join(", ")})`;
+  const middle = (head.low + head.high) / 2;
+  for (const [name, value] of [["low", head.low], ["middle", middle], ["high", head.high]]) $(`scale-${name}`).textContent = value.toFixed(1);
+  $("scale-label").textContent = head.label;
 }
 
 /** Particles by tilt (down) and rot (across); every field is drawn with the share of the sphere that it covers in mind. */

@@ -3,6 +3,8 @@ import { ask } from "./common.js";
 
 const FAR = -1e9;
 const INK = [110, 190, 225], VEIL = [240, 160, 70];
+/** Colours of values from low to high, evenly spaced. */
+export const SCALE = [[66, 90, 205], [62, 155, 254], [24, 214, 203], [70, 247, 131], [162, 252, 60], [225, 220, 55], [253, 165, 49], [239, 90, 17], [190, 34, 2]];
 
 export class Surface {
   #mesh = null;
@@ -46,11 +48,14 @@ export class Surface {
     const vertices = new Float32Array(buffer, 4 + length, 3 * head.vertices);
     const triangles = new Uint32Array(buffer, 4 + length + vertices.byteLength, 3 * head.triangles);
     const reach = Math.sqrt(longest(vertices)) || head.size / 2;
-    const mesh = { vertices, triangles, normals: normals(vertices, triangles), reach, ink: veil ? VEIL : INK };
+    const values = head.label ? new Float32Array(buffer, 4 + length + vertices.byteLength + triangles.byteLength, head.vertices) : null;
+    const inks = values ? colours(values, head.low, head.high) : plain(head.vertices, veil ? VEIL : INK);
+    const mesh = { vertices, triangles, normals: normals(vertices, triangles), reach, inks };
     if (veil) this.#veil = mesh;
     else this.#mesh = mesh;
     this.canvas.dataset[veil ? "veil" : "triangles"] = head.triangles;
     this.draw();
+    return head;
   }
 
   /** Turn about the vertical and the horizontal axis of the screen, radians. */
@@ -84,7 +89,7 @@ export class Surface {
     context.putImageData(picture, 0, 0);
   }
 
-  #shade({ vertices, triangles, normals: facing, ink }, scale, picture, nearest, covers) {
+  #shade({ vertices, triangles, normals: facing, inks }, scale, picture, nearest, covers) {
     const { width, height } = picture, m = this.#turn, count = vertices.length / 3;
     const xs = new Float32Array(count), ys = new Float32Array(count), depth = new Float32Array(count), light = new Float32Array(count);
     for (let i = 0, k = 0; i < count; i++, k += 3) {
@@ -112,11 +117,28 @@ export class Surface {
         if (z <= nearest[at] || !covers(x, y, z)) continue;
         nearest[at] = z;
         const shade = u * light[a] + v * light[b] + w * light[c];
-        for (let c = 0; c < 3; c++) pixels[4 * at + c] = ink[c] * shade;
+        for (let i = 0; i < 3; i++) pixels[4 * at + i] = (u * inks[3 * a + i] + v * inks[3 * b + i] + w * inks[3 * c + i]) * shade;
         pixels[4 * at + 3] = 255;
       }
     }
   }
+}
+
+/** The same colour for every vertex. */
+function plain(count, ink) {
+  const out = new Uint8Array(3 * count);
+  for (let k = 0; k < out.length; k++) out[k] = ink[k % 3];
+  return out;
+}
+
+/** Colours of the vertices by their values; what lies beyond the ends of the scale has the colour of the end. */
+function colours(values, low, high) {
+  const out = new Uint8Array(3 * values.length), last = SCALE.length - 1;
+  values.forEach((value, n) => {
+    const at = Math.min(last, Math.max(0, ((value - low) / Math.max(high - low, 1e-9)) * last)), below = Math.min(last - 1, Math.floor(at));
+    for (let i = 0; i < 3; i++) out[3 * n + i] = SCALE[below][i] + (at - below) * (SCALE[below + 1][i] - SCALE[below][i]);
+  });
+  return out;
 }
 
 /** Square of the distance of the vertex that is farthest from the centre. */
