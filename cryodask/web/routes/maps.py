@@ -8,6 +8,7 @@ from fastapi import APIRouter, HTTPException, Query, Request
 from fastapi.responses import Response
 
 from cryodask.web import maps
+from cryodask.web.boards import board_of
 from cryodask.web.maps import MapStep
 from cryodask.web.pages import page
 from cryodask.web.pictures import Cache
@@ -26,7 +27,8 @@ def maps_page(request: Request, session: Seen, step: str = "") -> Response:
     found = maps.averages(follower) if not follower.problem else None
     chosen = step if step in steps else (steps[-1] if steps else "")
     classes = (found[0], found[1]) if found is not None else None
-    return page(request, "maps.html", session=session, steps=steps, chosen=chosen, classes=classes)
+    components = list(board_of(request, session).board.analyses()) if not follower.problem else []
+    return page(request, "maps.html", session=session, steps=steps, chosen=chosen, classes=classes, components=components)
 
 
 @router.get("/s/{id}/map/{step}")

@@ -9,10 +9,13 @@ export class Surface {
   #veil = null;
   #turn = [1, 0, 0, 0, 1, 0, 0, 0, 1];
   #zoom = 1;
+  #reach = 0;
   #waiting = false;
 
-  constructor(canvas) {
+  /** `steady`: surfaces of a series are shown at one scale, that of the largest; `fit()` begins another series. */
+  constructor(canvas, steady = false) {
     this.canvas = canvas;
+    this.steady = steady;
     let from = null;
     canvas.addEventListener("pointerdown", (event) => {
       from = [event.clientX, event.clientY];
@@ -45,12 +48,16 @@ export class Surface {
     const head = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length)));
     const vertices = new Float32Array(buffer, 4 + length, 3 * head.vertices);
     const triangles = new Uint32Array(buffer, 4 + length + vertices.byteLength, 3 * head.triangles);
-    const reach = Math.sqrt(longest(vertices)) || head.size / 2;
-    const mesh = { vertices, triangles, normals: normals(vertices, triangles), reach, ink: veil ? VEIL : INK };
+    this.#reach = Math.max(this.steady ? this.#reach : 0, Math.sqrt(longest(vertices)) || head.size / 2);
+    const mesh = { vertices, triangles, normals: normals(vertices, triangles), reach: this.#reach, ink: veil ? VEIL : INK };
     if (veil) this.#veil = mesh;
     else this.#mesh = mesh;
     this.canvas.dataset[veil ? "veil" : "triangles"] = head.triangles;
     this.draw();
+  }
+
+  fit() {
+    this.#reach = 0;
   }
 
   /** Turn about the vertical and the horizontal axis of the screen, radians. */
