@@ -1,11 +1,11 @@
-"""Toy classes, which people choose from: four averages of particles of a toy extraction."""
+"""Toy classes and components, which people choose from: four averages of particles of a toy extraction, and two coordinates."""
 
 from __future__ import annotations
 
 import numpy as np
 from _toy_stages import ToyParams, _Once
 
-from cryodask.stage import stage
+from cryodask.stage import Output, stage
 
 CLASSIFIED = ["toy_motion", "toy_ctf", "toy_pick", "toy_extract", "toy_averages"]
 
@@ -32,4 +32,29 @@ class toy_averages(_Once):
             "class_average": np.array(averages, np.float32),
             "class_share": np.bincount(number, minlength=5)[1:].astype(np.float32) / count,
             "class_resolution_angstrom": np.array([8.0, 9.0, 12.0, np.inf], np.float32),
+        }
+
+
+@stage(
+    version=1,
+    shape="blocks",
+    params=ToyParams,
+    needs=["particle_image"],
+    gives=["component1", "component2", "component_map", "component_series", "component_agreement", "map_pixel_size_angstrom"],
+    outputs=[Output("particles", "particles", ("components",), on="particles")],
+)
+class toy_components(_Once):
+    """Spreads particles along the first of two components, from -2 to 2 times a number."""
+
+    @staticmethod
+    def result(params, state, columns):
+        count = len(columns["class_number"])
+        maps = np.zeros((2, 8, 8, 8), np.float32)
+        return {
+            "component1": np.linspace(-2, 2, count, dtype=np.float32) * np.float32(params.number),
+            "component2": np.zeros(count, np.float32),
+            "component_map": maps,
+            "component_series": np.repeat(maps[:, None], 5, 1),
+            "component_agreement": np.array([0.9, 0.1]),
+            "map_pixel_size_angstrom": 3.0,
         }
