@@ -58,3 +58,32 @@ class toy_components(_Once):
             "component_agreement": np.array([0.9, 0.1]),
             "map_pixel_size_angstrom": 3.0,
         }
+
+
+@stage(
+    version=1,
+    shape="blocks",
+    params=ToyParams,
+    needs=["particle_image"],
+    gives=["class3d_number", "class_map", "class_half_map", "map_pixel_size_angstrom"],
+    ports=["particles[image, pose]"],
+    outputs=[
+        Output("particles", "particles", ("class3d",), on="particles", partition=True),
+        *(Output(f"class{k}", "particles", on="particles", subset=True) for k in (1, 2)),
+        *(Output(f"class{k}", "map", ("final", "half_maps"), frame="same") for k in (1, 2)),
+    ],
+)
+class toy_classes3d(_Once):
+    """Deals particles to two classes, whose maps are cubes of 1 and 2."""
+
+    @staticmethod
+    def result(params, state, columns):
+        maps = np.zeros((2, 8, 8, 8), np.float32)
+        maps[:, 2:6, 2:6, 2:6] = np.array([1.0, 2.0])[:, None, None, None]
+        number = (np.arange(len(columns["class_number"])) % 2 + 1).astype(np.int32)
+        return {
+            "class3d_number": number,
+            "class_map": maps,
+            "class_half_map": np.repeat(maps[:, None], 2, 1),
+            "map_pixel_size_angstrom": 1.0,
+        }

@@ -157,6 +157,15 @@ class Made:
         self.project.save()
         return f"refine3d/{key}"
 
+    def sort(self, size: int = 40, key: str = "b1") -> str:
+        """Two 3D classes, the second with a ball at x 9 instead of -8; returns its place."""
+        z, y, x = np.mgrid[:size, :size, :size] - size // 2
+        balls = [np.exp(-(z**2 + y**2 + (x - at) ** 2) / 40).astype(np.float32) for at in (-8, 9)]
+        given = {"class_map": np.stack(balls), "map_pixel_size_angstrom": 3.0, "class3d_share": np.array([0.7, 0.3])}
+        self._step("classify3d", tuple(given), per_item=False, key=key).commit_result(given)
+        self.project.save()
+        return f"classify3d/{key}.class2"
+
     def vary(self, count: int = 2000, components: int = 2, key: str = "c1", *, agreement: float = 0.9, images: bool = True) -> np.ndarray:
         """An analysis of variability whose first component moves a ball from x -8 to 8; returns coordinates `(component, n)`.
 

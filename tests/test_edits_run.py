@@ -293,6 +293,25 @@ def test_a_mask_chosen_by_eye_and_a_map_that_is_computed_again(tmp_path: Path, h
     assert "toy_postprocess" in run(folder, here, pipeline) or "toy_postprocess" in run(folder, here, pipeline)
 
 
+def test_a_mask_chosen_by_eye_on_the_map_of_a_class(tmp_path: Path, here: Any) -> None:  # noqa: F811
+    folder = session(tmp_path, 4)
+    masked = {"draw_mask": {"from": {"map": "toy_classes3d.class2"}}}
+    pipeline = [*CLASSIFIED[:-1], "toy_poses", "toy_classes3d", masked]
+    project = run(folder, here, pipeline)
+    assert "draw_mask" not in project
+    board, place = Board(folder / "toy"), f"{project.step('toy_classes3d').place}.class2"
+    assert list(board.maps()) == ["toy_classes3d.class1", "toy_classes3d.class2", "toy_poses"]
+    assert board.maps()["toy_classes3d.class2"] == place
+    numbers = {"threshold": 1.5, "lowpass_angstrom": 2.0, "extend_angstrom": 0.0, "edge_angstrom": 0.0}
+    edits = [{"id": new_id(), "n": n, "do": "set", "of": place, "name": k, "value": v} for n, (k, v) in enumerate(numbers.items())]
+    assert len(board.take("masks", edits, "anna")) == 4
+    freeze(board.masks, "anna", place)
+    project = run(folder, here, pipeline)
+    mask = np.asarray(project.generation("draw_mask").read(project.records("draw_mask")[0], "solvent_mask"))
+    # the cube of 4 x 4 x 4 voxels of the second class is above 1.5; the first is nowhere
+    assert mask.sum() == 64
+
+
 def test_regions_chosen_by_eye_and_components_that_are_computed_again(tmp_path: Path, here: Any) -> None:  # noqa: F811
     folder = session(tmp_path, 4)
     pipeline = [*CLASSIFIED[:-1], "toy_components", "select_region", "toy_averages"]

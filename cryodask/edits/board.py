@@ -22,6 +22,7 @@ from cryodask.store.generation import Generation
 from cryodask.store.identity import id_text
 from cryodask.store.lines import Record
 from cryodask.store.project import Project
+from cryodask.store.state import parted
 
 _PICTURES = ("micrograph_dw", "micrograph_sum")
 _SELECTIONS = ("select_classes", "curate")
@@ -213,9 +214,12 @@ class Board:
         return (place, self.project().generation_at(place)) if place in known.values() else ("", None)
 
     def maps(self) -> dict[str, str]:
-        """Steps with a map on which people can choose a mask, the last one first, and the place of their current result."""
-        project = self.project()
-        return {label: project.step(label).place for label in reversed(project.stages) if _has_map(project.generation(label))}
+        """Maps on which people can choose a mask, ``STEP`` or ``STEP.class2``, those of the last step first, and their current places."""
+        project, found = self.project(), {}
+        for label in reversed(project.stages):
+            for end in _maps(project.generation(label)):
+                found[f"{label}{end}"] = f"{project.step(label).place}{end}"
+        return found
 
     def analyses(self) -> dict[str, str]:
         """Steps with components of which people can choose regions, the last one first, and the place of their current result."""
@@ -301,7 +305,7 @@ class Board:
         project = self.project()
         for of in {one["of"] for one in operations}:
             try:
-                there = _has_map(project.generation_at(of))
+                there = of.removeprefix(parted(of)[0]) in _maps(project.generation_at(of))
             except (KeyError, StoreError):
                 there = False
             if not there:
@@ -350,12 +354,16 @@ class Board:
                     raise InputError(f"There is no class {one['row']}: {of} has {count}.", "", "reload the page")
 
 
-def _has_map(generation: Generation) -> bool:
-    """Whether a result is a map with a known voxel size."""
-    if generation.meta["per_item"] or not {"final_map", "map_pixel_size_angstrom"} <= set(generation.meta["gives"]):
-        return False
+def _maps(generation: Generation) -> list[str]:
+    """Maps of a known voxel size in a result, as the end of their place: an empty text for its only one, ``.class1`` ... for classes."""
+    gives = set(generation.meta["gives"])
+    if generation.meta["per_item"] or "map_pixel_size_angstrom" not in gives or not {"final_map", "class_map"} & gives:
+        return []
     record = generation.committed().get(0)
-    return record is not None and "final_map" in record["shards"]
+    shards = record["shards"] if record is not None else {}
+    if "final_map" in shards:
+        return [""]
+    return [f".class{k + 1}" for k in range(len(generation.result_reader("class_map")))] if "class_map" in shards else []
 
 
 def _components(generation: Generation) -> int:

@@ -22,6 +22,8 @@ MOST_COUNTED = 1 << 50
 
 PLACE = r"^[A-Za-z_][A-Za-z0-9_.]*/[0-9a-f]+$"
 """STAGE/KEY"""
+MAP_PLACE = PLACE.replace("$", r"(\.class[1-9][0-9]*)?$")
+"""STAGE/KEY, or STAGE/KEY.class2 for the map of a class"""
 
 OperationId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Coordinate = Annotated[float, Field(ge=0.0, le=1e6)]
@@ -87,7 +89,7 @@ class MaskOperation(Operation):
 
     do: Literal["set", "draw", "remove", "restore"]
     row: Literal[0] = 0
-    of: str = Field(pattern=PLACE, description="the map: STAGE/KEY")
+    of: str = Field(pattern=MAP_PLACE, description="the map: STAGE/KEY, or STAGE/KEY.class2")
     name: str | None = Field(None, description="threshold, lowpass_angstrom, extend_angstrom or edge_angstrom")
     value: Threshold | None = Field(None, description="a number; also auto or none for the threshold")
     stroke: Stroke | None = None

@@ -16,7 +16,7 @@ import numpy as np
 
 from cryodask.errors import InputError, StoreError
 from cryodask.web.aside import computed
-from cryodask.web.maps import MapStep, level_of, shape_of, surface_at
+from cryodask.web.maps import MapStep, level_of, surface_at
 from cryodask.web.pictures import Cache
 
 LONGEST_VOXELS = 96
@@ -49,11 +49,18 @@ def coarse_map(cache: Cache, step: MapStep) -> Coarse:
     InputError
         If the map is not a cube.
     """
-    shape = shape_of(step)
+    shape = step.shape
     if len(set(shape)) != 1:
         raise InputError(f"The map of {step.label} is {' x '.join(map(str, shape))} voxels, not a cube.", "", "pad it to a cube")
     pixel, size = float(step.generation.read(step.record, "map_pixel_size_angstrom")), min(LONGEST_VOXELS, shape[0])
-    job = {"do": "coarse", "generation": str(step.generation.path), "variable": step.variable, "pixel": pixel, "size": size}
+    job = {
+        "do": "coarse",
+        "generation": str(step.generation.path),
+        "variable": step.variable,
+        "pixel": pixel,
+        "size": size,
+        "number": step.number,
+    }
     path = cache.path(f"{_name(step, '')}-coarse{size}.npy", partial(_computed, job))
     if isinstance(path, bytes):
         raise StoreError("The map cannot be prepared: the cache of the server takes no files.", "its disk is full", "make room there")
@@ -102,5 +109,5 @@ def _raw(cache: Cache, step: MapStep, recipe: dict[str, Any]) -> bytes:
 
 
 def _name(step: MapStep, more: str) -> str:
-    said = f"{step.generation.path}|{step.record['shards'][step.variable]}|{more}"
+    said = f"{step.content}|{more}"
     return hashlib.blake2b(said.encode(), digest_size=12).hexdigest()
