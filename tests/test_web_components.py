@@ -23,7 +23,7 @@ from cryodask.formats.mrc import read_map
 from cryodask.kernels.isosurface import reduced
 from cryodask.stage import SetView
 from cryodask.stages.select_region import SelectRegionParams, select_region
-from cryodask.web import component_maps
+from cryodask.web import component_maps, components
 from cryodask.web.ledger import Ledger
 from cryodask.web.sessions import Sessions
 
@@ -219,6 +219,15 @@ def test_sets_of_an_analysis_that_was_recomputed_or_removed_are_refused(site: tu
     assert (now["of"], now["particles"], now["regions"], now["frozen"]) == ("variability/c2", 500, [], None)
     lines = Ledger(Path(made.project.path).parent / "audit").records()
     assert [line["action"] for line in lines] == ["edit regions", "freeze regions"]
+
+
+def test_extents_without_coordinates_and_with_an_outlier() -> None:
+    assert components._extent(np.full(5, np.nan, np.float32)) == (-1.0, 1.0)
+    assert components._extent(np.zeros(0, np.float32)) == (-1.0, 1.0)
+    values = np.append(np.linspace(0, 1, 1001), 1000.0).astype(np.float32)
+    low, high = components._extent(values)
+    # half as far again as 99 % of the particles, which lie from 0.005 to 0.996, and a little room
+    assert (low, high) == pytest.approx((-0.02, 1.51), abs=0.01)
 
 
 def test_blocks_of_pixels_are_averaged_for_the_sample_of_images() -> None:

@@ -29,7 +29,7 @@ _FRESH = {"Cache-Control": "no-store"}
 
 
 class Use(BaseModel):
-    """The map whose mask is to be used: ``STAGE/KEY``."""
+    """The result whose mask or regions are to be used: ``STAGE/KEY``, with ``.class2`` for the map of a class."""
 
     of: Annotated[str, Field(max_length=200)]
 

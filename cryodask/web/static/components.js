@@ -119,8 +119,7 @@ function start() {
 
   // --- the map ---------------------------------------------------------------------------------------------------------------------
   const query = () => `point=${encodeURIComponent(JSON.stringify(point))}`;
-  const loadMap = repeated(() => surface.load(`${at()}/surface?${query()}&sigmas=${$("sigmas").value}`), {
-    failed: (error) => toast(error.message, true),
+  const loadMap = repeated(() => attempt(() => surface.load(`${at()}/surface?${query()}&sigmas=${$("sigmas").value}`)), {
     changed: () => { document.body.dataset.shown = JSON.stringify(point); },
   });
   const drawSection = (axis) => { $(`section-${axis}`).src = `${at()}/section.png?${query()}&axis=${axis}&at=${$(`at-${axis}`).value}`; };
