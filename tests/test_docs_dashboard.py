@@ -49,7 +49,8 @@ def test_the_commands_run(tmp_path):
             assert "betagal" in done.stdout or "exposure_0" in done.stdout
         for named in re.findall(r"^\| (`/.*?`) \|", PAGE, re.MULTILINE):
             for path in re.findall(r"`(/[^`]*)`", named):
-                words = {"components/STEP": "components/variability", "ID": "betagal", "ROW": "0", "STEP": "refine3d", "since=N&epoch=E": "since=0", "names=A,B": "names="}
+                words = {"components/STEP": "components/variability", "ID": "betagal", "ROW": "0", "STEP": "refine3d"}
+                    words |= {"since=N&epoch=E": "since=0", "names=A,B": "names="}
                 there = functools.reduce(lambda text, word: text.replace(*word), words.items(), path)
                 assert command.site.ask(there, only_head=True)[0] == 200, path
 
