@@ -50,7 +50,7 @@ def test_the_commands_run(tmp_path):
         for named in re.findall(r"^\| (`/.*?`) \|", PAGE, re.MULTILINE):
             for path in re.findall(r"`(/[^`]*)`", named):
                 words = {"components/STEP": "components/variability", "ID": "betagal", "ROW": "0", "STEP": "refine3d"}
-                    words |= {"since=N&epoch=E": "since=0", "names=A,B": "names="}
+                words |= {"since=N&epoch=E": "since=0", "names=A,B": "names="}
                 there = functools.reduce(lambda text, word: text.replace(*word), words.items(), path)
                 assert command.site.ask(there, only_head=True)[0] == 200, path
 
