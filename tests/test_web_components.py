@@ -14,7 +14,7 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 from _browser import Tab, chromium
-from _web import Made, Site, make_project, serving
+from _web import Made, Site, make_project, serving, wait_for
 from PIL import Image
 
 from cryodask.edits.frozen import frozen
@@ -148,7 +148,7 @@ def test_the_map_at_a_point_is_the_mean_plus_the_components_times_its_coordinate
     volume, pixel = read_map(tmp_path / "one.mrc")
     assert pixel == 4.0
     np.testing.assert_allclose(volume, series[0, 2] + 1.5 * maps[0] - 0.25 * maps[1], atol=1e-5)
-    assert not list((tmp_path / "cache").glob("*.mrc"))
+    wait_for(lambda: not list((tmp_path / "cache").glob("*.mrc")), "the file to be removed once it was sent")
 
     def middle(point: str) -> np.ndarray:
         body = running.ask(f"{HERE}/surface?point={quote(point)}&sigmas=3")[2]

@@ -1,6 +1,6 @@
 // Choose classes or exposures by eye: click, shift and click, a box around several, or the keyboard; ratings, tags and notes of exposures.
 import { attempt, element, follow, get, post, toast } from "./common.js";
-import { Kept, Queue, repeated } from "./edits.js";
+import { Kept, Queue, refresher } from "./edits.js";
 import { byRow, fits } from "./remarks.js";
 
 const PER_PAGE = 120;
@@ -24,7 +24,7 @@ const queue = new Queue(new Kept(`${kind} ${location.pathname.replace(/[^/]*$/, 
   },
 });
 
-const pull = repeated(async () => {
+const pull = refresher(async () => {
   const before = [...sent.keys()], now = await get(`choices/${kind}?of=${encodeURIComponent($("of")?.value || "")}`);
   for (const id of before) sent.delete(id);
   ({ items, of, frozen, used } = now);

@@ -1,6 +1,6 @@
 // The space of components: density of the particles, maps at points and along paths, and regions whose particles are kept as a set.
 import { ask, attempt, colour, element, follow, get, number, post, toast } from "./common.js";
-import { Kept, Queue, repeated } from "./edits.js";
+import { Kept, Queue, refresher } from "./edits.js";
 import { axes, bgr, fillFrame, frame, onCanvas, placeAt } from "./plane.js";
 import { Surface } from "./surface.js";
 
@@ -32,7 +32,7 @@ function start() {
     },
     stored: () => pull(),
   });
-  const pull = repeated(async () => {
+  const pull = refresher(async () => {
     now = await get(at());
     queue.seen(now.highest);
     // another server or person may have changed the set that is described
@@ -119,7 +119,7 @@ function start() {
 
   // --- the map ---------------------------------------------------------------------------------------------------------------------
   const query = () => `point=${encodeURIComponent(JSON.stringify(point))}`;
-  const loadMap = repeated(() => attempt(() => surface.load(`${at()}/surface?${query()}&sigmas=${$("sigmas").value}`)), {
+  const loadMap = refresher(() => attempt(() => surface.load(`${at()}/surface?${query()}&sigmas=${$("sigmas").value}`)), {
     changed: () => { document.body.dataset.shown = JSON.stringify(point); },
   });
   const drawSection = (axis) => { $(`section-${axis}`).src = `${at()}/section.png?${query()}&axis=${axis}&at=${$(`at-${axis}`).value}`; };

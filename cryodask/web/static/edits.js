@@ -44,7 +44,7 @@ export class Kept {
  * A function that runs `look` whenever it is asked to, one at a time: asked while it runs, it runs once more. After an error, which `failed` is
  * told, it tries again by itself. `changed` is called whenever it has come to an end; `busy()` says whether it has not.
  */
-export function repeated(look, { failed = () => {}, changed = () => {} } = {}) {
+export function refresher(look, { failed = () => {}, changed = () => {} } = {}) {
   let running = false, asked = false;
   const run = async () => {
     asked = true;

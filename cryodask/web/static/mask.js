@@ -1,6 +1,6 @@
 // Choose the mask of a map: its numbers, and what is drawn into it on sections. What is kept are the edits; the server computes the mask.
 import { ask, attempt, follow, get, number, post, toast } from "./common.js";
-import { Kept, Queue, repeated } from "./edits.js";
+import { Kept, Queue, refresher } from "./edits.js";
 import { boundary } from "./contour.js";
 import { Surface } from "./surface.js";
 
@@ -22,7 +22,7 @@ function start() {
     },
     stored: () => pull(),
   });
-  const pull = repeated(async () => {
+  const pull = refresher(async () => {
     const found = await get(at());
     queue.seen(found.highest);
     const buffer = await (await ask(`${at()}/volume`)).arrayBuffer(), length = new DataView(buffer).getUint32(0, true);
