@@ -238,7 +238,7 @@ def export(
         typer.Option(
             "--to",
             metavar="NAME DIR",
-            help="emdb: maps and model; empiar: deposition JSON; oscem: metadata; or an installed exporter.",
+            help="emdb: maps and model; empiar: deposition JSON; oscem: metadata; components: series of maps; or an installed exporter.",
         ),
     ] = None,
 ) -> None:

@@ -15,8 +15,16 @@ if TYPE_CHECKING:
     from cryodask.edits.board import Board
 
 app = typer.Typer(
-    name="edits", help="Edits made by eye: picks, chosen classes, excluded exposures, masks.", no_args_is_help=True, rich_markup_mode=None
+    name="edits",
+    help="Edits made by eye: picks, chosen classes, excluded exposures, masks, regions of components.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
+
+
+_COUNTED = {"masks": "strokes", "regions": "regions"}
+"""Kinds whose state is a mapping, and what of it is counted."""
+_ONE_OF = {"masks": "drawn stroke", "regions": "region"}
 
 
 class Kind(StrEnum):
@@ -26,6 +34,7 @@ class Kind(StrEnum):
     classes = "classes"
     exposures = "exposures"
     masks = "masks"
+    regions = "regions"
 
 
 def _board(project: Path) -> Board:
@@ -55,10 +64,11 @@ def show(project: ProjectArgument) -> None:
         *(("classes", place, "kept class", f"of {label}") for label, place in board.classifications().items()),
     ]
     masks = [("masks", place, "drawn stroke", f"on {label}") for label, place in board.maps().items()]
-    for kind, of, what, how in (*subjects, ("exposures", "", "exposure", "excluded"), *masks):
+    regions = [("regions", place, "region", f"of {label}") for label, place in board.analyses().items()]
+    for kind, of, what, how in (*subjects, ("exposures", "", "exposure", "excluded"), *masks, *regions):
         log = board.log(kind)
         state, used = state_of(log, of), latest(log, of)
-        count = len(state["strokes"] if kind == "masks" else state)
+        count = len(state[_COUNTED[kind]] if kind in _COUNTED else state)
         by = (
             f"runs use those frozen by {used.who} on {time.strftime('%Y-%m-%d %H:%M', time.localtime(used.time))}"
             if used
@@ -76,10 +86,13 @@ def show(project: ProjectArgument) -> None:
 @app.command()
 def freeze(
     project: ProjectArgument,
-    kind: Annotated[Kind, typer.Argument(metavar="picks|classes|exposures|masks", help="What to use.")],
+    kind: Annotated[Kind, typer.Argument(metavar="picks|classes|exposures|masks|regions", help="What to use.")],
     of: Annotated[
         str,
-        typer.Option(metavar="STEP", help="For classes the classification, for masks the step with the map; by default the last one."),
+        typer.Option(
+            metavar="STEP",
+            help="The step with the classes, the map of the mask, or the components of the regions; by default the last one.",
+        ),
     ] = "",
 ) -> None:
     """Use the edits as they are now: the next run applies them, also one that is waiting for them."""
@@ -88,17 +101,18 @@ def freeze(
 
     board = _board(project)
     place = board.classification(of)[0] if kind is Kind.classes else ""
-    if kind is Kind.masks:
-        maps = board.maps()
-        place = maps.get(of, of if of in maps.values() else "") if of else next(iter(maps.values()), "")
+    if kind in (Kind.masks, Kind.regions):
+        what, known = ("map", board.maps()) if kind is Kind.masks else ("analysis of variability", board.analyses())
+        place = known.get(of, of if of in known.values() else "") if of else next(iter(known.values()), "")
         if not place:
-            raise InputError(f"{board.project().name} has no map{f' of {of}' if of else ''}.", "", "run it until a step gives one first")
+            raise InputError(f"{board.project().name} has no {what}{f' {of}' if of else ''}.", "", "run it until a step gives one first")
     if kind is Kind.classes and not place:
         raise InputError(
             f"{board.project().name} has no classes{f' of {of}' if of else ''} to choose from.", "", "run it until classify2d first"
         )
     made = freeze_log(board.log(kind.value), _who(), place)
-    count = _several(len(made.content["strokes"]), "drawn stroke") if kind is Kind.masks else str(len(made.content))
+    counted = _COUNTED.get(kind.value, "")
+    count = _several(len(made.content[counted]), _ONE_OF[kind.value]) if counted else str(len(made.content))
     typer.echo(f"{kind.value}: {count} frozen as {made.digest}. The next run uses them.")
 
 

@@ -60,7 +60,9 @@ class Made:
             self._step(stage, gives, per_item=True)
         self.project.save()
 
-    def _step(self, stage: str, gives: tuple[str, ...], *, per_item: bool, key: str = "k1", params: Any = None) -> Generation:
+    def _step(
+        self, stage: str, gives: tuple[str, ...], *, per_item: bool, key: str = "k1", params: Any = None, grid: Grid | None = None
+    ) -> Generation:
         place = f"{stage}/{key}"
         meta = {"stage": stage, "version": 1, "params": params or {}, "recipe": key}
         generation = Generation.create(
@@ -68,7 +70,7 @@ class Made:
             meta=meta,
             gives=gives,
             per_item=per_item,
-            grids={"": self.grid if per_item else Grid({}, {})},
+            grids={"": (grid or self.grid) if per_item else Grid({}, {})},
         )
         kind = {"pick": "particles", "classify2d": "classes", "postprocess": "map", "refine3d": "map"}.get(stage, "exposures")
         product = ProductRef(type=kind, step=stage, output=kind, ids=place, place=place, threshold="auto" if stage == "pick" else None)
@@ -165,6 +167,56 @@ class Made:
         }
         self._step("local_resolution", tuple(given), per_item=False).commit_result(given)
         self.project.save()
+
+    def sort(self, size: int = 40, key: str = "b1") -> str:
+        """Two 3D classes, the second with a ball at x 9 instead of -8; returns its place."""
+        z, y, x = np.mgrid[:size, :size, :size] - size // 2
+        balls = [np.exp(-(z**2 + y**2 + (x - at) ** 2) / 40).astype(np.float32) for at in (-8, 9)]
+        given = {"class_map": np.stack(balls), "map_pixel_size_angstrom": 3.0, "class3d_share": np.array([0.7, 0.3])}
+        self._step("classify3d", tuple(given), per_item=False, key=key).commit_result(given)
+        self.project.save()
+        return f"classify3d/{key}.class2"
+
+    def vary(self, count: int = 2000, components: int = 2, key: str = "c1", *, agreement: float = 0.9, images: bool = True) -> np.ndarray:
+        """An analysis of variability whose first component moves a ball from x -8 to 8; returns coordinates `(component, n)`.
+
+        Particles come from all registered exposures in turn; those with an odd number are in half-set 1, and the last has no coordinates.
+        """
+        rng, size, rows = np.random.default_rng(count), 32, len(self.names)
+        coordinates = rng.normal(size=(components, count)).astype(np.float32)
+        coordinates[:, -1] = np.nan
+        z, y, x = np.mgrid[:size, :size, :size] - size // 2
+        balls = [np.exp(-(z**2 + y**2 + (x - at) ** 2) / 12).astype(np.float32) for at in (-8, 8)]
+        maps = np.stack([0.25 * (balls[1] - balls[0]), *(0.1 * rng.normal(size=(components - 1, size, size, size)))]).astype(np.float32)
+        mean = 0.5 * (balls[0] + balls[1])
+        number, row = np.divmod(np.arange(count), rows)
+        ids = (1 << 51) + (row << 27) + (number << 7)
+        order = np.argsort(ids)
+        given = {
+            "particle_id": ids[order],
+            "half_set": (number[order] % 2).astype(np.int8),
+            **{f"component{j + 1}": coordinates[j] for j in range(components)},
+            "component_map": maps,
+            "component_series": np.stack([[mean + z * one for z in (-2, -1, 0, 1, 2)] for one in maps]).astype(np.float32),
+            "component_strength": np.ones(components),
+            "component_agreement": np.array([agreement, *[0.1] * (components - 1)]),
+            "component_gain": 3.0,
+            "map_pixel_size_angstrom": 4.0,
+        }
+        place, parts = f"variability/{key}", {"components": f"variability/{key}", "position": f"variability/{key}"}
+        self._step("variability", tuple(given), per_item=False, key=key).commit_result(given)
+        if images:
+            grid, gives = Grid({"slot": -(-count // rows), "y": 16, "x": 16}, {}), ("particle_id", "particle_image", "particle_count")
+            extract = self._step("extract", gives, per_item=True, key=key, grid=grid)
+            for one in range(rows):
+                here = np.sort(ids[row == one])
+                boxes = rng.normal(size=(len(here), 16, 16)).astype(np.float32)
+                extract.commit(one, self.names[one], dict(zip(gives, (here, boxes, len(here)))), grid=grid)
+            parts["image"] = f"extract/{key}"
+        ref = ProductRef(type="particles", step="variability", output="particles", ids=place, place=place, parts=parts)
+        self.project.state.adopt("variability", StepState(stage="variability", key=key, products={"particles:particles": ref}))
+        self.project.save()
+        return coordinates
 
     def particles(self, count: int, label: str = "import_particles", **changed: Any) -> dict[str, np.ndarray]:
         """A step with particles: two groups in their columns, some values unknown; returns them."""

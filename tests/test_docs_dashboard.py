@@ -30,7 +30,9 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def test_the_commands_run(tmp_path):
-    make_project(tmp_path / "demo" / "betagal").refine()
+    made = make_project(tmp_path / "demo" / "betagal")
+    made.refine()
+    made.vary(100)
     start, ask = blocks(PAGE, "sh")
     (words,) = re.findall(r"^cryodask dashboard (\w+) ", start, re.MULTILINE)
     with Command(tmp_path / words, "--token", TOKEN, folder=tmp_path) as command:
@@ -47,7 +49,8 @@ def test_the_commands_run(tmp_path):
             assert "betagal" in done.stdout or "exposure_0" in done.stdout
         for named in re.findall(r"^\| (`/.*?`) \|", PAGE, re.MULTILINE):
             for path in re.findall(r"`(/[^`]*)`", named):
-                words = {"ID": "betagal", "ROW": "0", "STEP": "refine3d", "since=N&epoch=E": "since=0", "names=A,B": "names="}
+                words = {"components/STEP": "components/variability", "ID": "betagal", "ROW": "0", "STEP": "refine3d"}
+                words |= {"since=N&epoch=E": "since=0", "names=A,B": "names="}
                 there = functools.reduce(lambda text, word: text.replace(*word), words.items(), path)
                 assert command.site.ask(there, only_head=True)[0] == 200, path
 

@@ -51,18 +51,22 @@ def test_the_python_runs(folder: Path) -> None:
 
 
 def test_the_pipeline_is_a_pipeline(tmp_path: Path) -> None:
-    block, masked, step = map(yaml.safe_load, blocks("yaml"))
+    block, masked, step, varied, regions = map(yaml.safe_load, blocks("yaml"))
     given = {"name": "session", "inputs": {"movies": "*.tif"}, **block}
     given["microscope"] = {"voltage_kv": 300, "spherical_aberration_mm": 2.7, "pixel_size_angstrom": 1.0}
     (tmp_path / "session.yaml").write_text(yaml.safe_dump(given))
     assert make_plan(tmp_path / "session.yaml").steps[-1].label == "ab_initio"
-    # the part with a mask goes on from there, and waits for a person unless the file says what the mask is
-    for wanted, waits in ((masked["pipeline"], True), ([masked["pipeline"][0], *step, masked["pipeline"][2]], False)):
+    # the part with a mask goes on from there, and waits for a person unless the file says what the mask is; so does that with regions
+    for stage, last, wanted, waits in (
+        ("draw_mask", "postprocess", masked["pipeline"], True),
+        ("draw_mask", "postprocess", [masked["pipeline"][0], *step, masked["pipeline"][2]], False),
+        ("select_region", "end", varied["pipeline"], True),
+        ("select_region", "end", [*varied["pipeline"][:2], *regions, varied["pipeline"][3]], False),
+    ):
         (tmp_path / "session.yaml").write_text(yaml.safe_dump({**given, "pipeline": [*block["pipeline"], *wanted]}))
         plan = make_plan(tmp_path / "session.yaml")
-        assert plan.steps[-1].label == "postprocess"
-        assert ("draw_mask" in waiting(plan)) is True
-        assert (waiting(plan)["draw_mask"] == FOR_A_PERSON) is waits
+        assert plan.steps[-1].label == last
+        assert (waiting(plan)[stage] == FOR_A_PERSON) is waits
 
 
 def test_the_keys_are_those_of_the_page() -> None:

@@ -293,6 +293,75 @@ def test_a_mask_chosen_by_eye_and_a_map_that_is_computed_again(tmp_path: Path, h
     assert "toy_postprocess" in run(folder, here, pipeline) or "toy_postprocess" in run(folder, here, pipeline)
 
 
+def test_a_mask_chosen_by_eye_on_the_map_of_a_class(tmp_path: Path, here: Any) -> None:  # noqa: F811
+    folder = session(tmp_path, 4)
+    masked = {"draw_mask": {"from": {"map": "toy_classes3d.class2"}}}
+    pipeline = [*CLASSIFIED[:-1], "toy_poses", "toy_classes3d", masked]
+    project = run(folder, here, pipeline)
+    assert "draw_mask" not in project
+    board, place = Board(folder / "toy"), f"{project.step('toy_classes3d').place}.class2"
+    assert list(board.maps()) == ["toy_classes3d.class1", "toy_classes3d.class2", "toy_poses"]
+    assert board.maps()["toy_classes3d.class2"] == place
+    numbers = {"threshold": 1.5, "lowpass_angstrom": 2.0, "extend_angstrom": 0.0, "edge_angstrom": 0.0}
+    edits = [{"id": new_id(), "n": n, "do": "set", "of": place, "name": k, "value": v} for n, (k, v) in enumerate(numbers.items())]
+    assert len(board.take("masks", edits, "anna")) == 4
+    freeze(board.masks, "anna", place)
+    project = run(folder, here, pipeline)
+    mask = np.asarray(project.generation("draw_mask").read(project.records("draw_mask")[0], "solvent_mask"))
+    # the cube of 4 x 4 x 4 voxels of the second class is above 1.5; the first is nowhere
+    assert mask.sum() == 64
+
+
+def test_regions_chosen_by_eye_and_components_that_are_computed_again(tmp_path: Path, here: Any) -> None:  # noqa: F811
+    folder = session(tmp_path, 4)
+    pipeline = [*CLASSIFIED[:-1], "toy_components", "select_region", "toy_averages"]
+    told = Told()
+    project = run(folder, here, pipeline, listen=[told])
+    assert {"select_region: waits for a person", "toy_averages: waits for select_region"} <= set(told.said)
+    board, place = Board(folder / "toy"), project.step("toy_components").place
+    assert board.analyses() == {"toy_components": place}
+    assert board.is_used("select_region")
+    with pytest.raises(InputError, match="No region of"):
+        freeze(board.regions, "anna", place)
+
+    def edit(do: str, **more: Any) -> dict[str, Any]:
+        (one,) = board.take("regions", [{"id": new_id(), "n": board.regions.highest + 1, "do": do, "of": place, **more}], "anna")
+        return one
+
+    end = {"components": [1], "points": [[1.0], [9.0]]}
+    corner = {"components": [1, 2], "points": [[-3.0, -1.0], [-1.5, -1.0], [-1.5, 1.0], [-3.0, 1.0]]}
+    edit("draw", region=end, reason="open")
+    edit("draw", region=corner)
+    for wrong in ({"region": {**end, "components": [3]}}, {"region": end, "of": "toy_components/0123"}):
+        with pytest.raises(InputError, match=r"There is no component 3|has no analysis"):
+            edit("draw", **wrong)
+    with pytest.raises(InputError, match="Nothing was drawn"):
+        edit("remove", drawn=new_id())
+    assert "select_region" not in run(folder, here, pipeline)
+    shell = CliRunner()
+    assert "regions: 2 regions frozen as" in shell.invoke(app, ["edits", "freeze", str(folder / "toy"), "regions"]).output
+    assert "regions    2 regions of toy_components; runs use" in shell.invoke(app, ["edits", "show", str(folder / "toy")]).output
+    told = Told()
+    project = run(folder, here, pipeline, listen=[told])
+    assert any("select_region: 2 regions (open), frozen by " in line for line in told.said)
+    component = project.particles("toy_components")["component1"].values
+    kept = project.particles("select_region")
+    assert kept.sizes["particle"] == ((component >= 1) | (component < -1.5)).sum() > 0
+    assert "toy_averages" in project
+    assert renewed(made(project), run(folder, here, pipeline)) == {}
+    # the same regions in the project file give the same particles, of the same result
+    by_file = [*pipeline[:-2], {"select_region": {"regions": [end, corner]}}, "toy_averages"]
+    again = run(folder, here, by_file)
+    assert not Board(folder / "toy").is_used("select_region")
+    assert again.step("select_region").place == project.step("select_region").place
+    # regions belong to one analysis: computed again, it has none yet; changed back, they are there
+    other = [*pipeline[:-3], {"toy_components": {"number": 2}}, *pipeline[-2:]]
+    told = Told()
+    assert "select_region" not in run(folder, here, other, listen=[told])
+    assert "select_region: waits for a person" in told.said
+    assert "toy_averages" in run(folder, here, pipeline) or "toy_averages" in run(folder, here, pipeline)
+
+
 def test_a_watched_session_goes_on_with_edits_while_it_runs(tmp_path: Path, here: Any) -> None:  # noqa: F811
     """Frozen after four of eight movies: they are edited at once, and only the touched one is computed again; then the rest arrives."""
     folder = session(tmp_path, 4)

@@ -8,6 +8,8 @@ import torch
 from _states import inputs_of, two_states, write_project
 
 from cryodask.errors import InputError
+from cryodask.formats.mrc import read_map
+from cryodask.interop import ExportWarning, export
 from cryodask.kernels import components as pc
 from cryodask.run.blocks import ParticlesInMemory, iterate_here
 from cryodask.run.recipe import make_plan
@@ -78,6 +80,18 @@ def test_a_selection_by_coordinates_is_a_set(some, found, tmp_path, client):
     assert np.allclose(project.particles("variability")["component1"].values, found["component1"], atol=0.02)
     assert abs(chosen.sizes["particle"] - int((found["component1"] > 0.5).sum())) < 4
     assert (chosen["component1"].values > 0.5).all()
+    # series of maps: the mean map plus a component times coordinates from the 5 % to the 95 % quantile
+    with pytest.warns(ExportWarning, match="Component 2 of variability is noise"):
+        paths = export(project, "components", tmp_path / "series")
+    assert [path.name for path in paths[:2]] == ["variability_component1_01.mrc", "variability_component1_02.mrc"]
+    assert len(paths) == 2 * 10 + 1
+    ends = [read_map(paths[k]) for k in (0, 9)]
+    low, high = np.quantile(found["component1"], [0.05, 0.95])
+    assert ends[0][1] == 6.0
+    assert np.allclose(ends[1][0] - ends[0][0], (high - low) * found["component_map"][0], atol=0.02)
+    middle = found["component_series"][0, 2]
+    assert np.allclose(ends[0][0], middle + low * found["component_map"][0], atol=0.02)
+    assert paths[-1].read_text().splitlines()[0] == "file,component,coordinate"
 
 
 def test_few_particles_are_refused(some):

@@ -172,6 +172,37 @@ def test_a_map_that_is_computed_again_has_no_mask_yet_and_offers_the_former(brow
     assert [line["action"] for line in lines] == ["edit masks", "freeze masks", "edit masks"]
 
 
+def test_the_mask_of_a_class_is_chosen_on_the_map_of_that_class(site: tuple[Site, Made]) -> None:
+    running, made = site
+    place = made.sort()
+    steps = running.ask("/s/session/maps", headers={"Accept": "text/html"})[2].decode()
+    assert "<option>classify3d.class1</option><option selected>classify3d.class2</option>" in steps
+    about = running.json("/s/session/map/classify3d.class2")
+    assert (about["shape"], about["mask"]) == ([40, 40, 40], True)
+    assert "0.3" in about["figures"].values()
+
+    def centre(path: str) -> float:
+        raw = running.ask(f"/s/session/{path}")[2]
+        length = int.from_bytes(raw[:4], "little")
+        return float(np.frombuffer(raw, "<f4", 3 * json.loads(raw[4 : 4 + length])["vertices"], 4 + length).reshape(-1, 3)[:, 0].mean())
+
+    # voxel n // 2 is at 0.5
+    assert [centre(f"map/classify3d.class{k}/surface") for k in (1, 2)] == pytest.approx([-7.5, 9.5], abs=0.2)
+    op = {"id": "2" * 32, "n": 1, "do": "set", "of": place, "name": "extend_angstrom", "value": 3.0}
+    assert running.json("/s/session/mask/ops", method="POST", sent={"ops": [op]})["stored"] == 1
+    assert running.json("/s/session/mask/classify3d.class2")["recipe"]["extend_angstrom"] == 3
+    assert running.json("/s/session/mask/classify3d.class1")["recipe"]["extend_angstrom"] == 7
+    assert [centre(f"mask/classify3d.class{k}/surface") for k in (1, 2)] == pytest.approx([-7.5, 9.5], abs=0.3)
+    assert running.json("/s/session/mask/freeze", method="POST", sent={"of": place})["edits"] == 5
+    used = frozen(made.project.path, "masks", place)
+    assert used is not None
+    assert used.content["extend_angstrom"] == 3
+    for wrong in ("classify3d/b1", "classify3d/b1.class3", "classify3d/b1.other"):
+        status, _, body = running.ask("/s/session/mask/ops", method="POST", sent={"ops": [{**op, "id": "3" * 32, "of": wrong}]})
+        assert status == 400, body
+    assert running.ask("/s/session/mask/classify3d.class3")[0] == 404
+
+
 def test_a_surface_of_fewer_triangles_has_the_same_size_and_place(monkeypatch: pytest.MonkeyPatch) -> None:
     z, y, x = np.mgrid[:60, :60, :60] - 29.5
     ball = (20 - np.sqrt((z - 4) ** 2 + y**2 + x**2)).astype(np.float32)

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.heavy
 
 PAGES = ["", "s/session/", "s/session/maps?step=postprocess", "s/session/history", "s/session/data", "s/session/people"]
 PAGES += ["cluster", "admin/", "account"]
-CHOSEN = ["s/session/pick/0", "s/session/classes", "s/session/choose", "s/session/particles", "s/session/mask"]
+CHOSEN = ["s/session/pick/0", "s/session/classes", "s/session/choose", "s/session/particles", "s/session/mask", "s/session/components"]
 PAGES += CHOSEN
 PAGES += ["s/session/history?first=postprocess%40k1&second=postprocess%40k2", "nothing/here"]
 DRAWN = "document.body.dataset.sequence > 0 && document.getElementById('d-name').textContent !== 'No exposure chosen'"
@@ -43,6 +43,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     made.particles(500)
     made.refine()
     made.local_resolution()
+    made.vary(500)
     with serving(Sessions({"": [folder / "session"]}, Ledger(folder / "audit")), cache=folder / "cache") as site:
         yield site
 
@@ -272,6 +273,7 @@ def test_exposures_appear_as_they_are_committed(browser, tmp_path):
 def test_a_project_that_vanishes_or_changes_its_format_is_said_on_the_open_page(browser, tmp_path):
     with site_of(tmp_path) as (site, made), tab(browser, site) as one:
         made.refine()
+        made.vary(100)
         one.open("s/session/").until(DRAWN)
         place = made.project.path / "project.json"
         content = place.read_text()
@@ -283,6 +285,7 @@ def test_a_project_that_vanishes_or_changes_its_format_is_said_on_the_open_page(
         for path in (
             *("maps", "history", "exposure/0", "map/postprocess", "thumbnail/0.jpg", "quarantine", ""),
             *("mask", "mask/refine3d", "mask/refine3d/volume", "mask/refine3d/surface?of=map", "control"),
+            *("components", "components/variability", "components/variability/density", "components/variability/surface"),
         ):
             status, _, body = site.ask(f"/s/session/{path}")
             assert status in {200, 404, 409}, (path, status)
@@ -317,7 +320,9 @@ EVIL += ["</title><svg onload=window.pwned=1>"]
 
 def test_names_and_messages_are_never_read_as_html(browser, tmp_path):
     folder = tmp_path / EVIL[0].replace("/", "")
-    make_project(folder, names=[name.replace("/", "_") for name in EVIL]).refine()
+    made = make_project(folder, names=[name.replace("/", "_") for name in EVIL])
+    made.refine()
+    made.vary(100)
     with serving(Sessions({EVIL[1]: [folder]}, Ledger(tmp_path / "audit")), cache=tmp_path / "cache") as site, tab(browser, site) as one:
         (session,) = site.json("/api/v1/sessions")
         for path in (
@@ -325,6 +330,7 @@ def test_names_and_messages_are_never_read_as_html(browser, tmp_path):
             f"s/{session['id']}/",
             f"s/{session['id']}/maps",
             f"s/{session['id']}/mask",
+            f"s/{session['id']}/components",
             f"s/{session['id']}/history",
             "admin/",
         ):
@@ -334,6 +340,13 @@ def test_names_and_messages_are_never_read_as_html(browser, tmp_path):
                 one.page.select_option("#f-view", "table")
                 one.until("document.querySelectorAll('#table tbody tr').length === 4")
                 one.until("document.getElementById('quarantine').textContent.includes('svg onload')")
+            if path.endswith("components"):
+                one.until("document.body.dataset.ready === 'yes'")
+                one.page.check("[name=tool][value=box]")
+                one.page.focus("#plane")
+                for key in ("Enter", *["ArrowRight"] * 9, *["ArrowUp"] * 9, "Enter"):
+                    one.page.keyboard.press(key)
+                one.until("document.getElementById('exposures').textContent.includes('svg onload')")
             assert one.ask("window.pwned === undefined"), path
             assert one.ask("document.querySelectorAll('main img[src=x], main script, [onload], [onerror]').length") == 0, path
         assert site.ask("/s/<script>alert(1)</script>/", headers={"Accept": "text/html"})[0] == 404
@@ -355,6 +368,11 @@ def test_pages_work_behind_a_prefix(browser, tmp_path, prefix):
         one.page.click("text=Choose a mask")
         one.until("+document.getElementById('surface').dataset.veil > 50")
         one.until("document.getElementById('section-2').naturalWidth === 40")
+        made.vary(200)
+        one.page.click("text=Maps")
+        one.page.click("text=Heterogeneity")
+        one.until("document.body.dataset.ready === 'yes' && document.getElementById('surface').dataset.triangles > 50")
+        one.until("document.getElementById('section-2').naturalWidth === 32")
         assert one.wrong == []
 
 

@@ -75,6 +75,16 @@ TABLE: dict[tuple[str, str], str | Right] = {
     ("GET", "/s/{id}/mask/{step}/surface"): Right.see,
     ("POST", "/s/{id}/mask/ops"): Right.edit,
     ("POST", "/s/{id}/mask/freeze"): Right.edit,
+    ("GET", "/s/{id}/components"): Right.see,
+    ("GET", "/s/{id}/components/{step}"): Right.see,
+    ("GET", "/s/{id}/components/{step}/density"): Right.see,
+    ("GET", "/s/{id}/components/{step}/region"): Right.see,
+    ("GET", "/s/{id}/components/{step}/particles.png"): Right.see,
+    ("GET", "/s/{id}/components/{step}/section.png"): Right.see,
+    ("GET", "/s/{id}/components/{step}/surface"): Right.see,
+    ("GET", "/s/{id}/components/{step}/map.mrc"): Right.see,
+    ("POST", "/s/{id}/components/ops"): Right.edit,
+    ("POST", "/s/{id}/components/freeze"): Right.edit,
     ("GET", "/s/{id}/average/{number}.png"): Right.see,
     ("GET", "/s/{id}/history"): Right.see,
     ("GET", "/s/{id}/history.json"): Right.see,
@@ -119,6 +129,10 @@ SENT: dict[tuple[str, str], Any] = {
     ("POST", "/s/{id}/choices/{kind}/freeze"): {},
     ("POST", "/s/{id}/mask/ops"): {"ops": [{"id": "c" * 32, "n": 1, "do": "set", "of": "refine3d/a1", "name": "threshold", "value": 0.4}]},
     ("POST", "/s/{id}/mask/freeze"): {"of": "refine3d/a1"},
+    ("POST", "/s/{id}/components/ops"): {
+        "ops": [{"id": "d" * 32, "n": 1, "do": "draw", "of": "variability/c1", "region": {"components": [1], "points": [[0.0], [1.0]]}}]
+    },
+    ("POST", "/s/{id}/components/freeze"): {"of": "variability/c1"},
     ("POST", "/s/{id}/end"): {"name": "session"},
     ("POST", "/s/{id}/people"): {"name": "somebody", "role": "viewer"},
     ("PUT", "/api/v1/people/{name}"): {"sessions": {"other": "viewer"}},
@@ -134,6 +148,13 @@ PATH = {
     "pixels": "1",
     "kind": "exposures",
 }
+
+
+def address(path: str) -> str:
+    """A route with what there is in the session."""
+    there = {**PATH, "step": "variability"} if "/components/" in path else PATH
+    return re.sub(r"{(\w+)}", lambda found: there[found[1]], path)
+
 
 MAY: dict[str, set[str | Right]] = {
     "nobody": {OPEN},
@@ -160,7 +181,9 @@ def application(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def site(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A facility with one session at a microscope, and everybody of the table; yields the server and a cookie or token for each."""
     folder = tmp_path_factory.mktemp("facility")
-    make_project(folder / "krios" / "session").refine()
+    made = make_project(folder / "krios" / "session")
+    made.refine()
+    made.vary(100)
     make_project(folder / "other" / "other")
     passwords = PasswordFile(folder / "passwords")
     directory = Directory(Ledger(folder / "people", private=True), ["admin"])
@@ -220,7 +243,7 @@ def test_every_route_is_open_to_exactly_those_who_may(site: tuple[Site, dict[str
     for (method, path), right in TABLE.items():
         if "oidc" in path or path == "/enter":
             continue  # no provider here: see test_web_login.py
-        asked = re.sub(r"{(\w+)}", lambda found: PATH[found[1]], path)
+        asked = address(path)
         same = {"Origin": running.address, "Accept": "application/json"}
         form = {"name": "x", "password": "y"} if path == "/login" else None
         sent = SENT.get((method, path))
@@ -249,7 +272,7 @@ def test_every_change_is_a_line_of_the_audit(site):
     before = len(running.json("/api/v1/audit", token=None, headers=headers["admin"]))
     changes = [(m, p) for (m, p), right in TABLE.items() if m != "GET" and isinstance(right, Right) and not p.endswith(_NOT_HERE)]
     for method, path in changes:
-        asked = re.sub(r"{(\w+)}", lambda found: PATH[found[1]], path)
+        asked = address(path)
         status, _, body = running.ask(asked, method, token=None, headers={**headers["admin"], **same}, sent=SENT[method, path])
         assert status == 200, (path, status, body)
     lines = running.json("/api/v1/audit", token=None, headers=headers["admin"])

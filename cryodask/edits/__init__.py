@@ -1,4 +1,4 @@
-"""Edits that people make by eye: picks, chosen classes, excluded exposures, masks, ratings, tags and notes.
+"""Edits that people make by eye: picks, chosen classes, excluded exposures, masks, regions of components, ratings, tags and notes.
 
 ::
 

@@ -1,4 +1,4 @@
-"""What people edit: the exposures, picks, classes and masks of a project, and whether an operation fits them. Knows nothing of the web."""
+"""What people edit: exposures, picks, classes, masks and regions, and whether an operation fits a project. Knows nothing of the web."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ import numpy as np
 import yaml
 
 from cryodask.edits.log import OperationLog
-from cryodask.edits.masks import drawn
+from cryodask.edits.masks import drawn, standing
 from cryodask.edits.operations import read_operations
 from cryodask.edits.picks import Pick, edited
+from cryodask.edits.regions import MOST_REGIONS
 from cryodask.errors import InputError, StoreError
 from cryodask.store.generation import Generation
 from cryodask.store.identity import id_text
 from cryodask.store.lines import Record
 from cryodask.store.project import Project
+from cryodask.store.state import parted
 
 _PICTURES = ("micrograph_dw", "micrograph_sum")
 _SELECTIONS = ("select_classes", "curate")
 """Stages that give some of the classes of another step, numbered anew."""
-_DECIDED_BY = {"select_classes": "keep", "edit_picks": "file"}
+_DECIDED_BY = {"select_classes": "keep", "edit_picks": "file", "select_region": "regions"}
 """Parameters with which the project file decides, whatever was frozen."""
 
 
@@ -68,6 +70,7 @@ class Board:
         self.classes = OperationLog(self.folder, "classes")
         self.exposures = OperationLog(self.folder, "exposures")
         self.masks = OperationLog(self.folder, "masks")
+        self.regions = OperationLog(self.folder, "regions")
         self._lock = threading.RLock()
         self._project: Project | None = None
 
@@ -78,9 +81,10 @@ class Board:
         ------
         InputError
         """
-        found = {"picks": self.picks, "classes": self.classes, "exposures": self.exposures, "masks": self.masks}.get(kind)
+        logs = (self.picks, self.classes, self.exposures, self.masks, self.regions)
+        found = next((log for log in logs if log.kind == kind), None)
         if found is None:
-            raise InputError(f"{kind!r} cannot be edited.", "", "the kinds are picks, classes, exposures, masks")
+            raise InputError(f"{kind!r} cannot be edited.", "", f"the kinds are {', '.join(log.kind for log in logs)}")
         return found
 
     def project(self) -> Project:
@@ -210,9 +214,17 @@ class Board:
         return (place, self.project().generation_at(place)) if place in known.values() else ("", None)
 
     def maps(self) -> dict[str, str]:
-        """Steps with a map on which people can choose a mask, the last one first, and the place of their current result."""
+        """Maps on which people can choose a mask, ``STEP`` or ``STEP.class2``, those of the last step first, and their current places."""
+        project, found = self.project(), {}
+        for label in reversed(project.stages):
+            for end in _maps(project.generation(label)):
+                found[f"{label}{end}"] = f"{project.step(label).place}{end}"
+        return found
+
+    def analyses(self) -> dict[str, str]:
+        """Steps with components of which people can choose regions, the last one first, and the place of their current result."""
         project = self.project()
-        return {label: project.step(label).place for label in reversed(project.stages) if _has_map(project.generation(label))}
+        return {label: project.step(label).place for label in reversed(project.stages) if _components(project.generation(label))}
 
     def is_used(self, stage: str = "edit_picks") -> bool:
         """Whether the pipeline, as it was last run, has a step that applies edits of a kind: not one that the project file decides."""
@@ -252,6 +264,8 @@ class Board:
             self._check_classes(operations)
         elif kind == "masks":
             self._check_masks(operations)
+        elif kind == "regions":
+            self._check_regions(operations)
         else:
             known = {item.row for item in self.project().items()}
             for one in operations:
@@ -291,15 +305,38 @@ class Board:
         project = self.project()
         for of in {one["of"] for one in operations}:
             try:
-                there = _has_map(project.generation_at(of))
+                there = of.removeprefix(parted(of)[0]) in _maps(project.generation_at(of))
             except (KeyError, StoreError):
                 there = False
             if not there:
                 raise InputError(f"{project.name} has no map {of}.", "it was removed, or belongs to another project", "reload the page")
-            known = drawn(self.masks.of_row(0), of) | {one["id"] for one in operations if one["of"] == of and one["do"] == "draw"}
-            for one in operations:
-                if one["of"] == of and one.get("drawn") is not None and one["drawn"] not in known:
-                    raise InputError(f"Nothing was drawn as {one['drawn']} on {of}.", "it was drawn on another map", "reload the page")
+            self._check_drawn(self.masks, operations, of)
+
+    @staticmethod
+    def _check_drawn(log: OperationLog, operations: Sequence[Record], of: str) -> None:
+        known = drawn(log.of_row(0), of) | drawn(operations, of)
+        for one in operations:
+            if one["of"] == of and one.get("drawn") is not None and one["drawn"] not in known:
+                raise InputError(f"Nothing was drawn as {one['drawn']} on {of}.", "it was drawn on another result", "reload the page")
+
+    def _check_regions(self, operations: Sequence[Record]) -> None:
+        project = self.project()
+        for of in {one["of"] for one in operations}:
+            try:
+                count = _components(project.generation_at(of))
+            except (KeyError, StoreError):
+                count = 0
+            if not count:
+                raise InputError(
+                    f"{project.name} has no analysis {of}.", "it was removed, or belongs to another project", "reload the page"
+                )
+            self._check_drawn(self.regions, operations, of)
+            new = [one for one in operations if one["of"] == of and one["do"] == "draw"]
+            highest = max((max(one["region"]["components"]) for one in new), default=0)
+            if highest > count:
+                raise InputError(f"There is no component {highest}: {of} has {count}.", "", "reload the page")
+            if len(standing(self.regions.of_row(0), of, "region")) + len(new) > MOST_REGIONS:
+                raise InputError(f"More than {MOST_REGIONS} regions were chosen.", "", "remove some of them first")
 
     def _check_classes(self, operations: Sequence[Record]) -> None:
         project = self.project()
@@ -317,9 +354,22 @@ class Board:
                     raise InputError(f"There is no class {one['row']}: {of} has {count}.", "", "reload the page")
 
 
-def _has_map(generation: Generation) -> bool:
-    """Whether a result is a map with a known voxel size."""
-    if generation.meta["per_item"] or not {"final_map", "map_pixel_size_angstrom"} <= set(generation.meta["gives"]):
-        return False
+def _maps(generation: Generation) -> list[str]:
+    """Maps of a known voxel size in a result, as the end of their place: an empty text for its only one, ``.class1`` ... for classes."""
+    gives = set(generation.meta["gives"])
+    if generation.meta["per_item"] or "map_pixel_size_angstrom" not in gives or not {"final_map", "class_map"} & gives:
+        return []
     record = generation.committed().get(0)
-    return record is not None and "final_map" in record["shards"]
+    shards = record["shards"] if record is not None else {}
+    if "final_map" in shards:
+        return [""]
+    return [f".class{k + 1}" for k in range(len(generation.result_reader("class_map")))] if "class_map" in shards else []
+
+
+def _components(generation: Generation) -> int:
+    """Number of components of a finished analysis of variability; 0 for any other result."""
+    gives = set(generation.meta["gives"])
+    if generation.meta["per_item"] or not {"component_map", "component1", "map_pixel_size_angstrom"} <= gives:
+        return 0
+    record = generation.committed().get(0)
+    return generation.result_reader("component_map").shape[0] if record is not None and "component_map" in record["shards"] else 0

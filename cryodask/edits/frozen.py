@@ -14,13 +14,14 @@ from cryodask.edits.log import FROZEN_ROW, OperationLog
 from cryodask.edits.masks import recipe
 from cryodask.edits.operations import KINDS, new_id
 from cryodask.edits.picks import edits_of
+from cryodask.edits.regions import region_set
 from cryodask.errors import InputError, StoreError
 from cryodask.store.files import disk_errors, write_atomically
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """A frozen state. ``of``: the classification that chosen classes belong to, or the map of a mask.
+    """A frozen state. ``of``: the result that it belongs to: the classification of classes, the map of a mask, the analysis of regions.
     ``time``: seconds since 1970, for display only.
     """
 
@@ -53,6 +54,8 @@ def state_of(log: OperationLog, of: str = "") -> dict[str, Any]:
         return {row: some for row, some in edits.items() if some}
     if log.kind == "masks":
         return recipe(log.of_row(0), of)
+    if log.kind == "regions":
+        return region_set(log.of_row(0), of)
     wanted = {"classes": "keep", "exposures": "leave_out"}[log.kind]
     values = current(one for row in log.rows() for one in log.of_row(row))
     return {str(row): found.value for (place, row, name), found in values.items() if (place, name) == (of, wanted)}
@@ -67,7 +70,7 @@ def freeze(log: OperationLog, who: str, of: str = "") -> Frozen:
     who : str
         Who decides.
     of : str
-        For classes: the classification, ``STAGE/KEY``; for masks: the map.
+        For classes: the classification, ``STAGE/KEY``; for masks: the map; for regions: the analysis of variability.
 
     Returns
     -------
@@ -76,7 +79,7 @@ def freeze(log: OperationLog, who: str, of: str = "") -> Frozen:
     Raises
     ------
     InputError
-        If these are classes and none is chosen: a step without classes waits, as if nothing had been frozen.
+        If these are classes or regions and none is chosen: a step without any waits, as if nothing had been frozen.
     StoreError
         If the project is gone, or its disk is full.
     """
@@ -86,6 +89,12 @@ def freeze(log: OperationLog, who: str, of: str = "") -> Frozen:
             f"No class of {of.replace('/', '@') or 'the classification'} is chosen.",
             "",
             "choose classes on the page Classes of  cryodask dashboard, or set keep of select_classes in the project file",
+        )
+    if log.kind == "regions" and not content["regions"]:
+        raise InputError(
+            f"No region of {of.replace('/', '@') or 'the components'} is chosen.",
+            "",
+            "choose one on the page of the components of  cryodask dashboard, or set regions of select_region in the project file",
         )
     text = json.dumps({"kind": log.kind, "of": of, "content": content}, sort_keys=True)
     digest = _digest(text)
@@ -143,7 +152,7 @@ class Stamps:
         self._logs: dict[str, OperationLog] = {}
 
     def now(self, kinds: Iterable[str] = tuple(KINDS)) -> dict[tuple[str, str], str]:
-        """Digests by kind, and by classification or map; they change when somebody freezes another state."""
+        """Digests by kind, and by the result they belong to; they change when somebody freezes another state."""
         out: dict[tuple[str, str], str] = {}
         for kind in kinds:
             if (self._project / "edits" / kind).is_dir():

@@ -25,7 +25,7 @@ class OperationLog:
     project : path
         Folder of the project.
     kind : str
-        ``picks``, ``classes``, ``exposures`` or ``masks``.
+        ``picks``, ``classes``, ``exposures``, ``masks`` or ``regions``.
     """
 
     def __init__(self, project: str | Path, kind: str) -> None:

@@ -55,18 +55,18 @@ def recipe(operations: Iterable[Record], of: str) -> dict[str, Any]:
     return {**numbers, "strokes": list(standing(operations, of).values())}
 
 
-def standing(operations: Iterable[Record], of: str) -> dict[str, Any]:
-    """Strokes on a map by the id of their operation, in order, leaving out those since undone."""
-    strokes: dict[str, Any] = {}
+def standing(operations: Iterable[Record], of: str, what: str = "stroke") -> dict[str, Any]:
+    """What was drawn on a result (``what`` of each operation) by the id of its operation, in order, leaving out what was since undone."""
+    found: dict[str, Any] = {}
     taken: dict[str, bool] = {}
     for one in (one for one in operations if one["of"] == of):
         if one["do"] == "draw":
-            strokes[one["id"]] = one["stroke"]
+            found[one["id"]] = one[what]
         elif one["do"] != "set":
             taken[one["drawn"]] = one["do"] == "remove"
-    return {name: stroke for name, stroke in strokes.items() if not taken.get(name)}
+    return {name: value for name, value in found.items() if not taken.get(name)}
 
 
 def drawn(operations: Iterable[Record], of: str) -> set[str]:
-    """Ids of all strokes on a map, including those since undone."""
+    """Ids of all that was drawn on a result, including what was since undone."""
     return {one["id"] for one in operations if one["of"] == of and one["do"] == "draw"}

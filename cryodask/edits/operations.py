@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from cryodask.documents import StrictModel
 from cryodask.edits.masks import MaskNumber, Stroke, Threshold
+from cryodask.edits.regions import Region
 from cryodask.errors import InputError
 from cryodask.store.identity import MOST_ROWS
 from cryodask.store.lines import Record
@@ -21,6 +22,8 @@ MOST_COUNTED = 1 << 50
 
 PLACE = r"^[A-Za-z_][A-Za-z0-9_.]*/[0-9a-f]+$"
 """STAGE/KEY"""
+MAP_PLACE = PLACE.replace("$", r"(\.class[1-9][0-9]*)?$")
+"""STAGE/KEY, or STAGE/KEY.class2 for the map of a class"""
 
 OperationId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Coordinate = Annotated[float, Field(ge=0.0, le=1e6)]
@@ -86,7 +89,7 @@ class MaskOperation(Operation):
 
     do: Literal["set", "draw", "remove", "restore"]
     row: Literal[0] = 0
-    of: str = Field(pattern=PLACE, description="the map: STAGE/KEY")
+    of: str = Field(pattern=MAP_PLACE, description="the map: STAGE/KEY, or STAGE/KEY.class2")
     name: str | None = Field(None, description="threshold, lowpass_angstrom, extend_angstrom or edge_angstrom")
     value: Threshold | None = Field(None, description="a number; also auto or none for the threshold")
     stroke: Stroke | None = None
@@ -103,11 +106,31 @@ class MaskOperation(Operation):
         return self
 
 
+class RegionOperation(Operation):
+    """Choose a region of the space of components, or take a chosen one back. A region belongs to one analysis of variability."""
+
+    do: Literal["draw", "remove", "restore"]
+    row: Literal[0] = 0
+    of: str = Field(pattern=PLACE, description="the analysis: STAGE/KEY")
+    region: Region | None = None
+    reason: str = Field("", max_length=200, description="why it was chosen")
+    drawn: OperationId | None = Field(None, description="the operation that chose what is removed or restored")
+
+    @model_validator(mode="after")
+    def _complete(self) -> RegionOperation:
+        has = {field for field in ("region", "drawn") if getattr(self, field) is not None}
+        wanted = {"region"} if self.do == "draw" else {"drawn"}
+        if has != wanted:
+            raise ValueError(f"{self.do} needs {wanted.pop()}, and nothing else")
+        return self
+
+
 KINDS: dict[str, type[Operation]] = {
     "picks": PickOperation,
     "classes": ClassOperation,
     "exposures": ExposureOperation,
     "masks": MaskOperation,
+    "regions": RegionOperation,
 }
 
 
@@ -122,7 +145,7 @@ def read_operations(kind: str, given: Any) -> list[Record]:
     Parameters
     ----------
     kind : str
-        ``picks``, ``classes``, ``exposures`` or ``masks``.
+        ``picks``, ``classes``, ``exposures``, ``masks`` or ``regions``.
     given : list of dict
 
     Returns

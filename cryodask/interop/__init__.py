@@ -6,6 +6,7 @@ import inspect
 from pathlib import Path
 
 from cryodask.errors import ProjectFileError
+from cryodask.interop.component_series import export_components
 from cryodask.interop.cryosparc import export_cryosparc
 from cryodask.interop.emdb import export_emdb
 from cryodask.interop.empiar import export_empiar
@@ -18,7 +19,14 @@ from cryodask.store.project import Project
 
 __all__ = ["OTHERS", "ExportWarning", "Session", "export", "export_cryosparc", "export_relion", "project_from", "project_from_movies"]
 
-_OWN = {"relion": export_relion, "cryosparc": export_cryosparc, "emdb": export_emdb, "empiar": export_empiar, "oscem": export_oscem}
+_OWN = {
+    "relion": export_relion,
+    "cryosparc": export_cryosparc,
+    "emdb": export_emdb,
+    "empiar": export_empiar,
+    "oscem": export_oscem,
+    "components": export_components,
+}
 
 
 def _refused(name: str, exporter: object) -> str:
@@ -46,8 +54,8 @@ def export(project: Project, name: str, folder: str | Path) -> list[Path]:
     Parameters
     ----------
     name : str
-        ``relion``, ``cryosparc``, ``emdb``, ``empiar``, ``oscem``, or the name of an exporter of another package (entry points of the group
-        ``cryodask.exporters``).
+        ``relion``, ``cryosparc``, ``emdb``, ``empiar``, ``oscem``, ``components``, or the name of an exporter of another package (entry
+        points of the group ``cryodask.exporters``).
 
     Raises
     ------

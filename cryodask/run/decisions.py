@@ -10,6 +10,7 @@ import numpy as np
 
 from cryodask.edits.frozen import Frozen, frozen
 from cryodask.edits.masks import Stroke
+from cryodask.edits.regions import Region
 from cryodask.errors import ProjectFileError
 from cryodask.run.graph.chain import is_pinned, label_of
 from cryodask.run.graph.choices import chosen_classes
@@ -21,6 +22,8 @@ from cryodask.store.sets import class_of
 from cryodask.store.state import Choice
 
 FOR_A_PERSON = "waits for a person"
+_ON_A_RESULT = {"draw_mask": ("masks", "map", "final"), "select_region": ("regions", "particles", "components")}
+"""Stages whose decision belongs to one result: kind of the edits, and the port and part by which the stage takes that result."""
 
 
 def decided(step: Step) -> bool:
@@ -32,8 +35,8 @@ def with_decisions(plan: Plan, project: Project) -> tuple[Plan, list[str]]:
     """The plan with the decisions that people have frozen by eye, and a sentence about each.
 
     ``select_classes`` without numbers keeps the classes that were chosen from its current classification, every ``select_exposures``
-    leaves out excluded exposures, ``edit_picks`` without a file no longer waits, and ``draw_mask`` without parameters makes
-    the mask that was chosen on its current map.
+    leaves out excluded exposures, ``edit_picks`` without a file no longer waits, ``draw_mask`` without parameters makes
+    the mask that was chosen on its current map, and ``select_region`` without regions keeps those chosen of the current components.
     """
     said: list[str] = []
     picks, excluded = frozen(project.path, "picks"), frozen(project.path, "exposures")
@@ -49,9 +52,14 @@ def with_decisions(plan: Plan, project: Project) -> tuple[Plan, list[str]]:
         elif step.stage.name == "select_classes" and not step.params.keep and (chosen := _chosen(plan, project, step)) is not None:
             update["keep"] = tuple(sorted(chosen.numbers))
             said.append(f"{step.label}: keeps classes {', '.join(map(str, sorted(chosen.numbers)))}{_by(chosen)}")
-        elif step.stage.name == "draw_mask" and not decided(step) and (mask := _drawn(plan, project, step)) is not None:
-            update |= {**mask.content, "strokes": tuple(Stroke.model_validate(one) for one in mask.content["strokes"])}
-            said.append(f"{step.label}: {_several(len(mask.content['strokes']), 'drawn stroke')}{_by(mask)}")
+        elif step.stage.name in _ON_A_RESULT and not decided(step) and (drawn := _drawn(plan, project, step)) is not None:
+            if drawn.kind == "masks":
+                update |= {**drawn.content, "strokes": tuple(Stroke.model_validate(one) for one in drawn.content["strokes"])}
+                what = _several(len(drawn.content["strokes"]), "drawn stroke")
+            else:
+                update["regions"] = tuple(Region.model_validate(one) for one in drawn.content["regions"])
+                what = f"{_several(len(drawn.content['regions']), 'region')}{_because(drawn.content['reasons'])}"
+            said.append(f"{step.label}: {what}{_by(drawn)}")
         steps.append(replace(step, params=step.params.model_copy(update=update)) if update else step)
     return replace(plan, graph=replace(plan.graph, steps=tuple(steps))), said
 
@@ -73,20 +81,26 @@ def _chosen(plan: Plan, project: Project, step: Step) -> Frozen | None:
 
 
 def still_decided(undecided: Plan, project: Project, step: Step) -> bool:
-    """Whether the mask of a step was chosen on the map that is current now: it may have been recomputed since the step was planned."""
+    """Whether the mask or regions of a step were chosen on the result that is current now: it may have been recomputed since the plan."""
     before = undecided.graph.step(step.label)
-    if step.stage.name != "draw_mask" or decided(before):
+    if step.stage.name not in _ON_A_RESULT or decided(before):
         return True
     now, _ = with_decisions(replace(undecided, graph=replace(undecided.graph, steps=(before,))), project)
     return bool(now.steps[0].params == step.params)
 
 
 def _drawn(plan: Plan, project: Project, step: Step) -> Frozen | None:
-    """The mask that was frozen for the current map of a step."""
-    ref = step.inputs["map"][0].parts["final"]
+    """The mask that was frozen for the current map of a step, or the regions for its current components."""
+    kind, port, part = _ON_A_RESULT[step.stage.name]
+    ref = step.inputs[port][0].parts[part]
     if not is_pinned(ref) and label_of(ref) not in project.state.steps:
         return None
-    return frozen(project.path, "masks", Refer(plan, project.state).place(ref))
+    return frozen(project.path, kind, Refer(plan, project.state).place(ref))
+
+
+def _because(reasons: Sequence[str]) -> str:
+    given = list(dict.fromkeys(reason for reason in reasons if reason))
+    return f" ({', '.join(given)})" if given else ""
 
 
 def _by(decision: Frozen) -> str:

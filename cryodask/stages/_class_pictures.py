@@ -141,5 +141,6 @@ def draw_coordinates(z: np.ndarray) -> Picture:
     else:
         axes.hexbin(z[:, 0], z[:, 1], gridsize=40, cmap="viridis", mincnt=1)
         axes.set(xlabel="component 1, sd", ylabel="component 2, sd")
-    caption = f"Coordinates of {len(z)} particles along the first component{'s' if z.shape[1] > 1 else ''}; select keeps a region."
+    which = "components" if z.shape[1] > 1 else "component"
+    caption = f"Coordinates of {len(z)} particles along the first {which}; select and select_region keep a region."
     return Picture("Coordinates of the particles", caption, figure)

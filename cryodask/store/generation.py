@@ -386,11 +386,15 @@ class Generation:
         if not self.meta["per_item"]:
             if name not in record["shards"]:
                 return np.zeros((0,) * len(var.dims), var.dtype)
-            # not through zarr: its event loop and threads cost more CPU than reading the columns of millions of particles
-            layout = Layout.of_array(self.path / name)
-            return ShardReader(self.shard_path(name, 0, len(layout.shape)), layout).read(record["shards"][name])
+            return self.result_reader(name).read(record["shards"][name])
         reader = self.bulk_reader(record, name)
         return reader if var.dims[0] == "frame" else reader.read()
+
+    def result_reader(self, name: str) -> ShardReader:
+        """Reader of a large variable of a single result, by parts where the whole is more than the memory should hold."""
+        # not through zarr: its event loop and threads cost more CPU than reading the columns of millions of particles
+        layout = Layout.of_array(self.path / name)
+        return ShardReader(self.shard_path(name, 0, len(layout.shape)), layout)
 
     def _variable(self, name: str) -> Var:
         """A variable; described by the generation if the package that defines it is not installed."""

@@ -30,6 +30,7 @@ from cryodask.web.routes import (
     api,
     classes,
     cluster,
+    components,
     control,
     data,
     events,
@@ -43,7 +44,24 @@ from cryodask.web.routes import (
 )
 from cryodask.web.sessions import Sessions
 
-_ROUTERS = (account, sessions, control, events, exposures, picking, classes, particles, maps, masks, history, data, cluster, admin, api)
+_ROUTERS = (
+    account,
+    sessions,
+    control,
+    events,
+    exposures,
+    picking,
+    classes,
+    particles,
+    maps,
+    masks,
+    components,
+    history,
+    data,
+    cluster,
+    admin,
+    api,
+)
 _THREADS = 8
 _SAID = {
     401: "Log in first.",

@@ -7,7 +7,7 @@ import io
 import json
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from scipy.ndimage import map_coordinates
 from cryodask.kernels.isosurface import isosurface, reduced
 from cryodask.store.generation import Generation
 from cryodask.store.lines import Record
+from cryodask.store.project import Project
 from cryodask.vocabulary import VARIABLES
 from cryodask.web.exposure import number, numbers
 from cryodask.web.follow import Follower
@@ -34,12 +35,35 @@ _ONE_AT_A_TIME = threading.Lock()
 
 @dataclass(frozen=True)
 class MapStep:
-    """A finished step that gives a map."""
+    """A map of a finished step; ``label``: that of the step, or ``STEP.class2`` for a class, whose ``number`` is counted from 1."""
 
     label: str
     generation: Generation
     record: Record
     variable: str
+    number: int = 0
+
+    def volume(self) -> np.ndarray:
+        """The map, `(z, y, x)`; of classes only its own is read."""
+        if self.number:
+            return np.asarray(self.generation.result_reader(self.variable)[self.number - 1])
+        return np.asarray(self.generation.read(self.record, self.variable))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Voxels in z, y and x."""
+        return self.generation.result_reader(self.variable).shape[-3:]
+
+    @property
+    def place(self) -> str:
+        """``STAGE/KEY``, or ``STAGE/KEY.class2``."""
+        end = f".class{self.number}" if self.number else ""
+        return f"{self.generation.path.parent.name}/{self.generation.path.name}{end}"
+
+    @property
+    def content(self) -> str:
+        """What tells it from all other maps, and from a former result at its place."""
+        return f"{self.generation.path}|{self.record['shards'][self.variable]}|{self.number or ''}"
 
 
 @dataclass(frozen=True)
@@ -52,17 +76,20 @@ class Coloured:
     label: str
 
 
-def map_steps(follower: Follower) -> list[MapStep]:
-    """All finished steps that give a map, in the order of the pipeline."""
+def map_steps(project: Project, variables: Sequence[str] = _VARIABLES) -> list[MapStep]:
+    """Maps of all finished steps and their classes, in the order of the pipeline; of a step that gives several ``variables`` the first."""
     out = []
-    for label in follower.project.stages:
-        generation = follower.project.generation(label)
-        if generation.meta["per_item"]:
+    for label in project.stages:
+        generation = project.generation(label)
+        record = generation.committed().get(0) if not generation.meta["per_item"] else None
+        if record is None or not {*variables, "class_map"} & set(generation.meta["gives"]):
             continue
-        variable = next((v for v in _VARIABLES if v in generation.meta["gives"]), None)
-        record = generation.committed().get(0) if variable is not None else None
-        if variable is not None and record is not None and variable in record["shards"]:
+        variable = next((v for v in variables if v in record["shards"]), None)
+        if variable is not None:
             out.append(MapStep(label, generation, record, variable))
+        elif "class_map" in record["shards"]:
+            count = len(generation.result_reader("class_map"))
+            out += [MapStep(f"{label}.class{k}", generation, record, "class_map", k) for k in range(1, count + 1)]
     return out
 
 
@@ -74,9 +101,13 @@ def described(step: MapStep) -> dict[str, Any]:
         for name, value in columns.items()
         if name in VARIABLES and not VARIABLES[name].dims and isinstance(value, int | float) and not isinstance(value, bool)
     }
-    shape = shape_of(step)
-    out: dict[str, Any] = {"step": step.label, "variable": step.variable, "shape": list(shape), "figures": figures, "fsc": None}
-    out["mask"] = {"final_map", "map_pixel_size_angstrom"} <= set(step.generation.meta["gives"])
+    for name in ("class3d_share", "class3d_resolution_angstrom") if step.number else ():
+        if name in columns:
+            unit = VARIABLES[name].units.removeprefix("1")
+            figures[VARIABLES[name].doc] = f"{np.asarray(step.generation.read(step.record, name))[step.number - 1]:.4g} {unit}".strip()
+    out: dict[str, Any] = {"step": step.label, "variable": step.variable, "shape": list(step.shape), "figures": figures, "fsc": None}
+    gives = set(step.generation.meta["gives"])
+    out["mask"] = "map_pixel_size_angstrom" in gives and (step.number > 0 or "final_map" in gives)
     if "fsc_corrected" in columns:
         resolution = np.asarray(step.generation.read(step.record, "shell_resolution_angstrom"), dtype=np.float64)
         with np.errstate(divide="ignore"):
@@ -198,10 +229,9 @@ def _small(cache: Cache, step: MapStep) -> np.ndarray:
 
 def _kept(cache: Cache, step: MapStep, kind: str, make: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """What is made from a map once, not in memory but mapped from the cache."""
-    place = f"{step.generation.path}|{step.record['shards'][step.variable]}"
-    name = f"{hashlib.blake2b(place.encode(), digest_size=8).hexdigest()}-{kind}.npy"
+    name = f"{hashlib.blake2b(step.content.encode(), digest_size=8).hexdigest()}-{kind}.npy"
     with _ONE_AT_A_TIME:
-        path = cache.path(name, lambda: _array_bytes(make(np.asarray(step.generation.read(step.record, step.variable)))))
+        path = cache.path(name, lambda: _array_bytes(make(step.volume())))
     return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False)) if not isinstance(path, bytes) else np.load(io.BytesIO(path))
 
 
@@ -217,10 +247,3 @@ def _greys(values: np.ndarray, low: float, high: float) -> np.ndarray:
     scaled *= np.float32(255 / max(float(top - bottom), 1e-12))
     np.clip(scaled, 0, 255, out=scaled)
     return np.asarray(np.nan_to_num(scaled, copy=False).astype(np.uint8))
-
-
-def shape_of(step: MapStep) -> tuple[int, ...]:
-    """Voxels of a map in z, y and x."""
-    from cryodask.store.shards import Layout
-
-    return Layout.of_array(step.generation.path / step.variable).shape

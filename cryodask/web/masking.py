@@ -21,8 +21,11 @@ def coarse(job: dict[str, Any]) -> bytes:
     """The map of a step, low-passed for a grid of ``size`` voxels per side."""
     from cryodask.store.generation import Generation
 
-    generation = Generation(job["generation"])
-    volume = np.asarray(generation.read(generation.committed()[0], job["variable"]))
+    generation, number = Generation(job["generation"]), int(job["number"])
+    if number:
+        volume = np.asarray(generation.result_reader(job["variable"])[number - 1])
+    else:
+        volume = np.asarray(generation.read(generation.committed()[0], job["variable"]))
     pixel, size = float(job["pixel"]), int(job["size"])
     file = io.BytesIO()
     np.save(file, low_passed(volume, pixel, 2.0 * pixel * len(volume) / size, size))

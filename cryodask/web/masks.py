@@ -7,9 +7,6 @@ import hashlib
 import io
 import json
 import struct
-import subprocess
-import sys
-import threading
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from cryodask.errors import InputError, StoreError
-from cryodask.web.maps import MapStep, level_of, shape_of, surface_at
+from cryodask.web.aside import computed
+from cryodask.web.maps import MapStep, level_of, surface_at
 from cryodask.web.pictures import Cache
 
 LONGEST_VOXELS = 96
 """Voxels per side of a coarse map; a mask has no finer detail than some voxels of it."""
-_LIMIT_SECONDS = 120.0
-_ONE_AT_A_TIME = threading.Lock()
+_computed = partial(computed, "cryodask.web.masking", what="The mask")
 
 
 @dataclass(frozen=True)
@@ -52,12 +49,19 @@ def coarse_map(cache: Cache, step: MapStep) -> Coarse:
     InputError
         If the map is not a cube.
     """
-    shape = shape_of(step)
+    shape = step.shape
     if len(set(shape)) != 1:
         raise InputError(f"The map of {step.label} is {' x '.join(map(str, shape))} voxels, not a cube.", "", "pad it to a cube")
     pixel, size = float(step.generation.read(step.record, "map_pixel_size_angstrom")), min(LONGEST_VOXELS, shape[0])
-    job = {"do": "coarse", "generation": str(step.generation.path), "variable": step.variable, "pixel": pixel, "size": size}
-    path = cache.path(f"{_name(step, '')}-coarse{size}.npy", partial(_in_a_process, job))
+    job = {
+        "do": "coarse",
+        "generation": str(step.generation.path),
+        "variable": step.variable,
+        "pixel": pixel,
+        "size": size,
+        "number": step.number,
+    }
+    path = cache.path(f"{_name(step, '')}-coarse{size}.npy", partial(_computed, job))
     if isinstance(path, bytes):
         raise StoreError("The map cannot be prepared: the cache of the server takes no files.", "its disk is full", "make room there")
     return Coarse(path, size, shape[0], pixel)
@@ -101,23 +105,9 @@ def _raw(cache: Cache, step: MapStep, recipe: dict[str, Any]) -> bytes:
     coarse = coarse_map(cache, step)
     job = {"do": "mask", "coarse": str(coarse.file), "pixel": coarse.pixel_size_angstrom, "voxels": coarse.voxels, "recipe": recipe}
     job["lowpass"] = coarse.lowpass_angstrom(recipe)
-    return cache.get(f"{_name(step, json.dumps(recipe, sort_keys=True))}-mask", partial(_in_a_process, job))
+    return cache.get(f"{_name(step, json.dumps(recipe, sort_keys=True))}-mask", partial(_computed, job))
 
 
 def _name(step: MapStep, more: str) -> str:
-    said = f"{step.generation.path}|{step.record['shards'][step.variable]}|{more}"
+    said = f"{step.content}|{more}"
     return hashlib.blake2b(said.encode(), digest_size=12).hexdigest()
-
-
-def _in_a_process(job: dict[str, Any]) -> bytes:
-    """The result of a job of :mod:`cryodask.web.masking`."""
-    with _ONE_AT_A_TIME:
-        words = [sys.executable, "-m", "cryodask.web.masking"]
-        try:
-            done = subprocess.run(words, input=json.dumps(job).encode(), capture_output=True, timeout=_LIMIT_SECONDS, check=False)
-        except subprocess.TimeoutExpired:
-            raise StoreError("The mask took too long to compute.", "the server is overloaded", "try again") from None
-    if done.returncode:
-        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        raise StoreError(f"The mask cannot be computed: {' '.join(last)}", "", "reload the page")
-    return done.stdout

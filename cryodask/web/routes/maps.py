@@ -8,6 +8,7 @@ from fastapi import APIRouter, HTTPException, Query, Request
 from fastapi.responses import Response
 
 from cryodask.web import maps
+from cryodask.web.boards import board_of
 from cryodask.web.maps import MapStep
 from cryodask.web.pages import page
 from cryodask.web.pictures import Cache
@@ -22,11 +23,13 @@ _KEPT = {"Cache-Control": "private, max-age=3600"}
 def maps_page(request: Request, session: Seen, step: str = "") -> Response:
     """The page of maps; ``step`` is the one that is shown first."""
     follower = session.follower
-    steps = [one.label for one in maps.map_steps(follower)] if not follower.problem else []
+    follower.look()  # this page does not follow the project, which without viewers is looked at every half a minute only
+    steps = [one.label for one in maps.map_steps(follower.project)] if not follower.problem else []
     found = maps.averages(follower) if not follower.problem else None
     chosen = step if step in steps else (steps[-1] if steps else "")
     classes = (found[0], found[1]) if found is not None else None
-    return page(request, "maps.html", session=session, steps=steps, chosen=chosen, classes=classes)
+    components = list(board_of(request, session).board.analyses()) if not follower.problem else []
+    return page(request, "maps.html", session=session, steps=steps, chosen=chosen, classes=classes, components=components)
 
 
 @router.get("/s/{id}/map/{step}")
@@ -71,7 +74,7 @@ def class_average(session: Seen, number: int) -> Response:
 
 
 def _step(session: Session, label: str) -> MapStep:
-    found = next((one for one in maps.map_steps(session.follower) if one.label == label), None)
+    found = next((one for one in maps.map_steps(session.follower.project) if one.label == label), None)
     if found is None:
         raise HTTPException(404, "This step has no map.")
     return found

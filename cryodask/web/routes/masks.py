@@ -16,7 +16,7 @@ from cryodask.edits.log import FROZEN_ROW, OperationLog
 from cryodask.edits.masks import standing
 from cryodask.web import masks
 from cryodask.web.boards import board_of
-from cryodask.web.maps import MapStep
+from cryodask.web.maps import MapStep, map_steps
 from cryodask.web.pages import page
 from cryodask.web.people import Right
 from cryodask.web.pictures import Cache
@@ -29,7 +29,7 @@ _FRESH = {"Cache-Control": "no-store"}
 
 
 class Use(BaseModel):
-    """The map whose mask is to be used: ``STAGE/KEY``."""
+    """The result whose mask or regions are to be used: ``STAGE/KEY``, with ``.class2`` for the map of a class."""
 
     of: Annotated[str, Field(max_length=200)]
 
@@ -46,7 +46,7 @@ def mask_page(request: Request, session: Seen, step: str = "") -> Response:
 def mask(request: Request, session: Seen, step: str) -> Response:
     """The mask of a map as people have chosen it so far: parameters of stage ``draw_mask``, what runs use, and what the map is like."""
     board, found = _found(request, session, step)
-    of, log = _place(found), board.masks
+    of, log = found.place, board.masks
     recipe, frozen = state_of(log, of), latest(log, of)
     current = frozen is not None and frozen.content == json.loads(json.dumps(recipe))
     return JSONResponse(
@@ -69,7 +69,7 @@ def mask(request: Request, session: Seen, step: str) -> Response:
 def volume(request: Request, session: Seen, step: str) -> Response:
     """The mask on a coarse grid, binary: see :mod:`cryodask.web.masking`."""
     board, found = _found(request, session, step)
-    content = masks.mask_bytes(_cache(request), found, state_of(board.masks, _place(found)))
+    content = masks.mask_bytes(_cache(request), found, state_of(board.masks, found.place))
     return Response(content, media_type="application/octet-stream", headers={**_FRESH, "Content-Encoding": "gzip"})
 
 
@@ -83,7 +83,7 @@ def surface(
 ) -> Response:
     """Surface of the map or its mask, binary: see :func:`cryodask.web.maps.surface_at`."""
     board, found = _found(request, session, step)
-    recipe = state_of(board.masks, _place(found)) if of == "mask" else None
+    recipe = state_of(board.masks, found.place) if of == "mask" else None
     return Response(masks.surfaces(_cache(request), found, recipe, sigmas), media_type="application/octet-stream", headers=_FRESH)
 
 
@@ -103,14 +103,10 @@ async def use_mask(request: Request, session: Edited, wanted: Use) -> dict[str, 
 
 def _found(request: Request, session: Session, label: str) -> tuple[Board, MapStep]:
     board = board_of(request, session).board
-    if label not in board.maps():
+    found = next((one for one in map_steps(board.project(), ["final_map"]) if one.label == label), None)
+    if found is None or found.place not in board.maps().values():
         raise HTTPException(404, "This step has no map on which a mask can be chosen.")
-    generation = board.project().generation(label)
-    return board, MapStep(label, generation, generation.committed()[0], "final_map")
-
-
-def _place(step: MapStep) -> str:
-    return f"{step.generation.path.parent.name}/{step.generation.path.name}"
+    return board, found
 
 
 def _former(log: OperationLog, of: str) -> dict[str, Any] | None:

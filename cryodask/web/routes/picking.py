@@ -23,7 +23,7 @@ from cryodask.web.sessions import Edited, Seen, Session, caller, record
 
 router = APIRouter()
 
-Kind = Literal["picks", "classes", "exposures", "masks"]
+Kind = Literal["picks", "classes", "exposures", "masks", "regions"]
 _SILENCE_SECONDS = 15.0
 
 

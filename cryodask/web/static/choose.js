@@ -1,6 +1,6 @@
 // Choose classes or exposures by eye: click, shift and click, a box around several, or the keyboard; ratings, tags and notes of exposures.
 import { attempt, element, follow, get, post, toast } from "./common.js";
-import { Kept, Queue } from "./edits.js";
+import { Kept, Queue, refresher } from "./edits.js";
 import { byRow, fits } from "./remarks.js";
 
 const PER_PAGE = 120;
@@ -24,28 +24,13 @@ const queue = new Queue(new Kept(`${kind} ${location.pathname.replace(/[^/]*$/, 
   },
 });
 
-let pulling = false, again = false;
-async function pull() {
-  again = true;
-  if (pulling) return;
-  pulling = true;
-  try {
-    while (again) {
-      again = false;
-      const before = [...sent.keys()], now = await get(`choices/${kind}?of=${encodeURIComponent($("of")?.value || "")}`);
-      for (const id of before) sent.delete(id);
-      ({ items, of, frozen, used } = now);
-      served = byRow(now.values);
-      queue.seen(now.highest);
-    }
-  } catch (error) {
-    queue.trouble = error.message;
-    setTimeout(pull, 2000);
-  } finally {
-    pulling = false;
-    apply();
-  }
-}
+const pull = refresher(async () => {
+  const before = [...sent.keys()], now = await get(`choices/${kind}?of=${encodeURIComponent($("of")?.value || "")}`);
+  for (const id of before) sent.delete(id);
+  ({ items, of, frozen, used } = now);
+  served = byRow(now.values);
+  queue.seen(now.highest);
+}, { failed: (error) => { queue.trouble = error.message; }, changed: apply });
 
 function apply() {
   values = new Map(served);
@@ -231,4 +216,4 @@ pull().then(() => {
   document.body.dataset.ready = "yes";
 });
 // for tests
-window.choices = { queue, sent, chosen: () => items.filter((item) => chosen(item.row)).map((item) => item.row), busy: () => pulling };
+window.choices = { queue, sent, chosen: () => items.filter((item) => chosen(item.row)).map((item) => item.row), busy: pull.busy };

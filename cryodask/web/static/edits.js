@@ -40,6 +40,33 @@ export class Kept {
   }
 }
 
+/**
+ * A function that runs `look` whenever it is asked to, one at a time: asked while it runs, it runs once more. After an error, which `failed` is
+ * told, it tries again by itself. `changed` is called whenever it has come to an end; `busy()` says whether it has not.
+ */
+export function refresher(look, { failed = () => {}, changed = () => {} } = {}) {
+  let running = false, asked = false;
+  const run = async () => {
+    asked = true;
+    if (running) return;
+    running = true;
+    try {
+      while (asked) {
+        asked = false;
+        await look();
+      }
+    } catch (error) {
+      failed(error);
+      setTimeout(run, 2000);
+    } finally {
+      running = false;
+      changed();
+    }
+  };
+  run.busy = () => running;
+  return run;
+}
+
 /** Sends kept edits in order until each is acknowledged. `send(ops)` rejects with an error that has `status`, 0 without a connection. */
 export class Queue {
   constructor(kept, send, { changed = () => {}, refused = () => {}, stored = () => {} } = {}) {

@@ -1,6 +1,6 @@
 // Choose the mask of a map: its numbers, and what is drawn into it on sections. What is kept are the edits; the server computes the mask.
 import { ask, attempt, follow, get, number, post, toast } from "./common.js";
-import { Kept, Queue } from "./edits.js";
+import { Kept, Queue, refresher } from "./edits.js";
 import { boundary } from "./contour.js";
 import { Surface } from "./surface.js";
 
@@ -20,34 +20,24 @@ function start() {
       toast(what, true);
       pull();
     },
-    stored: pull,
+    stored: () => pull(),
   });
-  let pulling = false, again = false;
-  async function pull() {
-    again = true;
-    if (pulling) return;
-    pulling = true;
-    try {
-      while (again) {
-        again = false;
-        const found = await get(at());
-        queue.seen(found.highest);
-        const buffer = await (await ask(`${at()}/volume`)).arrayBuffer(), length = new DataView(buffer).getUint32(0, true);
-        const head = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length)));
-        // numbers and picture change together
-        [now, mask, size] = [{ ...found, share: head.share }, new Uint8Array(buffer, 4 + length), head.size];
-        fill();
-        await surface.load(`${at()}/surface`, true);
-      }
-    } catch (error) {
-      queue.trouble = error.message;
-      setTimeout(pull, 2000);
-    } finally {
-      pulling = false;
+  const pull = refresher(async () => {
+    const found = await get(at());
+    queue.seen(found.highest);
+    const buffer = await (await ask(`${at()}/volume`)).arrayBuffer(), length = new DataView(buffer).getUint32(0, true);
+    const head = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length)));
+    // numbers and picture change together
+    [now, mask, size] = [{ ...found, share: head.share }, new Uint8Array(buffer, 4 + length), head.size];
+    fill();
+    await surface.load(`${at()}/surface`, true);
+  }, {
+    failed: (error) => { queue.trouble = error.message; },
+    changed: () => {
       say();
       for (const axis of [0, 1, 2]) drawOver(axis);
-    }
-  }
+    },
+  });
 
   function act(edits, back) {
     if (!mayEdit || !now || !edits.length) return;
@@ -83,7 +73,7 @@ function start() {
     const by = frozen ? `Runs use the mask that ${frozen.who} froze on ${new Date(frozen.time * 1000).toLocaleString()}${frozen.current ? "" : "; it was edited since"}.` : "No run uses this mask before somebody says so.";
     put("frozen", now.used ? by : `${by} The pipeline has no step draw_mask that takes it: add one.`);
     $("undo").disabled = !done.length;
-    $("use").disabled = waiting > 0 || pulling || !(now.share > 0);
+    $("use").disabled = waiting > 0 || pull.busy() || !(now.share > 0);
     $("clear").disabled = !drawn || !mayEdit;
     $("former").classList.toggle("hidden", !now.former || now.edited || !mayEdit);
     for (const control of [$("t-kind"), $("threshold"), ...NAMES.map($)]) control.disabled = !mayEdit || (control.id === "threshold" && $("t-kind").value === "none");
@@ -242,7 +232,7 @@ function start() {
     document.body.dataset.ready = "yes";
   });
   // for tests
-  window.chosen = { queue, recipe: () => now?.recipe, share: () => now?.share, busy: () => pulling };
+  window.chosen = { queue, recipe: () => now?.recipe, share: () => now?.share, busy: pull.busy };
 }
 
 if ($("step")) start();

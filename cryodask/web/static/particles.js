@@ -1,9 +1,10 @@
 // The page of particles: two columns as a density, three ranges, and the step that keeps what is within them.
-import { ask, attempt, colour, get, number } from "./common.js";
-import { binned, extent, ticks, together, unpack, within } from "./density.js";
+import { ask, attempt, colour, get } from "./common.js";
+import { binned, extent, together, unpack, within } from "./density.js";
+import { axes, bgr, fillFrame, frame, placeAt } from "./plane.js";
 
 const $ = (id) => document.getElementById(id);
-const ROWS = [0, 1, 2], CELL = 2, LEFT = 84, BOTTOM = 52, EDGE = 10;
+const ROWS = [0, 1, 2], CELL = 2;
 let about = {}, values = {}, stamp = "", size = 0, asked = 0, box = null, drag = null, masks = [null, null, null];
 const canvas = $("density");
 
@@ -83,16 +84,16 @@ function sift() {
 
 function paint(keep) {
   const [x, y] = [$("x").value, $("y").value], context = canvas.getContext("2d");
-  const limits = [extent(values[x]), extent(values[y])], w = canvas.width - LEFT - EDGE, h = canvas.height - BOTTOM - EDGE;
+  const limits = [extent(values[x]), extent(values[y])];
   context.clearRect(0, 0, canvas.width, canvas.height);
   box = null;
   if (!limits[0] || !limits[1]) {
     $("density-text").textContent = "No particle has a value in both columns.";
     return;
   }
-  const across = Math.floor(w / CELL), down = Math.floor(h / CELL);
+  box = frame(canvas, ...limits);
+  const across = Math.floor(box.w / CELL), down = Math.floor(box.h / CELL);
   const { all, kept, outside } = binned(values[x], values[y], keep, ...limits, across, down);
-  box = { x: limits[0], y: limits[1], w, h };
   const most = Math.log1p(all.reduce((a, b) => Math.max(a, b), 1));
   const ink = bgr(colour("dot")), grey = bgr(colour("faint"));
   const picture = context.createImageData(across, down), pixels = new Uint32Array(picture.data.buffer);
@@ -101,54 +102,20 @@ function paint(keep) {
     const alpha = 40 + 215 * (Math.log1p(kept[i] || all[i]) / most) * (kept[i] ? 1 : 0.6);
     pixels[i] = ((alpha << 24) | (kept[i] ? ink : grey)) >>> 0;
   }
-  const small = new OffscreenCanvas(across, down);
-  small.getContext("2d").putImageData(picture, 0, 0);
-  context.imageSmoothingEnabled = false;
-  context.drawImage(small, LEFT, EDGE, w, h);
-  axes(context, x, y);
+  fillFrame(context, box, picture);
+  axes(canvas, box, title(x), title(y));
   canvas.setAttribute("aria-label", `Density of the particles: ${title(x)} across, ${title(y)} up`);
   $("density-text").textContent = outside ? `${outside.toLocaleString("en")} particles are outside the picture, or have no value.` : "";
 }
 
-/** A colour as the lower three bytes of a pixel. */
-const bgr = (hex) => [5, 3, 1].reduce((found, at) => (found << 8) | parseInt(hex.slice(at, at + 2), 16), 0);
-
-function axes(context, x, y) {
-  const { w, h } = box;
-  context.strokeStyle = context.fillStyle = colour("faint");
-  context.lineWidth = 1;
-  context.strokeRect(LEFT + 0.5, EDGE + 0.5, w, h);
-  // on a phone the picture is shown at half its size, and its text must stay legible
-  const text = 13 * Math.min(1.5, Math.max(1, canvas.width / (canvas.clientWidth || canvas.width)));
-  context.font = `${text}px system-ui, sans-serif`;
-  context.textAlign = "center";
-  for (const value of ticks(...box.x)) context.fillText(number(value), LEFT + ((value - box.x[0]) / (box.x[1] - box.x[0])) * w, EDGE + h + text + 4);
-  context.fillText(title(x), LEFT + w / 2, canvas.height - 8);
-  context.textAlign = "right";
-  for (const value of ticks(...box.y)) context.fillText(number(value), LEFT - 5, EDGE + h - ((value - box.y[0]) / (box.y[1] - box.y[0])) * h + 4);
-  context.save();
-  context.rotate(-Math.PI / 2);
-  context.textAlign = "center";
-  context.fillText(title(y), -(EDGE + h / 2), text);
-  context.restore();
-}
-
-/** The position of a pointer in the units of the two columns. */
-function place(event) {
-  const seen = canvas.getBoundingClientRect(), scale = canvas.width / seen.width;
-  const clip = (v) => Math.min(1, Math.max(0, v));
-  const a = clip(((event.clientX - seen.left) * scale - LEFT) / box.w), b = clip(1 - ((event.clientY - seen.top) * scale - EDGE) / box.h);
-  return [box.x[0] + a * (box.x[1] - box.x[0]), box.y[0] + b * (box.y[1] - box.y[0])];
-}
-
 canvas?.addEventListener("pointerdown", (event) => {
   if (!box) return;
-  drag = place(event);
+  drag = placeAt(canvas, box, event);
   canvas.setPointerCapture(event.pointerId);
 });
 canvas?.addEventListener("pointerup", (event) => {
   if (!drag || !box) return;
-  const end = place(event), start = drag;
+  const end = placeAt(canvas, box, event), start = drag;
   drag = null;
   if (Math.abs(end[0] - start[0]) < (box.x[1] - box.x[0]) / 100 && Math.abs(end[1] - start[1]) < (box.y[1] - box.y[0]) / 100) return;
   [$("x").value, $("y").value].forEach((name, n) => {

@@ -11,10 +11,13 @@ export class Surface {
   #veil = null;
   #turn = [1, 0, 0, 0, 1, 0, 0, 0, 1];
   #zoom = 1;
+  #reach = 0;
   #waiting = false;
 
-  constructor(canvas) {
+  /** `steady`: surfaces of a series are shown at one scale, that of the largest; `fit()` begins another series. */
+  constructor(canvas, steady = false) {
     this.canvas = canvas;
+    this.steady = steady;
     let from = null;
     canvas.addEventListener("pointerdown", (event) => {
       from = [event.clientX, event.clientY];
@@ -47,15 +50,19 @@ export class Surface {
     const head = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length)));
     const vertices = new Float32Array(buffer, 4 + length, 3 * head.vertices);
     const triangles = new Uint32Array(buffer, 4 + length + vertices.byteLength, 3 * head.triangles);
-    const reach = Math.sqrt(longest(vertices)) || head.size / 2;
+    this.#reach = Math.max(this.steady ? this.#reach : 0, Math.sqrt(longest(vertices)) || head.size / 2);
     const values = head.label ? new Float32Array(buffer, 4 + length + vertices.byteLength + triangles.byteLength, head.vertices) : null;
     const inks = values ? colours(values, head.low, head.high) : plain(head.vertices, veil ? VEIL : INK);
-    const mesh = { vertices, triangles, normals: normals(vertices, triangles), reach, inks };
+    const mesh = { vertices, triangles, normals: normals(vertices, triangles), reach: this.#reach, inks };
     if (veil) this.#veil = mesh;
     else this.#mesh = mesh;
     this.canvas.dataset[veil ? "veil" : "triangles"] = head.triangles;
     this.draw();
     return head;
+  }
+
+  fit() {
+    this.#reach = 0;
   }
 
   /** Turn about the vertical and the horizontal axis of the screen, radians. */
