@@ -15,6 +15,7 @@ from _browser import Tab, chromium
 from _web import DEADLINE_SECONDS, Site, serving
 
 from cryodask.formats.movies import write_mrc_movie
+from cryodask.run.events.status import status_sentence
 from cryodask.run.selection import Wanted
 from cryodask.run.started import Started
 from cryodask.run.stopping import forget
@@ -73,6 +74,7 @@ def test_what_a_run_does_in_a_word(tmp_path: Path, given: dict[str, Any], files:
     for name in files:
         (tmp_path / name).touch()
     assert run_state(tmp_path) == state
+    assert status_sentence(tmp_path).startswith("no sign of life") == (state == "silent")
     # a new run forgets what was asked of an earlier one
     forget(tmp_path)
     assert not any((tmp_path / name).exists() for name in files if name != "driver.lock")

@@ -7,21 +7,19 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from cryodask.errors import InputError, StoreError
-from cryodask.run.events.status import read_status
+from cryodask.run.events.status import is_silent, read_status
 from cryodask.run.started import Started
 from cryodask.run.stopping import END_FILE, STOP_FILE
 from cryodask.store.files import disk_errors
 
 LOG = "last-start.log"
 _LOG_BYTES, _LOG_LINES = 1 << 13, 6
-_SILENT_SECONDS = 60.0
 HERE = "here"
 
 _SAID = {
@@ -164,20 +162,12 @@ def run_state(folder: Path) -> str:
             return "gone"
         if (folder / STOP_FILE).exists():
             return "pausing"
-        if time.time() - max(float(status.get("time") or 0.0), _beat(folder)) > _SILENT_SECONDS:
+        if is_silent(folder, status):
             return "silent"
         return "ending" if (folder / END_FILE).exists() else "running"
     if state.startswith("stopped: Stopped by"):
         return "paused"
     return "waits" if state.startswith("waiting for a person") else "finished" if state == "finished" else "failed"
-
-
-def _beat(folder: Path) -> float:
-    """When the driver renewed its lock; it does so while it waits for movies and has nothing to say."""
-    try:
-        return (folder / "driver.lock").stat().st_mtime
-    except OSError:
-        return 0.0
 
 
 def _last_lines(folder: Path) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,18 @@ def read_status(folder: str | Path) -> dict[str, Any]:
     return found
 
 
+def is_silent(folder: Path, status: Mapping[str, Any]) -> bool:
+    """Whether the driver of a running project has neither told anything nor renewed its lock for a minute.
+
+    While it waits for movies it has nothing to tell.
+    """
+    try:
+        beat = (folder / "driver.lock").stat().st_mtime
+    except OSError:
+        beat = 0.0
+    return time.time() - max(float(status.get("time") or 0.0), beat) > _SILENT_SECONDS
+
+
 def status_sentence(folder: str | Path) -> str:
     """One sentence about what the driver of a project is doing; empty if there never was one."""
     facts = read_status(folder)
@@ -87,7 +100,7 @@ def status_sentence(folder: str | Path) -> str:
     where = f"process {facts.get('pid')} on {facts.get('host')}, {age:.0f} s ago"
     if state == "running" and facts.get("host") == socket.gethostname() and not psutil.pid_exists(int(facts.get("pid") or 0)):
         state = "its process is gone, rerun the same command to resume"
-    elif state == "running" and age > _SILENT_SECONDS:
+    elif state == "running" and is_silent(Path(folder), facts):
         state = "no sign of life"
     stall = f"\n  {facts['stall']}" if facts.get("stall") else ""
     return f"{state}: {facts.get('step', '')}{counted} ({where}){stall}"
