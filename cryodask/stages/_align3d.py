@@ -301,7 +301,10 @@ def _climbed(
     params: Classify3DParams, state: State, block: Loaded, rows: torch.Tensor, drawn: _Poses, volume: torch.Tensor,
     noise_power: torch.Tensor, sigma: float,
 ) -> _Poses:  # fmt: skip
-    """Optima near drawn poses at all rings; the evidence grows by what the modes gain, their widths included (Laplace), with finer rings."""
+    """Optima near drawn poses at all rings.
+
+    The evidence, summed over the views, grows by what the modes gain with finer rings, their widths included (Laplace).
+    """
     climb = partial(
         local_search.climb, block.rows, rows, volume, noise_power, sigma_px=sigma, operators=symmetry_operators(params.symmetry or "C1"),
         modes=_MODES, least_gain=rf.LOCAL_LEAST_GAIN,
