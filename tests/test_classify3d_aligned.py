@@ -38,13 +38,13 @@ def molecules() -> list[torch.Tensor]:
 def mixture(counts: tuple[int, int, int], snr: float = 0.3, seed: int = 0) -> SimpleNamespace:
     """Particles of both molecules (labels 0 and 1) and junk (2): a third of it noise, the rest blobs of the power of a particle."""
     maps = molecules()
-    made = [
-        simulate(one, max(n, 1), pixel=PIXEL, snr=snr, shift_px=0.5, seed=10 * seed + k) for k, (one, n) in enumerate(zip(maps, counts))
+    sets = [
+        simulate(maps[k % 2], max(n, 1), pixel=PIXEL, snr=(snr, snr, 0.0)[k], shift_px=0.5, seed=10 * seed + k)
+        for k, n in enumerate(counts)
     ]
-    junk = simulate(maps[0], max(counts[2], 1), pixel=PIXEL, snr=0.0, seed=10 * seed + 7)
     rng = np.random.default_rng(seed + 3)
     y, x = np.mgrid[:BOX, :BOX] - BOX / 2
-    for image in junk[0][: 2 * counts[2] // 3]:
+    for image in sets[2][0][: 2 * counts[2] // 3]:
         blobs = np.zeros((BOX, BOX))
         for _ in range(rng.integers(2, 9)):
             cy, cx, width = *rng.normal(0.0, 6.0, 2), rng.uniform(1.2, 3.5)
@@ -55,8 +55,7 @@ def mixture(counts: tuple[int, int, int], snr: float = 0.3, seed: int = 0) -> Si
     def mixed(parts: list[np.ndarray]) -> np.ndarray:
         return np.concatenate([part[:n] for part, n in zip(parts, counts)])[order]
 
-    sets = [made[0], made[1], junk]
-    columns = {name: mixed([s[1].columns[name] for s in sets]) for name in made[0][1].columns}
+    columns = {name: mixed([s[1].columns[name] for s in sets]) for name in sets[0][1].columns}
     columns["half_set"] = np.arange(len(order)) % 2
     return SimpleNamespace(
         images=mixed([s[0] for s in sets]), particles=ParticleSet(len(order), BOX, PIXEL, columns), maps=maps,
@@ -199,20 +198,16 @@ def test_the_plan_refuses_what_does_not_fit(tmp_path):
 
     initial = {"ab_initio": {"classes": 2}}
     from_all = {"particles": "ab_initio", "maps": ["ab_initio.class1", "ab_initio.class2"]}
-    plan = make_plan(
-        write_project(
-            tmp_path, few, [initial, {"classify3d": {"align": True, "from": from_all}}, {"refine3d": {"from": "classify3d.class1"}}]
-        )
-    )
+    sorted_first = [initial, {"classify3d": {"align": True, "from": from_all}}, {"refine3d": {"from": "classify3d.class1"}}]
+    plan = make_plan(write_project(tmp_path, few, sorted_first))
     assert [p.ref for p in plan.graph.step("refine3d").inputs["map"]] == ["classify3d.class1"]
     assert "a list of maps needs alignment" in problem(initial, {"classify3d": {"from": from_all}})
     assert "3 maps are given for 2 classes" in problem(
         initial, {"classify3d": {"align": True, "classes": 2, "from": {**from_all, "maps": ["import_map", *from_all["maps"]]}}}
     )
     assert "a mask needs fixed poses" in problem({"classify3d": {"align": True, "from": {"mask": "import_mask"}}})
-    assert "given twice, by maps and by map" in problem(
-        {"classify3d": {"align": True, "from": {"map": "import_map", "maps": ["import_map"]}}}
-    )
+    twice = {"map": "import_map", "maps": ["import_map"]}
+    assert "given twice, by maps and by map" in problem({"classify3d": {"align": True, "from": twice}})
 
 
 # --- kernels -----------------------------------------------------------------------------------------------------------------------
