@@ -242,8 +242,9 @@ def main() -> None:
     if course:
         plot(course, OUT / "classify3d.png")
     names = ("mixture_purity", "mixture_cpu_s", "focused_true_poses", "focused_jittered", "focused_own_poses", "missing_domain_recall",
-             "aligned_purity", "aligned_purity_cpu_s", "aligned_own_purity", "aligned_own_purity_cpu_s", "junk_recall", "junk_removed",
-             "junk_recall_cpu_s", "whole_particle_accuracy", "relion_accuracy", "focused_true_poses_cpu_s", "relion_accuracy_cpu_s")  # fmt: skip
+             "whole_particle_accuracy", "relion_accuracy", "focused_true_poses_cpu_s", "relion_accuracy_cpu_s", "aligned_purity",
+             "aligned_purity_cpu_s", "aligned_own_purity", "aligned_own_purity_cpu_s", "junk_recall", "junk_removed",
+             "junk_recall_cpu_s")  # fmt: skip
     print(json.dumps({name: round(float(np.mean(out[name])), 4) if name in out else None for name in names}))
 
 

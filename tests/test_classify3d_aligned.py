@@ -131,7 +131,7 @@ def test_the_report_shows_all_classes(found):
 
     dims = {"class_map": "kzyx", "class3d_share": "k", "class3d_resolution_angstrom": "k", "map_pixel_size_angstrom": "",
             "class3d_confusion": "kj", "class3d_separation": "kj", "iteration_class_share": "ik", "iteration_changed_share": "i",
-            "class_gain": "", "class_gain_z": ""}  # fmt: skip
+            "class_gain": "", "class_gain_z": "", "rot_deg": "n"}  # fmt: skip
     ds = xr.Dataset({name: (tuple(d), np.asarray(found[name])) for name, d in dims.items()})
     assert [picture.title for picture in draw(ds)] == ["3D classes", "Course of the classification", "Expected confusion"]
 

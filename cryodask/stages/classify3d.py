@@ -148,16 +148,17 @@ def says(result: Mapping[str, Any]) -> str:
 @classify3d.figures  # type: ignore[attr-defined]  # mypy does not see what class decorators return
 def draw(ds: xr.Dataset) -> Iterator[Picture]:
     """The maps of the classes, their sizes over the iterations, and the expected confusion."""
-    from cryodask.stages._class_pictures import draw_class_maps, draw_confusion, draw_course
+    from cryodask.stages._class_pictures import draw_aligned_classes, draw_class_maps, draw_confusion, draw_course
 
+    aligned = "rot_deg" in ds
     if "class_map" in ds:
-        yield draw_class_maps(
+        yield (draw_aligned_classes if aligned else draw_class_maps)(
             ds["class_map"].values, ds["class3d_share"].values, ds["class3d_resolution_angstrom"].values,
             float(ds["map_pixel_size_angstrom"]), says({name: ds[name].values for name in _SAID}),
         )  # fmt: skip
     if "iteration_class_share" in ds:
         yield draw_course(ds["iteration_class_share"].values, ds["iteration_changed_share"].values)
-        yield draw_confusion(ds["class3d_confusion"].values, ds["class3d_separation"].values)
+        yield draw_confusion(ds["class3d_confusion"].values, ds["class3d_separation"].values, aligned=aligned)
 
 
 _SAID = ("class3d_share", "class3d_confusion", "class_gain", "class_gain_z")
