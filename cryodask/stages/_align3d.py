@@ -225,19 +225,15 @@ def _log_shares(shares: np.ndarray, device: torch.device) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Poses:
-    """Poses of some particles in one class: `(n, pose, ...)` with their shares, and the log evidence of the class `(n,)` float64."""
+    """Poses of some particles in one class: drawn ones `(n, draw, ...)` for its map, the one that is reported, and the log evidence of
+    the class `(n,)` float64.
+    """
 
     rotations: torch.Tensor
     shifts_px: torch.Tensor
-    shares: torch.Tensor
+    rotation: torch.Tensor
+    shift_px: torch.Tensor
     evidence: torch.Tensor
-
-    @property
-    def best(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The pose with the largest share."""
-        each = torch.arange(len(self.rotations), device=self.rotations.device)
-        most = self.shares.argmax(1)
-        return self.rotations[each, most], self.shifts_px[each, most]
 
 
 def _search_sums(
@@ -245,11 +241,14 @@ def _search_sums(
 ) -> tuple[Sums, Columns]:
     """Align some particles to all classes, and sum them up by their posteriors."""
     chosen, device = rows.cpu().numpy(), rows.device
-    numbers = _uniforms(params, state, block, rows, DRAWS * params.classes).reshape(len(rows), params.classes, DRAWS)
+    numbers = _uniforms(params, state, block, rows, 7 * DRAWS * params.classes).reshape(len(rows), params.classes, 7, DRAWS)
     poses = []
     for k in range(params.classes):
-        found = _drawn(block, rows, shared.views[k], shared.noise_power, sigma, numbers[:, k])
-        poses.append(_climbed(params, state, block, rows, found, shared.volumes[k], shared.noise_power, sigma) if state["fine"] else found)
+        volume, noise = shared.volumes[k], shared.noise_power
+        found = _drawn(block, rows, shared.views[k], noise, sigma, numbers[:, k, 0])
+        if state["fine"]:
+            found = _climbed(params, state, block, rows, found, volume, noise, sigma, numbers[:, k, 1:].transpose(1, 2))
+        poses.append(found)
     evidence = torch.stack([one.evidence for one in poses], 1)
     if am.held_open(state):
         posterior = floored(evidence, torch.from_numpy(am.least_totals(params, state)).to(device))
@@ -263,19 +262,19 @@ def _search_sums(
     pixel = rf.sizes_of(state).pixel_size_angstrom
     shift_square = 0.0
     for k, one in enumerate(poses):
-        weight = one.shares * posterior[:, k : k + 1].float()
+        weight = (posterior[:, k : k + 1].float() / DRAWS).expand(-1, DRAWS).contiguous()
         local_search.insert(
             block.rows, rows, grids[k], inserted, shared.noise_power, one.rotations, one.shifts_px, weight, least=_LEAST_WEIGHT / DRAWS
         )
         mine = torch.nonzero(number == k)[:, 0]
-        rotation, shift = (values[mine] for values in one.best)
-        terms = local_search.shell_terms(block.rows, rows[mine], shared.volumes[k], rotation, shift, state["rings"], inserted)
+        drawn = one.rotations[mine, 0], one.shifts_px[mine, 0]
+        terms = local_search.shell_terms(block.rows, rows[mine], shared.volumes[k], *drawn, state["rings"], inserted)
         residual = gr.pose_sums(state, block, rows[mine], terms, shared.noise_power)
         sums = {name: sums[name] + values if sums else values for name, values in residual.items()}
-        shift_square += float((shift * pixel).double().square().sum())
+        shift_square += float((drawn[1] * pixel).double().square().sum())
         here = mine.cpu().numpy()
-        fresh["rotation"][here] = rotation.cpu().numpy()
-        fresh["origin_angstrom"][here] = (shift * pixel).cpu().numpy()
+        fresh["rotation"][here] = one.rotation[mine].cpu().numpy()
+        fresh["origin_angstrom"][here] = (one.shift_px[mine] * pixel).cpu().numpy()
         fresh["log_likelihood"][here] = one.evidence[mine].float().cpu().numpy()
     fresh["class3d_number"] = number.cpu().numpy().astype(np.int32) + 1
     fresh["class3d_probability"] = posterior.amax(1).float().cpu().numpy()
@@ -291,17 +290,16 @@ def _search_sums(
 
 
 def _drawn(block: Loaded, rows: torch.Tensor, views: vw.Views, noise_power: torch.Tensor, sigma: float, numbers: torch.Tensor) -> _Poses:
-    """Poses drawn from the posterior of one class."""
+    """Poses drawn from the posterior of one class; ``numbers`` `(n, draw)` in [0, 1)."""
     rotations, shifts, evidence = vw.draw(block.polar, rows, views, noise_power, sigma, numbers.contiguous())
-    shares = torch.full(rotations.shape[:2], 1.0 / rotations.shape[1], device=rows.device)
-    return _Poses(rotations, shifts, shares, evidence.double())
+    return _Poses(rotations.float(), shifts, rotations[:, 0].float(), shifts[:, 0], evidence.double())
 
 
 def _climbed(
     params: Classify3DParams, state: State, block: Loaded, rows: torch.Tensor, drawn: _Poses, volume: torch.Tensor,
-    noise_power: torch.Tensor, sigma: float,
+    noise_power: torch.Tensor, sigma: float, numbers: torch.Tensor,
 ) -> _Poses:  # fmt: skip
-    """Optima near drawn poses at all rings.
+    """Optima near drawn poses at all rings, and poses drawn about them: optima fit the noise of their own map, these do not.
 
     The evidence, summed over the views, grows by what the modes gain with finer rings, their widths included (Laplace).
     """
@@ -310,13 +308,14 @@ def _climbed(
         modes=_MODES, least_gain=rf.LOCAL_LEAST_GAIN,
     )  # fmt: skip
     count = torch.full((len(rows),), DRAWS, dtype=torch.int64, device=rows.device)
-    start = local_search.Candidates(drawn.rotations.float(), drawn.shifts_px, count)
-    coarse = climb(start, [local_search.Climb(am.view_rings(state), DRAWS, 5)])
-    if state["rings"] == am.view_rings(state):
-        return _Poses(coarse.rotations, coarse.shifts_px, coarse.shares, drawn.evidence)
-    again = local_search.Candidates(coarse.rotations, coarse.shifts_px, coarse.count)
-    fine = climb(again, [local_search.Climb(state["rings"], _MODES, 5)])
-    return _Poses(fine.rotations, fine.shifts_px, fine.shares, drawn.evidence + fine.total - coarse.total)
+    found = climb(local_search.Candidates(drawn.rotations, drawn.shifts_px, count), [local_search.Climb(am.view_rings(state), DRAWS, 5)])
+    evidence = drawn.evidence
+    if state["rings"] > am.view_rings(state):
+        again = local_search.Candidates(found.rotations, found.shifts_px, found.count)
+        fine = climb(again, [local_search.Climb(state["rings"], _MODES, 5)])
+        evidence, found = evidence + fine.total - found.total, fine
+    each, best = torch.arange(len(rows), device=rows.device), found.shares.argmax(1)
+    return _Poses(*found.draw(numbers), found.rotations[each, best], found.shifts_px[each, best], evidence)
 
 
 def _single_sums(params: Classify3DParams, state: State, shared: Shared, block: Loaded, rows: torch.Tensor, sigma: float) -> Sums:
@@ -325,7 +324,8 @@ def _single_sums(params: Classify3DParams, state: State, shared: Shared, block: 
     poses = _drawn(block, rows, shared.views[0], shared.noise_power, sigma, numbers)
     radius = am.inserted_rings(state)
     grid = empty_half_grid(radius, str(rows.device))
-    local_search.insert(block.rows, rows, grid, radius, shared.noise_power, poses.rotations, poses.shifts_px, poses.shares)
+    weight = torch.full((len(rows), DRAWS), 1.0 / DRAWS, device=rows.device)
+    local_search.insert(block.rows, rows, grid, radius, shared.noise_power, poses.rotations, poses.shifts_px, weight)
     return {"grid": grid[None].cpu().numpy(), "count": len(rows)}
 
 
