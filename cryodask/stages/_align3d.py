@@ -40,6 +40,8 @@ JUDGED_PARTICLES = 600
 """Particles whose evidence under the maps of the other half-set is measured."""
 _MODES = 2
 _LEAST_WEIGHT = 0.02
+_NATS = 30.0
+"""A class whose evidence was this much below the best in a pass at the same resolution is left out for that particle."""
 _MOST_RATIO = 1.5
 """Ratio of the sizes of a reference and of the particles' box from which one of the voxel sizes is taken to be wrong."""
 
@@ -93,8 +95,8 @@ def start(params: Classify3DParams, particles: ParticleSet, inputs: dict[str, An
         "iteration": 0, "phase": "power", "round": 0, "step": 0, "fine": False, "done": False, "count": particles.count, "box": box,
         "length_angstrom": length, "mask_diameter_angstrom": diameter, "shift_range_angstrom": shift_range,
         "shift_sigma_angstrom": reach / 2, "reach_angstrom": reach, "rings": rings, "start_rings": rings, "finest": finest, "passes": 0,
-        "given": len(given), "scale": np.zeros(len(given)), "maps": np.stack([given, given]), "single": np.zeros(0, np.float32),
-        "shares": np.full(params.classes, 1.0 / params.classes), "shares_of_step": np.zeros((0, params.classes)),
+        "every_class": True, "given": len(given), "scale": np.zeros(len(given)), "maps": np.stack([given, given]),
+        "single": np.zeros(0, np.float32), "shares": np.full(params.classes, 1.0 / params.classes), "shares_of_step": np.zeros((0, params.classes)),
         "changed_of_step": np.zeros(0), "resolutions_of_step": np.zeros(0), **gr.groups_of_set(particles),
     }  # fmt: skip
 
@@ -109,7 +111,7 @@ def _references(
     else:
         given = [(inputs["final_map"], inputs["map_pixel_size_angstrom"])]
     length = particles.box * float(particles.pixel_size_angstrom)
-    out = []
+    out, supported = [], [rings]
     for number, (data, voxel) in enumerate(given, 1):
         name = f"map {number}" if len(given) > 1 else "the starting map"
         data, voxel = np.array(data, np.float32), float(voxel)
@@ -128,7 +130,8 @@ def _references(
             )
         size = {"lowpass_angstrom": lowpass, "mask_diameter_angstrom": diameter, "rings": rings}
         out.append(prepared_map(data, voxel, name, particles, **size, dark=len(given) > 1))  # type: ignore[arg-type]
-    rings = max(2, min(rings, *(am.last_ring_with_signal(one, rings) for one in out)))
+        supported.append(int(am.last_ring_with_signal(torch.from_numpy(data)) / ratio) if voxel > 0 else rings)
+    rings = max(2, min(supported))
     small = rf.map_box(rings, particles.box)
     return np.stack([am.resized(one, rings, small) for one in out]), rings
 
@@ -176,7 +179,7 @@ def expect(
 ) -> tuple[Sums, Columns]:
     """Sums and columns of one block."""
     count, phase = len(block.index), state["phase"]
-    columns = previous or _nothing_known(count)
+    columns = previous or _nothing_known(params, count)
     if shared is None:
         return {**gr.power_by_group(state, block.rows, am.kept_radius(state)), "count": count}, columns
     sigma = state["shift_sigma_angstrom"] / rf.sizes_of(state).pixel_size_angstrom
@@ -192,8 +195,9 @@ def expect(
     return _search_sums(params, state, shared, block, columns, rows, sigma)
 
 
-def _nothing_known(count: int) -> Columns:
+def _nothing_known(params: Classify3DParams, count: int) -> Columns:
     return {
+        "class_evidence": np.zeros((count, params.classes), np.float32),
         "class3d_number": np.zeros(count, np.int32), "class3d_probability": np.zeros(count, np.float32),
         "rotation": np.tile(np.eye(3, dtype=np.float32), (count, 1, 1)), "origin_angstrom": np.zeros((count, 2), np.float32),
         "log_likelihood": np.zeros(count, np.float32),
@@ -242,18 +246,22 @@ def _search_sums(
     """Align some particles to all classes, and sum them up by their posteriors."""
     chosen, device = rows.cpu().numpy(), rows.device
     numbers = _uniforms(params, state, block, rows, 7 * DRAWS * params.classes).reshape(len(rows), params.classes, 7, DRAWS)
-    poses = []
+    known = torch.from_numpy(columns["class_evidence"][chosen]).to(device)
+    open_ = (known >= known.amax(1, keepdim=True) - _NATS) | bool(state["every_class"])
+    evidence, poses = known.double(), []
     for k in range(params.classes):
+        some = torch.nonzero(open_[:, k])[:, 0]
         volume, noise = shared.volumes[k], shared.noise_power
-        found = _drawn(block, rows, shared.views[k], noise, sigma, numbers[:, k, 0])
+        found = _drawn(block, rows[some], shared.views[k], noise, sigma, numbers[some, k, 0])
         if state["fine"]:
-            found = _climbed(params, state, block, rows, found, volume, noise, sigma, numbers[:, k, 1:].transpose(1, 2))
-        poses.append(found)
-    evidence = torch.stack([one.evidence for one in poses], 1)
+            found = _climbed(params, state, block, rows[some], found, volume, noise, sigma, numbers[some, k, 1:].transpose(1, 2))
+        evidence[some, k] = found.evidence
+        poses.append((some, found))
+    compared = torch.where(open_, evidence, -torch.inf)
     if am.held_open(state):
-        posterior = floored(evidence, torch.from_numpy(am.least_totals(params, state)).to(device))
+        posterior = floored(compared, torch.from_numpy(am.least_totals(params, state)).to(device))
     else:
-        posterior = torch.softmax(evidence + _log_shares(state["shares"], device), 1)
+        posterior = torch.softmax(compared + _log_shares(state["shares"], device), 1)
     number = posterior.argmax(1)
     inserted = am.inserted_rings(state)
     grids = [empty_half_grid(inserted, str(device)) for _ in poses]
@@ -261,21 +269,23 @@ def _search_sums(
     fresh = {name: np.array(values[chosen]) for name, values in columns.items()}
     pixel = rf.sizes_of(state).pixel_size_angstrom
     shift_square = 0.0
-    for k, one in enumerate(poses):
-        weight = (posterior[:, k : k + 1].float() / DRAWS).expand(-1, DRAWS).contiguous()
+    for k, (some, one) in enumerate(poses):
+        weight = (posterior[some, k : k + 1].float() / DRAWS).expand(-1, DRAWS).contiguous()
         local_search.insert(
-            block.rows, rows, grids[k], inserted, shared.noise_power, one.rotations, one.shifts_px, weight, least=_LEAST_WEIGHT / DRAWS
-        )
-        mine = torch.nonzero(number == k)[:, 0]
+            block.rows, rows[some], grids[k], inserted, shared.noise_power, one.rotations, one.shifts_px, weight,
+            least=_LEAST_WEIGHT / DRAWS,
+        )  # fmt: skip
+        mine = torch.nonzero(number[some] == k)[:, 0]
         drawn = one.rotations[mine, 0], one.shifts_px[mine, 0]
-        terms = local_search.shell_terms(block.rows, rows[mine], shared.volumes[k], *drawn, state["rings"], inserted)
-        residual = gr.pose_sums(state, block, rows[mine], terms, shared.noise_power)
+        terms = local_search.shell_terms(block.rows, rows[some[mine]], shared.volumes[k], *drawn, state["rings"], inserted)
+        residual = gr.pose_sums(state, block, rows[some[mine]], terms, shared.noise_power)
         sums = {name: sums[name] + values if sums else values for name, values in residual.items()}
         shift_square += float((drawn[1] * pixel).double().square().sum())
-        here = mine.cpu().numpy()
+        here = some[mine].cpu().numpy()
         fresh["rotation"][here] = one.rotation[mine].cpu().numpy()
         fresh["origin_angstrom"][here] = (one.shift_px[mine] * pixel).cpu().numpy()
         fresh["log_likelihood"][here] = one.evidence[mine].float().cpu().numpy()
+    fresh["class_evidence"] = evidence.float().cpu().numpy()
     fresh["class3d_number"] = number.cpu().numpy().astype(np.int32) + 1
     fresh["class3d_probability"] = posterior.amax(1).float().cpu().numpy()
     changed = int((fresh["class3d_number"] != columns["class3d_number"][chosen]).sum())
@@ -284,7 +294,7 @@ def _search_sums(
         columns[name][chosen] = values
     sums |= {
         "grid": torch.stack(grids).cpu().numpy(), "share": posterior.sum(0).cpu().numpy(), "changed": changed, "count": len(rows),
-        "log_likelihood": float(torch.logsumexp(evidence, 1).sum()), "shift_square": shift_square,
+        "log_likelihood": float(torch.logsumexp(compared, 1).sum()), "shift_square": shift_square,
     }  # fmt: skip
     return sums, columns
 

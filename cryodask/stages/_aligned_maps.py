@@ -38,7 +38,7 @@ _LEAST_POWER = 0.5
 """A map explains at least this share of the power that the strongest explains: the particles of others lower its apparent grey scale."""
 _FEWEST_OF_A_MAP = 10.0
 """Particles below which a class keeps its map."""
-_NO_SIGNAL = 1e-5
+_NO_SIGNAL = 1e-6
 """Power of a shell, relative to the strongest, below which a map has been low-passed."""
 
 
@@ -89,10 +89,10 @@ def least_totals(params: Classify3DParams, state: State) -> np.ndarray:
     return out
 
 
-def last_ring_with_signal(volume: torch.Tensor, rings: int) -> int:
-    """Last ring up to which a map has power: one that was low-passed supports no finer search."""
+def last_ring_with_signal(volume: torch.Tensor) -> int:
+    """Last shell of a map that has power: one that was low-passed supports no finer search."""
     shells, weight = half_shells(volume.shape[-1])
-    power = shell_sum(torch.fft.rfftn(volume).abs().double() ** 2, shells, weight)[1 : rings + 1]
+    power = shell_sum(torch.fft.rfftn(volume).abs().double() ** 2, shells, weight)[1:]
     there = torch.nonzero(power > _NO_SIGNAL * power.max())
     return int(there[-1]) + 1 if len(there) else 0
 
@@ -193,6 +193,7 @@ def _after_search(params: Classify3DParams, state: State, new: State, sums: list
         else:
             maps.append(_filtered(state, pair, support, rings, context))
     new |= {"maps": np.stack(maps, 1), "rings": rings, "step": state["step"] + 1}
+    new["every_class"] = held_open(new) or view_rings(new) != view_rings(state)
     new["shares_of_step"] = np.concatenate([state["shares_of_step"], share[None]])
     new["changed_of_step"] = np.append(state["changed_of_step"], changed)
     finest = state["length_angstrom"] / max(max(support.last for support in supports), 1)
@@ -222,7 +223,9 @@ def _support(params: Classify3DParams, state: State, grids: list[torch.Tensor], 
 
 
 def _next_rings(state: State, supports: list[Support], share: np.ndarray) -> int:
-    """Rings of the next pass: those of the finest class that is there."""
+    """Rings of the next pass: those of the finest class that is there, after passes at the resolution of the given maps."""
+    if state["step"] + 1 < HELD_OPEN:
+        return int(state["start_rings"])
     there = [support for support, size in zip(supports, share) if size > 0.02] or supports
     best = max(there, key=lambda support: support.last)
     if state["fine"]:
