@@ -96,7 +96,8 @@ def start(params: Classify3DParams, particles: ParticleSet, inputs: dict[str, An
         "length_angstrom": length, "mask_diameter_angstrom": diameter, "shift_range_angstrom": shift_range,
         "shift_sigma_angstrom": reach / 2, "reach_angstrom": reach, "rings": rings, "start_rings": rings, "finest": finest, "passes": 0,
         "every_class": True, "given": len(given), "scale": np.zeros(len(given)), "maps": np.stack([given, given]),
-        "single": np.zeros(0, np.float32), "shares": np.full(params.classes, 1.0 / params.classes), "shares_of_step": np.zeros((0, params.classes)),
+        "single": np.zeros(0, np.float32), "shares": np.full(params.classes, 1.0 / params.classes),
+        "shares_of_step": np.zeros((0, params.classes)),
         "changed_of_step": np.zeros(0), "resolutions_of_step": np.zeros(0), **gr.groups_of_set(particles),
     }  # fmt: skip
 
