@@ -38,7 +38,6 @@ FEWEST_OF_A_CLASS = 25
 DRAWS = 4
 JUDGED_PARTICLES = 600
 """Particles whose evidence under the maps of the other half-set is measured."""
-_MODES = 2
 _LEAST_WEIGHT = 0.02
 _NATS = 30.0
 """A class whose evidence was this much below the best in a pass at the same resolution is left out for that particle."""
@@ -230,12 +229,13 @@ def _log_shares(shares: np.ndarray, device: torch.device) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Poses:
-    """Poses of some particles in one class: drawn ones `(n, draw, ...)` for its map, the one that is reported, and the log evidence of
-    the class `(n,)` float64.
+    """Poses of some particles in one class: drawn ones `(n, draw, ...)` with their shares, the one that is reported, and the log evidence
+    of the class `(n,)` float64.
     """
 
     rotations: torch.Tensor
     shifts_px: torch.Tensor
+    shares: torch.Tensor
     rotation: torch.Tensor
     shift_px: torch.Tensor
     evidence: torch.Tensor
@@ -271,13 +271,14 @@ def _search_sums(
     pixel = rf.sizes_of(state).pixel_size_angstrom
     shift_square = 0.0
     for k, (some, one) in enumerate(poses):
-        weight = (posterior[some, k : k + 1].float() / DRAWS).expand(-1, DRAWS).contiguous()
+        weight = posterior[some, k : k + 1].float() * one.shares
         local_search.insert(
             block.rows, rows[some], grids[k], inserted, shared.noise_power, one.rotations, one.shifts_px, weight,
             least=_LEAST_WEIGHT / DRAWS,
         )  # fmt: skip
         mine = torch.nonzero(number[some] == k)[:, 0]
-        drawn = one.rotations[mine, 0], one.shifts_px[mine, 0]
+        likeliest = one.shares[mine].argmax(1)
+        drawn = one.rotations[mine, likeliest], one.shifts_px[mine, likeliest]
         terms = local_search.shell_terms(block.rows, rows[some[mine]], shared.volumes[k], *drawn, state["rings"], inserted)
         residual = gr.pose_sums(state, block, rows[some[mine]], terms, shared.noise_power)
         sums = {name: sums[name] + values if sums else values for name, values in residual.items()}
@@ -303,30 +304,38 @@ def _search_sums(
 def _drawn(block: Loaded, rows: torch.Tensor, views: vw.Views, noise_power: torch.Tensor, sigma: float, numbers: torch.Tensor) -> _Poses:
     """Poses drawn from the posterior of one class; ``numbers`` `(n, draw)` in [0, 1)."""
     rotations, shifts, evidence = vw.draw(block.polar, rows, views, noise_power, sigma, numbers.contiguous())
-    return _Poses(rotations.float(), shifts, rotations[:, 0].float(), shifts[:, 0], evidence.double())
+    shares = torch.full(shifts.shape[:2], 1.0 / DRAWS, device=rows.device)
+    return _Poses(rotations.float(), shifts, shares, rotations[:, 0].float(), shifts[:, 0], evidence.double())
 
 
 def _climbed(
     params: Classify3DParams, state: State, block: Loaded, rows: torch.Tensor, drawn: _Poses, volume: torch.Tensor,
     noise_power: torch.Tensor, sigma: float, numbers: torch.Tensor,
 ) -> _Poses:  # fmt: skip
-    """Optima near drawn poses at all rings, and poses drawn about them: optima fit the noise of their own map, these do not.
+    """Drawn poses climb to the optimum next to each, first with the rings of the views, then with all; then they are drawn about it.
 
-    The evidence, summed over the views, grows by what the modes gain with finer rings, their widths included (Laplace).
+    Optima themselves would fit the noise of their own map, and the best alone would gather the particles of a blurred map in a few views.
+    The evidence, summed over the views, grows by the mean over the draws of what each gains with finer rings, widths included (Laplace).
     """
+    n = len(rows)
     climb = partial(
-        local_search.climb, block.rows, rows, volume, noise_power, sigma_px=sigma, operators=symmetry_operators(params.symmetry or "C1"),
-        modes=_MODES, least_gain=rf.LOCAL_LEAST_GAIN,
+        local_search.climb, block.rows, rows.repeat_interleave(DRAWS), volume, noise_power, sigma_px=sigma,
+        operators=symmetry_operators(params.symmetry or "C1"), modes=1, least_gain=rf.LOCAL_LEAST_GAIN,
     )  # fmt: skip
-    count = torch.full((len(rows),), DRAWS, dtype=torch.int64, device=rows.device)
-    found = climb(local_search.Candidates(drawn.rotations, drawn.shifts_px, count), [local_search.Climb(am.view_rings(state), DRAWS, 5)])
-    evidence = drawn.evidence
+    one = torch.ones(n * DRAWS, dtype=torch.int64, device=rows.device)
+    start = local_search.Candidates(drawn.rotations.reshape(-1, 1, 3, 3), drawn.shifts_px.reshape(-1, 1, 2), one)
+    found = climb(start, [local_search.Climb(am.view_rings(state), 1, 5)])
+    gain = torch.zeros(n, DRAWS, dtype=torch.float64, device=rows.device)
     if state["rings"] > am.view_rings(state):
-        again = local_search.Candidates(found.rotations, found.shifts_px, found.count)
-        fine = climb(again, [local_search.Climb(state["rings"], _MODES, 5)])
-        evidence, found = evidence + fine.total - found.total, fine
-    each, best = torch.arange(len(rows), device=rows.device), found.shares.argmax(1)
-    return _Poses(*found.draw(numbers), found.rotations[each, best], found.shifts_px[each, best], evidence)
+        fine = climb(local_search.Candidates(found.rotations, found.shifts_px, one), [local_search.Climb(state["rings"], 1, 5)])
+        gain, found = (fine.total - found.total).reshape(n, DRAWS), fine
+    rotations, shifts = found.draw(numbers.reshape(n * DRAWS, 1, 6))
+    each, best = torch.arange(n, device=rows.device), found.score.reshape(n, DRAWS).argmax(1)
+    return _Poses(
+        rotations.reshape(n, DRAWS, 3, 3), shifts.reshape(n, DRAWS, 2), torch.softmax(gain, 1).float(),
+        found.rotations.reshape(n, DRAWS, 3, 3)[each, best], found.shifts_px.reshape(n, DRAWS, 2)[each, best],
+        drawn.evidence + torch.logsumexp(gain, 1) - np.log(DRAWS),
+    )  # fmt: skip
 
 
 def _single_sums(params: Classify3DParams, state: State, shared: Shared, block: Loaded, rows: torch.Tensor, sigma: float) -> Sums:
@@ -335,8 +344,7 @@ def _single_sums(params: Classify3DParams, state: State, shared: Shared, block: 
     poses = _drawn(block, rows, shared.views[0], shared.noise_power, sigma, numbers)
     radius = am.inserted_rings(state)
     grid = empty_half_grid(radius, str(rows.device))
-    weight = torch.full((len(rows), DRAWS), 1.0 / DRAWS, device=rows.device)
-    local_search.insert(block.rows, rows, grid, radius, shared.noise_power, poses.rotations, poses.shifts_px, weight)
+    local_search.insert(block.rows, rows, grid, radius, shared.noise_power, poses.rotations, poses.shifts_px, poses.shares)
     return {"grid": grid[None].cpu().numpy(), "count": len(rows)}
 
 
