@@ -6,7 +6,7 @@ poses climb to optima at finer rings, and the evidence of a class grows by what 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -91,13 +91,13 @@ def start(params: Classify3DParams, particles: ParticleSet, inputs: dict[str, An
     shift_range = params.shift_range_angstrom or 0.17 * diameter
     reach = min(12.0, shift_range)
     return {
-        "iteration": 0, "phase": "power", "round": 0, "step": 0, "fine": False, "done": False, "count": particles.count, "box": box,
-        "length_angstrom": length, "mask_diameter_angstrom": diameter, "shift_range_angstrom": shift_range,
-        "shift_sigma_angstrom": reach / 2, "reach_angstrom": reach, "rings": rings, "start_rings": rings, "finest": finest, "passes": 0,
-        "every_class": True, "given": len(given), "scale": np.zeros(len(given)), "maps": np.stack([given, given]),
-        "single": np.zeros(0, np.float32), "shares": np.full(params.classes, 1.0 / params.classes),
-        "shares_of_step": np.zeros((0, params.classes)),
-        "changed_of_step": np.zeros(0), "resolutions_of_step": np.zeros(0), **gr.groups_of_set(particles),
+        "iteration": 0, "phase": "power", "round": 0, "step": 0, "passes": 0, "fine": False, "done": False, "count": particles.count,
+        "box": box, "length_angstrom": length, "mask_diameter_angstrom": diameter, "shift_range_angstrom": shift_range,
+        "shift_sigma_angstrom": reach / 2, "reach_angstrom": reach, "rings": rings, "start_rings": rings, "finest": finest,
+        "every_class": True, "own_rings": np.full(params.classes, rings), "given": len(given), "scale": np.zeros(len(given)),
+        "maps": np.stack([given, given]), "single": np.zeros(0, np.float32), "shares": np.full(params.classes, 1.0 / params.classes),
+        "shares_of_step": np.zeros((0, params.classes)), "changed_of_step": np.zeros(0), "resolutions_of_step": np.zeros(0),
+        **gr.groups_of_set(particles),
     }  # fmt: skip
 
 
@@ -254,8 +254,13 @@ def _search_sums(
         some = torch.nonzero(open_[:, k])[:, 0]
         volume, noise = shared.volumes[k], shared.noise_power
         found = _drawn(block, rows[some], shared.views[k], noise, sigma, numbers[some, k, 0])
-        if state["fine"]:
-            found = _climbed(params, state, block, rows[some], found, volume, noise, sigma, numbers[some, k, 1:].transpose(1, 2))
+        if state["fine"] and (state["phase"] == "final" or state["own_rings"][k] > am.view_rings(state)):
+            climbed = _climbed(params, state, block, rows[some], found, volume, noise, sigma, numbers[some, k, 1:].transpose(1, 2))
+            if state["own_rings"][k] > am.view_rings(state):
+                found = climbed
+            else:
+                # the views show all that this map has; in a blurred one optima are bumps of noise, which would gather the particles
+                found = replace(found, rotation=climbed.rotation, shift_px=climbed.shift_px)
         evidence[some, k] = found.evidence
         poses.append((some, found))
     compared = torch.where(open_, evidence, -torch.inf)

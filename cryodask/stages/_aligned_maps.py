@@ -31,7 +31,7 @@ SAMPLE_OF_A_CLASS, SAMPLE_OF_ONE_MAP = 3000, 5000
 HELD_OPEN = 4
 """Passes in which every given map keeps at least half of an even share: the first good map would attract the particles of all others."""
 _SCALE_ROUNDS, _SINGLE_ROUNDS = 2, 3
-_FEWEST_PASSES, _MOST_PASSES, _MOST_FINE_PASSES = HELD_OPEN + 2, 10, 3
+_FEWEST_PASSES, _MOST_PASSES, _MOST_FINE_PASSES = HELD_OPEN + 2, 10, 1
 _SETTLED, _SETTLED_FINE = 0.03, 0.01
 """Classes have settled when fewer particles than this share change theirs, and the maps get no finer."""
 _LEAST_POWER = 0.5
@@ -193,6 +193,7 @@ def _after_search(params: Classify3DParams, state: State, new: State, sums: list
         else:
             maps.append(_filtered(state, pair, support, rings, context))
     new |= {"maps": np.stack(maps, 1), "rings": rings, "step": state["step"] + 1}
+    new["own_rings"] = np.array([own_rings(state, support, rings) for support in supports])
     new["every_class"] = held_open(new) or view_rings(new) != view_rings(state)
     new["shares_of_step"] = np.concatenate([state["shares_of_step"], share[None]])
     new["changed_of_step"] = np.append(state["changed_of_step"], changed)
@@ -233,18 +234,27 @@ def _next_rings(state: State, supports: list[Support], share: np.ndarray) -> int
     return int(max(state["start_rings"], min(best.last, drawn_ring(state))))
 
 
+def own_rings(state: State, support: Support, rings: int) -> int:
+    """Last ring of the map of a class."""
+    return int(min(rings, max(state["start_rings"], support.last)))
+
+
 def _filtered(state: State, grids: list[torch.Tensor], support: Support, rings: int, context: Context) -> np.ndarray:
-    """Maps of both half-sets `(2, z, y, x)` for the next pass, filtered by their FSC (Wiener), masked and cut at ``rings``."""
+    """Maps of both half-sets `(2, z, y, x)` for the next pass: filtered by their FSC (Wiener), masked, and cut where their support ends.
+
+    Beyond that ring a class has noise only, to which its particles would be aligned while another class has detail there.
+    """
+    own = own_rings(state, support, rings)
     inserted, sizes = inserted_rings(state), rf.sizes_of(state)
     small = rf.map_box(inserted, sizes.box)
     sphere = soft_sphere(small, sizes.length_angstrom / small, sizes.mask_diameter_angstrom / 2, 12.0, device=context.device)
     trusted = torch.nan_to_num(support.corrected).clamp(1e-4, 0.999)
-    trusted[rings + 1 :] = 1e-4
+    trusted[own + 1 :] = 1e-4
     maps = []
     for grid in grids:
         mean = mean_weight(grid, inserted)
         map_ = reconstruct_half(grid, inserted, small, image_box=sizes.box, ssnr=trusted / (1.0 - trusted), mean=mean)
-        maps.append(resized(torch.nan_to_num(map_) * sphere, rings, rf.map_box(rings, sizes.box)))
+        maps.append(resized(torch.nan_to_num(map_) * sphere, own, rf.map_box(rings, sizes.box)))
     return np.stack(maps)
 
 
