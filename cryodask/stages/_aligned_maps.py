@@ -11,7 +11,7 @@ from cryodask.errors import InputError
 from cryodask.kernels import decoys
 from cryodask.kernels.fourier import resize_map, soft_sphere
 from cryodask.kernels.fsc import half_shells, shell_sum
-from cryodask.kernels.half_grid import fold_half_grid, reconstruct_half
+from cryodask.kernels.half_grid import fold_half_grid, mean_weight, reconstruct_half
 from cryodask.kernels.maximisation import HalfMaps, Support, next_rings
 from cryodask.kernels.projection import cut_map
 from cryodask.kernels.symmetry import symmetry_operators
@@ -38,8 +38,6 @@ _LEAST_POWER = 0.5
 """A map explains at least this share of the power that the strongest explains: the particles of others lower its apparent grey scale."""
 _FEWEST_OF_A_MAP = 10.0
 """Particles below which a class keeps its map."""
-_EVEN = 10.0
-"""Signal-to-noise ratio of a shell whose weight is even, which guards directions without views."""
 _NO_SIGNAL = 1e-6
 """Power of a shell, relative to the strongest, below which a map has been low-passed."""
 
@@ -250,17 +248,13 @@ def _filtered(state: State, grids: list[torch.Tensor], support: Support, rings: 
     inserted, sizes = inserted_rings(state), rf.sizes_of(state)
     small = rf.map_box(inserted, sizes.box)
     sphere = soft_sphere(small, sizes.length_angstrom / small, sizes.mask_diameter_angstrom / 2, 12.0, device=context.device)
-    # not the usual prior of a Wiener filter: it damps directions with few views more than others, so that a blurred map would gather the
-    # particles in the views that it has
-    even = torch.full((inserted + 1,), _EVEN, dtype=torch.float64, device=context.device)
-    factor = torch.zeros(small, dtype=torch.float32, device=context.device)
-    factor[: own + 1] = torch.nan_to_num(support.corrected).clamp(1e-4, 0.999)[: own + 1].float()
-    shells = half_shells(small, context.device)[0].clamp(max=small - 1)
+    trusted = torch.nan_to_num(support.corrected).clamp(1e-4, 0.999)
+    trusted[own + 1 :] = 1e-4
     maps = []
     for grid in grids:
-        map_ = torch.nan_to_num(reconstruct_half(grid, inserted, small, image_box=sizes.box, ssnr=even))
-        map_ = torch.fft.irfftn(torch.fft.rfftn(map_) * factor[shells], s=map_.shape) * sphere
-        maps.append(resized(map_, own, rf.map_box(rings, sizes.box)))
+        mean = mean_weight(grid, inserted)
+        map_ = reconstruct_half(grid, inserted, small, image_box=sizes.box, ssnr=trusted / (1.0 - trusted), mean=mean)
+        maps.append(resized(torch.nan_to_num(map_) * sphere, own, rf.map_box(rings, sizes.box)))
     return np.stack(maps)
 
 
