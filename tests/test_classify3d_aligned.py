@@ -20,6 +20,7 @@ from cryodask.kernels.fourier import resize_map, soft_sphere
 from cryodask.kernels.fsc import fsc
 from cryodask.kernels.orientations import euler_to_matrix
 from cryodask.kernels.projection import cut_map
+from cryodask.report import write_report
 from cryodask.run.blocks import ParticlesInMemory, iterate_here, iterate_on_workers
 from cryodask.run.recipe import make_plan
 from cryodask.run.session import run_plan
@@ -277,3 +278,4 @@ def test_later_steps_take_a_class_with_its_map_and_poses(tmp_path, client):
     assert np.array_equal(ids, whole["particle_id"].values[whole["class3d_number"].values == 2])
     assert not np.allclose(whole["rot_deg"].values, few.particles.columns["rot_deg"], atol=1.0)
     assert project["mask"]["solvent_mask"].shape == (BOX, BOX, BOX)
+    assert "decoys last" in write_report(project).read_text()
