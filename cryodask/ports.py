@@ -18,7 +18,8 @@ class Port:
     of a symmetry expansion are accepted; ``subtracted``: whether images after signal subtraction are. ``whole``: all classes are taken
     together, none need be chosen. ``unless``: parameter that replaces this input. ``also_if``: parameter without which
     the parts ``also`` are not used, or such a parameter for some of them. ``also_with``: for some of them the ports without any of which
-    they are not used.
+    they are not used. ``parts_without``: part -> parameter that makes a required part unnecessary. ``instead``: a list port that replaces
+    this input where ``from`` fills it.
     """
 
     name: str
@@ -34,6 +35,8 @@ class Port:
     unless: str | None = None
     also_if: str | Mapping[str, str] | None = None
     also_with: Mapping[str, tuple[str, ...]] | None = None
+    parts_without: Mapping[str, str] | None = None
+    instead: str | None = None
 
 
 @dataclass(frozen=True)

@@ -470,6 +470,8 @@ register(
     [
         Var("to_final_map", ("z", "y", "x"), "f4", "1", "map of the input 'to'; never stored", "bulk"),
         Var("to_map_pixel_size_angstrom", (), "f8", "angstrom", "voxel size of that map; never stored"),
+        Var("maps_final_map", ("z", "y", "x"), "f4", "1", "maps of the input 'maps', a list; never stored", "bulk"),
+        Var("maps_map_pixel_size_angstrom", (), "f8", "angstrom", "voxel sizes of these maps; never stored"),
     ]
 )
 register(

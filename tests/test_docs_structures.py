@@ -13,14 +13,14 @@ from test_docs import blocks
 from cryodask.formats.mrc import write_mrc
 from cryodask.kernels.q_score import COARSEST_ANGSTROM
 from cryodask.run.recipe import draft_plan
-from cryodask.stages import _classify3d
+from cryodask.stages import _aligned_maps, _classify3d
 from cryodask.stages.ab_initio import _MOST_SORTED
 from cryodask.stages.classify3d import _ALIKE, LEAST_GAIN_Z
 from cryodask.stages.variability import LEAST_AGREEMENT
 
 PAGE = Path(__file__).parents[1] / "docs" / "structures.md"
 TEXT = PAGE.read_text()
-FIRST, UNIT, SUBTRACTED, MIXTURE, ALIGNED, MOTION, *AFTER = blocks(PAGE, "yaml")
+FIRST, UNIT, SUBTRACTED, MIXTURE, SPECIES, JUNK, ALIGNED, MOTION, *AFTER = blocks(PAGE, "yaml")
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("more", [UNIT, SUBTRACTED, MOTION])
+@pytest.mark.parametrize("more", [UNIT, SUBTRACTED, JUNK, MOTION])
 def test_the_pipelines_resolve(folder, more):
     content = yaml.safe_load(FIRST)
     (folder / "first.yaml").write_text(yaml.safe_dump(content))
@@ -41,6 +41,15 @@ def test_the_pipelines_resolve(folder, more):
     content["pipeline"] = content["pipeline"][:2] + yaml.safe_load(more)
     (folder / "more.yaml").write_text(yaml.safe_dump(content))
     assert draft_plan(folder / "more.yaml").graph.problems == ()
+
+
+def test_initial_maps_are_what_particles_are_sorted_by(folder):
+    (folder / "species.yaml").write_text(SPECIES)
+    graph = draft_plan(folder / "species.yaml").graph
+    assert graph.problems == ()
+    assert [p.ref for p in graph.step("classify3d").inputs["maps"]] == [f"ab_initio.class{k}" for k in (1, 2, 3, 4)]
+    assert [p.ref for p in graph.step("refine3d").inputs["map"]] == ["classify3d.class1"]
+    assert f"In the first {('one', 'two', 'three', 'four')[_aligned_maps.HELD_OPEN - 1]} passes" in TEXT
 
 
 def test_maps_of_a_mixture_are_aligned_and_their_particles_merged(folder):

@@ -181,7 +181,9 @@ def broken(graph: Graph, step: Step, place: dict[str, int]) -> list[str]:
             out.append(f"default exposures rest on the particles of {foreign}")
     if particles is not None and base is not None and "map" in step.implicit:
         shared = (ancestors(graph, base.step) | {base.step}) & (ancestors(graph, particles.step) | {particles.step})
-        if not shared - {"ingest", "motion", "ctf"} and graph.step(base.step).inputs:
+        made_from = [p for a in ancestors(graph, base.step) | {base.step} for ps in graph.step(a).inputs.values() for p in ps]
+        # an imported map, or one made from imported maps alone, belongs to any particles
+        if not shared - {"ingest", "motion", "ctf"} and any(p.type == "particles" for p in made_from):
             out.append(f"map {base.ref} has nothing to do with {particles.ref}")
     if not graph.rests_on(step) <= ancestors(graph, step.label):
         out.append("rests on what does not stand behind it")

@@ -107,3 +107,16 @@ def confusion(separation: np.ndarray, shares: np.ndarray) -> np.ndarray:
             out[a] /= total
         out[a, a] = 1.0 - out[a].sum()
     return out
+
+
+def floored(logits: Tensor, least: Tensor, rounds: int = 30) -> Tensor:
+    """Posterior over classes `(n, class)` in which the mean of each class is at least ``least`` `(class,)`.
+
+    A bias per class raises those that would get less, so that the order of particles within a class stays. Balancing all classes instead
+    would push particles of a common molecule into the class of a rare one.
+    """
+    bias = torch.zeros(logits.shape[1], dtype=logits.dtype, device=logits.device)
+    for _ in range(rounds):
+        mean = torch.softmax(logits + bias, 1).mean(0)
+        bias = bias + torch.log((least / mean.clamp(min=1e-12)).clamp(min=1.0))
+    return torch.softmax(logits + bias, 1)

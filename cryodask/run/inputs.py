@@ -194,9 +194,11 @@ def whole_values(plan: Plan, project: Project, inputs: StepInputs) -> dict[str, 
         if not products or place[1] not in parts_used(step, port):
             continue
         if place[0] not in COLLECTIONS:
-            found = stored_at(project, refer.place(products[0].parts[place[1]]), name_there)
-            if found is not None:
-                out[name] = found
+            stored = [stored_at(project, refer.place(product.parts[place[1]]), name_there) for product in products]
+            if port.many:
+                out[name] = stored
+            elif stored[0] is not None:
+                out[name] = stored[0]
         elif inputs.ids is not None and inputs.ref is not None:
             if name == "particle_id":
                 out[name] = inputs.ids

@@ -179,8 +179,10 @@ class Keys:
         step = inputs.step
         upstream: dict[str, Any] = {"ids": ids_digest(inputs.ids if inputs.ids is not None else inputs.rows)}
         for port in step.stage.ports:
+            if port.many and port.type not in COLLECTIONS and not step.inputs.get(port.name):
+                continue  # a list that is not used must not change the keys of results without it
             sets = inputs.sets.get(port.name, [])
-            used = united_parts(step) if port.many else parts_used(step, port)
+            used = united_parts(step) if port.many and port.type in COLLECTIONS else parts_used(step, port)
             upstream[port.name] = [
                 {
                     part: [self._given(p, part, port.type, rows, product.optics) for p in self._refer.places_of(product, part)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from cryodask.products import Product, part_of
+from cryodask.products import COLLECTIONS, Product, part_of
 from cryodask.run.graph import Step
 from cryodask.run.graph.chain import is_pinned, label_of, used_parts
 from cryodask.run.recipe import Plan
@@ -178,5 +178,7 @@ def _has(step: Step, port: Port | None, part: str) -> bool:
 
 def united_parts(step: Step) -> tuple[str, ...]:
     """Parts that a union takes from several steps and stores itself."""
+    if not any(port.many and port.type in COLLECTIONS for port in step.stage.ports):
+        return ()
     union = step.outputs.get(("particles", "particles"))
     return tuple(part for part, ref in union.parts.items() if ref == union.ref) if union is not None else ()

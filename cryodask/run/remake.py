@@ -127,9 +127,10 @@ def needs_of_set(plan: Plan, project: Project, inputs: StepInputs) -> Needs:
     if not look.absent or step.stage.shape == "set":
         return look.needs
     look.step = step.label
-    for one in whole_values(plan, project, inputs).values():
-        if isinstance(one, Stored):
-            look.whole(one)
+    for value in whole_values(plan, project, inputs).values():
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, Stored):
+                look.whole(one)
     ref, ids = inputs.ref, inputs.ids
     if step.stage.shape == "whole" or ref is None or ids is None or not len(ids) or "image" not in ref.parts:
         return look.needs

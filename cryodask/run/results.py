@@ -58,7 +58,7 @@ def stored_variables(step: Step) -> tuple[str, ...]:
     gives = step.stage.gives
     if not any(kind == "particles" for _, kind in step.outputs):
         return gives
-    united = united_parts(step) if any(port.many for port in step.stage.ports) else ()
+    united = united_parts(step)
     own = [n for part in united for n in columns_of("particles", part) if VARIABLES[n].ragged or n in _OF_IMAGES]
     return tuple(dict.fromkeys((*gives, "particle_id", "dropped_id", "removal_reason", *own)))
 
@@ -84,7 +84,7 @@ def run_set(plan: Plan, project: Project, inputs: StepInputs, generation: Genera
     result["dropped_id"] = np.concatenate([np.asarray(result.get("dropped_id", ()), np.int64), inputs.left_out])
     reasons = np.asarray(result.get("removal_reason", ()), np.int8)
     result["removal_reason"] = np.concatenate([reasons, np.full(len(inputs.left_out), EXPOSURE_LACKS, np.int8)])
-    united = united_parts(step) if any(port.many for port in step.stage.ports) else ()
+    united = united_parts(step)
     if united:
         from cryodask.stages.merge import merged_columns
 

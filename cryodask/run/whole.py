@@ -44,8 +44,14 @@ class Stored:
 
 
 def loaded(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Inputs with all stored variables loaded."""
-    return {name: value.load() if isinstance(value, Stored) else value for name, value in inputs.items()}
+    """Inputs with all stored variables loaded, also those in lists."""
+    return {name: _loaded(value) for name, value in inputs.items()}
+
+
+def _loaded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_loaded(one) for one in value]
+    return value.load() if isinstance(value, Stored) else value
 
 
 def run_whole(stage_name: str, params: Any, inputs: dict[str, Any], watch: Watch, log: Path, report: Topic) -> dict[str, Any]:

@@ -76,8 +76,35 @@ def draw_initial_classes(maps: np.ndarray, shares: np.ndarray) -> Picture:
     return Picture("Initial maps", caption, figure)
 
 
-def draw_confusion(confusion: np.ndarray, separation: np.ndarray) -> Picture:
-    """Expected confusion of the classes."""
+def draw_aligned_classes(maps: np.ndarray, shares: np.ndarray, resolutions: np.ndarray, pixel_angstrom: float, sentence: str) -> Picture:
+    """Central sections and projections of maps that are each in a frame of their own."""
+    from matplotlib.figure import Figure
+
+    count = min(len(maps), 10)
+    figure = Figure(figsize=(1.6 * count + 0.8, 6.4), layout="constrained")
+    panels = figure.subplots(4, count, squeeze=False)
+    rows = [(name, axis, projected) for axis, name in ((0, "z"), (1, "y")) for projected in (False, True)]
+    for row, (name, axis, projected) in enumerate(rows):
+        panels[row, 0].set_ylabel(f"{'along' if projected else 'across'} {name}", fontsize=8)
+        shown = [maps[k].sum(axis) if projected else _shown(maps[k], axis) for k in range(count)]
+        # one grey scale: an empty class would otherwise show noise as bright as a molecule
+        low, high = min(float(np.percentile(one, 1.0)) for one in shown), max(float(np.percentile(one, 99.9)) for one in shown)
+        for k, image in enumerate(shown):
+            panels[row, k].imshow(image, cmap="gray", origin="lower", vmin=low, vmax=high)
+            panels[row, k].set(xticks=[], yticks=[])
+    for k in range(count):
+        panels[0, k].set_title(f"class {k + 1}\n{100 * shares[k]:.1f} %, {resolutions[k]:.1f} Å", fontsize=8)
+    panels[0, 0].plot([2, 2 + 50.0 / pixel_angstrom], [2, 2], color="white", linewidth=3)
+    panels[0, 0].text(2, 4, "50 Å", color="white", fontsize=7)
+    caption = (
+        f"{sentence[:1].upper()}{sentence[1:]}. Central sections and projections of the maps of the classes, in the order of the given "
+        "maps, decoys last. All share one grey scale."
+    )
+    return Picture("3D classes", caption, figure)
+
+
+def draw_confusion(confusion: np.ndarray, separation: np.ndarray, *, aligned: bool = False) -> Picture:
+    """Expected confusion of the classes; ``aligned``: measured with the maps of the other half-set."""
     from matplotlib.figure import Figure
 
     count = len(confusion)
@@ -94,9 +121,12 @@ def draw_confusion(confusion: np.ndarray, separation: np.ndarray) -> Picture:
         xticks=range(count), yticks=range(count), xticklabels=names, yticklabels=names, xlabel="put into class", ylabel="belongs to class"
     )
     between = separation[~np.eye(count, dtype=bool)]
+    apart = f"d² from {between.min():.1f} to {between.max():.1f}"
+    source = f"from the distance of the maps in units of the noise ({apart})"
+    if aligned:
+        source = f"as the maps of the other half-set see it, in which particles have no part ({apart})"
     caption = (
-        "Expected share, in %, of the particles of each class (row) that end in each class (column), from the distance of the maps in "
-        f"units of the noise (d² from {between.min():.1f} to {between.max():.1f}). 50 % is chance for a pair."
+        f"Expected share, in %, of the particles of each class (row) that end in each class (column), {source}. 50 % is chance for a pair."
     )
     return Picture("Expected confusion", caption, figure)
 

@@ -324,7 +324,12 @@ def _after_judge(params: Classify3DParams, state: State, new: State, sums: list[
 def _after_final(params: Classify3DParams, state: State, new: State, sums: list[Sums], context: Context) -> State:
     new["final_shares"] = sum(s["share"] for s in sums) / sum(s["count"] for s in sums)
     new["separation"] = sum(s["separation"] for s in sums) / max(1, sum(s["views"] for s in sums))
-    radius, box, order = _inserted(state), state["box"], len(symmetry_operators(params.symmetry or "C1"))
+    return {**new, **final_class_maps(params, state, sums, _inserted(state), context), "done": True}
+
+
+def final_class_maps(params: Classify3DParams, state: State, sums: list[Sums], radius: int, context: Context) -> State:
+    """Map, half-maps and resolution of each class, at the box of the images, from grids `(class, ...)` of both half-sets."""
+    box, order = state["box"], len(symmetry_operators(params.symmetry or "C1"))
     sphere = _posed.sphere(state, box, context.device)
     maps, half_maps, resolutions = [], [], []
     for k in range(params.classes):
@@ -337,7 +342,7 @@ def _after_final(params: Classify3DParams, state: State, new: State, sums: list[
         failed = torch.nonzero(curve[2:] < least[2:])
         last = int(failed[0]) + 1 if len(failed) else radius
         resolutions.append(state["length_angstrom"] / max(last, 1))
-    return {**new, "class_map": np.stack(maps), "class_half_map": np.stack(half_maps), "resolutions": np.array(resolutions), "done": True}
+    return {"class_map": np.stack(maps), "class_half_map": np.stack(half_maps), "resolutions": np.array(resolutions)}
 
 
 _PHASES = {

@@ -101,6 +101,11 @@ def cache_key(params: Refine3DParams, state: State) -> int:
 
 def load(params: Refine3DParams, state: State, block: ParticleBlock, context: Context) -> Loaded:
     """Fourier transforms of a block's images."""
+    return loaded_block(state, block, rf.kept_radius(state), context)
+
+
+def loaded_block(state: State, block: ParticleBlock, radius: int, context: Context) -> Loaded:
+    """Fourier transforms of a block's images: rows up to ``radius``, and the polar rings of searches over all views."""
     images = torch.from_numpy(np.ascontiguousarray(block.images, np.float32)).to(context.device)
     group = torch.from_numpy(gr.noise_group(state, block.columns)).to(context.device)
     on_rings = expectation.load_particles(
@@ -113,7 +118,7 @@ def load(params: Refine3DParams, state: State, block: ParticleBlock, context: Co
         group=group,
         device=context.device,
     )
-    rows = image_rows(images, block.columns, rf.kept_radius(state), block.pixel_size_angstrom, group)
+    rows = image_rows(images, block.columns, radius, block.pixel_size_angstrom, group)
     return Loaded(block.index, gr.micrograph_rows(state, block.columns), on_rings, rows)
 
 

@@ -28,12 +28,30 @@ def start_map(
     rings: int,
 ) -> torch.Tensor:  # fmt: skip
     """Starting map `(z, y, x)` on its own grey scale, without any signal beyond ``rings``."""
-    data, voxel = _given_map(params, particles, inputs)
+    data, voxel, name = _given_map(params, inputs)
+    return prepared_map(
+        data, voxel, name, particles, lowpass_angstrom=lowpass_angstrom, mask_diameter_angstrom=mask_diameter_angstrom, rings=rings
+    )
+
+
+def prepared_map(
+    data: np.ndarray, voxel: float, name: str, particles: ParticleSet, *, lowpass_angstrom: float, mask_diameter_angstrom: float,
+    rings: int, dark: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """A map called ``name`` at the particles' box, masked and cut at ``rings``; refuses what cannot be a reference.
+
+    ``dark``: whether it may be darker than its surroundings, as maps of junk may be.
+
+    Raises
+    ------
+    InputError
+    """
+    voxel = _checked(data, voxel, name, particles)
     box, pixel = particles.box, float(particles.pixel_size_angstrom)
     reference = resample_map(torch.from_numpy(data), voxel, box, pixel, cut_angstrom=lowpass_angstrom / 2)
-    if density_skewness(reference) < _DARK:
+    if not dark and density_skewness(reference) < _DARK:
         raise InputError(
-            f"{params.reference or 'the starting map'} is darker than its surroundings",
+            f"{name} is darker than its surroundings",
             "the contrast of the map is inverted, or that of the particles that it was made from",
             "multiply it by -1; particles must be white: see the parameter invert of extract",
         )
@@ -44,8 +62,8 @@ def start_map(
     return resize_map(cut_map(reference, rings), map_box(rings, box))
 
 
-def _given_map(params: Refine3DParams, particles: ParticleSet, inputs: dict[str, Any]) -> tuple[np.ndarray, float]:
-    """The starting map as given, and its voxel size."""
+def _given_map(params: Refine3DParams, inputs: dict[str, Any]) -> tuple[np.ndarray, float, str]:
+    """The starting map as given, its voxel size, and its name in messages."""
     if params.reference is not None:
         data, voxel = read_map(params.reference)
         data = np.array(data, np.float32)
@@ -55,15 +73,18 @@ def _given_map(params: Refine3DParams, particles: ParticleSet, inputs: dict[str,
                 "an image was given as reference",
                 "give an MRC map (cubic, voxel size in the header)",
             )
-        name = params.reference
-    elif inputs.get("final_map") is not None:
-        data, voxel, name = np.array(inputs["final_map"], np.float32), float(inputs["map_pixel_size_angstrom"]), "the starting map"
-    else:
-        raise InputError(
-            "refine3d has no map to start from",
-            "neither a reference file nor an ab initio map was given",
-            "set refine3d.reference to an MRC file, or put ab_initio before refine3d",
-        )
+        return data, float(voxel or 0.0), params.reference
+    if inputs.get("final_map") is not None:
+        return np.array(inputs["final_map"], np.float32), float(inputs["map_pixel_size_angstrom"]), "the starting map"
+    raise InputError(
+        "refine3d has no map to start from",
+        "neither a reference file nor an ab initio map was given",
+        "set refine3d.reference to an MRC file, or put ab_initio before refine3d",
+    )
+
+
+def _checked(data: np.ndarray, voxel: float, name: str, particles: ParticleSet) -> float:
+    """The voxel size of a map, which must be a cube with finite density."""
     if len(set(data.shape)) != 1:
         raise InputError(
             f"{name} is {' x '.join(map(str, data.shape))} voxels, not a cube",
@@ -74,7 +95,7 @@ def _given_map(params: Refine3DParams, particles: ParticleSet, inputs: dict[str,
         raise InputError(
             f"{name} is empty or contains NaN", "the file is damaged, or a failed run wrote it", "check the map and give another"
         )
-    if not voxel or voxel <= 0:
+    if voxel <= 0:
         if data.shape[0] != particles.box:
             raise InputError(
                 f"{name} has no voxel size, and its box is {data.shape[0]}, not {particles.box}",
@@ -82,4 +103,4 @@ def _given_map(params: Refine3DParams, particles: ParticleSet, inputs: dict[str,
                 "write the voxel size into the header (for example with relion_image_handler --rescale_angpix or mrcfile)",
             )
         voxel = particles.pixel_size_angstrom
-    return data, voxel
+    return voxel

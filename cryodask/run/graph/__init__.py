@@ -264,6 +264,10 @@ class _Reading:
                 if found:
                     raise WrongStep(f"{draft.label}: the input {port.name} is given twice, by {port.unless} and by from. Keep one of them.")
                 continue
+            if port.instead in explicit:
+                if found:
+                    raise WrongStep(f"{draft.label}: the input {port.name} is given twice, by {port.instead} and by {port.name}. Keep one.")
+                continue
             if not found:
                 taken = take(self.chain, draft, port)
                 if taken is None or (port.optional and (lacking(draft, port, taken) or of_another_table(draft, port, taken))):

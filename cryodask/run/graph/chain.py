@@ -185,7 +185,13 @@ def used_parts(port: Port, params: Any, filled: Collection[str] = ()) -> tuple[s
         for part in port.also
         if (part not in condition or _is_set(params, condition[part])) and (part not in beside or set(beside[part]) & set(filled))
     )
-    return (*port.parts, *read)
+    return (*needed_parts(port, params), *read)
+
+
+def needed_parts(port: Port, params: Any) -> tuple[str, ...]:
+    """Parts that a port requires: all but those that a parameter makes unnecessary."""
+    without = port.parts_without or {}
+    return tuple(part for part in port.parts if part not in without or not _is_set(params, without[part]))
 
 
 def _is_set(params: Any, name: str) -> bool:
@@ -199,7 +205,7 @@ def uses_poses(stage: Stage, params: Any, particles: Product) -> bool:
     if port is None:
         return False
     if_there = "pose" in used_parts(port, params) and "pose" in particles.parts and bool(map_ports(stage))
-    return "pose" in port.parts or if_there
+    return "pose" in needed_parts(port, params) or if_there
 
 
 def map_ports(stage: Stage) -> list[Port]:

@@ -18,6 +18,7 @@ from cryodask.run.graph.chain import (
     listed,
     main_port,
     map_ports,
+    needed_parts,
     stages_that_give,
     uses_poses,
 )
@@ -31,7 +32,7 @@ from cryodask.stage import Output, Port
 def lacking(draft: Draft, port: Port, product: Product) -> str | None:
     """The first part that a port needs and a product lacks. A part of the particles can stand in for that of their exposures."""
     particles = draft.main("particles")
-    for part in port.parts:
+    for part in needed_parts(port, draft.params):
         of_particles = product.type == "exposures" and particles is not None and part in PARTS["particles"] and part in particles.parts
         if part not in product.parts and not of_particles:
             return part
@@ -59,7 +60,7 @@ def check_input(chain: Chain, draft: Draft, port: Port, product: Product) -> Non
             f"{draft.label} needs unsubtracted images, but signal was subtracted from those of {product.ref}. "
             f"Take the particles from before {product.subtracted}, or extract them again."
         )
-    if product.type == "particles" and len(product.pose_frames) > 1 and "pose" in port.parts:
+    if product.type == "particles" and len(product.pose_frames) > 1 and "pose" in needed_parts(port, draft.params):
         align = "Bring them into one frame with align_maps before they are merged, or refine" if "align_maps" in chain.stages else "Refine"
         frames = listed(sorted(product.pose_frames))
         raise WrongStep(f"{draft.label}: the poses of {product.ref} refer to {frames}, which do not overlay. {align} the set first.")
@@ -345,4 +346,4 @@ def _worth_a_warning(step: Step, product: Product) -> bool:
 
 def _reads_poses(step: Step) -> bool:
     """Whether a step needs poses, as a reconstruction does."""
-    return any("pose" in port.parts for port in step.stage.ports)
+    return any("pose" in needed_parts(port, step.params) for port in step.stage.ports)
