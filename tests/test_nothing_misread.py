@@ -121,7 +121,7 @@ def test_a_name_that_is_none_is_refused(tmp_path, name):
         star.read_particle_table(write(tmp_path / "p.star", particles(some(2, MicrographName=["a.mrc", name]))))
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", " a", "a ", "~", "~anna", "$HOME", "a$b", "-x", "a\nb", "x" * 201, "ä" * 101])
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", " a", "a ", "~", "~anna", "$HOME", "a$b", "a\nb", "x" * 201, "ä" * 101])
 def test_a_project_is_named_like_a_folder_of_any_shell(name):
     with pytest.raises(ValidationError, match="name"):
         ProjectFile(name=name, pipeline=["ingest"])

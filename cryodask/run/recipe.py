@@ -111,8 +111,8 @@ class ProjectFile(StrictModel):
     @classmethod
     def _names_a_folder(cls, name: str) -> str:
         odd = "/" in name or "$" in name or not name.isprintable() or name.strip() != name
-        if odd or set(name) == {"."} or name.startswith(("~", "-")):
-            raise ValueError("must be the name of a folder: without / and $, without spaces at its ends, and not beginning with ~ or -")
+        if odd or set(name) == {"."} or name.startswith("~"):
+            raise ValueError("must be the name of a folder: without / and $, without spaces at its ends, and not beginning with ~")
         if len(os.fsencode(name)) > 200:
             raise ValueError("is longer than a file system allows: give at most 200 characters")
         return name
