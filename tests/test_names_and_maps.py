@@ -125,7 +125,7 @@ def test_what_is_no_map_is_refused_before_anything_runs(tmp_path: Path) -> None:
 def test_one_map_as_both_half_maps_is_refused_under_any_name(tmp_path: Path) -> None:
     for name in "ab":
         write_mrc(tmp_path / f"{name}.mrc", MAP, 2.0)
-    refuse(tmp_path, "import_map: {half_maps: [a.mrc, a.mrc]}", "names one file twice", ProjectFileError)
+    refuse(tmp_path, "import_map: {half_maps: [a.mrc, a.mrc]}", "half-maps of import_map are the same map")
     refuse(tmp_path, "import_map: {half_maps: [a.mrc, b.mrc]}", "half-maps of import_map are the same map")
     refuse(tmp_path, "import_map: {half_maps: [a.mrc, b.mrc], file: a.mrc}", "file and half_maps are both given", ProjectFileError)
 

@@ -296,7 +296,7 @@ def check_files(plan: Plan) -> None:
             if np.array_equal(first, second):
                 raise InputError(
                     f"The half-maps of {step.label} are the same map: {' and '.join(step.params.half_maps)}.",
-                    "one file was copied under another name",
+                    "one file was given twice, or copied under another name",
                     "give the two half-maps of one refinement",
                 )
     check_places(plan)

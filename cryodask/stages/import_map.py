@@ -28,8 +28,6 @@ class ImportMapParams(Params):
         if (self.file is None) == (self.half_maps is None):
             what = "give a file" if self.file is None else "file and half_maps are both given; keep one"
             raise ValueError(f"{what}: import_map: {{file: map.mrc}} or import_map: {{half_maps: [half1.mrc, half2.mrc]}}")
-        if self.half_maps and self.half_maps[0] == self.half_maps[1]:
-            raise ValueError("half_maps names one file twice; give the two half-maps of one refinement")
         return self
 
 
