@@ -19,6 +19,13 @@ class InputFileMark:
 InputFile = Annotated[str, InputFileMark()]
 
 
+class MapFileMark(InputFileMark):
+    """Marks a parameter that names an MRC file of a map or mask: it is read, and refused if it is none, before anything runs."""
+
+
+MapFile = Annotated[str, MapFileMark()]
+
+
 class SourceFileMark:
     """Marks a parameter that names a file or folder from which the plan makes exposures or particles; its name enters the key."""
 

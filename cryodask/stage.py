@@ -40,6 +40,8 @@ from cryodask.parameters import (
     EffortMark,
     InputFile,
     InputFileMark,
+    MapFile,
+    MapFileMark,
     Params,
     SourceFile,
     SourceFileMark,
@@ -67,8 +69,8 @@ from cryodask.vocabulary import VARIABLES, Var
 
 __all__ = [
     "AddedMark", "BlockFunctions", "ChoiceMark", "Columns", "Context", "EffortMark", "ExposureView", "Frames", "InputFile", "InputFileMark",
-    "Metrics", "Output", "Params", "ParticleBlock", "ParticleSet", "Picture", "Port", "Program", "Resources", "SetView", "SourceFile",
-    "SourceFileMark", "Stage", "State", "Sums", "ThresholdMark", "TournamentFunctions", "port", "stage",
+    "MapFile", "MapFileMark", "Metrics", "Output", "Params", "ParticleBlock", "ParticleSet", "Picture", "Port", "Program", "Resources",
+    "SetView", "SourceFile", "SourceFileMark", "Stage", "State", "Sums", "ThresholdMark", "TournamentFunctions", "port", "stage",
 ]  # fmt: skip
 
 if TYPE_CHECKING:

@@ -95,7 +95,7 @@ def write_named_files(folder: Path, content: dict[str, Any]) -> None:
             for i in range(MOVIES):
                 movie(folder / one["movies"].replace("*", f"m{i:04d}"), i)
         if one.get("gain"):
-            write_mrc(made(folder / one["gain"]), np.ones((8, 8), np.float32), 1.0)
+            write_mrc(made(folder / one["gain"]), np.ones((512, 512), np.float32), 1.0)
     for short in ("micrographs", "particles"):
         if isinstance(inputs, dict) and inputs.get(short):
             table(folder / inputs[short])
@@ -119,7 +119,7 @@ def made(path: Path) -> Path:
 
 
 def movie(path: Path, seed: int) -> None:
-    tifffile.imwrite(made(path), np.random.default_rng(seed).poisson(2, (2, 8, 8)).astype(np.uint8), photometric="minisblack")
+    tifffile.imwrite(made(path), np.random.default_rng(seed).poisson(2, (2, 512, 512)).astype(np.uint8), photometric="minisblack")
 
 
 def density(path: Path) -> None:

@@ -19,6 +19,8 @@ WRONG: list[tuple[str, list[Any], str, Any]] = [
     wrong("no ctf", ["motion", {"pick": {"diameter_angstrom": 180}}, {"extract": {"box": 160}}, "classify2d"], "classify2d needs ctf"),
     wrong("no motion", ["ctf"], "ctf needs micrograph"),
     wrong("unknown stage", ["motion", "ctff"], "Did you mean 'ctf'"),
+    wrong("another program's name of a stage", ["motion", "ctffind"], "Did you mean 'ctf'"),
+    wrong("more copies than ids have", [*CLEAN, {"ab_initio": {"symmetry": "D64"}}, "refine3d", "expand"], "128 operators"),
     wrong("plug-in not installed", ["motion", "other.deblur"], "package"),
     wrong("unknown parameter", ["motion", {"ctf": {"finest": 3}}], "Did you mean 'finest_angstrom'"),
     wrong("input given as parameter", [*MAP, {"refine3d as b": {"map": "ab_initio"}}], "is an input, not a parameter"),
@@ -459,6 +461,11 @@ def test_a_result_that_is_passed_over_is_named(name: str, pipeline: list[Any], t
 )
 def test_an_ordinary_pipeline_warns_of_nothing(pipeline: list[Any]) -> None:
     assert plan(pipeline).warnings == ()
+
+
+def test_what_stands_for_a_type_is_no_suggestion_for_an_output() -> None:
+    (problem,) = plan([*MAP, K3, {"refine3d as b": source(particles="classify3d.largest")}]).problems
+    assert problem.endswith("It gives classify3d, classify3d.class1, classify3d.class2 and classify3d.class3.")
 
 
 def test_independent_problems_are_all_told_at_once() -> None:

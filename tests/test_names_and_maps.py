@@ -20,6 +20,7 @@ from cryodask.run import events as of
 from cryodask.run.events.progress import Terminal
 from cryodask.run.isolation import ItemFailure
 from cryodask.run.map import _is_not_of_an_item
+from cryodask.run.preview import preview
 from cryodask.run.recipe import list_movies, make_plan
 from cryodask.run.sources import check_files, list_exposures
 from cryodask.stage import load_stages
@@ -104,6 +105,41 @@ def test_half_maps_are_on_one_grid_if_their_voxels_are_equal_within_rounding(
         imported(half_maps=paths)
     with pytest.raises(InputError, match="half-maps differ"):
         check_files(make_plan(tmp_path / "p.yaml"))
+
+
+def refuse(folder: Path, step: str, text: str, error: type[Exception] = InputError) -> None:
+    (folder / "p.yaml").write_text(f"name: r\npipeline:\n  - {step}\n")
+    with pytest.raises(error, match=text):
+        check_files(make_plan(folder / "p.yaml"))
+
+
+def test_what_is_no_map_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    write_mrc(tmp_path / "movie.mrc", np.random.default_rng(0).normal(size=(3, 8, 8)).astype("f4"), 2.0)
+    (tmp_path / "notes.txt").write_text("no map")
+    (tmp_path / "maps").mkdir()
+    refuse(tmp_path, "import_map: {file: movie.mrc}", "given as import_map.file, is 3 x 8 x 8 voxels, not a cube")
+    refuse(tmp_path, "import_map: {file: notes.txt}", "less than an MRC header")
+    refuse(tmp_path, "import_map: {file: maps}", "maps is a folder, not a file", ProjectFileError)
+
+
+def test_one_map_as_both_half_maps_is_refused_under_any_name(tmp_path: Path) -> None:
+    for name in "ab":
+        write_mrc(tmp_path / f"{name}.mrc", MAP, 2.0)
+    refuse(tmp_path, "import_map: {half_maps: [a.mrc, a.mrc]}", "half-maps of import_map are the same map")
+    refuse(tmp_path, "import_map: {half_maps: [a.mrc, b.mrc]}", "half-maps of import_map are the same map")
+    refuse(tmp_path, "import_map: {half_maps: [a.mrc, b.mrc], file: a.mrc}", "file and half_maps are both given", ProjectFileError)
+
+
+def test_an_imported_mask_of_another_box_is_told_before_anything_runs(tmp_path: Path) -> None:
+    write_mrc(tmp_path / "map.mrc", MAP, 2.0)
+    for name, edge in (("own", 8), ("small", 6)):
+        write_mrc(tmp_path / f"{name}.mrc", np.abs(MAP[:edge, :edge, :edge]), 2.0)
+    for name, warned in (("own", False), ("small", True)):
+        (tmp_path / "p.yaml").write_text(f"name: r\npipeline:\n  - import_map: {{file: map.mrc}}\n  - import_mask: {{file: {name}.mrc}}\n")
+        found = [
+            w for w in preview(make_plan(tmp_path / "p.yaml")).warnings if "6 x 6 x 6 voxels, but the map of import_map will have 8" in w
+        ]
+        assert len(found) == warned
 
 
 CUBE = (16.0, 16.0, 16.0)

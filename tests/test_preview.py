@@ -59,6 +59,30 @@ def problems(path, cluster, **asked):
     return preview(draft_plan(path), Wanted(cluster=cluster, **asked)).problems
 
 
+# --- micrographs -----------------------------------------------------------------------------------------------------------------
+def test_a_box_that_no_micrograph_holds_is_refused_without_speaking_of_memory(tmp_path):
+    movies(tmp_path, (2, 64, 48))
+    small = {"pick": {"diameter_angstrom": 60}}
+    assert preview(draft_plan(project_file(tmp_path, ["motion", small, {"extract": {"box": 48}}]))).problems == []
+    (said,) = preview(draft_plan(project_file(tmp_path, ["motion", small, {"extract": {"box": 20000}}]))).problems
+    assert said.startswith("extract: a box of 20000 pixels is larger than the micrographs (64 x 48 pixels)")
+    (said,) = preview(draft_plan(project_file(tmp_path, [{"motion": {"binning": 2}}, small, {"extract": {"box": 32}}]))).problems
+    assert said.startswith("extract: a box of 32 pixels is larger than the micrographs (32 x 24 pixels)")
+
+
+def test_an_unknown_point_group_is_told_once(tmp_path):
+    movies(tmp_path)
+    write_mrc(tmp_path / "m.mrc", np.random.default_rng(0).normal(size=(8, 8, 8)).astype("f4"), 1.77)
+    cut = ["motion", "ctf", {"pick": {"diameter_angstrom": 60}}, {"extract": {"box": 8}}]
+    path = project_file(tmp_path, [*cut, {"refine3d": {"reference": "m.mrc"}}, {"refine3d as again": {}}, "ctf_refine"])
+    assert [w.partition(":")[0] for w in draft_plan(path).graph.warnings if "point group" in w] == ["refine3d"]
+
+
+def test_an_empty_path_is_refused(tmp_path):
+    with pytest.raises(ProjectFileError, match=r"inputs\.movies: the path is empty"):
+        draft_plan(project_file(tmp_path, inputs={"movies": ""}))
+
+
 # --- memory --------------------------------------------------------------------------------------------------------------------
 # motion states 6 * 64 * 64 + 4 * (4 + 5) * 64 * 64 + 2.5e8 = 250172032 bytes for such a movie, ctf 4 * 64 * 64 + 2e8 = 200016384
 def test_a_step_that_no_pool_can_hold_is_refused_with_the_memory_of_each(tmp_path):
@@ -93,8 +117,8 @@ def test_local_workers_whose_memory_the_file_says_need_more_of_it(tmp_path):
 
 def test_steps_over_maps_are_checked_with_the_edge_of_an_imported_map(tmp_path):
     # mask states 40 * 64**3 = 10485760 bytes, postprocess 60 * 64**3 = 15728640; a worker has 0.9 * 12 * 2**20 = 11324620
-    for name in ("a.mrc", "b.mrc"):
-        write_mrc(tmp_path / name, np.random.default_rng(1).normal(size=(64, 64, 64)).astype(np.float32), 2.0)
+    for seed, name in enumerate(("a.mrc", "b.mrc")):
+        write_mrc(tmp_path / name, np.random.default_rng(seed).normal(size=(64, 64, 64)).astype(np.float32), 2.0)
     path = project_file(tmp_path, ["mask", "postprocess"], inputs={"half_maps": ["a.mrc", "b.mrc"]})
     (found,) = problems(path, slurm(tmp_path, cpu={"memory": "12MiB"}))
     assert found.startswith("postprocess needs about 0.02 GB for 64 pixels, but no pool has workers with that much: cpu 0.01 GB")
@@ -103,7 +127,7 @@ def test_steps_over_maps_are_checked_with_the_edge_of_an_imported_map(tmp_path):
 def test_steps_over_maps_are_checked_with_the_edge_of_the_particles(tmp_path):
     # mask states 40 * 512**3 = 5.4 GB, postprocess 60 * 512**3 = 8.05 GB; a worker has 0.9 * 8 * 2**30 = 7.7 GB
     cut = {"extract": {"box": 600, "scale_to": 512}}
-    path = project_file(movies(tmp_path), [*FIRST, cut, "ab_initio", "refine3d", "mask", "postprocess"])
+    path = project_file(movies(tmp_path, (2, 600, 600)), [*FIRST, cut, "ab_initio", "refine3d", "mask", "postprocess"])
     (found,) = problems(path, slurm(tmp_path, cpu={"memory": "8GiB"}))
     assert found.startswith("postprocess needs about 8.05 GB for 512 pixels")
 

@@ -344,7 +344,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(what, tmp_path):
     with pytest.raises(InputError, match="run the project first"):
         getattr(Registry(tmp_path), what)(["x"])
     Registry(tmp_path).update(listing("grid1_0001:A grid2_0007:B"), complete=True)
-    with pytest.raises(InputError, match=r"no exposure called grid2_007\..*\n.*\n.*closest is grid2_0007"):
+    with pytest.raises(InputError, match=r"no exposure called 'grid2_007'\..*\n.*\n.*closest is grid2_0007"):
         getattr(Registry(tmp_path), what)(["grid1_0001", "grid2_007"])
     assert written(Registry(tmp_path).present()) == "0:grid1_0001:A 1:grid2_0007:B"
 

@@ -76,9 +76,11 @@ def look_ahead(plan: Plan, project: Project | None, listing: list[Arrival], aske
         known = {item.content for item in project.items()} if project is not None else set()
         _check_disk(plan, [a for a in listing if a.content not in known], out.movie, out.problems)
     out.warnings += other_pixel_sizes(plan, listing)
+    large = _larger_than_micrographs(plan, out.movie)
+    out.problems += large.values()
     if settings is not None:
         offers = offers_of(_with_workers(settings, asked.workers or plan.file.workers), where)
-        out.problems += beyond_offers(plan, project, plan.steps, out.movie, offers)
+        out.problems += beyond_offers(plan, project, [s for s in plan.steps if s.label not in large], out.movie, offers)
     return out
 
 
@@ -209,6 +211,25 @@ def _check_disk(plan: Plan, fresh: list[Arrival], shape: tuple[int, ...], proble
 def _binning(plan: Plan) -> int:
     """Pixels of the movies per pixel of the micrographs."""
     return max((int(getattr(step.params, "binning", 1)) for step in plan.steps if step.stage.name == "motion"), default=1)
+
+
+def _larger_than_micrographs(plan: Plan, movie: tuple[int, int, int] | None) -> dict[str, str]:
+    """Steps whose boxes do not fit into the micrographs of the only data set, with the problem of each."""
+    if movie is None or len(plan.data_sets) != 1 or any(s.stage.name == "import_micrographs" for s in plan.steps):
+        return {}
+    height, width = (edge // _binning(plan) for edge in movie[1:])
+    found = {}
+    for step in plan.steps:
+        pixels = {size for p in step.inputs.get("exposures", ()) for size in p.pixel_sizes}
+        made = step.outputs.get(("particles", "particles"))
+        if made is None or made.image is None or made.parts.get("image") != made.ref or step.stage.shape != "map" or len(pixels) != 1:
+            continue
+        if made.image.box is not None and made.image.box > min(height, width):
+            found[step.label] = (
+                f"{step.label}: a box of {made.image.box:g} pixels is larger than the micrographs ({height} x {width} pixels), so no "
+                "particle would be left. Check the box and the pixel size."
+            )
+    return found
 
 
 def _dims(step: Any) -> set[str]:

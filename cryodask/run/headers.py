@@ -11,6 +11,7 @@ import numpy as np
 from cryodask.errors import CryodaskError, InputError
 from cryodask.formats.mrc import MrcStack, open_mrc
 from cryodask.formats.star import find_beside
+from cryodask.run.known import map_edge
 from cryodask.run.recipe import Plan, Step
 from cryodask.store.project import Arrival
 
@@ -40,6 +41,7 @@ def other_pixel_sizes(plan: Plan, listing: list[Arrival]) -> Iterator[str]:
         elif step.stage.name == "import_particles" and step.params.images:
             yield from _contradictions(step, _stacks(step), "stack", "rlnImagePixelSize")
         yield from _maps_of_other_pixels(plan, step)
+        yield from _mask_of_another_box(plan, step)
 
 
 def _stacks(step: Step) -> list[tuple[str, float]]:
@@ -88,6 +90,22 @@ def _maps_of_other_pixels(plan: Plan, step: Step) -> Iterator[str]:
                 f"{step.label}: {Path(path).name} has {size} voxels of {voxel:.4g} A according to its header, the particles have "
                 f"{size} pixels of {pixel:.4g} A. Correct the voxel size in the header if both are of one size."
             )
+
+
+def _mask_of_another_box(plan: Plan, step: Step) -> Iterator[str]:
+    """An imported mask whose box differs from that of its map, as far as the plan knows it."""
+    if step.stage.name != "import_mask" or plan.graph.step(step.inputs["map"][0].step).inputs.get("to"):
+        return
+    edge = map_edge(plan, None, step.inputs["map"][0])
+    try:
+        shape = open_mrc(step.params.file).shape
+    except (CryodaskError, OSError):
+        return
+    if edge is not None and shape != (edge,) * 3:
+        yield (
+            f"{step.label}: {Path(step.params.file).name} is {' x '.join(map(str, shape))} voxels, but the map of "
+            f"{step.inputs['map'][0].ref} will have {edge} in each direction, and the mask would be refused. Resample it to this grid."
+        )
 
 
 def _maps(plan: Plan, step: Step) -> dict[str, None]:

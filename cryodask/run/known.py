@@ -39,7 +39,7 @@ def step_sizes(plan: Plan, project: Project | None, step: Step, movie: tuple[int
     sizes: Sizes = {}
     edge = image_edge(plan, project, step)
     if edge is None and "z" in dims:
-        edge = next((e for p in step.inputs.get("map", ()) if (e := _map_edge(plan, project, p)) is not None), None)
+        edge = next((e for p in step.inputs.get("map", ()) if (e := map_edge(plan, project, p)) is not None), None)
     if edge is not None:
         sizes |= {d: edge for d in ("z", "y", "x") if d in dims}
     if dims & {"particle", "slot"} and (count := particle_count(plan, project, step)) is not None:
@@ -86,13 +86,13 @@ def _edge(plan: Plan, project: Project | None, particles: Product) -> int | None
     return None if edge is None else int(edge)
 
 
-def _map_edge(plan: Plan, project: Project | None, product: Product) -> int | None:
+def map_edge(plan: Plan, project: Project | None, product: Product) -> int | None:
     """Edge of a map, voxels: from its file, from the particles it is made from, or from the map before it."""
     giver = plan.graph.step(product.step)
     if giver.inputs.get("particles"):
         return image_edge(plan, project, giver)
     if giver.inputs.get("map"):
-        return _map_edge(plan, project, giver.inputs["map"][0])
+        return map_edge(plan, project, giver.inputs["map"][0])
     for path in (path for paths in plan.input_files(giver).values() for path in paths):
         try:
             return int(open_mrc(path).shape[-1])

@@ -136,7 +136,9 @@ class _Looking:
         self.plan, self.project, self.wanted, self.out = plan, project, wanted, out
         self.update = frozenset(wanted.update)
         wanted.count_recomputations(plan, project.state.again)
-        self.before = {label: project.state.steps[label] for label in project.stages}
+        states = {label: project.state.steps[label] for label in project.stages}
+        self.before = {label: s for label, s in states.items() if (project.generation_at(s.place).path / "zarr.json").exists()}
+        self.removed = states.keys() - self.before.keys()
         self.estimator = Estimator(plan, project, movie, self.before)
         known_before = {item.row for item in project.items()}
         keep_former(plan, project, listing, foresee=True)
@@ -273,6 +275,8 @@ class _Looking:
     def _why(self, step: Step) -> str:
         """Why a step has no current result: what has changed since the last one."""
         current = self.before.get(step.label)
+        if step.label in self.removed:
+            return "its result was removed"
         if current is None or current.stage != step.stage.name:
             return "new"
         if self.project.state.again.get(step.label):

@@ -27,7 +27,13 @@ from cryodask.vocabulary import LIMITS
 __all__ = ["Plan", "ProjectFile", "Step", "make_plan", "position", "read_project_file"]
 
 
-SomePath = Annotated[str, AfterValidator(expand)]
+def _not_empty(path: str) -> str:
+    if not path.strip():
+        raise ValueError("the path is empty; leave the line out, or name a file")
+    return path
+
+
+SomePath = Annotated[str, AfterValidator(_not_empty), AfterValidator(expand)]
 
 
 class Movies(StrictModel):
@@ -286,18 +292,27 @@ def draft_plan(path: str | Path, *, ahead: bool = False) -> Plan:
             "The movies have no optics: the section `microscope` was left out. Add  microscope: {voltage_kv: 300, "
             "spherical_aberration_mm: 2.7, pixel_size_angstrom: ...}."
         )
-    warnings += [sentence for step in graph.steps for sentence in _unknown_group(step)]
+    warnings += [sentence for step in graph.steps for sentence in _unknown_group(graph, step)]
     steps = tuple(map(_with_symmetry, graph.steps))
     return Plan(path, file, plan.folder, replace(graph, steps=steps, problems=tuple(problems), warnings=tuple(warnings)))
 
 
-def _unknown_group(step: Step) -> Iterator[str]:
-    """A warning if C1 is assumed because the point group of the step's map is unknown."""
+def _unknown_group(graph: Graph, step: Step) -> Iterator[str]:
+    """A warning if C1 is assumed because the point group of the step's map is unknown, and was not assumed when that map was made."""
     if "symmetry" in type(step.params).model_fields and step.params.symmetry is None and step.inputs:
         draft = Draft(step.label, step.stage, step.params, step.inputs)
-        if point_group(draft) is None:
+        if point_group(draft) is None and not _assumed_before(graph, step):
             start = next((p.ref for p in step.inputs.get("map", ())), "its starting map")
             yield f"{step.label}: the point group of {start} is unknown, so C1 is assumed. Set symmetry, even if it is C1."
+
+
+def _assumed_before(graph: Graph, step: Step) -> bool:
+    """Whether the map of a step was made, or refined, by a step that had to assume a point group."""
+    while step.inputs.get("map"):
+        step = graph.step(step.inputs["map"][0].step)
+        if step.inputs and "symmetry" in type(step.params).model_fields:
+            return True
+    return False
 
 
 def _with_symmetry(step: Step) -> Step:
@@ -401,9 +416,9 @@ def _make_params(path: Path, stage: Stage, label: str, values: dict[str, Any], *
         for name in marked_fields(stage.params, mark):
             given = values.get(name)
             if isinstance(given, str):
-                values[name] = _existing(path, label, name, given, ahead=ahead)
+                values[name] = _existing(path, label, name, given, mark, ahead=ahead)
             elif isinstance(given, list | tuple) and all(isinstance(v, str) for v in given):
-                values[name] = [_existing(path, label, name, v, ahead=ahead) for v in given]
+                values[name] = [_existing(path, label, name, v, mark, ahead=ahead) for v in given]
     missing = [n for n in marked_fields(stage.params, SourceFileMark) if stage.params.model_fields[n].is_required() and n not in values]
     if missing:
         what = "project" if missing[0] == "project" else "file"
@@ -418,7 +433,7 @@ def _make_params(path: Path, stage: Stage, label: str, values: dict[str, Any], *
         raise ProjectFileError(what, reason, f"see them with  cryodask stages {stage.name}") from None
 
 
-def _existing(path: Path, label: str, name: str, given: str, *, ahead: bool) -> str:
+def _existing(path: Path, label: str, name: str, given: str, mark: type, *, ahead: bool) -> str:
     """The file or folder that a parameter names, as an absolute path."""
     try:
         file = (path.parent / expand(given)).resolve()
@@ -426,4 +441,6 @@ def _existing(path: Path, label: str, name: str, given: str, *, ahead: bool) -> 
         raise ProjectFileError(f"{label}.{name}: {given!r}: {error}.", "", "write the path in full") from None
     if not file.exists() and not ahead:
         raise ProjectFileError(f"{label}.{name}: there is no file {file}.", "", "check the path; paths are relative to the project file")
+    if file.is_dir() and mark is InputFileMark:
+        raise ProjectFileError(f"{label}.{name}: {file} is a folder, not a file.", "", "name the file in it")
     return str(file)

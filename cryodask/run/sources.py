@@ -23,7 +23,7 @@ from cryodask.run.headers import check_places
 from cryodask.run.imports import PicksImport, TableImport
 from cryodask.run.project_import import ProjectImport
 from cryodask.run.recipe import Plan, Step, list_movies
-from cryodask.stage import SourceFileMark
+from cryodask.stage import MapFileMark, SourceFileMark
 from cryodask.store.away import Ledger
 from cryodask.store.layouts import Grid
 from cryodask.store.listing import unknown_content
@@ -269,13 +269,20 @@ def check_files(plan: Plan) -> None:
     from cryodask.formats.mrc import open_mrc, read_map
 
     for step in plan.steps:
+        maps = marked_fields(type(step.params), MapFileMark)
         for name, path in ((n, p) for n, paths in plan.input_files(step).items() for p in paths):
-            if Path(path).suffix.lower() not in (".mrc", ".map"):
+            if name not in maps and Path(path).suffix.lower() not in (".mrc", ".map"):
                 continue
             try:
                 data = read_map(path)[0]
             except InputError as error:
                 raise InputError(f"{step.label}.{name}: {error.what}", error.usual_reason, error.way_out) from None
+            if name in maps and len(set(data.shape)) > 1:
+                raise InputError(
+                    f"{path}, given as {step.label}.{name}, is {' x '.join(map(str, data.shape))} voxels, not a cube.",
+                    "it is a movie, an image or a cropped map",
+                    "give a map, padded to a cube",
+                )
             if data.min() == data.max():
                 raise InputError(
                     f"{path}, given as {step.label}.{name}, is not a valid map: all {data.size} voxels are {data.flat[0]:g}.",
@@ -285,6 +292,13 @@ def check_files(plan: Plan) -> None:
     for step in plan.steps:
         if step.stage.name == "import_map" and step.params.half_maps:
             _check_half_maps([open_mrc(path) for path in step.params.half_maps])
+            first, second = (read_map(path)[0] for path in step.params.half_maps)
+            if np.array_equal(first, second):
+                raise InputError(
+                    f"The half-maps of {step.label} are the same map: {' and '.join(step.params.half_maps)}.",
+                    "one file was given twice, or copied under another name",
+                    "give the two half-maps of one refinement",
+                )
     check_places(plan)
 
 

@@ -23,4 +23,14 @@ def point_group(name: str) -> str:
     return given
 
 
+def order_of(group: str | None) -> int:
+    """Number of rotations of a point group; 1 for an unknown one."""
+    match = re.fullmatch(r"([CD])(\d{1,3})|([TOI])\d?", (group or "C1").strip().upper())
+    if match is None:
+        return 1
+    if match[3]:
+        return {"T": 12, "O": 24, "I": 60}[match[3]]
+    return max(int(match[2]), 1) * (2 if match[1] == "D" else 1)
+
+
 PointGroup = Annotated[str, AfterValidator(point_group)]

@@ -11,7 +11,7 @@ from pydantic import Field
 from cryodask.errors import InputError
 from cryodask.products import Product
 from cryodask.stage import Output, Params, SetView, stage
-from cryodask.stages._symmetry import PointGroup
+from cryodask.stages._symmetry import PointGroup, order_of
 from cryodask.store.identity import MOST_COPIES, copy_of
 
 _EULER = ("rot_deg", "tilt_deg", "psi_deg")
@@ -31,7 +31,9 @@ def _check(params: ExpandParams, inputs: dict[str, list[Product]]) -> Iterator[s
     if group in (None, "C1"):
         yield "there is nothing to expand in C1. Set symmetry, or use a symmetric map."
     if base.point_group not in (None, group):
-        yield f"{group} is not the symmetry of the map of {base.ref} ({base.point_group}); copies would not overlay."
+        yield f"{group} is not the symmetry of the map of {base.ref} ({base.point_group}); copies would not overlay. Leave symmetry out."
+    elif order_of(group) > MOST_COPIES:
+        yield f"{group} has {order_of(group)} operators, but a particle can have at most {MOST_COPIES} copies. Expand a subgroup."
 
 
 @stage(

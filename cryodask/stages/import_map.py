@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from cryodask.errors import InputError
 from cryodask.formats.mrc import read_map
 from cryodask.formats.mrc_header import is_same_size
-from cryodask.stage import Context, InputFile, Output, Params, stage
+from cryodask.stage import Context, MapFile, Output, Params, stage
 from cryodask.stages._half_maps import check_half_maps, check_independent
 from cryodask.stages._symmetry import PointGroup
 
@@ -18,15 +18,16 @@ from cryodask.stages._symmetry import PointGroup
 class ImportMapParams(Params):
     """Parameters of ``import_map``."""
 
-    file: InputFile | None = Field(None, description="a map, MRC")
-    half_maps: tuple[InputFile, InputFile] | None = Field(None, description="two unmasked, unsharpened half-maps of one refinement, MRC")
+    file: MapFile | None = Field(None, description="a map, MRC")
+    half_maps: tuple[MapFile, MapFile] | None = Field(None, description="two unmasked, unsharpened half-maps of one refinement, MRC")
     symmetry: PointGroup | None = Field(None, description="point group of the map")
     frame_of: str | None = Field(None, description="step whose poses refer to this map, for example import_particles")
 
     @model_validator(mode="after")
     def _one(self) -> ImportMapParams:
         if (self.file is None) == (self.half_maps is None):
-            raise ValueError("give a file: import_map: {file: map.mrc} or import_map: {half_maps: [half1.mrc, half2.mrc]}")
+            what = "give a file" if self.file is None else "file and half_maps are both given; keep one"
+            raise ValueError(f"{what}: import_map: {{file: map.mrc}} or import_map: {{half_maps: [half1.mrc, half2.mrc]}}")
         return self
 
 

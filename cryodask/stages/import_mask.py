@@ -9,7 +9,7 @@ from pydantic import Field
 
 from cryodask.errors import InputError
 from cryodask.formats.mrc import read_map
-from cryodask.stage import Context, InputFile, Output, Params, stage
+from cryodask.stage import Context, MapFile, Output, Params, stage
 
 _TOLERANCE = 0.01
 
@@ -17,7 +17,7 @@ _TOLERANCE = 0.01
 class ImportMaskParams(Params):
     """Parameters of ``import_mask``."""
 
-    file: InputFile = Field(description="soft mask, MRC, on the grid of the map")
+    file: MapFile = Field(description="soft mask, MRC, on the grid of the map")
 
 
 @stage(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from cryodask.stage import InputFile, Output, Params, Picture, port, stage
+from cryodask.stage import MapFile, Output, Params, Picture, port, stage
 from cryodask.stages._symmetry import PointGroup
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ class Refine3DParams(Params):
     """Parameters of ``refine3d``."""
 
     symmetry: PointGroup | None = Field(None, description="point group: C1, C4, D2, T, O, I ...; by default that of the starting map")
-    reference: InputFile | None = Field(None, description="starting map, an MRC file; by default the map of an earlier step")
+    reference: MapFile | None = Field(None, description="starting map, an MRC file; by default the map of an earlier step")
     lowpass_angstrom: float | None = Field(
         None, gt=0, description="low-pass of the starting map, Angstrom; by default 28 for the map of an earlier step, 40 for a file"
     )

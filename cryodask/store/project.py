@@ -148,7 +148,8 @@ class Project:
     def compact(self) -> None:
         """Compact every per-exposure step whose journals have grown enough to slow down readers (driver only)."""
         for generation in {g.path: g for g in map(self.generation, self.stages)}.values():
-            if generation.meta["per_item"]:
+            removed = not (generation.path / "zarr.json").exists()  # its step is recomputed when its turn comes
+            if not removed and generation.meta["per_item"]:
                 tail = generation.tail_length()
                 # a fraction of the whole, so that a long session writes each item a few times rather than once per call
                 if tail >= _WORTH_COMPACTING and tail >= len(generation.table(())) // 8:
@@ -239,7 +240,7 @@ class Project:
             raise UnknownStep(
                 f"Project {self.name} has no step {label!r} (it has: {known})." + (f" Did you mean {near[0]!r}?" if near else ""),
                 "" if near else "the run has not reached it yet",
-                "run the project first",
+                "correct the name" if near else "run the project first",
             )
         return found
 

@@ -161,7 +161,7 @@ class Registry:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
                 raise InputError(
-                    f"The project has no exposure called {name}.",
+                    f"The project has no exposure called {name!r}.",
                     "it was given with the folder or extension of its file",
                     f"use the name in the project; the closest is {near[0]}" if near else "run the project first: it has no exposures",
                 )

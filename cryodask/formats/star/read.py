@@ -70,7 +70,11 @@ def read_coded_particles(path: Path, keep: Collection[str] | None = None) -> tup
     """Like :func:`read_particles`, but texts stay coded; `keep` names the columns to read, all if None."""
     columns = _read(path, ("particles", "images"), need="particle_pixel_size_angstrom", keep=keep, split_images=True)
     if "image_name" not in columns:
-        raise missing_column(path, "rlnImageName")
+        raise StarError(
+            f"{path} has no column rlnImageName, so it names no images.",
+            "it is a table of positions, or of another kind",
+            "give the file that has it, or import positions only, with images: false, and extract",
+        )
     images = columns.pop("image_name")
     if isinstance(images, Coded):
         images = _split(path, images)

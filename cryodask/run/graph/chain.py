@@ -269,7 +269,8 @@ def near(word: Any, words: Iterable[str]) -> str:
     """`` Did you mean 'ctf'?``, or nothing."""
     known = list(words)
     exact = [w for w in known if w.rpartition(".")[2] == str(word)]
-    found = exact or difflib.get_close_matches(str(word), known, 1, 0.5)
+    begun = sorted((w for w in known if len(w) > 2 and str(word).startswith(w)), key=len, reverse=True)  # ctffind, extraction
+    found = exact or begun or difflib.get_close_matches(str(word), known, 1, 0.5)
     return f" Did you mean {found[0]!r}?" if found else ""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from cryodask.products import COLLECTIONS, ImageFact, Product, place_named
 from cryodask.run.graph.chain import Chain, Draft, WrongStep, as_now, label_of, labels_of, map_ports, near
 from cryodask.stage import Output
+from cryodask.stages._symmetry import order_of
 
 _ORDER = {"exposures": 0, "map": 1, "particles": 2}
 """Order of derivation: particles after the products that their facts come from."""
@@ -353,13 +353,3 @@ def point_group(draft: Draft) -> str | None:
     if groups:
         return groups.pop() if len(groups) == 1 else None
     return particles.point_group if particles is not None else None
-
-
-def order_of(group: str | None) -> int:
-    """Number of rotations of a point group; 1 for an unknown one."""
-    match = re.fullmatch(r"([CD])(\d{1,3})|([TOI])\d?", (group or "C1").strip().upper())
-    if match is None:
-        return 1
-    if match[3]:
-        return {"T": 12, "O": 24, "I": 60}[match[3]]
-    return max(int(match[2]), 1) * (2 if match[1] == "D" else 1)

@@ -151,4 +151,5 @@ def _no_such_output(giver: Step, output: str, type_: str | None) -> str:
         gives = listed(sorted({t for _, t in giver.outputs})) if giver.outputs else "nothing"
         return f"{giver.label} gives no {kind} called {output!r}; it gives {gives}."
     refs = listed(dict.fromkeys(p.ref for p in given))
-    return f"{giver.label} gives no {kind} called {output!r}. It gives {refs}.{near(output, dict.fromkeys(p.output for p in given))}"
+    names = dict.fromkeys(p.output for p in given if p.output != p.type)
+    return f"{giver.label} gives no {kind} called {output!r}. It gives {refs}.{near(output, names)}"
