@@ -60,10 +60,11 @@ def read_yaml(path: str | Path, what: str) -> Any:
     Raises
     ------
     ProjectFileError
-        If it cannot be read, is not valid YAML, or gives a key twice.
+        If it cannot be read, is not valid YAML, gives a key twice, or has a value that contains itself.
     """
     try:
-        return yaml.load(Path(path).read_bytes(), _Loader)
+        content = yaml.load(Path(path).read_bytes(), _Loader)
+        _check_finite(content, set(), set())
     except FileNotFoundError:
         raise ProjectFileError(f"There is no {what} {path}.", "", "give the path of a .yaml file") from None
     except OSError as error:
@@ -72,6 +73,20 @@ def read_yaml(path: str | Path, what: str) -> Any:
         raise ProjectFileError(f"{path} is not a valid {what}: it is nested too deeply.", "", "check its brackets") from None
     except (UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
         raise ProjectFileError(f"{path} is not a valid {what}: {_said(error)}.", "", "fix it and rerun") from None
+    return content
+
+
+def _check_finite(value: Any, above: set[int], done: set[int]) -> None:
+    """Raise ValueError if a value contains itself, as ``&x [*x]`` does: nothing that walks through it would come to an end."""
+    if not isinstance(value, dict | list) or id(value) in done:
+        return
+    if id(value) in above:
+        raise ValueError("a value contains itself, by an alias (*) within its own anchor (&)")
+    above.add(id(value))
+    for one in value.values() if isinstance(value, dict) else value:
+        _check_finite(one, above, done)
+    above.remove(id(value))
+    done.add(id(value))
 
 
 def _said(error: Exception) -> str:
@@ -137,8 +152,10 @@ def expand(path: str) -> str:
     Raises
     ------
     ValueError
-        If a variable is not set, or a person unknown.
+        If a variable is not set, a person unknown, or a byte is zero, which no path can have.
     """
+    if "\0" in path:
+        raise ValueError("a path cannot contain a zero byte")
     full = os.path.expanduser(os.path.expandvars(path))
     unset = _VARIABLE.search(full)
     if unset and unset[0] in path:

@@ -43,7 +43,7 @@ def settings(section="pools", folder="", **given):
         *((line, "cannot be added") for line in ("--comm mine", "--me=1G", "--tim=10", "--const=rome", "--gre=gpu:1", "--outp=x")),
         *((line, "cannot be added") for line in ("--test-only", "--chdir=/", "-D /", "--uid=0", "--version", "--deadline=now", "-Q", "-W")),
         *((line, "not an option") for line in ("rome", "# --mem=1G", "--exclusive rome", "--contiguous 1")),
-        *((line, "needs a value") for line in ("--constraint", "-C", "--nodelist -x")),
+        *((line, "needs a value") for line in ("--constraint", "-C", "--nodelist -x", "--constraint=", "--nice=", "-C ''")),
         ("", "single line"),
         ("--exclusive\n#SBATCH --mem=1G", "single line"),
         ("--exclusive\r--mem=1G", "single line"),
@@ -130,3 +130,10 @@ def test_a_scratch_in_the_home_folder_is_looked_for_there_on_the_node(tmp_path):
     line = next(line for line in dry_run(settings(scratch="~/scratch"))["cpu"].splitlines() if "stat -f" in line)
     assert f'scratch="{os.path.expanduser("~")}/scratch"' in line
     assert subprocess.run(["bash", "-n", "-c", line]).returncode == 0
+
+
+@pytest.mark.parametrize("line", ["--licenses=a:1", "-La:1", "'--licenses'=a:1", "-'L' a:1", "-s \\-L a:1"])
+def test_licences_are_asked_for_once_in_every_spelling(line):
+    pool = {"cores": 1, "memory": "1GiB", "licences": {"a": 1}, "directives": [line]}
+    with pytest.raises(ProjectFileError, match="licences are requested from Slurm already"):
+        parse_settings({"kind": "slurm", "pools": {"cpu": pool}})

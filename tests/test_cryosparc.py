@@ -177,6 +177,7 @@ def test_a_column_that_is_missing_beside_its_companions_is_named(tmp_path, witho
         ("ctf/cs_mm", 2.7e7, "ctf/cs_mm of row 1"), ("ctf/amp_contrast", 10, "ctf/amp_contrast of row 1"),
         ("ctf/df1_A", 1.5, "in micrometres"), ("alignments3D/split", 7, "alignments3D/split of row 1 is 7"),
         ("alignments3D/pose", 1e9, "alignments3D/pose of row 1"), ("location/micrograph_shape", 0, "micrograph_shape of row 1 is 0"),
+        ("blob/path", b">", "blob/path of row 1 is empty"),
         ("location/center_x_frac", 1.5, "center_x_frac of row 1 is 1.5"), ("location/center_y_frac", -0.2, "center_y_frac of row 1"),
     ],
 )  # fmt: skip
@@ -196,6 +197,12 @@ def test_values_that_cannot_be_are_named(tmp_path, name, value, said):
         ([("uid", "<u8"), ("ctf/accel_kv", "S4")], "ctf/accel_kv is not a column of numbers"),
         ([("uid", "<u8"), ("ctf/df_angle_rad", "U4")], "ctf/df_angle_rad is not a column of numbers"),
         ([("uid", "<u8"), ("ctf/accel_kv", "<f4", (3,))], "ctf/accel_kv is not a column of numbers"),
+        ([("uid", "<u8"), ("blob/path", "<i8")], "blob/path is not a column of text"),
+        ([("uid", "<u8"), ("location/micrograph_path", "?")], "micrograph_path is not a column of text"),
+        ([("uid", "<u8"), ("gain_ref_blob/path", "S4", (2,))], "gain_ref_blob/path is not a column of text"),
+        ([("uid", "<u8"), ("movie_blob/has_defect_file", "S4")], "has_defect_file is not a column of numbers"),
+        ([("uid", "<u8"), ("gain_ref_blob/flip_x", "<u4", (2,))], "flip_x is not a column of numbers"),
+        ([("uid", "<u8"), ("ctf/df1_A", "<f4")], "has no column ctf/df2_A"),
         ([("uid", "<u8", (2,))], "uid is not a column of whole numbers"),
     ],
 )
@@ -205,6 +212,22 @@ def test_columns_of_other_types_are_named(tmp_path, columns, said):
     np.save((tmp_path / "p.cs").open("wb"), table)
     with pytest.raises(InputError, match=said):
         cryosparc.read_particles(tmp_path / "p.cs")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "value"),
+    [
+        ("alignments2D/class", "<f4", 1.5), ("blob/idx", "<f8", 0.5), ("mscope_params/phase_plate", "<f4", np.nan),
+        ("ctf/exp_group_id", "<f4", np.nan),
+    ],
+)  # fmt: skip
+def test_parts_of_whole_numbers_are_refused(tmp_path, name, kind, value):
+    table = np.zeros(2, [("uid", "<u8"), ("movie_blob/path", "S5"), ("movie_blob/psize_A", "<f4"), (name, kind)])
+    table["uid"], table["movie_blob/psize_A"], table[name][1] = [5, 6], 1.0, value
+    np.save((tmp_path / "p.cs").open("wb"), table)
+    for read in (cryosparc.read_particles, cryosparc.read_micrographs):
+        with pytest.raises(InputError, match=f"{name} is not a whole number"):
+            read(tmp_path / "p.cs")
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,8 @@ def test_a_merged_mapping_may_be_changed(tmp_path):
         b"a: *x",
         b"a: \x00",
         b"? {a: 1}\n: 2",
+        b"workers: &x [*x]",
+        b"inputs: &x {movies: {deeper: [1, *x]}}",
     ],
 )
 def test_what_is_not_yaml_is_refused_in_a_sentence(content, tmp_path):
@@ -211,3 +213,20 @@ def test_paths_expand_or_are_refused(monkeypatch):
 def test_a_project_with_an_unset_variable_is_refused_by_name(inputs, tmp_path):
     with pytest.raises(ProjectFileError, match=r"NOT_SET_HERE|nobody_of_this_name"):
         read_project_file(project(tmp_path, inputs=inputs))
+
+
+def test_an_alias_that_is_used_twice_contains_nothing_of_itself(tmp_path):
+    (tmp_path / "p.yaml").write_text("a: &x [1, 2]\nb: [*x, *x]\nc: {d: *x}\n")
+    assert read_yaml(tmp_path / "p.yaml", "file") == {"a": [1, 2], "b": [[1, 2], [1, 2]], "c": {"d": [1, 2]}}
+
+
+def test_a_path_with_a_zero_byte_is_refused(tmp_path):
+    with pytest.raises(ProjectFileError, match=r"inputs\.movies: a path cannot contain a zero byte"):
+        read_project_file(project(tmp_path, inputs='{movies: "movies/\\0*"}'))
+
+
+@pytest.mark.parametrize("kind", ["[slurm]", "{local: 1}", "5"])
+def test_a_kind_of_cluster_is_a_word(kind, tmp_path):
+    (tmp_path / "c.yaml").write_text(f"kind: {kind}\n")
+    with pytest.raises(ProjectFileError, match="there is no kind of cluster"):
+        read_cluster_file(tmp_path / "c.yaml")

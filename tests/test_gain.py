@@ -199,3 +199,15 @@ def test_a_dead_pixel_of_a_gain_that_divides_is_dead_whatever_its_rest():
     assert np.isfinite(made).all()
     assert made[2, 3] == made[4, 5] == made[6, 7] == 0.0
     assert made.max() == 1.0
+
+
+@pytest.mark.parametrize(("rows", "refused"), [(0, False), (30, False), (70, True), (127, True)])
+def test_a_gain_without_much_of_the_camera_is_refused(tmp_path: Path, rows, refused):
+    gain = camera(shape=(128, 96))
+    gain[:rows] = 0.0
+    write_mrc(tmp_path / "g.mrc", gain, 1.0)
+    if refused:
+        with pytest.raises(GainError, match=r"is 0 in \d+ % of the pixels"):
+            read_gain(tmp_path / "g.mrc")
+    else:
+        assert np.array_equal(read_gain(tmp_path / "g.mrc"), gain)

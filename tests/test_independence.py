@@ -217,3 +217,11 @@ def test_a_resolution_that_may_be_too_fine_says_so():
     # 2 m (1 + m) / ((1 + m)^2 + m^2) with m = 0.35 / 2 / 0.65
     assert told["noise_correlation"] == pytest.approx(0.41, abs=0.05)
     assert "may be overestimated" in says(told)
+
+
+@pytest.mark.parametrize("value", [0.0, 2.5])
+@pytest.mark.parametrize("both", [True, False])
+def test_a_map_of_one_value_is_called_that(value, both):
+    flat = torch.full((16, 16, 16), value)
+    other = flat if both else torch.randn(16, 16, 16, generator=torch.Generator().manual_seed(1))
+    assert independence(other, flat).fault == "all voxels of one of them are equal"

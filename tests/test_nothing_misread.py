@@ -106,6 +106,30 @@ def test_parts_of_particles_are_those_of_their_own_table(tmp_path, before, optic
     assert parts == {"optics", "position", "score", "image", "ctf"}
 
 
+@pytest.mark.parametrize(("kind", "other"), [("particles", "images"), ("images", ""), ("particles", "")])
+def test_two_tables_of_images_are_refused(tmp_path, kind, other):
+    path = write(tmp_path / "p.star", loop("optics", [GROUP]) + loop(kind, some(1)) + loop(other, some(2)))
+    with pytest.raises(StarError, match=rf"has 2 tables: data_{kind} and data_{other}\."):
+        star.read_particles(path)
+
+
+def test_movies_beside_micrographs_are_refused(tmp_path):
+    movie = {"MicrographMovieName": "a.tif", "OpticsGroup": 1}
+    tables = [loop("optics", [GROUP]), loop("micrographs", [MICROGRAPH]), loop("movies", [movie])]
+    with pytest.raises(StarError, match="has 2 tables: data_micrographs and data_movies"):
+        star.read_micrographs(write(tmp_path / "m.star", "".join(tables)))
+    assert len(star.read_micrographs(write(tmp_path / "m.star", "".join(tables[:2])))["micrograph_name"]) == 1
+
+
+@pytest.mark.parametrize("columns", [{"TomoName": "TS_01"}, {"CoordinateX": 5, "CoordinateY": 7, "CoordinateZ": 9}])
+def test_particles_of_tomograms_are_refused(tmp_path, columns):
+    with pytest.raises(StarError, match="it is of tomograms"):
+        star.read_particles(write(tmp_path / "p.star", particles(some(2, **columns))))
+    picks = loop("", [{"CoordinateX": 5, "CoordinateY": 7, **columns}])
+    with pytest.raises(StarError, match="it is of tomograms"):
+        star.read_coordinates(write(tmp_path / "a.star", picks))
+
+
 # --- names --------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("name", "found"),

@@ -310,3 +310,27 @@ def test_frames_of_one_value_are_a_movie_however_small_they_are_compressed(tmp_p
         movie = open_movie(tmp_path / name)
         assert movie.shape == shape
         assert (np.asarray(movie[len(movie) - 1]) == value).all()
+
+
+def test_frames_below_a_page_are_missed(tmp_path: Path) -> None:
+    path = tmp_path / "m.tif"
+    for shape, refused in ((A.shape, True), (THUMBNAIL.shape, False)):
+        with tifffile.TiffWriter(path) as tiff:
+            tiff.write(A, photometric="minisblack", metadata=None, subifds=1)
+            tiff.write(A[: shape[0], : shape[1]], photometric="minisblack", metadata=None)
+        if refused:
+            with pytest.raises(MovieError, match="page 1 of 1 contains further images of its size"):
+                open_movie(path)
+        else:
+            assert len(open_movie(path)) == 1
+
+
+@pytest.mark.parametrize(("y", "found"), [(1.1, 1.1), (1.105, 1.1), (1e7, 1.1), (2.2, None)])
+def test_pixels_of_two_sizes_are_refused(tmp_path: Path, y: float, found: float | None) -> None:
+    path = tmp_path / "m.tif"
+    tifffile.imwrite(path, A, photometric="minisblack", metadata=None, resolution=(1e8 / 1.1, 1e8 / y), resolutionunit="CENTIMETER")
+    if found is None:
+        with pytest.raises(MovieError, match=r"pixels of 1\.1 x 2\.2 A \(x, y\), which are not square"):
+            open_movie(path)
+    else:
+        assert open_movie(path).pixel_size_angstrom == pytest.approx(found, rel=1e-6)

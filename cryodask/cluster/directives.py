@@ -51,13 +51,17 @@ def checked_directive(line: str) -> str:
     while words:
         word = words.pop(0)
         name, value = _parsed(word)
-        known = name in _WITHOUT_VALUE if value is None else name in _WITH_VALUE | {"exclusive", "get-user-env"}
+        known = name in _WITHOUT_VALUE if value is None else bool(value) and name in _WITH_VALUE | {"exclusive", "get-user-env"}
         if value is None and name in _WITH_VALUE and name not in _WITHOUT_VALUE and words and not words[0].startswith("-"):
-            words.pop(0)
-            known = True
+            known = bool(words.pop(0))
         if not known:
             raise ValueError(_why(word, name))
     return line
+
+
+def unquoted(line: str) -> str:
+    """A line as sbatch reads it: its words without quotes."""
+    return " ".join(shlex.split(line))
 
 
 def _parsed(word: str) -> tuple[str, str | None]:

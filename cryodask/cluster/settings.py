@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from cryodask.cluster.directives import unquoted
 from cryodask.cluster.fields import (
     GPU,
     BinaryMemory,
@@ -217,7 +218,7 @@ class PoolSettings(StrictModel):
                 raise ValueError(
                     f"{number} licences {name} cannot be divided equally among {self.workers_per_job} processes: give a multiple of that"
                 )
-        if self.licences and any(re.search(r"(^|\s)(--licenses|-L)", line) for line in self.directives):
+        if self.licences and any(re.search(r"(^|\s)(--licenses|-L)", unquoted(line)) for line in self.directives):
             raise ValueError("licences are requested from Slurm already: leave them out of directives")
         if not self.network_scratch and (kind := network_file_system(self.scratch)):
             raise ValueError(
@@ -346,6 +347,7 @@ def parse_settings(content: object, where: str = "the cluster settings", *, fold
             f"{where} is not a mapping of names to values.", "wrong indentation, or another kind of file", "begin with  kind: local"
         )
     kind = content.get("kind", "local")
+    kind = kind if isinstance(kind, str) else str(kind)
     kinds: dict[str, Any] = dict(_KINDS) if kind in _KINDS else {**_KINDS, **OTHERS.load()}
     if kind not in kinds:
         raise ProjectFileError(

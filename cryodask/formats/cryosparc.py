@@ -62,6 +62,7 @@ _POSSIBLE = {
     **dict.fromkeys(_PIXEL_SIZES, (LIMITS["pixel_size_angstrom"].least, LIMITS["pixel_size_angstrom"].most, "A")),
     "blob/shape": (2, 10_000, "pixels"),
     "blob/idx": (0, 2**31, ""),
+    "alignments2D/class": (-1, 2**31 - 2, ""),
     "alignments3D/split": (0, 1, ""),
     "alignments3D/pose": (-4 * np.pi, 4 * np.pi, "radians"),
     "location/micrograph_shape": (1, 1_000_000, "pixels"),
@@ -72,6 +73,12 @@ _POSSIBLE = {
 """Column -> least and most value, unit."""
 _NUMBERS = {*_POSSIBLE, *_WIDTHS, *(theirs for theirs, _ in _CTF.values()), *_MICROSCOPE.values()}
 _NUMBERS |= {"blob/sign", "alignments2D/class", "ctf/exp_group_id", "mscope_params/total_dose_e_per_A2", "movie_blob/is_gain_corrected"}
+_FLAGS = ("movie_blob/is_gain_corrected", "movie_blob/has_defect_file", "mscope_params/phase_plate")
+_TURNS = ("gain_ref_blob/flip_x", "gain_ref_blob/flip_y", "gain_ref_blob/rotate_num")
+_NUMBERS |= {*_FLAGS, *_TURNS}
+_WHOLE = ("blob/idx", "blob/shape", "movie_blob/shape", "alignments2D/class", "alignments3D/split", "ctf/exp_group_id", *_FLAGS, *_TURNS)
+"""Columns of whole numbers, whatever their type."""
+_PATHS = ("blob/path", "micrograph_blob/path", "movie_blob/path", "location/micrograph_path", "gain_ref_blob/path")
 _DAMAGED = (OSError, ValueError, EOFError, MemoryError, SyntaxError, TypeError, OverflowError, RecursionError, BadZipFile, TokenError)
 """What NumPy raises for a file whose header can be anything."""
 _CS_VERSION = "v4.0.0"
@@ -143,7 +150,7 @@ def read_micrographs(path: str | Path) -> Columns:
     out |= {ours: _doubles(table[theirs]) for ours, theirs in _MICROSCOPE.items() if theirs in table}
     if "movie_name" in out and "gain_ref_blob/path" in table:
         out["gain_name"] = _texts(Path(path), table["gain_ref_blob/path"])
-        turns = [table[name] != 0 for name in ("gain_ref_blob/flip_x", "gain_ref_blob/flip_y", "gain_ref_blob/rotate_num") if name in table]
+        turns = [table[name] != 0 for name in _TURNS if name in table]
         out["gain_turned"] = np.any(turns, axis=0).astype(np.int64) if turns else np.zeros(len(table["uid"]), np.int64)
         out["gain_corrected"] = table.get("movie_blob/is_gain_corrected", np.zeros(len(table["uid"]))).astype(np.int64)
     if "movie_name" in out and "movie_blob/shape" in table and "mscope_params/total_dose_e_per_A2" in table:
@@ -308,8 +315,13 @@ def _table(path: Path) -> dict[str, np.ndarray]:
     if table["uid"].dtype.kind not in "ui" or table["uid"].ndim != 1:
         raise InputError(f"{path}: uid is not a column of whole numbers.", "another program wrote it", "export it again from cryoSPARC")
     for name in (n for n in names if n in _NUMBERS):
-        if table[name].dtype.kind not in "iuf" or (name not in _WIDTHS and table[name].ndim != 1):
+        if table[name].dtype.kind not in ("iufb" if name in _FLAGS + _TURNS else "iuf") or (name not in _WIDTHS and table[name].ndim != 1):
             raise InputError(f"{path}: {name} is not a column of numbers.", "another program wrote it", "export it again from cryoSPARC")
+        if name in _WHOLE and table[name].dtype.kind == "f" and (table[name] != np.round(table[name])).any():
+            raise InputError(f"{path}: {name} is not a whole number in some rows.", "another program wrote it", "correct it there")
+    for name in (n for n in names if n in _PATHS):
+        if table[name].dtype.kind not in "SU" or table[name].ndim != 1:
+            raise InputError(f"{path}: {name} is not a column of text.", "another program wrote it", "export it again from cryoSPARC")
     for name, width in _WIDTHS.items():
         if name in names and table[name].shape != (len(table), width):
             raise InputError(f"{path}: {name} has the shape {table[name].shape[1:]}, not ({width},).", "another program wrote it", "fix it")
@@ -346,6 +358,8 @@ def _doubles(values: np.ndarray) -> np.ndarray:
 
 
 def _ctf(table: dict[str, np.ndarray]) -> Columns:
+    if "ctf/df1_A" in table:  # a defocus that depends on the direction needs all three
+        _ = table["ctf/df2_A"], table["ctf/df_angle_rad"]
     out = {ours: _doubles(table[theirs]) * factor for ours, (theirs, factor) in _CTF.items() if theirs in table}
     out = {name: values for name, values in out.items() if name not in _NEUTRAL or (values != _NEUTRAL[name]).any()}
     if "ctf/exp_group_id" in table:
@@ -391,7 +405,7 @@ def _possible(path: Path, table: Mapping[str, np.ndarray]) -> None:
                 "it is in another unit, or the job that wrote it has failed",
                 "correct it there, or remove the row",
             )
-    empty = np.flatnonzero(np.char.str_len(table["blob/path"]) == 0) if "blob/path" in table else np.zeros(0, int)
+    empty = np.flatnonzero(_texts(path, table["blob/path"]) == "") if "blob/path" in table else np.zeros(0, int)
     if len(empty):
         raise InputError(f"{path}: blob/path of row {int(empty[0]) + 1} is empty.", "the particle was not extracted", "remove the row")
     for name in ("ctf/df1_A", "ctf/df2_A"):

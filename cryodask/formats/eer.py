@@ -135,6 +135,8 @@ def open_eer(path: str, error: type[CryodaskError] = MovieError) -> EerMovie:
     shape, coding = _shape_of(first), _coding_of(first)
     if min(shape) < 4 or shape[0] * shape[1] > _MOST_PIXELS:
         raise error(f"{path} has frames of {shape[1]} x {shape[0]} pixels, which no camera has.", "the file is damaged", "copy it again")
+    if not 1 <= coding.run_bits <= 16 or max(coding.column_bits, coding.row_bits) > 8:  # the decoder would not come to an end
+        raise error(f"{path} has codes of {coding.run_bits} bits, which no camera writes.", "the file is damaged", "copy it again")
     strips = np.empty((len(framed), 2), np.int64)
     with open(path, "rb") as file:
         size = file.seek(0, 2)

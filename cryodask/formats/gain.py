@@ -19,6 +19,8 @@ EIGHT_TURNS: tuple[tuple[int, Flip], ...] = tuple((r, f) for f in ("none", "up-d
 
 _DEAD = 1e-4
 """Sensitivity of a pixel, relative to the median, up to which it is dead: dividing by it would leave noise or infinity."""
+_MOST_DEAD = 0.5
+"""Share of pixels without sensitivity from which on a file is no gain. About a thousandth are dead; an aperture may hide more."""
 _CLEARLY = 1.02
 """How many times rougher than another form of the gain counts as rougher."""
 _LEAST_EXPONENT = 0.6
@@ -50,6 +52,22 @@ def orient_gain(gain: np.ndarray, rotate_deg: int = 0, flip: Flip | int = "none"
     elif name == "left-right":
         turned = turned[:, ::-1]
     return np.ascontiguousarray(turned)
+
+
+def check_dead_pixels(gain: np.ndarray, name: str) -> None:
+    """Refuse a gain `(y, x)` that would remove much of each frame.
+
+    Raises
+    ------
+    GainError
+    """
+    dead = float(np.mean(gain <= 0))
+    if dead > _MOST_DEAD:
+        raise GainError(
+            f"{name} is 0 in {100 * dead:.0f} % of the pixels, which would be removed from all movies",
+            "it is a mask or a list of defects, a part of the camera, or was rounded to whole numbers",
+            "give the whole reference, in floating point",
+        )
 
 
 def reciprocal_gain(gain: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from cryodask.formats.compressed import COMPRESSIONS, CompressedMrcStack, ending
 from cryodask.formats.dm4 import open_dm4
 from cryodask.formats.eer import EerMovie, open_eer
 from cryodask.formats.fractions import EER_ENDINGS, Fractions
-from cryodask.formats.gain import Flip, orient_gain, reciprocal_gain
+from cryodask.formats.gain import Flip, check_dead_pixels, orient_gain, reciprocal_gain
 from cryodask.formats.mrc import open_mrc, write_mrc
 from cryodask.formats.tiff import open_tiff, write_tiff
 from cryodask.plugins import Plugins
@@ -273,6 +273,7 @@ def read_gain(
             "it is a dark reference, or damaged",
             "give the reference that multiplies the counts: about 1, and 0 at dead pixels",
         )
+    check_dead_pixels(gain, str(path))
     if eer and ending not in MRC_ENDINGS:
         gain = gain[::-1]  # as stored
     if divides is None:

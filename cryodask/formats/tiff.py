@@ -19,10 +19,13 @@ import tifffile
 
 from cryodask.errors import CryodaskError, InputError
 from cryodask.formats.four_bit import is_super_resolution_packed, unpack
+from cryodask.formats.mrc_header import common_size
 from cryodask.formats.presence import check_file
 from cryodask.formats.tiff_pages import check_pages, walk_pages
 
 _RESOLUTION_UNIT_ANGSTROM = {2: 2.54e8, 3: 1.0e8}  # inch, centimetre
+_SQUARE = 0.01
+"""Relative difference of the resolutions of square pixels: some programs write few digits."""
 
 # what tifffile logs about a damaged file is told by our own error
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
@@ -92,8 +95,8 @@ def open_tiff(path: str | Path, error: type[CryodaskError] = InputError) -> Tiff
     Raises
     ------
     error
-        If the file is missing, not a TIFF file, truncated or damaged, holds images that its directory does not list, has colours, or pages
-        that differ in size, type, compression or meaning.
+        If the file is missing, not a TIFF file, truncated or damaged, holds images that its directory does not list, has colours, pixels
+        that are not square, or pages that differ in size, type, compression or meaning.
     """
     path = str(path)
     check_file(path, error, "TIFF")
@@ -102,19 +105,27 @@ def open_tiff(path: str | Path, error: type[CryodaskError] = InputError) -> Tiff
         with tifffile.TiffFile(path) as tiff:
             first = check_pages(path, tiff, walked, error)
             rows, columns = first.shape
-            scale = _pixel_size(first.tags)
+            sizes = _pixel_sizes(first.tags)
+            try:
+                common_size(sizes, _SQUARE)
+            except ValueError as different:
+                raise error(f"{path} has pixels of {different} A (x, y), which are not square.", "", "resample it") from None
             packed = first.bitspersample == 8 and is_super_resolution_packed(columns, rows)
     dtype = np.dtype(first.dtype)
-    return TiffStack(path, (len(walked), rows, 2 * columns if packed else columns), dtype, scale, error, packed)
+    return TiffStack(path, (len(walked), rows, 2 * columns if packed else columns), dtype, sizes[1], error, packed)
 
 
-def _pixel_size(tags: tifffile.TiffTags) -> float | None:
-    """Pixel size from the resolution tags, Angstrom; None unless it is plausible for electron microscopy."""
-    resolution, unit = (tag.value if (tag := tags.get(name)) is not None else None for name in ("XResolution", "ResolutionUnit"))
-    if not isinstance(resolution, tuple) or len(resolution) != 2 or not isinstance(unit, int) or not resolution[0]:
-        return None  # absent, or damaged; the pixels do not depend on it
-    size = _RESOLUTION_UNIT_ANGSTROM.get(int(unit), 0.0) * resolution[1] / resolution[0]
-    return size if 0.05 < size < 50.0 else None
+def _pixel_sizes(tags: tifffile.TiffTags) -> list[float | None]:
+    """Pixel size along y and x from the resolution tags, Angstrom; None unless it is plausible for electron microscopy."""
+    unit = tag.value if (tag := tags.get("ResolutionUnit")) is not None else None
+    sizes: list[float | None] = []
+    for name in ("YResolution", "XResolution"):
+        resolution = tag.value if (tag := tags.get(name)) is not None else None
+        size = 0.0
+        if isinstance(resolution, tuple) and len(resolution) == 2 and isinstance(unit, int) and resolution[0]:
+            size = _RESOLUTION_UNIT_ANGSTROM.get(int(unit), 0.0) * resolution[1] / resolution[0]
+        sizes.append(size if 0.05 < size < 50.0 else None)  # absent, or damaged; the pixels do not depend on it
+    return sizes
 
 
 def write_tiff(path: str | Path, frames: np.ndarray, pixel_size_angstrom: float | None = None) -> None:

@@ -165,6 +165,8 @@ def check_pages(path: str, tiff: tifffile.TiffFile, walked: list[Walked], error:
             )
         if starts.intersection(page.dataoffsets):
             raise error(f"{where} has the data of an earlier page.", "the file is damaged", "copy it again, or remove it")
+        if any(sub.shape == page.shape and not sub.is_reduced for sub in page.pages or () if isinstance(sub, tifffile.TiffPage)):
+            raise error(f"{where} contains further images of its size.", "frames were stored below a page", "write a page for each frame")
         starts.update(page.dataoffsets)
         used += own.directory_bytes + sum(page.databytecounts) + sum(t.valuebytecount for t in page.tags if t.valuebytecount > 4)
     page_bytes = sum(sum(page.databytecounts) for page in pages) / len(pages)

@@ -42,7 +42,7 @@ class Independence(NamedTuple):
     Parameters
     ----------
     joined : int
-        Last shell up to which both maps are the same: 0 if none is, Nyquist if the maps are copies, scaled or filtered.
+        Last shell up to which both maps are the same: 0 if none is, Nyquist if the maps are copies, scaled or filtered; -1 if one is empty.
     noise_correlation, error : float
         Correlation of the solvent in the finer half of the shells beyond, its median; and the standard error of its inverse hyperbolic
         tangent (Fisher, 1915). NaN if the solvent is flat or no shell is left.
@@ -73,6 +73,8 @@ class Independence(NamedTuple):
 
     @property
     def _fault(self) -> str:
+        if self.joined < 0:
+            return "all voxels of one of them are equal"
         if np.isnan(self.agreement):
             return "they are the same in every shell, up to scale and filters"
         if np.arctanh(min(abs(self.noise_correlation), _SAME)) > np.arctanh(self.most) + self.error:
@@ -93,6 +95,9 @@ def independence(first: Tensor, second: Tensor) -> Independence:
     beyond, so only shells with power in both count.
     """
     maps = torch.stack([first, second]).double()
+    spread = maps.amax((1, 2, 3)) - maps.amin((1, 2, 3))
+    if not bool((spread > 0).all()):
+        return Independence(-1, np.nan, np.nan, np.nan)
     maps = maps - maps.mean((1, 2, 3), keepdim=True)
     whole = fsc(maps[0], maps[1]).abs()
     power = torch.minimum(*(_shell_power(m) for m in maps))

@@ -23,6 +23,7 @@ Read = dict[str, "np.ndarray | Coded | Images"]
 _PICKS = [c for c in COLUMNS if c.name in ("particle_x", "particle_y", "pick_score", "micrograph_name")]
 _PIXELS = ("rlnMicrographPixelSize", *ALIASES["rlnMicrographPixelSize"])
 _HEIGHT = "rlnCoordinateZ"
+_TOMOGRAM = "rlnTomoName"
 _OLD = ("rlnDetectorPixelSize", "rlnMagnification", "rlnOriginX", "rlnOriginY")
 
 
@@ -111,7 +112,7 @@ def read_coordinates(path: str | Path) -> Columns:
         If a coordinate is missing, or not a number.
     """
     path = Path(path)
-    tables = _tables(path, [*(c.relion for c in COLUMNS), *_PIXELS, _HEIGHT])
+    tables = _tables(path, [*(c.relion for c in COLUMNS), *_PIXELS, _HEIGHT, _TOMOGRAM])
     # a table without rows has no columns either
     given = {name: t for name, t in tables.items() if t and {"rlnCoordinateX", "rlnCoordinateY"} & set(t)}
     if not given:
@@ -139,12 +140,34 @@ def read_coordinates(path: str | Path) -> Columns:
 
 def _check_frame(path: Path, table: Read, places: np.ndarray) -> None:
     """Refuse coordinates `(2, row)` that are not pixels of a micrograph."""
-    if _HEIGHT in table and (floats([str(v) for v in _decoded(table[_HEIGHT]).tolist()])[0] != 0.0).any():
-        raise StarError(
-            f"{path} has coordinates in three dimensions (rlnCoordinateZ).", "they are of a tomogram", "give the picks of micrographs"
-        )
+    _check_plane(path, table)
     if places.shape[1] > 1 and (places >= 0).all() and (places <= 1).all() and (places % 1 > 0).any():
         raise StarError(f"{path} has coordinates between 0 and 1 only.", "they are fractions of the micrograph", "convert them to pixels")
+
+
+def _check_plane(path: Path, table: Read | Loop) -> None:
+    """Refuse what is of a tomogram: its images are of a tilt series, its coordinates have three dimensions."""
+    told = _TOMOGRAM if _TOMOGRAM in table else ""
+    if _HEIGHT in table and (floats([str(v) for v in _decoded(table[_HEIGHT]).tolist()])[0] != 0.0).any():
+        told = _HEIGHT
+    if told:
+        what = "coordinates in three dimensions" if told == _HEIGHT else "names of tomograms"
+        raise StarError(f"{path} has {what} ({told}).", "it is of tomograms", "give particles or picks of micrographs")
+
+
+def _lists_files(table: Loop | None) -> bool:
+    """Whether a table has rows that name movies, micrographs or images."""
+    names = ("rlnImageName", "rlnMicrographName", "rlnMicrographMovieName")
+    return bool(table) and any(_length(table[name]) for name in names if table is not None and name in table)
+
+
+def _check_only(path: Path, tables: list[str]) -> None:
+    if len(tables) > 1:
+        raise StarError(
+            f"{path} has {len(tables)} tables: {' and '.join('data_' + name for name in tables)}.",
+            "files were joined by hand",
+            "keep the one that is meant",
+        )
 
 
 def find_beside(name: str, star: Path) -> Path | None:
@@ -186,7 +209,7 @@ def _wanted(keep: Collection[str] | None) -> list[str]:
     always = {"micrograph_name", "image_name", "optics_group"}
     kept = [c for c in COLUMNS if keep is None or c.name in keep or c.name in always]
     names = [c.relion for c in (*kept, *OPTICS)]
-    return [*names, *(alias for name in names for alias in ALIASES.get(name, ())), *_OLD, *KEPT]
+    return [*names, *(alias for name in names for alias in ALIASES.get(name, ())), *_OLD, *KEPT, _TOMOGRAM, _HEIGHT]
 
 
 def _read(path: Path, blocks: tuple[str, ...], need: str, *, keep: Collection[str] | None = None, split_images: bool = False) -> Read:
@@ -198,6 +221,8 @@ def _read(path: Path, blocks: tuple[str, ...], need: str, *, keep: Collection[st
             "it is another kind of STAR file",
             "give the file that lists them",
         )
+    _check_only(path, [b for b in (*blocks, "") if b in tables and _lists_files(tables[b])])
+    _check_plane(path, table)
     columns = dict(_translate(path, table, COLUMNS))
     check_limits(path, columns, "row", lambda row: row + 1)
     _check_names(path, columns)
@@ -331,7 +356,7 @@ def _optics_of_rows(path: Path, table: Loop, columns: Read) -> Read:
         detector, magnification = (np.asarray(values) for _, values in _translate(path, table, two))
         with np.errstate(divide="ignore", invalid="ignore"):
             pixel = detector * 1e4 / magnification
-        for name in {"pixel_size_angstrom", "particle_pixel_size_angstrom"} - {*columns, *out}:
+        for name in sorted({"pixel_size_angstrom", "particle_pixel_size_angstrom"} - {*columns, *out}):
             check_limits(path, {name: pixel}, "row", lambda row: row + 1, needed=True)
             out[name] = pixel
     image_pixel = out.get("particle_pixel_size_angstrom", columns.get("particle_pixel_size_angstrom"))
