@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from scipy.ndimage import map_coordinates
 
 from cryodask.kernels.isosurface import isosurface, reduced
 from cryodask.store.generation import Generation
@@ -165,6 +164,8 @@ def surface_at(small: np.ndarray, level: float, coloured: Coloured | None = None
     about: dict[str, Any] = {"vertices": len(vertices), "triangles": len(triangles), "size": int(whole.max())}
     arrays = [centred.astype("<f4").tobytes(), triangles.astype("<u4").tobytes()]
     if coloured is not None and values is not None:
+        from scipy.ndimage import map_coordinates  # other pages do without its memory
+
         about |= {"low": coloured.low, "high": coloured.high, "label": coloured.label}
         arrays.append(map_coordinates(values, vertices.T, order=1, mode="nearest").astype("<f4").tobytes())
     head = json.dumps(about).encode()
