@@ -406,7 +406,7 @@ def test_a_limit_on_the_size_of_files_is_told_like_a_full_disk(tmp_path):
         "g = Generation.create(Path(sys.argv[1]), meta=meta, gives=('micrograph_sum',), per_item=True,"
         " grids={'': Grid({'y': 99, 'x': 99}, {})})\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
-        "try:\n    g.commit(0, 'm', {'micrograph_sum': np.ones((99, 99), np.float32)})\n"
+        "try:\n    g.commit(0, 'm', {'micrograph_sum': np.random.random((99, 99)).astype(np.float32)})\n"
         "except DiskFullError as error:\n    print(error)\n"
     )
     told = subprocess.run([sys.executable, "-c", code, str(tmp_path / "g")], capture_output=True, text=True, check=True).stdout

@@ -102,7 +102,6 @@ def corrected(
     factor = None if gain is None else torch.from_numpy(np.require(gain, np.float32, ["C", "W"])).to(device)
     node_shift, track, defects, still = _measure(params, source, frames, shape, factor, pixel, dose_per_frame)
     plain, weighted = sum_frames(source, frames, shape, factor, node_shift / pixel, pixel, dose_per_frame, pre_exposure, voltage_kv, step)
-    plain, weighted = (rounded_to_noise(torch.from_numpy(image)).numpy() for image in (plain, weighted))
     position = _nodes(shape)
     steps = np.linalg.norm(np.diff(track, axis=0), axis=1)
     middle = pre_exposure + (np.arange(frames) + 0.5) * dose_per_frame
@@ -212,7 +211,7 @@ def sum_frames(
     voltage_kv: float,
     step: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Plain and dose-weighted sums of the frames resampled at their displacement, `(y // step, x // step)` float32.
+    """Plain and dose-weighted sums of the frames resampled at their displacement, `(y // step, x // step)` float32, rounded.
 
     ``shape``, ``node_shift_px`` and ``pixel`` are those of the frames.
     """
@@ -238,4 +237,5 @@ def sum_frames(
     plain = images[0].clone() if step == 1 else flattened(sums[0].clone(), size, step)
     images.clear()
     return_freed_memory()
-    return plain.cpu().numpy(), filtered_sum(sums, size, filters, k, step * pixel, step=step).cpu().numpy()
+    plain = rounded_to_noise(plain)
+    return plain.cpu().numpy(), rounded_to_noise(filtered_sum(sums, size, filters, k, step * pixel, step=step)).cpu().numpy()

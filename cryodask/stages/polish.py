@@ -94,7 +94,7 @@ def _memory(params: PolishParams, sizes: Sizes) -> float:
 
 
 @stage(
-    version=1,
+    version=2,
     needs=[
         "movie", "pixel_size_angstrom", "dose_per_frame", "pre_exposure", "voltage_kv", "spherical_aberration_mm", "amplitude_contrast",
         "defocus_u_angstrom", "defocus_v_angstrom", "defocus_angle_deg", "phase_shift_deg", "patch_position", "patch_shift",
