@@ -34,7 +34,7 @@ pipeline:
   - extract: {box: 128, scale_to: 32}
   - classify2d: {classes: 2, iterations: 4}
   - curate
-  - ab_initio: {symmetry: D2, restarts: 2, steps: 10}
+  - ab_initio: {symmetry: D2, restarts: 2, steps: 20}
   - refine3d: {symmetry: D2, iterations: 2}
   - mask
   - postprocess

@@ -30,7 +30,7 @@ PIPELINE = [
     {"classify2d": {"classes": 3, "iterations": 4}},
     {"curate": {"keep": [1, 2]}},
     {"extract as full": {"box": 160, "scale_to": 40, "recentre": True}},
-    {"ab_initio": {"symmetry": "D2", "restarts": 1, "steps": 10, "particles": 50, "seed": 1}},
+    {"ab_initio": {"symmetry": "D2", "restarts": 1, "steps": 10, "particles": 100}},
     {"refine3d": {"iterations": 2, "from": {"particles": "full"}}},
     {"extract as again": {"box": 192, "scale_to": 48, "recentre": True}},
     {"refine3d as fine": {"iterations": 2}},
