@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import json
 import logging
+import sys
 import tempfile
 import threading
 import time
@@ -178,24 +179,26 @@ async def workshop(folder: Path, people: int) -> tuple[int, int]:
 
 
 class Unreadable:
-    """Can be unpickled in the scheduler only: there is no worker yet when it is."""
+    """Can be unpickled once, in the scheduler: there is no worker yet when it is."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
 
     def __reduce__(self) -> Any:
-        return _opened, ()
+        return _opened, (self.number,)
 
     def __call__(self) -> int:
         """What no worker comes to do."""
         return 1
 
 
-_OPENINGS = [10**9]
-
-
-def _opened() -> Any:
-    _OPENINGS[0] -= 1
-    if _OPENINGS[0] < 0:
+def _opened(number: int) -> Any:
+    # kept by a module, because what is defined here is copied with each task; by number, because a worker may try the one before again
+    seen = vars(sys.modules["_lanes"]).setdefault("opened", set())
+    if number in seen:
         raise ModuleNotFoundError("No module named 'only_on_the_scheduler'")
-    return Unreadable()
+    seen.add(number)
+    return Unreadable(number)
 
 
 async def unreadable(folder: Path, tasks: int) -> int:
@@ -203,9 +206,8 @@ async def unreadable(folder: Path, tasks: int) -> int:
     authority(folder, "anna")
     async with cluster(folder) as scheduler, person(scheduler, folder, "anna") as anna:
         before = set(scheduler.workers)
-        for _ in range(tasks):
-            _OPENINGS[0] = 1  # the scheduler's
-            failed = anna.submit(Unreadable(), pure=False)
+        for number in range(tasks):
+            failed = anna.submit(Unreadable(number), pure=False)
             said = await asyncio.wait_for(failed.exception(), 60)
             if not isinstance(said, ModuleNotFoundError) or "cannot read task" not in str(said):
                 raise RuntimeError(f"a task that cannot be read ended with {said!r}")
