@@ -65,6 +65,14 @@ class Tab:
         """The value of a JavaScript expression; it is not evaluated in the page, whose policy forbids that."""
         return self.page.evaluate(script, *given)
 
+    def tab_to(self, id: str) -> None:
+        """Press the tabulator until an element has the focus."""
+        for _ in range(60):
+            self.page.keyboard.press("Tab")
+            if self.ask("document.activeElement.id") == id:
+                return
+        raise AssertionError(f"{id} cannot be reached")
+
     def until(self, script: str, what: str = "", ok: Callable[[Any], bool] = bool) -> Any:
         """Wait until an expression is true (or ``ok``); returns it. It may fail on the page that is being left."""
         from playwright.sync_api import Error

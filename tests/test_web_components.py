@@ -316,15 +316,7 @@ def test_a_point_a_path_and_a_region_by_mouse_and_the_set_of_two_people(browser:
 def test_everything_by_keyboard_alone(browser: Any, site: tuple[Site, Made, np.ndarray]) -> None:
     with opened(browser, site[0]) as one:
         press = one.page.keyboard.press
-
-        def tab_to(what: str) -> None:
-            for _ in range(60):
-                press("Tab")
-                if one.ask("document.activeElement.id") == what:
-                    return
-            raise AssertionError(f"{what} cannot be reached")
-
-        tab_to("plane")
+        one.tab_to("plane")
         for key in ("ArrowRight", "ArrowRight", "ArrowUp", "Enter"):
             press(key)
         one.until("chosen.point()[0] > 0")
@@ -332,7 +324,7 @@ def test_everything_by_keyboard_alone(browser: Any, site: tuple[Site, Made, np.n
         one.page.focus("[name=tool]:checked")
         for _ in range(3):
             press("ArrowRight")  # to the lasso
-        tab_to("plane")
+        one.tab_to("plane")
         for key in ("Enter", *["ArrowRight"] * 8, "Enter", *["ArrowUp"] * 8, "Enter"):
             press(key)
         one.until("+document.body.dataset.region > 0")
@@ -341,12 +333,12 @@ def test_everything_by_keyboard_alone(browser: Any, site: tuple[Site, Made, np.n
         one.until("chosen.region() === null")
         press("Enter")
         one.until("+document.body.dataset.region > 0 && !document.getElementById('keep').disabled")
-        tab_to("keep")
+        one.tab_to("keep")
         press("Enter")
         one.until("chosen.state().regions.length === 1")
         one.until(READY)
         one.until("!document.getElementById('use').disabled")
-        tab_to("use")
+        one.tab_to("use")
         press("Enter")
         one.until("document.getElementById('frozen').textContent.includes('froze on')")
         assert one.wrong == []

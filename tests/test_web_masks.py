@@ -115,24 +115,16 @@ def test_a_mask_is_chosen_drawn_taken_back_and_used(browser: Any, site: tuple[Si
 def test_a_mask_is_drawn_by_keyboard_alone(browser: Any, site: tuple[Site, Made]) -> None:
     with opened(browser, site[0]) as one:
         press = one.page.keyboard.press
-
-        def tab_to(what: str) -> None:
-            for _ in range(60):
-                press("Tab")
-                if one.ask("document.activeElement.id") == what:
-                    return
-            raise AssertionError(f"{what} cannot be reached")
-
-        tab_to("threshold")
+        one.tab_to("threshold")
         press("ArrowRight")
         one.until("typeof chosen.recipe().threshold === 'number'")
-        tab_to("edge_angstrom")
+        one.tab_to("edge_angstrom")
         one.page.keyboard.type("6")
         press("Enter")
         one.until("chosen.recipe().edge_angstrom === 6")
-        tab_to("radius")
+        one.tab_to("radius")
         one.page.keyboard.type("10")
-        tab_to("over-1")
+        one.tab_to("over-1")
         for key in ("ArrowRight", "ArrowRight", "ArrowUp", "PageUp", "Enter"):
             press(key)
         one.until("chosen.recipe().strokes.length === 1")

@@ -18,7 +18,7 @@ from cryodask.kernels import local_search, polar
 from cryodask.kernels import views as vw
 from cryodask.kernels.classify3d import floored
 from cryodask.kernels.half_grid import empty_half_grid, half_volume
-from cryodask.kernels.orientations import matrix_to_euler, random_rotations, small_rotation
+from cryodask.kernels.orientations import matrix_to_euler
 from cryodask.kernels.projection import cut_map
 from cryodask.kernels.randomness import uniforms
 from cryodask.kernels.symmetry import symmetry_operators
@@ -155,9 +155,7 @@ def prepare(params: Classify3DParams, state: State, half: int, context: Context)
     noise = torch.from_numpy(state["noise_power"]).float().to(device)
     grid = polar.polar_grid(state["box"], rf.polar_rings(state), None, device)
     # the classes share one grid of views: none of them has a view closer to a particle by chance
-    generator = torch.Generator().manual_seed(((params.seed * 1009 + state["iteration"]) * 2 + half) & 0x7FFFFFFF)
-    jitter = rf.grid_jitter_rad(state, len(operators))
-    turn = (random_rotations(1, generator)[0] if jitter is None else small_rotation(jitter, generator)).to(device)
+    turn = rf.grid_turn(state, params.seed, half, len(operators)).to(device)
     rings = am.view_rings(state)
     views = partial(
         vw.make_views, rings=rings, grid=grid, turn=turn, operators=operators, reach_px=rf.reach_px(state), pruned=phase != "scale"

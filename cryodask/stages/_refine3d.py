@@ -13,7 +13,7 @@ from cryodask.errors import InputError
 from cryodask.kernels import expectation, local_search, polar
 from cryodask.kernels import views as vw
 from cryodask.kernels.half_grid import empty_half_grid, half_volume
-from cryodask.kernels.orientations import matrix_to_euler, random_rotations, small_rotation
+from cryodask.kernels.orientations import matrix_to_euler
 from cryodask.kernels.projection import cut_map
 from cryodask.kernels.randomness import uniforms
 from cryodask.kernels.rows import ImageRows, image_rows
@@ -130,9 +130,7 @@ def prepare(params: Refine3DParams, state: State, half: int, context: Context) -
     operators = symmetry_operators(params.symmetry or "C1")
     noise = torch.from_numpy(state["noise_power"]).float().to(device)
     grid = polar.polar_grid(state["box"], rf.polar_rings(state), None, device)
-    generator = torch.Generator().manual_seed(((params.seed * 1009 + state["iteration"]) * 2 + half) & 0x7FFFFFFF)
-    jitter = rf.grid_jitter_rad(state, len(operators))
-    turn = (random_rotations(1, generator)[0] if jitter is None else small_rotation(jitter, generator)).to(device)
+    turn = rf.grid_turn(state, params.seed, half, len(operators)).to(device)
     make_views = partial(
         vw.make_views, rings=rf.coarse_rings(state), grid=grid, turn=turn, operators=operators, reach_px=rf.reach_px(state),
         pruned=phase not in ("scale", "verdict"),

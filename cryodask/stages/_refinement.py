@@ -18,6 +18,7 @@ from cryodask.kernels.local_search import Climb
 from cryodask.kernels.map_evidence import covered, cut_share, fourier_coverage
 from cryodask.kernels.masking import own_solvent_mask
 from cryodask.kernels.maximisation import Support, crossing
+from cryodask.kernels.orientations import random_rotations, small_rotation
 from cryodask.kernels.projection import cut_map
 from cryodask.kernels.rows import shell_counts
 from cryodask.kernels.views import COARSE_RINGS, SCALE_PARTICLES, SCALE_ROUNDS, shift_step_px
@@ -317,8 +318,9 @@ def coarse_rings(state: State) -> int:
     return min(sizes_of(state).ring_of(COARSE_ANGSTROM), state["rings"])
 
 
-def grid_jitter_rad(state: State, order_of_group: int) -> float | None:
-    """Largest random rotation of the grid of views, so that no view is favoured; None: any rotation."""
-    if state["phase"] == "global":
-        return 0.15
-    return None if order_of_group == 1 else 0.1
+def grid_turn(state: State, seed: int, half: int, order_of_group: int) -> Tensor:
+    """Random rotation `(3, 3)` of the grid of views in this iteration, so that no view is favoured: any, or a small one."""
+    generator = torch.Generator().manual_seed(((seed * 1009 + state["iteration"]) * 2 + half) & 0x7FFFFFFF)
+    if state["phase"] != "global" and order_of_group == 1:
+        return random_rotations(1, generator)[0]
+    return small_rotation(0.15 if state["phase"] == "global" else 0.1, generator)
