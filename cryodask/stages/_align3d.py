@@ -1,7 +1,7 @@
 """Functions of stage ``classify3d`` with alignment: every particle is aligned to the map of every class.
 
-Poses are drawn from the posterior of a grid of views, whose sum is a particle's log evidence for a class. Once classes have settled, drawn
-poses climb to optima at finer rings, and the evidence of a class grows by what its modes gain with these.
+Poses are drawn from their posterior on a grid of views. The likelihood summed over that grid is the evidence for a class. Once classes
+have settled, drawn poses climb to optima at finer rings, and the evidence of a class grows by what its modes gain with these.
 """
 
 from __future__ import annotations
