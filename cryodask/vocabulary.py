@@ -372,7 +372,7 @@ register(
         Var("origin_y_angstrom", ("particle",), "f4", "angstrom", "shift that moves the particle to the centre of its box, along y"),
         Var("origin_x_angstrom", ("particle",), "f4", "angstrom", "shift that moves the particle to the centre of its box, along x"),
         Var("log_likelihood", ("particle",), "f4", "1", "log-likelihood gain over an empty image"),
-        Var("in_map", ("particle",), "?", "1", "whether the particle is in the map: False if no detail of the map helps to explain it"),
+        Var("in_map", ("particle",), "?", "1", "whether the particle is in the map: False if the map does not explain it"),
     ],
     "particles.pose",
 )

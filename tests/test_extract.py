@@ -51,6 +51,21 @@ def blobs(places, shape=(200, 240), sigma=2.5):
     return sum(np.exp(-((y - v) ** 2 + (x - u) ** 2) / (2 * sigma**2)) for v, u in places).astype(np.float32)
 
 
+@pytest.mark.parametrize(("recentre", "kept", "left_out"), [(True, [10, 12], [(11, 4)]), (False, [10, 11, 12], [])])
+def test_what_the_map_does_not_explain_is_not_recentred(recentre, kept, left_out):
+    places = np.array([[60.0, 70.0], [120.0, 160.0], [99.0, 110.0]]) * PIXEL
+    out = extract.process(
+        ExtractParams(box=48, recentre=recentre),
+        micrograph_dw=np.random.default_rng(0).normal(size=(200, 240)).astype(np.float32),
+        pixel_size_angstrom=PIXEL,
+        particle_id=np.arange(10, 13),
+        **{f"{of}_{axis}_angstrom": places[:, i] for of in ("position", "centre") for i, axis in enumerate("yx")},
+        in_map=np.array([True, False, True]),
+    )
+    assert out["particle_id"].tolist() == kept
+    assert [*zip(out["left_out_id"].tolist(), out["left_out_reason"].tolist())] == left_out
+
+
 @pytest.mark.parametrize("scale", [1, 2])
 def test_recentred_boxes_have_the_refined_centre_at_their_origin_between_pixels_too(scale):
     """The centroid of a Gaussian that lies at the centre is n // 2 to 0.01 pixels; whole pixels would be up to 0.5 off."""

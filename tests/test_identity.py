@@ -31,7 +31,7 @@ PIPELINE = [
     {"curate": {"keep": [1, 2]}},
     {"extract as full": {"box": 160, "scale_to": 40, "recentre": True}},
     {"ab_initio": {"symmetry": "D2", "restarts": 1, "steps": 10, "particles": 100}},
-    {"refine3d": {"iterations": 2, "from": {"particles": "full"}}},
+    {"refine3d": {"iterations": 7, "from": {"particles": "full"}}},
     {"extract as again": {"box": 192, "scale_to": 48, "recentre": True}},
     {"refine3d as fine": {"iterations": 2}},
 ]
@@ -110,12 +110,11 @@ def test_positions_and_centres_are_places_in_the_exposure(done, session):
 
 
 def test_after_recentring_the_true_position_of_a_particle_is_within_a_pixel_of_the_centre_of_its_box(done, session):
-    """128 of 129 particles are within a pixel; of the other, the pose is wrong."""
     truth, found = load_truth(session), done.particles("again")
     movie = [truth.names.index(name) for name in found["micrograph"].values]
     away = [truth.columns[n][movie] - found[n].values[:, None] for n in ("particle_y", "particle_x")]
     nearest_px = np.nanmin(np.hypot(*away), axis=1)
-    assert (nearest_px > 1).sum() <= 2
+    assert nearest_px.max() <= 1.0, np.sort(nearest_px)[-5:]
     assert np.median(nearest_px) < 0.5
     assert len(np.unique([*zip(movie, np.nanargmin(np.hypot(*away), axis=1))], axis=0)) == len(movie), "no particle is there twice"
 

@@ -141,7 +141,7 @@ def prepare(params: Refine3DParams, state: State, half: int, context: Context) -
         cuts = state["verdict_rings"], min(state["start_rings"], rf.sizes_of(state).ring_of(rf.FIRST_ANGSTROM))
         return Shared(None, volumes[0], noise, tuple(make_views(cut_map(other, rings)) for rings in cuts), volumes[1])
     volume = torch.from_numpy(state["maps"][half]).to(device)
-    views = None if phase == "local" else make_views(volume)
+    views = make_views(volume) if phase != "local" or rf.seeks_strays(state) else None
     return Shared(views, None if phase == "scale" else half_volume(volume, state["rings"] + 1, state["box"]), noise)
 
 
@@ -171,45 +171,56 @@ def expect(
         return {"kept": int(columns["in_map"].sum()), "count": count}, columns
     if phase == "draw":
         return _drawn_sums(params, state, shared, block, columns, sigma, device)
+    if rf.seeks_strays(state):
+        strays = np.nonzero((columns["log_likelihood"] < state["stray_below"]) & columns["in_map"])[0]
+        # the prior has learnt the spread of the others
+        anywhere = 0.5 * state["shift_range_angstrom"] / sizes.pixel_size_angstrom
+        found = _searched(params, state, shared, block, columns, strays, max(sigma, anywhere))
+        columns = _updated(columns, strays, found, sizes.pixel_size_angstrom)
+        columns["in_map"] &= columns["log_likelihood"] >= state["foreign_below"]
     chosen = _chosen(params, state, block, columns)
     rows = torch.from_numpy(chosen).to(device)
-    old = _poses_of({name: values[chosen] for name, values in columns.items()}, sizes.pixel_size_angstrom, device)
     if phase == "global":
-        assert shared.views is not None
-        centres = old.shifts_px[:, 0] if rf.centred(state) else None
-        start_poses = vw.start_poses(block.polar, rows, shared.views, shared.noise_power, sigma, rf.KEPT_VIEWS, centres)
-        # the last pose may lie between the views of the grid
-        start_poses = local_search.Candidates(
-            torch.cat([old.rotations[:, :1], start_poses.rotations], 1),
-            torch.cat([old.shifts_px[:, :1], start_poses.shifts_px], 1),
-            start_poses.count + 1,
-        )
-        limits = {"nats": local_search.NATS}
+        found = _searched(params, state, shared, block, columns, chosen, sigma)
     else:
-        start_poses, limits = old, {"nats": 0.5 * local_search.NATS, "least_gain": rf.LOCAL_LEAST_GAIN}
-    assert shared.volume is not None
-    found = local_search.climb(
-        block.rows, rows, shared.volume, shared.noise_power, start_poses, rf.climbs(state), sigma_px=sigma,
-        operators=symmetry_operators(params.symmetry or "C1"), modes=rf.MODES, **limits,
-    )  # fmt: skip
-    shares = found.shares
-    fresh = _likeliest_first({
-        "mode_rotation": found.rotations.cpu().numpy(),
-        "mode_origin_angstrom": (found.shifts_px * sizes.pixel_size_angstrom).cpu().numpy(),
-        "mode_count": found.count.cpu().numpy().astype(np.int8),
-        "log_likelihood": found.total.float().cpu().numpy(),
-        "certainty": shares.amax(1).cpu().numpy(),
-    }, shares.cpu().numpy())  # fmt: skip
-    columns = {name: np.array(values) for name, values in columns.items()}
-    for name, values in fresh.items():
-        columns[name][chosen] = values
-    poses = found.rotations, found.shifts_px, shares
+        found = _climbed(params, state, shared, block, rows, _poses_of(columns, chosen, sizes.pixel_size_angstrom, device), sigma)
+    columns = _updated(columns, chosen, found, sizes.pixel_size_angstrom)
+    poses = found.rotations, found.shifts_px, found.shares
     if phase == "global":
         # optima fit the noise of their own map; poses drawn about them do not
         numbers = torch.from_numpy(uniforms(params.seed, state["iteration"], block.index[chosen], 6 * rf.DRAWS)).to(device)
         drawn = found.draw(numbers.reshape(len(chosen), rf.DRAWS, 6))
         poses = *drawn, torch.full((len(chosen), rf.DRAWS), 1.0 / rf.DRAWS, device=device)
     return _sums(state, shared, block, rows, *poses, columns), columns
+
+
+def _searched(
+    params: Refine3DParams, state: State, shared: Shared, block: Loaded, columns: Columns, chosen: np.ndarray, sigma_px: float
+) -> local_search.Modes:
+    """Optima that some particles reach from the likeliest of all views, and from their last pose."""
+    assert shared.views is not None
+    rows = torch.from_numpy(chosen).to(shared.noise_power.device)
+    old = _poses_of(columns, chosen, rf.sizes_of(state).pixel_size_angstrom, str(rows.device))
+    centres = old.shifts_px[:, 0] if rf.centred(state) else None
+    found = vw.start_poses(block.polar, rows, shared.views, shared.noise_power, sigma_px, rf.KEPT_VIEWS, centres)
+    # the last pose may lie between the views of the grid
+    begin = local_search.Candidates(
+        torch.cat([old.rotations[:, :1], found.rotations], 1), torch.cat([old.shifts_px[:, :1], found.shifts_px], 1), found.count + 1
+    )
+    return _climbed(params, state, shared, block, rows, begin, sigma_px, from_views=True)
+
+
+def _climbed(
+    params: Refine3DParams, state: State, shared: Shared, block: Loaded, rows: torch.Tensor, begin: local_search.Candidates,
+    sigma_px: float, *, from_views: bool = False,
+) -> local_search.Modes:  # fmt: skip
+    """Optima near some start poses: views of a grid, or poses that were optima of the last map."""
+    assert shared.volume is not None
+    limits = {"nats": local_search.NATS} if from_views else {"nats": 0.5 * local_search.NATS, "least_gain": rf.LOCAL_LEAST_GAIN}
+    return local_search.climb(
+        block.rows, rows, shared.volume, shared.noise_power, begin, rf.climbs(state, from_views=from_views), sigma_px=sigma_px,
+        operators=symmetry_operators(params.symmetry or "C1"), modes=rf.MODES, **limits,
+    )  # fmt: skip
 
 
 def _chosen(params: Refine3DParams, state: State, block: Loaded, columns: Columns) -> np.ndarray:
@@ -232,21 +243,28 @@ def _no_poses(count: int) -> Columns:
     }
 
 
-def _likeliest_first(columns: Columns, shares: np.ndarray) -> Columns:
-    """Modes in the order of their shares, which the width of a mode decides as well as its likelihood."""
-    order = np.argsort(-shares, axis=1, kind="stable")
-    return {
-        **columns,
-        "mode_rotation": np.take_along_axis(columns["mode_rotation"], order[..., None, None], 1),
-        "mode_origin_angstrom": np.take_along_axis(columns["mode_origin_angstrom"], order[..., None], 1),
+def _updated(columns: Columns, chosen: np.ndarray, found: local_search.Modes, pixel: float) -> Columns:
+    """Columns with new modes of some particles, in the order of their shares: the width of a mode decides as well as its likelihood."""
+    shares = found.shares
+    order = torch.argsort(-shares, dim=1, stable=True)
+    fresh = {
+        "mode_rotation": found.rotations.take_along_dim(order[..., None, None], 1),
+        "mode_origin_angstrom": found.shifts_px.take_along_dim(order[..., None], 1) * pixel,
+        "mode_count": found.count.to(torch.int8),
+        "log_likelihood": found.total.float(),
+        "certainty": shares.amax(1),
     }
+    columns = {name: np.array(values) for name, values in columns.items()}
+    for name, values in fresh.items():
+        columns[name][chosen] = values.cpu().numpy()
+    return columns
 
 
-def _poses_of(columns: Columns, pixel: float, device: str) -> local_search.Candidates:
+def _poses_of(columns: Columns, chosen: np.ndarray, pixel: float, device: str) -> local_search.Candidates:
     return local_search.Candidates(
-        torch.from_numpy(np.array(columns["mode_rotation"])).to(device),
-        (torch.from_numpy(np.array(columns["mode_origin_angstrom"])) / pixel).to(device),
-        torch.from_numpy(columns["mode_count"].astype(np.int64)).to(device),
+        torch.from_numpy(columns["mode_rotation"][chosen]).to(device),
+        (torch.from_numpy(columns["mode_origin_angstrom"][chosen]) / pixel).to(device),
+        torch.from_numpy(columns["mode_count"][chosen].astype(np.int64)).to(device),
     )
 
 
@@ -271,6 +289,7 @@ def _sums(
         "count": len(rows),
         "shift_square": float((shifts_px[each, best] * pixel).double().square().sum()),
         "log_likelihood": float(columns["log_likelihood"][chosen].astype(np.float64).sum()),
+        "log_likelihood_square": float(np.square(columns["log_likelihood"][chosen], dtype=np.float64).sum()),
         "certainty": float(columns["certainty"][chosen].astype(np.float64).sum()),
     }
 

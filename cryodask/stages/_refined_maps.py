@@ -79,8 +79,8 @@ def _next_maps(params: Refine3DParams, state: State, new: State, sums: list[Sums
     new["certainty"] = sum(s["certainty"] for s in sums) / total
     new["likelihoods"] = np.append(state["likelihoods"], new["mean_log_likelihood"])
     new["certainties"] = np.append(state["certainties"], math.nan if drawn else new["certainty"])
-    summed = {name: sum(s[name] for s in sums) for name in ("count", "log_likelihood", "certainty", "cross", "norm")}
-    new["of_pass"] = [*state["of_pass"], {"rings": state["rings"], **summed}]
+    of_pass = ("count", "log_likelihood", "log_likelihood_square", "certainty", "cross", "norm")
+    new["of_pass"] = [*state["of_pass"], {"rings": state["rings"], **{name: sum(s[name] for s in sums) for name in of_pass}}]
     rf.next_phase(state, new, iterations=params.iterations)
     if rf.parts_of(new) == 1:
         new["grids"] = np.zeros(0, np.float32)

@@ -52,6 +52,9 @@ CERTAIN_ANYHOW = 0.85
 """Pose certainty that decides at any resolution, for data that end before that: wrong maps had at most 0.64 there."""
 SURE = 0.9
 """Pose certainty, in the last part of a pass, from which further passes over all views change nothing."""
+STRAY, FOREIGN = 2.0, 3.0
+"""Standard deviations by which the log-likelihood of a particle is below the mean if all views and shifts are searched again for it, and
+if it is left out of the map because that did not help. Few are so far below: the distribution has its long tail on the other side."""
 REACH_STEPS, REACH_OF_MASK = 3.0, 0.06
 """How far views are searched about a particle's last shift: steps of the shifts, or a share of the mask's diameter if that is more."""
 FIRST_ANGSTROM = 28.0
@@ -123,10 +126,10 @@ def polar_rings(state: State) -> int:
     return int(min(sizes.last, max(state["start_rings"], sizes.ring_of(DRAWN_ANGSTROM), sizes.ring_of(COARSE_ANGSTROM)) + 1))
 
 
-def climbs(state: State) -> list[Climb]:
-    """Ring limits of the local search of a pass."""
+def climbs(state: State, *, from_views: bool) -> list[Climb]:
+    """Ring limits of a local search from views of a grid, or from poses that were optima of the last map."""
     rings = state["rings"]
-    if state["phase"] == "local":
+    if not from_views:
         return [Climb(rings, MODES, 6)]
     sizes = sizes_of(state)
     first = min(sizes.ring_of(FIRST_CLIMB_ANGSTROM), round(state["length_angstrom"] / (0.06 * state["mask_diameter_angstrom"])))
@@ -167,7 +170,7 @@ def beginning(state: State, count: int) -> State:
     return {
         "phase": "draw", "part": 0, "parts": parts, "sample": sample, "drawn_passes": 0, "passes": 0, "stalled": 0,
         "rings": state["start_rings"], "maps": state["start_maps"], "best_rings": 0, "best_log_likelihood": -math.inf,
-        "pose_certainty": math.nan, "grids": np.zeros(0, np.float32), "of_pass": [],
+        "stray_below": -math.inf, "pose_certainty": math.nan, "grids": np.zeros(0, np.float32), "of_pass": [],
     }  # fmt: skip
 
 
@@ -249,7 +252,7 @@ def next_phase(state: State, new: State, *, iterations: int) -> None:
     improved = new["rings"] > state["best_rings"] or likelihood > state["best_log_likelihood"] + 0.01 * abs(likelihood)
     new["best_rings"] = max(new["rings"], state["best_rings"])
     new["best_log_likelihood"] = max(likelihood, state["best_log_likelihood"])
-    new["stalled"] = 0 if improved else state["stalled"] + 1
+    new["stalled"], new["stray_below"] = 0 if improved else state["stalled"] + 1, -math.inf
     if state["phase"] == "global":
         fine = sizes.ring_of(DECISIVE_ANGSTROM)
         sure = new["certainty"] >= SURE and state["rings"] >= fine
@@ -259,6 +262,8 @@ def next_phase(state: State, new: State, *, iterations: int) -> None:
             new["pose_certainty"] = new["certainty"] if sure else certainty
         if sure or new["stalled"] >= 2:
             new["phase"], new["stalled"] = "local" if decisive else "verdict", 0
+            spread = math.sqrt(max(sum(part["log_likelihood_square"] for part in parts) / count - likelihood**2, 0.0))
+            new["stray_below"], new["foreign_below"] = likelihood - STRAY * spread, likelihood - FOREIGN * spread
     elif new["stalled"] >= 1:
         new["phase"] = "verdict"
     if new["passes"] >= iterations:
@@ -299,10 +304,16 @@ def centred(state: State) -> bool:
     return state["phase"] == "global" and state["passes"] > 0
 
 
+def seeks_strays(state: State) -> bool:
+    """Whether particles that the map explains badly are searched again, over all views and shifts: in the first local pass."""
+    return state["phase"] == "local" and math.isfinite(state["stray_below"])
+
+
 def reach_px(state: State) -> float:
     """How far the shifts of a search over all views reach from their centres, pixels."""
     sizes = sizes_of(state)
-    whole = state["reach_angstrom"] / sizes.pixel_size_angstrom
+    reach = state["shift_range_angstrom"] if seeks_strays(state) else state["reach_angstrom"]
+    whole = reach / sizes.pixel_size_angstrom
     if not centred(state):
         return float(whole)
     step = shift_step_px(coarse_rings(state), sizes.box)

@@ -103,6 +103,7 @@ REASONS = {
     1: "it is too close to the border of the micrograph",
     2: "its refined centre is unknown",
     3: "it is too close to another particle",
+    4: "it is not in the map, which does not explain it",
 }
 """Meaning of the numbers in ``left_out_reason``."""
 
@@ -132,9 +133,9 @@ def _check(params: ExtractParams, inputs: dict[str, list[Product]]) -> Iterator[
 
 
 @stage(
-    version=3,
+    version=4,
     needs=["micrograph_dw", "pixel_size_angstrom", "particle_id", "position_y_angstrom", "position_x_angstrom"],
-    optional=[name for pair in CENTRES for name in pair],
+    optional=[*(name for pair in CENTRES for name in pair), "in_map"],
     gives=[
         "particle_id", "particle_image", "particle_y", "particle_x", "particle_count", "particle_pixel_size_angstrom",
         "left_out_id", "left_out_reason",
@@ -158,6 +159,7 @@ def extract(
     centre_x_angstrom: np.ndarray | None = None,
     class_centre_y_angstrom: np.ndarray | None = None,
     class_centre_x_angstrom: np.ndarray | None = None,
+    in_map: np.ndarray | None = None,
     context: Context,
 ) -> dict[str, Any]:
     """Extract particles from the dose-weighted micrograph, as RELION does.
@@ -165,7 +167,8 @@ def extract(
     The pixel of a pick, rounded down, is at index n // 2 of the box; ``particle_y`` and ``particle_x`` are its position. With
     ``recentre`` it is the refined centre, with subpixel accuracy: that of the last 3D refinement, else of the last 2D classification. A
     particle closer to the border than 0.4 background diameters is left out, with that reason, and so is one that is closer than
-    ``nearer_than_angstrom`` to another, as two picks of one particle are after recentring. Other box pixels beyond the border are filled
+    ``nearer_than_angstrom`` to another, as two picks of one particle are after recentring, and, with ``recentre``, one that the refinement
+    has left out of its map: its centre means nothing. Other box pixels beyond the border are filled
     with the mirrored micrograph. Boxes are inverted to white protein, downscaled in Fourier space, a background plane is subtracted,
     and they are normalised to mean 0 and standard deviation 1 outside ``background_diameter_angstrom``.
     """
@@ -212,7 +215,8 @@ def extract(
             "their coordinates are pixels of another size, or belong to another micrograph",
             "give the coordinates in pixels of this micrograph",
         )
-    whole = known & (places >= reach).all(1) & (places <= size - 1 - reach).all(1)
+    foreign = np.zeros(len(ids), bool) if in_map is None or not params.recentre else ~np.asarray(in_map, bool)
+    whole = known & ~foreign & (places >= reach).all(1) & (places <= size - 1 - reach).all(1)
     limit = params.nearer_than_angstrom or pixel * (1.0 - _ROUNDING_PX)
     near = np.zeros(len(ids), bool)
     near[whole] = too_near(ids[whole], places[whole] * pixel, np.zeros(int(whole.sum())), limit)
@@ -232,7 +236,7 @@ def extract(
     return {
         "particle_id": ids[whole],
         "left_out_id": ids[~whole],
-        "left_out_reason": np.where(near, 3, np.where(known, 1, 2))[~whole].astype(np.int8),
+        "left_out_reason": np.select([foreign, near, known], [4, 3, 1], 2)[~whole].astype(np.int8),
         "particle_image": particles.cpu().numpy(),
         "particle_y": rows.astype(np.float32),
         "particle_x": columns.astype(np.float32),

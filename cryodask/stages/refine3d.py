@@ -35,7 +35,7 @@ class Refine3DParams(Params):
 
 
 @stage(
-    version=7,
+    version=8,
     shape="blocks",
     needs=["particle_image", "final_map", "map_pixel_size_angstrom"],
     ports=[
@@ -71,7 +71,9 @@ class refine3d:
     resolution is that of the whole sphere.
 
     The first search over all views covers shifts up to three times their spread; later ones cover shifts about a particle's last one, up
-    to 0.9 of the resolution of the search or 0.06 of the mask diameter, whichever is larger. The prior stays centred on zero.
+    to 0.9 of the resolution of the search or 0.06 of the mask diameter, whichever is larger. The prior stays centred on zero. For particles
+    that are much less likely than the others (two standard deviations), the first local pass searches all views and the whole range of
+    shifts once more. What is still three below the mean is left out of the map (``in_map``).
 
     If detail of the map fails to help at least one particle in eight more than noise explains, these particles are treated as junk and
     left out (``in_map``), and the refinement starts again; if the poses were certain anyway, it continues from the current map.
