@@ -57,13 +57,13 @@ class Commit:
 
     def run(self, item: Any, brief: None, device: str, attempt: int) -> None:
         """Process and commit."""
-        from cryodask.run.chain import _generation_at
+        from cryodask.run.item_values import generation_at
 
         started = time.thread_time()
         micrograph = process(item.row, self.rounds)
         with open(self.folder / "process_seconds", "a", encoding="utf-8") as file:
             file.write(f"{time.thread_time() - started}\n")
-        _generation_at(str(self.folder)).commit(item.row, item.name, {"micrograph_sum": micrograph})
+        generation_at(str(self.folder)).commit(item.row, item.name, {"micrograph_sum": micrograph})
 
     def brief(self, item: Any, again: bool) -> None:
         """Nothing travels with an item."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,24 +15,22 @@ import numpy as np
 
 from cryodask.errors import InputError, MicrographError
 from cryodask.programs import Program
-from cryodask.run.content import IMAGES, refuse_changed
 from cryodask.run.devices import on_device
 from cryodask.run.due import FactSource, due, facts_digest, joined
 from cryodask.run.events.reports import report_of
 from cryodask.run.grids import brings_movies, mark
 from cryodask.run.imports import Import
-from cryodask.run.refs import IMAGES_OF_PARTICLES, INPUTS, PARTICLES
-from cryodask.run.residents import keep
-from cryodask.run.slices import Slices, slice_digest, slice_of_birth
+from cryodask.run.item_values import ItemValues, generation_at, inputs_at, keep_for_stage, refuse_nan_pixels
+from cryodask.run.refs import PARTICLES
+from cryodask.run.slices import Slices, slice_digest
 from cryodask.run.whole import Stored
-from cryodask.stage import Params, ParticleBlock, Stage, find_stage
+from cryodask.stage import Params, Stage, find_stage
 from cryodask.store.birthbook import BirthBook
-from cryodask.store.births import KNOWN, TABLE, Birth, known_of, with_ids
+from cryodask.store.births import KNOWN, Birth, known_of, with_ids
 from cryodask.store.generation import Generation
-from cryodask.store.journal import Record, decode_value
+from cryodask.store.journal import Record
 from cryodask.store.layouts import Grid
 from cryodask.store.made import Made, settled
-from cryodask.store.particles import images_at
 from cryodask.store.project import Item
 
 
@@ -158,11 +156,11 @@ class Chain:
 
     def link_of(self, label: str) -> Link:
         """The link of a step of the chain, or before it."""
-        return self._link(label)
+        return next((link for link in self.links if link.label == label), None) or self.earlier[label]
 
     def generation_of(self, label: str) -> Generation:
         """The results of such a step, read incrementally."""
-        return self._journals(self._link(label))
+        return self._journals(self.link_of(label))
 
     def record_of(self, label: str, row: int) -> Record | None:
         """Record of a committed item in such a step."""
@@ -184,7 +182,7 @@ class Chain:
         InputError
             When the whole folder of the item is missing: that is no fault of the movie, and stops the run.
         """
-        _stop_if_the_folder_is_gone(item, self._inputs(item), message)
+        _stop_if_the_folder_is_gone(item, inputs_at(self.home, item), message)
         for link in self.links:
             generation = self._journals(link)
             made = self._due_now(link, item)
@@ -220,10 +218,8 @@ class Chain:
         if not link.within:
             return self.due(link, [item])[item.row]
         made = Made(item.fingerprint, link.recipes.get(item.data_set))
-        records = self.brief(item, True).records
-        values = {**self.constants.get(item.data_set, {}), **self._inputs(item)}
         try:
-            particles = self._particles(link, item, Brief(records), values, records)
+            particles = ItemValues(self, item, Brief(self.brief(item, True).records)).particles(link)
         except MicrographError:  # the birth itself is pending
             return made
         said = facts_digest(item, *self._fact_sources(link.label))
@@ -237,7 +233,7 @@ class Chain:
             if link.label not in self._fresh:
                 self._fresh[link.label] = self._journals(link).committed()
         found = {label: records[item.row] for label, records in self._fresh.items() if item.row in records}
-        records = {label: record for label, record in found.items() if self._is_of_now(self._link(label), item, record)}
+        records = {label: record for label, record in found.items() if self._is_of_now(self.link_of(label), item, record)}
         slices: dict[str, dict[str, np.ndarray]] = {}
         births: dict[str, dict[str, np.ndarray]] = {}
         for link in self.links:
@@ -275,27 +271,24 @@ class Chain:
     # --- in a worker --------------------------------------------------------------------------------------------------------------
     def run(self, item: Item, brief: Brief, device: str, attempt: int) -> None:
         """Process and commit one item. Stages that have it already are read, not repeated."""
-        values: dict[str, Any] = {**self.constants.get(item.data_set, {}), **self._inputs(item)}
-        records = dict(brief.records)
+        given_to = ItemValues(self, item, brief)
         fresh: list[tuple[dict[str, Any], bool]] = []
         for link in self.links:
             generation = self._generation(link.label)
-            particles = self._particles(link, item, brief, values, records)
+            particles = given_to.particles(link)
             imported = brief.digests.get(link.label)
             digest = joined(slice_digest(particles), imported) if particles is not None else imported
-            known = {**values, **brief.values.get(link.label, {})}
-            if link.label in records and records[link.label].get("slice") == digest:
+            if link.label in given_to.records and given_to.records[link.label].get("slice") == digest:
                 continue
-            records.pop(link.label, None)
-            needs = {n: self._value(n, link, item, known, records, particles) for n in link.stage.needs}
-            needs |= {n: self._value(n, link, item, known, records, particles) if n in link.source else None for n in link.stage.optional}
+            given_to.records.pop(link.label, None)
+            taken = given_to.taken(link, particles)
             started, started_cpu = time.time(), time.process_time()
             log = f"logs/{item.name}-{item.row}.log"
             report = report_of(self.topic, link.label, item.row, item.name)
             with on_device(device, log=generation.path / log, programs=link.programs, report=report) as context:
-                context.keep = functools.partial(_kept, link.folder)
-                given = link.stage.process(link.params, context=context, **needs)
-            _refuse_nan_pixels(link, item, given)
+                context.keep = functools.partial(keep_for_stage, link.folder)
+                given = link.stage.process(link.params, context=context, **taken)
+            refuse_nan_pixels(link, item, given)
             told: dict[str, Any] = {}
             if link.birth is not None:
                 before = [(brief.births[link.label], True)] if link.label in brief.births else []
@@ -306,159 +299,14 @@ class Chain:
             if link.programs and (generation.path / log).exists():
                 told = {**told, "log": log}
             info = {**made, **told, **seconds, "revision": item.revision, "attempt": attempt, "epoch": self.epoch}
-            record = generation.commit(item.row, item.name, given, grid=self._grid(link, item), **info)
-            records[link.label] = record
-            values.update({f"{link.label}/{name}": value for name, value in given.items()})
-            if "movie" in record["shards"]:
-                values[f"{link.label}/movie"] = generation.read(record, "movie")  # its codec decodes faster than LZW
+            given_to.add(link, generation.commit(item.row, item.name, given, grid=self._grid(link, item), **info), given)
 
     def _grid(self, link: Link, item: Item) -> Grid | None:
         """Size and type that the movie of an item must have, those of most of its data set; None if it is not a movie."""
         return self.grids.get(item.data_set) if brings_movies(link.stage) else None
 
-    def _inputs(self, item: Item) -> dict[str, Any]:
-        """Registry facts of an item, with absolute paths."""
-        return {n: str(self.home / v) if n.endswith("_path") else v for n, v in item.inputs.items()}
-
     def _generation(self, label: str) -> Generation:
-        return _generation_at(self._link(label).folder)
-
-    def _link(self, label: str) -> Link:
-        return next((link for link in self.links if link.label == label), None) or self.earlier[label]
-
-    def _particles(
-        self, link: Link, item: Item, brief: Brief, values: dict[str, Any], records: dict[str, Record]
-    ) -> dict[str, np.ndarray] | None:
-        """Particles of the exposure for a stage; None if it takes none."""
-        if not link.takes_particles:
-            return None
-        if not link.within:
-            return brief.slices[link.label]
-        birth = next(b for b in self.links if b.label == link.within)
-        record = records.get(link.within)
-        if record is None:
-            raise _not_finished(item, "particles", link.within)
-        generation = self._generation(link.within)
-        names = [n for n in (*TABLE, "pick_threshold", *link.particle_columns) if n in record["columns"]]
-        columns = {n: generation.read(record, n) for n in names}
-        pixel = birth.source.get("pixel_size_angstrom", link.source.get("pixel_size_angstrom", INPUTS))
-        name = "pixel_size_angstrom"
-        size = _known(name, item, values) if pixel == INPUTS else self._stored(pixel, name, item, values, records)
-        return slice_of_birth(columns, float(size), link.threshold, link.particle_columns)
-
-    def _value(
-        self,
-        name: str,
-        link: Link,
-        item: Item,
-        values: dict[str, Any],
-        records: dict[str, Record],
-        particles: dict[str, np.ndarray] | None,
-    ) -> Any:
-        label = link.source[name]
-        if name in link.whole:
-            stored = link.whole[name]
-            return keep(stored, stored.load)
-        if label == PARTICLES and name == IMAGES_OF_PARTICLES:
-            return _block(link, item, particles or {})
-        if label == PARTICLES:
-            given = particles or {}
-            # a part may come without some of its columns: imported poses have no likelihood
-            return given.get(name) if name in link.stage.optional else given[name]
-        if label == INPUTS:
-            if name == "gain":
-                path = self.gains.get(item.data_set)
-                return _gain_at(path) if path else None
-            if name in IMAGES and name in values:
-                refuse_changed(item, name, values[name])
-            return None if name not in values and name in link.stage.optional else _known(name, item, values)
-        return self._stored(label, name, item, values, records)
-
-    def _stored(self, label: str, name: str, item: Item, values: dict[str, Any], records: dict[str, Record]) -> Any:
-        """A variable that another step gave, or the first of several (``A|B``) that has the exposure."""
-        if "|" in label:
-            givers = label.split("|")
-            has = [one for one in givers if one in records or f"{one}/{name}" in values]
-            # a source that forgot an exposure has an empty record of it
-            there = [one for one in has if _is_there(values.get(f"{one}/{name}"), name, records.get(one))]
-            label = (there or has or givers)[0]
-        if f"{label}/{name}" in values:
-            return values[f"{label}/{name}"]
-        record = records.get(label)
-        if record is None:
-            raise _not_finished(item, name, label)
-        if name in record["columns"] or name in record["shards"]:
-            return self._generation(label).read(record, name)
-        if name not in self._generation(label).meta["gives"]:
-            return None  # results of a version of the stage that did not give it
-        # a movie that is read in place was not stored; its stage opens it again
-        giver = self._link(label)
-        needs = {n: self._value(n, giver, item, values, records, None) for n in giver.stage.needs}
-        needs |= {n: self._value(n, giver, item, values, records, None) for n in giver.stage.optional if n in giver.source}
-        return giver.stage.process(giver.params, **needs)[name]
-
-
-def _is_there(value: Any, name: str, record: Record | None) -> bool:
-    """Whether a step gave a variable of an exposure: a number, or a stored image."""
-    if value is None and record is not None:
-        if name not in record["columns"]:
-            return name in record["shards"]
-        value = decode_value(record["columns"][name])
-    array = value if isinstance(value, np.ndarray) and value.ndim == 0 else None
-    number = float(array) if array is not None and array.dtype.kind == "f" else value
-    return bool(getattr(value, "stored", True)) and not (isinstance(number, float) and np.isnan(number))
-
-
-def _known(name: str, item: Item, values: dict[str, Any]) -> Any:
-    if name not in values and name == "coordinates_path":
-        raise MicrographError(
-            f"There is no picks file for {item.name}.",
-            "it was removed or renamed, or nothing was picked in this exposure",
-            "put it into the folder of picks as NAME.star or NAME_anything.star; without it the exposure has no particles",
-        )
-    if name not in values:
-        raise MicrographError(f"{item.name} has no {name}.", "its row of the STAR file is incomplete", "complete or remove the row")
-    return values[name]
-
-
-def _not_finished(item: Item, name: str, label: str) -> MicrographError:
-    return MicrographError(f"{item.name} has no {name}: step {label} did not finish it.", "it was quarantined there", "see the report")
-
-
-def _block(link: Link, item: Item, particles: dict[str, np.ndarray]) -> ParticleBlock:
-    """The particles of an exposure with their images as they are stored."""
-    columns = {**particles}
-    slots = columns.pop(IMAGES_OF_PARTICLES)
-    lacking = int((slots < 0).sum())
-    if lacking:
-        raise MicrographError(
-            f"{lacking} of {len(slots)} particles of {item.name} have no image.", "their extraction did not finish", "run the project again"
-        )
-    pixels = columns.get("particle_pixel_size_angstrom", np.zeros(0))
-    return ParticleBlock(np.arange(len(slots)), images_at(link.images, item.row, slots), columns, float(pixels[0]) if len(pixels) else 1.0)
-
-
-def _kept(folder: Path, key: Hashable, make: Callable[[], Any]) -> Any:
-    return keep(("stage", folder, key), make)
-
-
-def _generation_at(folder: Path) -> Generation:
-    # one journal file per process and generation
-    return keep(("generation", folder), lambda: Generation(folder))
-
-
-def _gain_at(path: Path) -> np.ndarray:
-    return keep(("gain", path), lambda: np.asarray(np.load(path)))
-
-
-def _refuse_nan_pixels(link: Link, item: Item, given: dict[str, Any]) -> None:
-    for name, value in given.items():
-        if isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.ndim >= 2 and not np.isfinite(value).all():
-            raise MicrographError(
-                f"{name} of {item.name} has {int((~np.isfinite(value)).sum())} pixels that are NaN or infinite after stage {link.label}.",
-                "the input holds NaN pixels",
-                "check the input; the other micrographs are processed",
-            )
+        return generation_at(self.link_of(label).folder)
 
 
 def _stop_if_the_folder_is_gone(item: Item, inputs: dict[str, Any], message: str) -> None:
