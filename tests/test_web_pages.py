@@ -48,7 +48,10 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     made.refine()
     made.local_resolution()
     made.vary(500)
-    with serving(Sessions({"": [folder / "session"]}, Ledger(folder / "audit")), cache=folder / "cache") as site:
+    (folder / "templates").mkdir()
+    (folder / "templates" / "standard.yaml").write_text('name: "{name}"\nmicroscope: {pixel_size_angstrom: {pixel_size}}\n')
+    shown = Sessions({"krios": [folder / "session"]}, Ledger(folder / "audit"))
+    with serving(shown, cache=folder / "cache", templates=folder / "templates") as site:
         yield site
 
 
@@ -426,15 +429,14 @@ def test_names_and_messages_are_never_read_as_html(browser, tmp_path):
     made.vary(100)
     with serving(Sessions({EVIL[1]: [folder]}, Ledger(tmp_path / "audit")), cache=tmp_path / "cache") as site, tab(browser, site) as one:
         (session,) = site.json("/api/v1/sessions")
-        for path in (
-            "",
-            f"s/{session['id']}/",
-            f"s/{session['id']}/maps",
-            f"s/{session['id']}/mask",
-            f"s/{session['id']}/components",
-            f"s/{session['id']}/history",
-            "admin/",
-        ):
+        said = (
+            {"do": "set", "row": -1, "name": "note", "value": EVIL[1]},
+            {"do": "set", "row": -1, "name": f"tag:{EVIL[0]}"[:44], "value": ""},
+        )
+        ops = [{"id": f"{n:032x}", "n": 1 + n, **one} for n, one in enumerate(said)]
+        assert site.ask(f"/s/{session['id']}/choices/exposures/ops", "POST", sent={"ops": ops})[0] == 200
+        below = ("", "maps", "mask", "components", "history", "data", "people", "classes", "choose", "particles", "pick/0")
+        for path in ("", "admin/", *(f"s/{session['id']}/{name}" for name in below)):
             one.open(path)
             if path.endswith(f"{session['id']}/"):
                 one.until(DRAWN)

@@ -10,12 +10,16 @@ from fastapi.responses import Response
 from pydantic import BaseModel, Field
 
 from cryodask.errors import InputError
+from cryodask.web.boards import board_of, remarks_of
 from cryodask.web.pages import page
 from cryodask.web.routes.account import login_of, welcome
 from cryodask.web.session_templates import Template, new_session, templates_in
 from cryodask.web.sessions import Caller, Seen, record, sessions_of
 
 router = APIRouter()
+
+_THE_SESSION = -1
+"""Row of what is said about a session as a whole."""
 
 
 class New(BaseModel):
@@ -33,9 +37,10 @@ def overview(request: Request, person: Caller) -> Response:
     if login_of(request).token_in_address and "token" in request.query_params:
         return welcome(request, {"by": "token"}, "")
     shown = sessions_of(request).visible(person)
-    by_microscope: dict[str, list[tuple[object, object]]] = {}
+    by_microscope: dict[str, list[tuple[object, object, object]]] = {}
     for session in shown:
-        by_microscope.setdefault(session.microscope, []).append((session, session.follower.counters()))
+        said = remarks_of(board_of(request, session), _THE_SESSION)
+        by_microscope.setdefault(session.microscope, []).append((session, session.follower.counters(), said))
     operated = sessions_of(request).microscopes(person)
     offered = [one for one in known_templates(request) if not one.problem] if operated else []
     return page(
