@@ -262,13 +262,22 @@ def test_everything_works_by_keyboard_alone(browser, shown):
 
 def test_forms_of_all_other_pages_work_by_keyboard_alone(browser, tmp_path):
     """Roles of people, tokens, a hand-over, two results side by side, a log-in and a log-out: what the pages of a facility ask for."""
+    from axe_playwright_python.sync_playwright import Axe
+
     made = make_project(tmp_path / "krios" / "session", 4)
     made.finish(key="k2", sharpening=-120.0)
     passwords, directory = PasswordFile(tmp_path / "passwords"), Directory(Ledger(tmp_path / "people", private=True), ["anna"])
     passwords.write("anna", "a long password")
     login = FacilityLogin(LoginSettings(passwords=passwords.path), directory, "secret")
     shown = Sessions({"krios": [tmp_path / "krios"]}, Ledger(tmp_path / "audit", private=True))
-    with serving(shown, login, cache=tmp_path / "cache") as site, contextlib.closing(Tab(browser, site)) as one:
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "templates" / "wrong.yaml").write_text("name: x")
+    (tmp_path / "templates" / "standard.yaml").write_text('name: "{name}"\nmicroscope: {pixel_size_angstrom: {pixel_size}}\n')
+    templates = tmp_path / "templates"
+    with (
+        serving(shown, login, cache=tmp_path / "cache", templates=templates) as site,
+        contextlib.closing(Tab(browser, site, bypass_csp=True)) as one,
+    ):
         press, write = one.page.keyboard.press, one.page.keyboard.type
         name = "document.activeElement.name || document.activeElement.textContent"
 
@@ -320,6 +329,16 @@ def test_forms_of_all_other_pages_work_by_keyboard_alone(browser, tmp_path):
         press("Space")
         then("Save", "admin/", "carla")
         assert directory.people()["carla"].microscopes == {"krios"}
+        # with people, tokens and templates in them, these pages fit a telephone, and are accessible
+        for path in ("", "admin/", "account", "s/session/people", "s/session/data"):
+            one.page.set_viewport_size({"width": 390, "height": 900})
+            one.open(path)
+            assert one.ask("document.documentElement.scrollWidth") <= 390, path
+            for scheme in ("light", "dark"):
+                one.page.emulate_media(color_scheme=scheme)
+                found = Axe().run(one.page, options={"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]})
+                assert [v["id"] for v in found.response["violations"]] == [], (path, scheme)
+        one.page.set_viewport_size({"width": 1400, "height": 900})
         to("Log out")
         press("Enter")
         one.page.wait_for_url("**/login*")
