@@ -48,7 +48,7 @@ def picture(page: Page, address: str) -> None:
     page.evaluate(MAKE_EDITS)
     page.wait_for_function("() => !picker.queue.pending().length && !picker.sent.size")
     whole = Image.open(io.BytesIO(page.screenshot()))
-    whole.convert("RGB").quantize(64).save(OUT, optimize=True)
+    whole.convert("RGB").quantize(128, method=Image.Quantize.FASTOCTREE).save(OUT, optimize=True)
 
 
 if __name__ == "__main__":
