@@ -35,7 +35,7 @@ def main() -> None:
         text = file.read_text()
         file.write_text(text[: text.index("pipeline:")] + STEPS)
         run(file)
-        with dashboard(home, 1180, 760) as (page, address):
+        with dashboard(home, 1180, 860) as (page, address):
             picture(page, address)
     print(OUT)
 

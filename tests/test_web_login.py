@@ -477,6 +477,7 @@ FILE: dict[str, Any] = {"name": "north", "microscopes": {"krios": ["krios"]}, "l
         ({"login": {"proxy": {}}}, "secret_file"),
         ({"listen": {"prefix": "no-slash"}}, "prefix"),
         ({"start": "nowhere/cluster.yaml"}, "cluster.yaml, which is not there"),
+        ({"templates": "nowhere"}, "nowhere, which is no folder"),
     ],
 )
 def test_a_facility_file_that_would_be_open_or_wrong_is_refused(tmp_path, change, told):

@@ -47,6 +47,8 @@ def test_a_session_has_the_numbers_of_its_template_and_can_be_started(folder: Pa
     assert (made.microscope.pixel_size_angstrom, made.microscope.dose_per_frame) == (0.83, 1.2)
     assert Started.read(path) == Started(path.parent / "apo-7.yaml", ("--watch",), True)
     assert Starter(HERE, strict=True).state(path)["start"]
+    (folder / "templates" / "screening.yaml").chmod(0o664)
+    assert "Other accounts can change" in templates_in(folder / "templates")[0].problem
     with pytest.raises(StoreError, match="something called apo-7"):
         new_session(folder / "krios", "apo-7", standard.text)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ class Template:
     def read(cls, path: Path) -> Template:
         """Read a project file with ``{name}``, and other words in braces that stand for numbers."""
         try:
+            if any(_is_open(one) for one in (path, path.parent)):
+                # it may name programs, which the account of the server would run
+                return cls(path.stem, "", problem=f"Other accounts can change {path}, so it is not used.")
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             return cls(path.stem, "", problem=f"{path} cannot be read: {error}.")
@@ -63,6 +67,12 @@ class Template:
                 raise InputError(f"{word.replace('_', ' ')}: {value!r} is no number.", "", "write it like 1.05")
         given = {"name": session, **{word: value.strip() for word, value in values.items()}}
         return _OPEN.sub(lambda found: given[found[1]], self.text)
+
+
+def _is_open(path: Path) -> bool:
+    """Whether accounts other than this one and root can change a file or folder."""
+    found = path.stat()
+    return found.st_uid not in (os.getuid(), 0) or bool(found.st_mode & 0o022)
 
 
 def templates_in(folder: Path | None) -> list[Template]:

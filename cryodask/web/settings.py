@@ -122,13 +122,20 @@ def read_facility(path: Path) -> FacilitySettings:
         made = FacilitySettings.model_validate(content)
     except ValidationError as error:
         raise ProjectFileError(f"{path}: {problems(error, FacilitySettings)}", "", "see docs/facility/install.md for all keys") from None
-    if made.start is None or not made.start.endswith((".yaml", ".yml")):
-        return made
-    # runs begin in the folders of their projects
-    cluster = (path.absolute().parent / expand(made.start)).resolve()
-    if not cluster.is_file():
-        raise ProjectFileError(f"{path}: start names {cluster}, which is not there.", "", "correct the path, or give the name of a cluster")
-    return made.model_copy(update={"start": str(cluster)})
+    here, found = path.absolute().parent, dict[str, Any]()
+    if made.start is not None and made.start.endswith((".yaml", ".yml")):
+        # runs begin in the folders of their projects
+        cluster = (here / expand(made.start)).resolve()
+        if not cluster.is_file():
+            raise ProjectFileError(
+                f"{path}: start names {cluster}, which is not there.", "", "correct the path, or give the name of a cluster"
+            )
+        found["start"] = str(cluster)
+    if made.templates is not None:
+        found["templates"] = here / made.templates
+        if not found["templates"].is_dir():
+            raise ProjectFileError(f"{path}: templates names {found['templates']}, which is no folder.", "", "correct the path")
+    return made.model_copy(update=found)
 
 
 def is_loopback(host: str) -> bool:
