@@ -3,8 +3,9 @@
 ``python benchmarks/picking_page.py [--quick] [--size 4096] [--repeat 7]``
 
 Micrographs are imported, so that there are no previews: the server makes the first picture from the whole micrograph, and has not cached
-it. ``first_picture_s`` is from the start of the navigation to the first picture on the canvas; contrast and low-pass are measured on the
-level of 2048 x 2048, in the page, from the slider to the drawn picture. Browser: the system's Chromium, headless, drawing in software.
+it. ``first_picture_s`` is from the start of the navigation to the first picture on the canvas; contrast and low-pass are measured in the
+page, from the slider to the drawn picture, zoomed so that the level of 2048 x 2048 is shown (of which the page filters what is on the
+screen). Browser: the system's Chromium, headless, drawing in software.
 """
 
 from __future__ import annotations

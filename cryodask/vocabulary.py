@@ -422,7 +422,7 @@ register(
         Var("iteration_changed_share", ("iteration",), "f8", "1", "share of the particles that changed class in each iteration"),
         Var("start_score", ("start",), "f8", "nat", "mean log-likelihood per particle of the classification from each start"),
         Var("class_gain", (), "f8", "nat", "gain of log-likelihood per particle by the classes of the other half-set over the consensus"),
-        Var("class_gain_z", (), "f8", "1", "the same in standard errors"),
+        Var("class_gain_z", (), "f8", "1", "gain of log-likelihood by the classes of the other half-set, in standard errors"),
     ]
 )
 
@@ -522,10 +522,10 @@ register(
         Var("succeeded", (), "?", "1", "whether the evidence, which needs no ground truth, supports the map"),
         Var("pose_certainty", (), "f8", "1", "mean share of a particle's likeliest pose in its posterior, at the first decisive pass"),
         Var("held_out_gain", (), "f8", "nat", "gain in log-likelihood per unseen particle from detail finer than the starting map"),
-        Var("held_out_z", (), "f8", "1", "the same in standard errors"),
+        Var("held_out_z", (), "f8", "1", "gain from detail finer than the starting map, in standard errors"),
         Var("explained_share", (), "f8", "1", "share of the particles' explainable signal that the map of the other half explains"),
         Var("fourier_coverage", ("shell",), "f8", "1", "share of each Fourier shell that the views cover"),
-        Var("view_coverage", (), "f8", "1", "the same at the resolution of the half-maps"),
+        Var("view_coverage", (), "f8", "1", "share of the Fourier shell at the resolution of the half-maps that the views cover"),
         Var("cut_share", (), "f8", "1", "share of the half-maps' common power outside the spherical mask"),
         Var("iteration_log_likelihood", ("iteration",), "f8", "nat", "mean log-likelihood per particle in each iteration"),
         Var(

@@ -41,7 +41,7 @@ def main() -> None:
                 tab.screenshot(path=path_of)
                 # what a page of text shows, at a fifth of the bytes
                 small = Image.open(path_of).convert("RGB").resize((1000, 1071), Image.Resampling.LANCZOS)
-                small.convert("P", palette=Image.Palette.ADAPTIVE, colors=96).save(path_of, optimize=True)
+                small.quantize(128, method=Image.Quantize.FASTOCTREE).save(path_of, optimize=True)
     finally:
         server.kill()
         server.wait()

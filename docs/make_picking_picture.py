@@ -35,7 +35,7 @@ def main() -> None:
         text = file.read_text()
         file.write_text(text[: text.index("pipeline:")] + STEPS)
         run(file)
-        with dashboard(home, 1180, 760) as (page, address):
+        with dashboard(home, 1180, 860) as (page, address):
             picture(page, address)
     print(OUT)
 
@@ -48,7 +48,7 @@ def picture(page: Page, address: str) -> None:
     page.evaluate(MAKE_EDITS)
     page.wait_for_function("() => !picker.queue.pending().length && !picker.sent.size")
     whole = Image.open(io.BytesIO(page.screenshot()))
-    whole.convert("RGB").quantize(64).save(OUT, optimize=True)
+    whole.convert("RGB").quantize(128, method=Image.Quantize.FASTOCTREE).save(OUT, optimize=True)
 
 
 if __name__ == "__main__":

@@ -304,9 +304,10 @@ def serving(
     prefix: str = "",
     storage: Storage | None = None,
     starter: Starter | None = None,
+    templates: Path | None = None,
 ) -> Iterator[Site]:
     """A server in a thread of this process."""
-    app = create_app(shown, login or OwnLogin(TOKEN), prefix=prefix, cache=cache, storage=storage, starter=starter)
+    app = create_app(shown, login or OwnLogin(TOKEN), prefix=prefix, cache=cache, storage=storage, starter=starter, templates=templates)
     listening = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(_config(app))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)

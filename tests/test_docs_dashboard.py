@@ -56,7 +56,7 @@ def test_the_commands_run(tmp_path):
 
 
 def test_the_facility_file_is_valid(tmp_path):
-    (example,) = blocks(INSTALL, "yaml")
+    example, _ = blocks(INSTALL, "yaml")
     path = tmp_path / "facility.yaml"
     path.write_text(example)
     settings = read_facility(path)

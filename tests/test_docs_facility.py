@@ -21,9 +21,11 @@ from _web import Command, make_project
 from traitlets.config import Config
 
 from cryodask.cli import app
+from cryodask.run.recipe import make_plan
 from cryodask.web.directory import Directory
 from cryodask.web.ledger import Ledger
 from cryodask.web.passwords import PasswordFile
+from cryodask.web.session_templates import Template, new_session
 from cryodask.web.settings import read_facility
 
 ROOT = Path(__file__).parents[1]
@@ -95,6 +97,14 @@ def test_the_recipe_of_the_image_has_its_sections_and_valid_scripts():
         assert done.returncode == 0, done.stderr
     for line in re.findall(r"^    cryodask (.*)$", sections["test"], re.MULTILINE):
         assert command(*line.split()).returncode == 0
+
+
+def test_the_template_of_a_session_is_a_project_file(tmp_path):
+    (text,) = [block for block in blocks(FOLDER / "install.md", "yaml") if "{name}" in block]
+    (tmp_path / "standard.yaml").write_text(text)
+    template = Template.read(tmp_path / "standard.yaml")
+    path = new_session(tmp_path, "apo", template.filled("apo", dict.fromkeys(template.numbers, "1.1")))
+    assert make_plan(path.parent / "apo.yaml").folder == path
 
 
 # --- systemd ----------------------------------------------------------------------------------------------------------------------

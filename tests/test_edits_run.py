@@ -363,7 +363,7 @@ def test_regions_chosen_by_eye_and_components_that_are_computed_again(tmp_path: 
 
 
 def test_a_watched_session_goes_on_with_edits_while_it_runs(tmp_path: Path, here: Any) -> None:  # noqa: F811
-    """Frozen after four of eight movies: they are edited at once, and only the touched one is computed again; then the rest arrives."""
+    """Frozen after four of eight movies: the touched one is edited and extracted again at once, then the rest arrives."""
     folder = session(tmp_path, 4)
     steps: list[tuple[str, int]] = []
     state: dict[str, Any] = {}
@@ -385,13 +385,16 @@ def test_a_watched_session_goes_on_with_edits_while_it_runs(tmp_path: Path, here
     def hear(event: Any) -> None:
         if type(event).__name__ == "StepFinished":
             steps.append((event.result, event.done or 0))
+            state.setdefault("extracted", len(Project(folder / "toy").records("toy_extract")))
 
     past(folder / "movies")
     told = Told()
     after = run(folder, here, EDITED, watch=Until(movies=8), listen=[told, hear, act])
     assert "new decisions were frozen during the run; it goes on with them" in told.said
     first, second = "4 micrographs done so far", "8 micrographs done, 3 of them from before"
-    assert steps == [(first, 4), (second, 8), ("8 micrographs done", 8)]
+    assert steps == [(first, 4), (second, 8)]
+    assert state["extracted"] == 4, "images follow while the session goes on"
     again = {key for key, when in made(after).items() if state["before"].get(key, when) != when}
-    assert again == {("edit_picks", "m002")}
-    assert len(particles(after)) == 23
+    assert again == {("edit_picks", "m002"), ("toy_extract", "m002")}
+    assert len(particles(after)) == len(after.particles("toy_extract")["particle_id"]) == 23
+    assert renewed(made(after), run(folder, here, EDITED)) == {}, "a run without watching finds the same particles"

@@ -113,6 +113,20 @@ def test_a_site_that_is_right_has_no_problem_and_nothing_is_left_behind(site):
     assert done.output.splitlines()[-1] == "Everything is as the server needs it."
 
 
+def test_templates_that_cannot_be_used_are_problems(site):
+    folder = site.folder / "templates"
+    folder.mkdir(mode=0o755)
+    site.settings["templates"] = str(folder)
+    site.save()
+    assert "has no template" in next(finding for finding in site.found("note") if finding.point == "templates").what
+    (folder / "standard.yaml").write_text('name: "{name}"\nmicroscope: {pixel_size_angstrom: {pixel_size}}\n')
+    (folder / "standard.yaml").chmod(0o644)
+    assert site.found() == []
+    assert "standard asks for the name, pixel_size." in [finding.what for finding in site.found("ok")]
+    (folder / "standard.yaml").chmod(0o666)
+    assert "Other accounts can change" in site.only().what
+
+
 def test_problems_are_the_exit_status_and_are_said_with_the_way_out(site):
     (site.folder / "passwords").chmod(0o640)
     done = CliRunner().invoke(app, ["facility", "check", str(site.path)])

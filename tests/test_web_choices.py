@@ -107,6 +107,19 @@ def test_exposures_by_box_keyboard_ratings_and_filter(served: Served, chromium: 
             "rows => JSON.stringify([...document.querySelectorAll('#gallery [data-row]')].map(c => +c.dataset.row)) === rows",
             arg=str(rows).replace(" ", ""),
         )
+    # the session as a whole, and the list of sessions
+    page.click("#a-session")
+    page.select_option("#a-rating", "5")
+    page.fill("#a-tags", "apo")
+    page.fill("#a-note", "<b>thin</b> ice")
+    page.click("#a-save")
+    settled(page)
+    other.goto(served.address)
+    assert "★★★★★" in other.inner_text("tbody tr")
+    assert "<b>thin</b> ice" in other.inner_text("tbody tr")
+    for words, hidden in (("rating:5 tag:apo", False), ("thin", False), ("rating:4", True), ("tag:holo", True), ("toy", False)):
+        other.fill("#filter", words)
+        assert other.eval_on_selector("tbody tr", "row => row.classList.contains('hidden')") is hidden, words
     assert other.errors == []
     page.click("#use")
     page.wait_for_function("() => document.getElementById('frozen').textContent.includes('froze on')")

@@ -8,11 +8,13 @@ import struct
 
 import numpy as np
 import pytest
-from _web import TOKEN, Command, Made, make_project
+from _web import TOKEN, Command, Made, make_project, serving
 
 from cryodask.store.journal import Journal
 from cryodask.web.columns import COLUMNS
 from cryodask.web.follow import DONE, LEFT_OUT, QUARANTINED, STARTED, WAITING, Follower
+from cryodask.web.ledger import Ledger
+from cryodask.web.sessions import Sessions
 
 pytestmark = pytest.mark.heavy
 
@@ -174,6 +176,23 @@ def test_a_journal_that_is_written_and_replaced_meanwhile_gives_its_records(made
         part.write_bytes(b"".join(lines[::-1]))
         part.rename(path)
     assert {row: journal.record_of(row) for row in range(4)} == {row: Journal(folder).read().records[row] for row in range(4)}
+
+
+def test_pages_read_previews_and_never_the_micrograph(made, tmp_path):
+    """With micrographs that cannot be read every picture is there; with previews that cannot be read one is not."""
+
+    def empty(variable: str) -> int:
+        found = [path for path in made.project.path.glob(f"stages/motion/*/{variable}/**/c/**/*") if path.is_file()]
+        for path in found:
+            path.write_bytes(b"")
+        return len(found)
+
+    with serving(Sessions({"": [made.project.path]}, Ledger(tmp_path / "audit")), cache=tmp_path / "cache") as site:
+        assert empty("micrograph_sum") == 3
+        for path in ("", "exposure/0", "thumbnail/0.jpg", "micrograph/0.jpg", "spectrum/0.jpg", "picture/0/1", "columns", "choose"):
+            assert site.ask(f"/s/session/{path}")[0] == 200, path
+        assert empty("micrograph_preview") == 3
+        assert site.ask("/s/session/thumbnail/1.jpg")[0] == 409
 
 
 def test_a_torn_last_line_changes_nothing_for_single_records(made):

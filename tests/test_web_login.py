@@ -476,6 +476,8 @@ FILE: dict[str, Any] = {"name": "north", "microscopes": {"krios": ["krios"]}, "l
         ({"lissten": {}}, "lissten"),
         ({"login": {"proxy": {}}}, "secret_file"),
         ({"listen": {"prefix": "no-slash"}}, "prefix"),
+        ({"start": "nowhere/cluster.yaml"}, "cluster.yaml, which is not there"),
+        ({"templates": "nowhere"}, "nowhere, which is no folder"),
     ],
 )
 def test_a_facility_file_that_would_be_open_or_wrong_is_refused(tmp_path, change, told):
@@ -483,6 +485,14 @@ def test_a_facility_file_that_would_be_open_or_wrong_is_refused(tmp_path, change
     path.write_text(yaml.safe_dump({**FILE, **change}))
     with pytest.raises(ProjectFileError, match=told):
         read_facility(path)
+
+
+def test_the_cluster_that_runs_sessions_is_named_or_a_file_beside_the_facility_file(tmp_path):
+    path = tmp_path / "facility.yaml"
+    (tmp_path / "cluster.yaml").write_text("kind: local\n")
+    for start, found in ((None, None), ("here", "here"), ("mixed", "mixed"), ("cluster.yaml", str(tmp_path / "cluster.yaml"))):
+        path.write_text(yaml.safe_dump({**FILE, "start": start}))
+        assert read_facility(path).start == found
 
 
 def test_the_command_serves_a_facility_and_remembers_people_when_it_is_killed(tmp_path):

@@ -16,8 +16,12 @@ import pytest
 from _browser import Tab, chromium
 from _web import HEIGHT, TOKEN, WIDTH, Command, Made, Site, make_project, serving, wait_for
 
+from cryodask.web.directory import Directory
 from cryodask.web.ledger import Ledger
+from cryodask.web.login import FacilityLogin
+from cryodask.web.passwords import PasswordFile
 from cryodask.web.sessions import Sessions
+from cryodask.web.settings import LoginSettings
 
 pytestmark = pytest.mark.heavy
 
@@ -44,7 +48,10 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     made.refine()
     made.local_resolution()
     made.vary(500)
-    with serving(Sessions({"": [folder / "session"]}, Ledger(folder / "audit")), cache=folder / "cache") as site:
+    (folder / "templates").mkdir()
+    (folder / "templates" / "standard.yaml").write_text('name: "{name}"\nmicroscope: {pixel_size_angstrom: {pixel_size}}\n')
+    shown = Sessions({"krios": [folder / "session"]}, Ledger(folder / "audit"))
+    with serving(shown, cache=folder / "cache", templates=folder / "templates") as site:
         yield site
 
 
@@ -253,6 +260,91 @@ def test_everything_works_by_keyboard_alone(browser, shown):
         one.until("document.getElementById('sigmas-text').textContent === '3.1'")
 
 
+def test_forms_of_all_other_pages_work_by_keyboard_alone(browser, tmp_path):
+    """Roles of people, tokens, a hand-over, two results side by side, a log-in and a log-out: what the pages of a facility ask for."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    made = make_project(tmp_path / "krios" / "session", 4)
+    made.finish(key="k2", sharpening=-120.0)
+    passwords, directory = PasswordFile(tmp_path / "passwords"), Directory(Ledger(tmp_path / "people", private=True), ["anna"])
+    passwords.write("anna", "a long password")
+    login = FacilityLogin(LoginSettings(passwords=passwords.path), directory, "secret")
+    shown = Sessions({"krios": [tmp_path / "krios"]}, Ledger(tmp_path / "audit", private=True))
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "templates" / "wrong.yaml").write_text("name: x")
+    (tmp_path / "templates" / "standard.yaml").write_text('name: "{name}"\nmicroscope: {pixel_size_angstrom: {pixel_size}}\n')
+    templates = tmp_path / "templates"
+    with (
+        serving(shown, login, cache=tmp_path / "cache", templates=templates) as site,
+        contextlib.closing(Tab(browser, site, bypass_csp=True)) as one,
+    ):
+        press, write = one.page.keyboard.press, one.page.keyboard.type
+        name = "document.activeElement.name || document.activeElement.textContent"
+
+        def to(what: str) -> None:
+            for _ in range(60):
+                press("Tab")
+                if one.ask(name) == what:
+                    return
+            raise AssertionError(f"{what} cannot be reached")
+
+        def then(act: str, path: str, text: str) -> None:
+            to(act)
+            press("Enter")
+            one.until(f"location.href.endsWith('{path}') && document.body.textContent.includes('{text}')", text)
+            one.page.wait_for_load_state("load")
+
+        one.open("login")
+        one.page.focus("[name=name]")
+        write("anna")
+        to("password")
+        write("a long password")
+        press("Enter")
+        one.page.wait_for_url(site.address + "/")
+        one.open("s/session/people")
+        to("name")
+        write("ben")
+        to("role")
+        press("ArrowDown")
+        then("Save", "s/session/people", "ben")
+        assert directory.people()["ben"].sessions == {"session": "member"}
+        one.open("s/session/data")
+        to("who")
+        write("Professor B")
+        then("Acknowledge", "s/session/data", "Acknowledged by Professor B")
+        one.open("s/session/history")
+        to("first")
+        press("Space")
+        to("second")
+        press("ArrowDown")
+        then("Compare", "postprocess%40k1", "Compared")
+        one.open("account")
+        to("about")
+        write("a script")
+        then("Make a token", "account", "Copy it now")
+        one.open("admin/")
+        to("name")
+        write("carla")
+        to("microscopes")
+        press("Space")
+        then("Save", "admin/", "carla")
+        assert directory.people()["carla"].microscopes == {"krios"}
+        # with people, tokens and templates in them, these pages fit a telephone, and are accessible
+        for path in ("", "admin/", "account", "s/session/people", "s/session/data"):
+            one.page.set_viewport_size({"width": 390, "height": 900})
+            one.open(path)
+            assert one.ask("document.documentElement.scrollWidth") <= 390, path
+            for scheme in ("light", "dark"):
+                one.page.emulate_media(color_scheme=scheme)
+                found = Axe().run(one.page, options={"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]})
+                assert [v["id"] for v in found.response["violations"]] == [], (path, scheme)
+        one.page.set_viewport_size({"width": 1400, "height": 900})
+        to("Log out")
+        press("Enter")
+        one.page.wait_for_url("**/login*")
+        assert one.wrong == []
+
+
 def test_exposures_appear_as_they_are_committed(browser, tmp_path):
     with site_of(tmp_path) as (site, made), tab(browser, site) as one:
         one.open("s/session/").until(DRAWN)
@@ -313,6 +405,37 @@ def test_the_page_goes_on_when_the_server_is_killed_and_started_again(browser, t
             one.until("document.getElementById('saved').textContent")
 
 
+def test_a_browser_that_slept_for_a_day_shows_what_happened_meanwhile_and_that_it_must_log_in(browser, tmp_path):
+    """Hidden, it listens to nothing; awake, it shows the state of now. Where its cookie has ended it says so, until somebody logs in."""
+    hide = """hidden => {
+        Object.defineProperty(document, "hidden", { configurable: true, get: () => hidden });
+        document.dispatchEvent(new Event("visibilitychange"));
+    }"""
+    with site_of(tmp_path) as (site, made), tab(browser, site) as one:
+        one.open("s/session/").until(DRAWN)
+        one.ask(hide, True)
+        made.commit(3)
+        made.register("of the night")
+        one.page.wait_for_timeout(700)
+        assert one.text("c-done") == "3"
+        one.ask(hide, False)
+        one.until("document.getElementById('c-done').textContent === '4'")
+        one.until("document.getElementById('gallery').textContent.includes('of the night')")
+        assert one.wrong == []
+        one.ask(hide, True)
+        one.context.clear_cookies()
+        made.register("of the morning")
+        one.ask(hide, False)
+        one.until("document.getElementById('toasts').textContent.startsWith('You are logged out.')")
+        assert one.ask("document.querySelector('#toasts a').href") == one.page.url
+        assert "of the morning" not in one.text("gallery")
+        one.log_in()
+        one.ask(hide, True)
+        one.ask(hide, False)
+        one.until("document.getElementById('gallery').textContent.includes('of the morning')")
+        assert one.text("toasts") == ""
+
+
 # --- stored scripts --------------------------------------------------------------------------------------------------------------
 EVIL = ['<img src=x onerror="window.pwned=1">', '"><script>window.pwned=1</script>', "'`${window.pwned=1}`"]
 EVIL += ["</title><svg onload=window.pwned=1>"]
@@ -325,15 +448,14 @@ def test_names_and_messages_are_never_read_as_html(browser, tmp_path):
     made.vary(100)
     with serving(Sessions({EVIL[1]: [folder]}, Ledger(tmp_path / "audit")), cache=tmp_path / "cache") as site, tab(browser, site) as one:
         (session,) = site.json("/api/v1/sessions")
-        for path in (
-            "",
-            f"s/{session['id']}/",
-            f"s/{session['id']}/maps",
-            f"s/{session['id']}/mask",
-            f"s/{session['id']}/components",
-            f"s/{session['id']}/history",
-            "admin/",
-        ):
+        said = (
+            {"do": "set", "row": -1, "name": "note", "value": EVIL[1]},
+            {"do": "set", "row": -1, "name": f"tag:{EVIL[0]}"[:44], "value": ""},
+        )
+        ops = [{"id": f"{n:032x}", "n": 1 + n, **one} for n, one in enumerate(said)]
+        assert site.ask(f"/s/{session['id']}/choices/exposures/ops", "POST", sent={"ops": ops})[0] == 200
+        below = ("", "maps", "mask", "components", "history", "data", "people", "classes", "choose", "particles", "pick/0")
+        for path in ("", "admin/", *(f"s/{session['id']}/{name}" for name in below)):
             one.open(path)
             if path.endswith(f"{session['id']}/"):
                 one.until(DRAWN)
@@ -385,13 +507,17 @@ http {{
   scgi_temp_path {folder}/s;
   server {{
     listen 127.0.0.1:{port};
-    location /cryo/ {{ proxy_pass http://127.0.0.1:{behind}/; proxy_http_version 1.1; proxy_set_header Host $http_host; }}
+    proxy_http_version 1.1; proxy_set_header Host $http_host;
+    location /cryo/ {{ proxy_pass http://127.0.0.1:{behind}/; }}
+    location /node/c01/8801/ {{ proxy_pass http://127.0.0.1:{all}/; }}
+    location /user/anna/proxy/8801/ {{ proxy_pass http://127.0.0.1:{all}/; }}
   }}
 }}
 """
 
 
-def test_pages_are_live_behind_nginx_with_gzip_and_buffering(browser, tmp_path):
+def test_pages_are_live_behind_nginx_with_gzip_and_buffering(browser, shown, tmp_path):
+    """One session is watched while it grows; then every page is drawn without an error behind two prefixes."""
     program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
     if program is None:
         warnings.warn("nginx is not installed: its test is SKIPPED", stacklevel=1)
@@ -400,7 +526,7 @@ def test_pages_are_live_behind_nginx_with_gzip_and_buffering(browser, tmp_path):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         settings = tmp_path / "nginx.conf"
-        settings.write_text(NGINX.format(folder=tmp_path, port=port, behind=site.port))
+        settings.write_text(NGINX.format(folder=tmp_path, port=port, behind=site.port, all=shown.port))
         process = subprocess.Popen([program, "-c", str(settings), "-e", str(tmp_path / "error.log")], stderr=subprocess.DEVNULL)
         front = Site(port, "/cryo")
         try:
@@ -412,6 +538,18 @@ def test_pages_are_live_behind_nginx_with_gzip_and_buffering(browser, tmp_path):
                 one.page.click("#save")
                 one.until("document.getElementById('saved').textContent")
                 assert one.wrong == []
+            for prefix in ("/node/c01/8801", "/user/anna/proxy/8801"):
+                with tab(browser, Site(port, prefix)) as one:
+                    for path in [page for page in PAGES if page != "nothing/here"]:
+                        one.open(path)
+                        if path in CHOSEN:
+                            one.until("document.body.dataset.ready === 'yes'")
+                        elif "/maps" in path:
+                            one.until("document.getElementById('surface').dataset.triangles > 100")
+                        elif path == "s/session/":
+                            one.until(DRAWN)
+                        assert one.ask("document.querySelector('h1').textContent") != "Sorry"
+                    assert one.wrong == []
         finally:
             process.terminate()
             process.wait()

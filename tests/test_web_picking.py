@@ -95,6 +95,8 @@ def test_circles_are_where_the_particles_are_at_every_zoom(zoomed: Any, zoom: fl
         assert weight > 0
         assert abs(right) <= 0.5, (zoom, y, x, right, down)
         assert abs(down) <= 0.5, (zoom, y, x, right, down)
+        # all that is on the screen is of the picture, also after the view was moved
+        assert page.evaluate("picker.covers()")
         # and the way back
         back = page.evaluate("([y, x]) => picker.frame.toPlace(...picker.frame.toScreen(y, x))", [y, x])
         assert back == pytest.approx([y, x])
@@ -119,6 +121,21 @@ def test_the_low_pass_is_that_of_three_uniform_filters(served: Served, chromium:
         for width in widths:
             wanted = uniform_filter(wanted, width, mode="nearest")
         assert np.abs(np.reshape(values, picture.shape) - wanted).max() < 2e-3
+        # an area is filtered as in the whole picture
+        area = {"bottom": 7, "left": 30, "height": 21, "width": 53}
+        part, bytes_, spread = page.evaluate(
+            """async ([bytes, height, width, area, widths]) => {
+              const p = await import(new URL("../../../static/pixels.js", location));
+              const picture = { bytes: new Uint8Array(bytes), height, width };
+              return [[...p.blurredArea(picture, area, widths)], [...p.cut(picture, area)], p.spread(picture, widths)];
+            }""",
+            [picture.ravel().tolist(), *picture.shape, area, widths],
+        )
+        inside = (slice(7, 28), slice(30, 83))
+        assert np.abs(np.reshape(part, (21, 53)) - wanted[inside]).max() < 2e-3
+        assert np.array_equal(np.reshape(bytes_, (21, 53)), picture[inside])
+        assert spread["mean"] == pytest.approx(wanted.mean(), abs=4)
+        assert spread["deviation"] == pytest.approx(wanted.std(), rel=0.25)
         # one width more or less changes the variance by two thirds of sigma; the nearest is chosen
         assert sum(w * w - 1 for w in widths) / 12 == pytest.approx(sigma**2, abs=1 + 0.35 * sigma)
     page.context.close()

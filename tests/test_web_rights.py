@@ -19,8 +19,8 @@ from cryodask.web.settings import LoginSettings
 
 pytestmark = pytest.mark.heavy
 
-OPEN, PERSON, BROWSER, ADMIN = "open", "person", "browser", "admin"
-"""Rights of routes that belong to no session: for everybody; whoever is logged in; and not by a program; administrators."""
+OPEN, PERSON, BROWSER, OPERATOR, ADMIN = "open", "person", "browser", "operator", "admin"
+"""Rights of routes that belong to no session: for everybody; whoever is logged in; and not by a program; operators; administrators."""
 
 TABLE: dict[tuple[str, str], str | Right] = {
     ("GET", "/login"): OPEN,
@@ -42,6 +42,8 @@ TABLE: dict[tuple[str, str], str | Right] = {
     ("GET", "/api/v1/tokens"): BROWSER,
     ("POST", "/api/v1/tokens"): BROWSER,
     ("DELETE", "/api/v1/tokens/{token}"): BROWSER,
+    ("GET", "/api/v1/templates"): OPERATOR,
+    ("POST", "/s"): OPERATOR,
     ("GET", "/admin/"): ADMIN,
     ("GET", "/api/v1/people"): ADMIN,
     ("PUT", "/api/v1/people/{name}"): ADMIN,
@@ -134,6 +136,7 @@ SENT: dict[tuple[str, str], Any] = {
     },
     ("POST", "/s/{id}/components/freeze"): {"of": "variability/c1"},
     ("POST", "/s/{id}/end"): {"name": "session"},
+    ("POST", "/s"): {"template": "none", "microscope": "krios", "name": "new"},
     ("POST", "/s/{id}/people"): {"name": "somebody", "role": "viewer"},
     ("PUT", "/api/v1/people/{name}"): {"sessions": {"other": "viewer"}},
     ("POST", "/api/v1/tokens"): {"about": "a test", "scopes": ["read"]},
@@ -162,11 +165,11 @@ MAY: dict[str, set[str | Right]] = {
     "viewer": {OPEN, PERSON, BROWSER, Right.see},
     "member": {OPEN, PERSON, BROWSER, Right.see, Right.edit},
     "pi": {OPEN, PERSON, BROWSER, Right.see, Right.edit, Right.manage},
-    "operator": {OPEN, PERSON, BROWSER, Right.see, Right.edit, Right.manage, Right.operate},
-    "admin": {OPEN, PERSON, BROWSER, ADMIN, *Right},
+    "operator": {OPEN, PERSON, BROWSER, OPERATOR, Right.see, Right.edit, Right.manage, Right.operate},
+    "admin": {OPEN, PERSON, BROWSER, OPERATOR, ADMIN, *Right},
     "token read": {OPEN, PERSON, Right.see},
     "token edit": {OPEN, PERSON, Right.see, Right.edit},
-    "token of an admin": {OPEN, PERSON, Right.see, Right.edit, Right.operate},
+    "token of an admin": {OPEN, PERSON, OPERATOR, Right.see, Right.edit, Right.operate},
 }
 """What each may do; tokens never manage, administer, or make tokens."""
 

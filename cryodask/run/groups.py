@@ -13,7 +13,8 @@ def chains_of(plan: Plan, steps: Sequence[Step]) -> Iterator[list[Step]]:
     """Yield consecutive per-exposure steps as one chain, and all other steps singly.
 
     A step whose particles were extracted or selected by a step of the chain starts a new chain, because they are known only
-    when that step is done. So does a step on exposures of other sources.
+    when that step is done. So does a step on exposures of other sources. Particles that a step of the chain picks or edits are known to
+    the worker that has the exposure.
     """
     chain: list[Step] = []
     for step in steps:
@@ -43,16 +44,15 @@ def _waits_for(plan: Plan, step: Step, chain: list[Step]) -> bool:
         # where images are stored is known only when their step is done
         if IMAGES_OF_PARTICLES in step.stage.needs and refs & here:
             return True
-        if any(label in here and not _is_pure_birth(plan.graph.step(label)) for label in refs):
-            return True
-        if len(refs & here) and not refs <= here:
+        # only what a single step has stored of its particles is read back together
+        if refs & here and (len(refs) > 1 or not _has_a_table(plan.graph.step(*refs))):
             return True
     return False
 
 
-def _is_pure_birth(step: Step) -> bool:
-    """Whether all particles of a step are born in it, so that a worker knows them once it has the exposure."""
-    return step.stage.gives_birth(step.params) and not step.inputs.get("particles")
+def _has_a_table(step: Step) -> bool:
+    """Whether a step stores a table of all its particles with each exposure, so that a worker knows them once it has the exposure."""
+    return step.stage.gives_birth(step.params)
 
 
 def _used(step: Step) -> tuple[str, ...]:

@@ -80,6 +80,7 @@ def create_app(
     cache: Path | None = None,
     storage: Storage | None = None,
     starter: Starter | None = None,
+    templates: Path | None = None,
 ) -> Gate:
     """The ASGI application of a server.
 
@@ -97,6 +98,8 @@ def create_app(
         How long data are kept.
     starter : Starter, optional
         Starts the runs of sessions; by default none are started.
+    templates : Path, optional
+        Folder of the project files from which new sessions are made.
     """
 
     @asynccontextmanager
@@ -115,7 +118,7 @@ def create_app(
     app.state.sessions, app.state.login, app.state.storage = shown, login, storage or Storage()
     app.state.pictures = Pictures(Cache(cache or cache_folder() / "pictures"))
     app.state.boards, app.state.levels = {}, Cache((cache or cache_folder()) / "levels")
-    app.state.starter = starter or Starter(None, strict=True)
+    app.state.starter, app.state.templates = starter or Starter(None, strict=True), templates
     app.mount("/static", StaticFiles(directory=Path(__file__).parent / "static"), name="static")
     for module in _ROUTERS:
         app.include_router(module.router)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
 
 from cryodask.edits.board import Board
+from cryodask.edits.choices import current
+from cryodask.errors import StoreError
 from cryodask.store.project import Project
 from cryodask.web.sessions import Session
 
@@ -46,6 +50,14 @@ class Watched:
                     self._looked = time.monotonic()
                     await run_in_threadpool(log.look)
         return log.version
+
+
+def remarks_of(watched: Watched, row: int) -> list[list[Any]]:
+    """Ratings, tags and notes of an exposure, or of the session (row -1): row, name, value and author, as pages filter by them."""
+    log = watched.board.exposures
+    with suppress(StoreError, OSError):  # of a project that is gone the page says so, and shows the others
+        log.look()
+    return [[row, name, value.value, value.who] for (_, _, name), value in sorted(current(log.of_row(row)).items())]
 
 
 def board_of(request: Request, session: Session) -> Watched:

@@ -17,6 +17,7 @@ from cryodask.run.events.status import is_silent, read_status
 from cryodask.run.started import Started
 from cryodask.run.stopping import END_FILE, STOP_FILE
 from cryodask.store.files import disk_errors
+from cryodask.web.queued import Queue, Submitted
 
 LOG = "last-start.log"
 _LOG_BYTES, _LOG_LINES = 1 << 13, 6
@@ -25,6 +26,7 @@ HERE = "here"
 _SAID = {
     "never": "It has not been run yet.",
     "starting": "It is being started.",
+    "queued": "It waits in the queue of Slurm.",
     "running": "It is running.",
     "pausing": "It pauses when the exposures in flight are done.",
     "ending": "It takes no further movies, and goes on with the later steps.",
@@ -51,28 +53,49 @@ class Starter:
     def __init__(self, where: str | None, *, strict: bool) -> None:
         self.where, self.strict = where, strict
         self._processes: dict[Path, subprocess.Popen[bytes]] = {}
+        self._queue = Queue()
         self._lock = threading.Lock()
 
     def state(self, folder: Path) -> dict[str, Any]:
         """What the run of a project does (a word, and a sentence), what can be asked of it, and why it cannot be started; JSON."""
         word, process = run_state(folder), self._processes.get(folder)
-        problem = ""
+        said, problem = "", ""
         if process is not None and word not in {"running", "pausing", "ending"}:
             if process.poll() is None:
                 word = "starting"
             elif process.returncode not in (0, 130):
-                problem = _last_lines(folder)
+                problem = _last_lines(folder / LOG)
+        if word != "starting" and (sent := self._submitted(folder)) is not None:
+            word, said, problem = self._in_queue(sent, word, problem)
         known = Started.read(folder)
-        runs = word in {"starting", "running", "pausing", "ending"}
+        runs = word in {"starting", "queued", "running", "pausing", "ending"}
         return {
             "state": word,
-            "said": _SAID[word],
+            "said": said or _SAID[word],
             "problem": problem,
             "start": not runs and not (why := self._why_not(folder, known)),
             "why_not": "" if runs else why,
-            "pause": word in {"running", "ending", "silent"},
+            "pause": word in {"queued", "running", "ending", "silent"},
             "end": word == "running" and known is not None and known.watch,
         }
+
+    def _submitted(self, folder: Path) -> Submitted | None:
+        """The job by which the run of a project was started here last, also by an earlier server."""
+        return Submitted.read(folder / LOG, folder / "started.json") if self.where not in (None, HERE) else None
+
+    def _in_queue(self, sent: Submitted, word: str, problem: str) -> tuple[str, str, str]:
+        """State, sentence and problem of a project whose run is, or was, a job."""
+        if sent.begun and word != "silent":
+            return word, "", problem
+        does, reason = self._queue.of(sent.job)
+        if sent.begun:  # of a job that is gone nothing more will be heard
+            return "gone" if does == "ended" else word, "", problem
+        if does == "ended":
+            return word, "", f"Slurm job {sent.job} ended before its run began.\n{_last_lines(sent.log)}".strip()
+        if does == "runs":
+            return "starting", "", problem
+        why = f", {reason}" if reason and reason != "None" else "; Slurm does not answer now" if does == "unknown" else ""
+        return "queued", f"It waits in the queue of Slurm (job {sent.job}{why}).", problem
 
     def _why_not(self, folder: Path, known: Started | None) -> str:
         if known is None:
@@ -107,28 +130,35 @@ class Starter:
             known = Started.read(folder)
             assert known is not None
             assert self.where is not None
-            words = [sys.executable, "-m", "cryodask.cli", "run", str(known.file), *known.options]
-            if self.where == HERE:
-                words += [*(("--cluster", known.cluster) if known.cluster else ()), *(("--lane", known.lane) if known.lane else ())]
-            else:
-                words[3] = "submit"
-                words += ["--cluster", self.where, *(("--lane", known.lane) if known.lane else ())]
+            here = self.where == HERE
+            where = known.cluster if here else self.where
+            words = [sys.executable, "-m", "cryodask.cli", "run" if here else "submit", str(known.file)]
+            words += [*(known.options if here else _without_workers(known.options)), *(("--cluster", where) if where else ())]
+            words += [*(("--lane", known.lane) if known.lane else ())]
             (folder / LOG).unlink(missing_ok=True)
             with disk_errors(folder), open(folder / LOG, "ab") as log:
                 process = subprocess.Popen(
                     words, cwd=known.file.parent, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
                 )
             self._processes[folder] = process
+            self._queue.forget()
             threading.Thread(target=process.wait, daemon=True).start()
 
     def pause(self, folder: Path) -> None:
-        """Let the exposures in flight finish, and start nothing else.
+        """Let the exposures in flight finish, and start nothing else; a run that waits in the queue of Slurm is taken off it.
 
         Raises
         ------
         StoreError
             If it is not running.
+        ClusterError
+            If Slurm does not answer.
         """
+        sent = self._submitted(folder)
+        if sent is not None and self.state(folder)["state"] == "queued":
+            self._queue.cancel(sent.job)
+            (folder / LOG).unlink(missing_ok=True)
+            return
         self._ask(folder, "pause", STOP_FILE)
 
     def end(self, folder: Path) -> None:
@@ -170,9 +200,18 @@ def run_state(folder: Path) -> str:
     return "waits" if state.startswith("waiting for a person") else "finished" if state == "finished" else "failed"
 
 
-def _last_lines(folder: Path) -> str:
+def _without_workers(options: tuple[str, ...]) -> list[str]:
+    """Options of ``cryodask submit``: workers are those of the cluster."""
+    words = list(options)
+    if "--workers" in words:
+        at = words.index("--workers")
+        del words[at : at + 2]
+    return words
+
+
+def _last_lines(log: Path) -> str:
     try:
-        with open(folder / LOG, "rb") as file:
+        with open(log, "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - _LOG_BYTES))
             return "\n".join(file.read().decode(errors="replace").splitlines()[-_LOG_LINES:])
     except OSError:

@@ -92,18 +92,23 @@ def map_steps(project: Project, variables: Sequence[str] = _VARIABLES) -> list[M
     return out
 
 
+def _unit(name: str) -> str:
+    """The unit of a variable as people write it; empty for pure numbers."""
+    return VARIABLES[name].units.removeprefix("1").replace("angstrom", "Å").replace("^2", "²")
+
+
 def described(step: MapStep) -> dict[str, Any]:
     """Size, figures and curves of a map, as JSON."""
     columns = step.record["columns"]
     figures = {
-        VARIABLES[name].doc: f"{value:.4g} {'' if VARIABLES[name].units == '1' else VARIABLES[name].units}".strip()
+        VARIABLES[name].doc: f"{value:.4g} {_unit(name)}".strip()
         for name, value in columns.items()
         if name in VARIABLES and not VARIABLES[name].dims and isinstance(value, int | float) and not isinstance(value, bool)
     }
     for name in ("class3d_share", "class3d_resolution_angstrom") if step.number else ():
         if name in columns:
-            unit = VARIABLES[name].units.removeprefix("1")
-            figures[VARIABLES[name].doc] = f"{np.asarray(step.generation.read(step.record, name))[step.number - 1]:.4g} {unit}".strip()
+            value = np.asarray(step.generation.read(step.record, name))[step.number - 1]
+            figures[VARIABLES[name].doc] = f"{value:.4g} {_unit(name)}".strip()
     out: dict[str, Any] = {"step": step.label, "variable": step.variable, "shape": list(step.shape), "figures": figures, "fsc": None}
     gives = set(step.generation.meta["gives"])
     out["mask"] = "map_pixel_size_angstrom" in gives and (step.number > 0 or "final_map" in gives)

@@ -65,7 +65,8 @@ def serve_facility(path: Path, *, say: Callable[[str], None] = print) -> None:
     login = FacilityLogin(settings.login, directory, _secret(state / "cookie-secret"), listen.proxies)
     shown = Sessions(settings.folders, Ledger(state / "audit", private=True))
     listening = _listen(listen.host, listen.port)
-    app = create_app(shown, login, prefix=listen.prefix, storage=read_storage(path), starter=Starter(settings.start, strict=True))
+    starter = Starter(settings.start, strict=True)
+    app = create_app(shown, login, prefix=listen.prefix, storage=read_storage(path), starter=starter, templates=settings.templates)
     kind = "http" if listen.certificate is None else "https"
     say(f"{kind}://{listen.host}:{listening.getsockname()[1]}{listen.prefix}/")
     _run(_config(app, listen.certificate, listen.key), listening)

@@ -82,6 +82,20 @@ class Sessions:
                     self._known[path] = name
                     self._sessions[name] = Session(name, path, microscope, Follower(path))
 
+    def microscopes(self, person: Person) -> dict[str, Path]:
+        """Microscopes that a person operates, and the folder for the new projects of each."""
+        operated = (name for name in self._folders if name and person.may(Right.operate, "", name))
+        return {name: self._folders[name][0] for name in operated if self._folders[name]}
+
+    def folders(self) -> dict[str, list[Path]]:
+        """The folders that are shown, by microscope."""
+        return {name: list(some) for name, some in self._folders.items()}
+
+    def found(self, path: Path) -> Session:
+        """The session of a project that was made just now in one of the folders."""
+        self.discover()
+        return self._sessions[self._known[Path(os.path.abspath(path))]]
+
     def _id(self, path: Path) -> str:
         plain = re.sub(r"[^A-Za-z0-9._-]", "-", path.name).strip(".") or "project"
         if plain == path.name and plain not in self._sessions:

@@ -78,6 +78,7 @@ class FacilitySettings(_Section):
         description="where sessions are run that people start from their pages: 'here', in processes on this machine, or the name or file "
         "of a cluster, as its jobs; by default none are started",
     )
+    templates: Path | None = Field(default=None, description="folder of project files from which operators make new sessions")
     storage: dict[str, Any] = Field(default_factory=dict, description="retention by category: see docs/storage.md")
 
     @model_validator(mode="after")
@@ -118,9 +119,23 @@ def read_facility(path: Path) -> FacilitySettings:
     if not isinstance(content, dict):
         raise ProjectFileError(f"{path} is not a facility file: it has no keys.", "", "see docs/facility/install.md for an example")
     try:
-        return FacilitySettings.model_validate(content)
+        made = FacilitySettings.model_validate(content)
     except ValidationError as error:
         raise ProjectFileError(f"{path}: {problems(error, FacilitySettings)}", "", "see docs/facility/install.md for all keys") from None
+    here, found = path.absolute().parent, dict[str, Any]()
+    if made.start is not None and made.start.endswith((".yaml", ".yml")):
+        # runs begin in the folders of their projects
+        cluster = (here / expand(made.start)).resolve()
+        if not cluster.is_file():
+            raise ProjectFileError(
+                f"{path}: start names {cluster}, which is not there.", "", "correct the path, or give the name of a cluster"
+            )
+        found["start"] = str(cluster)
+    if made.templates is not None:
+        found["templates"] = here / made.templates
+        if not found["templates"].is_dir():
+            raise ProjectFileError(f"{path}: templates names {found['templates']}, which is no folder.", "", "correct the path")
+    return made.model_copy(update=found)
 
 
 def is_loopback(host: str) -> bool:

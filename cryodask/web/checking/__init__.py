@@ -13,6 +13,7 @@ from cryodask.web.checking.finding import Finding, note, ok, problem
 from cryodask.web.checking.network import check_certificate, check_port, check_provider
 from cryodask.web.checking.programs import check_slurm
 from cryodask.web.checking.secrets import check_secrets
+from cryodask.web.session_templates import templates_in
 from cryodask.web.settings import read_facility
 
 __all__ = ["Finding", "check_facility"]
@@ -52,6 +53,8 @@ def check_facility(path: Path) -> Iterator[Finding]:
     for microscope, folders in settings.folders.items():
         for folder in folders:
             yield from _guarded(f"projects in {folder}", check_projects(microscope, folder))
+    if settings.templates is not None:
+        yield from _guarded("templates", _check_templates(settings.templates))
     yield from _guarded("state", check_state(settings.state_folder))
     yield from _guarded("scratch", check_scratch())
     if storage.archive:
@@ -62,6 +65,17 @@ def check_facility(path: Path) -> Iterator[Finding]:
     if settings.login.oidc is not None:
         yield from check_provider(settings.login.oidc)
     yield from check_slurm()
+
+
+def _check_templates(folder: Path) -> Iterator[Finding]:
+    found = templates_in(folder)
+    if not found:
+        yield note("templates", f"{folder} has no template.", "write project files with {name} into it, see docs/facility/install.md")
+    for one in found:
+        if one.problem:
+            yield problem("templates", one.problem, "correct it; its file and folder belong to this account or root, mode 644 and 755")
+        else:
+            yield ok("templates", f"{one.name} asks for {', '.join(('the name', *one.numbers))}.")
 
 
 def _guarded(point: str, findings: Iterator[Finding]) -> Iterator[Finding]:

@@ -12,6 +12,7 @@ from cryodask.web.directory import OF_A_SESSION
 from cryodask.web.pages import page
 from cryodask.web.people import Role
 from cryodask.web.routes.account import directory_of, login_of
+from cryodask.web.routes.sessions import known_templates
 from cryodask.web.sessions import Administrator, Managed, record, sessions_of
 
 router = APIRouter()
@@ -36,7 +37,7 @@ class Member(BaseModel):
 
 @router.get("/admin/", include_in_schema=False)
 def admin_page(request: Request, person: Administrator) -> Response:
-    """People, tokens and the latest lines of the audit."""
+    """People, tokens, microscopes, templates and the latest lines of the audit."""
     directory, shown = login_of(request).directory, sessions_of(request)
     return page(
         request,
@@ -44,7 +45,9 @@ def admin_page(request: Request, person: Administrator) -> Response:
         people=directory.people() if directory is not None else None,
         tokens=directory.tokens() if directory is not None else [],
         sessions=shown.all(),
-        microscopes=sorted({s.microscope for s in shown.all() if s.microscope}),
+        folders=shown.folders(),
+        microscopes=sorted(name for name in shown.folders() if name),
+        templates=known_templates(request),
         audit=shown.audit.records()[-_AUDIT_LINES:][::-1],
     )
 

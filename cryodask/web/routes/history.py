@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from cryodask.errors import StoreError
+from cryodask.run.events import Event
 from cryodask.run.events.log import event_files, tail
+from cryodask.run.events.progress import text_of
 from cryodask.store import history
 from cryodask.store.project import Project
 from cryodask.web.exposure import number, numbers
@@ -33,7 +35,11 @@ def history_page(request: Request, session: Seen, first: str = "", second: str =
             compared = history.differences(project, first, second)
         except StoreError as error:
             problem = error.problem
-    made = history.made(project)
+    # what people ask for comes first
+    made = [
+        replace(one, figures=dict(sorted(one.figures.items(), key=lambda figure: "resolution" not in figure[0])))
+        for one in history.made(project)
+    ]
     return page(
         request,
         "history.html",
@@ -41,7 +47,7 @@ def history_page(request: Request, session: Seen, first: str = "", second: str =
         graph=drawn(project, session.follower.counts()),
         made=made[::-1],
         runs=len({path.name.rsplit("-", 1)[0] for path in event_files(session.path)}),
-        events=[_said(event.as_record()) for event in tail(session.path, _EVENTS)][::-1],
+        events=[_said(event) for event in tail(session.path, _EVENTS)][::-1],
         first=first,
         second=second,
         compared=compared,
@@ -71,8 +77,11 @@ def _curves(session: Session, names: list[str]) -> dict[str, Any]:
     return {name: {"frequency": numbers(frequency), "values": numbers(values)} for name, (frequency, values) in found.items()}
 
 
-def _said(record: dict[str, Any]) -> tuple[float, str, str]:
-    """Time, kind and content of an event."""
+def _said(event: Event) -> tuple[float, str, str]:
+    """Time, kind and content of an event: its sentence, else its fields."""
+    record = event.as_record()
+    if text := text_of(event, every_exposure=True):
+        return float(record.get("time", 0.0)), str(record.get("kind") or record.get("event") or ""), text
     rest = {k: v for k, v in record.items() if k not in ("time", "kind", "event", "run") and v not in (None, "", {}, [])}
     text = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rest.items())
     return float(record.get("time", 0.0)), str(record.get("kind") or record.get("event") or ""), text

@@ -57,6 +57,26 @@ export async function attempt(what) {
   }
 }
 
+let outside = null;
+
+/** Whether the server has forgotten this browser, as after a night; the page says so for as long as it is true. */
+async function loggedOut() {
+  try {
+    const answer = await fetch(location.href, { headers: { accept: "text/html" }, redirect: "manual" });
+    welcome(answer.type === "opaqueredirect");
+  } catch { /* the server does not answer: nobody knows */ }
+  return outside !== null;
+}
+
+function welcome(out) {
+  if (!out) outside?.remove();
+  if (!out) outside = null;
+  else if (!outside) {
+    outside = element("div", { class: "toast bad" }, "You are logged out. What you see may be old; no edit is lost. ", element("a", { href: location.href, text: "Log in again" }));
+    document.getElementById("toasts").append(outside);
+  }
+}
+
 /** Call `handlers[kind](data)` for the events of a stream; one stream per page, closed while the page is hidden. */
 export function follow(address, handlers) {
   let source = null;
@@ -64,12 +84,12 @@ export function follow(address, handlers) {
     if (source || document.hidden) return;
     source = new EventSource(address);
     for (const [kind, handle] of Object.entries(handlers)) source.addEventListener(kind, (event) => handle(JSON.parse(event.data)));
-    source.onerror = () => {
+    source.onopen = () => welcome(false);
+    source.onerror = async () => {
       // a browser gives up for good after an answer that is not a stream, such as that of a proxy whose server restarts
-      if (source.readyState === EventSource.CLOSED) {
-        source = null;
-        setTimeout(open, 2000);
-      }
+      if (source?.readyState !== EventSource.CLOSED) return;
+      source = null;
+      setTimeout(open, (await loggedOut()) ? 10000 : 2000);
     };
   };
   document.addEventListener("visibilitychange", () => {

@@ -2,7 +2,8 @@
 import { attempt, get, post } from "./common.js";
 
 const $ = (id) => document.getElementById(id);
-const PASSING = ["starting", "pausing", "ending"], ASK_AGAIN_MS = 1000;
+// milliseconds until it is asked again
+const PASSING = { starting: 1000, pausing: 1000, ending: 1000, queued: 10000 };
 
 export class Control {
   constructor() {
@@ -56,6 +57,6 @@ export class Control {
     }
     document.body.dataset.run = now.state;
     clearTimeout(this.timer);
-    if (PASSING.includes(now.state) && !document.hidden) this.timer = setTimeout(() => this.look(), ASK_AGAIN_MS);
+    if (now.state in PASSING && !document.hidden) this.timer = setTimeout(() => this.look(), PASSING[now.state]);
   }
 }

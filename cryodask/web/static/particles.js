@@ -105,7 +105,7 @@ function paint(keep) {
   fillFrame(context, box, picture);
   axes(canvas, box, title(x), title(y));
   canvas.setAttribute("aria-label", `Density of the particles: ${title(x)} across, ${title(y)} up`);
-  $("density-text").textContent = outside ? `${outside.toLocaleString("en")} particles are outside the picture, or have no value.` : "";
+  $("density-text").textContent = outside ? `${outside.toLocaleString("en")} particle${outside === 1 ? " is" : "s are"} outside the picture, or without a value.` : "";
 }
 
 canvas?.addEventListener("pointerdown", (event) => {

@@ -1,5 +1,5 @@
 // Edits the picks of one micrograph on a canvas. It knows no addresses: a `source` gives pictures and picks, and takes edits.
-import { blurred, boxWidths, greys, paint, quantised, sigmaOf } from "./pixels.js";
+import { blurredArea, boxWidths, cut, greys, paint, quantised, sigmaOf, spread } from "./pixels.js";
 import { Kept, Queue } from "./edits.js";
 
 const CONTROLS = `
@@ -23,6 +23,9 @@ const CONTROLS = `
 
 const LABEL = "Micrograph. Arrow keys move the cursor, Enter adds or removes a pick, M takes one up and puts it down, plus and minus zoom, 0 shows all, Z undoes, Y redoes.";
 
+// share of what is seen that is filtered beyond each of its edges, so that small movements cost nothing
+const MARGIN = 1 / 8;
+
 /** Where a place in the micrograph (pixels, rows upwards, whole numbers at pixel centres) is on the canvas, and back. */
 export class Frame {
   constructor(height, width) {
@@ -35,6 +38,18 @@ export class Frame {
 
   toPlace(right, down) {
     return [this.height - (down - this.top) / this.zoom - 0.5, (right - this.left) / this.zoom - 0.5];
+  }
+
+  /** The pixels of a picture that are on a canvas, and some more around them; a pixel of the picture is a block of `step` pixels. */
+  area(canvas, picture, step, margin) {
+    const [above, before] = this.toPlace(0, 0), [below, after] = this.toPlace(canvas.width, canvas.height);
+    const range = (from, to, length) => {
+      const [low, high] = [(from + 0.5) / step, (to + 0.5) / step], more = margin * (high - low);
+      const first = Math.min(Math.max(Math.floor(low - more), 0), length - 1);
+      return [first, Math.min(Math.max(Math.ceil(high + more), first + 1), length) - first];
+    };
+    const [bottom, height] = range(below, above, picture.height), [left, width] = range(before, after, picture.width);
+    return { bottom, left, height, width };
   }
 
   fit(canvas) {
@@ -261,31 +276,53 @@ export class Picker {
     return fine.length ? Math.max(...fine) : this.steps[0];
   }
 
+  /** Filter what is seen of the level, and show it. */
   filter() {
+    this.renew();
+    this.draw();
+  }
+
+  /** Show what is filtered with the contrast and brightness of now. */
+  colour() {
+    this.tint();
+    this.draw();
+  }
+
+  renew() {
     const level = this.levels.get(this.step_);
     if (!level) return;
     const begun = performance.now();
+    this.area = this.frame.area(this.canvas, level, this.step_, MARGIN);
     const sigma = sigmaOf(+this.form.lowpass.value, this.pixel * this.step_);
-    this.bytes = sigma > 0.3 ? quantised(blurred(level.bytes, level.height, level.width, boxWidths(sigma))) : level.bytes;
-    this.colour();
+    if (sigma > 0.3) {
+      const widths = boxWidths(sigma), about = `${widths}`;
+      if (level.about !== about) Object.assign(level, { about, spread: spread(level, widths) });
+      this.bytes = quantised(blurredArea(level, this.area, widths), level.spread);
+    } else this.bytes = cut(level, this.area);
+    this.tint();
     this.spent.lowpass = performance.now() - begun;
   }
 
-  colour() {
-    const level = this.levels.get(this.step_);
-    if (!level) return;
-    const begun = performance.now();
-    if (!this.picture || this.picture.width !== level.width || this.picture.height !== level.height) {
+  tint() {
+    if (!this.area) return;
+    const begun = performance.now(), { height, width } = this.area;
+    if (!this.picture || this.picture.width !== width || this.picture.height !== height) {
       this.picture = document.createElement("canvas");
-      Object.assign(this.picture, { width: level.width, height: level.height });
-      this.image = this.picture.getContext("2d").createImageData(level.width, level.height);
+      Object.assign(this.picture, { width, height });
+      this.image = this.picture.getContext("2d").createImageData(width, height);
     }
     const table = greys(+this.form.contrast.value, +this.form.brightness.value, this.form.inverted.checked);
-    paint(this.bytes, level.height, level.width, table, new Uint32Array(this.image.data.buffer));
+    paint(this.bytes, height, width, table, new Uint32Array(this.image.data.buffer));
     this.picture.getContext("2d").putImageData(this.image, 0, 0);
     this.shownStep = this.step_;
     this.spent.contrast = performance.now() - begun;
-    this.draw();
+  }
+
+  /** Whether all that is on the canvas has been filtered. */
+  covers() {
+    const { area } = this, now = this.frame.area(this.canvas, this.levels.get(this.shownStep), this.shownStep, 0);
+    const within = (first, count, from, of) => first >= from && first + count <= from + of;
+    return within(now.bottom, now.height, area.bottom, area.height) && within(now.left, now.width, area.left, area.width);
   }
 
   resize() {
@@ -307,12 +344,13 @@ export class Picker {
     const { context, canvas, frame } = this;
     context.fillStyle = "#15191d";
     context.fillRect(0, 0, canvas.width, canvas.height);
-    if (this.picture) {
+    if (this.area) {
+      if (!this.covers()) this.renew();
       // a level leaves out the rows and columns that do not fill a block: those at the top and at the right
-      const [height, width] = [this.picture.height * this.shownStep, this.picture.width * this.shownStep];
-      const [left, top] = frame.toScreen(height - 0.5, -0.5);
-      context.imageSmoothingEnabled = frame.zoom * this.shownStep < 3;
-      context.drawImage(this.picture, left, top, width * frame.zoom, height * frame.zoom);
+      const { bottom, left: first, height, width } = this.area, step = this.shownStep;
+      const [left, top] = frame.toScreen((bottom + height) * step - 0.5, first * step - 0.5);
+      context.imageSmoothingEnabled = frame.zoom * step < 3;
+      context.drawImage(this.picture, left, top, width * step * frame.zoom, height * step * frame.zoom);
     }
     const radius = Math.max(3, this.radius() * frame.zoom), limit = +this.form.score.value;
     for (const pick of this.picks.values()) {

@@ -72,16 +72,53 @@ function meanOfColumns(from, to, height, width, size) {
   }
 }
 
-/** Values as bytes: the mean becomes 128, four standard deviations 127 more or less. */
-export function quantised(values) {
-  let sum = 0, squares = 0, count = 0;
-  for (let i = 0; i < values.length; i += 7) {
-    sum += values[i];
-    squares += values[i] * values[i];
-    count += 1;
+/** An area of a picture (rows from `bottom`, columns from `left`), as bytes. */
+export function cut(picture, { bottom, left, height, width }) {
+  const out = new Uint8Array(height * width);
+  for (let y = 0; y < height; y++) {
+    const from = (bottom + y) * picture.width + left;
+    out.set(picture.bytes.subarray(from, from + width), y * width);
   }
-  const mean = sum / count, scale = 31.75 / Math.max(Math.sqrt(Math.max(squares / count - mean * mean, 0)), 1e-6);
-  const out = new Uint8ClampedArray(values.length), offset = 128 - mean * scale;
+  return out;
+}
+
+/** An area as the three running means of the whole picture give it: only what reaches into the area is summed. Returns a Float32Array. */
+export function blurredArea(picture, area, widths) {
+  const reach = widths.reduce((sum, size) => sum + (size - 1) / 2, 0);
+  const bottom = Math.max(area.bottom - reach, 0), left = Math.max(area.left - reach, 0);
+  const height = Math.min(area.bottom + area.height + reach, picture.height) - bottom;
+  const width = Math.min(area.left + area.width + reach, picture.width) - left;
+  const all = blurred(cut(picture, { bottom, left, height, width }), height, width, widths);
+  const out = new Float32Array(area.height * area.width);
+  for (let y = 0; y < area.height; y++) {
+    const from = (area.bottom - bottom + y) * width + area.left - left;
+    out.set(all.subarray(from, from + area.width), y * area.width);
+  }
+  return out;
+}
+
+const BLOCKS = 4, BLOCK = 96;
+
+/** Mean and standard deviation of a blurred picture, from blocks all over it: greys must not change when it is moved. */
+export function spread(picture, widths) {
+  let sum = 0, squares = 0, count = 0;
+  const begin = (i, length, size) => Math.round(((i + 0.5) * length) / BLOCKS - size / 2);
+  const height = Math.min(BLOCK, Math.floor(picture.height / BLOCKS)), width = Math.min(BLOCK, Math.floor(picture.width / BLOCKS));
+  for (let i = 0; i < BLOCKS * BLOCKS; i++) {
+    const bottom = begin(i % BLOCKS, picture.height, height), left = begin(Math.floor(i / BLOCKS), picture.width, width);
+    for (const value of blurredArea(picture, { bottom, left, height, width }, widths)) {
+      sum += value;
+      squares += value * value;
+      count += 1;
+    }
+  }
+  const mean = sum / count;
+  return { mean, deviation: Math.sqrt(Math.max(squares / count - mean * mean, 0)) };
+}
+
+/** Values as bytes: the mean becomes 128, four standard deviations 127 more or less. */
+export function quantised(values, { mean, deviation }) {
+  const scale = 31.75 / Math.max(deviation, 1e-6), offset = 128 - mean * scale, out = new Uint8ClampedArray(values.length);
   for (let i = 0; i < values.length; i++) out[i] = values[i] * scale + offset;
   return out;
 }

@@ -37,7 +37,11 @@ export function axes(canvas, box, across, up) {
   const text = 13 * Math.min(1.5, Math.max(1, canvas.width / (canvas.clientWidth || canvas.width)));
   context.font = `${text}px system-ui, sans-serif`;
   context.textAlign = "center";
-  for (const value of ticks(...box.x)) context.fillText(number(value), onCanvas(box, [value, 0])[0], EDGE + h + text + 4);
+  for (const value of ticks(...box.x)) {
+    // a number at the border must not be cut off
+    const half = context.measureText(number(value)).width / 2, at = onCanvas(box, [value, 0])[0];
+    context.fillText(number(value), Math.min(at, canvas.width - half - 1), EDGE + h + text + 4);
+  }
   context.fillText(across, LEFT + w / 2, canvas.height - 8);
   context.textAlign = "right";
   for (const value of ticks(...box.y)) context.fillText(number(value), LEFT - 5, onCanvas(box, [0, value])[1] + 4);

@@ -2,6 +2,7 @@
 import { attempt, ask, element, follow, get, post, toast } from "./common.js";
 import { Columns } from "./columns.js";
 import { Control } from "./control.js";
+import { refresher } from "./edits.js";
 import { show } from "./exposure.js";
 import { Gallery } from "./gallery.js";
 import { byRow } from "./remarks.js";
@@ -92,6 +93,7 @@ if (saved) {
   tellSaved(saved);
 }
 await attempt(pull);
+const again = refresher(pull);
 follow("events", {
   changed: (now) => {
     count(now);
@@ -100,6 +102,6 @@ follow("events", {
       quarantined = now.quarantined;
       listQuarantine();
     }
-    if (now.sequence !== columns.sequence || now.epoch !== columns.epoch) setTimeout(() => pull().catch(() => {}), Math.random() * now.spread_ms);
+    if (now.sequence !== columns.sequence || now.epoch !== columns.epoch) setTimeout(again, Math.random() * now.spread_ms);
   },
 });
