@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import warnings
 from enum import StrEnum
@@ -317,13 +316,8 @@ def stages(
         typer.echo(f"  {field:<28} {default:<22} {about.description or ''}")
 
 
-# of Python's 700: a sixth of a command's start was spent on looking through newly imported modules for garbage
-_OBJECTS_BETWEEN_LOOKS_FOR_GARBAGE = 10_000
-
-
 def main() -> None:
     """Entry point: cryodask's own errors are printed as three sentences, not as a traceback."""
-    gc.set_threshold(_OBJECTS_BETWEEN_LOOKS_FOR_GARBAGE)
     try:
         app(standalone_mode=True)
     except CryodaskError as error:

@@ -35,7 +35,6 @@ gc.disable()
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop() -> None:
     gc.freeze()
-    gc.set_threshold(10_000)  # as the command line does, which some tests call in this process
     gc.enable()
 
 
