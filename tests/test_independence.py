@@ -50,10 +50,9 @@ class Pair:
 
     def __init__(self, n, noise, seed):
         rng = np.random.default_rng(seed)
-        grid = np.mgrid[:n, :n, :n] - n // 2
-        molecule = np.zeros((n, n, n))
-        for centre in rng.normal(0, 0.1 * n, (150, 3)):
-            molecule += np.exp(-((grid - centre[:, None, None, None]) ** 2).sum(0) / 2.0)
+        # an atom is the product of its profiles along the axes
+        profiles = np.exp(-((np.arange(n) - n // 2 - rng.normal(0, 0.1 * n, (150, 3))[..., None]) ** 2) / 2.0)
+        molecule = np.einsum("az,ay,ax->zyx", *profiles.transpose(1, 0, 2), optimize=True)
         molecule /= molecule.std()
         noises = [gaussian(rng.normal(size=molecule.shape), 8.0) * noise for _ in range(3)]
         self.first, self.second, self.other_noise = molecule + noises[0], molecule + noises[1], noises[2]

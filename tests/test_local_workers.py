@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -186,3 +187,10 @@ def test_the_dashboard_is_loaded_when_it_is_first_looked_at(one):
         with urllib.request.urlopen(one.dashboard_link.replace("status", page), timeout=120) as answer:
             assert "bokeh" in answer.read().decode()
         assert len(dashboards()) == 1
+
+
+def test_workers_do_not_look_for_garbage_in_what_they_share(client):
+    """Looking would write to 45 MiB of it; torch alone is more than 100,000 objects."""
+    frozen = client.run(lambda: (gc.isenabled(), gc.get_freeze_count()))
+    assert len(frozen) == 2
+    assert all(enabled and count > 100_000 for enabled, count in frozen.values()), frozen

@@ -21,8 +21,6 @@ from cryodask.cluster.fields import GPU, licence
 from cryodask.cluster.settings import LocalSettings
 from cryodask.leash import die_with_spawner
 
-# by tasks of the runners; the fork server leaves out what is not installed
-_NEEDED = ("distributed", "cryodask.run.map", "cryodask.stages", "torch")
 # distributed counts what a worker shares with the fork server (0.4 GiB) as the worker's own memory
 _ENOUGH_TO_SHARE = 2 << 30
 
@@ -117,7 +115,7 @@ def _choose_start(*, forked: bool) -> None:
     dask.config.set({"distributed.worker.multiprocessing-method": "forkserver" if forked else "spawn"})
     if forked:
         get_mp_context()  # the first call names modules of its own
-        multiprocessing.set_forkserver_preload(list(_NEEDED))
+        multiprocessing.set_forkserver_preload(["cryodask.cluster.forked"])
 
 
 def local_workers(settings: LocalSettings) -> int:

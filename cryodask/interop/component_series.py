@@ -1,9 +1,8 @@
-"""Maps at points of the space of components: the mean map plus the components times their coordinates, and series of them as MRC files."""
+"""Series of maps along the components of variability, as MRC files."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,32 +11,13 @@ from cryodask.errors import ProjectFileError
 from cryodask.formats.mrc import write_mrc
 from cryodask.interop.refined_optics import ExportWarning
 from cryodask.stages.variability import LEAST_AGREEMENT
+from cryodask.store.components import mean_map
 from cryodask.store.files import disk_errors, write_atomically
-from cryodask.store.generation import Generation
 from cryodask.store.project import Project
 
 QUANTILES = (0.05, 0.95)
 """Share of the particles below the first and the last map of a series, as cryoDRGN's ``pc_traversal`` takes them (Zhong et al. 2021)."""
 STEPS = 10
-
-
-def mean_map(generation: Generation) -> np.ndarray:
-    """The mean map `(z, y, x)` of an analysis of variability: its particles at the origin of the space of components."""
-    reader = generation.result_reader("component_series")
-    middle = reader.shape[1] // 2
-    # one map of the series: all of them together can be larger than the memory
-    window = (slice(0, 1), slice(middle, middle + 1), *(slice(None),) * 3)
-    return np.asarray(reader.window(window)[0, 0], np.float32)
-
-
-def map_at(generation: Generation, point: Sequence[float]) -> np.ndarray:
-    """The map `(z, y, x)`, float32, at coordinates along the components, in standard deviations; those that are left out are 0."""
-    out = mean_map(generation)
-    reader = generation.result_reader("component_map")
-    for number, z in enumerate(point):
-        if z:
-            out += np.float32(z) * reader[number]
-    return out
 
 
 def export_components(project: Project, folder: str | Path, *, steps: int = STEPS) -> list[Path]:

@@ -20,8 +20,8 @@ _SIGMAS = 3.0
 
 def coarse(job: dict[str, Any]) -> bytes:
     """The mean map and the components of an analysis, low-passed for a grid of ``size`` voxels per side."""
-    from cryodask.interop.component_series import mean_map
     from cryodask.kernels.regions import low_passed
+    from cryodask.store.components import mean_map
     from cryodask.store.generation import Generation
 
     generation = Generation(job["generation"])
@@ -39,7 +39,7 @@ def coarse(job: dict[str, Any]) -> bytes:
 def one_map(job: dict[str, Any]) -> bytes:
     """Write the map at a point of the space of components, with all its voxels, to a file."""
     from cryodask.formats.mrc import write_mrc
-    from cryodask.interop.component_series import map_at
+    from cryodask.store.components import map_at
     from cryodask.store.generation import Generation
 
     write_mrc(job["file"], map_at(Generation(job["generation"]), job["point"]), float(job["pixel"]))
