@@ -30,9 +30,9 @@ _LINE = 1 << 16
 _BREAKS = [bytes([c]) for c in b"\0\x0b\x0c\r\x1c\x1d\x1e\x1f"]
 _QUOTES = [b"'", b'"']
 _NEXT_BLOCK = re.compile(rb"\n[ \t]*data_")
-# what a comment beside values, or a row that begins with a name, is the general reader decides
+# what a comment beside values, or a row that begins with a name or a keyword, is the general reader decides
 _BESIDE_VALUES = re.compile(rb"[^\n]#")
-_NAME_FIRST = re.compile(rb"\n[ \t]*(?:[_;]|loop_)")
+_NAME_FIRST = re.compile(rb"\n[ \t]*(?:[_;]|(?i:loop_|data_))")
 _END = "end of the row"
 _TEXT, _WHOLE = frozenset((*TEXT, *KEPT)), frozenset(WHOLE)
 

@@ -10,7 +10,7 @@ import numpy as np
 from cryodask.errors import StarError
 from cryodask.formats.star.names import ALIASES, OPTICS
 from cryodask.formats.star.numbers import floats
-from cryodask.formats.star.rows import split_line, unquoted
+from cryodask.formats.star.rows import is_data, is_loop, split_line, unquoted
 
 _HEAD = [c for c in OPTICS if c.name in ("pixel_size_angstrom", "particle_pixel_size_angstrom", "box")]
 
@@ -28,11 +28,11 @@ def read_labels(path: str | Path, *tables: str) -> frozenset[str]:
     labels: dict[str, set[str]] = {}
     block, in_head = "", True
     for words in _head(Path(path)):
-        if words[0].startswith("data_") and len(words) == 1:
-            block, in_head = words[0].removeprefix("data_"), True
+        if is_data(words[0]) and len(words) == 1:
+            block, in_head = words[0][len("data_") :], True
         elif words[0].startswith("_") and in_head:
             labels.setdefault(block, set()).add(words[0][1:])
-        elif words[0] != "loop_":
+        elif not is_loop(words[0]):
             in_head = False
             if block == tables[0]:
                 break
@@ -81,12 +81,12 @@ def _head_table(path: Path) -> tuple[list[str], list[list[str]]]:
     rows: list[list[str]] = []
     pairs: list[str] = []
     for begun, words in enumerate(_head(path)):
-        if words[0].startswith("data_") and len(words) == 1:
-            if begun or words[0] != "data_optics":
+        if is_data(words[0]) and len(words) == 1:
+            if begun or words[0][len("data_") :] != "optics":
                 break
         elif words[0].startswith("_"):
             names.append(words[0][1:])
             pairs += words[1:]
-        elif words[0] != "loop_":
+        elif not is_loop(words[0]):
             rows.append(words)
     return names, [*rows, pairs] if pairs else rows
