@@ -78,8 +78,9 @@ def test_what_no_stage_uses_is_kept(tmp_path):
 @pytest.mark.parametrize("label", ["DefocusU", "DefocusV", "DefocusAngle", "CoordinateX", "AngleRot", "AnglePsi", "OriginXAngst"])
 def test_a_missing_number_that_is_needed_concerns_its_micrograph_only(tmp_path, label):
     names = ["mic/a.mrc", "mic/b.mrc"] * 2
-    number = 9 if label == "OriginXAngst" else 9000
-    path = file(tmp_path, some(4, MicrographName=names, **{label: [number, number, "nan", number]}))
+    number = 9000 if label in ("DefocusU", "DefocusV") else 9
+    values = {"CoordinateX": 9, "CoordinateY": 9} if label == "CoordinateX" else {}
+    path = file(tmp_path, some(4, MicrographName=names, **{**values, label: [number, number, "nan", number]}))
     with pytest.raises(MicrographError, match=f"rln{label} of 1 of 2 particles of mic/a.mrc is not a number"):
         imported(path, "mic/a.mrc")
     assert len(imported(path, "mic/b.mrc")["particle_image"]) == 2

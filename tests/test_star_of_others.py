@@ -57,6 +57,10 @@ READ = {
     "the first data_ in capitals, optics last": TABLE.replace("data_", "DATA_") + OPTICS,
     "the first column in a folder called DATA_": OPTICS + TABLE.replace("b.mrc", "DATA_1/b.mrc"),
     "a movie called loop_": OPTICS + TABLE.replace("b.mrc", "LOOP_1/b.mrc"),
+    "names of tables and columns in other cases": (OPTICS + TABLE)
+    .replace("data_optics", "data_Optics")
+    .replace("_rlnVoltage", "_RLNVOLTAGE")
+    .replace("_rlnDefocusU", "_rlnDefocusu"),
     "group numbers out of order": loop("optics", [{**GROUP, "OpticsGroup": 7, "Voltage": 200}, GROUP]) + TABLE,
     "optics without names": loop("optics", [{k: v for k, v in GROUP.items() if k != "OpticsGroupName"}]) + TABLE,
     "the first column in a folder called data_": OPTICS + TABLE.replace("b.mrc", "data_1/b.mrc"),
@@ -70,6 +74,41 @@ def test_any_layout_is_read(tmp_path, text):
     assert columns["defocus_u_angstrom"].tolist() == [15000, 9000]
     assert columns["voltage_kv"].tolist() == [300, 300]
     assert columns["pixel_size_angstrom"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("label", "value", "ours"),
+    [("PhaseShift", 90, "phase_shift_deg"), ("CtfDataAreCtfPremultiplied", 1, "ctf_premultiplied"), ("RandomSubset", 2, "half_set"),
+     ("OriginX", 3, "origin_x_angstrom"), ("BeamTiltX", 0.5, "relion_optics")],
+)  # fmt: skip
+@pytest.mark.parametrize("change", [str.lower, str.upper, str.swapcase])
+def test_names_of_columns_are_the_same_in_any_case(tmp_path, label, value, ours, change):
+    """A column that is passed over changes what the images mean."""
+    text = particles([{**PARTICLE, label: value}])
+    usual = star.read_particles(write(tmp_path / "usual.star", text))
+    other = star.read_particles(write(tmp_path / "other.star", text.replace(f"_rln{label}", change(f"_rln{label}"))))
+    assert ours in usual
+    assert {n: v.tolist() for n, v in other.items()} == {n: v.tolist() for n, v in usual.items()}
+    both = text.replace(f"_rln{label}", f"_rln{label}\n_{change('rln' + label)}").replace(" 5 ", " 5 7 ")
+    with pytest.raises(StarError, match=f"_rln{label} occurs twice"):
+        star.read_particles(write(tmp_path / "both.star", both))
+
+
+@pytest.mark.parametrize("label", ["CoordinateX", "CoordinateY"])
+def test_a_coordinate_without_the_other_is_refused(tmp_path, label):
+    with pytest.raises(StarError, match="no column rlnCoordinate"):
+        star.read_particles(write(tmp_path / "p.star", particles([{**PARTICLE, label: 10}])))
+
+
+@pytest.mark.parametrize("label", ["DefocusAngle", "AngleRot", "AngleTilt", "AnglePsi"])
+@pytest.mark.parametrize(("value", "refused"), [(-180, False), (720.5, False), (1001, True), (15000, True)])
+def test_an_angle_is_no_defocus(tmp_path, label, value, refused):
+    path = write(tmp_path / "p.star", particles([{**PARTICLE, label: value}]))
+    if refused:
+        with pytest.raises(StarError, match=f"rln{label} of row 1 is {value}, which is not between -1000 and 1000 degrees"):
+            star.read_particles(path)
+    else:
+        star.read_particles(path)
 
 
 @pytest.mark.parametrize("capitals", ["data_", "loop_", "data_ loop_"])

@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from cryodask.formats.star.names import KEPT, PARTICLE_ID, TEXT, WHOLE
+from cryodask.formats.star.names import KEPT, PARTICLE_ID, TEXT, WHOLE, canonical
 from cryodask.formats.star.texts import Coded, Coder, Images, split_image_names
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _scan(file: IO[bytes], wanted: frozenset[str], split_images: bool) -> dict[s
             if line and not line.startswith("#"):
                 raise _UnusualError
             continue
-        if line[5:] in blocks or len(line.split()) > 1:
+        if line[5:] in blocks or len(line.split()) > 1 or canonical(line[5:]) != line[5:]:
             raise _UnusualError
         blocks[line[5:]] = _read_block(file, wanted, split_images)
     if not blocks:
@@ -114,7 +114,7 @@ def _skip_pairs(file: IO[bytes], line: str | None, wanted: frozenset[str]) -> No
     while line is not None:
         if line and not line.startswith("#"):
             words = line.split()
-            if not line.startswith("_") or "#" in line or len(words) != 2 or words[0][1:] in wanted | seen:
+            if not line.startswith("_") or "#" in line or len(words) != 2 or canonical(words[0][1:]) in wanted | seen:
                 raise _UnusualError
             seen.add(words[0][1:])
         at = file.tell()
@@ -137,6 +137,8 @@ def _read_labels(file: IO[bytes]) -> list[str]:
         if comment and not comment[0].startswith("#"):
             raise _UnusualError
         labels.append(label[1:])
+    if [canonical(label) for label in labels] != labels:
+        raise _UnusualError
     if len(labels) < 2 or len({*labels, _END}) <= len(labels):
         raise _UnusualError
     return labels

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from cryodask.errors import StarError
-from cryodask.formats.star.names import ALIASES, OPTICS
+from cryodask.formats.star.names import ALIASES, OPTICS, canonical
 from cryodask.formats.star.numbers import floats
 from cryodask.formats.star.rows import is_data, is_loop, split_line, unquoted
 
@@ -29,9 +29,9 @@ def read_labels(path: str | Path, *tables: str) -> frozenset[str]:
     block, in_head = "", True
     for words in _head(Path(path)):
         if is_data(words[0]) and len(words) == 1:
-            block, in_head = words[0][len("data_") :], True
+            block, in_head = canonical(words[0][len("data_") :]), True
         elif words[0].startswith("_") and in_head:
-            labels.setdefault(block, set()).add(words[0][1:])
+            labels.setdefault(block, set()).add(canonical(words[0][1:]))
         elif not is_loop(words[0]):
             in_head = False
             if block == tables[0]:
@@ -82,10 +82,10 @@ def _head_table(path: Path) -> tuple[list[str], list[list[str]]]:
     pairs: list[str] = []
     for begun, words in enumerate(_head(path)):
         if is_data(words[0]) and len(words) == 1:
-            if begun or words[0][len("data_") :] != "optics":
+            if begun or canonical(words[0][len("data_") :]) != "optics":
                 break
         elif words[0].startswith("_"):
-            names.append(words[0][1:])
+            names.append(canonical(words[0][1:]))
             pairs += words[1:]
         elif not is_loop(words[0]):
             rows.append(words)

@@ -12,7 +12,7 @@ import numpy as np
 
 from cryodask.errors import StarError
 from cryodask.formats.star.blocks import Loop, scan
-from cryodask.formats.star.names import ALIASES, COLUMNS, KEPT, NONE, OPTICS, PARTICLE_ID, SIDE, Column, stem
+from cryodask.formats.star.names import ALIASES, COLUMNS, KEPT, NONE, OF_TOMOGRAMS, OLD, OPTICS, PARTICLE_ID, SIDE, Column, stem
 from cryodask.formats.star.numbers import check_limits, floats, whole
 from cryodask.formats.star.rows import read_blocks
 from cryodask.formats.star.texts import Coded, Images, encode
@@ -22,9 +22,7 @@ Read = dict[str, "np.ndarray | Coded | Images"]
 
 _PICKS = [c for c in COLUMNS if c.name in ("particle_x", "particle_y", "pick_score", "micrograph_name")]
 _PIXELS = ("rlnMicrographPixelSize", *ALIASES["rlnMicrographPixelSize"])
-_HEIGHT = "rlnCoordinateZ"
-_TOMOGRAM = "rlnTomoName"
-_OLD = ("rlnDetectorPixelSize", "rlnMagnification", "rlnOriginX", "rlnOriginY")
+_TOMOGRAM, _HEIGHT = OF_TOMOGRAMS
 
 
 def read_micrographs(path: str | Path) -> Columns:
@@ -155,6 +153,13 @@ def _check_plane(path: Path, table: Read | Loop) -> None:
         raise StarError(f"{path} has {what} ({told}).", "it is of tomograms", "give particles or picks of micrographs")
 
 
+def _check_position(path: Path, table: Loop, keep: Collection[str] | None) -> None:
+    """Refuse one coordinate without the other, unless only some columns were read; a missing origin is 0 for RELION."""
+    missing = [name for name in ("rlnCoordinateX", "rlnCoordinateY") if name not in table]
+    if keep is None and len(missing) == 1:
+        raise missing_column(path, missing[0])
+
+
 def _lists_files(table: Loop | None) -> bool:
     """Whether a table has rows that name movies, micrographs or images."""
     names = ("rlnImageName", "rlnMicrographName", "rlnMicrographMovieName")
@@ -209,7 +214,7 @@ def _wanted(keep: Collection[str] | None) -> list[str]:
     always = {"micrograph_name", "image_name", "optics_group"}
     kept = [c for c in COLUMNS if keep is None or c.name in keep or c.name in always]
     names = [c.relion for c in (*kept, *OPTICS)]
-    return [*names, *(alias for name in names for alias in ALIASES.get(name, ())), *_OLD, *KEPT, _TOMOGRAM, _HEIGHT]
+    return [*names, *(alias for name in names for alias in ALIASES.get(name, ())), *OLD, *KEPT, *OF_TOMOGRAMS]
 
 
 def _read(path: Path, blocks: tuple[str, ...], need: str, *, keep: Collection[str] | None = None, split_images: bool = False) -> Read:
@@ -223,6 +228,7 @@ def _read(path: Path, blocks: tuple[str, ...], need: str, *, keep: Collection[st
         )
     _check_only(path, [b for b in (*blocks, "") if b in tables and _lists_files(tables[b])])
     _check_plane(path, table)
+    _check_position(path, table, keep)
     columns = dict(_translate(path, table, COLUMNS))
     check_limits(path, columns, "row", lambda row: row + 1)
     _check_names(path, columns)

@@ -2,7 +2,7 @@
 
 A quote opens at the start of a value and closes before a blank, as in CIF; ``#`` at the start of a value begins a comment. Blank lines and
 comments may stand anywhere, lines may end as on any system, and a list of pairs is a table of one row. ``data_`` and ``loop_`` are
-keywords in any case, as in CIF (Hall 1991).
+keywords in any case, and names of columns and tables are the same in any case, as in CIF (Hall, Allen and Brown 1991).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryodask.errors import StarError
+from cryodask.formats.star.names import canonical
 
 _BLANKS = " \t\x0b\x0c"
 _TOKEN = re.compile(
@@ -68,7 +69,7 @@ def read_blocks(path: Path) -> dict[str, Block]:
         if reader is None or reader.ends_with(words):
             if not is_data(words[0]) or len(words) > 1:
                 raise refused(path, number, f"{shown(words)} outside any table", "", "every table begins with a line data_NAME")
-            name = words[0][len("data_") :]
+            name = canonical(words[0][len("data_") :])
             if name in blocks:
                 raise refused(
                     path, number, f"the table data_{name} occurs twice (first in line {at[name]})", "files were joined by hand", "keep one"
@@ -112,7 +113,7 @@ class _BlockReader:
             self._misplaced(number, words)
 
     def _label(self, number: int, words: list[str]) -> None:
-        label = words[0][1:]
+        label = canonical(words[0][1:])
         if label in self._at:
             raise self._refused(
                 number, f"the column _{label} occurs twice (first in line {self._at[label]})", "columns were joined by hand", "keep one"
