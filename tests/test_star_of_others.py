@@ -121,6 +121,18 @@ def test_the_head_is_read_with_keywords_in_capitals(tmp_path, capitals):
     assert star.read_optics(path) == [{"pixel_size_angstrom": 1.0, "particle_pixel_size_angstrom": 2.0, "box": 32.0}]
 
 
+@pytest.mark.parametrize("irregular", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+def test_plans_ask_only_groups_that_rows_use(tmp_path, irregular, last):
+    """An unused group of another pixel size is none of the file's: a box in pixels has one length."""
+    groups = [{**GROUP, "OpticsGroup": 4, "MicrographPixelSize": 3, "ImageSize": 64}, GROUP, {**GROUP, "OpticsGroup": 2, "ImageSize": 48}]
+    rows = [PARTICLE, {**PARTICLE, "ImageName": "2@a.mrcs", "OpticsGroup": 2}]
+    text = loop("optics", groups[1:] if last else groups) + loop("particles", rows[: 1 if last else 2])
+    path = write(tmp_path / "p.star", text.replace("2@a.mrcs", "'2@a.mrcs'") if irregular else text)
+    boxes = [(group["pixel_size_angstrom"], group["box"]) for group in star.read_optics(path)]
+    assert boxes == ([(1.0, 32.0)] if last else [(1.0, 32.0), (1.0, 48.0)])
+
+
 @pytest.mark.parametrize("name", ["Data_001.mrc", "DATA_001.mrc", "dATA_1/x.mrc"])
 def test_names_in_a_table_of_one_column_may_begin_like_a_keyword_in_capitals(tmp_path, name):
     """RELION takes nothing but ``data_`` in small letters for the next table."""

@@ -27,11 +27,14 @@ _SEEN_SHIFT = 0.05
 """Shift from which on it is named, voxels."""
 _ZOOM, _ZOOMS = 4.0, 4
 """Steps within a voxel are this many times finer each time: 1/256 of a voxel at last."""
+_SAME_PHASES, _MORE_THAN_FSC, _FEW, _FILTERED = 0.4, 0.2, 3, 2
+"""Agreement of phases up to their sign, and by how much it exceeds the correlation, in shells that only a filter of one map explains;
+the first shell with enough coefficients, and how many shells are enough."""
 _MOST_AGREEMENT = 0.97
 """Correlation of the finer shells above which maps without solvent cannot be told from copies."""
-_BAND, _WIDE_BAND = 0.01, 0.85
+_BAND, _WIDE_BAND, _LEFT = 0.01, 0.85, 0.1
 """Power of the difference of the maps, over its largest, that a shell within their band has; share of Nyquist of a band that no filter
-has cut."""
+has cut; and most power of a map beyond its band, over that of its strongest shell."""
 _LEAK = 0.6
 """Signal to noise that a low-passed molecule has at most in the solvent into which it reaches, relative to that of the whole map."""
 
@@ -47,7 +50,7 @@ class Independence(NamedTuple):
         Correlation of the solvent in the finer half of the shells beyond, its median; and the standard error of its inverse hyperbolic
         tangent (Fisher, 1915). NaN if the solvent is flat or no shell is left.
     agreement : float
-        Correlation of the whole maps in these shells.
+        Correlation of the whole maps in these shells; with ``filtered``, agreement of phases there.
     shift_voxels : (z, y, x)
         Shift of the first map against the second at which their phases agree best; 0 where they agree no better than by chance. All else
         was found without it.
@@ -60,6 +63,8 @@ class Independence(NamedTuple):
     shift_voxels: tuple[float, float, float] = (0.0, 0.0, 0.0)
     most: float = _MOST_CORRELATION
     """Correlation of the solvent that independent maps can have: more in low-passed ones, whose molecule reaches into the solvent."""
+    filtered: int = 0
+    """Shells in which the phases agree up to their sign while the values do not, as where a filter changes the sign; 0 for too few."""
     comparable: bool = True
     """Whether honest maps can agree up to their finest shells: those of low-passed maps, but not those without solvent."""
 
@@ -77,6 +82,11 @@ class Independence(NamedTuple):
             return "all voxels of one of them are equal"
         if np.isnan(self.agreement):
             return "they are the same in every shell, up to scale and filters"
+        if self.filtered:
+            return (
+                f"one is a filtered copy: in {self.filtered} shells that do not correlate, their phases agree by {self.agreement:.2f} "
+                "up to the sign"
+            )
         if np.arctanh(min(abs(self.noise_correlation), _SAME)) > np.arctanh(self.most) + self.error:
             return f"the noise of their solvent agrees: its correlation is {self.noise_correlation:.2f}; for independent maps it is 0"
         if not self.comparable and self.agreement > _MOST_AGREEMENT:
@@ -102,14 +112,20 @@ def independence(first: Tensor, second: Tensor) -> Independence:
     whole = fsc(maps[0], maps[1]).abs()
     power = torch.minimum(*(_shell_power(m) for m in maps))
     shells = torch.nonzero(power[1:] > _EMPTY * power[1:].max()).flatten() + 1
+    different, phases = shells[whole[shells] < _SAME], _phase_agreement(maps)
+    # a filter lowers the correlation where it falls off or changes its sign within a shell, but leaves the phases up to their sign
+    if not len(different) or bool((phases[different] >= _SAME).all()):
+        return Independence(len(whole) - 1, np.nan, np.nan, np.nan)
+    opposed = different[(different >= _FEW) & ((phases > _SAME_PHASES) & (phases > whole + _MORE_THAN_FSC))[different]]
+    if len(opposed) >= _FILTERED:
+        return Independence(int(different[0]) - 1, np.nan, np.nan, float(phases[opposed].median()), filtered=len(opposed))
     shift = _shift(maps, shells)
     if any(shift):
         maps[0] = _moved(maps[0], shift)
         whole = fsc(maps[0], maps[1]).abs()
-    different = shells[whole[shells] < _SAME]
-    # a filter that falls off within a shell lowers its correlation, but leaves the phases of a copy
-    if not len(different) or bool((_phase_agreement(maps)[different] >= _SAME).all()):
-        return Independence(len(whole) - 1, np.nan, np.nan, np.nan, shift)
+        different, phases = shells[whole[shells] < _SAME], _phase_agreement(maps)
+        if not len(different) or bool((phases[different] >= _SAME).all()):
+            return Independence(len(whole) - 1, np.nan, np.nan, np.nan, shift)
     joined = int(different[0]) - 1
     beyond = shells[shells > joined + 1]
     finer = beyond[len(beyond) // 2 :] if len(beyond) else different
@@ -138,10 +154,15 @@ def _leaked(agreement: float) -> float:
 
 
 def _is_low_passed(maps: Tensor) -> bool:
-    """Whether a filter has cut the noise of two maps, which is in their difference, well below Nyquist."""
-    noise = _shell_power(maps[0] - maps[1])
-    band = int(torch.nonzero(noise[1:] > _BAND * noise[1:].max()).max()) + 1
-    return band < _WIDE_BAND * len(noise)
+    """Whether a filter has cut the noise of two maps, which is in their difference, well below Nyquist.
+
+    The second map is scaled to the first in each shell, because a filter of one of them would be in the difference as well. Where one
+    still has much power, a small difference is agreement and no filter.
+    """
+    powers = [_shell_power(m)[1:] for m in maps]
+    noise = powers[0] * (1.0 - fsc(maps[0], maps[1])[1:] ** 2).clamp_min(0.0)
+    band = int(torch.nonzero(noise > _BAND * noise.max()).max()) + 1
+    return band < _WIDE_BAND * len(noise) and all(bool(p[band:].max() <= _LEFT * p.max()) for p in powers)
 
 
 def _shift(maps: Tensor, shells: Tensor) -> tuple[float, float, float]:
@@ -183,11 +204,15 @@ def _between_voxels(phases: Tensor, shift: np.ndarray, n: int) -> np.ndarray:
 
 
 def _phase_agreement(maps: Tensor) -> Tensor:
-    """Mean cosine of the phase differences of two maps `(shell,)`, without its sign."""
+    """Mean cosine of twice the phase differences of two maps `(shell,)`: 1 for a copy, whatever signs a filter gives its frequencies.
+
+    Weighted by amplitude, because rounding decides the phases where a filter is 0.
+    """
     cross = torch.fft.rfftn(maps[0]) * torch.fft.rfftn(maps[1]).conj()
     shells, weight = half_shells(maps.shape[-1], maps.device)
-    cosines = cross.real / cross.abs().clamp_min(1e-300)
-    return (shell_sum(cosines, shells, weight) / shell_sum(torch.ones_like(cosines), shells, weight)).abs()
+    size = cross.abs()
+    doubled = 2.0 * cross.real**2 / size.clamp_min(1e-300) - size
+    return shell_sum(doubled, shells, weight) / shell_sum(size, shells, weight).clamp_min(1e-300)
 
 
 def _moved(volume: Tensor, shift: tuple[float, float, float]) -> Tensor:
