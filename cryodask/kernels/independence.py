@@ -12,6 +12,8 @@ from cryodask.kernels.fsc import fsc, half_shells, shell_sum
 
 _SAME = 0.9999
 """Correlation of a shell from which on both maps have the same values in it."""
+_SAME_PHASES = 1.0 - 4.0 * (1.0 - _SAME)
+"""Mean cosine of twice the phase differences that goes with it."""
 _EMPTY = 1e-9
 """Power of a shell, over that of the strongest, below which rounding decides what it holds."""
 _MOST_SMEARED = 1.3
@@ -27,9 +29,6 @@ _SEEN_SHIFT = 0.05
 """Shift from which on it is named, voxels."""
 _ZOOM, _ZOOMS = 4.0, 4
 """Steps within a voxel are this many times finer each time: 1/256 of a voxel at last."""
-_SAME_PHASES, _MORE_THAN_FSC, _FEW, _FILTERED = 0.4, 0.2, 3, 2
-"""Agreement of phases up to their sign, and by how much it exceeds the correlation, in shells that only a filter of one map explains;
-the first shell with enough coefficients, and how many shells are enough."""
 _MOST_AGREEMENT = 0.97
 """Correlation of the finer shells above which maps without solvent cannot be told from copies."""
 _BAND, _WIDE_BAND, _LEFT = 0.01, 0.85, 0.1
@@ -50,7 +49,7 @@ class Independence(NamedTuple):
         Correlation of the solvent in the finer half of the shells beyond, its median; and the standard error of its inverse hyperbolic
         tangent (Fisher, 1915). NaN if the solvent is flat or no shell is left.
     agreement : float
-        Correlation of the whole maps in these shells; with ``filtered``, agreement of phases there.
+        Correlation of the whole maps in these shells.
     shift_voxels : (z, y, x)
         Shift of the first map against the second at which their phases agree best; 0 where they agree no better than by chance. All else
         was found without it.
@@ -63,8 +62,6 @@ class Independence(NamedTuple):
     shift_voxels: tuple[float, float, float] = (0.0, 0.0, 0.0)
     most: float = _MOST_CORRELATION
     """Correlation of the solvent that independent maps can have: more in low-passed ones, whose molecule reaches into the solvent."""
-    filtered: int = 0
-    """Shells in which the phases agree up to their sign while the values do not, as where a filter changes the sign; 0 for too few."""
     comparable: bool = True
     """Whether honest maps can agree up to their finest shells: those of low-passed maps, but not those without solvent."""
 
@@ -82,11 +79,6 @@ class Independence(NamedTuple):
             return "all voxels of one of them are equal"
         if np.isnan(self.agreement):
             return "they are the same in every shell, up to scale and filters"
-        if self.filtered:
-            return (
-                f"one is a filtered copy: in {self.filtered} shells that do not correlate, their phases agree by {self.agreement:.2f} "
-                "up to the sign"
-            )
         if np.arctanh(min(abs(self.noise_correlation), _SAME)) > np.arctanh(self.most) + self.error:
             return f"the noise of their solvent agrees: its correlation is {self.noise_correlation:.2f}; for independent maps it is 0"
         if not self.comparable and self.agreement > _MOST_AGREEMENT:
@@ -114,17 +106,14 @@ def independence(first: Tensor, second: Tensor) -> Independence:
     shells = torch.nonzero(power[1:] > _EMPTY * power[1:].max()).flatten() + 1
     different, phases = shells[whole[shells] < _SAME], _phase_agreement(maps)
     # a filter lowers the correlation where it falls off or changes its sign within a shell, but leaves the phases up to their sign
-    if not len(different) or bool((phases[different] >= _SAME).all()):
+    if not len(different) or bool((phases[different] >= _SAME_PHASES).all()):
         return Independence(len(whole) - 1, np.nan, np.nan, np.nan)
-    opposed = different[(different >= _FEW) & ((phases > _SAME_PHASES) & (phases > whole + _MORE_THAN_FSC))[different]]
-    if len(opposed) >= _FILTERED:
-        return Independence(int(different[0]) - 1, np.nan, np.nan, float(phases[opposed].median()), filtered=len(opposed))
     shift = _shift(maps, shells)
     if any(shift):
         maps[0] = _moved(maps[0], shift)
         whole = fsc(maps[0], maps[1]).abs()
         different, phases = shells[whole[shells] < _SAME], _phase_agreement(maps)
-        if not len(different) or bool((phases[different] >= _SAME).all()):
+        if not len(different) or bool((phases[different] >= _SAME_PHASES).all()):
             return Independence(len(whole) - 1, np.nan, np.nan, np.nan, shift)
     joined = int(different[0]) - 1
     beyond = shells[shells > joined + 1]
@@ -154,15 +143,17 @@ def _leaked(agreement: float) -> float:
 
 
 def _is_low_passed(maps: Tensor) -> bool:
-    """Whether a filter has cut the noise of two maps, which is in their difference, well below Nyquist.
+    """Whether a filter has cut the noise of two maps well below Nyquist.
 
-    The second map is scaled to the first in each shell, because a filter of one of them would be in the difference as well. Where one
-    still has much power, a small difference is agreement and no filter.
+    Noise is their difference, as they are and with the second map scaled to the first in each shell: a filter of one of them is in one or
+    the other. Where a map still has much power, a small difference is agreement and no filter.
     """
     powers = [_shell_power(m)[1:] for m in maps]
-    noise = powers[0] * (1.0 - fsc(maps[0], maps[1])[1:] ** 2).clamp_min(0.0)
-    band = int(torch.nonzero(noise > _BAND * noise.max()).max()) + 1
-    return band < _WIDE_BAND * len(noise) and all(bool(p[band:].max() <= _LEFT * p.max()) for p in powers)
+    for noise in (_shell_power(maps[0] - maps[1])[1:], powers[0] * (1.0 - fsc(maps[0], maps[1])[1:] ** 2).clamp_min(0.0)):
+        band = int(torch.nonzero(noise > _BAND * noise.max()).max()) + 1
+        if band >= _WIDE_BAND * len(noise) or any(bool(p[band:].max() > _LEFT * p.max()) for p in powers):
+            return False
+    return True
 
 
 def _shift(maps: Tensor, shells: Tensor) -> tuple[float, float, float]:
