@@ -133,6 +133,11 @@ def test_plans_ask_only_groups_that_rows_use(tmp_path, irregular, last):
     assert boxes == ([(1.0, 32.0)] if last else [(1.0, 32.0), (1.0, 48.0)])
 
 
+def test_plans_ask_all_groups_that_have_no_numbers(tmp_path):
+    groups = [{n: v for n, v in {**GROUP, "ImageSize": size}.items() if n != "OpticsGroup"} for size in (32, 48)]
+    assert [group["box"] for group in star.read_optics(write(tmp_path / "p.star", particles([PARTICLE], groups)))] == [32, 48]
+
+
 @pytest.mark.parametrize("name", ["Data_001.mrc", "DATA_001.mrc", "dATA_1/x.mrc"])
 def test_names_in_a_table_of_one_column_may_begin_like_a_keyword_in_capitals(tmp_path, name):
     """RELION takes nothing but ``data_`` in small letters for the next table."""

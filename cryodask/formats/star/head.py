@@ -77,8 +77,8 @@ def read_optics(path: str | Path) -> list[dict[str, float]]:
         found = {c.name: [row[n] for n in (c.relion, *ALIASES.get(c.relion, ())) if n in row] for c in _HEAD}
         known = {name: float(floats([unquoted(texts[0])])[0][0]) for name, texts in found.items() if texts}
         groups.append({name: value for name, value in known.items() if np.isfinite(value)})
-        numbers.append(float(floats([unquoted(row.get(_GROUP, ""))])[0][0]))
-    if all(group == groups[0] for group in groups):
+        numbers.append(float(floats([unquoted(row.get(_GROUP, "nan"))])[0][0]))
+    if _GROUP not in names or all(group == groups[0] for group in groups):
         return groups
     used = _used(Path(path))
     return [group for number, group in zip(numbers, groups) if number in used] if used else groups
