@@ -324,6 +324,7 @@ LIMITS = {
     "defocus_u_angstrom": Limits(-500_000, 500_000, "A"),
     "defocus_v_angstrom": Limits(-500_000, 500_000, "A"),
     "phase_shift_deg": Limits(-360, 360, "degrees"),
+    **dict.fromkeys(("defocus_angle_deg", "rot_deg", "tilt_deg", "psi_deg"), Limits(-1000, 1000, "degrees")),  # any turn, but no defocus
     "particle_y": Limits(-10_000_000, 10_000_000, "pixels"),
     "particle_x": Limits(-10_000_000, 10_000_000, "pixels"),
     "origin_y_angstrom": Limits(-100_000, 100_000, "A"),

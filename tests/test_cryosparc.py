@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.lib.recfunctions import drop_fields
 
 from cryodask.errors import InputError
 from cryodask.formats import cryosparc, star
@@ -366,3 +367,34 @@ def test_files_that_are_no_tables_are_refused(tmp_path):
     np.save((tmp_path / "nan.cs").open("wb"), table)
     with pytest.raises(InputError, match="defocus_u_angstrom has NaN"):
         cryosparc.read_particles(tmp_path / "nan.cs")
+
+
+@pytest.mark.parametrize("more", [b"x", b"\0" * 8, "again"])
+def test_a_file_that_goes_on_after_its_rows_is_refused(tmp_path, more):
+    path = tmp_path / "p.cs"
+    cryosparc.write_particles(path, columns(3, 0), (3000, 4000))
+    whole = path.read_bytes()
+    path.write_bytes(whole + (whole if more == "again" else more))
+    with pytest.raises(InputError, match="goes on after its 3 rows"):
+        cryosparc.read_particles(path)
+
+
+@pytest.mark.parametrize("name", ["blob/path", "location/micrograph_path"])
+def test_paths_that_are_needed_are_not_empty(tmp_path, name):
+    path = tmp_path / "p.cs"
+    cryosparc.write_particles(path, columns(3, 0), (3000, 4000))
+    table = np.load(path)
+    table[name][1] = b""
+    np.save(path.open("wb"), table)
+    with pytest.raises(InputError, match=f"{name} of row 2 is empty"):
+        cryosparc.read_particles(path)
+
+
+@pytest.mark.parametrize("name", ["ctf/df1_A", "ctf/df2_A", "ctf/df_angle_rad"])
+def test_a_defocus_has_two_values_and_an_angle(tmp_path, name):
+    path = tmp_path / "p.cs"
+    cryosparc.write_particles(path, columns(3, 0), (3000, 4000))
+    table = np.load(path)
+    np.save(path.open("wb"), drop_fields(table, name))
+    with pytest.raises(InputError, match=f"no column {name}"):
+        cryosparc.read_particles(path)

@@ -224,6 +224,43 @@ def test_damaged_files_are_refused_by_name(tmp_path):
         open_movie(path)
 
 
+@pytest.mark.parametrize("bits", [(0, 2, 2), (-1, 2, 2), (17, 2, 2), (31, 2, 2), (7, 9, 2), (7, 2, 255), (0, 0, 0), (7, -1, 2)])
+def test_codes_that_no_camera_writes_are_refused_by_the_file_and_by_the_decoder(tmp_path, bits, decoder):
+    """With codes of no bits the decoder would never come to an end."""
+    with pytest.raises(StreamError, match="codes of"):
+        decoded(bytes(64), Coding(*bits))
+    if min(bits) >= 0:
+        path = movie_file(tmp_path / "m.eer", [random_events(0.01, 0)], compression=65002, coding=Coding(*bits))
+        with pytest.raises(MovieError, match=f"codes of {bits[0]}, {bits[1]} and {bits[2]} bits"):
+            open_movie(path)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.binary(max_size=600), st.integers(1, 16), st.integers(0, 8), st.integers(0, 8))
+def test_every_coding_comes_to_an_end(stream, run_bits, column_bits, row_bits):
+    """A code has a bit at least, so a stream of n bits has at most n codes; what follows it is no part of it."""
+    out = np.zeros((12, 14), np.uint8)
+    with suppress(StreamError):
+        add_frame(out, stream, Coding(run_bits, column_bits, row_bits))
+        assert out.sum() * (run_bits + column_bits + row_bits) <= 8 * len(stream)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "pixel"),
+    [("8e-11", "8e-11", 0.8), (None, "8e-11", 0.8), ("8e-11", None, 0.8), ("8.05e-11", "8e-11", 0.8), ("8e-11", "1.6e-10", None),
+     ("0", "8e-11", 0.8), ("1", "8e-11", 0.8), (None, None, 0.0)],
+)  # fmt: skip
+def test_the_pixels_of_the_metadata_are_square(tmp_path, width, height, pixel):
+    items = {f"sensorPixelSize.{edge}": (text, "m") for edge, text in (("width", width), ("height", height)) if text}
+    path = tmp_path / "m.eer"
+    write_eer(path, [encode_frame(random_events(0.01, 0), PIXELS)], SHAPE, metadata=metadata_xml({"numberOfFrames": ("1", ""), **items}))
+    if pixel is None:
+        with pytest.raises(MovieError, match=r"0\.8 x 1\.6 A by its metadata"):
+            open_movie(path)
+    else:
+        assert (open_movie(path).pixel_size_angstrom or 0.0) == pytest.approx(pixel)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_damage_anywhere_is_an_error_or_changes_no_more_than_events(tmp_path, seed):
     rng = np.random.default_rng(seed)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from cryodask.errors import InputError, MicrographError
 from cryodask.formats import star
 from cryodask.formats.mrc import write_mrc
+from cryodask.formats.star import read_particle_table
 from cryodask.interop import export_relion
 from cryodask.kernels.ctf import ctf
 from cryodask.kernels.fourier import frequencies
@@ -26,6 +27,7 @@ from cryodask.run.recipe import make_plan
 from cryodask.run.session import run_plan
 from cryodask.run.sources import list_exposures
 from cryodask.stage import load_stages
+from cryodask.stages._particle_tables import unknown_pixel
 from cryodask.store.births import Birth, born
 
 
@@ -76,8 +78,9 @@ def test_what_no_stage_uses_is_kept(tmp_path):
 @pytest.mark.parametrize("label", ["DefocusU", "DefocusV", "DefocusAngle", "CoordinateX", "AngleRot", "AnglePsi", "OriginXAngst"])
 def test_a_missing_number_that_is_needed_concerns_its_micrograph_only(tmp_path, label):
     names = ["mic/a.mrc", "mic/b.mrc"] * 2
-    number = 9 if label == "OriginXAngst" else 9000
-    path = file(tmp_path, some(4, MicrographName=names, **{label: [number, number, "nan", number]}))
+    number = 9000 if label in ("DefocusU", "DefocusV") else 9
+    values = {"CoordinateX": 9, "CoordinateY": 9} if label == "CoordinateX" else {}
+    path = file(tmp_path, some(4, MicrographName=names, **{**values, label: [number, number, "nan", number]}))
     with pytest.raises(MicrographError, match=f"rln{label} of 1 of 2 particles of mic/a.mrc is not a number"):
         imported(path, "mic/a.mrc")
     assert len(imported(path, "mic/b.mrc")["particle_image"]) == 2
@@ -441,3 +444,49 @@ def test_an_origin_outside_its_image_is_refused(tmp_path, x, y):
 def test_origins_within_their_images_are_kept(tmp_path):
     got = imported(file(tmp_path, some(2, OriginXAngst=[-31.9, 2.5], OriginYAngst=[31.9, 0.0])))
     assert got["particle_x"] * 1.0 - got["centre_x_angstrom"] == pytest.approx([-31.9, 2.5])
+
+
+# --- pixels of positions -------------------------------------------------------------------------------------------------------
+OLD = {k: v for k, v in PARTICLE.items() if k != "OpticsGroup"} | {
+    "CoordinateX": 100, "CoordinateY": 80, "AngleRot": 0, "AngleTilt": 0, "AnglePsi": 0, "OriginX": 1.5, "OriginY": -2, "Voltage": 300,
+    "SphericalAberration": 2.7, "AmplitudeContrast": 0.1, "DetectorPixelSize": 5, "Magnification": 25000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("told", "given", "exposure", "pixel"),
+    [(None, None, None, 2.0), (None, 1.0, None, 1.0), (None, None, 1.0, 1.0), (1.0, None, 1.003, 1.0), (1.0, 1.0, 1.0, 1.0),
+     (None, 1.003, 1.0, 1.003), (1.0, None, 2.0, None), (1.0, 2.0, None, None), (None, 1.0, 1.1, None), (1.0, None, None, 1.0)],
+)  # fmt: skip
+def test_positions_are_in_pixels_of_the_micrographs_wherever_these_are_known(tmp_path, told, given, exposure, pixel):
+    """Images of 2 A from RELION 3.0: position minus origin, both in Angstrom, is the centre."""
+    row = OLD | ({} if told is None else {"MicrographPixelSize": told})
+    path = write(tmp_path / "old.star", loop("", [row]))
+    stack(tmp_path / "a.mrcs", 1)
+    stage = load_stages()["import_particles"]
+
+    def read():
+        params = stage.params(star=str(path), micrograph_pixel_size_angstrom=given)
+        return stage.process(params, particles_path=str(path), micrograph_name="mic/a.mrc", pixel_size_angstrom=exposure)
+
+    if pixel is None:
+        with pytest.raises(MicrographError, match="The micrographs have pixels of"):
+            read()
+        return
+    found = read()
+    assert found["pixel_size_angstrom"] == pixel
+    assert found["particle_pixel_size_angstrom"] == 2.0
+    assert found["centre_x_angstrom"].tolist() == pytest.approx([100 * pixel - 3.0])
+    assert found["centre_y_angstrom"].tolist() == pytest.approx([80 * pixel + 4.0])
+
+
+@pytest.mark.parametrize(
+    ("row", "given", "exposures", "said"),
+    [(OLD, None, False, True), (OLD, 1.0, False, False), (OLD, None, True, False), (OLD | {"MicrographPixelSize": 1}, None, False, False),
+     ({k: v for k, v in OLD.items() if "Coordinate" not in k}, None, False, False)],
+)  # fmt: skip
+def test_positions_in_unknown_pixels_are_told(tmp_path, row, given, exposures, said):
+    table = read_particle_table(write(tmp_path / "old.star", loop("", [row])))
+    found = unknown_pixel(table, given, exposures=exposures)
+    assert bool(found) == said
+    assert not said or "taken to be in pixels of 2 A" in found[0]

@@ -1,6 +1,7 @@
 """Half-maps that are not independent are refused with a number, and honest ones pass: simulated molecules and noise, in small boxes."""
 
 import functools
+import itertools
 
 import numpy as np
 import pytest
@@ -45,6 +46,19 @@ def joined(first, second, shell):
     return mean + filtered(first, ~inner), mean + filtered(second, ~inner)
 
 
+def cubic(volume):
+    """The mean over the 24 rotations of a cube: many of its Fourier coefficients are real, or equal."""
+    out = np.zeros_like(volume)
+    for axes in itertools.permutations(range(3)):
+        for flips in itertools.product((False, True), repeat=3):
+            if np.linalg.det(np.eye(3)[list(axes)]) * (-1) ** sum(flips) > 0:
+                turned = volume.transpose(axes)
+                for axis in np.flatnonzero(flips):
+                    turned = np.roll(np.flip(turned, axis), 1 - len(volume) % 2, axis)
+                out += turned / 24
+    return out
+
+
 class Pair:
     """Two honest half-maps of a molecule of 150 atoms, in a box of ``n`` voxels, with noise of this standard deviation and colour."""
 
@@ -81,6 +95,10 @@ HONEST = {
     "low-passed, not alike": lambda p: (p.first, lowpass(p.second, p.first.shape[0] // 4)),
     "with a B-factor": lambda p: p.both(lambda m: gaussian(m, 10.0)),
     "masked": lambda p: p.both(lambda m: m * p.mask),
+    "medians of neighbours": lambda p: p.both(lambda m: scipy.ndimage.median_filter(m, 3)),
+    "means of neighbours": lambda p: p.both(lambda m: scipy.ndimage.uniform_filter(m, 3)),
+    "cubic symmetry": lambda p: p.both(cubic),
+    "cubic symmetry, low-passed": lambda p: p.both(lambda m: lowpass(cubic(m), m.shape[0] // 5)),
     "noise": lambda p: tuple(p.noises),
     "in different places": lambda p: (p.first, np.roll(p.second, (3, -5, 9), (0, 1, 2))),
     "in places that differ by parts of a voxel": lambda p: (p.first, moved(p.second, (0.6, -0.3, 4.5))),
@@ -100,6 +118,10 @@ DEPENDENT = {
     "the mean and a half": lambda p: (p.first, p.mean),
     "noise twice": lambda p: (p.noises[0], p.noises[0]),
     "joined, and a copy beyond": lambda p: (lambda a, b: (a, a + 0.1 * p.other_noise))(*joined(p.first, p.second, 4)),
+    "mean of three voxels, periodic": lambda p: (p.first, scipy.ndimage.uniform_filter(p.first, 3, mode="wrap")),
+    "copy whose details are negative": lambda p: (p.first, gaussian(p.first, 40.0) - 0.5 * gaussian(p.first, 2.0)),
+    "second differences": lambda p: (p.first, scipy.ndimage.laplace(p.first)),
+    "sharpened copy": lambda p: (p.first, filtered(p.first, np.exp(6.0 * (radius(p.first.shape[0]) / p.first.shape[0]) ** 2))),
     "shifted copy": lambda p: (p.first, np.roll(p.first, 1, 0)),
     "far shifted copy": lambda p: (p.first, np.roll(p.first, (3, -5, 9), (0, 1, 2))),
     "negative, shifted and blurred copy": lambda p: (p.first, -np.roll(gaussian(p.first, 20.0), 2, 1)),

@@ -19,10 +19,11 @@ from cryodask.formats.presence import show_name
 from cryodask.run import events as of
 from cryodask.run.events.progress import Terminal
 from cryodask.run.isolation import ItemFailure
-from cryodask.run.map import _is_not_of_an_item
 from cryodask.run.preview import preview
 from cryodask.run.recipe import list_movies, make_plan
+from cryodask.run.session import run_session
 from cryodask.run.sources import check_files, list_exposures
+from cryodask.run.told import is_untold, keep_from_log
 from cryodask.stage import load_stages
 
 OPTICS = "microscope: {voltage_kv: 300, spherical_aberration_mm: 2.7, pixel_size_angstrom: 1}\npipeline: [ingest]\n"
@@ -190,10 +191,32 @@ def test_a_hundred_bad_movies_print_fewer_than_two_hundred_lines() -> None:
     assert lines[-1] == "quarantined m99: m99.tif is empty (0 bytes)."
 
 
-def test_dask_is_silent_about_failed_items_and_about_nothing_else() -> None:
-    def kept(error: Exception) -> bool:
-        text = "Compute Failed\nKey:       %s\nException: %r\n"
-        return _is_not_of_an_item(logging.LogRecord("distributed.worker", logging.ERROR, "", 0, text, ("k", error), None))
+def test_dask_is_silent_about_errors_that_the_driver_tells_and_about_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cryodask.run.told._TOLD", set())
+    text = "Compute Failed\nKey:       %s\nState:     executing\nException: %r\nTraceback: %r\n"
 
-    assert not kept(ItemFailure("MovieError", "m.tif is empty", "quarantine"))
-    assert kept(ValueError("a fault"))
+    def logged(error: Exception, traceback: str = "") -> bool:
+        return is_untold(logging.LogRecord("distributed.worker", logging.ERROR, "", 0, text, ("k", repr(error), traceback), None))
+
+    failure, refused = ItemFailure("MovieError", "m.tif is empty", "quarantine"), InputError("The half-maps are copies.", "", "give others")
+    assert logged(failure)
+    assert logged(refused)
+    for error in (failure, refused):
+        keep_from_log(error)
+    assert not logged(failure)
+    assert not logged(refused)
+    assert logged(ValueError("a fault"), "raise InputError(text)")
+    assert logged(ValueError("Exception: InputError(x)"))
+
+
+def test_a_step_that_refuses_its_maps_prints_no_traceback(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    noise = np.random.default_rng(0).normal(size=(16, 16, 16)).astype(np.float32)
+    for name, values in (("h1", noise), ("h2", 2 * noise)):
+        write_mrc(tmp_path / f"{name}.mrc", values, 2.0)
+    steps = "pipeline:\n  - import_map: {half_maps: [h1.mrc, h2.mrc]}\n  - mask: {threshold: 0.5}\n  - postprocess\nworkers: 1\n"
+    (tmp_path / "p.yaml").write_text("name: r\n" + steps)
+    with pytest.raises(InputError, match="not independent"):
+        run_session(tmp_path / "p.yaml")
+    printed = capfd.readouterr()
+    assert "Traceback" not in printed.out + printed.err
+    assert "Compute Failed" not in printed.err

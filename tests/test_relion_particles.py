@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import mrcfile
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,7 @@ from cryodask.run.recipe import make_plan
 from cryodask.run.session import run_plan
 from cryodask.simulate import load_truth
 from cryodask.simulate.score import TruePoses, half_maps_from_poses
+from cryodask.stage import load_stages
 from cryodask.vocabulary import CTF_COLUMNS, OPTICS
 
 pytestmark = [pytest.mark.relion, pytest.mark.heavy]
@@ -55,6 +57,13 @@ def done(session, tmp_path_factory) -> Path:
     relion(folder, "motion_refine", "--i", "particles.star", "--f", "postprocess.star", *polish)
     fit = ("--fit_defocus", "--fit_mode", "fpfff", "--kmin_defocus", 30, "--j", 1)
     relion(folder, "ctf_refine", "--i", "particles.star", "--f", "postprocess.star", *fit, "--o", "defocus/")
+    extract = ("--extract", "--extract_size", 128, "--scale", 64, "--norm", "--bg_radius", 24, "--invert_contrast")
+    extract += ("--i", "micrographs_ctf.star", "--white_dust", -1, "--black_dust", -1)
+    places = ("--coord_dir", "coordinates/", "--coord_suffix", ".star")
+    relion(folder, "preprocess", *extract, *places, "--part_dir", "Extract/", "--part_star", "Extract/particles.star")
+    again = ("--reextract_data_star", "particles.star", "--part_dir", "Again/", "--part_star", "Again/particles.star")
+    relion(folder, "preprocess", *extract, *again)
+    relion(folder, "star_handler", "--i", "particles.star", "--o", "half.star", "--select", "rlnRandomSubset", "--minval", 1, "--maxval", 1)
     return folder
 
 
@@ -165,14 +174,17 @@ def test_relion_star_handler_reads_every_table_that_we_write(session, tmp_path):
 
 
 BACK = {"local": "local/run_it001_data.star", "defocus": "defocus/particles_ctf_refine.star", "class3d": "class3d/run_it001_data.star"}
-BACK["polished"] = "polish/shiny.star"
+BACK |= {"polished": "polish/shiny.star", "class2d": "class2d/run_it004_data.star", "again": "Again/particles.star"}
+OTHERS = {"chosen": "half.star", "extracted": "Extract/particles.star"}
+"""Output with some of the particles, and output without ids."""
 
 
 def test_what_relion_found_comes_back_with_our_ids(session, done, client, tmp_path, ours):
     for name in ("movies", "gain.mrc", "truth.star", "half1.mrc", "half2.mrc"):
         (tmp_path / name).symlink_to(session / name)
     shutil.copytree(session / "p", tmp_path / "p")
-    steps = "".join(f"  - import_particles as {name}: {{star: {done / path}, from: {{exposures: ctf}}}}\n" for name, path in BACK.items())
+    tables = BACK | OTHERS
+    steps = "".join(f"  - import_particles as {name}: {{star: {done / path}, from: {{exposures: ctf}}}}\n" for name, path in tables.items())
     (tmp_path / "p.yaml").write_text(PROJECT + MAPS + steps)
     project = run_plan(make_plan(tmp_path / "p.yaml"), client)
     assert project.failures() == []
@@ -186,3 +198,25 @@ def test_what_relion_found_comes_back_with_our_ids(session, done, client, tmp_pa
     found = project.particles("defocus")["defocus_u_angstrom"].values
     np.testing.assert_allclose(found, theirs["defocus"]["defocus_u_angstrom"], atol=2e-3)
     assert (project.particles("class3d")["class_number"].values == 2).all()
+    assert project.particles("class2d")["class_number"].values.tolist() == theirs["class2d"]["class_number"].tolist()
+    chosen = project.particles("chosen")
+    assert chosen["particle_id"].values.tolist() == ours["particle_id"][ours["half_set"] == 0].tolist()
+    assert (chosen["half_set"].values == 0).all()
+    extracted = project.particles("extracted")  # RELION's coordinates have no ids, so these are new particles at the same places
+    for axis in "yx":
+        places = star.read_particles(done / OTHERS["extracted"])[f"particle_{axis}"]
+        np.testing.assert_allclose(extracted[f"particle_{axis}"].values, np.floor(places + 1e-6))
+        np.testing.assert_allclose(places, ours[f"particle_{axis}"], atol=1.0)
+
+
+def test_maps_that_relion_made_are_read_with_their_voxels(session, tmp_path):
+    folder = linked(session / "relion", tmp_path)
+    relion(folder, "reconstruct", "--i", "particles.star", "--o", "made.mrc", "--ctf", "--sym", "D2")
+    options = ("--i", "half1.mrc", "--i2", "half2.mrc", "--mask", "mask.mrc", "--angpix", PIXEL, "--auto_bfac", "--autob_lowres", 15)
+    (folder / "post").mkdir()
+    relion(folder, "postprocess", *options, "--o", "post/run")
+    stage = load_stages()["import_map"]
+    for name in ("made.mrc", "post/run.mrc", "post/run_masked.mrc"):
+        found = stage.process(stage.params(file=str(folder / name)))
+        assert np.array_equal(found["final_map"], mrcfile.read(folder / name))
+        assert found["map_pixel_size_angstrom"] == pytest.approx(PIXEL, rel=1e-6)

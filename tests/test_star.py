@@ -27,17 +27,8 @@ def particle_columns(draw):
 
     columns = {
         name: column(st.floats(20, 1e5) | st.floats(-1e5, -20)).astype(float) for name in ("defocus_u_angstrom", "defocus_v_angstrom")
-    } | {
-        name: column(NUMBERS).astype(float)
-        for name in (
-            "defocus_angle_deg",
-            "particle_y",
-            "particle_x",
-            "rot_deg",
-            "tilt_deg",
-            "psi_deg",
-        )
-    }
+    } | {name: column(NUMBERS).astype(float) for name in ("particle_y", "particle_x", "log_likelihood")}
+    columns |= {f"{name}_deg": column(st.floats(-720, 720)).astype(float) for name in ("defocus_angle", "rot", "tilt", "psi")}
     columns |= {f"origin_{axis}_angstrom": column(st.floats(-1e3, 1e3)).astype(float) for axis in "yx"}
     columns["class_number"] = column(st.integers(0, 99)).astype(int)
     columns["half_set"] = column(st.integers(0, 1)).astype(int)

@@ -159,30 +159,30 @@ def test_subsets_are_halves_or_none(tmp_path):
 
 
 REGULAR = {
-    "blanks": "   1@a.mrcs\t1   10000 \n\n  \n2@a.mrcs 1 5\n \n",
-    "comments": "1@a.mrcs 1 10000\n# a comment\n2@a.mrcs 1 5\n",
-    "no newline at the end": "1@a.mrcs 1 10000\n2@a.mrcs 1 5",
-    "whole numbers as decimals": "1@a.mrcs 1.000 10000\n2@a.mrcs 1 5\n",
-    "exponents": "1@a.mrcs 1 1e4\n2@a.mrcs 1 -5.5E-1\n",
+    "blanks": "   1@a.mrcs\t1   100 \n\n  \n2@a.mrcs 1 5\n \n",
+    "comments": "1@a.mrcs 1 100\n# a comment\n2@a.mrcs 1 5\n",
+    "no newline at the end": "1@a.mrcs 1 100\n2@a.mrcs 1 5",
+    "whole numbers as decimals": "1@a.mrcs 1.000 100\n2@a.mrcs 1 5\n",
+    "exponents": "1@a.mrcs 1 1e2\n2@a.mrcs 1 -5.5E-1\n",
     "numbers of several lengths": "1@a.mrcs 1 1\n12@a.mrcs 1 2\n000003@b/c@d.mrcs 1 3\n",
     "names like keywords": "1@data_1/a 1 1\n2@loop_ 1 2\n3@_rln 1 3\n",
 }
 UNUSUAL = {
-    "a comment beside values": "1@a.mrcs 1 10000\n2@a.mrcs 1 5 # another\n",
-    "hash in a name": "1@a.mrcs 1 10000\n2@a#1.mrcs 1 10000\n",
+    "a comment beside values": "1@a.mrcs 1 100\n2@a.mrcs 1 5 # another\n",
+    "hash in a name": "1@a.mrcs 1 100\n2@a#1.mrcs 1 100\n",
     "missing numbers": "1@a.mrcs 1 2\n1@a.mrcs 1 nan\n2@a.mrcs 1 -inf\n",
-    "quotes": "'1@a b.mrcs' 1 10000\n2@a.mrcs 1 5\n",
-    "double quotes": '"1@a.mrcs" 1 "10000"\n',
-    "letters outside ASCII": "1@Ångström.mrcs 1 10000\n",
-    "lines of Windows": "1@a.mrcs 1 10000\r\n2@a.mrcs 1 5\r\n",
+    "quotes": "'1@a b.mrcs' 1 100\n2@a.mrcs 1 5\n",
+    "double quotes": '"1@a.mrcs" 1 "100"\n',
+    "letters outside ASCII": "1@Ångström.mrcs 1 100\n",
+    "lines of Windows": "1@a.mrcs 1 100\r\n2@a.mrcs 1 5\r\n",
     "no rows": "",
 }
 BROKEN = {
-    "short row": "1@a.mrcs 1 10000\n2@a.mrcs 1\n",
+    "short row": "1@a.mrcs 1 100\n2@a.mrcs 1\n",
     "short first row": "1@a.mrcs 1\n2@a.mrcs 1 5\n",
-    "long row": "1@a.mrcs 1 10000\n2@a.mrcs 1 5 6\n",
-    "very long row": "1@a.mrcs 1 10000 1 1 1 1\n2@a.mrcs 1 5\n",
-    "all rows long": "1@a.mrcs 1 10000 1\n2@a.mrcs 1 5 1\n",
+    "long row": "1@a.mrcs 1 100\n2@a.mrcs 1 5 6\n",
+    "very long row": "1@a.mrcs 1 100 1 1 1 1\n2@a.mrcs 1 5\n",
+    "all rows long": "1@a.mrcs 1 100 1\n2@a.mrcs 1 5 1\n",
     "text for a number": "1@a.mrcs 1 eleven\n",
     "no stack": "1@a.mrcs 1 2\n12 1 2\n",
     "image nought": "1@a.mrcs 1 2\n000@a.mrcs 1 2\n",
@@ -316,12 +316,12 @@ def columns_of(ids):
 @given(ids=IDS, data=st.data())
 def test_ids_come_back_exactly_and_floats_to_nine_digits(ids, data, tmp_path_factory):
     path = tmp_path_factory.mktemp("ids") / "p.star"
-    angles = np.array(data.draw(st.lists(FLOATING, min_size=len(ids), max_size=len(ids))))
-    star.write_particles(path, columns_of(ids) | {"rot_deg": angles})
+    values = np.array(data.draw(st.lists(FLOATING, min_size=len(ids), max_size=len(ids))))
+    star.write_particles(path, columns_of(ids) | {"log_likelihood": values})
     for columns in (star.read_particles(path), star.read_particle_table(path).columns):
         assert columns["particle_id"].dtype == np.int64
         assert columns["particle_id"].tolist() == ids
-        np.testing.assert_allclose(columns["rot_deg"], angles, rtol=1e-8, atol=1e-300)
+        np.testing.assert_allclose(columns["log_likelihood"], values, rtol=1e-8, atol=1e-300)
 
 
 def test_ids_are_exact_for_the_general_reader_too(tmp_path, monkeypatch):

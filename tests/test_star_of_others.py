@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+
 import numpy as np
 import pytest
-from _star_tables import GROUP, MICROGRAPH, PARTICLE, loop, pairs, particles, write
+from _star_tables import GROUP, MICROGRAPH, PARTICLE, loop, pairs, particles, stack, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -43,6 +46,21 @@ READ = {
     "leading zeros and plus": OPTICS + TABLE.replace("15000", "+015000."),
     "an unused group without numbers": loop("optics", [GROUP, {**GROUP, "OpticsGroup": 2, "Voltage": "nan"}]) + TABLE,
     "an unused group of 3 kV": loop("optics", [GROUP, {**GROUP, "OpticsGroup": 2, "Voltage": 3}]) + TABLE,
+    "an unused group with words for numbers": loop(
+        "optics", [GROUP, {**GROUP, "OpticsGroup": 2, "Voltage": "unknown", "ImageSize": "none", "ImagePixelSize": "x"}]
+    )
+    + TABLE,
+    "keywords in capitals": (OPTICS + TABLE).replace("data_", "DATA_").replace("loop_", "LOOP_"),
+    "data_ in capitals": (OPTICS + TABLE).replace("data_", "Data_"),
+    "loop_ in capitals": (OPTICS + TABLE).replace("loop_", "Loop_"),
+    "the second data_ in capitals": OPTICS + TABLE.replace("data_", "DATA_"),
+    "the first data_ in capitals, optics last": TABLE.replace("data_", "DATA_") + OPTICS,
+    "the first column in a folder called DATA_": OPTICS + TABLE.replace("b.mrc", "DATA_1/b.mrc"),
+    "a movie called loop_": OPTICS + TABLE.replace("b.mrc", "LOOP_1/b.mrc"),
+    "names of tables and columns in other cases": (OPTICS + TABLE)
+    .replace("data_optics", "data_Optics")
+    .replace("_rlnVoltage", "_RLNVOLTAGE")
+    .replace("_rlnDefocusU", "_rlnDefocusu"),
     "group numbers out of order": loop("optics", [{**GROUP, "OpticsGroup": 7, "Voltage": 200}, GROUP]) + TABLE,
     "optics without names": loop("optics", [{k: v for k, v in GROUP.items() if k != "OpticsGroupName"}]) + TABLE,
     "the first column in a folder called data_": OPTICS + TABLE.replace("b.mrc", "data_1/b.mrc"),
@@ -56,6 +74,117 @@ def test_any_layout_is_read(tmp_path, text):
     assert columns["defocus_u_angstrom"].tolist() == [15000, 9000]
     assert columns["voltage_kv"].tolist() == [300, 300]
     assert columns["pixel_size_angstrom"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("label", "value", "ours"),
+    [("PhaseShift", 90, "phase_shift_deg"), ("CtfDataAreCtfPremultiplied", 1, "ctf_premultiplied"), ("RandomSubset", 2, "half_set"),
+     ("OriginX", 3, "origin_x_angstrom"), ("BeamTiltX", 0.5, "relion_optics")],
+)  # fmt: skip
+@pytest.mark.parametrize("change", [str.lower, str.upper, str.swapcase])
+def test_names_of_columns_are_the_same_in_any_case(tmp_path, label, value, ours, change):
+    """A column that is passed over changes what the images mean."""
+    text = particles([{**PARTICLE, label: value}])
+    usual = star.read_particles(write(tmp_path / "usual.star", text))
+    other = star.read_particles(write(tmp_path / "other.star", text.replace(f"_rln{label}", change(f"_rln{label}"))))
+    assert ours in usual
+    assert {n: v.tolist() for n, v in other.items()} == {n: v.tolist() for n, v in usual.items()}
+    both = text.replace(f"_rln{label}", f"_rln{label}\n_{change('rln' + label)}").replace(" 5 ", " 5 7 ")
+    with pytest.raises(StarError, match=f"_rln{label} occurs twice"):
+        star.read_particles(write(tmp_path / "both.star", both))
+
+
+@pytest.mark.parametrize("label", ["CoordinateX", "CoordinateY"])
+def test_a_coordinate_without_the_other_is_refused(tmp_path, label):
+    with pytest.raises(StarError, match="no column rlnCoordinate"):
+        star.read_particles(write(tmp_path / "p.star", particles([{**PARTICLE, label: 10}])))
+
+
+@pytest.mark.parametrize("label", ["DefocusAngle", "AngleRot", "AngleTilt", "AnglePsi"])
+@pytest.mark.parametrize(("value", "refused"), [(-180, False), (720.5, False), (1001, True), (15000, True)])
+def test_an_angle_is_no_defocus(tmp_path, label, value, refused):
+    path = write(tmp_path / "p.star", particles([{**PARTICLE, label: value}]))
+    if refused:
+        with pytest.raises(StarError, match=f"rln{label} of row 1 is {value}, which is not between -1000 and 1000 degrees"):
+            star.read_particles(path)
+    else:
+        star.read_particles(path)
+
+
+@pytest.mark.parametrize("capitals", ["data_", "loop_", "data_ loop_"])
+def test_the_head_is_read_with_keywords_in_capitals(tmp_path, capitals):
+    text = particles([PARTICLE])
+    for word in capitals.split():
+        text = text.replace(word, word.upper())
+    path = write(tmp_path / "p.star", text)
+    assert star.read_labels(path, "particles") == {f"rln{name}" for name in PARTICLE}
+    assert star.read_optics(path) == [{"pixel_size_angstrom": 1.0, "particle_pixel_size_angstrom": 2.0, "box": 32.0}]
+
+
+@pytest.mark.parametrize("irregular", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+def test_plans_ask_only_groups_that_rows_use(tmp_path, irregular, last):
+    """An unused group of another pixel size is none of the file's: a box in pixels has one length."""
+    groups = [{**GROUP, "OpticsGroup": 4, "MicrographPixelSize": 3, "ImageSize": 64}, GROUP, {**GROUP, "OpticsGroup": 2, "ImageSize": 48}]
+    rows = [PARTICLE, {**PARTICLE, "ImageName": "2@a.mrcs", "OpticsGroup": 2}]
+    text = loop("optics", groups[1:] if last else groups) + loop("particles", rows[: 1 if last else 2])
+    path = write(tmp_path / "p.star", text.replace("2@a.mrcs", "'2@a.mrcs'") if irregular else text)
+    boxes = [(group["pixel_size_angstrom"], group["box"]) for group in star.read_optics(path)]
+    assert boxes == ([(1.0, 32.0)] if last else [(1.0, 32.0), (1.0, 48.0)])
+
+
+def test_plans_ask_all_groups_that_have_no_numbers(tmp_path):
+    groups = [{n: v for n, v in {**GROUP, "ImageSize": size}.items() if n != "OpticsGroup"} for size in (32, 48)]
+    assert [group["box"] for group in star.read_optics(write(tmp_path / "p.star", particles([PARTICLE], groups)))] == [32, 48]
+
+
+@pytest.mark.parametrize("name", ["Data_001.mrc", "DATA_001.mrc", "dATA_1/x.mrc"])
+def test_names_in_a_table_of_one_column_may_begin_like_a_keyword_in_capitals(tmp_path, name):
+    """RELION takes nothing but ``data_`` in small letters for the next table."""
+    path = write(tmp_path / "m.star", pairs("optics", GROUP) + loop("micrographs", [{"MicrographName": "a.mrc"}, {"MicrographName": name}]))
+    assert star.read_micrographs(path)["micrograph_name"].tolist() == ["a.mrc", name]
+
+
+@pytest.mark.parametrize(("label", "value"), [("Voltage", "unknown"), ("ImagePixelSize", "x"), ("ImageSize", "nan"), ("ImageSize", "32.5")])
+def test_a_group_that_rows_use_is_refused_by_its_number_for_a_word(tmp_path, label, value):
+    groups = [{**GROUP, "OpticsGroup": 7}, {**GROUP, "OpticsGroup": 5, label: value}]
+    path = write(tmp_path / "p.star", particles([{**PARTICLE, "OpticsGroup": n} for n in (7, 5)], groups))
+    with pytest.raises(StarError, match=rf"rln{label}.*(optics group 5|integers)"):
+        star.read_particles(path)
+    path = write(tmp_path / "q.star", particles([{**PARTICLE, "OpticsGroup": 7}], groups))
+    assert star.read_particles(path)["voltage_kv"].tolist() == [300]
+
+
+OLD = {k: v for k, v in PARTICLE.items() if k != "OpticsGroup"} | {
+    "CoordinateX": 100, "CoordinateY": 120, "Voltage": 300, "SphericalAberration": 2.7, "AmplitudeContrast": 0.1, "OriginX": 1.5,
+    "OriginY": -2, "DetectorPixelSize": 5, "Magnification": 25000,
+}  # fmt: skip
+
+
+def test_the_magnification_of_relion_3_0_particles_is_that_of_their_images(tmp_path):
+    """5 um / 25,000 = 2 A; relion_preprocess --scale of RELION 3.0 writes the magnification of the scaled images."""
+    read = star.read_particles(write(tmp_path / "old.star", loop("", [OLD])))
+    assert read["particle_pixel_size_angstrom"].tolist() == [2.0]
+    assert (read["origin_x_angstrom"].tolist(), read["origin_y_angstrom"].tolist()) == ([3.0], [-4.0])
+    assert "pixel_size_angstrom" not in read
+    rows = {k: v for k, v in OLD.items() if k != "ImageName"}
+    assert star.read_micrographs(write(tmp_path / "mics.star", loop("", [rows])))["pixel_size_angstrom"].tolist() == [2.0]
+
+
+@pytest.mark.skipif(shutil.which("relion_convert_star") is None, reason="needs RELION")
+def test_relion_converts_its_old_tables_to_what_we_read(tmp_path):
+    stack(tmp_path / "a.mrcs", 2)
+    old = write(tmp_path / "old.star", loop("", [OLD, {**OLD, "ImageName": "2@a.mrcs", "CoordinateX": 90.25, "OriginX": -0.75}]))
+    subprocess.run(["relion_convert_star", "--i", "old.star", "--o", "new.star"], cwd=tmp_path, check=True, capture_output=True)
+    ours, theirs = star.read_particles(old), star.read_particles(tmp_path / "new.star")
+    named = {"box", "image_dimensions", "optics_group", "optics_group_name"}
+    assert set(theirs) - set(ours) == named
+    assert not set(ours) - set(theirs)
+    for name in ours:
+        if ours[name].dtype == object:
+            assert ours[name].tolist() == theirs[name].tolist()
+        else:
+            np.testing.assert_allclose(ours[name], theirs[name], atol=1e-6)
 
 
 @pytest.mark.parametrize("value", ["nan", "NaN", "-nan", "inf", "-inf", "Inf", "1e999", "<NA>"])

@@ -37,12 +37,14 @@ def add_events(
     columns_inside, rows_inside = np.uint64((1 << column_bits) - 1), np.uint64((1 << row_bits) - 1)
     column_flip, row_flip = (1 << column_bits) >> 1, (1 << row_bits) >> 1
     position, at = np.int64(0), 0
-    while position < pixels:
+    for _ in range(bits + 1):  # a code has a bit at least
+        if position >= pixels:
+            break
         if at > bits:
             return False
         word = at >> 5
         window = (np.uint64(words[word]) | np.uint64(words[word + 1]) << np.uint64(32)) >> np.uint64(at & 31)
-        for _ in range(codes):
+        for _code in range(codes):
             run = window & longest
             position += np.int64(run)
             if position >= pixels:

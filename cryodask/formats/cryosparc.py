@@ -79,6 +79,8 @@ _NUMBERS |= {*_FLAGS, *_TURNS}
 _WHOLE = ("blob/idx", "blob/shape", "movie_blob/shape", "alignments2D/class", "alignments3D/split", "ctf/exp_group_id", *_FLAGS, *_TURNS)
 """Columns of whole numbers, whatever their type."""
 _PATHS = ("blob/path", "micrograph_blob/path", "movie_blob/path", "location/micrograph_path", "gain_ref_blob/path")
+_NEEDED_PATHS = {"blob/path": "the particle was not extracted", "location/micrograph_path": "its exposure was removed"}
+"""Paths that no row may lack, and the usual reason why one does."""
 _DAMAGED = (OSError, ValueError, EOFError, MemoryError, SyntaxError, TypeError, OverflowError, RecursionError, BadZipFile, TokenError)
 """What NumPy raises for a file whose header can be anything."""
 _CS_VERSION = "v4.0.0"
@@ -299,7 +301,9 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
 def _table(path: Path) -> dict[str, np.ndarray]:
     try:
-        table = np.load(path, allow_pickle=False)
+        with open(path, "rb") as file:
+            table = np.load(file, allow_pickle=False)
+            surplus = isinstance(table, np.ndarray) and bool(file.read(1))
     except FileNotFoundError as error:
         raise InputError(
             f"{path} does not exist.", "the path is wrong, or a group was copied without its files", "check the path"
@@ -310,6 +314,8 @@ def _table(path: Path) -> dict[str, np.ndarray]:
     names = getattr(table, "dtype", np.dtype("f4")).names
     if not names or "uid" not in names or table.ndim != 1:
         raise InputError(f"{path} is not a table of cryoSPARC: it has no column uid.", "", "give a .cs file of particles or exposures")
+    if surplus:
+        raise InputError(f"{path} goes on after its {len(table)} rows.", "files were joined", "export it again from cryoSPARC")
     if len(np.unique(table["uid"])) < len(table):
         raise InputError(f"{path} has a uid twice.", "two sets were combined", "remove duplicates in cryoSPARC and export again")
     if table["uid"].dtype.kind not in "ui" or table["uid"].ndim != 1:
@@ -358,8 +364,8 @@ def _doubles(values: np.ndarray) -> np.ndarray:
 
 
 def _ctf(table: dict[str, np.ndarray]) -> Columns:
-    if "ctf/df1_A" in table:  # a defocus that depends on the direction needs all three
-        _ = table["ctf/df2_A"], table["ctf/df_angle_rad"]
+    if "ctf/df1_A" in table or "ctf/df2_A" in table:  # a defocus that depends on the direction needs all three
+        _ = table["ctf/df1_A"], table["ctf/df2_A"], table["ctf/df_angle_rad"]
     out = {ours: _doubles(table[theirs]) * factor for ours, (theirs, factor) in _CTF.items() if theirs in table}
     out = {name: values for name, values in out.items() if name not in _NEUTRAL or (values != _NEUTRAL[name]).any()}
     if "ctf/exp_group_id" in table:
@@ -405,9 +411,10 @@ def _possible(path: Path, table: Mapping[str, np.ndarray]) -> None:
                 "it is in another unit, or the job that wrote it has failed",
                 "correct it there, or remove the row",
             )
-    empty = np.flatnonzero(_texts(path, table["blob/path"]) == "") if "blob/path" in table else np.zeros(0, int)
-    if len(empty):
-        raise InputError(f"{path}: blob/path of row {int(empty[0]) + 1} is empty.", "the particle was not extracted", "remove the row")
+    for name, reason in _NEEDED_PATHS.items():
+        empty = np.flatnonzero(_texts(path, table[name]) == "") if name in table else np.zeros(0, int)
+        if len(empty):
+            raise InputError(f"{path}: {name} of row {int(empty[0]) + 1} is empty.", reason, "remove the row")
     for name in ("ctf/df1_A", "ctf/df2_A"):
         known = table[name][table[name] != 0] if name in table else np.zeros(0)
         if len(known) and in_micrometres(known).all():

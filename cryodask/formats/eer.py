@@ -24,6 +24,8 @@ _RUN_BITS, _COLUMN_BITS, _ROW_BITS = 65007, 65008, 65009
 _VARIABLE = 65002
 _MOST_PIXELS, _MOST_METADATA, _MOST_BYTES_PER_PIXEL = 1 << 28, 1 << 20, 2
 _SMALLEST_PIXEL, _LARGEST_PIXEL = 0.05, 50.0
+_SQUARE = 1.01
+"""Ratio of height and width up to which pixels count as square, as in TIFF movies."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,9 @@ def open_eer(path: str, error: type[CryodaskError] = MovieError) -> EerMovie:
     shape, coding = _shape_of(first), _coding_of(first)
     if min(shape) < 4 or shape[0] * shape[1] > _MOST_PIXELS:
         raise error(f"{path} has frames of {shape[1]} x {shape[0]} pixels, which no camera has.", "the file is damaged", "copy it again")
-    if not 1 <= coding.run_bits <= 16 or max(coding.column_bits, coding.row_bits) > 8:  # the decoder would not come to an end
-        raise error(f"{path} has codes of {coding.run_bits} bits, which no camera writes.", "the file is damaged", "copy it again")
+    if not coding.possible:
+        bits = f"{coding.run_bits}, {coding.column_bits} and {coding.row_bits} bits"
+        raise error(f"{path} has codes of {bits}, which no camera writes.", "the file is damaged", "copy it again")
     strips = np.empty((len(framed), 2), np.int64)
     with open(path, "rb") as file:
         size = file.seek(0, 2)
@@ -160,8 +163,7 @@ def open_eer(path: str, error: type[CryodaskError] = MovieError) -> EerMovie:
             "writing it was interrupted, or is not finished yet",
             "copy it again, or remove it from the folder",
         )
-    pixel = metadata.get("sensorPixelSize.height", math.nan) * 1.0e10
-    pixel_angstrom = pixel if _SMALLEST_PIXEL < pixel < _LARGEST_PIXEL else None
+    pixel_angstrom = _pixel(path, metadata, error)
     return EerMovie(path, strips, shape, coding, pixel_angstrom, _dose(metadata, pixel_angstrom, len(framed)), error)
 
 
@@ -214,6 +216,19 @@ def _metadata(pages: list[Walked], file: IO[bytes], size: int) -> dict[str, floa
         if re.fullmatch(r"[-+]?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?", value):
             out[item.get("name", "")] = float(value)
     return out
+
+
+def _pixel(path: str, metadata: dict[str, float], error: type[CryodaskError]) -> float | None:
+    """Pixel size by the metadata, Angstrom; None if they have no plausible value."""
+    edges = [metadata.get(f"sensorPixelSize.{edge}", math.nan) * 1.0e10 for edge in ("height", "width")]
+    known = [edge for edge in edges if _SMALLEST_PIXEL < edge < _LARGEST_PIXEL]
+    if known and max(known) > _SQUARE * min(known):
+        raise error(
+            f"The pixels of {path} are {edges[1]:.4g} x {edges[0]:.4g} A by its metadata, and no step takes pixels that are not square.",
+            "the metadata are damaged",
+            "copy the file again",
+        )
+    return known[0] if known else None
 
 
 def _dose(metadata: dict[str, float], pixel_angstrom: float | None, frames: int) -> float | None:

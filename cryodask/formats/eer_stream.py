@@ -30,6 +30,11 @@ class Coding:
     row_bits: int = 2
 
     @property
+    def possible(self) -> bool:
+        """Whether the bits are of numbers that a camera writes: with others a decoder may never come to an end."""
+        return 1 <= self.run_bits <= 16 and all(0 <= bits <= 8 for bits in (self.column_bits, self.row_bits))
+
+    @property
     def longest_run(self) -> int:
         """Empty pixels that one code can skip."""
         return (1 << self.run_bits) - 1
@@ -66,6 +71,8 @@ def add_frame(out: np.ndarray, stream: bytes, coding: Coding, upsampling: int = 
     8-bit streams exist with codes of 8 and of 12 bits for runs without an event (imagecodecs reads the former, RELION 3.1.3 the latter).
     Each is tried: a wrong one does not end where the frame ends.
     """
+    if not coding.possible:
+        raise StreamError(f"codes of {coding.run_bits}, {coding.column_bits} and {coding.row_bits} bits are not of a camera")
     if coding.run_bits == 8:
         frame = np.zeros_like(out)
         try:

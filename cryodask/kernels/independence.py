@@ -12,6 +12,8 @@ from cryodask.kernels.fsc import fsc, half_shells, shell_sum
 
 _SAME = 0.9999
 """Correlation of a shell from which on both maps have the same values in it."""
+_SAME_PHASES = 1.0 - 4.0 * (1.0 - _SAME)
+"""Mean cosine of twice the phase differences that goes with it."""
 _EMPTY = 1e-9
 """Power of a shell, over that of the strongest, below which rounding decides what it holds."""
 _MOST_SMEARED = 1.3
@@ -29,9 +31,9 @@ _ZOOM, _ZOOMS = 4.0, 4
 """Steps within a voxel are this many times finer each time: 1/256 of a voxel at last."""
 _MOST_AGREEMENT = 0.97
 """Correlation of the finer shells above which maps without solvent cannot be told from copies."""
-_BAND, _WIDE_BAND = 0.01, 0.85
+_BAND, _WIDE_BAND, _LEFT = 0.01, 0.85, 0.1
 """Power of the difference of the maps, over its largest, that a shell within their band has; share of Nyquist of a band that no filter
-has cut."""
+has cut; and most power of a map beyond its band, over that of its strongest shell."""
 _LEAK = 0.6
 """Signal to noise that a low-passed molecule has at most in the solvent into which it reaches, relative to that of the whole map."""
 
@@ -102,14 +104,17 @@ def independence(first: Tensor, second: Tensor) -> Independence:
     whole = fsc(maps[0], maps[1]).abs()
     power = torch.minimum(*(_shell_power(m) for m in maps))
     shells = torch.nonzero(power[1:] > _EMPTY * power[1:].max()).flatten() + 1
+    different, phases = shells[whole[shells] < _SAME], _phase_agreement(maps)
+    # a filter lowers the correlation where it falls off or changes its sign within a shell, but leaves the phases up to their sign
+    if not len(different) or bool((phases[different] >= _SAME_PHASES).all()):
+        return Independence(len(whole) - 1, np.nan, np.nan, np.nan)
     shift = _shift(maps, shells)
     if any(shift):
         maps[0] = _moved(maps[0], shift)
         whole = fsc(maps[0], maps[1]).abs()
-    different = shells[whole[shells] < _SAME]
-    # a filter that falls off within a shell lowers its correlation, but leaves the phases of a copy
-    if not len(different) or bool((_phase_agreement(maps)[different] >= _SAME).all()):
-        return Independence(len(whole) - 1, np.nan, np.nan, np.nan, shift)
+        different, phases = shells[whole[shells] < _SAME], _phase_agreement(maps)
+        if not len(different) or bool((phases[different] >= _SAME_PHASES).all()):
+            return Independence(len(whole) - 1, np.nan, np.nan, np.nan, shift)
     joined = int(different[0]) - 1
     beyond = shells[shells > joined + 1]
     finer = beyond[len(beyond) // 2 :] if len(beyond) else different
@@ -138,10 +143,17 @@ def _leaked(agreement: float) -> float:
 
 
 def _is_low_passed(maps: Tensor) -> bool:
-    """Whether a filter has cut the noise of two maps, which is in their difference, well below Nyquist."""
-    noise = _shell_power(maps[0] - maps[1])
-    band = int(torch.nonzero(noise[1:] > _BAND * noise[1:].max()).max()) + 1
-    return band < _WIDE_BAND * len(noise)
+    """Whether a filter has cut the noise of two maps well below Nyquist.
+
+    Noise is their difference, as they are and with the second map scaled to the first in each shell: a filter of one of them is in one or
+    the other. Where a map still has much power, a small difference is agreement and no filter.
+    """
+    powers = [_shell_power(m)[1:] for m in maps]
+    for noise in (_shell_power(maps[0] - maps[1])[1:], powers[0] * (1.0 - fsc(maps[0], maps[1])[1:] ** 2).clamp_min(0.0)):
+        band = int(torch.nonzero(noise > _BAND * noise.max()).max()) + 1
+        if band >= _WIDE_BAND * len(noise) or any(bool(p[band:].max() > _LEFT * p.max()) for p in powers):
+            return False
+    return True
 
 
 def _shift(maps: Tensor, shells: Tensor) -> tuple[float, float, float]:
@@ -183,11 +195,15 @@ def _between_voxels(phases: Tensor, shift: np.ndarray, n: int) -> np.ndarray:
 
 
 def _phase_agreement(maps: Tensor) -> Tensor:
-    """Mean cosine of the phase differences of two maps `(shell,)`, without its sign."""
+    """Mean cosine of twice the phase differences of two maps `(shell,)`: 1 for a copy, whatever signs a filter gives its frequencies.
+
+    Weighted by amplitude, because rounding decides the phases where a filter is 0.
+    """
     cross = torch.fft.rfftn(maps[0]) * torch.fft.rfftn(maps[1]).conj()
     shells, weight = half_shells(maps.shape[-1], maps.device)
-    cosines = cross.real / cross.abs().clamp_min(1e-300)
-    return (shell_sum(cosines, shells, weight) / shell_sum(torch.ones_like(cosines), shells, weight)).abs()
+    size = cross.abs()
+    doubled = 2.0 * cross.real**2 / size.clamp_min(1e-300) - size
+    return shell_sum(doubled, shells, weight) / shell_sum(size, shells, weight).clamp_min(1e-300)
 
 
 def _moved(volume: Tensor, shift: tuple[float, float, float]) -> Tensor:

@@ -16,9 +16,10 @@ from typing import Any
 
 from cryodask.cluster.fields import GPU, licence
 from cryodask.context import Context, no_report
-from cryodask.errors import ClusterError
+from cryodask.errors import ClusterError, CryodaskError
 from cryodask.programs import Program
 from cryodask.run.events.reports import Report
+from cryodask.run.told import keep_from_log
 
 CPU_DEVICE, GPU_DEVICE = "cpu", "cuda"
 _AHEAD = 2
@@ -40,6 +41,8 @@ def on_device(
         with Context(device, 1, log, programs or {}, report) as context:
             yield context
     except Exception as error:
+        if isinstance(error, CryodaskError):
+            keep_from_log(error)
         cuda = getattr(sys.modules.get("torch"), "cuda", None)
         if device == CPU_DEVICE or cuda is None or cuda.is_available():
             raise

@@ -103,6 +103,7 @@ class TableImport:
         self.table = read_table(self.path)
         self._size = checked(self.table, step.params)
         self._images = bool(step.params.images)
+        self._micrograph_pixel, self._of_exposures = step.params.micrograph_pixel_size_angstrom, bool(step.inputs.get("exposures"))
         self._codes = {name: code for code, name in enumerate(self.table.micrographs)}
         self._stems = Names(stem(name) for name in self._codes)
         self._code_of = {stem(name): code for name, code in self._codes.items()}
@@ -143,12 +144,13 @@ class TableImport:
 
     def remarks(self) -> list[str]:
         """Rows whose image occurs twice, and what no stage corrects."""
-        from cryodask.stages._particle_tables import uncorrected
+        from cryodask.stages._particle_tables import uncorrected, unknown_pixel
 
         codes, counts = np.unique(self.table.micrograph[self.table.repeated], return_counts=True)
         twice = {self.table.micrographs[code]: count for code, count in zip(codes.tolist(), counts.tolist())}
         text = f"{_several(len(self.table.repeated), 'row')} left out, because an earlier row has the same image: {_named(twice)}"
-        return [*([text] if twice else []), *uncorrected(self.table)]
+        pixel = unknown_pixel(self.table, self._micrograph_pixel, exposures=self._of_exposures)
+        return [*([text] if twice else []), *pixel, *uncorrected(self.table)]
 
     def values(self, item: Item) -> dict[str, Any]:
         """Rows of the exposure's particles, the table's path, and the micrograph's name there."""

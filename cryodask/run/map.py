@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import heapq
-import logging
 import pickle
 import time
 from collections import Counter, deque
@@ -26,6 +25,7 @@ from cryodask.run.devices import CPU_DEVICE, GPU_DEVICE, dask_resources, gpu_ite
 from cryodask.run.health import Watch, scheduler_needed
 from cryodask.run.isolation import ItemDied, ItemFailure, blamed_at_first_death, in_child, time_limit
 from cryodask.run.residents import Run, in_run, keep, new_run, release_everywhere, stop_everywhere, stopped_here
+from cryodask.run.told import keep_from_log
 from cryodask.store.project import Item
 
 PREFIX = "item"
@@ -83,14 +83,10 @@ def work(item: Item, brief: Any, *, run: Run, blob: bytes, device: str, isolated
         with time_limit(limit_seconds):
             failure = attempt_item(run, blob, item, brief, device, attempt)
     if failure:
-        logging.getLogger("distributed.worker").addFilter(_is_not_of_an_item)
-        raise ItemFailure(*failure)
+        error = ItemFailure(*failure)
+        keep_from_log(error)
+        raise error
     return _DONE
-
-
-def _is_not_of_an_item(record: logging.LogRecord) -> bool:
-    """Whether a log record is about something else than a failed item, which the driver reports in a sentence without a traceback."""
-    return not ("Compute Failed" in str(record.msg) and f"{ItemFailure.__name__}(" in record.getMessage())
 
 
 class MapRunner:

@@ -15,6 +15,8 @@ from cryodask.formats.star import COLUMNS, ParticleTable, in_micrometres
 from cryodask.stages._particle_images import SAME_PIXEL_SIZE, stack_beside
 from cryodask.vocabulary import CTF_COLUMNS, OPTICS
 
+_SAME_SIZE = 1.005
+"""Ratio of two pixel sizes of micrographs up to which they count as one, as for imported picks."""
 _OF_A_MICROGRAPH = (*OPTICS, "pixel_size_angstrom")
 _NEEDED = (
     *(*CTF_COLUMNS, "particle_y", "particle_x", "rot_deg", "tilt_deg", "psi_deg"),
@@ -137,6 +139,36 @@ def one_optics(star: str, micrograph: str, rows: Mapping[str, Any]) -> dict[str,
             "give the micrographs of each session their own names",
         )
     return {**out, "relion_optics": kept[0] if kept else ""}
+
+
+def pixel_of_positions(star: str, told: float, given: float | None, exposure: float | None) -> float | None:
+    """Pixel size of a micrograph by its table (NaN if that does not say it), the parameters, or the exposure; None if none knows it.
+
+    Raises
+    ------
+    MicrographError
+        If two of them differ by more than 0.5%: positions would be read in wrong pixels.
+    """
+    sizes = {f"by {star}": told, "by micrograph_pixel_size_angstrom": given or math.nan, "in the exposures": exposure or math.nan}
+    known = {where: size for where, size in sizes.items() if math.isfinite(size)}
+    if known and max(known.values()) > _SAME_SIZE * min(known.values()):
+        raise MicrographError(
+            f"The micrographs have pixels of {' and '.join(f'{size:g} A {where}' for where, size in known.items())}.",
+            "the positions were found in binned micrographs, or in those of another magnification",
+            "correct the pixel size, or give the micrographs in which they were found",
+        )
+    return next(iter(known.values()), None)
+
+
+def unknown_pixel(table: ParticleTable, given: float | None, *, exposures: bool) -> list[str]:
+    """A sentence if nothing says in which pixels a table counts positions, so that those of its images are taken."""
+    sizes = table.columns.get("particle_pixel_size_angstrom", np.zeros(0))
+    if exposures or given or "pixel_size_angstrom" in table.columns or "particle_x" not in table.columns or not len(sizes):
+        return []
+    return [
+        f"the file does not say the pixel size of its micrographs, so its positions are taken to be in pixels of {sizes[0]:g} A, as its "
+        "images. If these were scaled at extraction, set micrograph_pixel_size_angstrom"
+    ]
 
 
 def uncorrected(table: ParticleTable) -> list[str]:

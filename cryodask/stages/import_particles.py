@@ -15,7 +15,7 @@ from cryodask.errors import InputError
 from cryodask.formats.star import ParticleTable, read_labels, read_optics, read_particle_table
 from cryodask.stage import Context, Output, Params, SourceFile, stage
 from cryodask.stages._particle_images import imported_images
-from cryodask.stages._particle_tables import check_table, common_size, kinds_of_images, one_optics
+from cryodask.stages._particle_tables import check_table, common_size, kinds_of_images, one_optics, pixel_of_positions
 from cryodask.vocabulary import CTF_COLUMNS, OPTICS
 
 _ANGLES = ("rot_deg", "tilt_deg", "psi_deg")
@@ -51,6 +51,12 @@ class ImportParticlesParams(Params):
         "that they can be merged with others",
     )
 
+    micrograph_pixel_size_angstrom: float | None = Field(
+        None,
+        gt=0,
+        description="pixel size of the micrographs in whose pixels the file gives positions, Angstrom; only for a file that does not say "
+        "it and whose images were scaled",
+    )
     invert: bool = Field(False, description="invert the contrast of the images: in the file protein is dark")
 
     @field_validator("box")
@@ -127,9 +133,9 @@ def checked(table: ParticleTable, params: ImportParticlesParams) -> int | None:
 
 
 @stage(
-    version=2,
+    version=3,
     needs=["particles_path", "micrograph_name"],
-    optional=["particle_rows"],
+    optional=["particle_rows", "pixel_size_angstrom"],
     ports=["exposures?:exposures[optics]"],
     outputs=_outputs,
     light=lambda params: not params.images,
@@ -147,6 +153,7 @@ def import_particles(
     particles_path: str,
     micrograph_name: str,
     particle_rows: dict[str, Any] | None = None,
+    pixel_size_angstrom: float | None = None,
     context: Context,
 ) -> dict[str, Any]:
     """Read the particles of one micrograph from a RELION STAR file and its stacks, each with its own defocus, pose and half-set.
@@ -174,11 +181,11 @@ def import_particles(
     def column(name: str, fill: float = np.nan) -> np.ndarray:
         return np.asarray(rows[name], np.float64) if name in rows else np.full(count, fill)
 
-    pixel = float(column("pixel_size_angstrom", np.nan)[0]) if count else np.nan
     own_pixel = float(column("particle_pixel_size_angstrom", 1.0)[0]) if count else 1.0
     image_pixel = params.pixel_size_angstrom if params.pixel_size_angstrom and params.images else own_pixel
-    pixel = pixel if np.isfinite(pixel) else own_pixel
     placed = "particle_y" in rows and "particle_x" in rows
+    told = float(column("pixel_size_angstrom")[0]) if count else np.nan
+    pixel = pixel_of_positions(particles_path, told, params.micrograph_pixel_size_angstrom, pixel_size_angstrom) or own_pixel
     y, x = (column(n, 0.0) for n in ("particle_y", "particle_x"))
     box = [np.floor(v + 1e-6) if placed else v for v in (y, x)]
     centre = [b * pixel - column(n, 0.0) for b, n in zip(box, _ORIGINS)]

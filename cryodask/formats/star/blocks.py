@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from cryodask.formats.star.names import KEPT, PARTICLE_ID, TEXT, WHOLE
+from cryodask.formats.star.names import KEPT, PARTICLE_ID, TEXT, WHOLE, canonical
 from cryodask.formats.star.texts import Coded, Coder, Images, split_image_names
 
 if TYPE_CHECKING:
@@ -30,9 +30,9 @@ _LINE = 1 << 16
 _BREAKS = [bytes([c]) for c in b"\0\x0b\x0c\r\x1c\x1d\x1e\x1f"]
 _QUOTES = [b"'", b'"']
 _NEXT_BLOCK = re.compile(rb"\n[ \t]*data_")
-# what a comment beside values, or a row that begins with a name, is the general reader decides
+# what a comment beside values, or a row that begins with a name or a keyword, is the general reader decides
 _BESIDE_VALUES = re.compile(rb"[^\n]#")
-_NAME_FIRST = re.compile(rb"\n[ \t]*(?:[_;]|loop_)")
+_NAME_FIRST = re.compile(rb"\n[ \t]*(?:[_;]|(?i:loop_|data_))")
 _END = "end of the row"
 _TEXT, _WHOLE = frozenset((*TEXT, *KEPT)), frozenset(WHOLE)
 
@@ -73,7 +73,7 @@ def _scan(file: IO[bytes], wanted: frozenset[str], split_images: bool) -> dict[s
             if line and not line.startswith("#"):
                 raise _UnusualError
             continue
-        if line[5:] in blocks or len(line.split()) > 1:
+        if line[5:] in blocks or len(line.split()) > 1 or canonical(line[5:]) != line[5:]:
             raise _UnusualError
         blocks[line[5:]] = _read_block(file, wanted, split_images)
     if not blocks:
@@ -114,7 +114,7 @@ def _skip_pairs(file: IO[bytes], line: str | None, wanted: frozenset[str]) -> No
     while line is not None:
         if line and not line.startswith("#"):
             words = line.split()
-            if not line.startswith("_") or "#" in line or len(words) != 2 or words[0][1:] in wanted | seen:
+            if not line.startswith("_") or "#" in line or len(words) != 2 or canonical(words[0][1:]) in wanted | seen:
                 raise _UnusualError
             seen.add(words[0][1:])
         at = file.tell()
@@ -137,6 +137,8 @@ def _read_labels(file: IO[bytes]) -> list[str]:
         if comment and not comment[0].startswith("#"):
             raise _UnusualError
         labels.append(label[1:])
+    if [canonical(label) for label in labels] != labels:
+        raise _UnusualError
     if len(labels) < 2 or len({*labels, _END}) <= len(labels):
         raise _UnusualError
     return labels

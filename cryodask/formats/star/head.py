@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from cryodask.errors import StarError
-from cryodask.formats.star.names import ALIASES, OPTICS
+from cryodask.formats.star.blocks import scan
+from cryodask.formats.star.names import ALIASES, OPTICS, canonical
 from cryodask.formats.star.numbers import floats
-from cryodask.formats.star.rows import split_line, unquoted
+from cryodask.formats.star.rows import is_data, is_loop, read_blocks, split_line, unquoted
 
+_GROUP = "rlnOpticsGroup"
 _HEAD = [c for c in OPTICS if c.name in ("pixel_size_angstrom", "particle_pixel_size_angstrom", "box")]
 
 
@@ -28,11 +30,11 @@ def read_labels(path: str | Path, *tables: str) -> frozenset[str]:
     labels: dict[str, set[str]] = {}
     block, in_head = "", True
     for words in _head(Path(path)):
-        if words[0].startswith("data_") and len(words) == 1:
-            block, in_head = words[0].removeprefix("data_"), True
+        if is_data(words[0]) and len(words) == 1:
+            block, in_head = canonical(words[0][len("data_") :]), True
         elif words[0].startswith("_") and in_head:
-            labels.setdefault(block, set()).add(words[0][1:])
-        elif words[0] != "loop_":
+            labels.setdefault(block, set()).add(canonical(words[0][1:]))
+        elif not is_loop(words[0]):
             in_head = False
             if block == tables[0]:
                 break
@@ -55,7 +57,9 @@ def _head(path: Path) -> Iterator[list[str]]:
 
 
 def read_optics(path: str | Path) -> list[dict[str, float]]:
-    """What the optics groups say of pixels and images, one dict per group; only the head of the file is read.
+    """What the optics groups that rows use say of pixels and images, one dict per group.
+
+    Only the head of the file is read, and the group numbers of its rows if the groups differ.
 
     Returns
     -------
@@ -68,11 +72,25 @@ def read_optics(path: str | Path) -> list[dict[str, float]]:
     except StarError:
         return []
     groups: list[dict[str, float]] = []
+    numbers: list[float] = []
     for row in (dict(zip(names, row)) for row in rows if len(row) == len(names)):
         found = {c.name: [row[n] for n in (c.relion, *ALIASES.get(c.relion, ())) if n in row] for c in _HEAD}
         known = {name: float(floats([unquoted(texts[0])])[0][0]) for name, texts in found.items() if texts}
         groups.append({name: value for name, value in known.items() if np.isfinite(value)})
-    return groups
+        numbers.append(float(floats([unquoted(row.get(_GROUP, "nan"))])[0][0]))
+    if _GROUP not in names or all(group == groups[0] for group in groups):
+        return groups
+    used = _used(Path(path))
+    return [group for number, group in zip(numbers, groups) if number in used] if used else groups
+
+
+def _used(path: Path) -> set[float]:
+    """Numbers of optics groups in the rows of all tables; empty where the file cannot be read, or has none."""
+    try:
+        tables = scan(path, [_GROUP]) or {name: {n: floats(v)[0] for n, v in b.columns.items()} for name, b in read_blocks(path).items()}
+    except StarError:
+        return set()
+    return {float(n) for name, table in tables.items() if name != "optics" and table and _GROUP in table for n in np.unique(table[_GROUP])}
 
 
 def _head_table(path: Path) -> tuple[list[str], list[list[str]]]:
@@ -81,12 +99,12 @@ def _head_table(path: Path) -> tuple[list[str], list[list[str]]]:
     rows: list[list[str]] = []
     pairs: list[str] = []
     for begun, words in enumerate(_head(path)):
-        if words[0].startswith("data_") and len(words) == 1:
-            if begun or words[0] != "data_optics":
+        if is_data(words[0]) and len(words) == 1:
+            if begun or canonical(words[0][len("data_") :]) != "optics":
                 break
         elif words[0].startswith("_"):
-            names.append(words[0][1:])
+            names.append(canonical(words[0][1:]))
             pairs += words[1:]
-        elif words[0] != "loop_":
+        elif not is_loop(words[0]):
             rows.append(words)
     return names, [*rows, pairs] if pairs else rows

@@ -80,9 +80,14 @@ ALIASES = {
     "particle_y": ("pick_y",),
     "particle_x": ("pick_x",),
 }
+OLD = ("rlnDetectorPixelSize", "rlnMagnification", "rlnOriginX", "rlnOriginY")
+"""Columns of RELION 3.0 whose values are converted."""
+OF_TOMOGRAMS = ("rlnTomoName", "rlnCoordinateZ")
 TEXT = tuple(c.relion for c in (*COLUMNS, *OPTICS) if c.dtype == "str")
 WHOLE = tuple(c.relion for c in (*COLUMNS, *OPTICS) if c.dtype == "i8")
 PARTICLE_ID = "cryodaskParticleId"
+_KNOWN = (*(c.relion for c in (*COLUMNS, *OPTICS)), *KEPT, *(a for names in ALIASES.values() for a in names), *OLD, *OF_TOMOGRAMS)
+_BY_SMALL = {name.lower(): name for name in (*_KNOWN, "optics", "particles", "images", "micrographs", "movies")}
 SIDE = frozenset(
     {
         *("ctf_resolution_angstrom", "ctf_figure_of_merit", "total_motion", "early_motion", "pick_score"),
@@ -95,6 +100,11 @@ NONE = {"class_number": 0, "half_set": 0}
 
 _UID = re.compile(r"[0-9]{6,21}_(?=.)")
 _OF_WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+
+
+def canonical(name: str) -> str:
+    """RELION's spelling of the name of a column or table, which are the same in any case, as in CIF; unknown ones as they are."""
+    return _BY_SMALL.get(name.lower(), name)
 
 
 def stem(name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from cryodask.errors import StarError
 from cryodask.formats.star.blocks import Loop, scan
-from cryodask.formats.star.names import ALIASES, COLUMNS, KEPT, NONE, OPTICS, PARTICLE_ID, SIDE, Column, stem
+from cryodask.formats.star.names import ALIASES, COLUMNS, KEPT, NONE, OF_TOMOGRAMS, OLD, OPTICS, PARTICLE_ID, SIDE, Column, stem
 from cryodask.formats.star.numbers import check_limits, floats, whole
 from cryodask.formats.star.rows import read_blocks
 from cryodask.formats.star.texts import Coded, Images, encode
@@ -22,9 +22,7 @@ Read = dict[str, "np.ndarray | Coded | Images"]
 
 _PICKS = [c for c in COLUMNS if c.name in ("particle_x", "particle_y", "pick_score", "micrograph_name")]
 _PIXELS = ("rlnMicrographPixelSize", *ALIASES["rlnMicrographPixelSize"])
-_HEIGHT = "rlnCoordinateZ"
-_TOMOGRAM = "rlnTomoName"
-_OLD = ("rlnDetectorPixelSize", "rlnMagnification", "rlnOriginX", "rlnOriginY")
+_TOMOGRAM, _HEIGHT = OF_TOMOGRAMS
 
 
 def read_micrographs(path: str | Path) -> Columns:
@@ -130,7 +128,7 @@ def read_coordinates(path: str | Path) -> Columns:
         if name not in columns:
             raise missing_column(path, relion)
         if np.isnan(columns[name]).any():
-            raise _not_a_number(path, relion, int(np.flatnonzero(np.isnan(columns[name]))[0]))
+            raise _not_a_number(path, relion, _row(int(np.flatnonzero(np.isnan(columns[name]))[0])))
     check_limits(path, columns, "row", lambda at: at + 1)
     _check_frame(path, table, np.stack([columns["particle_x"], columns["particle_y"]]))
     size = Column("pixel_size_angstrom", "rlnMicrographPixelSize")
@@ -153,6 +151,13 @@ def _check_plane(path: Path, table: Read | Loop) -> None:
     if told:
         what = "coordinates in three dimensions" if told == _HEIGHT else "names of tomograms"
         raise StarError(f"{path} has {what} ({told}).", "it is of tomograms", "give particles or picks of micrographs")
+
+
+def _check_position(path: Path, table: Loop, keep: Collection[str] | None) -> None:
+    """Refuse one coordinate without the other, unless only some columns were read; a missing origin is 0 for RELION."""
+    missing = [name for name in ("rlnCoordinateX", "rlnCoordinateY") if name not in table]
+    if keep is None and len(missing) == 1:
+        raise missing_column(path, missing[0])
 
 
 def _lists_files(table: Loop | None) -> bool:
@@ -209,7 +214,7 @@ def _wanted(keep: Collection[str] | None) -> list[str]:
     always = {"micrograph_name", "image_name", "optics_group"}
     kept = [c for c in COLUMNS if keep is None or c.name in keep or c.name in always]
     names = [c.relion for c in (*kept, *OPTICS)]
-    return [*names, *(alias for name in names for alias in ALIASES.get(name, ())), *_OLD, *KEPT, _TOMOGRAM, _HEIGHT]
+    return [*names, *(alias for name in names for alias in ALIASES.get(name, ())), *OLD, *KEPT, *OF_TOMOGRAMS]
 
 
 def _read(path: Path, blocks: tuple[str, ...], need: str, *, keep: Collection[str] | None = None, split_images: bool = False) -> Read:
@@ -223,13 +228,14 @@ def _read(path: Path, blocks: tuple[str, ...], need: str, *, keep: Collection[st
         )
     _check_only(path, [b for b in (*blocks, "") if b in tables and _lists_files(tables[b])])
     _check_plane(path, table)
+    _check_position(path, table, keep)
     columns = dict(_translate(path, table, COLUMNS))
     check_limits(path, columns, "row", lambda row: row + 1)
     _check_names(path, columns)
     _check_astigmatism(path, columns)
     optics = tables.get("optics")
     columns.update({} if optics is None else _spread_optics(path, optics, columns))
-    columns.update(_optics_of_rows(path, table, columns))
+    columns.update(_optics_of_rows(path, table, columns, need))
     for name in ("voltage_kv", "spherical_aberration_mm", "amplitude_contrast", need):
         if name not in columns:
             relion = next(c.relion for c in OPTICS if c.name == name)
@@ -243,19 +249,26 @@ def _read(path: Path, blocks: tuple[str, ...], need: str, *, keep: Collection[st
     return columns
 
 
-def _translate(path: Path, table: Loop, names: Iterable[Column]) -> Iterator[tuple[str, np.ndarray | Coded | Images]]:
+def _row(at: int) -> str:
+    return f"row {at + 1}"
+
+
+def _translate(
+    path: Path, table: Loop, names: Iterable[Column], place: Callable[[int], str] = _row
+) -> Iterator[tuple[str, np.ndarray | Coded | Images]]:
+    """Columns under the vocabulary's names; ``place`` says for messages where an element is."""
     for column in names:
         relion = next((n for n in (column.relion, *ALIASES.get(column.relion, ())) if n in table), None)
         if relion is None:
             continue
         values = table[relion]
         if column.dtype != "str":
-            yield column.name, _numbers(path, relion, column, values)
+            yield column.name, _numbers(path, relion, column, values, place)
         else:
             yield column.name, values if isinstance(values, (Coded, Images)) else encode(values)
 
 
-def _numbers(path: Path, relion: str, column: Column, values: Any) -> np.ndarray:
+def _numbers(path: Path, relion: str, column: Column, values: Any, place: Callable[[int], str]) -> np.ndarray:
     """A column as numbers of its type, with our offsets; integers are never converted by way of floats. NaN where a number is missing."""
     exact = values if values.dtype.kind == "i" else whole(values) if values.dtype == object else None
     if relion == PARTICLE_ID and len(values) and exact is None:
@@ -265,11 +278,11 @@ def _numbers(path: Path, relion: str, column: Column, values: Any) -> np.ndarray
     numbers, bad = floats(values) if values.dtype == object else (np.array(values, dtype=np.float64), np.zeros(0, np.int64))
     numbers[~np.isfinite(numbers)] = np.nan
     if len(bad) and column.name not in SIDE:
-        raise _shifted(path, f"column {relion} is not numeric: {values[bad[0]]!r} in row {int(bad[0]) + 1}")
+        raise _shifted(path, f"column {relion} is not numeric: {values[bad[0]]!r} in {place(int(bad[0]))}")
     if column.dtype == "i8":
         none = np.isnan(numbers)
         if none.any() and column.name not in NONE:
-            raise _not_a_number(path, relion, int(np.flatnonzero(none)[0]))
+            raise _not_a_number(path, relion, place(int(np.flatnonzero(none)[0])))
         numbers[none] = NONE.get(column.name, 0)
         if (numbers != np.round(numbers)).any() or (np.abs(numbers) >= 2.0**63).any():
             raise _shifted(path, f"{relion} has numbers that are not integers")
@@ -277,10 +290,8 @@ def _numbers(path: Path, relion: str, column: Column, values: Any) -> np.ndarray
     return numbers
 
 
-def _not_a_number(path: Path, relion: str, row: int) -> StarError:
-    return StarError(
-        f"{path}: {relion} is not a number in row {row + 1}", "the program that wrote it failed for this row", "remove the row"
-    )
+def _not_a_number(path: Path, relion: str, where: str) -> StarError:
+    return StarError(f"{path}: {relion} is not a number in {where}", "the program that wrote it failed there", "remove it")
 
 
 def _shifted(path: Path, what: str) -> StarError:
@@ -290,19 +301,18 @@ def _shifted(path: Path, what: str) -> StarError:
 
 
 def _spread_optics(path: Path, optics: Loop, columns: Read) -> Read:
-    """The optics of each row. Every number of a group that is used must be there."""
+    """The optics of each row. Every number of a group that is used must be there; those of others do not matter."""
     import pandas as pd
 
-    groups = dict(_translate(path, optics, (Column("optics_group", "rlnOpticsGroup", "i8"), *OPTICS)))
-    groups |= _kept(path, optics)
-    if groups and _length(next(iter(groups.values()))) == 1 and columns:  # the only group is that of all rows
-        named = np.asarray(columns.get("optics_group", []))
-        groups.setdefault("optics_group", named[:1] if len(named) else np.ones(1, np.int64))
+    named = dict(_translate(path, optics, (Column("optics_group", "rlnOpticsGroup", "i8"),)))
+    if optics and _length(next(iter(optics.values()))) == 1 and columns:  # the only group is that of all rows
+        given = np.asarray(columns.get("optics_group", []))
+        named.setdefault("optics_group", given[:1] if len(given) else np.ones(1, np.int64))
         count = _length(next(iter(columns.values())))
-        columns.setdefault("optics_group", np.full(count, np.asarray(groups["optics_group"])[0]))
-    if "optics_group" not in groups or "optics_group" not in columns:
+        columns.setdefault("optics_group", np.full(count, np.asarray(named["optics_group"])[0]))
+    if "optics_group" not in named or "optics_group" not in columns:
         raise missing_column(path, "rlnOpticsGroup")
-    numbers = np.asarray(groups.pop("optics_group")).tolist()
+    numbers = np.asarray(named["optics_group"]).tolist()
     row_of = {number: row for row, number in enumerate(numbers)}
     twice = next((n for n in numbers if numbers.count(n) > 1), None)
     if twice is not None:
@@ -316,10 +326,14 @@ def _spread_optics(path: Path, optics: Loop, columns: Read) -> Read:
             "add the group to data_optics",
         )
     rows = np.array([row_of[int(g)] for g in used], dtype=np.int64)
-    given = {name: np.asarray(v)[rows] for name, v in groups.items() if not isinstance(v, (Coded, Images))}
-    check_limits(path, given, "optics group", lambda row: numbers[rows[row]], needed=True)
-    rows = rows[codes]
-    return {name: Coded(v.codes[rows], v.names) if isinstance(v, Coded) else np.asarray(v)[rows] for name, v in groups.items()}
+    taken = {label: _rows_of(values, rows) for label, values in optics.items()}
+    groups = dict(_translate(path, taken, OPTICS, lambda row: f"optics group {numbers[rows[row]]}")) | _kept(path, taken)
+    check_limits(path, groups, "optics group", lambda row: numbers[rows[row]], needed=True)
+    return {name: _rows_of(values, codes) for name, values in groups.items()}
+
+
+def _rows_of(values: Any, rows: np.ndarray) -> Any:
+    return Coded(values.codes[rows], values.names) if isinstance(values, Coded) else np.asarray(values)[rows]
 
 
 def _kept(path: Path, table: Loop) -> Read:
@@ -333,10 +347,12 @@ def _kept(path: Path, table: Loop) -> Read:
     return {"relion_optics": encode(json.dumps(row) for row in rows)}
 
 
-def _optics_of_rows(path: Path, table: Loop, columns: Read) -> Read:
+def _optics_of_rows(path: Path, table: Loop, columns: Read, pixel: str) -> Read:
     """Optics and origins that the rows have themselves (RELION 3.0 has no others); they must agree with those of their groups.
 
-    RELION ignores them where there are groups, so that images multiplied by their CTF would not be recognised.
+    RELION ignores them where there are groups, so that images multiplied by their CTF would not be recognised. ``pixel``: what a
+    magnification in the rows gives the size of. Of particles it is their images, as in relion_convert_star: extraction with a scale
+    writes the magnification of the images, and nothing then says that of the micrographs.
     """
     own: Read = dict(_translate(path, table, OPTICS))
     check_limits(path, own, "row", lambda row: row + 1, needed=True)
@@ -355,10 +371,10 @@ def _optics_of_rows(path: Path, table: Loop, columns: Read) -> Read:
         two = (Column("detector_um", "rlnDetectorPixelSize"), Column("magnification", "rlnMagnification"))
         detector, magnification = (np.asarray(values) for _, values in _translate(path, table, two))
         with np.errstate(divide="ignore", invalid="ignore"):
-            pixel = detector * 1e4 / magnification
-        for name in sorted({"pixel_size_angstrom", "particle_pixel_size_angstrom"} - {*columns, *out}):
-            check_limits(path, {name: pixel}, "row", lambda row: row + 1, needed=True)
-            out[name] = pixel
+            size = detector * 1e4 / magnification
+        if pixel not in {*columns, *out}:
+            check_limits(path, {pixel: size}, "row", lambda row: row + 1, needed=True)
+            out[pixel] = size
     image_pixel = out.get("particle_pixel_size_angstrom", columns.get("particle_pixel_size_angstrom"))
     if image_pixel is not None:
         origins = (Column("origin_x_angstrom", "rlnOriginX"), Column("origin_y_angstrom", "rlnOriginY"))

@@ -1,7 +1,8 @@
 """The lines of a STAR file as blocks of texts: the general reader, which accepts any layout and refuses what it cannot read, with the line.
 
 A quote opens at the start of a value and closes before a blank, as in CIF; ``#`` at the start of a value begins a comment. Blank lines and
-comments may stand anywhere, lines may end as on any system, and a list of pairs is a table of one row.
+comments may stand anywhere, lines may end as on any system, and a list of pairs is a table of one row. ``data_`` and ``loop_`` are
+keywords in any case, and names of columns and tables are the same in any case, as in CIF (Hall, Allen and Brown 1991).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryodask.errors import StarError
+from cryodask.formats.star.names import canonical
 
 _BLANKS = " \t\x0b\x0c"
 _TOKEN = re.compile(
@@ -54,7 +56,7 @@ def read_blocks(path: Path) -> dict[str, Block]:
     Raises
     ------
     StarError
-        With the line: a row that is longer or shorter than its header, or stands before ``loop_``; a table or columnthat occurs twice;
+        With the line: a row that is longer or shorter than its header, or stands before ``loop_``; a table or column that occurs twice;
         a quote that is not closed; text of several lines.
     """
     blocks: dict[str, Block] = {}
@@ -65,9 +67,9 @@ def read_blocks(path: Path) -> dict[str, Block]:
         if not words:
             continue
         if reader is None or reader.ends_with(words):
-            if not words[0].startswith("data_") or len(words) > 1:
+            if not is_data(words[0]) or len(words) > 1:
                 raise refused(path, number, f"{shown(words)} outside any table", "", "every table begins with a line data_NAME")
-            name = words[0].removeprefix("data_")
+            name = canonical(words[0][len("data_") :])
             if name in blocks:
                 raise refused(
                     path, number, f"the table data_{name} occurs twice (first in line {at[name]})", "files were joined by hand", "keep one"
@@ -91,23 +93,27 @@ class _BlockReader:
         self._loop = self._rows = False
 
     def ends_with(self, words: list[str]) -> bool:
-        """Whether a line begins the next block: a row may begin with a name such as ``data_1/a.mrc``."""
-        return words[0].startswith("data_") and not (self._loop and len(words) == len(self._values) > 1)
+        """Whether a line begins the next block: a row may begin with a name such as ``data_1/a.mrc``.
+
+        In a table of one column only ``data_`` in small letters does, because RELION takes any other spelling for a value.
+        """
+        columns = len(self._values) if self._loop else 0
+        return is_data(words[0]) and not (len(words) == columns and (columns > 1 or not words[0].startswith("data_")))
 
     def take(self, number: int, words: list[str]) -> None:
-        if words == ["loop_"]:
+        if is_loop(words[0]) and len(words) == 1:
             if self._at or self._loop:
                 raise self._refused(number, "a second loop_", "a line data_NAME is missing before it", "add it")
             self._loop, self._block.pairs = True, False
         elif words[0].startswith("_") and len(words) == (1 if self._loop else 2) and not self._rows:
             self._label(number, words)
-        elif self._loop and not words[0].startswith("_") and words[0] != "loop_":
+        elif self._loop and not words[0].startswith("_") and not is_loop(words[0]):
             self._row(number, words)
         else:
             self._misplaced(number, words)
 
     def _label(self, number: int, words: list[str]) -> None:
-        label = words[0][1:]
+        label = canonical(words[0][1:])
         if label in self._at:
             raise self._refused(
                 number, f"the column _{label} occurs twice (first in line {self._at[label]})", "columns were joined by hand", "keep one"
@@ -143,6 +149,16 @@ class _BlockReader:
 
     def _refused(self, number: int, what: str, usual_reason: str, way_out: str) -> StarError:
         return refused(self._path, number, f"{what}, in data_{self._name}", usual_reason, way_out)
+
+
+def is_data(word: str) -> bool:
+    """Whether a word that is not quoted begins a block."""
+    return word[: len("data_")].lower() == "data_"
+
+
+def is_loop(word: str) -> bool:
+    """Whether a word that is not quoted begins a loop."""
+    return word.lower() == "loop_"
 
 
 def split_line(path: Path, number: int, line: str) -> list[str]:
