@@ -81,7 +81,7 @@ class refine3d:
     Half-maps that agree do not prove that a map is right. The verdict rests on two other figures: how certain the poses are, and
     whether detail of the map makes particles likelier that it has never seen. A map that passes is still refused if it explains too little
     of its particles' signal (wrong point group, two molecules), if the views reach less than half of Fourier space, or if density lies
-    outside the mask; the verdict says which. A refinement that has not succeeded reports the resolution of its starting map.
+    outside the mask; the verdict says which. A refinement that has not succeeded reports the low-pass of its starting map, and no resolution of its own.
     Parts of Fourier space that no view reaches count as noise in the resolution.
     """
 
@@ -93,7 +93,11 @@ def says(result: Mapping[str, Any]) -> str:
 
     evidence = Evidence(**{name: float(result[name]) for name in FIGURES if name in result})
     figure = f"{float(result['resolution_angstrom']):.2f} A"
-    return f"resolution {figure}, {evidence.sentence()}" if evidence.succeeded else f"{evidence.sentence()}; its starting map has {figure}"
+    return (
+        f"resolution {figure}, {evidence.sentence()}"
+        if evidence.succeeded
+        else f"{evidence.sentence()}; its starting map was cut at {figure}"
+    )
 
 
 @refine3d.figures  # type: ignore[attr-defined]  # mypy does not see what class decorators return
