@@ -81,8 +81,8 @@ class refine3d:
     Half-maps that agree do not prove that a map is right. The verdict rests on two other figures: how certain the poses are, and
     whether detail of the map makes particles likelier that it has never seen. A map that passes is still refused if it explains too little
     of its particles' signal (wrong point group, two molecules), if the views reach less than half of Fourier space, or if density lies
-    outside the mask; the verdict says which. A refinement that has not succeeded reports the low-pass of its starting map, and no resolution of its own.
-    Parts of Fourier space that no view reaches count as noise in the resolution.
+    outside the mask; the verdict says which. A refinement that has not succeeded reports the low-pass of its starting map, and no
+    resolution of its own. Parts of Fourier space that no view reaches count as noise in the resolution.
     """
 
 
