@@ -93,11 +93,9 @@ def says(result: Mapping[str, Any]) -> str:
 
     evidence = Evidence(**{name: float(result[name]) for name in FIGURES if name in result})
     figure = f"{float(result['resolution_angstrom']):.2f} A"
-    return (
-        f"resolution {figure}, {evidence.sentence()}"
-        if evidence.succeeded
-        else f"{evidence.sentence()}; its starting map was cut at {figure}"
-    )
+    if evidence.succeeded:
+        return f"resolution {figure}, {evidence.sentence()}"
+    return f"{evidence.sentence()}; its starting map was cut at {figure}"
 
 
 @refine3d.figures  # type: ignore[attr-defined]  # mypy does not see what class decorators return
