@@ -54,7 +54,7 @@ function draw({ times, bands: found }, step) {
     width: $("history").clientWidth || 600,
     height: HEIGHT,
     scales: { y: { range: (u, low, high) => [0, (high || 1) * 1.05] } },
-    axes: [{ ...axis, space: 90, values: (u, splits) => stamps(splits, step) }, { ...axis, label: "threads in use", labelSize: 20, stroke: colour("faint"), size: 60, values: (u, splits) => splits.map(number) }],
+    axes: [{ ...axis, space: 90, values: (u, splits) => stamps(splits, step) }, { ...axis, label: "threads in use", labelSize: 20, stroke: colour("faint"), size: (u, texts) => 18 + 7.5 * Math.max(3, ...(texts ?? []).map((text) => text.length)), values: (u, splits) => splits.map(number) }],
     series: [{ label: "from", value: (u, at) => (at === null ? "" : new Date(at * 1000).toLocaleString()) }, ...order.map((n) => ({ label: found[n].label, stroke: inks[n], fill: inks[n], width: 1, paths: uPlot.paths.stepped({ align: 1 }), points: { show: false }, value: (u, _, __, at) => at === null ? "" : figure(found[n].values[at]) }))],
   }, [ends, ...order.map((n) => upTo(sums[n]))], $("history"));
 }
