@@ -2,7 +2,8 @@
 
 ``python benchmarks/dashboard.py [--quick]`` makes a project of 10,000 exposures whose journals are as workers would have left them, and
 nineteen of 1,000. The server is ``cryodask dashboard`` in a process of its own; the page is drawn by Chromium without a graphics card.
-CPU seconds are those of processes; a commit is on the screen when the page has drawn the new count.
+CPU seconds are those of processes; a commit is on the screen when the page has drawn the new count. ``agree_s`` is the longest time until
+two servers of one project have told what one of them took (remarks on exposures) or what was committed.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ GOALS = {
     "viewers_lost": 0.0,
     "server_core_share": 0.25,
     "server_rss_mb": 200.0,
+    "agree_s": 2.0,
     "page_mb": 1.5,
     "page_cpu_s": 1.5,
     "brush_ms": 150.0,
@@ -207,13 +209,8 @@ def commit_look(project: Any, exposures: int) -> dict[str, float]:
 def served(projects: Path, folder: Path, big: Any, viewers: int, commits: int, first: int, others: list[str]) -> dict[str, float]:
     from playwright.sync_api import sync_playwright
 
-    environ = {**os.environ, "XDG_STATE_HOME": str(folder / "state"), "XDG_CACHE_HOME": str(folder / "cache")}
-    command = [sys.executable, "-m", "cryodask.cli", "dashboard", str(projects), "--token", TOKEN]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ)
-    assert server.stdout is not None
+    server, address, port = start(projects, folder)
     try:
-        address = server.stdout.readline().strip().partition("?")[0]
-        port = int(address.rsplit(":", 1)[1].strip("/"))
         process = psutil.Process(server.pid)
         with sync_playwright() as play:
             arguments = ["--no-sandbox", "--use-angle=swiftshader", "--disable-gpu"]
@@ -227,10 +224,55 @@ def served(projects: Path, folder: Path, big: Any, viewers: int, commits: int, f
                     tab.goto(f"{address}s/{name}/{path}")
             browser.close()
         figures["server_rss_mb"] = process.memory_info().rss / 1e6
-        return figures
+        return figures | agreement(projects, folder, port, big, first + commits)
     finally:
         server.kill()
         server.wait()
+
+
+def start(projects: Path, folder: Path, account: str = "") -> tuple[subprocess.Popen[str], str, int]:
+    """A server, its address and its port."""
+    environ = {**os.environ, "XDG_STATE_HOME": str(folder / f"state{account}"), "XDG_CACHE_HOME": str(folder / f"cache{account}")}
+    command = [sys.executable, "-m", "cryodask.cli", "dashboard", str(projects), "--token", TOKEN]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ)
+    assert server.stdout is not None
+    address = server.stdout.readline().strip().partition("?")[0]
+    return server, address, int(address.rsplit(":", 1)[1].strip("/"))
+
+
+def agreement(projects: Path, folder: Path, port: int, big: Any, first: int) -> dict[str, float]:
+    """Remarks that the first of two servers takes and exposures that are committed, five each, until both have told them."""
+    from cryodask.edits.operations import new_id
+
+    second, _, other = start(projects, folder, "2")
+    spent = []
+    try:
+        told: list[dict[str, Any]] = [{} for _ in range(4)]
+        ways = [(where, path) for where in (port, other) for path in ("events", "edits/exposures/events")]
+        for (where, path), said in zip(ways, told):
+            threading.Thread(target=listen, args=(where, said, path), daemon=True).start()
+        wait_until(lambda: all(told))
+        names = {item.row: item.name for item in big.items()}
+        for number in range(5):
+            row, version = first + number, told[1]["last"]
+            edit = {"id": new_id(), "n": number + 1, "do": "set", "row": number, "name": "note", "value": "seen"}
+            connection = http.client.HTTPConnection("127.0.0.1", port)
+            headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
+            connection.request("POST", "/s/big/choices/exposures/ops", json.dumps({"ops": [edit]}), headers)
+            answer = connection.getresponse()
+            assert answer.status == 200, answer.read()
+            begin = time.monotonic()
+            wait_until(lambda version=version: told[1]["last"] == told[3]["last"] != version)
+            spent.append(time.monotonic() - begin)
+            commit(big, row, names[row])
+            begin = time.monotonic()
+            wait_until(lambda row=row: all(said.get("done") == row + 1 for said in (told[0], told[2])))
+            spent.append(time.monotonic() - begin)
+            time.sleep(0.37)  # not in step with the looks of the servers
+    finally:
+        second.kill()
+        second.wait()
+    return {"agree_s": max(spent)}
 
 
 def page(browser: Any, address: str) -> dict[str, float]:
@@ -315,13 +357,14 @@ def live(
     return {"commit_to_screen_p95_s": float(np.percentile(delays, 95)), "viewers_lost": float(lost), "server_core_share": share}
 
 
-def listen(port: int, said: dict[str, Any]) -> None:
-    """Follow the events of the big project; ``said`` has the last one."""
+def listen(port: int, said: dict[str, Any], path: str = "events") -> None:
+    """Follow events of the big project; ``said`` has the content of the last one."""
     connection = http.client.HTTPConnection("127.0.0.1", port)
-    connection.request("GET", "/s/big/events", headers={"Authorization": f"Bearer {TOKEN}"})
+    connection.request("GET", f"/s/big/{path}", headers={"Authorization": f"Bearer {TOKEN}"})
     for line in connection.getresponse():
         if line.startswith(b"data: "):
-            said.update(json.loads(line[6:]))
+            told = json.loads(line[6:])
+            said.update(told if isinstance(told, dict) else {}, last=told)
 
 
 def wait(tab: Any, script: str) -> None:

@@ -5,7 +5,8 @@
 Micrographs are imported, so that there are no previews: the server makes the first picture from the whole micrograph, and has not cached
 it. ``first_picture_s`` is from the start of the navigation to the first picture on the canvas; contrast and low-pass are measured in the
 page, from the slider to the drawn picture, zoomed so that the level of 2048 x 2048 is shown (of which the page filters what is on the
-screen). Browser: the system's Chromium, headless, drawing in software.
+screen). ``heap_mb`` is the JavaScript heap with its buffers of pixels, the largest while all levels of a micrograph are looked at, filtered
+and picked in, with what the browser has not yet collected. Browser: the system's Chromium, headless, drawing in software.
 """
 
 from __future__ import annotations
@@ -51,6 +52,27 @@ REPEATED = """([what, times]) => {
   }
   return spent;
 }"""
+WORKED = """async ([zoom, added]) => {
+  // at one zoom: wait for its level, filter it by several low-passes, and add picks all over the micrograph
+  picker.frame.zoom = zoom;
+  picker.draw();
+  const until = performance.now() + 20000;
+  while (picker.shownStep !== picker.suitable() && performance.now() < until) await new Promise((done) => setTimeout(done, 20));
+  if (picker.shownStep !== picker.suitable()) throw new Error("the level of zoom " + zoom + " never came");
+  let most = 0;
+  const look = () => { most = Math.max(most, performance.memory.usedJSHeapSize / 1e6); };
+  for (const angstrom of [20, 40, 80]) {
+    picker.form.lowpass.value = angstrom;
+    picker.filter();
+    look();
+  }
+  for (let k = 0; k < added; k++) {
+    picker.act([{ do: "add", y: (0.5 + k) * (picker.height - 1) / added, x: ((0.5 + 7 * k) % added) * (picker.width - 1) / added }]);
+  }
+  picker.paintAll();
+  look();
+  return most;
+}"""
 
 
 def main() -> None:
@@ -73,11 +95,12 @@ def main() -> None:
     finally:
         server.kill()
         server.wait()
-    limits = {"first_picture_s": 1.5, "contrast_ms": 50.0, "lowpass_ms": 200.0}
+    limits = {"first_picture_s": 1.5, "contrast_ms": 50.0, "lowpass_ms": 200.0, "heap_mb": 120.0}
     for name, values in found.items():
         print(f"{name:<16} {statistics.median(values):8.2f}   (longest of {len(values)}: {max(values):.2f}; limit {limits[name]:g})")
     plot(found, limits)
-    print(json.dumps({name: round(statistics.median(values), 3) for name, values in found.items()} | {"size": size}))
+    figures = {name: max(values) if name == "heap_mb" else statistics.median(values) for name, values in found.items()}
+    print(json.dumps({name: round(value, 3) for name, value in figures.items()} | {"size": size}))
 
 
 def environment() -> dict[str, str]:
@@ -105,7 +128,8 @@ def measure(address: str, repeat: int) -> dict[str, list[float]]:
     first: list[float] = []
     found: dict[str, list[float]] = {}
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox", "--disable-gpu"])
+        arguments = ["--no-sandbox", "--disable-gpu", "--enable-precise-memory-info"]
+        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=arguments)
         page: Any = browser.new_page(viewport={"width": 1400, "height": 1000})
         until = time.monotonic() + 60
         while True:
@@ -126,8 +150,20 @@ def measure(address: str, repeat: int) -> dict[str, list[float]]:
         for name, what in (("lowpass_ms", "lowpass"), ("contrast_ms", "contrast")):
             page.evaluate(REPEATED, [what, 2])  # compiled on first use
             found[name] = page.evaluate(REPEATED, [what, repeat])
+        found["heap_mb"] = heaps(page, address, repeat)
         browser.close()
     return {"first_picture_s": first, **found}
+
+
+def heaps(page: Any, address: str, count: int) -> list[float]:
+    """The largest heap while each of the micrographs is worked on, in MB."""
+    found = []
+    for row in range(count):
+        page.goto(f"{address}/s/session/pick/{row}")
+        page.wait_for_selector("body[data-ready=yes]")
+        found.append(max(page.evaluate(WORKED, [zoom, 100]) for zoom in (0.2, 0.5, 1.0, 2.0)))
+        page.wait_for_function("() => !picker.queue.pending().length && !picker.queue.busy")
+    return found
 
 
 def plot(found: dict[str, list[float]], limits: dict[str, float]) -> None:

@@ -116,7 +116,7 @@ def _list_all(*, as_json: bool) -> None:
     from cryodask.cluster.service import service
 
     found: dict[str, Any] = {}
-    for name in service.known():
+    for name in (*service.known(), *service.invited()):
         try:
             found[name] = {"address": service.find(name).address, "says": ""}
         except ClusterError as error:

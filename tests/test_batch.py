@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +13,7 @@ import pytest
 import yaml
 from _service import COMMAND, cryodask, environment_of_tests
 
+from cryodask.cluster.access import tls
 from cryodask.cluster.service import batch, service
 from cryodask.cluster.service.driver import drive
 from cryodask.cluster.service.service import submit
@@ -98,6 +101,21 @@ def test_a_job_is_given_the_whole_path_of_an_invitation(home, monkeypatch):
     assert f"export CRYODASK_CLUSTER={home}/anna.invite " in submit(["true"], "anna.invite", dry_run=True).script
     # an invitation may lie under another name than the cluster has with its owner
     assert "export CRYODASK_CLUSTER=theirs " in submit(["true"], "theirs", dry_run=True).script
+
+
+def test_clusters_that_an_account_is_invited_to_are_listed_beside_its_own(home):
+    made = tls.Authority.create(home / "elsewhere", owner="service", cluster="shared")
+    given = made.invite("facility", [], address="tls://127.0.0.1:4", role="viewer")
+    kept = tls.invitation_of("shared")
+    kept.parent.mkdir(parents=True)
+    shutil.copy(given, kept)
+    kept.with_name("torn.invite").write_text("{")
+    kept.with_name("torn.invite").chmod(0o600)
+    found = json.loads(cryodask("cluster", "status", "--json"))
+    assert found["shared"] == {"address": "tls://127.0.0.1:4", "says": ""}
+    assert set(found) == {"shared", "torn"}
+    assert found["torn"]["address"] is None
+    assert found["torn"]["says"]
 
 
 def test_a_dry_run_of_one_allocation_makes_no_keys_and_prints_the_script_of_the_real_one(home, monkeypatch):

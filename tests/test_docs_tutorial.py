@@ -129,6 +129,33 @@ class Person:
 
 
 @pytest.mark.heavy
+def test_the_install_block_is_carried_out(tmp_path: Path) -> None:
+    """Without network: the new environment sees the packages of this one, so that pip has only to find everything there and compatible."""
+    make, *then = BLOCKS[0][1].splitlines()
+    programs, home = tmp_path / "programs", tmp_path / "home"
+    programs.mkdir()
+    home.mkdir()
+    (programs / "python3").symlink_to(sys.executable)
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environ = {**kept, "HOME": str(home), "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "PIP_NO_INDEX": "1"}
+
+    def run(block: str) -> str:
+        done = subprocess.run(["bash", "-ec", block], cwd=home, env=environ, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, (block, done.stdout, done.stderr)
+        return done.stdout + done.stderr
+
+    run(make)
+    (packages,) = (home / "cryodask" / "lib").glob("python*/site-packages")
+    here = [path for path in sys.path if path.endswith("-packages")]
+    (packages / "these.pth").write_text(f"import sys; sys.path[:0] = {here}\n")
+    said = run("\n".join([*then, "python -c 'import sys; print(sys.prefix)'"]))
+    assert str(home / "cryodask") in said.splitlines()[-1], "the environment is active"
+    for name in ("torch", "cryodask[em,facility]", "fastapi", "tifffile"):
+        assert re.search(rf"already satisfied: {re.escape(name)}\W", said), (name, said)
+    assert "does not provide the extra" not in said
+
+
+@pytest.mark.heavy
 def test_the_tutorial_from_install_to_restore(terminal: Terminal) -> None:
     with chromium() as browser:
         follow_the_page(terminal, Person(browser))

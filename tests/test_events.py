@@ -106,6 +106,17 @@ def test_a_disk_that_is_full_for_a_while_costs_the_events_of_that_while_only(tmp
     assert said == ["0", "1", "2 events before this one could not be written (was the disk full?)", "4", "5"]
 
 
+def test_counts_are_written_now_and_then_and_only_if_they_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr("cryodask.run.events.log._COUNT_SECONDS", 0.0)
+    log = EventLog(tmp_path, "r")
+    for second, done in enumerate((1, 1, 1, 2, 2, 1)):
+        log(Counted(time=float(second), run="r", step="motion", seen=4, done=done, quarantined=0, running=0, waiting=4 - done, workers=1))
+    monkeypatch.setattr("cryodask.run.events.log._COUNT_SECONDS", 60.0)
+    log(Counted(time=9.0, run="r", step="motion", seen=4, done=3, quarantined=0, running=0, waiting=1, workers=1))
+    log(end())
+    assert [(event.time, event.done) for event in tail(tmp_path, 100) if isinstance(event, Counted)] == [(0, 1), (3, 2), (5, 1)]
+
+
 def test_a_listener_that_fails_is_dropped_and_one_that_joins_late_hears_everything():
     told, late = Told(), Told()
 
@@ -163,6 +174,8 @@ def test_pace_and_lines_for_people():
     ):
         pace(event)
     assert pace.text(12.0) == "1.0/s, 4 s to go"
+    pace(Counted(time=13.0, run="r", step="motion", seen=9, done=8, quarantined=1, running=0, waiting=0, workers=2))
+    assert pace.text(13.0) == "2.0/s", "a watched session has no end that could be told"
     assert text_of(Iteration(time=0.0, run="r", step="refine3d", iteration=2, figures={"fsc_edge": 0.51234}), every_exposure=True) == (
         "refine3d: iteration 2  fsc edge 0.512"
     )

@@ -133,11 +133,17 @@ STRAIGHT = {
 
 def test_the_same_calls_sent_straight_to_a_worker_that_admits_people_are_refused_to_a_guest(tmp_path):
     async def run():
-        folder = authority(tmp_path / "a", anna=["hpda"]).folder
+        made = authority(tmp_path / "a", anna=["hpda"])
+        made.invite("vera", [], address="tls://127.0.0.1:1", role="viewer")
+        folder = made.folder
         async with guarded(folder, people_on_workers=True) as scheduler, person(scheduler, folder, "anna") as anna:
             kept = anna.submit(sum, [1, 2], key="kept", workers=["w0"])
             assert await kept == 3
             address = scheduler.workers[scheduler.aliases["w0"]].address
+            # whoever looks on gets no results from workers either
+            async with rpc(address, connection_args=tls.security(folder, "vera").get_connection_args("client")) as straight:
+                with pytest.raises(ImportError, match="vera is not invited"):
+                    await straight.get_data(keys=["kept"], who="vera")
             for op, arguments in STRAIGHT.items():
                 async with rpc(address, connection_args=tls.security(folder, "anna").get_connection_args("client")) as straight:
                     with pytest.raises(PermissionError, match=f"{op} sent directly to a guardedworker is refused to anna"):

@@ -588,6 +588,17 @@ def test_a_viewer_looks_on(tmp_path):
                     await vera.submit(load)
                 with pytest.raises(PermissionError, match="with an invitation to look on"):
                     await vera.scatter([1])
+                # nor fetches what others have made, by any of the ways there are
+                await bert.publish_dataset(shown=done)
+                wanted = Future("done", client=vera)
+                vera._send_to_scheduler({"op": "client-desires-keys", "keys": ["done"]})
+                with pytest.raises(PermissionError, match="with an invitation to look on"):
+                    await wanted
+                with pytest.raises(PermissionError, match="with an invitation to look on"):
+                    await vera.get_dataset("shown")
+                for ask in ("gather", "who_has", "get_runspec", "publish_get", "variable_get", "queue_get", "proxy", "broadcast"):
+                    with pytest.raises(PermissionError, match=f"{ask}, with an invitation to look on"):
+                        await getattr(vera.scheduler, ask)()
                 assert (await vera.scheduler.get_task_prefix_states())["done"]["memory"] == 1
                 assert (await vera.scheduler.identity())["type"] == "GuardedScheduler"
             made.invite("vera", [], address="tls://nowhere:1", role="user")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -12,6 +13,7 @@ import stat
 import sys
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +29,13 @@ from cryodask.cluster.service.service import submit
 from cryodask.cluster.service.whereabouts import in_thread
 from cryodask.cluster.settings import JobSettings, parse_settings
 from cryodask.cluster.slurm.slurm import cancel_of
-from cryodask.errors import ClusterError
+from cryodask.errors import ClusterError, CryodaskError
 from cryodask.formats.movies import write_tiff_movie
-from cryodask.run.events.log import tail
+from cryodask.run.events import Counted, RunEnded
+from cryodask.run.events.log import event_files, tail
+from cryodask.run.events.status import read_status
+from cryodask.store.project import Project
+from cryodask.vocabulary import VARIABLES
 
 pytestmark = pytest.mark.slurm
 
@@ -265,6 +271,81 @@ def test_a_project_is_submitted_and_the_user_told_how_to_follow_it(mixed, slurm,
     assert stories[0] == stories[1]
     assert stories[0][-1]["status"] == 0
     assert all((folder / "report.html").exists() for folder in folders)
+
+
+def results_of(folder):
+    """What is stored of every movie, by its name: numbers, and the bytes of its arrays as they lie on the disk."""
+    project = Project(folder)
+    names = {item.row: item.name for item in project.items()}
+    found = {}
+    for label in project.stages:
+        generation = project.generation(label)
+        for row, record in generation.committed().items():
+            arrays = [generation.shard_path(name, row, len(VARIABLES[name].dims)).read_bytes() for name in sorted(record["shards"])]
+            found[label, names[row]] = (json.dumps(record["columns"], sort_keys=True), arrays)
+    return found
+
+
+@pytest.mark.heavy
+def test_a_watched_session_goes_on_after_kill_9_of_its_job_and_after_a_hand_over(mixed, slurm, tmp_path):
+    waiting, watched, whole = tmp_path / "waiting", tmp_path / "watched", tmp_path / "whole"
+    for folder in (waiting, watched / "movies", whole / "movies"):
+        folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for number in range(6):
+        movie = waiting / f"m{number}.tif"
+        write_tiff_movie(movie, random.poisson(3, (3, 192, 192)).astype(np.uint8), 2.0)
+        os.utime(movie, (1, 1))  # unchanged for long, so it is taken at once
+        shutil.copy2(movie, whole / "movies")
+    for folder in (watched, whole):
+        (folder / "tiny.yaml").write_text(PROJECT)
+    results = watched / "tiny"
+
+    def arrive(*numbers):
+        for number in numbers:
+            os.rename(waiting / f"m{number}.tif", watched / "movies" / f"m{number}.tif")
+
+    def submitted():
+        words = ("--watch", "--until-movies", "6", "--cluster", "mixed", "--partition", "cpu")
+        said = cryodask("submit", str(watched / "tiny.yaml"), *words)
+        (job,) = re.findall(r"Slurm job (\d+)", said)
+        return job, Path(re.findall(r"tail -F (\S+)", said)[0])
+
+    def done():
+        with suppress(CryodaskError):  # there is no project yet, or no such step
+            return len(Project(results).generation("motion").committed())
+        return 0
+
+    arrive(0, 1)
+    job, _ = submitted()
+    wait(lambda: done() >= 1, "the first movie")
+    arrive(2, 3)
+    slurm.run("scancel", "--signal=KILL", "--full", job)
+    wait(lambda: job not in slurm.jobs(), "the end of the killed job")
+    killed = len(event_files(results))
+    assert state_of(slurm, job) != "COMPLETED"
+    assert not any(isinstance(event, RunEnded) for event in tail(results, 1000)), "it had no time to say anything"
+
+    job, log = submitted()
+    wait(lambda: done() >= 4, "what had arrived before the kill")
+    before = mixed.address
+    mixed.hand_over()
+    arrive(4, 5)
+    wait(lambda: service.find("mixed").address != before, "the successor")
+    wait(lambda: job not in slurm.jobs(), "the end of the session", 120)
+    assert state_of(slurm, job) == "COMPLETED", log.read_text()
+    assert len(event_files(results)) > killed
+
+    counts = [event for event in tail(results, 100_000) if isinstance(event, Counted)]
+    assert all(c.seen == c.done + c.quarantined + c.running + c.waiting for c in counts)
+    last = read_status(results)
+    assert last["state"] == "finished"
+    assert [last[name] for name in ("seen", "done", "quarantined", "running", "waiting")] == [6, 6, 0, 0, 0]
+    assert Project(results).failures() == []
+    assert [p for p in Project(results).verify() if "harmless" not in p] == []
+    cryodask("run", str(whole / "tiny.yaml"), "--cluster", "mixed", "--lane", "live")
+    assert len(results_of(results)) == 12
+    assert results_of(results) == results_of(whole / "tiny"), "bits equal those of a run that nothing disturbed"
 
 
 def test_an_invitation_is_as_good_in_an_address_file_and_in_a_batch_job(home, mixed, slurm, tmp_path, monkeypatch):

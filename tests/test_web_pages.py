@@ -16,6 +16,8 @@ import pytest
 from _browser import Tab, chromium
 from _web import HEIGHT, TOKEN, WIDTH, Command, Made, Site, make_project, serving, wait_for
 
+from cryodask.run.events import Counted, ExposureQuarantined
+from cryodask.run.events.log import EventLog
 from cryodask.web.directory import Directory
 from cryodask.web.ledger import Ledger
 from cryodask.web.login import FacilityLogin
@@ -446,6 +448,9 @@ def test_names_and_messages_are_never_read_as_html(browser, tmp_path):
     made = make_project(folder, names=[name.replace("/", "_") for name in EVIL])
     made.refine()
     made.vary(100)
+    log, run = EventLog(folder, "r"), {"time": 1.0, "run": "r", "step": EVIL[2]}
+    log(Counted(**run, seen=4, done=3, quarantined=1, running=0, waiting=0, workers=2))
+    log(ExposureQuarantined(**run, row=3, name=EVIL[0], message=EVIL[1]))
     with serving(Sessions({EVIL[1]: [folder]}, Ledger(tmp_path / "audit")), cache=tmp_path / "cache") as site, tab(browser, site) as one:
         (session,) = site.json("/api/v1/sessions")
         said = (
@@ -469,6 +474,9 @@ def test_names_and_messages_are_never_read_as_html(browser, tmp_path):
                 for key in ("Enter", *["ArrowRight"] * 9, *["ArrowUp"] * 9, "Enter"):
                     one.page.keyboard.press(key)
                 one.until("document.getElementById('exposures').textContent.includes('svg onload')")
+            if path.endswith("history"):
+                assert f"{EVIL[2]}: 4 seen = 3 done + 1 quarantined + 0 running + 0 waiting" in one.text("main")
+                assert f"quarantined {EVIL[0]}: {EVIL[1]}" in one.text("main")
             assert one.ask("window.pwned === undefined"), path
             assert one.ask("document.querySelectorAll('main img[src=x], main script, [onload], [onerror]').length") == 0, path
         assert site.ask("/s/<script>alert(1)</script>/", headers={"Accept": "text/html"})[0] == 404

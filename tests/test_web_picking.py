@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import numpy as np
 import pytest
 from _once import once
 from _picked import PLACES, SHAPE, picked_project
-from _served import Served, need_browser, person
+from _served import DEADLINE_SECONDS, Served, need_browser, person
 
 from cryodask.edits.board import Board
 from cryodask.edits.frozen import frozen
 from cryodask.edits.operations import new_id
+from cryodask.store.project import Arrival, Project
 
 pytestmark = pytest.mark.heavy
 
@@ -299,6 +301,50 @@ def test_two_people_off_line_spells_reloads_and_kills(served: Served, chromium: 
 @pytest.mark.slow
 def test_two_people_200_operations_each_and_50_kills(served: Served, chromium: Any) -> None:
     _two_people(served, chromium, row=5, operations=200, kills=50, seed=5)
+
+
+def test_two_dashboards_on_one_project_agree(served: Served, chromium: Any, tmp_path: Path) -> None:
+    """What is edited or committed is seen at both, also when both move one pick at the same time."""
+    project, row = Project(served.folder / "session"), 5
+    with Served(served.folder, tmp_path) as other:
+        one, two = (opened(person(chromium, server), server, row) for server in (served, other))
+        first = shown(one)
+
+        def agree(expected: Callable[[dict[str, tuple[float, float]]], bool]) -> None:
+            until = time.monotonic() + DEADLINE_SECONDS
+            while not (shown(one) == shown(two) == stored(served, row) and expected(shown(one))):
+                assert time.monotonic() < until, (shown(one), shown(two), stored(served, row))
+                one.wait_for_timeout(50)
+                two.wait_for_timeout(50)
+
+        agree(lambda now: now == first)
+        one.evaluate("() => picker.act([{ do: 'add', y: 333, x: 444 }])")
+        agree(lambda now: (333.0, 444.0) in now.values() and len(now) == len(first) + 1)
+        gone, moved, *_ = first
+        two.evaluate("one => { const p = picker.picks.get(one); picker.act([{ do: 'remove', pick: one, y: p.y, x: p.x }]); }", gone)
+        agree(lambda now: gone not in now and len(now) == len(first))
+        for page, x in ((one, 700), (two, 800)):
+            page.evaluate("([one, x]) => picker.move(picker.picks.get(one), 900, x)", [moved, x])
+        for page in (one, two):
+            settled(page)
+        agree(lambda now: now[moved] in ((900.0, 700.0), (900.0, 800.0)))
+
+        tables = [person(chromium, server) for server in (served, other)]
+        for page, server in zip(tables, (served, other)):
+            page.goto(f"{server.address}/s/session/")
+            page.wait_for_function("() => document.body.dataset.sequence > 0")
+        count = len(list(project.items()))
+        project.update_exposures([Arrival("a new one", "content of it", {})], complete=False)
+        project.generation("import_picks").commit_failure(count, "a new one", "MovieError", "its file is truncated", 3)
+        for page in tables:
+            page.wait_for_function("n => document.getElementById('c-exposures').textContent === n", arg=f"{count + 1}")
+            page.wait_for_function("() => document.getElementById('c-quarantined').textContent === '1'")
+            page.wait_for_function("() => document.getElementById('quarantine').textContent.includes('its file is truncated')")
+        counters = "() => [...document.querySelectorAll('[id^=c-]')].map((one) => `${one.id} ${one.textContent}`)"
+        assert tables[0].evaluate(counters) == tables[1].evaluate(counters)
+        for page in (one, two, *tables):
+            assert page.errors == []
+            page.context.close()
 
 
 def test_bad_operations_are_refused_with_a_clear_answer(served: Served) -> None:

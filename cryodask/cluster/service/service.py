@@ -50,7 +50,7 @@ from cryodask.cluster.settings import (
 from cryodask.cluster.slurm import slurm
 from cryodask.errors import ClusterError
 
-__all__ = ["Service", "SubmittedRun", "find", "invite", "known", "name_for", "revoke", "start", "submit"]
+__all__ = ["Service", "SubmittedRun", "find", "invite", "invited", "known", "name_for", "revoke", "start", "submit"]
 
 _LOOK_SECONDS = 0.2
 _ANSWER_SECONDS = 15.0
@@ -192,6 +192,11 @@ def find(name: str) -> Service:
         raise ClusterError(f"The cluster {name} is not running.", reason, f"start it with  cryodask cluster start {name}")
     security = tls.security(folder / "authority", found.owner) if found.address.startswith("tls") else None
     return Service(name, found.address, folder=folder, security=security)
+
+
+def invited() -> list[str]:
+    """Names of the clusters to which this account keeps an invitation, and which are not its own."""
+    return sorted({path.stem for path in tls.invitation_of("any").parent.glob("*.invite")} - set(known()))
 
 
 def is_known(name: str) -> bool:

@@ -32,14 +32,17 @@ class EventLog:
         self._fd: int | None = None
         self._number, self._size, self._lost = 0, 0, 0
         self._written = self._counted = float("-inf")
+        self._count: dict[str, object] = {}
 
     def __call__(self, event: Event) -> None:
         """Write an event, possibly buffered."""
         now = time.monotonic()
         if isinstance(event, Counted):
-            if now - self._counted < _COUNT_SECONDS:
+            count = event.model_dump(exclude={"time"})
+            # while a watched session waits for movies, its counts stay what they are
+            if now - self._counted < _COUNT_SECONDS or count == self._count:
                 return
-            self._counted = now
+            self._counted, self._count = now, count
         self._buffer.append(checked_line(event.as_record()))
         if not isinstance(event, _PATIENT) or now - self._written > _BUFFER_SECONDS:
             self._written = now

@@ -21,6 +21,9 @@ _EXPLAINED = 20
 """Reasons for which exposures are quarantined that are printed with advice; further exposures take one line each."""
 
 
+COUNTS = "{seen} seen = {done} done + {quarantined} quarantined + {running} running + {waiting} waiting"
+
+
 def text_of(event: Event, *, every_exposure: bool = False) -> str:
     """An event as a line of text; empty if it only advances a bar."""
     match event:
@@ -91,6 +94,8 @@ class Pace:
         if not self.total:
             return shown
         left = max(0, self.total - self.done) / rate
+        if not left:
+            return shown  # a watched session goes on
         return f"{shown}, {left / 60:.0f} min to go" if left >= 120 else f"{shown}, {left:.0f} s to go"
 
 

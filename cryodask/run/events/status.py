@@ -16,7 +16,7 @@ import psutil
 from cryodask.errors import TakenOverError
 from cryodask.run import events as of
 from cryodask.run.events import Event
-from cryodask.run.events.progress import Pace, figures_text
+from cryodask.run.events.progress import COUNTS, Pace, figures_text
 from cryodask.store.files import check_writable
 
 _NAME = "status.json"
@@ -91,7 +91,7 @@ def status_sentence(folder: str | Path) -> str:
     state, age = facts.get("state", ""), time.time() - facts.get("time", 0.0)
     counted = ""
     if "seen" in facts:
-        counted = ": {seen} seen = {done} done + {quarantined} quarantined + {running} running + {waiting} waiting".format(**facts)
+        counted = f": {COUNTS.format(**facts)}"
         if facts.get("arriving"):
             counted += f", {facts['arriving']} still being written"
         counted += f"; {facts['rate']}" if facts.get("rate") and state == "running" else ""

@@ -9,9 +9,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from cryodask.errors import StoreError
-from cryodask.run.events import Event
+from cryodask.run.events import Counted, Event
 from cryodask.run.events.log import event_files, tail
-from cryodask.run.events.progress import text_of
+from cryodask.run.events.progress import COUNTS, text_of
 from cryodask.store import history
 from cryodask.store.project import Project
 from cryodask.web.exposure import number, numbers
@@ -80,7 +80,8 @@ def _curves(session: Session, names: list[str]) -> dict[str, Any]:
 def _said(event: Event) -> tuple[float, str, str]:
     """Time, kind and content of an event: its sentence, else its fields."""
     record = event.as_record()
-    if text := text_of(event, every_exposure=True):
+    text = f"{event.step}: {COUNTS.format(**record)}" if isinstance(event, Counted) else text_of(event, every_exposure=True)
+    if text:
         return float(record.get("time", 0.0)), str(record.get("kind") or record.get("event") or ""), text
     rest = {k: v for k, v in record.items() if k not in ("time", "kind", "event", "run") and v not in (None, "", {}, [])}
     text = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rest.items())

@@ -12,13 +12,15 @@ function table(title, heads, lines) {
   return element("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": title }, element("h3", { text: title }), element("table", { class: "wide" }, element("thead", {}, head), element("tbody", {}, ...rows)));
 }
 
+const many = (count, what) => `${count} ${what}${count === 1 ? "" : "s"}`;
+
 function shown(name, now) {
   if (now.problem) return element("section", { class: "card" }, element("h2", { text: name }), element("p", { class: "bad", text: now.problem }));
   const lanes = Object.entries(now.lanes || {}).map(([lane, l]) => [lane, number(l.weight), `${(100 * l.share).toFixed(0)} %`, l.waiting, l.running, l.clients]);
   const pools = Object.entries(now.pools || {}).map(([pool, p]) => [pool, p.target, p.running, p.pending, p.workers, p.problem || ""]);
   const jobs = (now.jobs || []).map((j) => [j.id, j.job, j.state.toLowerCase(), j.state === "RUNNING" ? "" : j.reason, j.node]);
   return element("section", { class: "card" }, element("h2", { text: name }),
-    element("p", { text: `${now.state}, ${now.workers} workers with ${now.threads} threads${now.missing ? `; missing workers: ${now.missing}` : ""}` }),
+    element("p", { text: `${now.state}, ${many(now.workers, "worker")} with ${many(now.threads, "thread")}${now.missing ? `; missing workers: ${now.missing}` : ""}` }),
     table(`Lanes of ${name}`, [["Lane"], ["Weight", "n"], ["Share, last 5 min", "n"], ["Waiting", "n"], ["On workers", "n"], ["Clients", "n"]], lanes),
     table(`Pools of ${name}`, [["Pool"], ["Jobs wanted", "n"], ["Running", "n"], ["Pending", "n"], ["Workers", "n"], ["Problem"]], pools),
     table(`Jobs of ${name}`, [["Slurm job"], ["Job"], ["State"], ["Reason"], ["Node"]], jobs));

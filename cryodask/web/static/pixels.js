@@ -12,8 +12,8 @@ export function boxWidths(sigma) {
 export const sigmaOf = (resolution, pixelSize) => (0.18739 * resolution) / pixelSize;
 
 /** Three running means along rows and columns; beyond the edges the outermost pixels continue. Returns a Float32Array. */
-export function blurred(bytes, height, width, widths) {
-  const out = new Float32Array(height * width), first = new Float32Array(width), second = new Float32Array(width);
+export function blurred(bytes, height, width, widths, out = new Float32Array(height * width)) {
+  const first = new Float32Array(width), second = new Float32Array(width);
   for (let y = 0; y < height; y++) {
     let row = first, other = second;
     for (let x = 0, at = y * width; x < width; x++) row[x] = bytes[at + x];
@@ -73,8 +73,7 @@ function meanOfColumns(from, to, height, width, size) {
 }
 
 /** An area of a picture (rows from `bottom`, columns from `left`), as bytes. */
-export function cut(picture, { bottom, left, height, width }) {
-  const out = new Uint8Array(height * width);
+export function cut(picture, { bottom, left, height, width }, out = new Uint8Array(height * width)) {
   for (let y = 0; y < height; y++) {
     const from = (bottom + y) * picture.width + left;
     out.set(picture.bytes.subarray(from, from + width), y * width);
@@ -82,19 +81,30 @@ export function cut(picture, { bottom, left, height, width }) {
   return out;
 }
 
-/** An area as the three running means of the whole picture give it: only what reaches into the area is summed. Returns a Float32Array. */
+const kept = new Map();
+
+/** An array that is used again each time: filters that follow each other would fill the heap faster than the browser empties it. */
+function room(Kind, length) {
+  if (!(kept.get(Kind)?.length >= length)) kept.set(Kind, new Kind(length));
+  return kept.get(Kind).subarray(0, length);
+}
+
+/**
+ * An area as the three running means of the whole picture give it: only what reaches into the area is summed. Returns a Float32Array that
+ * holds until the next call.
+ */
 export function blurredArea(picture, area, widths) {
   const reach = widths.reduce((sum, size) => sum + (size - 1) / 2, 0);
   const bottom = Math.max(area.bottom - reach, 0), left = Math.max(area.left - reach, 0);
   const height = Math.min(area.bottom + area.height + reach, picture.height) - bottom;
   const width = Math.min(area.left + area.width + reach, picture.width) - left;
-  const all = blurred(cut(picture, { bottom, left, height, width }), height, width, widths);
-  const out = new Float32Array(area.height * area.width);
+  const bytes = cut(picture, { bottom, left, height, width }, room(Uint8Array, height * width));
+  const all = blurred(bytes, height, width, widths, room(Float32Array, height * width));
   for (let y = 0; y < area.height; y++) {
     const from = (area.bottom - bottom + y) * width + area.left - left;
-    out.set(all.subarray(from, from + area.width), y * area.width);
+    all.copyWithin(y * area.width, from, from + area.width);
   }
-  return out;
+  return all.subarray(0, area.height * area.width);
 }
 
 const BLOCKS = 4, BLOCK = 96;

@@ -1,5 +1,5 @@
 // Usage of the clusters over time: threads in use by lane or by user, one band on top of the other.
-import { attempt, colour, element, get, root } from "./common.js";
+import { attempt, colour, element, get, number, root } from "./common.js";
 
 const MOST = 5, HEIGHT = 260;
 const $ = (id) => document.getElementById(id);
@@ -36,6 +36,9 @@ function stamps(splits, step) {
   });
 }
 
+/** Three digits, however small: an hour of a few tasks is not nothing. */
+const figure = (value) => (value === undefined ? "" : number(+value.toPrecision(3)));
+
 const two = (value) => String(value).padStart(2, "0");
 
 function draw({ times, bands: found }, step) {
@@ -51,15 +54,15 @@ function draw({ times, bands: found }, step) {
     width: $("history").clientWidth || 600,
     height: HEIGHT,
     scales: { y: { range: (u, low, high) => [0, (high || 1) * 1.05] } },
-    axes: [{ ...axis, space: 90, values: (u, splits) => stamps(splits, step) }, { ...axis, label: "threads in use", labelSize: 20, stroke: colour("faint") }],
-    series: [{ label: "from", value: (u, at) => (at === null ? "" : new Date(at * 1000).toLocaleString()) }, ...order.map((n) => ({ label: found[n].label, stroke: inks[n], fill: inks[n], width: 1, paths: uPlot.paths.stepped({ align: 1 }), points: { show: false }, value: (u, _, __, at) => found[n].values[at]?.toFixed(2) ?? "" }))],
+    axes: [{ ...axis, space: 90, values: (u, splits) => stamps(splits, step) }, { ...axis, label: "threads in use", labelSize: 20, stroke: colour("faint"), size: (u, texts) => 18 + 7.5 * Math.max(3, ...(texts ?? []).map((text) => text.length)), values: (u, splits) => splits.map(number) }],
+    series: [{ label: "from", value: (u, at) => (at === null ? "" : new Date(at * 1000).toLocaleString()) }, ...order.map((n) => ({ label: found[n].label, stroke: inks[n], fill: inks[n], width: 1, paths: uPlot.paths.stepped({ align: 1 }), points: { show: false }, value: (u, _, __, at) => at === null ? "" : figure(found[n].values[at]) }))],
   }, [ends, ...order.map((n) => upTo(sums[n]))], $("history"));
 }
 
 /** The same figures as a table, for those who cannot see the plot. */
 function list({ times, bands: found }) {
   const hours = times.length > 1 ? (times[1] - times[0]) / 3600 : 1;
-  const lines = found.map(({ label, values }) => [label, (values.reduce((a, b) => a + b, 0) * hours).toFixed(1), Math.max(...values).toFixed(2)]);
+  const lines = found.map(({ label, values }) => [label, figure(values.reduce((a, b) => a + b, 0) * hours), figure(Math.max(...values))]);
   const head = element("tr", {}, ...["", "Thread hours", "Most threads"].map((text) => element("th", { scope: "col", class: text ? "n" : "", text })));
   const rows = lines.map(([label, ...values]) => element("tr", {}, element("th", { scope: "row", text: label }), ...values.map((text) => element("td", { class: "n", text }))));
   $("history-table").replaceChildren(element("table", {}, element("caption", { class: "sr", text: "Usage in this time" }), element("thead", {}, head), element("tbody", {}, ...rows)));
