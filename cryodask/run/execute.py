@@ -115,7 +115,7 @@ class Execution:
         state.forget(waits)
         self.wanted.check_sources(self.plan, state)
         self.todo, self._suited = [s for s in self.wanted.steps(self.plan) if s.label not in waits], False
-        for group in chains_of(self.plan, self.todo):
+        for group in chains_of(self.plan, self.todo, watching=self.arrivals is not None):
             self.stop.check()
             if group[0].stage.shape == "map":
                 self._run_map(group)

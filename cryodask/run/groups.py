@@ -9,16 +9,17 @@ from cryodask.run.recipe import Plan, Step
 from cryodask.run.refs import IMAGES_OF_PARTICLES, parts_used
 
 
-def chains_of(plan: Plan, steps: Sequence[Step]) -> Iterator[list[Step]]:
+def chains_of(plan: Plan, steps: Sequence[Step], *, watching: bool = False) -> Iterator[list[Step]]:
     """Yield consecutive per-exposure steps as one chain, and all other steps singly.
 
     A step whose particles were extracted or selected by a step of the chain starts a new chain, because they are known only
-    when that step is done. So does a step on exposures of other sources. Particles that a step of the chain picks or edits are known to
-    the worker that has the exposure.
+    when that step is done. So does a step on exposures of other sources. Particles that a step of the chain picks are known to the worker
+    that has the exposure, and so are those that it edits: ``watching``, the steps behind them keep up with the session. Else they wait,
+    and find what exists already of the particles that remain the same.
     """
     chain: list[Step] = []
     for step in steps:
-        if step.stage.shape != "map" or _waits_for(plan, step, chain) or (chain and _sources_of(step) != _sources_of(chain[0])):
+        if step.stage.shape != "map" or _waits_for(plan, step, chain, watching) or (chain and _sources_of(step) != _sources_of(chain[0])):
             if chain:
                 yield chain
             chain = []
@@ -36,7 +37,7 @@ def _sources_of(step: Step) -> frozenset[str]:
     return exposures.sources if exposures is not None else frozenset()
 
 
-def _waits_for(plan: Plan, step: Step, chain: list[Step]) -> bool:
+def _waits_for(plan: Plan, step: Step, chain: list[Step], watching: bool) -> bool:
     here = {s.label for s in chain}
     for product in step.inputs.get("particles", ()):
         given = (product.ids, *(product.parts[p] for p in product.parts if p in _used(step)))
@@ -45,14 +46,14 @@ def _waits_for(plan: Plan, step: Step, chain: list[Step]) -> bool:
         if IMAGES_OF_PARTICLES in step.stage.needs and refs & here:
             return True
         # only what a single step has stored of its particles is read back together
-        if refs & here and (len(refs) > 1 or not _has_a_table(plan.graph.step(*refs))):
+        if refs & here and (len(refs) > 1 or not _known_to_the_worker(plan.graph.step(*refs), watching)):
             return True
     return False
 
 
-def _has_a_table(step: Step) -> bool:
-    """Whether a step stores a table of all its particles with each exposure, so that a worker knows them once it has the exposure."""
-    return step.stage.gives_birth(step.params)
+def _known_to_the_worker(step: Step, watching: bool) -> bool:
+    """Whether a step stores a table of all its particles with each exposure; of those that it takes from others only if ``watching``."""
+    return step.stage.gives_birth(step.params) and (watching or not step.inputs.get("particles"))
 
 
 def _used(step: Step) -> tuple[str, ...]:
