@@ -158,7 +158,10 @@ def _scratch(pixels: int) -> np.ndarray:
 
 def _decode(out: np.ndarray, stream: bytes, coding: Coding, upsampling: int) -> None:
     bits = coding.run_bits, coding.column_bits, coding.row_bits
-    imagecodecs.eer_decode(stream, out.shape, *bits, superres=upsampling.bit_length() - 1, out=out)
+    try:
+        imagecodecs.eer_decode(stream, out.shape, *bits, superres=upsampling.bit_length() - 1, out=out)
+    except ValueError as cause:
+        raise StreamError("codes of {}, {} and {} bits can be read with numba only".format(*bits)) from cause
 
 
 def _with_long_escapes(stream: bytes, coding: Coding, shape: tuple[int, ...], upsampling: int) -> np.ndarray:
