@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import http.server
 import json
-import re
 import socket
 import threading
 import time
@@ -406,7 +405,7 @@ def through_the_provider(site: Site, *, change_state: bool = False, forget_cooki
     back = urlsplit(connection.getresponse().headers["Location"]).query
     connection.close()
     if change_state:
-        back = re.sub(r"state=\w", "state=_", back)
+        back = back.replace("state=", "state=_")
     status, headers, _ = site.ask(f"/login/oidc/back?{back}", token=None, headers={} if forget_cookie else {"Cookie": memory})
     if status != 303:
         return status, headers, ""
