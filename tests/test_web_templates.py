@@ -56,14 +56,14 @@ def test_a_session_has_the_numbers_of_its_template_and_can_be_started(folder: Pa
 @pytest.mark.parametrize(
     ("name", "values", "said"),
     [
-        ("../other", {}, "no name of a session"),
-        ("", {}, "no name of a session"),
-        ("a b", {}, "no name of a session"),
-        ('x"\npipeline: []', {}, "no name of a session"),
-        ("apo", {"dose_per_frame": "1"}, "asks for pixel_size, dose_per_frame"),
+        ("../other", {}, "cannot be the name of a session"),
+        ("", {}, "cannot be the name of a session"),
+        ("a b", {}, "cannot be the name of a session"),
+        ('x"\npipeline: []', {}, "cannot be the name of a session"),
+        ("apo", {"dose_per_frame": "1"}, "asks for a name, pixel_size, dose_per_frame"),
         ("apo", {"pixel_size": "1", "dose_per_frame": "1", "more": "1"}, "asks for"),
-        ("apo", {"pixel_size": "1}\nfolder: /etc", "dose_per_frame": "1"}, "no number"),
-        ("apo", {"pixel_size": "-1", "dose_per_frame": "1"}, "no number"),
+        ("apo", {"pixel_size": "1}\nfolder: /etc", "dose_per_frame": "1"}, "not a number"),
+        ("apo", {"pixel_size": "-1", "dose_per_frame": "1"}, "not a number"),
     ],
 )
 def test_names_and_numbers_cannot_be_anything_else(name: str, values: dict[str, str], said: str) -> None:
@@ -111,7 +111,7 @@ def test_a_session_is_made_by_keyboard_alone(site: Site, folder: Path) -> None:
         write("many")
         to("Make the session")
         press("Enter")
-        one.until("document.querySelector('.toast.bad')?.textContent.includes('no number')")
+        one.until("document.querySelector('.toast.bad')?.textContent.includes('not a number')")
         one.page.focus("[name=dose_per_frame]:enabled")
         press("Control+A")
         write("1.2")

@@ -50,21 +50,21 @@ class Template:
         Raises
         ------
         InputError
-            If the name or a number is not one, or a number is missing or not asked for.
+            If the name or a number is not valid, or a number is missing or not asked for.
         """
         if self.problem:
             raise InputError(self.problem, "", "correct the template")
         if not NAME.fullmatch(session):
-            raise InputError(f"{session!r} is no name of a session.", "", "use at most 60 letters, digits, - and _")
+            raise InputError(f"{session!r} cannot be the name of a session.", "", "use at most 60 letters, digits, - and _")
         if values.keys() != set(self.numbers):
             raise InputError(
-                f"The template {self.name} asks for {', '.join(self.numbers) or 'no numbers'}.",
-                f"given were {', '.join(sorted(values)) or 'none'}",
+                f"The template {self.name} asks for {', '.join(('a name', *self.numbers))}.",
+                f"it was given {', '.join(('a name', *sorted(values)))}",
                 "reload the page: the template may have changed",
             )
         for word, value in values.items():
             if not _NUMBER.fullmatch(value.strip()):
-                raise InputError(f"{word.replace('_', ' ')}: {value!r} is no number.", "", "write it like 1.05")
+                raise InputError(f"{word.replace('_', ' ')}: {value!r} is not a number.", "", "write it like 1.05")
         given = {"name": session, **{word: value.strip() for word, value in values.items()}}
         return _OPEN.sub(lambda found: given[found[1]], self.text)
 
